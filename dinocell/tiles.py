@@ -1,0 +1,286 @@
+"""Overlapping windows: one fixed grid over an image, blended so smoothly that no seam is left.
+
+A network sees windows of one size, which belongs to the model.  Where windows overlap, their
+predictions are averaged with weights that fall smoothly towards the window's edge, and this happens
+on the distance map, before anything is thresholded.  The grid depends on the size of the image, on
+`window_px` and on `overlap_px` alone; how many windows are gathered at once (`batch_size`, `tile_px`)
+only changes the order of the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["WindowPlan", "plan_windows", "predict_windows", "window_weights"]
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """The grid of windows over one image; made by `plan_windows`.
+
+    Attributes
+    ----------
+    height, width : int
+        Size of the image in pixels.
+    window_px, overlap_px : int
+        Edge of the square windows, and their least overlap.
+    row_starts, col_starts : tuple of int
+        First row (column) of the windows, ascending.  Negative in one case only: the image is smaller
+        than a window, there is one start, and the window reaches over the image on both sides.
+    """
+
+    height: int
+    width: int
+    window_px: int
+    overlap_px: int
+    row_starts: tuple[int, ...]
+    col_starts: tuple[int, ...]
+
+    @property
+    def num_windows(self) -> int:
+        """Number of windows: one network call each."""
+        return len(self.row_starts) * len(self.col_starts)
+
+    def blocks(self, tile_px: int | None = None) -> Iterator[list[tuple[int, int]]]:
+        """Yield the windows as lists of (row number, column number) in the grid.
+
+        Parameters
+        ----------
+        tile_px : int, optional
+            Windows whose starts lie in the same square of this edge make one list; None makes one list
+            of all windows.
+        """
+        for rows in _groups(self.row_starts, tile_px):
+            for cols in _groups(self.col_starts, tile_px):
+                yield [(row, col) for row in rows for col in cols]
+
+
+def _groups(starts: tuple[int, ...], tile_px: int | None) -> list[list[int]]:
+    if tile_px is None:
+        return [list(range(len(starts)))]
+    groups: dict[int, list[int]] = {}
+    for number, start in enumerate(starts):
+        groups.setdefault(max(start, 0) // tile_px, []).append(number)
+    return list(groups.values())
+
+
+def _check_window(window_px: int, overlap_px: int) -> None:
+    if window_px < 1:
+        raise ValueError(f"`window_px` must be at least 1, got {window_px}.")
+    if not 0 <= overlap_px <= window_px // 2:
+        raise ValueError(
+            f"`overlap_px` must be 0 … {window_px // 2}, half of `window_px` {window_px}, got "
+            f"{overlap_px}."
+        )
+
+
+def plan_windows(height: int, width: int, *, window_px: int, overlap_px: int) -> WindowPlan:
+    """Lay square windows over an image: as few as give the overlap, evenly spread.
+
+    Parameters
+    ----------
+    height, width : int
+        Size of the image, at least 1 × 1.
+    window_px : int
+        Edge of a window; the size the network runs at.
+    overlap_px : int
+        Least overlap of neighbouring windows, 0 … `window_px` // 2.
+
+    Returns
+    -------
+    plan : WindowPlan
+        The first window starts at the first row and column, the last ends with the image, so that no
+        pixel is invented; only an image smaller than a window is surrounded by its reflection.
+
+    Raises
+    ------
+    ValueError
+        A size is below 1, or the overlap is out of range.
+    """
+    _check_window(window_px, overlap_px)
+    if height < 1 or width < 1:
+        raise ValueError(f"An image must have at least one pixel, got {height} × {width}.")
+    return WindowPlan(
+        height,
+        width,
+        window_px,
+        overlap_px,
+        _starts(height, window_px, overlap_px),
+        _starts(width, window_px, overlap_px),
+    )
+
+
+def _starts(size: int, window_px: int, overlap_px: int) -> tuple[int, ...]:
+    room = size - window_px
+    if room <= 0:
+        return (room // 2,)
+    steps = -(-room // (window_px - overlap_px))
+    return tuple(i * room // steps for i in range(steps + 1))
+
+
+def window_weights(window_px: int, overlap_px: int) -> np.ndarray:
+    """Weight of each pixel of a window when windows are averaged.
+
+    Parameters
+    ----------
+    window_px : int
+        Edge of a window.
+    overlap_px : int
+        Width of the slope along each edge, 0 … `window_px` // 2.
+
+    Returns
+    -------
+    weights : (window_px, window_px) float32 ndarray, values in (0, 1]
+        The product of two raised-cosine ramps, sin²(π/2 · (i + ½) / overlap_px) for i = 0, 1, …: at
+        half-integer positions, so that even the outermost pixel has weight above 0 and the ramps of
+        two windows that overlap by `overlap_px` add up to 1.  All ones when `overlap_px` is 0.
+
+    Raises
+    ------
+    ValueError
+        The overlap is out of range.
+    """
+    ramp = _ramp(window_px, overlap_px)
+    return np.outer(ramp, ramp).astype(np.float32)
+
+
+def _ramp(window_px: int, overlap_px: int) -> np.ndarray:
+    _check_window(window_px, overlap_px)
+    ramp = np.ones(window_px)
+    slope = np.sin(np.pi / 2 * (np.arange(overlap_px) + 0.5) / max(overlap_px, 1)) ** 2
+    ramp[:overlap_px] = slope
+    ramp[window_px - overlap_px :] = slope[::-1]
+    return ramp
+
+
+def _shares(starts: tuple[int, ...], size: int, window_px: int, overlap_px: int) -> np.ndarray:
+    """Per window start, each position's share of the average: (num_starts, window_px) float32.
+
+    At every row (column) of the image the shares of the windows over it add up to 1; positions outside
+    the image have 0.  The weights of a window are a product of rows and columns and the windows form
+    a grid, so the average over windows is one along rows times one along columns.
+    """
+    ramp = _ramp(window_px, overlap_px)
+    total = np.zeros(size)
+    spans = []
+    for start in starts:
+        first, last = max(start, 0), min(start + window_px, size)
+        total[first:last] += ramp[first - start : last - start]
+        spans.append((first, last))
+    shares = np.zeros((len(starts), window_px), dtype=np.float32)
+    for share, start, (first, last) in zip(shares, starts, spans, strict=True):
+        share[first - start : last - start] = ramp[first - start : last - start] / total[first:last]
+    return shares
+
+
+def _reflected(start: int, window_px: int, size: int) -> np.ndarray:
+    """Positions in 0 … size − 1 that a window reads, mirrored at the edges as often as needed."""
+    positions = np.arange(start, start + window_px)
+    if size == 1:
+        return np.zeros_like(positions)
+    period = 2 * (size - 1)
+    positions %= period
+    return np.minimum(positions, period - positions)
+
+
+def predict_windows(
+    image: np.ndarray,
+    predict: Callable[[np.ndarray], np.ndarray],
+    *,
+    window_px: int,
+    overlap_px: int,
+    batch_size: int = 8,
+    tile_px: int | None = None,
+    skip: Callable[[np.ndarray], bool] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Run a network over an image window by window and blend its maps into one.
+
+    Parameters
+    ----------
+    image : (C, H, W) ndarray, H and W ≥ 1
+        Already normalised as a whole; a memory-mapped array is read window by window.
+    predict : callable
+        Takes (B, C, window_px, window_px) float32, 1 ≤ B ≤ `batch_size`, which it may keep or change;
+        returns (B, window_px, window_px).
+    window_px, overlap_px : int
+        The grid, see `plan_windows`.
+    batch_size : int
+        Windows per call; the last call of a tile may get fewer.
+    tile_px : int, optional
+        Visit the windows in squares of this edge, square by square, and never mix two squares in one
+        batch (for images read from disk).  By default the image is one square.
+    skip : callable, optional
+        Takes one window (C, window_px, window_px); where it returns True, `predict` is not called and
+        the window counts as 0 everywhere.
+    progress : callable, optional
+        Called as `progress(done, total)`, in windows, after each batch; skipped windows are done too.
+
+    Returns
+    -------
+    blended : (H, W) float32 ndarray
+        At each pixel the weighted mean of the windows over it (`window_weights`).  Equal for every
+        `batch_size` and `tile_px` up to the rounding of float32 sums, as far as `predict` itself treats
+        each window alone.
+
+    Raises
+    ------
+    ValueError
+        `image` is not (C, H, W), an option is out of range, or `predict` returns another shape.
+
+    Notes
+    -----
+    Beside the result, memory is needed for one batch of windows and what `predict` makes of it.
+    """
+    if image.ndim != 3 or image.shape[0] < 1:
+        raise ValueError(f"`image` must be (C, H, W), got shape {image.shape}: put channels first.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if tile_px is not None and tile_px < 1:
+        raise ValueError(f"`tile_px` must be at least 1, or None, got {tile_px}.")
+    channels, height, width = image.shape
+    plan = plan_windows(height, width, window_px=window_px, overlap_px=overlap_px)
+    row_shares = _shares(plan.row_starts, height, window_px, overlap_px)
+    col_shares = _shares(plan.col_starts, width, window_px, overlap_px)
+    blended = np.zeros((height, width), dtype=np.float32)
+    done = 0
+
+    def run(windows: np.ndarray, places: list[tuple[int, int]]) -> None:
+        maps = np.asarray(predict(windows))
+        expected = (len(places), window_px, window_px)
+        if maps.shape != expected:
+            raise ValueError(f"`predict` must return shape {expected}, it returned {maps.shape}.")
+        for one_map, (row, col) in zip(maps, places, strict=True):
+            top, left = plan.row_starts[row], plan.col_starts[col]
+            rows = slice(max(top, 0), min(top + window_px, height))
+            cols = slice(max(left, 0), min(left + window_px, width))
+            inside = np.s_[rows.start - top : rows.stop - top, cols.start - left : cols.stop - left]
+            share = np.outer(row_shares[row, inside[0]], col_shares[col, inside[1]])
+            share *= one_map[inside]
+            blended[rows, cols] += share
+
+    for block in plan.blocks(tile_px):
+        places: list[tuple[int, int]] = []
+        for remaining, (row, col) in zip(range(len(block), 0, -1), block, strict=True):
+            if not places:
+                shape = (min(batch_size, remaining), channels, window_px, window_px)
+                windows = np.empty(shape, dtype=np.float32)
+            window = windows[len(places)]
+            rows = _reflected(plan.row_starts[row], window_px, height)
+            cols = _reflected(plan.col_starts[col], window_px, width)
+            if height >= window_px and width >= window_px:
+                window[:] = image[:, rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+            else:
+                window[:] = image[:, rows[:, None], cols]
+            if skip is None or not skip(window):
+                places.append((row, col))
+            done += 1
+            if places and (len(places) == batch_size or remaining == 1):
+                run(windows[: len(places)], places)
+                places = []
+            if progress is not None and (not places or remaining == 1):
+                progress(done, plan.num_windows)
+    return blended
