@@ -1,0 +1,202 @@
+"""The only door to `dinov3`: a ViT that returns the feature maps of four depths.
+
+`DINOCELL_DINOV3=DIR` puts another compatible tree (upstream with our patches) in front of the
+bundled one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dinocell.errors import CheckpointError, UsageError
+
+__all__ = [
+    "BACKBONE_SIZES",
+    "BackboneSize",
+    "DINOv3Backbone",
+    "feature_blocks",
+    "load_backbone_weights",
+]
+
+
+@dataclass(frozen=True)
+class BackboneSize:
+    """Width, depth and heads of a ViT."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+
+
+BACKBONE_SIZES: Mapping[str, BackboneSize] = {
+    "tiny": BackboneSize(192, 12, 3),
+    "small": BackboneSize(384, 12, 6),
+    "base": BackboneSize(768, 12, 12),
+    "large": BackboneSize(1024, 24, 16),
+}
+
+
+def feature_blocks(depth: int) -> tuple[int, int, int, int]:
+    """Indices of the four blocks whose outputs the decoder reads.
+
+    (2, 5, 8, 11) for 12 blocks, (4, 11, 17, 23) for 24 as in the DINOv3 paper; evenly spread, the
+    last one included, for other depths.
+    """
+    if depth == 24:
+        return (4, 11, 17, 23)
+    if depth < 4:
+        raise ValueError(f"`depth` must be at least 4, got {depth}: four feature maps are needed")
+    first, second, third = (round(depth * quarter / 4) - 1 for quarter in (1, 2, 3))
+    return (first, second, third, depth - 1)
+
+
+class DINOv3Backbone(nn.Module):
+    """DINOv3 ViT with the flags of the released ViT-S/B/L.
+
+    RoPE coordinates are not rescaled at random in training (the released setting), because each
+    block would draw its own: that helps self-supervision and hurts a decoder that reads positions.
+
+    Parameters
+    ----------
+    size : `tiny`, `small`, `base` or `large`
+    patch_size : int
+    layerscale_init : float
+        1e-5 as released, for pretrained weights; a network that starts at random learns sooner
+        from 0.1 or 1.
+    drop_path_rate : float
+        Stochastic depth in training.
+    """
+
+    def __init__(
+        self,
+        size: str = "small",
+        *,
+        patch_size: int = 8,
+        layerscale_init: float = 1e-5,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if size not in BACKBONE_SIZES:
+            raise ValueError(
+                f"`size` must be one of {', '.join(BACKBONE_SIZES)}, got {size!r}: choose one"
+            )
+        shape = BACKBONE_SIZES[size]
+        self.size = size
+        self.patch_size = patch_size
+        self.embed_dim = shape.embed_dim
+        self.blocks_read = feature_blocks(shape.depth)
+        self.vit = _vision_transformer()(
+            patch_size=patch_size,
+            embed_dim=shape.embed_dim,
+            depth=shape.depth,
+            num_heads=shape.num_heads,
+            ffn_ratio=4.0,
+            qkv_bias=True,
+            drop_path_rate=drop_path_rate,
+            layerscale_init=layerscale_init,
+            norm_layer="layernormbf16",
+            n_storage_tokens=4,
+            mask_k_bias=True,
+            pos_embed_rope_base=100.0,
+            pos_embed_rope_normalize_coords="separate",
+            pos_embed_rope_dtype="fp32",
+        )
+        self.vit.init_weights()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) normalised image → four (B, D, H / p, W / p) maps, shallowest first.
+
+        The network's final norm is applied to each.
+        """
+        return self.vit.get_intermediate_layers(
+            image, n=list(self.blocks_read), reshape=True, norm=True
+        )
+
+
+def load_backbone_weights(backbone: DINOv3Backbone, path: str | Path) -> None:
+    """Load a DINOv3 backbone state dict (`.pth`, or `.safetensors`) of the same shape.
+
+    Raises
+    ------
+    UsageError
+        The file does not exist.
+    CheckpointError
+        It is not a state dict without foreign objects, or keys are missing, unexpected or
+        misshapen; all are listed up to ten.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"backbone weights must be a file, got {path}: check the path")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"backbone weights must be a state dict of tensors, got {path} "
+            f"({_first_line(error)}): fetch or convert the file again"
+        ) from error
+    expected = backbone.vit.state_dict()
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(
+            f"backbone weights must be a flat state dict of tensors, got {path} with other "
+            "content: take the backbone out of it first"
+        )
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    problems += [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
+        raise CheckpointError(
+            f"backbone weights must fit ViT {backbone.size}/{backbone.patch_size}, got {path} with "
+            f"{len(problems)} differences ({shown}): set model.size and model.patch_size to those "
+            "of the file"
+        )
+    backbone.vit.load_state_dict(state)
+
+
+def _vision_transformer() -> type[nn.Module]:
+    """The `DinoVisionTransformer` class of the tree in use."""
+    override = os.environ.get("DINOCELL_DINOV3")
+    if override and override not in sys.path:
+        if not (Path(override) / "dinov3" / "models").is_dir():
+            raise UsageError(
+                "DINOCELL_DINOV3 must be a folder that holds the package dinov3, got "
+                f"{override}: name the root of a DINOv3 checkout"
+            )
+        if "dinov3" in sys.modules:
+            raise UsageError(
+                "DINOCELL_DINOV3 must be set before dinov3 is imported, got it afterwards: set it "
+                "in the environment of the process"
+            )
+        sys.path.insert(0, override)
+    try:
+        from dinov3.models.vision_transformer import DinoVisionTransformer
+    except ImportError as error:
+        import dinov3
+
+        found = getattr(dinov3, "__file__", None) or list(getattr(dinov3, "__path__", []))
+        raise UsageError(
+            f"the package dinov3 must be DINOCell's or a compatible one, got {found} ({error}): "
+            "uninstall the other, or set DINOCELL_DINOV3 to the tree to use"
+        ) from error
+    return DinoVisionTransformer
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,83 @@
+"""Progress of long work: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["Progress", "progress"]
+
+_LINE_EVERY_S = 10.0
+
+
+class Progress:
+    """Counts steps of known total; made by `progress`."""
+
+    def __init__(self, description: str, total: int, *, shown: bool) -> None:
+        self.description = description
+        self.total = total
+        self.done = 0
+        self._started = self._last_line = time.monotonic()
+        self._bar = None
+        self._task = None
+        self._plain = shown and not sys.stderr.isatty()
+        if shown and not self._plain:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+            from rich.progress import Progress as RichProgress
+
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(description, total=total, note="")
+            self._bar.start()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count `steps` more; `note` is shown beside the bar (a loss, a file name)."""
+        self.done += steps
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=steps, note=note)
+        elif self._plain:
+            now = time.monotonic()
+            if now - self._last_line >= _LINE_EVERY_S:
+                self._last_line = now
+                remaining = (now - self._started) / self.done * (self.total - self.done)
+                text = f"{self.description} {self.done}/{self.total}, {remaining:.0f} s left {note}"
+                self.write(text.rstrip())
+
+    def write(self, line: str) -> None:
+        """Print a line to standard error without breaking the bar."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+@contextmanager
+def progress(description: str, total: int, *, shown: bool = True) -> Iterator[Progress]:
+    """`with progress("segmenting", 12) as bar: ... bar.advance()`; `shown=False` prints no bar."""
+    bar = Progress(description, total, shown=shown)
+    try:
+        yield bar
+    finally:
+        bar.close()
