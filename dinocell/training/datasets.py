@@ -1,0 +1,244 @@
+"""Folders of images and labels → training crops.
+
+A crop is a pure function of (seed, index): no sampler state, no dependence on loader processes, so
+a resumed run sees exactly what the uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dinocell.config import AugmentConfig, DataConfig, DatasetConfig, ModelConfig
+from dinocell.distance_map import labels_to_distance_map
+from dinocell.errors import DataSetError
+from dinocell.image_io import find_images, read_image, read_labels
+from dinocell.preprocess import normalize_intensity, to_model_input
+from dinocell.progress import progress
+from dinocell.training.augment import (
+    apply_intensity,
+    crop_image,
+    crop_labels,
+    draw_crop,
+    empty_crop,
+)
+
+__all__ = ["CropDataset", "Pair", "find_pairs", "read_pair", "split_pairs"]
+
+_MARGIN_SHARE = 0.25  # of the crop, on each side, so that cut cells keep their true distances
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image file and its label file."""
+
+    dataset: str
+    image_path: Path
+    labels_path: Path
+
+
+def find_pairs(images: str | Path, labels: str | Path, dataset: str = "") -> list[Pair]:
+    """Pair the files of two folders by name without suffix.
+
+    Raises
+    ------
+    DataSetError
+        A folder is missing or empty, or a name has no partner (up to five are named).
+    """
+    folders = [Path(images), Path(labels)]
+    for folder, kind in zip(folders, ("images", "labels"), strict=True):
+        if not folder.is_dir():
+            raise DataSetError(
+                f"the {kind} of data set {dataset!r} must be a folder, got {folder}: check the path "
+                "(DINOCELL_DATA names the data folder of the shipped configurations)"
+            )
+    by_stem = []
+    for folder in folders:
+        paths: dict[str, Path] = {}
+        for path in find_images([folder], include_outputs=True):
+            if path.stem in paths:
+                raise DataSetError(
+                    f"names in a data set must differ beyond their suffix, got {path.name} and "
+                    f"{paths[path.stem].name} in {folder}: remove one"
+                )
+            paths[path.stem] = path
+        by_stem.append(paths)
+    image_paths, label_paths = by_stem
+    unpaired = sorted(image_paths.keys() ^ label_paths.keys())
+    if unpaired:
+        raise DataSetError(
+            f"every image of data set {dataset!r} must have a label file of the same name, got "
+            f"{len(unpaired)} without a partner ({', '.join(unpaired[:5])}): rename or remove them"
+        )
+    return [Pair(dataset, image_paths[stem], label_paths[stem]) for stem in sorted(image_paths)]
+
+
+def split_pairs(config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Training and validation pairs of all data sets.
+
+    A given validation split is taken as it is; otherwise `val_fraction` of each set (at least one
+    image) is held out, drawn by `seed`.
+
+    Raises
+    ------
+    DataSetError
+        As `find_pairs`; or a set of a single image without a given split.
+    """
+    train: list[Pair] = []
+    val: list[Pair] = []
+    for index, dataset in enumerate(config.datasets):
+        pairs = find_pairs(dataset.images, dataset.labels, dataset.name)
+        if dataset.val_images is not None and dataset.val_labels is not None:
+            train += pairs
+            val += find_pairs(dataset.val_images, dataset.val_labels, dataset.name)
+            continue
+        if len(pairs) < 2:
+            raise DataSetError(
+                f"data set {dataset.name!r} must have at least two images to hold one out, got "
+                f"{len(pairs)}: add images or name val_images and val_labels"
+            )
+        order = np.random.default_rng([seed, index]).permutation(len(pairs))
+        held_out = max(1, min(len(pairs) - 1, round(config.val_fraction * len(pairs))))
+        chosen = set(order[:held_out].tolist())
+        train += [pair for position, pair in enumerate(pairs) if position not in chosen]
+        val += [pair for position, pair in enumerate(pairs) if position in chosen]
+    if config.max_val_images is not None and len(val) > config.max_val_images:
+        picked = np.linspace(0, len(val) - 1, config.max_val_images).round().astype(int)
+        val = [val[position] for position in picked]
+    return train, val
+
+
+def read_pair(pair: Pair) -> tuple[NDArray, NDArray[np.uint32]]:
+    """Raw gray image (H, W) and labels (H, W) of a pair.
+
+    Raises
+    ------
+    DataSetError
+        The image has several channels, or the sizes differ.
+    """
+    image = read_image(pair.image_path).pixels
+    labels = read_labels(pair.labels_path)
+    if image.ndim != 2:
+        raise DataSetError(
+            f"training images must be gray (H, W), got shape {image.shape} in {pair.image_path}: "
+            "save one channel"
+        )
+    if image.shape != labels.shape:
+        raise DataSetError(
+            f"an image and its labels must have one size, got {image.shape} and {labels.shape} for "
+            f"{pair.image_path.name}: check that the names belong together"
+        )
+    return image, labels
+
+
+class CropDataset(Dataset):
+    """Endless augmented crops: item `index` depends on the seed and the index only.
+
+    Every file is read once at the start, so that a bad one is met before the first step.
+
+    Parameters
+    ----------
+    pairs : sequence of Pair
+    datasets : sequence of DatasetConfig
+        For their weights: a set is drawn by `weight` (default: its pixels), an image within it by
+        the square root of its pixels.
+    model, augment : configurations
+    crop_px : int
+    seed : int
+    length : int
+        Number of items: steps × batch size.
+    cache_bytes : int
+        Normalised images and labels kept in memory; the rest is read again.
+    shown : bool
+        Show progress while reading.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        datasets: Sequence[DatasetConfig],
+        *,
+        model: ModelConfig,
+        augment: AugmentConfig,
+        crop_px: int,
+        seed: int,
+        length: int,
+        cache_bytes: int = 2_000_000_000,
+        shown: bool = False,
+    ) -> None:
+        self.pairs = list(pairs)
+        self.model = model
+        self.augment = augment
+        self.crop_px = crop_px
+        self.seed = seed
+        self.length = length
+        self._margin_px = round(crop_px * _MARGIN_SHARE)
+        self._cache: dict[int, tuple[NDArray[np.float16], NDArray[np.float32]]] = {}
+        pixels = np.zeros(len(self.pairs))
+        used = 0
+        with progress("reading training images", len(self.pairs), shown=shown) as bar:
+            for index in range(len(self.pairs)):
+                item = self._read(index)
+                pixels[index] = item[0].size
+                used += item[0].nbytes + item[1].nbytes
+                if used <= cache_bytes:
+                    self._cache[index] = item
+                bar.advance()
+        self.probabilities = _pair_probabilities(self.pairs, datasets, pixels)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Normalised crop (3, crop, crop) and distance map (1, crop, crop), both float32."""
+        rng = np.random.default_rng([self.seed, index])
+        pair = int(rng.choice(len(self.pairs), p=self.probabilities))
+        image, labels = self._cache.get(pair) or self._read(pair)
+        parameters = draw_crop(rng, self.augment, *image.shape, self.crop_px)
+        if parameters.empty:
+            crop = empty_crop(parameters, self.crop_px)
+            distance_map = np.zeros_like(crop)
+        else:
+            crop = apply_intensity(crop_image(image, parameters, self.crop_px), parameters)
+            margin = self._margin_px
+            cells = crop_labels(labels, parameters, self.crop_px + 2 * margin)
+            inner = slice(margin, margin + self.crop_px)
+            distance_map = labels_to_distance_map(cells, target=self.model.target)[inner, inner]
+        return (
+            torch.from_numpy(to_model_input(crop)),
+            torch.from_numpy(np.ascontiguousarray(distance_map[None])),
+        )
+
+    def _read(self, index: int) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+        image, labels = read_pair(self.pairs[index])
+        if labels.max(initial=0) >= 2**24:
+            raise DataSetError(
+                f"training labels must be below 16,777,216, got {labels.max()} in "
+                f"{self.pairs[index].labels_path}: renumber them from 1"
+            )
+        normalized = normalize_intensity(
+            image,
+            low_percentile=self.model.low_percentile,
+            high_percentile=self.model.high_percentile,
+            min_contrast_sigma=self.model.min_contrast_sigma,
+        )
+        return normalized.astype(np.float16), labels.astype(np.float32)
+
+
+def _pair_probabilities(
+    pairs: Sequence[Pair], datasets: Sequence[DatasetConfig], pixels: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    probabilities = np.zeros(len(pairs))
+    for dataset in datasets:
+        members = np.array([pair.dataset == dataset.name for pair in pairs])
+        weight = pixels[members].sum() if dataset.weight is None else dataset.weight
+        share = np.sqrt(pixels) * members
+        probabilities += weight * share / share.sum()
+    return probabilities / probabilities.sum()

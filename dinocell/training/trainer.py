@@ -1,0 +1,575 @@
+"""The fine-tuning loop: `dinocell train`.
+
+Everything random is a pure function of (seed, step), so a run that was cut anywhere continues bit
+for bit on the CPU from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+from dinocell import __version__
+from dinocell.backbone import load_backbone_weights
+from dinocell.config import OptimizerConfig, TrainConfig, config_to_mapping
+from dinocell.errors import CheckpointError, ConfigError, DINOCellError, MissingExtraError
+from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
+from dinocell.image_io import atomic_path
+from dinocell.inference import predict_distance_map
+from dinocell.model import DINOCell, resolve_device, save_model, with_config
+from dinocell.progress import Progress, progress
+from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
+from dinocell.training.datasets import CropDataset, Pair, read_pair, split_pairs
+from dinocell.training.losses import distance_loss
+
+__all__ = [
+    "TrainResult",
+    "TrainingInterruptedError",
+    "learning_rate_factor",
+    "parameter_groups",
+    "train",
+]
+
+# Keys that may differ between a run and its continuation: they change where and how fast, not what.
+_FREE_KEYS = (
+    ("device",),
+    ("data", "num_workers"),
+    ("data", "cache_bytes"),
+    ("schedule", "log_every"),
+    ("schedule", "keep_checkpoints"),
+    ("schedule", "checkpoint_every"),
+    ("wandb",),
+    ("output_dir",),
+    ("description",),
+    ("licence",),
+)
+_COARSE_GRIDS = {
+    "peak_grid": (0.4, 0.5, 0.6, 0.7),
+    "fill_grid": (0.1, 0.2, 0.3, 0.4),
+    "prominence_grid": (0.05, 0.15),
+}
+_FINE_GRIDS = {
+    "peak_grid": tuple(np.arange(0.30, 0.86, 0.05).round(2).tolist()),
+    "fill_grid": tuple(np.arange(0.05, 0.61, 0.05).round(2).tolist()),
+    "prominence_grid": (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
+}
+
+
+class TrainingInterruptedError(DINOCellError):
+    """The run was stopped by a signal after writing a checkpoint."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the model is and how it did on the validation images."""
+
+    model_path: Path
+    step: int
+    val_ap50: float
+    thresholds: dict[str, float]
+    stopped_early: bool
+
+
+def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:
+    """Share of the peak learning rate at 0-based `step`: linear warm-up, cosine to the minimum.
+
+    Loshchilov & Hutter 2017 (SGDR), eq. 5 without restarts.  Warm-up ends at step
+    `warmup_steps - 1` with 1; the last step has `min_lr_ratio`.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    span = max(1, total_steps - 1 - config.warmup_steps)
+    share = min(1.0, (step - config.warmup_steps) / span)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * share))
+    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine
+
+
+def parameter_groups(model: DINOCell, config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW groups: backbone and decoder apart, weight decay on matrices only, layer decay.
+
+    Each group has `lr_scale`, the multiple of the scheduled learning rate, and `params`.  Biases,
+    norms, LayerScale and tokens do not decay.  A frozen backbone has no group.
+    """
+    depth = len(model.backbone.vit.blocks)  # type: ignore[arg-type]
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = 1.0
+        if name.startswith("backbone."):
+            scale = config.backbone.lr_mult * config.backbone.layer_decay ** _distance_from_top(
+                name, depth
+            )
+        decays = parameter.ndim >= 2 and not name.endswith(("_token", "_tokens"))
+        groups.setdefault((scale, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr_scale": scale,
+            "weight_decay": config.optimizer.weight_decay if decays else 0.0,
+        }
+        for (scale, decays), parameters in groups.items()
+    ]
+
+
+def train(config: TrainConfig, *, shown: bool = True, stop_after: int | None = None) -> TrainResult:
+    """Train a model as `config` says, or continue the run in its output folder.
+
+    Writes into `config.output_dir`: `config.yaml` (resolved), `metrics.jsonl`, `checkpoints/`,
+    `best.safetensors` (best validation AP so far), and at the end `model.safetensors` (float16,
+    with tuned thresholds) and `curves.png`.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    shown : bool
+        Show progress on standard error.
+    stop_after : int, optional
+        Stop with a checkpoint after this step as if by a signal.
+
+    Raises
+    ------
+    ConfigError
+        The output folder holds a run of another configuration.
+    DataSetError, ImageFileError
+        The data do not fit.
+    CheckpointError
+        A checkpoint or weight file cannot be read, or the loss is not finite.
+    TrainingInterruptedError
+        SIGINT, SIGTERM or SIGUSR2 came, or `stop_after` was reached; a checkpoint is written.
+    """
+    return _Trainer(config, shown=shown, stop_after=stop_after).run()
+
+
+class _Trainer:
+    def __init__(self, config: TrainConfig, *, shown: bool, stop_after: int | None) -> None:
+        self.config = config
+        self.shown = shown
+        self.stop_after = stop_after
+        self.output_dir = Path(config.output_dir)
+        self.checkpoint_dir = self.output_dir / "checkpoints"
+        self.log_path = self.output_dir / "metrics.jsonl"
+        self.device = resolve_device(config.device)
+        self.crop_px = config.schedule.crop_px or config.model.window_px
+        self.step = 0
+        self.best_ap = -1.0
+        self.best_step = 0
+        self.validations_without_gain = 0
+        self._stop_signal: int | None = None
+
+    def run(self) -> TrainResult:
+        self._claim_output_dir()
+        train_pairs, val_pairs = split_pairs(self.config.data, self.config.seed)
+        torch.manual_seed(self.config.seed)
+        self.model = DINOCell(self.config.model)
+        if self.config.backbone.weights is not None:
+            load_backbone_weights(self.model.backbone, self.config.backbone.weights)
+        self.model.to(self.device)
+        if self.config.backbone.frozen:
+            self.model.backbone.requires_grad_(False)
+        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, self.config),
+            lr=self.config.optimizer.lr,
+            betas=self.config.optimizer.betas,
+        )
+        self._resume()
+        dataset = CropDataset(
+            train_pairs,
+            self.config.data.datasets,
+            model=self.config.model,
+            augment=self.config.augment,
+            crop_px=self.crop_px,
+            seed=self.config.seed,
+            length=self.config.schedule.steps * self.config.schedule.batch_size,
+            cache_bytes=self.config.data.cache_bytes,
+            shown=self.shown,
+        )
+        self.val_samples = [read_pair(pair) for pair in val_pairs]
+        self._write_config()
+        with self._signals(), self._wandb() as self.wandb_run:
+            stopped_early = self._loop(dataset)
+            return self._finish(train_pairs, val_pairs, stopped_early)
+
+    # ---- the loop -------------------------------------------------------------------------
+
+    def _loop(self, dataset: CropDataset) -> bool:
+        schedule = self.config.schedule
+        loader = DataLoader(
+            dataset,
+            batch_sampler=_StepSampler(self.step, schedule.steps, schedule.batch_size),
+            num_workers=self.config.data.num_workers,
+        )
+        losses: list[float] = []
+        waited_s, logged_at = 0.0, time.monotonic()
+        with progress("training", schedule.steps, shown=self.shown) as bar:
+            bar.advance(self.step)
+            fetched_at = time.monotonic()
+            for image, target in loader:
+                waited_s += time.monotonic() - fetched_at
+                loss, gradient_norm = self._step(image, target)
+                self.step += 1
+                losses.append(loss)
+                bar.advance(note=f"loss {loss:.4f}  best AP {max(self.best_ap, 0):.3f}")
+                if self.step % schedule.log_every == 0 or self.step == schedule.steps:
+                    now = time.monotonic()
+                    self._log(
+                        {
+                            "step": self.step,
+                            "loss": float(np.mean(losses)),
+                            "lr": self.optimizer.param_groups[0]["lr"],
+                            "gradient_norm": gradient_norm,
+                            "crops_per_s": len(losses) * schedule.batch_size / (now - logged_at),
+                            "wait_share": waited_s / (now - logged_at),
+                        }
+                    )
+                    losses, waited_s, logged_at = [], 0.0, now
+                validated = self.step % schedule.eval_every == 0 or self.step == schedule.steps
+                if validated:
+                    self._validate(bar)
+                stopped_early = (
+                    schedule.patience is not None
+                    and self.validations_without_gain >= schedule.patience
+                )
+                interrupted = self._stop_signal is not None or self.step == self.stop_after
+                if self.step % schedule.checkpoint_every == 0 or interrupted or stopped_early:
+                    self._save()
+                if stopped_early:
+                    bar.write(f"stopped early: no better validation AP since step {self.best_step}")
+                    return True
+                if interrupted and self.step < schedule.steps:
+                    raise TrainingInterruptedError(
+                        f"training must reach step {schedule.steps}, got a signal at step "
+                        f"{self.step}: run the same command to go on from its checkpoint"
+                    )
+                fetched_at = time.monotonic()
+        self._save()
+        return False
+
+    def _step(self, image: Tensor, target: Tensor) -> tuple[float, float]:
+        config = self.config
+        # Stochastic depth draws from torch's generator: seeding by step makes resuming exact.
+        torch.manual_seed(config.seed * 1_000_003 + self.step)
+        self.model.train()
+        if config.backbone.frozen:
+            self.model.backbone.eval()
+        factor = learning_rate_factor(self.step, config.optimizer, config.schedule.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.optimizer.lr * group["lr_scale"] * factor
+        autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if config.schedule.precision == "bf16":
+            autocast = torch.autocast(self.device.type, torch.bfloat16)
+        with autocast:
+            predicted = self.model(image.to(self.device, non_blocking=True))
+        loss = distance_loss(predicted, target.to(self.device, non_blocking=True))
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise CheckpointError(
+                f"the training loss must be finite, got {value} at step {self.step}: lower "
+                "optimizer.lr, or go on from the last checkpoint with schedule.precision=fp32"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        limit = config.optimizer.clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in self.model.parameters() if p.requires_grad], limit
+        )
+        self.optimizer.step()
+        self._update_average()
+        return value, float(norm)
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # The usual warm-up of the decay: early averages would otherwise be mostly random weights.
+        decay = min(self.config.schedule.ema_decay, (1 + self.step) / (10 + self.step))
+        averaged, current = self.averaged.state_dict(), self.model.state_dict()
+        for key, value in averaged.items():
+            if value.is_floating_point():
+                value.lerp_(current[key], 1.0 - decay)
+            else:
+                value.copy_(current[key])
+
+    # ---- validation -----------------------------------------------------------------------
+
+    def _predict_validation(
+        self, model: DINOCell
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.uint32]]]:
+        model.eval()
+        return [(predict_distance_map(model, image), truth) for image, truth in self.val_samples]
+
+    def _validate(self, bar: Progress) -> None:
+        started = time.monotonic()
+        samples = self._predict_validation(self.averaged)
+        tuned = tune_thresholds(samples, metric="ap50", **_COARSE_GRIDS)
+        ap = tuned.best_score
+        if ap > self.best_ap:
+            self.best_ap, self.best_step, self.validations_without_gain = ap, self.step, 0
+            save_model(
+                self.output_dir / "best.safetensors",
+                with_config(self.averaged, **_thresholds(tuned)),
+            )
+        else:
+            self.validations_without_gain += 1
+        self._log(
+            {
+                "step": self.step,
+                "val_ap50_pooled": ap,
+                "val_seconds": time.monotonic() - started,
+                **_thresholds(tuned),
+            }
+        )
+        bar.write(f"step {self.step}: validation AP@0.5 {ap:.4f} (best {self.best_ap:.4f})")
+
+    # ---- files ----------------------------------------------------------------------------
+
+    def _claim_output_dir(self) -> None:
+        """Refuse a folder with a run of another configuration before touching anything."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        path = self.output_dir / "config.yaml"
+        if not path.exists():
+            return
+        try:
+            there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            there = None
+        here = config_to_mapping(self.config)
+        differing = _differing_keys(there, here)
+        if differing:
+            raise ConfigError(
+                f"a run must continue with its own configuration, got other values of "
+                f"{', '.join(differing[:5])} than {path}: choose another output_dir"
+            )
+
+    def _write_config(self) -> None:
+        with atomic_path(self.output_dir / "config.yaml") as temporary:
+            temporary.write_text(
+                yaml.safe_dump(config_to_mapping(self.config), sort_keys=False), encoding="utf-8"
+            )
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.checkpoint_dir,
+            self.step,
+            {
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "averaged": self.averaged.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "best_ap": self.best_ap,
+                "best_step": self.best_step,
+                "validations_without_gain": self.validations_without_gain,
+            },
+            keep=self.config.schedule.keep_checkpoints,
+        )
+
+    def _resume(self) -> None:
+        checkpoints = find_checkpoints(self.checkpoint_dir)
+        if not checkpoints:
+            self._truncate_log()
+            return
+        _, path = checkpoints[-1]
+        state = load_checkpoint(path)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.averaged.load_state_dict(state["averaged"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = int(state["step"])
+            self.best_ap = float(state["best_ap"])
+            self.best_step = int(state["best_step"])
+            self.validations_without_gain = int(state["validations_without_gain"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"a checkpoint must fit the configured model, got {path} ({reason}): choose "
+                "another output_dir"
+            ) from error
+        self._truncate_log()
+
+    def _truncate_log(self) -> None:
+        """Drop lines of steps that will be done again."""
+        if not self.log_path.exists():
+            return
+        lines = self.log_path.read_text(encoding="utf-8").splitlines()
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                continue  # a line cut by a crash
+        with atomic_path(self.log_path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def _log(self, row: dict[str, Any]) -> None:
+        with self.log_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.wandb_run is not None:
+            try:
+                self.wandb_run.log(row, step=self.step)
+            except Exception as error:  # a failing logger never stops training
+                print(f"wandb stopped ({error}); metrics.jsonl goes on", flush=True)
+                self.wandb_run = None
+
+    @contextlib.contextmanager
+    def _wandb(self) -> Iterator[Any]:
+        if not self.config.wandb.enabled:
+            yield None
+            return
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingExtraError(
+                'wandb.enabled needs the package wandb, which is not installed: pip install "dinocell[wandb]"'
+            ) from error
+        id_path = self.output_dir / "wandb_id"
+        if not id_path.exists():
+            id_path.write_text(wandb.util.generate_id(), encoding="utf-8")
+        run = wandb.init(
+            project=self.config.wandb.project,
+            name=self.config.wandb.name or self.config.name,
+            id=id_path.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(self.output_dir),
+            config=config_to_mapping(self.config),
+        )
+        try:
+            yield run
+        finally:
+            run.finish()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def note(number: int, _frame: object) -> None:
+            self._stop_signal = number
+
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGUSR2"):
+            numbers.append(signal.SIGUSR2)
+        before: dict[int, Any] = {}
+        try:
+            for number in numbers:
+                before[number] = signal.signal(number, note)
+        except ValueError:
+            before = {}  # not the main thread: the caller handles signals
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # ---- the end --------------------------------------------------------------------------
+
+    def _finish(
+        self, train_pairs: Sequence[Pair], val_pairs: Sequence[Pair], stopped_early: bool
+    ) -> TrainResult:
+        best = DINOCell.from_pretrained(self.output_dir / "best.safetensors", device=self.device)
+        # Tuned on the float16 weights that are shipped, not on better ones.
+        for value in best.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(value.half())
+        samples = self._predict_validation(best)
+        tuned = tune_thresholds(samples, metric="ap", **_FINE_GRIDS)
+        final = tune_thresholds(
+            samples,
+            metric="ap50",
+            peak_grid=(tuned.peak_threshold,),
+            fill_grid=(tuned.fill_threshold,),
+            prominence_grid=(tuned.min_prominence,),
+        )
+        shipped = with_config(best, **_thresholds(tuned))
+        shipped.card = {
+            "name": self.config.name,
+            "description": self.config.description,
+            "licence": self.config.licence,
+            "dinocell_version": __version__,
+            "torch_version": torch.__version__,
+            "data": {
+                dataset.name: {
+                    "train_images": sum(pair.dataset == dataset.name for pair in train_pairs),
+                    "val_images": sum(pair.dataset == dataset.name for pair in val_pairs),
+                }
+                for dataset in self.config.data.datasets
+            },
+            "best_step": self.best_step,
+            "seed": self.config.seed,
+            "metrics": {
+                "val_ap50_pooled": final.best_score,
+                "val_ap_mean_pooled": tuned.best_score,
+            },
+        }
+        model_path = self.output_dir / "model.safetensors"
+        save_model(model_path, shipped, half=True)
+        from dinocell.training.curves import draw_curves
+
+        draw_curves(self.log_path, self.output_dir / "curves.png")
+        return TrainResult(
+            model_path=model_path,
+            step=self.step,
+            val_ap50=final.best_score,
+            thresholds=_thresholds(tuned),
+            stopped_early=stopped_early,
+        )
+
+
+class _StepSampler(Sampler[list[int]]):
+    """Batches of item indices from `first_step` on: step s is items s·B ... s·B + B − 1."""
+
+    def __init__(self, first_step: int, num_steps: int, batch_size: int) -> None:
+        self.steps = range(first_step, num_steps)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            yield list(range(step * self.batch_size, (step + 1) * self.batch_size))
+
+
+def _thresholds(tuned: TuningResult) -> dict[str, float]:
+    return {
+        "peak_threshold": tuned.peak_threshold,
+        "fill_threshold": tuned.fill_threshold,
+        "min_prominence": tuned.min_prominence,
+    }
+
+
+def _distance_from_top(name: str, depth: int) -> int:
+    """0 for the final norm, 1 for the last block, ..., depth + 1 for patch embedding and tokens."""
+    parts = name.split(".")
+    if "blocks" in parts:
+        return depth - int(parts[parts.index("blocks") + 1])
+    return 0 if parts[2] == "norm" else depth + 1
+
+
+def _differing_keys(there: Any, here: dict[str, Any]) -> list[str]:
+    if not isinstance(there, dict):
+        return ["config.yaml (unreadable)"]
+    differing = []
+
+    def compare(left: Any, right: Any, path: tuple[str, ...]) -> None:
+        if path in _FREE_KEYS:
+            return
+        if isinstance(left, dict) and isinstance(right, dict):
+            for key in sorted(left.keys() | right.keys()):
+                compare(left.get(key), right.get(key), (*path, key))
+        elif left != right:
+            differing.append(".".join(path))
+
+    compare(there, here, ())
+    return differing
