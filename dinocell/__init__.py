@@ -1,0 +1,49 @@
+"""DINOCell: segment cells in microscopy images with a self-supervised vision transformer.
+
+>>> from dinocell import DINOCell, segment                   # doctest: +SKIP
+>>> model = DINOCell.from_pretrained("dinocell-tiny")        # doctest: +SKIP
+>>> result = segment("image.tif", model=model)               # doctest: +SKIP
+
+Torch and the rest arrive when a name is first used, so that `import dinocell` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dinocell.errors import DINOCellError
+    from dinocell.model import DINOCell, create_dinocell_model
+    from dinocell.pipeline import DINOCellPipeline, Segmentation, segment
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DINOCell",
+    "DINOCellError",
+    "DINOCellPipeline",
+    "Segmentation",
+    "__version__",
+    "create_dinocell_model",
+    "segment",
+]
+
+_HOME = {
+    "DINOCell": "dinocell.model",
+    "DINOCellError": "dinocell.errors",
+    "DINOCellPipeline": "dinocell.pipeline",
+    "Segmentation": "dinocell.pipeline",
+    "create_dinocell_model": "dinocell.model",
+    "segment": "dinocell.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'dinocell' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,361 @@
+"""Many files through one model: resumable, one bad file stops nothing, each output written once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from dinocell import __version__
+from dinocell.errors import ConfigError, DINOCellError, UsageError
+from dinocell.exports import EXPORT_FORMATS
+from dinocell.image_io import atomic_path
+from dinocell.model import DINOCell, load_model
+from dinocell.pipeline import DEFAULT_MODEL, DINOCellPipeline, Segmentation
+from dinocell.progress import progress
+from dinocell.report import ReportEntry, make_entry, write_report
+
+__all__ = ["BatchResult", "SegmentOptions", "segment_files"]
+
+# Not part of what an image's result depends on, so a resumed run may change them.
+_FREE_OPTIONS = ("device", "batch_size", "tile_px", "workers", "report", "resume", "overwrite")
+_SETTINGS_NAME = "settings.json"
+_JOURNAL_NAME = "images.jsonl"
+_REPORT_LIMIT = 500
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """The options of `dinocell segment`; None leaves the model's or the file's own value."""
+
+    model: str = DEFAULT_MODEL
+    device: str = "auto"
+    formats: tuple[str, ...] = ("tif",)
+    channels: tuple[int | str, ...] | None = None
+    page: int | None = None
+    pixel_size_um: float | None = None
+    peak_threshold: float | None = None
+    fill_threshold: float | None = None
+    min_prominence: float | None = None
+    min_area_px: int | None = None
+    batch_size: int = 8
+    tile_px: int | None = None
+    precision: str = "fp32"
+    workers: int = 1
+    overlay: bool = True
+    report: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    allow_mask: bool = False
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a batch did.
+
+    Attributes
+    ----------
+    out : folder of the results
+    rows : one summary per image done, in input order, earlier runs included
+    failures : (path, sentence) per image that failed
+    skipped : images that were done before
+    seconds : wall time of this run
+    """
+
+    out: Path
+    rows: list[dict[str, Any]]
+    failures: list[tuple[Path, str]]
+    skipped: int
+    seconds: float
+
+    def text(self) -> str:
+        """A few lines for the terminal."""
+        cells = sum(row["num_cells"] for row in self.rows)
+        lines = [
+            f"{cells} cells in {len(self.rows)} image{'s' if len(self.rows) != 1 else ''} "
+            f"({self.seconds:.1f} s{f', {self.skipped} done before' if self.skipped else ''}) → {self.out}"
+        ]
+        for row in self.rows:
+            if row["warnings"]:
+                lines.append(f"note: {row['name']}: {row['warnings']}")
+        for path, sentence in self.failures:
+            lines.append(f"failed: {path}: {sentence}")
+        return "\n".join(lines)
+
+
+def segment_files(
+    paths: Sequence[Path],
+    out: str | os.PathLike[str],
+    options: SegmentOptions,
+    *,
+    model: DINOCell | None = None,
+    shown: bool = True,
+) -> BatchResult:
+    """Segment files into one folder.
+
+    The network runs in this thread; finishing (watershed, measuring, writing) runs behind it in
+    `options.workers` threads and does not change any result.
+
+    Parameters
+    ----------
+    paths : sequence of paths
+        As from `find_images`.
+    out : folder
+        Gets the files of `Segmentation.save` per image, `summary.csv`, `settings.json`, a journal
+        (`images.jsonl`) that `resume` reads, and with `options.report` a `report.html`.
+    model : DINOCell, optional
+        In place of loading `options.model`.
+
+    Raises
+    ------
+    UsageError
+        Nothing to do, two inputs of one name, an unknown format, results already present and
+        neither `resume` nor `overwrite`, or both.
+    ConfigError
+        `resume` with other settings than those of the folder.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    _check_call(paths, options)
+    loaded = model if model is not None else load_model(options.model, device=options.device)
+    pipeline = DINOCellPipeline(
+        loaded,
+        batch_size=options.batch_size,
+        tile_px=options.tile_px,
+        precision=options.precision,
+        peak_threshold=options.peak_threshold,
+        fill_threshold=options.fill_threshold,
+        min_prominence=options.min_prominence,
+        min_area_px=options.min_area_px,
+    )
+    settings = _settings(options, loaded)
+    done = _open_folder(out, paths, settings, options)
+    todo = [path for path in paths if path.stem not in done]
+    failures: list[tuple[Path, str]] = []
+    entries: dict[str, ReportEntry] = {}
+    rows = dict(done)
+
+    def finish(path: Path, plane: NDArray, distance_map: NDArray, size_um: float | None) -> None:
+        result = pipeline.finish(plane, distance_map, pixel_size_um=size_um, name=path.stem)
+        rows[path.stem] = _write_result(out, path, result, options, entries)
+
+    pending: list[tuple[Path, Future[None]]] = []
+
+    def collect(limit: int) -> None:
+        while len(pending) > limit:
+            path, future = pending.pop(0)
+            try:
+                future.result()
+            except (DINOCellError, ValueError, OSError, MemoryError) as error:
+                failures.append((path, str(error) or type(error).__name__))
+            bar.advance(note=path.name)
+
+    with (
+        progress("segmenting", len(todo), shown=shown) as bar,
+        ThreadPoolExecutor(max(1, options.workers)) as pool,
+    ):
+        for path in todo:
+            try:
+                plane, size_um, _ = pipeline.load(
+                    path,
+                    channels=options.channels,
+                    page=options.page,
+                    pixel_size_um=options.pixel_size_um,
+                    allow_mask=options.allow_mask,
+                )
+                distance_map = pipeline.predict(plane)
+            except (DINOCellError, ValueError, OSError, MemoryError) as error:
+                failures.append((path, str(error) or type(error).__name__))
+                bar.advance(note=path.name)
+                continue
+            pending.append((path, pool.submit(finish, path, plane, distance_map, size_um)))
+            # Bounded, so that slow disks do not fill the memory with finished maps.
+            collect(2 * options.workers)
+        collect(0)
+    ordered = [rows[path.stem] for path in paths if path.stem in rows]
+    failures.sort(key=lambda item: paths.index(item[0]))
+    _write_summary(out / "summary.csv", ordered, failures)
+    if options.report:
+        _write_report(out, paths, entries, failures, options)
+    return BatchResult(
+        out=out,
+        rows=ordered,
+        failures=failures,
+        skipped=len(done),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
+    if not paths:
+        raise UsageError("segment must get at least one image, got none: name files or folders")
+    unknown = [name for name in options.formats if name not in EXPORT_FORMATS]
+    if unknown or not options.formats:
+        raise UsageError(
+            f"--format must be one of {', '.join(EXPORT_FORMATS)}, got "
+            f"{', '.join(unknown) or 'none'}: choose one of them"
+        )
+    if options.precision not in ("fp32", "bf16"):
+        raise UsageError(f"--precision must be fp32 or bf16, got {options.precision!r}: choose one")
+    if options.resume and options.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other, got both: choose one")
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in seen:
+            raise UsageError(
+                f"inputs must differ in name without suffix, because outputs are named so, got {path} "
+                f"and {seen[path.stem]}: segment them into two folders"
+            )
+        seen[path.stem] = path
+
+
+def _settings(options: SegmentOptions, model: DINOCell) -> dict[str, Any]:
+    """What the results depend on; kept beside them."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
+    kept = {key: value for key, value in asdict(options).items() if key not in _FREE_OPTIONS}
+    config = model.config
+    for key in ("peak_threshold", "fill_threshold", "min_prominence", "min_area_px"):
+        if kept[key] is None:
+            kept[key] = getattr(config, key)
+    kept["weights_sha256"] = digest.hexdigest()
+    kept["dinocell_version"] = __version__
+    return json.loads(json.dumps(kept))
+
+
+def _open_folder(
+    out: Path, paths: Sequence[Path], settings: dict[str, Any], options: SegmentOptions
+) -> dict[str, dict[str, Any]]:
+    """Check the folder, and return the rows of images that are done and need not be repeated."""
+    settings_path, journal_path = out / _SETTINGS_NAME, out / _JOURNAL_NAME
+    label_names = [EXPORT_FORMATS[name].suffix for name in options.formats]
+    present = [
+        path for path in paths if any((out / f"{path.stem}{name}").exists() for name in label_names)
+    ]
+    if present and not (options.resume or options.overwrite):
+        raise UsageError(
+            f"the output folder must not hold results of these images, got {len(present)} in {out}: "
+            "add --resume to keep them, --overwrite to replace them, or choose another folder"
+        )
+    done: dict[str, dict[str, Any]] = {}
+    if options.resume and settings_path.exists():
+        try:
+            there = json.loads(settings_path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            there = {}
+        differing = sorted(key for key in settings if settings[key] != there.get(key))
+        if differing:
+            raise ConfigError(
+                f"--resume must use the settings of the folder, got other values of "
+                f"{', '.join(differing)} than {settings_path}: choose another folder or --overwrite"
+            )
+        for row in _read_journal(journal_path):
+            if all((out / f"{row['name']}{suffix}").exists() for suffix in label_names):
+                done[row["name"]] = row
+        wanted = {path.stem: str(path) for path in paths}
+        done = {name: row for name, row in done.items() if wanted.get(name) == row["source"]}
+    out.mkdir(parents=True, exist_ok=True)
+    if options.overwrite:
+        for path in paths:  # a half-replaced folder must not look finished
+            for name in label_names:
+                (out / f"{path.stem}{name}").unlink(missing_ok=True)
+        journal_path.unlink(missing_ok=True)
+    with atomic_path(settings_path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
+    return done
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # cut by a crash: that image is done again
+    return rows
+
+
+def _write_result(
+    out: Path,
+    path: Path,
+    result: Segmentation,
+    options: SegmentOptions,
+    entries: dict[str, ReportEntry],
+) -> dict[str, Any]:
+    from dinocell.measure import summarize
+
+    table = result.measure()
+    files = result.save(out, formats=options.formats, table=table, overlay=options.overlay)
+    summary = summarize(result.labels, table)
+    row = {
+        "name": result.name,
+        "source": str(path),
+        **summary,
+        "warnings": "; ".join(result.warnings),
+    }
+    if options.report and len(entries) < _REPORT_LIMIT:
+        entries[result.name] = make_entry(result, table, summary, files)
+    with (out / _JOURNAL_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
+
+
+def _write_summary(
+    path: Path, rows: Sequence[dict[str, Any]], failures: Sequence[tuple[Path, str]]
+) -> None:
+    """One line per image; failed ones have their sentence in the last column."""
+    import csv
+
+    columns = ["name", "source"]
+    for row in rows:
+        columns += [key for key in row if key not in columns]
+    columns.append("error")
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        for failed, sentence in failures:
+            writer.writerow({"name": failed.stem, "source": str(failed), "error": sentence})
+
+
+def _write_report(
+    out: Path,
+    paths: Sequence[Path],
+    entries: dict[str, ReportEntry],
+    failures: Sequence[tuple[Path, str]],
+    options: SegmentOptions,
+) -> None:
+    """`report.html` over the images of this run, in input order."""
+    errors = {path.stem: sentence for path, sentence in failures}
+    listed = []
+    for path in paths:
+        if path.stem in entries:
+            listed.append(entries[path.stem])
+        elif path.stem in errors:
+            listed.append(ReportEntry(name=path.stem, error=errors[path.stem]))
+    notes = []
+    left_out = len(paths) - len(listed)
+    if left_out:
+        notes.append(
+            f"{left_out} images are not shown: done in an earlier run, or beyond the first "
+            f"{_REPORT_LIMIT}. All are in summary.csv."
+        )
+    write_report(
+        out / "report.html",
+        listed,
+        title="DINOCell: segmented cells",
+        summary={"model": options.model, "images": len(paths)},
+        notes=notes,
+    )

@@ -1,0 +1,378 @@
+"""The `dinocell` command: arguments and messages only, no image work.
+
+Exit codes: 0 done, 1 the work failed (for some files, perhaps), 2 the call was wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dinocell import __version__
+from dinocell.errors import DINOCellError, UsageError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="dinocell",
+    help="Segment cells in microscopy images; train and evaluate the networks that do it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+weights_app = typer.Typer(help="Model files: what is there, what is in them.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
+
+_verbose = False
+
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="A model file, or the name of a bundled model.")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    try:
+        app(args=arguments, prog_name="dinocell")
+    except DINOCellError as error:
+        _fail(error, error.exit_code)
+    except (ValueError, OSError, MemoryError) as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        print("dinocell: stopped", file=sys.stderr)
+        sys.exit(1)
+
+
+def _fail(error: BaseException, exit_code: int) -> None:
+    if _verbose:
+        import traceback
+
+        traceback.print_exception(error)
+    text = str(error) or type(error).__name__
+    print(f"dinocell: error: {text}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"dinocell {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show a traceback when something fails.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    global _verbose
+    _verbose = verbose
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path(
+        "demo_out"
+    ),
+    device: Device = "auto",
+    model: ModelOption = "dinocell-tiny",
+) -> None:
+    """Segment the bundled sample images with the bundled model.
+
+    Leaves label images, measurements (CSV), overlays and one HTML page, and scores the result
+    against the samples' truth.
+
+    Example: `dinocell demo -o demo_out`
+    """
+    from dinocell.demo import run_demo
+
+    result = run_demo(out, model=model, device=device)
+    print(result.text())
+
+
+@app.command()
+def segment(
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE|DIR|GLOB...", help="Images, folders, patterns.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")],
+    model: ModelOption = "dinocell-tiny",
+    device: Device = "auto",
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            "-f",
+            help="Label files to write: tif, png, geojson, roi, coco. Repeat for several.  "
+            "[default: tif]",
+        ),
+    ] = None,
+    channels: Annotated[
+        str | None,
+        typer.Option(
+            help="Channels to use of a multi-channel image: index or name, several with commas "
+            "(normalised one by one and averaged)."
+        ),
+    ] = None,
+    page: Annotated[int | None, typer.Option(help="Plane of a stack, from 0.")] = None,
+    pixel_size_um: Annotated[
+        float | None, typer.Option(help="Pixel size in µm, in place of the file's.")
+    ] = None,
+    peak_threshold: Annotated[
+        float | None, typer.Option(help="A cell's deepest pixel must exceed this.")
+    ] = None,
+    fill_threshold: Annotated[
+        float | None, typer.Option(help="Pixels above this belong to cells.")
+    ] = None,
+    min_prominence: Annotated[
+        float | None, typer.Option(help="Peaks closer than this to their saddle are one cell.")
+    ] = None,
+    min_area_px: Annotated[int | None, typer.Option(help="Drop cells with fewer pixels.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per network call.")] = 8,
+    tile_px: Annotated[
+        int | None,
+        typer.Option(help="Largest region gathered at once: bounds memory, not the result."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 (faster).")] = "fp32",
+    workers: Annotated[
+        int, typer.Option(min=0, help="Threads that finish images behind the network.")
+    ] = 1,
+    recursive: Annotated[bool, typer.Option(help="Look into subfolders.")] = False,
+    overlay: Annotated[bool, typer.Option(help="Write NAME_overlay.png.")] = True,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Skip images that are already done in OUT.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results already in OUT.")
+    ] = False,
+    allow_mask: Annotated[
+        bool, typer.Option("--allow-mask", help="Accept images that look like masks.")
+    ] = False,
+) -> None:
+    """Find the cells of images; write labels, measurements and overlays.
+
+    Per image: `NAME_labels.tif` (0 background, 1..n; 16 bit, 32 bit above 65,535 cells),
+    `NAME_cells.csv`, `NAME_overlay.png`; for all: `summary.csv`.  An image that cannot be read is
+    listed at the end and does not stop the others (exit code 1).
+
+    Example: `dinocell segment images/ -o out --report`
+    """
+    from dinocell.batch import SegmentOptions, segment_files
+    from dinocell.image_io import find_images
+
+    paths = find_images(images, recursive=recursive)
+    result = segment_files(
+        paths,
+        out,
+        SegmentOptions(
+            model=model,
+            device=device,
+            formats=tuple(format or ["tif"]),
+            channels=_channel_list(channels),
+            page=page,
+            pixel_size_um=pixel_size_um,
+            peak_threshold=peak_threshold,
+            fill_threshold=fill_threshold,
+            min_prominence=min_prominence,
+            min_area_px=min_area_px,
+            batch_size=batch_size,
+            tile_px=tile_px,
+            precision=precision,
+            workers=workers,
+            overlay=overlay,
+            report=report,
+            resume=resume,
+            overwrite=overwrite,
+            allow_mask=allow_mask,
+        ),
+    )
+    print(result.text())
+    if result.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML configuration, see configs/finetune.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the configuration."),
+    ] = None,
+) -> None:
+    """Train a model on folders of images and label images, or continue a stopped run.
+
+    Run the same command again after an interruption: it continues from the last checkpoint.
+
+    Example: `dinocell train configs/finetune/dsb2018_tiny.yaml optimizer.lr=5e-4`
+    """
+    from dinocell.config import load_config
+    from dinocell.training.trainer import train as run_training
+
+    result = run_training(load_config(config, overrides or []))
+    settings = ", ".join(f"{name} {value:g}" for name, value in result.thresholds.items())
+    print(
+        f"model: {result.model_path} (step {result.step}"
+        f"{', stopped early' if result.stopped_early else ''})\n"
+        f"validation AP@0.5 (pooled): {result.val_ap50:.4f}; {settings}"
+    )
+
+
+@app.command()
+def evaluate(
+    pred: Annotated[Path | None, typer.Option(help="Folder of predicted label images.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="Folder of true label images.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model to run, in place of --pred.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with images/ and labels/, for --model.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the tables here (.csv or .json).")
+    ] = None,
+    iou: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="IoU thresholds of AP, F1 and PQ; repeat for several.  [default: 0.5, 0.75, 0.9]"
+        ),
+    ] = None,
+    boundary_tolerance_px: Annotated[
+        float, typer.Option(min=0, help="Tolerance of the boundary F score in px.")
+    ] = 2.0,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Count a missing prediction as no cells.")
+    ] = False,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="First find the best thresholds for --model on --data."),
+    ] = False,
+    metric: Annotated[
+        str, typer.Option(help="What --tune maximises: ap (mean over IoU), apNN, seg, det, op_csb.")
+    ] = "ap",
+    save_model: Annotated[
+        Path | None, typer.Option(help="With --tune: write the model with these thresholds.")
+    ] = None,
+    device: Device = "auto",
+    per_image: Annotated[bool, typer.Option(help="Also print a row per image.")] = False,
+) -> None:
+    """Score label images against the truth: SEG, DET, OP_CSB, AP, PQ, F1, AJI, boundary F.
+
+    Scores are given pooled over all images and as the mean over images; both are labelled.
+    `--tune` runs the network once per image and searches the thresholds on its maps: use
+    validation data, never the test set.
+
+    Example: `dinocell evaluate --pred out --truth data/test/labels`
+    """
+    from dinocell.evaluation.evaluate import DEFAULT_IOU_THRESHOLDS, evaluate_folders
+    from dinocell.evaluation.model_evaluation import evaluate_model
+
+    if (pred is None) != (truth is None) or (model is None) != (data is None):
+        raise UsageError(
+            "evaluate must get --pred with --truth, or --model with --data, got half a pair: add the "
+            "other option"
+        )
+    if (pred is None) == (model is None):
+        raise UsageError(
+            "evaluate must get either --pred and --truth or --model and --data, got "
+            f"{'neither' if pred is None else 'both'}: choose one pair"
+        )
+    if model is None and (tune or save_model):
+        raise UsageError("--tune must have --model and --data, got --pred: give a model to tune")
+    if save_model is not None and not tune:
+        raise UsageError("--save-model must come with --tune, got it alone: add --tune")
+    if out is not None and out.suffix not in (".csv", ".json"):
+        raise UsageError(f"--out must end in .csv or .json, got {out}: choose one of the two")
+    thresholds = tuple(iou) if iou else DEFAULT_IOU_THRESHOLDS
+    if not all(0 < value <= 1 for value in thresholds):
+        raise UsageError(
+            f"--iou must be above 0 and at most 1, got {list(thresholds)}: 0.5 is usual"
+        )
+    if pred is not None and truth is not None:
+        scores = evaluate_folders(
+            pred,
+            truth,
+            allow_missing_predictions=allow_missing,
+            iou_thresholds=thresholds,
+            boundary_tolerance_px=boundary_tolerance_px,
+        )
+    else:
+        assert model is not None
+        assert data is not None
+        result = evaluate_model(
+            model,
+            data,
+            device=device,
+            tune=tune,
+            metric=metric,
+            save_to=save_model,
+            iou_thresholds=thresholds,
+            boundary_tolerance_px=boundary_tolerance_px,
+        )
+        print(result.text())
+        scores = result.report
+    print("\n".join(scores.table(per_image=per_image)))
+    if out is not None:
+        write = scores.to_csv if out.suffix == ".csv" else scores.to_json
+        write(out)
+        print(f"written: {out}")
+
+
+@weights_app.command("list")
+def weights_list() -> None:
+    """List the bundled models with their size and validation score.
+
+    Example: `dinocell weights list`
+    """
+    from dinocell.model_info import describe_bundled
+
+    print(describe_bundled())
+
+
+@weights_app.command("info")
+def weights_info(
+    model: Annotated[
+        str, typer.Argument(help="Model file, bundled name, or SIZE/PATCH such as small/8.")
+    ],
+    decoder: Annotated[
+        str, typer.Option(help="Decoder for SIZE/PATCH: unet, unet_wide or linear.")
+    ] = "unet",
+    image_px: Annotated[
+        int, typer.Option(min=1, help="Edge of the image the cost is counted for.")
+    ] = 256,
+) -> None:
+    """Describe a model: architecture, cost (fvcore, attention included), training, thresholds.
+
+    Example: `dinocell weights info dinocell-tiny`
+    """
+    from dinocell.model_info import describe_model
+
+    print(describe_model(model, decoder=decoder, image_px=image_px))
+
+
+def _channel_list(text: str | None) -> tuple[int | str, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise UsageError("--channels must name a channel, got nothing: for example --channels 0")
+    return tuple(int(part) if part.isdigit() else part for part in parts)
+
+
+if __name__ == "__main__":
+    main()

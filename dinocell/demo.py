@@ -1,0 +1,104 @@
+"""`dinocell demo`: the bundled samples through the bundled model, scored against their truth."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinocell.batch import BatchResult, SegmentOptions, segment_files
+from dinocell.errors import UsageError
+from dinocell.evaluation.evaluate import EvaluationReport, evaluate_pairs
+from dinocell.image_io import read_labels
+from dinocell.pipeline import DEFAULT_MODEL
+from dinocell.scenes import sample_paths
+
+__all__ = ["DemoResult", "run_demo"]
+
+_MARKER = ".dinocell_demo"
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found; `scores` has AP@0.5 per sample with cells in it."""
+
+    batch: BatchResult
+    evaluation: EvaluationReport
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """AP@0.5 per image; images without any cell are left out."""
+        return {
+            image.name: image.scores()["ap50"]
+            for image in self.evaluation.images
+            if not image.is_empty
+        }
+
+    def text(self) -> str:
+        """The lines that `dinocell demo` prints."""
+        truth = {image.name: image.num_truth for image in self.evaluation.images}
+        lines = [f"{'sample':<24}{'cells':>6}{'truth':>7}{'AP@0.5':>8}"]
+        for row in self.batch.rows:
+            score = self.scores.get(row["name"])
+            shown = f"{score:.2f}" if score is not None else "-"
+            lines.append(f"{row['name']:<24}{row['num_cells']:>6}{truth[row['name']]:>7}{shown:>8}")
+        cells = sum(row["num_cells"] for row in self.batch.rows)
+        out = self.batch.out
+        lines += [
+            "",
+            f"{cells} cells found in {len(self.batch.rows)} images in {self.batch.seconds:.1f} s",
+            f"page:         {out / 'report.html'}",
+            f"labels:       {out}{os.sep}*_labels.tif",
+            f"measurements: {out}{os.sep}*_cells.csv, {out / 'summary.csv'}",
+            f"overlays:     {out}{os.sep}*_overlay.png",
+        ]
+        if any(name.startswith("phase") for name in self.scores):
+            lines.append(
+                "The bundled model was trained on fluorescent nuclei alone: the phase-contrast samples "
+                "show what it does outside of that."
+            )
+        return "\n".join(lines)
+
+
+def run_demo(
+    out: str | os.PathLike[str] = "demo_out",
+    *,
+    model: str = DEFAULT_MODEL,
+    device: str = "auto",
+    shown: bool = True,
+) -> DemoResult:
+    """Segment the samples into `out` and score them.
+
+    A folder made by an earlier demo is replaced; any other folder with files in it is refused.
+
+    Raises
+    ------
+    UsageError
+        `out` is a file, or a folder that holds something else.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"the output must be a folder, got the file {out}: choose another name")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / _MARKER).exists():
+            raise UsageError(
+                f"the output folder of the demo must be new or of an earlier demo, got {out} with other "
+                "files in it: choose another with --out"
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARKER).touch()
+    samples = sample_paths()
+    batch = segment_files(
+        [image for image, _ in samples],
+        out,
+        SegmentOptions(model=model, device=device, report=True),
+        shown=shown,
+    )
+    evaluation = evaluate_pairs(
+        (image.stem, read_labels(labels), read_labels(out / f"{image.stem}_labels.tif"))
+        for image, labels in samples
+    )
+    return DemoResult(batch=batch, evaluation=evaluation)

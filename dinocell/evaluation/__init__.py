@@ -1,0 +1,35 @@
+"""Scores against the truth: SEG, DET, OP_CSB, AP, F1, PQ, AJI, boundary F, and threshold tuning.
+
+Start at `evaluate_pair` (two label images), `evaluate_pairs` or `evaluate_folders`.
+"""
+
+from dinocell.evaluation.ctc import CtcCounts, ctc_counts
+from dinocell.evaluation.evaluate import (
+    EvaluationReport,
+    ImageScores,
+    evaluate_folders,
+    evaluate_pair,
+    evaluate_pairs,
+    pair_folders,
+)
+from dinocell.evaluation.matching import OverlapTable, match, overlap_table
+from dinocell.evaluation.metrics import MatchCounts, match_counts
+from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
+
+__all__ = [
+    "CtcCounts",
+    "EvaluationReport",
+    "ImageScores",
+    "MatchCounts",
+    "OverlapTable",
+    "TuningResult",
+    "ctc_counts",
+    "evaluate_folders",
+    "evaluate_pair",
+    "evaluate_pairs",
+    "match",
+    "match_counts",
+    "overlap_table",
+    "pair_folders",
+    "tune_thresholds",
+]

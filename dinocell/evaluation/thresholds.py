@@ -1,0 +1,331 @@
+"""Choose the thresholds of the watershed on validation images, from one forward pass per image.
+
+The distance maps are made once, before; here only the post-processing is repeated.  Use validation
+images, never test images: the result is a choice, and its score is optimistic.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import product
+from operator import add
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocell.errors import DataSetError
+from dinocell.evaluation.ctc import ctc_counts
+from dinocell.evaluation.matching import OverlapTable, overlap_table
+from dinocell.evaluation.metrics import DSB2018_IOU_THRESHOLDS, match_counts
+
+__all__ = [
+    "DEFAULT_FILL_GRID",
+    "DEFAULT_PEAK_GRID",
+    "DEFAULT_PROMINENCE_GRID",
+    "TuningPoint",
+    "TuningResult",
+    "tune_thresholds",
+]
+
+DEFAULT_PEAK_GRID: tuple[float, ...] = (0.2, 0.3, 0.4, 0.47, 0.55, 0.62, 0.69, 0.76, 0.83)
+DEFAULT_FILL_GRID: tuple[float, ...] = (0.05, 0.09, 0.13, 0.17, 0.22, 0.27, 0.32, 0.37, 0.43, 0.5)
+DEFAULT_PROMINENCE_GRID: tuple[float, ...] = (0.0, 0.02, 0.05, 0.08, 0.12, 0.16)
+
+_CTC_METRICS = ("seg", "det", "op_csb")
+_AP_METRIC = re.compile(r"ap(\d{2,3}(?:\.\d+)?)")
+_Index = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class TuningPoint:
+    """One tried combination of thresholds.
+
+    Attributes
+    ----------
+    peak_threshold, fill_threshold, min_prominence : float
+    score : float
+        Value of the metric in [0, 1].
+    num_pred : int
+        Cells found in all images.
+    """
+
+    peak_threshold: float
+    fill_threshold: float
+    min_prominence: float
+    score: float
+    num_pred: int
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """The best thresholds and everything that was tried.
+
+    Attributes
+    ----------
+    peak_threshold, fill_threshold, min_prominence : float
+        The best combination.  Of equal scores the first in the order of `points` wins.
+    min_area_px : int
+        As given; it is not tuned.
+    best_score : float
+        Score of the best combination on the given samples.
+    metric : str
+        What was maximised, with its averaging: ``ap50_pooled``, ``op_csb_mean``, ...
+    num_samples : int
+        Images.
+    num_truth : int
+        True cells in all images.
+    points : tuple of TuningPoint
+        All tried combinations, sorted by peak, fill, prominence.
+    """
+
+    peak_threshold: float
+    fill_threshold: float
+    min_prominence: float
+    min_area_px: int
+    best_score: float
+    metric: str
+    num_samples: int
+    num_truth: int
+    points: tuple[TuningPoint, ...]
+
+    def rows(self) -> list[dict[str, float | int]]:
+        """The points as rows for a table; the score is in the column named like `metric`."""
+        return [
+            {
+                "peak_threshold": point.peak_threshold,
+                "fill_threshold": point.fill_threshold,
+                "min_prominence": point.min_prominence,
+                self.metric: point.score,
+                "num_pred": point.num_pred,
+            }
+            for point in self.points
+        ]
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write `rows` as CSV; the file appears whole or not at all."""
+        from dinocell.image_io import atomic_path
+
+        rows = self.rows()
+        with (
+            atomic_path(path) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def tune_thresholds(
+    samples: Iterable[tuple[NDArray[Any], NDArray[Any]]],
+    *,
+    peak_grid: Sequence[float] = DEFAULT_PEAK_GRID,
+    fill_grid: Sequence[float] = DEFAULT_FILL_GRID,
+    prominence_grid: Sequence[float] = DEFAULT_PROMINENCE_GRID,
+    min_area_px: int = 0,
+    metric: str = "ap50",
+    average: str = "pooled",
+    search: str = "coordinate",
+    to_labels: Callable[..., NDArray[Any]] | None = None,
+    progress: Callable[[int, TuningPoint], None] | None = None,
+) -> TuningResult:
+    """Find the thresholds that turn given distance maps into the best labels.
+
+    Parameters
+    ----------
+    samples : iterable of (distance_map, truth)
+        (H, W) float32 in [0, 1] and (H, W) integer labels.  All are kept in memory.
+    peak_grid, fill_grid, prominence_grid : sequences of float
+        Values to try.  Combinations with fill ≥ peak make no sense and are skipped.
+    min_area_px : int
+        Passed on to `to_labels`.
+    metric : str
+        ``ap50`` (any ``apNN``: AP at that IoU in percent), ``ap`` (mean AP over IoU 0.50, 0.55, ...,
+        0.95), ``seg``, ``det`` or ``op_csb``.
+    average : {"pooled", "mean"}
+        Sum the counts of all images before dividing, or take the mean of per-image scores (images
+        for which the score does not exist are left out).
+    search : {"coordinate", "grid"}
+        ``grid`` tries every combination.  ``coordinate`` tries up to 27 spread combinations, then from
+        the best one all values along one axis at a time (fill, peak, prominence in turn) until no axis
+        brings a gain.  It needs some tens of combinations where the full default grid has 462, and
+        finds a maximum that no single threshold can improve, which is not always the highest.
+    to_labels : callable, optional
+        ``to_labels(distance_map, *, peak_threshold, fill_threshold, min_prominence, min_area_px)``
+        → (H, W) integer labels.  Default: `dinocell.watershed.distance_map_to_labels`.
+    progress : callable, optional
+        Called after each combination with the number tried so far and the point.
+
+    Returns
+    -------
+    TuningResult
+
+    Raises
+    ------
+    ValueError
+        A grid is empty, no fill value is below a peak value, an option is unknown, or the two arrays
+        of a sample differ in shape.
+    DataSetError
+        There is no sample, or no true cell in any of them.
+    """
+    if to_labels is None:
+        from dinocell.watershed import distance_map_to_labels
+
+        to_labels = distance_map_to_labels
+    if average not in ("pooled", "mean"):
+        raise ValueError(f"`average` must be 'pooled' or 'mean', got {average!r}: choose one.")
+    if search not in ("coordinate", "grid"):
+        raise ValueError(f"`search` must be 'coordinate' or 'grid', got {search!r}: choose one.")
+    count, attribute = _metric_counter(metric)
+    axes = [
+        _checked_grid(peak_grid, "peak_grid"),
+        _checked_grid(fill_grid, "fill_grid"),
+        _checked_grid(prominence_grid, "prominence_grid"),
+    ]
+    if axes[1][0] >= axes[0][-1]:
+        raise ValueError(
+            f"some value of `fill_grid` must be below some value of `peak_grid`, got fill from "
+            f"{axes[1][0]} and peak up to {axes[0][-1]}: lower the first or raise the second."
+        )
+    materialised = _checked_samples(samples)
+    num_truth = sum(int(np.count_nonzero(np.unique(truth))) for _, truth in materialised)
+    if not num_truth:
+        raise DataSetError(
+            f"Thresholds are tuned on images with cells, got {len(materialised)} samples without "
+            "any true cell: give validation images whose labels hold cells."
+        )
+
+    tried: dict[_Index, TuningPoint] = {}
+
+    def try_point(index: _Index) -> float:
+        if index not in tried:
+            peak, fill, prominence = (axis[i] for axis, i in zip(axes, index, strict=True))
+            settings = {
+                "peak_threshold": peak,
+                "fill_threshold": fill,
+                "min_prominence": prominence,
+                "min_area_px": min_area_px,
+            }
+            tables = [
+                overlap_table(truth, to_labels(distance_map, **settings))
+                for distance_map, truth in materialised
+            ]
+            score = _score([count(table) for table in tables], attribute, average)
+            num_pred = sum(table.num_pred for table in tables)
+            tried[index] = TuningPoint(peak, fill, prominence, score, num_pred)
+            if progress is not None:
+                progress(len(tried), tried[index])
+        return tried[index].score
+
+    everything = _valid_indices(axes, [range(len(axis)) for axis in axes])
+    if search == "grid":
+        for index in everything:
+            try_point(index)
+    else:
+        _coordinate_search(axes, everything, try_point)
+
+    best_index = max(sorted(tried), key=lambda index: tried[index].score)
+    best = tried[best_index]
+    return TuningResult(
+        peak_threshold=best.peak_threshold,
+        fill_threshold=best.fill_threshold,
+        min_prominence=best.min_prominence,
+        min_area_px=min_area_px,
+        best_score=best.score,
+        metric=f"{metric}_{average}",
+        num_samples=len(materialised),
+        num_truth=num_truth,
+        points=tuple(tried[index] for index in sorted(tried)),
+    )
+
+
+def _metric_counter(metric: str) -> tuple[Callable[[OverlapTable], list[Any]], str]:
+    """A function that makes the counts of an image, and which of their ratios is the metric."""
+    if metric in _CTC_METRICS:
+        return lambda table: [ctc_counts(table)], metric
+    percent = _AP_METRIC.fullmatch(metric)
+    if metric == "ap":
+        thresholds = DSB2018_IOU_THRESHOLDS
+    elif percent and 0.0 < float(percent[1]) <= 100.0:
+        thresholds = (float(percent[1]) / 100,)
+    else:
+        raise ValueError(
+            f"`metric` must be 'ap', 'apNN' such as 'ap50', {', '.join(map(repr, _CTC_METRICS))}, "
+            f"got {metric!r}: choose one."
+        )
+    return lambda table: [match_counts(table, iou) for iou in thresholds], "ap"
+
+
+def _score(images: Sequence[Sequence[Any]], attribute: str, average: str) -> float:
+    """Pooled score of all images, or the mean of those per-image scores that exist."""
+    if average == "pooled":
+        return _mean_ratio([reduce(add, column) for column in zip(*images, strict=True)], attribute)
+    scores = [_mean_ratio(counts, attribute) for counts in images]
+    existing = [score for score in scores if not math.isnan(score)]
+    return math.fsum(existing) / len(existing)
+
+
+def _mean_ratio(counts: Sequence[Any], attribute: str) -> float:
+    return math.fsum(getattr(count, attribute) for count in counts) / len(counts)
+
+
+def _checked_grid(grid: Sequence[float], name: str) -> list[float]:
+    values = sorted({float(value) for value in grid})
+    if not values or not all(math.isfinite(value) for value in values):
+        raise ValueError(
+            f"`{name}` must hold one or more finite numbers, got {list(grid)}: "
+            "give the thresholds to try."
+        )
+    return values
+
+
+def _checked_samples(
+    samples: Iterable[tuple[NDArray[Any], NDArray[Any]]],
+) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+    pairs = [(np.asarray(distance_map), np.asarray(truth)) for distance_map, truth in samples]
+    if not pairs:
+        raise DataSetError(
+            "Thresholds are tuned on at least one image, got no sample: give validation images."
+        )
+    for distance_map, truth in pairs:
+        if distance_map.shape != truth.shape:
+            raise ValueError(
+                f"distance map and truth of a sample must have the same shape, got "
+                f"{distance_map.shape} and {truth.shape}: use the map of the same image."
+            )
+    return pairs
+
+
+def _valid_indices(
+    axes: Sequence[Sequence[float]], choices: Sequence[Iterable[int]]
+) -> list[_Index]:
+    """All combinations of `choices` whose fill threshold is below the peak threshold."""
+    peaks, fills, _ = axes
+    return [(i, j, k) for i, j, k in product(*choices) if fills[j] < peaks[i]]
+
+
+def _coordinate_search(
+    axes: Sequence[Sequence[float]],
+    everything: Sequence[_Index],
+    try_point: Callable[[_Index], float],
+) -> None:
+    spread = [
+        sorted({round(share * (len(axis) - 1)) for share in (1 / 6, 1 / 2, 5 / 6)}) for axis in axes
+    ]
+    starts = _valid_indices(axes, spread) or [everything[len(everything) // 2]]
+    best = max(starts, key=try_point)
+    gained = True
+    while gained:
+        gained = False
+        for axis in (1, 0, 2):
+            line: list[Iterable[int]] = [[i] for i in best]
+            line[axis] = range(len(axes[axis]))
+            winner = max(_valid_indices(axes, line), key=try_point)
+            if try_point(winner) > try_point(best):
+                best, gained = winner, True

@@ -1,0 +1,348 @@
+"""Image in, cells out: the one function under the command line, Python and the demo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocell.errors import ImageFileError, UsageError
+from dinocell.image_io import looks_like_labels, read_image, select_channels
+from dinocell.inference import predict_distance_map
+from dinocell.model import DINOCell, load_model, resolve_device, with_config
+from dinocell.preprocess import normalize_intensity
+from dinocell.watershed import distance_map_to_labels
+
+if TYPE_CHECKING:
+    from dinocell.measure import CellTable
+
+__all__ = ["DINOCellPipeline", "Segmentation", "segment"]
+
+DEFAULT_MODEL = "dinocell-tiny"
+
+_CHANNEL_HINT = "choose one with channels=0 (--channels 0), or several, which are averaged"
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Cells of one image.
+
+    Attributes
+    ----------
+    labels : (H, W) uint32 ndarray
+        0 background, cells 1..n.
+    distance_map : (H, W) float32 ndarray in [0, 1]
+    image : (H, W) ndarray
+        The gray plane the network saw, before normalisation.
+    pixel_size_um : float or None
+        From the file, or as given.
+    name : str
+        Stem of the file, or "image".
+    warnings : tuple of str
+        What a careful user should know (constant image, ...).
+    """
+
+    labels: NDArray[np.uint32]
+    distance_map: NDArray[np.float32]
+    image: NDArray
+    pixel_size_um: float | None = None
+    name: str = "image"
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def num_cells(self) -> int:
+        """How many cells were found."""
+        return int(self.labels.max(initial=0))
+
+    def measure(self) -> CellTable:
+        """One row per cell; scikit-image's names, µm columns where the pixel size is known."""
+        from dinocell.measure import measure_labels
+
+        return measure_labels(self.labels, self.image, pixel_size_um=self.pixel_size_um)
+
+    def summary(self) -> dict[str, Any]:
+        """Number of cells, confluency, mean area of this image."""
+        from dinocell.measure import summarize
+
+        return summarize(self.labels, self.measure())
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        formats: Sequence[str] = ("tif",),
+        table: CellTable | None = None,
+        overlay: bool = True,
+    ) -> dict[str, Path]:
+        """Write everything about this image into `folder`; the label image comes last.
+
+        `NAME_cells.csv`, `NAME_overlay.png` (unless `overlay=False`), and one label file per format
+        of `dinocell.exports.EXPORT_FORMATS` (`tif`, `png`, `geojson`, ...).  Each file appears
+        whole or not at all; a present label file therefore means the image is done.
+
+        Returns
+        -------
+        dict
+            Kind → path.
+        """
+        from dinocell.exports import EXPORT_FORMATS
+        from dinocell.visualize import overlay_panel, write_png
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        unknown = [name for name in formats if name not in EXPORT_FORMATS]
+        if unknown or not formats:
+            raise UsageError(
+                f"formats must be some of {', '.join(EXPORT_FORMATS)}, got {', '.join(unknown) or 'none'}: "
+                "choose among them"
+            )
+        if table is None:
+            table = self.measure()
+        paths: dict[str, Path] = {"csv": folder / f"{self.name}_cells.csv"}
+        table.to_csv(paths["csv"])
+        if overlay:
+            paths["overlay"] = folder / f"{self.name}_overlay.png"
+            panel = overlay_panel(
+                self.image,
+                self.labels,
+                self.distance_map,
+                title=self.name,
+                pixel_size_um=self.pixel_size_um,
+            )
+            write_png(paths["overlay"], panel)
+        for name in sorted(formats, key=lambda item: item in ("tif", "png")):
+            export = EXPORT_FORMATS[name]
+            path = folder / f"{self.name}{export.suffix}"
+            export.write(path, self.labels, table)
+            paths[name] = path
+        return paths
+
+
+class DINOCellPipeline:
+    """A model with its settings, ready for many images.
+
+    Parameters
+    ----------
+    model : DINOCell, model file or bundled name
+    device : str
+        Where the network runs; None leaves a given `DINOCell` where it is.
+    batch_size : int
+        Windows per network call.
+    tile_px : int, optional
+        Largest region gathered at once (memory, not result).
+    precision : `fp32` or `bf16`
+    peak_threshold, fill_threshold, min_prominence, min_area_px : optional
+        In place of the model's own.
+    """
+
+    def __init__(
+        self,
+        model: DINOCell | str | os.PathLike[str] = DEFAULT_MODEL,
+        *,
+        device: str | None = None,
+        batch_size: int = 8,
+        tile_px: int | None = None,
+        precision: str = "fp32",
+        peak_threshold: float | None = None,
+        fill_threshold: float | None = None,
+        min_prominence: float | None = None,
+        min_area_px: int | None = None,
+    ) -> None:
+        if not isinstance(model, DINOCell):
+            model = load_model(os.fspath(model), device=device or "cpu")
+        elif device is not None:
+            model = model.to(resolve_device(device))
+        changes = {
+            "peak_threshold": peak_threshold,
+            "fill_threshold": fill_threshold,
+            "min_prominence": min_prominence,
+            "min_area_px": min_area_px,
+        }
+        given = {name: value for name, value in changes.items() if value is not None}
+        self.model = with_config(model, **given).eval()
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}: 8 is usual")
+        self.batch_size = batch_size
+        self.tile_px = tile_px
+        self.precision = precision
+
+    def run(
+        self,
+        image: NDArray | str | os.PathLike[str],
+        *,
+        channels: Sequence[int | str] | int | str | None = None,
+        page: int | None = None,
+        pixel_size_um: float | None = None,
+        allow_mask: bool = False,
+        name: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Segmentation:
+        """Segment one image.
+
+        Parameters
+        ----------
+        image : path or (H, W) or (H, W, C) ndarray
+            Any real dtype.
+        channels : indices or names, optional
+            Which channel to use where there are several; several are normalised one by one and
+            averaged.
+        page : int, optional
+            Plane of a stack in a file.
+        pixel_size_um : float, optional
+            In place of the file's.
+        allow_mask : bool
+            Segment an image that looks like a label image or a binary mask.
+        progress : callable (done, total), optional
+            After every batch of windows.
+
+        Raises
+        ------
+        UsageError, ImageFileError
+            The file is missing or unreadable, or its axes do not fit.
+        ValueError
+            The array does not fit: several channels and no choice, NaN, a mask.
+        """
+        plane, size_um, stem = self.load(
+            image, channels=channels, page=page, pixel_size_um=pixel_size_um, allow_mask=allow_mask
+        )
+        distance_map = self.predict(plane, progress=progress)
+        return self.finish(plane, distance_map, pixel_size_um=size_um, name=name or stem)
+
+    def load(
+        self,
+        image: NDArray | str | os.PathLike[str],
+        *,
+        channels: Sequence[int | str] | int | str | None = None,
+        page: int | None = None,
+        pixel_size_um: float | None = None,
+        allow_mask: bool = False,
+    ) -> tuple[NDArray, float | None, str]:
+        """First third of `run`: the gray plane (H, W), its pixel size and its name."""
+        chosen = [channels] if isinstance(channels, (int, str)) else channels
+        names: tuple[str, ...] | None = None
+        stem = "image"
+        failure: type[Exception] = ValueError
+        if isinstance(image, (str, os.PathLike)):
+            file = read_image(image, page=page)
+            pixels, names, stem = file.pixels, file.channel_names, Path(image).stem
+            pixel_size_um = file.pixel_size_um if pixel_size_um is None else pixel_size_um
+            failure = ImageFileError
+        else:
+            pixels = np.asarray(image)
+        where = f" in {stem}" if stem != "image" else ""
+        if pixels.ndim not in (2, 3) or 0 in pixels.shape:
+            raise failure(
+                f"the image must be (H, W) or (H, W, C) and not empty, got shape {pixels.shape}{where}: "
+                "choose one plane of a stack"
+            )
+        if pixels.dtype.kind not in "buif":
+            raise failure(
+                f"the image must hold real numbers, got dtype {pixels.dtype}{where}: convert it first"
+            )
+        if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+            raise failure(
+                f"the image must be finite, got NaN or infinite pixels{where}: replace them first, for "
+                "example by 0"
+            )
+        if pixels.ndim == 3 and pixels.shape[2] == 1:
+            pixels = pixels[:, :, 0]
+        if pixels.ndim == 3:
+            if chosen is None:
+                described = f" ({', '.join(names)})" if names else ""
+                raise UsageError(
+                    f"the image must be gray, got {pixels.shape[2]} channels{described}{where}: "
+                    f"{_CHANNEL_HINT}"
+                )
+            pixels = select_channels(pixels, names, chosen)
+            if pixels.ndim == 3:
+                pixels = self._average(pixels)
+        elif chosen is not None and any(channel not in (0, "0") for channel in chosen):
+            raise UsageError(
+                f"channels must exist in the image, got {list(chosen)} for a gray image{where}: leave "
+                "the option out"
+            )
+        if not allow_mask and looks_like_labels(pixels):
+            raise failure(
+                f"an image of intensities is needed, got what looks like a mask or label image{where}: "
+                "give the raw image, or allow_mask=True (--allow-mask) if it is one"
+            )
+        return pixels, pixel_size_um, stem
+
+    def predict(
+        self, plane: NDArray, *, progress: Callable[[int, int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Second third of `run`: gray plane (H, W) → distance map (H, W) float32."""
+        return predict_distance_map(
+            self.model,
+            plane,
+            batch_size=self.batch_size,
+            tile_px=self.tile_px,
+            precision=self.precision,
+            progress=progress,
+        )
+
+    def finish(
+        self,
+        plane: NDArray,
+        distance_map: NDArray[np.float32],
+        *,
+        pixel_size_um: float | None = None,
+        name: str = "image",
+    ) -> Segmentation:
+        """Last third of `run`: distance map → labels.  Needs no network and no GPU."""
+        config = self.model.config
+        labels = distance_map_to_labels(
+            distance_map,
+            peak_threshold=config.peak_threshold,
+            fill_threshold=config.fill_threshold,
+            min_prominence=config.min_prominence,
+            min_area_px=config.min_area_px,
+        )
+        warnings = []
+        if plane.size and plane.min() == plane.max():
+            warnings.append("constant image: no cells can be found")
+        return Segmentation(
+            labels=labels,
+            distance_map=distance_map,
+            image=plane,
+            pixel_size_um=pixel_size_um,
+            name=name,
+            warnings=tuple(warnings),
+        )
+
+    def _average(self, pixels: NDArray) -> NDArray[np.float32]:
+        config = self.model.config
+        normalized = [
+            normalize_intensity(
+                pixels[:, :, channel],
+                low_percentile=config.low_percentile,
+                high_percentile=config.high_percentile,
+                min_contrast_sigma=config.min_contrast_sigma,
+            )
+            for channel in range(pixels.shape[2])
+        ]
+        return np.mean(normalized, axis=0, dtype=np.float32)
+
+
+def segment(
+    image: NDArray | str | os.PathLike[str],
+    *,
+    model: DINOCell | str | os.PathLike[str] = DEFAULT_MODEL,
+    device: str | None = None,
+    **options: Any,
+) -> Segmentation:
+    """Segment one image; see `DINOCellPipeline` and its `run` for the options.
+
+    Examples
+    --------
+    >>> result = segment("image.tif")                        # doctest: +SKIP
+    >>> result.labels.max(), result.measure()["area"].mean() # doctest: +SKIP
+    """
+    run_names = ("channels", "page", "pixel_size_um", "allow_mask", "name", "progress")
+    run_options = {key: options.pop(key) for key in run_names if key in options}
+    return DINOCellPipeline(model, device=device, **options).run(image, **run_options)

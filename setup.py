@@ -1,0 +1,79 @@
+"""Packaging: `dinocell`, and `dinov3` from `dinov3_modified/`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "dinocell/__init__.py").read_text())[1]
+
+EXTRAS = {
+    "xformers": ["xformers>=0.0.35"],
+    "s3": ["boto3>=1.40", "obstore>=0.8"],
+    "wandb": ["wandb>=0.24"],
+    "slurm": ["submitit>=1.5"],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.9"],
+    "napari": ["napari>=0.6"],
+    "onnx": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
+    "formats": ["imagecodecs>=2025.3", "roifile>=2025.2"],
+}
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "transformers>=5,<6",  # an independent DINOv3 ViT
+    "py-ctcmetrics>=1.3.3",  # independent SEG and DET
+    "edt>=3",  # independent distance transform
+    *EXTRAS["formats"],
+]
+DEV = ["ruff>=0.14", "mypy>=1.15", "types-PyYAML", "build>=1.2"]
+
+setup(
+    name="dinocell",
+    version=VERSION,
+    description="Cell segmentation in microscopy with self-supervised DINOv3 vision transformers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["dinocell", "dinocell.*"])
+    + find_packages("dinov3_modified", include=["dinov3", "dinov3.*"]),
+    package_dir={"dinov3": "dinov3_modified/dinov3"},
+    package_data={
+        "dinocell": ["models/*.safetensors", "models/*.md", "models/*.png", "samples/**/*"],
+    },
+    install_requires=[
+        "torch>=2.7",
+        "numpy>=2.0",
+        "scipy>=1.14",
+        "scikit-image>=0.25",
+        "numba>=0.61",
+        "opencv-python>=4.10",
+        "pillow>=11",
+        "tifffile>=2025.1",
+        "safetensors>=0.5",
+        "pyyaml>=6",
+        "omegaconf>=2.3",
+        "fvcore>=0.1.5.post20221221",
+        "matplotlib>=3.9",
+        "typer>=0.15",
+        "rich>=13",
+    ],
+    extras_require={
+        **EXTRAS,
+        "test": TEST,
+        "dev": DEV,
+        "all": sorted({item for items in EXTRAS.values() for item in items}),
+    },
+    entry_points={"console_scripts": ["dinocell = dinocell.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
