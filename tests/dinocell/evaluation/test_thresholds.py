@@ -68,6 +68,12 @@ def test_the_full_grid_holds_every_combination_with_fill_below_peak_once() -> No
     assert len(fake.calls) == len(expected)
 
 
+def test_the_docstring_knows_the_size_of_the_default_grid() -> None:
+    below = sum(f < p for p in thresholds.DEFAULT_PEAK_GRID for f in thresholds.DEFAULT_FILL_GRID)
+    number = below * len(thresholds.DEFAULT_PROMINENCE_GRID)
+    assert f"the full default grid has {number}" in str(tune_thresholds.__doc__)
+
+
 def test_no_combination_is_tried_twice_and_none_with_fill_above_peak() -> None:
     fake = FakeWatershed(0.6, 0.4, 0.1)
     tune_thresholds(SAMPLES, **GRIDS, to_labels=fake)

@@ -1,0 +1,58 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real images; skips where it is not there."""
+    folder = Path(os.environ.get("DINOCELL_DATA", ROOT / ".." / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real images are not at {folder}: set DINOCELL_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def blob_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set a network learns in seconds: bright discs with noise; 6 images and labels."""
+    from dinocell.image_io import write_image, write_labels
+
+    folder = tmp_path_factory.mktemp("blobs")
+    rng = np.random.default_rng(7)
+    rows, columns = np.mgrid[:64, :80]
+    for index in range(6):
+        labels = np.zeros((64, 80), np.uint16)
+        for cell, (row, column) in enumerate([(14, 15), (18, 55), (46, 24), (44, 62)], start=1):
+            jitter = rng.integers(-4, 5, size=2)
+            radius = rng.uniform(7, 11)
+            inside = np.hypot(rows - row - jitter[0], columns - column - jitter[1]) < radius
+            labels[inside & (labels == 0)] = cell
+        image = 200 + 1500 * (labels > 0) + rng.normal(0, 60, labels.shape)
+        write_image(folder / "images" / f"blob{index}.tif", image.clip(0).astype(np.uint16))
+        write_labels(folder / "labels" / f"blob{index}.png", labels)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_model():  # type: ignore[no-untyped-def]
+    """A network of random weights, small and quick, in eval mode."""
+    import torch
+
+    from dinocell.model import create_dinocell_model
+
+    torch.manual_seed(0)
+    model = create_dinocell_model(
+        "tiny", patch_size=16, image_channels=4, window_px=32, overlap_px=8, layerscale_init=0.5
+    )
+    with torch.no_grad():  # a map with structure, so that thresholds have something to cut
+        model.decoder.head.weight.mul_(6.0)
+        model.decoder.head.bias.zero_()
+    return model.eval()

@@ -1,0 +1,163 @@
+"""Pairs, splits and crops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dinocell.config import AugmentConfig, DataConfig, DatasetConfig, ModelConfig
+from dinocell.errors import DataSetError, ImageFileError
+from dinocell.image_io import write_image, write_labels
+from dinocell.training.datasets import CropDataset, find_pairs, read_pair, split_pairs
+
+MODEL = ModelConfig(size="tiny", patch_size=16, window_px=32, overlap_px=8)
+
+
+def crops(folder, **changes):
+    pairs = find_pairs(folder / "images", folder / "labels", "blobs")
+    settings = {
+        "model": MODEL,
+        "augment": AugmentConfig(),
+        "crop_px": 32,
+        "seed": 0,
+        "length": 100,
+    }
+    config = [DatasetConfig("blobs", "", "")]
+    return CropDataset(pairs, config, **{**settings, **changes})
+
+
+def test_items_depend_on_seed_and_index_only(blob_data):
+    one, other = crops(blob_data), crops(blob_data, cache_bytes=0, length=7)
+    for index in (0, 3, 6):
+        for a, b in zip(one[index], other[index], strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(one[0][0], one[1][0])
+    assert not torch.equal(one[0][0], crops(blob_data, seed=1)[0][0])
+    assert len(other) == 7
+
+
+def test_shapes_types_and_content(blob_data):
+    dataset = crops(blob_data)
+    images, targets = zip(*(dataset[index] for index in range(30)), strict=True)
+    assert images[0].shape == (3, 32, 32)
+    assert targets[0].shape == (1, 32, 32)
+    assert images[0].dtype == targets[0].dtype == torch.float32
+    target = torch.stack(targets)
+    assert target.min() == 0
+    assert 0.9 < target.max() <= 1
+    image = torch.stack(images)[:, :1]
+    assert image[target > 0.5].mean() > image[target == 0].mean() + 0.5  # bright cells
+
+
+def test_target_and_size_options_change_the_map(blob_data):
+    from dataclasses import replace
+
+    sqrt, linear = crops(blob_data), crops(blob_data, model=replace(MODEL, target="linear"))
+    index = next(i for i in range(20) if sqrt[i][1].max() > 0.5)
+    np.testing.assert_allclose(sqrt[index][1].numpy() ** 2, linear[index][1].numpy(), atol=1e-5)
+    assert crops(blob_data, crop_px=48)[0][0].shape == (3, 48, 48)
+
+
+def test_a_cut_cell_keeps_its_distances(tmp_path):
+    labels = np.zeros((64, 64), np.uint16)
+    labels[8:56, 8:56] = 1
+    write_labels(tmp_path / "labels" / "a.png", labels)
+    rng = np.random.default_rng(0)
+    write_image(tmp_path / "images" / "a.png", rng.integers(0, 255, (64, 64)).astype(np.uint8))
+    plain = AugmentConfig(scale=(1, 1), rotate=False, flip=False, empty_probability=0)
+    values = [
+        float(crops(tmp_path, augment=plain, crop_px=32)[index][1].max()) for index in range(20)
+    ]
+    assert min(values) < 0.97  # a corner of the cell does not get a maximum of its own
+
+
+def test_given_and_drawn_splits(blob_data):
+    images, labels = str(blob_data / "images"), str(blob_data / "labels")
+    drawn = DataConfig(datasets=(DatasetConfig("a", images, labels),), val_fraction=0.34)
+    train, val = split_pairs(drawn, seed=0)
+    assert (len(train), len(val)) == (4, 2)
+    assert not {p.image_path for p in train} & {p.image_path for p in val}
+    assert split_pairs(drawn, seed=0) == (train, val)
+    assert any(split_pairs(drawn, seed=seed)[1] != val for seed in range(1, 6))
+    given = DataConfig(datasets=(DatasetConfig("a", images, labels, images, labels),))
+    train, val = split_pairs(given, seed=0)
+    assert (len(train), len(val)) == (6, 6)
+    few = DataConfig(datasets=given.datasets, max_val_images=2)
+    assert len(split_pairs(few, seed=0)[1]) == 2
+
+
+def test_split_is_stratified_by_data_set(blob_data):
+    images, labels = str(blob_data / "images"), str(blob_data / "labels")
+    sets = tuple(DatasetConfig(name, images, labels) for name in "abc")
+    _, val = split_pairs(DataConfig(datasets=sets, val_fraction=0.34), seed=3)
+    assert [sum(pair.dataset == name for pair in val) for name in "abc"] == [2, 2, 2]
+
+
+def test_weights_of_data_sets(blob_data):
+    pairs = find_pairs(blob_data / "images", blob_data / "labels", "a")
+    pairs += find_pairs(blob_data / "images", blob_data / "labels", "b")
+    sets = [DatasetConfig("a", "", "", weight=3.0), DatasetConfig("b", "", "", weight=1.0)]
+    dataset = CropDataset(
+        pairs, sets, model=MODEL, augment=AugmentConfig(), crop_px=32, seed=0, length=1
+    )
+    assert dataset.probabilities[:6].sum() == pytest.approx(0.75)
+    equal = [DatasetConfig("a", "", ""), DatasetConfig("b", "", "")]
+    dataset = CropDataset(
+        pairs, equal, model=MODEL, augment=AugmentConfig(), crop_px=32, seed=0, length=1
+    )
+    assert dataset.probabilities[:6].sum() == pytest.approx(0.5)
+
+
+class TestWrongFolders:
+    def test_missing_folder(self, tmp_path):
+        with pytest.raises(DataSetError, match="must be a folder"):
+            find_pairs(tmp_path / "none", tmp_path)
+
+    def test_names_that_do_not_match(self, blob_data, tmp_path):
+        write_labels(tmp_path / "blob0.png", np.ones((4, 4), np.uint8))
+        with pytest.raises(DataSetError, match=r"5 without a partner \(blob1, blob2"):
+            find_pairs(blob_data / "images", tmp_path, "mine")
+
+    def test_two_files_of_one_name(self, blob_data, tmp_path):
+        for suffix in ("png", "tif"):
+            write_labels(tmp_path / f"blob0.{suffix}", np.ones((4, 4), np.uint8))
+        with pytest.raises(DataSetError, match="differ beyond their suffix"):
+            find_pairs(blob_data / "images", tmp_path)
+
+    def test_sizes_that_differ(self, tmp_path):
+        rng = np.random.default_rng(0)
+        write_image(tmp_path / "i" / "a.png", rng.integers(0, 255, (9, 9)).astype(np.uint8))
+        write_labels(tmp_path / "l" / "a.png", np.ones((9, 8), np.uint8))
+        with pytest.raises(DataSetError, match=r"\(9, 9\) and \(9, 8\)"):
+            read_pair(find_pairs(tmp_path / "i", tmp_path / "l")[0])
+
+    def test_colour_images(self, tmp_path):
+        rng = np.random.default_rng(0)
+        write_image(tmp_path / "i" / "a.png", rng.integers(0, 255, (9, 9, 3)).astype(np.uint8))
+        write_labels(tmp_path / "l" / "a.png", np.ones((9, 9), np.uint8))
+        with pytest.raises(DataSetError, match="must be gray"):
+            read_pair(find_pairs(tmp_path / "i", tmp_path / "l")[0])
+
+    def test_a_truncated_image_is_met_before_training(self, blob_data, tmp_path):
+        (tmp_path / "i").mkdir()
+        content = (blob_data / "images" / "blob0.tif").read_bytes()
+        (tmp_path / "i" / "a.tif").write_bytes(content[: len(content) // 2])
+        write_labels(tmp_path / "l" / "a.png", np.ones((64, 80), np.uint8))
+        pairs = find_pairs(tmp_path / "i", tmp_path / "l", "a")
+        with pytest.raises(ImageFileError):
+            CropDataset(
+                pairs,
+                [DatasetConfig("a", "", "")],
+                model=MODEL,
+                augment=AugmentConfig(),
+                crop_px=32,
+                seed=0,
+                length=1,
+            )
+
+    def test_a_single_image_cannot_be_split(self, tmp_path):
+        write_labels(tmp_path / "a.png", np.ones((9, 8), np.uint8))
+        config = DataConfig(datasets=(DatasetConfig("a", str(tmp_path), str(tmp_path)),))
+        with pytest.raises(DataSetError, match="at least two images"):
+            split_pairs(config, seed=0)
