@@ -206,14 +206,17 @@ def tune_thresholds(
     def try_point(index: _Index) -> float:
         if index not in tried:
             peak, fill, prominence = (axis[i] for axis, i in zip(axes, index, strict=True))
-            settings = {
-                "peak_threshold": peak,
-                "fill_threshold": fill,
-                "min_prominence": prominence,
-                "min_area_px": min_area_px,
-            }
             tables = [
-                overlap_table(truth, to_labels(distance_map, **settings))
+                overlap_table(
+                    truth,
+                    to_labels(
+                        distance_map,
+                        peak_threshold=peak,
+                        fill_threshold=fill,
+                        min_prominence=prominence,
+                        min_area_px=min_area_px,
+                    ),
+                )
                 for distance_map, truth in materialised
             ]
             score = _score([count(table) for table in tables], attribute, average)

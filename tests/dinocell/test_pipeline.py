@@ -1,0 +1,194 @@
+"""One image through everything: sizes, types, tiling, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dinocell.errors import ConfigError, ImageFileError, UsageError
+from dinocell.image_io import read_labels, write_image
+from dinocell.inference import predict_distance_map
+from dinocell.pipeline import DINOCellPipeline, segment
+
+
+def field(height: int = 70, width: int = 90, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:height, :width]
+    image = rng.normal(100, 8, (height, width))
+    for row, column in [(15, 20), (40, 60), (55, 18)]:
+        image += 900 * (np.hypot(rows - row, columns - column) < 9)
+    return image.clip(0).astype(np.uint16)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (5, 3), (16, 16), (33, 31), (70, 90), (3, 200)])
+def test_any_size_gives_valid_output(small_model, shape):
+    image = np.random.default_rng(0).integers(0, 1000, shape).astype(np.uint16)
+    result = segment(image, model=small_model)
+    assert result.labels.shape == shape
+    assert result.labels.dtype == np.uint32
+    assert result.distance_map.dtype == np.float32
+    assert result.num_cells == len(np.unique(result.labels[result.labels > 0]))
+    assert len(result.measure()) == result.num_cells
+    assert result.summary()["num_cells"] == result.num_cells
+
+
+def test_labels_do_not_depend_on_batch_or_tile(small_model):
+    image = field(150, 170)
+    reference = segment(image, model=small_model, batch_size=64)
+    assert reference.num_cells > 3
+    for options in ({"batch_size": 1}, {"batch_size": 3}, {"tile_px": 40}, {"tile_px": 100}):
+        other = segment(image, model=small_model, **options)
+        np.testing.assert_allclose(other.distance_map, reference.distance_map, atol=1e-5)
+        assert (other.labels != reference.labels).mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.uint16, np.int32, np.float32, np.float64, np.bool_]
+)
+def test_types_of_images(small_model, dtype):
+    image = (field() > 500).astype(dtype) if dtype is np.bool_ else (field() // 5).astype(dtype)
+    result = segment(image, model=small_model, allow_mask=True)
+    assert result.labels.shape == image.shape
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_constant_images_have_no_cells(small_model, value, tmp_path):
+    result = segment(np.full((40, 50), value, np.uint8), model=small_model)
+    assert result.num_cells == 0
+    assert "constant image" in result.warnings[0]
+    paths = result.save(tmp_path)
+    assert not read_labels(paths["tif"]).any()
+    assert paths["csv"].read_text().startswith("label,")
+
+
+def test_each_threshold_changes_the_labels(small_model):
+    image = field(150, 170)
+    base = segment(image, model=small_model)
+    low, high = np.quantile(base.distance_map, [0.3, 0.97])
+    for options in (
+        {"fill_threshold": float(low) * 0.5},
+        {"peak_threshold": float(high)},
+        {"min_prominence": 0.5},
+        {"min_area_px": 10**6},
+    ):
+        assert (segment(image, model=small_model, **options).labels != base.labels).any(), options
+    with pytest.raises(ConfigError, match="fill_threshold < peak_threshold"):
+        segment(image, model=small_model, peak_threshold=0.001)
+
+
+def test_normalisation_options_of_the_model_act(small_model):
+    from dinocell.model import with_config
+
+    image = field()
+    base = predict_distance_map(small_model, image)
+    for change in (
+        {"low_percentile": 50.0},
+        {"high_percentile": 80.0},
+        {"min_contrast_sigma": 500.0},
+        {"overlap_px": 16},
+        {"window_px": 48},
+    ):
+        other = predict_distance_map(with_config(small_model, **change), image)
+        assert np.abs(other - base).max() > 1e-4, change
+
+
+def test_precision(small_model):
+    image = field()
+    full = predict_distance_map(small_model, image)
+    half = predict_distance_map(small_model, image, precision="bf16")
+    assert 0 < np.abs(full - half).max() < 0.1
+    with pytest.raises(ValueError, match="fp32 or bf16"):
+        predict_distance_map(small_model, image, precision="fp8")
+
+
+def test_progress_is_reported(small_model):
+    seen = []
+    segment(field(), model=small_model, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
+class TestChannels:
+    def test_colour_needs_a_choice(self, small_model):
+        image = np.stack([field(seed=s) for s in range(3)], axis=-1)
+        with pytest.raises(UsageError, match="must be gray, got 3 channels"):
+            segment(image, model=small_model)
+        one = segment(image, model=small_model, channels=1)
+        np.testing.assert_array_equal(one.image, image[:, :, 1])
+        several = segment(image, model=small_model, channels=[0, 2])
+        assert several.image.dtype == np.float32
+        assert not np.array_equal(several.labels, one.labels)
+
+    def test_wrong_channels(self, small_model):
+        image = np.stack([field(seed=s) for s in range(3)], axis=-1)
+        with pytest.raises((UsageError, ValueError), match="channel"):
+            segment(image, model=small_model, channels=7)
+        with pytest.raises(UsageError, match="gray image"):
+            segment(field(), model=small_model, channels=2)
+        assert segment(field(), model=small_model, channels=0).labels.shape == (70, 90)
+
+    def test_names_from_the_file(self, small_model, tmp_path):
+        image = np.stack([field(seed=s) for s in range(2)], axis=-1)
+        path = tmp_path / "two.tif"
+        write_image(path, image, channel_names=("DNA", "ER"), pixel_size_um=0.5)
+        with pytest.raises(UsageError, match="DNA, ER"):
+            segment(path, model=small_model)
+        result = segment(path, model=small_model, channels="ER")
+        np.testing.assert_array_equal(result.image, image[:, :, 1])
+        assert result.pixel_size_um == pytest.approx(0.5)
+        assert result.name == "two"
+        assert "area_um2" in result.measure().columns
+        assert segment(path, model=small_model, channels="ER", pixel_size_um=2.0).pixel_size_um == 2
+
+
+class TestWrongImages:
+    @pytest.mark.parametrize(
+        ("image", "message"),
+        [
+            (np.zeros((2, 3, 4, 5)), "4, 5"),
+            (np.zeros(7), "choose one plane"),
+            (np.zeros((0, 4)), "not empty"),
+            (np.array([["a"]]), "real numbers"),
+            (np.zeros((4, 4), complex), "real numbers"),
+            (np.array([[1.0, np.nan], [2.0, 3.0]]), "finite"),
+        ],
+    )
+    def test_arrays(self, small_model, image, message):
+        with pytest.raises(ValueError, match=message):
+            segment(image, model=small_model)
+
+    def test_a_mask_is_refused_unless_allowed(self, small_model, tmp_path):
+        mask = (field() > 500).astype(np.uint8) * 255
+        with pytest.raises(ValueError, match="mask or label image"):
+            segment(mask, model=small_model)
+        write_image(tmp_path / "mask.png", mask)
+        with pytest.raises(ImageFileError, match="mask or label image in mask"):
+            segment(tmp_path / "mask.png", model=small_model)
+        assert segment(mask, model=small_model, allow_mask=True).labels.shape == mask.shape
+
+    def test_missing_file(self, small_model):
+        with pytest.raises(UsageError):
+            segment("no_such_file.tif", model=small_model)
+
+    def test_wrong_settings(self, small_model):
+        with pytest.raises(ValueError, match="batch_size"):
+            DINOCellPipeline(small_model, batch_size=0)
+        with pytest.raises(UsageError, match="auto, cpu, cuda"):
+            DINOCellPipeline(small_model, device="tpu9")
+
+
+def test_save_writes_every_format(small_model, tmp_path):
+    result = segment(field(150, 170), model=small_model, name="x")
+    paths = result.save(tmp_path, formats=("png", "tif", "geojson", "coco"))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "x_cells.csv",
+        "x_overlay.png",
+        "x_labels.png",
+        "x_labels.tif",
+        "x.geojson",
+        "x_coco.json",
+    }
+    np.testing.assert_array_equal(read_labels(paths["tif"]), result.labels)
+    np.testing.assert_array_equal(read_labels(paths["png"]), result.labels)
+    with pytest.raises(UsageError, match="tif, png"):
+        result.save(tmp_path, formats=("svg",))
+    assert "overlay" not in result.save(tmp_path / "plain", overlay=False)

@@ -1,0 +1,314 @@
+"""The training loop: it learns, it resumes bit for bit, and every option acts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dinocell.config import TrainConfig, config_from_mapping
+from dinocell.errors import CheckpointError, ConfigError, DINOCellError
+from dinocell.model import DINOCell, load_model
+from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
+from dinocell.training.losses import distance_loss
+from dinocell.training.trainer import (
+    TrainingInterruptedError,
+    learning_rate_factor,
+    parameter_groups,
+    train,
+)
+
+
+def make_config(data: Path, out: Path, **changes) -> TrainConfig:
+    mapping = {
+        "output_dir": str(out),
+        "device": "cpu",
+        "model": {
+            "size": "tiny",
+            "patch_size": 16,
+            "image_channels": 4,
+            "window_px": 32,
+            "overlap_px": 8,
+            "layerscale_init": 0.3,
+            "drop_path_rate": 0.2,
+        },
+        "data": {
+            "datasets": [
+                {"name": "blobs", "images": str(data / "images"), "labels": str(data / "labels")}
+            ],
+            "val_fraction": 0.34,
+        },
+        "optimizer": {"lr": 2e-3, "warmup_steps": 2},
+        "schedule": {
+            "steps": 4,
+            "batch_size": 2,
+            "precision": "fp32",
+            "eval_every": 2,
+            "checkpoint_every": 2,
+            "log_every": 1,
+            "ema_decay": 0.9,
+        },
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            mapping.setdefault(section, {})[name] = value
+        else:
+            mapping[section] = value
+    return config_from_mapping(TrainConfig, mapping)
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows(out) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def finished(blob_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    return out, train(make_config(blob_data, out), shown=False)
+
+
+def test_what_a_run_leaves(finished):
+    out, result = finished
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "best.safetensors",
+        "model.safetensors",
+        "curves.png",
+    }
+    assert result.step == 4
+    model = DINOCell.from_pretrained(result.model_path)
+    assert model.card["data"] == {"blobs": {"train_images": 4, "val_images": 2}}
+    assert model.config.peak_threshold == result.thresholds["peak_threshold"]
+    assert [step for step, _ in losses(out)] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows(out) if "val_ap50_pooled" in row] == [2, 4]
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(find_checkpoints(out / "checkpoints")) == 2
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_resume_is_bit_for_bit(blob_data, tmp_path, finished, cut):
+    whole, _ = finished
+    config = make_config(blob_data, tmp_path)
+    with pytest.raises(TrainingInterruptedError, match=f"step {cut}"):
+        train(config, shown=False, stop_after=cut)
+    train(config, shown=False)
+    assert losses(tmp_path) == losses(whole)
+    one, other = (load_model(folder / "model.safetensors") for folder in (whole, tmp_path))
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+    assert one.config == other.config
+
+
+def test_a_finished_run_is_not_trained_again(blob_data, finished):
+    out, result = finished
+    before = (out / "checkpoints" / "step_00000004.pt").read_bytes()
+    again = train(make_config(blob_data, out), shown=False)
+    assert again.val_ap50 == result.val_ap50
+    assert (out / "checkpoints" / "step_00000004.pt").read_bytes() == before
+    assert len(losses(out)) == 4
+
+
+def test_a_signal_writes_a_checkpoint(blob_data, tmp_path):
+    config = make_config(blob_data, tmp_path, schedule__steps=400, schedule__eval_every=400)
+
+    def interrupt() -> None:
+        for _ in range(600):
+            if (tmp_path / "metrics.jsonl").exists():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            threading.Event().wait(0.05)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(TrainingInterruptedError, match="run the same command"):
+        train(config, shown=False)
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before
+    step, path = find_checkpoints(tmp_path / "checkpoints")[-1]
+    assert load_checkpoint(path)["step"] == step
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"model__drop_path_rate": 0.5},
+        {"model__target": "linear"},
+        {"model__layerscale_init": 0.1},
+        {"augment__rotate": False},
+        {"optimizer__lr": 1e-4},
+        {"optimizer__warmup_steps": 4},
+        {"optimizer__min_lr_ratio": 0.9},
+        {"optimizer__clip_norm": 0.001},
+        {"optimizer__weight_decay": 5.0},
+        {"optimizer__betas": [0.5, 0.6]},
+        {"backbone__lr_mult": 0.0},
+        {"backbone__layer_decay": 0.3},
+        {"schedule__batch_size": 3},
+        {"schedule__crop_px": 48},
+        {"schedule__precision": "bf16"},
+        {"data__val_fraction": 0.5},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_options_change_the_losses(blob_data, tmp_path, finished, change):
+    whole, _ = finished
+    train(make_config(blob_data, tmp_path, **change), shown=False)
+    assert losses(tmp_path) != losses(whole)
+
+
+def test_averaging_changes_the_model_but_not_the_losses(blob_data, tmp_path, finished):
+    whole, _ = finished
+    train(make_config(blob_data, tmp_path, schedule__ema_decay=0.0), shown=False)
+    assert losses(tmp_path) == losses(whole)
+    one, other = (
+        load_checkpoint(folder / "checkpoints" / "step_00000004.pt") for folder in (whole, tmp_path)
+    )
+    key = "decoder.head.weight"
+    assert torch.equal(one["model"][key], other["model"][key])
+    assert not torch.equal(one["averaged"][key], other["averaged"][key])
+    assert torch.equal(other["averaged"][key], other["model"][key])
+
+
+def test_loader_processes_change_nothing(blob_data, tmp_path, finished):
+    whole, _ = finished
+    train(make_config(blob_data, tmp_path, data__num_workers=1), shown=False)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_keeping_fewer_checkpoints(blob_data, tmp_path):
+    changes = {"schedule__keep_checkpoints": 1, "schedule__checkpoint_every": 1}
+    train(make_config(blob_data, tmp_path, **changes), shown=False)
+    assert [step for step, _ in find_checkpoints(tmp_path / "checkpoints")] == [4]
+
+
+def test_early_stopping(blob_data, tmp_path):
+    changes = {"schedule__patience": 1, "schedule__eval_every": 1, "optimizer__lr": 1e-12}
+    config = make_config(blob_data, tmp_path, **changes, schedule__ema_decay=0.0)
+    result = train(replace(config, schedule=replace(config.schedule, steps=50)), shown=False)
+    assert result.stopped_early
+    assert result.step < 50
+
+
+def test_frozen_backbone_stays(blob_data, tmp_path):
+    from dinocell.backbone import DINOv3Backbone
+
+    torch.manual_seed(3)
+    backbone = DINOv3Backbone("tiny", patch_size=16)
+    path = tmp_path / "backbone.pth"
+    torch.save(backbone.vit.state_dict(), path)
+    config = make_config(
+        blob_data, tmp_path / "run", backbone__weights=str(path), backbone__frozen=True
+    )
+    train(config, shown=False)
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000004.pt")["model"]
+    for key, value in backbone.vit.state_dict().items():
+        assert torch.equal(state[f"backbone.vit.{key}"], value), key
+
+
+def test_it_learns(blob_data, tmp_path):
+    config = make_config(
+        blob_data,
+        tmp_path,
+        model__drop_path_rate=0.0,
+        model__patch_size=8,
+        schedule__steps=60,
+        schedule__batch_size=6,
+        schedule__eval_every=60,
+        schedule__checkpoint_every=60,
+        augment__empty_probability=0.0,
+    )
+    result = train(config, shown=False)
+    curve = [loss for _, loss in losses(tmp_path)]
+    assert sum(curve[-5:]) < 0.35 * sum(curve[:5])
+    assert result.val_ap50 > 0.6
+
+
+class TestWrongRuns:
+    def test_another_configuration(self, blob_data, finished):
+        out, _ = finished
+        with pytest.raises(ConfigError, match=r"optimizer\.lr.*another output_dir"):
+            train(make_config(blob_data, out, optimizer__lr=1e-5), shown=False)
+
+    def test_free_keys_may_change(self, blob_data, finished):
+        out, _ = finished
+        assert train(make_config(blob_data, out, schedule__log_every=3), shown=False).step == 4
+
+    def test_truncated_checkpoint(self, blob_data, tmp_path):
+        config = make_config(blob_data, tmp_path)
+        with pytest.raises(TrainingInterruptedError):
+            train(config, shown=False, stop_after=1)
+        path = tmp_path / "checkpoints" / "step_00000001.pt"
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(CheckpointError, match="delete it to go on"):
+            train(config, shown=False)
+
+    def test_checkpoint_of_another_model(self, blob_data, tmp_path):
+        save_checkpoint(tmp_path / "checkpoints", 1, {"model": {}, "step": 1}, keep=1)
+        with pytest.raises(CheckpointError, match="must fit the configured model"):
+            train(make_config(blob_data, tmp_path), shown=False)
+
+    def test_loss_that_is_not_finite(self, blob_data, tmp_path, monkeypatch):
+        monkeypatch.setattr(
+            "dinocell.training.trainer.distance_loss",
+            lambda predicted, target: distance_loss(predicted, target) * float("nan"),
+        )
+        with pytest.raises(CheckpointError, match="must be finite"):
+            train(make_config(blob_data, tmp_path), shown=False)
+
+    def test_foreign_configuration_file(self, blob_data, tmp_path):
+        (tmp_path / "config.yaml").write_text("- not ours\n")
+        with pytest.raises(DINOCellError, match="another output_dir"):
+            train(make_config(blob_data, tmp_path), shown=False)
+        assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == ["not ours"]
+
+
+def test_learning_rate_by_hand():
+    config = make_config(Path(), Path()).optimizer
+    config = replace(config, warmup_steps=4, min_lr_ratio=0.1)
+    factors = [learning_rate_factor(step, config, 15) for step in range(15)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == pytest.approx(1.0)
+    assert factors[9] == pytest.approx(0.55)
+    assert factors[14] == pytest.approx(0.1)
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+
+
+def test_parameter_groups_cover_each_parameter_once():
+    config = make_config(Path(), Path(), backbone__lr_mult=0.5, backbone__layer_decay=0.8)
+    model = DINOCell(config.model)
+    groups = parameter_groups(model, config)
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    of = {id(p): group for group in groups for p in group["params"]}
+    vit = model.backbone.vit
+    assert of[id(vit.norm.weight)]["lr_scale"] == pytest.approx(0.5)
+    assert of[id(vit.blocks[11].mlp.fc1.weight)]["lr_scale"] == pytest.approx(0.5 * 0.8)
+    assert of[id(vit.patch_embed.proj.weight)]["lr_scale"] == pytest.approx(0.5 * 0.8**13)
+    assert of[id(model.decoder.head.weight)]["lr_scale"] == 1.0
+    assert of[id(vit.blocks[0].mlp.fc1.weight)]["weight_decay"] == 0.05
+    for parameter in (vit.cls_token, vit.blocks[0].mlp.fc1.bias, vit.blocks[0].ls1.gamma):
+        assert of[id(parameter)]["weight_decay"] == 0.0
+
+
+def test_loss():
+    a, b = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5)
+    assert float(distance_loss(a, b)) == 0.25
+    with pytest.raises(ValueError, match="one shape"):
+        distance_loss(a, torch.zeros(1, 2, 2))
