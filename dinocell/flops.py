@@ -7,6 +7,7 @@ One "flop" of fvcore is one multiply-accumulate (MAC).
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -73,19 +74,26 @@ def model_cost(model: DINOCell, image_px: int = 256) -> ModelCost:
 
 def count_macs(module: nn.Module, inputs: tuple[Any, ...]) -> Counter[str]:
     """MACs of one forward pass by operator (`conv`, `linear`, `attention`, ...)."""
-    from fvcore.nn import FlopCountAnalysis
-
     # fvcore reports every element-wise operator it does not count; they are below a percent.
     logger = logging.getLogger("fvcore.nn.jit_analysis")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        analysis = FlopCountAnalysis(module, inputs)
-        analysis.set_op_handle(**dict.fromkeys(_ATTENTION_OPS, _attention_macs))
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        return Counter(analysis.by_operator())
+        with warnings.catch_warnings(), torch.no_grad():
+            # fvcore and the tracing it needs use torch.jit, which torch calls deprecated.
+            warnings.simplefilter("ignore")
+            return _traced_macs(module, inputs)
     finally:
         logger.setLevel(level)
+
+
+def _traced_macs(module: nn.Module, inputs: tuple[Any, ...]) -> Counter[str]:
+    from fvcore.nn import FlopCountAnalysis
+
+    analysis = FlopCountAnalysis(module, inputs)
+    analysis.set_op_handle(**dict.fromkeys(_ATTENTION_OPS, _attention_macs))
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return Counter(analysis.by_operator())
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:

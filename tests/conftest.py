@@ -52,7 +52,11 @@ def small_model():  # type: ignore[no-untyped-def]
     model = create_dinocell_model(
         "tiny", patch_size=16, image_channels=4, window_px=32, overlap_px=8, layerscale_init=0.5
     )
+    model.eval()
     with torch.no_grad():  # a map with structure, so that thresholds have something to cut
-        model.decoder.head.weight.mul_(6.0)
+        image = torch.randn(4, 3, 32, 32)
+        logits = torch.logit(model(image))
+        model.decoder.head.weight.mul_(2.0 / logits.std())
         model.decoder.head.bias.zero_()
-    return model.eval()
+        model.decoder.head.bias.sub_(torch.logit(model(image)).mean())
+    return model

@@ -258,7 +258,9 @@ class _Trainer:
                         f"{self.step}: run the same command to go on from its checkpoint"
                     )
                 fetched_at = time.monotonic()
-        self._save()
+        newest = find_checkpoints(self.checkpoint_dir)
+        if not newest or newest[-1][0] < self.step:
+            self._save()
         return False
 
     def _step(self, image: Tensor, target: Tensor) -> tuple[float, float]:

@@ -65,7 +65,7 @@ def test_options_of_create(small_model):
     with pytest.raises(ConfigError, match="did you mean window_px"):
         create_dinocell_model("tiny", window=64)
     scaled = create_dinocell_model("tiny", patch_size=16, layerscale_init=0.25)
-    assert float(scaled.backbone.vit.blocks[3].ls1.gamma[0]) == 0.25
+    assert scaled.backbone.vit.blocks[3].ls1.gamma[0].item() == 0.25
     model = create_dinocell_model("tiny", patch_size=16, drop_path_rate=0.9, layerscale_init=1.0)
     model.train()
     image = torch.ones(4, 3, 32, 32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import ndimage
 from skimage.io import imread
 
 from dinocell.preprocess import (
@@ -30,9 +31,9 @@ def test_percentiles_go_to_0_and_1():
 
 def test_each_option_changes_the_result():
     rng = np.random.default_rng(0)
-    image = rng.gamma(2.0, 100.0, (64, 64))
+    image = ndimage.gaussian_filter(rng.gamma(2.0, 100.0, (64, 64)), 3)
     base = normalize_intensity(image)
-    for option in ({"low_percentile": 20}, {"high_percentile": 70}, {"min_contrast_sigma": 500.0}):
+    for option in ({"low_percentile": 20}, {"high_percentile": 70}, {"min_contrast_sigma": 5000.0}):
         assert np.abs(normalize_intensity(image, **option) - base).max() > 0.01
 
 
@@ -93,7 +94,7 @@ def test_real_fields_with_and_without_nuclei(data_dir):
     assert empty
     assert full
     for path in empty:
-        assert normalize_intensity(imread(path)).max() < 0.6
+        assert np.percentile(normalize_intensity(imread(path)), 99.5) < 0.5
     for path in full:
         assert normalize_intensity(imread(path)).max() == 1
 

@@ -1,0 +1,159 @@
+"""Many files: resume, failures, settings, and what a folder holds afterwards."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from dinocell.batch import SegmentOptions, segment_files
+from dinocell.errors import CheckpointError, ConfigError, UsageError
+from dinocell.image_io import find_images, read_labels, write_image
+
+OPTIONS = SegmentOptions(device="cpu")
+
+
+@pytest.fixture
+def images(tmp_path, blob_data):
+    paths = find_images([blob_data / "images"])[:3]
+    return paths
+
+
+def run(paths, out, model, **options):
+    from dataclasses import replace
+
+    return segment_files(paths, out, replace(OPTIONS, **options), model=model, shown=False)
+
+
+def test_what_a_folder_holds(images, tmp_path, small_model):
+    result = run(images, tmp_path / "out", small_model, report=True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    expected = {"summary.csv", "settings.json", "images.jsonl", "report.html"}
+    for path in images:
+        expected |= {f"{path.stem}{end}" for end in ("_labels.tif", "_cells.csv", "_overlay.png")}
+    assert names == expected
+    with (tmp_path / "out" / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [path.stem for path in images]
+    for row in rows:
+        labels = read_labels(tmp_path / "out" / f"{row['name']}_labels.tif")
+        assert int(row["num_cells"]) == labels.max()
+    assert "in 3 images" in result.text()
+
+
+def test_a_bad_file_stops_nothing(images, tmp_path, small_model):
+    broken = tmp_path / "broken.tif"
+    broken.write_bytes(images[0].read_bytes()[:300])
+    colour = tmp_path / "colour.png"
+    rng = np.random.default_rng(0)
+    write_image(colour, rng.integers(0, 255, (40, 40, 3)).astype(np.uint8))
+    paths = [broken, images[0], colour, images[1]]
+    result = run(paths, tmp_path / "out", small_model, report=True)
+    assert [path for path, _ in result.failures] == [broken, colour]
+    assert len(result.rows) == 2
+    assert "failed: " in result.text()
+    assert not list((tmp_path / "out").glob("broken_*"))
+    with (tmp_path / "out" / "summary.csv").open() as file:
+        errors = {row["name"]: row["error"] for row in csv.DictReader(file)}
+    assert "gray" in errors["colour"]
+    assert errors["broken"]
+    assert not errors[images[0].stem]
+    assert "colour" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_results_do_not_depend_on_workers(images, tmp_path, small_model):
+    for workers in (0, 1, 3):
+        run(images, tmp_path / str(workers), small_model, workers=workers)
+    for path in images:
+        one, *others = (
+            read_labels(tmp_path / str(workers) / f"{path.stem}_labels.tif") for workers in (0, 1, 3)
+        )
+        for other in others:
+            np.testing.assert_array_equal(one, other)
+
+
+def test_finished_work_is_not_touched_without_being_asked(images, tmp_path, small_model):
+    out = tmp_path / "out"
+    run(images, out, small_model)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    with pytest.raises(UsageError, match="--resume to keep them, --overwrite"):
+        run(images, out, small_model)
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_resume_does_the_rest(images, tmp_path, small_model):
+    out = tmp_path / "out"
+    run(images[:2], out, small_model)
+    before = (out / f"{images[0].stem}_labels.tif").stat().st_mtime_ns
+    result = run(images, out, small_model, resume=True, batch_size=2, workers=0)
+    assert result.skipped == 2
+    assert len(result.rows) == 3
+    assert (out / f"{images[0].stem}_labels.tif").stat().st_mtime_ns == before
+    (out / f"{images[1].stem}_labels.tif").unlink()
+    with (out / "images.jsonl").open("a") as file:
+        file.write('{"name": "cut')  # as a crash leaves it
+    assert run(images, out, small_model, resume=True).skipped == 2
+
+
+def test_resume_needs_the_same_settings(images, tmp_path, small_model):
+    out = tmp_path / "out"
+    run(images[:1], out, small_model)
+    for change in ({"peak_threshold": 0.9}, {"min_area_px": 3}, {"precision": "bf16"}):
+        with pytest.raises(ConfigError, match=next(iter(change))):
+            run(images, out, small_model, resume=True, **change)
+    from dinocell.model import create_dinocell_model
+
+    other = create_dinocell_model("tiny", patch_size=16, window_px=32, overlap_px=8).eval()
+    with pytest.raises(ConfigError, match="weights_sha256"):
+        run(images, out, other, resume=True)
+
+
+def test_overwrite_replaces(images, tmp_path, small_model):
+    out = tmp_path / "out"
+    run(images, out, small_model)
+    run(images, out, small_model, overwrite=True, peak_threshold=0.95)
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["peak_threshold"] == 0.95
+    assert len((out / "images.jsonl").read_text().splitlines()) == len(images)
+
+
+def test_options_reach_the_files(images, tmp_path, small_model):
+    run(images[:1], tmp_path / "a", small_model, overlay=False, formats=("png", "geojson"))
+    names = {path.name.removeprefix(images[0].stem) for path in (tmp_path / "a").iterdir()}
+    assert {"_labels.png", "_outlines.geojson", "_cells.csv"} <= names
+    assert not any(name.endswith(("_overlay.png", ".tif")) for name in names)
+    run(images[:1], tmp_path / "b", small_model, pixel_size_um=0.5)
+    assert "area_um2" in (tmp_path / "b" / f"{images[0].stem}_cells.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"formats": ("svg",)}, "tif, png"),
+        ({"formats": ()}, "got none"),
+        ({"precision": "fp8"}, "fp32 or bf16"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+    ],
+)
+def test_wrong_calls_leave_no_folder(images, tmp_path, small_model, change, message):
+    with pytest.raises(UsageError, match=message):
+        run(images, tmp_path / "out", small_model, **change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_images_and_equal_names(images, tmp_path, small_model):
+    with pytest.raises(UsageError, match="at least one image"):
+        run([], tmp_path / "out", small_model)
+    with pytest.raises(UsageError, match="differ in name"):
+        run([images[0], tmp_path / images[0].name], tmp_path / "out", small_model)
+
+
+def test_a_wrong_model_is_met_before_the_folder_is_made(images, tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError):
+        segment_files(
+            images, tmp_path / "out", SegmentOptions(model=str(tmp_path / "m.safetensors"))
+        )
+    assert not (tmp_path / "out").exists()
