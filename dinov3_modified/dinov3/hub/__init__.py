@@ -1,0 +1,1 @@
+"""Backbones by name, with or without released weights."""

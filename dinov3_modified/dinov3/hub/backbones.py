@@ -1,0 +1,299 @@
+"""The released DINOv3 vision transformers (matches `dinov3.hub.backbones`, ViT part).
+
+Meta gives the weights to those who accept its licence: ask for them on the DINOv3 page, save the
+file, and pass `weights=PATH`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import torch
+from torch import Tensor
+
+from dinov3.hub.utils import DINOV3_BASE_URL
+from dinov3.models.vision_transformer import DinoVisionTransformer
+
+__all__ = [
+    "Weights",
+    "convert_path_or_url_to_url",
+    "dinov3_vit7b16",
+    "dinov3_vitb16",
+    "dinov3_vith16plus",
+    "dinov3_vitl16",
+    "dinov3_vitl16plus",
+    "dinov3_vits16",
+    "dinov3_vits16plus",
+    "is_url",
+]
+
+
+class Weights(Enum):
+    """Released weights by pretraining data: 1.7 B web images, or 493 M satellite images."""
+
+    LVD1689M = "LVD1689M"
+    SAT493M = "SAT493M"
+
+
+_HASHES = {
+    ("vits16", Weights.LVD1689M): "08c60483",
+    ("vits16plus", Weights.LVD1689M): "4057cbaa",
+    ("vitb16", Weights.LVD1689M): "73cec8be",
+    ("vitl16", Weights.LVD1689M): "8aa4cbdd",
+    ("vitl16", Weights.SAT493M): "eadcf0ff",
+    ("vith16plus", Weights.LVD1689M): "7c1da9a5",
+    ("vit7b16", Weights.LVD1689M): "a955f4ea",
+    ("vit7b16", Weights.SAT493M): "a6675841",
+}
+
+# What all released ViTs have in common, beside their shape.
+_COMMON: dict[str, Any] = {
+    "img_size": 224,
+    "patch_size": 16,
+    "pos_embed_rope_base": 100.0,
+    "pos_embed_rope_normalize_coords": "separate",
+    "pos_embed_rope_rescale_coords": 2.0,
+    "pos_embed_rope_dtype": "fp32",
+    "layerscale_init": 1.0e-5,
+    "norm_layer": "layernormbf16",
+    "n_storage_tokens": 4,
+    "mask_k_bias": True,
+}
+
+
+def is_url(path: str) -> bool:
+    """Whether `path` begins with a scheme that can be opened: https, http or file."""
+    return urlparse(path).scheme in ("https", "http", "file")
+
+
+def convert_path_or_url_to_url(path: str) -> str:
+    """A local path as a file URL; URLs as they are."""
+    return path if is_url(path) else Path(path).expanduser().resolve().as_uri()
+
+
+def dinov3_vits16(
+    *,
+    pretrained: bool = True,
+    weights: Weights | str = Weights.LVD1689M,
+    check_hash: bool = False,
+    **kwargs: Any,
+) -> DinoVisionTransformer:
+    """ViT-S/16: width 384, 12 blocks, 6 heads.
+
+    Args:
+        pretrained: load `weights`; otherwise start at random.
+        weights: released weights by name, or a path or URL of a state dict.
+        check_hash: compare the file's SHA-256 with the hash in its name.
+        **kwargs: constructor arguments in place of the released ones, `patch_size` among them.
+    """
+    shape = {"embed_dim": 384, "depth": 12, "num_heads": 6, "ffn_ratio": 4}
+    return _make("vits16", shape, pretrained, weights, check_hash, kwargs)
+
+
+def dinov3_vits16plus(
+    *,
+    pretrained: bool = True,
+    weights: Weights | str = Weights.LVD1689M,
+    check_hash: bool = False,
+    **kwargs: Any,
+) -> DinoVisionTransformer:
+    """ViT-S+/16: as ViT-S with SwiGLU of ratio 6.  Arguments as `dinov3_vits16`."""
+    shape = {
+        "embed_dim": 384,
+        "depth": 12,
+        "num_heads": 6,
+        "ffn_ratio": 6,
+        "ffn_layer": "swiglu",
+    }
+    return _make("vits16plus", shape, pretrained, weights, check_hash, kwargs)
+
+
+def dinov3_vitb16(
+    *,
+    pretrained: bool = True,
+    weights: Weights | str = Weights.LVD1689M,
+    check_hash: bool = False,
+    **kwargs: Any,
+) -> DinoVisionTransformer:
+    """ViT-B/16: width 768, 12 blocks, 12 heads.  Arguments as `dinov3_vits16`."""
+    shape = {"embed_dim": 768, "depth": 12, "num_heads": 12, "ffn_ratio": 4}
+    return _make("vitb16", shape, pretrained, weights, check_hash, kwargs)
+
+
+def dinov3_vitl16(
+    *,
+    pretrained: bool = True,
+    weights: Weights | str = Weights.LVD1689M,
+    check_hash: bool = False,
+    **kwargs: Any,
+) -> DinoVisionTransformer:
+    """ViT-L/16: width 1024, 24 blocks, 16 heads; the satellite weights untie the local CLS norm.
+
+    Arguments as `dinov3_vits16`.
+    """
+    shape = {
+        "embed_dim": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        "ffn_ratio": 4,
+        "untie_global_and_local_cls_norm": weights == Weights.SAT493M,
+    }
+    return _make("vitl16", shape, pretrained, weights, check_hash, kwargs)
+
+
+def dinov3_vitl16plus(
+    *,
+    pretrained: bool = True,
+    weights: Weights | str = Weights.LVD1689M,
+    check_hash: bool = False,
+    **kwargs: Any,
+) -> DinoVisionTransformer:
+    """ViT-L+/16: as ViT-L with SwiGLU of ratio 6.  Arguments as `dinov3_vits16`."""
+    shape = {
+        "embed_dim": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        "ffn_ratio": 6.0,
+        "ffn_layer": "swiglu",
+    }
+    return _make("vitl16plus", shape, pretrained, weights, check_hash, kwargs)
+
+
+def dinov3_vith16plus(
+    *,
+    pretrained: bool = True,
+    weights: Weights | str = Weights.LVD1689M,
+    check_hash: bool = False,
+    **kwargs: Any,
+) -> DinoVisionTransformer:
+    """ViT-H+/16: width 1280, 32 blocks, 20 heads, SwiGLU of ratio 6.  Arguments as `dinov3_vits16`."""
+    shape = {
+        "embed_dim": 1280,
+        "depth": 32,
+        "num_heads": 20,
+        "ffn_ratio": 6.0,
+        "ffn_layer": "swiglu",
+    }
+    return _make("vith16plus", shape, pretrained, weights, check_hash, kwargs)
+
+
+def dinov3_vit7b16(
+    *,
+    pretrained: bool = True,
+    weights: Weights | str = Weights.LVD1689M,
+    check_hash: bool = False,
+    **kwargs: Any,
+) -> DinoVisionTransformer:
+    """ViT-7B/16: width 4096, 40 blocks, 32 heads, SwiGLU.  Arguments as `dinov3_vits16`."""
+    shape = {
+        "embed_dim": 4096,
+        "depth": 40,
+        "num_heads": 32,
+        "ffn_ratio": 3,
+        "ffn_layer": "swiglu64",
+        "qkv_bias": False,
+        "untie_global_and_local_cls_norm": True,
+    }
+    return _make("vit7b16", shape, pretrained, weights, check_hash, kwargs)
+
+
+def _make(
+    name: str,
+    shape: dict[str, Any],
+    pretrained: bool,
+    weights: Weights | str,
+    check_hash: bool,
+    options: dict[str, Any],
+) -> DinoVisionTransformer:
+    model = DinoVisionTransformer(**{**_COMMON, **shape, **options})
+    if not pretrained:
+        model.init_weights()
+        return model
+    path = _local_file(name, weights)
+    if check_hash:
+        _check_hash(path)
+    _load(model, path)
+    return model
+
+
+def _local_file(name: str, weights: Weights | str) -> Path:
+    """The file of the weights on this machine, fetched first if it is an http(s) URL."""
+    if isinstance(weights, Weights):
+        if (name, weights) not in _HASHES:
+            raise ValueError(
+                f"released weights must exist, got {weights.value} for {name}: pass weights=PATH"
+            )
+        data, digest = weights.value.lower(), _HASHES[name, weights]
+        file_name = f"dinov3_{name}_pretrain_{data}-{digest}.pth"
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / file_name
+        if cached.is_file():
+            return cached
+        raise FileNotFoundError(
+            f"released weights must be on this machine, got no {cached}: Meta gives them to those who "
+            "accept the DINOv3 licence; ask for them at https://ai.meta.com/dinov3, then pass "
+            f"weights=PATH or the address that you are sent (instead of {DINOV3_BASE_URL}/{file_name})"
+        )
+    url = urlparse(convert_path_or_url_to_url(weights))
+    if url.scheme == "file":
+        path = Path(unquote(url.path))
+        if not path.is_file():
+            raise FileNotFoundError(f"weights must be a file, got {path}: check the path")
+        return path
+    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(url.path).name
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(weights, str(target))  # writes a temporary file first
+    return target
+
+
+def _check_hash(path: Path) -> None:
+    match = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    if match is None:
+        raise ValueError(
+            f"check_hash needs a file name that ends in -HASH.pth, got {path.name}: rename the file or "
+            "leave check_hash out"
+        )
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if not digest.hexdigest().startswith(match.group(1)):
+        raise ValueError(
+            f"the SHA-256 of the weights must begin with {match.group(1)}, got "
+            f"{digest.hexdigest()[:16]} in {path}: fetch the file again"
+        )
+
+
+def _load(model: DinoVisionTransformer, path: Path) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"weights must be a state dict of tensors, got {path} ({reason}): fetch the file again"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(
+            f"weights must be a flat state dict of a backbone, got {path} with other content: take "
+            "the backbone out of the training checkpoint first"
+        )
+    expected = model.state_dict()
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    problems += [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
+        raise ValueError(
+            f"weights must fit the network, got {path} with {len(problems)} differences ({shown}): "
+            "choose the entry of their architecture"
+        )
+    model.load_state_dict(state)

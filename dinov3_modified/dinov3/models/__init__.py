@@ -1,0 +1,74 @@
+"""Vision transformers by name and from a configuration (matches `dinov3.models`, ViT part)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dinov3.models import vision_transformer as vits
+
+__all__ = ["build_model", "build_model_from_cfg"]
+
+
+def build_model(
+    args: Any,
+    only_teacher: bool = False,
+    img_size: int = 224,
+    device: torch.device | str | None = None,
+) -> tuple[nn.Module, int] | tuple[nn.Module, nn.Module, int]:
+    """Student and teacher backbones of a `student` configuration section.
+
+    Args:
+        args: the section: `arch`, `patch_size`, `drop_path_rate`, ... (facts of `ssl_default_config`).
+        only_teacher: without the student, which alone has stochastic depth.
+        img_size: told to the patch embedding.
+        device: "meta" leaves the parameters without storage.
+
+    Returns:
+        (teacher, width) or (student, teacher, width).
+    """
+    factories = [name for name in vits.__all__ if name.startswith("vit_")]
+    if args.arch not in factories:
+        raise ValueError(
+            f"student.arch must be one of {', '.join(factories)}, got {args.arch!r}: choose one"
+        )
+    options = {
+        "img_size": img_size,
+        "patch_size": args.patch_size,
+        "pos_embed_rope_base": args.pos_embed_rope_base,
+        "pos_embed_rope_min_period": args.pos_embed_rope_min_period,
+        "pos_embed_rope_max_period": args.pos_embed_rope_max_period,
+        "pos_embed_rope_normalize_coords": args.pos_embed_rope_normalize_coords,
+        "pos_embed_rope_shift_coords": args.pos_embed_rope_shift_coords,
+        "pos_embed_rope_jitter_coords": args.pos_embed_rope_jitter_coords,
+        "pos_embed_rope_rescale_coords": args.pos_embed_rope_rescale_coords,
+        "qkv_bias": args.qkv_bias,
+        "layerscale_init": args.layerscale,
+        "norm_layer": args.norm_layer,
+        "ffn_layer": args.ffn_layer,
+        "ffn_bias": args.ffn_bias,
+        "proj_bias": args.proj_bias,
+        "n_storage_tokens": args.n_storage_tokens,
+        "mask_k_bias": args.mask_k_bias,
+        "untie_cls_and_patch_norms": args.untie_cls_and_patch_norms,
+        "untie_global_and_local_cls_norm": args.untie_global_and_local_cls_norm,
+        "device": device,
+    }
+    make = getattr(vits, args.arch)
+    teacher = make(**options)
+    if only_teacher:
+        return teacher, teacher.embed_dim
+    student = make(**options, drop_path_rate=args.drop_path_rate)
+    return student, teacher, student.embed_dim
+
+
+def build_model_from_cfg(
+    cfg: Any, only_teacher: bool = False
+) -> tuple[nn.Module, int] | tuple[nn.Module, nn.Module, int]:
+    """As `build_model`, for a whole training configuration, on the meta device."""
+    size = cfg.crops.global_crops_size
+    # Several resolutions may be trained at once; the largest informs the patch embedding.
+    img_size = size if isinstance(size, int) else max(size)
+    return build_model(cfg.student, only_teacher=only_teacher, img_size=img_size, device="meta")

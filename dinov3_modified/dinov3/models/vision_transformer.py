@@ -1,0 +1,395 @@
+"""The DINOv3 vision transformer (Siméoni et al. 2025; matches `dinov3.models.vision_transformer`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dinov3.layers.attention import LinearKMaskedBias
+from dinov3.layers.block import SelfAttentionBlock
+from dinov3.layers.ffn_layers import Mlp, SwiGLUFFN
+from dinov3.layers.layer_scale import LayerScale
+from dinov3.layers.patch_embed import PatchEmbed
+from dinov3.layers.rms_norm import RMSNorm
+from dinov3.layers.rope_position_encoding import RopePositionEmbedding
+from dinov3.utils.utils import named_apply
+
+__all__ = [
+    "DinoVisionTransformer",
+    "dtype_dict",
+    "ffn_layer_dict",
+    "init_weights_vit",
+    "norm_layer_dict",
+    "vit_7b",
+    "vit_base",
+    "vit_giant2",
+    "vit_huge2",
+    "vit_large",
+    "vit_small",
+    "vit_so400m",
+]
+
+logger = logging.getLogger("dinov3")
+
+ffn_layer_dict: dict[str, Callable[..., nn.Module]] = {
+    "mlp": Mlp,
+    "swiglu": SwiGLUFFN,
+    "swiglu32": partial(SwiGLUFFN, align_to=32),
+    "swiglu64": partial(SwiGLUFFN, align_to=64),
+    "swiglu128": partial(SwiGLUFFN, align_to=128),
+}
+norm_layer_dict: dict[str, Callable[..., nn.Module]] = {
+    "layernorm": partial(nn.LayerNorm, eps=1e-6),
+    "layernormbf16": partial(nn.LayerNorm, eps=1e-5),
+    "rmsnorm": RMSNorm,
+}
+dtype_dict: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+def init_weights_vit(module: nn.Module, name: str = "") -> None:
+    """Start values of one submodule; for `named_apply`.
+
+    Linear: truncated normal of standard deviation 0.02, bias 0.  Norms, LayerScale, patch
+    embedding: their own defaults.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, LinearKMaskedBias):
+            module.reset_bias_mask()
+    elif isinstance(module, (nn.LayerNorm, LayerScale, PatchEmbed, RMSNorm)):
+        module.reset_parameters()
+
+
+class DinoVisionTransformer(nn.Module):
+    """ViT with rotary positions, storage (register) tokens and LayerScale.
+
+    Args:
+        img_size: informs `patch_embed.num_patches`; any image size works.
+        patch_size, in_chans, embed_dim, depth, num_heads: the shape.
+        pos_embed_rope_*: see `RopePositionEmbedding`; dtype is one of `dtype_dict`.
+        ffn_ratio, ffn_layer, ffn_bias: the feed-forward layers, one of `ffn_layer_dict`.
+        qkv_bias, proj_bias, mask_k_bias: the attention.
+        drop_path_rate: stochastic depth, the same in every block.
+        layerscale_init: None or 0: without LayerScale.
+        norm_layer: one of `norm_layer_dict`.
+        n_storage_tokens: learned tokens between CLS and the patches.
+        untie_cls_and_patch_norms: CLS and storage tokens get a final norm of their own.
+        untie_global_and_local_cls_norm: in training, those of the second list entry (the local
+            crops) get yet another.
+        **ignored_kwargs: accepted with a warning, as upstream.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        pos_embed_rope_base: float | None = 100.0,
+        pos_embed_rope_min_period: float | None = None,
+        pos_embed_rope_max_period: float | None = None,
+        pos_embed_rope_normalize_coords: Literal["min", "max", "separate"] = "separate",
+        pos_embed_rope_shift_coords: float | None = None,
+        pos_embed_rope_jitter_coords: float | None = None,
+        pos_embed_rope_rescale_coords: float | None = None,
+        pos_embed_rope_dtype: str = "bf16",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        ffn_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        layerscale_init: float | None = None,
+        norm_layer: str = "layernorm",
+        ffn_layer: str = "mlp",
+        ffn_bias: bool = True,
+        proj_bias: bool = True,
+        n_storage_tokens: int = 0,
+        mask_k_bias: bool = False,
+        untie_cls_and_patch_norms: bool = False,
+        untie_global_and_local_cls_norm: bool = False,
+        device: Any | None = None,
+        **ignored_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if ignored_kwargs:
+            logger.warning("arguments without effect: %s", ", ".join(sorted(ignored_kwargs)))
+        make_norm = _choose(norm_layer_dict, "norm_layer", norm_layer)
+        make_ffn = _choose(ffn_layer_dict, "ffn_layer", ffn_layer)
+        self.num_features = self.embed_dim = embed_dim
+        self.n_blocks = depth
+        self.num_heads = num_heads
+        self.patch_size = patch_size
+        self.n_storage_tokens = n_storage_tokens
+        self.chunked_blocks = False
+
+        self.patch_embed = PatchEmbed(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            flatten_embedding=False,
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, device=device))
+        if n_storage_tokens > 0:
+            self.storage_tokens = nn.Parameter(
+                torch.empty(1, n_storage_tokens, embed_dim, device=device)
+            )
+        self.rope_embed = RopePositionEmbedding(
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            base=pos_embed_rope_base,
+            min_period=pos_embed_rope_min_period,
+            max_period=pos_embed_rope_max_period,
+            normalize_coords=pos_embed_rope_normalize_coords,
+            shift_coords=pos_embed_rope_shift_coords,
+            jitter_coords=pos_embed_rope_jitter_coords,
+            rescale_coords=pos_embed_rope_rescale_coords,
+            dtype=_choose(dtype_dict, "pos_embed_rope_dtype", pos_embed_rope_dtype),
+            device=device,
+        )
+        self.blocks = nn.ModuleList(
+            SelfAttentionBlock(
+                dim=embed_dim,
+                num_heads=num_heads,
+                ffn_ratio=ffn_ratio,
+                qkv_bias=qkv_bias,
+                proj_bias=proj_bias,
+                ffn_bias=ffn_bias,
+                drop_path=drop_path_rate,
+                norm_layer=make_norm,
+                ffn_layer=make_ffn,
+                init_values=layerscale_init,
+                mask_k_bias=mask_k_bias,
+                device=device,
+            )
+            for _ in range(depth)
+        )
+        self.norm = make_norm(embed_dim)
+        self.untie_cls_and_patch_norms = untie_cls_and_patch_norms
+        self.cls_norm = make_norm(embed_dim) if untie_cls_and_patch_norms else None
+        self.untie_global_and_local_cls_norm = untie_global_and_local_cls_norm
+        self.local_cls_norm = make_norm(embed_dim) if untie_global_and_local_cls_norm else None
+        self.head = nn.Identity()
+        self.mask_token = nn.Parameter(torch.empty(1, embed_dim, device=device))
+        if device is not None:
+            self.to(device)
+
+    def init_weights(self) -> None:
+        """Random start values everywhere; needed before first use unless weights are loaded."""
+        self.rope_embed._init_weights()
+        nn.init.normal_(self.cls_token, std=0.02)
+        if self.n_storage_tokens > 0:
+            nn.init.normal_(self.storage_tokens, std=0.02)
+        nn.init.zeros_(self.mask_token)
+        named_apply(init_weights_vit, self)
+
+    def prepare_tokens_with_masks(
+        self, x: Tensor, masks: Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Image [B, C, H, W] → tokens [B, 1 + R + h·w, D] and the grid (h, w).
+
+        Args:
+            masks: [B, h·w] booleans; true patches are replaced by the mask token.
+        """
+        x = self.patch_embed(x)  # [B, h, w, D]
+        batch, height, width, _ = x.shape
+        x = x.flatten(1, 2)  # [B, N, D]
+        cls_token: Tensor = self.cls_token
+        if masks is not None:
+            x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype).unsqueeze(0), x)
+        else:
+            # The mask token takes part in every step, else distributed training would miss its gradient.
+            cls_token = cls_token + 0 * self.mask_token
+        parts = [cls_token.expand(batch, -1, -1)]
+        if self.n_storage_tokens > 0:
+            parts.append(self.storage_tokens.expand(batch, -1, -1))
+        return torch.cat([*parts, x], dim=1), (height, width)
+
+    def _run_blocks(
+        self, tokens: list[Tensor], grids: list[tuple[int, int]], wanted: Sequence[int] = ()
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """All blocks over a list of token tensors; the outputs of the `wanted` blocks beside it."""
+        kept = []
+        fixed = None
+        if not self.rope_embed.is_random:
+            fixed = [self.rope_embed(H=height, W=width) for height, width in grids]
+        for index, block in enumerate(self.blocks):
+            ropes = fixed
+            if ropes is None:  # augmented coordinates are drawn afresh in every block
+                ropes = [self.rope_embed(H=height, W=width) for height, width in grids]
+            tokens = block(tokens, ropes)
+            if index in wanted:
+                kept.append(tokens)
+        return tokens, kept
+
+    def _normalize(self, x: Tensor, is_local: bool = False) -> tuple[Tensor, Tensor]:
+        """Final norms → CLS and storage tokens [B, 1 + R, D], patch tokens [B, N, D]."""
+        count = self.n_storage_tokens + 1
+        if self.local_cls_norm is not None and is_local and self.training:
+            return self.local_cls_norm(x[:, :count]), self.norm(x[:, count:])
+        if self.cls_norm is not None:
+            return self.cls_norm(x[:, :count]), self.norm(x[:, count:])
+        x = self.norm(x)
+        return x[:, :count], x[:, count:]
+
+    def forward_features_list(
+        self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]
+    ) -> list[dict[str, Any]]:
+        """`forward_features` of several batches that may differ in image size."""
+        tokens, grids = [], []
+        for x, masks in zip(x_list, masks_list, strict=True):
+            prepared, grid = self.prepare_tokens_with_masks(x, masks)
+            tokens.append(prepared)
+            grids.append(grid)
+        tokens, _ = self._run_blocks(tokens, grids)
+        output = []
+        for index, (x, masks) in enumerate(zip(tokens, masks_list, strict=True)):
+            extra, patches = self._normalize(x, is_local=index == 1)
+            output.append(
+                {
+                    "x_norm_clstoken": extra[:, 0],
+                    "x_storage_tokens": extra[:, 1:],
+                    "x_norm_patchtokens": patches,
+                    "x_prenorm": x,
+                    "masks": masks,
+                }
+            )
+        return output
+
+    def forward_features(
+        self, x: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor | None] | None = None
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """Normalised tokens of images.
+
+        Args:
+            x: [B, C, H, W], or a list of such.
+            masks: [B, N] booleans, or a list of these or None.
+
+        Returns:
+            A dict (or a list of dicts) with `x_norm_clstoken` [B, D], `x_storage_tokens` [B, R, D],
+            `x_norm_patchtokens` [B, N, D], `x_prenorm` [B, 1 + R + N, D] and `masks`.
+        """
+        if isinstance(x, Tensor):
+            return self.forward_features_list([x], [masks])[0]  # type: ignore[list-item]
+        given = masks if masks is not None else [None] * len(x)
+        return self.forward_features_list(x, given)  # type: ignore[arg-type]
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        *,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        return_extra_tokens: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor | tuple[Tensor, ...], ...]:
+        """Outputs of some blocks, in block order.
+
+        Args:
+            n: the last n blocks, or their indices.
+            reshape: patches as maps [B, D, h, w] instead of [B, N, D].
+            return_class_token, return_extra_tokens: also CLS [B, D], also storage tokens [B, R, D].
+            norm: apply the final norms to each.
+
+        Returns:
+            A tuple of patch tensors, or of tuples (patches[, CLS][, storage]).
+        """
+        total = len(self.blocks)
+        wanted = list(range(total - n, total)) if isinstance(n, int) else list(n)
+        known = range(total)
+        if not wanted or any(index not in known for index in wanted):
+            raise ValueError(
+                f"blocks must be among 0 to {total - 1}, got {n}: the network has {total}"
+            )
+        prepared, (height, width) = self.prepare_tokens_with_masks(x)
+        _, kept = self._run_blocks([prepared], [(height, width)], wanted)
+        count = self.n_storage_tokens + 1
+        results: list[Tensor | tuple[Tensor, ...]] = []
+        for (tokens,) in kept:
+            if norm:
+                extra, patches = self._normalize(tokens)
+            else:
+                extra, patches = tokens[:, :count], tokens[:, count:]
+            if reshape:
+                patches = patches.transpose(1, 2).unflatten(2, (height, width)).contiguous()
+            item = [patches]
+            if return_class_token:
+                item.append(extra[:, 0])
+            if return_extra_tokens:
+                item.append(extra[:, 1:])
+            results.append(tuple(item) if len(item) > 1 else patches)
+        return tuple(results)
+
+    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """`forward_features` if `is_training`, else the head on the CLS token [B, D]."""
+        features = self.forward_features(*args, **kwargs)
+        if is_training:
+            return features
+        assert isinstance(features, dict)
+        return self.head(features["x_norm_clstoken"])
+
+
+def vit_small(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
+    """21.6 M parameters: width 384, 12 blocks, 6 heads."""
+    return _vit(patch_size, 384, 12, 6, 4.0, kwargs)
+
+
+def vit_base(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
+    """85.7 M parameters: width 768, 12 blocks, 12 heads."""
+    return _vit(patch_size, 768, 12, 12, 4.0, kwargs)
+
+
+def vit_large(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
+    """303 M parameters: width 1024, 24 blocks, 16 heads."""
+    return _vit(patch_size, 1024, 24, 16, 4.0, kwargs)
+
+
+def vit_so400m(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
+    """415 M parameters: width 1152, 27 blocks, 18 heads, feed-forward 3.78 times wider."""
+    return _vit(patch_size, 1152, 27, 18, 3.777777778, kwargs)
+
+
+def vit_huge2(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
+    """631 M parameters: width 1280, 32 blocks, 20 heads."""
+    return _vit(patch_size, 1280, 32, 20, 4.0, kwargs)
+
+
+def vit_giant2(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
+    """1134 M parameters: width 1536, 40 blocks, 24 heads."""
+    return _vit(patch_size, 1536, 40, 24, 4.0, kwargs)
+
+
+def vit_7b(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
+    """6716 M parameters: width 4096, 40 blocks, 32 heads, feed-forward 3 times wider."""
+    return _vit(patch_size, 4096, 40, 32, 3.0, kwargs)
+
+
+def _vit(
+    patch_size: int, width: int, depth: int, heads: int, ratio: float, options: dict[str, Any]
+) -> DinoVisionTransformer:
+    return DinoVisionTransformer(
+        patch_size=patch_size,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        **{"ffn_ratio": ratio, **options},
+    )
+
+
+def _choose(known: dict[str, Any], option: str, value: str) -> Any:
+    if value not in known:
+        raise ValueError(f"{option} must be one of {', '.join(known)}, got {value!r}: choose one")
+    return known[value]
