@@ -1,0 +1,77 @@
+"""Public names and signatures, compared with those recorded from upstream.
+
+`golden/api_vit.json` maps a dotted name to its kind and parameters ("name:KIND:default"; classes
+and functions used as defaults are recorded by type only).  It was taken from an import of
+facebookresearch/dinov3 @ 6876159; renew it by importing a checkout of the wanted commit and writing
+`inspect.signature` of the same names in the same form.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "api_vit.json").read_text())
+
+
+def described(thing) -> list[str]:
+    rows = []
+    for parameter in inspect.signature(thing).parameters.values():
+        default = parameter.default
+        if default is inspect.Parameter.empty:
+            text = "-"
+        elif isinstance(default, (bool, int, float, str, type(None))):
+            text = str(default)
+        else:
+            text = type(default).__name__
+        rows.append(f"{parameter.name}:{parameter.kind.name}:{text}")
+    return rows
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_signature(name):
+    module_name, _, attribute = name.rpartition(".")
+    thing = getattr(importlib.import_module(module_name), attribute)
+    kind, parameters = GOLDEN[name]
+    assert inspect.isclass(thing) == (kind == "class")
+    assert described(thing) == parameters
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["layers", "models", "models.vision_transformer", "hub.backbones", "utils", "layers.block"],
+)
+def test_all_is_exact(module):
+    loaded = importlib.import_module(f"dinov3.{module}")
+    public = [
+        name
+        for name, value in vars(loaded).items()
+        if not name.startswith("_")
+        and (inspect.isclass(value) or inspect.isfunction(value))
+        and getattr(value, "__module__", "") == loaded.__name__
+    ]
+    assert not set(public) - set(getattr(loaded, "__all__", []))
+    assert all(hasattr(loaded, name) for name in getattr(loaded, "__all__", []))
+
+
+def test_import_needs_no_extra_package():
+    code = (
+        "import sys; import dinov3.hub.backbones, dinov3.models; "
+        "print([m for m in ('torchvision', 'xformers', 'omegaconf', 'dinocell') if m in sys.modules])"
+    )
+    tree = str(Path(__file__).parents[2] / "dinov3_modified")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": tree, "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
