@@ -93,7 +93,7 @@ def labels_to_distance_map(labels: ArrayLike, *, target: str = DEFAULT_TARGET) -
 
 
 def _table_index(labels: ArrayLike) -> tuple[NDArray[np.int32], int]:
-    """Labels that fit a table, C-contiguous int32, and the size of that table."""
+    """Labels that fit a table, and the size of that table."""
     array = np.asarray(labels)
     if array.ndim != 2:
         raise ValueError(
@@ -114,7 +114,8 @@ def _table_index(labels: ArrayLike) -> tuple[NDArray[np.int32], int]:
     largest = int(array.max())
     if largest >= _LARGEST_TABLE:
         array, largest = _renumbered(array)
-    return np.ascontiguousarray(array, dtype=np.int32), largest + 1
+    # Writable, or numba would compile once more for read-only arrays.
+    return np.require(array, np.int32, ["C", "W"]), largest + 1
 
 
 def _renumbered(labels: NDArray[Any]) -> tuple[NDArray[Any], int]:

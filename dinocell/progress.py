@@ -15,13 +15,14 @@ _LINE_EVERY_S = 10.0
 class Progress:
     """Counts steps of known total; made by `progress`."""
 
-    def __init__(self, description: str, total: int, *, shown: bool) -> None:
+    def __init__(self, description: str, total: int, *, shown: bool, done: int = 0) -> None:
         self.description = description
         self.total = total
-        self.done = 0
+        self.done = self._done_before = done
         self._started = self._last_line = time.monotonic()
         self._bar = None
         self._task = None
+        self._shown = shown
         self._plain = shown and not sys.stderr.isatty()
         if shown and not self._plain:
             from rich.console import Console
@@ -43,7 +44,7 @@ class Progress:
                 TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task(description, total=total, note="")
+            self._task = self._bar.add_task(description, total=total, completed=done, note="")
             self._bar.start()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
@@ -55,12 +56,15 @@ class Progress:
             now = time.monotonic()
             if now - self._last_line >= _LINE_EVERY_S:
                 self._last_line = now
-                remaining = (now - self._started) / self.done * (self.total - self.done)
+                rate = (self.done - self._done_before) / (now - self._started)
+                remaining = (self.total - self.done) / rate
                 text = f"{self.description} {self.done}/{self.total}, {remaining:.0f} s left {note}"
                 self.write(text.rstrip())
 
     def write(self, line: str) -> None:
         """Print a line to standard error without breaking the bar."""
+        if not self._shown:
+            return
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
@@ -74,9 +78,14 @@ class Progress:
 
 
 @contextmanager
-def progress(description: str, total: int, *, shown: bool = True) -> Iterator[Progress]:
-    """`with progress("segmenting", 12) as bar: ... bar.advance()`; `shown=False` prints no bar."""
-    bar = Progress(description, total, shown=shown)
+def progress(
+    description: str, total: int, *, shown: bool = True, done: int = 0
+) -> Iterator[Progress]:
+    """`with progress("segmenting", 12) as bar: ... bar.advance()`; `shown=False` prints nothing.
+
+    `done` are steps of an earlier run, which the estimate of the remaining time leaves out.
+    """
+    bar = Progress(description, total, shown=shown, done=done)
     try:
         yield bar
     finally:

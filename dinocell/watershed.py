@@ -206,7 +206,8 @@ def _checked_map(distance_map: ArrayLike) -> NDArray[np.float32]:
             f"`distance_map` must have fewer than 2³¹ pixels, got shape {array.shape}: "
             "cut it into strips."
         )
-    array = np.ascontiguousarray(array, dtype=np.float32)
+    # Writable, or numba would compile once more for read-only arrays.
+    array = np.require(array, np.float32, ["C", "W"])
     if array.size and np.isnan(array.min()):
         raise ValueError(
             "`distance_map` must not hold NaN, got some: look for the cause in the network's output."

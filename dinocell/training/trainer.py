@@ -217,8 +217,7 @@ class _Trainer:
         )
         losses: list[float] = []
         waited_s, logged_at = 0.0, time.monotonic()
-        with progress("training", schedule.steps, shown=self.shown) as bar:
-            bar.advance(self.step)
+        with progress("training", schedule.steps, shown=self.shown, done=self.step) as bar:
             fetched_at = time.monotonic()
             for image, target in loader:
                 waited_s += time.monotonic() - fetched_at

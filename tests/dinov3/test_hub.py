@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -60,7 +61,7 @@ def test_state_dict_of_the_released_small_vit():
 
 def test_loading_from_a_path_and_a_file_url(saved):
     model, path = saved
-    for weights in (str(path), path.as_uri()):
+    for weights in (path, str(path), path.as_uri()):
         again = dinov3_vits16(weights=weights, depth=1)
         for key, value in model.state_dict().items():
             assert torch.equal(value, again.state_dict()[key]), key
@@ -104,6 +105,48 @@ def test_a_cached_file_needs_no_network(monkeypatch, tmp_path):
     name = "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"
     torch.save(model.state_dict(), tmp_path / "checkpoints" / name)
     assert torch.equal(dinov3_vits16().cls_token, model.cls_token)
+
+
+def test_an_address_is_fetched_once(saved, monkeypatch, tmp_path):
+    model, path = saved
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    fetched = []
+
+    def fetch(address, target):
+        fetched.append(address)
+        shutil.copy(path, target)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    address = "https://example.org/weights.pth?Signature=abc"
+    for _ in range(2):
+        again = dinov3_vits16(weights=address, depth=1)
+        assert torch.equal(again.cls_token, model.cls_token)
+    assert fetched == [address]
+    assert (tmp_path / "cache" / "checkpoints" / "weights.pth").is_file()
+
+
+def test_files_with_code_in_them_are_refused(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"cls_token": Weights.LVD1689M}, path)
+    with pytest.raises(ValueError, match="state dict of tensors"):
+        dinov3_vits16(weights=path, depth=1)
+
+
+def test_satellite_weights_have_a_norm_for_local_crops(monkeypatch):
+    made = {}
+
+    class Stop(Exception):
+        pass
+
+    def record(**options):
+        made.update(options)
+        raise Stop
+
+    monkeypatch.setattr(backbones, "DinoVisionTransformer", record)
+    for weights, untied in ((Weights.SAT493M, True), (Weights.LVD1689M, False)):
+        with pytest.raises(Stop):
+            backbones.dinov3_vitl16(weights=weights)
+        assert made["untie_global_and_local_cls_norm"] is untied
 
 
 def test_files_that_do_not_fit(saved, tmp_path):
@@ -171,6 +214,10 @@ def test_models_from_a_configuration():
     assert one.patch_embed.img_size == (256, 256)
     teacher, _ = build_model(student, only_teacher=True, device="meta")
     assert teacher.n_storage_tokens == 2
+    student.fp8_enabled = True
+    with pytest.raises(ValueError, match="fp8"):
+        build_model(student)
+    student.fp8_enabled = False
     student.arch = "vit_tiny"
     with pytest.raises(ValueError, match="vit_small"):
         build_model(student)

@@ -11,6 +11,7 @@ from torch import nn
 from dinov3.layers import (
     DINOHead,
     LayerScale,
+    Mlp,
     PatchEmbed,
     RMSNorm,
     RopePositionEmbedding,
@@ -51,7 +52,19 @@ def test_rope_angles_by_hand(normalize, grid):
 
 def test_rope_periods_between_two_bounds():
     rope = RopePositionEmbedding(32, num_heads=2, base=None, min_period=0.5, max_period=8.0)
-    torch.testing.assert_close(rope.periods, torch.tensor([0.5, 1.2599, 3.1748, 8.0]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        rope.periods, torch.tensor([0.5, 1.2599, 3.1748, 8.0]), rtol=1e-4, atol=0
+    )
+
+
+def test_rope_keeps_its_type_when_the_model_is_cast():
+    rope = RopePositionEmbedding(32, num_heads=2, dtype=torch.float32)
+    exact, _ = rope(H=7, W=5)
+    cast, _ = rope.bfloat16()(H=7, W=5)
+    assert rope.periods.dtype == torch.bfloat16
+    assert cast.dtype == torch.float32
+    wrong = RopePositionEmbedding(32, num_heads=2, dtype=torch.bfloat16)(H=7, W=5)[0].float()
+    assert (cast - exact).abs().max() < (wrong - exact).abs().max()
 
 
 def test_rope_wrong_arguments():
@@ -149,6 +162,34 @@ def test_swiglu_width_and_formula(align, hidden):
     torch.testing.assert_close(layer(x), layer.w3(gate * torch.sigmoid(gate) * layer.w2(x)))
 
 
+def test_mlp_formula_and_options():
+    torch.manual_seed(0)
+    layer = Mlp(6, 10, 4).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    hidden = x @ layer.fc1.weight.T + layer.fc1.bias
+    hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
+    torch.testing.assert_close(layer(x), hidden @ layer.fc2.weight.T + layer.fc2.bias)
+    assert Mlp(6).fc1.out_features == Mlp(6).fc2.out_features == 6
+    assert Mlp(6, bias=False).fc2.bias is None
+    assert isinstance(Mlp(6, act_layer=nn.ReLU).act, nn.ReLU)
+    dropped = Mlp(6, 10, 400, drop=0.5)(torch.ones(1, 6))
+    assert 0.3 < (dropped == 0).float().mean() < 0.7
+
+
+def test_rms_norm_takes_statistics_in_float32():
+    x = torch.full((2, 64), 300.0, dtype=torch.float16)  # 300² overflows half precision
+    torch.testing.assert_close(RMSNorm(64).half()(x), torch.ones_like(x))
+    assert not torch.equal(RMSNorm(4, eps=1.0)(torch.ones(1, 4)), RMSNorm(4)(torch.ones(1, 4)))
+
+
+def test_dropout_on_the_output_acts_on_a_tensor_and_not_on_a_list():
+    layer = SelfAttention(16, num_heads=2, proj_drop=0.5)
+    x = torch.randn(2, 5, 16)
+    torch.manual_seed(0)
+    assert (layer(x) == 0).float().mean() > 0.2
+    assert (layer.forward_list([x])[0] != 0).all()
+
+
 def test_patch_embedding_sees_each_patch_alone():
     embed = PatchEmbed(img_size=(8, 12), patch_size=4, embed_dim=5)
     assert embed.num_patches == 6
@@ -201,7 +242,5 @@ def test_walking_module_trees():
     seen.clear()
     named_apply(lambda module, name: seen.append(name), tree, depth_first=False)
     assert seen == ["0", "1", "1.0"]
-    named_replace(
-        lambda module, name: nn.GELU() if isinstance(module, nn.ReLU) else module, tree
-    )
+    named_replace(lambda module, name: nn.GELU() if isinstance(module, nn.ReLU) else module, tree)
     assert isinstance(tree[1][0], nn.GELU)

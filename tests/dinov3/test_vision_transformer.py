@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dinov3.models import vision_transformer
 from dinov3.models.vision_transformer import DinoVisionTransformer, vit_small
 from dinov3.utils.utils import count_parameters
 
@@ -81,7 +82,9 @@ def from_transformers(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]
     ],
 )
 def test_equals_transformers(patch, width, heads, size):
-    transformers = pytest.importorskip("transformers", reason="the independent ViT is not installed")
+    transformers = pytest.importorskip(
+        "transformers", reason="the independent ViT is not installed"
+    )
     depth = 12
     theirs = transformers.DINOv3ViTModel(
         transformers.DINOv3ViTConfig(
@@ -188,13 +191,49 @@ def test_each_flag_changes_the_output(options):
     assert not torch.equal(base, changed)
 
 
-@pytest.mark.parametrize(
-    "flag", ["qkv_bias", "ffn_bias", "proj_bias"], ids=str
-)
+@pytest.mark.parametrize("flag", ["qkv_bias", "ffn_bias", "proj_bias"], ids=str)
 def test_bias_flags_remove_parameters(flag):
     name = {"qkv_bias": "attn.qkv.bias", "ffn_bias": "mlp.fc1.bias", "proj_bias": "attn.proj.bias"}
     assert f"blocks.0.{name[flag]}" in small().state_dict()
     assert f"blocks.0.{name[flag]}" not in small(**{flag: False}).state_dict()
+
+
+def test_flags_of_the_shape():
+    model = small(img_size=32, in_chans=1, patch_size=8, embed_dim=48)
+    assert model.patch_embed.num_patches == 16
+    assert model.patch_embed.proj.weight.shape == (48, 1, 8, 8)
+    assert model.num_features == model.embed_dim == 48
+    assert (model.n_blocks, model.num_heads, model.n_storage_tokens) == (3, 2, 2)
+    assert small(img_size=64).patch_embed.num_patches == 256
+    assert not small().chunked_blocks
+    with torch.no_grad():  # what does not fill a patch is not seen
+        features = model.forward_features(torch.randn(1, 1, 20, 27))
+    assert features["x_norm_patchtokens"].shape == (1, 6, 48)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("swiglu", 88), ("swiglu32", 96), ("swiglu64", 128), ("swiglu128", 128)]
+)
+def test_swiglu_layers(name, width):
+    assert small(ffn_layer=name).blocks[0].mlp.w1.out_features == width
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("vit_small", 21.59),
+        ("vit_base", 85.65),
+        ("vit_large", 303.10),
+        ("vit_so400m", 415),
+        ("vit_huge2", 631),
+        ("vit_giant2", 1134),
+        ("vit_7b", 6716),
+    ],
+)
+def test_factories_without_storage(name, millions):
+    model = getattr(vision_transformer, name)(device="meta")
+    assert all(value.is_meta for value in model.state_dict().values())
+    assert count_parameters(model) == pytest.approx(millions * 1e6, rel=1e-3)
 
 
 def test_masked_k_bias_does_not_matter():
@@ -210,18 +249,41 @@ def test_masked_k_bias_does_not_matter():
 
 
 def test_uninitialised_k_mask_cannot_go_unnoticed():
-    model = DinoVisionTransformer(patch_size=4, embed_dim=32, depth=1, num_heads=2, mask_k_bias=True)
+    model = DinoVisionTransformer(
+        patch_size=4, embed_dim=32, depth=1, num_heads=2, mask_k_bias=True
+    )
     assert torch.isnan(model.blocks[0].attn.qkv.bias_mask).all()
 
 
 @pytest.mark.parametrize(
-    "name", ["pos_embed_rope_shift_coords", "pos_embed_rope_jitter_coords", "pos_embed_rope_rescale_coords"]
+    "name",
+    [
+        "pos_embed_rope_shift_coords",
+        "pos_embed_rope_jitter_coords",
+        "pos_embed_rope_rescale_coords",
+    ],
 )
 def test_coordinate_augmentation_acts_in_training_only(name):
     model = small(**{name: 2.0})
     assert torch.equal(output(model), output(small()))
     model.train()
     assert not torch.equal(output(model), output(model))
+
+
+@pytest.mark.parametrize(("rescale", "calls"), [(None, 1), (2.0, 3)])
+def test_positions_are_computed_once_unless_augmented(monkeypatch, rescale, calls):
+    model = small(pos_embed_rope_rescale_coords=rescale).train()
+    made = []
+    forward = model.rope_embed.forward
+    monkeypatch.setattr(
+        model.rope_embed, "forward", lambda **grid: made.append(grid) or forward(**grid)
+    )
+    output(model)
+    assert made == [{"H": 4, "W": 6}] * calls
+    made.clear()
+    model.eval()
+    output(model)
+    assert len(made) == 1
 
 
 def test_drop_path_acts_in_training_only():
@@ -303,7 +365,9 @@ def test_forward_and_gradients():
         "masks",
     }
     with torch.autocast("cpu", torch.bfloat16):
-        loss = sum(value.float().square().mean() for value in model.get_intermediate_layers(IMAGE, n=3))
+        loss = sum(
+            value.float().square().mean() for value in model.get_intermediate_layers(IMAGE, n=3)
+        )
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

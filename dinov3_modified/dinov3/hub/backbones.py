@@ -79,7 +79,7 @@ def convert_path_or_url_to_url(path: str) -> str:
 def dinov3_vits16(
     *,
     pretrained: bool = True,
-    weights: Weights | str = Weights.LVD1689M,
+    weights: Weights | str | Path = Weights.LVD1689M,
     check_hash: bool = False,
     **kwargs: Any,
 ) -> DinoVisionTransformer:
@@ -87,7 +87,7 @@ def dinov3_vits16(
 
     Args:
         pretrained: load `weights`; otherwise start at random.
-        weights: released weights by name, or a path or URL of a state dict.
+        weights: a member of `Weights`, or a path or URL (https, http, file) of a state dict.
         check_hash: compare the file's SHA-256 with the hash in its name.
         **kwargs: constructor arguments in place of the released ones, `patch_size` among them.
     """
@@ -98,7 +98,7 @@ def dinov3_vits16(
 def dinov3_vits16plus(
     *,
     pretrained: bool = True,
-    weights: Weights | str = Weights.LVD1689M,
+    weights: Weights | str | Path = Weights.LVD1689M,
     check_hash: bool = False,
     **kwargs: Any,
 ) -> DinoVisionTransformer:
@@ -116,7 +116,7 @@ def dinov3_vits16plus(
 def dinov3_vitb16(
     *,
     pretrained: bool = True,
-    weights: Weights | str = Weights.LVD1689M,
+    weights: Weights | str | Path = Weights.LVD1689M,
     check_hash: bool = False,
     **kwargs: Any,
 ) -> DinoVisionTransformer:
@@ -128,7 +128,7 @@ def dinov3_vitb16(
 def dinov3_vitl16(
     *,
     pretrained: bool = True,
-    weights: Weights | str = Weights.LVD1689M,
+    weights: Weights | str | Path = Weights.LVD1689M,
     check_hash: bool = False,
     **kwargs: Any,
 ) -> DinoVisionTransformer:
@@ -149,7 +149,7 @@ def dinov3_vitl16(
 def dinov3_vitl16plus(
     *,
     pretrained: bool = True,
-    weights: Weights | str = Weights.LVD1689M,
+    weights: Weights | str | Path = Weights.LVD1689M,
     check_hash: bool = False,
     **kwargs: Any,
 ) -> DinoVisionTransformer:
@@ -167,7 +167,7 @@ def dinov3_vitl16plus(
 def dinov3_vith16plus(
     *,
     pretrained: bool = True,
-    weights: Weights | str = Weights.LVD1689M,
+    weights: Weights | str | Path = Weights.LVD1689M,
     check_hash: bool = False,
     **kwargs: Any,
 ) -> DinoVisionTransformer:
@@ -185,7 +185,7 @@ def dinov3_vith16plus(
 def dinov3_vit7b16(
     *,
     pretrained: bool = True,
-    weights: Weights | str = Weights.LVD1689M,
+    weights: Weights | str | Path = Weights.LVD1689M,
     check_hash: bool = False,
     **kwargs: Any,
 ) -> DinoVisionTransformer:
@@ -206,7 +206,7 @@ def _make(
     name: str,
     shape: dict[str, Any],
     pretrained: bool,
-    weights: Weights | str,
+    weights: Weights | str | Path,
     check_hash: bool,
     options: dict[str, Any],
 ) -> DinoVisionTransformer:
@@ -221,7 +221,7 @@ def _make(
     return model
 
 
-def _local_file(name: str, weights: Weights | str) -> Path:
+def _local_file(name: str, weights: Weights | str | Path) -> Path:
     """The file of the weights on this machine, fetched first if it is an http(s) URL."""
     if isinstance(weights, Weights):
         if (name, weights) not in _HASHES:
@@ -235,10 +235,11 @@ def _local_file(name: str, weights: Weights | str) -> Path:
             return cached
         raise FileNotFoundError(
             f"released weights must be on this machine, got no {cached}: Meta gives them to those who "
-            "accept the DINOv3 licence; ask for them at https://ai.meta.com/dinov3, then pass "
+            "accept the DINOv3 licence; ask for them at https://ai.meta.com/resources/models-and-libraries/dinov3-downloads, then pass "
             f"weights=PATH or the address that you are sent (instead of {DINOV3_BASE_URL}/{file_name})"
         )
-    url = urlparse(convert_path_or_url_to_url(weights))
+    address = convert_path_or_url_to_url(str(weights))
+    url = urlparse(address)
     if url.scheme == "file":
         path = Path(unquote(url.path))
         if not path.is_file():
@@ -247,7 +248,7 @@ def _local_file(name: str, weights: Weights | str) -> Path:
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(url.path).name
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(weights, str(target))  # writes a temporary file first
+        torch.hub.download_url_to_file(address, str(target))  # writes a temporary file first
     return target
 
 

@@ -80,7 +80,7 @@ class RopePositionEmbedding(nn.Module):
     def _init_weights(self) -> None:
         """Periods from the constructor's arguments, computed in their own dtype."""
         count = self.D_head // 4
-        device, dtype = self.periods.device, self.periods.dtype
+        device, dtype = self._arithmetic()
         if self.base is not None:
             exponent = 2 * torch.arange(count, device=device, dtype=dtype) / (self.D_head // 2)
             periods = self.base**exponent
@@ -93,6 +93,11 @@ class RopePositionEmbedding(nn.Module):
         with torch.no_grad():
             self.periods.copy_(periods)
 
+    def _arithmetic(self) -> tuple[torch.device, torch.dtype]:
+        # A model cast as a whole (`.bfloat16()`) takes its periods along but must not compute
+        # coordinates in 8 bits: the type asked for at construction stays.
+        return self.periods.device, self.dtype or self.periods.dtype
+
     @property
     def is_random(self) -> bool:
         """Whether a call draws random numbers: in training, with any of the three augmentations."""
@@ -101,7 +106,7 @@ class RopePositionEmbedding(nn.Module):
 
     def forward(self, *, H: int, W: int) -> tuple[Tensor, Tensor]:
         """Sine and cosine, each [H * W, head width], patches in row-major order."""
-        device, dtype = self.periods.device, self.periods.dtype
+        device, dtype = self._arithmetic()
         row_span, column_span = {
             "separate": (H, W),
             "max": (max(H, W),) * 2,

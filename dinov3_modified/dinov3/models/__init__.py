@@ -34,6 +34,8 @@ def build_model(
         raise ValueError(
             f"student.arch must be one of {', '.join(factories)}, got {args.arch!r}: choose one"
         )
+    if getattr(args, "fp8_enabled", False):
+        raise ValueError("student.fp8_enabled must be false, got true: this tree has no fp8 layers")
     options = {
         "img_size": img_size,
         "patch_size": args.patch_size,
