@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ class DINOv3Backbone(nn.Module):
         self.patch_size = patch_size
         self.embed_dim = shape.embed_dim
         self.blocks_read = feature_blocks(shape.depth)
-        self.vit = _vision_transformer()(
+        self.vit: Any = _vision_transformer()(
             patch_size=patch_size,
             embed_dim=shape.embed_dim,
             depth=shape.depth,
@@ -169,7 +170,7 @@ def load_backbone_weights(backbone: DINOv3Backbone, path: str | Path) -> None:
     backbone.vit.load_state_dict(state)
 
 
-def _vision_transformer() -> type[nn.Module]:
+def _vision_transformer() -> Any:
     """The `DinoVisionTransformer` class of the tree in use."""
     override = os.environ.get("DINOCELL_DINOV3")
     if override and override not in sys.path:

@@ -99,16 +99,17 @@ def draw_crop(
 
 
 def crop_image(
-    image: NDArray[np.float32], parameters: CropParameters, crop_px: int
+    image: NDArray[np.floating], parameters: CropParameters, crop_px: int
 ) -> NDArray[np.float32]:
-    """(H, W) float32 → (crop_px, crop_px) float32, bilinear, reflected beyond the border."""
-    return cv2.warpAffine(
+    """(H, W) floats → (crop_px, crop_px) float32, bilinear, reflected beyond the border."""
+    warped = cv2.warpAffine(
         np.asarray(image, dtype=np.float32),
         _crop_to_source(parameters, crop_px),
         (crop_px, crop_px),
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REFLECT_101,
     )
+    return np.asarray(warped, dtype=np.float32)
 
 
 def crop_labels(labels: NDArray, parameters: CropParameters, crop_px: int) -> NDArray[np.int32]:
@@ -160,10 +161,10 @@ def empty_crop(parameters: CropParameters, crop_px: int) -> NDArray[np.float32]:
     noise = rng.standard_normal((crop_px, crop_px), dtype=np.float32)
     sigma = rng.uniform(0.0, 1.5)
     if sigma > 0.3:
-        noise = cv2.GaussianBlur(noise, (0, 0), sigma)
+        noise = np.asarray(cv2.GaussianBlur(noise, (0, 0), sigma), dtype=np.float32)
         noise /= noise.std() + 1e-6
     haze = rng.standard_normal((crop_px, crop_px), dtype=np.float32)
-    haze = cv2.GaussianBlur(haze, (0, 0), crop_px / 6)
+    haze = np.asarray(cv2.GaussianBlur(haze, (0, 0), crop_px / 6), dtype=np.float32)
     haze /= np.abs(haze).max() + 1e-6
     level, haze_level = rng.uniform(0.05, 0.3), rng.uniform(0.0, 0.15)
     out = level + rng.uniform(0.01, 0.08) * noise + haze_level * haze

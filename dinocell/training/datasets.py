@@ -201,7 +201,8 @@ class CropDataset(Dataset):
         rng = np.random.default_rng([self.seed, index])
         pair = int(rng.choice(len(self.pairs), p=self.probabilities))
         image, labels = self._cache.get(pair) or self._read(pair)
-        parameters = draw_crop(rng, self.augment, *image.shape, self.crop_px)
+        height, width = image.shape
+        parameters = draw_crop(rng, self.augment, height, width, self.crop_px)
         if parameters.empty:
             crop = empty_crop(parameters, self.crop_px)
             distance_map = np.zeros_like(crop)

@@ -58,12 +58,12 @@ _FREE_KEYS = (
     ("description",),
     ("licence",),
 )
-_COARSE_GRIDS = {
+_COARSE_GRIDS: dict[str, Any] = {
     "peak_grid": (0.4, 0.5, 0.6, 0.7),
     "fill_grid": (0.1, 0.2, 0.3, 0.4),
     "prominence_grid": (0.05, 0.15),
 }
-_FINE_GRIDS = {
+_FINE_GRIDS: dict[str, Any] = {
     "peak_grid": tuple(np.arange(0.30, 0.86, 0.05).round(2).tolist()),
     "fill_grid": tuple(np.arange(0.05, 0.61, 0.05).round(2).tolist()),
     "prominence_grid": (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
@@ -105,7 +105,7 @@ def parameter_groups(model: DINOCell, config: TrainConfig) -> list[dict[str, Any
     Each group has `lr_scale`, the multiple of the scheduled learning rate, and `params`.  Biases,
     norms, LayerScale and tokens do not decay.  A frozen backbone has no group.
     """
-    depth = len(model.backbone.vit.blocks)  # type: ignore[arg-type]
+    depth = len(model.backbone.vit.blocks)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -458,7 +458,7 @@ class _Trainer:
         def note(number: int, _frame: object) -> None:
             self._stop_signal = number
 
-        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGUSR2"):
             numbers.append(signal.SIGUSR2)
         before: dict[int, Any] = {}

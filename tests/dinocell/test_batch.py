@@ -68,7 +68,8 @@ def test_results_do_not_depend_on_workers(images, tmp_path, small_model):
         run(images, tmp_path / str(workers), small_model, workers=workers)
     for path in images:
         one, *others = (
-            read_labels(tmp_path / str(workers) / f"{path.stem}_labels.tif") for workers in (0, 1, 3)
+            read_labels(tmp_path / str(workers) / f"{path.stem}_labels.tif")
+            for workers in (0, 1, 3)
         )
         for other in others:
             np.testing.assert_array_equal(one, other)

@@ -45,7 +45,9 @@ def test_round_trip(tmp_path):
 
 
 def test_unknown_key_names_the_nearest(tmp_path):
-    path = write(tmp_path / "c.yaml", {"data": DATA, "optimizer": {"leraning": 1, "wieght_decay": 1}})
+    path = write(
+        tmp_path / "c.yaml", {"data": DATA, "optimizer": {"leraning": 1, "wieght_decay": 1}}
+    )
     with pytest.raises(ConfigError, match=r"optimizer\.leraning.*known: lr, weight_decay"):
         load_config(path)
     path = write(tmp_path / "c.yaml", {"data": DATA, "optimizer": {"wieght_decay": 1}})

@@ -86,7 +86,9 @@ def test_fvcore_counts_a_convolution_and_attention_by_hand():
     assert sum(counted.values()) == 2 * 3 * 50 * 50 * 16 * 2
 
 
-@pytest.mark.parametrize(("size", "patch"), [("tiny", 8), ("tiny", 16), ("small", 8), ("small", 14), ("small", 16)])
+@pytest.mark.parametrize(
+    ("size", "patch"), [("tiny", 8), ("tiny", 16), ("small", 8), ("small", 14), ("small", 16)]
+)
 def test_default_decoder_costs_at_most_a_fifth(size, patch):
     window = 224 // patch * patch
     model = create_dinocell_model(

@@ -42,9 +42,7 @@ def test_labels_do_not_depend_on_batch_or_tile(small_model):
         assert (other.labels != reference.labels).mean() < 1e-3
 
 
-@pytest.mark.parametrize(
-    "dtype", [np.uint8, np.uint16, np.int32, np.float32, np.float64, np.bool_]
-)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32, np.float64, np.bool_])
 def test_types_of_images(small_model, dtype):
     image = (field() > 500).astype(dtype) if dtype is np.bool_ else (field() // 5).astype(dtype)
     result = segment(image, model=small_model, allow_mask=True)

@@ -1,0 +1,154 @@
+"""Rules of the house: imports go one way, public names are exact, documents hold."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Room of every module; a module imports from its own room and those with a smaller number.
+ROOMS = {
+    "errors": 0, "config": 0, "progress": 0,
+    "image_io": 1, "preprocess": 1, "tiles": 1, "distance_map": 1, "watershed": 1, "measure": 1,
+    "exports": 1, "visualize": 1, "report": 1, "scenes": 1,
+    "backbone": 2, "decoder": 2, "model": 2, "inference": 2, "flops": 2, "model_info": 2,
+    "pipeline": 3, "batch": 3, "demo": 3, "evaluation": 3, "training": 3,
+    "cli": 4,
+}  # fmt: skip
+MODULES = sorted((ROOT / "dinocell").rglob("*.py"))
+HEAVY = {
+    "torch",
+    "numba",
+    "scipy",
+    "skimage",
+    "cv2",
+    "PIL",
+    "tifffile",
+    "matplotlib",
+    "safetensors",
+}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, at import time) of every import statement."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        ):
+            inside |= set(ast.walk(node))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node not in inside) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append((node.module, node not in inside))
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_go_one_way(path):
+    parts = path.relative_to(ROOT / "dinocell").with_suffix("").parts
+    if parts == ("__init__",):
+        return
+    own = ROOMS[parts[0]]
+    for module, _ in imports(path):
+        assert not module.startswith("dinov3") or parts[0] == "backbone", "one door to dinov3"
+        if module.startswith("dinocell."):
+            assert ROOMS[module.split(".")[1]] <= own, f"{path.name} imports {module}"
+        if own == 0:
+            assert module.split(".")[0] not in HEAVY
+        if own < 2:
+            assert module.split(".")[0] != "torch"
+
+
+@pytest.mark.parametrize("name", ["matching", "metrics", "ctc"])
+def test_scores_need_numpy_and_scipy_only(name):
+    allowed = {"numpy", "scipy", "dinocell", "__future__", *sys.stdlib_module_names}
+    for module, _ in imports(ROOT / "dinocell" / "evaluation" / f"{name}.py"):
+        assert module.split(".")[0] in allowed
+
+
+def test_the_tree_never_imports_dinocell():
+    for path in (ROOT / "dinov3_modified").rglob("*.py"):
+        for module, _ in imports(path):
+            assert not module.startswith("dinocell"), path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_all_is_exact(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    module = importlib.import_module(name)
+    declared = getattr(module, "__all__", [])
+    assert len(set(declared)) == len(declared)
+    assert all(hasattr(module, item) for item in declared)
+    if path.name != "__init__.py":
+        public = {
+            node.name
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+        }
+        commands = {"demo", "segment", "train", "evaluate", "weights_list", "weights_info"}
+        assert public - set(declared) - (commands if path.name == "cli.py" else set()) == set()
+
+
+def documents() -> list[Path]:
+    found = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "dinov3_modified" / "README.md"]
+    return found + sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_and_named_files_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if not target.startswith(("http://", "https://")):
+            assert (path.parent / target).exists(), target
+    for named in re.findall(r"`((?:benchmarks|configs|tests|docs|dinocell)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / named).exists(), named
+
+
+def test_readme_commands_are_known():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    from typer.main import get_command
+
+    from dinocell.cli import app
+
+    known = set(get_command(app).commands)
+    named = set(re.findall(r"^dinocell ([a-z]+)", text, flags=re.M))
+    assert named
+    assert named <= known
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"^make ([a-z]+)", text, flags=re.M)) <= targets
+
+
+def test_readme_python_runs(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    from dinocell.scenes import sample_paths
+
+    image, _ = sample_paths()[0]
+    (tmp_path / "image.tif").write_bytes(image.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert list((tmp_path / "results").glob("*_labels.tif"))
+
+
+def test_constraints_pin_what_setup_asks_for():
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    asked = {
+        name.lower().replace("_", "-")
+        for name in re.findall(r'"([A-Za-z][\w.-]*)>=', (ROOT / "setup.py").read_text())
+    }
+    assert len(asked) > 20
+    assert asked - pinned == set()
