@@ -26,6 +26,7 @@ TEST = [
     "transformers>=5,<6",  # an independent DINOv3 ViT
     "py-ctcmetrics>=1.3.3",  # independent SEG and DET
     "edt>=3",  # independent distance transform
+    "stardist>=0.9.2",  # independent AP, F1 and PQ; its matching needs no TensorFlow
     *EXTRAS["formats"],
 ]
 DEV = ["ruff>=0.14", "mypy>=1.15", "types-PyYAML", "build>=1.2"]
