@@ -148,7 +148,7 @@ def test_a_signal_writes_a_checkpoint(blob_data, tmp_path):
     "change",
     [
         {"seed": 1},
-        {"model__drop_path_rate": 0.5},
+        {"model__drop_path_rate": 0.0},
         {"model__target": "linear"},
         {"model__layerscale_init": 0.1},
         {"augment__rotate": False},
