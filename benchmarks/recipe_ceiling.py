@@ -8,9 +8,8 @@ ceiling
     ``map > peak`` (plain components), and the centroid of each piece (SAMCell).
 noise
     The true map blurred and with correlated noise (sigma 2 px, standard deviation in percent of the
-    range).  Per target the thresholds with the best mean AP on val; scores on test and stardist_test.
-prominence
-    The same noisy val maps with the best peak and fill, over `min_prominence`: how wide is the optimum?
+    range).  Per target and rule the thresholds with the best mean AP on val; scores on test and
+    stardist_test.  For persistence also val over `min_prominence`: how wide is the optimum?
 
     DINOCELL_DATA=../shared/data python benchmarks/recipe_ceiling.py
 
@@ -51,14 +50,17 @@ PERFECT = {
     "sqrt": {"peak_threshold": 0.9, "fill_threshold": 0.05, "min_prominence": 0.3},
 }
 """Thresholds for true maps, chosen on train and val."""
-SAMCELL = {"linear": (0.47, 0.0), "sqrt": (0.47**0.5, 0.0)}
+SAMCELL = {
+    "linear": {"peak_threshold": 0.47, "fill_threshold": 0.0},
+    "sqrt": {"peak_threshold": 0.47**0.5, "fill_threshold": 0.0},
+}
 """Peak of SAMCell, fill of 0: so that only the rule for markers differs."""
 ERRORS = {
     "blur 1 px, noise 2 %": (1.0, 0.02),
     "blur 1.5 px, noise 4 %": (1.5, 0.04),
 }
 GRIDS = {
-    "peak_grid": (0.3, 0.4, 0.47, 0.55, 0.62, 0.69, 0.76),
+    "peak_grid": (0.3, 0.4, 0.47, 0.55, 0.62, 0.69, 0.76, 0.83, 0.9),
     "fill_grid": (0.03, 0.06, 0.09, 0.12, 0.15, 0.18, 0.22, 0.26, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55),
     "prominence_grid": (0.0, 0.02, 0.05, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4),
 }
@@ -87,20 +89,31 @@ def scores(pairs: Iterable[tuple[LabelImage, LabelImage]]) -> dict[str, float]:
     }
 
 
-def component_labels(distance_map: DistanceMap, peak: float, fill: float) -> LabelImage:
+def component_labels(
+    distance_map: DistanceMap, *, peak_threshold: float, fill_threshold: float, **_: float
+) -> LabelImage:
     """One marker per 8-connected piece above the peak threshold."""
-    pieces = ndimage.label(distance_map > peak, np.ones((3, 3)))[0]
-    return watershed(-distance_map, pieces, mask=distance_map > fill).astype(np.uint32)
+    pieces = ndimage.label(distance_map > peak_threshold, np.ones((3, 3)))[0]
+    return watershed(-distance_map, pieces, mask=distance_map > fill_threshold).astype(np.uint32)
 
 
-def centroid_labels(distance_map: DistanceMap, peak: float, fill: float) -> LabelImage:
+def centroid_labels(
+    distance_map: DistanceMap, *, peak_threshold: float, fill_threshold: float, **_: float
+) -> LabelImage:
     """One marker per piece, at the pixel of its centroid, wherever that lies (SAMCell)."""
-    pieces, number = ndimage.label(distance_map > peak, np.ones((3, 3)))
+    pieces, number = ndimage.label(distance_map > peak_threshold, np.ones((3, 3)))
     markers = np.zeros(distance_map.shape, np.int32)
     centroids = ndimage.center_of_mass(pieces > 0, pieces, range(1, number + 1))
     for label, (row, column) in enumerate(centroids, start=1):
         markers[round(row), round(column)] = label
-    return watershed(-distance_map, markers, mask=distance_map > fill).astype(np.uint32)
+    return watershed(-distance_map, markers, mask=distance_map > fill_threshold).astype(np.uint32)
+
+
+RULES: dict[str, Callable[..., LabelImage]] = {
+    "persistence": distance_map_to_labels,
+    "components": component_labels,
+    "centroids": centroid_labels,
+}
 
 
 def with_errors(
@@ -116,26 +129,20 @@ def ceiling(truth: dict[str, list[LabelImage]]) -> dict[str, Any]:
     """Scores of true maps, per target, rule and split."""
     found: dict[str, Any] = {}
     for target in TARGETS:
-        peak, fill = SAMCELL[target]
-        rules: dict[str, Callable[[DistanceMap], LabelImage]] = {
-            "persistence": lambda depth, target=target: distance_map_to_labels(
-                depth, **PERFECT[target]
-            ),
-            "components": lambda depth, peak=peak, fill=fill: component_labels(depth, peak, fill),
-            "centroids": lambda depth, peak=peak, fill=fill: centroid_labels(depth, peak, fill),
-        }
         maps = {
             split: [(image, labels_to_distance_map(image, target=target)) for image in images]
             for split, images in truth.items()
         }
-        found[target] = {"thresholds": PERFECT[target], "thresholds_of_the_others": SAMCELL[target]}
-        for name, rule in rules.items():
+        found[target] = {}
+        for name, rule in RULES.items():
+            best = PERFECT[target] if name == "persistence" else SAMCELL[target]
             pairs = {
-                split: [(image, rule(depth)) for image, depth in samples]
+                split: [(image, rule(depth, **best)) for image, depth in samples]
                 for split, samples in maps.items()
             }
             everything = [pair for split in pairs.values() for pair in split]
             found[target][name] = {
+                "thresholds": best,
                 "all": scores(everything),
                 **{split: scores(of_split) for split, of_split in pairs.items()},
             }
@@ -144,7 +151,7 @@ def ceiling(truth: dict[str, list[LabelImage]]) -> dict[str, Any]:
 
 
 def noise(truth: dict[str, list[LabelImage]], seed: int) -> list[dict[str, Any]]:
-    """Thresholds tuned on val, scores on test and stardist_test, per error and target."""
+    """Thresholds tuned on val, scores on test and stardist_test, per error, target and rule."""
     runs = []
     for error, (blur_px, amplitude) in ERRORS.items():
         for target in TARGETS:
@@ -161,38 +168,47 @@ def noise(truth: dict[str, list[LabelImage]], seed: int) -> list[dict[str, Any]]
                 ]
                 for split in SPLITS[1:]
             }
-            tuned = tune_thresholds(maps["val"], metric="ap", **GRIDS)
-            best = {
-                "peak_threshold": tuned.peak_threshold,
-                "fill_threshold": tuned.fill_threshold,
-                "min_prominence": tuned.min_prominence,
-            }
-            run: dict[str, Any] = {
-                "error": error,
-                "target": target,
-                "thresholds": best,
-                "scores": {
-                    split: scores(
-                        (image, distance_map_to_labels(depth, **best)) for depth, image in samples
-                    )
-                    for split, samples in maps.items()
-                },
-                "val_over_prominence": {},
-            }
-            for prominence in GRIDS["prominence_grid"]:
-                changed = {**best, "min_prominence": prominence}
-                score = scores(
-                    (image, distance_map_to_labels(depth, **changed))
-                    for depth, image in maps["val"]
-                )
-                run["val_over_prominence"][str(prominence)] = {
-                    name: score[name] for name in ("ap50", "ap_mean")
+            for name, rule in RULES.items():
+                grids = dict(GRIDS)
+                if name != "persistence":
+                    grids["prominence_grid"] = (0.0,)
+                tuned = tune_thresholds(maps["val"], metric="ap", to_labels=rule, **grids)
+                best = {
+                    "peak_threshold": tuned.peak_threshold,
+                    "fill_threshold": tuned.fill_threshold,
+                    "min_prominence": tuned.min_prominence,
                 }
-            runs.append(run)
-            print(error, target, best)
-            for split, score in run["scores"].items():
-                show(f"  {split}", score)
+                run: dict[str, Any] = {
+                    "error": error,
+                    "target": target,
+                    "rule": name,
+                    "thresholds": best,
+                    "scores": {
+                        split: scores((image, rule(depth, **best)) for depth, image in samples)
+                        for split, samples in maps.items()
+                    },
+                }
+                print(error, target, name, best)
+                for split, score in run["scores"].items():
+                    show(f"  {split}", score)
+                if name == "persistence":
+                    run["val_over_prominence"] = over_prominence(maps["val"], best)
+                runs.append(run)
     return runs
+
+
+def over_prominence(
+    samples: list[tuple[DistanceMap, LabelImage]], best: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """AP at 0.5 and mean AP for every prominence of the grid, with the best peak and fill."""
+    found = {}
+    for prominence in GRIDS["prominence_grid"]:
+        changed = {**best, "min_prominence": prominence}
+        score = scores(
+            (image, distance_map_to_labels(depth, **changed)) for depth, image in samples
+        )
+        found[str(prominence)] = {name: score[name] for name in ("ap50", "ap_mean")}
+    return found
 
 
 def show(title: str, score: dict[str, float]) -> None:

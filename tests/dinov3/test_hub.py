@@ -194,6 +194,8 @@ def test_every_entry_has_the_released_flags(monkeypatch):
         assert made["n_storage_tokens"] == 4
         assert made["norm_layer"] == "layernormbf16"
         assert made["mask_k_bias"]
+        assert made["pos_embed_rope_dtype"] == "fp32"
+        assert made.get("qkv_bias", True) is (name != "vit7b16")
 
 
 def test_models_from_a_configuration():

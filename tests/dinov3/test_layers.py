@@ -139,6 +139,8 @@ def test_stochastic_depth_keeps_the_expectation():
 def test_stochastic_depth_keeps_at_least_one():
     block = SelfAttentionBlock(16, 2, drop_path=0.99)
     assert len(block._choose(torch.zeros(3, 1, 16))) == 1
+    few = SelfAttentionBlock(16, 2, drop_path=0.1)
+    assert [len(few._choose(torch.zeros(batch, 1, 16))) for batch in (1, 2, 8)] == [1, 1, 7]
 
 
 def test_layer_scale_and_rms_norm():
@@ -222,6 +224,29 @@ def test_head():
     assert "mlp.weight" in DINOHead(12, 20, nlayers=1).state_dict()
     assert any(isinstance(m, nn.BatchNorm1d) for m in DINOHead(12, 20, use_bn=True).modules())
     assert "mlp.0.bias" not in DINOHead(12, 20, mlp_bias=False).state_dict()
+
+
+def test_head_formula_and_start_values():
+    torch.manual_seed(0)
+    head = DINOHead(40, 50, nlayers=2, hidden_dim=60, bottleneck_dim=30)
+    head.init_weights()
+    assert head.last_layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not head.mlp[0].bias.any()
+    x = torch.randn(4, 40)
+    hidden = nn.functional.gelu(x @ head.mlp[0].weight.T)
+    bottleneck = hidden @ head.mlp[2].weight.T
+    bottleneck = bottleneck / bottleneck.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(head(x), bottleneck @ head.last_layer.weight.T)
+
+
+def test_both_branches_of_a_kept_sample_are_its_own():
+    torch.manual_seed(0)
+    block = SelfAttentionBlock(16, 2, drop_path=0.5, init_values=1.0)
+    with torch.no_grad():
+        block.ls2.gamma.fill_(0.25)
+        x = torch.randn(1, 5, 16)  # of one sample, one is kept: nothing is dropped or scaled
+        expected = block.eval()(x)
+        torch.testing.assert_close(block.train()(x), expected)
 
 
 def test_lists_of_tokens_round_trip():

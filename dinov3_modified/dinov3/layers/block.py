@@ -27,7 +27,8 @@ class SelfAttentionBlock(nn.Module):
         ffn_ratio: hidden width of the feed-forward layer over dim.
         drop: dropout of the feed-forward layer and of the attention's output.
         init_values: start of LayerScale; None or 0 leaves LayerScale out.
-        drop_path: share of samples that skip a branch.
+        drop_path: share of samples that skip a branch.  As upstream, the number kept is rounded down,
+            and one at least: of a batch of 2 any share up to a half leaves out one, of 1 none.
         attn_class, ffn_layer, norm_layer, act_layer: what the parts are made of.
     """
 
