@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,10 @@ def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None
         state[key] = value.contiguous()
     with atomic_path(path) as temporary:
         save_file(state, temporary, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)})
+        # safetensors makes files only their owner can read; a model is made to be shared.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
 
 
 def read_model_header(name: str | Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import copy
 import json
 import math
 import signal
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -499,6 +500,7 @@ class _Trainer:
             "licence": self.config.licence,
             "dinocell_version": __version__,
             "torch_version": torch.__version__,
+            "commit": _commit(),
             "data": {
                 dataset.name: {
                     "train_images": sum(pair.dataset == dataset.name for pair in train_pairs),
@@ -548,6 +550,17 @@ def _thresholds(tuned: TuningResult) -> dict[str, float]:
         "fill_threshold": tuned.fill_threshold,
         "min_prominence": tuned.min_prominence,
     }
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, where it runs from a git checkout."""
+    command = ["git", "rev-parse", "HEAD"]
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def _distance_from_top(name: str, depth: int) -> int:
