@@ -86,9 +86,16 @@ def distance_map_to_labels(
         raise ValueError(f"`min_area_px` must be at least 0, got {min_area_px}: 0 keeps all cells.")
     if array.size == 0:
         return np.zeros(array.shape, np.uint32)
-    levels = _framed_levels(array, np.float32(fill_threshold))
-    basin_of, parent, peaks = _markers(levels, peak_level, rise)
-    return _grow_and_number(levels, basin_of, parent, peaks, float(min_area_px))
+    levels = _levels(array, fill_threshold)
+    basin_of, piece_of_basin, peaks = _markers(levels, peak_level, rise)
+    grown = _grow(levels, basin_of, piece_of_basin, peaks)
+    areas = np.zeros(peaks.size + 1, np.int64)
+    _count_pixels(grown, areas)
+    kept = areas >= max(min_area_px, 1)
+    kept[0] = False
+    labels = np.empty(array.shape, np.uint32)
+    _unframe(grown, np.where(kept, kept.cumsum(), 0).astype(np.uint32), labels)
+    return labels
 
 
 def find_markers(
@@ -120,7 +127,7 @@ def find_markers(
     peak_level, rise = _checked_levels(peak_threshold, fill_threshold, min_prominence)
     if array.size == 0:
         return np.zeros(array.shape, np.int32)
-    levels = _framed_levels(array, np.float32(fill_threshold))
+    levels = _levels(array, fill_threshold)
     _, _, peaks = _markers(levels, peak_level, rise)
     framed = np.zeros(levels.shape, np.int32)
     framed.ravel()[peaks] = np.arange(1, peaks.size + 1)
@@ -178,10 +185,9 @@ def flood(distance_map: ArrayLike, markers: ArrayLike, mask: ArrayLike) -> NDArr
     levels[1:-1, 1:-1] = np.where(inside, quantize(array), -1)
     grown = np.zeros(levels.shape, np.int32)
     grown[1:-1, 1:-1] = np.where(inside, seeds, 0)
-    pieces, num_pieces = ndimage.label(levels >= 0)
+    pieces = ndimage.label(levels >= 0)[0]
     positions = np.flatnonzero(grown).astype(np.int32)
-    order, first_of_piece = _group(pieces.ravel()[positions].astype(np.int32), num_pieces + 1)
-    _flood_pieces(levels, grown, positions[order], first_of_piece)
+    _flood_by_piece(levels, grown, positions, pieces.ravel()[positions])
     return np.ascontiguousarray(grown[1:-1, 1:-1])
 
 
@@ -230,39 +236,100 @@ def _checked_levels(peak: float, fill: float, prominence: float) -> tuple[int, f
     return int(np.floor(peak * (NUM_LEVELS - 1))) + 1, prominence * (NUM_LEVELS - 1)
 
 
-def _markers(
-    levels: NDArray[np.int16], peak_level: int, rise: float
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-    """Basin of each framed pixel, the forest of basins, and the peaks that are cells, ascending."""
-    basin_of = _ascend(levels)
-    num_basins = _number_basins(basin_of)
-    parent, peak, is_marker = _join_basins(levels, basin_of, num_basins, peak_level, rise)
-    return basin_of, parent, np.sort(peak[is_marker])
-
-
-@njit(cache=True, nogil=True)
-def _framed_levels(distance_map: Any, fill_threshold: Any) -> Any:
+def _levels(distance_map: NDArray[np.float32], fill_threshold: float) -> NDArray[np.int16]:
     """Quantised map with −1 outside the mask and in a frame of one pixel, which spares bounds checks."""
     height, width = distance_map.shape
-    levels = np.full((height + 2, width + 2), np.int16(-1), dtype=np.int16)
-    top = np.float32(NUM_LEVELS - 1)
-    for row in range(height):
-        for column in range(width):
-            value = distance_map[row, column]
-            if value > fill_threshold:
-                levels[row + 1, column + 1] = np.int16(np.rint(min(value, np.float32(1.0)) * top))
+    levels = np.full((height + 2, width + 2), -1, np.int16)
+    _quantize_above(distance_map, np.float32(fill_threshold), levels)
     return levels
 
 
+def _markers(
+    levels: NDArray[np.int16], peak_level: int, rise: float
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Basins, pieces of the mask, and peaks that are cells.
+
+    Returns −1 − basin of each framed pixel (−1 outside the mask, basins count from 1), the piece of
+    each basin (named by one of its basins), and the flat positions of the peaks, ascending.
+    """
+    basin_of = np.full(levels.size, -1, np.int32)
+    _ascend(levels, basin_of)
+    num_basins = _number_basins(basin_of, np.empty(levels.size, np.int32))
+    peak = np.full(num_basins + 1, -1, np.int32)
+    height_of = np.full(num_basins + 1, -1, np.int16)
+    num_at_level = np.zeros(NUM_LEVELS, np.int64)
+    _count_passes(levels, basin_of, peak, height_of, num_at_level)
+    num_passes = int(num_at_level.sum())
+    sides = np.empty((num_passes, 2), np.int32)
+    pass_level = np.empty(num_passes, np.int16)
+    end_at_level = np.cumsum(num_at_level[::-1])[::-1].copy()  # highest first
+    _sort_passes(levels, basin_of, end_at_level - num_at_level, sides, pass_level)
+    parent = np.arange(num_basins + 1, dtype=np.int32)
+    is_marker = np.zeros(num_basins + 1, np.bool_)
+    _join_basins(sides, pass_level, peak, height_of, peak_level, rise, parent, is_marker)
+    return basin_of, parent, np.sort(peak[is_marker])
+
+
+def _grow(
+    levels: NDArray[np.int16],
+    basin_of: NDArray[np.int32],
+    piece_of_basin: NDArray[np.int32],
+    peaks: NDArray[np.int32],
+) -> NDArray[np.int32]:
+    """Framed label image: pixels of the i-th peak's cell are i + 1."""
+    grown = np.zeros(levels.shape, np.int32)
+    numbers = np.arange(1, peaks.size + 1, dtype=np.int32)
+    piece_of_peak = piece_of_basin[-1 - basin_of[peaks]]
+    num_peaks = np.bincount(piece_of_peak, minlength=piece_of_basin.size)
+    # A piece of the mask with one peak is that cell, all of it; only the others are flooded.
+    alone = num_peaks[piece_of_peak] == 1
+    label_of_piece = np.zeros(piece_of_basin.size, np.int32)
+    label_of_piece[piece_of_peak[alone]] = numbers[alone]
+    _paint_basins(basin_of, label_of_piece[piece_of_basin], grown)
+    grown.ravel()[peaks] = numbers
+    _flood_by_piece(levels, grown, peaks[~alone], piece_of_peak[~alone])
+    return grown
+
+
+def _flood_by_piece(
+    levels: NDArray[np.int16],
+    grown: NDArray[np.int32],
+    seeds: NDArray[np.int32],
+    piece_of_seed: NDArray[Any],
+) -> None:
+    """Flood from `seeds`, flat positions labelled in `grown`, one piece of the mask after the other."""
+    order = np.argsort(piece_of_seed, kind="stable")
+    pieces = piece_of_seed[order]
+    first_of_piece = np.flatnonzero(np.diff(pieces, prepend=-1, append=-1))
+    _flood_pieces(
+        levels,
+        grown,
+        seeds[order],
+        first_of_piece,
+        np.full(NUM_LEVELS, -1, np.int32),
+        np.empty(NUM_LEVELS, np.int32),
+        np.empty(levels.size, np.int32),
+    )
+
+
 @njit(cache=True, nogil=True)
-def _ascend(levels: Any) -> Any:
-    """Flat position of each pixel's highest neighbour, its own if it is a peak, −1 outside the mask.
+def _quantize_above(distance_map: Any, fill_threshold: Any, levels: Any) -> None:
+    top = np.float32(NUM_LEVELS - 1)
+    for row in range(distance_map.shape[0]):
+        for column in range(distance_map.shape[1]):
+            value = distance_map[row, column]
+            if value > fill_threshold:
+                levels[row + 1, column + 1] = np.int16(np.rint(min(value, np.float32(1.0)) * top))
+
+
+@njit(cache=True, nogil=True)
+def _ascend(levels: Any, above: Any) -> None:
+    """Write the flat position of each masked pixel's highest neighbour, its own if it is a peak.
 
     Of equally high pixels the first in reading order counts as the higher, so that every way up ends.
     """
     height, width = levels.shape
     flat = levels.ravel()
-    above = np.full(flat.size, -1, dtype=np.int32)
     for row in range(1, height - 1):
         for index in range(row * width + 1, (row + 1) * width - 1):
             highest = flat[index]
@@ -279,14 +346,12 @@ def _ascend(levels: Any) -> Any:
             if flat[index + width] > highest:
                 best = index + width
             above[index] = best
-    return above
 
 
 @njit(cache=True, nogil=True)
-def _number_basins(above: Any) -> int:
+def _number_basins(above: Any, way: Any) -> int:
     """Follow each pixel up to its peak; write −1 − basin over it, basins counted from 1."""
     num_basins = 0
-    way = np.empty(above.size, dtype=np.int32)
     for first in range(above.size):
         index, length = first, 0
         while above[index] >= 0 and above[index] != index:
@@ -309,24 +374,14 @@ def _find(parent: Any, basin: Any) -> Any:
     return basin
 
 
+# Two pixels side by side in different basins are a pass between these, as high as the lower pixel.
+
+
 @njit(cache=True, nogil=True)
-def _join_basins(
-    levels: Any, basin_of: Any, num_basins: int, peak_level: int, rise: float
-) -> tuple[Any, Any, Any]:
-    """Join touching basins from the highest saddle down and judge the lower peak of each pair.
-
-    Two pixels side by side in different basins are a pass between these, as high as the lower pixel.
-    Taken from high to low, the first pass that joins two sets of basins is their saddle.
-
-    Returns the forest of basins (one tree per connected piece of the mask), the pixel of each basin's
-    peak, and whether that peak is a cell; entry 0 of each is unused.
-    """
+def _count_passes(levels: Any, basin_of: Any, peak: Any, height_of: Any, num_at_level: Any) -> None:
+    """Count the passes of each level; on the way write position and level of each basin's peak."""
     width = levels.shape[1]
     flat = levels.ravel()
-    peak = np.full(num_basins + 1, -1, dtype=np.int32)
-    height_of = np.full(num_basins + 1, -1, dtype=np.int16)
-    # Counting sort of the passes: count, then place.
-    place = np.zeros(NUM_LEVELS, dtype=np.int64)
     for index in range(width, flat.size - width):
         here = basin_of[index]
         if here == -1:
@@ -335,17 +390,17 @@ def _join_basins(
         if level > height_of[-1 - here]:
             height_of[-1 - here] = level
             peak[-1 - here] = index
-        right, below = basin_of[index + 1], basin_of[index + width]
-        if right != -1 and right != here:
-            place[min(level, flat[index + 1])] += 1
-        if below != -1 and below != here:
-            place[min(level, flat[index + width])] += 1
-    num_passes = 0
-    for level in range(NUM_LEVELS - 1, -1, -1):
-        place[level], num_passes = num_passes, num_passes + place[level]
-    one_side = np.empty(num_passes, dtype=np.int32)
-    other_side = np.empty(num_passes, dtype=np.int32)
-    pass_level = np.empty(num_passes, dtype=np.int16)
+        for step in (1, width):
+            there = basin_of[index + step]
+            if there != -1 and there != here:
+                num_at_level[min(level, flat[index + step])] += 1
+
+
+@njit(cache=True, nogil=True)
+def _sort_passes(levels: Any, basin_of: Any, place: Any, sides: Any, pass_level: Any) -> None:
+    """Write the basins on both sides of each pass, those of level i from `place[i]` on."""
+    width = levels.shape[1]
+    flat = levels.ravel()
     for index in range(width, flat.size - width):
         here = basin_of[index]
         if here == -1:
@@ -356,14 +411,29 @@ def _join_basins(
                 level = min(flat[index], flat[index + step])
                 position = place[level]
                 place[level] += 1
-                one_side[position], other_side[position] = -1 - here, -1 - there
+                sides[position, 0], sides[position, 1] = -1 - here, -1 - there
                 pass_level[position] = level
 
-    parent = np.arange(num_basins + 1).astype(np.int32)
-    is_marker = np.zeros(num_basins + 1, dtype=np.bool_)
-    for position in range(num_passes):
-        high = _find(parent, one_side[position])
-        low = _find(parent, other_side[position])
+
+@njit(cache=True, nogil=True)
+def _join_basins(
+    sides: Any,
+    pass_level: Any,
+    peak: Any,
+    height_of: Any,
+    peak_level: int,
+    rise: float,
+    parent: Any,
+    is_marker: Any,
+) -> None:
+    """Join touching basins from the highest pass down and judge the lower peak of each pair.
+
+    Taken from high to low, the first pass that joins two sets of basins is their saddle.  In the end
+    `parent` names one basin for all of a connected piece of the mask.
+    """
+    for position in range(pass_level.size):
+        high = _find(parent, sides[position, 0])
+        low = _find(parent, sides[position, 1])
         if high == low:
             continue
         if height_of[low] > height_of[high] or (
@@ -373,39 +443,37 @@ def _join_basins(
         above_saddle = height_of[low] - pass_level[position]
         is_marker[low] = height_of[low] >= peak_level and above_saddle >= rise and above_saddle > 0
         parent[low] = high
-    for basin in range(1, num_basins + 1):
+    for basin in range(1, parent.size):
+        parent[basin] = _find(parent, basin)
         if parent[basin] == basin:
             is_marker[basin] = height_of[basin] >= peak_level
-    return parent, peak, is_marker
 
 
 @njit(cache=True, nogil=True)
-def _group(piece_of: Any, num_pieces: int) -> tuple[Any, Any]:
-    """Stable order by piece, and where each of the pieces 0..num_pieces − 1 begins in it (and ends)."""
-    first = np.zeros(num_pieces + 1, dtype=np.int64)
-    for piece in piece_of:
-        first[piece + 1] += 1
-    for piece in range(num_pieces):
-        first[piece + 1] += first[piece]
-    place = first.copy()
-    order = np.empty(piece_of.size, dtype=np.int64)
-    for position in range(piece_of.size):
-        order[place[piece_of[position]]] = position
-        place[piece_of[position]] += 1
-    return order, first
+def _paint_basins(basin_of: Any, label_of_basin: Any, labels: Any) -> None:
+    flat_labels = labels.ravel()
+    for index in range(flat_labels.size):
+        if basin_of[index] != -1:
+            flat_labels[index] = label_of_basin[-1 - basin_of[index]]
 
 
 @njit(cache=True, nogil=True)
-def _flood_pieces(levels: Any, labels: Any, seeds: Any, first_of_piece: Any) -> None:
+def _flood_pieces(
+    levels: Any,
+    labels: Any,
+    seeds: Any,
+    first_of_piece: Any,
+    head: Any,
+    tail: Any,
+    following: Any,
+) -> None:
     """Grow the labelled `seeds`, grouped by piece, over the unlabelled pixels with a level of 0 or more.
 
-    A queue per level, threaded through `following`: a pixel waits in one queue, once.
+    A queue per level, from `head` to `tail`, threaded through `following`: a pixel waits in one queue,
+    once.  `head` is −1 everywhere before and after each piece.
     """
     width = levels.shape[1]
     flat, flat_labels = levels.ravel(), labels.ravel()
-    head = np.full(NUM_LEVELS, -1, dtype=np.int32)
-    tail = np.full(NUM_LEVELS, -1, dtype=np.int32)
-    following = np.empty(flat.size, dtype=np.int32)
     for piece in range(first_of_piece.size - 1):
         current = -1
         for position in range(first_of_piece[piece], first_of_piece[piece + 1]):
@@ -443,54 +511,14 @@ def _flood_pieces(levels: Any, labels: Any, seeds: Any, first_of_piece: Any) -> 
 
 
 @njit(cache=True, nogil=True)
-def _grow_and_number(
-    levels: Any, basin_of: Any, parent: Any, peaks: Any, min_area_px: float
-) -> Any:
-    """Flood from the peaks, drop small cells, take off the frame."""
-    height, width = levels.shape
-    labels = np.zeros((height, width), dtype=np.int32)
-    flat_labels = labels.ravel()
-    # A piece of the mask with one peak is that cell, all of it; only the others are flooded.
-    piece_of_peak = np.empty(peaks.size, dtype=np.int32)
-    num_peaks_of = np.zeros(parent.size, dtype=np.int32)
-    for position in range(peaks.size):
-        piece = _find(parent, np.int32(-1 - basin_of[peaks[position]]))
-        piece_of_peak[position] = piece
-        num_peaks_of[piece] += 1
-    label_of_piece = np.zeros(parent.size, dtype=np.int32)
-    num_seeds = 0
-    seeds = np.empty(peaks.size, dtype=np.int32)
-    piece_of_seed = np.empty(peaks.size, dtype=np.int32)
-    for position in range(peaks.size):
-        piece = piece_of_peak[position]
-        if num_peaks_of[piece] == 1:
-            label_of_piece[piece] = position + 1
-        else:
-            flat_labels[peaks[position]] = position + 1
-            seeds[num_seeds], piece_of_seed[num_seeds] = peaks[position], piece
-            num_seeds += 1
-    label_of_basin = np.zeros(parent.size, dtype=np.int32)
-    for basin in range(1, parent.size):
-        label_of_basin[basin] = label_of_piece[_find(parent, basin)]
-    for index in range(flat_labels.size):
-        if basin_of[index] != -1:
-            label = label_of_basin[-1 - basin_of[index]]
-            if label > 0:
-                flat_labels[index] = label
-    order, first_of_piece = _group(piece_of_seed[:num_seeds], parent.size)
-    _flood_pieces(levels, labels, seeds[order], first_of_piece)
+def _count_pixels(labels: Any, areas: Any) -> None:
+    for label in labels.ravel():
+        areas[label] += 1
 
-    areas = np.zeros(peaks.size + 1, dtype=np.int64)
-    for index in range(flat_labels.size):
-        areas[flat_labels[index]] += 1
-    numbers = np.zeros(peaks.size + 1, dtype=np.uint32)
-    num_cells = 0
-    for label in range(1, peaks.size + 1):
-        if areas[label] >= min_area_px:
-            num_cells += 1
-            numbers[label] = num_cells
-    numbered = np.empty((height - 2, width - 2), dtype=np.uint32)
-    for row in range(height - 2):
-        for column in range(width - 2):
+
+@njit(cache=True, nogil=True)
+def _unframe(labels: Any, numbers: Any, numbered: Any) -> None:
+    """Renumber and take off the frame."""
+    for row in range(numbered.shape[0]):
+        for column in range(numbered.shape[1]):
             numbered[row, column] = numbers[labels[row + 1, column + 1]]
-    return numbered

@@ -10,13 +10,15 @@ import contextlib
 import copy
 import json
 import math
+import os
+import secrets
 import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -440,12 +442,13 @@ class _Trainer:
             ) from error
         id_path = self.output_dir / "wandb_id"
         if not id_path.exists():
-            id_path.write_text(wandb.util.generate_id(), encoding="utf-8")
+            id_path.write_text(secrets.token_hex(4), encoding="utf-8")
         run = wandb.init(
             project=self.config.wandb.project,
             name=self.config.wandb.name or self.config.name,
             id=id_path.read_text(encoding="utf-8").strip(),
             resume="allow",
+            mode=_wandb_mode(),
             dir=str(self.output_dir),
             config=config_to_mapping(self.config),
         )
@@ -550,6 +553,14 @@ def _thresholds(tuned: TuningResult) -> dict[str, float]:
         "fill_threshold": tuned.fill_threshold,
         "min_prominence": tuned.min_prominence,
     }
+
+
+def _wandb_mode() -> Literal["online", "offline", "disabled"]:
+    """As the environment says; without a key there, offline, to be uploaded with `wandb sync`."""
+    asked = os.environ.get("WANDB_MODE")
+    if asked == "online" or asked == "offline" or asked == "disabled":
+        return asked
+    return "online" if os.environ.get("WANDB_API_KEY") else "offline"
 
 
 def _commit() -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 from dinocell.config import TrainConfig, config_from_mapping
-from dinocell.errors import CheckpointError, ConfigError, DINOCellError
+from dinocell.errors import CheckpointError, ConfigError, DINOCellError, MissingExtraError
 from dinocell.model import DINOCell, load_model
 from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
 from dinocell.training.losses import distance_loss
@@ -243,6 +244,30 @@ def test_it_learns(blob_data, tmp_path):
     curve = [loss for _, loss in losses(tmp_path)]
     assert sum(curve[-5:]) < 0.35 * sum(curve[:5])
     assert result.val_ap50 > 0.6
+
+
+def test_wandb_is_asked_for_by_name(blob_data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    config = make_config(blob_data, tmp_path, wandb__enabled=True)
+    with pytest.raises(MissingExtraError, match=r"dinocell\[wandb\]"):
+        train(config, shown=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_wandb_offline(blob_data, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = make_config(blob_data, tmp_path, wandb__enabled=True, wandb__project="cells")
+    with pytest.raises(TrainingInterruptedError):
+        train(config, shown=False, stop_after=2)
+    identity = (tmp_path / "wandb_id").read_text()
+    train(config, shown=False)
+    assert (tmp_path / "wandb_id").read_text() == identity
+    runs = list(tmp_path.glob("wandb/offline-run-*"))
+    assert runs
+    assert all(run.name.endswith(identity) for run in runs)
 
 
 class TestWrongRuns:
