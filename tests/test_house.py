@@ -133,7 +133,7 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     from dinocell.scenes import sample_paths
 
-    image, _ = sample_paths()[0]
+    image = next(path for path, _ in sample_paths() if path.stem == "nuclei")
     (tmp_path / "image.tif").write_bytes(image.read_bytes())
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
