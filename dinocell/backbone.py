@@ -195,6 +195,12 @@ def _vision_transformer() -> Any:
             f"the package dinov3 must be DINOCell's or a compatible one, got {found} ({error}): "
             "uninstall the other, or set DINOCELL_DINOV3 to the tree to use"
         ) from error
+    tree = sys.modules["dinov3"]
+    if not override and not getattr(tree, "DINOCELL_TREE", False):
+        raise UsageError(
+            f"the package dinov3 must be the one that comes with dinocell, got {tree.__file__}: "
+            "uninstall the other, or set DINOCELL_DINOV3 to its folder if you mean to use it"
+        )
     return DinoVisionTransformer
 
 

@@ -146,7 +146,7 @@ def segment(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per network call.")] = 8,
     tile_px: Annotated[
         int | None,
-        typer.Option(help="Largest region gathered at once: bounds memory, not the result."),
+        typer.Option(help="Visit windows region by region of this size; same result."),
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 (faster).")] = "fp32",
     workers: Annotated[

@@ -39,7 +39,7 @@ def predict_distance_map(
     batch_size : int
         Windows per network call; changes speed and memory, not the result.
     tile_px : int, optional
-        Largest region gathered at once; bounds memory, does not change the result.
+        Visit the windows region by region of this size, no batch across two; the result is the same.
     precision : `fp32` or `bf16`
         bf16 autocast is faster and differs in the third digit.
     progress : callable (done, total), optional

@@ -134,7 +134,7 @@ class DINOCellPipeline:
     batch_size : int
         Windows per network call.
     tile_px : int, optional
-        Largest region gathered at once (memory, not result).
+        Visit the windows region by region of this size; the result is the same.
     precision : `fp32` or `bf16`
     peak_threshold, fill_threshold, min_prominence, min_area_px : optional
         In place of the model's own.

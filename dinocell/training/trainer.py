@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -558,8 +558,8 @@ def _thresholds(tuned: TuningResult) -> dict[str, float]:
 def _wandb_mode() -> Literal["online", "offline", "disabled"]:
     """As the environment says; without a key there, offline, to be uploaded with `wandb sync`."""
     asked = os.environ.get("WANDB_MODE")
-    if asked == "online" or asked == "offline" or asked == "disabled":
-        return asked
+    if asked in ("online", "offline", "disabled"):
+        return cast(Literal["online", "offline", "disabled"], asked)
     return "online" if os.environ.get("WANDB_API_KEY") else "offline"
 
 

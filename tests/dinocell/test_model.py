@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +29,8 @@ from dinocell.model import (
     save_model,
     with_config,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_blocks_read():
@@ -221,3 +227,56 @@ def test_devices():
         resolve_device("gpu")
     with pytest.raises(UsageError, match="must be present"):
         resolve_device("cuda:99")
+
+
+def in_a_process(code, **environment):
+    """Run Python with the repository on its path; DINOCELL_DINOV3 and the like as given."""
+    path = f"{ROOT}:{ROOT / 'dinov3_modified'}"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": path, **environment},
+    )
+
+
+class TestWhichTree:
+    CODE = (
+        "from dinocell.backbone import DINOv3Backbone\n"
+        "import sys\n"
+        "model = DINOv3Backbone('tiny')\n"
+        "print(sys.modules['dinov3'].__file__)\n"
+    )
+
+    @pytest.fixture
+    def other_tree(self, tmp_path):
+        """Another compatible tree: the bundled one without its mark."""
+        shutil.copytree(ROOT / "dinov3_modified" / "dinov3", tmp_path / "tree" / "dinov3")
+        (tmp_path / "tree" / "dinov3" / "__init__.py").write_text("")
+        return tmp_path / "tree"
+
+    def test_the_bundled_one(self):
+        done = in_a_process(self.CODE)
+        assert done.returncode == 0, done.stderr
+        assert str(ROOT) in done.stdout
+
+    def test_another_one_by_environment(self, other_tree):
+        done = in_a_process(self.CODE, DINOCELL_DINOV3=str(other_tree))
+        assert done.returncode == 0, done.stderr
+        assert str(other_tree) in done.stdout
+
+    def test_another_one_by_accident(self, other_tree):
+        done = in_a_process(self.CODE, PYTHONPATH=f"{other_tree}:{ROOT}")
+        assert done.returncode != 0
+        assert "must be the one that comes with dinocell" in done.stderr
+
+    def test_a_package_that_is_something_else(self, tmp_path):
+        (tmp_path / "dinov3").mkdir()
+        (tmp_path / "dinov3" / "__init__.py").write_text("")
+        done = in_a_process(self.CODE, PYTHONPATH=f"{tmp_path}:{ROOT}")
+        assert "must be DINOCell's or a compatible one" in done.stderr
+
+    def test_a_folder_without_a_tree(self, tmp_path):
+        done = in_a_process(self.CODE, DINOCELL_DINOV3=str(tmp_path))
+        assert "must be a folder that holds the package dinov3" in done.stderr
