@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak", type=float, default=0.6)
     parser.add_argument("--fill", type=float, default=0.25)
-    parser.add_argument("--prominence", type=float, default=0.1)
+    parser.add_argument("--prominence", type=float, default=0.15)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "postprocess.json"
     )

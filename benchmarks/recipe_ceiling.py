@@ -1,19 +1,22 @@
 """How good can the recipe be?  True maps in, labels out, on dsb2018; then maps with a network's errors.
 
-Three experiments, all scores pooled over images:
+Three rules for markers, each followed by the same flood: `persistence` (ours), one marker per connected
+piece of ``map > peak`` (`components`), and the pixel at the centroid of each such piece (`centroids`,
+as SAMCell, but without its loss of pieces of fewer than three points).  All scores are pooled over
+images; all thresholds are those with the best mean AP over IoU 0.50, 0.55, ..., 0.95 on the images named.
 
 ceiling
-    All 485 images.  The map of the true labels goes straight to `distance_map_to_labels`, per target.
-    Beside it the rules for markers that others use: one marker per connected piece of
-    ``map > peak`` (plain components), and the centroid of each piece (SAMCell).
+    All 485 images.  The map of the true labels goes straight to labels, per target and rule:
+    thresholds chosen on train and val, and for the two other rules SAMCell's peak of 0.47 as well.
 noise
     The true map blurred and with correlated noise (sigma 2 px, standard deviation in percent of the
-    range).  Per target and rule the thresholds with the best mean AP on val; scores on test and
-    stardist_test.  For persistence also val over `min_prominence`: how wide is the optimum?
+    range).  Thresholds chosen on val; scores on test and stardist_test.  For persistence also val over
+    `min_prominence`: how wide is the optimum?
 
-    DINOCELL_DATA=../shared/data python benchmarks/recipe_ceiling.py
+    python benchmarks/recipe_ceiling.py --data ../shared/data
 
-writes benchmarks/results/recipe_ceiling.json; a few minutes on one core.
+writes benchmarks/results/recipe_ceiling.json, with every combination of thresholds that was tried; some
+minutes on one core.
 """
 
 from __future__ import annotations
@@ -34,22 +37,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from skimage.segmentation import watershed
 
 from dinocell.distance_map import TARGETS, labels_to_distance_map
 from dinocell.evaluation import ctc_counts, match_counts, overlap_table, tune_thresholds
 from dinocell.evaluation.metrics import DSB2018_IOU_THRESHOLDS
 from dinocell.image_io import read_labels
-from dinocell.watershed import distance_map_to_labels
+from dinocell.watershed import distance_map_to_labels, flood
 
 __all__ = ["main"]
 
 SPLITS = ("train", "val", "test", "stardist_test")
-PERFECT = {
-    "linear": {"peak_threshold": 0.9, "fill_threshold": 0.005, "min_prominence": 0.4},
-    "sqrt": {"peak_threshold": 0.9, "fill_threshold": 0.05, "min_prominence": 0.3},
+TRUE_MAP_GRIDS = {
+    "peak_grid": (0.3, 0.47, 0.6, 0.69, 0.8, 0.9, 0.95, 0.99),
+    "fill_grid": (0.0, 0.005, 0.02, 0.05, 0.09),
+    "prominence_grid": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5),
 }
-"""Thresholds for true maps, chosen on train and val."""
 SAMCELL = {
     "linear": {"peak_threshold": 0.47, "fill_threshold": 0.0},
     "sqrt": {"peak_threshold": 0.47**0.5, "fill_threshold": 0.0},
@@ -94,7 +96,7 @@ def component_labels(
 ) -> LabelImage:
     """One marker per 8-connected piece above the peak threshold."""
     pieces = ndimage.label(distance_map > peak_threshold, np.ones((3, 3)))[0]
-    return watershed(-distance_map, pieces, mask=distance_map > fill_threshold).astype(np.uint32)
+    return flood(distance_map, pieces, distance_map > fill_threshold).astype(np.uint32)
 
 
 def centroid_labels(
@@ -106,7 +108,7 @@ def centroid_labels(
     centroids = ndimage.center_of_mass(pieces > 0, pieces, range(1, number + 1))
     for label, (row, column) in enumerate(centroids, start=1):
         markers[round(row), round(column)] = label
-    return watershed(-distance_map, markers, mask=distance_map > fill_threshold).astype(np.uint32)
+    return flood(distance_map, markers, distance_map > fill_threshold).astype(np.uint32)
 
 
 RULES: dict[str, Callable[..., LabelImage]] = {
@@ -125,28 +127,51 @@ def with_errors(
     return np.clip(blurred + noise * texture / texture.std(), 0, 1).astype(np.float32)
 
 
+def tuned(
+    samples: list[tuple[DistanceMap, LabelImage]], rule: str, grids: dict[str, tuple[float, ...]]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Thresholds with the best pooled mean AP, and what was tried."""
+    if rule != "persistence":
+        grids = {**grids, "prominence_grid": (0.0,)}
+    result = tune_thresholds(samples, metric="ap", to_labels=RULES[rule], **grids)
+    best = {
+        "peak_threshold": result.peak_threshold,
+        "fill_threshold": result.fill_threshold,
+        "min_prominence": result.min_prominence,
+    }
+    return best, {"grids": grids, "tried": result.rows()}
+
+
 def ceiling(truth: dict[str, list[LabelImage]]) -> dict[str, Any]:
     """Scores of true maps, per target, rule and split."""
     found: dict[str, Any] = {}
     for target in TARGETS:
         maps = {
-            split: [(image, labels_to_distance_map(image, target=target)) for image in images]
+            split: [(labels_to_distance_map(image, target=target), image) for image in images]
             for split, images in truth.items()
         }
         found[target] = {}
         for name, rule in RULES.items():
-            best = PERFECT[target] if name == "persistence" else SAMCELL[target]
-            pairs = {
-                split: [(image, rule(depth, **best)) for image, depth in samples]
-                for split, samples in maps.items()
-            }
-            everything = [pair for split in pairs.values() for pair in split]
-            found[target][name] = {
-                "thresholds": best,
-                "all": scores(everything),
-                **{split: scores(of_split) for split, of_split in pairs.items()},
-            }
-            show(f"ceiling, {target}, {name}", found[target][name]["all"])
+            best, tuning = tuned(maps["train"] + maps["val"], name, TRUE_MAP_GRIDS)
+            choices = {name: (best, {"tuning_on_train_and_val": tuning})}
+            if name != "persistence":
+                choices[f"{name}, peak of SAMCell"] = (SAMCELL[target], {})
+            for title, (thresholds, details) in choices.items():
+                pairs = {
+                    split: [(image, rule(depth, **thresholds)) for depth, image in samples]
+                    for split, samples in maps.items()
+                }
+                everything = [pair for split in pairs.values() for pair in split]
+                found[target][title] = {
+                    "thresholds": thresholds,
+                    "all": scores(everything),
+                    "test and stardist_test": scores(pairs["test"] + pairs["stardist_test"]),
+                    **{split: scores(of_split) for split, of_split in pairs.items()},
+                    **details,
+                }
+                print(f"ceiling, {target}, {title}", thresholds)
+                show("  all", found[target][title]["all"])
+                show("  test and stardist_test", found[target][title]["test and stardist_test"])
     return found
 
 
@@ -169,15 +194,7 @@ def noise(truth: dict[str, list[LabelImage]], seed: int) -> list[dict[str, Any]]
                 for split in SPLITS[1:]
             }
             for name, rule in RULES.items():
-                grids = dict(GRIDS)
-                if name != "persistence":
-                    grids["prominence_grid"] = (0.0,)
-                tuned = tune_thresholds(maps["val"], metric="ap", to_labels=rule, **grids)
-                best = {
-                    "peak_threshold": tuned.peak_threshold,
-                    "fill_threshold": tuned.fill_threshold,
-                    "min_prominence": tuned.min_prominence,
-                }
+                best, tuning = tuned(maps["val"], name, GRIDS)
                 run: dict[str, Any] = {
                     "error": error,
                     "target": target,
@@ -187,6 +204,7 @@ def noise(truth: dict[str, list[LabelImage]], seed: int) -> list[dict[str, Any]]
                         split: scores((image, rule(depth, **best)) for depth, image in samples)
                         for split, samples in maps.items()
                     },
+                    "tuning_on_val": tuning,
                 }
                 print(error, target, name, best)
                 for split, score in run["scores"].items():
@@ -219,15 +237,21 @@ def show(title: str, score: dict[str, float]) -> None:
 def main() -> None:
     """Run the experiments, print them and write the JSON file."""
     parser = argparse.ArgumentParser(description="Ceiling of the recipe on dsb2018.")
+    root = Path(__file__).parent.parent
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(os.environ.get("DINOCELL_DATA", root / ".." / "shared" / "data")),
+        help="folder that holds dsb2018 (default: $DINOCELL_DATA or ../shared/data)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "recipe_ceiling.json"
     )
     args = parser.parse_args()
-    root = Path(__file__).parent.parent
-    data = Path(os.environ.get("DINOCELL_DATA", root / ".." / "shared" / "data")) / "dsb2018"
+    data = args.data / "dsb2018"
     if not data.is_dir():
-        parser.error(f"dsb2018 is not at {data}: set DINOCELL_DATA to the folder that holds it")
+        parser.error(f"dsb2018 is not at {data}: give --data the folder that holds it")
     truth = {
         split: [read_labels(path) for path in sorted((data / split / "labels").glob("*.png"))]
         for split in SPLITS

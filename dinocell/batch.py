@@ -25,8 +25,18 @@ from dinocell.report import ReportEntry, make_entry, write_report
 
 __all__ = ["BatchResult", "SegmentOptions", "segment_files"]
 
-# Not part of what an image's result depends on, so a resumed run may change them.
-_FREE_OPTIONS = ("device", "batch_size", "tile_px", "workers", "report", "resume", "overwrite")
+# Not part of what an image's result depends on, so a resumed run may change them (the model is known
+# by the hash of its weights).
+_FREE_OPTIONS = (
+    "model",
+    "device",
+    "batch_size",
+    "tile_px",
+    "workers",
+    "report",
+    "resume",
+    "overwrite",
+)
 _SETTINGS_NAME = "settings.json"
 _JOURNAL_NAME = "images.jsonl"
 _REPORT_LIMIT = 500

@@ -30,7 +30,13 @@ from torch.utils.data import DataLoader, Sampler
 from dinocell import __version__
 from dinocell.backbone import load_backbone_weights
 from dinocell.config import OptimizerConfig, TrainConfig, config_to_mapping
-from dinocell.errors import CheckpointError, ConfigError, DINOCellError, MissingExtraError
+from dinocell.errors import (
+    CheckpointError,
+    ConfigError,
+    DataSetError,
+    DINOCellError,
+    MissingExtraError,
+)
 from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
 from dinocell.image_io import atomic_path
 from dinocell.inference import predict_distance_map
@@ -204,6 +210,11 @@ class _Trainer:
             shown=self.shown,
         )
         self.val_samples = [read_pair(pair) for pair in val_pairs]
+        if not any(labels.any() for _, labels in self.val_samples):
+            raise DataSetError(
+                f"validation images must hold cells, got {len(val_pairs)} without any: name other "
+                "val_labels, or raise data.val_fraction"
+            )
         self._write_config()
         with self._signals(), self._wandb() as self.wandb_run:
             stopped_early = self._loop(dataset)
@@ -213,6 +224,8 @@ class _Trainer:
 
     def _loop(self, dataset: CropDataset) -> bool:
         schedule = self.config.schedule
+        if self._patience_is_over():
+            return True  # stopped early before: a second call must not train on
         loader = DataLoader(
             dataset,
             batch_sampler=_StepSampler(self.step, schedule.steps, schedule.batch_size),
@@ -244,10 +257,7 @@ class _Trainer:
                 validated = self.step % schedule.eval_every == 0 or self.step == schedule.steps
                 if validated:
                     self._validate(bar)
-                stopped_early = (
-                    schedule.patience is not None
-                    and self.validations_without_gain >= schedule.patience
-                )
+                stopped_early = self._patience_is_over()
                 interrupted = self._stop_signal is not None or self.step == self.stop_after
                 if self.step % schedule.checkpoint_every == 0 or interrupted or stopped_early:
                     self._save()
@@ -264,6 +274,10 @@ class _Trainer:
         if not newest or newest[-1][0] < self.step:
             self._save()
         return False
+
+    def _patience_is_over(self) -> bool:
+        patience = self.config.schedule.patience
+        return patience is not None and self.validations_without_gain >= patience
 
     def _step(self, image: Tensor, target: Tensor) -> tuple[float, float]:
         config = self.config

@@ -10,12 +10,19 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from dinocell.config import TrainConfig, config_from_mapping
-from dinocell.errors import CheckpointError, ConfigError, DINOCellError, MissingExtraError
+from dinocell.errors import (
+    CheckpointError,
+    ConfigError,
+    DataSetError,
+    DINOCellError,
+    MissingExtraError,
+)
 from dinocell.model import DINOCell, load_model
 from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
 from dinocell.training.losses import distance_loss
@@ -210,6 +217,27 @@ def test_early_stopping(blob_data, tmp_path):
     result = train(replace(config, schedule=replace(config.schedule, steps=50)), shown=False)
     assert result.stopped_early
     assert result.step < 50
+    again = train(replace(config, schedule=replace(config.schedule, steps=50)), shown=False)
+    assert again.stopped_early
+    assert again.step == result.step
+
+
+def test_validation_without_any_cell(blob_data, tmp_path):
+    from dinocell.image_io import find_images, read_image, write_image, write_labels
+
+    for path in find_images([blob_data / "images"])[:1]:
+        image = read_image(path).pixels
+        write_image(tmp_path / "images" / "none.tif", image)
+        write_labels(tmp_path / "labels" / "none.png", np.zeros(image.shape, np.uint8))
+    config = make_config(blob_data, tmp_path / "run")
+    given = replace(
+        config.data.datasets[0],
+        val_images=str(tmp_path / "images"),
+        val_labels=str(tmp_path / "labels"),
+    )
+    with pytest.raises(DataSetError, match="validation images must hold cells"):
+        train(replace(config, data=replace(config.data, datasets=(given,))), shown=False)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_frozen_backbone_stays(blob_data, tmp_path):
