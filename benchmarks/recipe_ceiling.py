@@ -128,8 +128,8 @@ def with_errors(
 
 
 def tuned(
-    samples: list[tuple[DistanceMap, LabelImage]], rule: str, grids: dict[str, tuple[float, ...]]
-) -> tuple[dict[str, float], dict[str, Any]]:
+    samples: list[tuple[DistanceMap, LabelImage]], rule: str, grids: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Thresholds with the best pooled mean AP, and what was tried."""
     if rule != "persistence":
         grids = {**grids, "prominence_grid": (0.0,)}
@@ -216,7 +216,7 @@ def noise(truth: dict[str, list[LabelImage]], seed: int) -> list[dict[str, Any]]
 
 
 def over_prominence(
-    samples: list[tuple[DistanceMap, LabelImage]], best: dict[str, float]
+    samples: list[tuple[DistanceMap, LabelImage]], best: dict[str, Any]
 ) -> dict[str, dict[str, float]]:
     """AP at 0.5 and mean AP for every prominence of the grid, with the best peak and fill."""
     found = {}

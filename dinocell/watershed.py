@@ -51,8 +51,9 @@ def distance_map_to_labels(
 
     Parameters
     ----------
-    distance_map : (H, W) array of values in [0, 1]
-        0 outside cells and at their border, 1 at the deepest pixel; values beyond are clipped.
+    distance_map : (H, W) array of values in [0, 1], any real dtype
+        0 outside cells and at their border, 1 at the deepest pixel; values beyond are clipped, but
+        an integer map must hold nothing but 0 and 1 (a map saved as 0..255 is refused).
     peak_threshold, fill_threshold : float
         A cell's peak is above `peak_threshold`; a pixel above `fill_threshold` belongs to a cell.
         ``0 <= fill_threshold < peak_threshold < 1``.
@@ -72,13 +73,16 @@ def distance_map_to_labels(
     Raises
     ------
     ValueError
-        `distance_map` is not 2-D, holds NaN or no numbers, or has 2³¹ pixels or more; or a threshold
-        is out of its range.
+        `distance_map` is not 2-D, holds NaN, no real numbers, or integers other than 0 and 1, or
+        has 2³¹ pixels or more; or a threshold is out of its range.
 
     Notes
     -----
     Equals ``skimage.segmentation.watershed(-quantize(distance_map), find_markers(...), mask=distance_map
-    > fill_threshold)`` but for pixels that two cells reach at the same level at the same time.
+    > fill_threshold)`` but for ties: pixels that two cells reach at the same level at the same time.
+
+    Heights are compared in `NUM_LEVELS` levels: `peak_threshold` holds to half a level (0.00012) and
+    `min_prominence` to one.  `fill_threshold` is compared with the map itself, in float32.
     """
     array = _checked_map(distance_map)
     peak_level, rise = _checked_levels(peak_threshold, fill_threshold, min_prominence)
@@ -192,8 +196,24 @@ def flood(distance_map: ArrayLike, markers: ArrayLike, mask: ArrayLike) -> NDArr
 
 
 def quantize(distance_map: ArrayLike) -> NDArray[np.int16]:
-    """Map [0, 1] to the integers 0..`NUM_LEVELS` − 1, rounding to the nearest; values beyond are clipped."""
-    scaled = np.clip(np.asarray(distance_map, dtype=np.float32), 0.0, 1.0)
+    """Map [0, 1] to the integers 0..`NUM_LEVELS` − 1, rounding to the nearest.
+
+    Parameters
+    ----------
+    distance_map : array of any shape, values in [0, 1]
+        Values beyond, the infinite ones too, are clipped.
+
+    Returns
+    -------
+    levels : int16 ndarray of the same shape
+
+    Raises
+    ------
+    ValueError
+        `distance_map` holds NaN.
+    """
+    scaled = np.clip(np.asarray(distance_map), 0.0, 1.0).astype(np.float32)
+    _refuse_nan(scaled)
     return np.rint(scaled * np.float32(NUM_LEVELS - 1)).astype(np.int16)
 
 
@@ -212,13 +232,23 @@ def _checked_map(distance_map: ArrayLike) -> NDArray[np.float32]:
             f"`distance_map` must have fewer than 2³¹ pixels, got shape {array.shape}: "
             "cut it into strips."
         )
+    if array.dtype.kind in "ui" and array.size and not 0 <= array.min() <= array.max() <= 1:
+        raise ValueError(
+            f"`distance_map` must hold values in [0, 1], got {array.dtype} from {array.min()} to "
+            f"{array.max()}: divide it by the number that stands for 1."
+        )
     # Writable, or numba would compile once more for read-only arrays.
-    array = np.require(array, np.float32, ["C", "W"])
+    with np.errstate(over="ignore"):  # beyond float32 is beyond 1, and clipped all the same
+        array = np.require(array, np.float32, ["C", "W"])
+    _refuse_nan(array)
+    return array
+
+
+def _refuse_nan(array: NDArray[np.float32]) -> None:
     if array.size and np.isnan(array.min()):
         raise ValueError(
             "`distance_map` must not hold NaN, got some: look for the cause in the network's output."
         )
-    return array
 
 
 def _checked_levels(peak: float, fill: float, prominence: float) -> tuple[int, float]:

@@ -44,6 +44,12 @@ def brute_force(labels: np.ndarray) -> np.ndarray:
     return expected
 
 
+def depth_in_px(labels: np.ndarray) -> np.ndarray:
+    """Distance of the pixels of a single cell to the nearest pixel outside, not yet divided."""
+    inside, outside = np.argwhere(labels != 0), np.argwhere(labels == 0)
+    return cdist(inside, outside).min(axis=1)
+
+
 def blobs(rng: np.random.Generator, shape: tuple[int, int], num_cells: int) -> np.ndarray:
     """Touching cells in one or several pieces, with holes, some cut by the border."""
     rows, columns = np.indices(shape)
@@ -133,6 +139,29 @@ def test_the_pieces_of_a_cell_share_one_maximum() -> None:
     assert linear(labels)[2, 2] == 1.0
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_two_touching_discs_are_parted_by_a_valley(target: str) -> None:
+    rows, columns = np.indices((25, 45))
+    labels = np.zeros((25, 45), np.uint16)
+    labels[np.hypot(rows - 12, columns - 12) < 11] = 1
+    labels[np.hypot(rows - 12, columns - 32) < 10.5] = 2  # columns 22 and 23 touch in row 12
+    assert labels[12, 21:25].tolist() == [1, 1, 2, 2]
+    depth = labels_to_distance_map(labels, target=target)
+    share = (lambda part: part) if target == "linear" else math.sqrt
+    assert depth[12, [12, 22, 23, 32]] == pytest.approx([1, share(1 / 11), share(1 / 10), 1])
+    along = depth[12, 12:33]
+    assert (np.diff(along[:11]) < 0).all()  # down to column 22 and from 23 up again
+    assert (np.diff(along[11:]) > 0).all()
+
+
+def test_a_cell_cut_by_the_border_is_deepest_there() -> None:
+    rows, columns = np.indices((20, 21))
+    labels = (np.hypot(rows + 3, columns - 10) < 9).astype(int)
+    depth = linear(labels)
+    assert np.unravel_index(depth.argmax(), depth.shape) == (0, 10)
+    assert depth[5, 10] == pytest.approx(1 / depth_in_px(labels).max())
+
+
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (4, 6)])
 def test_no_cell_gives_zeros(shape: tuple[int, int]) -> None:
     empty = labels_to_distance_map(np.zeros(shape, np.uint16))
@@ -196,6 +225,19 @@ def test_numbers_and_dtypes_do_not_matter(dtype: np.dtype, numbers: tuple[int, .
     assert np.array_equal(linear(renamed[:, ::2]), linear(plain[:, ::2]))
 
 
+def test_more_cells_than_16_bits_can_number() -> None:
+    """Each of 300 x 301 cells has three pixels in a row: a third, or half, of the way in by hand."""
+    labels = np.arange(1, 300 * 301 + 1).reshape(300, 301).repeat(3, axis=1)
+    expected = np.tile([0.5, 1, 0.5], (300, 301))
+    expected[:, 0] = expected[:, -1] = 0.5
+    # Other cells lie above and below: every pixel is one step from the outside, hence the deepest.
+    assert np.array_equal(linear(labels), np.ones(labels.shape))
+    apart = labels[:1].repeat(3, axis=0)  # three rows high, no cell above or below
+    expected = np.tile([1 / 2, 1, 1 / 2], (3, 301))
+    expected[:, :3], expected[:, -3:] = [1, 2 / 3, 1 / 3], [1 / 3, 2 / 3, 1]  # cut by the border
+    np.testing.assert_allclose(linear(apart + 2**20), expected, rtol=1e-6)
+
+
 def test_large_numbers_without_background() -> None:
     labels = np.array([[2**40, 2**40, 2**41]])
     assert linear(labels).tolist() == [[1.0, 0.5, 1.0]]
@@ -205,8 +247,9 @@ def test_the_labels_are_left_alone() -> None:
     labels = np.ascontiguousarray(picture("..1 .11 222"), dtype=np.int32)
     before = labels.copy()
     labels.flags.writeable = False
-    labels_to_distance_map(labels)
+    depth = labels_to_distance_map(labels)
     assert np.array_equal(labels, before)
+    assert np.array_equal(labels_to_distance_map(np.asfortranarray(labels)), depth)
 
 
 def test_far_distances_are_exact() -> None:
