@@ -48,9 +48,9 @@ __all__ = ["main"]
 
 SPLITS = ("train", "val", "test", "stardist_test")
 TRUE_MAP_GRIDS = {
-    "peak_grid": (0.3, 0.47, 0.6, 0.69, 0.8, 0.9, 0.95, 0.99),
+    "peak_grid": (0.3, 0.47, 0.6, 0.69, 0.8, 0.9, 0.99),
     "fill_grid": (0.0, 0.005, 0.02, 0.05, 0.09),
-    "prominence_grid": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5),
+    "prominence_grid": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8),
 }
 SAMCELL = {
     "linear": {"peak_threshold": 0.47, "fill_threshold": 0.0},

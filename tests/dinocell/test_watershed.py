@@ -250,6 +250,25 @@ def test_a_peak_not_above_its_threshold_is_part_of_the_higher_one() -> None:
     assert high[0].tolist() == [1, 1, 1, 1]
 
 
+def test_a_peak_must_be_above_its_threshold_by_one_level() -> None:
+    level = round(0.6 * (NUM_LEVELS - 1))
+    for step, expected in ((0, 0), (1, 1)):
+        heights = profile(0.3, (level + step) / (NUM_LEVELS - 1), 0.3)
+        labels = distance_map_to_labels(heights, peak_threshold=0.6, fill_threshold=0.1)
+        assert labels.max() == expected
+
+
+def test_a_rise_of_just_the_prominence_is_enough() -> None:
+    heights = profile(0.9, 0.6, 0.8)
+    rise = 0.2 * (NUM_LEVELS - 1)
+    assert rise == np.ptp(quantize(heights[0, 1:]))
+    for prominence, expected in ((0.2, 2), (0.2 + 1 / NUM_LEVELS, 1)):
+        labels = distance_map_to_labels(
+            heights, peak_threshold=0.5, fill_threshold=0.1, min_prominence=prominence
+        )
+        assert labels.max() == expected
+
+
 def test_a_piece_without_peak_is_background() -> None:
     heights = profile(0.9, 0.5, 0.1, 0.5, 0.55, 0.1, 0.7)
     labels = distance_map_to_labels(heights, peak_threshold=0.6, fill_threshold=0.2)
