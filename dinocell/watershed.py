@@ -79,7 +79,8 @@ def distance_map_to_labels(
     Notes
     -----
     Equals ``skimage.segmentation.watershed(-quantize(distance_map), find_markers(...), mask=distance_map
-    > fill_threshold)`` but for ties: pixels that two cells reach at the same level at the same time.
+    > fill_threshold)`` but for ties: pixels to which the best ways from two markers are equally high at
+    their lowest point.
 
     Heights are compared in `NUM_LEVELS` levels: `peak_threshold` holds to half a level (0.00012) and
     `min_prominence` to one.  `fill_threshold` is compared with the map itself, in float32.
@@ -162,6 +163,12 @@ def flood(distance_map: ArrayLike, markers: ArrayLike, mask: ArrayLike) -> NDArr
         The shapes differ, a marker is negative or above 2³¹ − 1, or the map is not 2-D or holds NaN.
     TypeError
         `markers` is not of an integer type.
+
+    Notes
+    -----
+    No way from another marker to a pixel is higher at its lowest point than that from its own.  Where
+    two ways are equally high there, the order of the queues decides; a marker on a saddle may so win or
+    lose a whole hill that has no marker of its own.
 
     References
     ----------

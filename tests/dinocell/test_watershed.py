@@ -391,9 +391,8 @@ def lowest_points(heights: np.ndarray, markers: np.ndarray, fill_threshold: floa
     for water in np.unique(levels[levels >= 0]):
         islands = ndimage.label(levels >= water)[0]
         for marker in range(1, markers.max() + 1):
-            island = islands[markers == marker][0]
-            if island:
-                lowest[marker][islands == island] = water
+            reached = np.unique(islands[markers == marker])
+            lowest[marker][np.isin(islands, reached[reached > 0])] = water
     return lowest
 
 
@@ -569,23 +568,27 @@ def test_flood_equals_scikit_image_on_network_like_maps() -> None:
     assert num_unlike < 1e-4 * num_pixels
 
 
-@settings(max_examples=80, deadline=None)
-@given(heights=SMALL_MAPS, options=THRESHOLDS)
+@settings(max_examples=100, deadline=None)
+@given(heights=SMALL_MAPS, options=THRESHOLDS, seed=st.integers(0, 2**32 - 1))
 def test_flood_differs_from_scikit_image_only_at_ties(
-    heights: np.ndarray, options: dict[str, Any]
+    heights: np.ndarray, options: dict[str, Any], seed: int
 ) -> None:
     """A tie: the best ways from both markers to the pixel are equally high at their lowest point.
 
-    Of eleven levels there are many.
+    Of eleven levels there are many.  Markers at peaks, and markers of several pixels anywhere.
     """
-    markers = find_markers(heights, **options)
     mask = heights > np.float32(options["fill_threshold"])
-    ours, theirs = flood(heights, markers, mask), by_skimage(heights, markers, mask)
-    lowest = lowest_points(heights, markers, options["fill_threshold"])
-    assert np.array_equal(ours > 0, theirs > 0)
-    assert np.array_equal(
-        np.take_along_axis(lowest, ours[None], 0), np.take_along_axis(lowest, theirs[None], 0)
-    )
+    rng = np.random.default_rng(seed)
+    scattered = np.where(rng.random(heights.shape) < 0.15, rng.integers(1, 5, heights.shape), 0)
+    for markers in (find_markers(heights, **options), scattered * mask):
+        ours, theirs = flood(heights, markers, mask), by_skimage(heights, markers, mask)
+        lowest = lowest_points(heights, markers, options["fill_threshold"])
+        assert np.array_equal(ours > 0, theirs > 0)
+        assert np.array_equal(
+            np.take_along_axis(lowest, ours[None], 0), np.take_along_axis(lowest, theirs[None], 0)
+        )
+        best = lowest.max(0)
+        assert np.array_equal(np.take_along_axis(lowest, ours[None], 0)[0], best)
 
 
 def test_flood_reaches_nothing_without_markers_and_ignores_those_outside() -> None:
@@ -609,9 +612,9 @@ def test_ceiling_on_generated_scenes(target: str) -> None:
     tables = []
     for kind in ("fluorescence_nuclei", "fluorescence_dim", "phase_contrast"):
         for seed in range(2):
-            truth = make_scene(kind, height_px=192, width_px=256, seed=seed, touching=0.6).labels
+            truth = make_scene(kind, height_px=256, width_px=320, seed=seed, touching=0.6).labels
             tables.append(overlap_table(truth, round_trip(truth, target)))
-    assert sum(table.num_truth for table in tables) > 200
+    assert sum(table.num_truth for table in tables) > 60
     assert reduce(add, [match_counts(table, 0.5) for table in tables]).ap >= 0.99
     assert reduce(add, [match_counts(table, 0.9) for table in tables]).ap >= 0.95
     assert reduce(add, [ctc_counts(table) for table in tables]).seg >= 0.99
