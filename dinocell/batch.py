@@ -192,7 +192,10 @@ def segment_files(
         collect(0)
     ordered = [rows[path.stem] for path in paths if path.stem in rows]
     failures.sort(key=lambda item: paths.index(item[0]))
-    _write_summary(out / "summary.csv", ordered, failures)
+    stems = {path.stem for path in paths}
+    earlier = {row["name"]: row for row in _read_journal(out / _JOURNAL_NAME)}
+    others = [row for name, row in earlier.items() if name not in stems]
+    _write_summary(out / "summary.csv", [*others, *ordered], failures)
     if options.report:
         _write_report(out, paths, entries, failures, options)
     return BatchResult(
@@ -215,6 +218,14 @@ def _check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
         )
     if options.precision not in ("fp32", "bf16"):
         raise UsageError(f"--precision must be fp32 or bf16, got {options.precision!r}: choose one")
+    if options.tile_px is not None and options.tile_px < 1:
+        raise UsageError(f"--tile-px must be at least 1, got {options.tile_px}: leave it out")
+    if options.page is not None and options.page < 0:
+        raise UsageError(f"--page must be at least 0, got {options.page}: count from 0")
+    if options.pixel_size_um is not None and not 0 < options.pixel_size_um < float("inf"):
+        raise UsageError(
+            f"--pixel-size-um must be above 0, got {options.pixel_size_um}: give micrometres"
+        )
     if options.resume and options.overwrite:
         raise UsageError("--resume and --overwrite exclude each other, got both: choose one")
     seen: dict[str, Path] = {}
@@ -257,8 +268,8 @@ def _open_folder(
             f"the output folder must not hold results of these images, got {len(present)} in {out}: "
             "add --resume to keep them, --overwrite to replace them, or choose another folder"
         )
-    done: dict[str, dict[str, Any]] = {}
-    if options.resume and settings_path.exists():
+    journal = _read_journal(journal_path)
+    if settings_path.exists() and not options.overwrite:
         try:
             there = json.loads(settings_path.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
@@ -266,20 +277,35 @@ def _open_folder(
         differing = sorted(key for key in settings if settings[key] != there.get(key))
         if differing:
             raise ConfigError(
-                f"--resume must use the settings of the folder, got other values of "
+                f"results in one folder must share their settings, got other values of "
                 f"{', '.join(differing)} than {settings_path}: choose another folder or --overwrite"
             )
-        for row in _read_journal(journal_path):
-            if all((out / f"{row['name']}{suffix}").exists() for suffix in label_names):
-                done[row["name"]] = row
-        wanted = {path.stem: str(path) for path in paths}
-        done = {name: row for name, row in done.items() if wanted.get(name) == row["source"]}
+    elif present and options.resume:
+        raise UsageError(
+            f"--resume must find the settings of the results, got no {settings_path}: choose another "
+            "folder or --overwrite"
+        )
+    done: dict[str, dict[str, Any]] = {}
+    if options.resume:
+        wanted = {path.stem: path.resolve() for path in paths}
+        for row in journal:
+            name = row["name"]
+            if name not in wanted:
+                continue
+            if not all((out / f"{name}{suffix}").exists() for suffix in label_names):
+                continue
+            if Path(row["source"]).resolve() != wanted[name]:
+                raise UsageError(
+                    f"--resume must continue the same images, got {wanted[name]} where {out} holds "
+                    f"results of {row['source']}: choose another folder"
+                )
+            done[name] = row
     out.mkdir(parents=True, exist_ok=True)
-    if options.overwrite:
-        for path in paths:  # a half-replaced folder must not look finished
-            for name in label_names:
-                (out / f"{path.stem}{name}").unlink(missing_ok=True)
-        journal_path.unlink(missing_ok=True)
+    if options.overwrite and journal:
+        stems = {path.stem for path in paths}
+        kept = [row for row in journal if row["name"] not in stems]
+        with atomic_path(journal_path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     with atomic_path(settings_path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
     return done
@@ -311,7 +337,7 @@ def _write_result(
     summary = summarize(result.labels, table)
     row = {
         "name": result.name,
-        "source": str(path),
+        "source": str(path.resolve()),
         **summary,
         "warnings": "; ".join(result.warnings),
     }

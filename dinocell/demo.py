@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +70,8 @@ def run_demo(
 ) -> DemoResult:
     """Segment the samples into `out` and score them.
 
-    A folder made by an earlier demo is replaced; any other folder with files in it is refused.
+    Results of an earlier demo are replaced, nothing else in its folder is touched; any other folder
+    with files in it is refused.
 
     Raises
     ------
@@ -81,20 +81,18 @@ def run_demo(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"the output must be a folder, got the file {out}: choose another name")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / _MARKER).exists():
-            raise UsageError(
-                f"the output folder of the demo must be new or of an earlier demo, got {out} with other "
-                "files in it: choose another with --out"
-            )
-        shutil.rmtree(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).exists():
+        raise UsageError(
+            f"the output folder of the demo must be new or of an earlier demo, got {out} with other "
+            "files in it: choose another with --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARKER).touch()
     samples = sample_paths()
     batch = segment_files(
         [image for image, _ in samples],
         out,
-        SegmentOptions(model=model, device=device, report=True),
+        SegmentOptions(model=model, device=device, report=True, overwrite=True),
         shown=shown,
     )
     evaluation = evaluate_pairs(

@@ -59,6 +59,8 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
                 f"an architecture must be SIZE/PATCH with a size of {', '.join(BACKBONE_SIZES)}, got "
                 f"{name}: for example small/8"
             )
+        if patch not in (4, 8, 14, 16):
+            raise UsageError(f"the patch must be 4, 8, 14 or 16, got {name}: for example small/8")
         options = {"window_px": 256 // patch * patch}
         model = create_dinocell_model(size, patch_size=patch, decoder=decoder, **options)
         return _describe_architecture(model, image_px)

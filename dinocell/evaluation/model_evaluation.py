@@ -88,6 +88,11 @@ def evaluate_model(
             )
     if save_to is not None and Path(save_to).suffix != ".safetensors":
         raise UsageError(f"a model file must end in .safetensors, got {save_to}: add the suffix")
+    if save_to is not None and Path(save_to).resolve() == Path(model).resolve():
+        raise UsageError(
+            f"the tuned model must go to another file than the model, got {save_to} for both: choose "
+            "another name"
+        )
     loaded = load_model(os.fspath(model), device=device)
     pipeline = DINOCellPipeline(loaded)
     images = {path.stem: path for path in find_images([folder / "images"])}

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from dinocell.config import AugmentConfig, DataConfig, DatasetConfig, ModelConfig
 from dinocell.distance_map import labels_to_distance_map
 from dinocell.errors import DataSetError
-from dinocell.image_io import find_images, read_image, read_labels
+from dinocell.image_io import find_images, looks_like_labels, read_image, read_labels
 from dinocell.preprocess import normalize_intensity, to_model_input
 from dinocell.progress import progress
 from dinocell.training.augment import (
@@ -129,6 +129,11 @@ def read_pair(pair: Pair) -> tuple[NDArray, NDArray[np.uint32]]:
         raise DataSetError(
             f"training images must be gray (H, W), got shape {image.shape} in {pair.image_path}: "
             "save one channel"
+        )
+    if looks_like_labels(image):
+        raise DataSetError(
+            f"training images must hold intensities, got what looks like a label image in "
+            f"{pair.image_path}: are images and labels swapped?"
         )
     if image.shape != labels.shape:
         raise DataSetError(

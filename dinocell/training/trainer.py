@@ -333,7 +333,9 @@ class _Trainer:
     def _validate(self, bar: Progress) -> None:
         started = time.monotonic()
         samples = self._predict_validation(self.averaged)
-        tuned = tune_thresholds(samples, metric="ap50", **_COARSE_GRIDS)
+        tuned = tune_thresholds(
+            samples, metric="ap50", min_area_px=self.config.model.min_area_px, **_COARSE_GRIDS
+        )
         ap = tuned.best_score
         if ap > self.best_ap:
             self.best_ap, self.best_step, self.validations_without_gain = ap, self.step, 0
@@ -502,10 +504,13 @@ class _Trainer:
             if value.is_floating_point():
                 value.copy_(value.half())
         samples = self._predict_validation(best)
-        tuned = tune_thresholds(samples, metric="ap", **_FINE_GRIDS)
+        tuned = tune_thresholds(
+            samples, metric="ap", min_area_px=self.config.model.min_area_px, **_FINE_GRIDS
+        )
         final = tune_thresholds(
             samples,
             metric="ap50",
+            min_area_px=self.config.model.min_area_px,
             peak_grid=(tuned.peak_threshold,),
             fill_grid=(tuned.fill_threshold,),
             prominence_grid=(tuned.min_prominence,),

@@ -136,6 +136,9 @@ def test_options_reach_the_files(images, tmp_path, small_model):
         ({"formats": ()}, "got none"),
         ({"precision": "fp8"}, "fp32 or bf16"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
+        ({"tile_px": 0}, "at least 1"),
+        ({"page": -1}, "count from 0"),
+        ({"pixel_size_um": -1.0}, "above 0"),
     ],
 )
 def test_wrong_calls_leave_no_folder(images, tmp_path, small_model, change, message):
@@ -158,3 +161,44 @@ def test_a_wrong_model_is_met_before_the_folder_is_made(images, tmp_path):
             images, tmp_path / "out", SegmentOptions(model=str(tmp_path / "m.safetensors"))
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_resume_never_replaces_results_of_another_image(images, tmp_path, small_model):
+    import shutil
+
+    out = tmp_path / "out"
+    run(images[:1], out, small_model)
+    before = (out / f"{images[0].stem}_labels.tif").read_bytes()
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / images[0].name
+    shutil.copy(images[1], other)
+    with pytest.raises(UsageError, match="same images"):
+        run([other], out, small_model, resume=True)
+    assert (out / f"{images[0].stem}_labels.tif").read_bytes() == before
+    (out / "settings.json").unlink()
+    with pytest.raises(UsageError, match="must find the settings"):
+        run(images[:1], out, small_model, resume=True)
+
+
+def test_one_folder_has_one_setting_and_one_summary(images, tmp_path, small_model):
+    out = tmp_path / "out"
+    run(images[:1], out, small_model)
+    with pytest.raises(ConfigError, match="peak_threshold"):
+        run(images[1:2], out, small_model, peak_threshold=0.9)
+    run(images[1:2], out, small_model)
+    with (out / "summary.csv").open() as file:
+        assert [row["name"] for row in csv.DictReader(file)] == [p.stem for p in images[:2]]
+
+
+def test_overwriting_with_a_bad_file_keeps_the_old_result(images, tmp_path, small_model):
+    import shutil
+
+    path = tmp_path / images[0].name
+    shutil.copy(images[0], path)
+    out = tmp_path / "out"
+    run([path], out, small_model)
+    before = (out / f"{path.stem}_labels.tif").read_bytes()
+    path.write_bytes(path.read_bytes()[:300])
+    result = run([path], out, small_model, overwrite=True)
+    assert result.failures
+    assert (out / f"{path.stem}_labels.tif").read_bytes() == before

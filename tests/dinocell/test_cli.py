@@ -313,6 +313,9 @@ class TestEvaluate:
         code, _, err = call(capsys, *base, "--tune", "--metric", "accuracy")
         assert code == 2
         assert "ap50" in err
+        code, _, err = call(capsys, *base, "--tune", "--save-model", model_path)
+        assert code == 2
+        assert "another file than the model" in err
         code, _, err = call(capsys, *base, "--tune", "--save-model", tmp_path / "m.pt")
         assert code == 2
         assert ".safetensors" in err
@@ -379,6 +382,7 @@ class TestWeights:
     def test_wrong_names(self, capsys):
         assert call(capsys, "weights", "info", "giant/8")[0] == 2
         assert call(capsys, "weights", "info", "tiny/7")[0] == 2
+        assert call(capsys, "weights", "info", "tiny/0")[0] == 2
         assert call(capsys, "weights", "info", "nothing")[0] == 2
         assert call(capsys, "weights", "info", "tiny/16", "--image-px", "3")[0] == 2
 

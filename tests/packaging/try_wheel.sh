@@ -7,6 +7,7 @@ python=${PYTHON:-python3}
 case $python in */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+rm -rf "$root/build"  # what an earlier build left there would go into the wheel
 "$python" -m build --wheel --outdir "$work/dist" "$root"
 "$python" -m venv "$work/venv"
 "$work/venv/bin/python" -m pip --disable-pip-version-check install -q \
