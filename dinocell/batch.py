@@ -40,6 +40,8 @@ _FREE_OPTIONS = (
 _SETTINGS_NAME = "settings.json"
 _JOURNAL_NAME = "images.jsonl"
 _REPORT_LIMIT = 500
+# What one image may fail with and the batch goes on; a GPU out of memory is a RuntimeError.
+_IMAGE_ERRORS = (DINOCellError, ValueError, OSError, MemoryError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def segment_files(
             path, future = pending.pop(0)
             try:
                 future.result()
-            except (DINOCellError, ValueError, OSError, MemoryError) as error:
+            except _IMAGE_ERRORS as error:
                 failures.append((path, str(error) or type(error).__name__))
             bar.advance(note=path.name)
 
@@ -182,7 +184,7 @@ def segment_files(
                     allow_mask=options.allow_mask,
                 )
                 distance_map = pipeline.predict(plane)
-            except (DINOCellError, ValueError, OSError, MemoryError) as error:
+            except _IMAGE_ERRORS as error:
                 failures.append((path, str(error) or type(error).__name__))
                 bar.advance(note=path.name)
                 continue

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=arguments, prog_name="dinocell")
     except DINOCellError as error:
         _fail(error, error.exit_code)
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         _fail(error, 1)
     except KeyboardInterrupt:
         print("dinocell: stopped", file=sys.stderr)

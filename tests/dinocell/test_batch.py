@@ -202,3 +202,21 @@ def test_overwriting_with_a_bad_file_keeps_the_old_result(images, tmp_path, smal
     result = run([path], out, small_model, overwrite=True)
     assert result.failures
     assert (out / f"{path.stem}_labels.tif").read_bytes() == before
+
+
+def test_a_device_out_of_memory_stops_one_image_only(images, tmp_path, small_model, monkeypatch):
+    from dinocell.pipeline import DINOCellPipeline
+
+    predict = DINOCellPipeline.predict
+    calls = []
+
+    def once_too_large(self, plane, **options):
+        calls.append(plane)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA out of memory")
+        return predict(self, plane, **options)
+
+    monkeypatch.setattr(DINOCellPipeline, "predict", once_too_large)
+    result = run(images, tmp_path / "out", small_model)
+    assert [path for path, _ in result.failures] == [images[0]]
+    assert len(result.rows) == 2
