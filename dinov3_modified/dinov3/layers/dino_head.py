@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -54,16 +56,24 @@ class DINOHead(nn.Module):
                 module.reset_parameters()
 
     def forward(
-        self, x: Tensor, no_last_layer: bool = False, only_last_layer: bool = False
+        self,
+        x: Tensor,
+        no_last_layer: bool = False,
+        only_last_layer: bool = False,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """[..., in_dim] → [..., out_dim].
 
         Args:
             no_last_layer: stop at the normalised bottleneck.
             only_last_layer: `x` is such a bottleneck already.
+            loss: called with the bottleneck and the prototypes [out_dim, bottleneck_dim]; its value
+                is returned in place of the logits, which then need not exist.
         """
         if not only_last_layer:
             x = self.mlp(x)
             eps = 1e-6 if x.dtype == torch.float16 else 1e-12
             x = functional.normalize(x, dim=-1, p=2, eps=eps)
+        if loss is not None:
+            return loss(x, self.last_layer.weight)
         return x if no_last_layer else self.last_layer(x)

@@ -1,0 +1,197 @@
+"""iBOT loss on masked patches (matches `dinov3.loss.ibot_patch_loss`; Zhou et al. 2022, eq. 3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dinov3.distributed import get_process_subgroup
+from dinov3.loss.patch_cross_entropy import prototype_cross_entropy
+from dinov3.loss.sinkhorn import Assignment, sinkhorn_knopp, softmax_assignment
+
+__all__ = ["SinkhornKnoppTeacher", "iBOTPatchLoss", "lossfunc"]
+
+
+def lossfunc(t: Tensor, s: Tensor, temp: float) -> Tensor:
+    """Sum over the last axis of t * log_softmax(s / temp): [..., K] twice → [...], float32."""
+    return (t.float() * functional.log_softmax(s.float() / temp, dim=-1)).sum(dim=-1)
+
+
+class SinkhornKnoppTeacher(nn.Module):
+    """Sinkhorn-Knopp over the masked patches of all processes."""
+
+    def assign(
+        self,
+        teacher_output: Tensor,
+        teacher_temp: float,
+        n_iterations: int = 3,
+        chunk_bytes: int = 2**28,
+    ) -> Assignment:
+        """As `forward`, without writing the [M, K] matrix."""
+        distributed = dist.is_available() and dist.is_initialized()
+        return sinkhorn_knopp(
+            teacher_output,
+            teacher_temp,
+            n_iterations=n_iterations,
+            group=get_process_subgroup() if distributed else None,
+            chunk_bytes=chunk_bytes,
+        )
+
+    @torch.no_grad()
+    def forward(
+        self,
+        teacher_output: Tensor,
+        teacher_temp: float,
+        n_masked_patches_tensor: Tensor,
+        n_iterations: int = 3,
+    ) -> Tensor:
+        """Logits [M, K] → probabilities [M, K], float32, whose rows sum to 1.
+
+        Args:
+            n_masked_patches_tensor: masked patches of this process; the shares do not depend on
+                the total, so it is left as it is (upstream sums it over processes in place).
+        """
+        return self.assign(teacher_output, teacher_temp, n_iterations).probabilities()
+
+
+class iBOTPatchLoss(nn.Module):
+    """Cross-entropy between the teacher's view of masked patches and the student's prediction.
+
+    Args:
+        patch_out_dim: number of prototypes K.
+        student_temp, center_momentum: as in `DINOLoss`.
+    """
+
+    center: Tensor
+
+    def __init__(
+        self, patch_out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9
+    ) -> None:
+        super().__init__()
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.full((1, 1, patch_out_dim), torch.nan))
+        self.sinkhorn_knopp_teacher = SinkhornKnoppTeacher()
+
+    def init_weights(self) -> None:
+        """The centre starts at zero."""
+        self.center.zero_()
+
+    @torch.no_grad()
+    def softmax_center_teacher(
+        self, teacher_patch_tokens: Tensor, teacher_temp: float, update_centers: bool = True
+    ) -> Tensor:
+        """softmax((logits - centre) / temperature): [M, K] or [B, N, K] → the same, float32."""
+        logits = teacher_patch_tokens.float()
+        center = self.center if logits.ndim == 3 else self.center[0]
+        probabilities = ((logits - center) / teacher_temp).softmax(dim=-1)
+        if update_centers:
+            self.update_center(logits)
+        return probabilities
+
+    def softmax_center_assignment(
+        self, teacher_patch_tokens: Tensor, teacher_temp: float
+    ) -> Assignment:
+        """As `softmax_center_teacher` on [M, K], in the form that the fused loss takes."""
+        assignment = softmax_assignment(teacher_patch_tokens, self.center[0], teacher_temp)
+        self.update_center(teacher_patch_tokens)
+        return assignment
+
+    def forward(
+        self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor
+    ) -> Tensor:
+        """Mean over images of the mean over their masked patches.
+
+        Args:
+            student_patch_tokens: logits [B, N, K].
+            teacher_patch_tokens: probabilities [B, N, K].
+            student_masks_flat: [B, N] booleans.
+        """
+        loss = lossfunc(teacher_patch_tokens, student_patch_tokens, self.student_temp)
+        masks = student_masks_flat.float()
+        per_image = (loss * masks).sum(dim=-1) / masks.sum(dim=-1).clamp(min=1.0)
+        return -per_image.mean()
+
+    def forward_masked(
+        self,
+        student_patch_tokens_masked: Tensor,
+        teacher_patch_tokens_masked: Tensor,
+        student_masks_flat: Tensor,
+        n_masked_patches: int | None = None,
+        masks_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The same from masked patches alone.
+
+        Args:
+            student_patch_tokens_masked: logits [M, K].
+            teacher_patch_tokens_masked: probabilities [M, K].
+            student_masks_flat: [2B, N] booleans; images without a mask count in the mean.
+            n_masked_patches: rows that are real where the rest is padding.
+            masks_weight: [M], one over the number of masked patches of the row's image.
+        """
+        loss = lossfunc(teacher_patch_tokens_masked, student_patch_tokens_masked, self.student_temp)
+        if masks_weight is None:
+            masks_weight = self._row_weights(student_masks_flat)
+        if n_masked_patches is not None:
+            loss = loss[:n_masked_patches]
+        return -(loss * masks_weight).sum() / student_masks_flat.shape[0]
+
+    def forward_fused(
+        self,
+        bottleneck: Tensor,
+        prototypes: Tensor,
+        assignment: Assignment,
+        student_masks_flat: Tensor,
+        masks_weight: Tensor | None = None,
+        chunk_bytes: int = 2**28,
+    ) -> Tensor:
+        """`forward_masked` of logits = bottleneck prototypesᵀ, chunk by chunk.
+
+        Args:
+            bottleneck: [M, d].
+            prototypes: [K, d].
+            assignment: of the teacher, M rows.
+        """
+        if masks_weight is None:
+            masks_weight = self._row_weights(student_masks_flat)
+        total = prototype_cross_entropy(
+            bottleneck,
+            prototypes,
+            assignment,
+            masks_weight,
+            student_temp=self.student_temp,
+            chunk_bytes=chunk_bytes,
+        )
+        return total / student_masks_flat.shape[0]
+
+    @staticmethod
+    def _row_weights(masks: Tensor) -> Tensor:
+        count = masks.sum(dim=-1).clamp(min=1.0)
+        return (1.0 / count)[:, None].expand_as(masks)[masks]
+
+    @torch.no_grad()
+    def update_center(self, teacher_patch_tokens: Tensor) -> None:
+        """Move the centre towards the mean of `teacher_patch_tokens` [..., K]."""
+        self.reduce_center_update(teacher_patch_tokens)
+        self.apply_center_update()
+
+    @torch.no_grad()
+    def reduce_center_update(self, teacher_patch_tokens: Tensor) -> None:
+        """Sum the logits over patches and over processes."""
+        logits = teacher_patch_tokens.float().flatten(0, -2)
+        total = logits.sum(dim=0)
+        count = torch.tensor(float(logits.shape[0]), device=logits.device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total, group=get_process_subgroup())
+            dist.all_reduce(count, group=get_process_subgroup())
+        self._pending = (total, count)
+
+    @torch.no_grad()
+    def apply_center_update(self) -> None:
+        """Apply what `reduce_center_update` summed; no masked patch leaves the centre alone."""
+        total, count = self._pending
+        mean = (total / count.clamp(min=1.0)).to(self.center.dtype)
+        moved = torch.lerp(self.center, mean.expand_as(self.center), 1 - self.center_momentum)
+        self.center.copy_(torch.where(count > 0, moved, self.center))
