@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import random
+import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "as_torch_dtype",
     "cat_keep_shapes",
     "count_parameters",
+    "fix_random_seeds",
+    "get_conda_env",
+    "get_sha",
+    "has_batchnorms",
     "named_apply",
     "named_replace",
     "uncat_with_shapes",
@@ -94,3 +104,54 @@ def named_replace(
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters, shared ones once."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def has_batchnorms(model: nn.Module) -> bool:
+    """Whether any submodule is a batch normalisation."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return any(isinstance(module, kinds) for module in model.modules())
+
+
+def fix_random_seeds(seed: int = 31) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def get_sha() -> str:
+    """Commit, state and branch of the checkout this file lies in, for the log; N/A outside git."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        commit, branch = git("rev-parse", "HEAD"), git("rev-parse", "--abbrev-ref", "HEAD")
+        state = "has uncommitted changes" if git("status", "--porcelain") else "clean"
+    except (OSError, subprocess.CalledProcessError):
+        commit, state, branch = "N/A", "N/A", "N/A"
+    return f"sha: {commit}, status: {state}, branch: {branch}"
+
+
+def get_conda_env() -> tuple[str | None, str | None]:
+    """Name and path of the conda environment, None without."""
+    return os.environ.get("CONDA_DEFAULT_ENV"), os.environ.get("CONDA_PREFIX")
+
+
+def as_torch_dtype(dtype: str) -> torch.dtype:
+    """fp32, fp16, bf16 or torch's own name → dtype.
+
+    Raises:
+        ValueError: unknown.
+    """
+    short = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    found = short.get(dtype, getattr(torch, dtype, None))
+    if not isinstance(found, torch.dtype):
+        raise ValueError(
+            f"a precision must be one of {', '.join(short)}, got {dtype!r}: choose one"
+        )
+    return found

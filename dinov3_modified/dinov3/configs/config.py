@@ -1,0 +1,211 @@
+"""Reading, checking and writing a run's configuration (matches `dinov3.configs.config`)."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import dinov3.distributed as distributed
+from dinov3.configs.validation import check_keys, warn_of_ignored_keys
+
+__all__ = [
+    "DinoV3SetupArgs",
+    "apply_scaling_rules_to_cfg",
+    "exit_job",
+    "get_cfg_from_args",
+    "get_default_config",
+    "setup_config",
+    "setup_job",
+    "setup_multidistillation",
+    "write_config",
+]
+
+logger = logging.getLogger("dinov3")
+
+
+@dataclass
+class DinoV3SetupArgs:
+    """What `setup_config` reads, for callers without a command line.
+
+    Args:
+        config_file: YAML with the keys to change, or "".
+        pretrained_weights: for `build_model_for_eval`.
+        shard_unsharded_model: likewise.
+        output_dir: folder of the run.
+        opts: `key=value` changes, which come last.
+    """
+
+    config_file: str
+    pretrained_weights: str | None = None
+    shard_unsharded_model: bool = False
+    output_dir: str = ""
+    opts: list[Any] = field(default_factory=list)
+
+
+def get_default_config() -> DictConfig:
+    """The contents of `ssl_default_config.yaml`."""
+    cfg = OmegaConf.load(Path(__file__).parent / "ssl_default_config.yaml")
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+def get_cfg_from_args(
+    args: Any, multidistillation: bool = False, strict: bool = True
+) -> DictConfig:
+    """Defaults, then the file, then `key=value` changes.
+
+    Args:
+        args: with `config_file`, `output_dir` and `opts`.
+        multidistillation: not in this tree.
+        strict: refuse unknown keys and wrong types.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML of keys, unknown keys, wrong types, a change without "=".
+    """
+    if multidistillation:
+        setup_multidistillation(args)
+    default = get_default_config()
+    parts: list[tuple[str, DictConfig]] = []
+    if args.config_file:
+        parts.append((str(args.config_file), _read(Path(args.config_file))))
+    opts = list(args.opts or [])
+    output_dir = os.path.abspath(args.output_dir or ".")
+    for item in opts:
+        if not isinstance(item, str) or "=" not in item:
+            raise ValueError(
+                f"changes must be key=value, got {item!r}: for example optim.lr=0.0005"
+            )
+    try:
+        parts.append(("the command line", OmegaConf.from_dotlist(opts)))
+    except Exception as error:
+        raise ValueError(f"changes must be key=value, got {opts} ({error}): correct them") from error
+    parts.append(("--output-dir", OmegaConf.create({"train": {"output_dir": output_dir}})))
+    merged = default
+    for source, part in parts:
+        if strict:
+            check_keys(part, default, source)
+        merged = OmegaConf.merge(merged, part)  # type: ignore[assignment]
+    OmegaConf.resolve(merged)
+    return merged
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise FileNotFoundError(f"--config-file must be a file, got {path}: check the path")
+    try:
+        cfg = OmegaConf.load(path)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} must be YAML, got an error ({reason}): correct it") from error
+    if not isinstance(cfg, DictConfig):
+        raise ValueError(f"{path} must hold keys and values, got {type(cfg).__name__}: see configs/ssl")
+    return cfg
+
+
+def apply_scaling_rules_to_cfg(cfg: DictConfig) -> DictConfig:
+    """Scale `optim.lr` by the batch of all processes, as `optim.scaling_rule` says.
+
+    sqrt_wrt_1024: times 4 sqrt(batch / 1024); linear_wrt_256: times batch / 256; anything else: as
+    it is.  With a `schedules` section the schedules scale themselves.
+    """
+    if "schedules" in cfg:
+        return cfg
+    batch = (
+        cfg.train.batch_size_per_gpu
+        * distributed.get_world_size()
+        * cfg.accelerator.accumulation_steps
+    )
+    before = cfg.optim.lr
+    if cfg.optim.scaling_rule == "linear_wrt_256":
+        cfg.optim.lr = before * batch / 256.0
+    elif cfg.optim.scaling_rule == "sqrt_wrt_1024":
+        cfg.optim.lr = before * 4 * math.sqrt(batch / 1024.0)
+    logger.info(
+        "optim.lr: %.4g for a batch of %d (%s, configured %.4g)",
+        cfg.optim.lr, batch, cfg.optim.scaling_rule, before,
+    )  # fmt: skip
+    return cfg
+
+
+def write_config(cfg: DictConfig, output_dir: str, name: str = "config.yaml") -> str:
+    """Write the configuration to OUT/config.yaml; returns the path."""
+    path = Path(output_dir) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    OmegaConf.save(cfg, part)
+    os.replace(part, path)
+    return str(path)
+
+
+def setup_config(args: Any, strict_cfg: bool = True) -> DictConfig:
+    """The configuration of a run: merged, checked, written to its folder, rates scaled."""
+    cfg = get_cfg_from_args(args, strict=strict_cfg)
+    warn_of_ignored_keys(cfg, get_default_config())
+    if args.output_dir is not None and distributed.is_main_process():
+        write_config(cfg, args.output_dir)
+    return apply_scaling_rules_to_cfg(cfg)
+
+
+def setup_job(
+    output_dir: str | None = None,
+    distributed_enabled: bool = True,
+    logging_enabled: bool = True,
+    seed: int | None = 0,
+    restrict_print_to_main_process: bool = True,
+    distributed_timeout: timedelta | None = None,
+) -> None:
+    """Folder, log, process group and seeds of a run.
+
+    Args:
+        output_dir: made if need be; the log goes to OUT/logs.
+        seed: of Python, NumPy and torch; the rank is added.  None leaves them.
+    """
+    from dinov3.logging import setup_logging
+    from dinov3.utils import fix_random_seeds
+
+    if output_dir is not None:
+        output_dir = os.path.abspath(output_dir)
+        os.makedirs(output_dir, exist_ok=True)
+    if logging_enabled:
+        setup_logging(output=output_dir, level=logging.INFO)
+        setup_logging(output=output_dir, level=logging.INFO, name="dinov3")
+    if distributed_enabled:
+        distributed.enable(
+            overwrite=True,
+            nccl_async_error_handling=True,
+            restrict_print_to_main_process=restrict_print_to_main_process,
+            timeout=distributed_timeout,
+        )
+    if seed is not None:
+        fix_random_seeds(seed + distributed.get_rank())
+
+
+def exit_job(distributed_enabled: bool = True, logging_enabled: bool = True) -> None:
+    """Undo `setup_job`."""
+    from dinov3.logging import cleanup_logging
+
+    if distributed_enabled:
+        distributed.disable()
+    if logging_enabled:
+        cleanup_logging()
+
+
+def setup_multidistillation(args: Any) -> Sequence[Any]:
+    """Refuses: one student is trained here.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        "--multi-distillation must not be given, got it: this tree trains one student; use "
+        "distillation.enabled for a frozen teacher"
+    )

@@ -1,0 +1,250 @@
+"""Start and end of the process group, ranks and subgroups (matches `dinov3.distributed`).
+
+Without a process group everything answers for one process, rank 0 of 1.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import random
+import socket
+import subprocess
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = [
+    "TorchDistributedEnvironment",
+    "disable",
+    "enable",
+    "get_default_process_group",
+    "get_process_subgroup",
+    "get_rank",
+    "get_subgroup_rank",
+    "get_subgroup_size",
+    "get_world_size",
+    "is_enabled",
+    "is_main_process",
+    "is_subgroup_main_process",
+    "new_subgroups",
+    "save_in_main_process",
+]
+
+_subgroup: dist.ProcessGroup | None = None
+_plain_print = builtins.print
+
+
+def is_enabled() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank(group: dist.ProcessGroup | None = None) -> int:
+    """This process's number, from 0."""
+    return dist.get_rank(group) if is_enabled() else 0
+
+
+def get_world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Number of processes."""
+    return dist.get_world_size(group) if is_enabled() else 1
+
+
+def is_main_process(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether this is rank 0."""
+    return get_rank(group) == 0
+
+
+def get_default_process_group() -> dist.ProcessGroup | None:
+    """The group of all processes, None without one."""
+    return dist.group.WORLD if is_enabled() else None
+
+
+def get_process_subgroup() -> dist.ProcessGroup | None:
+    """The subgroup of this process, all processes unless `new_subgroups` made some."""
+    return _subgroup if _subgroup is not None else get_default_process_group()
+
+
+def get_subgroup_rank() -> int:
+    """This process's number within its subgroup."""
+    return get_rank(get_process_subgroup())
+
+
+def get_subgroup_size() -> int:
+    """Number of processes of this process's subgroup."""
+    return get_world_size(get_process_subgroup())
+
+
+def is_subgroup_main_process() -> bool:
+    """Whether this is rank 0 of its subgroup."""
+    return get_subgroup_rank() == 0
+
+
+def new_subgroups(all_subgroup_ranks: Sequence[Sequence[int]]) -> None:
+    """Divide the processes into groups, each given by its ranks.
+
+    Raises:
+        ValueError: a rank is missing or appears twice.
+    """
+    global _subgroup
+    ranks = sorted(rank for group in all_subgroup_ranks for rank in group)
+    if ranks != list(range(get_world_size())):
+        raise ValueError(
+            f"subgroups must hold each of {get_world_size()} ranks once, got "
+            f"{[list(group) for group in all_subgroup_ranks]}: list every rank in one group"
+        )
+    for group in all_subgroup_ranks:
+        made = dist.new_group(list(group))
+        if get_rank() in group:
+            _subgroup = made
+
+
+def save_in_main_process(*args: Any, **kwargs: Any) -> None:
+    """`torch.save` on rank 0 of the subgroup only."""
+    if is_subgroup_main_process():
+        torch.save(*args, **kwargs)
+
+
+class TorchDistributedEnvironment:
+    """Addresses and ranks, from torchrun's variables, else SLURM's, else for one process.
+
+    Attributes:
+        master_addr, master_port, rank, world_size, local_rank, local_world_size.
+    """
+
+    def __init__(self) -> None:
+        self.master_addr = "127.0.0.1"
+        self.master_port = 0
+        self.rank = self.local_rank = 0
+        self.world_size = self.local_world_size = 1
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            self._from_torchrun()
+        elif "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
+            self._from_slurm()
+        else:
+            self.master_port = _free_port()
+
+    def _from_torchrun(self) -> None:
+        names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        missing = [name for name in names if name not in os.environ]
+        if missing:
+            raise RuntimeError(
+                f"torchrun's variables must be complete, got none for {', '.join(missing)}: start "
+                "with torchrun, or unset RANK and WORLD_SIZE"
+            )
+        self.master_addr = os.environ["MASTER_ADDR"]
+        self.master_port = int(os.environ["MASTER_PORT"])
+        self.rank = int(os.environ["RANK"])
+        self.world_size = int(os.environ["WORLD_SIZE"])
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
+    def _from_slurm(self) -> None:
+        job = int(os.environ["SLURM_JOB_ID"])
+        self.rank = int(os.environ["SLURM_PROCID"])
+        self.local_rank = int(os.environ.get("SLURM_LOCALID", 0))
+        nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+        self.world_size = int(os.environ.get("SLURM_NTASKS", 1))
+        self.local_world_size = max(self.world_size // nodes, 1)
+        self.master_addr = _first_host(os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+        # All tasks of a job must choose the same port, and two jobs on a node different ones.
+        self.master_port = random.Random(job).randint(20_000, 60_000)
+
+    def export(self, *, overwrite: bool = False) -> TorchDistributedEnvironment:
+        """Write the values into the environment, where `torch.distributed` looks for them.
+
+        Raises:
+            RuntimeError: another value is there and `overwrite` is false.
+        """
+        values = {
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+        }
+        for name, value in values.items():
+            if not overwrite and os.environ.get(name, value) != value:
+                raise RuntimeError(
+                    f"{name} must be free or {value}, got {os.environ[name]}: unset it"
+                )
+        os.environ.update(values)
+        return self
+
+
+def enable(
+    *,
+    set_cuda_current_device: bool = True,
+    overwrite: bool = False,
+    nccl_async_error_handling: bool = False,
+    restrict_print_to_main_process: bool = True,
+    timeout: timedelta | None = None,
+) -> None:
+    """Make the process group: NCCL where there are GPUs, Gloo otherwise.
+
+    Args:
+        set_cuda_current_device: this process's GPU becomes the current one.
+        overwrite: replace foreign values of the environment.
+        nccl_async_error_handling: a failed collective ends the process instead of hanging.
+        restrict_print_to_main_process: `print` of other ranks is silent (`force=True` prints).
+        timeout: after which a collective fails.
+
+    Raises:
+        RuntimeError: there is one already.
+    """
+    if is_enabled():
+        raise RuntimeError(
+            "a process group must be made once, got a second call of enable: call disable before"
+        )
+    environment = TorchDistributedEnvironment().export(overwrite=overwrite)
+    use_cuda = torch.cuda.is_available()
+    device_id = None
+    if use_cuda:
+        device_id = torch.device("cuda", environment.local_rank)
+        if set_cuda_current_device:
+            torch.cuda.set_device(device_id)
+        if nccl_async_error_handling:
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "1"
+    dist.init_process_group(
+        backend="nccl" if use_cuda else "gloo", timeout=timeout, device_id=device_id
+    )
+    dist.barrier()
+    if restrict_print_to_main_process:
+        _restrict_print(is_main_process())
+
+
+def disable() -> None:
+    """Take the process group down; nothing happens without one."""
+    global _subgroup
+    _subgroup = None
+    builtins.print = _plain_print
+    if is_enabled():
+        dist.destroy_process_group()
+
+
+def _restrict_print(allowed: bool) -> None:
+    def restricted(*args: Any, force: bool = False, **kwargs: Any) -> None:
+        if allowed or force:
+            _plain_print(*args, **kwargs)
+
+    builtins.print = restricted
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _first_host(nodes: str) -> str:
+    """The first name of SLURM's compressed list; scontrol knows its grammar."""
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    done = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()[0]

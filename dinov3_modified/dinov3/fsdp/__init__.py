@@ -1,0 +1,1 @@
+"""Checkpointing, compilation and sharding of the networks (matches `dinov3.fsdp`)."""
