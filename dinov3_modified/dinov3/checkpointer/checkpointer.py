@@ -215,7 +215,9 @@ def load_checkpoint(
     """
     folder = Path(ckpt_dir)
     if not (folder / _METADATA).is_file():
-        raise ValueError(f"a checkpoint must be a folder with {_METADATA}, got {folder}: check the path")
+        raise ValueError(
+            f"a checkpoint must be a folder with {_METADATA}, got {folder}: check the path"
+        )
     state: dict[str, Any] = {"iteration": None, **others, "model": get_model_state_dict(model)}
     if optimizer is not None:
         # torch makes the entries to load into only where there are no gradients.
@@ -303,7 +305,11 @@ def _damage(folder: Path) -> str | None:
     manifest = folder / _MANIFEST
     if not manifest.is_file():
         # Upstream writes no list of files; its folder is renamed when complete, as ours.
-        return None if (folder / _METADATA).is_file() else f"it has neither {_MANIFEST} nor {_METADATA}"
+        return (
+            None
+            if (folder / _METADATA).is_file()
+            else f"it has neither {_MANIFEST} nor {_METADATA}"
+        )
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         for name, expected in files.items():
@@ -424,7 +430,9 @@ def _teacher_state(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         reader = dcp.FileSystemReader(path)
         if not (path / _METADATA).is_file():
-            raise FileNotFoundError(f"a DCP folder must have {_METADATA}, got {path}: check the path")
+            raise FileNotFoundError(
+                f"a DCP folder must have {_METADATA}, got {path}: check the path"
+            )
         entries = reader.read_metadata().state_dict_metadata
         prefix = "model.teacher."
         wanted: dict[str, Any] = {
@@ -441,7 +449,9 @@ def _teacher_state(path: Path) -> dict[str, Tensor]:
             dcp.load(wanted, storage_reader=reader, no_dist=True)
         return {key.removeprefix(prefix): value for key, value in wanted.items()}
     if not path.is_file():
-        raise FileNotFoundError(f"a teacher must be a file or a DCP folder, got {path}: check the path")
+        raise FileNotFoundError(
+            f"a teacher must be a file or a DCP folder, got {path}: check the path"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -87,7 +87,9 @@ def get_cfg_from_args(
     try:
         parts.append(("the command line", OmegaConf.from_dotlist(opts)))
     except Exception as error:
-        raise ValueError(f"changes must be key=value, got {opts} ({error}): correct them") from error
+        raise ValueError(
+            f"changes must be key=value, got {opts} ({error}): correct them"
+        ) from error
     parts.append(("--output-dir", OmegaConf.create({"train": {"output_dir": output_dir}})))
     merged = default
     for source, part in parts:
@@ -107,7 +109,9 @@ def _read(path: Path) -> DictConfig:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} must be YAML, got an error ({reason}): correct it") from error
     if not isinstance(cfg, DictConfig):
-        raise ValueError(f"{path} must hold keys and values, got {type(cfg).__name__}: see configs/ssl")
+        raise ValueError(
+            f"{path} must hold keys and values, got {type(cfg).__name__}: see configs/ssl"
+        )
     return cfg
 
 

@@ -333,6 +333,33 @@ class DinoVisionTransformer(nn.Module):
             results.append(tuple(item) if len(item) > 1 else patches)
         return tuple(results)
 
+    def get_last_selfattention(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Attention of the last block, computed from its q and k, which the fast kernels keep to
+        themselves.
+
+        Args:
+            x: [B, C, H, W].
+            masks: [B, N] booleans, as in `forward_features`.
+
+        Returns:
+            [B, heads, T, T] float32 with T = 1 + R + N; rows (queries) sum to 1.
+        """
+        prepared, (height, width) = self.prepare_tokens_with_masks(x, masks)
+        tokens = [prepared]
+        rope = self.rope_embed(H=height, W=width)
+        for block in self.blocks[:-1]:
+            tokens = block(tokens, [rope])
+        last = self.blocks[-1]
+        attention = last.attn
+        qkv = attention.qkv(last.norm1(tokens[0]))  # type: ignore[union-attr, operator]
+        batch, count, triple = qkv.shape
+        heads = attention.num_heads  # type: ignore[union-attr]
+        split = qkv.reshape(batch, count, 3, heads, triple // 3 // heads)
+        q, k, _ = split.permute(2, 0, 3, 1, 4)
+        q, k = attention.apply_rope(q, k, rope)  # type: ignore[union-attr, operator]
+        logits = q.float() @ k.float().transpose(-1, -2) * attention.scale  # type: ignore[union-attr]
+        return logits.softmax(dim=-1)
+
     def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         """`forward_features` if `is_training`, else the head on the CLS token [B, D]."""
         features = self.forward_features(*args, **kwargs)

@@ -62,6 +62,12 @@ class SSLMetaArch(nn.Module):
         ValueError: settings that exclude one another, or that this tree does not have.
     """
 
+    # ModuleDicts, whose entries mypy cannot tell apart.
+    student: Any
+    teacher: Any
+    model_ema: Any
+    gram_teacher: Any
+
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__()
         _check(cfg)
@@ -674,8 +680,8 @@ class SSLMetaArch(nn.Module):
 
 
 def _move_towards(target: nn.Module, source: nn.Module, keep: float) -> None:
-    targets = list(target.parameters())
-    sources = list(source.parameters())
+    targets: list[Tensor] = list(target.parameters())
+    sources: list[Tensor] = list(source.parameters())
     torch._foreach_mul_(targets, keep)
     torch._foreach_add_(targets, sources, alpha=1 - keep)
 

@@ -37,12 +37,12 @@ from dinov3.checkpointer import (
     save_checkpoint,
 )
 from dinov3.configs import (
-    apply_scaling_rules_to_cfg,
     compare_configs,
     exit_job,
     get_cfg_from_args,
     setup_config,
     setup_job,
+    setup_multidistillation,
 )
 from dinov3.data import (
     CombinedDataLoader,
@@ -57,7 +57,9 @@ from dinov3.fsdp.strategy import full_state_dict
 from dinov3.logging import MetricLogger, setup_logging
 from dinov3.train.cosine_lr_scheduler import CosineScheduler, linear_warmup_cosine_decay
 from dinov3.train.interruption import StopRequest
+from dinov3.train.observers import Observers
 from dinov3.train.ssl_meta_arch import SSLMetaArch
+from dinov3.utils import get_sha
 
 __all__ = [
     "NonFiniteLossError",
@@ -345,6 +347,7 @@ def build_multi_resolution_data_loader_from_cfg(
     combined = CombinedDataLoader(
         list(zip(loaders, ratios, strict=True)),
         batch_size=cfg.train.batch_size_per_gpu,
+        combining_mode=CombinedDataLoader.GLOBAL_HOMOGENEOUS,
         seed=seed,
         name="resolutions",
     )
@@ -481,7 +484,7 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
     metric_logger = MetricLogger(
         delimiter="  ", output_file=str(output_dir / "training_metrics.json")
     )
-    observers = _Observers(cfg, model, start_iter)
+    observers = Observers(cfg, model)
     model.train()
     steps = _grouped(loader, cfg.accelerator.accumulation_steps)
     iteration = start_iter
@@ -525,7 +528,7 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
                     **metrics,
                     **norms,
                 )
-                observers.after_step(iteration, batches, metric_logger, optimizer)
+                observers.after_step(iteration, batches, metric_logger)
 
                 done = iteration + 1
                 last = done == max_iter
@@ -746,10 +749,91 @@ def _start_record(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train as the command line says; see `get_args_parser`."""
+    """Train as the command line says; see `get_args_parser`.
+
+    Raises:
+        ValueError, FileNotFoundError: of arguments and configuration, in one sentence.
+        Stopped, NonFiniteLossError: see `do_train`.
+    """
     args = get_args_parser().parse_args(argv)
-    raise SystemExit(args)
+    if args.multi_distillation:
+        setup_multidistillation(args)
+    # `--seed` is part of the configuration, so that a resumed run is compared with it.
+    args.opts = [f"accelerator.seed={args.seed}", *(args.opts or [])]
+    args.output_dir = os.path.abspath(args.output_dir)
+    cfg = get_cfg_from_args(args, strict=True)
+    resume = not args.no_resume
+    _check_resumption(cfg, Path(args.output_dir), resume)
+    grouped = _needs_process_group(cfg)
+    setup_job(output_dir=args.output_dir, distributed_enabled=grouped, seed=args.seed)
+    try:
+        for name in _UNUSED_OPTIONS:
+            if getattr(args, name):
+                logger.warning("--%s has no effect, as upstream", name.replace("_", "-"))
+        cfg = setup_config(args, strict_cfg=True)
+        logger.info("%s; torch %s", get_sha(), torch.__version__)
+        model = SSLMetaArch(cfg)
+        model.prepare_for_distributed_training()
+        if args.eval_only:
+            _write_teacher_only(cfg, model)
+        else:
+            do_train(cfg, model, resume=resume)
+    finally:
+        exit_job(distributed_enabled=grouped)
+
+
+def _needs_process_group(cfg: DictConfig) -> bool:
+    """Several processes, a GPU (which trains through FSDP2 even alone), or a strategy that says so."""
+    several = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) > 1
+    on_gpu = cfg.accelerator.device != "cpu" and torch.cuda.is_available()
+    return (
+        several
+        or cfg.accelerator.strategy in ("ddp", "fsdp")
+        or (on_gpu and cfg.accelerator.strategy == "auto")
+    )
+
+
+def _check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
+    """Before anything is written: does this configuration continue the run that is there?"""
+    ckpt_dir = output_dir / "ckpt"
+    if find_latest_checkpoint(ckpt_dir) is None:
+        return
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    if not resume:
+        if rank == 0:  # finished work steps aside, it is not removed
+            number = next(n for n in range(1, 10_000) if not (output_dir / f"ckpt_{n}").exists())
+            os.replace(ckpt_dir, output_dir / f"ckpt_{number}")
+        return
+    path = output_dir / "config.yaml"
+    if not path.is_file():
+        return
+    old = OmegaConf.load(path)
+    assert isinstance(old, DictConfig)
+    differences = compare_configs(old, cfg)
+    if differences and not cfg.accelerator.allow_changed_config:
+        shown = "; ".join(str(item) for item in differences[:10])
+        more = "; ..." if len(differences) > 10 else ""
+        raise ValueError(
+            f"a resumed run must keep its configuration, got {len(differences)} changes in {output_dir} "
+            f"({shown}{more}): undo them, use another --output-dir, or set "
+            "accelerator.allow_changed_config=true"
+        )
+
+
+def _write_teacher_only(cfg: DictConfig, model: SSLMetaArch) -> None:
+    """`--eval-only`: the teacher file of the newest checkpoint."""
+    checkpoint = find_latest_valid_checkpoint(Path(cfg.train.output_dir) / "ckpt")
+    if checkpoint is None:
+        raise ValueError(
+            f"--eval-only must find a checkpoint, got none in {cfg.train.output_dir}: train first"
+        )
+    model.init_weights()
+    iteration = load_checkpoint(checkpoint, model=model, strict_loading=False)
+    do_test(cfg, model, f"manual_{iteration}", None)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main()
+    except (Stopped, NonFiniteLossError, ValueError, OSError, NotImplementedError) as error:
+        sys.exit(f"error: {error}")

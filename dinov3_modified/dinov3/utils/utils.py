@@ -148,7 +148,12 @@ def as_torch_dtype(dtype: str) -> torch.dtype:
     Raises:
         ValueError: unknown.
     """
-    short = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    short = {
+        "fp64": torch.float64,
+        "fp32": torch.float32,
+        "fp16": torch.float16,
+        "bf16": torch.bfloat16,
+    }
     found = short.get(dtype, getattr(torch, dtype, None))
     if not isinstance(found, torch.dtype):
         raise ValueError(

@@ -1,0 +1,147 @@
+"""Crops of one RGB image for student and teacher (matches `dinov3.data.augmentations`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dinov3.data.transforms import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ColorJitter,
+    Compose,
+    GaussianBlur,
+    InterpolationMode,
+    RandomGrayscale,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    RandomSolarize,
+    make_base_transform,
+    make_normalize_transform,
+    to_pil,
+)
+
+__all__ = ["DataAugmentationDINO", "GaussianBlur", "make_normalize_transform"]
+
+
+class DataAugmentationDINO:
+    """Two global and some local crops, with upstream's distortions.
+
+    Colour jitter 0.8 and grayscale 0.2 everywhere; blur at rates 0 (global 1), 0.9 (global 2) and 0.5
+    (local), see `GaussianBlur`; solarisation 0.2 (global 2).
+
+    Args:
+        global_crops_scale, local_crops_scale: area of a crop over the image's.
+        local_crops_number: how many.
+        global_crops_size, local_crops_size: edges in pixels.
+        gram_teacher_crops_size: also the global crops at this size, for a Gram teacher.
+        gram_teacher_no_distortions: those before, not after, the distortions.
+        teacher_no_color_jitter: the teacher's global crops without distortions.
+        local_crops_subset_of_global_crops: local crops are cut from distorted global ones, at
+            multiples of `patch_size`.
+        share_color_jitter: distort the colours once for all crops.
+        horizontal_flips: mirror each crop with probability 0.5.
+        mean, std: of the normalisation.
+    """
+
+    def __init__(
+        self,
+        global_crops_scale: Sequence[float],
+        local_crops_scale: Sequence[float],
+        local_crops_number: int,
+        global_crops_size: int = 224,
+        local_crops_size: int = 96,
+        gram_teacher_crops_size: int | None = None,
+        gram_teacher_no_distortions: bool = False,
+        teacher_no_color_jitter: bool = False,
+        local_crops_subset_of_global_crops: bool = False,
+        patch_size: int = 16,
+        share_color_jitter: bool = False,
+        horizontal_flips: bool = True,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    ) -> None:
+        self.local_crops_number = local_crops_number
+        self.global_crops_size = global_crops_size
+        self.local_crops_size = local_crops_size
+        self.gram_teacher_crops_size = gram_teacher_crops_size
+        self.gram_teacher_no_distortions = gram_teacher_no_distortions
+        self.teacher_no_color_jitter = teacher_no_color_jitter
+        self.local_crops_subset_of_global_crops = local_crops_subset_of_global_crops
+        self.patch_size = patch_size
+        self.share_color_jitter = share_color_jitter
+
+        flips = [RandomHorizontalFlip(0.5)] if horizontal_flips else []
+        # Global crops are made at the larger of the two sizes that are wanted of them.
+        largest = max(global_crops_size, gram_teacher_crops_size or 0)
+        self.geometric_global = Compose([RandomResizedCrop(largest, global_crops_scale), *flips])
+        self.geometric_local = Compose(
+            [RandomResizedCrop(local_crops_size, local_crops_scale), *flips]
+        )
+        self.color = Compose([ColorJitter(p=0.8), RandomGrayscale(0.2)])
+        own_color = [] if share_color_jitter else [self.color]
+        self.distort = (
+            Compose([*own_color, GaussianBlur(p=1.0)]),
+            Compose([*own_color, GaussianBlur(p=0.1), RandomSolarize(128, 0.2)]),
+        )
+        self.distort_local = Compose([*own_color, GaussianBlur(p=0.5)])
+        self.normalize = make_base_transform(mean, std)
+
+    def __call__(self, image: Any) -> dict[str, Any]:
+        """PIL image, uint8 array (H, W, 3) or tensor (3, H, W) → crops, float32 [3, s, s].
+
+        Returns:
+            `weak_flag`, `global_crops` (2), `global_crops_teacher` (2), `local_crops`, `offsets`
+            (of local crops in their global ones, () otherwise), perhaps `gram_teacher_crops` (2).
+        """
+        image = to_pil(image)
+        if self.share_color_jitter:
+            image = self.color(image)
+        bases = [self.geometric_global(image) for _ in range(2)]
+        sized = [self._resized(base, self.global_crops_size) for base in bases]
+        distorted = [distort(base) for distort, base in zip(self.distort, bases, strict=True)]
+        crops = [self.normalize(self._resized(d, self.global_crops_size)) for d in distorted]
+        output: dict[str, Any] = {"weak_flag": True, "global_crops": crops}
+        if self.teacher_no_color_jitter:
+            output["global_crops_teacher"] = [self.normalize(base) for base in sized]
+        else:
+            output["global_crops_teacher"] = crops
+        if self.gram_teacher_crops_size is not None:
+            source = bases if self.gram_teacher_no_distortions else distorted
+            output["gram_teacher_crops"] = [
+                self.normalize(self._resized(crop, self.gram_teacher_crops_size)) for crop in source
+            ]
+        if self.local_crops_subset_of_global_crops:
+            output["local_crops"], output["offsets"] = self._cut_from_globals(sized)
+        else:
+            output["local_crops"] = [
+                self.normalize(self.distort_local(self.geometric_local(image)))
+                for _ in range(self.local_crops_number)
+            ]
+            output["offsets"] = ()
+        return output
+
+    @staticmethod
+    def _resized(image: Any, size: int) -> Any:
+        if image.size == (size, size):
+            return image
+        return image.resize((size, size), InterpolationMode.BICUBIC.filter)
+
+    def _cut_from_globals(
+        self, sized: list[Any]
+    ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+        """Half of the local crops from each global crop, distorted anew."""
+        size, patch = self.local_crops_size, self.patch_size
+        room = (self.global_crops_size - size) // patch
+        half = self.local_crops_number // 2
+        crops, offsets = [], []
+        for index in range(self.local_crops_number):
+            which = 0 if index < half else 1
+            whole = self.normalize(self.distort[which](sized[which]))
+            row, column = (int(v) for v in np.random.randint(0, max(room, 1), 2) * patch)
+            crops.append(whole[:, row : row + size, column : column + size].contiguous())
+            offsets.append((row, column))
+        return crops, offsets

@@ -1,0 +1,118 @@
+"""Samples → batch, with masks (matches `dinov3.data.collate`)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["collate_data_and_cast", "get_batch_subset"]
+
+
+def collate_data_and_cast(
+    samples_list: Sequence[tuple[dict[str, Any], Any]],
+    mask_ratio_tuple: tuple[float, float],
+    mask_probability: float,
+    dtype: torch.dtype,
+    n_tokens: int | None = None,
+    mask_generator: Callable[[int], np.ndarray] | None = None,
+    random_circular_shift: bool = False,
+    local_batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Stack the crops of all samples, crop by crop, and draw their masks.
+
+    Args:
+        samples_list: (crops, target) of each sample; crops have `global_crops`, `local_crops` and
+            perhaps `gram_teacher_crops`, lists of [C, H, W].
+        mask_ratio_tuple: smallest and largest share of masked patches; image i of those that are
+            masked gets the i-th of equally spaced shares.
+        mask_probability: share of global crops that are masked.
+        dtype: of the crops in the batch.
+        n_tokens: patches N of a global crop.
+        mask_generator: number of patches → mask [h, w].
+        random_circular_shift: roll each mask around the grid.
+        local_batch_size: samples that masks are drawn for, if not those of the list.
+
+    Returns:
+        `collated_global_crops` [G·B, C, H, W], `collated_local_crops` [L·B, C, h, w],
+        `collated_masks` [G·B, N], `mask_indices_list` [M], `masks_weight` [M] (one over the masked
+        patches of the image), `upperbound`, `n_masked_patches` [1], perhaps
+        `collated_gram_teacher_crops`.
+    """
+    assert n_tokens is not None
+    assert mask_generator is not None
+    crops = [sample[0] for sample in samples_list]
+
+    def stacked(name: str) -> Tensor:
+        count = len(crops[0][name])
+        return torch.stack([c[name][index] for index in range(count) for c in crops]).to(dtype)
+
+    out: dict[str, Any] = {
+        "collated_global_crops": stacked("global_crops"),
+        "collated_local_crops": stacked("local_crops"),
+    }
+    n_global = len(crops[0]["global_crops"])
+    images = n_global * (len(crops) if local_batch_size is None else local_batch_size)
+    n_masked = int(images * mask_probability)
+    shares = torch.linspace(*mask_ratio_tuple, n_masked + 1)
+    masks = []
+    upperbound = 0
+    for share in shares[1:]:
+        count = int(n_tokens * share)
+        mask = torch.from_numpy(mask_generator(count))
+        if random_circular_shift:
+            down = random.randint(0, mask.shape[0] - 1)
+            right = random.randint(0, mask.shape[1] - 1)
+            mask = mask.roll((down, right), (0, 1))
+        masks.append(mask)
+        upperbound += count
+    masks += [torch.from_numpy(mask_generator(0)) for _ in range(images - n_masked)]
+    random.shuffle(masks)
+    collated = torch.stack(masks).flatten(1)  # [G·B, N]
+    indices = collated.flatten().nonzero().flatten()
+    per_image = 1 / collated.sum(-1).clamp(min=1.0)
+    out |= {
+        "collated_masks": collated,
+        "mask_indices_list": indices,
+        "masks_weight": per_image[:, None].expand_as(collated)[collated],
+        "upperbound": upperbound,
+        "n_masked_patches": torch.full((1,), indices.shape[0], dtype=torch.long),
+    }
+    if "gram_teacher_crops" in crops[0]:
+        out["collated_gram_teacher_crops"] = stacked("gram_teacher_crops")
+    return out
+
+
+def get_batch_subset(collated_data_batch: dict[str, Any], divide_by: int) -> dict[str, Any]:
+    """The first of `divide_by` equal parts of a batch's samples, rounded up.
+
+    Args:
+        collated_data_batch: as `collate_data_and_cast` gives; two global crops a sample.
+    """
+    samples = collated_data_batch["collated_global_crops"].shape[0] // 2
+    kept = -(-samples // divide_by)
+
+    def part(value: Tensor) -> Tensor:
+        return value.unflatten(0, (-1, samples))[:, :kept].flatten(0, 1)
+
+    masks = part(collated_data_batch["collated_masks"])
+    indices = masks.flatten().nonzero().flatten()
+    per_image = 1 / masks.sum(-1).clamp(min=1.0)
+    subset = dict(collated_data_batch)
+    subset |= {
+        name: part(collated_data_batch[name])
+        for name in collated_data_batch
+        if name.endswith("_crops")
+    }
+    subset |= {
+        "collated_masks": masks,
+        "mask_indices_list": indices,
+        "masks_weight": per_image[:, None].expand_as(masks)[masks],
+        "upperbound": collated_data_batch["upperbound"],
+        "n_masked_patches": torch.full((1,), indices.shape[0], dtype=torch.long),
+    }
+    return subset

@@ -1,0 +1,62 @@
+"""Any folder of images, as RGB (ours)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dinov3.data.datasets.extended import ExtendedVisionDataset
+
+__all__ = ["ImageFolder"]
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+
+
+class ImageFolder(ExtendedVisionDataset):
+    """All images below a folder that PIL opens with 8 bits a channel, in the order of their paths.
+
+    Args:
+        root: the folder.
+        split: name of a subfolder, if only that is wanted.
+        extra: without effect, for the common grammar of dataset strings.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no image in it.
+    """
+
+    def __init__(
+        self, *, root: str, split: str | None = None, extra: str | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(root=root, **kwargs)
+        folder = Path(root) / split if split else Path(root)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"ImageFolder must have a folder, got {folder}: check root and split"
+            )
+        self.paths = [
+            str(path.relative_to(folder))
+            for path in sorted(folder.rglob("*"))
+            if path.suffix.lower() in _SUFFIXES and path.is_file()
+        ]
+        self.folder = str(folder)
+        if not self.paths:
+            raise ValueError(
+                f"ImageFolder must hold images ({', '.join(sorted(_SUFFIXES))}), got none in {folder}: "
+                "check root and split"
+            )
+
+    def get_image_data(self, index: int) -> bytes:
+        """Bytes of the file."""
+        return (Path(self.folder) / self.paths[index]).read_bytes()
+
+    def get_target(self, index: int) -> None:
+        """There is none."""
+        return
+
+    def get_sample_name(self, index: int) -> str:
+        """Its path below the folder."""
+        return self.paths[index]
+
+    def __len__(self) -> int:
+        return len(self.paths)

@@ -1,0 +1,305 @@
+"""Datasets by their string, and loaders whose batches do not depend on how they are made
+(matches `dinov3.data.loaders`).
+
+Every sample seeds the global generators from (seed, position) before it is read and augmented, and
+every batch before its masks are drawn.  So workers, their number and their start method change
+nothing, and a run resumes exactly from its position alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import random
+import signal
+from collections.abc import Callable, Sequence
+from enum import Enum
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from dinov3.data.samplers import (
+    EpochSampler,
+    InfiniteSampler,
+    PositionedSampler,
+    SamplePosition,
+    ShardedInfiniteSampler,
+)
+
+__all__ = [
+    "DATASETS",
+    "EpochSampler",
+    "InfiniteSampler",
+    "SamplerType",
+    "SeededCollate",
+    "SeededDataset",
+    "ShardedInfiniteSampler",
+    "make_data_loader",
+    "make_dataset",
+    "register_dataset",
+    "seed_everything",
+]
+
+logger = logging.getLogger("dinov3")
+
+# Name in a dataset string → "module:class", imported on first use.
+DATASETS: dict[str, str] = {
+    "ImageNet": "dinov3.data.datasets.image_net:ImageNet",
+    "ImageFolder": "dinov3.data.datasets.image_folder:ImageFolder",
+    "JUMPCellPainting": "dinov3.data.datasets.jump_cellpainting:JUMPCellPainting",
+    "JUMPCellPaintingMultiView": "dinov3.data.datasets.jump_cellpainting:JUMPCellPaintingMultiView",
+}
+# Upstream's that serve evaluation only, or have no public file list.
+_ABSENT = ("ImageNet22k", "ADE20K", "CocoCaptions", "NYU")
+_COMMON_KEYS: dict[str, type] = {"root": str, "extra": str, "split": str}
+
+
+class SamplerType(Enum):
+    """Order of the samples."""
+
+    DISTRIBUTED = 0
+    EPOCH = 1
+    INFINITE = 2
+    SHARDED_INFINITE = 3
+    SHARDED_INFINITE_NEW = 4
+
+
+def register_dataset(name: str, address: str) -> None:
+    """Make a class known to dataset strings.
+
+    Args:
+        address: "module:class".  A class may declare `STRING_OPTIONS`, option → type, beyond root,
+            extra and split.
+    """
+    DATASETS[name] = address
+
+
+def _parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
+    """`Name:key=value:...` → class and arguments; of a key given twice the last counts."""
+    name, *tokens = dataset_str.split(":")
+    if name in _ABSENT:
+        raise ValueError(
+            f"a dataset string must name one of {', '.join(DATASETS)}, got {name!r}, which is not part "
+            "of this tree: use one of them"
+        )
+    if name not in DATASETS:
+        raise ValueError(
+            f"a dataset string must name one of {', '.join(DATASETS)}, got {name!r}: choose one"
+        )
+    module, _, attribute = DATASETS[name].partition(":")
+    class_ = getattr(importlib.import_module(module), attribute)
+    known = {**_COMMON_KEYS, **getattr(class_, "STRING_OPTIONS", {})}
+    kwargs: dict[str, Any] = {}
+    for token in tokens:
+        key, equals, value = token.partition("=")
+        if not equals or "=" in value:
+            raise ValueError(
+                f"a dataset string must be Name:key=value:..., got {token!r} in {dataset_str!r}: "
+                "write key=value"
+            )
+        if key not in known:
+            raise ValueError(
+                f"keys of {name} must be among {', '.join(known)}, got {key!r}: correct the string"
+            )
+        kwargs[key] = _typed(name, key, value, known[key])
+    splits = getattr(class_, "Split", None)
+    if splits is not None and "split" in kwargs:
+        if kwargs["split"] not in splits.__members__:
+            raise ValueError(
+                f"split of {name} must be one of {', '.join(splits.__members__)}, got "
+                f"{kwargs['split']!r}: choose one"
+            )
+        kwargs["split"] = splits[kwargs["split"]]
+    return class_, kwargs
+
+
+def _typed(name: str, key: str, value: str, kind: type) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+        return kind(value)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{key} of {name} must be of type {kind.__name__}, got {value!r}: correct the string"
+        ) from error
+
+
+def make_dataset(
+    *,
+    dataset_str: str,
+    transform: Callable[..., Any] | None = None,
+    target_transform: Callable[..., Any] | None = None,
+    transforms: Callable[..., Any] | None = None,
+) -> Any:
+    """The dataset that a string names, such as `ImageFolder:root=images`.
+
+    Raises:
+        ValueError: unknown name, key, split or type.
+    """
+    class_, kwargs = _parse_dataset_str(dataset_str)
+    dataset = class_(
+        transform=transform, target_transform=target_transform, transforms=transforms, **kwargs
+    )
+    logger.info("data set %s: %d samples", dataset_str, len(dataset))
+    # Loaders ask for these whatever the dataset is.
+    for attribute, value in (("transform", transform), ("target_transform", target_transform)):
+        if not hasattr(dataset, attribute):
+            setattr(dataset, attribute, value)
+    return dataset
+
+
+# --- seeds ---
+
+
+def seed_everything(*place: object) -> int:
+    """Seed Python's, NumPy's and torch's CPU generators from a place in the run."""
+    text = "/".join(str(part) for part in place)
+    value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(value >> 1)
+    return value
+
+
+class SeededDataset(Dataset[Any]):
+    """Seeds the generators from (seed, position) before each sample.
+
+    Args:
+        dataset: what is read.
+        seed: of the run's data.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        position = index.position if isinstance(index, SamplePosition) else int(index)
+        seed_everything(self.seed, position)
+        return position, self.dataset[int(index)]
+
+    def get_sample_name(self, index: int) -> str:
+        """Name of a sample, for messages."""
+        name = getattr(self.dataset, "get_sample_name", None)
+        return name(int(index)) if name is not None else f"sample {int(index)}"
+
+
+class SeededCollate:
+    """Seeds the generators from (seed, position of the last sample) before a batch is made."""
+
+    def __init__(self, collate_fn: Callable[[Sequence[Any]], Any] | None, seed: int) -> None:
+        self.collate_fn = collate_fn or default_collate
+        self.seed = seed
+
+    def __call__(self, samples: Sequence[tuple[int, Any]]) -> Any:
+        seed_everything(self.seed, samples[-1][0], "collate")
+        return self.collate_fn([sample for _, sample in samples])
+
+
+def _start_worker(worker_id: int, inner: Callable[[int], None] | None = None) -> None:
+    """The main process saves and ends its workers; a signal to the whole group must not."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    if inner is not None:
+        inner(worker_id)
+
+
+# --- loaders ---
+
+
+def _make_sampler(
+    *,
+    dataset: Any,
+    type: SamplerType | None,
+    shuffle: bool,
+    seed: int,
+    size: int,
+    advance: int,
+) -> Any:
+    count = len(dataset)
+    if type is SamplerType.INFINITE:
+        return InfiniteSampler(sample_count=count, shuffle=shuffle, seed=seed, advance=advance)
+    if type in (SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW):
+        return ShardedInfiniteSampler(
+            sample_count=count,
+            shuffle=shuffle,
+            seed=seed,
+            advance=advance,
+            use_new_shuffle_tensor_slice=type is SamplerType.SHARDED_INFINITE_NEW,
+        )
+    if advance:
+        raise ValueError(
+            f"sampler_advance must be 0 for finite samplers, got {advance}: use SamplerType.INFINITE"
+        )
+    if type is SamplerType.EPOCH:
+        return EpochSampler(
+            size=size if size > 0 else count, sample_count=count, shuffle=shuffle, seed=seed
+        )
+    if type is SamplerType.DISTRIBUTED:
+        if size > 0:
+            raise ValueError(
+                f"sampler_size must not be given for SamplerType.DISTRIBUTED, got {size}: use EPOCH"
+            )
+        from dinov3.distributed import get_rank, get_world_size
+
+        return torch.utils.data.DistributedSampler(
+            dataset, num_replicas=get_world_size(), rank=get_rank(), shuffle=shuffle, seed=seed
+        )
+    return None
+
+
+def make_data_loader(
+    *,
+    dataset: Any,
+    batch_size: int,
+    num_workers: int,
+    shuffle: bool = True,
+    seed: int = 0,
+    sampler_type: SamplerType | None = SamplerType.INFINITE,
+    sampler_size: int = -1,
+    sampler_advance: int = 0,
+    drop_last: bool = True,
+    persistent_workers: bool = False,
+    collate_fn: Callable[[Sequence[Any]], Any] | None = None,
+    worker_init_fn: Callable[[int], None] | None = None,
+) -> DataLoader[Any]:
+    """A loader whose batches are a function of seed and position.
+
+    Args:
+        seed: of the order, the augmentations and the masks.
+        sampler_type: None: no sampler, torch's own order.
+        sampler_size: samples of an epoch (EPOCH).
+        sampler_advance: samples of this process that are done (infinite samplers).
+        collate_fn: list of samples → batch.
+        worker_init_fn: called in each worker with its number.
+    """
+    sampler = _make_sampler(
+        dataset=dataset,
+        type=sampler_type,
+        shuffle=shuffle,
+        seed=seed,
+        size=sampler_size,
+        advance=sampler_advance,
+    )
+    return DataLoader(
+        SeededDataset(dataset, seed),
+        sampler=None if sampler is None else PositionedSampler(sampler, sampler_advance),
+        shuffle=shuffle if sampler is None else None,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=drop_last,
+        persistent_workers=persistent_workers and num_workers > 0,
+        collate_fn=SeededCollate(collate_fn, seed),
+        worker_init_fn=partial(_start_worker, inner=worker_init_fn) if num_workers else None,
+        # A process that used CUDA or threads must not be forked.
+        multiprocessing_context="forkserver" if num_workers else None,
+    )

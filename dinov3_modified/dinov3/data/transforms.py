@@ -1,0 +1,440 @@
+"""Image transforms, each in two halves: draw, then apply (matches `dinov3.data.transforms`).
+
+Images are PIL images in RGB, uint8 arrays (H, W, 3), or uint8 tensors (3, H, W); tensors come out.
+Parameters and statistics are upstream's, which used torchvision.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+__all__ = [
+    "CROP_DEFAULT_SIZE",
+    "IMAGENET_DEFAULT_MEAN",
+    "IMAGENET_DEFAULT_STD",
+    "RESIZE_DEFAULT_SIZE",
+    "CenterCrop",
+    "ColorJitter",
+    "Compose",
+    "GaussianBlur",
+    "InterpolationMode",
+    "RandomGrayscale",
+    "RandomHorizontalFlip",
+    "RandomResizedCrop",
+    "RandomSolarize",
+    "Resize",
+    "ToNormalizedTensor",
+    "make_base_transform",
+    "make_classification_eval_transform",
+    "make_classification_train_transform",
+    "make_eval_transform",
+    "make_interpolation_mode",
+    "make_normalize_transform",
+    "make_resize_transform",
+    "to_pil",
+]
+
+IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
+RESIZE_DEFAULT_SIZE = 256
+CROP_DEFAULT_SIZE = 224
+
+
+class InterpolationMode(Enum):
+    """Resampling filters, by PIL's names; both linear ones look at all pixels when shrinking."""
+
+    NEAREST = "nearest"
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+
+    @property
+    def filter(self) -> Image.Resampling:
+        """PIL's."""
+        return Image.Resampling[self.name]
+
+
+def make_interpolation_mode(mode_str: str) -> InterpolationMode:
+    """A filter by its name.
+
+    Raises:
+        ValueError: unknown.
+    """
+    known = {mode.value: mode for mode in InterpolationMode}
+    if mode_str not in known:
+        raise ValueError(
+            f"interpolation must be one of {', '.join(known)}, got {mode_str!r}: choose one"
+        )
+    return known[mode_str]
+
+
+def to_pil(image: Any) -> Image.Image:
+    """PIL image in RGB of a PIL image, an array (H, W[, 3]) or a tensor (3, H, W), uint8 or in [0, 1]."""
+    if isinstance(image, Image.Image):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if isinstance(image, Tensor):
+        image = image.permute(1, 2, 0).numpy() if image.ndim == 3 else image.numpy()
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        if not np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > 1:
+            raise ValueError(
+                f"an image must be uint8, or float in [0, 1], got {array.dtype} from {array.min()} to "
+                f"{array.max()}: rescale it, or use multiview for raw 16-bit fields"
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+
+
+class Compose:
+    """One transform after the other."""
+
+    def __init__(self, transforms: Sequence[Callable[[Any], Any]]) -> None:
+        self.transforms = list(transforms)
+
+    def __call__(self, image: Any) -> Any:
+        for transform in self.transforms:
+            image = transform(image)
+        return image
+
+
+class RandomResizedCrop:
+    """A window of random area and aspect, resized (Szegedy et al. 2015, section 6).
+
+    Args:
+        size: edge of the result.
+        scale: area over the image's.
+        ratio: width over height, drawn on a logarithmic scale.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        scale: Sequence[float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+    ) -> None:
+        self.size = size
+        self.scale = (float(scale[0]), float(scale[1]))
+        self.ratio = ratio
+        self.interpolation = interpolation
+
+    def draw(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of a window; after ten misfits the largest central one."""
+        low, high = (math.log(value) for value in self.ratio)
+        for _ in range(10):
+            area = height * width * random.uniform(*self.scale)
+            aspect = math.exp(random.uniform(low, high))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return random.randint(0, height - h), random.randint(0, width - w), h, w
+        aspect = width / height
+        w, h = width, height
+        if aspect < self.ratio[0]:
+            h = round(w / self.ratio[0])
+        elif aspect > self.ratio[1]:
+            w = round(h * self.ratio[1])
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def apply(self, image: Image.Image, window: tuple[int, int, int, int]) -> Image.Image:
+        """Cut the window out and resize it."""
+        top, left, height, width = window
+        cut = image.crop((left, top, left + width, top + height))
+        return cut.resize((self.size, self.size), self.interpolation.filter)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.apply(image, self.draw(image.height, image.width))
+
+
+class RandomHorizontalFlip:
+    """Mirror left and right with probability `p`."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        self.p = p
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return ImageOps.mirror(image) if random.random() < self.p else image
+
+
+class ColorJitter:
+    """Brightness, contrast, saturation and hue by random factors, in random order.
+
+    Args:
+        brightness, contrast, saturation: b draws a factor from [1 - b, 1 + b], at least 0.
+        hue: h turns the hue by a share of the circle from [-h, h].
+        p: probability of any of it.
+    """
+
+    def __init__(
+        self,
+        brightness: float = 0.4,
+        contrast: float = 0.4,
+        saturation: float = 0.2,
+        hue: float = 0.1,
+        p: float = 0.8,
+    ) -> None:
+        self.ranges = {
+            name: (max(0.0, 1 - value), 1 + value)
+            for name, value in (
+                ("brightness", brightness),
+                ("contrast", contrast),
+                ("saturation", saturation),
+            )
+        }
+        self.ranges["hue"] = (-hue, hue)
+        self.p = p
+
+    def draw(self) -> list[tuple[str, float]]:
+        """Names and factors in the order they act; empty with probability 1 - p."""
+        if random.random() >= self.p:
+            return []
+        names = list(self.ranges)
+        random.shuffle(names)
+        return [(name, random.uniform(*self.ranges[name])) for name in names]
+
+    def apply(self, image: Image.Image, steps: Sequence[tuple[str, float]]) -> Image.Image:
+        """Brightness scales values, contrast their distance to the mean gray, saturation the
+        distance to the pixel's gray, hue turns the colour circle."""
+        for name, value in steps:
+            if name == "brightness":
+                image = ImageEnhance.Brightness(image).enhance(value)
+            elif name == "contrast":
+                image = ImageEnhance.Contrast(image).enhance(value)
+            elif name == "saturation":
+                image = ImageEnhance.Color(image).enhance(value)
+            else:
+                hue, saturation, lightness = image.convert("HSV").split()
+                turned = np.asarray(hue).astype(np.int16) + int(value * 255)
+                hue = Image.fromarray((turned % 256).astype(np.uint8))
+                image = Image.merge("HSV", (hue, saturation, lightness)).convert("RGB")
+        return image
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.apply(image, self.draw())
+
+
+class RandomGrayscale:
+    """Luma in all three channels with probability `p`."""
+
+    def __init__(self, p: float = 0.2) -> None:
+        self.p = p
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.convert("L").convert("RGB") if random.random() < self.p else image
+
+
+class GaussianBlur:
+    """Gaussian blur of a 9 x 9 window, reflected at the edges.
+
+    Args:
+        p: probability of **no** blur.  Upstream hands 1 - p on, and the released weights were
+            trained so (its issue 286).
+        radius_min, radius_max: range of the standard deviation in pixels.
+    """
+
+    def __init__(self, *, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0) -> None:
+        self.p = p
+        self.radius_min = radius_min
+        self.radius_max = radius_max
+
+    def draw(self) -> float | None:
+        """Standard deviation, None for no blur."""
+        if random.random() >= 1 - self.p:
+            return None
+        return random.uniform(self.radius_min, self.radius_max)
+
+    def apply(self, image: Image.Image, sigma: float | None) -> Image.Image:
+        """Convolve each channel with the normalised kernel exp(-x² / 2 sigma²), x from -4 to 4."""
+        if sigma is None:
+            return image
+        import cv2
+
+        offsets = np.arange(-4, 5, dtype=np.float64)
+        kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
+        kernel /= kernel.sum()
+        array = np.asarray(image).astype(np.float32)
+        blurred = cv2.sepFilter2D(array, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
+        return Image.fromarray(np.rint(blurred).clip(0, 255).astype(np.uint8))
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.apply(image, self.draw())
+
+
+class RandomSolarize:
+    """Invert values of at least `threshold` with probability `p`."""
+
+    def __init__(self, threshold: int = 128, p: float = 0.2) -> None:
+        self.threshold = threshold
+        self.p = p
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return ImageOps.solarize(image, self.threshold) if random.random() < self.p else image
+
+
+class ToNormalizedTensor:
+    """uint8 image → float32 [3, H, W], scaled to [0, 1], minus mean, over std."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = torch.tensor(list(mean), dtype=torch.float32)[:, None, None]
+        self.std = torch.tensor(list(std), dtype=torch.float32)[:, None, None]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        array = np.array(to_pil(image))
+        tensor = torch.from_numpy(array).permute(2, 0, 1).float().div_(255)
+        return tensor.sub_(self.mean).div_(self.std).contiguous()
+
+
+class Resize:
+    """Resize the shorter side (or the longer one, or both) to `size` pixels.
+
+    Args:
+        square: both sides, whatever the aspect.
+        large_side: the longer side.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        square: bool = False,
+        large_side: bool = False,
+        interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+    ) -> None:
+        self.size = size
+        self.square = square
+        self.large_side = large_side
+        self.interpolation = interpolation
+
+    def __call__(self, image: Any) -> Image.Image:
+        image = to_pil(image)
+        width, height = image.size
+        if self.square:
+            new = (self.size, self.size)
+        else:
+            side = max(width, height) if self.large_side else min(width, height)
+            # The other side is cut to whole pixels, as torchvision does.
+            new = tuple(  # type: ignore[assignment]
+                self.size if edge == side else int(self.size * edge / side)
+                for edge in (width, height)
+            )
+        return image if new == image.size else image.resize(new, self.interpolation.filter)
+
+
+class CenterCrop:
+    """The central `size` x `size` pixels; smaller images are padded with black."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        left = round((image.width - self.size) / 2)
+        top = round((image.height - self.size) / 2)
+        return image.crop((left, top, left + self.size, top + self.size))
+
+
+def make_normalize_transform(
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD
+) -> Callable[[Tensor], Tensor]:
+    """Float tensor [3, H, W] minus mean, over std."""
+
+    def normalize(tensor: Tensor) -> Tensor:
+        shape = (-1, 1, 1)
+        return (tensor - tensor.new_tensor(list(mean)).view(shape)) / tensor.new_tensor(
+            list(std)
+        ).view(shape)
+
+    return normalize
+
+
+def make_base_transform(
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD
+) -> ToNormalizedTensor:
+    """Image → normalised float32 tensor."""
+    return ToNormalizedTensor(mean, std)
+
+
+def make_classification_train_transform(
+    *,
+    crop_size: int = CROP_DEFAULT_SIZE,
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+    hflip_prob: float = 0.5,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Compose:
+    """Random window, random flip, normalised."""
+    steps: list[Any] = [to_pil, RandomResizedCrop(crop_size, interpolation=interpolation)]
+    if hflip_prob > 0:
+        steps.append(RandomHorizontalFlip(hflip_prob))
+    return Compose([*steps, make_base_transform(mean, std)])
+
+
+def make_resize_transform(
+    *,
+    resize_size: int,
+    resize_square: bool = False,
+    resize_large_side: bool = False,
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+) -> Resize:
+    """See `Resize`.
+
+    Raises:
+        ValueError: square and large side at once.
+    """
+    if resize_square and resize_large_side:
+        raise ValueError(
+            "resize_square and resize_large_side must not both be true, got both: choose one"
+        )
+    return Resize(
+        resize_size, square=resize_square, large_side=resize_large_side, interpolation=interpolation
+    )
+
+
+def make_eval_transform(
+    *,
+    resize_size: int = RESIZE_DEFAULT_SIZE,
+    crop_size: int | None = CROP_DEFAULT_SIZE,
+    resize_square: bool = False,
+    resize_large_side: bool = False,
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Compose:
+    """Resize, centre crop (None or 0: none), normalised."""
+    steps: list[Any] = [
+        make_resize_transform(
+            resize_size=resize_size,
+            resize_square=resize_square,
+            resize_large_side=resize_large_side,
+            interpolation=interpolation,
+        )
+    ]
+    if crop_size:
+        steps.append(CenterCrop(crop_size))
+    return Compose([*steps, make_base_transform(mean, std)])
+
+
+def make_classification_eval_transform(
+    *,
+    resize_size: int = RESIZE_DEFAULT_SIZE,
+    crop_size: int = CROP_DEFAULT_SIZE,
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Compose:
+    """`make_eval_transform` with ImageNet's usual sizes."""
+    return make_eval_transform(
+        resize_size=resize_size,
+        crop_size=crop_size,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
+    )

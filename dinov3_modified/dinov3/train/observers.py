@@ -1,0 +1,132 @@
+"""What watches a run (ours): wandb, collapse monitors, pictures, evaluation on a labelled set."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+import dinov3.distributed as distributed
+from dinov3.fsdp.strategy import full_state_dict
+from dinov3.logging import MetricLogger
+from dinov3.logging.monitors import CollapseMonitor, module_norms
+from dinov3.logging.visuals import VisualLogger
+from dinov3.logging.wandb_logger import create_wandb_logger
+from dinov3.models import build_model
+from dinov3.train.ssl_meta_arch import SSLMetaArch
+
+__all__ = ["Observers", "load_hook"]
+
+logger = logging.getLogger("dinov3")
+
+
+def load_hook(address: str) -> Callable[..., Any]:
+    """A function by "package.module:function".
+
+    Raises:
+        ValueError: no such module or function.
+    """
+    module, _, name = address.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"ssl_evaluation.hook must be package.module:function, got {address!r} ({error}): correct it"
+        ) from error
+
+
+class Observers:
+    """Called after every step; none of them changes weights, modes or random numbers of the run."""
+
+    def __init__(self, cfg: DictConfig, model: SSLMetaArch) -> None:
+        self.cfg = cfg
+        self.model = model
+        self.main = distributed.is_main_process()
+        self.wandb = create_wandb_logger(cfg)
+        self.monitor = CollapseMonitor(cfg)
+        self.visuals = VisualLogger(self._cpu_vit, cfg.train.output_dir, self._pictures_to_wandb)
+        self.evaluation: Callable[..., dict[str, float]] | None = None
+        settings = cfg.ssl_evaluation
+        if settings.hook and settings.period_iterations > 0:
+            # Made now, so that a wrong folder is told at the start.
+            self.evaluation = load_hook(settings.hook)(cfg)
+
+    def _plain_vit(self, device: torch.device | str) -> nn.Module:
+        vit: nn.Module = build_model(self.cfg.student, only_teacher=True, device="meta")[0]
+        return vit.to_empty(device=device).eval()
+
+    def _cpu_vit(self) -> nn.Module:
+        return self._plain_vit("cpu")
+
+    def _pictures_to_wandb(self, pictures: dict[str, Any], iteration: int) -> None:
+        self.wandb.log_images({f"visuals/{k}": v for k, v in pictures.items()}, iteration)
+
+    def after_step(
+        self, iteration: int, batches: list[dict[str, Any]], metric_logger: MetricLogger
+    ) -> None:
+        """Look at the run after an iteration; all processes call this."""
+        images = batches[0]["collated_global_crops"]
+        extra: dict[str, float] = {}
+        if self.monitor.is_due(iteration):
+            extra |= self._measure(iteration, images, metric_logger)
+        visuals = self.cfg.monitor.visuals_period_iterations
+        if self.cfg.monitor.enabled and visuals > 0 and iteration % visuals == 0:
+            state = full_state_dict(self.model.model_ema["backbone"], self.model.strategy)
+            if self.main:
+                self.visuals.submit(state, images[: self.cfg.monitor.visuals_images], iteration)
+        period = self.cfg.ssl_evaluation.period_iterations
+        if self.evaluation is not None and (iteration + 1) % period == 0:
+            extra |= self._evaluate(iteration)
+        if extra:
+            # One line of its own in the JSON lines: these come at their own intervals.
+            metric_logger.record(iteration, extra)
+        if self.wandb.enabled and iteration % self.cfg.wandb.period_iterations == 0:
+            values = {name: meter.value for name, meter in metric_logger.meters.items()}
+            self.wandb.log({**values, **extra}, iteration)
+        elif extra:
+            self.wandb.log(extra, iteration)
+
+    def _measure(
+        self, iteration: int, images: Tensor, metric_logger: MetricLogger
+    ) -> dict[str, float]:
+        """Collapse figures of the teacher, and norms of the student's weights."""
+        with self.model._precision():
+            figures = self.monitor.measure(
+                self.model.model_ema["backbone"],
+                images.to(self.model.device_),
+                self.model.model_ema["dino_head"],
+            )
+        figures |= {
+            f"monitor/{name}": float(value)
+            for name, value in module_norms(self.model.student).items()
+        }
+        meter = metric_logger.meters.get("dino_global_crops_loss")
+        self.monitor.check(figures, iteration, meter.median if meter is not None else None)
+        return figures
+
+    def _evaluate(self, iteration: int) -> dict[str, float]:
+        """Scores of a small decoder on the teacher's frozen features; a failure is only logged."""
+        assert self.evaluation is not None
+        state = full_state_dict(self.model.model_ema["backbone"], self.model.strategy)
+        if not self.main:
+            return {}
+        try:
+            vit = self._plain_vit(self.model.device_)
+            vit.load_state_dict(state)
+            return dict(self.evaluation(vit, iteration, Path(self.cfg.train.output_dir)))
+        except Exception:
+            logger.exception(
+                "the evaluation of iteration %d failed; the training goes on", iteration
+            )
+            return {}
+
+    def close(self, exit_code: int) -> None:
+        """Finish what is in work."""
+        self.visuals.close()
+        self.wandb.finish(exit_code)
