@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-from dinov3.distributed import TorchDistributedEnvironment, get_rank, is_main_process
+from dinov3.distributed import TorchDistributedEnvironment, get_rank, is_enabled
 from dinov3.logging.helpers import MetricLogger, SmoothedValue
 
 __all__ = [
@@ -18,6 +18,11 @@ __all__ = [
 ]
 
 _MARK = "_dinov3_handler"
+_LINE = "%(levelname).1s%(asctime)s %(process)d %(name)s %(filename)s:%(lineno)d] %(message)s"
+_DATE = "%Y%m%d %H:%M:%S"
+_WARNINGS = "py.warnings"  # where logging.captureWarnings sends Python's warnings
+# Level and propagation of each logger before `setup_logging`, for `cleanup_logging`.
+_before: dict[str | None, tuple[int, bool]] = {}
 
 
 def setup_logging(
@@ -29,46 +34,68 @@ def setup_logging(
     capture_warnings: bool = True,
     log_to_stdout_only_in_main_process: bool = True,
 ) -> None:
-    """Send a logger's messages to standard output and to OUT/logs/log.txt.
+    """Send a logger's messages to standard output and to OUT/logs/log.txt; a second call replaces.
 
     Args:
         output: folder of the run, or a file ending in .txt or .log; None: no file.  Processes other
             than the first write to log.txt.rankN.
-        name: of the logger; None: the root.
+        name: of the logger, whose messages then no longer reach the root; None: the root.
         level: least severe messages to show.
         color: mark warnings and errors, on a terminal.
         capture_warnings: Python's warnings become messages.
         log_to_stdout_only_in_main_process: other processes write to their file alone.
     """
+    # Runs set up their log before their process group; ranks are then known from the environment.
+    rank = get_rank() if is_enabled() else TorchDistributedEnvironment().rank
+    log = logging.getLogger(name)
+    if name not in _before:
+        _before[name] = (log.level, log.propagate)
+    _remove_handlers(log)
+    log.setLevel(level)
+    log.propagate = name is None
+
+    handlers: list[logging.Handler] = []
+    if rank == 0 or not log_to_stdout_only_in_main_process:
+        stream = logging.StreamHandler(stream=sys.stdout)
+        on_terminal = color and sys.stdout.isatty()
+        stream.setFormatter((_Colored if on_terminal else logging.Formatter)(_LINE, _DATE))
+        handlers.append(stream)
+    if output is not None:
+        handlers.append(_file_handler(output, rank))
+    for handler in handlers:
+        setattr(handler, _MARK, True)
+        handler.setLevel(level)
+        log.addHandler(handler)
+
     logging.captureWarnings(capture_warnings)
-    logger = logging.getLogger(name)
-    _remove_handlers(logger)
-    logger.setLevel(level)
-    logger.propagate = name is None
-    line = "%(levelname).1s%(asctime)s %(process)d %(name)s %(filename)s:%(lineno)d] %(message)s"
-    if is_main_process() or not log_to_stdout_only_in_main_process:
-        handler: logging.Handler = logging.StreamHandler(stream=sys.stdout)
-        colored = color and sys.stdout.isatty()
-        handler.setFormatter(_Colored(line) if colored else logging.Formatter(line))
-        _add(logger, handler, level)
-    if output is None:
-        return
-    path = output if output.endswith((".txt", ".log")) else os.path.join(output, "logs", "log.txt")
-    if get_rank() > 0:
-        path = f"{path}.rank{get_rank()}"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(line))
-    _add(logger, handler, level)
+    warnings_log = logging.getLogger(_WARNINGS)
+    _remove_handlers(warnings_log)
+    if capture_warnings and not logging.getLogger().handlers:
+        # Without handlers at the root they would vanish.
+        for handler in handlers:
+            warnings_log.addHandler(handler)
 
 
 def cleanup_logging(*, name: str | None = None) -> None:
-    """Undo `setup_logging`."""
+    """Undo `setup_logging` for a logger, or with None for all of them."""
     logging.captureWarnings(False)
-    _remove_handlers(logging.getLogger(name))
-    if name is None:
-        _remove_handlers(logging.getLogger("dinov3"))
-        logging.getLogger("dinov3").propagate = True
+    _remove_handlers(logging.getLogger(_WARNINGS))
+    for known in list(_before) if name is None else [name]:
+        log = logging.getLogger(known)
+        _remove_handlers(log)
+        level, propagate = _before.pop(known, (log.level, log.propagate))
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+def _file_handler(output: str, rank: int) -> logging.Handler:
+    path = output if output.endswith((".txt", ".log")) else os.path.join(output, "logs", "log.txt")
+    if rank > 0:
+        path = f"{path}.rank{rank}"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(_LINE, _DATE))
+    return handler
 
 
 class _Colored(logging.Formatter):
@@ -79,13 +106,7 @@ class _Colored(logging.Formatter):
         return f"\x1b[33m{text}\x1b[0m" if record.levelno >= logging.WARNING else text
 
 
-def _add(logger: logging.Logger, handler: logging.Handler, level: int) -> None:
-    setattr(handler, _MARK, True)
-    handler.setLevel(level)
-    logger.addHandler(handler)
-
-
-def _remove_handlers(logger: logging.Logger) -> None:
-    for handler in [h for h in logger.handlers if hasattr(h, _MARK)]:
-        logger.removeHandler(handler)
+def _remove_handlers(log: logging.Logger) -> None:
+    for handler in [handler for handler in log.handlers if hasattr(handler, _MARK)]:
+        log.removeHandler(handler)
         handler.close()

@@ -115,6 +115,10 @@ class VisualLogger:
         if self._thread is not None and self._thread.is_alive():
             self.skipped += 1
             return False
+        if self._vit is None:
+            # Here and not in the thread: making a network draws from the generator of the training.
+            with torch.random.fork_rng(devices=[]):
+                self._vit = self._make_vit().eval()
         fixed = images.detach().float().cpu().clone()
         self._thread = threading.Thread(
             target=self._draw, args=(dict(state), fixed, iteration), daemon=True, name="visuals"
@@ -124,10 +128,8 @@ class VisualLogger:
 
     def _draw(self, state: dict[str, Any], images: Tensor, iteration: int) -> None:
         try:
-            if self._vit is None:
-                self._vit = self._make_vit().eval()
-            self._vit.load_state_dict(state)
             vit: Any = self._vit
+            vit.load_state_dict(state)
             with torch.no_grad():
                 attention = vit.get_last_selfattention(images)
                 patches = vit(images, is_training=True)["x_norm_patchtokens"]

@@ -117,7 +117,8 @@ class Observers:
         if not self.main:
             return {}
         try:
-            vit = self._plain_vit(self.model.device_)
+            with torch.random.fork_rng(devices=[]):
+                vit = self._plain_vit(self.model.device_)
             vit.load_state_dict(state)
             return dict(self.evaluation(vit, iteration, Path(self.cfg.train.output_dir)))
         except Exception:

@@ -1,0 +1,502 @@
+"""Crops of multi-channel fields: views by channel (ours; DESIGN: Multi-view).
+
+One global crop is the mean of all channels, the other a random single channel of the same field; a
+network that gives both the same features must find what the channels share: the cells.
+Windows are cut at native scale, before anything is averaged or resized.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dinov3.data.fields import ChannelField
+
+__all__ = [
+    "STRATEGIES",
+    "DataAugmentationMultiView",
+    "FluorescencePhotometrics",
+    "build_multiview_augmentation",
+    "photometrics_on_batch",
+]
+
+STRATEGIES = ("multiview", "average", "single", "pairwise")
+_WINDOWS = ("overlapping", "same", "independent")
+_LOCAL_VIEWS = ("random", "mean", "single")
+_PHOTOMETRICS = ("worker", "device", "none")
+_KERNEL = 11  # edge of the largest blur, in pixels
+
+Window = tuple[int, int, int, int]  # top, left, height, width
+
+
+class FluorescencePhotometrics:
+    """Brightness, contrast, gamma, noise, blur and defocus of gray images in [0, 1], in batches.
+
+    Args:
+        brightness, contrast, gamma: a draws a factor exp(U(-a, a)); contrast is about the image's
+            mean.
+        noise: largest standard deviation of Gaussian noise, and of shot noise at full brightness.
+        blur_sigma: largest standard deviation of a Gaussian blur, in pixels, at most 3.
+        defocus_radius: largest radius of a disc, in pixels, at most 5.
+        p: probability of each.
+    """
+
+    def __init__(
+        self,
+        *,
+        brightness: float = 0.3,
+        contrast: float = 0.3,
+        gamma: float = 0.3,
+        noise: float = 0.05,
+        blur_sigma: float = 1.5,
+        defocus_radius: float = 3.0,
+        p: float = 0.5,
+    ) -> None:
+        if blur_sigma > 3 or defocus_radius > 5:
+            raise ValueError(
+                "blur_sigma must be at most 3 and defocus_radius at most 5 pixels, got "
+                f"{blur_sigma} and {defocus_radius}: lower them"
+            )
+        self.brightness = brightness
+        self.contrast = contrast
+        self.gamma = gamma
+        self.noise = noise
+        self.blur_sigma = blur_sigma
+        self.defocus_radius = defocus_radius
+        self.p = p
+
+    def draw(
+        self, count: int, generator: torch.Generator | None = None, device: Any = "cpu"
+    ) -> dict[str, Tensor]:
+        """Parameters of `count` images, each a tensor [count]; what does not act is 1, or 0."""
+
+        def uniform() -> Tensor:
+            return torch.rand(count, generator=generator, device=device)
+
+        def acts() -> Tensor:
+            return uniform() < self.p
+
+        def factor(width: float) -> Tensor:
+            return torch.where(
+                acts(), ((2 * uniform() - 1) * width).exp(), torch.ones_like(uniform())
+            )
+
+        def amount(most: float) -> Tensor:
+            return torch.where(acts(), uniform() * most, torch.zeros_like(uniform()))
+
+        parameters = {
+            "brightness": factor(self.brightness),
+            "contrast": factor(self.contrast),
+            "gamma": factor(self.gamma),
+            "gauss": amount(self.noise),
+            "shot": amount(self.noise),
+            "sigma": amount(self.blur_sigma),
+            "radius": amount(self.defocus_radius),
+            "noise_seed": (uniform() * 2**31).long(),
+        }
+        # Blurred and out of focus at once is one too many.
+        parameters["radius"] = torch.where(
+            parameters["sigma"] > 0, torch.zeros_like(uniform()), parameters["radius"]
+        )
+        return parameters
+
+    def apply(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] with their parameters → the same shape and range."""
+
+        def column(name: str) -> Tensor:
+            return parameters[name].to(x)[:, None, None, None]
+
+        x = self._blurred(x, parameters)
+        x = x.clamp(0, 1) ** column("gamma")
+        mean = x.mean(dim=(1, 2, 3), keepdim=True)
+        x = (x - mean) * column("contrast") + mean
+        x = x * column("brightness")
+        spread = (column("gauss") ** 2 + column("shot") ** 2 * x.clamp(min=0)).sqrt()
+        if bool((spread > 0).any()) if x.device.type == "cpu" else True:
+            seed = int(parameters["noise_seed"][0]) if x.device.type == "cpu" else None
+            x = x + spread * _normal_like(x, seed)
+        return x.clamp(0, 1)
+
+    def _blurred(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Each image by a kernel of its own: a Gaussian, a disc, or nothing."""
+        sigma, radius = parameters["sigma"].to(x), parameters["radius"].to(x)
+        if x.device.type == "cpu":  # there, images that stay sharp are left out
+            chosen = ((sigma > 0) | (radius > 0)).nonzero().flatten()
+            if len(chosen) == 0:
+                return x
+            result = x.clone()
+            result[chosen] = _convolved(x[chosen], _kernels(sigma[chosen], radius[chosen]))
+            return result
+        return _convolved(x, _kernels(sigma, radius))
+
+
+def _normal_like(x: Tensor, seed: int | None) -> Tensor:
+    """Standard normal numbers, on a CPU from a seed."""
+    if seed is None:
+        return torch.randn_like(x)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+
+def _kernels(sigma: Tensor, radius: Tensor) -> Tensor:
+    """[B, k, k], each summing to 1."""
+    offsets = torch.arange(_KERNEL, device=sigma.device, dtype=sigma.dtype) - _KERNEL // 2
+    squared = offsets[:, None] ** 2 + offsets[None] ** 2  # [k, k]
+    gauss = torch.exp(-squared / (2 * sigma.clamp_min(1e-3)[:, None, None] ** 2))
+    # The rim of the disc is one pixel wide, so that the kernel changes smoothly with the radius.
+    disc = (radius[:, None, None] + 0.5 - squared.sqrt()).clamp(0, 1)
+    kernel = torch.where((radius > 0)[:, None, None], disc, gauss)
+    return kernel / kernel.sum(dim=(1, 2), keepdim=True)
+
+
+def _convolved(x: Tensor, kernels: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    pad = _KERNEL // 2
+    padded = functional.pad(x, (pad, pad, pad, pad), mode="reflect")
+    weight = kernels[:, None].repeat_interleave(channels, dim=0)
+    out = functional.conv2d(
+        padded.reshape(1, batch * channels, *padded.shape[2:]), weight, groups=batch * channels
+    )
+    return out.reshape(batch, channels, height, width)
+
+
+class DataAugmentationMultiView:
+    """Two global and some local crops of a field, each a view of its channels.
+
+    Args:
+        strategy: `multiview` (mean and one random channel), `average` (mean twice), `single` (two
+            channels drawn apart), `pairwise` (two different channels).
+        random_roles: which global crop is which is drawn; otherwise the first is the mean.
+        window: of the two global crops: `same`, `overlapping` (by `min_overlap` of the area at
+            least), or `independent`.
+        zoom: range of source pixels over crop pixels, drawn on a logarithmic scale.
+        pixel_size_um: what a crop's pixel at zoom 1 shows, for fields whose pixel size is known;
+            None: one pixel of the field.
+        local_view: `random` (mean or channel, evenly), `mean`, `single`.
+        local_inside: local crops lie within the box around the global ones; otherwise anywhere.
+        min_foreground, foreground_tries: windows are drawn again, so often, until that share is
+            bright; the best of them counts.
+        rotate: turn by multiples of 90° and mirror.
+        photometrics: of the fluorescence, see `FluorescencePhotometrics`; None leaves crops as gray
+            [1, s, s] for `photometrics_on_batch`.
+        photometrics_on: `worker`, `device` or `none`.
+    """
+
+    def __init__(
+        self,
+        *,
+        strategy: str = "multiview",
+        global_crops_size: int = 224,
+        local_crops_size: int = 96,
+        local_crops_number: int = 8,
+        gram_teacher_crops_size: int | None = None,
+        random_roles: bool = True,
+        window: str = "overlapping",
+        min_overlap: float = 0.4,
+        zoom: Sequence[float] = (0.7, 1.4),
+        pixel_size_um: float | None = None,
+        local_view: str = "random",
+        local_inside: bool = True,
+        min_foreground: float = 0.05,
+        foreground_tries: int = 8,
+        rotate: bool = True,
+        photometrics: FluorescencePhotometrics | None = None,
+        photometrics_on: str = "worker",
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
+        _one_of("strategy", strategy, STRATEGIES)
+        _one_of("window", window, _WINDOWS)
+        _one_of("local_view", local_view, _LOCAL_VIEWS)
+        _one_of("photometrics", photometrics_on, _PHOTOMETRICS)
+        low, high = (float(value) for value in zoom)
+        if not 0 < low <= high:
+            raise ValueError(
+                f"multiview.zoom must be 0 < low <= high, got {low} and {high}: correct it"
+            )
+        if not 0 <= min_overlap <= 1:
+            raise ValueError(
+                f"multiview.min_overlap must be 0 to 1, got {min_overlap}: 0.4 is usual"
+            )
+        self.strategy = strategy
+        self.global_crops_size = global_crops_size
+        self.local_crops_size = local_crops_size
+        self.local_crops_number = local_crops_number
+        self.gram_teacher_crops_size = gram_teacher_crops_size
+        self.random_roles = random_roles
+        self.window = window
+        self.min_overlap = min_overlap
+        self.zoom = (low, high)
+        self.pixel_size_um = pixel_size_um
+        self.local_view = local_view
+        self.local_inside = local_inside
+        self.min_foreground = min_foreground
+        self.foreground_tries = foreground_tries
+        self.rotate = rotate
+        self.photometrics = photometrics or FluorescencePhotometrics()
+        self.photometrics_on = photometrics_on
+        self.mean = torch.tensor(list(mean))[:, None, None]
+        self.std = torch.tensor(list(std))[:, None, None]
+
+    # --- draws ---
+
+    def draw_views(self, channels: int) -> tuple[int | None, int | None]:
+        """Channels of the two global crops; None is the mean of all."""
+
+        def one() -> int:
+            return random.randrange(channels)
+
+        if self.strategy == "average":
+            return None, None
+        if self.strategy == "single":
+            return one(), one()
+        if self.strategy == "pairwise":
+            if channels == 1:
+                return 0, 0
+            first, second = random.sample(range(channels), 2)
+            return first, second
+        views: list[int | None] = [None, one()]
+        if self.random_roles:
+            random.shuffle(views)
+        return views[0], views[1]
+
+    def draw_window(self, field: ChannelField, crop_size: int, box: Window | None = None) -> Window:
+        """A square window of random zoom and place, on cells if they are found."""
+        height, width = field.planes.shape[1:]
+        top, left, box_height, box_width = box or (0, 0, height, width)
+        best: tuple[float, Window] | None = None
+        for _ in range(max(self.foreground_tries, 1)):
+            zoom = math.exp(random.uniform(math.log(self.zoom[0]), math.log(self.zoom[1])))
+            edge = round(crop_size * zoom * self._native(field))
+            edge = max(min(edge, height, width), 1)
+            # A box smaller than the window is covered by it as well as may be.
+            y = random.randint(*_range(top, box_height, edge, height))
+            x = random.randint(*_range(left, box_width, edge, width))
+            window = (y, x, edge, edge)
+            share = field.foreground_share(*window)
+            if best is None or share > best[0]:
+                best = (share, window)
+            if share >= self.min_foreground:
+                break
+        assert best is not None
+        return best[1]
+
+    def _native(self, field: ChannelField) -> float:
+        """Pixels of the field per pixel of a crop at zoom 1."""
+        if self.pixel_size_um is None or field.pixel_size_um is None:
+            return 1.0
+        return self.pixel_size_um / field.pixel_size_um
+
+    def draw_second_window(self, field: ChannelField, first: Window) -> Window:
+        """The other global crop's window."""
+        if self.window == "same":
+            return first
+        if self.window == "independent":
+            return self.draw_window(field, self.global_crops_size)
+        height, width = field.planes.shape[1:]
+        best: tuple[float, Window] | None = None
+        for _ in range(max(self.foreground_tries, 1)):
+            candidate = self._overlapping(first, height, width)
+            share = field.foreground_share(*candidate)
+            if best is None or share > best[0]:
+                best = (share, candidate)
+            if share >= self.min_foreground:
+                break
+        assert best is not None
+        return best[1]
+
+    def _overlapping(self, first: Window, height: int, width: int) -> Window:
+        """A window of another zoom that shares `min_overlap` of the smaller one's area."""
+        top, left, edge, _ = first
+        low, high = (math.log(value) for value in self.zoom)
+        scale = math.exp(random.uniform(low, high) - (low + high) / 2)
+        other = max(min(round(edge * scale), height, width), 1)
+        small = min(edge, other)
+        common = math.ceil(small * math.sqrt(self.min_overlap))
+
+        def place(start: int, room: int) -> int:
+            first_place = max(start + common - other, 0)
+            last_place = min(start + edge - common, room - other)
+            return random.randint(first_place, max(first_place, last_place))
+
+        y, x = place(top, height), place(left, width)
+        return min(y, height - other), min(x, width - other), other, other
+
+    # --- crops ---
+
+    def cut(self, field: ChannelField, view: int | None, window: Window, size: int) -> np.ndarray:
+        """A view's window, resized to (size, size) float32 in [0, 1]."""
+        import cv2
+
+        part = field.window(view, *window)
+        if part.shape == (size, size):
+            return part
+        mode = cv2.INTER_AREA if window[2] > size else cv2.INTER_CUBIC
+        return np.clip(cv2.resize(part, (size, size), interpolation=mode), 0, 1)
+
+    def _turned(self, image: np.ndarray, symmetry: int) -> np.ndarray:
+        """One of the eight symmetries of the square."""
+        image = np.rot90(image, symmetry % 4)
+        return np.ascontiguousarray(image[:, ::-1] if symmetry >= 4 else image)
+
+    def _finished(self, crops: list[np.ndarray], *, plain: bool = False) -> list[Tensor]:
+        """Gray crops of one size → tensors of the batch."""
+        x = torch.from_numpy(np.stack(crops))[:, None]  # [n, 1, s, s]
+        if self.photometrics_on == "device":
+            return list(x)
+        if self.photometrics_on == "worker" and not plain:
+            # One call a crop: each has noise of its own.
+            x = torch.cat(
+                [self.photometrics.apply(one[None], self.photometrics.draw(1)) for one in x]
+            )
+        return list((x - self.mean) / self.std)  # the mean has three channels: [3, s, s]
+
+    def __call__(self, field: ChannelField) -> dict[str, Any]:
+        """A field → the crops of `DataAugmentationDINO`, float32 [3, s, s] ([1, s, s] in [0, 1] for
+        photometrics on the device)."""
+        views = self.draw_views(len(field.channels))
+        first = self.draw_window(field, self.global_crops_size)
+        windows = (first, self.draw_second_window(field, first))
+        turns = [random.randrange(8) if self.rotate else 0 for _ in range(2)]
+        crops = [
+            self._turned(self.cut(field, view, window, self.global_crops_size), turn)
+            for view, window, turn in zip(views, windows, turns, strict=True)
+        ]
+        global_crops = self._finished(crops)
+        output: dict[str, Any] = {
+            "weak_flag": True,
+            "global_crops": global_crops,
+            "global_crops_teacher": global_crops,
+            "offsets": (),
+        }
+        if self.gram_teacher_crops_size is not None:
+            gram = [
+                self._turned(self.cut(field, view, window, self.gram_teacher_crops_size), turn)
+                for view, window, turn in zip(views, windows, turns, strict=True)
+            ]
+            output["gram_teacher_crops"] = self._finished(gram, plain=True)
+        box = _around(*windows) if self.local_inside else None
+        local = []
+        for _ in range(self.local_crops_number):
+            view = self._local_view(len(field.channels))
+            window = self.draw_window(field, self.local_crops_size, box)
+            turn = random.randrange(8) if self.rotate else 0
+            local.append(self._turned(self.cut(field, view, window, self.local_crops_size), turn))
+        output["local_crops"] = self._finished(local)
+        return output
+
+    def _local_view(self, channels: int) -> int | None:
+        if self.strategy == "average" or self.local_view == "mean":
+            return None
+        if self.local_view == "random" and self.strategy == "multiview" and random.random() < 0.5:
+            return None
+        return random.randrange(channels)
+
+
+def build_multiview_augmentation(cfg: Any) -> DataAugmentationMultiView:
+    """From the sections `multiview` and `crops` of a configuration."""
+    view, crops = cfg.multiview, cfg.crops
+    if not view.strategy:
+        raise ValueError(
+            f"multiview.strategy must be one of {', '.join(STRATEGIES)}, got '': set it for fields"
+        )
+    return DataAugmentationMultiView(
+        strategy=view.strategy,
+        global_crops_size=crops.global_crops_size,
+        local_crops_size=crops.local_crops_size,
+        local_crops_number=crops.local_crops_number,
+        gram_teacher_crops_size=crops.gram_teacher_crops_size,
+        random_roles=view.random_roles,
+        window=view.window,
+        min_overlap=view.min_overlap,
+        zoom=view.zoom,
+        pixel_size_um=view.pixel_size_um,
+        local_view=view.local_view,
+        local_inside=view.local_inside,
+        min_foreground=view.min_foreground,
+        foreground_tries=view.foreground_tries,
+        rotate=view.rotate,
+        photometrics=_photometrics(cfg),
+        photometrics_on=view.photometrics,
+        mean=crops.rgb_mean,
+        std=crops.rgb_std,
+    )
+
+
+def _photometrics(cfg: Any) -> FluorescencePhotometrics:
+    view = cfg.multiview
+    return FluorescencePhotometrics(
+        brightness=view.brightness,
+        contrast=view.contrast,
+        gamma=view.gamma,
+        noise=view.noise,
+        blur_sigma=view.blur_sigma,
+        defocus_radius=view.defocus_radius,
+        p=view.photometrics_p,
+    )
+
+
+def photometrics_on_batch(
+    data: dict[str, Any], cfg: Any, generator: torch.Generator | None = None
+) -> dict[str, Any]:
+    """Augment a batch of gray crops on its device, then expand and normalise them.
+
+    Args:
+        data: with `collated_*_crops` [n, 1, s, s] in [0, 1].
+        generator: of the crops' device.
+
+    Returns:
+        A copy whose crops are [n, 3, s, s], normalised with crops.rgb_mean and rgb_std.
+    """
+    photometrics = _photometrics(cfg)
+    out = dict(data)
+    for name in sorted(data):
+        if not (name.startswith("collated_") and name.endswith("_crops")):
+            continue
+        x = data[name].float()
+        if name != "collated_gram_teacher_crops":
+            parameters = photometrics.draw(len(x), generator, x.device)
+            if x.device.type == "cpu":
+                parts = [
+                    photometrics.apply(
+                        x[i : i + 1], {k: v[i : i + 1] for k, v in parameters.items()}
+                    )
+                    for i in range(len(x))
+                ]
+                x = torch.cat(parts)
+            else:
+                x = photometrics.apply(x, parameters)
+        mean = x.new_tensor(list(cfg.crops.rgb_mean))[:, None, None]
+        std = x.new_tensor(list(cfg.crops.rgb_std))[:, None, None]
+        out[name] = (x - mean) / std
+    return out
+
+
+def _range(start: int, length: int, edge: int, room: int) -> tuple[int, int]:
+    """First and last place of a window of `edge` within start..start+length, and within the room."""
+    first, last = start, start + length - edge
+    if last < first:
+        first, last = last, first
+    first, last = max(first, 0), min(last, room - edge)
+    return min(first, last), max(first, last)
+
+
+def _around(first: Window, second: Window) -> Window:
+    top, left = min(first[0], second[0]), min(first[1], second[1])
+    bottom = max(first[0] + first[2], second[0] + second[2])
+    right = max(first[1] + first[3], second[1] + second[3])
+    return top, left, bottom - top, right - left
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(
+            f"multiview.{name} must be one of {', '.join(known)}, got {value!r}: choose one"
+        )

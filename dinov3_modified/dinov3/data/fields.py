@@ -1,0 +1,261 @@
+"""Multi-channel fields: co-registered planes with their names and intensity ranges (ours).
+
+Where the bytes come from is not known here, so that folders and object stores share it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+__all__ = [
+    "ChannelField",
+    "FieldError",
+    "decode_planes",
+    "listed",
+    "make_field",
+    "read_illumination",
+    "robust_range",
+    "split_channels",
+]
+
+_SUBSAMPLE = 4  # every fourth pixel of each axis is enough for percentiles
+_COARSE = 8  # pixels of a field per pixel of its foreground map
+
+
+class FieldError(ValueError):
+    """A field that cannot be used; the message names it."""
+
+
+@dataclass(frozen=True)
+class ChannelField:
+    """Planes of one field of view.
+
+    Attributes:
+        name: unique in its data set.
+        planes: (C, H, W), uint8, uint16 or float32, as read.
+        channels: C names.
+        low, high: (C,) float32, intensities that become 0 and 1.
+        illumination: (C, H, W) float32 to divide by, or None.
+        pixel_size_um: edge of a pixel in the specimen, or None.
+        foreground: (H / 8, W / 8) booleans, where the mean of the channels is bright.
+    """
+
+    name: str
+    planes: np.ndarray
+    channels: tuple[str, ...]
+    low: np.ndarray
+    high: np.ndarray
+    illumination: np.ndarray | None = None
+    pixel_size_um: float | None = None
+    foreground: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), bool), repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds."""
+        extra = 0 if self.illumination is None else self.illumination.nbytes
+        return self.planes.nbytes + self.foreground.nbytes + extra
+
+    def window(
+        self, channel: int | None, top: int, left: int, height: int, width: int
+    ) -> np.ndarray:
+        """Part of one channel, or of the mean of all, scaled to its range: (h, w) float32 in [0, 1].
+
+        Args:
+            channel: index, None for the mean of the channels, each scaled before.
+        """
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        if channel is not None:
+            return self._scaled(channel, rows, columns)
+        total = self._scaled(0, rows, columns)
+        for index in range(1, len(self.channels)):
+            total += self._scaled(index, rows, columns)
+        total /= len(self.channels)
+        return total
+
+    def _scaled(self, channel: int, rows: slice, columns: slice) -> np.ndarray:
+        part = self.planes[channel, rows, columns].astype(np.float32)
+        if self.illumination is not None:
+            part /= self.illumination[channel, rows, columns]
+        part -= self.low[channel]
+        part *= 1.0 / (self.high[channel] - self.low[channel])
+        return np.clip(part, 0.0, 1.0, out=part)
+
+    def foreground_share(self, top: int, left: int, height: int, width: int) -> float:
+        """Share of foreground in a window, from the coarse map."""
+        rows = slice(top // _COARSE, -(-(top + height) // _COARSE))
+        columns = slice(left // _COARSE, -(-(left + width) // _COARSE))
+        part = self.foreground[rows, columns]
+        return float(part.mean()) if part.size else 0.0
+
+
+def decode_planes(data: bytes, name: str) -> np.ndarray:
+    """Bytes of a TIFF, PNG or other image → planes (S, H, W) in their own type.
+
+    A colour image has three planes, a stack one a page.
+
+    Raises:
+        FieldError: not an image, or of another type than 8 or 16 bits or float.
+    """
+    try:
+        if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            import tifffile
+
+            array = tifffile.imread(io.BytesIO(data))
+        else:
+            from PIL import Image
+
+            array = np.asarray(Image.open(io.BytesIO(data)))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FieldError(
+            f"{name} must be a readable image, got {len(data)} bytes that are none ({reason}): mend or "
+            "remove it"
+        ) from error
+    array = np.squeeze(array)
+    if array.ndim == 2:
+        array = array[None]
+    elif array.ndim == 3 and array.shape[2] in (3, 4) and array.shape[0] > 4:
+        array = np.moveaxis(array[..., :3], 2, 0)
+    if array.ndim != 3 or array.dtype not in (np.uint8, np.uint16, np.float32):
+        raise FieldError(
+            f"{name} must have planes of 8 or 16 bits, got shape {array.shape} of {array.dtype}: convert "
+            "it to TIFF with one page a channel"
+        )
+    return np.ascontiguousarray(array)
+
+
+def robust_range(plane: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
+    """Intensities at two percentiles of a quarter of rows and columns.
+
+    Args:
+        plane: (H, W).
+        percentiles: such as (0.1, 99.9), so that hot pixels do not set the range.
+    """
+    low, high = np.percentile(plane[::_SUBSAMPLE, ::_SUBSAMPLE], percentiles)
+    return float(low), float(high)
+
+
+def make_field(
+    name: str,
+    planes: Mapping[str, np.ndarray],
+    *,
+    illumination: Mapping[str, np.ndarray] | None = None,
+    pixel_size_um: float | None = None,
+    percentiles: tuple[float, float] = (0.1, 99.9),
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+) -> ChannelField:
+    """A field of planes by channel name.
+
+    Args:
+        planes: (H, W) each, of one size and type.
+        illumination: (H, W) each, positive; divided by.
+        ranges: (low, high) of channels whose range is known, for example of their plate.
+
+    Raises:
+        FieldError: no plane, sizes that differ, a constant plane.
+    """
+    if not planes:
+        raise FieldError(f"field {name} must have a channel, got none: check its files")
+    shapes = {channel: plane.shape for channel, plane in planes.items()}
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{c} {s}" for c, s in shapes.items())
+        raise FieldError(
+            f"the channels of field {name} must have one size, got {listed}: they are not of one field"
+        )
+    channels = tuple(planes)
+    kinds = {plane.dtype for plane in planes.values()}
+    kind = kinds.pop() if len(kinds) == 1 else np.float32
+    stack = np.stack([np.asarray(planes[c]).astype(kind, copy=False) for c in channels])
+    flat = None
+    if illumination is not None:
+        missing = [c for c in channels if c not in illumination]
+        if missing:
+            raise FieldError(
+                f"field {name} must have an illumination image for each channel, got none for "
+                f"{', '.join(missing)}: name them, or leave illumination out"
+            )
+        flat = np.stack([illumination[c].astype(np.float32) for c in channels])
+        if flat.shape != stack.shape or not (flat > 0).all():
+            raise FieldError(
+                f"illumination of field {name} must be positive and of its size {stack.shape[1:]}, got "
+                f"{flat.shape[1:]} from {flat.min():.3g}: check the .npy files"
+            )
+    low, high = np.empty(len(channels), np.float32), np.empty(len(channels), np.float32)
+    for index, channel in enumerate(channels):
+        plane = stack[index]
+        if plane.min() == plane.max():
+            raise FieldError(
+                f"channel {channel} of field {name} must have contrast, got {plane.flat[0]} everywhere: "
+                "the file is empty or damaged"
+            )
+        if ranges is not None and channel in ranges:
+            low[index], high[index] = ranges[channel]
+            continue
+        if flat is not None:
+            plane = plane / flat[index]
+        low[index], high[index] = robust_range(plane, percentiles)
+        if high[index] <= low[index]:
+            low[index], high[index] = float(plane.min()), float(plane.max())
+    made = ChannelField(name, stack, channels, low, high, flat, pixel_size_um)
+    object.__setattr__(made, "foreground", _foreground(made))
+    return made
+
+
+def _foreground(made: ChannelField) -> np.ndarray:
+    """Where the coarse mean of the channels exceeds Otsu's threshold (Otsu 1979, eq. 12-18)."""
+    height, width = made.planes.shape[1:]
+    h, w = -(-height // _COARSE), -(-width // _COARSE)
+    mean = made.window(None, 0, 0, height, width)
+    padded = np.pad(mean, ((0, h * _COARSE - height), (0, w * _COARSE - width)), mode="edge")
+    coarse = padded.reshape(h, _COARSE, w, _COARSE).mean(axis=(1, 3))
+    counts, edges = np.histogram(coarse, bins=64)
+    centers = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    sums = np.cumsum(counts * centers)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+    cut = (
+        edges[1 + int(np.nanargmax(np.where(above > 0, between, np.nan)))]
+        if len(set(centers)) > 1
+        else 0
+    )
+    return coarse > cut
+
+
+def split_channels(name: str, planes: np.ndarray, channel: str) -> dict[str, np.ndarray]:
+    """Planes of one file by name: the channel itself, or CHANNEL_0, CHANNEL_1, ... of several.
+
+    Args:
+        planes: (S, H, W).
+    """
+    if len(planes) == 1:
+        return {channel: planes[0]}
+    return {f"{channel}_{index}": plane for index, plane in enumerate(planes)}
+
+
+def read_illumination(paths: Mapping[str, str | Path]) -> dict[str, np.ndarray]:
+    """Illumination images (.npy) by channel.
+
+    Raises:
+        FieldError: a file is missing or no array.
+    """
+    found = {}
+    for channel, path in paths.items():
+        try:
+            found[channel] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise FieldError(
+                f"illumination of {channel} must be a .npy array, got {path} ({error}): check the path"
+            ) from error
+    return found
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names for a message, cut off after some."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)})" if len(names) > most else "")
