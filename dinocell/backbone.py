@@ -6,6 +6,7 @@ bundled one.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dinocell.errors import CheckpointError, UsageError
@@ -23,6 +23,7 @@ __all__ = [
     "BackboneSize",
     "DINOv3Backbone",
     "feature_blocks",
+    "import_dinov3",
     "load_backbone_weights",
 ]
 
@@ -121,57 +122,40 @@ class DINOv3Backbone(nn.Module):
         )
 
 
-def load_backbone_weights(backbone: DINOv3Backbone, path: str | Path) -> None:
-    """Load a DINOv3 backbone state dict (`.pth`, or `.safetensors`) of the same shape.
+def load_backbone_weights(backbone: DINOv3Backbone, path: str | Path) -> str:
+    """Load a DINOv3 backbone from any file that `docs/weights.md` lists, of any patch size.
+
+    Returns
+    -------
+    str
+        What was loaded and what was adapted, for the log.
 
     Raises
     ------
     UsageError
         The file does not exist.
     CheckpointError
-        It is not a state dict without foreign objects, or keys are missing, unexpected or
-        misshapen; all are listed up to ten.
+        It holds no backbone, or keys are missing, unexpected or misshapen; all are listed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"backbone weights must be a file, got {path}: check the path")
+    formats = import_dinov3("checkpointer.weight_formats")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        return str(formats.load_backbone(backbone.vit, path))
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from error
+    except formats.WeightsError as error:
         raise CheckpointError(
-            f"backbone weights must be a state dict of tensors, got {path} "
-            f"({_first_line(error)}): fetch or convert the file again"
+            f"backbone weights must fit ViT {backbone.size}/{backbone.patch_size}: {error}"
         ) from error
-    expected = backbone.vit.state_dict()
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(
-            f"backbone weights must be a flat state dict of tensors, got {path} with other "
-            "content: take the backbone out of it first"
-        )
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
-    problems += [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
-        raise CheckpointError(
-            f"backbone weights must fit ViT {backbone.size}/{backbone.patch_size}, got {path} with "
-            f"{len(problems)} differences ({shown}): set model.size and model.patch_size to those "
-            "of the file"
-        )
-    backbone.vit.load_state_dict(state)
 
 
-def _vision_transformer() -> Any:
-    """The `DinoVisionTransformer` class of the tree in use."""
+def import_dinov3(module: str) -> Any:
+    """A module of the tree in use: `import_dinov3("train.train")` is `dinov3.train.train`.
+
+    Raises
+    ------
+    UsageError
+        `DINOCELL_DINOV3` is no such tree, or another `dinov3` is in the way.
+    """
     override = os.environ.get("DINOCELL_DINOV3")
     if override and override not in sys.path:
         if not (Path(override) / "dinov3" / "models").is_dir():
@@ -185,25 +169,23 @@ def _vision_transformer() -> Any:
                 "in the environment of the process"
             )
         sys.path.insert(0, override)
-    try:
-        from dinov3.models.vision_transformer import DinoVisionTransformer
-    except ImportError as error:
-        import dinov3
+    import dinov3
 
+    if not override and not getattr(dinov3, "DINOCELL_TREE", False):
+        raise UsageError(
+            f"the package dinov3 must be the one that comes with dinocell, got {dinov3.__file__}: "
+            "uninstall the other, or set DINOCELL_DINOV3 to its folder if you mean to use it"
+        )
+    try:
+        return importlib.import_module(f"dinov3.{module}")
+    except ImportError as error:
         found = getattr(dinov3, "__file__", None) or list(getattr(dinov3, "__path__", []))
         raise UsageError(
             f"the package dinov3 must be DINOCell's or a compatible one, got {found} ({error}): "
             "uninstall the other, or set DINOCELL_DINOV3 to the tree to use"
         ) from error
-    tree = sys.modules["dinov3"]
-    if not override and not getattr(tree, "DINOCELL_TREE", False):
-        raise UsageError(
-            f"the package dinov3 must be the one that comes with dinocell, got {tree.__file__}: "
-            "uninstall the other, or set DINOCELL_DINOV3 to its folder if you mean to use it"
-        )
-    return DinoVisionTransformer
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _vision_transformer() -> Any:
+    """The `DinoVisionTransformer` class of the tree in use."""
+    return import_dinov3("models.vision_transformer").DinoVisionTransformer

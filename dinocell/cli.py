@@ -208,6 +208,38 @@ def segment(
 
 
 @app.command()
+def pretrain(
+    config: Annotated[Path, typer.Argument(help="YAML configuration, see configs/ssl.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the configuration."),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output-dir", "-o", help="Folder of the run.  [default: runs/ssl/NAME]"),
+    ] = None,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start anew; earlier checkpoints step aside.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of start values and dropout; train.seed is the data's.")
+    ] = 0,
+) -> None:
+    """Train a backbone on images without labels (DINO, iBOT, KoLeo), or continue a stopped run.
+
+    Run the same command again after an interruption: it continues from the last checkpoint, bit
+    for bit on a CPU.  The last line names the teacher's file, which `dinocell train` starts from
+    with `backbone.weights=FILE`.
+
+    Example: `dinocell pretrain configs/ssl/cells_tiny.yaml optim.epochs=2`
+    """
+    from dinocell.training.pretrain import pretrain as run
+
+    result = run(config, overrides or [], output_dir=output_dir, resume=not no_resume, seed=seed)
+    print(f"teacher: {result}")
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML configuration, see configs/finetune.")],
     overrides: Annotated[
@@ -331,6 +363,110 @@ def evaluate(
         write = scores.to_csv if out.suffix == ".csv" else scores.to_json
         write(out)
         print(f"written: {out}")
+
+
+@app.command()
+def inspect(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT...",
+            help="Backbone files, training checkpoints or models; several are compared.",
+        ),
+    ],
+    data: Annotated[Path, typer.Option(help="Folder of multi-channel fields.")],
+    index: Annotated[
+        Path | None,
+        typer.Option(help="CSV that says which file is which channel of which field."),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of the files instead: harmony, cellvoyager, imagexpress, or a regular "
+            "expression with the group (?P<channel>...)."
+        ),
+    ] = None,
+    channels_table: Annotated[
+        Path | None,
+        typer.Option(help="With --pattern: CSV that gives channel numbers their names."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write inspect.json and inspect.png here.")
+    ] = None,
+    channels: Annotated[
+        str | None, typer.Option(help="Use these channels only: names with commas.")
+    ] = None,
+    windows_per_field: Annotated[int, typer.Option(help="Windows of each field.")] = 4,
+    window_px: Annotated[int, typer.Option(help="Edge of a window in px.")] = 224,
+    max_fields: Annotated[
+        int | None, typer.Option(help="At most so many fields, spread over the names.")
+    ] = None,
+    which: Annotated[
+        str, typer.Option(help="Of a training checkpoint: teacher or student.")
+    ] = "teacher",
+    patch_size: Annotated[
+        int | None, typer.Option(help="Adapt weights of another patch size to this one.")
+    ] = None,
+    attention: Annotated[bool, typer.Option(help="Compare the attention maps too.")] = True,
+    per_channel_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labelled channels: train a small decoder on each and report the spread."
+        ),
+    ] = None,
+    per_channel_labels: Annotated[
+        str, typer.Option(help="Name of the label image of a field in --per-channel-data.")
+    ] = "labels",
+    per_channel_steps: Annotated[
+        int, typer.Option(min=1, help="Steps of each of these decoders.")
+    ] = 200,
+    device: Device = "auto",
+    batch_size: Annotated[int, typer.Option(help="Views per network call.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the intervals, the folds and the decoders.")] = 0,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the JSON in place of the table.")
+    ] = False,
+) -> None:
+    """Score how consistent the features of a backbone are across channels, honestly.
+
+    Cosine within and between fields, retrieval of a place through another channel, effective rank,
+    attention agreement, and how well the channel can still be decoded: to be read together, because
+    collapsed features score a perfect cosine.
+
+    Example: `dinocell inspect dinocell-tiny --data fields -o out`
+    """
+    from dinocell.evaluation.channel_score import ProbeConfig
+    from dinocell.inspection import inspect_checkpoints
+
+    names = None
+    if channels is not None:
+        names = [part.strip() for part in channels.split(",") if part.strip()]
+        if not names:
+            raise UsageError("--channels must name a channel, got nothing: for example DNA,ER")
+    report = inspect_checkpoints(
+        checkpoints,
+        data,
+        index=index,
+        pattern=pattern,
+        channels_table=channels_table,
+        channels=names,
+        windows_per_field=windows_per_field,
+        window_px=window_px,
+        max_fields=max_fields,
+        which=which,
+        patch_size=patch_size,
+        attention=attention,
+        per_channel_data=per_channel_data,
+        per_channel_labels=per_channel_labels,
+        probe=ProbeConfig(steps=per_channel_steps, seed=seed),
+        device=device,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    print(report.json_text() if json else "\n".join(report.table()))
+    if out is not None:
+        for path in report.write(out):
+            print(f"written: {path}", file=sys.stderr)
 
 
 @weights_app.command("list")

@@ -17,8 +17,8 @@ ROOMS = {
     "errors": 0, "config": 0, "progress": 0,
     "image_io": 1, "preprocess": 1, "tiles": 1, "distance_map": 1, "watershed": 1, "measure": 1,
     "exports": 1, "visualize": 1, "report": 1, "scenes": 1,
-    "backbone": 2, "decoder": 2, "model": 2, "inference": 2, "flops": 2, "model_info": 2,
-    "pipeline": 3, "batch": 3, "demo": 3, "evaluation": 3, "training": 3,
+    "backbone": 2, "decoder": 2, "model": 2, "inference": 2, "flops": 2, "model_info": 2, "weights": 2,
+    "pipeline": 3, "batch": 3, "demo": 3, "evaluation": 3, "training": 3, "inspection": 3,
     "cli": 4,
 }  # fmt: skip
 MODULES = sorted((ROOT / "dinocell").rglob("*.py"))
@@ -95,7 +95,8 @@ def test_all_is_exact(path):
             for node in ast.parse(path.read_text(encoding="utf-8")).body
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
         }
-        commands = {"demo", "segment", "train", "evaluate", "weights_list", "weights_info"}
+        commands = {"demo", "segment", "train", "pretrain", "evaluate", "inspect"}
+        commands |= {"weights_list", "weights_info", "weights_fetch", "weights_convert"}
         assert public - set(declared) - (commands if path.name == "cli.py" else set()) == set()
 
 

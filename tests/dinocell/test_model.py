@@ -195,22 +195,34 @@ class TestBackboneWeights:
         save_file(source.vit.state_dict(), tmp_path / "b.safetensors")
         load_backbone_weights(DINOv3Backbone("tiny"), tmp_path / "b.safetensors")
 
-    def test_other_patch_and_keys(self, tmp_path):
-        state = DINOv3Backbone("tiny", patch_size=16).vit.state_dict()
+    def test_another_patch_size_is_adapted(self, tmp_path):
+        source = DINOv3Backbone("tiny", patch_size=16)
+        torch.save(source.vit.state_dict(), tmp_path / "b.pth")
+        target = DINOv3Backbone("tiny", patch_size=8)
+        assert "patch size 16 → 8 (nearest)" in load_backbone_weights(target, tmp_path / "b.pth")
+        image = torch.randn(1, 3, 32, 48)
+        enlarged = image.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        with torch.no_grad():
+            for small, large in zip(target.eval()(image), source.eval()(enlarged), strict=True):
+                torch.testing.assert_close(small, large, rtol=1e-5, atol=1e-5)
+
+    def test_other_keys(self, tmp_path):
+        state = DINOv3Backbone("tiny", patch_size=8).vit.state_dict()
         state["extra"] = torch.zeros(1)
+        state["cls_token"] = torch.zeros(1, 1, 7)
         del state["norm.weight"]
         torch.save(state, tmp_path / "b.pth")
         with pytest.raises(CheckpointError) as caught:
             load_backbone_weights(DINOv3Backbone("tiny", patch_size=8), tmp_path / "b.pth")
-        for part in ("missing norm.weight", "unexpected extra", "(192, 3, 16, 16) instead of"):
+        for part in ("1 missing: norm.weight", "1 unexpected: extra", "(1, 1, 7) instead of"):
             assert part in str(caught.value)
 
     def test_no_state_dict(self, tmp_path):
         (tmp_path / "b.pth").write_bytes(b"nothing")
-        with pytest.raises(CheckpointError, match="state dict"):
+        with pytest.raises(CheckpointError, match="complete file of tensors"):
             load_backbone_weights(DINOv3Backbone("tiny"), tmp_path / "b.pth")
         torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "b.pth")
-        with pytest.raises(CheckpointError, match="flat state dict"):
+        with pytest.raises(CheckpointError, match="DINOv3 ViT backbone"):
             load_backbone_weights(DINOv3Backbone("tiny"), tmp_path / "b.pth")
         with pytest.raises(UsageError, match="check the path"):
             load_backbone_weights(DINOv3Backbone("tiny"), tmp_path / "none.pth")

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -438,7 +439,7 @@ def _teacher_state(path: Path) -> dict[str, Tensor]:
         wanted: dict[str, Any] = {
             key: torch.empty(entry.size, dtype=entry.properties.dtype)
             for key, entry in entries.items()
-            if key.startswith(prefix) and hasattr(entry, "size")
+            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
         if not wanted:
             raise ValueError(

@@ -189,6 +189,8 @@ def _read_pickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if "weights only" in problem.lower():
+                problem = "no archive of tensors, or one with other objects, which are not unpickled"
     raise WeightsError(
         f"weights must be a complete file of tensors alone, got {path} ({problem}): fetch it again"
     )
@@ -278,11 +280,12 @@ def _read_dcp(path: Path, which: str) -> State:
     import warnings
 
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     try:
         reader = dcp.FileSystemReader(path)
         entries = reader.read_metadata().state_dict_metadata
-        tensors = {key: entry for key, entry in entries.items() if hasattr(entry, "size")}
+        tensors = {k: e for k, e in entries.items() if isinstance(e, TensorStorageMetadata)}
         prefixes = (*_PREFIXES[which], "model.backbone.", "model.")
         prefix = next(p for p in prefixes if p + "patch_embed.proj.weight" in tensors)
         wanted: dict[str, Any] = {

@@ -60,7 +60,7 @@ class DatasetWithEnumeratedTargets(Dataset[Any]):
 def extend_samples_with_index(dataset_class: type) -> type:
     """A subclass whose samples end with their index."""
 
-    class DatasetWithIndex(dataset_class):  # type: ignore[misc, valid-type]
+    class DatasetWithIndex(dataset_class):
         def __getitem__(self, index: int) -> tuple[Any, ...]:
             return (*super().__getitem__(index), index)
 

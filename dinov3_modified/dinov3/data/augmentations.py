@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
+from torch.nn import functional
 
 from dinov3.data.transforms import (
     IMAGENET_DEFAULT_MEAN,
@@ -102,18 +103,22 @@ class DataAugmentationDINO:
             image = self.color(image)
         bases = [self.geometric_global(image) for _ in range(2)]
         sized = [self._resized(base, self.global_crops_size) for base in bases]
-        distorted = [distort(base) for distort, base in zip(self.distort, bases, strict=True)]
-        crops = [self.normalize(self._resized(d, self.global_crops_size)) for d in distorted]
+        gram_size = self.gram_teacher_crops_size
+        # Undistorted Gram crops keep their full size while the others are distorted at their own.
+        keep_large = gram_size is not None and not self.gram_teacher_no_distortions
+        distorted = [
+            self.normalize(distort(base))
+            for distort, base in zip(self.distort, bases if keep_large else sized, strict=True)
+        ]
+        crops = [_resized_tensor(crop, self.global_crops_size) for crop in distorted]
         output: dict[str, Any] = {"weak_flag": True, "global_crops": crops}
         if self.teacher_no_color_jitter:
             output["global_crops_teacher"] = [self.normalize(base) for base in sized]
         else:
             output["global_crops_teacher"] = crops
-        if self.gram_teacher_crops_size is not None:
-            source = bases if self.gram_teacher_no_distortions else distorted
-            output["gram_teacher_crops"] = [
-                self.normalize(self._resized(crop, self.gram_teacher_crops_size)) for crop in source
-            ]
+        if gram_size is not None:
+            source = distorted if keep_large else [self.normalize(base) for base in bases]
+            output["gram_teacher_crops"] = [_resized_tensor(crop, gram_size) for crop in source]
         if self.local_crops_subset_of_global_crops:
             output["local_crops"], output["offsets"] = self._cut_from_globals(sized)
         else:
@@ -130,18 +135,24 @@ class DataAugmentationDINO:
             return image
         return image.resize((size, size), InterpolationMode.BICUBIC.filter)
 
-    def _cut_from_globals(
-        self, sized: list[Any]
-    ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+    def _cut_from_globals(self, sized: list[Any]) -> tuple[list[Tensor], list[tuple[int, int]]]:
         """Half of the local crops from each global crop, distorted anew."""
         size, patch = self.local_crops_size, self.patch_size
         room = (self.global_crops_size - size) // patch
         half = self.local_crops_number // 2
         crops, offsets = [], []
         for index in range(self.local_crops_number):
-            which = 0 if index < half else 1
-            whole = self.normalize(self.distort[which](sized[which]))
+            whole = self.normalize(self.distort_local(sized[0 if index < half else 1]))
             row, column = (int(v) for v in np.random.randint(0, max(room, 1), 2) * patch)
             crops.append(whole[:, row : row + size, column : column + size].contiguous())
             offsets.append((row, column))
         return crops, offsets
+
+
+def _resized_tensor(crop: Tensor, size: int) -> Tensor:
+    """[3, s, s] → [3, size, size], bicubic; looks at all pixels when shrinking."""
+    if crop.shape[-1] == size:
+        return crop
+    return functional.interpolate(
+        crop[None], size=(size, size), mode="bicubic", align_corners=False, antialias=True
+    )[0]

@@ -115,4 +115,6 @@ def get_batch_subset(collated_data_batch: dict[str, Any], divide_by: int) -> dic
         "upperbound": collated_data_batch["upperbound"],
         "n_masked_patches": torch.full((1,), indices.shape[0], dtype=torch.long),
     }
+    if "global_batch_size" in collated_data_batch:
+        subset["global_batch_size"] = collated_data_batch["global_batch_size"] // divide_by
     return subset

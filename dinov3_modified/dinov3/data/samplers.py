@@ -227,7 +227,11 @@ class ShardedInfiniteSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         if not self._shuffle:
             yield from InfiniteSampler(
-                **{k: v for k, v in self.arguments.items() if k != "use_new_shuffle_tensor_slice"}
+                sample_count=self._sample_count,
+                seed=self._seed,
+                start=self._start,
+                step=self._step,
+                advance=self._advance,
             )
             return
         generator = torch.Generator().manual_seed(self._seed)

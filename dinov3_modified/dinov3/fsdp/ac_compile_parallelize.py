@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,9 +58,9 @@ def get_activation_checkpoint_wrapper(cfg: Any) -> Callable[[nn.Module], nn.Modu
 def activation_checkpoint_transformer(cfg: Any, model: nn.ModuleDict) -> None:
     """Wrap each block of `model.backbone`."""
     wrap = get_activation_checkpoint_wrapper(cfg)
-    blocks = model["backbone"].blocks
-    for index, block in enumerate(blocks):  # type: ignore[arg-type]
-        blocks[index] = wrap(block)  # type: ignore[index, operator]
+    backbone: Any = model["backbone"]
+    for index, block in enumerate(backbone.blocks):
+        backbone.blocks[index] = wrap(block)
 
 
 def wrap_compile_block(
@@ -101,10 +102,11 @@ def fsdp_transformer(fsdp_config: dict[str, Any], model: nn.ModuleDict) -> None:
         if name != "backbone":
             fully_shard(module, **fsdp_config)
             continue
-        blocks = list(module.blocks)  # type: ignore[union-attr, arg-type]
+        backbone: Any = module
+        blocks = list(backbone.blocks)
         sharded = [fully_shard(block, **fsdp_config) for block in blocks]
         # Each block's weights are gathered while its neighbour still computes.
-        for before, after in zip(sharded, sharded[1:], strict=False):
+        for before, after in pairwise(sharded):
             before.set_modules_to_forward_prefetch([after])
             after.set_modules_to_backward_prefetch([before])
         fully_shard(module, **fsdp_config)
@@ -153,7 +155,8 @@ def ac_compile_parallelize(
             reduce_dtype=as_torch_dtype(cfg.compute_precision.reduce_dtype),
         )
         for model, group in zip(everything, groups, strict=True):
-            mesh = DeviceMesh.from_group(group or dist.group.WORLD, device.type)
+            world: Any = dist.group.WORLD
+            mesh = DeviceMesh.from_group(group or world, device.type)
             fsdp_transformer(
                 {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}, model
             )

@@ -81,7 +81,8 @@ def full_state_dict(module: nn.Module, strategy: str) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(module, options=options)
+    whole: dict[str, Any] = get_model_state_dict(module, options=options)
+    return whole
 
 
 def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], strategy: str) -> None:

@@ -1,24 +1,30 @@
 """Metrics and pictures to Weights & Biases (ours); a logger that fails never stops a run.
 
-Every call goes through a bounded queue to one thread.  Without an API key runs are written offline,
-for `wandb sync`.
+Every call goes through a bounded queue to one background thread.  What goes wrong there (no package,
+no network, an exception, a service that died or hangs) costs records and a warning, never an
+iteration; the same metrics are in training_metrics.json anyway.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import netrc
 import os
 import queue
 import secrets
+import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from dinov3.distributed import is_main_process
 
@@ -27,217 +33,400 @@ __all__ = ["WandbLogger", "create_wandb_logger"]
 logger = logging.getLogger("dinov3")
 
 _MODES = ("auto", "online", "offline", "disabled")
+_ID_FILE = "wandb_run_id.txt"
 _STATE_FILE = "wandb_state.json"
-_STOP = object()
-_MAX_FAILURES = 5
 
 
-def create_wandb_logger(cfg: Any) -> WandbLogger:
-    """The logger of a run; it does nothing when `wandb.enabled` is false, or in other processes
-    than the first.
+def create_wandb_logger(cfg: Any, *, resume: bool = True) -> WandbLogger:
+    """The logger of a run; it does nothing when `wandb.enabled` is false.
 
-    Raises:
-        ValueError: unknown `wandb.mode`.
+    Args:
+        cfg: a whole configuration; reads its `wandb` section and `train.output_dir`.
+        resume: false begins another wandb run in the same folder.
     """
-    settings = cfg.wandb
-    if settings.mode not in _MODES:
-        raise ValueError(
-            f"wandb.mode must be one of {', '.join(_MODES)}, got {settings.mode!r}: choose one"
-        )
-    enabled = bool(settings.enabled) and settings.mode != "disabled" and is_main_process()
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
-    return WandbLogger(
-        cfg.train.output_dir,
-        config={str(key): value for key, value in config.items()},
-        enabled=enabled,
-        project=settings.project,
-        name=settings.name or None,
-        entity=settings.entity or None,
-        tags=list(settings.tags),
-        mode=settings.mode,
-        call_timeout_s=settings.timeout_s,
-    )
+    return WandbLogger(cfg, enabled=bool(cfg.wandb.enabled), resume=resume)
 
 
 class WandbLogger:
-    """One run, the same after every resumption: its id and last step are kept in the output folder.
+    """One wandb run, the same after every resumption of the training.
+
+    Its id is kept in OUT/wandb_run_id.txt and its last step in OUT/wandb_state.json.  A resumed run
+    repeats the iterations after its checkpoint; wandb cannot take a step back, so that steps up to
+    the last one are dropped and counted.  Only the first process logs.
 
     Args:
-        output_dir: of the run; wandb's own folder is OUT/wandb.
-        config: nested plain values.
-        enabled: false: nothing happens.
-        mode: `auto` is online with an API key, offline without; `online`; `offline`.
-        call_timeout_s: how long `finish` waits, and how long the service may take to start.
+        cfg: a whole configuration; wandb gets it as nested plain values.
+        enabled: false: nothing happens, and wandb is not imported.
+        resume: false begins another wandb run.
 
     Attributes:
-        dropped: records that were lost: the queue was full, the step was old, or a call failed.
+        enabled: whether records are taken; false for good once wandb has been given up.
+        mode: online, offline or disabled, after `auto` is resolved.
         run_id: of wandb.
+        dropped_steps: records that were not later than the last step.
+        lost_records: records that a full queue or a failing call has cost.
+        last_step: the last step handed to wandb, -1 before.
+
+    Raises:
+        ValueError: a setting of the `wandb` section is out of range.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        *,
-        config: Mapping[str, Any] | None = None,
-        enabled: bool = True,
-        project: str = "dinocell",
-        name: str | None = None,
-        entity: str | None = None,
-        tags: list[str] | None = None,
-        mode: str = "auto",
-        call_timeout_s: float = 30.0,
-        queue_size: int = 256,
-    ) -> None:
-        self.output_dir = Path(output_dir)
-        self.enabled = enabled
-        self.dropped = 0
+    def __init__(self, cfg: Any, enabled: bool = True, *, resume: bool = True) -> None:
+        settings = cfg.wandb
+        _check(settings)
+        self.output_dir = Path(cfg.train.output_dir)
         self.run_id: str | None = None
-        self._timeout_s = call_timeout_s
+        self.dropped_steps = 0
+        self.lost_records = 0
+        self.last_step = -1
+        self.mode = str(settings.mode)
+        self.enabled = enabled and self.mode != "disabled" and is_main_process()
+        if self.enabled:
+            self.mode = _resolve_mode(self.mode)
+            self.enabled = self.mode != "disabled"
+        self._timeout_s = float(settings.timeout_s)
+        self._finish_timeout_s = float(settings.finish_timeout_s)
+        self._max_failures = int(settings.max_failures)
+        self._images = bool(settings.images)
         self._failures = 0
-        self._last_step = -1
+        self._floor = -1  # last step of the run before this process
+        self._abandoned = False
+        self._call: tuple[float, float] | None = None  # begin and time limit of the call in work
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        if not enabled:
+        self._owns_service = False
+        if not self.enabled:
+            self.mode = "disabled"
             return
         try:
             import wandb
-        except ImportError:
+        except Exception as error:  # not installed, or broken in its own ways
             logger.warning(
-                "wandb.enabled needs the package wandb, which is not here: pip install dinocell[wandb]; "
-                "metrics go to training_metrics.json alone"
+                "wandb.enabled must have the package wandb, got none that imports (%s): pip install "
+                "'dinocell[wandb]'; metrics go to training_metrics.json alone",
+                _line(error),
             )
             self.enabled = False
+            self.mode = "disabled"
             return
-        self._load_state()
-        if mode == "auto":
-            mode = "online" if _has_key() else "offline"
-        if self.run_id is None:
-            self.run_id = secrets.token_hex(4)
-        self._start = {
-            "project": project,
-            "name": name,
-            "entity": entity,
-            "tags": tags or [],
-            "config": dict(config or {}),
+        self._load_state(resume)
+        arguments = {
+            "project": settings.project,
+            "entity": settings.entity or None,
+            "name": settings.name or self.output_dir.resolve().name,
+            "group": settings.group or None,
+            "tags": [str(tag) for tag in settings.tags],
+            "config": OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False),
             "id": self.run_id,
             "resume": "allow",
             "dir": str(self.output_dir),
-            "mode": mode,
+            "mode": self.mode,
         }
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=queue_size)
-        self._thread = threading.Thread(target=self._work, args=(wandb,), daemon=True, name="wandb")
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(int(settings.queue_size))
+        self._thread = threading.Thread(
+            target=self._work, args=(wandb, arguments), daemon=True, name="wandb"
+        )
         self._thread.start()
 
     # --- called by the training ---
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Record numbers; of a step that is not after the last one nothing is kept."""
-        self._put(("metrics", dict(metrics), step))
+        """Record numbers of an iteration; returns at once.
+
+        Args:
+            metrics: names to numbers; tensors with one element are read in the background.
+            step: the iteration.  Several calls may have the same step, none an earlier one.
+        """
+        kept = {
+            name: value.detach() if isinstance(value, Tensor) else value
+            for name, value in metrics.items()
+        }
+        self._put(partial(self._log, kept, int(step)))
+
+    # The name in the write-up that this logger comes from.
+    log_metrics = log
 
     def log_images(self, images: Mapping[str, np.ndarray], step: int) -> None:
-        """Record pictures, uint8 (H, W, 3)."""
-        self._put(("images", dict(images), step))
+        """Record pictures; returns at once.
+
+        Args:
+            images: names to uint8 arrays (H, W, 3).
+            step: the iteration that they show.  Pictures come late from their thread, so that they
+                are put at the last step, with theirs beside them as `NAME_iteration`.
+
+        Raises:
+            ValueError: not such an array.
+        """
+        for name, picture in images.items():
+            if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+                raise ValueError(
+                    f"{name} must be a uint8 array (H, W, 3), got {picture.dtype} "
+                    f"{picture.shape}: convert it"
+                )
+        if self._images:
+            copies = {name: picture.copy() for name, picture in images.items()}
+            self._put(partial(self._log_images, copies, int(step)))
 
     def finish(self, exit_code: int = 0) -> None:
-        """Write what is left, for at most the time-out."""
-        if self._thread is None:
-            return
-        self._put((_STOP, exit_code, 0))
-        self._thread.join(self._timeout_s)
-        if self._thread.is_alive():
-            logger.warning(
-                "wandb did not finish within %.0f s and is left alone; training_metrics.json has "
-                "everything", self._timeout_s,
-            )  # fmt: skip
-        self._thread = None
-        self.enabled = False
+        """Write what is left, for at most `wandb.finish_timeout_s`; a second call does nothing.
 
-    def _put(self, item: Any) -> None:
+        Args:
+            exit_code: 0 marks the run as finished, others as failed.
+        """
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._watch()
+        deadline = time.monotonic() + self._finish_timeout_s
+        if not self._abandoned:
+            try:
+                self._queue.put(partial(self._finish, exit_code), timeout=self._finish_timeout_s)
+                self._queue.put(None, timeout=max(deadline - time.monotonic(), 0.01))
+            except queue.Full:
+                self._give_up(f"its queue was still full after {self._finish_timeout_s:g} s")
+            thread.join(max(deadline - time.monotonic(), 0.0))
+            if thread.is_alive():
+                self._give_up(f"it did not finish within {self._finish_timeout_s:g} s", hung=True)
+        else:
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait(None)  # lets the thread end if it is only waiting
+        self.enabled = False
+        if self.dropped_steps or self.lost_records:
+            logger.info(
+                "wandb: %d repeated records were left out, %d were lost",
+                self.dropped_steps,
+                self.lost_records,
+            )
+
+    def _put(self, call: Callable[[], None]) -> None:
+        if not self.enabled:
+            return
+        self._watch()
         if not self.enabled:
             return
         try:
-            self._queue.put_nowait(item)
+            self._queue.put_nowait(call)
         except queue.Full:
             self._lose("its queue is full")
 
+    def _watch(self) -> None:
+        """Give wandb up when the call in work takes longer than its limit."""
+        call = self._call
+        if call is not None and time.monotonic() - call[0] > call[1]:
+            self._give_up(f"a call took longer than {call[1]:g} s", hung=True)
+
     def _lose(self, reason: str) -> None:
-        if self.dropped == 0:
+        with self._lock:
+            self.lost_records += 1
+            first = self.lost_records == 1
+        if first:
             logger.warning("wandb lost a record (%s); the training goes on", reason)
-        self.dropped += 1
+
+    def _give_up(self, reason: str, *, hung: bool = False) -> None:
+        """Switch off for good, and say so once."""
+        with self._lock:
+            if self._abandoned:
+                return
+            self._abandoned = True
+            self.enabled = False
+        logger.warning(
+            "wandb is switched off: %s; the training goes on and training_metrics.json has all metrics",
+            reason,
+        )
+        if self._owns_service:
+            # wandb waits for its service when the program ends, for ever if that hangs.
+            try:
+                _end_service(kill=hung)
+            except Exception as error:
+                logger.info("wandb's service could not be ended: %s", _line(error))
 
     # --- in the background thread ---
 
-    def _work(self, wandb: Any) -> None:
-        try:
-            settings = wandb.Settings(init_timeout=self._timeout_s, silent=True, console="off")
-            run = wandb.init(**self._start, settings=settings)
-        except BaseException as error:
-            logger.warning(
-                "wandb could not start (%s); the training goes on without it", _line(error)
-            )
-            self.enabled = False
+    def _work(self, wandb: Any, arguments: dict[str, Any]) -> None:
+        self._owns_service = not os.environ.get("WANDB_SERVICE")
+        begun = self._try(partial(self._init, wandb, arguments), 2 * self._timeout_s)
+        if begun is not None:
+            self._give_up(f"it could not start ({begun})")
             return
-        while True:
-            kind, content, step = self._queue.get()
-            if kind is _STOP:
-                self._try(partial(run.finish, exit_code=content), "finish")
+        while not self._abandoned:
+            call = self._queue.get()
+            if call is None:
                 return
-            if not self.enabled:
+            if self._abandoned:
+                self._lose("wandb is off")
                 continue
-            if step <= self._last_step and kind == "metrics":
-                self.dropped += 1
+            last = getattr(call, "func", None) == self._finish
+            error = self._try(call, self._finish_timeout_s if last else self._timeout_s)
+            if error is None:
+                self._failures = 0
                 continue
-            if kind == "images":
-                content = {name: wandb.Image(picture) for name, picture in content.items()}
-                step = max(step, self._last_step)
-            if self._try(partial(run.log, content, step=step), "log"):
-                self._last_step = max(self._last_step, step)
-                self._save_state()
+            self._failures += 1
+            self._lose(error)
+            if last:
+                self._give_up(f"it could not finish ({error})")
+            elif self._failures >= self._max_failures:
+                self._give_up(f"{self._failures} calls in a row failed, the last with: {error}")
 
-    def _try(self, call: Any, what: str) -> bool:
+    def _try(self, call: Callable[[], None], limit_s: float) -> str | None:
+        """Run a call; None, or what went wrong."""
+        self._call = (time.monotonic(), limit_s)
         try:
             call()
-        except BaseException as error:
-            self._failures += 1
-            self._lose(f"{what}: {_line(error)}")
-            if self._failures == _MAX_FAILURES:
-                logger.warning("wandb failed %d times and is switched off", _MAX_FAILURES)
-                self.enabled = False
-            return False
-        self._failures = 0
-        return True
+        except BaseException as error:  # wandb also raises SystemExit and KeyboardInterrupt
+            return _line(error)
+        finally:
+            self._call = None
+        return None
 
-    def _load_state(self) -> None:
-        path = self.output_dir / _STATE_FILE
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            self.run_id, self._last_step = str(state["run_id"]), int(state["last_step"])
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s cannot be read (%s): a new wandb run begins", path, error)
+    def _init(self, wandb: Any, arguments: dict[str, Any]) -> None:
+        wished = {
+            "init_timeout": self._timeout_s,
+            "finish_timeout": self._finish_timeout_s,
+            "silent": True,
+            "console": "off",  # its redirection of standard output is process-wide
+            "disable_git": True,
+            "save_code": False,
+        }
+        known = getattr(wandb.Settings, "model_fields", wished)
+        settings = wandb.Settings(**{key: wished[key] for key in wished if key in known})
+        self._wandb = wandb
+        self._run = wandb.init(**arguments, settings=settings)
 
-    def _save_state(self) -> None:
-        path = self.output_dir / _STATE_FILE
-        part = path.with_suffix(".part")
+    def _log(self, metrics: dict[str, Any], step: int) -> None:
+        if step <= self._floor or step < self.last_step:
+            self.dropped_steps += 1
+            return
+        self._advance(step)
+        self._run.log({name: _plain(value) for name, value in metrics.items()}, step=step)
+
+    def _log_images(self, images: dict[str, np.ndarray], step: int) -> None:
+        if step <= self._floor:
+            self.dropped_steps += 1
+            return
+        row: dict[str, Any] = {}
+        for name, picture in images.items():
+            row[name] = self._wandb.Image(picture)
+            row[f"{name}_iteration"] = step
+        step = max(step, self.last_step)
+        self._advance(step)
+        self._run.log(row, step=step)
+
+    def _finish(self, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
+
+    # --- what outlives the process ---
+
+    def _advance(self, step: int) -> None:
+        """Record the step before it is logged: a kill between the two loses one, repeats none."""
+        if step == self.last_step:
+            return
+        self.last_step = step
+        state = {"run_id": self.run_id, "last_step": step}
         try:
-            text = json.dumps({"run_id": self.run_id, "last_step": self._last_step})
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
+            _write(self.output_dir / _STATE_FILE, json.dumps(state))
         except OSError as error:
-            self._lose(f"{_STATE_FILE}: {error}")
+            self._lose(f"{_STATE_FILE} could not be written: {_line(error)}")
+
+    def _load_state(self, resume: bool) -> None:
+        id_path, state_path = self.output_dir / _ID_FILE, self.output_dir / _STATE_FILE
+        try:
+            if resume and id_path.is_file():
+                self.run_id = id_path.read_text(encoding="utf-8").strip() or None
+            if self.run_id is None:
+                self.run_id = secrets.token_hex(4)  # not from a generator of the training
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                _write(id_path, self.run_id + "\n")
+                return
+            state = json.loads(state_path.read_text(encoding="utf-8"))
+            if state["run_id"] == self.run_id:
+                self._floor = self.last_step = int(state["last_step"])
+        except FileNotFoundError:
+            return  # killed before its first step
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.run_id = self.run_id or secrets.token_hex(4)
+            logger.warning(
+                "%s must be readable, got %s: wandb run %s goes on, and may drop repeated steps",
+                state_path,
+                _line(error),
+                self.run_id,
+            )
+
+
+def _check(settings: Any) -> None:
+    if settings.mode not in _MODES:
+        raise ValueError(
+            f"wandb.mode must be one of {', '.join(_MODES)}, got {settings.mode!r}: choose one"
+        )
+    for name in ("timeout_s", "finish_timeout_s", "queue_size", "max_failures"):
+        if not settings[name] > 0:
+            raise ValueError(f"wandb.{name} must be above 0, got {settings[name]}: raise it")
+
+
+def _resolve_mode(mode: str) -> str:
+    """`auto`: what WANDB_MODE says, else online with an API key and offline without."""
+    if mode == "auto":
+        wished = os.environ.get("WANDB_MODE", "")
+        mode = wished if wished in ("online", "offline", "disabled") else "auto"
+    if mode in ("offline", "disabled") or _has_key():
+        return "online" if mode == "auto" else mode
+    if mode == "online":
+        logger.warning(
+            "wandb.mode online must have an API key, got none: the run is written offline; set "
+            "WANDB_API_KEY or call `wandb login`, and send it later with `wandb sync`"
+        )
+    return "offline"
 
 
 def _has_key() -> bool:
     """Whether wandb could log in without asking."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    host = address.split("://")[-1].split("/")[0]
     try:
-        return "wandb" in netrc.read_text(encoding="utf-8")
-    except OSError:
+        known = netrc.netrc(os.environ.get("NETRC") or str(Path.home() / ".netrc"))
+    except (OSError, netrc.NetrcParseError, RuntimeError):
         return False
+    # Such files may name the host with or without its port.
+    return any(known.authenticators(name) for name in (host, host.split(":")[0]))
+
+
+def _end_service(*, kill: bool) -> None:
+    """See to it that a broken wandb-core process does not hold up or clutter the program's end.
+
+    Args:
+        kill: end the process too, because it hangs; else only a dead one is dealt with.
+    """
+    setup = sys.modules.get("wandb.sdk.wandb_setup")
+    connection = getattr(getattr(setup, "_singleton", None), "_connection", None)
+    process = getattr(getattr(connection, "_proc", None), "_process", None)
+    if process is None:
+        if kill:
+            logger.info("wandb's service could not be found; the program may end late")
+        return
+    if kill:
+        process.kill()
+        process.wait(5)
+    if process.poll() is not None:
+        # wandb would talk to its dead service when the program ends, and print a traceback.
+        forget = getattr(connection, "_cleanup", None)
+        if callable(forget):
+            forget()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return float(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    name = type(error).__name__
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{name}: {text}" if text else name

@@ -32,6 +32,7 @@ class DINOLoss(nn.Module):
         self.center_momentum = center_momentum
         # NaN until `init_weights`, so that a forgotten start cannot go unnoticed.
         self.register_buffer("center", torch.full((1, out_dim), torch.nan))
+        self._pending: tuple[Tensor, Tensor] | None = None
 
     def init_weights(self) -> None:
         """The centre starts at zero."""
@@ -45,13 +46,11 @@ class DINOLoss(nn.Module):
 
         Args:
             teacher_output: [..., K].
-            update_centers: move the centre towards this batch afterwards.
+            update_centers: first apply an update that `reduce_center_update` has summed.
         """
-        logits = teacher_output.float()
-        probabilities = ((logits - self.center) / teacher_temp).softmax(dim=-1)
         if update_centers:
-            self.update_center(logits)
-        return probabilities
+            self.apply_center_update()
+        return ((teacher_output.float() - self.center) / teacher_temp).softmax(dim=-1)
 
     @torch.no_grad()
     def sinkhorn_knopp_teacher(
@@ -111,8 +110,11 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def apply_center_update(self) -> None:
-        """Apply what `reduce_center_update` summed."""
+        """Apply what `reduce_center_update` summed; nothing happens twice."""
+        if self._pending is None:
+            return
         total, count = self._pending
+        self._pending = None
         self.center.lerp_((total / count).to(self.center.dtype), 1 - self.center_momentum)
 
 

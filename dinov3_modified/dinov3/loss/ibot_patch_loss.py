@@ -73,6 +73,7 @@ class iBOTPatchLoss(nn.Module):
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.full((1, 1, patch_out_dim), torch.nan))
+        self._pending: tuple[Tensor, Tensor] | None = None
         self.sinkhorn_knopp_teacher = SinkhornKnoppTeacher()
 
     def init_weights(self) -> None:
@@ -84,20 +85,18 @@ class iBOTPatchLoss(nn.Module):
         self, teacher_patch_tokens: Tensor, teacher_temp: float, update_centers: bool = True
     ) -> Tensor:
         """softmax((logits - centre) / temperature): [M, K] or [B, N, K] → the same, float32."""
+        if update_centers:
+            self.apply_center_update()
         logits = teacher_patch_tokens.float()
         center = self.center if logits.ndim == 3 else self.center[0]
-        probabilities = ((logits - center) / teacher_temp).softmax(dim=-1)
-        if update_centers:
-            self.update_center(logits)
-        return probabilities
+        return ((logits - center) / teacher_temp).softmax(dim=-1)
 
     def softmax_center_assignment(
         self, teacher_patch_tokens: Tensor, teacher_temp: float
     ) -> Assignment:
         """As `softmax_center_teacher` on [M, K], in the form that the fused loss takes."""
-        assignment = softmax_assignment(teacher_patch_tokens, self.center[0], teacher_temp)
-        self.update_center(teacher_patch_tokens)
-        return assignment
+        self.apply_center_update()
+        return softmax_assignment(teacher_patch_tokens, self.center[0], teacher_temp)
 
     def forward(
         self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor
@@ -191,7 +190,10 @@ class iBOTPatchLoss(nn.Module):
     @torch.no_grad()
     def apply_center_update(self) -> None:
         """Apply what `reduce_center_update` summed; no masked patch leaves the centre alone."""
+        if self._pending is None:
+            return
         total, count = self._pending
+        self._pending = None
         mean = (total / count.clamp(min=1.0)).to(self.center.dtype)
         moved = torch.lerp(self.center, mean.expand_as(self.center), 1 - self.center_momentum)
         self.center.copy_(torch.where(count > 0, moved, self.center))

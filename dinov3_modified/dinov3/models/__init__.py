@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -59,10 +60,12 @@ def build_model(
         "device": device,
     }
     make = getattr(vits, args.arch)
-    teacher = make(**options)
-    if only_teacher:
-        return teacher, teacher.embed_dim
-    student = make(**options, drop_path_rate=args.drop_path_rate)
+    # Parts that take no device are made there too: on "meta" nothing is drawn at random.
+    with torch.device(device) if device is not None else nullcontext():
+        teacher = make(**options)
+        if only_teacher:
+            return teacher, teacher.embed_dim
+        student = make(**options, drop_path_rate=args.drop_path_rate)
     return student, teacher, student.embed_dim
 
 

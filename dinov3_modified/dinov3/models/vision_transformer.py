@@ -133,6 +133,9 @@ class DinoVisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.n_storage_tokens = n_storage_tokens
         self.chunked_blocks = False
+        # Type that sine and cosine are handed to the blocks in; None: as they were computed.
+        # FSDP2's mixed precision casts them too, so a run without it asks for the same here.
+        self.rope_output_dtype: torch.dtype | None = None
 
         self.patch_embed = PatchEmbed(
             img_size=img_size,
@@ -224,15 +227,22 @@ class DinoVisionTransformer(nn.Module):
         kept = []
         fixed = None
         if not self.rope_embed.is_random:
-            fixed = [self.rope_embed(H=height, W=width) for height, width in grids]
+            fixed = [self._rope(height, width) for height, width in grids]
         for index, block in enumerate(self.blocks):
             ropes = fixed
             if ropes is None:  # augmented coordinates are drawn afresh in every block
-                ropes = [self.rope_embed(H=height, W=width) for height, width in grids]
+                ropes = [self._rope(height, width) for height, width in grids]
             tokens = block(tokens, ropes)
             if index in wanted:
                 kept.append(tokens)
         return tokens, kept
+
+    def _rope(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Sine and cosine of a grid, each [h·w, head width]."""
+        sin, cos = self.rope_embed(H=height, W=width)
+        if self.rope_output_dtype is None:
+            return sin, cos
+        return sin.to(self.rope_output_dtype), cos.to(self.rope_output_dtype)
 
     def _normalize(self, x: Tensor, is_local: bool = False) -> tuple[Tensor, Tensor]:
         """Final norms → CLS and storage tokens [B, 1 + R, D], patch tokens [B, N, D]."""
@@ -346,7 +356,7 @@ class DinoVisionTransformer(nn.Module):
         """
         prepared, (height, width) = self.prepare_tokens_with_masks(x, masks)
         tokens = [prepared]
-        rope = self.rope_embed(H=height, W=width)
+        rope = self._rope(height, width)
         for block in self.blocks[:-1]:
             tokens = block(tokens, [rope])
         last = self.blocks[-1]

@@ -194,6 +194,9 @@ class SSLMetaArch(nn.Module):
             cfg=self.cfg,
             trained_model_process_group=get_process_subgroup(),
         )
+        if self.strategy != "fsdp":
+            for model in (self.student, *self._frozen()):
+                model["backbone"].rope_output_dtype = self.param_dtype
         self.dino_loss.to(self.device_)
         self.ibot_patch_loss.to(self.device_)
 
@@ -360,7 +363,9 @@ class SSLMetaArch(nn.Module):
             )
         else:
             cls_centered = self.dino_loss.softmax_center_teacher(cls_logits, teacher_temp)
+            self.dino_loss.update_center(cls_logits)
             assignment = self.ibot_patch_loss.softmax_center_assignment(masked_logits, teacher_temp)
+            self.ibot_patch_loss.update_center(masked_logits)
         return {
             "cls_pre_head": cls.unflatten(0, (crops, batch)),
             "patch_pre_head": patches.unflatten(0, (crops, batch)),
@@ -632,14 +637,13 @@ class SSLMetaArch(nn.Module):
             if name == "dino_head":  # names below a head do not tell it
                 for group in found:
                     group["wd_multiplier"] *= optim.dino_head_wd_multiplier
+            if optim.multi_tensor_optim:  # each part alone, as upstream's optimiser states have it
+                found = fuse_params_groups(found)
+                for group in found:
+                    group["foreach"] = True
+                    group["fused"] = True
             groups += found
-        if not optim.multi_tensor_optim:
-            return groups
-        fused = fuse_params_groups(groups)
-        for group in fused:
-            group["foreach"] = True
-            group["fused"] = True
-        return fused
+        return groups
 
     def build_data_augmentation_dino(self, cfg: DictConfig) -> Any:
         """The crops of one sample: upstream's on RGB, or multiple views of a field's channels."""

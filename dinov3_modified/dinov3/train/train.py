@@ -599,7 +599,7 @@ def clip_gradients(model: SSLMetaArch, max_norm: float | None) -> dict[str, Tens
     for name, module in model.student.items():
         limit = max_norm if max_norm else math.inf
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm=limit)
-        norms[f"{name}_grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
+        norms[f"{name}_grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return norms
 
 

@@ -24,8 +24,8 @@ class ExtendedVisionDataset(Dataset[Any]):
 
     def __init__(
         self,
-        image_decoder: type[Decoder] = ImageDataDecoder,  # type: ignore[assignment]
-        target_decoder: type[Decoder] = TargetDecoder,  # type: ignore[assignment]
+        image_decoder: type[Decoder] = ImageDataDecoder,
+        target_decoder: type[Decoder] = TargetDecoder,
         *args: Any,
         **kwargs: Any,
     ) -> None:

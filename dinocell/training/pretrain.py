@@ -1,0 +1,67 @@
+"""Self-supervised pretraining: the tree's training program as DINOCell runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinocell.backbone import import_dinov3
+from dinocell.errors import DINOCellError, UsageError
+
+__all__ = ["pretrain"]
+
+
+def pretrain(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    output_dir: str | Path | None = None,
+    resume: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Train a backbone without labels, or continue the run of the output folder.
+
+    Parameters
+    ----------
+    config : path
+        YAML with keys of `ssl_default_config.yaml`.
+    overrides : sequence of str
+        `key=value`, in place of the file's.
+    output_dir : path, optional
+        `runs/ssl/NAME` of the configuration's file name by default.
+    resume : bool
+        Go on from the newest whole checkpoint; otherwise earlier checkpoints step aside.
+    seed : int
+        Of start values, dropout and drop path; `train.seed` is that of the data.
+
+    Returns
+    -------
+    Path
+        The teacher file of the last iteration.
+
+    Raises
+    ------
+    UsageError
+        Configuration or data are wrong, or belong to another run.
+    DINOCellError
+        The run was stopped by a signal, or its loss was no number; the state is saved.
+    """
+    config = Path(config)
+    if not config.is_file():
+        raise UsageError(f"the configuration must be a file, got {config}: see configs/ssl")
+    output_dir = Path(output_dir) if output_dir is not None else Path("runs/ssl") / config.stem
+    program = import_dinov3("train.train")
+    argv = ["--config-file", str(config), "--output-dir", str(output_dir), "--seed", str(seed)]
+    if not resume:
+        argv.append("--no-resume")
+    try:
+        program.main([*argv, *overrides])
+    except (program.Stopped, program.NonFiniteLossError) as error:
+        raise DINOCellError(str(error)) from error
+    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+        raise UsageError(str(error)) from error
+    files = sorted(
+        (output_dir / "eval").glob("training_*/teacher_checkpoint.pth"),
+        key=lambda path: int(path.parent.name.removeprefix("training_")),
+    )
+    return files[-1] if files else output_dir
