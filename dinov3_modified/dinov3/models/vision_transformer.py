@@ -32,6 +32,7 @@ __all__ = [
     "vit_large",
     "vit_small",
     "vit_so400m",
+    "vit_tiny",
 ]
 
 logger = logging.getLogger("dinov3")
@@ -343,32 +344,46 @@ class DinoVisionTransformer(nn.Module):
             results.append(tuple(item) if len(item) > 1 else patches)
         return tuple(results)
 
-    def get_last_selfattention(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Attention of the last block, computed from its q and k, which the fast kernels keep to
-        themselves.
+    def get_last_selfattention(self, x: Tensor, *, masks: Tensor | None = None) -> Tensor:
+        """Attention of the last block, worked out from its q and k (Vaswani et al. 2017, eq. 1).
+
+        The fused kernels of `forward` keep the weights to themselves.  The result is a function of
+        the image in eval mode; in train mode stochastic depth and augmented positions act on the
+        blocks before.  With sharded weights all processes must call this.
 
         Args:
             x: [B, C, H, W].
             masks: [B, N] booleans, as in `forward_features`.
 
         Returns:
-            [B, heads, T, T] float32 with T = 1 + R + N; rows (queries) sum to 1.
+            [B, heads, T, T] float32 with T = 1 + R + N (CLS, storage tokens, patches); rows are
+            queries and sum to 1.
         """
-        prepared, (height, width) = self.prepare_tokens_with_masks(x, masks)
-        tokens = [prepared]
-        rope = self._rope(height, width)
-        for block in self.blocks[:-1]:
-            tokens = block(tokens, [rope])
-        last = self.blocks[-1]
-        attention = last.attn
-        qkv = attention.qkv(last.norm1(tokens[0]))  # type: ignore[union-attr, operator]
+        last: Any = self.blocks[-1]
+        gathered: list[Any] = [module for module in (self, last) if hasattr(module, "unshard")]
+        for module in gathered:
+            module.unshard()
+        try:
+            # Gathered shards may be narrower than the weights that the caller knows.
+            x = x.to(self.patch_embed.proj.weight.dtype)
+            prepared, (height, width) = self.prepare_tokens_with_masks(x, masks)
+            tokens = [prepared]
+            for block in self.blocks[:-1]:
+                tokens = block(tokens, [self._rope(height, width)])
+            attention = last.attn
+            qkv = attention.qkv(last.norm1(tokens[0]))
+        finally:
+            for module in gathered:
+                module.reshard()
         batch, count, triple = qkv.shape
-        heads = attention.num_heads  # type: ignore[union-attr]
+        heads = attention.num_heads
         split = qkv.reshape(batch, count, 3, heads, triple // 3 // heads)
-        q, k, _ = split.permute(2, 0, 3, 1, 4)
-        q, k = attention.apply_rope(q, k, rope)  # type: ignore[union-attr, operator]
-        logits = q.float() @ k.float().transpose(-1, -2) * attention.scale  # type: ignore[union-attr]
-        return logits.softmax(dim=-1)
+        q, k, _ = split.permute(2, 0, 3, 1, 4)  # each [B, heads, T, head width]
+        q, k = attention.apply_rope(q, k, self._rope(height, width))
+        # Autocast would bring the product back to half precision.
+        with torch.autocast(q.device.type, enabled=False):
+            logits = q.float() @ k.float().transpose(-1, -2) * attention.scale
+            return logits.softmax(dim=-1)
 
     def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         """`forward_features` if `is_training`, else the head on the CLS token [B, D]."""
@@ -377,6 +392,11 @@ class DinoVisionTransformer(nn.Module):
             return features
         assert isinstance(features, dict)
         return self.head(features["x_norm_clstoken"])
+
+
+def vit_tiny(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
+    """5.5 M parameters: width 192, 12 blocks, 3 heads (ours; DeiT, Touvron et al. 2021, table 1)."""
+    return _vit(patch_size, 192, 12, 3, 4.0, kwargs)
 
 
 def vit_small(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:

@@ -277,7 +277,7 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
         self.pixel_size_um = pixel_size_um
         self.illumination_folder = extra
         self.cache_bytes = cache_mb * 2**20
-        self._cache: OrderedDict[int, ChannelField] = OrderedDict()
+        self._cache: OrderedDict[tuple[tuple[str, str], ...], ChannelField] = OrderedDict()
         found = find_fields(root, index=index, pattern=pattern, channels_table=channels_table)
         found = [
             item for item in found if _side(item) in (split.value, "all") or split is _Split.ALL
@@ -350,11 +350,13 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
         Raises:
             FieldError: a plane is unreadable, constant, or of another size than the others.
         """
-        cached = self._cache.get(index)
-        if cached is not None:
-            self._cache.move_to_end(index)
-            return cached
         item = self.fields[index]
+        # By file, so that a field that an index lists often (to be seen often) is held once.
+        key = tuple(item.files.items())
+        cached = self._cache.get(key)
+        if cached is not None:
+            self._cache.move_to_end(key)
+            return cached
         planes: dict[str, np.ndarray] = {}
         for channel, data in self.get_image_data(index).items():
             read = decode_planes(data, f"{item.name} ({channel})")
@@ -378,7 +380,7 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
             pixel_size_um=item.pixel_size_um or self.pixel_size_um,
             percentiles=self.percentiles,
         )
-        self._cache[index] = made
+        self._cache[key] = made
         total = sum(kept.nbytes for kept in self._cache.values())
         while total > self.cache_bytes and len(self._cache) > 1:
             total -= self._cache.popitem(last=False)[1].nbytes

@@ -1,0 +1,125 @@
+"""A small pretraining on real fields: `multiview` against `average`, with the anti-collapse figures.
+
+    python benchmarks/ssl_small_run.py index              # list of the images, runs/ssl/cells_index.csv
+    python benchmarks/ssl_small_run.py train multiview    # or average, single, pairwise
+    python benchmarks/ssl_small_run.py report             # benchmarks/results/ssl_small_run.json
+
+Each training leaves its checkpoints, metrics and pictures in runs/ssl/cells_STRATEGY and its start
+in runs/ssl/cells_start.pth.  Fields of two plates (val) are never trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("DINOCELL_DATA", ROOT / ".." / "shared" / "data")).resolve()
+FOLDER = Path("runs/ssl")
+INDEX = FOLDER / "cells_index.csv"
+CONFIG = ROOT / "configs" / "ssl" / "cells_tiny.yaml"
+RESULT = ROOT / "benchmarks" / "results" / "ssl_small_run.json"
+VAL = ("pediatric_BR00143976", "nf1_F7")
+# Fields with several channels are few: listed so often, they are about half of what is seen.
+REPEATS = 60
+SKIPPED = ("mask", "brightfield")
+
+
+def write_index() -> None:
+    """One row a channel file: multi-channel fields, then single-channel images of the train splits."""
+    rows = []
+    with (DATA / "cellpainting" / "channels.csv").open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            if row["channel"].lower() in SKIPPED:
+                continue
+            path = DATA / "cellpainting" / row["file"]
+            # Five fields of one channel share a folder, and so a name, in this table.
+            name = f"bbbc022/{path.stem}" if row["field"] == "bbbc022_dna" else row["field"]
+            several = row["field"] != "bbbc022_dna"
+            for number in range(REPEATS if several and name not in VAL else 1):
+                rows.append(
+                    (f"{name}@{number}", path, row["channel"], "val" if name in VAL else "train")
+                )
+    for source in ("dsb2018", "bbbc039"):
+        for path in sorted((DATA / source / "train" / "images").iterdir()):
+            rows.append((f"{source}/{path.stem}", path, "DNA", "train"))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with INDEX.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["field", "file", "channel", "split"])
+        writer.writerows(rows)
+    print(f"{INDEX}: {len({row[0] for row in rows})} fields, {len(rows)} images")
+
+
+def train(strategy: str, overrides: list[str]) -> None:
+    """Pretrain, and write the weights it started from."""
+    import torch
+
+    from dinocell.backbone import import_dinov3
+    from dinocell.training.pretrain import pretrain
+
+    start = FOLDER / "cells_start.pth"
+    if not start.is_file():
+        config = import_dinov3("configs.config")
+        args = config.DinoV3SetupArgs(str(CONFIG), output_dir=str(FOLDER / "start"))
+        cfg = config.get_cfg_from_args(args)
+        torch.manual_seed(0)
+        model = import_dinov3("train.ssl_meta_arch").SSLMetaArch(cfg)
+        model.prepare_for_distributed_training()
+        model.init_weights()
+        torch.save(model.student.backbone.state_dict(), start)
+    evaluation = [
+        "ssl_evaluation.hook=dinocell.training.ssl_evaluation:make_evaluation",
+        "ssl_evaluation.period_iterations=200",
+        f"ssl_evaluation.data={DATA / 'dsb2018'}",
+    ]
+    changes = [f"multiview.strategy={strategy}", *evaluation, *overrides]
+    print(pretrain(CONFIG, changes, output_dir=FOLDER / f"cells_{strategy}"))
+
+
+def report() -> None:
+    """Consistency of each run's teacher and of the common start, on trained and on held-out fields."""
+    from dinocell.inspection import inspect_checkpoints
+
+    checkpoints = {"start": FOLDER / "cells_start.pth"}
+    for folder in sorted(FOLDER.glob("cells_*/eval")):
+        newest = max(folder.glob("training_*"), key=lambda p: int(p.name.split("_")[1]))
+        checkpoints[folder.parent.name] = newest / "teacher_checkpoint.pth"
+    result: dict[str, object] = {"command": "python benchmarks/ssl_small_run.py report"}
+    for split in ("TRAIN", "VAL"):
+        found = inspect_checkpoints(
+            list(checkpoints.values()), FOLDER, index=INDEX, split=split, window_px=96
+        )
+        print(split)
+        print(found.text())
+        result[split] = found.to_dict()
+    curves = {}
+    for name in checkpoints:
+        path = FOLDER / name / "training_metrics.json"
+        if path.is_file():
+            curves[name] = [json.loads(line) for line in path.read_text().splitlines()]
+    result["curves"] = curves
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {RESULT}")
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=("index", "train", "report"))
+    parser.add_argument("strategy", nargs="?", default="multiview")
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    args = parser.parse_args()
+    if args.step == "index":
+        write_index()
+    elif args.step == "train":
+        train(args.strategy, args.overrides)
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    main()
