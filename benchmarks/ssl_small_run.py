@@ -73,7 +73,7 @@ def train(strategy: str, overrides: list[str]) -> None:
         torch.save(model.student.backbone.state_dict(), start)
     evaluation = [
         "ssl_evaluation.hook=dinocell.training.ssl_evaluation:make_evaluation",
-        "ssl_evaluation.period_iterations=200",
+        "ssl_evaluation.period_iterations=150",
         f"ssl_evaluation.data={DATA / 'dsb2018'}",
     ]
     changes = [f"multiview.strategy={strategy}", *evaluation, *overrides]

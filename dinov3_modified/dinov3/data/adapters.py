@@ -31,27 +31,38 @@ class DatasetWithEnumeratedTargets(Dataset[Any]):
                 )
             self._padded_size = -(-self._size // num_replicas) * num_replicas
 
+    def _inner(self, index: int) -> int:
+        """Index in the inner data set: the padding begins anew."""
+        return index % self._size
+
+    def _number(self, index: int) -> int:
+        return index if index < self._size else -1
+
     def get_image_relpath(self, index: int) -> str:
         """As the inner data set's."""
-        return self._dataset.get_image_relpath(index % self._size)
+        return self._dataset.get_image_relpath(self._inner(index))
 
     def get_image_data(self, index: int) -> bytes:
         """As the inner data set's."""
-        return self._dataset.get_image_data(index % self._size)
+        return self._dataset.get_image_data(self._inner(index))
 
     def get_target(self, index: int) -> tuple[int, Any]:
         """(index, target), index -1 for padding."""
-        target = self._dataset.get_target(index % self._size)
-        return (-1 if index >= self._size else index), target
+        return self._number(index), self._dataset.get_target(self._inner(index))
 
     def get_sample_decoder(self, index: int) -> Any:
         """As the inner data set's."""
-        return self._dataset.get_sample_decoder(index % self._size)
+        return self._dataset.get_sample_decoder(self._inner(index))
 
     def __getitem__(self, index: int) -> tuple[Any, tuple[int, Any]]:
-        image, target = self._dataset[index % self._size]
-        target = index if target is None else target
-        return image, ((-1 if index >= self._size else index), target)
+        if not 0 <= index < self._padded_size:
+            raise IndexError(
+                f"an index must be in 0..{self._padded_size - 1}, got {index}: see len()"
+            )
+        image, target = self._dataset[self._inner(index)]
+        if target is None and index < self._size:
+            target = index
+        return image, (self._number(index), target)
 
     def __len__(self) -> int:
         return self._padded_size

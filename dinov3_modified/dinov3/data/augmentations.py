@@ -46,6 +46,10 @@ class DataAugmentationDINO:
         share_color_jitter: distort the colours once for all crops.
         horizontal_flips: mirror each crop with probability 0.5.
         mean, std: of the normalisation.
+
+    Raises:
+        ValueError: a size or a number of crops below 1, a scale that is not 0 < low <= high <= 1, local
+            crops that do not fit into the global ones they are to be cut from.
     """
 
     def __init__(
@@ -65,6 +69,21 @@ class DataAugmentationDINO:
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ) -> None:
+        _check(
+            scales=(global_crops_scale, local_crops_scale),
+            counts={
+                "global_crops_size": global_crops_size,
+                "local_crops_size": local_crops_size,
+                "local_crops_number": local_crops_number,
+                "patch_size": patch_size,
+                "gram_teacher_crops_size": gram_teacher_crops_size or 1,
+            },
+        )
+        if local_crops_subset_of_global_crops and local_crops_size > global_crops_size:
+            raise ValueError(
+                f"local crops cut from global ones must not be larger, got {local_crops_size} and "
+                f"{global_crops_size}: change crops.local_crops_size or the subset option"
+            )
         self.local_crops_number = local_crops_number
         self.global_crops_size = global_crops_size
         self.local_crops_size = local_crops_size
@@ -147,6 +166,17 @@ class DataAugmentationDINO:
             crops.append(whole[:, row : row + size, column : column + size].contiguous())
             offsets.append((row, column))
         return crops, offsets
+
+
+def _check(*, scales: Sequence[Sequence[float]], counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}: change it")
+    for low, high in scales:
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"a crop scale must be 0 < low <= high <= 1, got {low} and {high}: change crops.*_scale"
+            )
 
 
 def _resized_tensor(crop: Tensor, size: int) -> Tensor:

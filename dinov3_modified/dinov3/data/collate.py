@@ -43,8 +43,10 @@ def collate_data_and_cast(
         patches of the image), `upperbound`, `n_masked_patches` [1], perhaps
         `collated_gram_teacher_crops`.
     """
-    assert n_tokens is not None
-    assert mask_generator is not None
+    if n_tokens is None or mask_generator is None:
+        raise ValueError(
+            f"n_tokens and mask_generator must be given, got {n_tokens} and {mask_generator}: give both"
+        )
     crops = [sample[0] for sample in samples_list]
 
     def stacked(name: str) -> Tensor:
@@ -94,17 +96,24 @@ def get_batch_subset(collated_data_batch: dict[str, Any], divide_by: int) -> dic
         collated_data_batch: as `collate_data_and_cast` gives; two global crops a sample.
     """
     samples = collated_data_batch["collated_global_crops"].shape[0] // 2
-    kept = -(-samples // divide_by)
 
-    def part(value: Tensor) -> Tensor:
-        return value.unflatten(0, (-1, samples))[:, :kept].flatten(0, 1)
+    def part(value: Tensor, count: int) -> Tensor:
+        kept = -(-count // divide_by)
+        return value.unflatten(0, (-1, count))[:, :kept].flatten(0, 1)
 
-    masks = part(collated_data_batch["collated_masks"])
+    all_masks = collated_data_batch["collated_masks"]
+    masked_samples = all_masks.shape[0] // 2  # not `samples` if local_batch_size was given
+    masks = part(all_masks, masked_samples)
+    while not masks.any() and all_masks.any():
+        # The heads must see a masked patch: deal the masks anew.
+        rows = list(all_masks)
+        random.shuffle(rows)
+        masks = part(torch.stack(rows), masked_samples)
     indices = masks.flatten().nonzero().flatten()
     per_image = 1 / masks.sum(-1).clamp(min=1.0)
     subset = dict(collated_data_batch)
     subset |= {
-        name: part(collated_data_batch[name])
+        name: part(collated_data_batch[name], samples)
         for name in collated_data_batch
         if name.endswith("_crops")
     }

@@ -2,26 +2,35 @@
 (matches `dinov3.data.loaders`).
 
 Every sample seeds the global generators from (seed, position) before it is read and augmented, and
-every batch before its masks are drawn.  So workers, their number and their start method change
-nothing, and a run resumes exactly from its position alone.
+every batch before its masks are drawn; afterwards they are put back.  So workers, their number and
+their start method change nothing, neither in the batches nor in the draws of the caller, and a run
+resumes exactly from its position alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import logging
+import multiprocessing
+import multiprocessing.connection
+import os
 import random
 import signal
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from functools import partial
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from dinov3.data.datasets import ImageNet
 from dinov3.data.samplers import (
     EpochSampler,
     InfiniteSampler,
@@ -32,7 +41,10 @@ from dinov3.data.samplers import (
 
 __all__ = [
     "DATASETS",
+    "DatasetKeyError",
+    "DatasetSplitError",
     "EpochSampler",
+    "ImageNet",
     "InfiniteSampler",
     "SamplerType",
     "SeededCollate",
@@ -40,8 +52,10 @@ __all__ = [
     "ShardedInfiniteSampler",
     "make_data_loader",
     "make_dataset",
+    "make_seeded_data_loader",
     "register_dataset",
     "seed_everything",
+    "seeded",
 ]
 
 logger = logging.getLogger("dinov3")
@@ -68,13 +82,32 @@ class SamplerType(Enum):
     SHARDED_INFINITE_NEW = 4
 
 
+class DatasetKeyError(ValueError, AssertionError):
+    """A dataset string has a key that the dataset does not know (upstream: AssertionError)."""
+
+
+class DatasetSplitError(ValueError, KeyError):
+    """A dataset string has a split that the dataset does not have (upstream: KeyError)."""
+
+    __str__ = Exception.__str__
+
+
 def register_dataset(name: str, address: str) -> None:
     """Make a class known to dataset strings.
 
     Args:
         address: "module:class".  A class may declare `STRING_OPTIONS`, option → type, beyond root,
             extra and split.
+
+    Raises:
+        ValueError: not of that form, or the name cannot stand in a dataset string.
     """
+    module, _, attribute = address.partition(":")
+    if not module or not attribute.isidentifier() or not name or {":", "="} & set(name):
+        raise ValueError(
+            f"a dataset must be registered as a name without ':' and '=' and as 'module:Class', got "
+            f"{name!r} and {address!r}: correct them"
+        )
     DATASETS[name] = address
 
 
@@ -102,14 +135,14 @@ def _parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
                 "write key=value"
             )
         if key not in known:
-            raise ValueError(
+            raise DatasetKeyError(
                 f"keys of {name} must be among {', '.join(known)}, got {key!r}: correct the string"
             )
         kwargs[key] = _typed(name, key, value, known[key])
     splits = getattr(class_, "Split", None)
     if splits is not None and "split" in kwargs:
         if kwargs["split"] not in splits.__members__:
-            raise ValueError(
+            raise DatasetSplitError(
                 f"split of {name} must be one of {', '.join(splits.__members__)}, got "
                 f"{kwargs['split']!r}: choose one"
             )
@@ -138,15 +171,29 @@ def make_dataset(
     """The dataset that a string names, such as `ImageFolder:root=images`.
 
     Raises:
-        ValueError: unknown name, key, split or type.
+        ValueError: unknown name, key, split or type; a key that the dataset needs is missing.
     """
     class_, kwargs = _parse_dataset_str(dataset_str)
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(class_).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+    ]
+    if missing := [key for key in needed if key not in kwargs]:
+        raise ValueError(
+            f"{dataset_str.partition(':')[0]} must be told {', '.join(needed)}, got a string without "
+            f"{', '.join(missing)}: add ':{missing[0]}=...' to {dataset_str!r}"
+        )
     dataset = class_(
         transform=transform, target_transform=target_transform, transforms=transforms, **kwargs
     )
     logger.info("data set %s: %d samples", dataset_str, len(dataset))
     # Loaders ask for these whatever the dataset is.
-    for attribute, value in (("transform", transform), ("target_transform", target_transform)):
+    for attribute, value in (
+        ("transform", transform),
+        ("target_transform", target_transform),
+        ("transforms", transforms),
+    ):
         if not hasattr(dataset, attribute):
             setattr(dataset, attribute, value)
     return dataset
@@ -165,8 +212,21 @@ def seed_everything(*place: object) -> int:
     return value
 
 
+@contextmanager
+def seeded(*place: object) -> Iterator[None]:
+    """Global generators seeded from a place in the run, and put back afterwards."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed_everything(*place)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
 class SeededDataset(Dataset[Any]):
-    """Seeds the generators from (seed, position) before each sample.
+    """Seeds the generators from (seed, position) for each sample.
 
     Args:
         dataset: what is read.
@@ -182,8 +242,8 @@ class SeededDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
         position = index.position if isinstance(index, SamplePosition) else int(index)
-        seed_everything(self.seed, position)
-        return position, self.dataset[int(index)]
+        with seeded(self.seed, position):
+            return position, self.dataset[int(index)]
 
     def get_sample_name(self, index: int) -> str:
         """Name of a sample, for messages."""
@@ -192,24 +252,59 @@ class SeededDataset(Dataset[Any]):
 
 
 class SeededCollate:
-    """Seeds the generators from (seed, position of the last sample) before a batch is made."""
+    """Seeds the generators from (seed, position of the last sample) while a batch is made."""
 
     def __init__(self, collate_fn: Callable[[Sequence[Any]], Any] | None, seed: int) -> None:
         self.collate_fn = collate_fn or default_collate
         self.seed = seed
 
     def __call__(self, samples: Sequence[tuple[int, Any]]) -> Any:
-        seed_everything(self.seed, samples[-1][0], "collate")
-        return self.collate_fn([sample for _, sample in samples])
+        with seeded(self.seed, samples[-1][0], "collate"):
+            return self.collate_fn([sample for _, sample in samples])
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def _start_worker(worker_id: int, inner: Callable[[int], None] | None = None) -> None:
     """The main process saves and ends its workers; a signal to the whole group must not."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    _end_with_the_main_process()
     if inner is not None:
         inner(worker_id)
+
+
+def _end_with_the_main_process() -> None:
+    """A worker of a fork server outlives a main process that was killed, unless it looks itself."""
+    main_process = multiprocessing.parent_process()
+    if main_process is None:
+        return
+
+    def watch() -> None:
+        multiprocessing.connection.wait([main_process.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="main process").start()
+
+
+def _start_helpers(context: str) -> None:
+    """Start multiprocessing's own processes with those signals blocked: their end is the workers'.
+
+    The fork server imports this module first, so that each worker is ready at once.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if in_main_thread else None
+    try:
+        resource_tracker.ensure_running()
+        if context == "forkserver":
+            if in_main_thread:  # the tracker's start has let two of them through again
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            multiprocessing.set_forkserver_preload(["__main__", __name__])
+            forkserver.ensure_running()
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # --- loaders ---
@@ -225,6 +320,11 @@ def _make_sampler(
     advance: int,
 ) -> Any:
     count = len(dataset)
+    if size > 0 and type is not None and type is not SamplerType.EPOCH:
+        raise ValueError(
+            f"sampler_size must be given for SamplerType.EPOCH only, got {size} for {type.name}: "
+            "leave it out or use EPOCH"
+        )
     if type is SamplerType.INFINITE:
         return InfiniteSampler(sample_count=count, shuffle=shuffle, seed=seed, advance=advance)
     if type in (SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW):
@@ -244,10 +344,6 @@ def _make_sampler(
             size=size if size > 0 else count, sample_count=count, shuffle=shuffle, seed=seed
         )
     if type is SamplerType.DISTRIBUTED:
-        if size > 0:
-            raise ValueError(
-                f"sampler_size must not be given for SamplerType.DISTRIBUTED, got {size}: use EPOCH"
-            )
         from dinov3.distributed import get_rank, get_world_size
 
         return torch.utils.data.DistributedSampler(
@@ -271,16 +367,60 @@ def make_data_loader(
     collate_fn: Callable[[Sequence[Any]], Any] | None = None,
     worker_init_fn: Callable[[int], None] | None = None,
 ) -> DataLoader[Any]:
-    """A loader whose batches are a function of seed and position.
+    """`make_seeded_data_loader` with upstream's arguments alone."""
+    return make_seeded_data_loader(
+        dataset=dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        shuffle=shuffle,
+        seed=seed,
+        sampler_type=sampler_type,
+        sampler_size=sampler_size,
+        sampler_advance=sampler_advance,
+        drop_last=drop_last,
+        persistent_workers=persistent_workers,
+        collate_fn=collate_fn,
+        worker_init_fn=worker_init_fn,
+    )
+
+
+def make_seeded_data_loader(
+    *,
+    dataset: Any,
+    batch_size: int,
+    num_workers: int,
+    shuffle: bool = True,
+    seed: int = 0,
+    sampler_type: SamplerType | None = SamplerType.INFINITE,
+    sampler_size: int = -1,
+    sampler_advance: int = 0,
+    drop_last: bool = True,
+    persistent_workers: bool = False,
+    collate_fn: Callable[[Sequence[Any]], Any] | None = None,
+    worker_init_fn: Callable[[int], None] | None = None,
+    multiprocessing_context: str = "forkserver",
+    pin_memory: bool | None = None,
+) -> DataLoader[Any]:
+    """A loader whose batches are a function of seed and position (ours).
 
     Args:
+        shuffle: has no meaning for `sampler_type` None.
         seed: of the order, the augmentations and the masks.
-        sampler_type: None: no sampler, torch's own order.
+        sampler_type: None: each sample once, in the data set's order, in every process.
         sampler_size: samples of an epoch (EPOCH).
         sampler_advance: samples of this process that are done (infinite samplers).
         collate_fn: list of samples → batch.
         worker_init_fn: called in each worker with its number.
+        multiprocessing_context: how workers start: forkserver, spawn, or fork, which is not safe in
+            a process that has used CUDA or threads.
+        pin_memory: None: if CUDA is in use in this process.
     """
+    if multiprocessing_context not in multiprocessing.get_all_start_methods():
+        raise ValueError(
+            "multiprocessing_context must be one of "
+            f"{', '.join(multiprocessing.get_all_start_methods())}, got {multiprocessing_context!r}: "
+            "choose one"
+        )
     sampler = _make_sampler(
         dataset=dataset,
         type=sampler_type,
@@ -289,17 +429,17 @@ def make_data_loader(
         size=sampler_size,
         advance=sampler_advance,
     )
+    if num_workers:
+        _start_helpers(multiprocessing_context)
     return DataLoader(
         SeededDataset(dataset, seed),
         sampler=None if sampler is None else PositionedSampler(sampler, sampler_advance),
-        shuffle=shuffle if sampler is None else None,
         batch_size=batch_size,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized() if pin_memory is None else pin_memory,
         drop_last=drop_last,
         persistent_workers=persistent_workers and num_workers > 0,
         collate_fn=SeededCollate(collate_fn, seed),
         worker_init_fn=partial(_start_worker, inner=worker_init_fn) if num_workers else None,
-        # A process that used CUDA or threads must not be forked.
-        multiprocessing_context="forkserver" if num_workers else None,
+        multiprocessing_context=multiprocessing_context if num_workers else None,
     )

@@ -27,6 +27,8 @@ __all__ = [
     "sample_order",
 ]
 
+_CHUNK = 1 << 16
+
 
 class SamplePosition(int):
     """A dataset index that knows its place in the order of all processes (ours).
@@ -65,6 +67,11 @@ class PositionedSampler(Sampler[SamplePosition]):
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Number of the pass of a finite sampler: another order, and other random numbers."""
+        self.sampler.set_epoch(epoch)
+        self.advance = epoch * len(self.sampler)
 
 
 def sample_order(loader: Any, start: int) -> Iterator[int]:
@@ -106,14 +113,14 @@ class EpochSampler(Sampler[int]):
         repeats = -(-self._size // self._sample_count)
         tiled = np.tile(np.arange(self._sample_count), repeats)
         if self._shuffle:
-            seed = self._seed * self._epoch if self._seed != 0 else self._epoch
+            seed = (self._seed or 1) * self._epoch
             chosen = np.random.default_rng(seed).choice(tiled, self._size, replace=False)
         else:
             chosen = tiled[: self._size]
         yield from (int(index) for index in chosen[self._start :: self._step])
 
     def __len__(self) -> int:
-        return (self._size - self._start + self._step - 1) // self._step
+        return len(range(self._start, self._size, self._step))
 
     def set_epoch(self, epoch: int) -> None:
         """Number of the pass."""
@@ -124,7 +131,7 @@ class InfiniteSampler(Sampler[int]):
     """All samples, again and again, each pass in an order of its own.
 
     Args:
-        advance: samples of this process to skip; whole passes are skipped at once.
+        advance: samples of this process to skip; cheap, also for many passes.
         sample_count, shuffle, seed, start, step: as in `EpochSampler`.
     """
 
@@ -162,31 +169,40 @@ class InfiniteSampler(Sampler[int]):
                 f"{self._step}: use fewer processes"
             )
         passes, rest = divmod(self._advance, per_pass)
-        generator = torch.Generator().manual_seed(self._seed)
-        if self._shuffle and passes:
-            # Each drawn index takes one 32-bit number, so that many are drawn and dropped.
-            for _ in range(passes):
-                torch.randint(0, 2, (self._sample_count,), generator=generator)
+        numbers = _random_numbers(self._seed)
+        if self._shuffle:
+            numbers.random_raw(passes * self._sample_count, output=False)
         while True:
             order: Iterator[int] = iter(range(self._sample_count))
             if self._shuffle:
-                order = _permutation(self._sample_count, generator)
+                order = _permutation(self._sample_count, numbers)
+            # To the end, so that the next pass finds its numbers.
             yield from itertools.islice(order, self._start + rest * self._step, None, self._step)
-            if self._shuffle:
-                for _ in order:  # the generator must reach the end of the pass
-                    pass
             rest = 0
 
 
-def _permutation(size: int, generator: torch.Generator) -> Iterator[int]:
-    """Fisher-Yates from the front, one draw a step (upstream's order)."""
-    kind = torch.int32 if size <= 2**31 else torch.int64
-    left = torch.arange(size, dtype=kind)
-    for index in range(size):
-        other = int(torch.randint(index, size, (1,), generator=generator))
-        value = int(left[other])
-        left[other] = left[index]
-        yield value
+def _random_numbers(seed: int) -> np.random.MT19937:
+    """The 32-bit numbers that `torch.Generator().manual_seed(seed)` gives, many at a time.
+
+    Below 2**28 values, `torch.randint(low, high, (1,))` is low + number % (high - low).
+    """
+    numbers = np.random.MT19937()
+    state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+    numbers.state = state
+    return numbers
+
+
+def _permutation(size: int, numbers: np.random.MT19937) -> Iterator[int]:
+    """Fisher-Yates from the front, one number a step (upstream's order, below 2**28 samples)."""
+    left = np.arange(size, dtype=np.int32 if size <= 2**31 else np.int64)
+    for first in range(0, size, _CHUNK):
+        places = np.arange(first, min(first + _CHUNK, size))
+        drawn = numbers.random_raw(len(places)).astype(np.int64)
+        others = places + drawn % (size - places)
+        for place, other in zip(places.tolist(), others.tolist(), strict=True):
+            value = int(left[other])
+            left[other] = left[place]
+            yield value
 
 
 class ShardedInfiniteSampler(Sampler[int]):
@@ -247,24 +263,26 @@ class ShardedInfiniteSampler(Sampler[int]):
         number, rest = divmod(self._advance, per_pass)
         while True:
             # Each pass has a seed of its own: earlier ones need not be walked through.
-            generator.manual_seed(self._seed + self._start + (number << 24))
+            seed = self._seed + self._start + (number << 24)
             shuffle = _shuffled_at_once if self._use_new else _shuffled_one_by_one
-            order = shuffle(part[:per_pass], generator)
-            yield from (int(index) for index in order[rest:])
+            order = shuffle(part[:per_pass], seed)
+            yield from order[rest:].tolist()
             rest = 0
             number += 1
 
 
-def _shuffled_at_once(part: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _shuffled_at_once(part: torch.Tensor, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
     return part[torch.randperm(len(part), generator=generator)]
 
 
-def _shuffled_one_by_one(part: torch.Tensor, generator: torch.Generator) -> np.ndarray:
+def _shuffled_one_by_one(part: torch.Tensor, seed: int) -> torch.Tensor:
     """The inside-out form of Fisher-Yates: item i goes to a random place among the first i + 1."""
-    result = np.empty(len(part), dtype=np.int64)
-    values = part.numpy()
-    for index in range(len(part)):
-        other = int(torch.randint(0, index + 1, (1,), generator=generator)) if index else 0
-        result[index] = result[other]
+    values = part.tolist()
+    drawn = _random_numbers(seed).random_raw(max(len(values) - 1, 0)).astype(np.int64)
+    others = drawn % np.arange(2, len(values) + 1)  # item 0 stays and draws nothing
+    result = values[:1]
+    for index, other in enumerate(others.tolist(), start=1):
+        result.append(result[other] if other < index else values[index])
         result[other] = values[index]
-    return result
+    return torch.tensor(result, dtype=part.dtype)

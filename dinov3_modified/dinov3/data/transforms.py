@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = [
     "CROP_DEFAULT_SIZE",
@@ -77,7 +78,10 @@ def make_interpolation_mode(mode_str: str) -> InterpolationMode:
 
 
 def to_pil(image: Any) -> Image.Image:
-    """PIL image in RGB of a PIL image, an array (H, W[, 3]) or a tensor (3, H, W), uint8 or in [0, 1]."""
+    """PIL image in RGB of a PIL image, an array (H, W[, 3]) or a tensor ([3,] H, W).
+
+    Numbers are uint8, or floats in [0, 1], which are rounded to 8 bits.
+    """
     if isinstance(image, Image.Image):
         return image if image.mode == "RGB" else image.convert("RGB")
     if isinstance(image, Tensor):
@@ -296,6 +300,8 @@ class ToNormalizedTensor:
 class Resize:
     """Resize the shorter side (or the longer one, or both) to `size` pixels.
 
+    torch does it, not PIL (1 or 2 grey levels apart), as upstream's evaluation did.
+
     Args:
         square: both sides, whatever the aspect.
         large_side: the longer side.
@@ -314,19 +320,32 @@ class Resize:
         self.large_side = large_side
         self.interpolation = interpolation
 
+    def new_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the result for an image's."""
+        if self.square:
+            return self.size, self.size
+        side = (max if self.large_side else min)(height, width)
+        # The other side is cut to whole pixels.
+        return self.size * height // side, self.size * width // side
+
     def __call__(self, image: Any) -> Image.Image:
         image = to_pil(image)
-        width, height = image.size
-        if self.square:
-            new = (self.size, self.size)
-        else:
-            side = max(width, height) if self.large_side else min(width, height)
-            # The other side is cut to whole pixels, as torchvision does.
-            new = tuple(  # type: ignore[assignment]
-                self.size if edge == side else int(self.size * edge / side)
-                for edge in (width, height)
+        old, new = (image.height, image.width), self.new_size(image.height, image.width)
+        if new == old:
+            return image
+        if 0 in new:
+            raise ValueError(
+                f"a resized image must keep a pixel, got {old} to {new}: the image is too narrow for "
+                f"resize_size {self.size}"
             )
-        return image if new == image.size else image.resize(new, self.interpolation.filter)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W] uint8
+        if self.interpolation is InterpolationMode.NEAREST:
+            pixels = functional.interpolate(pixels, new, mode="nearest")
+        else:
+            pixels = functional.interpolate(
+                pixels, new, mode=self.interpolation.value, align_corners=False, antialias=True
+            )
+        return to_pil(pixels[0])
 
 
 class CenterCrop:
@@ -335,9 +354,12 @@ class CenterCrop:
     def __init__(self, size: int) -> None:
         self.size = size
 
+    def _first(self, edge: int) -> int:
+        """First row or column; an odd pixel of padding goes to the end."""
+        return round((edge - self.size) / 2) if edge >= self.size else -((self.size - edge) // 2)
+
     def __call__(self, image: Image.Image) -> Image.Image:
-        left = round((image.width - self.size) / 2)
-        top = round((image.height - self.size) / 2)
+        left, top = self._first(image.width), self._first(image.height)
         return image.crop((left, top, left + self.size, top + self.size))
 
 

@@ -1,12 +1,20 @@
-"""Signs of collapse in the features of a batch (ours)."""
+"""Signs of collapse, and how much a step changes the weights (ours).
+
+The figures come from tensors that a step has anyway, or from one forward pass of the teacher on a
+few images; what is expensive is cut to `monitor.max_rows` rows.  What each figure says, and its
+healthy range, is in docs/monitoring.md.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 __all__ = [
@@ -15,48 +23,80 @@ __all__ = [
     "attention_entropy",
     "effective_rank",
     "feature_spread",
+    "feature_std",
+    "kl_divergence",
     "module_norms",
+    "module_statistics",
 ]
 
 logger = logging.getLogger("dinov3")
+
+_TINY = 1e-30
+_STUDENT_TEMPERATURE = 0.1
+_ATTENTION_IMAGES = 4
 
 
 def effective_rank(features: Tensor) -> float:
     """exp of the entropy of the normalised singular values (RankMe, Garrido et al. 2023, eq. 1).
 
     Args:
-        features: [B, D]; from 1 (all rows on a line) to min(B, D).
+        features: [M, D], as they are: not centred, not normalised.
+
+    Returns:
+        From 1 (all rows on a line) to min(M, D); 0 when all are 0, NaN when one is not finite.
     """
-    values = torch.linalg.svdvals(features.double())
+    rows = features.detach().cpu().double()
+    # Roots of the smaller Gram matrix's eigenvalues.  They are wrong by 1e-8 of the largest, which
+    # float64 makes less than the rounding of the features, at a tenth of a decomposition's time.
+    gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
+    if not torch.isfinite(gram).all():
+        return math.nan
+    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     total = values.sum()
     if total <= 0:
         return 0.0
     shares = values / total
-    return float(torch.exp(-(shares * torch.log(shares.clamp_min(1e-30))).sum()))
+    return float(torch.exp(-(shares * torch.log(shares.clamp_min(_TINY))).sum()))
+
+
+def feature_std(features: Tensor) -> float:
+    """Mean standard deviation per dimension of L2-normalised rows [M, D].
+
+    1/sqrt(D) for rows spread evenly over the sphere, 0 for equal ones (SimSiam, Chen and He 2021,
+    section 4.1).
+    """
+    unit = nn.functional.normalize(features.detach().double(), dim=-1)
+    return float(unit.std(dim=0, unbiased=False).mean())
 
 
 def feature_spread(features: Tensor) -> float:
-    """Mean standard deviation per dimension of L2-normalised rows, times sqrt(D).
-
-    Near 1 for features spread over the sphere, 0 for equal ones (SimSiam, Chen and He 2021, section 4.1).
-    """
-    unit = nn.functional.normalize(features.float(), dim=-1)
-    return float(unit.std(dim=0, unbiased=False).mean() * math.sqrt(features.shape[1]))
+    """`feature_std` times sqrt(D): 1 for rows [M, D] spread evenly, 0 for equal ones."""
+    return feature_std(features) * math.sqrt(features.shape[1])
 
 
 def assignment_statistics(probabilities: Tensor) -> dict[str, float]:
-    """Of soft assignments [B, K]: entropy of the mean over log K (1: all prototypes equally used),
-    mean entropy of a row over log K (1: undecided), share of prototypes that are some row's first."""
-    probabilities = probabilities.float()
-    scale = math.log(probabilities.shape[1])
-    mean = probabilities.mean(dim=0)
-    rows = -(probabilities * probabilities.clamp_min(1e-30).log()).sum(dim=1)
-    used = probabilities.argmax(dim=1).unique().numel()
-    return {
-        "prototype_entropy": float(-(mean * mean.clamp_min(1e-30).log()).sum() / scale),
-        "assignment_entropy": float(rows.mean() / scale),
-        "prototypes_used": used / min(probabilities.shape),
-    }
+    """How soft assignments [M, K] use the prototypes.
+
+    Returns:
+        `prototype_entropy`: entropy of the mean row over log K; 1 when all prototypes are used alike.
+        `assignment_entropy`: mean entropy of a row over log K; 1 when each row is undecided.
+        `prototypes_used`: prototypes that are the first of some row, over min(M, K).
+    """
+    sums = _AssignmentSums()
+    sums.add(probabilities)
+    return sums.figures()
+
+
+def kl_divergence(
+    teacher_probs: Tensor, student_logits: Tensor, student_temp: float = _STUDENT_TEMPERATURE
+) -> float:
+    """Mean of sum_k q_k (log q_k - log p_k) in nats, p = softmax(student_logits / student_temp).
+
+    Args:
+        teacher_probs: q [..., K], rows sum to 1.
+        student_logits: [..., K], row by row of the same image.
+    """
+    return float(_kl_rows(teacher_probs, student_logits, student_temp).mean())
 
 
 def attention_entropy(attention: Tensor) -> float:
@@ -65,32 +105,97 @@ def attention_entropy(attention: Tensor) -> float:
     Args:
         attention: [B, heads, T, T], rows sum to 1.
     """
-    cls = attention[:, :, 0].float()
-    entropy = -(cls * cls.clamp_min(1e-30).log()).sum(dim=-1)
-    return float(entropy.mean() / math.log(cls.shape[-1]))
+    return float(_attention_entropies(attention).mean())
 
 
-def module_norms(modules: dict[str, nn.Module] | nn.ModuleDict) -> dict[str, Tensor]:
-    """L2 norm of all weights of each module, by name; on their device."""
-    found = {}
-    for name, module in modules.items():
-        norms: list[Any] = list(torch._foreach_norm([p.detach() for p in module.parameters()]))
-        whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
-        found[f"{name}_weight_norm"] = torch.stack(whole).norm()
+def module_norms(modules: Mapping[str, nn.Module] | nn.ModuleDict) -> dict[str, Tensor]:
+    """L2 norm of all weights of each module as NAME_weight_norm; on their device.
+
+    With sharded weights all processes must call this.
+    """
+    parts = {name: list(module.parameters()) for name, module in modules.items()}
+    norms = _norms({name: _locals(params) for name, params in parts.items()}, parts)
+    return {f"{name}_weight_norm": norm for name, norm in norms.items()}
+
+
+@torch.no_grad()
+def module_statistics(
+    modules: Mapping[str, nn.Module] | nn.ModuleDict,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    per_block: bool = True,
+) -> dict[str, Tensor]:
+    """Weight norm, gradient norm and relative size of the last update, part by part.
+
+    The update is worked out from AdamW's own state (Loshchilov and Hutter 2019, algorithm 2), so
+    that no copy of the weights is needed.  With sharded weights all processes must call this.
+
+    Args:
+        modules: such as the student: backbone, dino_head, ibot_head.
+        optimizer: for the updates, after its step and before its rates change; None, or one that
+            is not AdamW: no updates.
+        per_block: divide modules into their parts (patch embedding, tokens, each block, ...).
+
+    Returns:
+        `weight_norm/PART`, `grad_norm/PART` (as the optimiser saw them, hence after clipping) and
+        `update_ratio/PART`, the norm of the update over that of the weights; 0-dim tensors on the
+        device.  Parts without gradient have the first only.
+    """
+    parts = _parts(modules, per_block)
+    weights = _norms({part: _locals(params) for part, params in parts.items()}, parts)
+    found = {f"weight_norm/{part}": norm for part, norm in weights.items()}
+    grads = {part: [p.grad for p in params if p.grad is not None] for part, params in parts.items()}
+    grads = {part: given for part, given in grads.items() if given}
+    for part, norm in _norms({k: _locals(v) for k, v in grads.items()}, grads).items():
+        found[f"grad_norm/{part}"] = norm
+    if isinstance(optimizer, torch.optim.AdamW):
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        sums, owners = {}, {}
+        for part, params in parts.items():
+            moved = [p for p in params if "exp_avg" in optimizer.state.get(p, {})]
+            if moved:
+                owners[part] = moved
+                sums[part] = torch.stack(
+                    [
+                        _adamw_update_norm(p, optimizer.state[p], groups[id(p)]).square()
+                        for p in moved
+                    ]
+                ).sum()
+        for part, norm in _finish_norms(sums, owners).items():
+            found[f"update_ratio/{part}"] = norm / weights[part].clamp_min(_TINY)
     return found
 
 
 class CollapseMonitor:
-    """Figures of the teacher's features at intervals, with a warning where they look collapsed.
+    """Figures of the features at intervals, with a warning where they look collapsed.
+
+    Either `measure` (a forward pass of the teacher), or `update` with tensors of the step, once or
+    for each accumulated batch, then `compute`.  Several processes each look at their own images.
 
     Args:
-        cfg: a configuration; reads its `monitor` section and the number of prototypes.
+        cfg: a configuration; reads its `monitor` section, the number of prototypes and the
+            teacher's temperature.
+
+    Raises:
+        ValueError: a setting of the `monitor` section is out of range.
     """
 
     def __init__(self, cfg: Any) -> None:
         self.settings = cfg.monitor
+        if self.settings.max_rows < 2:
+            raise ValueError(
+                f"monitor.max_rows must be at least 2, got {self.settings.max_rows}: 1024 is usual"
+            )
         self.flat_loss = math.log(cfg.dino.head_n_prototypes)
+        self.teacher_temp = float(cfg.teacher.teacher_temp)
         self._warned: set[str] = set()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._features: dict[str, list[Tensor]] = {}
+        self._assignments = _AssignmentSums()
+        self._kl: list[Tensor] = []
+        self._attention: list[Tensor] = []
 
     def is_due(self, iteration: int) -> bool:
         """Whether this iteration is measured."""
@@ -98,61 +203,269 @@ class CollapseMonitor:
         return bool(self.settings.enabled) and period > 0 and iteration % period == 0
 
     @torch.no_grad()
+    def update(
+        self,
+        *,
+        cls: Tensor | None = None,
+        patches: Tensor | None = None,
+        student_cls: Tensor | None = None,
+        teacher_probs: Tensor | None = None,
+        student_logits: Tensor | None = None,
+        attention: Tensor | None = None,
+    ) -> None:
+        """Take tensors of a step; nothing waits for the device.
+
+        Args:
+            cls, patches, student_cls: features [..., D] of the teacher's CLS and patch tokens, and
+                of the student's CLS token before its head.
+            teacher_probs: assignments [..., K], rows sum to 1.
+            student_logits: [..., K], row by row of the same images as `teacher_probs`; swap the two
+                crops (`flip(0)`) to compare what the loss compares.
+            attention: [B, heads, T, T].
+
+        Raises:
+            ValueError: `student_logits` without `teacher_probs`, or of another shape.
+        """
+        given = {"cls": cls, "patch": patches, "student_cls": student_cls}
+        for name, features in given.items():
+            if features is not None:
+                rows = features.detach().flatten(0, -2)
+                self._features.setdefault(name, []).append(self._thin(rows).float().clone())
+        if student_logits is not None:
+            if teacher_probs is None or teacher_probs.shape != student_logits.shape:
+                shape = None if teacher_probs is None else tuple(teacher_probs.shape)
+                raise ValueError(
+                    f"student_logits must come with teacher_probs of their shape, got "
+                    f"{tuple(student_logits.shape)} and {shape}: give both, row by row"
+                )
+            self._kl.append(_kl_rows(teacher_probs, student_logits, _STUDENT_TEMPERATURE))
+        if teacher_probs is not None:
+            self._assignments.add(teacher_probs)
+        if attention is not None:
+            self._attention.append(_attention_entropies(attention))
+
+    def compute(self) -> dict[str, float]:
+        """Figures of what `update` took since the last call, as monitor/NAME; empty if nothing."""
+        figures: dict[str, float] = {}
+        for name, chunks in self._features.items():
+            rows = self._thin(torch.cat(chunks)).cpu()
+            figures[f"{name}_std"] = feature_std(rows)
+            figures[f"{name}_spread"] = feature_spread(rows)
+            figures[f"{name}_effective_rank"] = effective_rank(rows)
+        figures |= self._assignments.figures()
+        if self._kl:
+            figures["kl_teacher_student"] = float(torch.cat(self._kl).mean())
+        if self._attention:
+            entropies = torch.cat(self._attention).cpu()  # [B, heads]
+            figures["attention_entropy"] = float(entropies.mean())
+            figures["attention_entropy_min"] = float(entropies.mean(dim=0).min())
+            figures["attention_entropy_max"] = float(entropies.mean(dim=0).max())
+        self._reset()
+        return {f"monitor/{name}": value for name, value in figures.items()}
+
+    @torch.no_grad()
     def measure(
         self, vit: nn.Module, images: Tensor, head: nn.Module | None = None
     ) -> dict[str, float]:
-        """Figures of a network in eval mode on some images.
+        """`update` and `compute` from a forward pass of a network in eval mode.
 
         Args:
             images: [B, 3, H, W]; at most `monitor.images` of them are looked at.
-            head: also the statistics of its assignments, softmax at temperature 0.07.
+            head: also the statistics of its assignments, by softmax at `teacher.teacher_temp`.
         """
         images = images[: self.settings.images]
-        out = vit(images, is_training=True)
-        cls, patches = out["x_norm_clstoken"].float(), out["x_norm_patchtokens"].float()
-        figures = {
-            "monitor/cls_spread": feature_spread(cls),
-            "monitor/cls_effective_rank": effective_rank(cls),
-            "monitor/patch_spread": feature_spread(patches.flatten(0, 1)),
-            "monitor/patch_effective_rank": effective_rank(patches.flatten(0, 1)),
-        }
         look: Any = getattr(vit, "get_last_selfattention", None)
-        if look is not None:
-            attention = look(images[:4])
-            figures["monitor/attention_entropy"] = attention_entropy(attention)
-        if head is not None:
-            probabilities = (head(out["x_norm_clstoken"]).float() / 0.07).softmax(dim=-1)
-            statistics = assignment_statistics(probabilities)
-            figures |= {f"monitor/{name}": value for name, value in statistics.items()}
-        return figures
+        with _without_compilation(vit):
+            out = vit(images, is_training=True)
+            cls = out["x_norm_clstoken"]
+            probs = None
+            if head is not None:
+                probs = (head(cls).float() / self.teacher_temp).softmax(dim=-1)
+            attention = None if look is None else look(images[:_ATTENTION_IMAGES])
+        self.update(
+            cls=cls, patches=out["x_norm_patchtokens"], teacher_probs=probs, attention=attention
+        )
+        return self.compute()
 
     def check(
-        self, figures: dict[str, float], iteration: int, dino_loss: float | None
+        self, figures: Mapping[str, float], iteration: int, dino_loss: float | None = None
     ) -> list[str]:
-        """Warn, once a sign, of what looks collapsed; returns the signs."""
+        """Warn of what looks collapsed, once until it has been well again; returns the signs.
+
+        Args:
+            figures: of `compute` or `measure`, or of `module_statistics` with monitor/ before.
+            dino_loss: of the global crops; log K is the loss of even assignments.
+        """
         settings = self.settings
-        signs: dict[str, str] = {}
         if iteration < settings.warn_after:
             return []
-        if figures.get("monitor/cls_effective_rank", math.inf) < settings.min_effective_rank:
-            signs["rank"] = (
-                f"the effective rank of CLS features is {figures['monitor/cls_effective_rank']:.2f}, "
-                f"below monitor.min_effective_rank {settings.min_effective_rank}"
-            )
-        if figures.get("monitor/cls_spread", math.inf) < settings.min_spread:
-            signs["spread"] = (
-                f"CLS features hardly differ (spread {figures['monitor/cls_spread']:.4f}, below "
-                f"monitor.min_spread {settings.min_spread})"
-            )
-        flat = dino_loss is not None and abs(dino_loss - self.flat_loss) < 0.005 * self.flat_loss
-        if flat:
-            signs["flat"] = (
-                f"the DINO loss {dino_loss:.3f} is still that of even assignments, log K = "
-                f"{self.flat_loss:.3f}"
-            )
+        signs: dict[str, str] = {}
+        for name, key, what in (
+            ("cls_effective_rank", "min_effective_rank", "the effective rank of CLS features"),
+            ("cls_spread", "min_spread", "the spread of CLS features"),
+            ("prototypes_used", "min_prototypes_used", "the share of prototypes in use"),
+        ):
+            value, limit = figures.get(f"monitor/{name}"), settings[key]
+            if value is not None and limit is not None and not value >= limit:
+                signs[name] = f"{what} is {value:.4g}, below monitor.{key} {limit}"
+        limit = settings.max_update_ratio
+        for name, value in figures.items():
+            part = name.removeprefix("monitor/update_ratio/")
+            if part != name and limit is not None and not value <= limit:
+                signs[name] = (
+                    f"a step changes {part} by {value:.2g} of its norm, above "
+                    f"monitor.max_update_ratio {limit}: lower optim.lr"
+                )
+        margin = settings.flat_loss_margin
+        if dino_loss is not None and margin is not None:
+            flat = abs(dino_loss - self.flat_loss) <= margin * self.flat_loss
+            if flat:
+                signs["flat_loss"] = (
+                    f"the DINO loss {dino_loss:.4f} is that of even assignments, log K = "
+                    f"{self.flat_loss:.4f}: nothing is learned"
+                )
         for name, text in signs.items():
             if name not in self._warned:
-                logger.warning("iteration %d: %s: the features may have collapsed", iteration, text)
-                self._warned.add(name)
-        self._warned &= signs.keys()
+                logger.warning("iteration %d: %s (docs/monitoring.md)", iteration, text)
+        self._warned = set(signs)
         return list(signs)
+
+    def _thin(self, rows: Tensor) -> Tensor:
+        """At most `monitor.max_rows` rows [M, D], evenly spaced."""
+        limit = int(self.settings.max_rows)
+        if rows.shape[0] <= limit:
+            return rows
+        chosen = torch.arange(limit, device=rows.device) * rows.shape[0] // limit
+        return rows[chosen]
+
+
+class _AssignmentSums:
+    """Sums over rows of assignments, on their device."""
+
+    def __init__(self) -> None:
+        self.mass: Tensor | None = None  # [K]
+        self.used: Tensor | None = None  # [K] bool
+        self.entropy: Tensor | None = None
+        self.rows = 0
+
+    def add(self, probabilities: Tensor) -> None:
+        rows = probabilities.detach().flatten(0, -2).float()  # [M, K]
+        if rows.shape[0] == 0:
+            return
+        if self.mass is None or self.used is None or self.entropy is None:
+            self.mass = rows.new_zeros(rows.shape[1], dtype=torch.float64)
+            self.used = torch.zeros(rows.shape[1], dtype=torch.bool, device=rows.device)
+            self.entropy = rows.new_zeros((), dtype=torch.float64)
+        self.mass += rows.sum(dim=0)
+        self.used[rows.argmax(dim=1)] = True
+        self.entropy += -(rows * rows.clamp_min(_TINY).log()).sum()
+        self.rows += rows.shape[0]
+
+    def figures(self) -> dict[str, float]:
+        if self.mass is None or self.used is None or self.entropy is None:
+            return {}
+        count = self.mass.shape[0]
+        scale = math.log(count)
+        mean = self.mass / self.rows
+        return {
+            "prototype_entropy": float(-(mean * mean.clamp_min(_TINY).log()).sum() / scale),
+            "assignment_entropy": float(self.entropy / self.rows / scale),
+            "prototypes_used": float(self.used.sum()) / min(self.rows, count),
+        }
+
+
+def _kl_rows(teacher_probs: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
+    q = teacher_probs.detach().flatten(0, -2).float()
+    log_p = torch.log_softmax(student_logits.detach().flatten(0, -2).float() / temperature, dim=-1)
+    return (q * (q.clamp_min(_TINY).log() - log_p)).sum(dim=-1)  # [M]
+
+
+def _attention_entropies(attention: Tensor) -> Tensor:
+    """Entropy of the CLS row over log T [B, heads]."""
+    cls = attention[:, :, 0].detach().float()
+    entropy = -(cls * cls.clamp_min(_TINY).log()).sum(dim=-1)
+    return entropy / math.log(cls.shape[-1])
+
+
+def _parts(
+    modules: Mapping[str, nn.Module] | nn.ModuleDict, per_block: bool
+) -> dict[str, list[nn.Parameter]]:
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, module in modules.items():
+        for path, param in module.named_parameters():
+            parts.setdefault(_part_of(name, path) if per_block else name, []).append(param)
+    return parts
+
+
+def _part_of(module: str, path: str) -> str:
+    """backbone + blocks.3.attn.qkv.weight → backbone.blocks.3; + cls_token → backbone.tokens."""
+    # Wrappers of compilation and checkpointing put names of their own between.
+    names = [n for n in path.split(".") if n not in ("_orig_mod", "_checkpoint_wrapped_module")]
+    if len(names) == 1:
+        return f"{module}.tokens"
+    depth = 2 if names[0] == "blocks" else 1
+    return ".".join([module, *names[:depth]])
+
+
+def _locals(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's own shards of tensors that are sharded."""
+    return [_local(tensor.detach()) for tensor in tensors]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _norms(
+    tensors: Mapping[str, list[Tensor]], owners: Mapping[str, Iterable[Tensor]]
+) -> dict[str, Tensor]:
+    """L2 norm of each list; whole where the owners are sharded."""
+    sums = {}
+    for name, group in tensors.items():
+        norms = torch._foreach_norm([tensor.float() for tensor in group])
+        sums[name] = torch.stack(list(norms)).square().sum()
+    return _finish_norms(sums, owners)
+
+
+def _finish_norms(
+    sums: Mapping[str, Tensor], owners: Mapping[str, Iterable[Tensor]]
+) -> dict[str, Tensor]:
+    if not sums:
+        return {}
+    squares = torch.stack(list(sums.values()))
+    sharded = torch.tensor(
+        [any(hasattr(owner, "to_local") for owner in owners[name]) for name in sums]
+    )
+    if sharded.any() and dist.is_initialized():
+        whole = squares.clone()
+        dist.all_reduce(whole)
+        squares = torch.where(sharded.to(squares.device), whole, squares)
+    return dict(zip(sums, squares.sqrt(), strict=True))
+
+
+def _adamw_update_norm(param: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    """L2 norm of the last change of a parameter (of this process's shard).
+
+    AdamW scales the weights w by 1 - decay and then subtracts m, so that the change in terms of the
+    new weights is -(m + decay * w_new) / (1 - decay).
+    """
+    beta1, beta2 = group["betas"]
+    weights = _local(param.detach())
+    step = state["step"]
+    denominator = _local(state["exp_avg_sq"]) / (1 - beta2**step).to(weights.device)
+    denominator.sqrt_().add_(group["eps"])
+    change = _local(state["exp_avg"]) / denominator
+    change.mul_(group["lr"] / (1 - beta1**step).to(weights.device))
+    decay = group["lr"] * group["weight_decay"]
+    change.add_(weights, alpha=decay)
+    return torch.linalg.vector_norm(change) / (1 - decay)
+
+
+@contextlib.contextmanager
+def _without_compilation(module: nn.Module) -> Any:
+    """Compiled parts run as written: another batch size would compile them again."""
+    if not any(getattr(part, "_compiled_call_impl", None) for part in module.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,15 +1,18 @@
 """Pictures of attention and of features, made beside the training (ours).
 
-The training thread copies the teacher's weights to the CPU; a background thread with one core does
-the rest on a network of its own.
+The training thread hands over a copy of the teacher's weights on the CPU; a background thread with
+one core does the rest on a network of its own, so that neither mode nor random numbers nor gradients
+of the training networks are touched.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,76 +20,120 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["VisualLogger", "attention_picture", "pca_picture"]
+__all__ = ["VisualLogger", "attention_picture", "pca_colors", "pca_picture"]
 
 logger = logging.getLogger("dinov3")
 
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+# Dark to bright in even steps of lightness, so that the map also reads in gray.
+_RAMP = (
+    (0.05, 0.03, 0.15),
+    (0.35, 0.07, 0.45),
+    (0.75, 0.22, 0.33),
+    (0.97, 0.55, 0.18),
+    (1, 1, 0.8),
+)
 
-def attention_picture(images: Tensor, attention: Tensor, patch_size: int) -> np.ndarray:
+
+def attention_picture(
+    images: Tensor,
+    attention: Tensor,
+    patch_size: int,
+    *,
+    mean: Sequence[float] = _IMAGENET_MEAN,
+    std: Sequence[float] = _IMAGENET_STD,
+) -> np.ndarray:
     """Each image beside the CLS token's attention to its patches, head by head.
 
     Args:
-        images: [B, 3, H, W].
-        attention: [B, heads, T, T]; the last N of T tokens are the patches.
+        images: [B, 3, H, W], normalised by `mean` and `std`.
+        attention: [B, heads, T, T], or its CLS rows [B, heads, T]; the last N of T tokens are the
+            patches, those before (CLS and storage tokens) are left out.
 
     Returns:
-        uint8 (B H, (1 + heads) W, 3); each map is stretched to its own range.
+        uint8 (B h p, (1 + heads) w p, 3); each map is stretched to its own range.
     """
-    height, width = images.shape[-2:]
-    h, w = height // patch_size, width // patch_size
-    maps = attention[:, :, 0, -h * w :].float().unflatten(-1, (h, w))
-    maps = _stretched(maps).repeat_interleave(patch_size, -2).repeat_interleave(patch_size, -1)
-    gray = _stretched(images[:, :, : h * patch_size, : w * patch_size].float().mean(dim=1))
-    rows = torch.cat([gray[:, None], maps], dim=1)  # [B, 1 + heads, H, W]
-    rows = rows.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-    return (rows * 255).byte()[..., None].expand(-1, -1, 3).numpy()
+    h, w = images.shape[-2] // patch_size, images.shape[-1] // patch_size
+    rows = attention[:, :, 0] if attention.ndim == 4 else attention  # [B, heads, T]
+    if rows.shape[-1] <= h * w:
+        raise ValueError(
+            f"attention must have CLS and {h * w} patches, got {rows.shape[-1]} tokens: give that of "
+            f"images {tuple(images.shape[-2:])} with patches of {patch_size}"
+        )
+    maps = _stretched(rows[..., -h * w :].detach().float().unflatten(-1, (h, w)))
+    colors = _ramp(_enlarged(maps, patch_size)).permute(0, 2, 1, 3, 4)  # [B, H, heads, W, 3]
+    shown = _shown(images, patch_size, mean, std)[:, :, None]  # [B, H, 1, W, 3]
+    return _to_bytes(torch.cat([shown, colors], dim=2).flatten(2, 3).flatten(0, 1))
 
 
-def pca_picture(images: Tensor, patches: Tensor, patch_size: int) -> np.ndarray:
-    """Each image beside the first three principal components of all patches as red, green, blue.
+def pca_colors(patches: Tensor) -> Tensor:
+    """First three principal components of all patches together as red, green and blue.
+
+    The sign of a component, which the decomposition leaves open, is the one with which its third
+    moment over the patches is positive: it does not jump when features change a little.
 
     Args:
+        patches: [B, N, D], D at least 3.
+
+    Returns:
+        [B, N, 3] float32 in [0, 1], from the 1st to the 99th percentile of each component; 0.5
+        throughout in a component that all patches share.
+    """
+    rows = patches.detach().flatten(0, 1).double()
+    energy = rows.square().sum()
+    rows = rows - rows.mean(dim=0)
+    values, vectors = torch.linalg.eigh(rows.T @ rows)  # ascending
+    scores = rows @ vectors[:, -3:].flip(-1)  # [B N, 3]
+    scores = torch.where((scores**3).sum(dim=0) < 0, -scores, scores)
+    low, high = torch.from_numpy(np.quantile(scores.numpy(), [0.01, 0.99], axis=0))
+    colors = ((scores - low) / (high - low).clamp_min(1e-300)).clamp(0, 1)
+    # Components that are rounding errors, of the features or of the others, would be coloured noise.
+    flat = values[-3:].flip(-1) <= torch.maximum(1e-12 * values[-1], 1e-20 * energy)
+    colors[:, flat] = 0.5
+    return colors.float().unflatten(0, patches.shape[:2])
+
+
+def pca_picture(
+    images: Tensor,
+    patches: Tensor,
+    patch_size: int,
+    *,
+    mean: Sequence[float] = _IMAGENET_MEAN,
+    std: Sequence[float] = _IMAGENET_STD,
+) -> np.ndarray:
+    """Each image beside `pca_colors` of its patches.
+
+    Args:
+        images: [B, 3, H, W], normalised by `mean` and `std`.
         patches: [B, N, D].
 
     Returns:
-        uint8 (B H, 2 W, 3); components point where their largest loading is positive.
+        uint8 (B h p, 2 w p, 3).
     """
-    height, width = images.shape[-2:]
-    h, w = height // patch_size, width // patch_size
-    rows = patches.flatten(0, 1).double()
-    rows = rows - rows.mean(dim=0)
-    _, vectors = torch.linalg.eigh(rows.T @ rows)
-    vectors = vectors[:, -3:].flip(-1)
-    largest = vectors.abs().argmax(dim=0)
-    vectors = vectors * vectors[largest, torch.arange(vectors.shape[1])].sign()
-    colors = (rows @ vectors).reshape(len(images), h, w, -1).permute(3, 0, 1, 2)  # [3, B, h, w]
-    low, high = torch.quantile(colors.flatten(1), torch.tensor([0.01, 0.99]).double(), dim=1)
-    colors = (colors - low[:, None, None, None]) / (high - low).clamp_min(1e-12)[
-        :, None, None, None
-    ]
-    colors = colors.clamp(0, 1).permute(1, 2, 3, 0).float()
-    colors = colors.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
-    gray = _stretched(images[:, :, : h * patch_size, : w * patch_size].float().mean(dim=1))
-    gray = gray[..., None].expand(-1, -1, -1, 3)
-    return (torch.cat([gray, colors], dim=2).flatten(0, 1) * 255).byte().numpy()
-
-
-def _stretched(x: Tensor) -> Tensor:
-    """Each picture (last two axes) to [0, 1]."""
-    low, high = x.amin(dim=(-2, -1), keepdim=True), x.amax(dim=(-2, -1), keepdim=True)
-    return (x - low) / (high - low).clamp_min(1e-12)
+    h, w = images.shape[-2] // patch_size, images.shape[-1] // patch_size
+    colors = pca_colors(patches).unflatten(1, (h, w)).permute(3, 0, 1, 2)  # [3, B, h, w]
+    colors = _enlarged(colors, patch_size).permute(1, 2, 3, 0)  # [B, H, W, 3]
+    shown = _shown(images, patch_size, mean, std)
+    return _to_bytes(torch.cat([shown, colors], dim=2).flatten(0, 1))
 
 
 class VisualLogger:
     """Draws at intervals in a thread of its own; a picture that is still in work is not waited for.
 
+    The same images are drawn each time: the first that are handed in, kept in OUT/visuals/images.pt
+    for the resumption of the run.
+
     Args:
-        make_vit: gives a network of the teacher's architecture on the CPU.
+        make_vit: gives a network of the teacher's architecture on the CPU; any weights.
         output_dir: pictures go to OUT/visuals/attention_N.png and pca_N.png.
         on_pictures: called with (name → picture, iteration), in the background thread.
+        mean, std: the normalisation of the images, for showing them.
 
     Attributes:
         skipped: pictures left out because the one before was still in work.
+        failed: pictures that could not be made.
+        seconds_in_training: time that all calls of `submit` have taken, network included.
     """
 
     def __init__(
@@ -94,48 +141,100 @@ class VisualLogger:
         make_vit: Callable[[], nn.Module],
         output_dir: str | Path,
         on_pictures: Callable[[dict[str, np.ndarray], int], None] | None = None,
+        *,
+        mean: Sequence[float] = _IMAGENET_MEAN,
+        std: Sequence[float] = _IMAGENET_STD,
     ) -> None:
         self._make_vit = make_vit
         self._vit: nn.Module | None = None
+        self._images: Tensor | None = None
         self._folder = Path(output_dir) / "visuals"
         self._on_pictures = on_pictures
+        self._colors = {"mean": tuple(mean), "std": tuple(std)}
         self._thread: threading.Thread | None = None
         self.skipped = 0
+        self.failed = 0
+        self.seconds_in_training = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a picture is in work, so that `submit` would skip."""
+        return self._thread is not None and self._thread.is_alive()
 
     def submit(self, state: Mapping[str, Tensor], images: Tensor, iteration: int) -> bool:
-        """Draw from a copy of the teacher's weights.
+        """Draw from a copy of the teacher's weights; returns at once.
 
         Args:
-            state: state dict of the backbone, on the CPU, not changed any more.
-            images: [B, 3, H, W].
+            state: state dict of the backbone, not changed any more (`full_state_dict` gives a copy).
+            images: [B, 3, H, W] on any device; only those of the first call count.
 
         Returns:
             Whether it was begun.
         """
-        if self._thread is not None and self._thread.is_alive():
+        if self.busy:
             self.skipped += 1
             return False
-        if self._vit is None:
-            # Here and not in the thread: making a network draws from the generator of the training.
-            with torch.random.fork_rng(devices=[]):
-                self._vit = self._make_vit().eval()
-        fixed = images.detach().float().cpu().clone()
+        begin = time.perf_counter()
+        try:
+            if self._images is None:
+                self._images = self._fixed_images(images)
+            if self._vit is None:
+                # Here and not in the thread: making a network draws random numbers.
+                with torch.random.fork_rng(devices=[]):
+                    self._vit = self._make_vit().eval().requires_grad_(False)
+        except Exception:
+            self._fail(iteration)
+            return False
         self._thread = threading.Thread(
-            target=self._draw, args=(dict(state), fixed, iteration), daemon=True, name="visuals"
+            target=self._draw, args=(dict(state), iteration), daemon=True, name="visuals"
         )
         self._thread.start()
+        self.seconds_in_training += time.perf_counter() - begin
         return True
 
-    def _draw(self, state: dict[str, Any], images: Tensor, iteration: int) -> None:
+    def close(self, timeout_s: float = 60.0) -> bool:
+        """Wait for the picture in work, at most so long; returns whether none is left."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        if self.busy:
+            logger.warning("a picture was not done within %g s and is left out", timeout_s)
+        if self.skipped:
+            logger.info("%d pictures were skipped: the one before was still in work", self.skipped)
+        return not self.busy
+
+    def _fail(self, iteration: int) -> None:
+        # Pictures are a help; whatever goes wrong with them must not end a run.
+        self.failed += 1
+        logger.warning("pictures of iteration %d could not be made", iteration, exc_info=True)
+
+    def _fixed_images(self, images: Tensor) -> Tensor:
+        path = self._folder / "images.pt"
+        if path.is_file():
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            return kept
+        own = images.detach().to("cpu", torch.float32, copy=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_name("images.pt.part")
+        torch.save(own, part)
+        os.replace(part, path)
+        return own
+
+    def _draw(self, state: dict[str, Tensor], iteration: int) -> None:
         try:
+            _use_one_core()
             vit: Any = self._vit
+            images = self._images
+            assert images is not None
             vit.load_state_dict(state)
+            rows, patches = [], []
             with torch.no_grad():
-                attention = vit.get_last_selfattention(images)
-                patches = vit(images, is_training=True)["x_norm_patchtokens"]
+                for image in images.split(1):  # T by T weights of one image at a time
+                    rows.append(vit.get_last_selfattention(image)[:, :, 0])
+                    patches.append(vit(image, is_training=True)["x_norm_patchtokens"])
+            size = vit.patch_size
             pictures = {
-                "attention": attention_picture(images, attention, vit.patch_size),
-                "pca": pca_picture(images, patches, vit.patch_size),
+                "attention": attention_picture(images, torch.cat(rows), size, **self._colors),
+                "pca": pca_picture(images, torch.cat(patches), size, **self._colors),
             }
             self._folder.mkdir(parents=True, exist_ok=True)
             for name, picture in pictures.items():
@@ -143,18 +242,54 @@ class VisualLogger:
             if self._on_pictures is not None:
                 self._on_pictures(pictures, iteration)
         except Exception:
-            # Pictures are a help; whatever goes wrong with them must not end a run.
-            logger.exception("pictures of iteration %d could not be made", iteration)
+            self._fail(iteration)
 
-    def close(self, timeout_s: float = 60.0) -> None:
-        """Wait for the picture in work."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+
+def _use_one_core() -> None:
+    """Let torch use one core in this thread only."""
+    usual = torch.get_num_threads()
+    if usual == 1:
+        return
+    torch.set_num_threads(1)
+    # The number is kept per thread, and once more for threads to come: that one is put back.
+    restore = threading.Thread(target=torch.set_num_threads, args=(usual,))
+    restore.start()
+    restore.join()
+
+
+def _stretched(x: Tensor) -> Tensor:
+    """Each picture (last two axes) to [0, 1]; a flat one to 0."""
+    low, high = x.amin(dim=(-2, -1), keepdim=True), x.amax(dim=(-2, -1), keepdim=True)
+    return (x - low) / (high - low).clamp_min(1e-12)
+
+
+def _enlarged(x: Tensor, factor: int) -> Tensor:
+    return x.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def _ramp(x: Tensor) -> Tensor:
+    """[...] in [0, 1] → colours [..., 3]."""
+    ramp = torch.tensor(_RAMP, dtype=x.dtype)
+    place = x.clamp(0, 1) * (len(_RAMP) - 1)
+    below = place.floor().long().clamp_max(len(_RAMP) - 2)
+    share = (place - below)[..., None]
+    return ramp[below] * (1 - share) + ramp[below + 1] * share
+
+
+def _shown(images: Tensor, patch: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised images → colours [B, h p, w p, 3] in [0, 1]."""
+    height, width = (math.floor(size / patch) * patch for size in images.shape[-2:])
+    rgb = images[..., :height, :width].detach().float().permute(0, 2, 3, 1)
+    return (rgb * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
+
+
+def _to_bytes(x: Tensor) -> np.ndarray:
+    return (x * 255).round().to(torch.uint8).numpy()
 
 
 def _write_png(picture: np.ndarray, path: Path) -> None:
     from PIL import Image
 
-    part = path.with_suffix(".part")
+    part = path.with_name(f"{path.name}.part")
     Image.fromarray(picture).save(part, format="PNG")
     os.replace(part, path)

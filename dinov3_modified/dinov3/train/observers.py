@@ -96,12 +96,16 @@ class Observers:
         self, iteration: int, images: Tensor, metric_logger: MetricLogger
     ) -> dict[str, float]:
         """Collapse figures of the teacher, and norms of the student's weights."""
-        with self.model._precision():
-            figures = self.monitor.measure(
-                self.model.model_ema["backbone"],
-                images.to(self.model.device_),
-                self.model.model_ema["dino_head"],
-            )
+        try:
+            with self.model._precision():
+                figures = self.monitor.measure(
+                    self.model.model_ema["backbone"],
+                    images.to(self.model.device_),
+                    self.model.model_ema["dino_head"],
+                )
+        except torch.linalg.LinAlgError:
+            logger.warning("iteration %d: the teacher's features are not finite", iteration)
+            return {}
         figures |= {
             f"monitor/{name}": float(value)
             for name, value in module_norms(self.model.student).items()

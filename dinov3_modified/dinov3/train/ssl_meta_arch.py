@@ -200,22 +200,26 @@ class SSLMetaArch(nn.Module):
         self.dino_loss.to(self.device_)
         self.ibot_patch_loss.to(self.device_)
 
-    def init_weights(self) -> None:
+    def init_weights(self, *, from_files: bool = True) -> None:
         """Start values: random, or from files of the configuration.
 
         The student is drawn on the CPU with torch's global generator and handed to every process,
         so that device and strategy do not change it.  `student.pretrained_weights` fills the
         backbone (any format, any patch size), `student.resume_from_teacher_chkpt` the backbone and
         whatever heads the file has.  The EMA starts as the student.
+
+        Args:
+            from_files: false for a run that is resumed: its checkpoint replaces these values, and
+                the files may be gone.
         """
         start = nn.ModuleDict()
         if not dist.is_initialized() or dist.get_rank(get_process_subgroup()) == 0:
-            start = self._fresh_student()
+            start = self._fresh_student(from_files=from_files)
         load_full_state_dict(self.student, start.state_dict(), self.strategy)
         load_full_state_dict(self.model_ema, start.state_dict(), self.strategy)
         self.dino_loss.init_weights()
         self.ibot_patch_loss.init_weights()
-        if self.has_gram_teacher and self.cfg.gram.ckpt:
+        if self.has_gram_teacher and self.cfg.gram.ckpt and from_files:
             logger.info("Gram teacher from %s", self.cfg.gram.ckpt)
             init_fsdp_model_from_checkpoint(
                 self.gram_teacher, self.cfg.gram.ckpt, skip_load_keys=_NOT_BACKBONE
@@ -228,7 +232,7 @@ class SSLMetaArch(nn.Module):
             logger.info("distillation teacher from %s", self.cfg.distillation.checkpoint_path)
             init_fsdp_model_from_checkpoint(self.teacher, self.cfg.distillation.checkpoint_path)
 
-    def _fresh_student(self) -> nn.ModuleDict:
+    def _fresh_student(self, *, from_files: bool) -> nn.ModuleDict:
         """A student with start values, on the CPU."""
         cfg = self.cfg
         backbone, _ = build_model_from_cfg(cfg, only_teacher=True)  # type: ignore[misc]
@@ -237,7 +241,7 @@ class SSLMetaArch(nn.Module):
             module.init_weights()  # type: ignore[operator]
         for key in ("pretrained_weights", "resume_from_teacher_chkpt"):
             path = cfg.student[key]
-            if not path:
+            if not path or not from_files:
                 continue
             self.load_report = load_backbone(
                 student["backbone"], path, patch_method=cfg.patch_adaptation.method

@@ -299,9 +299,13 @@ def _no_target(_: Any) -> tuple[()]:
     return ()
 
 
+def _photometrics_on_device(cfg: DictConfig) -> bool:
+    return bool(cfg.multiview.strategy) and cfg.multiview.photometrics == "device"
+
+
 def _crop_dtype(cfg: DictConfig, model: SSLMetaArch) -> torch.dtype:
     """Type of crops in a batch; crops that are still to be augmented keep full precision."""
-    if cfg.multiview.strategy and cfg.multiview.photometrics == "device":
+    if _photometrics_on_device(cfg):
         return torch.float32
     return model.param_dtype
 
@@ -564,8 +568,9 @@ def _forward_backward_all(
     for micro_step, data in enumerate(batches):
         seed = seed_step(cfg.accelerator.seed, rank, iteration, micro_step)
         data["global_batch_size"] = global_batch_size(cfg)
-        if cfg.multiview.strategy and cfg.multiview.photometrics == "device":
+        if _photometrics_on_device(cfg):
             data = _photometrics(cfg, model, data, seed)
+            batches[micro_step] = data  # what the network sees, also for those who look at the run
         if model.strategy == "fsdp":
             # Gradients are summed over processes once, with the last batch.
             for module in model.student.values():
@@ -726,7 +731,7 @@ def _start_record(
                 f"got {world}: start as many, or set accelerator.allow_changed_config=true (the "
                 "order of the samples changes)"
             )
-        model.init_weights()
+        model.init_weights(from_files=False)
         return record
     model.init_weights()
     report = model.load_report
@@ -806,7 +811,10 @@ def _check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
         return
     path = output_dir / "config.yaml"
     if not path.is_file():
-        return
+        raise ValueError(
+            f"a folder with checkpoints must have the config.yaml of its run, got {output_dir} without: "
+            "use another --output-dir, or --no-resume"
+        )
     old = OmegaConf.load(path)
     assert isinstance(old, DictConfig)
     differences = compare_configs(old, cfg)

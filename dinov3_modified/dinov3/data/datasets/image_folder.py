@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from dinov3.data.datasets.decoders import ImageDataDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 
 __all__ = ["ImageFolder"]
@@ -12,8 +16,24 @@ __all__ = ["ImageFolder"]
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 
 
+_EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+
+
+class _EightBitDecoder(ImageDataDecoder):
+    """Refuses what a conversion to RGB would clip."""
+
+    def decode(self) -> Image.Image:
+        with Image.open(BytesIO(self._image_data)) as image:
+            if image.mode not in _EIGHT_BITS:
+                raise ValueError(
+                    f"an image must have 8 bits a channel, got PIL mode {image.mode!r}: use "
+                    "JUMPCellPaintingMultiView for raw images, or convert it"
+                )
+            return image.convert("RGB")
+
+
 class ImageFolder(ExtendedVisionDataset):
-    """All images below a folder that PIL opens with 8 bits a channel, in the order of their paths.
+    """All images below a folder, as 8-bit RGB, in the order of their paths; hidden files are skipped.
 
     Args:
         root: the folder.
@@ -28,7 +48,7 @@ class ImageFolder(ExtendedVisionDataset):
     def __init__(
         self, *, root: str, split: str | None = None, extra: str | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(root=root, **kwargs)
+        super().__init__(image_decoder=_EightBitDecoder, root=root, **kwargs)
         folder = Path(root) / split if split else Path(root)
         if not folder.is_dir():
             raise FileNotFoundError(
@@ -37,7 +57,7 @@ class ImageFolder(ExtendedVisionDataset):
         self.paths = [
             str(path.relative_to(folder))
             for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in _SUFFIXES and path.is_file()
+            if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
         ]
         self.folder = str(folder)
         if not self.paths:

@@ -32,7 +32,7 @@ class _Split(Enum):
         return {"train": 1_281_167, "val": 50_000, "test": 100_000}[self.value]
 
     def get_dirname(self, class_id: str | None = None) -> str:
-        return self.value if class_id is None else os.path.join(self.value, class_id)
+        return os.path.join(self.value, class_id) if class_id else self.value
 
     def get_image_relpath(self, actual_index: int, class_id: str | None = None) -> str:
         folder = self.get_dirname(class_id)

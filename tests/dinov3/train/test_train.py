@@ -1,0 +1,521 @@
+"""The training program as a user runs it: whole runs, in processes of their own where signals matter."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from dinov3.train.train import (
+    NonFiniteLossError,
+    Stopped,
+    build_schedulers,
+    build_schedulers_v2,
+    main,
+    seed_step,
+)
+
+ROOT = Path(__file__).parents[3]
+SMALL = [
+    "student.arch=vit_tiny",
+    "student.patch_size=8",
+    "student.drop_path_rate=0.3",
+    "student.layerscale=0.1",
+    "student.n_storage_tokens=1",
+    "dino.head_n_prototypes=32",
+    "dino.head_hidden_dim=16",
+    "dino.head_bottleneck_dim=8",
+    "ibot.head_n_prototypes=32",
+    "ibot.head_hidden_dim=16",
+    "ibot.head_bottleneck_dim=8",
+    "compute_precision.param_dtype=fp32",
+    "crops.global_crops_size=32",
+    "crops.local_crops_size=16",
+    "crops.local_crops_number=2",
+    "train.batch_size_per_gpu=3",
+    "train.num_workers=0",
+    "train.OFFICIAL_EPOCH_LENGTH=3",
+    "optim.epochs=2",
+    "optim.warmup_epochs=1",
+    "optim.freeze_last_layer_epochs=0",
+    "teacher.warmup_teacher_temp_epochs=1",
+    "checkpointing.period=2",
+    "accelerator.device=cpu",
+    "monitor.period_iterations=2",
+    "monitor.visuals_period_iterations=3",
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Ten small RGB pictures."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(3)
+    for index in range(10):
+        picture = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory) -> Path:
+    """Six fields of three 16-bit channels, named by a pattern."""
+    import tifffile
+
+    folder = tmp_path_factory.mktemp("fields")
+    rng = np.random.default_rng(4)
+    for field in range(6):
+        for channel in ("dna", "er", "agp"):
+            plane = rng.integers(100, 4000, (72, 80)).astype(np.uint16)
+            tifffile.imwrite(folder / f"f{field}_{channel}.tif", plane)
+    return folder
+
+
+def arguments(data: str, out: Path, *changes: str) -> list[str]:
+    return ["--output-dir", str(out), *SMALL, f"train.dataset_path={data}", *changes]
+
+
+def run(images: Path, out: Path, *changes: str) -> None:
+    """A run in this process."""
+    main(arguments(f"ImageFolder:root={images}", out, *changes))
+
+
+def start(data: str, out: Path, *changes: str) -> subprocess.Popen:
+    """A run in a process of its own."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "dinov3.train.train", *arguments(data, out, *changes)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def wait_for(process: subprocess.Popen, text: str) -> str:
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"no {text!r} in:\n{seen}")
+
+
+def teacher(out: Path, iteration: int = 5) -> dict[str, torch.Tensor]:
+    path = out / "eval" / f"training_{iteration}" / "teacher_checkpoint.pth"
+    return torch.load(path, weights_only=True)["teacher"]
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = (out / "training_metrics.json").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {r["iteration"]: r["total_loss"] for r in records if "total_loss" in r}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def whole_run(images, tmp_path_factory) -> Path:
+    """An uninterrupted run, to compare with."""
+    out = tmp_path_factory.mktemp("whole")
+    code, output = finish(start(f"ImageFolder:root={images}", out))
+    assert code == 0, output
+    return out
+
+
+def test_what_a_run_leaves(whole_run):
+    assert (whole_run / "config.yaml").is_file()
+    assert (whole_run / "logs" / "log.txt").is_file()
+    assert sorted(p.name for p in (whole_run / "ckpt").iterdir()) == ["1", "3", "5"]
+    assert (whole_run / "visuals" / "attention_0000003.png").is_file()
+    assert sorted(losses(whole_run)) == [0, 5]
+    lines = (whole_run / "training_metrics.json").read_text()
+    assert "monitor/cls_effective_rank" in lines
+    names = teacher(whole_run)
+    assert {name.split(".")[0] for name in names} == {"backbone", "dino_head", "ibot_head"}
+    assert OmegaConf.load(whole_run / "config.yaml").optim.lr == 0.001, "before scaling"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_run_continues_bit_for_bit(images, whole_run, tmp_path, workers):
+    """kill -9 at some moment after a checkpoint; the number of workers changes nothing either."""
+    data, change = f"ImageFolder:root={images}", f"train.num_workers={workers}"
+    process = start(data, tmp_path, change)
+    wait_for(process, "checkpoint of iteration 1 saved")
+    time.sleep(0.05 * workers)  # not always at the same place
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "eval").exists()
+    code, output = finish(start(data, tmp_path, change))
+    assert code == 0, output
+    assert "going on with iteration" in output
+    assert same(teacher(tmp_path), teacher(whole_run))
+    assert losses(tmp_path)[5] == pytest.approx(losses(whole_run)[5], rel=0.5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_signal_saves_and_stops(images, whole_run, tmp_path, number):
+    data = f"ImageFolder:root={images}"
+    process = start(data, tmp_path, "checkpointing.period=1000")
+    wait_for(process, "Training [0/6]")
+    process.send_signal(number)
+    code, output = finish(process)
+    assert code == 1
+    assert f"stopped by {number.name} after iteration" in output
+    assert "Traceback" not in output
+    saved = int(next((tmp_path / "ckpt").iterdir()).name)
+    assert saved < 5
+    code, output = finish(start(data, tmp_path, "checkpointing.period=1000"))
+    assert f"going on with iteration {saved + 1}" in output
+    assert same(teacher(tmp_path), teacher(whole_run))
+
+
+def test_damaged_checkpoint_is_skipped(images, whole_run, tmp_path, caplog):
+    import shutil
+
+    shutil.copytree(whole_run, tmp_path / "run")
+    out = tmp_path / "run"
+    shutil.rmtree(out / "eval")
+    shard = next((out / "ckpt" / "5").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with caplog.at_level("WARNING"):
+        run(images, out)
+    text = (out / "logs" / "log.txt").read_text()
+    assert "ckpt/5 is skipped" in text
+    assert "going on with iteration 4" in text
+    assert same(teacher(out), teacher(whole_run))
+
+
+def test_finished_run_does_nothing(images, whole_run):
+    before = (whole_run / "training_metrics.json").read_text()
+    run(images, whole_run)
+    assert (whole_run / "training_metrics.json").read_text() == before
+
+
+def test_changed_configuration_is_refused(images, whole_run):
+    with pytest.raises(ValueError, match=r"1 changes .*optim.lr: 0.001 → 0.5"):
+        run(images, whole_run, "optim.lr=0.5")
+    with pytest.raises(ValueError, match="accelerator.seed: 0 → 4"):
+        run(images, whole_run, "accelerator.seed=4")
+    run(images, whole_run, "train.num_workers=1", "checkpointing.period=3")
+    run(images, whole_run, "optim.lr=0.5", "accelerator.allow_changed_config=true")
+    run(images, whole_run, "accelerator.allow_changed_config=true")  # as it was, for other tests
+
+
+def test_changed_number_of_processes_is_refused(images, whole_run, tmp_path):
+    import shutil
+
+    shutil.copytree(whole_run, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "start.json").read_text())
+    (tmp_path / "run" / "start.json").write_text(json.dumps({**record, "world_size": 4}))
+    with pytest.raises(ValueError, match="the 4 processes that it began with, got 1"):
+        run(images, tmp_path / "run")
+
+
+def test_no_resume_sets_the_old_run_aside(images, whole_run, tmp_path):
+    import shutil
+
+    shutil.copytree(whole_run, tmp_path / "run")
+    main(["--no-resume", *arguments(f"ImageFolder:root={images}", tmp_path / "run")])
+    assert sorted(p.name for p in (tmp_path / "run" / "ckpt_1").iterdir()) == ["1", "3", "5"]
+    assert same(teacher(tmp_path / "run"), teacher(whole_run))
+
+
+def test_eval_only_writes_the_teacher(images, whole_run, tmp_path):
+    import shutil
+
+    shutil.copytree(whole_run, tmp_path / "run")
+    main(["--eval-only", *arguments(f"ImageFolder:root={images}", tmp_path / "run")])
+    path = tmp_path / "run" / "eval" / "manual_5" / "teacher_checkpoint.pth"
+    assert same(torch.load(path, weights_only=True)["teacher"], teacher(whole_run))
+    with pytest.raises(ValueError, match="must find a checkpoint"):
+        main(["--eval-only", *arguments(f"ImageFolder:root={images}", tmp_path / "none")])
+
+
+def test_seed_and_data_seed_change_the_run(images, whole_run, tmp_path):
+    main(["--seed", "1", *arguments(f"ImageFolder:root={images}", tmp_path / "a")])
+    run(images, tmp_path / "b", "train.seed=1")
+    assert not same(teacher(tmp_path / "a"), teacher(whole_run))
+    assert not same(teacher(tmp_path / "b"), teacher(whole_run))
+
+
+def test_nan_stops_with_names_and_state(images, tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"in iteration \d with the samples \d.png") as caught:
+        run(images, tmp_path, "optim.lr=1e30", "optim.clip_grad=1e30", "optim.warmup_epochs=0")
+    iteration = int(str(caught.value).split("iteration ")[1].split()[0])
+    folder = tmp_path / "nan_logs" / f"iteration_{iteration}"
+    assert len(json.loads((folder / "samples.json").read_text())) == 3
+    assert torch.load(folder / "batch.pth", weights_only=True)[0]["collated_global_crops"].shape == (
+        6, 3, 32, 32,
+    )  # fmt: skip
+    assert (folder / "state" / "COMPLETE.json").is_file()
+
+
+def test_sample_names_are_those_of_the_batch(images, tmp_path):
+    """The named samples, augmented again from their positions, are the batch."""
+    with pytest.raises(NonFiniteLossError):
+        run(images, tmp_path, "optim.lr=1e30", "optim.clip_grad=1e30", "optim.warmup_epochs=0")
+    folder = next((tmp_path / "nan_logs").iterdir())
+    iteration = int(folder.name.split("_")[1])
+    from dinov3.data.samplers import InfiniteSampler
+
+    order = iter(InfiniteSampler(sample_count=10, shuffle=True, seed=1))
+    indices = [next(order) for _ in range(3 * (iteration + 1))][-3:]
+    names = json.loads((folder / "samples.json").read_text())
+    assert names == [f"{index}.png" for index in indices]
+
+
+def test_multi_resolution_run_resumes(images, tmp_path):
+    changes = [
+        "crops.global_crops_size=[32,48]",
+        "crops.local_crops_size=[16,24]",
+        "crops.global_local_crop_pairs_ratios=[0.5,0.5]",
+        "crops.gram_teacher_crops_size=[null,null]",
+        "checkpointing.max_to_keep=10",
+        "checkpointing.period=1",
+    ]
+    run(images, tmp_path / "a", *changes)
+    import shutil
+
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for iteration in (3, 4, 5):
+        shutil.rmtree(tmp_path / "b" / "ckpt" / str(iteration))
+    shutil.rmtree(tmp_path / "b" / "eval")
+    run(images, tmp_path / "b", *changes)
+    assert same(teacher(tmp_path / "a"), teacher(tmp_path / "b"))
+
+
+def test_accumulation_sees_other_samples(images, tmp_path):
+    run(images, tmp_path, "accelerator.accumulation_steps=2", "optim.epochs=1")
+    line = json.loads((tmp_path / "training_metrics.json").read_text().splitlines()[-1])
+    assert line["global_batch_size"] == 6
+    assert line["local_batch_size"] == 3
+    config = OmegaConf.load(tmp_path / "config.yaml")
+    assert config.optim.lr == 0.001
+    peak = 0.001 * 4 * (6 / 1024) ** 0.5
+    assert line["lr"] == pytest.approx(peak / 2, rel=0.01), "the median of 0, half and peak"
+
+
+@pytest.mark.parametrize("photometrics", ["worker", "device", "none"])
+def test_multiview_run(fields, tmp_path, photometrics):
+    data = (
+        f"JUMPCellPaintingMultiView:root={fields}:"
+        r"pattern=(?P<field>f\d)_(?P<channel>\w+)\.tif"
+    )
+    main(
+        arguments(
+            data,
+            tmp_path,
+            "multiview.strategy=multiview",
+            f"multiview.photometrics={photometrics}",
+            "optim.epochs=1",
+        )
+    )
+    assert np.isfinite(list(losses(tmp_path).values())).all()
+
+
+def test_evaluation_hook_and_its_failure(images, tmp_path, monkeypatch):
+    calls = []
+
+    def make(cfg):
+        def evaluate(backbone, iteration, output_dir):
+            calls.append((iteration, next(backbone.parameters()).requires_grad))
+            if iteration > 1:
+                raise RuntimeError("no room")
+            return {"eval/ap50": 0.25}
+
+        return evaluate
+
+    module = types.ModuleType("a_hook")
+    module.make = make
+    monkeypatch.setitem(sys.modules, "a_hook", module)
+    run(images, tmp_path, "ssl_evaluation.hook=a_hook:make", "ssl_evaluation.period_iterations=2",
+        "optim.epochs=2")  # fmt: skip
+    assert [iteration for iteration, _ in calls] == [1, 3, 5]
+    assert '"eval/ap50": 0.25' in (tmp_path / "training_metrics.json").read_text()
+    assert "the evaluation of iteration 3 failed" in (tmp_path / "logs" / "log.txt").read_text()
+    with pytest.raises(ValueError, match=r"package.module:function, got 'nothing:x'"):
+        run(images, tmp_path / "b", "ssl_evaluation.hook=nothing:x",
+            "ssl_evaluation.period_iterations=1")  # fmt: skip
+
+
+def test_evaluation_does_not_change_the_run(images, whole_run, tmp_path, monkeypatch):
+    def make(cfg):
+        def evaluate(backbone, iteration, output_dir):
+            torch.manual_seed(99)
+            np.random.default_rng().random()
+            return {}
+
+        return evaluate
+
+    module = types.ModuleType("another_hook")
+    module.make = make
+    monkeypatch.setitem(sys.modules, "another_hook", module)
+    run(images, tmp_path, "ssl_evaluation.hook=another_hook:make",
+        "ssl_evaluation.period_iterations=1")  # fmt: skip
+    assert same(teacher(tmp_path), teacher(whole_run))
+
+
+def test_start_from_a_patch_16_file_is_remembered(images, tmp_path, whole_run):
+    """The multiplier of the adapted patch embedding holds after a resumption without the file."""
+    from dinov3.models.vision_transformer import vit_tiny
+
+    torch.manual_seed(0)
+    options = {"layerscale_init": 0.1, "n_storage_tokens": 1}
+    vit = vit_tiny(patch_size=16, **options)
+    vit.init_weights()
+    torch.save(vit.state_dict(), tmp_path / "b.pth")
+    changes = [f"student.pretrained_weights={tmp_path / 'b.pth'}", "checkpointing.max_to_keep=9"]
+    run(images, tmp_path / "a", *changes)
+    record = json.loads((tmp_path / "a" / "start.json").read_text())
+    assert record["from_patch_size"] == 16
+    assert record["patch_embed_lr_mult"] == 1.0
+    log = (tmp_path / "a" / "logs" / "log.txt").read_text()
+    assert "patch size 16 → 8 (nearest)" in log
+    assert "optim.patch_embed_lr_mult: 1.0 instead of 0.2" in log
+    import shutil
+
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "ckpt" / "5")
+    shutil.rmtree(tmp_path / "b" / "eval")
+    (tmp_path / "b.pth").unlink()
+    run(images, tmp_path / "b", *changes)
+    assert same(teacher(tmp_path / "a"), teacher(tmp_path / "b"))
+    assert not same(teacher(tmp_path / "a"), teacher(whole_run))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes(images, tmp_path, strategy):
+    """Both strategies start with torchrun, leave one set of files, and resume."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
+    out = tmp_path / strategy
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "dinov3.train.train",
+        *arguments(f"ImageFolder:root={images}", out, f"accelerator.strategy={strategy}",
+                   "student.drop_path_rate=0.0"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=150, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = json.loads((out / "training_metrics.json").read_text().splitlines()[-1])
+    assert line["global_batch_size"] == 6
+    assert sorted(p.name for p in (out / "ckpt").iterdir()) == ["1", "3", "5"]
+    if strategy == "fsdp":  # its weights are those of replicas up to rounding
+        reference = tmp_path / "ddp"
+        command[command.index("accelerator.strategy=fsdp")] = "accelerator.strategy=ddp"
+        command[command.index(str(out))] = str(reference)
+        subprocess.run(command, capture_output=True, env=environment, timeout=150, check=True)
+        expected = teacher(reference)
+        for name, value in teacher(out).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
+
+
+# --- wrong input ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.dataset_path=Nope:root=x"], "must name one of ImageNet, ImageFolder"),
+        (["train.dataset_path=ImageFolder:root=/nowhere"], "must have a folder, got /nowhere"),
+        (["train.dataset_path=ImageFolder:colour=red"], "keys of ImageFolder must be among"),
+        (["optim.lrr=1"], "got optim.lrr in the command line; near it: optim.lr"),
+        (["optim.lr=fast"], "optim.lr must be a number, got 'fast'"),
+        (["optim.lr"], "changes must be key=value, got 'optim.lr'"),
+        (["crops.global_crops_size=36"], "must be multiples of the patch size 8"),
+        (["optim.warmup_epochs=50"], "at least as long as its warm-up"),
+        (["student.pretrained_weights=/nowhere.pth"], "must be a file or a folder, got /nowhere.pth"),
+        (["wandb.mode=loud"], "wandb.mode must be one of"),
+        (["multiview.strategy=sideways"], "strategy must be one of multiview"),
+    ],
+)
+def test_wrong_input_is_one_sentence(images, tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(images, tmp_path, *changes)
+
+
+def test_empty_folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match="must hold images"):
+        run(tmp_path / "images", tmp_path / "out")
+
+
+def test_unreadable_image_is_named(images, tmp_path):
+    import shutil
+
+    shutil.copytree(images, tmp_path / "images")
+    for index in range(10):
+        (tmp_path / "images" / f"{index}.png").write_bytes(b"no picture")
+    with pytest.raises(RuntimeError, match=r"\d.png must be readable"):
+        run(tmp_path / "images", tmp_path / "out")
+
+
+def test_options_without_effect_warn(images, tmp_path):
+    main(["--profiling", *arguments(f"ImageFolder:root={images}", tmp_path, "optim.epochs=0",
+                                    "optim.warmup_epochs=0", "MODEL.DTYPE=bf16",
+                                    "teacher.warmup_teacher_temp_epochs=0")])  # fmt: skip
+    log = (tmp_path / "logs" / "log.txt").read_text()
+    assert "--profiling has no effect" in log
+    assert "MODEL.DTYPE='bf16' has no effect" in log
+    with pytest.raises(NotImplementedError, match="trains one student"):
+        main(["--multi-distillation"])
+
+
+def test_stopped_says_how_to_go_on():
+    assert "run the same command to go on" in str(Stopped("SIGTERM", 7))
+
+
+# --- schedules of a configuration ---
+
+
+def test_schedules_of_both_forms(make_cfg):
+    cfg = make_cfg("optim.lr=1.0", "optim.min_lr=0.1", "optim.freeze_last_layer_epochs=1",
+                   "optim.scaling_rule=none")  # fmt: skip
+    lr, wd, momentum, temp, last = build_schedulers(cfg)
+    np.testing.assert_allclose([lr[i] for i in range(4)], np.linspace(0, 1, 4))
+    assert [last[i] for i in range(4)] == [0, 0, 0, 0]
+    assert last[5] == lr[5]
+    assert wd[0] == pytest.approx(cfg.optim.weight_decay)
+    assert momentum[0] == pytest.approx(cfg.teacher.momentum_teacher)
+    assert temp[0] == cfg.teacher.warmup_teacher_temp
+    assert temp[100] == cfg.teacher.teacher_temp
+    section = "{start: 0.0, peak: 2.0, end: 1.0, warmup_epochs: 1}"
+    cfg = make_cfg(
+        *(f"schedules.{n}={section}" for n in ("weight_decay", "momentum", "teacher_temp")),
+        "schedules.lr={start: 0.0, peak: 2.0, end: 1.0, warmup_epochs: 1, freeze_last_layer_epochs: 1}",
+        "optim.scaling_rule=linear_wrt_256",
+    )
+    lr, wd, momentum, temp, last = build_schedulers_v2(cfg)
+    assert lr[4] == pytest.approx(2.0 * 3 / 256), "scaled by the batch"
+    assert wd[4] == momentum[4] == temp[4] == 2.0
+    assert last[3] == 0
+    assert last[4] == lr[4]
+
+
+def test_seeds_of_steps_differ():
+    seeds = {seed_step(s, r, i, m) for s in (0, 1) for r in (0, 1) for i in (0, 1) for m in (0, 1)}
+    assert len(seeds) == 16
+    assert seed_step(3, 0, 7) == torch.initial_seed()
