@@ -45,10 +45,14 @@ def commands() -> list[list[str]]:
         ["demo"],
         ["segment"],
         ["train"],
+        ["pretrain"],
         ["evaluate"],
+        ["inspect"],
         ["weights"],
         ["weights", "list"],
         ["weights", "info"],
+        ["weights", "convert"],
+        ["weights", "fetch"],
     ]
 
 

@@ -8,6 +8,7 @@ network on the enlarged image, at the same cost.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ __all__ = [
     "adapt_state_dict",
     "patch_size_of",
 ]
+
+logger = logging.getLogger("dinov3")
 
 METHODS = ("nearest", "bilinear", "pseudo_inverse", "bicubic")
 _KEY = "patch_embed.proj.weight"
@@ -71,6 +74,7 @@ def adapt_patch_embedding(weight: Tensor, patch_size: int, method: str = "neares
             patch; `pseudo_inverse`, the kernel whose products with resized patches are nearest to
             the old ones (FlexiViT, Beyer et al. 2023, eq. 4, bilinear without antialiasing);
             `bicubic`, resizing the kernel like a picture times (p / q)², for comparison.
+            When `nearest` turns into `pseudo_inverse` the log says so.
 
     Returns:
         [D, C, q, q] in the type of `weight`.
@@ -88,6 +92,10 @@ def adapt_patch_embedding(weight: Tensor, patch_size: int, method: str = "neares
         return weight
     exact = weight.double()
     used = _used_method(before, patch_size, method)
+    if used != method:
+        logger.info(
+            "patch size %d → %d is no whole ratio: %s instead of %s", before, patch_size, used, method
+        )
     if used == "nearest":
         block = before // patch_size
         result = exact.unflatten(3, (patch_size, block)).unflatten(2, (patch_size, block))
@@ -127,6 +135,7 @@ def adapt_state_dict(
 
 
 def _used_method(before: int, after: int, method: str) -> str:
+    """`nearest` sums whole blocks, so it needs a whole ratio; enlarging has none."""
     return "pseudo_inverse" if method == "nearest" and before % after else method
 
 

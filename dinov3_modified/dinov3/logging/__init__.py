@@ -69,9 +69,9 @@ def setup_logging(
 
     logging.captureWarnings(capture_warnings)
     warnings_log = logging.getLogger(_WARNINGS)
-    _remove_handlers(warnings_log)
-    if capture_warnings and not logging.getLogger().handlers:
-        # Without handlers at the root they would vanish.
+    _remove_handlers(warnings_log, close=False)
+    if capture_warnings and not any(hasattr(h, _MARK) for h in logging.getLogger().handlers):
+        # Their logger passes them to the root, whose handlers are not ours then.
         for handler in handlers:
             warnings_log.addHandler(handler)
 
@@ -79,7 +79,7 @@ def setup_logging(
 def cleanup_logging(*, name: str | None = None) -> None:
     """Undo `setup_logging` for a logger, or with None for all of them."""
     logging.captureWarnings(False)
-    _remove_handlers(logging.getLogger(_WARNINGS))
+    _remove_handlers(logging.getLogger(_WARNINGS), close=False)
     for known in list(_before) if name is None else [name]:
         log = logging.getLogger(known)
         _remove_handlers(log)
@@ -106,7 +106,8 @@ class _Colored(logging.Formatter):
         return f"\x1b[33m{text}\x1b[0m" if record.levelno >= logging.WARNING else text
 
 
-def _remove_handlers(log: logging.Logger) -> None:
+def _remove_handlers(log: logging.Logger, *, close: bool = True) -> None:
     for handler in [handler for handler in log.handlers if hasattr(handler, _MARK)]:
         log.removeHandler(handler)
-        handler.close()
+        if close:
+            handler.close()

@@ -48,7 +48,11 @@ ORDERS = [
     # class, arguments, samples
     ("InfiniteSampler", {"sample_count": 11, "shuffle": True, "seed": 3}, 40),
     ("InfiniteSampler", {"sample_count": 11, "shuffle": True, "seed": 3, "advance": 25}, 15),
-    ("InfiniteSampler", {"sample_count": 10, "shuffle": True, "seed": 5, "start": 1, "step": 3}, 25),
+    (
+        "InfiniteSampler",
+        {"sample_count": 10, "shuffle": True, "seed": 5, "start": 1, "step": 3},
+        25,
+    ),
     ("InfiniteSampler", {"sample_count": 10, "start": 1, "step": 3, "advance": 5}, 12),
     ("InfiniteSampler", {"sample_count": 100_003, "shuffle": True, "seed": 2**33 + 1}, 100_103),
     ("ShardedInfiniteSampler", {"sample_count": 11, "shuffle": True, "seed": 3}, 40),
@@ -145,7 +149,8 @@ def batches(collate: Any, masking: Any) -> list[Any]:
         )
         row = {"": told(batch)}
         if count % 2 == 0 and probability and "gram" not in batch:
-            for divide_by in (2, 4):
+            # Upstream never returns from a split into more parts than there are masks.
+            for divide_by in (2,) if "local_batch_size" in options else (2, 4):
                 part = collate.get_batch_subset(dict(batch, global_batch_size=8), divide_by)
                 part.pop("collated_gram_teacher_crops", None)  # upstream drops it
                 row[str(divide_by)] = told(part)

@@ -60,6 +60,7 @@ def test_effective_rank_against_the_formula(kind):
 def test_effective_rank_of_known_matrices():
     assert effective_rank(torch.eye(5, 9)) == pytest.approx(5.0)
     assert effective_rank(torch.zeros(4, 4)) == 0.0
+    assert math.isnan(effective_rank(torch.full((4, 3), torch.nan)))
     assert effective_rank(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(
         math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     )

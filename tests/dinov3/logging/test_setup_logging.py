@@ -110,3 +110,15 @@ def test_cleanup_of_one_name_leaves_the_others(tmp_path):
     logging.getLogger("b_run").info("still here")
     assert logging.getLogger("a_run").handlers == []
     assert "still here" in (tmp_path / "b.log").read_text()
+
+
+def test_warnings_are_not_written_twice_with_root_and_name(tmp_path):
+    for names in ([None, "a_run"], ["a_run", None]):
+        path = tmp_path / f"{names[0]}.log"
+        for name in names:
+            setup_logging(str(path), name=name)
+        logging._showwarning("deprecated thing", UserWarning, "file.py", 1)  # type: ignore[attr-defined]
+        logging.getLogger("a_run").info("still written")
+        cleanup_logging()
+        assert path.read_text().count("deprecated thing") == 1
+        assert "still written" in path.read_text()

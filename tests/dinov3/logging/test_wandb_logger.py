@@ -488,7 +488,10 @@ def test_offline_files_read_back(tmp_path):
     assert rows[3]["block.0/norm"] == 2.0
     assert rows[4]["visuals/pca.width"] == 8
     assert rows[4]["visuals/pca_iteration"] == 40
-    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/**/*.png"))) == 2
+    assert (
+        len(list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/**/*.png")))
+        == 2
+    )
 
 
 def test_service_killed_in_the_middle(tmp_path):
