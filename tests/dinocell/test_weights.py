@@ -47,7 +47,12 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_convert_and_train_from_it(capsys, backbone, tmp_path):
     """patch 16 → 8, meta → hf → timm → dinocell → meta; each step is described."""
-    steps = [("hf", "folder"), ("timm", "t.safetensors"), ("dinocell", "d.safetensors"), ("meta", "m.pth")]
+    steps = [
+        ("hf", "folder"),
+        ("timm", "t.safetensors"),
+        ("dinocell", "d.safetensors"),
+        ("meta", "m.pth"),
+    ]
     source = backbone
     for number, (kind, name) in enumerate(steps):
         extra = ["--patch-size", "8"] if number == 0 else []
@@ -234,7 +239,9 @@ def test_server_without_ranges_starts_anew(server):
     assert fetch_weights("w.pth", source=url).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize(("status", "message"), [(403, "gated"), (404, "must exist"), (503, "interruption")])
+@pytest.mark.parametrize(
+    ("status", "message"), [(403, "gated"), (404, "must exist"), (503, "interruption")]
+)
 def test_refusals(server, status, message):
     handler, url = server
     handler.status = status

@@ -1,6 +1,6 @@
 """Public names and signatures, compared with those recorded from upstream.
 
-`golden/api_vit.json` maps a dotted name to its kind and parameters ("name:KIND:default"; classes
+`golden/api_*.json` map a dotted name to its kind and parameters ("name:KIND:default"; classes
 and functions used as defaults are recorded by type only).  It was taken from an import of
 facebookresearch/dinov3 @ 6876159; renew it by importing a checkout of the wanted commit and writing
 `inspect.signature` of the same names in the same form.
@@ -17,7 +17,13 @@ from pathlib import Path
 
 import pytest
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "api_vit.json").read_text())
+TREE = Path(__file__).parents[2] / "dinov3_modified" / "dinov3"
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = {
+    name: recorded
+    for file in ("api_vit.json", "api_data.json", "api_ssl.json")
+    for name, recorded in json.loads((FOLDER / file).read_text()).items()
+}
 
 
 def described(thing) -> list[str]:
@@ -26,7 +32,7 @@ def described(thing) -> list[str]:
         default = parameter.default
         if default is inspect.Parameter.empty:
             text = "-"
-        elif isinstance(default, (bool, int, float, str, type(None))):
+        elif isinstance(default, (bool, int, float, str, tuple, type(None))):
             text = str(default)
         else:
             text = type(default).__name__
@@ -45,7 +51,11 @@ def test_signature(name):
 
 @pytest.mark.parametrize(
     "module",
-    ["layers", "models", "models.vision_transformer", "hub.backbones", "utils", "layers.block"],
+    [
+        ".".join(path.relative_to(TREE).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted(TREE.rglob("*.py"))
+        if path != TREE / "__init__.py"
+    ],
 )
 def test_all_is_exact(module):
     loaded = importlib.import_module(f"dinov3.{module}")

@@ -435,11 +435,14 @@ def _teacher_state(path: Path) -> dict[str, Tensor]:
                 f"a DCP folder must have {_METADATA}, got {path}: check the path"
             )
         entries = reader.read_metadata().state_dict_metadata
-        prefix = "model.teacher."
+        prefixes = ("model.teacher.", "model.model_ema.", "model.")
+        prefix = next(
+            (p for p in prefixes if any(k.startswith(f"{p}backbone.") for k in entries)), ""
+        )
         wanted: dict[str, Any] = {
             key: torch.empty(entry.size, dtype=entry.properties.dtype)
             for key, entry in entries.items()
-            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+            if prefix and key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
         if not wanted:
             raise ValueError(

@@ -94,7 +94,11 @@ def adapt_patch_embedding(weight: Tensor, patch_size: int, method: str = "neares
     used = _used_method(before, patch_size, method)
     if used != method:
         logger.info(
-            "patch size %d → %d is no whole ratio: %s instead of %s", before, patch_size, used, method
+            "patch size %d → %d is no whole ratio: %s instead of %s",
+            before,
+            patch_size,
+            used,
+            method,
         )
     if used == "nearest":
         block = before // patch_size

@@ -505,9 +505,9 @@ class CheckpointReader(dcp.FileSystemReader):
             metadata = _MetadataUnpickler(stream).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError("the table of contents is no DCP metadata")
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        storage = getattr(metadata, "storage_meta", None) or StorageMeta()
+        storage.load_id = self.load_id
+        metadata.storage_meta = storage
         return metadata
 
 
@@ -656,10 +656,10 @@ def _to_hf(state: Mapping[str, Tensor], d: WeightsDescription) -> tuple[State, l
     if d.n_storage_tokens == 0:
         out["embeddings.register_tokens"] = state["cls_token"].new_zeros(1, 0, d.embed_dim)
     if not d.layerscale:
-        for index in range(d.depth):
+        for block in range(d.depth):
             for number in (1, 2):
                 one = state["cls_token"].new_ones(d.embed_dim)
-                out[f"layer.{index}.layer_scale{number}.lambda1"] = one
+                out[f"layer.{block}.layer_scale{number}.lambda1"] = one
         notes.append("LayerScale absent: ones")
     return out, notes
 

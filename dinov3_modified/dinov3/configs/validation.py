@@ -154,9 +154,17 @@ def warn_of_ignored_keys(cfg: DictConfig, default: DictConfig) -> list[str]:
     return found
 
 
-def compare_configs(old: DictConfig, new: DictConfig) -> list[Difference]:
-    """Keys that make `new` another run than `old`; harmless ones (workers, logging) are left out."""
+def compare_configs(
+    old: DictConfig, new: DictConfig, default: DictConfig | None = None
+) -> list[Difference]:
+    """Keys that make `new` another run than `old`; harmless ones (workers, logging) are left out.
+
+    Args:
+        default: values of keys that `old` lacks, such as ours in a configuration of upstream's.
+    """
     before, after = dict(leaves(old)), dict(leaves(new))
+    if default is not None:
+        before = {**dict(leaves(default)), **before}
     return [
         Difference(key, before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())

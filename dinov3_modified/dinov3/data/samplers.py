@@ -186,9 +186,8 @@ def _random_numbers(seed: int) -> np.random.MT19937:
 
     Below 2**28 values, `torch.randint(low, high, (1,))` is low + number % (high - low).
     """
-    numbers = np.random.MT19937()
-    state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
-    numbers.state = state
+    numbers = np.random.MT19937(0)
+    np.random.RandomState(numbers).seed(seed & 0xFFFFFFFF)  # torch's way of seeding
     return numbers
 
 

@@ -112,6 +112,7 @@ def fsdp_transformer(fsdp_config: dict[str, Any], model: nn.ModuleDict) -> None:
         fully_shard(module, **fsdp_config)
         register_fsdp_forward_method(module, "get_intermediate_layers")
         register_fsdp_forward_method(module, "forward_features")
+        register_fsdp_forward_method(module, "get_last_selfattention")
 
 
 def ac_compile_parallelize(

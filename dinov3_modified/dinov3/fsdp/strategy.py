@@ -82,7 +82,8 @@ def full_state_dict(module: nn.Module, strategy: str) -> dict[str, Tensor]:
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole: dict[str, Any] = get_model_state_dict(module, options=options)
-    return whole
+    # With one process the entries can be the weights themselves, which the next step changes.
+    return {name: value.clone() for name, value in whole.items()}
 
 
 def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], strategy: str) -> None:

@@ -51,12 +51,14 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """Loss of some rows, and its gradient with respect to their logits [m, K]."""
     logits = (x @ weight.T).float().div_(student_temp)  # [m, K]
-    log_sum = logits.logsumexp(dim=1, keepdim=True)
+    # Relative to each row's maximum; what is subtracted cancels, since rows of the target sum to 1.
+    logits.sub_(logits.amax(dim=1, keepdim=True))
     agreement = torch.linalg.vecdot(target, logits)  # [m]
-    # Rows of the target sum to 1 up to rounding; their true sum keeps value and gradient exact.
-    mass = target.sum(dim=1)
-    loss = ((mass * log_sum[:, 0] - agreement) * row_weight).sum()
-    gradient = logits.sub_(log_sum).exp_().mul_(mass[:, None]).sub_(target)
+    exponentials = logits.exp_()
+    total = exponentials.sum(dim=1)  # [m]
+    loss = ((total.log() - agreement) * row_weight).sum()
+    # softmax - target, in the memory of the logits
+    gradient = exponentials.mul_((1.0 / total)[:, None]).sub_(target)
     gradient.mul_((row_weight / student_temp)[:, None])
     return loss, gradient
 

@@ -48,10 +48,11 @@ class Assignment:
         """Probabilities [stop - start, K], float32."""
         part = slice(start, stop)
         if self.exponentials is not None:
-            exponentials = self.exponentials[part]
+            rows = self.exponentials[part] * self.prototype_scale
         else:
-            exponentials = _exponentials(self.logits[part], self.shift[part], self.temperature)
-        return exponentials * self.prototype_scale * self.sample_scale[part]
+            rows = _exponentials(self.logits[part], self.shift[part], self.temperature)
+            rows.mul_(self.prototype_scale)
+        return rows.mul_(self.sample_scale[part])
 
     def probabilities(self) -> Tensor:
         """All rows [M, K], float32."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from dinov3.models import vision_transformer as vits
 
-__all__ = ["build_model", "build_model_from_cfg"]
+__all__ = ["build_model", "build_model_for_eval", "build_model_from_cfg"]
 
 
 def build_model(
@@ -77,3 +78,28 @@ def build_model_from_cfg(
     # Several resolutions may be trained at once; the largest informs the patch embedding.
     img_size = size if isinstance(size, int) else max(size)
     return build_model(cfg.student, only_teacher=only_teacher, img_size=img_size, device="meta")
+
+
+def build_model_for_eval(
+    config: Any, pretrained_weights: str | Path | None, shard_unsharded_model: bool = False
+) -> nn.Module:
+    """The teacher's backbone of a configuration, filled and in eval mode, on the configured device.
+
+    Args:
+        config: a whole configuration.
+        pretrained_weights: any file that `checkpointer.weight_formats` reads; None or "": random.
+        shard_unsharded_model: not in this tree, which evaluates on one device.
+    """
+    from dinov3.checkpointer.weight_formats import load_backbone
+    from dinov3.fsdp.strategy import resolve_device
+
+    if shard_unsharded_model:
+        raise ValueError(
+            "shard_unsharded_model must be false, got true: this tree evaluates on one device"
+        )
+    backbone: Any = build_model_from_cfg(config, only_teacher=True)[0]
+    backbone.to_empty(device="cpu")
+    backbone.init_weights()
+    if pretrained_weights:
+        load_backbone(backbone, pretrained_weights, patch_method=config.patch_adaptation.method)
+    return backbone.requires_grad_(False).eval().to(resolve_device(config))

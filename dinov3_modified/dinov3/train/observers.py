@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dinov3.distributed as distributed
 from dinov3.fsdp.strategy import full_state_dict
 from dinov3.logging import MetricLogger
-from dinov3.logging.monitors import CollapseMonitor, module_norms
+from dinov3.logging.monitors import CollapseMonitor, module_statistics
 from dinov3.logging.visuals import VisualLogger
 from dinov3.logging.wandb_logger import create_wandb_logger
 from dinov3.models import build_model
@@ -42,15 +42,37 @@ def load_hook(address: str) -> Callable[..., Any]:
 
 
 class Observers:
-    """Called after every step; none of them changes weights, modes or random numbers of the run."""
+    """Called after every step; none of them changes weights, modes or random numbers of the run.
 
-    def __init__(self, cfg: DictConfig, model: SSLMetaArch) -> None:
+    Args:
+        cfg: of the run.
+        model: of the run.
+        metric_logger: its lines also go to wandb.
+        resume: false starts a new wandb run.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        model: SSLMetaArch,
+        metric_logger: MetricLogger,
+        *,
+        resume: bool = True,
+    ) -> None:
         self.cfg = cfg
         self.model = model
+        self.metrics = metric_logger
         self.main = distributed.is_main_process()
-        self.wandb = create_wandb_logger(cfg)
+        self.wandb = create_wandb_logger(cfg, resume=resume)
+        metric_logger.add_listener(self._line_to_wandb)
         self.monitor = CollapseMonitor(cfg)
-        self.visuals = VisualLogger(self._cpu_vit, cfg.train.output_dir, self._pictures_to_wandb)
+        self.visuals = VisualLogger(
+            self._cpu_vit,
+            cfg.train.output_dir,
+            self._pictures_to_wandb,
+            mean=cfg.crops.rgb_mean,
+            std=cfg.crops.rgb_std,
+        )
         self.evaluation: Callable[..., dict[str, float]] | None = None
         settings = cfg.ssl_evaluation
         if settings.hook and settings.period_iterations > 0:
@@ -58,23 +80,30 @@ class Observers:
             self.evaluation = load_hook(settings.hook)(cfg)
 
     def _plain_vit(self, device: torch.device | str) -> nn.Module:
+        """A network of the teacher's architecture, without values."""
         vit: nn.Module = build_model(self.cfg.student, only_teacher=True, device="meta")[0]
         return vit.to_empty(device=device).eval()
 
     def _cpu_vit(self) -> nn.Module:
         return self._plain_vit("cpu")
 
+    def _line_to_wandb(self, iteration: int, values: Mapping[str, Any]) -> None:
+        self.wandb.log(dict(values), iteration)
+
     def _pictures_to_wandb(self, pictures: dict[str, Any], iteration: int) -> None:
         self.wandb.log_images({f"visuals/{k}": v for k, v in pictures.items()}, iteration)
 
     def after_step(
-        self, iteration: int, batches: list[dict[str, Any]], metric_logger: MetricLogger
+        self,
+        iteration: int,
+        batches: list[dict[str, Any]],
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         """Look at the run after an iteration; all processes call this."""
         images = batches[0]["collated_global_crops"]
         extra: dict[str, float] = {}
         if self.monitor.is_due(iteration):
-            extra |= self._measure(iteration, images, metric_logger)
+            extra |= self._measure(iteration, images, optimizer)
         visuals = self.cfg.monitor.visuals_period_iterations
         if self.cfg.monitor.enabled and visuals > 0 and iteration % visuals == 0:
             state = full_state_dict(self.model.model_ema["backbone"], self.model.strategy)
@@ -84,33 +113,24 @@ class Observers:
         if self.evaluation is not None and (iteration + 1) % period == 0:
             extra |= self._evaluate(iteration)
         if extra:
-            # One line of its own in the JSON lines: these come at their own intervals.
-            metric_logger.record(iteration, extra)
-        if self.wandb.enabled and iteration % self.cfg.wandb.period_iterations == 0:
-            values = {name: meter.value for name, meter in metric_logger.meters.items()}
-            self.wandb.log({**values, **extra}, iteration)
-        elif extra:
-            self.wandb.log(extra, iteration)
+            # A line of its own: these come at their own intervals.
+            self.metrics.record(iteration, extra)
 
     def _measure(
-        self, iteration: int, images: Tensor, metric_logger: MetricLogger
+        self, iteration: int, images: Tensor, optimizer: torch.optim.Optimizer | None
     ) -> dict[str, float]:
-        """Collapse figures of the teacher, and norms of the student's weights."""
-        try:
-            with self.model._precision():
-                figures = self.monitor.measure(
-                    self.model.model_ema["backbone"],
-                    images.to(self.model.device_),
-                    self.model.model_ema["dino_head"],
-                )
-        except torch.linalg.LinAlgError:
-            logger.warning("iteration %d: the teacher's features are not finite", iteration)
-            return {}
-        figures |= {
-            f"monitor/{name}": float(value)
-            for name, value in module_norms(self.model.student).items()
-        }
-        meter = metric_logger.meters.get("dino_global_crops_loss")
+        """Collapse figures of the teacher; norms and relative updates of the student's weights."""
+        with self.model._precision():
+            figures = self.monitor.measure(
+                self.model.model_ema["backbone"],
+                images.to(self.model.device_),
+                self.model.model_ema["dino_head"],
+            )
+        statistics = module_statistics(
+            self.model.student, optimizer, per_block=self.cfg.monitor.per_block
+        )
+        figures |= {f"monitor/{name}": float(value) for name, value in statistics.items()}
+        meter = self.metrics.meters.get("dino_global_crops_loss")
         self.monitor.check(figures, iteration, meter.median if meter is not None else None)
         return figures
 

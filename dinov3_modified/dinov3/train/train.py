@@ -40,6 +40,7 @@ from dinov3.configs import (
     compare_configs,
     exit_job,
     get_cfg_from_args,
+    get_default_config,
     setup_config,
     setup_job,
     setup_multidistillation,
@@ -70,10 +71,13 @@ __all__ = [
     "build_optimizer",
     "build_schedulers",
     "build_schedulers_v2",
+    "clip_gradients",
     "do_test",
     "do_train",
     "get_args_parser",
+    "global_batch_size",
     "main",
+    "sample_names",
     "seed_step",
     "setup_logging",
 ]
@@ -397,8 +401,8 @@ def do_test(
             dist.barrier(group=process_group)
         save_checkpoint(
             folder / "sharded_teacher_checkpoint",
-            iteration=0,
-            model=torch.nn.ModuleDict({"teacher": model.model_ema}),
+            iteration=iteration,
+            model=model.model_ema,
             overwrite=True,
             process_group=process_group,
         )
@@ -488,7 +492,7 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
     metric_logger = MetricLogger(
         delimiter="  ", output_file=str(output_dir / "training_metrics.json")
     )
-    observers = Observers(cfg, model)
+    observers = Observers(cfg, model, metric_logger, resume=resume)
     model.train()
     steps = _grouped(loader, cfg.accelerator.accumulation_steps)
     iteration = start_iter
@@ -532,7 +536,7 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
                     **metrics,
                     **norms,
                 )
-                observers.after_step(iteration, batches, metric_logger)
+                observers.after_step(iteration, batches, optimizer)
 
                 done = iteration + 1
                 last = done == max_iter
@@ -664,13 +668,19 @@ class _FiniteGuard:
         self.event: Any = None
 
     def is_finite(self, loss: Tensor) -> bool:
+        finite = torch.isfinite(loss)
+        if distributed.is_enabled() and distributed.get_world_size() > 1:
+            # All processes stop together, else the others would wait for the one that did.
+            shared = finite.float()
+            dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+            finite = shared > 0
         if self.device.type != "cuda":
-            return bool(torch.isfinite(loss))
+            return bool(finite)
         answer = True
         if self.flag is not None:
             self.event.synchronize()
             answer = bool(self.flag)
-        self.flag = torch.isfinite(loss).to("cpu", non_blocking=True)
+        self.flag = finite.to("cpu", non_blocking=True)
         self.event = torch.cuda.Event()
         self.event.record()
         return answer
@@ -817,7 +827,7 @@ def _check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
         )
     old = OmegaConf.load(path)
     assert isinstance(old, DictConfig)
-    differences = compare_configs(old, cfg)
+    differences = compare_configs(old, cfg, get_default_config())
     if differences and not cfg.accelerator.allow_changed_config:
         shown = "; ".join(str(item) for item in differences[:10])
         more = "; ..." if len(differences) > 10 else ""

@@ -114,7 +114,9 @@ def test_names_of_timm(tmp_path):
     state = load_file(written(vit(), tmp_path, "timm"))
     block = {k.removeprefix("blocks.0.") for k in state if k.startswith("blocks.0.")}
     kinds = ("weight", "bias")
-    expected = {f"{m}.{k}" for m in ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2") for k in kinds}
+    expected = {
+        f"{m}.{k}" for m in ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2") for k in kinds
+    }
     expected |= {"attn.qkv.weight", "attn.q_bias", "attn.v_bias", "gamma_1", "gamma_2"}
     assert block == expected
     assert {k for k in state if "blocks" not in k} == {
@@ -205,7 +207,11 @@ def test_other_patch_size_and_absent_buffers(tmp_path, image):
     again = vit(patch_size=8, seed=5)
     report = load_backbone(again, tmp_path / "b.pth")
     text = str(report)
-    for part in ("patch size 16 → 8 (nearest)", "mask token absent", "mask of the k bias recomputed"):
+    for part in (
+        "patch size 16 → 8 (nearest)",
+        "mask token absent",
+        "mask of the k bias recomputed",
+    ):
         assert part in text
     enlarged = image.repeat_interleave(2, 2).repeat_interleave(2, 3)
     torch.testing.assert_close(tokens(again, image), tokens(source, enlarged), rtol=1e-4, atol=1e-4)
@@ -232,7 +238,11 @@ def test_all_differences_are_listed(tmp_path):
     with pytest.raises(WeightsError) as caught:
         load_backbone(vit(), tmp_path / "b.pth")
     text = str(caught.value)
-    for part in ("1 missing: cls_token", "1 unexpected: extra.weight", "norm.weight (3,) instead of (128,)"):
+    for part in (
+        "1 missing: cls_token",
+        "1 unexpected: extra.weight",
+        "norm.weight (3,) instead of (128,)",
+    ):
         assert part in text
 
 
@@ -252,7 +262,11 @@ def test_k_bias_is_not_dropped_in_silence(tmp_path):
     [
         ("a.pth", b"", "an empty file"),
         ("b.pth", b"<?xml version='1.0'?><Error>AccessDenied</Error>", "a web page or an error"),
-        ("c.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of git LFS"),
+        (
+            "c.pth",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            "a pointer of git LFS",
+        ),
         ("d.pth", b"PK\x03\x04 half a file", "complete file of tensors"),
         ("e.safetensors", b"\x10\x00", r"complete \.safetensors"),
     ],
@@ -279,7 +293,7 @@ def test_other_wrong_input(tmp_path):
     with pytest.raises(FileNotFoundError, match="must be a file or a folder"):
         read_backbone(tmp_path / "none.pth")
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="a DINOv3 ViT backbone, got .* such as a"):
+    with pytest.raises(WeightsError, match=r"a DINOv3 ViT backbone, got .* such as a"):
         read_backbone(tmp_path / "a.pth")
     torch.save([1, 2], tmp_path / "l.pth")
     with pytest.raises(WeightsError, match="must be a state dict"):
@@ -289,7 +303,7 @@ def test_other_wrong_input(tmp_path):
     state = vit().state_dict()
     with pytest.raises(WeightsError, match="must be one of meta, hf"):
         write_backbone(state, tmp_path / "x.pth", "onnx")
-    with pytest.raises(WeightsError, match="must be .pth or .pt"):
+    with pytest.raises(WeightsError, match=r"must be .pth or .pt"):
         write_backbone(state, tmp_path / "x.bin", "meta")
     with pytest.raises(FileExistsError, match="--overwrite"):
         write_backbone(state, tmp_path / "a.pth", "meta")

@@ -156,9 +156,7 @@ def test_start_is_the_same_for_student_and_teacher(make_cfg):
         assert torch.equal(value, model.teacher.state_dict()[name]), name
         assert torch.isfinite(value).all(), name
     other = built(make_cfg(), seed=1)
-    assert not torch.equal(
-        other.student.backbone.cls_token, model.student.backbone.cls_token
-    )
+    assert not torch.equal(other.student.backbone.cls_token, model.student.backbone.cls_token)
 
 
 @pytest.mark.parametrize(
@@ -237,9 +235,7 @@ def gram_cfg(make_cfg, *changes: str):
 
 
 def test_gram_from_ema_copies_updates_and_weight(make_cfg, batch):
-    batch["collated_gram_teacher_crops"] = torch.randn(
-        6, 3, 64, 64, generator=torch.manual_seed(3)
-    )
+    batch["collated_gram_teacher_crops"] = torch.randn(6, 3, 64, 64, generator=torch.manual_seed(3))
     model = built(gram_cfg(make_cfg, "gram.loss_weight=2.0"))
     loss, metrics = step(model, batch)
     plain, _ = step(built(make_cfg()), batch)
@@ -247,7 +243,9 @@ def test_gram_from_ema_copies_updates_and_weight(make_cfg, batch):
     assert loss == pytest.approx(plain + 2.0 * metrics["gram_loss"], rel=1e-5)
     with torch.no_grad():
         model.model_ema.backbone.cls_token.add_(1)
-    assert not torch.equal(model.gram_teacher.backbone.cls_token, model.model_ema.backbone.cls_token)
+    assert not torch.equal(
+        model.gram_teacher.backbone.cls_token, model.model_ema.backbone.cls_token
+    )
     model.update_gram(0.5)
     gap = model.model_ema.backbone.cls_token - model.gram_teacher.backbone.cls_token
     torch.testing.assert_close(gap, torch.full_like(gap, 0.5))
@@ -289,9 +287,7 @@ def test_gram_options(make_cfg, batch, change):
 
 @pytest.mark.parametrize("change", ["method=bilinear", "antialias=true"])
 def test_gram_resizing(make_cfg, batch, change):
-    batch["collated_gram_teacher_crops"] = torch.randn(
-        6, 3, 64, 64, generator=torch.manual_seed(3)
-    )
+    batch["collated_gram_teacher_crops"] = torch.randn(6, 3, 64, 64, generator=torch.manual_seed(3))
     plain = step(built(gram_cfg(make_cfg)), batch)[1]["gram_loss"]
     other = built(gram_cfg(make_cfg, f"gram.global_teacher_resize_{change}"))
     assert step(other, batch)[1]["gram_loss"] != pytest.approx(plain, rel=1e-6)
@@ -335,7 +331,27 @@ def test_distillation(make_cfg, batch, tmp_path):
     assert loss == without_masks, "masks are not shown to the student"
     frozen = copy.deepcopy(model.teacher.state_dict())
     model.update_ema(0.5)
-    assert all(torch.equal(value, frozen[name]) for name, value in model.teacher.state_dict().items())
+    assert all(
+        torch.equal(value, frozen[name]) for name, value in model.teacher.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("kind", ["file", "run", "sharded"])
+def test_gram_teacher_from_a_file(make_cfg, batch, tmp_path, kind):
+    """Of a run's files; only the backbone is taken."""
+    from dinov3.checkpointer import save_checkpoint
+
+    source = built(make_cfg(), seed=8)
+    path = tmp_path / "teacher"
+    if kind == "file":
+        torch.save({"teacher": source.model_ema.state_dict()}, path)
+    else:
+        save_checkpoint(path, iteration=0, model=source.model_ema if kind == "sharded" else source)
+    model = built(gram_cfg(make_cfg, f"gram.ckpt={path}", "gram.rep_update=false"))
+    for name, value in source.model_ema.backbone.state_dict().items():
+        assert torch.equal(model.gram_teacher.backbone.state_dict()[name], value), name
+    batch["collated_gram_teacher_crops"] = torch.randn(6, 3, 64, 64)
+    assert step(model, batch)[1]["gram_loss"] > 0
 
 
 # --- starting from files ---
@@ -374,7 +390,7 @@ def test_start_from_a_teacher_file_with_and_without_heads(make_cfg, tmp_path, ca
     assert torch.equal(model.student.backbone.cls_token, source.model_ema.backbone.cls_token)
     assert "dino_head starts at random" in caplog.text
     other = make_cfg(f"student.resume_from_teacher_chkpt={path}", "dino.head_n_prototypes=50")
-    with pytest.raises(ValueError, match="dino_head of .* must fit this configuration"):
+    with pytest.raises(ValueError, match=r"dino_head of .* must fit this configuration"):
         built(other)
 
 

@@ -1,0 +1,1 @@
+"""Starting jobs (matches `dinov3.run`)."""

@@ -1,0 +1,66 @@
+"""Defaults of a SLURM cluster, from the environment (matches `dinov3.utils.cluster`).
+
+Upstream has those of its own clusters; here DINOV3_SLURM_PARTITION, DINOV3_SLURM_QOS,
+DINOV3_SLURM_ACCOUNT and DINOV3_CHECKPOINT_DIR say what a site uses.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "get_checkpoint_path",
+    "get_slurm_account",
+    "get_slurm_executor_parameters",
+    "get_slurm_partition",
+    "get_slurm_qos",
+    "get_user_checkpoint_path",
+]
+
+
+def get_checkpoint_path(cluster_type: str | None = None) -> Path | None:
+    """Folder of all experiments, None if unset."""
+    value = os.environ.get("DINOV3_CHECKPOINT_DIR")
+    return Path(value) if value else None
+
+
+def get_user_checkpoint_path(cluster_type: str | None = None) -> Path | None:
+    """This user's part of it."""
+    folder = get_checkpoint_path(cluster_type)
+    return None if folder is None else folder / os.environ.get("USER", "")
+
+
+def get_slurm_partition(cluster_type: str | None = None) -> str | None:
+    """Partition, None for the cluster's own default."""
+    return os.environ.get("DINOV3_SLURM_PARTITION")
+
+
+def get_slurm_qos(cluster_type: str | None = None) -> str | None:
+    """Quality of service, None for the cluster's own default."""
+    return os.environ.get("DINOV3_SLURM_QOS")
+
+
+def get_slurm_account(cluster_type: str | None = None) -> str | None:
+    """Account, None for the cluster's own default."""
+    return os.environ.get("DINOV3_SLURM_ACCOUNT")
+
+
+def get_slurm_executor_parameters(
+    nodes: int, num_gpus_per_node: int, cluster_type: str | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """Arguments of submitit's executor: one task a GPU, 16 cores each, the node's memory.
+
+    Args:
+        **kwargs: replace or add arguments.
+    """
+    return {
+        "mem_gb": 0,  # all of it
+        "gpus_per_node": num_gpus_per_node,
+        "tasks_per_node": num_gpus_per_node,
+        "cpus_per_task": 16,
+        "nodes": nodes,
+        "slurm_partition": get_slurm_partition(cluster_type),
+        **kwargs,
+    }
