@@ -28,6 +28,7 @@ TEST = [
     "edt>=3",  # independent distance transform
     "stardist>=0.9.2",  # independent AP, F1 and PQ; its matching needs no TensorFlow
     *EXTRAS["formats"],
+    *EXTRAS["wandb"],  # read back from its offline files
 ]
 DEV = ["ruff>=0.14", "mypy>=1.15", "types-PyYAML", "build>=1.2"]
 
@@ -45,6 +46,7 @@ setup(
     package_dir={"dinov3": "dinov3_modified/dinov3"},
     package_data={
         "dinocell": ["models/*.safetensors", "models/*.md", "models/*.png", "samples/**/*"],
+        "dinov3": ["configs/*.yaml"],
     },
     install_requires=[
         "torch>=2.7",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -32,13 +33,14 @@ from torch.distributed.checkpoint.metadata import (
 
 from dinov3.checkpointer.patch_size_adaptation import adapt_state_dict, patch_size_of
 
+logger = logging.getLogger("dinov3")
+
 __all__ = [
     "FORMATS",
     "CheckpointReader",
     "LoadReport",
     "WeightsDescription",
     "WeightsError",
-    "WriteReport",
     "describe",
     "load_backbone",
     "read_backbone",
@@ -180,19 +182,6 @@ class LoadReport:
 
 
 @dataclass(frozen=True)
-class WriteReport:
-    """What `write_backbone` did.
-
-    Attributes:
-        path: that was written.
-        notes: what the format has no place for.
-    """
-
-    path: Path
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class _Found:
     """Tensors of one network as they lie in the file, and what the file tells beside them."""
 
@@ -300,7 +289,9 @@ def sha256(path: str | Path) -> str:
 def _read_file(path: Path, which: str) -> _Found:
     with path.open("rb") as stream:
         start = stream.read(64)
-    if start[8:9] == b"{" and start[:1] != b"<":
+    page = start.lstrip()[:1] == b"<" or start.startswith(b"version https://git-lfs")
+    named = path.suffix == ".safetensors" and start and start[:2] != b"PK"
+    if not page and (named or start[8:9] == b"{"):
         return _read_safetensors(path, which)
     content = _read_pickled(path, start)
     if not isinstance(content, Mapping):
@@ -333,7 +324,7 @@ def _read_pickled(path: Path, start: bytes) -> Any:
         except Exception as error:
             problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if "weights only" in problem.lower() or "weights_only" in problem:
-                problem = "with other objects, which are never unpickled"
+                problem = "with other objects, which are not unpickled"
                 advice = "save its state dict alone, with the program that made it"
             else:
                 problem = f"cut short or damaged: {problem}"
@@ -408,8 +399,7 @@ def _open_safetensors(path: Path) -> tuple[State, dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:
         raise WeightsError(
-            f"weights must be a complete file of tensors, got {path} (cut short or damaged: {error}): "
-            "fetch it again"
+            f"weights must be a complete .safetensors, got {path} ({error}): fetch it again"
         ) from error
 
 
@@ -419,7 +409,7 @@ def _read_folder(path: Path, which: str) -> _Found:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise WeightsError(
-            "a folder of weights must be a checkpoint (.metadata) or Hugging Face's (*.safetensors), "
+            "a folder must be a checkpoint (.metadata) or Hugging Face's (*.safetensors), "
             f"got {path}: {_folder_hint(path)}"
         )
     tensors: State = {}
@@ -707,7 +697,7 @@ def _refuse_foreign_flags(d: WeightsDescription, program: str) -> list[str]:
     """What another program's DINOv3 cannot hold; returns what it may lose."""
     problem = None
     if "cls_norm" in d.untied_norms:
-        problem = "one norm for all tokens, got cls_norm"
+        problem = "no cls_norm, got one"
     elif d.norm != "layernorm":
         problem = f"layer norms, got {d.norm}"
     elif d.rope_base is None:
@@ -963,7 +953,7 @@ def _exchange_biases(state: State, expected: Mapping[str, Tensor], path: str | P
         bias = key.removesuffix("_mask")
         if bias in state:
             state[bias] = state[bias] * state.pop(key).to(state[bias].dtype)
-            notes.add("mask of the k bias written into the bias")
+            notes.add("masked k bias written as zeros")
     for key in [key for key in state if key.endswith("attn.qkv.bias") and key not in expected]:
         if not state[key].any():
             del state[key]
@@ -976,7 +966,7 @@ def _exchange_biases(state: State, expected: Mapping[str, Tensor], path: str | P
                 "build the network with mask_k_bias false (student.mask_k_bias in training)"
             )
         state[key] = _k_bias_mask(expected[key].shape[0] // 3)
-        notes.add("mask of the k bias absent: computed")
+        notes.add("mask of the k bias recomputed")
     return sorted(notes)
 
 
@@ -984,8 +974,13 @@ def _exchange_biases(state: State, expected: Mapping[str, Tensor], path: str | P
 
 
 def write_backbone(
-    state: Mapping[str, Tensor], path: str | Path, format: str, *, overwrite: bool = False
-) -> WriteReport:
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    format: str,
+    *,
+    overwrite: bool = False,
+    notes: list[str] | None = None,
+) -> Path:
     """Write a backbone; each file whole or not at all.
 
     Format "dinocell" is a `.safetensors` with Meta's names and a JSON header, key `dinov3_backbone`,
@@ -997,9 +992,10 @@ def write_backbone(
             folder that gets `config.json` too).
         format: one of `FORMATS`.
         overwrite: replace what is there; of a folder only the two files are.
+        notes: a list that gets what the format has no place for; without one the log says it.
 
     Returns:
-        The path, and what the format has no place for.
+        The path that was written.
 
     Raises:
         FileExistsError: it is there, and `overwrite` is false.
@@ -1029,7 +1025,7 @@ def write_backbone(
     there = [target for target in targets if target.exists()]
     if there and not overwrite:
         raise FileExistsError(
-            f"the output must not be there, got {there[0]}: choose another name, or ask to overwrite"
+            f"the output must not be there, got {there[0]}: choose another name, or overwrite it (--overwrite)"
         )
     if folder:
         others = [file for file in path.glob("*.safetensors") if file != targets[0]]
@@ -1049,7 +1045,7 @@ def write_backbone(
         "a backbone must be whole before it is written, got differences",
         "read it with read_backbone",
     )
-    notes: list[str] = []
+    losses: list[str] = []
     if format in ("hf", "timm"):
         key_bias = _has_k_bias(plain)
         exact = torch.allclose(
@@ -1057,9 +1053,9 @@ def write_backbone(
             _rope_periods(4 * plain["rope_embed.periods"].numel(), description.rope_base or 1.0),
             rtol=1e-5,
         )
-        plain, notes = (_to_hf if format == "hf" else _to_timm)(plain, description)
+        plain, losses = (_to_hf if format == "hf" else _to_timm)(plain, description)
         if not exact:
-            notes.append("RoPE periods are rounded here and computed in float32 there")
+            losses.append("RoPE periods are rounded here and computed in float32 there")
         if format == "hf" and not folder and description.rope_base != _ROPE_BASE:
             raise WeightsError(
                 f"a lone .safetensors must have a RoPE base of {_ROPE_BASE:g}, got "
@@ -1078,7 +1074,11 @@ def write_backbone(
             _save_safetensors(plain, part, description, ours=format == "dinocell")
         else:
             torch.save(plain, part)
-    return WriteReport(path, tuple(notes))
+    if notes is not None:
+        notes += losses
+    for loss in losses if notes is None else ():
+        logger.warning("%s: %s", path, loss)
+    return path
 
 
 class _whole:

@@ -110,6 +110,8 @@ def decode_planes(data: bytes, name: str) -> np.ndarray:
             from PIL import Image
 
             array = np.asarray(Image.open(io.BytesIO(data)))
+        if array.size == 0:
+            raise ValueError("no pixel in it")
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FieldError(
@@ -218,13 +220,13 @@ def _foreground(made: ChannelField) -> np.ndarray:
     below = np.cumsum(counts)
     above = below[-1] - below
     sums = np.cumsum(counts * centers)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    cut = (
-        edges[1 + int(np.nanargmax(np.where(above > 0, between, np.nan)))]
-        if len(set(centers)) > 1
-        else 0
-    )
+    valid = (below > 0) & (above > 0)
+    if not valid.any():  # one brightness everywhere: nothing stands out
+        return np.zeros(coarse.shape, bool)
+    between = np.zeros(len(centers))
+    low, high = sums[valid] / below[valid], (sums[-1] - sums[valid]) / above[valid]
+    between[valid] = below[valid] * above[valid] * (low - high) ** 2
+    cut = edges[1 + int(np.argmax(between))]
     return coarse > cut
 
 

@@ -291,7 +291,7 @@ def _end_with_the_main_process() -> None:
 def _start_helpers(context: str) -> None:
     """Start multiprocessing's own processes with those signals blocked: their end is the workers'.
 
-    The fork server imports this module first, so that each worker is ready at once.
+    The fork server imports torch and this module first, so that each worker is ready at once.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if in_main_thread else None
@@ -300,7 +300,7 @@ def _start_helpers(context: str) -> None:
         if context == "forkserver":
             if in_main_thread:  # the tracker's start has let two of them through again
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-            multiprocessing.set_forkserver_preload(["__main__", __name__])
+            multiprocessing.set_forkserver_preload(["__main__", "torch", __name__])
             forkserver.ensure_running()
     finally:
         if before is not None:
@@ -442,4 +442,6 @@ def make_seeded_data_loader(
         collate_fn=SeededCollate(collate_fn, seed),
         worker_init_fn=partial(_start_worker, inner=worker_init_fn) if num_workers else None,
         multiprocessing_context=multiprocessing_context if num_workers else None,
+        # Else each pass would take a number from torch's global generator.
+        generator=torch.Generator().manual_seed(seed),
     )

@@ -1,0 +1,169 @@
+"""Merging, checking, comparing configurations."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from dinov3.configs import (
+    IGNORED_KEYS,
+    DinoV3SetupArgs,
+    apply_scaling_rules_to_cfg,
+    compare_configs,
+    get_cfg_from_args,
+    get_default_config,
+    setup_config,
+    write_config,
+)
+from dinov3.configs.validation import leaves, warn_of_ignored_keys
+
+ROOT = Path(__file__).parents[3]
+
+
+def merged(tmp_path, text: str = "", *opts: str, strict: bool = True):
+    path = tmp_path / "c.yaml"
+    path.write_text(text or "{}")
+    args = DinoV3SetupArgs(str(path), output_dir=str(tmp_path / "out"), opts=list(opts))
+    return get_cfg_from_args(args, strict=strict)
+
+
+def test_order_default_file_command_line(tmp_path):
+    cfg = merged(
+        tmp_path,
+        "optim: {lr: 0.5, epochs: 7}",
+        "optim.lr=0.25",
+        "crops.global_crops_size=[128,256]",
+    )
+    assert cfg.optim.lr == 0.25
+    assert cfg.optim.epochs == 7
+    assert cfg.optim.warmup_epochs == 10
+    assert list(cfg.crops.global_crops_size) == [128, 256]
+    assert cfg.train.output_dir == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "opts", "message"),
+    [
+        ("optim: {lrr: 1}", (), r"got optim.lrr in .*c.yaml; near it: optim.lr"),
+        ("nonsense: 1", (), "got nonsense in"),
+        ("", ("student.pach_size=8",), "near it: student.patch_size"),
+        ("", ("optim.lr=fast",), r"optim.lr must be a number, got 'fast'"),
+        ("", ("train.compile=3",), r"train.compile must be true or false, got 3"),
+        ("", ("optim.lr=true",), "must be not a truth value"),
+        ("", ("train.batch_size_per_gpu=2.5",), "must be a whole number, got 2.5"),
+        ("", ("ibot.mask_ratio_min_max=0.3",), "must be a list"),
+        ("", ("optim.lr",), "must be key=value, got 'optim.lr'"),
+        ("a: [", (), "must be YAML"),
+        ("- 1", (), "must hold keys and values"),
+    ],
+)
+def test_wrong_keys_and_values(tmp_path, text, opts, message):
+    with pytest.raises(ValueError, match=message):
+        merged(tmp_path, text, *opts)
+
+
+def test_what_is_allowed(tmp_path):
+    """Whole numbers for shares, the second form of schedules, no strictness on wish."""
+    section = "{start: 0, peak: 1, end: 0, warmup_epochs: 1, cosine_epochs: 2}"
+    cfg = merged(tmp_path, f"schedules: {{lr: {section}}}", "optim.lr=1", "optim.clip_grad=2")
+    assert cfg.schedules.lr.cosine_epochs == 2
+    assert (
+        merged(tmp_path, "", f"gram.loss_weight_schedule={section}").gram.loss_weight_schedule.peak
+        == 1
+    )
+    assert merged(tmp_path, "x: 1", strict=False).x == 1
+    with pytest.raises(FileNotFoundError, match=r"must be a file, got nowhere.yaml"):
+        get_cfg_from_args(DinoV3SetupArgs("nowhere.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "factor"),
+    [("sqrt_wrt_1024", 4 * (128 / 1024) ** 0.5), ("linear_wrt_256", 0.5), ("none", 1)],
+)
+def test_learning_rate_scaling(rule, factor):
+    cfg = get_default_config()
+    cfg.optim.scaling_rule = rule
+    cfg.accelerator.accumulation_steps = 2
+    assert apply_scaling_rules_to_cfg(cfg).optim.lr == pytest.approx(0.001 * factor)
+    cfg = get_default_config()
+    cfg.schedules = {}
+    assert apply_scaling_rules_to_cfg(cfg).optim.lr == 0.001, "schedules scale themselves"
+
+
+def test_written_before_scaling(tmp_path):
+    cfg = setup_config(DinoV3SetupArgs("", output_dir=str(tmp_path)))
+    assert cfg.optim.lr == pytest.approx(0.001)  # 64 → 4 sqrt(64 / 1024) = 1
+    assert OmegaConf.load(tmp_path / "config.yaml").optim.lr == 0.001
+    assert Path(write_config(cfg, str(tmp_path), "other.yaml")).is_file()
+
+
+def test_ignored_keys_warn_and_are_documented(caplog):
+    default = get_default_config()
+    cfg = get_default_config()
+    assert warn_of_ignored_keys(cfg, default) == []
+    cfg.MODEL.DTYPE = "bf16"
+    cfg.student.pos_embed_rope_dtype = "fp32"
+    with caplog.at_level("WARNING"):
+        assert warn_of_ignored_keys(cfg, default) == ["MODEL.DTYPE", "student.pos_embed_rope_dtype"]
+    assert "MODEL.DTYPE='bf16' has no effect: compute_precision.param_dtype" in caplog.text
+    known = dict(leaves(default))
+    assert set(IGNORED_KEYS) <= set(known)
+    text = (ROOT / "docs" / "ssl_config.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([\w.]+)` \|", text, flags=re.M)
+    assert listed == list(IGNORED_KEYS), "the table of docs/ssl_config.md is that of IGNORED_KEYS"
+
+
+def test_ignored_keys_are_read_nowhere():
+    """No line of the tree reads a key that is said to have no effect."""
+    tree = ROOT / "dinov3_modified" / "dinov3"
+    sources = "\n".join(
+        p.read_text(encoding="utf-8")
+        for p in tree.rglob("*.py")
+        if p.name not in ("validation.py",)
+    )
+    for key in IGNORED_KEYS:
+        section, _, name = key.rpartition(".")
+        assert f"cfg.{section}.{name}" not in sources, key
+        assert f"args.{name}" not in sources or name in ("weights",), key
+
+
+def test_compare():
+    old, new = get_default_config(), get_default_config()
+    assert compare_configs(old, new) == []
+    new.train.num_workers = 3
+    new.wandb.enabled = True
+    new.train.dataset_path = "ImageFolder:root=b"
+    assert compare_configs(old, new) == []
+    new.optim.lr = 0.5
+    new.crops.global_crops_size = [1, 2]
+    found = compare_configs(old, new)
+    assert [d.key for d in found] == ["crops.global_crops_size", "optim.lr"]
+    assert str(found[1]) == "optim.lr: 0.001 → 0.5"
+    del old.accelerator
+    assert "accelerator.seed" in [d.key for d in compare_configs(old, new)]
+    assert "accelerator.seed" not in [
+        d.key for d in compare_configs(old, new, get_default_config())
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "ssl").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_shipped_configurations(path, tmp_path):
+    """Each is valid, opens with what, source, hardware and command, and makes a network."""
+    args = DinoV3SetupArgs(str(path), output_dir=str(tmp_path))
+    cfg = get_cfg_from_args(args)
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    for word in (
+        "# Pretrains:",
+        "# Source:",
+        "# Hardware and time:",
+        "# Command: dinocell pretrain",
+    ):
+        assert word in head, word
+    from dinov3.models import build_model_from_cfg
+
+    assert build_model_from_cfg(cfg, only_teacher=True)[0].patch_size == cfg.student.patch_size
