@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import random
+import signal
 import subprocess
 import sys
 import warnings
@@ -29,6 +30,7 @@ from dinov3.data import (
 from dinov3.data.loaders import make_seeded_data_loader, seed_everything, seeded
 
 TREE = Path(__file__).parents[3] / "dinov3_modified"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{TREE}{os.pathsep}{Path(__file__).parent}"}
 
 
 class Numbers(Dataset):
@@ -283,7 +285,7 @@ def test_signals_to_the_whole_group_spare_the_workers(tmp_path):
         text=True,
         check=False,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": f"{TREE}{os.pathsep}{Path(__file__).parent}"},
+        env=ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[0] == f"True [True, True] {batches(31)[-1][0]}"
@@ -328,3 +330,34 @@ def test_import_needs_no_extra_package():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+KILLED = """
+import os, signal, sys
+from dinov3.data.loaders import make_seeded_data_loader
+from test_loaders import Numbers, gathered
+
+if __name__ == "__main__":
+    made = iter(make_seeded_data_loader(dataset=Numbers(), batch_size=3, num_workers=2, seed=5,
+        collate_fn=gathered))
+    next(made)
+    print(*[w.pid for w in made._workers], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_of_a_killed_process_end(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    # The pipe is read until the last process that holds it has ended: living workers time out here.
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=False,
+        timeout=60,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert len(done.stdout.split()) == 2
