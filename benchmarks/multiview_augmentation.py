@@ -1,6 +1,6 @@
 """CPU time of one multi-view sample, 2 x 224 + 8 x 96 crops of a five-channel 1080 x 1080 field.
 
-    python benchmarks/multiview_augmentation.py     # writes benchmarks/results/multiview_augmentation.json
+python benchmarks/multiview_augmentation.py     # writes benchmarks/results/multiview_augmentation.json
 """
 
 from __future__ import annotations

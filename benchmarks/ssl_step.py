@@ -119,7 +119,9 @@ def build(side: str, size: dict[str, Any]) -> tuple[Any, Any, Any]:
             import torch.distributed as dist
 
             port = 29_500 + os.getpid() % 2_000
-            dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+            dist.init_process_group(
+                "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1
+            )
         else:
             distributed.enable(overwrite=True)
     torch.manual_seed(0)
@@ -231,7 +233,9 @@ def matrix_peak(dtype: str) -> float:
     return 2 * edge**3 / best
 
 
-def data_wait(size: dict[str, Any], folder: str, step_seconds: float, workers: int) -> dict[str, float]:
+def data_wait(
+    size: dict[str, Any], folder: str, step_seconds: float, workers: int
+) -> dict[str, float]:
     """Share of a step of this length that the loader of multi-view fields makes it wait."""
     from functools import partial
 
@@ -294,7 +298,9 @@ def in_process(arguments: list[str], tree: Path) -> dict[str, Any]:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument(
         "--preset", choices=PRESETS, help="default: gpu where there is one, else cpu"
     )
@@ -330,7 +336,8 @@ def main() -> None:
     peak = matrix_peak(size["dtype"])
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     result: dict[str, Any] = {
-        "command": "python " + " ".join([Path(__file__).relative_to(ROOT).as_posix(), *sys.argv[1:]]),
+        "command": "python "
+        + " ".join([Path(__file__).relative_to(ROOT).as_posix(), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__},
         "sizes": size,
@@ -352,7 +359,9 @@ def main() -> None:
     if args.fields:
         ours = statistics.median(v for run in runs["ours"] for v in run["seconds"])
         result["data"] = data_wait(size, args.fields, ours, args.workers)
-        print(f"data: waits {100 * result['data']['share']:.1f} % of a step with {args.workers} workers")
+        print(
+            f"data: waits {100 * result['data']['share']:.1f} % of a step with {args.workers} workers"
+        )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"written: {args.out}")

@@ -565,9 +565,7 @@ def weights_fetch(
     offline: Annotated[
         bool, typer.Option("--offline", help="Open no connection (also DINOCELL_OFFLINE=1).")
     ] = False,
-    sha256: Annotated[
-        str | None, typer.Option(help="Expected checksum, or its beginning.")
-    ] = None,
+    sha256: Annotated[str | None, typer.Option(help="Expected checksum, or its beginning.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder in place of the cache.")
     ] = None,

@@ -44,7 +44,9 @@ _TIMEOUT_S = 60.0
 
 def cache_folder() -> Path:
     """`DINOCELL_WEIGHTS`, else `~/.cache/dinocell/weights`."""
-    return Path(os.environ.get("DINOCELL_WEIGHTS") or Path.home() / ".cache" / "dinocell" / "weights")
+    return Path(
+        os.environ.get("DINOCELL_WEIGHTS") or Path.home() / ".cache" / "dinocell" / "weights"
+    )
 
 
 def list_weights() -> str:
@@ -92,7 +94,8 @@ def describe_weights(path: str | Path, *, which: str = "teacher") -> str:
     formats = _formats()
     _, d = _read(Path(path), which)
     lines = [
-        f"{d.path}: {d.name}, {d.format} format" + (f", {which}" if d.format == "checkpoint" else ""),
+        f"{d.path}: {d.name}, {d.format} format"
+        + (f", {which}" if d.format == "checkpoint" else ""),
         f"parameters: {d.num_parameters / 1e6:.2f} M, {d.dtype}",
         f"width {d.embed_dim}, {d.depth} blocks, {d.num_heads} heads, patch {d.patch_size}, "
         f"{d.in_chans} channels",
@@ -146,7 +149,9 @@ def convert_weights(
     if target.resolve() == source.resolve():
         raise UsageError(f"OUT must not be IN, got {target} for both: name another file")
     if to is None:
-        to = {".pth": "meta", ".pt": "meta", ".safetensors": "dinocell", "": "hf"}.get(target.suffix)
+        to = {".pth": "meta", ".pt": "meta", ".safetensors": "dinocell", "": "hf"}.get(
+            target.suffix
+        )
         if to is None:
             raise UsageError(f"OUT must end in .pth or .safetensors, got {target}: or add --to")
     state, description = _read(source, which)

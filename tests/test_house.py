@@ -82,6 +82,34 @@ def test_the_tree_never_imports_dinocell():
             assert not module.startswith("dinocell"), path
 
 
+# Modules of upstream that the tree mirrors; all other files are ours and listed as such.
+MIRRORED = """
+checkpointer/__init__ checkpointer/checkpointer configs/__init__ configs/config data/__init__
+data/adapters data/augmentations data/collate data/loaders data/masking data/meta_loaders data/samplers
+data/transforms data/datasets/__init__ data/datasets/decoders data/datasets/extended
+data/datasets/image_net distributed/__init__ distributed/torch_distributed_primitives
+distributed/torch_distributed_wrapper fsdp/__init__ fsdp/ac_compile_parallelize hub/__init__
+hub/backbones hub/utils layers/__init__ layers/attention layers/block layers/dino_head
+layers/ffn_layers layers/layer_scale layers/patch_embed layers/rms_norm
+layers/rope_position_encoding logging/__init__ logging/helpers loss/__init__ loss/dino_clstoken_loss
+loss/gram_loss loss/ibot_patch_loss loss/koleo_loss models/__init__ models/vision_transformer
+run/__init__ run/init run/submit train/__init__ train/cosine_lr_scheduler train/param_groups
+train/ssl_meta_arch train/train utils/__init__ utils/cluster utils/custom_callable utils/utils
+""".split()  # noqa: SIM905
+
+
+def test_every_file_of_the_tree_is_mirrored_or_listed_as_ours():
+    tree = ROOT / "dinov3_modified" / "dinov3"
+    files = {p.relative_to(tree).with_suffix("").as_posix() for p in tree.rglob("*.py")} - {
+        "__init__"
+    }
+    text = (ROOT / "dinov3_modified" / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("New files of ours") :]
+    ours = {name.removesuffix(".py") for name in re.findall(r"`dinov3/([\w/]+\.py)`", table)}
+    ours -= {"models/vision_transformer"}
+    assert files == set(MIRRORED) | ours
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_all_is_exact(path):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import random
 from pathlib import Path
@@ -221,11 +222,9 @@ def test_unequal_sizes_constant_planes_and_damaged_files(harmony):
 
 
 def test_decoding():
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, np.zeros((3, 4), np.complex64))
     with pytest.raises(FieldError, match="8 or 16 bits"):
-        import io
-
-        stream = io.BytesIO()
-        tifffile.imwrite(stream, np.zeros((3, 4), np.complex64))
         decode_planes(stream.getvalue(), "x")
 
 
