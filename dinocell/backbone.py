@@ -125,6 +125,8 @@ class DINOv3Backbone(nn.Module):
 def load_backbone_weights(backbone: DINOv3Backbone, path: str | Path) -> str:
     """Load a DINOv3 backbone from any file that `docs/weights.md` lists, of any patch size.
 
+    `path` may also be the name of a fetched backbone, such as `dinov3_vits16`.
+
     Returns
     -------
     str
@@ -137,14 +139,17 @@ def load_backbone_weights(backbone: DINOv3Backbone, path: str | Path) -> str:
     CheckpointError
         It holds no backbone, or keys are missing, unexpected or misshapen; all are listed.
     """
+    from dinocell.weights import find_weights  # which imports this module
+
     formats = import_dinov3("checkpointer.weight_formats")
     try:
-        return str(formats.load_backbone(backbone.vit, path))
+        return str(formats.load_backbone(backbone.vit, find_weights(path)))
     except FileNotFoundError as error:
         raise UsageError(str(error)) from error
     except formats.WeightsError as error:
         raise CheckpointError(
-            f"backbone weights must fit ViT {backbone.size}/{backbone.patch_size}: {error}"
+            f"backbone weights must fit ViT {backbone.size}/{backbone.patch_size} with the flags of "
+            f"the released ViTs (4 storage tokens, masked k bias, LayerScale): {error}"
         ) from error
 
 

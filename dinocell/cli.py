@@ -504,9 +504,9 @@ def weights_info(
     Example: `dinocell weights info dinocell-tiny`
     """
     from dinocell.model_info import describe_model
-    from dinocell.weights import describe_weights, is_backbone_file
+    from dinocell.weights import describe_weights, find_weights, is_backbone_file
 
-    if is_backbone_file(model):
+    if is_backbone_file(find_weights(model)):
         print(describe_weights(model, which=which))
     else:
         print(describe_model(model, decoder=decoder, image_px=image_px))
@@ -515,7 +515,10 @@ def weights_info(
 @weights_app.command("convert")
 def weights_convert(
     source: Annotated[
-        Path, typer.Argument(metavar="IN", help="Backbone file, checkpoint folder or model file.")
+        Path,
+        typer.Argument(
+            metavar="IN", help="Backbone file, checkpoint folder, model file, or a fetched name."
+        ),
     ],
     target: Annotated[
         Path, typer.Argument(metavar="OUT", help=".pth, .safetensors, or a folder (hf).")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import shutil
+import ssl
 import time
 import urllib.error
 import urllib.parse
@@ -22,6 +24,7 @@ __all__ = [
     "convert_weights",
     "describe_weights",
     "fetch_weights",
+    "find_weights",
     "is_backbone_file",
     "list_weights",
 ]
@@ -40,6 +43,7 @@ RELEASED: dict[str, str] = {
 _TRIES = 6
 _BLOCK = 2**20
 _TIMEOUT_S = 60.0
+_HUB = "huggingface.co"  # the only host that gets HF_TOKEN
 
 
 def cache_folder() -> Path:
@@ -47,6 +51,30 @@ def cache_folder() -> Path:
     return Path(
         os.environ.get("DINOCELL_WEIGHTS") or Path.home() / ".cache" / "dinocell" / "weights"
     )
+
+
+def find_weights(name: str | Path) -> Path:
+    """A path as it is, or the file of the cache that a name stands for; fetches nothing.
+
+    Parameters
+    ----------
+    name : path or str
+        A file or folder, a name of `RELEASED`, or the name of a file in the cache.
+
+    Raises
+    ------
+    UsageError
+        A released backbone that has not been fetched; the message says how to get it.
+    """
+    path = Path(name)
+    if path.exists() or path.name != str(name):
+        return path
+    cached = cache_folder() / RELEASED.get(path.name, path.name)
+    if cached.is_file():
+        return cached
+    if path.name in RELEASED:
+        raise UsageError(_how_to_get(path.name, RELEASED[path.name], cache_folder()))
+    return path
 
 
 def list_weights() -> str:
@@ -82,7 +110,7 @@ def describe_weights(path: str | Path, *, which: str = "teacher") -> str:
 
     Parameters
     ----------
-    path : path
+    path : path or str
         Any file that `convert_weights` reads.
     which : `teacher` or `student`
 
@@ -92,19 +120,22 @@ def describe_weights(path: str | Path, *, which: str = "teacher") -> str:
         No such file; not a backbone.
     """
     formats = _formats()
-    _, d = _read(Path(path), which)
+    path = find_weights(path)
+    _, d = _read(path, which)
+    guess = "" if d.heads_known else " (assumed)"
+    base = "" if d.rope_base is None else f", RoPE base {d.rope_base:g}"
     lines = [
-        f"{d.path}: {d.name}, {d.format} format"
-        + (f", {which}" if d.format == "checkpoint" else ""),
+        f"{d.path}: {d.name}, {d.format} format" + (f", {d.which}" if d.which else ""),
         f"parameters: {d.num_parameters / 1e6:.2f} M, {d.dtype}",
-        f"width {d.embed_dim}, {d.depth} blocks, {d.num_heads} heads, patch {d.patch_size}, "
-        f"{d.in_chans} channels",
+        f"width {d.embed_dim}, {d.depth} blocks, {d.num_heads} heads{guess}, patch {d.patch_size}, "
+        f"{d.in_chans} channels{base}",
         f"feed-forward: {d.ffn}, {d.ffn_hidden} wide; storage tokens: {d.n_storage_tokens}",
         f"k bias masked: {_yes(d.mask_k_bias)}; LayerScale: {_yes(d.layerscale)}; "
         f"norms of their own: {', '.join(d.untied_norms) or 'none'}",
     ]
-    if Path(path).is_file():
+    if path.is_file():
         lines.append(f"sha256: {formats.sha256(path)}")
+    lines += [f"note: {note}" for note in d.notes]
     return "\n".join(lines)
 
 
@@ -137,7 +168,7 @@ def convert_weights(
     Returns
     -------
     str
-        What was written.
+        What was written, adapted, filled in and left out.
 
     Raises
     ------
@@ -145,7 +176,7 @@ def convert_weights(
         No such file, not a backbone, wrong options; the target is there already.
     """
     formats = _formats()
-    source, target = Path(source), Path(target)
+    source, target = find_weights(source), Path(target)
     if target.resolve() == source.resolve():
         raise UsageError(f"OUT must not be IN, got {target} for both: name another file")
     if to is None:
@@ -163,13 +194,15 @@ def convert_weights(
         except ValueError as error:
             raise UsageError(str(error)) from error
         note = f"; {done}" if done is not None else ""
+    losses: list[str] = []
     try:
-        formats.write_backbone(state, target, to, overwrite=overwrite)
+        formats.write_backbone(state, target, to, overwrite=overwrite, notes=losses)
     except FileExistsError as error:
         raise UsageError(str(error)) from error
     except formats.WeightsError as error:
         raise UsageError(str(error)) from error
-    return f"{description.name} ({description.format}) → {target} ({to}){note}"
+    written = f"{description.name} ({description.format}) → {target} ({to}){note}"
+    return "\n".join([written, *(f"note: {text}" for text in (*description.notes, *losses))])
 
 
 def fetch_weights(
@@ -236,7 +269,10 @@ def fetch_weights(
                 "give a folder with --from"
             )
         whole = url.path.endswith((".pth", ".pt", ".safetensors"))
-        _download(source if whole else f"{source.rstrip('/')}/{file}", part)
+        if not whole:  # a query, such as a signature, stays behind the path
+            path = f"{url.path.rstrip('/')}/{file}"
+            source = urllib.parse.urlunsplit(url._replace(path=path))
+        _download(source, part)
     else:
         local = Path(urllib.request.url2pathname(url.path) if url.scheme == "file" else source)
         local = local / file if local.is_dir() else local
@@ -244,6 +280,7 @@ def fetch_weights(
             raise UsageError(f"--from must hold {file}, got {source} without it: check the folder")
         shutil.copyfile(local, part)
     try:
+        _check_kind(part)
         _check_sum(part, expected)
     except CheckpointError:
         part.unlink()
@@ -257,47 +294,142 @@ def _download(url: str, part: Path) -> None:
     shown = url.split("?")[0]
     reason = "nothing came"
     for attempt in range(_TRIES):
-        begun = part.stat().st_size if part.is_file() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={begun}-"} if begun else {})
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-                resumed = answer.status == 206
-                length = answer.headers.get("Content-Length")
-                total = None if length is None else int(length) + (begun if resumed else 0)
-                with (
-                    part.open("ab" if resumed else "wb") as stream,
-                    progress(
-                        f"{part.stem} (KiB)",
-                        max((total or 0) // 1024, 1),
-                        shown=total is not None,
-                        done=begun // 1024 if resumed else 0,
-                    ) as bar,
-                ):
-                    while block := answer.read(_BLOCK):
-                        stream.write(block)
-                        bar.advance(len(block) // 1024)
-            size = part.stat().st_size
-            if total is None or size >= total:
-                return
-            reason = f"{size} of {total} bytes"
+            with _open(url, part) as answer:
+                if _receive(answer, part):
+                    _facts_path(part).unlink(missing_ok=True)
+                    return
+            reason = f"an end after {_size(part)} bytes"
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing is left to ask for
-                return
+            error.close()
             reason = f"{error.code} {error.reason}"
+            if error.code == 416:  # nothing is left to ask for, or the file has changed
+                if _size(part) == _facts(part).get("total"):
+                    _facts_path(part).unlink(missing_ok=True)
+                    return
+                part.unlink(missing_ok=True)
+                continue
             if error.code in (401, 403):
                 raise UsageError(
                     f"{shown} must be open to you, got {reason}: the weights are gated, so ask for access "
-                    "first (docs/weights.md), or the link has expired"
+                    "first (docs/weights.md; for Hugging Face set HF_TOKEN), or the link has expired"
                 ) from error
             if error.code in (400, 404, 410):
                 raise UsageError(f"{shown} must exist, got {reason}: check --from") from error
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
+        except urllib.error.URLError as error:
+            reason = str(error.reason)
+            if isinstance(error.reason, ssl.SSLCertVerificationError):
+                raise UsageError(
+                    f"{shown} must have a certificate that this machine trusts, got {reason}: set "
+                    "SSL_CERT_FILE to your network's certificates"
+                ) from error
+        except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            reason = str(error) or type(error).__name__
         time.sleep(min(0.2 * 2**attempt, 5.0))
     raise DINOCellError(
         f"{shown} must arrive whole, got an interruption {_TRIES} times (last: {reason}): run the same "
         "command again, it goes on where it stopped"
     )
+
+
+def _open(url: str, part: Path) -> Any:
+    """Ask for what follows `part`, or for all if the file at the source is another one by now."""
+    facts = _facts(part)
+    begun = _size(part)
+    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"})
+    if begun:
+        request.add_header("Range", f"bytes={begun}-")
+        if facts.get("validator"):
+            request.add_header("If-Range", facts["validator"])
+    place = urllib.parse.urlsplit(url)
+    token = os.environ.get("HF_TOKEN")
+    if token and place.scheme == "https" and place.hostname == _HUB:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    return urllib.request.build_opener(_Redirects).open(request, timeout=_TIMEOUT_S)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but never from https to http."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        """The next request."""
+        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
+            raise UsageError(
+                f"{req.full_url.split('?')[0]} must stay on https, got a redirect to "
+                f"{newurl.split('?')[0]}: use another source"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _receive(answer: Any, part: Path) -> bool:
+    """Write what comes; whether the file is whole."""
+    resumed = answer.status == 206
+    begun = _size(part) if resumed else 0
+    length = answer.headers.get("Content-Length")
+    total = None if length is None else int(length) + begun
+    if resumed and total != _facts(part).get("total", total):
+        part.unlink()  # another file than the one begun: the next try starts anew
+        return False
+    validator = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+    if validator and validator.startswith("W/"):
+        validator = None  # weak: equal in meaning, not in bytes
+    facts = {"total": total, "validator": validator}
+    _facts_path(part).write_text(json.dumps(facts), encoding="utf-8")
+    room = shutil.disk_usage(part.parent).free
+    if total is not None and total - begun > room:
+        raise UsageError(
+            f"{part.parent} must have room for {(total - begun) / 1e6:.0f} MB, got {room / 1e6:.0f} MB: "
+            "make room, or choose another folder with -o"
+        )
+    with (
+        part.open("ab" if resumed else "wb") as stream,
+        progress(
+            f"{part.stem} (KiB)",
+            max((total or 0) // 1024, 1),
+            shown=total is not None,
+            done=begun // 1024,
+        ) as bar,
+    ):
+        while block := answer.read(_BLOCK):
+            stream.write(block)
+            bar.advance(len(block) // 1024)
+    return total is None or _size(part) >= total
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _facts_path(part: Path) -> Path:
+    """Beside a partial file: which version of the file it is a part of."""
+    return part.with_name(f"{part.name}.json")
+
+
+def _facts(part: Path) -> dict[str, Any]:
+    """Empty where nothing is known of the beginning."""
+    path = _facts_path(part)
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        part.unlink(missing_ok=True)  # cut off while it was written: the beginning is worth nothing
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what a server sends in place of a file: a page to sign in, an error, nothing."""
+    with path.open("rb") as stream:
+        start = stream.read(64)
+    if not start or start.lstrip()[:1] == b"<":
+        kind = "a web page" if start else "an empty file"
+        raise CheckpointError(
+            f"{path.stem} must be a file of weights, got {kind}: check --from; gated files need access "
+            "first (docs/weights.md)"
+        )
 
 
 def _check_sum(path: Path, expected: str | None) -> None:
@@ -320,7 +452,7 @@ def _how_to_get(name: str, file: str, folder: Path) -> str:
     return (
         f"{name} must be fetched with access of your own, because Meta gives the weights only to those "
         "who accept its licence, got no --from: ask for access on the DINOv3 downloads page of Meta AI, "
-        "then run this command with --from 'URL' from the e-mail; or accept the licence of the model on "
+        f"then run `dinocell weights fetch {name} --from 'URL'` with the URL from the e-mail; or accept the licence of the model on "
         "Hugging Face, download its model.safetensors and use that file as it is; or save the file as "
         f"{folder / file}"
     )
