@@ -221,5 +221,7 @@ def test_models_from_a_configuration():
         build_model(student)
     student.fp8_enabled = False
     student.arch = "vit_tiny"
+    assert build_model(student, only_teacher=True, device="meta")[1] == 192
+    student.arch = "vit_enormous"
     with pytest.raises(ValueError, match="vit_small"):
         build_model(student)

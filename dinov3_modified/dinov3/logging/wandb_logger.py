@@ -228,11 +228,11 @@ class WandbLogger:
             if self._abandoned:
                 return
             self._abandoned = True
-            self.enabled = False
         logger.warning(
             "wandb is switched off: %s; the training goes on and training_metrics.json has all metrics",
             reason,
         )
+        self.enabled = False
         if self._owns_service:
             # wandb waits for its service when the program ends, for ever if that hangs.
             try:

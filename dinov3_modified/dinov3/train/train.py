@@ -542,6 +542,10 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
                 last = done == max_iter
                 stopping = not last and stop.agreed(iteration)
                 if last or stopping or done % cfg.checkpointing.period == 0:
+                    if not guard.last_is_finite():
+                        raise _non_finite(
+                            cfg, model, optimizer, loader, batches, iteration, total_loss
+                        )
                     _save(cfg, model, optimizer, ckpt_dir, iteration, process_group)
                 period = cfg.evaluation.eval_period_iterations
                 if last or (period > 0 and done % period == 0):
@@ -684,6 +688,13 @@ class _FiniteGuard:
         self.event = torch.cuda.Event()
         self.event.record()
         return answer
+
+    def last_is_finite(self) -> bool:
+        """The same of the newest loss, at the price of waiting: nothing wrong is ever saved."""
+        if self.flag is None:
+            return True
+        self.event.synchronize()
+        return bool(self.flag)
 
 
 def _non_finite(

@@ -435,6 +435,46 @@ def test_two_processes(images, tmp_path, strategy):
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
 
 
+GUARD = """
+import sys
+
+import torch
+
+from dinov3.train import ssl_meta_arch, train
+
+honest = ssl_meta_arch.SSLMetaArch.forward_backward
+
+
+def broken(self, data, *, iteration=0, **rest):
+    loss, metrics = honest(self, data, iteration=iteration, **rest)
+    if iteration == 2 and torch.distributed.get_rank() == 1:
+        loss = loss * float("nan")
+    return loss, metrics
+
+
+ssl_meta_arch.SSLMetaArch.forward_backward = broken
+train.main(sys.argv[1:])
+"""
+
+
+def test_nan_of_one_process_stops_all(images, tmp_path):
+    """The process whose loss is a number does not wait for ever for the other."""
+    script = tmp_path / "broken.py"
+    script.write_text(GUARD)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        str(script), *arguments(f"ImageFolder:root={images}", tmp_path / "out"),
+    ]  # fmt: skip
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=150, check=False
+    )
+    assert done.returncode != 0
+    assert "in iteration 2" in done.stderr
+    assert (tmp_path / "out" / "nan_logs" / "iteration_2").is_dir()
+
+
 # --- wrong input ---
 
 
