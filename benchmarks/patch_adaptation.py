@@ -64,17 +64,20 @@ def main() -> None:
     plain = functional.interpolate(
         state["patch_embed.proj.weight"], size=(8, 8), mode="bicubic", align_corners=False
     )
-    kernels = {m: adaptation.adapt_patch_embedding(state["patch_embed.proj.weight"], 8, m) for m in adaptation.METHODS}
+    kernels = {
+        m: adaptation.adapt_patch_embedding(state["patch_embed.proj.weight"], 8, m)
+        for m in adaptation.METHODS
+    }
     kernels["bicubic without the factor 4"] = plain
     table = {}
     with torch.no_grad():
-        expected = {k: large(v, is_training=True)["x_norm_patchtokens"] for k, v in enlarged.items()}
+        expected = {
+            k: large(v, is_training=True)["x_norm_patchtokens"] for k, v in enlarged.items()
+        }
         for name, kernel in kernels.items():
             small.load_state_dict({**state, "patch_embed.proj.weight": kernel})
             tokens = small(x, is_training=True)["x_norm_patchtokens"]
-            table[name] = {
-                k: float((tokens - v).norm() / v.norm()) for k, v in expected.items()
-            }
+            table[name] = {k: float((tokens - v).norm() / v.norm()) for k, v in expected.items()}
             cells = "  ".join(f"{k} {v:.2e}" for k, v in table[name].items())
             print(f"{name:30} {cells}")
     record = {
