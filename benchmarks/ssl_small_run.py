@@ -26,6 +26,7 @@ VAL = ("pediatric_BR00143976", "nf1_F7")
 # Fields with several channels are few: listed so often, they are about half of what is seen.
 REPEATS = 60
 SKIPPED = ("mask", "brightfield")
+WINDOW_PX, WINDOWS = 96, 16  # of the report
 
 
 def write_index() -> None:
@@ -88,19 +89,33 @@ def report() -> None:
     for folder in sorted(FOLDER.glob("cells_*/eval")):
         newest = max(folder.glob("training_*"), key=lambda p: int(p.name.split("_")[1]))
         checkpoints[folder.parent.name] = newest / "teacher_checkpoint.pth"
+    with INDEX.open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["field"].endswith("@0")]
     result: dict[str, object] = {"command": "python benchmarks/ssl_small_run.py report"}
-    for split in ("TRAIN", "VAL"):
+    for split in ("train", "val"):
+        index = FOLDER / f"inspect_{split}.csv"
+        with index.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, ["field", "file", "channel"], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(row for row in rows if row["split"] == split)
         found = inspect_checkpoints(
-            list(checkpoints.values()), FOLDER, index=INDEX, split=split, window_px=96
+            list(checkpoints.values()),
+            FOLDER,
+            index=index,
+            windows_per_field=WINDOWS,
+            window_px=WINDOW_PX,
         )
-        print(split)
-        print(found.text())
-        result[split] = found.to_dict()
-    curves = {}
+        print(f"\n{split}", *found.table(), sep="\n")
+        result[split] = found.to_mapping()
+    curves, evaluations = {}, {}
     for name in checkpoints:
+        path = FOLDER / name / "evaluation.jsonl"
+        if path.is_file():
+            evaluations[name] = [json.loads(line) for line in path.read_text().splitlines()]
         path = FOLDER / name / "training_metrics.json"
         if path.is_file():
             curves[name] = [json.loads(line) for line in path.read_text().splitlines()]
+    result["evaluations"] = evaluations
     result["curves"] = curves
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"written: {RESULT}")

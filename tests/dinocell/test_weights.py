@@ -14,7 +14,13 @@ from dinocell.backbone import DINOv3Backbone
 from dinocell.cli import main
 from dinocell.errors import CheckpointError, DINOCellError, UsageError
 from dinocell.model import bundled_models
-from dinocell.weights import RELEASED, convert_weights, describe_weights, fetch_weights
+from dinocell.weights import (
+    RELEASED,
+    convert_weights,
+    describe_weights,
+    fetch_weights,
+    find_weights,
+)
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
@@ -163,21 +169,31 @@ CONTENT = bytes(range(256)) * 20_000
 class Server(http.server.BaseHTTPRequestHandler):
     """Gives CONTENT, breaks off after `cut` bytes a request, and notes what was asked for."""
 
+    content = CONTENT
     cut = len(CONTENT)
     ranges = True
     status = 0
+    etag = ""
     asked: list[str | None]
+    tokens: list[str | None]
 
     def do_GET(self):
         type(self).asked.append(self.headers.get("Range"))
+        type(self).tokens.append(self.headers.get("Authorization"))
         if self.status:
             self.send_error(self.status)
             return
         begin = 0
-        if self.ranges and self.headers.get("Range"):
+        same = self.headers.get("If-Range", self.etag) == self.etag
+        if self.ranges and same and self.headers.get("Range"):
             begin = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-        rest = CONTENT[begin:]
+        if begin > len(self.content):
+            self.send_error(416)
+            return
+        rest = self.content[begin:]
         self.send_response(206 if begin else 200)
+        if self.etag:
+            self.send_header("ETag", self.etag)
         self.send_header("Content-Length", str(len(rest)))
         self.end_headers()
         self.wfile.write(rest[: self.cut])
@@ -193,6 +209,7 @@ def server(monkeypatch):
 
     class Own(Server):
         asked = []  # noqa: RUF012
+        tokens = []  # noqa: RUF012
 
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Own)
     thread = threading.Thread(target=running.serve_forever, daemon=True)
@@ -237,6 +254,57 @@ def test_server_without_ranges_starts_anew(server):
         fetch_weights("w.pth", source=url)
     handler.cut = len(CONTENT)
     assert fetch_weights("w.pth", source=url).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("etag", ["", '"1"'])
+@pytest.mark.parametrize("length", [300_000, len(CONTENT) + 5])
+def test_another_file_at_the_source_is_not_joined_to_the_beginning(server, etag, length):
+    """Told by its tag where the server gives one, else by its length."""
+    handler, url = server
+    handler.cut, handler.etag = 100_000, etag
+    with pytest.raises(DINOCellError):
+        fetch_weights("w.pth", source=url)
+    other = bytes(255 - value % 256 for value in range(length))
+    handler.content, handler.cut, handler.etag = other, length, etag.replace("1", "2")
+    assert fetch_weights("w.pth", source=url).read_bytes() == other
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><p>sign in", b""])
+def test_a_page_in_place_of_a_file_is_refused(server, tmp_path, content):
+    handler, url = server
+    handler.content = content
+    with pytest.raises(CheckpointError, match="must be a file of weights"):
+        fetch_weights("w.pth", source=url)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_token_of_the_hub_goes_nowhere_else(server, monkeypatch, tmp_path):
+    handler, url = server
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    fetch_weights("w.pth", source=url)
+    assert handler.tokens == [None]
+    from dinocell import weights
+
+    seen = []
+    monkeypatch.setattr(
+        weights.urllib.request.OpenerDirector,
+        "open",
+        lambda _self, request, **_: seen.append(dict(request.header_items())),
+    )
+    weights._open("https://huggingface.co/x/model.safetensors", tmp_path / "none.part")
+    assert seen[0]["Authorization"] == "Bearer secret"
+
+
+def test_a_name_stands_for_its_fetched_file(capsys, backbone, tmp_path):
+    cached = tmp_path / "cache" / RELEASED["dinov3_vits16"]
+    with pytest.raises(UsageError, match="must be fetched"):
+        find_weights("dinov3_vits16")
+    cached.parent.mkdir()
+    cached.write_bytes(backbone.read_bytes())
+    assert find_weights("dinov3_vits16") == cached
+    assert find_weights(backbone) == backbone
+    code, out, _ = call(capsys, "weights", "info", "dinov3_vits16")
+    assert (code, "patch 16" in out) == (0, True)
 
 
 @pytest.mark.parametrize(
