@@ -35,6 +35,7 @@ from dinocell.evaluation.feature_extraction import (
 )
 from dinocell.image_io import atomic_path
 from dinocell.progress import Progress, progress
+from dinocell.weights import find_weights
 
 __all__ = [
     "FEATURES",
@@ -252,7 +253,7 @@ def inspect_checkpoints(
 
     Parameters
     ----------
-    checkpoints : paths or names of bundled models
+    checkpoints : paths, or names of bundled models or fetched files
         Any backbone file that `dinocell weights info` knows, or a DINOCell model.
     data : folder of fields, or a FieldSource
     index, pattern, channels_table, channels
@@ -396,7 +397,7 @@ def load_backbone_of(
 
     Parameters
     ----------
-    path : path or name of a bundled model
+    path : path, or name of a bundled model or a fetched file
     which : `teacher` or `student`
     patch_size : int, optional
         Adapt the patch embedding to this patch size.
@@ -424,12 +425,13 @@ def load_backbone_of(
                 f"{patch_size}: name a file, or leave the option out"
             )
         return _inspected(name, model.backbone.vit, {"format": "dinocell"})
-    if not Path(name).exists():
+    found = find_weights(name)
+    if not found.exists():
         raise UsageError(
             f"a checkpoint must be a file, a folder or a bundled model "
             f"({', '.join(bundled_models())}), got {name}: check the path"
         )
-    vit, facts = _vit_of_weights(Path(name), which, patch_size)
+    vit, facts = _vit_of_weights(found, which, patch_size)
     return _inspected(name, vit, facts)
 
 

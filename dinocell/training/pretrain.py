@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dinocell.backbone import import_dinov3
 from dinocell.errors import DINOCellError, UsageError
+from dinocell.weights import find_weights
 
 __all__ = ["pretrain"]
 
@@ -26,7 +27,8 @@ def pretrain(
     config : path
         YAML with keys of `ssl_default_config.yaml`.
     overrides : sequence of str
-        `key=value`, in place of the file's.
+        `key=value`, in place of the file's.  `student.pretrained_weights` may be the name of a
+        fetched backbone.
     output_dir : path, optional
         `runs/ssl/NAME` of the configuration's file name by default.
     resume : bool
@@ -50,6 +52,7 @@ def pretrain(
     if not config.is_file():
         raise UsageError(f"the configuration must be a file, got {config}: see configs/ssl")
     output_dir = Path(output_dir) if output_dir is not None else Path("runs/ssl") / config.stem
+    overrides = [_found(change) for change in overrides]
     program = import_dinov3("train.train")
     argv = ["--config-file", str(config), "--output-dir", str(output_dir), "--seed", str(seed)]
     if not resume:
@@ -65,3 +68,11 @@ def pretrain(
         key=lambda path: int(path.parent.name.removeprefix("training_")),
     )
     return files[-1] if files else output_dir
+
+
+def _found(change: str) -> str:
+    """A start file that is given by its name, as a path."""
+    key, _, value = change.partition("=")
+    if key in ("student.pretrained_weights", "student.resume_from_teacher_chkpt") and value:
+        return f"{key}={find_weights(value)}"
+    return change

@@ -13,7 +13,9 @@ import torch
 from dinocell.backbone import DINOv3Backbone
 from dinocell.cli import main
 from dinocell.errors import CheckpointError, DINOCellError, UsageError
+from dinocell.inspection import load_backbone_of
 from dinocell.model import bundled_models
+from dinocell.training.pretrain import _found
 from dinocell.weights import (
     RELEASED,
     convert_weights,
@@ -305,6 +307,9 @@ def test_a_name_stands_for_its_fetched_file(capsys, backbone, tmp_path):
     assert find_weights(backbone) == backbone
     code, out, _ = call(capsys, "weights", "info", "dinov3_vits16")
     assert (code, "patch 16" in out) == (0, True)
+    assert load_backbone_of("dinov3_vits16").facts["patch_size"] == 16
+    assert _found("student.pretrained_weights=dinov3_vits16").endswith(str(cached))
+    assert _found("student.patch_size=8") == "student.patch_size=8"
 
 
 @pytest.mark.parametrize(
