@@ -172,13 +172,26 @@ def setup_job(
     Args:
         output_dir: made if need be; the log goes to OUT/logs.
         seed: of Python, NumPy and torch; the rank is added.  None leaves them.
+
+    Raises:
+        ValueError: the folder cannot be made or written.
     """
     from dinov3.logging import setup_logging
     from dinov3.utils import fix_random_seeds
 
     if output_dir is not None:
         output_dir = os.path.abspath(output_dir)
-        os.makedirs(output_dir, exist_ok=True)
+        try:
+            os.makedirs(output_dir, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"the output folder must be one that can be made, got {output_dir} "
+                f"({error.strerror}): choose another"
+            ) from error
+        if not os.access(output_dir, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"the output folder must be writable, got {output_dir}: choose another"
+            )
     if logging_enabled:
         setup_logging(output=output_dir, level=logging.INFO)
         setup_logging(output=output_dir, level=logging.INFO, name="dinov3")
