@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import subprocess
 import sys
 import threading
 import time
 import types
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -443,38 +441,7 @@ def run_real(folder: Path, how: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def read_history(path: Path) -> list[dict]:
-    """Rows of a .wandb file: a log of LevelDB's form, blocks of 32 KiB, protobuf records."""
-    from wandb.proto import wandb_internal_pb2
-
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    offset, whole, rows = 7, b"", []
-    while offset + 7 <= len(data):
-        left = 32768 - offset % 32768
-        if left < 7:
-            offset += left
-            continue
-        checksum, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
-        body = data[offset + 7 : offset + 7 + length]
-        if len(body) < length or kind not in (1, 2, 3, 4):
-            break
-        assert checksum == zlib.crc32(body, zlib.crc32(bytes([kind])))
-        offset += 7 + length
-        whole = body if kind in (1, 2) else whole + body
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record.FromString(whole)
-            if record.HasField("history"):
-                rows.append(
-                    {
-                        item.key or ".".join(item.nested_key): json.loads(item.value_json)
-                        for item in record.history.item
-                    }
-                )
-    return rows
-
-
-def test_offline_files_read_back(tmp_path):
+def test_offline_files_read_back(tmp_path, read_history):
     done = run_real(tmp_path, "twice")
     assert done.returncode == 0, done.stderr
     (pid,) = done.stdout.removeprefix("lost False services ").split()

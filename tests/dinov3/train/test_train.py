@@ -190,6 +190,40 @@ def test_signal_saves_and_stops(images, whole_run, tmp_path, number):
     assert same(teacher(tmp_path), teacher(whole_run))
 
 
+def test_wandb_has_the_lines_of_both_halves(images, tmp_path, read_history, monkeypatch):
+    """Offline, in one wandb run over an interruption, each step once and in order."""
+    pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data, out = f"ImageFolder:root={images}", tmp_path / "out"
+    changes = ["wandb.enabled=true", "monitor.visuals_period_iterations=4"]
+    process = start(data, out, *changes)
+    wait_for(process, "Training [0/6]")
+    process.send_signal(signal.SIGTERM)
+    code, _ = finish(process)
+    assert code == 1
+    code, output = finish(start(data, out, *changes))
+    assert code == 0, output
+    run_id = (out / "wandb_run_id.txt").read_text().strip()
+    files = sorted((out / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    assert len(files) == 2
+    rows = [row for file in files for row in read_history(file)]
+    steps = [row["_step"] for row in rows]
+    assert steps == sorted(set(steps))
+    lines = [json.loads(line) for line in (out / "training_metrics.json").read_text().splitlines()]
+    expected: dict[int, dict[str, float]] = {}
+    for line in lines:
+        expected.setdefault(line["iteration"], {}).update(line)
+    assert set(steps) == set(expected)
+    for row in rows:
+        for name, value in expected[row["_step"]].items():
+            if name != "iteration":
+                assert row[name] == pytest.approx(value, nan_ok=True), (row["_step"], name)
+    assert any("monitor/cls_effective_rank" in row for row in rows)
+    assert any(name.startswith("visuals/pca") for row in rows for name in row)
+
+
 def test_damaged_checkpoint_is_skipped(images, whole_run, tmp_path, caplog):
     import shutil
 
