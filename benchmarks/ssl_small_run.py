@@ -114,7 +114,9 @@ def report() -> None:
             evaluations[name] = [json.loads(line) for line in path.read_text().splitlines()]
         path = FOLDER / name / "training_metrics.json"
         if path.is_file():
-            curves[name] = [json.loads(line) for line in path.read_text().splitlines()]
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            # Norms of every block are in the run's own file.
+            curves[name] = [{k: v for k, v in line.items() if k.count("/") < 2} for line in lines]
     result["evaluations"] = evaluations
     result["curves"] = curves
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
