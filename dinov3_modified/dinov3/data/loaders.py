@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dinov3.data.datasets import ImageNet
 from dinov3.data.samplers import (
+    CountingSampler,
     EpochSampler,
     InfiniteSampler,
     PositionedSampler,
@@ -66,6 +67,8 @@ DATASETS: dict[str, str] = {
     "ImageFolder": "dinov3.data.datasets.image_folder:ImageFolder",
     "JUMPCellPainting": "dinov3.data.datasets.jump_cellpainting:JUMPCellPainting",
     "JUMPCellPaintingMultiView": "dinov3.data.datasets.jump_cellpainting:JUMPCellPaintingMultiView",
+    "JUMPS3Dataset": "dinov3.data.datasets.jump_s3:JUMPS3Dataset",
+    "JUMPS3MultiView": "dinov3.data.datasets.jump_s3:JUMPS3MultiView",
 }
 # Upstream's that serve evaluation only, or have no public file list.
 _ABSENT = ("ImageNet22k", "ADE20K", "CocoCaptions", "NYU")
@@ -319,6 +322,13 @@ def _make_sampler(
     size: int,
     advance: int,
 ) -> Any:
+    if getattr(dataset, "orders_itself", False):
+        if type not in (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE):
+            raise ValueError(
+                f"a data set with an order of its own must have an infinite sampler, got {type}: use "
+                "SamplerType.INFINITE"
+            )
+        return CountingSampler(advance=advance)
     count = len(dataset)
     if size > 0 and type is not None and type is not SamplerType.EPOCH:
         raise ValueError(

@@ -17,6 +17,7 @@ from torch.utils.data.sampler import Sampler
 from dinov3.distributed import get_rank, get_world_size
 
 __all__ = [
+    "CountingSampler",
     "EpochSampler",
     "InfiniteSampler",
     "PositionedSampler",
@@ -80,6 +81,22 @@ def sample_order(loader: Any, start: int) -> Iterator[int]:
     inner = positioned.sampler
     fresh = type(inner)(**{**inner.arguments, "advance": start})
     return iter(fresh)
+
+
+class CountingSampler(Sampler[int]):
+    """Positions themselves, for data sets that know their own order (ours).
+
+    Args:
+        advance: samples of this process that are done.
+    """
+
+    def __init__(self, *, advance: int = 0) -> None:
+        self.arguments = {"advance": advance}
+        self._advance = advance
+        self._start, self._step = get_rank(), get_world_size()
+
+    def __iter__(self) -> Iterator[int]:
+        yield from itertools.count(self._start + self._advance * self._step, self._step)
 
 
 class EpochSampler(Sampler[int]):

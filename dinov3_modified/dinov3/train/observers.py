@@ -25,6 +25,8 @@ __all__ = ["Observers", "load_hook"]
 
 logger = logging.getLogger("dinov3")
 
+_COUNTS_EVERY = 10  # steps
+
 
 def load_hook(address: str) -> Callable[..., Any]:
     """A function by "package.module:function".
@@ -73,6 +75,8 @@ class Observers:
             mean=cfg.crops.rgb_mean,
             std=cfg.crops.rgb_std,
         )
+        # Of a data set that fetches: requests, retries, losses.
+        self.counts: Callable[[], dict[str, float]] | None = None
         self.evaluation: Callable[..., dict[str, float]] | None = None
         settings = cfg.ssl_evaluation
         if settings.hook and settings.period_iterations > 0:
@@ -112,6 +116,9 @@ class Observers:
         period = self.cfg.ssl_evaluation.period_iterations
         if self.evaluation is not None and (iteration + 1) % period == 0:
             extra |= self._evaluate(iteration)
+        source = self.counts
+        if source is not None and self.main and iteration % _COUNTS_EVERY == 0:
+            extra |= source()
         if extra:
             # A line of its own: these come at their own intervals.
             self.metrics.record(iteration, extra)

@@ -284,6 +284,13 @@ def _data_loader(cfg: DictConfig, model: SSLMetaArch, batches_done: int, seed_of
         raise ValueError(
             f"train.dataset_path must hold samples, got none in {cfg.train.dataset_path!r}: check it"
         )
+    if hasattr(dataset, "set_options"):  # fields that arrive over a network
+        dataset.set_options(
+            stream_options(cfg),
+            report_folder=cfg.train.output_dir,
+            seed=cfg.train.seed + seed_offset,
+            batch_size=cfg.train.batch_size_per_gpu,
+        )
     sampler = SamplerType.SHARDED_INFINITE if cfg.train.cache_dataset else SamplerType.INFINITE
     return make_data_loader(
         dataset=dataset,
@@ -297,6 +304,19 @@ def _data_loader(cfg: DictConfig, model: SSLMetaArch, batches_done: int, seed_of
         collate_fn=collate,
         persistent_workers=False,
     )
+
+
+def stream_options(cfg: DictConfig) -> Any:
+    """The section `streaming` of a configuration.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    from dinov3.data.datasets.jump_s3 import StreamOptions
+
+    options = StreamOptions(**OmegaConf.to_container(cfg.streaming))  # type: ignore[arg-type]
+    options.of_store("s3://checked")
+    return options
 
 
 def _no_target(_: Any) -> tuple[()]:
@@ -493,6 +513,8 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
         delimiter="  ", output_file=str(output_dir / "training_metrics.json")
     )
     observers = Observers(cfg, model, metric_logger, resume=resume)
+    if not isinstance(loader, CombinedDataLoader):
+        observers.counts = getattr(loader.dataset.dataset, "counts", None)
     model.train()
     steps = _grouped(loader, cfg.accelerator.accumulation_steps)
     iteration = start_iter

@@ -1,0 +1,1 @@
+"""Fields from object stores: transport, index, order, and a pool that processes share (ours)."""

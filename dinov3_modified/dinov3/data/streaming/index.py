@@ -1,0 +1,311 @@
+"""A list of fields that opens at once, however long it is (ours).
+
+One Arrow file per selection, memory-mapped, so that all processes of a machine share its pages.  A
+row is a field: plate, well, site, the common beginning of its file names, and the layout, which
+holds the channels and the ends of their names.  Keys are put together when they are asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["FieldIndex", "FieldRecord", "IndexWriter", "side_of_plate", "split_url"]
+
+_VERSION = 1
+_VAL_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class FieldRecord:
+    """One field.
+
+    Attributes:
+        plate: `PROJECT/SOURCE/BATCH/PLATE`; plates of equal names in two batches stay apart.
+        well: such as A01; empty where it is not known.
+        site: number of the field in its well.
+        keys: channel → key of its file in the store.
+        size_bytes: of all files, 0 where it is not known.
+    """
+
+    plate: str
+    well: str
+    site: str
+    keys: Mapping[str, str]
+    size_bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        """Key of the field: source, batch, plate, well and site."""
+        return "/".join(part for part in (self.plate, self.well, self.site) if part)
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """`s3://bucket/key` → (bucket, key); anything else → ("", as it is)."""
+    if not url.startswith("s3://"):
+        return "", url
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def side_of_plate(plate: str, val_share: float = _VAL_SHARE) -> str:
+    """ "train" or "val" of a plate, by a checksum of its name alone.
+
+    Repeated images of a plate are near-duplicates, so a plate stays on one side in every batch.
+    """
+    name = plate.rpartition("/")[2]
+    value = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+    return "val" if value / 2**64 < val_share else "train"
+
+
+class IndexWriter:
+    """Collects fields and writes their index.
+
+    Args:
+        store: URL that the keys belong to; kept for those who read the index.
+        source: what it was made from, in words.
+    """
+
+    def __init__(self, store: str, source: str = "") -> None:
+        self.store = store
+        self.source = source
+        self._seen: set[tuple[str, str, str]] = set()
+        self._rows: list[tuple[str, str, str, str, int, int]] = []
+        self._layouts: dict[tuple[tuple[str, str], ...], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, record: FieldRecord) -> None:
+        """Take a field.
+
+        Raises:
+            ValueError: it has no channel, or was added before.
+        """
+        if not record.keys:
+            raise ValueError(f"field {record.name} must have a channel, got none: leave it out")
+        place = (record.plate, record.well, record.site)
+        if place in self._seen:
+            raise ValueError(
+                f"field {record.name} must appear once, got it twice: source, batch, plate, well and "
+                "site must tell fields apart"
+            )
+        self._seen.add(place)
+        keys = list(record.keys.values())
+        if len(keys) > 1:
+            stem = _common_beginning(keys)
+        else:  # the number of the channel is in the end of the name, the field in its beginning
+            stem = keys[0][: max(keys[0].rfind("/") + 1, len(keys[0]) - 24)]
+        ends = [key[len(stem) :] for key in keys]
+        if any("{" in end for end in ends) or sum(map(len, ends)) > 64 * len(ends):
+            stem, ends = "", keys
+        layout = tuple(zip(record.keys, ends, strict=True))
+        if layout not in self._layouts and len(self._layouts) >= _MOST_LAYOUTS:
+            # Names without a rule, such as GUIDs: all of them stand in the row itself.
+            stem, layout = "\n".join(keys), tuple((channel, "{line}") for channel in record.keys)
+        number = self._layouts.setdefault(layout, len(self._layouts))
+        self._rows.append((record.plate, record.well, record.site, stem, number, record.size_bytes))
+
+    def write(self, path: str | Path) -> None:
+        """Write the index; it appears whole or not at all.
+
+        Raises:
+            ValueError: no field was added.
+        """
+        import pyarrow as pa
+
+        if not self._rows:
+            raise ValueError("an index must hold a field, got none: select other plates")
+        # Plates in one piece each, in the order of their names; within one by well and site.
+        self._rows.sort(key=lambda row: (row[0], row[1], _natural(row[2])))
+        plates = sorted({row[0] for row in self._rows})
+        numbers = {plate: number for number, plate in enumerate(plates)}
+        columns = list(zip(*self._rows, strict=True))
+        layouts = [[list(pair) for pair in layout] for layout in self._layouts]
+        table = pa.table(
+            {
+                "plate": pa.array([numbers[plate] for plate in columns[0]], pa.int32()),
+                "well": pa.array(columns[1]).dictionary_encode(),
+                "site": pa.array(columns[2]).dictionary_encode(),
+                "stem": pa.array(columns[3], pa.large_string()),
+                "layout": pa.array(columns[4], pa.int32()),
+                "bytes": pa.array(columns[5], pa.int64()),
+            },
+            metadata={
+                "dinocell": json.dumps(
+                    {
+                        "version": _VERSION,
+                        "store": self.store,
+                        "source": self.source,
+                        "plates": plates,
+                        "layouts": layouts,
+                    }
+                )
+            },
+        )
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table.combine_chunks(), max_chunksize=len(self._rows))
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+# Beyond these a layout is a row's own.
+_MOST_LAYOUTS = 4096
+
+
+class FieldIndex:
+    """An index file, memory-mapped.
+
+    Args:
+        path: written by `IndexWriter`.
+
+    Attributes:
+        store: URL that the keys belong to.
+        plates: `PROJECT/SOURCE/BATCH/PLATE` of each plate number.
+        layouts: (channel, end of the file name) pairs of each layout number.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an index, or of a later version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            import pyarrow as pa
+        except ImportError as error:
+            raise ValueError(
+                "an index of fields needs the package pyarrow, got none: pip install 'dinocell[s3]'"
+            ) from error
+        if not Path(self.path).is_file():
+            raise FileNotFoundError(
+                f"an index must be a file, got {self.path}: make one with `dinocell jump index`"
+            )
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(self.path))
+            facts = json.loads(reader.schema.metadata[b"dinocell"])
+            self._batch = reader.get_batch(0)
+        except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"an index must be a file that `dinocell jump index` made, got {self.path}: make it anew"
+            ) from error
+        if facts["version"] > _VERSION:
+            raise ValueError(
+                f"an index must have version {_VERSION} at most, got {facts['version']}: update dinocell"
+            )
+        self.store: str = facts["store"]
+        self.source: str = facts["source"]
+        self.plates: list[str] = facts["plates"]
+        self.layouts: list[list[tuple[str, str]]] = [
+            [(channel, end) for channel, end in layout] for layout in facts["layouts"]
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path = state["path"]
+        self._open()
+
+    def __len__(self) -> int:
+        return int(self._batch.num_rows)
+
+    def __getitem__(self, row: int) -> FieldRecord:
+        get = self._batch.column
+        stem = get("stem")[row].as_py()
+        layout = self.layouts[get("layout")[row].as_py()]
+        if layout[0][1] == "{line}":
+            keys = dict(zip((c for c, _ in layout), stem.split("\n"), strict=True))
+        else:
+            keys = {channel: stem + end for channel, end in layout}
+        return FieldRecord(
+            self.plates[get("plate")[row].as_py()],
+            get("well")[row].as_py(),
+            get("site")[row].as_py(),
+            keys,
+            get("bytes")[row].as_py(),
+        )
+
+    def column(self, name: str) -> np.ndarray:
+        """plate, layout or bytes of all rows, without a copy."""
+        return np.asarray(self._batch.column(self._batch.schema.get_field_index(name)).to_numpy())
+
+    def channels(self) -> list[str]:
+        """Names of all channels that a field has, sorted."""
+        return sorted({channel for layout in self.layouts for channel, _ in layout})
+
+    def rows(self, *, split: str = "all", channels: Iterable[str] = ()) -> RowRanges:
+        """Rows of a side of the split that have all of these channels.
+
+        Args:
+            split: all, train or val; plates are divided, see `side_of_plate`.
+        """
+        plate = self.column("plate")
+        wanted = set(channels)
+        complete = np.array([wanted <= {c for c, _ in layout} for layout in self.layouts])
+        side = np.array([split in ("all", side_of_plate(plate)) for plate in self.plates])
+        return RowRanges.of_mask(side[plate] & complete[self.column("layout")])
+
+
+@dataclass(frozen=True)
+class RowRanges:
+    """Chosen rows as ranges: a few numbers, not one a row.
+
+    Attributes:
+        starts: first row of each range.
+        ends: number of chosen rows up to the end of each range.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of_mask(cls, mask: np.ndarray) -> RowRanges:
+        """Rows where a mask is true."""
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.astype(np.int8), [0]))))
+        starts, stops = edges[::2], edges[1::2]
+        return cls(starts, np.cumsum(stops - starts))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, number: int) -> int:
+        if not 0 <= number < len(self):
+            raise IndexError(f"a number must lie below {len(self)}, got {number}")
+        place = int(np.searchsorted(self.ends, number, side="right"))
+        before = int(self.ends[place - 1]) if place else 0
+        return int(self.starts[place]) + number - before
+
+    def first(self, count: int) -> RowRanges:
+        """The first so many of them."""
+        if count >= len(self):
+            return self
+        place = int(np.searchsorted(self.ends, count, side="left"))
+        ends = self.ends[: place + 1].copy()
+        ends[-1] = count
+        return RowRanges(self.starts[: place + 1], ends)
+
+
+def _common_beginning(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), len(first))  # noqa: B905
+    return first[:length]
+
+
+def _natural(text: str) -> Sequence[Any]:
+    return (0, int(text), "") if text.isdigit() else (1, 0, text)

@@ -1,0 +1,162 @@
+"""Which field a sample is cut from: a pure function of seed, position and process (ours).
+
+A fetched field is visited K times.  Time steps of K samples follow one another; step t of a process
+takes the fields t, t - S, t - 2S, ... of this pass's permutation, so that every step brings one new
+field and takes leave of one, and a field's visits lie S steps, K * S samples, apart.  The fields in
+use at any time are (K - 1) * S + 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+__all__ = ["FieldOrder", "Permutation", "Visit"]
+
+_ROUNDS = 6
+_MIX = 0x9E3779B97F4A7C15
+_MASK64 = 2**64 - 1
+
+
+class Permutation:
+    """A keyed permutation of range(count) with random access and without memory.
+
+    A Feistel network on the smallest even number of bits (Luby and Rackoff 1988), walked along its
+    cycles until it falls below `count` (Black and Rogaway 2002, section 3).
+
+    Args:
+        count: at least 1.
+        key: equal keys give equal permutations.
+    """
+
+    def __init__(self, count: int, *key: object) -> None:
+        if count < 1:
+            raise ValueError(f"a permutation must have an element, got {count}: give at least 1")
+        self.count = count
+        self._half = max(1, ((count - 1).bit_length() + 1) // 2)
+        self._mask = (1 << self._half) - 1
+        text = "/".join(str(part) for part in key)
+        digest = hashlib.blake2b(text.encode(), digest_size=8 * _ROUNDS).digest()
+        self._keys = [
+            int.from_bytes(digest[8 * place : 8 * place + 8], "big") for place in range(_ROUNDS)
+        ]
+
+    def __call__(self, index: int) -> int:
+        """The element at a place.
+
+        Raises:
+            IndexError: outside range(count).
+        """
+        if not 0 <= index < self.count:
+            raise IndexError(f"a place must lie below {self.count}, got {index}")
+        value = index
+        while True:
+            left, right = value >> self._half, value & self._mask
+            for key in self._keys:
+                mixed = ((right ^ key) * _MIX) & _MASK64
+                mixed = ((mixed ^ (mixed >> 29)) * _MIX) & _MASK64
+                left, right = right, left ^ ((mixed >> 32) & self._mask)
+            value = left << self._half | right
+            if value < self.count:
+                return value
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a position stands for.
+
+    Attributes:
+        field: number of the field in the data set.
+        epoch: pass over all fields.
+        number: 0 for the first visit of the field in this pass.
+        place: of the field in the pass's permutation.
+    """
+
+    field: int
+    epoch: int
+    number: int
+    place: int
+
+
+class FieldOrder:
+    """Positions of all processes → fields.
+
+    Args:
+        count: fields of the data set.
+        visits: samples of each fetched field (K).
+        spread: time steps between two visits of a field (S).
+        seed: of the permutations.
+        world: processes; the one of rank w owns the places w, w + world, ... of each permutation,
+            so that no field is fetched by two of them.
+
+    Raises:
+        ValueError: a number below 1; fewer fields than processes.
+    """
+
+    def __init__(
+        self, count: int, *, visits: int = 16, spread: int = 8, seed: int = 0, world: int = 1
+    ) -> None:
+        for name, value in (("visits", visits), ("spread", spread), ("world", world)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}: raise it")
+        if count < world:
+            raise ValueError(
+                f"there must be a field for each of {world} processes, got {count}: use fewer "
+                "processes, or more plates"
+            )
+        self.count = count
+        self.visits = visits
+        self.spread = spread
+        self.seed = seed
+        self.world = world
+        self._permutations: dict[int, Permutation] = {}
+
+    @property
+    def fields_in_use(self) -> int:
+        """Fields of a process that are between their first and their last visit."""
+        return (self.visits - 1) * self.spread + 1
+
+    def owned(self, rank: int) -> int:
+        """Fields of a pass that belong to a process."""
+        return (self.count - rank + self.world - 1) // self.world
+
+    def visit(self, position: int) -> Visit:
+        """The field of a position of the order of all processes."""
+        local, rank = divmod(position, self.world)
+        owned = self.owned(rank)
+        epoch, place = divmod(local, owned * self.visits)
+        step, number = divmod(place, self.visits)
+        return self._made(epoch, (step - number * self.spread) % owned, number, rank)
+
+    def step_of(self, position: int) -> tuple[int, int]:
+        """(time step since the run began, rank) of a position."""
+        local, rank = divmod(position, self.world)
+        return local // self.visits, rank
+
+    def of_step(self, step: int, rank: int) -> list[Visit]:
+        """The K visits of a time step of a process."""
+        first = (step * self.visits) * self.world + rank
+        return [self.visit(first + number * self.world) for number in range(self.visits)]
+
+    def replacement(self, visit: Visit, attempt: int, rank: int = 0) -> int:
+        """The field that stands in for one that cannot be read: the same for each of its visits.
+
+        Args:
+            attempt: 1 for the first stand-in, 2 for that of a stand-in that is unreadable too.
+        """
+        shift = Permutation(self.count, self.seed, visit.epoch, "stand-in", attempt)
+        return shift(self._permutation(visit.epoch)(self._global(visit.place, rank)))
+
+    def _made(self, epoch: int, place: int, number: int, rank: int) -> Visit:
+        field = self._permutation(epoch)(self._global(place, rank))
+        return Visit(field, epoch, number, place)
+
+    def _global(self, place: int, rank: int) -> int:
+        return place * self.world + rank
+
+    def _permutation(self, epoch: int) -> Permutation:
+        if epoch not in self._permutations:
+            if len(self._permutations) > 3:
+                self._permutations.pop(next(iter(self._permutations)))
+            self._permutations[epoch] = Permutation(self.count, self.seed, epoch, "fields")
+        return self._permutations[epoch]

@@ -1,0 +1,253 @@
+"""A folder of entries with a limit in bytes that many processes share: RAM (/dev/shm) or disk (ours).
+
+An entry is written under a temporary name and renamed, so a half-written one is never read; who
+wants an entry that another process is making waits for it.  The least recently used ones go first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["ByteCache", "FieldPool", "SharedFolder", "shared_memory_folder"]
+
+logger = logging.getLogger("dinov3")
+
+_SUFFIX = ".entry"
+_PREFIX = "dinov3-fields-"
+
+
+class SharedFolder:
+    """Entries by key; may be copied to other processes.
+
+    Args:
+        folder: made if need be.
+        limit_bytes: of all entries together; at least one entry is kept.
+        keep_first: once full, take nothing new instead of dropping what is oldest.  With shuffled
+            passes over more data than the limit this hits more often than LRU does.
+
+    Attributes:
+        counts: hits, misses and evictions of this process.
+    """
+
+    def __init__(self, folder: str | Path, limit_bytes: int, *, keep_first: bool = False) -> None:
+        if limit_bytes < 1:
+            raise ValueError(f"a limit must be positive, got {limit_bytes}: give bytes")
+        self.folder = Path(folder)
+        self.limit_bytes = limit_bytes
+        self.keep_first = keep_first
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "folder": self.folder,
+            "limit_bytes": self.limit_bytes,
+            "keep_first": self.keep_first,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.counts = Counter()
+        self._lock = threading.Lock()
+
+    def path(self, key: str) -> Path:
+        """File of an entry, whether it is there or not."""
+        digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        return self.folder / f"{digest}{_SUFFIX}"
+
+    def __contains__(self, key: str) -> bool:
+        return self.path(key).is_file()
+
+    def count(self, what: str) -> None:
+        """Add one to a counter."""
+        with self._lock:
+            self.counts[what] += 1
+
+    def touched(self, path: Path) -> bool:
+        """Whether an entry is there; if so it counts as used now."""
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def locked(self, key: str) -> Iterator[None]:
+        """One process, and one thread of it, makes an entry; the lock of a killed one is free."""
+        lock = self.path(key).with_suffix(".lock")
+        with lock.open("ab") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                # Whoever waits holds the same open file; the next one makes a new name.
+                lock.unlink(missing_ok=True)
+
+    def store(self, key: str, parts: Sequence[bytes | np.ndarray]) -> bool:
+        """Write an entry; False where it has no room."""
+        size = sum(len(p) if isinstance(p, bytes) else p.nbytes for p in parts)
+        if self.keep_first and self.used_bytes() + size > self.limit_bytes:
+            return False
+        path = self.path(key)
+        part_path = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
+        try:
+            with part_path.open("wb") as stream:
+                for part in parts:
+                    stream.write(part if isinstance(part, bytes) else part.data)
+            os.replace(part_path, path)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): not kept", path, error.strerror)
+            return False
+        finally:
+            part_path.unlink(missing_ok=True)
+        self._evict(path)
+        return True
+
+    def used_bytes(self) -> int:
+        """Of all entries."""
+        return sum(size for _, size, _ in self._entries())
+
+    def _entries(self) -> list[tuple[float, int, Path]]:
+        found = []
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(_SUFFIX):
+                    with contextlib.suppress(FileNotFoundError):
+                        facts = entry.stat()
+                        found.append((facts.st_mtime, facts.st_size, Path(entry.path)))
+        return found
+
+    def _evict(self, newest: Path) -> None:
+        entries = self._entries()
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self.limit_bytes:
+                return
+            if path == newest:
+                continue
+            # A process that has it mapped keeps its pages.
+            path.unlink(missing_ok=True)
+            self.count("evictions")
+            total -= size
+
+    def close(self) -> None:
+        """Remove the folder and all in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class ByteCache(SharedFolder):
+    """Objects as they came from a store."""
+
+    def get(self, key: str, fetch: Callable[[], bytes]) -> bytes:
+        """The bytes of an entry, fetched if need be."""
+        path = self.path(key)
+        found = self._read(path)
+        if found is not None:
+            self.count("hits")
+            return found
+        with self.locked(key):
+            found = self._read(path)
+            if found is not None:
+                self.count("hits")
+                return found
+            self.count("misses")
+            data = fetch()
+            self.store(key, [data])
+            return data
+
+    def _read(self, path: Path) -> bytes | None:
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        self.touched(path)
+        return data
+
+    def drop(self, key: str) -> None:
+        """Forget an entry that turned out to be damaged."""
+        self.path(key).unlink(missing_ok=True)
+
+
+class FieldPool(SharedFolder):
+    """Decoded fields: a line of JSON, then the planes, memory-mapped when they are read."""
+
+    def get(
+        self, key: str, make: Callable[[], tuple[dict[str, Any], dict[str, np.ndarray]]]
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Facts and arrays of an entry, made if need be; arrays are read-only."""
+        path = self.path(key)
+        found = self._map(path)
+        if found is not None:
+            self.count("hits")
+            return found
+        with self.locked(key):
+            found = self._map(path)
+            if found is not None:
+                self.count("hits")
+                return found
+            self.count("misses")
+            facts, arrays = make()
+            shapes = {name: [a.dtype.str, list(a.shape)] for name, a in arrays.items()}
+            header = json.dumps({"facts": facts, "arrays": shapes}).encode()
+            header += b" " * (-(len(header) + 1) % 64) + b"\n"
+            self.store(key, [header, *(np.ascontiguousarray(a) for a in arrays.values())])
+            return facts, arrays
+
+    def _map(self, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        if not self.touched(path):
+            return None
+        try:
+            raw = np.memmap(path, np.uint8, mode="r")
+        except FileNotFoundError:  # it went between the two calls
+            return None
+        end = bytes(raw[: 1 << 16]).index(b"\n") + 1
+        header = json.loads(bytes(raw[:end]))
+        arrays, offset = {}, end
+        for name, (kind, shape) in header["arrays"].items():
+            dtype = np.dtype(kind)
+            size = int(np.prod(shape)) * dtype.itemsize
+            arrays[name] = raw[offset : offset + size].view(dtype).reshape(shape)
+            offset += size
+        return header["facts"], arrays
+
+
+def shared_memory_folder(limit_bytes: int, folder: str = "") -> Path:
+    """A folder of this process for a pool: in shared memory if that has the room, else on disk.
+
+    Folders that killed processes left there are removed.
+
+    Args:
+        folder: where instead.
+    """
+    places = [Path(folder)] if folder else [Path("/dev/shm"), Path(tempfile.gettempdir())]
+    for number, place in enumerate(places):
+        if number < len(places) - 1 and (
+            not place.is_dir() or shutil.disk_usage(place).free < 1.1 * limit_bytes
+        ):
+            logger.warning(
+                "%s has no room for %.1f GB of fields: using %s",
+                place, limit_bytes / 1e9, places[number + 1],
+            )  # fmt: skip
+            continue
+        place.mkdir(parents=True, exist_ok=True)
+        for left in place.glob(f"{_PREFIX}*"):
+            pid = left.name.removeprefix(_PREFIX).partition("-")[0]
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(left, ignore_errors=True)
+        return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=place))
+    raise AssertionError

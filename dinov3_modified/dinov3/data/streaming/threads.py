@@ -1,0 +1,62 @@
+"""Threads for requests, which the end of a program does not wait for (ours)."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+__all__ = ["RequestThreads"]
+
+_Tasks = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+
+
+class RequestThreads:
+    """Like `ThreadPoolExecutor`, of daemon threads.
+
+    A request that waits for a silent server would otherwise hold up a worker that is to end.
+
+    Args:
+        count: of threads; they start with the first call.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._tasks: _Tasks = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        weakref.finalize(self, _end, self._tasks, count)
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        """Run a call in a thread."""
+        with self._lock:
+            if len(self._threads) < self.count:
+                # The thread does not know this object, so that it can end with it.
+                thread = threading.Thread(
+                    target=_work, args=(self._tasks,), daemon=True, name="requests"
+                )
+                self._threads.append(thread)
+                thread.start()
+        future: Future[Any] = Future()
+        self._tasks.put((future, call))
+        return future
+
+
+def _work(tasks: _Tasks) -> None:
+    while (task := tasks.get()) is not None:
+        future, call = task
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+        # What was called must not live on while the thread waits.
+        del task, future, call
+
+
+def _end(tasks: _Tasks, count: int) -> None:
+    for _ in range(count):
+        tasks.put(None)
