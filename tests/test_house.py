@@ -18,7 +18,7 @@ ROOMS = {
     "image_io": 1, "preprocess": 1, "tiles": 1, "distance_map": 1, "watershed": 1, "measure": 1,
     "exports": 1, "visualize": 1, "report": 1, "scenes": 1,
     "backbone": 2, "decoder": 2, "model": 2, "inference": 2, "flops": 2, "model_info": 2, "weights": 2,
-    "pipeline": 3, "batch": 3, "demo": 3, "evaluation": 3, "training": 3, "inspection": 3,
+    "pipeline": 3, "batch": 3, "demo": 3, "evaluation": 3, "training": 3, "inspection": 3, "jump": 3,
     "cli": 4,
 }  # fmt: skip
 MODULES = sorted((ROOT / "dinocell").rglob("*.py"))

@@ -161,6 +161,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         "pixel_size_um": float,
         "limit": int,
     }
+    LOSSES = _LOSSES
     # Loaders then count positions in place of drawing indices.
     orders_itself = True
 
@@ -294,7 +295,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         """Of a decoded field: of the first one, or of a usual one where that cannot be read."""
         for number in range(min(3, len(self.rows))):
             try:
-                made = self._fetch(self.index[self.rows[number]])
+                made = self._fetch(self.record(number))
             except _LOSSES:
                 continue
             return made.nbytes + 4096
@@ -305,19 +306,22 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         return {**self.__dict__, "_own": None}
 
     def _machinery(self) -> _Machinery:
+        self.prepare()
         own = self._own
         if own is None or own.pid != os.getpid():
-            self.prepare()
-            threads = self.options.threads
-            own = self._own = _Machinery(
-                os.getpid(),
-                ObjectStore(self.options.of_store(self.index.store)),
-                RequestThreads(threads),
-                # A field needs several requests; its own thread only waits and decodes.
-                RequestThreads(max(1, -(-threads // len(self.channels)))),
-                ShardReader(self.options.store or self.index.store),
-            )
+            own = self._own = self._new_machinery()
         return own
+
+    def _new_machinery(self) -> _Machinery:
+        threads = self.options.threads
+        return _Machinery(
+            os.getpid(),
+            ObjectStore(self.options.of_store(self.index.store)),
+            RequestThreads(threads),
+            # A field needs several requests; its own thread only waits and decodes.
+            RequestThreads(max(1, -(-threads // len(self.channels)))),
+            ShardReader(self.options.store or self.index.store),
+        )
 
     # --- samples ---
 
@@ -345,6 +349,28 @@ class JUMPS3Dataset(ExtendedVisionDataset):
     def get_sample_name(self, index: int) -> str:
         """Key of the field of a position, as planned: a lost one has a stand-in."""
         return self.index[self.rows[self.order.visit(index).field]].name
+
+    def record(self, number: int) -> FieldRecord:
+        """Plate, well, site and keys of a field by its number in this data set."""
+        return self.index[self.rows[number]]
+
+    def field_name(self, number: int) -> str:
+        """Key of a field by its number in this data set."""
+        return self.record(number).name
+
+    def read_field(self, number: int) -> ChannelField:
+        """A field by its number, read now, without pool and stand-in; for many threads at once.
+
+        Raises:
+            One of `LOSSES`: the field cannot be used.  StoreUnreachable: nothing answers.
+        """
+        if self._own is None or self._own.pid != os.getpid():
+            self._own = self._new_machinery()
+        return self._fetch(self.record(number))
+
+    def megabytes_read(self) -> float:
+        """By this process from its store."""
+        return 0.0 if self._own is None else self._own.store.counts["bytes"] / 1e6
 
     def load_field(self, position: int) -> ChannelField:
         """The field of a position; of a lost one its stand-in.
@@ -378,7 +404,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         if running is not None:
             running.result()
             own.running.pop(number, None)
-        record = self.index[self.rows[number]]
+        record = self.record(number)
         assert self._pool is not None
         facts, arrays = self._pool.get(record.name, partial(self._entry, record))
         return ChannelField(
@@ -409,7 +435,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
 
     def _fetch(self, record: FieldRecord) -> ChannelField:
         """All channels of a field at once, decoded and looked at."""
-        own = self._own or self._bare_machinery()
+        own = self._own or self._new_machinery()
         keys = {channel: record.keys[channel] for channel in self.channels}
         if ShardReader.holds(next(iter(keys.values()))):
             try:
@@ -437,16 +463,6 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         own.counts["prepare_ms"] += round(1000 * (time.perf_counter() - begun))
         own.counts["fields"] += 1
         return made
-
-    def _bare_machinery(self) -> _Machinery:
-        """For one field before there is a pool."""
-        return _Machinery(
-            -1,
-            ObjectStore(self.options.of_store(self.index.store)),
-            RequestThreads(len(self.channels)),
-            RequestThreads(1),
-            ShardReader(self.options.store or self.index.store),
-        )
 
     def _plane(self, own: _Machinery, record: FieldRecord, channel: str) -> np.ndarray:
         key = record.keys[channel]
@@ -504,14 +520,14 @@ class JUMPS3Dataset(ExtendedVisionDataset):
                 # By place, so that neighbours in time go to different workers.
                 if visit.place % workers != worker or number in own.running:
                     continue
-                if number in own.lost or self.index[self.rows[number]].name in self._pool:
+                if number in own.lost or self.field_name(number) in self._pool:
                     continue
                 own.running[number] = own.fetchers.submit(partial(self._fetch_ahead, number))
         own.scheduled_to = last
 
     def _fetch_ahead(self, number: int) -> None:
         """Fill the pool; what fails is met again, and counted, when the sample needs it."""
-        record = self.index[self.rows[number]]
+        record = self.record(number)
         assert self._pool is not None
         try:
             self._pool.get(record.name, partial(self._entry, record))
@@ -546,7 +562,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
     def _lose(self, number: int, error: Exception, position: int) -> None:
         own = self._machinery()
         own.counts["lost"] += 1
-        name = self.index[self.rows[number]].name
+        name = self.field_name(number)
         reason = str(error).strip().split("\n")[0][:300]
         entry = {"number": number, "field": name, "reason": reason}
         path = self._lost_file()

@@ -1,0 +1,181 @@
+"""`dinocell jump`: from a bucket's tables to an index, a check, shards and a plan."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from dinocell.cli import main
+
+CHANNELS = ("AGP", "DNA", "ER", "Mito", "RNA")
+SELECTION = "cpg0000-jump-pilot/source_4/2020_B/*"
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    code = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory) -> Path:
+    """Two plates of four fields, laid out as the gallery, with load_data tables."""
+    root = tmp_path_factory.mktemp("gallery") / "bucket"
+    base = root / "cpg0000-jump-pilot/source_4"
+    rng = np.random.default_rng(0)
+    for plate in ("BR1", "BR2"):
+        images = base / f"images/2020_B/images/{plate}__2020/Images"
+        images.mkdir(parents=True)
+        header = ["Metadata_Plate", "Metadata_Well", "Metadata_Site"]
+        lines = [",".join([*header, *(f"FileName_Orig{c}" for c in CHANNELS)])]
+        for site in range(1, 5):
+            names = [f"r01c01f{site:02d}p01-ch{n}sk1fk1fl1.tiff" for n in range(1, 6)]
+            for name in names:
+                pixels = rng.integers(10, 4000, (48, 48)).astype(np.uint16)
+                tifffile.imwrite(images / name, pixels)
+            lines.append(",".join([plate, "A01", str(site), *names]))
+        tables = base / f"workspace/load_data_csv/2020_B/{plate}"
+        tables.mkdir(parents=True)
+        (tables / "load_data.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def index(gallery, tmp_path, capsys) -> Path:
+    path = tmp_path / "pilot.arrow"
+    code, out, _ = call(capsys, "jump", "index", SELECTION, "-o", path, "--store", gallery)
+    assert code == 0
+    assert "8 fields of 2 plates" in out
+    return path
+
+
+def test_index_and_stats(index, capsys, tmp_path, gallery):
+    code, out, _ = call(capsys, "jump", "stats", index, "-o", tmp_path / "s.png")
+    assert code == 0
+    assert f"8 fields of 2 plates in {gallery}" in out
+    assert "AGP 8, DNA 8, ER 8, Mito 8, RNA 8" in out
+    assert "cpg0000-jump-pilot/source_4/2020_B" in out
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_index_is_not_replaced_unasked(index, capsys, gallery):
+    before = index.read_bytes()
+    arguments = ("jump", "index", "cpg0000-jump-pilot/*/*/BR1", "-o", index, "--store", gallery)
+    code, _, err = call(capsys, *arguments)
+    assert (code, "--overwrite" in err) == (2, True)
+    assert index.read_bytes() == before
+    code, out, _ = call(capsys, *arguments, "--overwrite")
+    assert (code, "4 fields of 1 plates" in out) == (0, True)
+
+
+def test_listing_needs_the_meaning_of_channels(capsys, gallery, tmp_path):
+    out = tmp_path / "l.arrow"
+    arguments = ("jump", "index", SELECTION, "-o", out, "--store", gallery, "--from", "listing")
+    code, _, err = call(capsys, *arguments)
+    assert (code, "must know the channels" in err) == (2, True)
+    table = tmp_path / "channels.csv"
+    rows = "".join(f"source_4,ch{n},{c}\n" for n, c in enumerate(CHANNELS, start=1))
+    table.write_text("source,number,channel\n" + rows)
+    code, text, _ = call(capsys, *arguments, "--channels-table", table)
+    assert (code, "8 fields" in text) == (0, True)
+    table.write_text("a,b\n")
+    code, _, err = call(capsys, *arguments, "--channels-table", table, "--overwrite")
+    assert (code, "columns number and channel" in err) == (2, True)
+
+
+def test_verify(index, capsys, gallery, tmp_path):
+    code, out, _ = call(capsys, "jump", "verify", index)
+    assert code == 0
+    assert "8 fields read" in out
+    assert ", 0 bad" in out
+    broken = tmp_path / "broken"
+    shutil.copytree(gallery, broken)
+    next(broken.rglob("*f02p01-ch3*")).write_bytes(b"")
+    code, out, _ = call(capsys, "jump", "verify", index, "--store", broken, "--json")
+    report = json.loads(out)
+    assert code == 1
+    assert report["checked"] == 8
+    assert len(report["bad"]) == 1
+    code, out, _ = call(capsys, "jump", "verify", index, "--fields", 3, "--json")
+    assert json.loads(out)["checked"] == 3
+
+
+def test_pack_and_train_from_shards(index, capsys, tmp_path):
+    from dinocell.backbone import import_dinov3
+
+    shards = tmp_path / "shards"
+    code, out, _ = call(capsys, "jump", "pack", index, shards, "--bits", 8, "--limit", 5)
+    assert code == 0
+    assert "5 fields" in out
+    make_dataset = import_dinov3("data.loaders").make_dataset
+    dataset = make_dataset(dataset_str=f"JUMPS3MultiView:index={shards / 'fields.arrow'}:visits=2")
+    assert len(dataset) == 10
+    assert dataset[0][0].planes.dtype == np.uint8
+    code, _, err = call(capsys, "jump", "pack", index, shards)
+    assert (code, "must not exist" in err) == (2, True)
+
+
+def test_pack_says_what_it_left_out(index, capsys, gallery, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(gallery, broken)
+    next(broken.rglob("*f02p01-ch3*")).unlink()
+    arguments = ("jump", "pack", index, tmp_path / "p", "--store", broken)
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    assert "at most 2.0% of 8 fields may be unreadable, got 1" in err
+    assert not (tmp_path / "p").exists()
+    code, out, _ = call(capsys, *arguments, "--max-lost-share", 0.2)
+    assert code == 0
+    assert "7 fields" in out
+    assert "left out: cpg0000-jump-pilot/source_4/2020_B/" in out
+
+
+def test_plan(capsys):
+    code, out, _ = call(capsys, "jump", "plan", "--mbps", 1000, "--step-seconds", 0.7)
+    assert code == 0
+    assert "take visits=2" in out
+    code, out, _ = call(capsys, "jump", "plan", "--cores", 1)
+    assert "held up by the cores" in out
+    code, _, err = call(capsys, "jump", "plan", "--batch", 0)
+    assert (code, "batch must be positive" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stats", "none.arrow"], "an index must be a file"),
+        (["verify", "none.arrow"], "an index must be a file"),
+        (["index", "a/b/c/d/e", "-o", "x", "--store", "."], "PROJECT/SOURCE/BATCH/PLATE"),
+        (["index", "none*", "-o", "x", "--store", "."], "must match plates"),
+        (["index", "a", "-o", "x", "--store", "http://b"], "a store must be s3://bucket"),
+        (["index", "a", "-o", "x", "--transport", "curl"], "one of obstore, boto3"),
+        (["index", "a*", "-o", "x", "--store", "/nonexistent"], "a store must be a folder"),
+    ],
+)
+def test_wrong_calls(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, "jump", *arguments)
+    assert code in (1, 2)
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_wrong_choices(index, capsys):
+    for arguments, message in (
+        (["pack", index, "out", "--split", "HALF"], "ALL, TRAIN or VAL"),
+        (["pack", index, "out", "--bits", 12], "8 or 16"),
+        (["pack", index, "out", "--channels", "GFP"], "must be among"),
+        (["verify", index, "--fields", 0], "--fields must be at least 1"),
+    ):
+        code, _, err = call(capsys, "jump", *arguments)
+        assert (code, message in err) == (2, True), err
