@@ -54,6 +54,7 @@ def pretrain(
     output_dir = Path(output_dir) if output_dir is not None else Path("runs/ssl") / config.stem
     overrides = [_found(change) for change in overrides]
     program = import_dinov3("train.train")
+    plain_message = import_dinov3("data.loaders").plain_message
     argv = ["--config-file", str(config), "--output-dir", str(output_dir), "--seed", str(seed)]
     if not resume:
         argv.append("--no-resume")
@@ -62,7 +63,9 @@ def pretrain(
     except (program.Stopped, program.NonFiniteLossError) as error:
         raise DINOCellError(str(error)) from error
     except (ValueError, FileNotFoundError, NotImplementedError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(plain_message(error)) from error
+    except OSError as error:
+        raise DINOCellError(plain_message(error)) from error
     files = sorted(
         (output_dir / "eval").glob("training_*/teacher_checkpoint.pth"),
         key=lambda path: int(path.parent.name.removeprefix("training_")),

@@ -15,8 +15,10 @@ import inspect
 import logging
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import random
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +56,7 @@ __all__ = [
     "make_data_loader",
     "make_dataset",
     "make_seeded_data_loader",
+    "plain_message",
     "register_dataset",
     "seed_everything",
     "seeded",
@@ -291,11 +294,34 @@ def _end_with_the_main_process() -> None:
     threading.Thread(target=watch, daemon=True, name="main process").start()
 
 
+_exit_is_arranged = False
+
+
+def _kill_workers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def plain_message(error: BaseException) -> str:
+    """What an error says, without the traceback that a worker's error carries in its text."""
+    text = str(error)
+    if not text.startswith("Caught ") or "Original Traceback" not in text:
+        return text
+    last = text.strip().splitlines()[-1]
+    return re.sub(r"^[\w.]+: ", "", last)
+
+
 def _start_helpers(context: str) -> None:
     """Start multiprocessing's own processes with those signals blocked: their end is the workers'.
 
     The fork server imports torch and this module first, so that each worker is ready at once.
     """
+    global _exit_is_arranged
+    if not _exit_is_arranged:
+        # A program that ends by an error ends its workers too, although they ignore SIGTERM.
+        multiprocessing.util.Finalize(None, _kill_workers, exitpriority=100)
+        _exit_is_arranged = True
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if in_main_thread else None
     try:

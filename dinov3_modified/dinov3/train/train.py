@@ -53,6 +53,7 @@ from dinov3.data import (
     make_data_loader,
     make_dataset,
 )
+from dinov3.data.loaders import plain_message
 from dinov3.fsdp.replicate import average_gradients
 from dinov3.fsdp.strategy import full_state_dict
 from dinov3.logging import MetricLogger, setup_logging
@@ -286,7 +287,7 @@ def _data_loader(cfg: DictConfig, model: SSLMetaArch, batches_done: int, seed_of
         )
     if hasattr(dataset, "set_options"):  # fields that arrive over a network
         dataset.set_options(
-            stream_options(cfg),
+            _stream_options(cfg),
             report_folder=cfg.train.output_dir,
             seed=cfg.train.seed + seed_offset,
             batch_size=cfg.train.batch_size_per_gpu,
@@ -306,7 +307,7 @@ def _data_loader(cfg: DictConfig, model: SSLMetaArch, batches_done: int, seed_of
     )
 
 
-def stream_options(cfg: DictConfig) -> Any:
+def _stream_options(cfg: DictConfig) -> Any:
     """The section `streaming` of a configuration.
 
     Raises:
@@ -887,4 +888,4 @@ if __name__ == "__main__":
     try:
         main()
     except (Stopped, NonFiniteLossError, ValueError, OSError, NotImplementedError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {plain_message(error)}")

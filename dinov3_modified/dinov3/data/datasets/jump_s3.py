@@ -49,7 +49,7 @@ _MOST_STAND_INS = 50
 _REPORT_EVERY_S = 2.0
 
 
-class TooManyLost(RuntimeError):
+class TooManyLost(OSError):
     """More fields cannot be read than a run may lose."""
 
 

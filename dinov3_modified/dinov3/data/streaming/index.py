@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FieldIndex", "FieldRecord", "IndexWriter", "side_of_plate", "split_url"]
+__all__ = ["FieldIndex", "FieldRecord", "IndexWriter", "RowRanges", "side_of_plate", "split_url"]
 
 _VERSION = 1
 _VAL_SHARE = 0.1

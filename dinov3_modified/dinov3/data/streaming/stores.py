@@ -37,7 +37,7 @@ logger = logging.getLogger("dinov3")
 T = TypeVar("T")
 
 
-class StoreError(RuntimeError):
+class StoreError(OSError):
     """A store or an object of it cannot be read."""
 
 
