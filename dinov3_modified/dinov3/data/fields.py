@@ -6,6 +6,7 @@ Where the bytes come from is not known here, so that folders and object stores s
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ __all__ = [
     "split_channels",
 ]
 
+_BITS, _PHOTOMETRIC, _STRIPS, _SAMPLES, _STRIP_BYTES, _FORMAT = 258, 262, 273, 277, 279, 339
+_LAYOUT_TAGS = (_BITS, _PHOTOMETRIC, _STRIPS, _SAMPLES, _STRIP_BYTES, _FORMAT)
 _SUBSAMPLE = 4  # every fourth pixel of each axis is enough for percentiles
 _COARSE = 8  # pixels of a field per pixel of its foreground map
 
@@ -103,9 +106,11 @@ def decode_planes(data: bytes, name: str) -> np.ndarray:
     """
     try:
         if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            import tifffile
+            array = _decode_plain_tiff(data)
+            if array is None:
+                import tifffile
 
-            array = tifffile.imread(io.BytesIO(data))
+                array = tifffile.imread(io.BytesIO(data))
         else:
             from PIL import Image
 
@@ -129,6 +134,54 @@ def decode_planes(data: bytes, name: str) -> np.ndarray:
             "it to TIFF with one page a channel"
         )
     return np.ascontiguousarray(array)
+
+
+def _decode_plain_tiff(data: bytes) -> np.ndarray | None:
+    """A single gray page of 8 or 16 bits by OpenCV, which takes half the time; None for all else.
+
+    OpenCV takes the first page of several and what there is of a file that was cut off, so the
+    structure (TIFF 6.0, section 2) is looked at before.
+    """
+    if data[:4] not in (b"II*\0", b"MM\0*") or len(data) < 16:
+        return None
+    order = "<" if data[:1] == b"I" else ">"
+    tags: dict[int, tuple[int, ...]] = {}
+    try:
+        (start,) = struct.unpack_from(f"{order}I", data, 4)
+        (count,) = struct.unpack_from(f"{order}H", data, start)
+        for number in range(count):
+            place = start + 2 + 12 * number
+            tag, kind, length = struct.unpack_from(f"{order}HHI", data, place)
+            if tag in _LAYOUT_TAGS and kind in (3, 4):
+                size = (2 if kind == 3 else 4) * length
+                at = place + 8
+                if size > 4:
+                    (at,) = struct.unpack_from(f"{order}I", data, at)
+                tags[tag] = struct.unpack_from(
+                    f"{order}{length}{'H' if kind == 3 else 'I'}", data, at
+                )
+        (following,) = struct.unpack_from(f"{order}I", data, start + 2 + 12 * count)
+    except struct.error:
+        return None
+    plain = (
+        following == 0
+        and tags.get(_BITS) in ((8,), (16,))
+        and tags.get(_PHOTOMETRIC) == (1,)
+        and tags.get(_SAMPLES, (1,)) == (1,)
+        and tags.get(_FORMAT, (1,)) == (1,)
+        and _STRIPS in tags
+        and len(tags[_STRIPS]) == len(tags.get(_STRIP_BYTES, ()))
+        and all(a + n <= len(data) for a, n in zip(tags[_STRIPS], tags[_STRIP_BYTES], strict=True))
+    )
+    if not plain:
+        return None
+    try:
+        import cv2
+    except ImportError:
+        return None
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # microscopes have own tags
+    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    return array if array is not None and array.ndim == 2 else None
 
 
 def robust_range(plane: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:

@@ -231,6 +231,47 @@ def test_decoding():
 # --- the field ---
 
 
+@pytest.mark.parametrize("compression", [None, "lzw", "deflate"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_both_tiff_decoders_agree(compression, dtype, byteorder, monkeypatch):
+    """Bit for bit; what OpenCV would misread goes the other way."""
+    import io
+
+    import tifffile
+
+    from dinov3.data import fields
+
+    array = np.random.default_rng(0).integers(0, 250, (70, 50)).astype(dtype)
+
+    def encoded(pixels, **how):
+        stream = io.BytesIO()
+        tifffile.imwrite(
+            stream, pixels, compression=compression, byteorder=byteorder, rowsperstrip=16, **how
+        )
+        return stream.getvalue()
+
+    fast = fields._decode_plain_tiff(encoded(array))
+    assert fast is not None
+    np.testing.assert_array_equal(fast, array)
+    assert fast.dtype == dtype
+    data = encoded(array, photometric="minisblack")
+    np.testing.assert_array_equal(decode_planes(data, "x")[0], array)
+    for other in (
+        encoded(np.stack([array, array])),  # two pages
+        encoded(array, photometric="miniswhite"),
+        encoded(np.stack([array] * 3, -1), photometric="rgb"),
+        encoded(array.astype(np.int16)),
+        data[: len(data) // 2],
+        data[:-40],
+    ):
+        assert fields._decode_plain_tiff(other) is None
+    assert len(decode_planes(encoded(np.stack([array, array])), "x")) == 2
+    for cut in (data[: len(data) // 2], data[:10]):
+        with pytest.raises(FieldError, match="must be a readable image"):
+            decode_planes(cut, "x")
+
+
 def test_ranges_windows_and_mean():
     a, b = plane(1), plane(2)
     a[0, 0] = 65535  # a hot pixel does not set the scale

@@ -210,3 +210,12 @@ class FaultProxy:
                     socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00"
                 )
             request.connection.shutdown(socket.SHUT_WR) if politely else request.connection.close()
+
+
+if __name__ == "__main__":  # for the benchmark: TARGET LATENCY_S SHARE, the URL on the first line
+    import sys
+
+    alone = FaultProxy(sys.argv[1])
+    alone.latency_s, alone.share = float(sys.argv[2]), float(sys.argv[3])
+    print(alone.url, flush=True)
+    sys.stdin.read()
