@@ -60,7 +60,7 @@ class StreamOptions:
     Attributes:
         store: URL or folder in place of the index's own, for example a local copy.
         endpoint, region, signed, transport, connect_timeout_s, timeout_s, retries, backoff_max_s,
-            outage_s, requests_per_s: see `StoreOptions`.
+            outage_s, requests_per_s, verify_md5: see `StoreOptions`.
         threads: requests at once, of each process.
         ahead: time steps (new fields) that fetching runs ahead.
         pool_gb: memory of decoded fields, shared by the workers of a process; 0: what the order needs.
@@ -81,6 +81,7 @@ class StreamOptions:
     backoff_max_s: float = 20.0
     outage_s: float = 600.0
     requests_per_s: float = 0.0
+    verify_md5: bool = True
     threads: int = 16
     ahead: int = 24
     pool_gb: float = 0.0
