@@ -40,6 +40,7 @@ PROXY = ROOT / "tests" / "dinov3" / "data" / "streaming" / "s3_doubles.py"
 CHANNELS = ("AGP", "DNA", "ER", "Mito", "RNA")
 _CORES = sorted(os.sched_getaffinity(0))
 STEP_S, BATCH, VISITS = 0.1, 8, 16
+_WARM_UP = 150
 
 
 def write_store(root: Path, count: int) -> tuple[list[Any], float]:
@@ -263,7 +264,7 @@ def wait_share(make: Any, steps: int, workers: int) -> dict[str, float]:
         collate_fn=first_of,
     )  # fmt: skip
     batches = iter(loader)
-    for _ in range(30):
+    for _ in range(_WARM_UP):  # the fields in use, and the lead over the samples
         next(batches)
         time.sleep(STEP_S)
     waited = []
@@ -306,7 +307,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "bucket"
         # A pass must be longer than the waiting measurement, so that every field is new.
-        total = max(args.fields, (args.steps + 60) * BATCH // VISITS + 160)
+        total = max(args.fields, (args.steps + _WARM_UP) * BATCH // VISITS + 180)
         records, field_bytes = write_store(root, total)
         index = Path(folder) / "index.arrow"
         writer = IndexWriter("s3://bucket")

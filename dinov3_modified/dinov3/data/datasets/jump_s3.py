@@ -83,7 +83,7 @@ class StreamOptions:
     requests_per_s: float = 0.0
     verify_md5: bool = True
     threads: int = 16
-    ahead: int = 24
+    ahead: int = 48
     pool_gb: float = 0.0
     pool_folder: str = ""
     disk_cache: str = ""
@@ -390,9 +390,14 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         for attempt in range(1, _MOST_STAND_INS + 1):
             if number not in self._lost():
                 try:
-                    return self._pooled(number)
+                    made = self._pooled(number)
                 except _LOSSES as error:
                     self._lose(number, error, position)
+                else:
+                    if visit.number == self.order.visits - 1 and self._pool is not None:
+                        # Else it would outlast fields that were fetched before it was last used.
+                        self._pool.retire(self.field_name(number))
+                    return made
             number = self.order.replacement(visit, attempt, rank)
         raise TooManyLost(
             f"a field in {_MOST_STAND_INS} must be readable, got none: see lost.jsonl"

@@ -113,6 +113,22 @@ def test_every_field_is_fetched_once_by_all_workers_together(proxy, index_file):
     assert max(fetched.values()) <= 2
 
 
+def test_the_pool_holds_what_the_order_needs(tmp_path):
+    """With the memory it asks for, no field of a pass is fetched twice once the pass is under way."""
+    root = tmp_path / "many"
+    index = write_index(tmp_path / "i", write_bucket(root, plates=10, per_plate=9), str(root))
+    dataset = opened(index, root, visits=4, spread=2, ahead=30)
+    deadline = time.monotonic() + 20
+    for position in range(4 * 40):
+        dataset.load_field(position)
+        # Fetching is as far ahead as it may be: what it brought waits longest for its first use.
+        while any(not one.done() for one in dataset._own.running.values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    planned = {dataset.order.visit(position).field for position in range(4 * 70)}
+    assert dataset._own.counts["fields"] == len(planned)
+
+
 def test_fetching_runs_ahead(proxy, index_file):
     """While the first sample is looked at, the fields of the next steps arrive."""
     dataset = opened(index_file, "", endpoint=proxy.url, ahead=4)

@@ -47,6 +47,16 @@ def test_the_least_recently_used_goes_first(tmp_path):
     assert "big" in cache, "one entry is kept, however large"
 
 
+def test_retired_entries_go_before_older_ones(tmp_path):
+    cache = ByteCache(tmp_path, 250)
+    for key in "abc":
+        cache.get(key, lambda: bytes(80))
+    cache.retire("c")
+    cache.retire("not there")
+    cache.get("d", lambda: bytes(80))
+    assert [key for key in "abcd" if key in cache] == ["a", "b", "d"]
+
+
 def test_what_came_first_stays_when_told(tmp_path):
     cache = ByteCache(tmp_path, 250, keep_first=True)
     for key in "abcd":
