@@ -616,12 +616,21 @@ def jump_index(
     signed: Signed = False,
     transport: Transport = "obstore",
     source: Annotated[
-        str, typer.Option("--from", help="tables (load_data), listing, or auto: what there is.")
+        str,
+        typer.Option(
+            "--from", help="tables (load_data), listing, auto: what there is; or jump-lite."
+        ),
     ] = "auto",
     channels_table: Annotated[
         Path | None,
         typer.Option(help="For listings: CSV with number, channel and perhaps source."),
     ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="JUMP-Lite's list of sites, else fetched from the store.")
+    ] = None,
+    codec: Annotated[
+        str, typer.Option(help="Of JUMP-Lite: zstd, or jpegxl_lossy_hq, _mq or _d20.")
+    ] = "zstd",
     threads: Annotated[int, typer.Option(min=1, help="Plates at once.")] = 16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
@@ -640,6 +649,8 @@ def jump_index(
             store=StoreChoice(store, endpoint, region, signed, transport),
             source=source,
             channels_table=channels_table,
+            table=table,
+            codec=codec,
             threads=threads,
             overwrite=overwrite,
         )

@@ -65,6 +65,8 @@ def index_plates(
     store: StoreChoice | None = None,
     source: str = "auto",
     channels_table: str | Path | None = None,
+    table: str | Path | None = None,
+    codec: str = "zstd",
     threads: int = 16,
     overwrite: bool = False,
 ) -> str:
@@ -76,9 +78,14 @@ def index_plates(
         `PROJECT/SOURCE/BATCH/PLATE`, with * where any will do; later parts may be left out.
     out : path
         Index file; plates that are done are kept beside it when it is stopped.
-    source : auto, tables or listing
+    source : auto, tables, listing or jump-lite
     channels_table : path, optional
         CSV with the columns number and channel, and perhaps source: what file names mean.
+
+    table : path, optional
+        JUMP-Lite's list of sites; fetched from the store by default.
+    codec : str
+        Of JUMP-Lite: zstd, jpegxl_lossy_hq, jpegxl_lossy_mq or jpegxl_lossy_d20.
 
     Returns
     -------
@@ -100,6 +107,8 @@ def index_plates(
     channels = None if channels_table is None else _channel_numbers(Path(channels_table))
     reader = stores.ObjectStore((store or StoreChoice()).options(BUCKET))
     try:
+        if source == "jump-lite":
+            return _index_jump_lite(reader, selection, out, table, codec)
         plates = discovery.find_plates(reader, selection)
         with progress("plates", len(plates)) as bar:
             writer = discovery.make_index(
@@ -116,6 +125,32 @@ def index_plates(
     except stores.StoreError as error:
         raise DINOCellError(str(error)) from error
     return f"{out}: {len(writer)} fields of {len(plates)} plates"
+
+
+def _index_jump_lite(
+    reader: Any, selection: str, out: Path, table: str | Path | None, codec: str
+) -> str:
+    import io
+
+    import pyarrow.parquet
+
+    discovery = import_dinov3("data.streaming.discovery")
+    if table is not None and not Path(table).is_file():
+        raise UsageError(f"--table must be a Parquet file, got {table}: check the path")
+    data = (
+        Path(table).read_bytes() if table is not None else reader.get(discovery.JUMP_LITE["table"])
+    )
+    rows = pyarrow.parquet.read_table(io.BytesIO(data))
+    writer = import_dinov3("data.streaming.index").IndexWriter(
+        reader.options.url, f"JUMP-Lite, {codec}"
+    )
+    with progress("fields", rows.num_rows) as bar:
+        for batch in rows.to_batches(max_chunksize=10_000):
+            for record in discovery.records_of_jump_lite(batch.to_pylist(), codec, selection):
+                writer.add(record)
+            bar.advance(batch.num_rows)
+    writer.write(out)
+    return f"{out}: {len(writer)} fields of JUMP-Lite ({codec})"
 
 
 def _channel_numbers(path: Path) -> dict[str, dict[str, str]]:

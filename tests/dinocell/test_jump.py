@@ -92,6 +92,27 @@ def test_listing_needs_the_meaning_of_channels(capsys, gallery, tmp_path):
     assert (code, "columns number and channel" in err) == (2, True)
 
 
+def test_index_of_jump_lite(capsys, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    columns = {"Metadata_Source": ["source_2"] * 2, "Metadata_Batch": ["b"] * 2,
+               "Metadata_Plate": ["P", "Q"], "Metadata_Well": ["A01"] * 2, "Metadata_Site": [1, 1]}  # fmt: skip
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "sites.parquet")
+    out = tmp_path / "lite.arrow"
+    arguments = ("jump", "index", "cpg0016-jump", "-o", out, "--from", "jump-lite", "--table")
+    code, text, _ = call(capsys, *arguments, tmp_path / "sites.parquet")
+    assert (code, "2 fields of JUMP-Lite (zstd)" in text) == (0, True)
+    _, text, _ = call(capsys, "jump", "stats", out)
+    assert "2 fields of 2 plates in s3://cellpainting-gallery" in text
+    code, _, err = call(capsys, *arguments, tmp_path / "none", "--overwrite")
+    assert (code, "must be a Parquet file" in err) == (2, True)
+    code, _, err = call(
+        capsys, *arguments, tmp_path / "sites.parquet", "--overwrite", "--codec", "gif"
+    )
+    assert (code, "must be one of zstd" in err) == (2, True)
+
+
 def test_verify(index, capsys, gallery, tmp_path):
     code, out, _ = call(capsys, "jump", "verify", index)
     assert code == 0

@@ -315,13 +315,14 @@ class JUMPS3Dataset(ExtendedVisionDataset):
 
     def _new_machinery(self) -> _Machinery:
         threads = self.options.threads
+        store = ObjectStore(self.options.of_store(self.index.store))
         return _Machinery(
             os.getpid(),
-            ObjectStore(self.options.of_store(self.index.store)),
+            store,
             RequestThreads(threads),
             # A field needs several requests; its own thread only waits and decodes.
             RequestThreads(max(1, -(-threads // len(self.channels)))),
-            ShardReader(self.options.store or self.index.store),
+            ShardReader(store),
         )
 
     # --- samples ---

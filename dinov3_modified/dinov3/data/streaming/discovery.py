@@ -25,9 +25,11 @@ from dinov3.data.streaming.index import FieldRecord, IndexWriter, split_url
 from dinov3.data.streaming.stores import ObjectMissing, ObjectStore
 
 __all__ = [
+    "JUMP_LITE",
     "PlateFolder",
     "find_plates",
     "make_index",
+    "records_of_jump_lite",
     "records_of_listing",
     "records_of_table",
 ]
@@ -41,6 +43,16 @@ _TABLES = (
     "load_data_with_illum.csv",
 )
 _FILE_COLUMN = re.compile(r"FileName_Orig(?P<channel>\w+)")
+
+
+JUMP_LITE = {
+    "images": "cpg0016-jump/source_all/images/2026_jump_lite_v1.0/images_compressed",
+    "table": "cpg0016-jump/source_all/workspace/publication_data/2026_jump_lite/metadata/v1.0/"
+    "jump_lite_site_index.parquet",
+}
+"""Where the gallery keeps JUMP-Lite (release 1.0): arrays of one field each, and their list."""
+_JUMP_LITE_CHANNELS = ("AGP", "DNA", "ER", "Mito", "RNA")
+_JUMP_LITE_CODECS = ("zstd", "jpegxl_lossy_hq", "jpegxl_lossy_mq", "jpegxl_lossy_d20")
 
 
 @dataclass(frozen=True)
@@ -371,3 +383,46 @@ def _records(
     if not plate.images:
         raise ValueError(f"{plate.name} must have an image folder, got none: check the selection")
     yield from records_of_listing(store.keys(plate.images), plate, numbers)
+
+
+def records_of_jump_lite(
+    rows: Iterable[Mapping[str, Any]],
+    codec: str,
+    selection: str = "*",
+    *,
+    images: str = JUMP_LITE["images"],
+) -> Iterator[FieldRecord]:
+    """Fields of JUMP-Lite's list of sites.
+
+    Args:
+        rows: with source, batch, plate, well and site, perhaps with `Metadata_` before.
+        codec: zstd (lossless), jpegxl_lossy_hq, jpegxl_lossy_mq or jpegxl_lossy_d20.
+        selection: `PROJECT/SOURCE/BATCH/PLATE` with * and ?, later parts may be left out.
+        images: folder of the stores.
+
+    Raises:
+        ValueError: unknown codec; a column is missing.
+    """
+    if codec not in _JUMP_LITE_CODECS:
+        raise ValueError(
+            f"--codec must be one of {', '.join(_JUMP_LITE_CODECS)}, got {codec!r}: choose one"
+        )
+    pattern = selection.strip("/")
+    for row in rows:
+        lower = {str(name).lower().removeprefix("metadata_"): name for name in row}
+        parts = {}
+        for name in ("source", "batch", "plate", "well", "site"):
+            if name not in lower:
+                raise ValueError(
+                    f"JUMP-Lite's list must have the column {name}, got {', '.join(map(str, row))}: "
+                    "check --table"
+                )
+            parts[name] = _text(row[lower[name]])
+        plate = "/".join(("cpg0016-jump", parts["source"], parts["batch"], parts["plate"]))
+        if not fnmatch.fnmatchcase(plate, pattern) and not fnmatch.fnmatchcase(
+            plate, f"{pattern}/*"
+        ):
+            continue
+        array = f"{images}/{codec}.zarr/{'__'.join(parts.values())}"
+        keys = {c: f"{array}#:{place}" for place, c in enumerate(_JUMP_LITE_CHANNELS)}
+        yield FieldRecord(plate, parts["well"], parts["site"], keys)

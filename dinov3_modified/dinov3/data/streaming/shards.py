@@ -1,4 +1,4 @@
-"""Fields packed into a Zarr group: one chunk a field, many chunks a file (ours).
+"""Fields in Zarr arrays: packed ones, one chunk a field and many chunks a file; JUMP-Lite's (ours).
 
 Zarr v3 with its sharding codec: other programs open it, any field is one read, and a directory of
 millions of fields has thousands of files.
@@ -6,9 +6,10 @@ millions of fields has thousands of files.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from dinov3.data.fields import ChannelField
 from dinov3.data.streaming.index import FieldRecord, IndexWriter
+from dinov3.data.streaming.stores import ObjectMissing, ObjectStore, StoreError
 
 __all__ = ["PackOptions", "ShardReader", "pack_fields"]
 
@@ -164,41 +166,125 @@ def _append(
 
 
 class ShardReader:
-    """Fields of a packed folder; may be copied to other processes.
+    """Fields in Zarr arrays of a store: packed ones, and JUMP-Lite's with an array a field.
+
+    Keys of an index are `ARRAY#ROW:CHANNEL`, without ROW where the array is one field.
 
     Args:
-        folder: that `pack_fields` made, or a copy of it.
+        store: a folder, or a bucket, whose retries then hold for chunks too.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = str(folder)
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
         self._arrays: dict[str, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_arrays": {}}
 
     @staticmethod
     def holds(key: str) -> bool:
-        """Whether a key of an index is one of packed fields."""
+        """Whether a key of an index is one of a Zarr array."""
         return ".zarr/" in key and "#" in key
 
-    def planes(self, keys: dict[str, str]) -> dict[str, np.ndarray]:
+    def planes(self, keys: Mapping[str, str]) -> dict[str, np.ndarray]:
         """Planes by channel of one field.
 
         Raises:
-            ValueError: the folder lacks them, or a chunk is damaged.
+            ValueError: the store lacks them, or a chunk is damaged.
+            StoreError: see `ObjectStore.get`.
         """
         first = next(iter(keys.values()))
         path, _, place = first.partition("#")
-        row = int(place.partition(":")[0])
+        row = place.partition(":")[0]
         try:
-            if path not in self._arrays:
-                self._arrays[path] = _zarr().open_array(str(Path(self.folder) / path), mode="r")
-            planes = self._arrays[path][row]
+            if row:
+                if path not in self._arrays:
+                    self._arrays[path] = self._open(path)
+                planes = self._arrays[path][int(row)]
+            else:
+                planes = self._open(path)[...]
+        except StoreError:
+            raise
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{first} must be in {self.folder}, got none ({reason})") from error
+            raise ValueError(
+                f"{first} must be in {self.store.options.url}, got none ({reason})"
+            ) from error
         return {channel: planes[int(key.rpartition(":")[2])] for channel, key in keys.items()}
+
+    def _open(self, path: str) -> Any:
+        zarr = _zarr()
+        lossy = "jpegxl" in path
+        if lossy:
+            try:
+                from imagecodecs.numcodecs import register_codecs
+            except ImportError as error:
+                raise ValueError(
+                    "JPEG XL chunks need the package imagecodecs: pip install 'dinocell[formats]'"
+                ) from error
+            register_codecs(verbose=False)
+        return zarr.open_array(
+            _chunk_store(self.store), path=path, mode="r", zarr_format=2 if lossy else 3
+        )
+
+
+def _chunk_store(store: ObjectStore) -> Any:
+    """Our store as Zarr sees one: read only; what is missing is None."""
+    from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store
+
+    class Chunks(Store):
+        supports_writes = supports_deletes = supports_listing = False
+
+        def __init__(self) -> None:
+            super().__init__(read_only=True)
+
+        def __eq__(self, other: object) -> bool:
+            return other is self
+
+        __hash__ = Store.__hash__
+
+        async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+            try:
+                data = await asyncio.to_thread(store.get, key)
+            except ObjectMissing:
+                return None
+            assert isinstance(data, bytes)
+            if isinstance(byte_range, RangeByteRequest):
+                data = data[byte_range.start : byte_range.end]
+            elif isinstance(byte_range, OffsetByteRequest):
+                data = data[byte_range.offset :]
+            elif byte_range is not None:
+                data = data[-byte_range.suffix :]
+            return prototype.buffer.from_bytes(data)
+
+        async def get_partial_values(self, prototype: Any, key_ranges: Any) -> list[Any]:
+            return [await self.get(key, prototype, part) for key, part in key_ranges]
+
+        async def exists(self, key: str) -> bool:
+            return await self.get(key, _prototype()) is not None
+
+        async def set(self, key: str, value: Any) -> None:
+            raise PermissionError("fields are read only")
+
+        async def delete(self, key: str) -> None:
+            raise PermissionError("fields are read only")
+
+        async def list(self) -> Any:
+            raise NotImplementedError
+            yield
+
+        async def list_prefix(self, prefix: str) -> Any:
+            raise NotImplementedError
+            yield
+
+        async def list_dir(self, prefix: str) -> Any:
+            raise NotImplementedError
+            yield
+
+    return Chunks()
+
+
+def _prototype() -> Any:
+    from zarr.core.buffer import default_buffer_prototype
+
+    return default_buffer_prototype()
 
 
 def _zarr() -> Any:

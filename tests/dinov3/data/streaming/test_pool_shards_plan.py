@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from s3_doubles import CHANNELS
+from s3_doubles import CHANNELS, write_index
 
 from dinov3.data.datasets.jump_s3 import JUMPS3Dataset, StreamOptions
 from dinov3.data.fields import make_field
+from dinov3.data.streaming.discovery import records_of_jump_lite
 from dinov3.data.streaming.index import FieldIndex, FieldRecord
 from dinov3.data.streaming.plan import make_plan
 from dinov3.data.streaming.pool import ByteCache, FieldPool, SharedFolder, shared_memory_folder
@@ -311,6 +313,89 @@ def test_an_index_of_shards_says_where_they_are(source, tmp_path):
     moved = JUMPS3Dataset(index=str(tmp_path / "moved" / "fields.arrow"), visits=1, spread=1)
     moved.set_options(StreamOptions(store=str(tmp_path / "moved")))
     assert moved.read_field(0).name == source.field_name(0)
+
+
+# --- JUMP-Lite: an array a field, in Zarr of both versions ---
+
+
+@pytest.fixture(scope="module")
+def lite(bucket) -> dict[str, np.ndarray]:
+    """Three fields below the bucket's folder, lossless (v3) and as JPEG XL (v2)."""
+    import zarr
+    from zarr.codecs import BloscCodec
+
+    found = {}
+    rng = np.random.default_rng(0)
+    base = bucket[0] / "lite"
+    for site in range(3):
+        array = rng.integers(100, 4000, (5, 48, 40)).astype(np.uint16)
+        name = f"source_2__B1__P{site}__A01__1"
+        made = zarr.create_array(
+            str(base / "zstd.zarr" / name), shape=array.shape, chunks=array.shape, dtype="uint16",
+            compressors=BloscCodec(cname="zstd", shuffle="bitshuffle"),
+        )  # fmt: skip
+        made[...] = array
+        found[name] = array
+    numcodecs = pytest.importorskip("imagecodecs.numcodecs", reason="imagecodecs is not installed")
+    numcodecs.register_codecs(verbose=False)
+    for name, array in found.items():
+        made = zarr.create_array(
+            str(base / "jpegxl_lossy_hq.zarr" / name), shape=array.shape, chunks=array.shape,
+            dtype="uint16", zarr_format=2, compressors=numcodecs.Jpegxl(level=99),
+        )  # fmt: skip
+        made[...] = array
+    return found
+
+
+def lite_index(path: Path, lite: dict[str, np.ndarray], codec: str) -> Path:
+    rows = [
+        dict(zip(("Metadata_Source", "Metadata_Batch", "Metadata_Plate", "Metadata_Well",
+                  "Metadata_Site"), name.split("__"), strict=True))
+        for name in lite
+    ]  # fmt: skip
+    return write_index(path, list(records_of_jump_lite(rows, codec, images="lite")), "s3://bucket")
+
+
+@pytest.mark.parametrize("codec", ["zstd", "jpegxl_lossy_hq"])
+def test_jump_lite_over_a_faulty_network(lite, proxy, tmp_path, codec):
+    proxy.share, proxy.kinds = 0.2, ("503", "reset", "truncate", "zeroed")
+    dataset = JUMPS3Dataset(index=str(lite_index(tmp_path / "i", lite, codec)), visits=1, spread=1)
+    dataset.set_options(StreamOptions(endpoint=proxy.url, backoff_max_s=0.05))
+    for number, array in enumerate(lite.values()):
+        found = dataset.read_field(number)
+        assert found.channels == CHANNELS
+        if codec == "zstd":
+            np.testing.assert_array_equal(found.planes, array)
+        else:
+            assert np.abs(found.planes.astype(int) - array).mean() < 0.2 * array.mean()
+
+
+def test_a_missing_field_of_jump_lite_is_lost(lite, rclone, tmp_path):
+    index = lite_index(tmp_path / "i", {**lite, "source_2__B1__P9__A01__1": None}, "zstd")
+    dataset = JUMPS3Dataset(index=str(index), visits=1, spread=1)
+    dataset.set_options(StreamOptions(endpoint=rclone, ahead=1))
+    seen = {dataset.load_field(position).name for position in range(4)}
+    assert seen == {f"cpg0016-jump/source_2/B1/P{n}/A01/1" for n in range(3)}
+    assert [line["field"] for line in lost_of(dataset)] == ["cpg0016-jump/source_2/B1/P9/A01/1"]
+
+
+def lost_of(dataset: JUMPS3Dataset) -> list[dict]:
+    return [json.loads(line) for line in dataset._lost_file().read_text().splitlines()]
+
+
+def test_the_list_of_jump_lite():
+    rows = [
+        {"source": "source_2", "batch": "b", "plate": p, "well": "A01", "site": 2} for p in "PQ"
+    ]
+    found = list(records_of_jump_lite(rows, "zstd", "cpg0016-jump/source_2/b/Q"))
+    assert [r.name for r in found] == ["cpg0016-jump/source_2/b/Q/A01/2"]
+    assert found[0].keys["ER"].endswith("images_compressed/zstd.zarr/source_2__b__Q__A01__2#:2")
+    assert len(list(records_of_jump_lite(rows, "zstd", "cpg0016-jump"))) == 2
+    assert list(records_of_jump_lite(rows, "zstd", "cpg0016-jump/source_9")) == []
+    with pytest.raises(ValueError, match="must be one of zstd"):
+        list(records_of_jump_lite(rows, "png"))
+    with pytest.raises(ValueError, match="must have the column site"):
+        list(records_of_jump_lite([{"source": 1, "batch": 1, "plate": 1, "well": 1}], "zstd"))
 
 
 # --- arithmetic ---
