@@ -749,6 +749,43 @@ def jump_pack(
     )
 
 
+@jump_app.command("masks")
+def jump_masks(
+    index: IndexFile,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that does not exist yet.")],
+    store: Store = "",
+    endpoint: Endpoint = "",
+    region: Region = "us-east-1",
+    signed: Signed = False,
+    transport: Transport = "obstore",
+    kind: Annotated[str, typer.Option(help="nuclei or cell.")] = "nuclei",
+    channel: Annotated[str, typer.Option(help="What the images show.")] = "DNA",
+    fields: Annotated[int, typer.Option(help="So many fields that have labels.")] = 48,
+    masks: Annotated[
+        str | None, typer.Option(help="Folder of the label arrays, {kind} for nuclei or cell.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+) -> None:
+    """Fetch fields with Cellpose's labels (JUMP-Lite's) as pseudo-truth for `ssl_evaluation.data`.
+
+    Example: `dinocell jump masks lite.arrow pseudo --fields 48`
+    """
+    from dinocell.jump import StoreChoice, export_masks
+
+    print(
+        export_masks(
+            index,
+            out,
+            store=StoreChoice(store, endpoint, region, signed, transport),
+            kind=kind,
+            channel=channel,
+            count=fields,
+            masks=masks,
+            seed=seed,
+        )
+    )
+
+
 @jump_app.command("plan")
 def jump_plan(
     step_seconds: Annotated[float, typer.Option(help="Of a training step.")] = 0.7,

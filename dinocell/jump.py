@@ -23,6 +23,7 @@ __all__ = [
     "VerifyReport",
     "describe_plan",
     "draw_stats",
+    "export_masks",
     "index_plates",
     "index_stats",
     "pack_index",
@@ -454,6 +455,113 @@ def pack_index(
         f"{out}: {count} fields, {size / 1e6:.1f} MB; train with index={Path(out) / 'fields.arrow'}"
     )
     return "\n".join([text, *(f"left out: {name}: {why}" for name, why in lost.items())])
+
+
+def export_masks(
+    index: str | Path,
+    out: str | Path,
+    *,
+    store: StoreChoice | None = None,
+    kind: str = "nuclei",
+    channel: str = "DNA",
+    count: int = 48,
+    masks: str | None = None,
+    seed: int = 0,
+) -> str:
+    """Fields with the labels that the gallery keeps for them, as a data set of images and labels.
+
+    The labels are Cellpose's, made for JUMP-Lite: pseudo-truth, good enough to follow a pretraining
+    with (`ssl_evaluation.data`), not to report.  Sites of cpg0016 have the same names everywhere, so
+    the index may be of the original images too.
+
+    Parameters
+    ----------
+    out : folder that does not exist
+        Gets `train` and `val`, each with `images` and `labels`; a third of the plates is for `val`
+        (of the fields, where there is one plate).
+    kind : nuclei or cell
+    channel : str
+        What the images show.
+    count : int
+        Fields; those without labels are passed over.
+    masks : str, optional
+        Folder of the label arrays below the store.
+
+    Returns
+    -------
+    str
+        What was written.
+
+    Raises
+    ------
+    UsageError
+        Wrong options; the folder is there.
+    DINOCellError
+        No field has labels; nothing answers.
+    """
+    import shutil
+
+    import tifffile
+
+    stores = import_dinov3("data.streaming.stores")
+    out = Path(out)
+    if kind not in ("nuclei", "cell"):
+        raise UsageError(f"--kind must be nuclei or cell, got {kind!r}: choose one")
+    if count < 2:
+        raise UsageError(f"--fields must be at least 2, got {count}: raise it")
+    if out.exists():
+        raise UsageError(f"OUT must not exist, got {out}: name another folder, or remove it")
+    dataset = _dataset(index, store or StoreChoice(), channel, "ALL")
+    folder = masks or import_dinov3("data.streaming.discovery").JUMP_LITE["masks"]
+    numbers = list(range(len(dataset.rows)))
+    random.Random(seed).shuffle(numbers)
+    found: list[tuple[str, str, Any, Any]] = []
+    without = 0
+    part = out.with_name(f".{out.name}.part")
+    try:
+        with progress("fields", min(count, len(numbers))) as bar:
+            for number in numbers:
+                record = dataset.record(number)
+                site = "__".join((*record.plate.split("/")[1:], record.well, record.site))
+                try:
+                    labels = dataset.read_array(f"{folder.format(kind=kind)}/{site}")[0]
+                    made = dataset.read_field(number)
+                except dataset.LOSSES:
+                    without += 1
+                    if without > 20 * count and not found:
+                        break
+                    continue
+                if labels.shape != made.planes.shape[1:]:
+                    without += 1
+                    continue
+                found.append((record.plate, site, made.planes[0], labels))
+                bar.advance(note=site)
+                if len(found) == count:
+                    break
+        if len(found) < 2:
+            raise DINOCellError(
+                f"at least 2 fields must have {kind} labels in {folder.format(kind=kind)}, got "
+                f"{len(found)} of {len(found) + without}: use an index of JUMP-Lite or cpg0016"
+            )
+        plates = sorted({plate for plate, *_ in found})
+        third = set(plates[::3]) if len(plates) > 1 else set()
+        sides: Counter[str] = Counter()
+        for place, (plate, site, image, labels) in enumerate(found):
+            val = plate in third if third else place % 3 == 0
+            side = part / ("val" if val else "train")
+            for name, array in (("images", image), ("labels", labels)):
+                (side / name).mkdir(parents=True, exist_ok=True)
+                tifffile.imwrite(side / name / f"{site}.tif", array, compression="deflate")
+            sides[side.name] += 1
+        part.replace(out)
+    except stores.StoreError as error:
+        raise DINOCellError(str(error)) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return (
+        f"{out}: {sides['train']} + {sides['val']} fields with {kind} labels (Cellpose's: "
+        f"pseudo-truth), {without} without; train with ssl_evaluation.data={out}"
+    )
 
 
 def describe_plan(

@@ -113,6 +113,62 @@ def test_index_of_jump_lite(capsys, tmp_path):
     assert (code, "must be one of zstd" in err) == (2, True)
 
 
+def test_masks_become_a_data_set_for_the_evaluation(capsys, tmp_path):
+    """Sites of two plates with labels, one without; read by the evaluation itself."""
+    import pyarrow as pa
+    import pyarrow.parquet
+    import zarr
+
+    from dinocell.training.datasets import find_pairs
+
+    root = tmp_path / "store"
+    images = root / "cpg0016-jump/source_all/images/2026_jump_lite_v1.0/images_compressed/zstd.zarr"
+    labels = root / "masks/nuclei_masks"
+    rng = np.random.default_rng(0)
+    sites = [("P", 1), ("P", 2), ("Q", 1), ("Q", 2)]
+    truth = {}
+    for plate, site in sites:
+        name = f"source_2__b__{plate}__A01__{site}"
+        pixels = rng.integers(1, 999, (5, 40, 40)).astype(np.uint16)
+        zarr.save_array(images / name, pixels)
+        if (plate, site) != ("Q", 2):
+            mask = np.kron(rng.integers(0, 9, (1, 4, 4)), np.ones((10, 10))).astype(np.uint16)
+            zarr.save_array(labels / name, mask)
+            truth[name] = (pixels[1], mask[0])
+    columns = {"Metadata_Source": ["source_2"] * 4, "Metadata_Batch": ["b"] * 4,
+               "Metadata_Plate": [p for p, _ in sites], "Metadata_Well": ["A01"] * 4,
+               "Metadata_Site": [s for _, s in sites]}  # fmt: skip
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "sites.parquet")
+    index = tmp_path / "lite.arrow"
+    call(capsys, "jump", "index", "*", "-o", index, "--from", "jump-lite", "--table",
+         tmp_path / "sites.parquet", "--store", root)  # fmt: skip
+    arguments = ("jump", "masks", index, tmp_path / "pseudo", "--fields", 4)
+    own = ("--masks", "masks/{kind}_masks")
+    code, text, err = call(capsys, *arguments, *own)
+    assert code == 0, err
+    assert "2 + 1 fields" in text or "1 + 2 fields" in text
+    assert "1 without" in text
+    seen = {}
+    for side in ("train", "val"):
+        for pair in find_pairs(*(tmp_path / "pseudo" / side / n for n in ("images", "labels"))):
+            seen[pair.image_path.stem] = tuple(
+                map(tifffile.imread, (pair.image_path, pair.labels_path))
+            )
+    assert seen.keys() == truth.keys()
+    for name, (image, mask) in truth.items():
+        np.testing.assert_array_equal(seen[name][0], image)
+        np.testing.assert_array_equal(seen[name][1], mask)
+    code, _, err = call(capsys, *arguments, *own)
+    assert (code, "must not exist" in err) == (2, True)
+    other = ("jump", "masks", index, tmp_path / "other")
+    code, _, err = call(capsys, *other, *own, "--kind", "cell")
+    assert (code, "must have cell labels" in err) == (1, True)
+    for wrong, message in ((("--kind", "dog"), "nuclei or cell"), (("--fields", 1), "at least 2")):
+        code, _, err = call(capsys, *other, *wrong)
+        assert (code, message in err) == (2, True)
+    assert not (tmp_path / "other").exists()
+
+
 def test_verify(index, capsys, gallery, tmp_path):
     code, out, _ = call(capsys, "jump", "verify", index)
     assert code == 0

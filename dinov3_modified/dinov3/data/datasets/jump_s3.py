@@ -370,6 +370,19 @@ class JUMPS3Dataset(ExtendedVisionDataset):
             self._own = self._new_machinery()
         return self._fetch(self.record(number))
 
+    def read_array(self, path: str) -> np.ndarray:
+        """A Zarr array of the store that holds one field, such as its labels: (C, H, W).
+
+        Raises:
+            One of `LOSSES`: there is none.  StoreUnreachable: nothing answers.
+        """
+        if self._own is None or self._own.pid != os.getpid():
+            self._own = self._new_machinery()
+        try:
+            return self._own.shards.planes({"": f"{path}#:0"})[""][None]
+        except ValueError as error:
+            raise FieldError(str(error)) from error
+
     def megabytes_read(self) -> float:
         """By this process from its store."""
         return 0.0 if self._own is None else self._own.store.counts["bytes"] / 1e6

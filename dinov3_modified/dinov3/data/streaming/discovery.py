@@ -49,8 +49,11 @@ JUMP_LITE = {
     "images": "cpg0016-jump/source_all/images/2026_jump_lite_v1.0/images_compressed",
     "table": "cpg0016-jump/source_all/workspace/publication_data/2026_jump_lite/metadata/v1.0/"
     "jump_lite_site_index.parquet",
+    "masks": "cpg0016-jump/source_all/workspace/publication_data/2026_jump_lite/segmentation/"
+    "2026_jump_lite_v1.0/{kind}_masks/zstd.zarr",
 }
-"""Where the gallery keeps JUMP-Lite (release 1.0): arrays of one field each, and their list."""
+"""Where the gallery keeps JUMP-Lite (release 1.0): arrays of one field each, their list, and the
+labels that Cellpose gave them."""
 _JUMP_LITE_CHANNELS = ("AGP", "DNA", "ER", "Mito", "RNA")
 _JUMP_LITE_CODECS = ("zstd", "jpegxl_lossy_hq", "jpegxl_lossy_mq", "jpegxl_lossy_d20")
 
