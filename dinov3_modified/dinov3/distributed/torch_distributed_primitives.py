@@ -51,5 +51,5 @@ def reduce_dict(input_dict: dict[str, Tensor], average: bool = True) -> dict[str
     values = torch.stack([input_dict[name] for name in names])
     dist.all_reduce(values)
     if average:
-        values /= world
+        values = values / world  # also of whole numbers
     return dict(zip(names, values, strict=True))

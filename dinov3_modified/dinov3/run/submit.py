@@ -66,7 +66,8 @@ def get_submitit_parser() -> argparse.ArgumentParser:
 
 def get_run_parser() -> argparse.ArgumentParser:
     """The job's options, the script and its function; all else goes to the script."""
-    parser = argparse.ArgumentParser("run", parents=[get_submitit_parser()])
+    # A shortened option could be one of the script.
+    parser = argparse.ArgumentParser("run", parents=[get_submitit_parser()], allow_abbrev=False)
     parser.add_argument("module_path", type=str, help="of a Python file")
     parser.add_argument("--callable-name", type=str, default="main", help="function to call")
     return parser

@@ -34,23 +34,23 @@ def get_user_checkpoint_path(cluster_type: str | None = None) -> Path | None:
 
 def get_slurm_partition(cluster_type: str | None = None) -> str | None:
     """Partition, None for the cluster's own default."""
-    return os.environ.get("DINOV3_SLURM_PARTITION")
+    return os.environ.get("DINOV3_SLURM_PARTITION") or None
 
 
 def get_slurm_qos(cluster_type: str | None = None) -> str | None:
     """Quality of service, None for the cluster's own default."""
-    return os.environ.get("DINOV3_SLURM_QOS")
+    return os.environ.get("DINOV3_SLURM_QOS") or None
 
 
 def get_slurm_account(cluster_type: str | None = None) -> str | None:
     """Account, None for the cluster's own default."""
-    return os.environ.get("DINOV3_SLURM_ACCOUNT")
+    return os.environ.get("DINOV3_SLURM_ACCOUNT") or None
 
 
 def get_slurm_executor_parameters(
     nodes: int, num_gpus_per_node: int, cluster_type: str | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """Arguments of submitit's executor: one task a GPU, 16 cores each, the node's memory.
+    """Arguments of submitit's executor: one task a GPU (one without), 16 cores each, the node's memory.
 
     Args:
         **kwargs: replace or add arguments.
@@ -58,7 +58,7 @@ def get_slurm_executor_parameters(
     return {
         "mem_gb": 0,  # all of it
         "gpus_per_node": num_gpus_per_node,
-        "tasks_per_node": num_gpus_per_node,
+        "tasks_per_node": max(num_gpus_per_node, 1),
         "cpus_per_task": 16,
         "nodes": nodes,
         "slurm_partition": get_slurm_partition(cluster_type),

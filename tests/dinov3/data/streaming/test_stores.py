@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -124,7 +128,11 @@ def test_each_fault_is_survived(proxy, names, transport, fault, counted):
     pytest.importorskip(transport)
     proxy.share, proxy.kinds, proxy.stall_s = 0.35, (fault,), 1.6
     chosen = list(names)[: 8 if fault == "slow" else 40]
-    store = ObjectStore(options(proxy.url, transport, retries=12, damaged_retries=12))
+    # Only a fault that is a silence may meet the time limit, however busy the machine is.
+    limit = 1.0 if fault == "slow" else 30.0
+    store = ObjectStore(
+        options(proxy.url, transport, retries=12, damaged_retries=12, timeout_s=limit)
+    )
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(store.get, chosen))
     assert found == [names[key] for key in chosen]
@@ -261,19 +269,53 @@ def _in_processes(method: str, store: _ObjectStore, keys: list[str]) -> list:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("transport", "method"),
-    [("boto3", "fork"), ("boto3", "spawn"), ("obstore", "spawn"), ("obstore", "fork")],
-)
-def test_a_store_that_was_used_goes_to_other_processes(rclone, names, transport, method):
-    """Clients are made anew; where that cannot help, a sentence comes in place of a hang."""
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_store_that_was_used_goes_to_spawned_processes(rclone, names, transport):
+    """Clients are made anew."""
     pytest.importorskip(transport)
     store = ObjectStore(options(rclone, transport, timeout_s=20.0))
     keys = list(names)[:30]
     store.get(keys[0])
-    found = _in_processes(method, store, keys)
-    if (transport, method) == ("obstore", "fork"):
+    found = _in_processes("spawn", store, keys)
+    assert found == [[hashlib.md5(names[key]).hexdigest() for key in keys]] * 3
+
+
+FORKED = """
+import hashlib, json, os, sys
+from dinov3.data.streaming.stores import ObjectStore, StoreError, StoreOptions
+
+url, transport, keys = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+store = ObjectStore(StoreOptions("s3://bucket", endpoint=url, transport=transport))
+store.get(keys[0])
+for _ in range(3):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            print(json.dumps([hashlib.md5(store.get(key)).hexdigest() for key in keys]), flush=True)
+        except StoreError as error:
+            print(json.dumps(str(error)), flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_store_that_was_used_in_forked_processes(rclone, names, transport):
+    """Right bytes (boto3 has been seen to give another worker's), or a sentence in place of a hang.
+
+    In a program of its own: a fork of this one would also copy locks that its threads hold.
+    """
+    pytest.importorskip(transport)
+    keys = list(names)[:30]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED, rclone, transport, json.dumps(keys)],
+        capture_output=True, text=True, timeout=120, check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(stores.__file__).parents[3])},
+    )  # fmt: skip
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 3
+    if transport == "obstore":
         assert all("must start by forkserver or spawn" in text for text in found)
     else:
         assert found == [[hashlib.md5(names[key]).hexdigest() for key in keys]] * 3
