@@ -290,6 +290,11 @@ class WandbLogger:
         known = getattr(wandb.Settings, "model_fields", wished)
         settings = wandb.Settings(**{key: wished[key] for key in wished if key in known})
         self._wandb = wandb
+        # wandb names a session's folder by the second: an earlier one of this very second would be
+        # written over.
+        folder = Path(str(arguments.get("dir", "."))) / "wandb"
+        while list(folder.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{arguments.get('id')}")):
+            time.sleep(0.1)
         self._run = wandb.init(**arguments, settings=settings)
 
     def _log(self, metrics: dict[str, Any], step: int) -> None:

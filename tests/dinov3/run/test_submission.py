@@ -145,17 +145,6 @@ def test_on_the_node(monkeypatch, script, tmp_path):
     assert vars(requeued[0]) == vars(submitter)
 
 
-def test_submitit_takes_it(monkeypatch, script, tmp_path):
-    """With the real package, executed at once in this process."""
-    submitit = pytest.importorskip("submitit", reason="the extra dinocell[slurm] is not installed")
-    monkeypatch.setattr(
-        submitit, "AutoExecutor", lambda folder, **_: submitit.DebugExecutor(folder=folder)
-    )
-    args = get_run_parser().parse_args(["--output-dir", str(tmp_path), str(script)])
-    job = submit_jobs(CheckpointableSubmitter(str(script), "other", [], tmp_path), tmp_path, args)
-    assert job.result() == "other"
-
-
 def test_context_of_a_job(tmp_path):
     before = list(logging.getLogger("dinov3").handlers)
     drawn = []
