@@ -314,7 +314,7 @@ def _value(section: dict[str, Any], key: str) -> Any:
     if key not in section:
         raise ConfigError(
             f"ssl_evaluation must have the key {key}, got {', '.join(section)}: take it from "
-            "ssl_default_config.yaml"
+            "dinocell.yaml"
         )
     return section[key]
 

@@ -42,6 +42,7 @@ __all__ = [
     "WeightsDescription",
     "WeightsError",
     "describe",
+    "fit_backbone",
     "load_backbone",
     "read_backbone",
     "sha256",
@@ -902,20 +903,43 @@ def load_backbone(
 ) -> LoadReport:
     """Fill a `DinoVisionTransformer` from any file that `read_backbone` reads.
 
+    Args:
+        vit: with storage, on any device, not sharded; values are copied in its types.
+        which, patch_method: see `fit_backbone`.
+
+    Raises:
+        FileNotFoundError, WeightsError: as `fit_backbone`.
+    """
+    state, report = fit_backbone(vit.state_dict(), path, which=which, patch_method=patch_method)
+    vit.load_state_dict(state)
+    return report
+
+
+def fit_backbone(
+    expected: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    which: str = "teacher",
+    patch_method: str = "nearest",
+) -> tuple[State, LoadReport]:
+    """The state dict that a file gives a network.
+
     The patch size may differ; see `patch_size_adaptation`.  Beside what `read_backbone` fills in, a
     plain and a masked k bias, and a zero and an absent qkv bias, are exchanged where that is exact;
     everything is noted.  Anything else must be there exactly.
 
     Args:
-        vit: with storage, on any device; values are copied in its types.
+        expected: the network's own state dict, sharded or not; its shapes count.
         which: "teacher" or "student".
         patch_method: one of `patch_size_adaptation.METHODS`.
+
+    Returns:
+        Whole tensors on the CPU in the types of the file, and what was done.
 
     Raises:
         FileNotFoundError, WeightsError: as `read_backbone`; also missing, unexpected and misshapen
             entries, all listed.
     """
-    expected = vit.state_dict()
     if any(value.is_meta for value in expected.values()):
         raise WeightsError(
             "a network must have storage before weights are loaded, got one on the meta device: call "
@@ -938,8 +962,7 @@ def load_backbone(
         f"weights must fit the network, got {description.name} ({description.flags}) from {path}",
         "set the network's size and flags to those of the file",
     )
-    vit.load_state_dict(state)
-    return LoadReport(description, description.patch_size, patch_size, tuple(notes))
+    return state, LoadReport(description, description.patch_size, patch_size, tuple(notes))
 
 
 def _exchange_biases(state: State, expected: Mapping[str, Tensor], path: str | Path) -> list[str]:

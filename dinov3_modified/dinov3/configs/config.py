@@ -51,8 +51,11 @@ class DinoV3SetupArgs:
 
 
 def get_default_config() -> DictConfig:
-    """The contents of `ssl_default_config.yaml`."""
-    cfg = OmegaConf.load(Path(__file__).parent / "ssl_default_config.yaml")
+    """The contents of `ssl_default_config.yaml` and of `dinocell.yaml`."""
+    folder = Path(__file__).parent
+    cfg = OmegaConf.merge(
+        OmegaConf.load(folder / "ssl_default_config.yaml"), OmegaConf.load(folder / "dinocell.yaml")
+    )
     assert isinstance(cfg, DictConfig)
     return cfg
 

@@ -10,8 +10,6 @@ resumes exactly from its position alone.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -33,6 +31,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dinov3.data.datasets import ImageNet
+from dinov3.data.registry import (
+    DATASETS,
+    DatasetKeyError,
+    DatasetSplitError,
+    check_needed,
+    parse_dataset_str,
+    register_dataset,
+)
 from dinov3.data.samplers import (
     CountingSampler,
     EpochSampler,
@@ -64,18 +70,9 @@ __all__ = [
 
 logger = logging.getLogger("dinov3")
 
-# Name in a dataset string → "module:class", imported on first use.
-DATASETS: dict[str, str] = {
-    "ImageNet": "dinov3.data.datasets.image_net:ImageNet",
-    "ImageFolder": "dinov3.data.datasets.image_folder:ImageFolder",
-    "JUMPCellPainting": "dinov3.data.datasets.jump_cellpainting:JUMPCellPainting",
-    "JUMPCellPaintingMultiView": "dinov3.data.datasets.jump_cellpainting:JUMPCellPaintingMultiView",
-    "JUMPS3Dataset": "dinov3.data.datasets.jump_s3:JUMPS3Dataset",
-    "JUMPS3MultiView": "dinov3.data.datasets.jump_s3:JUMPS3MultiView",
-}
 # Upstream's that serve evaluation only, or have no public file list.
 _ABSENT = ("ImageNet22k", "ADE20K", "CocoCaptions", "NYU")
-_COMMON_KEYS: dict[str, type] = {"root": str, "extra": str, "split": str}
+register_dataset("ImageNet", "dinov3.data.datasets.image_net:ImageNet")
 
 
 class SamplerType(Enum):
@@ -88,83 +85,14 @@ class SamplerType(Enum):
     SHARDED_INFINITE_NEW = 4
 
 
-class DatasetKeyError(ValueError, AssertionError):
-    """A dataset string has a key that the dataset does not know (upstream: AssertionError)."""
-
-
-class DatasetSplitError(ValueError, KeyError):
-    """A dataset string has a split that the dataset does not have (upstream: KeyError)."""
-
-    __str__ = Exception.__str__
-
-
-def register_dataset(name: str, address: str) -> None:
-    """Make a class known to dataset strings.
-
-    Args:
-        address: "module:class".  A class may declare `STRING_OPTIONS`, option → type, beyond root,
-            extra and split.
-
-    Raises:
-        ValueError: not of that form, or the name cannot stand in a dataset string.
-    """
-    module, _, attribute = address.partition(":")
-    if not module or not attribute.isidentifier() or not name or {":", "="} & set(name):
-        raise ValueError(
-            f"a dataset must be registered as a name without ':' and '=' and as 'module:Class', got "
-            f"{name!r} and {address!r}: correct them"
-        )
-    DATASETS[name] = address
-
-
 def _parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
-    """`Name:key=value:...` → class and arguments; of a key given twice the last counts."""
-    name, *tokens = dataset_str.split(":")
+    name = dataset_str.partition(":")[0]
     if name in _ABSENT:
         raise ValueError(
             f"a dataset string must name one of {', '.join(DATASETS)}, got {name!r}, which is not part "
             "of this tree: use one of them"
         )
-    if name not in DATASETS:
-        raise ValueError(
-            f"a dataset string must name one of {', '.join(DATASETS)}, got {name!r}: choose one"
-        )
-    module, _, attribute = DATASETS[name].partition(":")
-    class_ = getattr(importlib.import_module(module), attribute)
-    known = {**_COMMON_KEYS, **getattr(class_, "STRING_OPTIONS", {})}
-    kwargs: dict[str, Any] = {}
-    for token in tokens:
-        key, equals, value = token.partition("=")
-        if not equals or "=" in value:
-            raise ValueError(
-                f"a dataset string must be Name:key=value:..., got {token!r} in {dataset_str!r}: "
-                "write key=value"
-            )
-        if key not in known:
-            raise DatasetKeyError(
-                f"keys of {name} must be among {', '.join(known)}, got {key!r}: correct the string"
-            )
-        kwargs[key] = _typed(name, key, value, known[key])
-    splits = getattr(class_, "Split", None)
-    if splits is not None and "split" in kwargs:
-        if kwargs["split"] not in splits.__members__:
-            raise DatasetSplitError(
-                f"split of {name} must be one of {', '.join(splits.__members__)}, got "
-                f"{kwargs['split']!r}: choose one"
-            )
-        kwargs["split"] = splits[kwargs["split"]]
-    return class_, kwargs
-
-
-def _typed(name: str, key: str, value: str, kind: type) -> Any:
-    try:
-        if kind is bool:
-            return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
-        return kind(value)
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"{key} of {name} must be of type {kind.__name__}, got {value!r}: correct the string"
-        ) from error
+    return parse_dataset_str(dataset_str)
 
 
 def make_dataset(
@@ -180,16 +108,7 @@ def make_dataset(
         ValueError: unknown name, key, split or type; a key that the dataset needs is missing.
     """
     class_, kwargs = _parse_dataset_str(dataset_str)
-    needed = [
-        parameter.name
-        for parameter in inspect.signature(class_).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
-    ]
-    if missing := [key for key in needed if key not in kwargs]:
-        raise ValueError(
-            f"{dataset_str.partition(':')[0]} must be told {', '.join(needed)}, got a string without "
-            f"{', '.join(missing)}: add ':{missing[0]}=...' to {dataset_str!r}"
-        )
+    check_needed(dataset_str, class_, kwargs)
     dataset = class_(
         transform=transform, target_transform=target_transform, transforms=transforms, **kwargs
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 import dinov3.distributed as distributed
 from dinov3.fsdp.strategy import full_state_dict
+from dinov3.hooks import load_hook
 from dinov3.logging import MetricLogger
 from dinov3.logging.monitors import CollapseMonitor, module_statistics
 from dinov3.logging.visuals import VisualLogger
@@ -21,26 +21,11 @@ from dinov3.logging.wandb_logger import create_wandb_logger
 from dinov3.models import build_model
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 
-__all__ = ["Observers", "load_hook"]
+__all__ = ["Observers"]
 
 logger = logging.getLogger("dinov3")
 
 _COUNTS_EVERY = 10  # steps
-
-
-def load_hook(address: str) -> Callable[..., Any]:
-    """A function by "package.module:function".
-
-    Raises:
-        ValueError: no such module or function.
-    """
-    module, _, name = address.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"ssl_evaluation.hook must be package.module:function, got {address!r} ({error}): correct it"
-        ) from error
 
 
 class Observers:

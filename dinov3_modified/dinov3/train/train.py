@@ -287,7 +287,7 @@ def _data_loader(cfg: DictConfig, model: SSLMetaArch, batches_done: int, seed_of
         )
     if hasattr(dataset, "set_options"):  # fields that arrive over a network
         dataset.set_options(
-            _stream_options(cfg),
+            type(dataset.options).from_config(OmegaConf.to_container(cfg.streaming)),
             report_folder=cfg.train.output_dir,
             seed=cfg.train.seed + seed_offset,
             batch_size=cfg.train.batch_size_per_gpu,
@@ -305,19 +305,6 @@ def _data_loader(cfg: DictConfig, model: SSLMetaArch, batches_done: int, seed_of
         collate_fn=collate,
         persistent_workers=False,
     )
-
-
-def _stream_options(cfg: DictConfig) -> Any:
-    """The section `streaming` of a configuration.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-    from dinov3.data.datasets.jump_s3 import StreamOptions
-
-    options = StreamOptions(**OmegaConf.to_container(cfg.streaming))  # type: ignore[arg-type]
-    options.of_store("s3://checked")
-    return options
 
 
 def _no_target(_: Any) -> tuple[()]:

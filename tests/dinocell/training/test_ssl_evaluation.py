@@ -271,7 +271,7 @@ def test_labels_without_cells_are_told_at_the_start(tmp_path):
 
 
 def test_the_shipped_defaults_have_every_key_and_are_off():
-    path = Path(dinov3.__file__).parent / "configs" / "ssl_default_config.yaml"
+    path = Path(dinov3.__file__).parent / "configs" / "dinocell.yaml"
     section = OmegaConf.load(path).ssl_evaluation
     assert set(section) == {*SMALL, "data"}
     assert section.period_iterations == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov3.data import loaders, make_dataset
+from dinov3.data import loaders, make_dataset, registry
 from dinov3.data.datasets import ImageFolder, ImageNet
 from dinov3.data.datasets.decoders import DenseTargetDecoder, ImageDataDecoder, TargetDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset
@@ -41,7 +41,7 @@ def test_names_and_keys():
 @pytest.mark.parametrize(
     ("text", "kinds", "message"),
     [
-        ("Nope:split=TRAIN", (ValueError,), "one of ImageNet, ImageFolder, .*got 'Nope': choose"),
+        ("Nope:split=TRAIN", (ValueError,), "one of ImageFolder, .*ImageNet, got 'Nope': choose"),
         ("ImageNet:root", (ValueError,), "must be Name:key=value:..., got 'root' in"),
         ("ImageNet:root=a=b", (ValueError,), "got 'root=a=b' in"),
         (
@@ -97,7 +97,7 @@ class Options(ExtendedVisionDataset):
 @pytest.fixture
 def options(monkeypatch):
     """`Options` registered as "Mine" in a module that is imported on first use."""
-    monkeypatch.setattr(loaders, "DATASETS", dict(loaders.DATASETS))
+    monkeypatch.setattr(registry, "DATASETS", dict(registry.DATASETS))
     module = types.ModuleType("module_of_mine")
     module.Options = Options
     register_dataset("Mine", "module_of_mine:Options")
@@ -172,7 +172,7 @@ def test_data_sets_of_other_kinds_get_the_attributes(monkeypatch):
     module = types.ModuleType("module_of_bare")
     module.Bare = Bare
     monkeypatch.setitem(sys.modules, "module_of_bare", module)
-    monkeypatch.setattr(loaders, "DATASETS", {"Bare": "module_of_bare:Bare"})
+    monkeypatch.setattr(registry, "DATASETS", {"Bare": "module_of_bare:Bare"})
     made = make_dataset(dataset_str="Bare", transform=len, target_transform=abs)
     assert (made.transform, made.target_transform, made.transforms) == (len, abs, None)
 

@@ -31,7 +31,7 @@ d.enable(
     timeout=timedelta(seconds=77),
 )
 rank = d.get_rank()
-print("unrestricted", rank)
+print(f"unrestricted {rank}")
 backend = d.get_default_process_group()._get_backend(torch.device("cpu"))
 assert backend.options._timeout == timedelta(seconds=77)
 
@@ -127,7 +127,8 @@ def test_edges_of_collectives_and_subgroups(tmp_path):
         capture_output=True, text=True, env=clean_environment(), timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {"unrestricted 0", "unrestricted 1"} <= set(done.stdout.splitlines())
+    # The two may write into one another's lines.
+    assert done.stdout.count("unrestricted 0") == done.stdout.count("unrestricted 1") == 1
     assert [path.name for path in tmp_path.glob("*.pth")] == ["saved_by_0.pth"]
 
 

@@ -276,12 +276,12 @@ from dinov3 import distributed
 from dinov3.run.init import job_context
 
 with job_context(sys.argv[1], seed=40, distributed_timeout=timedelta(seconds=77)):
-    print("seed", torch.initial_seed(), force=True)
+    print(f"seed {torch.initial_seed()}", force=True)
     print("main only")
     logging.getLogger("dinov3").info("noted by %d", distributed.get_rank())
     backend = distributed.get_default_process_group()._get_backend(torch.device("cpu"))
-    print("limit", backend.options._timeout.seconds)
-print("enabled", distributed.is_enabled())
+    print(f"limit {backend.options._timeout.seconds}")
+print(f"enabled {distributed.is_enabled()}")
 """
 
 

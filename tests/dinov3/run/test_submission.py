@@ -13,10 +13,8 @@ from dinov3.logging import cleanup_logging
 from dinov3.run.init import job_context
 from dinov3.run.submit import (
     CheckpointableSubmitter,
-    get_run_parser,
     get_shared_folder,
     main,
-    submit_jobs,
 )
 from dinov3.utils.cluster import get_slurm_executor_parameters
 

@@ -233,6 +233,8 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
     """
 
     Split = _Split
+    # Images are `ChannelField`s, for `DataAugmentationMultiView`.
+    gives_fields = True
     STRING_OPTIONS = {  # noqa: RUF012
         "index": str,
         "pattern": str,
@@ -413,6 +415,8 @@ class JUMPCellPainting(JUMPCellPaintingMultiView):
 
     Arguments as `JUMPCellPaintingMultiView`.
     """
+
+    gives_fields = False
 
     def _image(self, index: int) -> np.ndarray:
         made = self.load_field(index)

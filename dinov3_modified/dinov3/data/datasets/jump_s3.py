@@ -13,6 +13,7 @@ import os
 import time
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -43,6 +44,7 @@ __all__ = ["JUMPS3Dataset", "JUMPS3MultiView", "StreamOptions", "TooManyLost"]
 
 logger = logging.getLogger("dinov3")
 
+USUAL_FIELD_BYTES = 5 * 1080 * 1080 * 2
 _LOSSES = (ObjectMissing, ObjectDamaged, ObjectUnreadable, FieldError)
 _FEWEST_LOST = 10  # no run stops before so many are lost
 _MOST_STAND_INS = 50
@@ -100,6 +102,23 @@ class StreamOptions:
             raise ValueError(
                 f"streaming.disk_cache_gb must be positive, got {self.disk_cache_gb}: raise it"
             )
+
+    @classmethod
+    def from_config(cls, section: Mapping[str, Any]) -> StreamOptions:
+        """Of the section `streaming` of a configuration, as plain values.
+
+        Raises:
+            ValueError: an unknown key, or a value out of range.
+        """
+        known = {item.name for item in fields(cls)}
+        if unknown := sorted(set(section) - known):
+            raise ValueError(
+                f"keys of streaming must be among {', '.join(sorted(known))}, got "
+                f"{', '.join(unknown)}: correct them"
+            )
+        options = cls(**section)
+        options.of_store("s3://checked")
+        return options
 
     def of_store(self, url: str) -> StoreOptions:
         """Those of the transport."""
@@ -163,6 +182,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         "limit": int,
     }
     LOSSES = _LOSSES
+    gives_fields = True
     # Loaders then count positions in place of drawing indices.
     orders_itself = True
 
@@ -277,8 +297,13 @@ class JUMPS3Dataset(ExtendedVisionDataset):
                 "(%d)", batch_size, self.order.spread, len(self.rows),
             )  # fmt: skip
 
-    def prepare(self) -> None:
-        """Make the pool that workers share; called in the main process, before they start."""
+    def prepare(self, field_bytes: int = 0) -> None:
+        """Make the pool that workers share; called in the main process, before they start.
+
+        Args:
+            field_bytes: of a decoded field, for the pool's size; 0: fetch one and see.  A process
+                that will fork its workers must not fetch.
+        """
         if self._pool is not None:
             return
         if self.options.disk_cache:
@@ -286,7 +311,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
                 self.options.disk_cache, int(self.options.disk_cache_gb * 1e9), keep_first=True
             )
         needed = self.order.fields_in_use + self.options.ahead + 8
-        limit = int(self.options.pool_gb * 1e9) or needed * self._field_bytes()
+        limit = int(self.options.pool_gb * 1e9) or needed * (field_bytes or self._field_bytes())
         folder = shared_memory_folder(limit, self.options.pool_folder)
         self._pool = FieldPool(folder, limit)
         # Workers have copies that end before; those of a killed run go when the next one starts.
@@ -300,7 +325,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
             except _LOSSES:
                 continue
             return made.nbytes + 4096
-        return 5 * 1080 * 1080 * 2
+        return USUAL_FIELD_BYTES
 
     def __getstate__(self) -> dict[str, Any]:
         self.prepare()

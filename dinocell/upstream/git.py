@@ -1,0 +1,276 @@
+"""Git does the merging, on a copy of the index and with a store of objects of its own.
+
+Nothing here writes to a checkout, its index or its objects.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from dinocell.errors import UsageError
+from dinocell.upstream.series import PatchError
+
+__all__ = ["Commit", "Scratch", "ThreeSides", "run_git"]
+
+_OLDEST_GIT = (2, 32)  # before it, --3way tried the line numbers first
+_SETTINGS = (
+    "core.autocrlf=false",
+    "core.quotepath=false",
+    "apply.whitespace=nowarn",
+    "apply.ignorewhitespace=no",
+    "merge.conflictstyle=merge",
+    "core.fsmonitor=false",
+)
+
+
+def run_git(
+    folder: Path,
+    *arguments: str,
+    stdin: bytes | None = None,
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[bytes]:
+    """Run git in a folder; its settings that change merges are fixed.
+
+    Raises
+    ------
+    UsageError
+        There is no git.
+    """
+    command = ["git", "-C", str(folder)]
+    for setting in _SETTINGS:
+        command += ["-c", setting]
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    variables |= {"LC_ALL": "C", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
+    try:
+        return subprocess.run(
+            [*command, *arguments],
+            input=stdin,
+            capture_output=True,
+            env={**variables, **(environment or {})},
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise UsageError("git must be installed, got none on the PATH: install it") from error
+
+
+def _check_version() -> None:
+    said = run_git(Path("."), "--version").stdout.decode(errors="replace")
+    found = re.search(r"(\d+)\.(\d+)", said)
+    if found is None or (int(found[1]), int(found[2])) < _OLDEST_GIT:
+        raise UsageError(
+            f"git must be {'.'.join(map(str, _OLDEST_GIT))} or newer, got {said.strip()}: older ones place "
+            "additions by their line numbers; update it"
+        )
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit: its 40 digits, its date (YYYY-MM-DD) and the first line of its message."""
+
+    id: str
+    date: str
+    subject: str
+
+
+@dataclass(frozen=True)
+class ThreeSides:
+    """Where a merge did not come out: (upstream's lines, ours) of each place, and its line there."""
+
+    line: int
+    upstream: tuple[str, ...]
+    ours: tuple[str, ...]
+
+
+class Scratch:
+    """A repository to try merges in, over that of a checkout.
+
+    Use as a context; what it wrote is gone afterwards.
+
+    Raises
+    ------
+    UsageError
+        Not a git checkout, or git is too old.
+    """
+
+    def __init__(self, checkout: str | Path) -> None:
+        self.checkout = Path(checkout)
+        _check_version()
+        if not self.checkout.is_dir():
+            raise UsageError(f"--checkout must be a folder, got {checkout}: clone upstream there")
+        found = run_git(self.checkout, "rev-parse", "--absolute-git-dir")
+        if found.returncode:
+            raise UsageError(
+                f"--checkout must be a git checkout of DINOv3, got {checkout} "
+                f"({_last_line(found.stderr)}): clone upstream there"
+            )
+        self.git_dir = Path(os.fsdecode(found.stdout.strip()))
+        objects = run_git(self.checkout, "rev-parse", "--git-path", "objects").stdout.strip()
+        self._objects = (self.checkout / os.fsdecode(objects)).resolve()
+        self._folder = Path(tempfile.mkdtemp(prefix="dinocell-upstream-"))
+        (self._folder / "objects" / "pack").mkdir(parents=True)
+        self._environment = {
+            "GIT_DIR": str(self.git_dir),
+            "GIT_INDEX_FILE": str(self._folder / "index"),
+            "GIT_OBJECT_DIRECTORY": str(self._folder / "objects"),
+            "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self._objects),
+        }
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def run(
+        self, *arguments: str, stdin: bytes | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
+        return run_git(self._folder, *arguments, stdin=stdin, environment=self._environment)
+
+    def commit(self, reference: str) -> Commit:
+        """What a reference names.
+
+        Raises
+        ------
+        UsageError
+            Nothing in this repository.
+        """
+        found = self.run("log", "-1", "--format=%H%n%cs%n%s", f"{reference}^{{commit}}", "--")
+        if found.returncode:
+            raise UsageError(
+                f"a commit must be known to the checkout, got {reference}: git fetch it in "
+                f"{self.checkout}"
+            )
+        name, date, subject = found.stdout.decode("utf-8", "replace").split("\n")[:3]
+        return Commit(name, date, subject)
+
+    def is_ancestor(self, older: str, newer: str) -> bool:
+        return self.run("merge-base", "--is-ancestor", older, newer).returncode == 0
+
+    def describe(self, commit: str) -> str:
+        """Nearest tag before a commit, or branches that end with it; empty if there is none."""
+        tag = self.run("describe", "--tags", commit)
+        if tag.returncode == 0:
+            return tag.stdout.decode().strip()
+        heads = self.run("for-each-ref", "--points-at", commit, "--format=%(refname:short)")
+        return ", ".join(heads.stdout.decode().split()[:3])
+
+    def entries(self, commit: str, paths: Sequence[str] = ()) -> dict[str, str]:
+        """Path → blob of a commit's files, of all or of some."""
+        found = self.run("ls-tree", "-r", "-z", commit, "--", *paths)
+        entries = {}
+        for item in found.stdout.decode("utf-8", "surrogateescape").split("\0"):
+            facts, _, path = item.partition("\t")
+            if path and facts.split()[1] == "blob":
+                entries[path] = facts.split()[2]
+        return entries
+
+    def has(self, blob: str) -> bool:
+        return self.run("cat-file", "-e", blob).returncode == 0
+
+    def read(self, blob: str) -> bytes:
+        """Contents of an object.
+
+        Raises
+        ------
+        PatchError
+            It is not in the repository, as in a partial clone.
+        """
+        found = self.run("cat-file", "blob", blob)
+        if found.returncode:
+            raise PatchError(
+                f"the checkout must hold its files, got none for {blob} "
+                f"({_last_line(found.stderr)}): git fetch --refetch in {self.checkout}"
+            )
+        return found.stdout
+
+    def renamed(self, old: str, new: str, path: str) -> str:
+        """Where a file went between two commits; empty if nowhere, or if one of them is absent."""
+        found = self.run("diff", "-M", "--diff-filter=R", "--name-status", "-z", old, new)
+        parts = found.stdout.decode("utf-8", "surrogateescape").split("\0")
+        for place in range(0, len(parts) - 2, 3):
+            if parts[place + 1] == path:
+                return parts[place + 2]
+        return ""
+
+    # --- merging ---
+
+    def begin(self, commit: str) -> None:
+        """An index with the files of a commit.
+
+        Raises
+        ------
+        PatchError
+            Git cannot read it.
+        """
+        done = self.run("read-tree", commit)
+        if done.returncode:
+            raise PatchError(
+                f"the checkout must hold commit {commit}, got an error ({_last_line(done.stderr)}): git "
+                "fetch it"
+            )
+
+    def apply(self, patch: str) -> bool:
+        """Merge a patch into the index; whether every hunk found its place."""
+        done = self.run("apply", "--3way", "--cached", "--unidiff-zero", "-", stdin=patch.encode())
+        return done.returncode == 0
+
+    def staged(self, path: str, stage: int = 0) -> bytes | None:
+        """A file of the index."""
+        found = self.run("cat-file", "blob", f":{stage}:{path}")
+        return found.stdout if found.returncode == 0 else None
+
+    def sides(self, path: str) -> list[ThreeSides]:
+        """The places of a file where the last merge did not come out."""
+        versions = [self.staged(path, stage) for stage in (1, 2, 3)]
+        if any(version is None for version in versions):
+            return []
+        names = [self._folder / f"side-{number}" for number in range(3)]
+        for name, version in zip(names, versions, strict=True):
+            name.write_bytes(version or b"")
+        base, upstream, ours = names
+        merged = self.run(
+            "merge-file", "-p", "-L", "upstream", "-L", "base", "-L", "ours",
+            str(upstream), str(base), str(ours),
+        )  # fmt: skip
+        return _conflicts(merged.stdout.decode("utf-8", "replace"))
+
+
+def _conflicts(text: str) -> list[ThreeSides]:
+    found = []
+    upstream: list[str] = []
+    ours: list[str] = []
+    side: list[str] | None = None
+    line = start = 0
+    for item in text.splitlines():
+        if item.startswith("<<<<<<< upstream"):
+            side, upstream, ours, start = upstream, [], [], line + 1
+            side = upstream
+        elif item == "=======" and side is upstream:
+            side = ours
+        elif item.startswith(">>>>>>> ours") and side is ours:
+            found.append(ThreeSides(start, tuple(upstream), tuple(ours)))
+            side = None
+        elif side is not None:
+            side.append(item)
+            line += side is upstream
+        else:
+            line += 1
+    return found
+
+
+def _last_line(text: bytes) -> str:
+    lines = text.decode("utf-8", "replace").strip().splitlines()
+    return lines[-1] if lines else "no message"

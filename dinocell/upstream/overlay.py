@@ -1,0 +1,396 @@
+"""Our additions in a checkout: put in whole, taken out whole, never half.
+
+Everything is made and checked beside the checkout first.  Then the new contents are written next to
+git's own files, a journal is left there, and the files are renamed into place; whatever ends the
+program in between, the next command finds the journal and puts back what was.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinocell.errors import UsageError
+from dinocell.upstream.git import Commit, Scratch, run_git
+from dinocell.upstream.merge import Merged, Outcome, merge_series
+from dinocell.upstream.placement import additions_in, misplaced, without_additions
+from dinocell.upstream.series import PatchError, Series, blob_id
+
+__all__ = ["Status", "apply_series", "recover", "status_of", "undo"]
+
+_STAGING = "dinocell-upstream"  # in git's folder: same disk, and invisible to git status
+_JOURNAL = "journal.json"
+_RECORD = "dinocell-upstream.json"  # files that were written there, and their blobs
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a checkout stands to the series.
+
+    Attributes:
+        commit: what is checked out.
+        described: nearest tag or branch.
+        relation: of the commit to the pin and the known range, in words.
+        changed: files with changes that are not ours.
+        in_place: patches whose lines are in the files of the checkout.
+        files: path → "there", "missing" or "other" of our files.
+        outcomes: of each patch on the commit.
+    """
+
+    commit: Commit
+    described: str
+    relation: str
+    changed: tuple[str, ...]
+    in_place: tuple[str, ...]
+    files: Mapping[str, str]
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def applied(self) -> bool:
+        return len(self.in_place) == len(self.outcomes) and set(self.files.values()) == {"there"}
+
+    @property
+    def ready(self) -> bool:
+        return not self.changed and all(outcome.applies for outcome in self.outcomes)
+
+
+def status_of(checkout: str | Path, series: Series) -> Status:
+    """Look at a checkout; nothing is changed but an interrupted application, which is undone."""
+    with Scratch(checkout) as scratch:
+        recover(scratch)
+        commit = scratch.commit("HEAD")
+        merged = merge_series(scratch, commit, series)
+        top = _top(scratch)
+        texts = {path: _read(top / path) for path in series.paths}
+        marked = {
+            path: additions_in((text or b"").decode("utf-8", "replace"))
+            for path, text in texts.items()
+        }
+        in_place = tuple(
+            patch.name
+            for patch in series.patches
+            if all(patch.name in marked[path] for path in patch.additions)
+            and not any(
+                patch.name
+                in misplaced((texts[path] or b"").decode("utf-8", "replace"), path, [patch])
+                for path in patch.additions
+            )
+        )
+        return Status(
+            commit,
+            scratch.describe(commit.id),
+            _relation(scratch, commit, series),
+            tuple(_foreign_changes(scratch, series)),
+            in_place,
+            {path: _compared(top / path, source) for path, source in series.files.items()},
+            merged.outcomes,
+        )
+
+
+def _relation(scratch: Scratch, commit: Commit, series: Series) -> str:
+    pin = series.pin
+    if commit.id == pin.commit:
+        return "the commit that the series was made on"
+    if commit.id in (pin.oldest, pin.newest):
+        return "the end of the range on which the series is known to apply"
+    if scratch.is_ancestor(pin.oldest, commit.id) and scratch.is_ancestor(commit.id, pin.newest):
+        return "within the range on which the series is known to apply"
+    if scratch.is_ancestor(pin.newest, commit.id):
+        return "newer than the range on which the series is known to apply"
+    return "outside the range on which the series is known to apply"
+
+
+def _top(scratch: Scratch) -> Path:
+    found = run_git(scratch.checkout, "rev-parse", "--show-toplevel")
+    if found.returncode:
+        raise UsageError(
+            f"--checkout must have a work tree, got the bare repository {scratch.checkout}: clone it"
+        )
+    return Path(os.fsdecode(found.stdout.rstrip(b"\n")))
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _compared(path: Path, source: Path) -> str:
+    content = _read(path)
+    if content is None:
+        return "missing"
+    return "there" if content == source.read_bytes() else "other"
+
+
+def _changed_paths(scratch: Scratch) -> tuple[list[str], list[str]]:
+    """Tracked files that differ from the commit, and untracked ones."""
+    said = run_git(
+        scratch.checkout, "status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames"
+    ).stdout.decode("utf-8", "surrogateescape")
+    items = [item for item in said.split("\0") if item]
+    tracked = [item[3:] for item in items if not item.startswith("??")]
+    return tracked, [item[3:] for item in items if item.startswith("??")]
+
+
+def _foreign_changes(scratch: Scratch, series: Series) -> list[str]:
+    """Changes in the checkout that are not our additions."""
+    tracked, untracked = _changed_paths(scratch)
+    entries = scratch.entries("HEAD", tracked) if tracked else {}
+    top = _top(scratch)
+    foreign = []
+    for path in tracked:
+        text = _read(top / path)
+        plain = without_additions((text or b"").decode("utf-8", "surrogateescape"))
+        staged = run_git(scratch.checkout, "diff", "--cached", "--quiet", "--", str(top / path))
+        same = (
+            path in entries and blob_id(plain.encode("utf-8", "surrogateescape")) == entries[path]
+        )
+        if path not in series.paths or not same or staged.returncode:
+            foreign.append(path)
+    written = _written(scratch)
+    foreign += [
+        path
+        for path in untracked
+        if path in series.files
+        and path not in written
+        and _compared(top / path, series.files[path]) != "there"
+    ]
+    return sorted(foreign)
+
+
+def _written(scratch: Scratch) -> list[str]:
+    """Files that an earlier application wrote and nobody has changed since."""
+    try:
+        record = json.loads((scratch.git_dir / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    top = _top(scratch)
+    return [path for path, blob in record.items() if blob_id(_read(top / path) or b"") == blob]
+
+
+# --- putting in ---
+
+
+def apply_series(
+    checkout: str | Path, series: Series, *, out: str | Path | None = None
+) -> tuple[Merged, Path]:
+    """Put the series into a checkout, or into a copy of its commit.
+
+    Parameters
+    ----------
+    out : path, optional
+        A new folder that gets the package `dinov3` and the files of the top folder; the checkout
+        itself is left alone.
+
+    Returns
+    -------
+    Merged, Path
+        What each patch became, and the root of the tree.
+
+    Raises
+    ------
+    UsageError
+        The checkout has changes, or the new folder exists.
+    PatchError
+        A patch does not apply; nothing was done.
+    """
+    with Scratch(checkout) as scratch:
+        recover(scratch)
+        commit = scratch.commit("HEAD")
+        if out is None and (changed := _foreign_changes(scratch, series)):
+            shown = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
+            raise UsageError(
+                f"the checkout must have no changes of its own, got {len(changed)} ({shown}): commit or "
+                "stash them, or write a copy with --out"
+            )
+        merged = merge_series(scratch, commit, series)
+        if not merged.applies:
+            raise PatchError(conflict_text(merged))
+        new = {path: source.read_bytes() for path, source in series.files.items()}
+        clash = [
+            path
+            for path, blob in scratch.entries(commit.id, sorted(new)).items()
+            if blob != blob_id(new[path])
+        ]
+        if clash:
+            raise PatchError(
+                f"files of ours must be new to upstream, got {', '.join(clash[:3])}, which it has in "
+                "another form: rename ours"
+            )
+        contents = {**merged.texts, **new}
+        if out is not None:
+            return merged, _export(scratch, commit, contents, Path(out))
+        top = _top(scratch)
+        # Files of an earlier version that are no longer ours go.
+        stale = dict.fromkeys(path for path in _written(scratch) if path not in contents)
+        _replace_all(scratch, top, {**contents, **stale})
+        record = {path: blob_id(content) for path, content in new.items()}
+        _write(scratch.git_dir / f"{_RECORD}.part", json.dumps(record, indent=1).encode())
+        os.replace(scratch.git_dir / f"{_RECORD}.part", scratch.git_dir / _RECORD)
+        return merged, top
+
+
+def conflict_text(merged: Merged) -> str:
+    """One sentence for all patches that do not apply."""
+    failed = [outcome for outcome in merged.outcomes if not outcome.applies]
+    said = "; ".join(f"{one.name}: {one.reasons[0]}" for one in failed)
+    return (
+        f"all patches must apply to {merged.commit.id[:12]}, got {len(failed)} that do not ({said}): see "
+        "dinocell upstream rebase"
+    )
+
+
+def _export(scratch: Scratch, commit: Commit, contents: Mapping[str, bytes], out: Path) -> Path:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"--out must be a new folder, got {out}, which has contents: choose another"
+        )
+    listed = scratch.run("ls-tree", "-z", commit.id).stdout.decode().split("\0")
+    top = [item.partition("\t")[2] for item in listed if item.split(" ", 2)[1:2] == ["blob"]]
+    done = scratch.run("archive", "--format=tar", commit.id, "--", "dinov3", *top)
+    if done.returncode:
+        raise PatchError(
+            "the checkout must hold all files of the package, got an error "
+            f"({done.stderr.decode(errors='replace').strip()}): git fetch --refetch"
+        )
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+            archive.extractall(part, filter="data")
+        for path, content in contents.items():
+            (part / path).parent.mkdir(parents=True, exist_ok=True)
+            (part / path).write_bytes(content)
+        if out.exists():
+            out.rmdir()
+        os.replace(part, out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return out
+
+
+def undo(checkout: str | Path, series: Series) -> list[str]:
+    """Take our lines and files out again; returns the paths that changed.
+
+    Only files that are ours, or upstream's with our lines, are touched.
+
+    Raises
+    ------
+    UsageError
+        A file has other changes beside ours.
+    """
+    with Scratch(checkout) as scratch:
+        recovered = recover(scratch)
+        top = _top(scratch)
+        if changed := _foreign_changes(scratch, series):
+            raise UsageError(
+                f"files must be upstream's with our lines alone, got other changes in "
+                f"{', '.join(changed[:5])}: commit or stash them"
+            )
+        contents: dict[str, bytes | None] = {}
+        for path in series.paths:
+            text = _read(top / path)
+            plain = without_additions((text or b"").decode("utf-8", "surrogateescape"))
+            if text is not None and plain.encode("utf-8", "surrogateescape") != text:
+                contents[path] = plain.encode("utf-8", "surrogateescape")
+        ours = {p for p, source in series.files.items() if _compared(top / p, source) == "there"}
+        ours |= set(_written(scratch))
+        tracked = scratch.entries("HEAD", sorted(ours)) if ours else {}
+        contents |= {path: None for path in ours if path not in tracked}
+        if contents:
+            _replace_all(scratch, top, contents)
+        (scratch.git_dir / _RECORD).unlink(missing_ok=True)
+        return sorted({*contents, *recovered})
+
+
+# --- all or nothing ---
+
+
+def _replace_all(scratch: Scratch, top: Path, contents: Mapping[str, bytes | None]) -> None:
+    """Give files new contents (None: remove them); what was is put back if anything fails."""
+    staging = scratch.git_dir / _STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    entries = []
+    try:
+        staging.mkdir()
+        for number, (path, content) in enumerate(sorted(contents.items())):
+            before = _read(top / path)
+            if before == content:
+                continue
+            if before is not None:
+                _write(staging / f"{number}.before", before)
+            if content is not None:
+                _write(staging / f"{number}.after", content)
+            entries.append({"number": number, "path": path, "new": before is None})
+        journal = {"top": str(top), "entries": entries}
+        _write(staging / f"{_JOURNAL}.part", json.dumps(journal).encode())
+        os.replace(staging / f"{_JOURNAL}.part", staging / _JOURNAL)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    try:
+        for entry in entries:
+            target = top / str(entry["path"])
+            after = staging / f"{entry['number']}.after"
+            if not after.exists():
+                target.unlink()
+                _remove_empty(target.parent, top)
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                shutil.copymode(target, after)
+            os.replace(after, target)
+    except BaseException:
+        recover(scratch)
+        raise
+    shutil.rmtree(staging)
+
+
+def recover(scratch: Scratch) -> list[str]:
+    """Put back what an interrupted application had begun to change; returns the paths."""
+    staging = scratch.git_dir / _STAGING
+    try:
+        journal = json.loads((staging / _JOURNAL).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        shutil.rmtree(staging, ignore_errors=True)  # nothing had been renamed yet
+        return []
+    top = Path(journal["top"])
+    for entry in journal["entries"]:
+        target = top / entry["path"]
+        before = staging / f"{entry['number']}.before"
+        if entry["new"]:
+            if not (staging / f"{entry['number']}.after").exists():  # it was renamed into place
+                target.unlink(missing_ok=True)
+                _remove_empty(target.parent, top)
+        elif before.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                shutil.copymode(target, before)
+            os.replace(before, target)
+    shutil.rmtree(staging)
+    return [str(entry["path"]) for entry in journal["entries"]]
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _remove_empty(folder: Path, top: Path) -> None:
+    """Folders that our files were alone in, and the compiled leftovers within."""
+    while folder != top and folder.is_dir():
+        if {item.name for item in folder.iterdir()} - {"__pycache__"}:
+            return
+        shutil.rmtree(folder)
+        folder = folder.parent

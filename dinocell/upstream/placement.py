@@ -1,0 +1,149 @@
+"""Whether additions stand where they belong, seen from the syntax tree and not from line numbers.
+
+A patch without context that git places wrongly still applies without a word; what is found here is
+the only thing that can tell.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+
+from dinocell.upstream.series import Addition, Hook, Patch, marked_name
+
+__all__ = ["additions_in", "find_function", "misplaced", "without_additions"]
+
+
+def without_additions(text: str) -> str:
+    """The text without our lines."""
+    return "".join(line for line in text.splitlines(keepends=True) if not _name(line))
+
+
+def _name(line: str) -> str | None:
+    return marked_name(line.rstrip("\r\n"))
+
+
+def additions_in(text: str) -> dict[str, list[Addition]]:
+    """Blocks of our lines by the name of their patch, numbered as in the text without them."""
+    found: dict[str, list[Addition]] = {}
+    block: list[str] = []
+    name = None
+    plain = 0
+    for line in [*text.splitlines(), ""]:
+        marked = marked_name(line)
+        if block and marked != name:
+            assert name is not None
+            found.setdefault(name, []).append(Addition(plain, tuple(block)))
+            block = []
+        if marked is None:
+            plain += 1
+        else:
+            block.append(line)
+        name = marked
+    return found
+
+
+def find_function(tree: ast.Module, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """A function of a module, or a method given as `Class.name`."""
+    scope: Sequence[ast.stmt] = tree.body
+    *classes, last = name.split(".")
+    for part in classes:
+        inner = next((n for n in scope if isinstance(n, ast.ClassDef) and n.name == part), None)
+        if inner is None:
+            return None
+        scope = inner.body
+    for node in scope:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == last:
+            return node
+    return None
+
+
+def misplaced(text: str, path: str, patches: Sequence[Patch]) -> Mapping[str, list[str]]:
+    """What is wrong with the additions in one file, by the name of the patch.
+
+    Checks that the file compiles, that every addition of these patches is there once and whole, and
+    that it stands in its function at its place.
+
+    Returns
+    -------
+    dict
+        Empty when all is right.
+    """
+    wanted = [patch for patch in patches if path in patch.additions]
+    problems: dict[str, list[str]] = {}
+    try:
+        tree = ast.parse(text)
+        compile(tree, path, "exec")
+    except (SyntaxError, ValueError) as error:
+        return {patch.name: [f"{path} does not compile ({error})"] for patch in wanted}
+    found = additions_in(text)
+    lines = text.splitlines()
+    for patch in wanted:
+        expected = [item.lines for item in patch.additions[path]]
+        blocks = [item.lines for item in found.get(patch.name, [])]
+        said = problems.setdefault(patch.name, [])
+        if blocks != expected:
+            said.append(
+                f"{path} must hold its {sum(map(len, expected))} lines once and in order, got "
+                f"{sum(map(len, blocks))}"
+            )
+            continue
+        starts = [
+            number
+            for number, line in enumerate(lines, 1)
+            if marked_name(line) == patch.name
+            and (number == 1 or marked_name(lines[number - 2]) != patch.name)
+        ]
+        for hook, start, block in zip(patch.hooks_of(path), starts, expected, strict=True):
+            trouble = _trouble(tree, hook, start, start + len(block) - 1)
+            if trouble:
+                said.append(f"{path}:{start} {trouble}")
+    return {name: said for name, said in problems.items() if said}
+
+
+def _trouble(tree: ast.Module, hook: Hook, line: int, last: int) -> str:
+    """Why a block of these lines is not where its hook says; empty if it is."""
+    function = find_function(tree, hook.function)
+    if function is None:
+        return f"must stand in {hook.function}, which does not exist"
+    assert function.end_lineno is not None
+    if not function.lineno < line <= function.end_lineno:
+        return f"must stand in {hook.function}, got another place"
+    for body in _bodies(function):
+        index = next((i for i, node in enumerate(body) if node.lineno == line), None)
+        if index is None:
+            continue
+        if hook.place == "first":
+            right = body is function.body and index == (
+                1 if ast.get_docstring(function, clean=False) is not None else 0
+            )
+            return "" if right else f"must be the first statement of {hook.function}"
+        if hook.place == "after":
+            near = body[index - 1] if index else None
+        else:
+            near = next((node for node in body if node.lineno > last), None)
+        if near is not None and hook.landmark in _names(near):
+            return ""
+        return f"must stand {hook.place} the statement with {hook.landmark} in {hook.function}"
+    return f"must be a statement of {hook.function}, got a part of another"
+
+
+def _bodies(node: ast.AST) -> Iterator[list[ast.stmt]]:
+    for inner in ast.walk(node):
+        for name in ("body", "orelse", "finalbody"):
+            body = getattr(inner, name, None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.stmt):
+                yield body
+
+
+def _names(node: ast.AST) -> set[str]:
+    """Names that a statement uses or binds."""
+    found = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name):
+            found.add(inner.id)
+        elif isinstance(inner, ast.Attribute):
+            found.add(inner.attr)
+        elif isinstance(inner, (ast.arg, ast.keyword)) and inner.arg:
+            found.add(inner.arg)
+    return found

@@ -1,0 +1,437 @@
+"""The series of patches: its files, their form, and what each adds where.
+
+A patch holds added lines only, with zero context, so that no line of upstream's text is in this
+repository.  Each added line ends with `# dinocell: NAME`, the name of its patch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import yaml
+
+from dinocell.errors import DINOCellError, UsageError
+
+__all__ = [
+    "Addition",
+    "Hook",
+    "Patch",
+    "PatchError",
+    "Pin",
+    "Series",
+    "blob_id",
+    "default_series_folder",
+    "marked_name",
+    "patch_text",
+    "read_series",
+    "write_series",
+]
+
+_MARK = re.compile(r"  # dinocell: ([a-z0-9-]+)$")
+_HUNK = re.compile(r"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
+_INDEX = re.compile(r"^index ([0-9a-f]{40,64})\.\.([0-9a-f]{40,64})(?: (\d+))?$")
+_FIELDS = ("What", "Why", "Why not a new file", "Updated")
+_PLACES = ("first", "after", "before")
+
+
+class PatchError(DINOCellError):
+    """The series, or what it makes of a tree, is not as it must be."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Where an addition belongs.
+
+    Attributes:
+        path: file, from the root of the tree.
+        function: `name` or `Class.name`.
+        place: "first" (statement of the function), "after" or "before".
+        landmark: a name that the statement before, or after, uses; empty for "first".
+    """
+
+    path: str
+    function: str
+    place: str
+    landmark: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.function} {self.place} {self.landmark}".rstrip()
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> Hook:
+        """From a line of a patch's header.
+
+        Raises
+        ------
+        PatchError
+            It is not `FILE FUNCTION first|after NAME|before NAME`.
+        """
+        path, function, place, landmark = [*text.split(), "", "", "", ""][:4]
+        right = place in _PLACES and bool(landmark) == (place != "first")
+        if not right or len(text.split()) > 4:
+            raise PatchError(
+                f"a hook must be FILE FUNCTION first, after NAME or before NAME, got {text!r} in "
+                f"{source}: correct the header"
+            )
+        return cls(path, function, place, landmark)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Lines that a patch adds after a line of the base.
+
+    Attributes:
+        after: number of that line, from 1; 0 is the top of the file.
+        lines: without line ends.
+    """
+
+    after: int
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One reason to touch upstream's code.
+
+    Attributes:
+        name: of the file, without suffix; marks its lines.
+        header: fields `What`, `Why`, `Why not a new file`, `Updated`.
+        hooks: in the order of the additions.
+        additions: by path, in the order of the file.
+        bases: by path, the blob that the line numbers count.
+        text: what git reads.
+    """
+
+    name: str
+    header: Mapping[str, str]
+    hooks: tuple[Hook, ...]
+    additions: Mapping[str, tuple[Addition, ...]]
+    bases: Mapping[str, str]
+    text: str
+
+    @property
+    def added_lines(self) -> int:
+        return sum(len(a.lines) for items in self.additions.values() for a in items)
+
+    def hooks_of(self, path: str) -> list[Hook]:
+        return [hook for hook in self.hooks if hook.path == path]
+
+
+@dataclass(frozen=True)
+class Pin:
+    """The release that the series was made on.
+
+    Attributes:
+        address: of the repository.
+        commit: 40 digits.
+        date: of the commit.
+        oldest, newest: commits between which the series is known to apply.
+    """
+
+    address: str
+    commit: str
+    date: str
+    oldest: str
+    newest: str
+
+
+@dataclass(frozen=True)
+class Series:
+    """Everything in the folder of patches.
+
+    Attributes:
+        folder: where it was read from.
+        files: our files that go with the patches, path in the tree → path on the disk.
+    """
+
+    folder: Path
+    pin: Pin
+    patches: tuple[Patch, ...]
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Files of upstream's that are patched."""
+        return tuple(sorted({path for patch in self.patches for path in patch.additions}))
+
+    def patch(self, name: str) -> Patch:
+        return next(patch for patch in self.patches if patch.name == name)
+
+
+def default_series_folder() -> Path:
+    """`patches/` beside the package.
+
+    Raises
+    ------
+    UsageError
+        The package was installed from a wheel.
+    """
+    folder = Path(__file__).resolve().parents[2] / "patches"
+    if not (folder / "series").is_file():
+        raise UsageError(
+            f"the series must be in a clone of DINOCell, got none in {folder}: run this from a clone "
+            "(pip install -e .), or name one with --series"
+        )
+    return folder
+
+
+def marked_name(line: str) -> str | None:
+    """Name of the patch that a line is marked with."""
+    found = _MARK.search(line)
+    return found[1] if found else None
+
+
+def blob_id(data: bytes) -> str:
+    """The name that git gives this content (SHA-1)."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+# --- reading ---
+
+
+def read_series(folder: str | Path, *, files_root: str | Path | None = None) -> Series:
+    """Read `UPSTREAM`, `series`, `files` and the patches.
+
+    Parameters
+    ----------
+    folder : path
+        Such as `patches`.
+    files_root : path, optional
+        Where the listed files lie; `dinov3_modified` beside the folder by default.
+
+    Raises
+    ------
+    PatchError
+        A file is missing, or not of its form.
+    """
+    folder = Path(folder)
+    root = Path(files_root) if files_root is not None else folder.parent / "dinov3_modified"
+    pin = _read_pin(folder / "UPSTREAM")
+    files = {}
+    for path in _lines(folder / "files"):
+        if not (root / path).is_file():
+            raise PatchError(
+                f"files in {folder / 'files'} must exist, got {path}, which is not in {root}: correct "
+                "the list"
+            )
+        files[path] = root / path
+    patches = tuple(_read_patch(folder / name) for name in _lines(folder / "series"))
+    return Series(folder, pin, patches, files)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PatchError(
+            f"a series must have the file {path.name}, got an error from {path} ({error}): restore it"
+        ) from error
+
+
+def _lines(path: Path) -> list[str]:
+    lines = [line.strip() for line in _text(path).splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _read_pin(path: Path) -> Pin:
+    try:
+        content = yaml.safe_load(_text(path))
+        pin = Pin(**{key: str(value) for key, value in content.items()})
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        raise PatchError(
+            f"{path} must hold address, commit, date, oldest and newest, got another form ({error}): "
+            "restore it"
+        ) from error
+    for commit in (pin.commit, pin.oldest, pin.newest):
+        if not re.fullmatch(r"[0-9a-f]{40}", commit):
+            raise PatchError(
+                f"commits in {path} must have 40 digits, got {commit}: write it in full"
+            )
+    return pin
+
+
+def _read_patch(path: Path) -> Patch:
+    if path.suffix != ".patch" or not re.fullmatch(r"[a-z0-9-]+", path.stem):
+        raise PatchError(
+            f"a patch must be named with small letters, digits and -, got {path.name}: rename it"
+        )
+    text = _text(path)
+    head, _, _ = text.partition("\ndiff --git ")
+    header, hooks = _read_header(head, path)
+    additions: dict[str, list[Addition]] = {}
+    bases: dict[str, str] = {}
+    current = ""
+    lines = text[len(head) + 1 :].splitlines()
+    number = 0
+    while number < len(lines):
+        line = lines[number]
+        number += 1
+        if line.startswith("diff --git a/"):
+            current = line.split(" b/")[-1]
+            additions[current] = []
+        elif found := _INDEX.match(line):
+            bases[current] = found[1]
+        elif found := _HUNK.match(line):
+            count = int(found[4] or 1)
+            added = lines[number : number + count]
+            if int(found[2] or 1) or any(not item.startswith("+") for item in added):
+                raise PatchError(
+                    f"hunks must hold added lines alone, got {line} of {current} in {path.name}: make "
+                    "the patch again with dinocell upstream refresh"
+                )
+            number += count
+            block = tuple(item[1:] for item in added)
+            for item in block:
+                if marked_name(item) != path.stem:
+                    raise PatchError(
+                        f"each added line must end with '  # dinocell: {path.stem}', got {item!r} in "
+                        f"{path.name}: mark it"
+                    )
+            additions[current].append(Addition(int(found[1]), block))
+    patch = Patch(
+        path.stem, header, hooks, {k: tuple(v) for k, v in additions.items()}, bases, text
+    )
+    for name, items in patch.additions.items():
+        if len(items) != len(patch.hooks_of(name)) or name not in bases:
+            raise PatchError(
+                f"each hunk must have a line 'Hook:' and a full index line, got {len(items)} hunks and "
+                f"{len(patch.hooks_of(name))} hooks of {name} in {path.name}: correct the header"
+            )
+    return patch
+
+
+def _read_header(head: str, path: Path) -> tuple[dict[str, str], tuple[Hook, ...]]:
+    header: dict[str, str] = {}
+    hooks: list[Hook] = []
+    key = ""
+    for line in head.splitlines():
+        if line.startswith(" ") and key:
+            header[key] += f" {line.strip()}"
+            continue
+        key, colon, value = line.partition(":")
+        if not colon:
+            key = ""
+        elif key == "Hook":
+            hooks.append(Hook.parse(value.strip(), path.name))
+            key = ""
+        else:
+            header[key] = value.strip()
+    missing = [name for name in _FIELDS if not header.get(name)]
+    if missing:
+        raise PatchError(
+            f"the header of {path.name} must have {', '.join(_FIELDS)} and Hook, got none for "
+            f"{', '.join(missing)}: add it"
+        )
+    return header, tuple(hooks)
+
+
+# --- writing ---
+
+
+def patch_text(
+    patch: Patch, bases: Mapping[str, bytes], places: Mapping[str, Sequence[Addition]]
+) -> str:
+    """A patch's file, with its line numbers counted on other bases.
+
+    Parameters
+    ----------
+    bases : path → bytes
+        Upstream's files without any addition.
+    places : path → additions
+        Where the lines belong in them.
+    """
+    parts = [f"{name}: {_wrapped(patch.header[name])}" for name in _FIELDS]
+    parts += [f"Hook: {hook}" for hook in patch.hooks]
+    for path in sorted(places):
+        base = bases[path]
+        lines = base.decode("utf-8").splitlines(keepends=True)
+        made: list[str] = []
+        hunks: list[str] = []
+        done = 0
+        for item in sorted(places[path], key=lambda one: one.after):
+            made += lines[done : item.after]
+            hunks.append(f"@@ -{item.after},0 +{len(made) + 1},{len(item.lines)} @@")
+            hunks += [f"+{line}" for line in item.lines]
+            made += [f"{line}\n" for line in item.lines]
+            done = item.after
+        made += lines[done:]
+        after = blob_id("".join(made).encode())
+        parts += [
+            f"diff --git a/{path} b/{path}",
+            f"index {blob_id(base)}..{after} 100644",
+            f"--- a/{path}",
+            f"+++ b/{path}",
+            *hunks,
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def _wrapped(text: str, width: int = 96) -> str:
+    lines, line = [], ""
+    for word in text.split():
+        if line and len(line) + len(word) + 1 > width:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return "\n  ".join([*lines, line])
+
+
+def write_series(
+    series: Series,
+    bases: Mapping[str, bytes],
+    places: Mapping[str, Mapping[str, Sequence[Addition]]],
+    pin: Pin,
+) -> list[str]:
+    """Write the patches that have changed, and `UPSTREAM`; all of them or none.
+
+    Parameters
+    ----------
+    bases : path → bytes
+        Upstream's files that the new line numbers count.
+    places : name of a patch → path → additions
+
+    Returns
+    -------
+    list of str
+        Names of the files that were written.
+    """
+    today = datetime.date.today().isoformat()
+    texts: dict[str, str] = {}
+    for patch in series.patches:
+        same = patch_text(patch, bases, places[patch.name])
+        if same == patch.text:
+            continue
+        dated = replace(patch, header={**patch.header, "Updated": today})
+        texts[f"{patch.name}.patch"] = patch_text(dated, bases, places[patch.name])
+    upstream = _pin_text(pin)
+    if upstream != _text(series.folder / "UPSTREAM"):
+        texts["UPSTREAM"] = upstream
+    parts = {name: series.folder / f".{name}.part" for name in texts}
+    try:
+        for name, part in parts.items():
+            part.write_text(texts[name], encoding="utf-8")
+        for part in parts.values():
+            os.replace(part, series.folder / part.name[1 : -len(".part")])
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+    return sorted(texts)
+
+
+def _pin_text(pin: Pin) -> str:
+    return (
+        "# What the series was made on.  `dinocell upstream rebase` and `refresh` write this file.\n"
+        f"address: {pin.address}\n"
+        f"commit: {pin.commit}\n"
+        f'date: "{pin.date}"\n'
+        "# It is known to apply to the commits between these two (docs/upstream.md).\n"
+        f"oldest: {pin.oldest}\n"
+        f"newest: {pin.newest}\n"
+    )
