@@ -25,6 +25,7 @@ __all__ = [
     "feature_blocks",
     "import_dinov3",
     "load_backbone_weights",
+    "tree_is_bundled",
 ]
 
 
@@ -189,6 +190,11 @@ def import_dinov3(module: str) -> Any:
             f"the package dinov3 must be DINOCell's or a compatible one, got {found} ({error}): "
             "uninstall the other, or set DINOCELL_DINOV3 to the tree to use"
         ) from error
+
+
+def tree_is_bundled() -> bool:
+    """Whether `dinov3` is the tree that comes with DINOCell."""
+    return bool(getattr(sys.modules.get("dinov3"), "DINOCELL_TREE", False))
 
 
 def _vision_transformer() -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from dinocell.backbone import import_dinov3
+from dinocell.backbone import import_dinov3, tree_is_bundled
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.weights import find_weights
 
@@ -25,7 +27,7 @@ def pretrain(
     Parameters
     ----------
     config : path
-        YAML with keys of `ssl_default_config.yaml`.
+        YAML with keys of `ssl_default_config.yaml` and `dinocell.yaml`.
     overrides : sequence of str
         `key=value`, in place of the file's.  `student.pretrained_weights` may be the name of a
         fetched backbone.
@@ -53,11 +55,14 @@ def pretrain(
         raise UsageError(f"the configuration must be a file, got {config}: see configs/ssl")
     output_dir = Path(output_dir) if output_dir is not None else Path("runs/ssl") / config.stem
     overrides = [_found(change) for change in overrides]
-    program = import_dinov3("train.train")
-    plain_message = import_dinov3("data.loaders").plain_message
     argv = ["--config-file", str(config), "--output-dir", str(output_dir), "--seed", str(seed)]
     if not resume:
         argv.append("--no-resume")
+    program = import_dinov3("train.train")
+    if not tree_is_bundled():
+        _run_foreign(program, [*argv, *overrides])
+        return _newest_teacher(output_dir)
+    plain_message = import_dinov3("data.loaders").plain_message
     try:
         program.main([*argv, *overrides])
     except (program.Stopped, program.NonFiniteLossError) as error:
@@ -66,6 +71,31 @@ def pretrain(
         raise UsageError(plain_message(error)) from error
     except OSError as error:
         raise DINOCellError(plain_message(error)) from error
+    return _newest_teacher(output_dir)
+
+
+def _run_foreign(program: Any, arguments: list[str]) -> None:
+    """The training program of a tree of upstream's, which reads `sys.argv` and needs CUDA."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "pretraining in a tree of upstream's must have a CUDA device, got none: unset "
+            "DINOCELL_DINOV3 to train with the bundled tree, which runs everywhere"
+        )
+    before = sys.argv
+    sys.argv = ["train.py", *arguments]
+    try:
+        program.main()
+    except (ValueError, FileNotFoundError, AssertionError) as error:
+        raise UsageError(
+            str(error) or f"{type(error).__name__} in the tree of upstream's"
+        ) from error
+    finally:
+        sys.argv = before
+
+
+def _newest_teacher(output_dir: Path) -> Path:
     files = sorted(
         (output_dir / "eval").glob("training_*/teacher_checkpoint.pth"),
         key=lambda path: int(path.parent.name.removeprefix("training_")),

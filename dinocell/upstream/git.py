@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dinocell.errors import UsageError
-from dinocell.upstream.series import PatchError
+from dinocell.upstream.series import PatchError, marked_name
 
 __all__ = ["Commit", "Scratch", "ThreeSides", "run_git"]
 
@@ -256,7 +256,7 @@ def _conflicts(text: str) -> list[ThreeSides]:
     line = start = 0
     for item in text.splitlines():
         if item.startswith("<<<<<<< upstream"):
-            side, upstream, ours, start = upstream, [], [], line + 1
+            upstream, ours, start = [], [], line + 1
             side = upstream
         elif item == "=======" and side is upstream:
             side = ours
@@ -267,7 +267,7 @@ def _conflicts(text: str) -> list[ThreeSides]:
             side.append(item)
             line += side is upstream
         else:
-            line += 1
+            line += marked_name(item) is None  # else it is ours, merged before
     return found
 
 

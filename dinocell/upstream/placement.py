@@ -7,6 +7,7 @@ the only thing that can tell.
 from __future__ import annotations
 
 import ast
+import builtins
 from collections.abc import Iterator, Mapping, Sequence
 
 from dinocell.upstream.series import Addition, Hook, Patch, marked_name
@@ -95,7 +96,8 @@ def misplaced(text: str, path: str, patches: Sequence[Patch]) -> Mapping[str, li
             and (number == 1 or marked_name(lines[number - 2]) != patch.name)
         ]
         for hook, start, block in zip(patch.hooks_of(path), starts, expected, strict=True):
-            trouble = _trouble(tree, hook, start, start + len(block) - 1)
+            last = start + len(block) - 1
+            trouble = _trouble(tree, hook, start, last) or _unknown(tree, hook, start, last)
             if trouble:
                 said.append(f"{path}:{start} {trouble}")
     return {name: said for name, said in problems.items() if said}
@@ -126,6 +128,39 @@ def _trouble(tree: ast.Module, hook: Hook, line: int, last: int) -> str:
             return ""
         return f"must stand {hook.place} the statement with {hook.landmark} in {hook.function}"
     return f"must be a statement of {hook.function}, got a part of another"
+
+
+def _unknown(tree: ast.Module, hook: Hook, line: int, last: int) -> str:
+    """Names that a block uses and its function does not have, such as a renamed parameter."""
+    function = find_function(tree, hook.function)
+    assert function is not None
+    known = set(dir(builtins))
+    for scope in (tree, function):
+        for node in ast.walk(scope) if scope is function else tree.body:
+            known |= _bound(node)
+    used = {
+        node.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Name) and line <= node.lineno <= last
+    }
+    if unknown := sorted(used - known):
+        return f"must use names that {hook.function} has, got {', '.join(unknown)}"
+    return ""
+
+
+def _bound(node: ast.AST) -> set[str]:
+    """Names that one node binds: a definition, imports, parameters, targets."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    if isinstance(node, ast.arg):
+        return {node.arg}
+    return {
+        inner.id
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)
+    }
 
 
 def _bodies(node: ast.AST) -> Iterator[list[ast.stmt]]:

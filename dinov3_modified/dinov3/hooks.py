@@ -59,9 +59,7 @@ def sections(cfg: Any) -> DictConfig:
 # --- weights ---
 
 
-def load_pretrained(
-    model: nn.Module, path: str | Path, skip_load_keys: Sequence[str] | None = None
-) -> bool:
+def load_pretrained(model: nn.Module, path: str | Path) -> bool:
     """Fill a network from a file that upstream's loader cannot take.
 
     That is a backbone alone (Meta's, Hugging Face's, timm's or our format), a backbone of another
@@ -71,7 +69,6 @@ def load_pretrained(
     Args:
         model: with the module `backbone`, and perhaps heads; sharded or not.
         path: file or folder.
-        skip_load_keys: entries with one of these parts in their name are left out.
 
     Returns:
         False where upstream's own loader fits: nothing was done then.
@@ -82,26 +79,19 @@ def load_pretrained(
     from dinov3.checkpointer.weight_formats import fit_backbone
 
     path = Path(path)
-    skipped = tuple(skip_load_keys or ())
     if path.is_dir() and (path / ".metadata").is_file():
         return False  # sharded by torch.distributed.checkpoint
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     teacher = _teacher(path)
     found = {key: tuple(value.shape) for key, value in teacher.items()}
-    if found and all(
-        found.get(key) == shape
-        for key, shape in expected.items()
-        if not any(part in key for part in skipped)
-    ):
+    if found and all(found.get(key) == shape for key, shape in expected.items()):
         return False
     backbone: Any = model.backbone
     state, report = fit_backbone(backbone.state_dict(), path)
     logger.info("%s: %s", path, report)
     filled = {f"backbone.{key}": value for key, value in state.items()}
     for key, value in teacher.items():
-        if key.startswith("backbone.") or any(part in key for part in skipped):
-            continue
-        if expected.get(key) == tuple(value.shape):
+        if not key.startswith("backbone.") and expected.get(key) == tuple(value.shape):
             filled[key] = value
     for name in sorted({key.split(".")[0] for key in expected} - {"backbone"}):
         if not any(key.startswith(f"{name}.") for key in filled):

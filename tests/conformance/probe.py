@@ -361,8 +361,8 @@ def _read_teacher(read: Any, model: Any, path: Path) -> None:
     read(
         model,
         str(path),
-        skip_load_keys=["dino_loss.center", "ibot_patch_loss.center"],
-        keys_not_sharded=["backbone.rope_embed.periods", "qkv.bias_mask"],
+        ["dino_loss.center", "ibot_patch_loss.center"],
+        ["backbone.rope_embed.periods", "qkv.bias_mask"],
     )
 
 

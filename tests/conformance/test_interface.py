@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Everything of the mirrored modules that DINOCell calls, with the parameters that it gives.
 WANTED = {
@@ -40,9 +44,7 @@ WANTED = {
         "save_checkpoint": ["ckpt_dir", "iteration", "model", "optimizer", "overwrite"],
         "load_checkpoint": ["ckpt_dir", "model", "optimizer", "strict_loading"],
         "find_latest_checkpoint": ["ckpt_dir"],
-        "init_fsdp_model_from_checkpoint": [
-            "model", "checkpoint_path", "skip_load_keys", "keys_not_sharded", "process_group",
-        ],
+        "init_fsdp_model_from_checkpoint": ["model", "checkpoint_path", "process_group"],
     },
     "checkpointer.checkpointer": {
         "init_model_from_checkpoint_for_evals": ["model", "pretrained_weights", "checkpoint_key"],
@@ -93,16 +95,26 @@ def test_names_and_parameters(found, module):
 
 
 def test_configuration_has_the_keys(ask, ask_bundled, given):
-    folder = given()
-    theirs = ask("config", folder)
-    ours = ask_bundled("config", given())
-    assert sorted(set(ours) - set(theirs)) == [], "keys that the project sets must exist"
+    theirs, ours = ask("config", given()), ask_bundled("config", given())
+    wanted = set()
+    for path in sorted((ROOT / "configs" / "ssl").glob("*.yaml")):
+        wanted |= {key for key in _leaves(yaml.safe_load(path.read_text())) if key in ours}
+    assert wanted, "the configurations of the project set keys of upstream's"
+    assert sorted(wanted - set(theirs)) == [], "keys that configs/ssl sets must exist"
     changed = {
         key: (ours[key], theirs[key])
-        for key in ours
+        for key in ours.keys() & theirs.keys()
         if ours[key] != theirs[key] and key != "checkpointing.period"
     }
     assert changed == {}, "defaults must be those that the project was measured with"
+
+
+def _leaves(section, prefix=""):
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def test_networks_have_the_keys_and_shapes(ask, ask_bundled, given):

@@ -293,3 +293,67 @@ class TestWhichTree:
     def test_a_folder_without_a_tree(self, tmp_path):
         done = in_a_process(self.CODE, DINOCELL_DINOV3=str(tmp_path))
         assert "must be a folder that holds the package dinov3" in done.stderr
+
+
+class TestPretrainInATreeOfUpstreams:
+    """Its program reads `sys.argv`, and says "cuda" whatever there is."""
+
+    PROGRAM = (
+        "import json, pathlib, sys\n"
+        "def main(argv=None):\n"
+        "    assert argv is None\n"
+        "    out = pathlib.Path(sys.argv[sys.argv.index('--output-dir') + 1])\n"
+        "    if 'optim.lr=bad' in sys.argv:\n"
+        "        raise AssertionError('lr')\n"
+        "    folder = out / 'eval' / 'training_7'\n"
+        "    folder.mkdir(parents=True)\n"
+        "    (folder / 'teacher_checkpoint.pth').write_text(json.dumps(sys.argv))\n"
+    )
+    CODE = (
+        "import sys, torch\n"
+        "torch.cuda.is_available = lambda: {there}\n"
+        "from dinocell.training.pretrain import pretrain\n"
+        "try:\n"
+        "    print(pretrain('{config}', {changes}, output_dir='{out}', seed=5, resume=False))\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)\n"
+        "print(sys.argv)\n"
+    )
+
+    @pytest.fixture
+    def call(self, tmp_path):
+        tree = tmp_path / "tree" / "dinov3"
+        for name in ("models", "train"):
+            (tree / name).mkdir(parents=True)
+            (tree / name / "__init__.py").write_text("")
+        (tree / "__init__.py").write_text("")
+        (tree / "train" / "train.py").write_text(self.PROGRAM)
+        (tmp_path / "c.yaml").write_text("train: {}\n")
+
+        def run(there: bool, *changes: str) -> str:
+            code = self.CODE.format(
+                there=there, config=tmp_path / "c.yaml", changes=list(changes), out=tmp_path / "run"
+            )
+            done = in_a_process(code, DINOCELL_DINOV3=str(tmp_path / "tree"))
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.endswith("['-c']\n"), "sys.argv is as before"
+            return done.stdout
+
+        return run
+
+    def test_the_program_gets_our_arguments(self, call, tmp_path):
+        said = call(True, "optim.lr=0.1")
+        teacher = tmp_path / "run/eval/training_7/teacher_checkpoint.pth"
+        assert str(teacher) in said
+        assert json.loads(teacher.read_text()) == [
+            "train.py", "--config-file", str(tmp_path / "c.yaml"), "--output-dir",
+            str(tmp_path / "run"), "--seed", "5", "--no-resume", "optim.lr=0.1",
+        ]  # fmt: skip
+
+    def test_its_refusals_are_ours(self, call):
+        assert "UsageError lr" in call(True, "optim.lr=bad")
+
+    def test_without_a_gpu_it_is_refused(self, call):
+        assert "UsageError pretraining in a tree of upstream's must have a CUDA device" in call(
+            False
+        )
