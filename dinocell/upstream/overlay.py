@@ -22,7 +22,7 @@ from dinocell.upstream.merge import Merged, Outcome, merge_series
 from dinocell.upstream.placement import additions_in, misplaced, without_additions
 from dinocell.upstream.series import PatchError, Series, blob_id
 
-__all__ = ["Status", "apply_series", "recover", "status_of", "undo"]
+__all__ = ["Status", "apply_series", "conflict_text", "recover", "status_of", "undo"]
 
 _STAGING = "dinocell-upstream"  # in git's folder: same disk, and invisible to git status
 _JOURNAL = "journal.json"

@@ -24,7 +24,7 @@ from dinocell.upstream.series import (
     write_series,
 )
 
-__all__ = ["rebase", "refresh"]
+__all__ = ["conflicts", "rebase", "refresh"]
 
 
 def rebase(
