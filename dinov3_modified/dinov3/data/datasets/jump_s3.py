@@ -26,7 +26,7 @@ from torch.utils.data import get_worker_info
 import dinov3.distributed as distributed
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 from dinov3.data.datasets.jump_cellpainting import _LEFT_OUT, _Split
-from dinov3.data.fields import ChannelField, FieldError, decode_planes, make_field
+from dinov3.data.fields import ChannelField, FieldError, decode_planes, is_constant, make_field
 from dinov3.data.streaming.index import FieldIndex, FieldRecord
 from dinov3.data.streaming.order import FieldOrder, Visit
 from dinov3.data.streaming.pool import ByteCache, FieldPool, shared_memory_folder
@@ -519,7 +519,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
             own.counts["decode_ms"] += round(1000 * (time.perf_counter() - begun))
             if len(planes) != 1:
                 raise FieldError(f"{name} must be one plane, got {len(planes)}")
-            if planes[0].min() == planes[0].max():
+            if is_constant(planes[0]):
                 raise FieldError(f"{name} must have contrast, got {planes[0].flat[0]} everywhere")
             return data, planes[0]
 
