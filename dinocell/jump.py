@@ -125,7 +125,14 @@ def index_plates(
         raise UsageError(str(error)) from error
     except stores.StoreError as error:
         raise DINOCellError(str(error)) from error
-    return f"{out}: {len(writer)} fields of {len(plates)} plates"
+    text = f"{out}: {len(writer)} fields of {len(plates) - len(writer.skipped)} plates"
+    if writer.skipped:
+        shown = ", ".join(writer.skipped[:5]) + (", ..." if len(writer.skipped) > 5 else "")
+        text += (
+            f"\nleft out: {len(writer.skipped)} plates without a load_data table and without known "
+            f"channels ({shown}); --channels-table includes them"
+        )
+    return text
 
 
 def _index_jump_lite(
@@ -279,20 +286,31 @@ class VerifyReport:
     checked : int
     bad : dict, field → reason
     megabytes : float, that were read
+    incomplete : int, fields of the index that lack a channel that most have; not read
     """
 
     checked: int
     bad: dict[str, str]
     megabytes: float
+    incomplete: int = 0
 
     def text(self) -> str:
         """One line, and one for each bad field."""
         head = f"{self.checked} fields read ({self.megabytes:.1f} MB), {len(self.bad)} bad"
+        if self.incomplete:
+            head += f"; {self.incomplete} more of the index lack a channel that most have: not read"
         return "\n".join([head, *(f"bad: {name}: {why}" for name, why in self.bad.items())])
 
     def json_text(self) -> str:
         """The same as JSON."""
-        return json.dumps({"checked": self.checked, "bad": self.bad, "megabytes": self.megabytes})
+        return json.dumps(
+            {
+                "checked": self.checked,
+                "bad": self.bad,
+                "megabytes": self.megabytes,
+                "incomplete": self.incomplete,
+            }
+        )
 
 
 def _dataset(index: str | Path, store: StoreChoice, channels: str | None, split: str) -> Any:
@@ -363,7 +381,7 @@ def verify_index(
                 bar.advance(note=name)
         except stores.StoreError as error:
             raise DINOCellError(str(error)) from error
-    return VerifyReport(len(chosen), bad, dataset.megabytes_read())
+    return VerifyReport(len(chosen), bad, dataset.megabytes_read(), dataset.left_out)
 
 
 def pack_index(
@@ -454,6 +472,11 @@ def pack_index(
     text = (
         f"{out}: {count} fields, {size / 1e6:.1f} MB; train with index={Path(out) / 'fields.arrow'}"
     )
+    if dataset.left_out:
+        text += (
+            f"\nleft out: {dataset.left_out} fields without {', '.join(dataset.channels)}; name others "
+            "with --channels"
+        )
     return "\n".join([text, *(f"left out: {name}: {why}" for name, why in lost.items())])
 
 

@@ -92,6 +92,70 @@ def test_listing_needs_the_meaning_of_channels(capsys, gallery, tmp_path):
     assert (code, "columns number and channel" in err) == (2, True)
 
 
+def test_a_plate_without_a_table_is_listed_or_named(capsys, gallery, tmp_path):
+    root = tmp_path / "bucket"
+    shutil.copytree(gallery, root)
+    shutil.rmtree(next(root.rglob("load_data_csv")) / "2020_B" / "BR2")
+    out = tmp_path / "x.arrow"
+    arguments = ("jump", "index", SELECTION, "-o", out, "--store", root)
+    code, text, _ = call(capsys, *arguments)
+    assert code == 0
+    assert "4 fields of 1 plates" in text
+    assert "left out: 1 plates without a load_data table" in text
+    assert "BR2__2020" in text
+    table = tmp_path / "channels.csv"
+    rows = "".join(f"source_4,ch{n},{c}\n" for n, c in enumerate(CHANNELS, start=1))
+    table.write_text("source,number,channel\n" + rows)
+    code, text, _ = call(capsys, *arguments, "--channels-table", table, "--overwrite")
+    assert (code, "8 fields of 2 plates" in text) == (0, True)
+    shutil.rmtree(next(root.rglob("load_data_csv")) / "2020_B" / "BR1")
+    code, _, err = call(capsys, *arguments, "--overwrite")
+    assert (code, "must have a load_data table or known channels" in err) == (2, True)
+
+
+def test_plates_of_a_call_with_other_options_are_made_anew(capsys, gallery, tmp_path):
+    """What an interrupted call left must not bring its meaning of the channels."""
+    out = tmp_path / "x.arrow"
+    table = tmp_path / "channels.csv"
+    arguments = ("jump", "index", SELECTION, "-o", out, "--store", gallery, "--from", "listing")
+    table.write_text("number,channel\nch1,ER\nch2,DNA\n")
+    work = tmp_path / "x.arrow.plates"
+    code, _, _ = call(capsys, *arguments, "--channels-table", table)
+    assert code == 0
+    from dinocell.backbone import import_dinov3
+
+    FieldIndex = import_dinov3("data.streaming.index").FieldIndex
+    keys = FieldIndex(out)[0].keys
+    # As if it had been stopped before its end.
+    work.mkdir()
+    name = "cpg0000-jump-pilot__source_4__2020_B__BR1.json"
+    wrong = [["cpg0000-jump-pilot/source_4/2020_B/BR1", "A01", "1", {"ER": keys["DNA"]}, 0]]
+    (work / name).write_text(json.dumps({"made_with": "other", "rows": wrong}))
+    (work / "left.part").write_text("{")
+    code, _, _ = call(capsys, *arguments, "--channels-table", table, "--overwrite")
+    assert code == 0
+    assert dict(FieldIndex(out)[0].keys) == dict(keys)
+    assert not work.exists()
+
+
+def test_fields_that_lack_a_channel_are_counted(capsys, gallery, tmp_path):
+    root = tmp_path / "bucket"
+    shutil.copytree(gallery, root)
+    table = next(root.rglob("BR2/load_data.csv"))
+    lines = table.read_text().splitlines()
+    lines[1] = ",".join([*lines[1].split(",")[:-1], ""])
+    table.write_text("\n".join(lines) + "\n")
+    out = tmp_path / "x.arrow"
+    assert call(capsys, "jump", "index", SELECTION, "-o", out, "--store", root)[0] == 0
+    code, text, _ = call(capsys, "jump", "verify", out)
+    assert (code, "7 fields read" in text) == (0, True)
+    assert "1 more of the index lack a channel" in text
+    _, text, _ = call(capsys, "jump", "verify", out, "--json")
+    assert json.loads(text)["incomplete"] == 1
+    code, text, _ = call(capsys, "jump", "pack", out, tmp_path / "p")
+    assert (code, "left out: 1 fields without AGP, DNA" in text) == (0, True)
+
+
 def test_index_of_jump_lite(capsys, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet

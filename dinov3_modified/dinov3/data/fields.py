@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 __all__ = [
+    "TIFF_STARTS",
     "ChannelField",
     "FieldError",
     "decode_planes",
@@ -26,6 +27,7 @@ __all__ = [
     "split_channels",
 ]
 
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BITS, _PHOTOMETRIC, _STRIPS, _SAMPLES, _STRIP_BYTES, _FORMAT = 258, 262, 273, 277, 279, 339
 _LAYOUT_TAGS = (_BITS, _PHOTOMETRIC, _STRIPS, _SAMPLES, _STRIP_BYTES, _FORMAT)
 _SUBSAMPLE = 4  # every fourth pixel of each axis is enough for percentiles
@@ -107,7 +109,7 @@ def decode_planes(data: bytes, name: str) -> np.ndarray:
         FieldError: not an image, or of another type than 8 or 16 bits or float.
     """
     try:
-        if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        if data[:4] in TIFF_STARTS:
             array = _decode_plain_tiff(data)
             if array is None:
                 import tifffile
@@ -262,6 +264,11 @@ def make_field(
     low, high = np.empty(len(channels), np.float32), np.empty(len(channels), np.float32)
     for index, channel in enumerate(channels):
         plane = stack[index]
+        if plane.dtype.kind == "f" and not np.isfinite(plane).all():
+            raise FieldError(
+                f"channel {channel} of field {name} must have finite values, got others: the file is "
+                "damaged"
+            )
         if is_constant(plane):
             raise FieldError(
                 f"channel {channel} of field {name} must have contrast, got {plane.flat[0]} everywhere: "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 import weakref
 from collections import Counter
@@ -26,7 +27,14 @@ from torch.utils.data import get_worker_info
 import dinov3.distributed as distributed
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 from dinov3.data.datasets.jump_cellpainting import _LEFT_OUT, _Split
-from dinov3.data.fields import ChannelField, FieldError, decode_planes, is_constant, make_field
+from dinov3.data.fields import (
+    TIFF_STARTS,
+    ChannelField,
+    FieldError,
+    decode_planes,
+    is_constant,
+    make_field,
+)
 from dinov3.data.streaming.index import FieldIndex, FieldRecord
 from dinov3.data.streaming.order import FieldOrder, Visit
 from dinov3.data.streaming.pool import ByteCache, FieldPool, shared_memory_folder
@@ -143,6 +151,7 @@ class _Machinery:
     lost_bytes: int = 0
     reported: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class JUMPS3Dataset(ExtendedVisionDataset):
@@ -220,11 +229,12 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         self.pixel_size_um = pixel_size_um
         self.channels = self._channels(channels)
         self.rows = self.index.rows(split=split.value, channels=self.channels)
-        everything = self.index.rows(split=split.value)
-        if missing == "error" and len(everything) != len(self.rows):
+        # Fields that lack one of the channels.
+        self.left_out = len(self.index.rows(split=split.value)) - len(self.rows)
+        if missing == "error" and self.left_out:
             raise ValueError(
                 f"all fields must have the channels {', '.join(self.channels)}, got "
-                f"{len(everything) - len(self.rows)} without: set missing=skip, or name channels="
+                f"{self.left_out} without: set missing=skip, or name channels="
             )
         if limit is not None:
             self.rows = self.rows.first(limit)
@@ -310,7 +320,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
             self._disk = ByteCache(
                 self.options.disk_cache, int(self.options.disk_cache_gb * 1e9), keep_first=True
             )
-        needed = self.order.fields_in_use + self.options.ahead + 8
+        needed = self.order.pool_fields(self.options.ahead)
         limit = int(self.options.pool_gb * 1e9) or needed * (field_bytes or self._field_bytes())
         folder = shared_memory_folder(limit, self.options.pool_folder)
         self._pool = FieldPool(folder, limit)
@@ -318,14 +328,18 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         weakref.finalize(self, FieldPool.close, self._pool)
 
     def _field_bytes(self) -> int:
-        """Of a decoded field: of the first one, or of a usual one where that cannot be read."""
-        for number in range(min(3, len(self.rows))):
+        """Of the largest of some decoded fields; of a usual one where none can be read.
+
+        They are spread over the index: plates of different microscopes differ in size.
+        """
+        count = len(self.rows)
+        largest = 0
+        for number in sorted({0, count // 3, 2 * count // 3, count - 1}):
             try:
-                made = self._fetch(self.record(number))
+                largest = max(largest, self._fetch(self.record(number)).nbytes + 4096)
             except _LOSSES:
                 continue
-            return made.nbytes + 4096
-        return USUAL_FIELD_BYTES
+        return largest or USUAL_FIELD_BYTES
 
     def __getstate__(self) -> dict[str, Any]:
         self.prepare()
@@ -433,7 +447,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
                 except _LOSSES as error:
                     self._lose(number, error, position)
                 else:
-                    if visit.number == self.order.visits - 1 and self._pool is not None:
+                    if self._pool is not None and self.order.is_last(visit, rank):
                         # Else it would outlast fields that were fetched before it was last used.
                         self._pool.retire(self.field_name(number))
                     return made
@@ -499,14 +513,20 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         self, own: _Machinery, record: FieldRecord, planes: dict[str, np.ndarray]
     ) -> ChannelField:
         begun = time.perf_counter()
-        made = make_field(
-            record.name,
-            planes,
-            pixel_size_um=self.pixel_size_um,
-            percentiles=self.percentiles,
-        )
-        own.counts["prepare_ms"] += round(1000 * (time.perf_counter() - begun))
-        own.counts["fields"] += 1
+        try:
+            made = make_field(
+                record.name,
+                planes,
+                pixel_size_um=self.pixel_size_um,
+                percentiles=self.percentiles,
+            )
+        except FieldError:
+            raise
+        except ValueError as error:
+            raise FieldError(f"{record.name} must be a field that can be used ({error})") from error
+        with own.lock:
+            own.counts["prepare_ms"] += round(1000 * (time.perf_counter() - begun))
+            own.counts["fields"] += 1
         return made
 
     def _plane(self, own: _Machinery, record: FieldRecord, channel: str) -> np.ndarray:
@@ -515,8 +535,11 @@ class JUMPS3Dataset(ExtendedVisionDataset):
 
         def accept(data: bytes) -> tuple[bytes, np.ndarray]:
             begun = time.perf_counter()
+            if key.lower().endswith((".tif", ".tiff")) and data[:4] not in TIFF_STARTS:
+                raise FieldError(f"{name} must begin as a TIFF, got {data[:4]!r}")
             planes = decode_planes(data, name)
-            own.counts["decode_ms"] += round(1000 * (time.perf_counter() - begun))
+            with own.lock:
+                own.counts["decode_ms"] += round(1000 * (time.perf_counter() - begun))
             if len(planes) != 1:
                 raise FieldError(f"{name} must be one plane, got {len(planes)}")
             if is_constant(planes[0]):
@@ -534,7 +557,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
             kept.append(got[1])
             return got[0]
 
-        entry = f"{own.store.options.url}/{key}"
+        entry = f"{own.store.options.endpoint} {own.store.options.url}/{key}"
         data = disk.get(entry, fetch)
         if kept:
             return kept[0]
@@ -600,9 +623,22 @@ class JUMPS3Dataset(ExtendedVisionDataset):
             whole = text[: text.rfind(b"\n") + 1]
             for line in whole.splitlines():
                 entry = json.loads(line)
-                own.lost[entry["number"]] = entry["reason"]
+                number = entry["number"]
+                # Of another index, or of another choice of fields, the number means another field.
+                if number < len(self.rows) and self.field_name(number) == entry["field"]:
+                    own.lost[number] = entry["reason"]
             own.lost_bytes += len(whole)
         return own.lost
+
+    def _lost_names(self) -> set[str]:
+        """Fields in the file of lost ones; several workers may have written one."""
+        if self._pool is None:
+            return set()
+        try:
+            lines = self._lost_file().read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return set()
+        return {json.loads(line)["field"] for line in lines if line.endswith("}")}
 
     def _lose(self, number: int, error: Exception, position: int) -> None:
         own = self._machinery()
@@ -637,10 +673,12 @@ class JUMPS3Dataset(ExtendedVisionDataset):
             return
         own.reported = now
         assert self._pool is not None
-        counts = own.counts + own.store.counts
-        counts.update({f"pool.{name}": n for name, n in self._pool.counts.items()})
+        # Copies first: threads go on counting.
+        counts = Counter(dict(own.counts))
+        counts.update(dict(own.store.counts))
+        counts.update({f"pool.{name}": n for name, n in dict(self._pool.counts).items()})
         if self._disk is not None:
-            counts.update({f"disk.{name}": n for name, n in self._disk.counts.items()})
+            counts.update({f"disk.{name}": n for name, n in dict(self._disk.counts).items()})
         path = self._pool.folder / f"counts-{own.pid}.json"
         part = path.with_suffix(".part")
         try:
@@ -650,7 +688,10 @@ class JUMPS3Dataset(ExtendedVisionDataset):
             logger.debug("counts cannot be written: %s", error)
 
     def counts(self) -> dict[str, float]:
-        """Sums over all processes of this machine: requests, bytes, retries, hits, lost fields."""
+        """Sums over this process and its workers: requests, bytes, retries, hits; lost fields.
+
+        Lost are those of the whole run, each once, before its resumption too.
+        """
         total: Counter[str] = Counter()
         if self._pool is not None:
             for path in self._pool.folder.glob("counts-*.json"):
@@ -660,7 +701,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
                     continue
         hits, misses = total["pool.hits"], total["pool.misses"]
         found = {f"stream/{name}": float(value) for name, value in sorted(total.items())}
-        found["stream/lost"] = float(total["lost"])
+        found["stream/lost"] = float(len(self._lost_names()))
         if hits + misses:
             found["stream/pool_hit_rate"] = hits / (hits + misses)
         return found

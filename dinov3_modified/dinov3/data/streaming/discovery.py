@@ -12,8 +12,10 @@ import fnmatch
 import gzip
 import io
 import json
+import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from typing import Any
 from dinov3.data.datasets.jump_cellpainting import PATTERNS
 from dinov3.data.streaming.index import FieldRecord, IndexWriter, split_url
 from dinov3.data.streaming.stores import ObjectMissing, ObjectStore
+
+logger = logging.getLogger("dinov3")
 
 __all__ = [
     "JUMP_LITE",
@@ -121,9 +125,9 @@ def find_plates(store: ObjectStore, selection: str) -> list[PlateFolder]:
                             f"{tables}{batch}/{plate}/",
                             _images_of(plate, with_images, f"{images}{batch}/images/"),
                         )
-                if with_tables:
-                    continue
                 for full in with_images:
+                    if full in with_tables or _short(full) in with_tables:
+                        continue
                     if fnmatch.fnmatchcase(_short(full), plate_p) or fnmatch.fnmatchcase(
                         full, plate_p
                     ):
@@ -329,36 +333,71 @@ def make_index(
     work = out.with_name(f"{out.name}.plates")
     work.mkdir(parents=True, exist_ok=True)
 
-    def one(plate: PlateFolder) -> list[FieldRecord]:
+    # What a plate was made with: a kept one of another call must not slip in.
+    made_with = json.dumps(
+        [
+            store.options.url,
+            store.options.endpoint,
+            source,
+            {k: dict(v) for k, v in (channels or {}).items()},
+        ],
+        sort_keys=True,
+    )
+
+    def read(kept: Path) -> list[Any] | None:
+        try:
+            content = json.loads(kept.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        fits = isinstance(content, dict) and content.get("made_with") == made_with
+        return content["rows"] if fits else None
+
+    def one(plate: PlateFolder) -> Path:
         kept = work / f"{plate.name.replace('/', '__')}.json"
-        if kept.is_file():
-            return [FieldRecord(*item) for item in json.loads(kept.read_text(encoding="utf-8"))]
-        records = list(_records(store, plate, source, channels or {}))
-        part = kept.with_suffix(".part")
-        rows = [[r.plate, r.well, r.site, dict(r.keys), r.size_bytes] for r in records]
-        part.write_text(json.dumps(rows), encoding="utf-8")
-        os.replace(part, kept)
-        return records
+        if read(kept) is None:
+            records = _records(store, plate, source, channels or {})
+            rows = [[r.plate, r.well, r.site, dict(r.keys), r.size_bytes] for r in records]
+            part = kept.with_suffix(".part")
+            part.write_text(json.dumps({"made_with": made_with, "rows": rows}), encoding="utf-8")
+            os.replace(part, kept)
+        return kept
 
     plates = list(plates)
+    skipped: list[str] = []
     writer = IndexWriter(store.options.url, f"{len(plates)} plates, {source}")
     with ThreadPoolExecutor(threads) as pool:
         pending = {pool.submit(one, plate): plate for plate in plates}
         try:
-            for done in as_completed(pending):
-                records = done.result()
-                for record in records:
-                    writer.add(record)
+            for done in as_completed(list(pending)):
+                plate = pending.pop(done)  # so that its result can go
+                try:
+                    rows = read(done.result()) or []
+                except _WithoutChannels as error:
+                    if source != "auto":
+                        raise
+                    logger.warning("left out: %s", error)
+                    skipped.append(plate.name)
+                    continue
+                for row in rows:
+                    writer.add(FieldRecord(*row))
                 if progress is not None:
-                    progress(pending[done].name, len(records))
+                    progress(plate.name, len(rows))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    if plates and len(skipped) == len(plates):
+        raise ValueError(
+            f"plates must have a load_data table or known channels, got {len(skipped)} without "
+            f"({skipped[0]}): give --channels-table with the columns source, number, channel"
+        )
     writer.write(out)
-    for kept in work.glob("*.json"):
-        kept.unlink()
-    work.rmdir()
+    shutil.rmtree(work)
+    writer.skipped = sorted(skipped)
     return writer
+
+
+class _WithoutChannels(ValueError):
+    """A plate that can only be listed, of a source whose channel numbers are not known."""
 
 
 def _records(
@@ -379,7 +418,7 @@ def _records(
         )
     numbers = channels.get(plate.source) or channels.get("")
     if not numbers:
-        raise ValueError(
+        raise _WithoutChannels(
             f"a listing of {plate.name} must know the channels, got no row for {plate.source}: give "
             "--channels-table with the columns source, number, channel"
         )

@@ -60,7 +60,8 @@ def side_of_plate(plate: str, val_share: float = _VAL_SHARE) -> str:
 
     Repeated images of a plate are near-duplicates, so a plate stays on one side in every batch.
     """
-    name = plate.rpartition("/")[2]
+    # Image folders have the time of the measurement behind the name of the plate.
+    name = plate.rpartition("/")[2].partition("__")[0]
     value = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
     return "val" if value / 2**64 < val_share else "train"
 
@@ -76,6 +77,8 @@ class IndexWriter:
     def __init__(self, store: str, source: str = "") -> None:
         self.store = store
         self.source = source
+        # Plates that were left out, by name.
+        self.skipped: list[str] = []
         self._seen: set[tuple[str, str, str]] = set()
         self._rows: list[tuple[str, str, str, str, int, int]] = []
         self._layouts: dict[tuple[tuple[str, str], ...], int] = {}

@@ -116,6 +116,19 @@ class FieldOrder:
         """Fields of a process that are between their first and their last visit."""
         return (self.visits - 1) * self.spread + 1
 
+    def pool_fields(self, ahead: int) -> int:
+        """Most fields that a process needs at once: between two passes those of both, and the coming."""
+        return 2 * self.fields_in_use + ahead + 8
+
+    def is_last(self, visit: Visit, rank: int = 0) -> bool:
+        """Whether a field is not visited again in this pass.
+
+        That is not always its visit K - 1: a pass begins with later visits of its last fields.
+        """
+        owned = self.owned(rank)
+        steps = [(visit.place + number * self.spread) % owned for number in range(self.visits)]
+        return steps[visit.number] == max(steps)
+
     def owned(self, rank: int) -> int:
         """Fields of a pass that belong to a process."""
         return (self.count - rank + self.world - 1) // self.world

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from dinov3.data.streaming.order import FieldOrder
 
 __all__ = ["Need", "Plan", "make_plan"]
 
 _VISITS = (1, 2, 4, 8, 16, 32, 64)
+_AHEAD = 48  # as StreamOptions.ahead
 _NETWORK_SHARE = 0.8  # of a line that a single program gets in practice
 _WINDOWS_PER_FIELD = 16  # disjoint 256 px windows of a 1080 px field
 
@@ -20,7 +24,7 @@ class Need:
         megabytes_per_s, requests_per_s: from the store.
         connections: requests at once.
         decode_cores, augment_cores: busy CPU cores.
-        pool_gb: memory of decoded fields, over all processes of the node.
+        pool_gb: memory of decoded fields, of each process (GPU), at its highest.
         data_share: of the network's or the cores' capacity, whichever is used more; above 1 the step
             waits.
         bottleneck: network or cores.
@@ -89,10 +93,10 @@ def make_plan(
         "field_megabytes": field_megabytes, "channels": channels, "spread": spread,
     }  # fmt: skip
     for name, value in given.items():
-        if value <= 0:
+        if not (0 < value < math.inf):
             raise ValueError(f"{name} must be positive, got {value}: correct it")
     for name, value in (("decode_ms", decode_ms), ("augment_ms", augment_ms)):
-        if value < 0:
+        if not (0 <= value < math.inf):
             raise ValueError(f"{name} must be 0 or more, got {value}: correct it")
     rate = batch / step_seconds
     needs = []
@@ -112,7 +116,9 @@ def make_plan(
                 requests * first_byte_s,
                 decode,
                 augment,
-                ((visits - 1) * spread + 33) * field_pool_megabytes / 1000,
+                FieldOrder(1, visits=visits, spread=spread).pool_fields(_AHEAD)
+                * field_pool_megabytes
+                / 1000,
                 max(by_network, by_cores),
                 "network" if by_network >= by_cores else "cores",
             )

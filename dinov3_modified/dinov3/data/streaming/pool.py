@@ -15,10 +15,11 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -28,6 +29,10 @@ logger = logging.getLogger("dinov3")
 
 _SUFFIX = ".entry"
 _PREFIX = "dinov3-fields-"
+_ALIVE = "alive.lock"
+_TOTAL = "total-bytes"
+_ABANDONED_S = 3600.0
+_CHECKSUM_BYTES = 16
 
 
 class SharedFolder:
@@ -52,6 +57,8 @@ class SharedFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
+        if keep_first:
+            self._settle()
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -106,7 +113,7 @@ class SharedFolder:
     def store(self, key: str, parts: Sequence[bytes | np.ndarray]) -> bool:
         """Write an entry; False where it has no room."""
         size = sum(len(p) if isinstance(p, bytes) else p.nbytes for p in parts)
-        if self.keep_first and self.used_bytes() + size > self.limit_bytes:
+        if self.keep_first and not self._take_room(size):
             return False
         path = self.path(key)
         part_path = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
@@ -120,8 +127,47 @@ class SharedFolder:
             return False
         finally:
             part_path.unlink(missing_ok=True)
-        self._evict(path)
+        if not self.keep_first:
+            self._evict(path)
         return True
+
+    @contextlib.contextmanager
+    def _total(self) -> Iterator[list[int]]:
+        """Bytes that are taken, in a file that all processes change in turn."""
+        descriptor = os.open(self.folder / _TOTAL, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            text = os.pread(descriptor, 32, 0).strip()
+            value = [int(text) if text.isdigit() else 0]
+            yield value
+            os.pwrite(descriptor, f"{max(value[0], 0):<31d}\n".encode(), 0)
+        finally:
+            os.close(descriptor)
+
+    def _take_room(self, size: int) -> bool:
+        with self._total() as total:
+            if total[0] + size > self.limit_bytes:
+                return False
+            total[0] += size
+        return True
+
+    def _settle(self) -> None:
+        """Once, when it is opened: count what is there, drop what is over the limit or left behind."""
+        with self._total() as total:
+            now = time.time()
+            for path in self.folder.iterdir():
+                # A killed process leaves these; a living one writes for seconds.
+                if path.suffix in (".part", ".lock"):
+                    with contextlib.suppress(FileNotFoundError):
+                        if now - path.stat().st_mtime > _ABANDONED_S:
+                            path.unlink()
+            entries = sorted(self._entries())
+            total[0] = sum(size for _, size, _ in entries)
+            for _, size, path in entries:
+                if total[0] <= self.limit_bytes:
+                    break
+                path.unlink(missing_ok=True)
+                total[0] -= size
 
     def used_bytes(self) -> int:
         """Of all entries."""
@@ -156,7 +202,7 @@ class SharedFolder:
 
 
 class ByteCache(SharedFolder):
-    """Objects as they came from a store."""
+    """Objects as they came from a store, each behind its checksum: disks fail too."""
 
     def get(self, key: str, fetch: Callable[[], bytes]) -> bytes:
         """The bytes of an entry, fetched if need be."""
@@ -172,20 +218,37 @@ class ByteCache(SharedFolder):
                 return found
             self.count("misses")
             data = fetch()
-            self.store(key, [data])
+            self.store(key, [_checksum(data), data])
             return data
 
     def _read(self, path: Path) -> bytes | None:
         try:
-            data = path.read_bytes()
+            content = path.read_bytes()
         except FileNotFoundError:
+            return None
+        data = content[_CHECKSUM_BYTES:]
+        if content[:_CHECKSUM_BYTES] != _checksum(data):
+            self.count("damaged")
+            self._forget(path)
             return None
         self.touched(path)
         return data
 
     def drop(self, key: str) -> None:
-        """Forget an entry that turned out to be damaged."""
-        self.path(key).unlink(missing_ok=True)
+        """Forget an entry that turned out to be of no use."""
+        self._forget(self.path(key))
+
+    def _forget(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            size = path.stat().st_size
+            path.unlink()
+            if self.keep_first:
+                with self._total() as total:
+                    total[0] -= size
+
+
+def _checksum(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_CHECKSUM_BYTES).digest()
 
 
 class FieldPool(SharedFolder):
@@ -251,8 +314,32 @@ def shared_memory_folder(limit_bytes: int, folder: str = "") -> Path:
             continue
         place.mkdir(parents=True, exist_ok=True)
         for left in place.glob(f"{_PREFIX}*"):
-            pid = left.name.removeprefix(_PREFIX).partition("-")[0]
-            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            if _is_left_behind(left):
                 shutil.rmtree(left, ignore_errors=True)
-        return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=place))
+        made = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=place))
+        # Open as long as this process lives, wherever it is seen from: a number of a process means
+        # nothing in another container or on another node.
+        stream = (made / _ALIVE).open("wb")
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        _alive.append(stream)
+        return made
     raise AssertionError
+
+
+_alive: list[IO[bytes]] = []
+
+
+def _is_left_behind(folder: Path) -> bool:
+    """Whether the process that made a pool has ended."""
+    try:
+        with (folder / _ALIVE).open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:  # it is being made, or of an older version
+        with contextlib.suppress(FileNotFoundError):
+            return time.time() - folder.stat().st_mtime > _ABANDONED_S
+        return False
+    except OSError:
+        return False
+    return True

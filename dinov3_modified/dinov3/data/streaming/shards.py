@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import numpy as np
 
 from dinov3.data.fields import ChannelField
 from dinov3.data.streaming.index import FieldRecord, IndexWriter
-from dinov3.data.streaming.stores import ObjectMissing, ObjectStore, StoreError
+from dinov3.data.streaming.stores import ObjectMissing, ObjectStore, Range, StoreError
 
 __all__ = ["PackOptions", "ShardReader", "pack_fields"]
 
 _INDEX = "fields.arrow"
+_TABLES_KEPT = 4096  # of shards, about 1 kB each
 _GROUP = "fields.zarr"
 
 
@@ -93,7 +95,7 @@ def pack_fields(
         count = 0
         for record, made in fields:
             planes = _shaped(made, options)
-            kind = "x".join(map(str, planes.shape))
+            kind = "x".join(map(str, planes.shape)) + f"-{planes.dtype.name}"
             waiting.setdefault(kind, []).append((record, made.channels, planes))
             if len(waiting[kind]) == options.per_file:
                 _append(group, kind, waiting.pop(kind), writer, options)
@@ -142,7 +144,7 @@ def _append(
     writer: IndexWriter,
     options: PackOptions,
 ) -> None:
-    from zarr.codecs import BloscCodec
+    from zarr.codecs import BloscCodec, Crc32cCodec
 
     shape = rows[0][2].shape
     if kind not in group:
@@ -152,7 +154,11 @@ def _append(
             chunks=(1, *shape),
             shards=(options.per_file, *shape),
             dtype=rows[0][2].dtype,
-            compressors=BloscCodec(cname="zstd", clevel=options.level, shuffle="bitshuffle"),
+            # A part of a file has no checksum but its own.
+            compressors=(
+                BloscCodec(cname="zstd", clevel=options.level, shuffle="bitshuffle"),
+                Crc32cCodec(),
+            ),
         )
     array = group[kind]
     begin = array.shape[0]
@@ -193,20 +199,27 @@ class ShardReader:
         first = next(iter(keys.values()))
         path, _, place = first.partition("#")
         row = place.partition(":")[0]
-        try:
-            if row:
-                if path not in self._arrays:
-                    self._arrays[path] = self._open(path)
-                planes = self._arrays[path][int(row)]
-            else:
-                planes = self._open(path)[...]
-        except StoreError:
-            raise
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{first} must be in {self.store.options.url}, got none ({reason})"
-            ) from error
+        attempts = 1 if self.store.options.is_folder else 1 + self.store.options.damaged_retries
+        for attempt in range(1, attempts + 1):
+            try:
+                if row:
+                    if path not in self._arrays:
+                        self._arrays[path] = self._open(path)
+                    planes = self._arrays[path][int(row)]
+                else:
+                    planes = self._open(path)[...]
+                break
+            except StoreError:
+                raise
+            except Exception as error:
+                self._arrays.pop(path, None)  # with what it keeps of a damaged answer
+                if attempt < attempts:
+                    self.store.close()
+                    continue
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ValueError(
+                    f"{first} must be in {self.store.options.url}, got none ({reason})"
+                ) from error
         return {channel: planes[int(key.rpartition(":")[2])] for channel, key in keys.items()}
 
     def _open(self, path: str) -> Any:
@@ -229,6 +242,8 @@ def _chunk_store(store: ObjectStore) -> Any:
     """Our store as Zarr sees one: read only; what is missing is None."""
     from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store
 
+    ends: dict[str, bytes] = {}
+
     class Chunks(Store):
         supports_writes = supports_deletes = supports_listing = False
 
@@ -241,17 +256,25 @@ def _chunk_store(store: ObjectStore) -> Any:
         __hash__ = Store.__hash__
 
         async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+            part: Range | None = None
+            if isinstance(byte_range, RangeByteRequest):
+                part = byte_range.start, byte_range.end
+            elif isinstance(byte_range, OffsetByteRequest):
+                part = byte_range.offset, None
+            elif byte_range is not None:
+                part = None, byte_range.suffix
+                if key in ends:
+                    return prototype.buffer.from_bytes(ends[key])
             try:
-                data = await asyncio.to_thread(store.get, key)
+                data = await asyncio.to_thread(partial(store.get, key, part=part))
             except ObjectMissing:
                 return None
             assert isinstance(data, bytes)
-            if isinstance(byte_range, RangeByteRequest):
-                data = data[byte_range.start : byte_range.end]
-            elif isinstance(byte_range, OffsetByteRequest):
-                data = data[byte_range.offset :]
-            elif byte_range is not None:
-                data = data[-byte_range.suffix :]
+            if part is not None and part[0] is None:
+                # The table of a shard: needed for each of its fields.
+                if len(ends) >= _TABLES_KEPT:
+                    ends.pop(next(iter(ends)), None)
+                ends[key] = data
             return prototype.buffer.from_bytes(data)
 
         async def get_partial_values(self, prototype: Any, key_ranges: Any) -> list[Any]:

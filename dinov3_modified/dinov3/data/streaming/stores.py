@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import random
+import re
 import threading
 import time
 import urllib.parse
@@ -27,7 +28,9 @@ __all__ = [
     "ObjectMissing",
     "ObjectStore",
     "ObjectUnreadable",
+    "Range",
     "StoreError",
+    "StoreMisconfigured",
     "StoreOptions",
     "StoreUnreachable",
 ]
@@ -35,6 +38,9 @@ __all__ = [
 logger = logging.getLogger("dinov3")
 
 T = TypeVar("T")
+
+_ENDPOINT = re.compile(r"https?://[\w.\-\[\]:]+/?")
+_OUTAGE_SAID_S = 0.5  # of silence before it is mentioned
 
 
 class StoreError(OSError):
@@ -55,6 +61,10 @@ class ObjectUnreadable(StoreError):
 
 class StoreUnreachable(StoreError):
     """Nothing answers any more."""
+
+
+class StoreMisconfigured(StoreError):
+    """The store refuses all requests: another region, a wrong address, no credentials."""
 
 
 class _Transient(Exception):
@@ -105,7 +115,17 @@ class StoreOptions:
     def __post_init__(self) -> None:
         if not self.url:
             raise ValueError("a store must be s3://bucket or a folder, got nothing: name one")
-        scheme = urllib.parse.urlsplit(self.url).scheme
+        place = urllib.parse.urlsplit(self.url)
+        scheme = place.scheme.lower()
+        if scheme == "s3" and not self.url.startswith("s3://"):
+            object.__setattr__(self, "url", f"s3://{self.url.partition('://')[2]}")
+        if scheme == "s3" and not place.netloc:
+            raise ValueError(f"a store must name its bucket, got {self.url!r}: give s3://bucket")
+        if self.endpoint and not _ENDPOINT.fullmatch(self.endpoint):
+            raise ValueError(
+                f"an endpoint must be http://HOST[:PORT] or https://, got {self.endpoint!r}: write it in "
+                "full"
+            )
         if scheme not in ("s3", "", "file"):
             raise ValueError(
                 f"a store must be s3://bucket or a folder, got {self.url!r}: a server of the S3 "
@@ -136,8 +156,11 @@ class Body:
     etag: str
 
 
+Range = tuple[int | None, int | None]
+
+
 class _Transport(Protocol):
-    def get(self, key: str) -> Body: ...
+    def get(self, key: str, part: Range | None = None) -> Body: ...
 
     def keys(self, prefix: str) -> Iterator[tuple[str, int]]: ...
 
@@ -166,8 +189,10 @@ class ObjectStore:
         self._transport: _Transport | None = None
         self._pid = -1
         self._last_success = 0.0
+        self._successes = 0
         self._next_request = 0.0
         self._md5_means_nothing = self._md5_has_fitted = False
+        self._md5_misfits: set[str] = set()
         # Not the global generator, whose numbers belong to the samples.
         self._random = random.Random()
 
@@ -178,22 +203,30 @@ class ObjectStore:
         self.options = state["options"]
         self._start()
 
-    def get(self, key: str, accept: Callable[[bytes], T] | None = None) -> T | bytes:
+    def get(
+        self,
+        key: str,
+        accept: Callable[[bytes], T] | None = None,
+        *,
+        part: Range | None = None,
+    ) -> T | bytes:
         """An object's bytes, or what `accept` makes of them.
 
         Args:
             accept: raises ValueError for bytes that cannot be right; they are fetched again.
+            part: (first, end) of the bytes; (first, None) up to the end; (None, n) the last n.  A
+                part has no checksum.
 
         Raises:
-            ObjectMissing, ObjectDamaged, ObjectUnreadable, StoreUnreachable.
+            ObjectMissing, ObjectDamaged, ObjectUnreadable, StoreUnreachable, StoreMisconfigured.
         """
-        seen: set[bytes] = set()
+        seen: Counter[bytes] = Counter()
 
         def once() -> T | bytes:
-            body = self._open().get(key)
+            body = self._open().get(key, part)
             with self._lock:
                 self.counts["bytes"] += len(body.data)
-            if not self._md5_fits(body, seen):
+            if part is None and not self._md5_fits(key, body, seen):
                 raise _Transient("damaged", "its MD5 is not its ETag")
             if accept is None:
                 return body.data
@@ -216,6 +249,8 @@ class ObjectStore:
         options = self.options
         begun = time.monotonic()
         failures: Counter[str] = Counter()
+        # Failures while other requests came through: they speak against this object.
+        own, successes = 0, self._successes
         waiting = False
         while True:
             self._wait_for_budget()
@@ -235,31 +270,36 @@ class ObjectStore:
                             f"{key} must arrive as it was stored, got damaged bytes "
                             f"{failures['damaged']} times (last: {reason})"
                         ) from None
-                elif sum(failures.values()) > options.retries:
-                    # Is it this object, or does nothing get through at all?
-                    if self._last_success > begun:
+                else:
+                    own += self._successes > successes
+                    successes = self._successes
+                    if own > options.retries:
                         raise ObjectUnreadable(
-                            f"{key} must be readable, got {sum(failures.values())} failures "
+                            f"{key} must be readable, got {own} failures while others could be read "
                             f"(last: {reason})"
                         ) from None
-                    if time.monotonic() - begun > options.outage_s:
+                if sum(failures.values()) > options.retries and error.kind != "damaged":
+                    silent_s = time.monotonic() - max(begun, self._last_success)
+                    if silent_s > options.outage_s:
                         raise StoreUnreachable(
                             f"{options.url} must answer, got nothing for {options.outage_s:g} s (last: "
                             f"{reason}): check the network, then run the same command again"
                         ) from None
-                    if not waiting:
+                    if not waiting and silent_s > _OUTAGE_SAID_S:
                         logger.warning("%s does not answer (%s): waiting", options.url, reason)
                         waiting = True
                 exponent = min(sum(failures.values()) - 1, 30)
                 limit = min(options.backoff_max_s, options.backoff_s * 2**exponent)
                 time.sleep(self._random.uniform(0, limit))
             else:
-                self._last_success = time.monotonic()
+                with self._lock:
+                    self._last_success = time.monotonic()
+                    self._successes += 1
                 if waiting:
                     logger.warning("%s answers again", options.url)
                 return result
 
-    def _md5_fits(self, body: Body, seen: set[bytes]) -> bool:
+    def _md5_fits(self, key: str, body: Body, seen: Counter[bytes]) -> bool:
         tag = body.etag.strip('"').lower()
         if not self.options.verify_md5 or self._md5_means_nothing or len(tag) != 32:
             return True
@@ -267,13 +307,17 @@ class ObjectStore:
         if digest.hex() == tag:
             self._md5_has_fitted = True
             return True
-        if digest in seen and not self._md5_has_fitted and body.data.strip(b"\0"):
-            # The same bytes twice: the tags of this store are no MD5s (encrypted buckets).
-            logger.warning("ETags of %s are not checksums: not compared", self.options.url)
-            self._md5_means_nothing = True
-            return True
-        seen.add(digest)
-        return False
+        seen[digest] += 1
+        if self._md5_has_fitted or len(seen) > 1 or seen[digest] < 3 or not body.data.strip(b"\0"):
+            return False
+        # The same bytes over three connections: the object is so, and its tag is no MD5.  Several
+        # such objects: no tag of this store is one (encrypted buckets).
+        with self._lock:
+            self._md5_misfits.add(key)
+            if len(self._md5_misfits) >= 3 and not self._md5_means_nothing:
+                logger.warning("ETags of %s are not checksums: not compared", self.options.url)
+                self._md5_means_nothing = True
+        return True
 
     def _wait_for_budget(self) -> None:
         rate = self.options.requests_per_s
@@ -318,9 +362,18 @@ class _Folder:
                 f"a store must be a folder that exists, got {self.root}: check the path"
             )
 
-    def get(self, key: str) -> Body:
+    def get(self, key: str, part: Range | None = None) -> Body:
         try:
-            return Body((self.root / key).read_bytes(), "")
+            with (self.root / key).open("rb") as stream:
+                if part is None:
+                    return Body(stream.read(), "")
+                first, end = part
+                if first is None:
+                    size = stream.seek(0, os.SEEK_END)
+                    stream.seek(max(0, size - (end or 0)))
+                    return Body(stream.read(), "")
+                stream.seek(first)
+                return Body(stream.read() if end is None else stream.read(end - first), "")
         except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
             raise ObjectMissing(
                 f"{key} must be in {self.root}, got none ({error.strerror})"
@@ -368,6 +421,7 @@ class _Obstore:
         _obstore_pids.add(os.getpid())
         place = urllib.parse.urlsplit(options.url)
         self._obstore = obstore
+        self._no_parts = False
         self._prefix = place.path.strip("/")
         config: dict[str, Any] = {"region": options.region}
         if options.endpoint:
@@ -389,13 +443,29 @@ class _Obstore:
             retry_config={"max_retries": 0, "retry_timeout": _seconds(options.timeout_s)},
         )
 
-    def get(self, key: str) -> Body:
+    def get(self, key: str, part: Range | None = None) -> Body:
+        options: Any = None
+        if part is not None:
+            first, end = part
+            if first is None:
+                options = {"range": {"suffix": end}}
+            else:
+                options = {"range": {"offset": first} if end is None else (first, end)}
+        if self._no_parts and part is not None:
+            return _cut(self.get(key), part)
         with _translated(key):
-            found = self._obstore.get(self._store, key)
+            try:
+                found = self._obstore.get(self._store, key, options=options)
+            except Exception as error:
+                if part is None or "non-partial response" not in str(error):
+                    raise
+                self._no_parts = True  # a server that answers parts as if they were the whole
+                return _cut(self.get(key), part)
             data = bytes(found.bytes())
             meta = found.meta
-        if len(data) != meta["size"]:
-            raise _Transient("truncated", f"{len(data)} of {meta['size']} bytes")
+            wanted = meta["size"] if part is None else found.range[1] - found.range[0]
+        if len(data) != wanted:
+            raise _Transient("truncated", f"{len(data)} of {wanted} bytes")
         return Body(data, meta.get("e_tag") or "")
 
     def keys(self, prefix: str) -> Iterator[tuple[str, int]]:
@@ -414,6 +484,12 @@ class _Obstore:
 
     def close(self) -> None:
         """It closes itself with its last reference."""
+
+
+def _cut(body: Body, part: Range) -> Body:
+    first, end = part
+    data = body.data[-(end or 0) :] if first is None else body.data[first:end]
+    return Body(data, body.etag)
 
 
 class _Boto3:
@@ -441,14 +517,20 @@ class _Boto3:
             ),
         )
 
-    def get(self, key: str) -> Body:
+    def get(self, key: str, part: Range | None = None) -> Body:
+        how = {}
+        if part is not None:
+            first, end = part
+            last = "" if end is None else end if first is None else end - 1
+            how["Range"] = f"bytes={'' if first is None else first}-{last}"
         with _translated(key):
-            found = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
+            found = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **how)
             with found["Body"] as stream:
                 data = stream.read()
         if len(data) != found["ContentLength"]:
             raise _Transient("truncated", f"{len(data)} of {found['ContentLength']} bytes")
-        return Body(data, found.get("ETag", ""))
+        body = Body(data, found.get("ETag", ""))
+        return _cut(body, part) if part is not None and "ContentRange" not in found else body
 
     def _pages(self, **how: Any) -> Iterator[dict[str, Any]]:
         yield from self._client.get_paginator("list_objects_v2").paginate(
@@ -498,10 +580,25 @@ def _translated(key: str) -> Iterator[None]:
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         status = _status(error, text)
+        if 300 <= status < 400 or status in (400, 405) or _no_credentials(text):
+            raise StoreMisconfigured(
+                f"the store must take requests as they are made, got {status or 'no credentials'} for "
+                f"{key} ({text.splitlines()[0][:200]}): check region, endpoint, bucket and credentials"
+            ) from error
+        if status == 416:
+            raise ObjectMissing(f"{key} must be as long as its index says, got less") from error
         if status in (401, 403, 404):
             what = "be public" if status in (401, 403) else "exist"
             raise ObjectMissing(f"{key} must {what}, got {status}: check key and bucket") from error
         raise _Transient(_kind(status, text), text) from error
+
+
+def _no_credentials(text: str) -> bool:
+    lower = text.lower()
+    return "credentials" in lower and any(
+        word in lower for word in ("unable to locate", "nocredentials", "not loaded", "no credentials",
+                                   "missing", "instance metadata", "169.254.169.254")
+    )  # fmt: skip
 
 
 def _kind(status: int, text: str) -> str:
@@ -525,7 +622,12 @@ def _status(error: Exception, text: str) -> int:
         return 404
     if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
         return 403
+    if "received redirec" in text.lower():
+        return 301
+    found = re.search(r"status(?: code)?:? ?(\d{3})\b", text.lower())
+    if found is not None:
+        return int(found[1])
     for status in (500, 502, 503, 504):
-        if f" {status} " in text or f"status: {status}" in text.lower():
+        if f" {status} " in text:
             return status
     return 0

