@@ -280,7 +280,9 @@ class RowRanges:
     @classmethod
     def of_mask(cls, mask: np.ndarray) -> RowRanges:
         """Rows where a mask is true."""
-        edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.astype(np.int8), [0]))))
+        padded = np.zeros(len(mask) + 2, bool)
+        padded[1:-1] = mask
+        edges = np.flatnonzero(padded[1:] != padded[:-1])
         starts, stops = edges[::2], edges[1::2]
         return cls(starts, np.cumsum(stops - starts))
 
