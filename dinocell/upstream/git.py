@@ -49,6 +49,7 @@ def run_git(
         command += ["-c", setting]
     variables = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     variables |= {"LC_ALL": "C", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
+    variables["GIT_OPTIONAL_LOCKS"] = "0"  # looking does not refresh the index
     try:
         return subprocess.run(
             [*command, *arguments],

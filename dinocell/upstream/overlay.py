@@ -226,7 +226,7 @@ def apply_series(
             )
         contents = {**merged.texts, **new}
         if out is not None:
-            return merged, _export(scratch, commit, contents, Path(out))
+            return merged, _export(scratch, commit, contents, Path(out).resolve())
         top = _top(scratch)
         # Files of an earlier version that are no longer ours go.
         stale = dict.fromkeys(path for path in _written(scratch) if path not in contents)

@@ -332,13 +332,13 @@ def evaluate(cfg: Any, model: Any, iteration: int, metric_logger: Any) -> None:
     Raises:
         ValueError: `ssl_evaluation.hook` names nothing, or its settings are wrong.
     """
-    settings = sections(cfg).ssl_evaluation
-    period = settings.period_iterations
-    if not settings.hook or period <= 0:
+    settings = cfg.get("ssl_evaluation") or {}  # every step comes here: nothing is read from files
+    hook, period = settings.get("hook", ""), settings.get("period_iterations", 0)
+    if not hook or period <= 0:
         return
-    key = f"{settings.hook} {cfg.train.output_dir}"
+    key = f"{hook} {cfg.train.output_dir}"
     if key not in _evaluations:
-        _evaluations[key] = load_hook(settings.hook)(sections(cfg))
+        _evaluations[key] = load_hook(hook)(sections(cfg))
     if (iteration + 1) % period:
         return
     import dinov3.distributed as distributed

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -319,14 +319,14 @@ def shared_memory_folder(limit_bytes: int, folder: str = "") -> Path:
         made = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=place))
         # Open as long as this process lives, wherever it is seen from: a number of a process means
         # nothing in another container or on another node.
-        stream = (made / _ALIVE).open("wb")
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        _alive.append(stream)
+        descriptor = os.open(made / _ALIVE, os.O_WRONLY | os.O_CREAT, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _alive.append(descriptor)
         return made
     raise AssertionError
 
 
-_alive: list[IO[bytes]] = []
+_alive: list[int] = []
 
 
 def _is_left_behind(folder: Path) -> bool:
