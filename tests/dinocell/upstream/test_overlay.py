@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CORE, OURS, Repository, with_lines
+from upstream_doubles import CORE, OURS, Repository, with_lines
 
 from dinocell.errors import UsageError
 from dinocell.upstream import git as git_module

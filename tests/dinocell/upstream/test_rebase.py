@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 
 import pytest
-from conftest import CORE, with_lines
+from upstream_doubles import CORE, with_lines
 
 from dinocell.errors import UsageError
 from dinocell.upstream.overlay import apply_series, status_of

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CORE
 from typer.testing import CliRunner
+from upstream_doubles import CORE
 
 from dinocell.cli import app, main
 from dinocell.errors import UsageError
