@@ -93,13 +93,10 @@ def stand_in_for_cuda() -> None:
     """Let upstream's step run on a CPU: its CUDA names do nothing, and torchvision imports."""
     import torch
 
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"):
-        for operator in (name, f"_{name}_backward"):
-            library.define(f"{operator}(Tensor a) -> Tensor")
-    library.define("deform_conv2d(Tensor a) -> Tensor")
-    library.define("_deform_conv2d_backward(Tensor a) -> Tensor")
-    globals()["_library"] = library  # it lasts as long as the program
+    sys.path.insert(0, str(ROOT / "tests" / "conformance"))
+    from stand_ins import declare_torchvision_operators
+
+    declare_torchvision_operators()
     torch.Tensor.cuda = lambda self, *_, **__: self
 
 
