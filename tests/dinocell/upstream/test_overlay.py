@@ -375,8 +375,10 @@ else:
 """
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
-@pytest.mark.parametrize("what", ["apply", "undo"])
+@pytest.mark.parametrize(
+    ("what", "number"),
+    [("apply", 1), ("apply", 2), ("apply", 3), ("apply", 4), ("undo", 1), ("undo", 2)],
+)
 def test_what_was_killed_is_put_back_by_the_next_command(upstream, series, folder, number, what):
     if what == "undo":
         apply_series(upstream.folder, series)
@@ -385,8 +387,6 @@ def test_what_was_killed_is_put_back_by_the_next_command(upstream, series, folde
         [sys.executable, "-c", KILLED, str(upstream.folder), str(folder), str(number), what],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
-    if done.returncode == 0:
-        pytest.skip(f"{what} renames fewer files than {number}")
     assert done.returncode == 9
     status_of(upstream.folder, series)
     assert upstream.state() == before

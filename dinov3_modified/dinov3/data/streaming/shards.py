@@ -290,15 +290,15 @@ def _chunk_store(store: ObjectStore) -> Any:
             raise PermissionError("fields are read only")
 
         async def list(self) -> Any:
-            raise NotImplementedError
+            raise PermissionError("stores of fields are not listed: their index says what there is")
             yield
 
         async def list_prefix(self, prefix: str) -> Any:
-            raise NotImplementedError
+            raise PermissionError("stores of fields are not listed: their index says what there is")
             yield
 
         async def list_dir(self, prefix: str) -> Any:
-            raise NotImplementedError
+            raise PermissionError("stores of fields are not listed: their index says what there is")
             yield
 
     return Chunks()
