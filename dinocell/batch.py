@@ -23,7 +23,21 @@ from dinocell.pipeline import DEFAULT_MODEL, DINOCellPipeline, Segmentation
 from dinocell.progress import progress
 from dinocell.report import ReportEntry, make_entry, write_report
 
-__all__ = ["BatchResult", "SegmentOptions", "segment_files"]
+__all__ = [
+    "FAILURES_NAME",
+    "JOURNAL_NAME",
+    "BatchResult",
+    "SegmentOptions",
+    "read_journal",
+    "segment_files",
+    "write_summary",
+]
+
+JOURNAL_NAME = "images.jsonl"
+"""One JSON line per image that is done."""
+
+FAILURES_NAME = "failures.jsonl"
+"""One JSON line per image that failed; written when a part of a batch has seen all its images."""
 
 # Not part of what an image's result depends on, so a resumed run may change them (the model is known
 # by the hash of its weights).
@@ -38,7 +52,6 @@ _FREE_OPTIONS = (
     "overwrite",
 )
 _SETTINGS_NAME = "settings.json"
-_JOURNAL_NAME = "images.jsonl"
 _REPORT_LIMIT = 500
 # What one image may fail with and the batch goes on; a GPU out of memory is a RuntimeError.
 _IMAGE_ERRORS = (DINOCellError, ValueError, OSError, MemoryError, RuntimeError)
@@ -110,6 +123,7 @@ def segment_files(
     *,
     model: DINOCell | None = None,
     shown: bool = True,
+    part: Path | None = None,
 ) -> BatchResult:
     """Segment files into one folder.
 
@@ -125,6 +139,9 @@ def segment_files(
         (`images.jsonl`) that `resume` reads, and with `options.report` a `report.html`.
     model : DINOCell, optional
         In place of loading `options.model`.
+    part : folder, optional
+        The files are a part of a batch whose other parts may be at work in other processes: journal
+        and failures go there, and no summary is written.
 
     Raises
     ------
@@ -133,6 +150,8 @@ def segment_files(
         neither `resume` nor `overwrite`, or both.
     ConfigError
         `resume` with other settings than those of the folder.
+    DINOCellError
+        The GPU has failed; what is done is kept.
     """
     started = time.monotonic()
     out = Path(out)
@@ -149,7 +168,8 @@ def segment_files(
         min_area_px=options.min_area_px,
     )
     settings = _settings(options, loaded)
-    done = _open_folder(out, paths, settings, options)
+    journal = (part or out) / JOURNAL_NAME
+    done = _open_folder(out, journal, paths, settings, options)
     todo = [path for path in paths if path.stem not in done]
     failures: list[tuple[Path, str]] = []
     entries: dict[str, ReportEntry] = {}
@@ -157,7 +177,7 @@ def segment_files(
 
     def finish(path: Path, plane: NDArray, distance_map: NDArray, size_um: float | None) -> None:
         result = pipeline.finish(plane, distance_map, pixel_size_um=size_um, name=path.stem)
-        rows[path.stem] = _write_result(out, path, result, options, entries)
+        rows[path.stem] = _write_result(out, journal, path, result, options, entries)
 
     pending: list[tuple[Path, Future[None]]] = []
 
@@ -185,6 +205,7 @@ def segment_files(
                 )
                 distance_map = pipeline.predict(plane)
             except _IMAGE_ERRORS as error:
+                _stop_without_device(error)
                 failures.append((path, str(error) or type(error).__name__))
                 bar.advance(note=path.name)
                 continue
@@ -193,13 +214,12 @@ def segment_files(
             collect(2 * options.workers)
         collect(0)
     ordered = [rows[path.stem] for path in paths if path.stem in rows]
-    failures.sort(key=lambda item: paths.index(item[0]))
-    stems = {path.stem for path in paths}
-    earlier = {row["name"]: row for row in _read_journal(out / _JOURNAL_NAME)}
-    others = [row for name, row in earlier.items() if name not in stems]
-    _write_summary(out / "summary.csv", [*others, *ordered], failures)
-    if options.report:
-        _write_report(out, paths, entries, failures, options)
+    places = {path: place for place, path in enumerate(paths)}
+    failures.sort(key=lambda item: places[item[0]])
+    if part is not None:
+        _write_failures(part / FAILURES_NAME, failures)
+    else:
+        _finish_folder(out, paths, ordered, failures, entries, options)
     return BatchResult(
         out=out,
         rows=ordered,
@@ -207,6 +227,40 @@ def segment_files(
         skipped=len(done),
         seconds=time.monotonic() - started,
     )
+
+
+def _stop_without_device(error: Exception) -> None:
+    """A GPU that has failed would fail every image that is left: none of them is to blame."""
+    if isinstance(error, RuntimeError) and "CUDA error" in str(error):
+        raise DINOCellError(
+            f"the GPU must work, got {str(error).splitlines()[0]}: run again on another device or node"
+        ) from error
+
+
+def _write_failures(path: Path, failures: Sequence[tuple[Path, str]]) -> None:
+    lines = [
+        json.dumps({"name": failed.stem, "source": str(failed), "error": sentence})
+        for failed, sentence in failures
+    ]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _finish_folder(
+    out: Path,
+    paths: Sequence[Path],
+    ordered: Sequence[dict[str, Any]],
+    failures: Sequence[tuple[Path, str]],
+    entries: dict[str, ReportEntry],
+    options: SegmentOptions,
+) -> None:
+    """The files that look back on a batch."""
+    stems = {path.stem for path in paths}
+    earlier = {row["name"]: row for row in read_journal(out / JOURNAL_NAME)}
+    others = [row for name, row in earlier.items() if name not in stems]
+    write_summary(out / "summary.csv", [*others, *ordered], failures)
+    if options.report:
+        _write_report(out, paths, entries, failures, options)
 
 
 def _check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
@@ -257,10 +311,14 @@ def _settings(options: SegmentOptions, model: DINOCell) -> dict[str, Any]:
 
 
 def _open_folder(
-    out: Path, paths: Sequence[Path], settings: dict[str, Any], options: SegmentOptions
+    out: Path,
+    journal_path: Path,
+    paths: Sequence[Path],
+    settings: dict[str, Any],
+    options: SegmentOptions,
 ) -> dict[str, dict[str, Any]]:
     """Check the folder, and return the rows of images that are done and need not be repeated."""
-    settings_path, journal_path = out / _SETTINGS_NAME, out / _JOURNAL_NAME
+    settings_path = out / _SETTINGS_NAME
     label_names = [EXPORT_FORMATS[name].suffix for name in options.formats]
     present = [
         path for path in paths if any((out / f"{path.stem}{name}").exists() for name in label_names)
@@ -270,7 +328,7 @@ def _open_folder(
             f"the output folder must not hold results of these images, got {len(present)} in {out}: "
             "add --resume to keep them, --overwrite to replace them, or choose another folder"
         )
-    journal = _read_journal(journal_path)
+    journal = read_journal(journal_path)
     if settings_path.exists() and not options.overwrite:
         try:
             there = json.loads(settings_path.read_text(encoding="utf-8"))
@@ -303,6 +361,7 @@ def _open_folder(
                 )
             done[name] = row
     out.mkdir(parents=True, exist_ok=True)
+    _mend_journal(journal_path)
     if options.overwrite and journal:
         stems = {path.stem for path in paths}
         kept = [row for row in journal if row["name"] not in stems]
@@ -313,7 +372,21 @@ def _open_folder(
     return done
 
 
-def _read_journal(path: Path) -> list[dict[str, Any]]:
+def _mend_journal(path: Path) -> None:
+    """End a line that a crash has cut, so that the next one begins a line of its own."""
+    try:
+        with path.open("rb+") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+    except FileNotFoundError:
+        return
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Rows of a journal in the order in which images were done; cut lines are left out."""
     if not path.exists():
         return []
     rows = []
@@ -327,6 +400,7 @@ def _read_journal(path: Path) -> list[dict[str, Any]]:
 
 def _write_result(
     out: Path,
+    journal: Path,
     path: Path,
     result: Segmentation,
     options: SegmentOptions,
@@ -345,15 +419,15 @@ def _write_result(
     }
     if options.report and len(entries) < _REPORT_LIMIT:
         entries[result.name] = make_entry(result, table, summary, files)
-    with (out / _JOURNAL_NAME).open("a", encoding="utf-8") as file:
+    with journal.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     return row
 
 
-def _write_summary(
+def write_summary(
     path: Path, rows: Sequence[dict[str, Any]], failures: Sequence[tuple[Path, str]]
 ) -> None:
-    """One line per image; failed ones have their sentence in the last column."""
+    """One line per image; failed ones have their sentence in the last column `error`."""
     import csv
 
     columns = ["name", "source"]

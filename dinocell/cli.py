@@ -1,19 +1,20 @@
 """The `dinocell` command: arguments and messages only, no image work.
 
-Exit codes: 0 done, 1 the work failed (for some files, perhaps), 2 the call was wrong.
+Exit codes: 0 done, 1 the work failed (for some files, perhaps), 2 the call was wrong, 75 stopped by
+a signal with everything saved (run the same command again).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dinocell import __version__
-from dinocell.errors import DINOCellError, UsageError
+from dinocell.errors import DINOCellError, StoppedError, UsageError
 
 __all__ = ["app", "main"]
 
@@ -38,6 +39,11 @@ upstream_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(upstream_app, name="upstream")
+shards_app = typer.Typer(
+    help="One batch of images in parts for many processes: plan, run, status, merge.",
+    no_args_is_help=True,
+)
+app.add_typer(shards_app, name="shards")
 
 _verbose = False
 
@@ -71,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     try:
         app(args=arguments, prog_name="dinocell")
+    except StoppedError as error:
+        print(f"dinocell: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except DINOCellError as error:
         _fail(error, error.exit_code)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -201,35 +210,12 @@ def segment(
 
     Example: `dinocell segment images/ -o out --report`
     """
-    from dinocell.batch import SegmentOptions, segment_files
+    given = dict(locals())
+    from dinocell.batch import segment_files
     from dinocell.image_io import find_images
 
     paths = find_images(images, recursive=recursive)
-    result = segment_files(
-        paths,
-        out,
-        SegmentOptions(
-            model=model,
-            device=device,
-            formats=tuple(format or ["tif"]),
-            channels=_channel_list(channels),
-            page=page,
-            pixel_size_um=pixel_size_um,
-            peak_threshold=peak_threshold,
-            fill_threshold=fill_threshold,
-            min_prominence=min_prominence,
-            min_area_px=min_area_px,
-            batch_size=batch_size,
-            tile_px=tile_px,
-            precision=precision,
-            workers=workers,
-            overlay=overlay,
-            report=report,
-            resume=resume,
-            overwrite=overwrite,
-            allow_mask=allow_mask,
-        ),
-    )
+    result = segment_files(paths, out, _segment_options(given))
     print(result.text())
     if result.failures:
         raise typer.Exit(1)
@@ -954,6 +940,308 @@ def upstream_verify(
         if _verbose:
             print(result.output, file=sys.stderr)
         raise typer.Exit(1)
+
+
+# What `submit` and `supervise` do not know is an option of the command that they run.
+_PASSES_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@app.command(context_settings=_PASSES_ON)
+def submit(
+    context: typer.Context,
+    command: Annotated[
+        str,
+        typer.Argument(
+            metavar="pretrain|train|segment|evaluate ...",
+            help="The command as it would be typed here, with its own options.",
+        ),
+    ],
+    site: Annotated[
+        str | None,
+        typer.Option(
+            help="Site file, or its name in slurm/sites.  [default: DINOCELL_SITE, else the "
+            "cluster's defaults]"
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the site; repeat."),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of each; one process a GPU.")] = None,
+    time: Annotated[str | None, typer.Option(help="Limit of one run, such as 12:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="In place of the site's.")] = None,
+    array: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TABLE", help="CSV with a header; one task a line, columns are keys to change."
+        ),
+    ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(help="segment: so many parts as an array, then one merged table."),
+    ] = None,
+    dependency: Annotated[
+        str | None, typer.Option(help="Wait for a job: its number, or afterany:123 and the like.")
+    ] = None,
+    logs: Annotated[
+        Path | None, typer.Option(help="Folder of log files.  [default: slurm in the run's folder]")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the sbatch file; submit nothing.")
+    ] = False,
+    local: Annotated[
+        bool, typer.Option("--local", help="Run it here in the same way, without a cluster.")
+    ] = False,
+) -> None:
+    """Run a command on a SLURM cluster; it is requeued and goes on until it is done.
+
+    What is wrong with the call is told here, not by a job that has waited for hours.  See
+    `dinocell jobs` for what became of it, and docs/cluster.md.
+
+    Example: `dinocell submit pretrain configs/ssl/jump_s3_multiview.yaml --site a100 --gpus 4`
+    """
+    from dinocell.cluster.plan import COMMANDS, plan_runs, plan_shard_runs, read_table
+    from dinocell.cluster.site import load_site
+    from dinocell.cluster.submission import parse_dependency
+
+    if command not in COMMANDS:
+        raise UsageError(
+            f"submit must get one of {', '.join(COMMANDS)}, got {command!r}: write for example "
+            "dinocell submit pretrain CONFIG"
+        )
+    changes = {"nodes": nodes, "time": time, "partition": partition}
+    overrides = [f"{key}={value}" for key, value in changes.items() if value is not None]
+    profile = load_site(site, [*(set_ or []), *overrides])
+    if gpus is not None:
+        profile = profile.with_gpus(gpus)
+    if dependency is not None:
+        dependency = parse_dependency(dependency)
+    if dry_run and local:
+        raise UsageError("--dry-run and --local exclude each other, got both: choose one")
+    parameters = _parsed(command, context.args)
+    if shards is not None:
+        if command != "segment" or array is not None:
+            raise UsageError(
+                "--shards must come with segment and without --array, got it elsewhere: leave it out"
+            )
+        from dinocell.cluster.shards import plan_shards
+        from dinocell.image_io import find_images
+
+        paths = find_images(parameters["images"], recursive=parameters["recursive"])
+        options = _segment_options(parameters)
+        plan = plan_shards(paths, parameters["out"], options, shards, write=not dry_run)
+        runs, merging = plan_shard_runs(plan)
+        if not runs:
+            print("every shard is complete; merging", file=sys.stderr)
+    else:
+        rows = [] if array is None else read_table(array)
+        runs, merging = plan_runs(command, context.args, parameters, table=rows), None
+    _hand_over(runs, merging, profile, dependency, logs, dry_run=dry_run, local=local)
+
+
+def _hand_over(
+    runs: Sequence[Any],
+    merging: Any,
+    profile: Any,
+    dependency: str | None,
+    logs: Path | None,
+    *,
+    dry_run: bool,
+    local: bool,
+) -> None:
+    import dataclasses
+
+    from dinocell.cluster.submission import run_here, sbatch_text
+    from dinocell.cluster.submission import submit as hand_in
+
+    alone = dataclasses.replace(profile, gres=None, nodes=1, tasks_per_node=1)
+    if dry_run:
+        for run in runs:
+            print(f"{run.run_dir}: dinocell {' '.join(run.command)}", file=sys.stderr)
+        if runs:
+            print(sbatch_text(runs, profile, dependency=dependency, log_dir=logs))
+        if merging is not None:
+            after = "afterany:JOB_ABOVE" if runs else None
+            print(sbatch_text([merging], alone, dependency=after, log_dir=logs))
+        return
+    if local:
+        code = run_here(runs, profile) if runs else 0
+        if merging is not None and code != 75:
+            code = max(code, run_here([merging], alone))
+        if code:
+            raise typer.Exit(code)
+        return
+    after = dependency
+    if runs:
+        accepted = hand_in(runs, profile, dependency=dependency, log_dir=logs)
+        print(accepted.text())
+        after = f"afterany:{accepted.job}"
+    if merging is not None:
+        print("then, when all of them have ended, the merged table:")
+        print(hand_in([merging], alone, dependency=after, log_dir=logs).text())
+
+
+@app.command()
+def jobs(
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also jobs submitted more than a week ago.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List jobs that were submitted from this account: state, progress, time left, reasons.
+
+    Example: `dinocell jobs`
+    """
+    from dinocell.cluster.jobs import jobs_text, list_jobs
+
+    rows = list_jobs(everything=everything)
+    if json:
+        import dataclasses
+        from json import dumps
+
+        print(dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        return
+    print(jobs_text(rows))
+
+
+@app.command(context_settings=_PASSES_ON)
+def supervise(
+    context: typer.Context,
+    command: Annotated[
+        str,
+        typer.Argument(
+            metavar="pretrain|train|segment|evaluate|shards ...",
+            help="The command as it would be typed here, with its own options.",
+        ),
+    ],
+    signal_ahead: Annotated[
+        int, typer.Option(min=10, help="Seconds between the signal and the end, as in --signal.")
+    ] = 120,
+    max_stalled_starts: Annotated[
+        int, typer.Option(min=1, help="Starts without progress after which the job is given up.")
+    ] = 5,
+) -> None:
+    """Run a command inside a SLURM job of your own: it is saved and requeued when it must stop.
+
+    For scripts that are submitted with sbatch (see slurm/); `dinocell submit` does this by itself.
+
+    Example: `srun dinocell supervise pretrain configs/ssl/jump_s3_multiview.yaml`
+    """
+    from dinocell.cluster.plan import COMMANDS, run_dir_of
+    from dinocell.cluster.shards import shard_folder
+    from dinocell.cluster.supervisor import SupervisedJob
+    from dinocell.cluster.supervisor import supervise as run
+
+    arguments = context.args
+    if command == "shards" and len(arguments) == 3 and arguments[0] == "run":
+        index = (
+            arguments[2] if arguments[2].isdigit() else "0"
+        )  # a wrong one is told by the command
+        run_dir = shard_folder(arguments[1], int(index))
+    elif command in COMMANDS:
+        run_dir = run_dir_of(command, _parsed(command, arguments))
+    else:
+        raise UsageError(
+            f"supervise must get one of {', '.join(COMMANDS)} or shards run OUT SHARD, got "
+            f"{' '.join([command, *arguments])!r}: write for example dinocell supervise pretrain CONFIG"
+        )
+    job = SupervisedJob((command, *arguments), str(run_dir), signal_ahead, max_stalled_starts)
+    code = run(job)
+    if code:
+        raise typer.Exit(code)
+
+
+ResultsFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the results.")]
+
+
+@shards_app.command("plan", context_settings=_PASSES_ON)
+def shards_plan(
+    context: typer.Context,
+    count: Annotated[int, typer.Argument(metavar="COUNT", help="Number of parts.")],
+) -> None:
+    """Divide images into parts of about as many bytes; what follows is as of `dinocell segment`.
+
+    Nothing is segmented yet: each part is done by `dinocell shards run OUT PART`, anywhere.
+
+    Example: `dinocell shards plan 16 plate/ -o out --model model.safetensors`
+    """
+    from dinocell.cluster.shards import plan_shards
+    from dinocell.image_io import find_images
+
+    parameters = _parsed("segment", context.args)
+    paths = find_images(parameters["images"], recursive=parameters["recursive"])
+    plan = plan_shards(paths, parameters["out"], _segment_options(parameters), count)
+    print(
+        f"{plan.images} images, {plan.total_bytes / 1e9:.3f} GB in {plan.count} shards: "
+        f"{plan.out / 'shards'}"
+    )
+
+
+@shards_app.command("run")
+def shards_run(
+    out: ResultsFolder,
+    shard: Annotated[int, typer.Argument(metavar="PART", help="From 0.")],
+) -> None:
+    """Segment the images of one part; run again, it goes on with those that are missing.
+
+    Images that fail are listed at the end and by `merge`; they stop nothing.
+
+    Example: `dinocell shards run out 3`
+    """
+    from dinocell.cluster.shards import run_shard
+
+    print(run_shard(out, shard).text())
+
+
+@shards_app.command("status")
+def shards_status(out: ResultsFolder) -> None:
+    """Tell how far each part is.
+
+    Example: `dinocell shards status out`
+    """
+    from dinocell.cluster.shards import read_plan, shard_states
+
+    for state in shard_states(read_plan(out)):
+        failed = f", {state.failed} failed" if state.failed else ""
+        print(f"shard {state.index}: {state.done} of {state.images} images done{failed}")
+
+
+@shards_app.command("merge")
+def shards_merge(out: ResultsFolder) -> None:
+    """Make `summary.csv` and `cells.csv` of all parts; exit code 1 if images failed or are missing.
+
+    Example: `dinocell shards merge out`
+    """
+    from dinocell.cluster.shards import merge_shards
+
+    merged = merge_shards(out)
+    print(merged.text())
+    if merged.failures or merged.missing:
+        raise typer.Exit(1)
+
+
+def _parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Parameters of a command from its arguments; what is wrong with them is told as by itself."""
+    from typer.main import get_command
+
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    with command.make_context(f"dinocell {name}", list(arguments)) as context:
+        return dict(context.params)
+
+
+def _segment_options(given: Mapping[str, Any]) -> Any:
+    """The parameters of `segment` as its options."""
+    import dataclasses
+
+    from dinocell.batch import SegmentOptions
+
+    names = {item.name for item in dataclasses.fields(SegmentOptions)} - {"formats", "channels"}
+    return SegmentOptions(
+        **{name: given[name] for name in names},
+        formats=tuple(given["format"] or ["tif"]),
+        channels=_channel_list(given["channels"]),
+    )
 
 
 def _series(folder: Path | None) -> Any:

@@ -487,6 +487,14 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             _convert(item, kind, f"{where}.{index}")
             for index, (item, kind) in enumerate(zip(value, arguments, strict=True))
         )
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"{where} must be a section of keys, got {value!r}: indent them below"
+            )
+        return {
+            str(key): _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()
+        }
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 1e-4 (without a dot) as text.
         try:

@@ -2,7 +2,8 @@
 
 Each message is one sentence in three parts: what must hold, what came, what to do.  Wrong *arguments*
 of Python functions stay plain `ValueError` and `TypeError`; the classes here also know the exit
-code that the command line ends with: 2 for a wrong call, 1 for work that failed.
+code that the command line ends with: 2 for a wrong call, 1 for work that failed, 75 for work that was told
+to stop, saved itself and goes on when the same command is run again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ __all__ = [
     "DataSetError",
     "ImageFileError",
     "MissingExtraError",
+    "StoppedError",
     "UsageError",
 ]
 
@@ -51,3 +53,12 @@ class CheckpointError(DINOCellError):
 
 class MissingExtraError(DINOCellError):
     """An optional dependency is not installed; the message names the `pip install` that brings it."""
+
+
+class StoppedError(DINOCellError):
+    """A signal ended the work after its state was saved; the same command goes on from there.
+
+    The exit code is `EX_TEMPFAIL` of sysexits.h: try again.
+    """
+
+    exit_code = 75

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dinocell.backbone import import_dinov3, tree_is_bundled
-from dinocell.errors import DINOCellError, UsageError
+from dinocell.errors import DINOCellError, StoppedError, UsageError
 from dinocell.weights import find_weights
 
 __all__ = ["pretrain"]
@@ -47,8 +47,10 @@ def pretrain(
     ------
     UsageError
         Configuration or data are wrong, or belong to another run.
+    StoppedError
+        A signal ended the run; the state is saved.
     DINOCellError
-        The run was stopped by a signal, or its loss was no number; the state is saved.
+        The loss was no number; the state is saved.
     """
     config = Path(config)
     if not config.is_file():
@@ -65,7 +67,9 @@ def pretrain(
     plain_message = import_dinov3("data.loaders").plain_message
     try:
         program.main([*argv, *overrides])
-    except (program.Stopped, program.NonFiniteLossError) as error:
+    except program.Stopped as error:
+        raise StoppedError(str(error)) from error
+    except program.NonFiniteLossError as error:
         raise DINOCellError(str(error)) from error
     except (ValueError, FileNotFoundError, NotImplementedError) as error:
         raise UsageError(plain_message(error)) from error

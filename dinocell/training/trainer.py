@@ -34,8 +34,8 @@ from dinocell.errors import (
     CheckpointError,
     ConfigError,
     DataSetError,
-    DINOCellError,
     MissingExtraError,
+    StoppedError,
 )
 from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
 from dinocell.image_io import atomic_path
@@ -79,7 +79,7 @@ _FINE_GRIDS: dict[str, Any] = {
 }
 
 
-class TrainingInterruptedError(DINOCellError):
+class TrainingInterruptedError(StoppedError):
     """The run was stopped by a signal after writing a checkpoint."""
 
 

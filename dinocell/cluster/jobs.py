@@ -1,0 +1,146 @@
+"""The user's own jobs as a table: state, progress, time left, and why one failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinocell.cluster.record import (
+    Submission,
+    read_record,
+    read_submissions,
+    run_progress,
+)
+from dinocell.cluster.slurm import JobState, cluster_name, job_states, slurm_is_here
+
+__all__ = ["JobRow", "jobs_text", "list_jobs"]
+
+_RECENT_S = 7 * 86_400
+_SLURM_ENDS = {
+    "TIMEOUT": "the time limit was reached before the work could save itself",
+    "NODE_FAIL": "its node died",
+    "OUT_OF_MEMORY": "it ran out of memory: raise mem, or lower batch size and workers",
+    "PREEMPTED": "it had to make room",
+    "BOOT_FAIL": "its node did not start",
+    "DEADLINE": "its deadline passed",
+    "CANCELLED": "it was cancelled",
+}
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """One job or task.
+
+    Attributes
+    ----------
+    job, name, run_dir, log : as submitted
+    state : SLURM's while it waits or runs, else how it ended, in lower case
+    progress : such as 120/500 (24 %), "" before there is any
+    eta_s : seconds left at the last known speed, None where unknown
+    restarts : how often it was requeued
+    reason : why it waits, or why it ended so
+    """
+
+    job: str
+    name: str
+    state: str
+    progress: str
+    eta_s: float | None
+    restarts: int
+    reason: str
+    run_dir: str
+    log: str
+
+
+def list_jobs(*, everything: bool = False) -> list[JobRow]:
+    """Jobs of this account that `dinocell submit` made, newest last.
+
+    Parameters
+    ----------
+    everything : bool
+        Also those that ended more than a week ago.
+    """
+    here = cluster_name() if slurm_is_here() else ""
+    submissions = [item for item in read_submissions() if item.cluster == here or not here]
+    if not everything:
+        oldest = time.time() - _RECENT_S
+        submissions = [item for item in submissions if item.submitted >= oldest]
+    states = job_states([item.job for item in submissions]) if here else {}
+    return [_row(item, states.get(item.job)) for item in submissions]
+
+
+def _row(item: Submission, state: JobState | None) -> JobRow:
+    record = read_record(item.run_dir)
+    # A folder may have had other jobs since.
+    ours = record is not None and any(start.job == item.job for start in record.starts)
+    latest = ours and record is not None and record.starts[-1].job == item.job
+    restarts = state.restarts if state is not None else 0
+    if not restarts and record is not None and ours:
+        restarts = max(start.restart for start in record.starts if start.job == item.job)
+    name, reason = "unknown", "SLURM has forgotten it, and it left no record: see its log"
+    if state is not None and state.waits_or_runs:
+        name = state.state.lower()
+        reason = state.reason
+        if state.state == "PENDING" and latest and record is not None and record.reason:
+            reason = "; ".join(part for part in (record.reason, state.reason) if part)
+    elif latest and record is not None and record.state not in ("running", "requeued"):
+        name, reason = record.state, record.reason
+    elif state is not None:
+        # Killed before it could write down why.
+        name = state.state.lower()
+        reason = _SLURM_ENDS.get(state.state, "" if name == "completed" else state.reason)
+    elif latest and record is not None:
+        name, reason = "lost", f"SLURM has forgotten it; it was last seen {record.state}"
+    elif ours:
+        name, reason = "ended", "another job has gone on with its folder"
+    progress = run_progress(item.command, item.run_dir) if latest else None
+    running = state is not None and state.state == "RUNNING"
+    return JobRow(
+        item.job,
+        item.name,
+        name,
+        "" if progress is None else str(progress),
+        progress.eta_s if progress is not None and running else None,
+        restarts,
+        reason,
+        item.run_dir,
+        item.log,
+    )
+
+
+def jobs_text(rows: Sequence[JobRow]) -> str:
+    """Rows as aligned columns, a job's reason below it."""
+    if not rows:
+        return "no jobs of the last week: `dinocell submit` makes them, `--all` shows older ones"
+    header = ("job", "name", "state", "progress", "left", "requeues", "run")
+    cells = [
+        (row.job, row.name, row.state, row.progress, _duration(row.eta_s), str(row.restarts),
+         _near(row.run_dir))
+        for row in rows
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
+    lines = []
+    for line, row in zip([header, *cells], [None, *rows], strict=True):
+        lines.append(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
+        if row is not None and row.reason:
+            lines.append(f"    {row.reason}")
+    return "\n".join(lines)
+
+
+def _near(path: str) -> str:
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,216 @@
+"""What is to be submitted: commands with the folders of their runs, checked before they wait."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from dinocell.errors import UsageError
+
+if TYPE_CHECKING:
+    from dinocell.cluster.shards import ShardPlan
+
+__all__ = ["COMMANDS", "PlannedRun", "plan_runs", "plan_shard_runs", "read_table", "run_dir_of"]
+
+COMMANDS = ("pretrain", "train", "segment", "evaluate")
+"""Commands that can be submitted."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One job, or one task of an array.
+
+    Attributes
+    ----------
+    name : of the job
+    command : arguments of `dinocell`
+    run_dir : folder of the run; its log files go to a folder `slurm` in it
+    """
+
+    name: str
+    command: tuple[str, ...]
+    run_dir: Path
+
+
+def plan_runs(
+    name: str,
+    arguments: Sequence[str],
+    parameters: Mapping[str, Any],
+    *,
+    table: Sequence[Mapping[str, str]] = (),
+) -> list[PlannedRun]:
+    """The runs of a submission, each checked as far as is possible without its data.
+
+    Parameters
+    ----------
+    name : one of `COMMANDS`
+    arguments : of the command, as they were typed
+    parameters : the same, parsed
+    table : rows of an array: of `pretrain` and `train` keys of the configuration, of `segment` and
+        `evaluate` options; the column `name` names the task, "" leaves a value as it is
+
+    Raises
+    ------
+    UsageError, ConfigError
+        The configuration or a row of the table is wrong.
+    """
+    if not table:
+        run_dir = run_dir_of(name, parameters)
+        _check(name, parameters, (), run_dir)
+        job = {"pretrain": "ssl", "train": "train"}.get(name, name)
+        return [PlannedRun(f"{job}-{run_dir.name}", (name, *arguments), run_dir)]
+    base = run_dir_of(name, parameters)
+    runs = []
+    for index, row in enumerate(table):
+        label = row.get("name") or f"{index:03d}"
+        run_dir = base / label
+        values = {key: value for key, value in row.items() if key != "name" and value != ""}
+        extra = _row_arguments(name, values, run_dir, parameters)
+        try:
+            _check(name, parameters, extra, run_dir)
+        except UsageError as error:
+            raise type(error)(f"row {index + 1} of the table ({label}): {error}") from error
+        runs.append(PlannedRun(f"{base.name}-{label}", (name, *arguments, *extra), run_dir))
+    names = [run.run_dir for run in runs]
+    twice = sorted({path.name for path in names if names.count(path) > 1})
+    if twice:
+        raise UsageError(
+            f"rows of the table must differ in name, got {', '.join(twice)} twice: rename one"
+        )
+    return runs
+
+
+def plan_shard_runs(plan: ShardPlan) -> tuple[list[PlannedRun], PlannedRun]:
+    """The parts of a divided batch that are not complete, and the merging that comes after them."""
+    from dinocell.cluster.shards import open_shards, shard_folder
+
+    name = f"segment-{plan.out.name}"
+    parts = [
+        PlannedRun(
+            name, ("shards", "run", str(plan.out), str(index)), shard_folder(plan.out, index)
+        )
+        for index in open_shards(plan)
+    ]
+    merging = PlannedRun(
+        f"merge-{plan.out.name}", ("shards", "merge", str(plan.out)), plan.out / "shards" / "merge"
+    )
+    return parts, merging
+
+
+def run_dir_of(name: str, parameters: Mapping[str, Any]) -> Path:
+    """Folder of a command's run: its own output folder, or one below runs/ for what has none.
+
+    Parameters
+    ----------
+    name : one of `COMMANDS`
+    parameters : of the command, parsed
+
+    Raises
+    ------
+    ConfigError
+        The configuration of `train` is wrong.
+    """
+    if name == "pretrain":
+        given = parameters["output_dir"]
+        return Path(given) if given else Path("runs/ssl") / Path(parameters["config"]).stem
+    if name == "train":
+        from dinocell.config import load_config
+
+        return Path(load_config(parameters["config"], parameters["overrides"] or []).output_dir)
+    if name == "segment":
+        return Path(parameters["out"])
+    source = parameters["out"] or parameters["model"] or parameters["pred"] or "evaluation"
+    return Path("runs/evaluate") / Path(source).stem
+
+
+def _row_arguments(
+    name: str, values: Mapping[str, str], run_dir: Path, parameters: Mapping[str, Any]
+) -> list[str]:
+    if name in ("pretrain", "train"):
+        changes = [f"{key}={value}" for key, value in values.items()]
+        if name == "train":
+            return [*changes, f"output_dir={run_dir}"]
+        return [*changes, "--output-dir", str(run_dir)]
+    options = [
+        item for key, value in values.items() for item in (f"--{key.replace('_', '-')}", value)
+    ]
+    if name == "segment":
+        return [*options, "--out", str(run_dir)]
+    suffix = Path(parameters["out"]).suffix if parameters["out"] else ".json"
+    return [*options, "--out", str(run_dir / f"scores{suffix}")]
+
+
+def _check(name: str, parameters: Mapping[str, Any], extra: Sequence[str], run_dir: Path) -> None:
+    """Read the configuration as the job will."""
+    overrides = [*(parameters.get("overrides") or []), *(item for item in extra if "=" in item)]
+    if name == "train":
+        from dinocell.config import load_config
+
+        load_config(parameters["config"], overrides)
+    elif name == "pretrain":
+        from dinocell.backbone import import_dinov3, tree_is_bundled
+
+        config = Path(parameters["config"])
+        if not config.is_file():
+            raise UsageError(f"the configuration must be a file, got {config}: see configs/ssl")
+        if not tree_is_bundled():
+            return
+        arguments = SimpleNamespace(
+            config_file=str(config), output_dir=str(run_dir), opts=overrides
+        )
+        try:
+            import_dinov3("configs").get_cfg_from_args(arguments, strict=True)
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(str(error)) from error
+
+
+def read_table(path: str | Path) -> list[dict[str, str]]:
+    """Rows of a table of tasks: CSV or TSV with a header, one line a task.
+
+    Raises
+    ------
+    UsageError
+        Not a file, no rows, a row of another length, an empty or repeated column name.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--array must be a table in a text file, got {path} ({error}): write a CSV with a header"
+        ) from error
+    separator = "\t" if path.suffix == ".tsv" or "\t" in text.split("\n", 1)[0] else ","
+    lines = [
+        [cell.strip() for cell in line]
+        for line in csv.reader(text.splitlines(), delimiter=separator)
+        if any(cell.strip() for cell in line)
+    ]
+    if len(lines) < 2:
+        raise UsageError(
+            f"--array must have a header and a line for each task, got {len(lines)} lines in {path}: "
+            "write for example optim.lr and below it 1e-4"
+        )
+    header, *rows = lines
+    if len(set(header)) < len(header) or not all(header):
+        raise UsageError(
+            f"columns of --array must have names, each its own, got {', '.join(header)} in {path}: "
+            "rename them"
+        )
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise UsageError(
+                f"lines of --array must have {len(header)} values, got {len(row)} in line {number} of "
+                f"{path}: quote values with commas"
+            )
+    for number, row in enumerate(rows, start=2):
+        label = dict(zip(header, row, strict=True)).get("name", "")
+        if "/" in label or label in (".", ".."):
+            raise UsageError(
+                f"names of tasks must be names of folders, got {label!r} in line {number} of {path}: "
+                "leave out /"
+            )
+    return [dict(zip(header, row, strict=True)) for row in rows]

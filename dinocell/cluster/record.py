@@ -1,0 +1,267 @@
+"""What is remembered of jobs: one `job.json` beside each run, one list of the user's submissions."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dinocell.image_io import atomic_path
+
+__all__ = [
+    "JobRecord",
+    "RunProgress",
+    "Start",
+    "Submission",
+    "note_submission",
+    "read_record",
+    "read_submissions",
+    "run_progress",
+    "saved_progress",
+    "write_record",
+]
+
+_RECORD_NAME = "job.json"
+JOURNAL_NAME = "images.jsonl"
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a job.
+
+    Attributes
+    ----------
+    job : number; "" without a cluster
+    restart : how often SLURM had requeued it
+    progress : what was saved then, see `saved_progress`
+    time : seconds since 1970
+    host : first node
+    """
+
+    job: str
+    restart: int
+    progress: int
+    time: float
+    host: str
+
+
+@dataclass
+class JobRecord:
+    """The story of a run as its jobs saw it; written by the first process only.
+
+    Attributes
+    ----------
+    command : arguments of `dinocell`
+    state : running, requeued, done, stopped, cancelled, stalled, failed or out_of_memory
+    reason : one sentence for everything but running and done
+    starts : all of them, oldest first
+    """
+
+    command: list[str]
+    state: str = "running"
+    reason: str = ""
+    starts: list[Start] = field(default_factory=list)
+
+    def stalled_starts(self, job: str, progress: int) -> int:
+        """How many of a job's latest starts found exactly this progress."""
+        count = 0
+        for start in reversed(self.starts):
+            if start.job != job or start.progress != progress:
+                break
+            count += 1
+        return count
+
+
+def write_record(run_dir: str | Path, record: JobRecord) -> None:
+    """Replace RUN/job.json."""
+    with atomic_path(Path(run_dir) / _RECORD_NAME) as temporary:
+        temporary.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+
+
+def read_record(run_dir: str | Path) -> JobRecord | None:
+    """RUN/job.json, None if there is none that can be read."""
+    try:
+        values = json.loads((Path(run_dir) / _RECORD_NAME).read_text(encoding="utf-8"))
+        values["starts"] = [Start(**start) for start in values["starts"]]
+        return JobRecord(**values)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+# --- how far a run is ---
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """How far a run is.
+
+    Attributes
+    ----------
+    done, total : of `unit`; None where unknown
+    eta_s : seconds that are left at the last known speed
+    """
+
+    done: int
+    total: int | None = None
+    unit: str = ""
+    eta_s: float | None = None
+
+    def __str__(self) -> str:
+        if self.total is None:
+            return f"{self.done} {self.unit}".strip()
+        share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
+        return f"{self.done}/{self.total}{share}"
+
+
+def saved_progress(command: Sequence[str], run_dir: str | Path) -> int:
+    """What a new start of the run would not have to do again: steps, iterations or images."""
+    folder = Path(run_dir)
+    kind = command[0] if command else ""
+    if kind == "pretrain":
+        names = [path.name for path in (folder / "ckpt").glob("*")]
+        return max((int(name) + 1 for name in names if name.isdigit()), default=0)
+    if kind == "train":
+        steps = [
+            re.fullmatch(r"step_(\d+)", path.stem) for path in (folder / "checkpoints").glob("*.pt")
+        ]
+        return max((int(match[1]) for match in steps if match), default=0)
+    return _count_lines(folder / JOURNAL_NAME)
+
+
+def run_progress(command: Sequence[str], run_dir: str | Path) -> RunProgress | None:
+    """Progress from the run's own files, None before there is any."""
+    folder = Path(run_dir)
+    kind = command[0] if command else ""
+    if kind == "pretrain":
+        settings = _yaml(folder / "config.yaml")
+        line = _last_line(folder / "training_metrics.json", "iter_time")
+        if line is None or "optim" not in settings:
+            return None
+        total = settings["optim"]["epochs"] * settings["train"]["OFFICIAL_EPOCH_LENGTH"]
+        # Lines come at intervals, checkpoints when a signal does.
+        done = max(int(line["iteration"]) + 1, saved_progress(command, folder))
+        return RunProgress(done, total, "iterations", line["iter_time"] * (total - done))
+    if kind == "train":
+        settings = _yaml(folder / "config.yaml")
+        line = _last_line(folder / "metrics.jsonl", "crops_per_s")
+        if line is None or "schedule" not in settings:
+            return None
+        total = int(settings["schedule"]["steps"])
+        done = max(int(line["step"]), saved_progress(command, folder))
+        crops = int(settings["schedule"]["batch_size"]) * int(line.get("processes", 1))
+        pace = line["crops_per_s"]
+        return RunProgress(done, total, "steps", crops / pace * (total - done) if pace else None)
+    if kind in ("segment", "shards"):
+        done = _count_lines(folder / JOURNAL_NAME)
+        listed = folder / "manifest.csv"
+        total = max(_count_lines(listed) - 1, 0) if listed.is_file() else None
+        return _paced(folder, RunProgress(done, total, "images"))
+    return None
+
+
+def _paced(folder: Path, progress: RunProgress) -> RunProgress:
+    """The time that is left, from what was done since the job's last start."""
+    record = read_record(folder)
+    if record is None or not record.starts or progress.total is None:
+        return progress
+    start = record.starts[-1]
+    new = progress.done - start.progress
+    if new <= 0 or record.state != "running":
+        return progress
+    pace = (time.time() - start.time) / new
+    left = pace * (progress.total - progress.done)
+    return RunProgress(progress.done, progress.total, progress.unit, left)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _last_line(path: Path, key: str) -> dict[str, Any] | None:
+    """The last JSON line with a key, from the end of a file that may be long."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 65_536))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue  # cut: the first of the piece, or one that is being written
+        if isinstance(values, dict) and key in values:
+            return values
+    return None
+
+
+def _count_lines(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
+    except OSError:
+        return 0
+
+
+# --- the user's submissions ---
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One job or task of an array that was submitted from this account."""
+
+    job: str
+    name: str
+    command: list[str]
+    run_dir: str
+    log: str
+    submitted: float
+    cluster: str = ""
+
+
+def _list_path(environment: Mapping[str, str] = os.environ) -> Path:
+    state = environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "dinocell" / "jobs.jsonl"
+
+
+def note_submission(submissions: Sequence[Submission]) -> None:
+    """Add to the list that `dinocell jobs` reads.
+
+    Raises
+    ------
+    OSError
+        It cannot be written.
+    """
+    path = _list_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(asdict(item)) + "\n" for item in submissions)
+    with path.open("a", encoding="utf-8") as file:  # one write: lines of two commands do not mix
+        file.write(text)
+
+
+def read_submissions() -> list[Submission]:
+    """All submissions, oldest first; lines that cannot be read are passed over."""
+    try:
+        lines = _list_path().read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = {}
+    for line in lines:
+        try:
+            item = Submission(**json.loads(line))
+        except (ValueError, TypeError):
+            continue
+        found[item.cluster, item.job] = item  # numbers begin anew when a cluster is set up again
+    return list(found.values())

@@ -1,0 +1,470 @@
+"""One batch of images in parts of about the same size, for many processes on many machines.
+
+`plan_shards` divides a list of files once; each part is run, killed and run again by whoever has it,
+and `merge_shards` makes of the parts what one process would have left.
+
+Every output is written by one part only, under a temporary name that is then renamed; a part's
+journal gets an image's line when all its files are there.  So a part that is killed anywhere repeats
+at most the images that it had in work, and they come out the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import heapq
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dinocell.batch import (
+    FAILURES_NAME,
+    JOURNAL_NAME,
+    BatchResult,
+    SegmentOptions,
+    read_journal,
+    segment_files,
+    write_summary,
+)
+from dinocell.cluster.slurm import job_states, own_job
+from dinocell.errors import DINOCellError, UsageError
+from dinocell.image_io import atomic_path
+from dinocell.progress import progress
+
+__all__ = [
+    "MergedShards",
+    "ShardPlan",
+    "ShardState",
+    "merge_shards",
+    "open_shards",
+    "plan_shards",
+    "read_plan",
+    "run_shard",
+    "shard_folder",
+    "shard_states",
+]
+
+_PLAN_NAME = "plan.json"
+_MANIFEST_NAME = "manifest.csv"
+_CLAIM_NAME = "claim.json"
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}(\..*)?")
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A divided batch.
+
+    Attributes
+    ----------
+    out : folder of the results; the parts' own files are in `out/shards/NNNN`
+    count : number of parts
+    images, total_bytes : of all parts
+    options : of `dinocell segment`, the same for all parts
+    """
+
+    out: Path
+    count: int
+    images: int
+    total_bytes: int
+    options: SegmentOptions
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """How far a part is: images done, failed, and listed."""
+
+    index: int
+    done: int
+    failed: int
+    images: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image is done or has failed."""
+        return self.done + self.failed >= self.images
+
+
+def shard_folder(out: str | Path, index: int) -> Path:
+    """Folder of a part's manifest, journal and record."""
+    return Path(out) / "shards" / f"{index:04d}"
+
+
+def plan_shards(
+    paths: Sequence[Path],
+    out: str | Path,
+    options: SegmentOptions,
+    count: int,
+    *,
+    write: bool = True,
+) -> ShardPlan:
+    """Divide files into parts of about as many bytes, and write that down; or find the same plan.
+
+    Parameters
+    ----------
+    paths : sequence of paths
+        As from `find_images`.
+    out : folder
+        Of the results.
+    options : SegmentOptions
+    count : int
+        Parts; at most as many as there are files.
+    write : bool
+        Otherwise only tell.
+
+    Raises
+    ------
+    UsageError
+        Nothing to do, two files of one name, or `out` has another plan.
+    """
+    if count < 1:
+        raise UsageError(f"the number of shards must be at least 1, got {count}: raise it")
+    if not paths:
+        raise UsageError("segment must get at least one image, got none: name files or folders")
+    if options.report:
+        raise UsageError(
+            "--report must be left out with shards, got it: the merged summary.csv has every image"
+        )
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in seen:
+            raise UsageError(
+                "inputs must differ in name without suffix, because outputs are named so, got "
+                f"{path} and {seen[path.stem]}: segment them into two folders"
+            )
+        seen[path.stem] = path
+    out = Path(out)
+    sizes = [path.stat().st_size for path in paths]
+    parts = _divide(sizes, min(count, len(paths)))
+    files = {
+        shard_folder(out, index) / _MANIFEST_NAME: _manifest_text(part, paths, sizes)
+        for index, part in enumerate(parts)
+    }
+    plan = ShardPlan(out, len(parts), len(paths), sum(sizes), options)
+    files[out / "shards" / _PLAN_NAME] = _plan_text(plan)
+    if (out / "shards" / _PLAN_NAME).exists():
+        _compare(plan, files)
+        return plan
+    if not write:
+        return plan
+    for path, text in files.items():  # the plan last: it says that all is there
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+    return plan
+
+
+def _divide(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Places of the files of each part: the largest file left goes to the part with least bytes
+    (Graham 1969: at most 4/3 of the best possible)."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, index) for index in range(count)]
+    # A file costs something beyond its bytes; without that, empty files would all go to one part.
+    for place in sorted(range(len(sizes)), key=lambda item: (-sizes[item], item)):
+        load, index = heapq.heappop(loads)
+        parts[index].append(place)
+        heapq.heappush(loads, (load + sizes[place] + 4096, index))
+    return [sorted(part) for part in parts]
+
+
+def _manifest_text(part: Sequence[int], paths: Sequence[Path], sizes: Sequence[int]) -> str:
+    import io
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["place", "bytes", "path"])
+    for place in part:
+        writer.writerow([place, sizes[place], os.path.abspath(paths[place])])
+    return text.getvalue()
+
+
+def _plan_text(plan: ShardPlan) -> str:
+    values = {
+        "count": plan.count,
+        "images": plan.images,
+        "bytes": plan.total_bytes,
+        "options": asdict(plan.options),
+    }
+    return json.dumps(values, indent=1, sort_keys=True) + "\n"
+
+
+def _compare(plan: ShardPlan, files: dict[Path, str]) -> None:
+    there = read_plan(plan.out)
+    differing = [
+        name
+        for name, old in asdict(there.options).items()
+        if old != json.loads(json.dumps(asdict(plan.options)[name]))
+        and old != asdict(plan.options)[name]
+    ]
+    if differing:
+        raise UsageError(
+            f"a batch must go on with its options, got other values of {', '.join(differing)} than "
+            f"{plan.out / 'shards' / _PLAN_NAME}: undo that, or choose another folder"
+        )
+    if there.count != plan.count:
+        raise UsageError(
+            f"a batch must go on with its {there.count} shards, got {plan.count}: give --shards "
+            f"{there.count}, or choose another folder"
+        )
+    for path, text in files.items():
+        old = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
+        if old != text:
+            raise UsageError(
+                f"a batch must go on with its images, got others than {path} lists: choose another "
+                "folder for the results"
+            )
+
+
+def read_plan(out: str | Path) -> ShardPlan:
+    """The plan of a folder.
+
+    Raises
+    ------
+    UsageError
+        There is none, or it cannot be read.
+    """
+    path = Path(out) / "shards" / _PLAN_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        options = values["options"]
+        for name in ("formats", "channels"):
+            options[name] = None if options[name] is None else tuple(options[name])
+        return ShardPlan(
+            Path(out), values["count"], values["images"], values["bytes"], SegmentOptions(**options)
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"OUT must hold a plan of shards, got none that can be read at {path} ({error}): make it "
+            "with `dinocell shards plan` or `dinocell submit segment --shards N`"
+        ) from error
+
+
+def _listed(out: Path, index: int) -> list[tuple[int, Path]]:
+    """(place in the batch, file) of a part."""
+    path = shard_folder(out, index) / _MANIFEST_NAME
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return [(int(row["place"]), Path(row["path"])) for row in csv.DictReader(file)]
+
+
+def open_shards(plan: ShardPlan) -> list[int]:
+    """Parts with images that are not done: all of them before the plan is written."""
+    if not (plan.out / "shards" / _PLAN_NAME).exists():
+        return list(range(plan.count))
+    return [state.index for state in shard_states(plan) if state.done < state.images]
+
+
+def shard_states(plan: ShardPlan) -> list[ShardState]:
+    """How far each part is."""
+    return [_state(plan.out, index)[0] for index in range(plan.count)]
+
+
+def _state(
+    out: Path, index: int
+) -> tuple[ShardState, dict[str, dict[str, Any]], dict[str, str], list[tuple[int, Path]]]:
+    """State, rows by name, failures by name, and files of a part."""
+    folder = shard_folder(out, index)
+    listed = _listed(out, index)
+    rows = {row["name"]: row for row in read_journal(folder / JOURNAL_NAME)}
+    failures = {
+        row["name"]: row["error"]
+        for row in read_journal(folder / FAILURES_NAME)
+        if row["name"] not in rows
+    }
+    done = sum(path.stem in rows for _, path in listed)
+    failed = sum(path.stem in failures for _, path in listed)
+    return ShardState(index, done, failed, len(listed)), rows, failures, listed
+
+
+def run_shard(out: str | Path, index: int, *, shown: bool = True) -> BatchResult:
+    """Segment the images of a part that are not done yet.
+
+    Raises
+    ------
+    UsageError
+        No plan, no such part.
+    DINOCellError
+        Another process has it in work.
+    """
+    plan = read_plan(out)
+    if not 0 <= index < plan.count:
+        raise UsageError(
+            f"the shard must be one of 0 to {plan.count - 1}, got {index}: see `dinocell shards status`"
+        )
+    folder = shard_folder(plan.out, index)
+    with _claimed(folder):
+        (folder / FAILURES_NAME).unlink(missing_ok=True)  # they are tried again
+        return segment_files(
+            [path for _, path in _listed(plan.out, index)],
+            plan.out,
+            replace(plan.options, resume=True, overwrite=False),
+            shown=shown,
+            part=folder,
+        )
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Hold a part; the claim of a process that was killed is taken over."""
+    path = folder / _CLAIM_NAME
+    mine = {
+        "job": own_job() or "",
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "time": time.time(),
+    }
+    text = json.dumps(mine)
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        other = _read_claim(path)
+        if other and _is_at_work(other, mine):
+            whose = f"job {other['job']}" if other.get("job") else f"process {other.get('pid')}"
+            raise DINOCellError(
+                f"a shard must be run by one process, got {folder} in the hands of {whose} on "
+                f"{other.get('host')}: wait for it, or delete {path} if it is gone"
+            ) from None
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        time.sleep(0.2)
+        if _read_claim(path) != mine:  # two have found it left at the same moment
+            raise DINOCellError(
+                f"a shard must be run by one process, got two for {folder}: the other goes on"
+            ) from None
+    try:
+        yield
+    finally:
+        if _read_claim(path) == mine:
+            path.unlink(missing_ok=True)
+
+
+def _read_claim(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _is_at_work(other: dict[str, Any], mine: dict[str, Any]) -> bool:
+    job = other.get("job")
+    if job:
+        if job == mine["job"]:
+            return False  # its earlier start: a job runs once at a time
+        state = job_states([job]).get(job)
+        return state is not None and state.state in ("RUNNING", "COMPLETING", "SUSPENDED")
+    if other.get("host") != mine["host"]:
+        return True  # cannot be known from here
+    try:
+        os.kill(int(other["pid"]), 0)
+    except (ProcessLookupError, KeyError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@dataclass(frozen=True)
+class MergedShards:
+    """What the parts came to.
+
+    Attributes
+    ----------
+    out : folder of the results
+    images, cells : done, and counted in them
+    failures : (file, sentence) per image that failed
+    missing : parts with images that nobody has finished
+    """
+
+    out: Path
+    images: int
+    cells: int
+    failures: list[tuple[Path, str]]
+    missing: list[ShardState]
+
+    def text(self) -> str:
+        """A few lines for the terminal."""
+        lines = [f"{self.cells} cells in {self.images} images → {self.out / 'summary.csv'}"]
+        lines += [f"failed: {path}: {sentence}" for path, sentence in self.failures[:50]]
+        if len(self.failures) > 50:
+            lines.append(f"... {len(self.failures) - 50} more in summary.csv")
+        for state in self.missing:
+            left = state.images - state.done - state.failed
+            lines.append(f"not done: {left} of {state.images} images of shard {state.index}")
+        if self.missing:
+            lines.append("run the same command again: it goes on with what is missing")
+        return "\n".join(lines)
+
+
+def merge_shards(out: str | Path, *, shown: bool = True) -> MergedShards:
+    """Make of the parts what `dinocell segment` leaves: `summary.csv` and the journal `images.jsonl`
+    of all images in their order; and `cells.csv`, all cells with their image in the first column.
+
+    Can be run at any time; images that nobody has finished have a sentence in the column `error`.
+
+    Raises
+    ------
+    UsageError
+        No plan.
+    """
+    plan = read_plan(out)
+    rows: dict[int, dict[str, Any]] = {}
+    failures: dict[int, tuple[Path, str]] = {}
+    unfinished: dict[int, tuple[Path, str]] = {}
+    missing, at_work = [], False
+    for index in range(plan.count):
+        state, done, failed, listed = _state(plan.out, index)
+        at_work = at_work or (shard_folder(plan.out, index) / _CLAIM_NAME).exists()
+        if not state.complete:
+            missing.append(state)
+        for place, path in listed:
+            if path.stem in done:
+                rows[place] = done[path.stem]
+            elif path.stem in failed:
+                failures[place] = (path, failed[path.stem])
+            else:
+                unfinished[place] = (path, f"not done: shard {index} has not come to its end")
+    ordered = [rows[place] for place in sorted(rows)]
+    without = failures | unfinished
+    write_summary(plan.out / "summary.csv", ordered, [without[place] for place in sorted(without)])
+    with atomic_path(plan.out / JOURNAL_NAME) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in ordered), encoding="utf-8")
+    _merge_cells(plan.out, [str(row["name"]) for row in ordered], shown=shown)
+    if not missing and not at_work:
+        for path in plan.out.glob(".tmp-*"):  # of processes that were killed while they wrote
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+    return MergedShards(
+        plan.out,
+        len(ordered),
+        sum(int(row["num_cells"]) for row in ordered),
+        [failures[place] for place in sorted(failures)],
+        missing,
+    )
+
+
+def _merge_cells(out: Path, names: Sequence[str], *, shown: bool) -> None:
+    """`cells.csv` of all NAME_cells.csv, read one by one: a plate has millions of cells."""
+    columns = ["image"]
+    tables = [out / f"{name}_cells.csv" for name in names]
+    for path in tables:
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as file:
+                columns += [name for name in next(csv.reader(file), []) if name not in columns]
+    with (
+        atomic_path(out / "cells.csv") as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as target,
+        progress("merging tables", len(tables), shown=shown) as bar,
+    ):
+        writer = csv.DictWriter(target, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        for name, path in zip(names, tables, strict=True):
+            if path.exists():
+                with path.open(encoding="utf-8", newline="") as file:
+                    writer.writerows({"image": name, **row} for row in csv.DictReader(file))
+            bar.advance()

@@ -1,0 +1,277 @@
+"""What a cluster wants to be told: partition, account, GPUs, time, set-up; one YAML file a site."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dinocell.config import config_from_mapping
+from dinocell.errors import ConfigError
+
+__all__ = ["SiteProfile", "find_site", "load_site", "minutes_of"]
+
+_GPU = re.compile(r"^gpu(?::(?P<type>[A-Za-z_][\w.-]*))?(?::(?P<count>\d+))?$")
+_FOLDERS_VARIABLE = "DINOCELL_SITES"
+_DEFAULT_VARIABLE = "DINOCELL_SITE"
+
+
+@dataclass(frozen=True)
+class SiteProfile:
+    """The wishes of a site; null leaves the cluster's own default.
+
+    Attributes
+    ----------
+    partition, account, qos, constraint, exclude, reservation : as sbatch's options.
+    gres : as sbatch's option; a GPU job has `gpu:TYPE:COUNT`, per node.  One task a GPU is started.
+    nodes : number of nodes.
+    tasks_per_node : null is one a GPU, or one.
+    time : limit of a run, such as 24:00:00, 2-00:00:00 or minutes.  Work that takes longer is
+        requeued and goes on.
+    mem : memory of a node, such as 64G; 0 is all of it.
+    cpus_per_gpu : CPU cores of a task (there is one a GPU).
+    mail_user, mail_type : whom to write to and when (`FAIL`, `END`, ...).
+    setup : shell commands before the work (`module load cuda`, `source .venv/bin/activate`).
+    environment : variables of the work.
+    container : command that runs the rest inside a container: `apptainer exec --nv dinocell.sif`.
+    python : interpreter; null is the one that submits, or python3 in a container.
+    signal_ahead_s : seconds before the time limit at which the work is told to save itself.
+    max_stalled_starts : starts of one job without any progress after which it is given up.
+    array_parallelism : tasks of an array that run at once.
+    nice, comment : as sbatch's options.
+    extra : further options of sbatch, by name without dashes.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    gres: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    reservation: str | None = None
+    nodes: int = 1
+    tasks_per_node: int | None = None
+    time: str = "24:00:00"
+    mem: str | None = None
+    cpus_per_gpu: int = 8
+    mail_user: str | None = None
+    mail_type: str | None = None
+    setup: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    container: str | None = None
+    python: str | None = None
+    signal_ahead_s: int = 120
+    max_stalled_starts: int = 5
+    array_parallelism: int = 16
+    nice: int | None = None
+    comment: str | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "cpus_per_gpu", "max_stalled_starts", "array_parallelism"):
+            _at_least_one(name, getattr(self, name))
+        if self.tasks_per_node is not None:
+            _at_least_one("tasks_per_node", self.tasks_per_node)
+        if self.signal_ahead_s < 10:
+            raise ConfigError(
+                f"signal_ahead_s must be at least 10, got {self.signal_ahead_s}: saving takes a while"
+            )
+        if minutes_of(self.time) * 60 <= self.signal_ahead_s:
+            raise ConfigError(
+                f"time must be longer than signal_ahead_s ({self.signal_ahead_s} s), got {self.time}: "
+                "lengthen it"
+            )
+        if self.gres is not None and self.gres.startswith("gpu") and self._gpu() is None:
+            raise ConfigError(
+                f"gres must look like gpu:a100:1, got {self.gres!r}: write type and count per node"
+            )
+        if self.mem is not None and not re.fullmatch(r"\d+[KMGT]?", self.mem):
+            raise ConfigError(
+                f"mem must be a number with K, M, G or T, got {self.mem!r}: write 64G, for example"
+            )
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise ConfigError(
+                    f"environment must have names of variables, got {name!r}: use letters, digits, _"
+                )
+        for name in self.extra:
+            if not re.fullmatch(r"[a-z][a-z-]*", name):
+                raise ConfigError(
+                    f"extra must have names of sbatch's options without dashes before them, got "
+                    f"{name!r}: write for example licenses: matlab"
+                )
+
+    def _gpu(self) -> re.Match[str] | None:
+        return None if self.gres is None else _GPU.match(self.gres)
+
+    @property
+    def gpus_per_node(self) -> int:
+        """0 without a GPU in `gres`."""
+        match = self._gpu()
+        return 0 if match is None else int(match["count"] or 1)
+
+    @property
+    def tasks(self) -> int:
+        """Processes of a job on all nodes."""
+        return self.nodes * (self.tasks_per_node or max(self.gpus_per_node, 1))
+
+    def with_gpus(self, count: int) -> SiteProfile:
+        """The same with another number of GPUs per node; 0 is none.
+
+        Raises
+        ------
+        ConfigError
+            `count` is negative.
+        """
+        if count < 0:
+            raise ConfigError(f"the number of GPUs must be at least 0, got {count}: 0 is none")
+        match = self._gpu()
+        kind = "" if match is None or match["type"] is None else f":{match['type']}"
+        return dataclasses.replace(self, gres=f"gpu{kind}:{count}" if count else None)
+
+
+def minutes_of(text: str) -> float:
+    """Minutes of a SLURM time: `90`, `30:00`, `24:00:00`, `2-12`, `2-12:30`, `2-12:30:00`.
+
+    Raises
+    ------
+    ConfigError
+        It is none of these.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if match is None:
+        raise ConfigError(
+            f"time must be like 24:00:00, 2-00:00:00 or a number of minutes, got {text!r}: write it so"
+        )
+    days, *rest = match.groups()
+    numbers = [int(part) for part in rest if part is not None]
+    if days is not None:  # days-hours[:minutes[:seconds]]
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+        return int(days) * 1440 + hours * 60 + minutes + seconds / 60
+    if len(numbers) == 3:
+        return numbers[0] * 60 + numbers[1] + numbers[2] / 60
+    return numbers[0] + (numbers[1] / 60 if len(numbers) == 2 else 0)
+
+
+def find_site(name: str | None) -> Path | None:
+    """The file of a site: a path, or a name looked for in slurm/sites, DINOCELL_SITES and the
+    user's configuration folder; None without a name (and without DINOCELL_SITE).
+
+    Raises
+    ------
+    ConfigError
+        There is no such file; the message names those that are there.
+    """
+    name = name or os.environ.get(_DEFAULT_VARIABLE)
+    if not name:
+        return None
+    direct = Path(name)
+    if direct.suffix in (".yaml", ".yml") and direct.is_file():
+        return direct
+    folders = [Path("slurm/sites")]
+    if os.environ.get(_FOLDERS_VARIABLE):
+        folders.insert(0, Path(os.environ[_FOLDERS_VARIABLE]))
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    folders.append(config / "dinocell" / "sites")
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise ConfigError(
+        f"--site must be a YAML file or one of {', '.join(known) or 'none (no site file was found)'}, "
+        f"got {name!r}: copy slurm/sites/example.yaml and name its path"
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without numbers to the base of 60: 24:00:00 stays what was written."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [item for item in items if item[0] != "tag:yaml.org,2002:int"]
+    for first, items in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_site(name: str | None, overrides: Sequence[str] = ()) -> SiteProfile:
+    """Read a site's file and apply `key=value` overrides.
+
+    Parameters
+    ----------
+    name : str or None
+        See `find_site`; without one, the cluster's defaults.
+    overrides : sequence of str
+        `partition=long`, `environment.OMP_NUM_THREADS=8`, `gres=` (nothing: null).
+
+    Raises
+    ------
+    ConfigError
+        No such file, not YAML, an unknown key (the message lists the known ones), a wrong value.
+    """
+    path = find_site(name)
+    mapping: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{path} must be YAML, got an error ({reason}): mend it") from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(
+                f"{path} must hold keys and values, got {type(loaded).__name__}: see "
+                "slurm/sites/example.yaml"
+            )
+        mapping = loaded
+    for override in overrides:
+        _apply(mapping, override)
+    try:
+        return config_from_mapping(SiteProfile, _as_text(mapping))
+    except ConfigError as error:
+        raise ConfigError(f"site {path or 'without a file'}: {error}") from error
+
+
+def _apply(mapping: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set must be key=value, got {override!r}: for example partition=long")
+    value = yaml.load(text, Loader=_Loader) if text else None
+    section, dot, name = key.partition(".")
+    if not dot:
+        mapping[key] = value
+        return
+    inner = mapping.setdefault(section, {})
+    if not isinstance(inner, dict):
+        raise ConfigError(
+            f"--set {key} must lead into a section, but {section} is a value: shorten"
+        )
+    inner[name] = value
+
+
+def _as_text(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers as text where text is wanted: `time: 90`, `account: 1234`, `environment: {N: 8}`."""
+    kinds = {item.name: str(item.type) for item in dataclasses.fields(SiteProfile)}
+    found = dict(mapping)
+    for key, value in mapping.items():
+        kind = kinds.get(key, "")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and "str" in kind:
+            found[key] = str(value)
+        elif isinstance(value, dict):
+            found[key] = {
+                str(name): str(item).lower() if isinstance(item, bool) else str(item)
+                for name, item in value.items()
+            }
+    return found
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} must be at least 1, got {value}: raise it")

@@ -1,0 +1,162 @@
+"""SLURM's own commands, asked in one place: what a job's state is, and its requeueing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "JobState",
+    "cluster_name",
+    "job_states",
+    "own_job",
+    "partitions",
+    "requeue",
+    "slurm_is_here",
+]
+
+_TIMEOUT_S = 30
+
+
+def slurm_is_here() -> bool:
+    """Whether this machine can submit jobs."""
+    return shutil.which("sbatch") is not None
+
+
+def _ask(command: Sequence[str]) -> tuple[int, str, str]:
+    try:
+        done = subprocess.run(
+            list(command), capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 1, "", str(error)
+    return done.returncode, done.stdout, done.stderr.strip()
+
+
+def own_job(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The job this process runs in, as SLURM's commands name it (`12`, `12_3`); None outside."""
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
+        # The plain number of one of the tasks is that of the whole array.
+        return f"{array}_{task}"
+    return environment.get("SLURM_JOB_ID")
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What SLURM says of a job.
+
+    Attributes
+    ----------
+    job : number, `12_3` for a task of an array
+    state : RUNNING, PENDING, COMPLETING, CANCELLED, TIMEOUT, PREEMPTED, ...; UNKNOWN if SLURM has
+        forgotten it
+    reason : why it waits or ended, "" if SLURM gives none
+    restarts : how often it was requeued
+    preempted : it has been told to make room
+    run_s, limit_s : seconds that it has run, and its limit; None where unknown
+    """
+
+    job: str
+    state: str = "UNKNOWN"
+    reason: str = ""
+    restarts: int = 0
+    preempted: bool = False
+    run_s: int | None = None
+    limit_s: int | None = None
+
+    @property
+    def waits_or_runs(self) -> bool:
+        """Whether it is going to do more."""
+        return self.state in ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING")
+
+
+def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
+    """States of jobs, from the controller and, for those that it has forgotten, from accounting.
+
+    Jobs that nobody knows are left out.
+    """
+    found: dict[str, JobState] = {}
+    for job in dict.fromkeys(name.split("_")[0] for name in jobs):
+        code, text, _ = _ask(["scontrol", "show", "job", "-o", job])
+        if code == 0:
+            for state in map(_parse, text.splitlines()):
+                if state is not None:
+                    found[state.job] = state
+    missing = [job for job in jobs if job not in found]
+    if missing and shutil.which("sacct"):
+        code, text, _ = _ask(
+            [
+                "sacct",
+                "-X",
+                "-n",
+                "-P",
+                "-o",
+                "JobID,State,Reason,Restarts",
+                "-j",
+                ",".join(missing),
+            ]
+        )
+        if code == 0:
+            for line in text.splitlines():
+                job, words, reason, restarts = [*line.split("|"), "", "", ""][:4]
+                if words:
+                    found[job] = JobState(
+                        job,
+                        words.split()[0],  # CANCELLED by 0
+                        "" if reason in ("None", "") else reason,
+                        int(restarts) if restarts.isdigit() else 0,
+                    )
+    return found
+
+
+def _parse(line: str) -> JobState | None:
+    # Values with blanks (a command, a comment) are of no interest here.
+    values = dict(re.findall(r"(\w+)=(\S*)", line))
+    if "JobId" not in values:
+        return None
+    job = values["JobId"]
+    if "ArrayJobId" in values and values.get("ArrayTaskId", "").isdigit():
+        job = f"{values['ArrayJobId']}_{values['ArrayTaskId']}"
+    reason = values.get("Reason", "")
+    preempt_time = values.get("PreemptTime", "None")
+    return JobState(
+        job,
+        values.get("JobState", "UNKNOWN"),
+        "" if reason == "None" else reason,
+        int(values.get("Restarts", 0)),
+        preempt_time not in ("None", "Unknown", ""),
+        _seconds(values.get("RunTime", "")),
+        _seconds(values.get("TimeLimit", "")),
+    )
+
+
+def _seconds(text: str) -> int | None:
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def requeue(job: str) -> str:
+    """Have SLURM run a job again from its start; "" if it will, else why not."""
+    code, _, error = _ask(["scontrol", "requeue", job])
+    return "" if code == 0 else error or f"scontrol ended with {code}"
+
+
+def partitions() -> list[str]:
+    """Names of the partitions, [] if SLURM does not answer."""
+    code, text, _ = _ask(["sinfo", "-h", "-o", "%R"])
+    return list(dict.fromkeys(text.split())) if code == 0 else []
+
+
+def cluster_name() -> str:
+    """Name of this cluster, "" if SLURM does not answer: numbers of jobs are its own."""
+    code, text, _ = _ask(["scontrol", "show", "config"])
+    match = re.search(r"^ClusterName\s*=\s*(\S+)", text, flags=re.M) if code == 0 else None
+    return match[1] if match else ""

@@ -1,0 +1,264 @@
+"""Handing runs to SLURM through submitit, or running them here in the same way."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinocell.cluster.plan import PlannedRun
+from dinocell.cluster.record import Submission, note_submission
+from dinocell.cluster.site import SiteProfile, minutes_of
+from dinocell.cluster.slurm import cluster_name, partitions, slurm_is_here
+from dinocell.cluster.supervisor import SupervisedJob, supervise
+from dinocell.errors import MissingExtraError, StoppedError, UsageError
+
+__all__ = ["Submitted", "parse_dependency", "run_here", "sbatch_text", "submit"]
+
+_KINDS = [
+    "after",
+    "afterany",
+    "afterburstbuffer",
+    "aftercorr",
+    "afternotok",
+    "afterok",
+    "singleton",
+]
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What SLURM has accepted.
+
+    Attributes
+    ----------
+    job : number of the job or array
+    tasks : (number, run, log file) of each
+    """
+
+    job: str
+    tasks: list[tuple[str, PlannedRun, Path]]
+
+    def text(self) -> str:
+        """Numbers, logs, and how to follow and to cancel."""
+        several = len(self.tasks) > 1
+        lines = [f"job {self.job}: {len(self.tasks)} tasks" if several else f"job {self.job}"]
+        lines += [f"  {number}  {run.run_dir}  log {log}" for number, run, log in self.tasks[:10]]
+        if len(self.tasks) > 10:
+            lines.append(f"  ... {len(self.tasks) - 10} more")
+        lines += [
+            f"follow: tail -F {shlex.quote(str(self.tasks[0][2]))}",
+            "watch:  dinocell jobs",
+            f"cancel: scancel {self.job}",
+        ]
+        return "\n".join(lines)
+
+
+def parse_dependency(text: str) -> str:
+    """A dependency as sbatch wants it; a bare number waits for that job's success.
+
+    Raises
+    ------
+    UsageError
+        Not of SLURM's form.
+    """
+    if re.fullmatch(r"\d+(_\d+)?", text):
+        return f"afterok:{text}"
+    kinds = "|".join(_KINDS)
+    one = rf"(?:singleton|(?:{kinds})(?::\d+(?:_\d+)?(?:\+\d+)?)+)"
+    if not re.fullmatch(rf"{one}(?:[,?]{one})*", text):
+        raise UsageError(
+            f"--dependency must be a job's number or like afterany:123, got {text!r}: SLURM knows "
+            f"{', '.join(_KINDS)}"
+        )
+    return text
+
+
+def _folder(runs: Sequence[PlannedRun], log_dir: Path | None) -> Path:
+    """Where logs and submitit's files go: in the run, or for several above them."""
+    if log_dir is not None:
+        return log_dir
+    return (runs[0].run_dir if len(runs) == 1 else runs[0].run_dir.parent) / "slurm"
+
+
+def _parameters(
+    site: SiteProfile, runs: Sequence[PlannedRun], dependency: str | None
+) -> dict[str, Any]:
+    """The arguments of submitit's `_make_sbatch_string`, see SlurmExecutor.update_parameters."""
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
+    tasks_per_node = site.tasks_per_node or max(site.gpus_per_node, 1)
+    names = {run.name for run in runs}
+    extra: dict[str, Any] = {
+        "requeue": True,
+        "time": site.time,
+        **{name: True if value in ("", "true") else value for name, value in site.extra.items()},
+    }
+    for name in ("reservation", "nice"):
+        value = getattr(site, name)
+        if value is not None:
+            extra[name] = value
+    if site.mem is not None:
+        extra["mem"] = site.mem
+    wishes = {
+        "job_name": runs[0].name if len(names) == 1 else runs[0].run_dir.parent.name,
+        "nodes": site.nodes,
+        "ntasks_per_node": tasks_per_node,
+        "cpus_per_task": site.cpus_per_gpu,
+        # In the argument's place the exact text: submitit counts whole minutes.
+        "time": max(1, int(minutes_of(site.time))),
+        "signal_delay_s": site.signal_ahead_s,
+        "setup": [*lines, *site.setup] or None,
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={site.cpus_per_gpu}"],
+        "array_parallelism": site.array_parallelism,
+        "additional_parameters": extra,
+        "dependency": dependency,
+    }
+    # submitit's wckey would be refused where such keys are checked; one log file is easier to follow.
+    fixed = {"wckey": None, "stderr_to_stdout": True}
+    for name in (
+        "partition", "account", "qos", "gres", "constraint", "exclude", "mail_user", "mail_type",
+        "comment",
+    ):  # fmt: skip
+        wishes[name] = getattr(site, name)
+    return {name: value for name, value in wishes.items() if value is not None} | fixed
+
+
+def _python(site: SiteProfile) -> str:
+    python = site.python or ("python3" if site.container else sys.executable)
+    return f"{site.container} {python}" if site.container else shlex.quote(python)
+
+
+def _executor(folder: Path, site: SiteProfile) -> Any:
+    try:
+        from submitit.slurm.slurm import SlurmExecutor
+    except ImportError as error:
+        raise MissingExtraError(
+            'submitting needs the package submitit, which is not installed: pip install "dinocell[slurm]"'
+        ) from error
+
+    class Executor(SlurmExecutor):
+        """Also where there is no SLURM, to show what would be submitted."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 2
+
+    return Executor(folder=folder, python=_python(site))
+
+
+def sbatch_text(
+    runs: Sequence[PlannedRun],
+    site: SiteProfile,
+    *,
+    dependency: str | None = None,
+    log_dir: Path | None = None,
+) -> str:
+    """The file that `submit` would hand to sbatch; nothing is written."""
+    folder = _folder(runs, log_dir)
+    executor = _executor(folder, site)
+    parameters = _parameters(site, runs, dependency)
+    if len(runs) > 1:
+        parameters["map_count"] = len(runs)
+    executor.parameters.update(parameters)
+    return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
+
+
+def submit(
+    runs: Sequence[PlannedRun],
+    site: SiteProfile,
+    *,
+    dependency: str | None = None,
+    log_dir: Path | None = None,
+) -> Submitted:
+    """Submit one job, or an array of several.
+
+    Raises
+    ------
+    UsageError
+        No SLURM here, or SLURM refuses the wishes; the message has its reason.
+    """
+    if not slurm_is_here():
+        raise UsageError(
+            "submitting must happen where SLURM is (no sbatch was found here): log in to the "
+            "cluster, or add --local or --dry-run"
+        )
+    folder = _folder(runs, log_dir)
+    executor = _executor(folder, site)
+    executor.update_parameters(**_parameters(site, runs, dependency))
+    jobs = [
+        SupervisedJob(run.command, str(run.run_dir), site.signal_ahead_s, site.max_stalled_starts)
+        for run in runs
+    ]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of submitit, about what has no effect here
+            with executor.batch():  # of one: an ordinary job
+                accepted = [executor.submit(job) for job in jobs]
+    except Exception as error:
+        _clear(folder)
+        raise UsageError(_refusal(error, site)) from error
+    tasks = [
+        (str(job.job_id), run, Path(str(job.paths.stdout)))
+        for job, run in zip(accepted, runs, strict=True)
+    ]
+    now, cluster = time.time(), cluster_name()
+    try:
+        note_submission(
+            [
+                Submission(
+                    number, run.name, list(run.command), str(run.run_dir.resolve()),
+                    str(log.resolve()), now, cluster,
+                )
+                for number, run, log in tasks
+            ]
+        )  # fmt: skip
+    except OSError as error:
+        print(f"dinocell: `dinocell jobs` will not know this job ({error})", file=sys.stderr)
+    return Submitted(str(accepted[0].job_id).split("_")[0], tasks)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what submitit leaves of a submission that was refused."""
+    for path in [*folder.glob("submission_file_*.sh"), *folder.glob("*.pkl")]:
+        if re.fullmatch(r"(submission_file_)?[0-9a-f]{32}", path.stem):
+            path.unlink(missing_ok=True)
+
+
+def _refusal(error: Exception, site: SiteProfile) -> str:
+    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    reasons = re.findall(r"sbatch: error: (.+)", str(text)) or [
+        line.strip() for line in str(text).splitlines() if line.strip()
+    ]
+    hint = "change the site profile, or --set key=value"
+    known = partitions()
+    if "partition" in " ".join(reasons).lower() and known:
+        hint = f"partitions here are {', '.join(known)}; {hint}"
+    return f"SLURM must accept the job, got a refusal ({'; '.join(reasons[-3:])}): {hint}"
+
+
+def run_here(runs: Sequence[PlannedRun], site: SiteProfile) -> int:
+    """Run jobs one after the other on this machine, as a cluster would; the highest exit code.
+
+    An interrupted run leaves the others alone.
+    """
+    if site.nodes > 1:
+        raise UsageError(f"--local must have one node, got nodes {site.nodes}: add --nodes 1")
+    worst = 0
+    for run in runs:
+        log = run.run_dir / "slurm" / f"local_{time.strftime('%Y%m%d_%H%M%S')}.log"
+        job = SupervisedJob(run.command, str(run.run_dir), processes=site.tasks)
+        code = supervise(job, log=log)
+        print(f"{run.run_dir}: exit code {code}, log {log}", file=sys.stderr)
+        worst = max(worst, code)
+        if code == StoppedError.exit_code:
+            break
+    return worst

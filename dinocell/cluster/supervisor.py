@@ -1,0 +1,417 @@
+"""One process of a job: runs a `dinocell` command, hands signals on, and decides what comes next.
+
+The command runs in a process of its own.  So a signal that arrives while it is still loading is not
+lost, a child that the kernel kills for its memory still leaves a sentence, and all rules about
+requeueing are in one place, for submitit's jobs, plain sbatch scripts and `--local` alike:
+
+- told to stop (USR2 ahead of the time limit or a preemption, TERM): the child saves itself and ends;
+  the job is requeued, unless it was cancelled, or has made no progress in several starts;
+- ended by itself: done, or failed; neither is requeued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from dinocell.cluster.record import (
+    JobRecord,
+    Start,
+    read_record,
+    saved_progress,
+    write_record,
+)
+from dinocell.cluster.slurm import job_states, own_job, requeue
+from dinocell.errors import StoppedError
+
+__all__ = ["SupervisedJob", "supervise"]
+
+_STOPPED = StoppedError.exit_code
+_HANDED_ON = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+_WAIT_FOR_END_S = 90.0  # for SLURM to end a job that it has requeued
+_LINES_KEPT = 200
+
+
+@dataclass(frozen=True)
+class SupervisedJob:
+    """A `dinocell` command as a job; calling it runs the command in this process's place.
+
+    Attributes
+    ----------
+    command : arguments of `dinocell`, such as ("pretrain", "config.yaml", "-o", "runs/a")
+    run_dir : folder of the run; gets `job.json`
+    signal_ahead_s : seconds between the signal and the end; a child that is not done saving by then
+        is ended, and its last checkpoint counts
+    max_stalled_starts : see `SiteProfile`
+    processes : of one machine, started here through torchrun; under SLURM srun starts them
+    """
+
+    command: tuple[str, ...]
+    run_dir: str
+    signal_ahead_s: int = 120
+    max_stalled_starts: int = 5
+    processes: int = 1
+
+    def __call__(self) -> None:
+        code = supervise(self)
+        if code:
+            sys.exit(code)
+
+    def checkpoint(self) -> Any:
+        """For a signal that arrives before `__call__`: submitit requeues the job as it is."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def supervise(job: SupervisedJob, *, log: str | Path | None = None) -> int:
+    """Run a job's command and deal with its end.
+
+    Parameters
+    ----------
+    job : SupervisedJob
+    log : file, optional
+        Also gets what the command prints; otherwise SLURM keeps it.
+
+    Returns
+    -------
+    int
+        Exit code of this process: 0 done, 75 stopped, otherwise the command's own.
+    """
+    return _Supervisor(job, log).run()
+
+
+class _Supervisor:
+    def __init__(self, job: SupervisedJob, log: str | Path | None) -> None:
+        self.job = job
+        self.log_path = None if log is None else Path(log)
+        in_step = "SLURM_STEP_ID" in os.environ
+        self.rank = int(os.environ.get("SLURM_PROCID", 0)) if in_step else 0
+        self.world = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if in_step else 1
+        self.number = own_job() or ""
+        self.restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        self.received: signal.Signals | None = None
+        self.told_to_end = False
+        self.child: subprocess.Popen[bytes] | None = None
+        self.tail: deque[str] = deque(maxlen=_LINES_KEPT)
+        self.record = read_record(job.run_dir) or JobRecord(list(job.command))
+        self.record.command = list(job.command)
+
+    # --- the course of a job ---
+
+    def run(self) -> int:
+        before: dict[signal.Signals, Any] = {
+            number: signal.signal(number, self._note) for number in _HANDED_ON
+        }
+        before[signal.SIGCONT] = signal.signal(signal.SIGCONT, _ignore)  # comes with every TERM
+        try:
+            if self._gives_up_at_once():
+                return 1
+            self._begin()
+            oom_before = _oom_kills()
+            code = self._run_child()
+            return self._end(code, _oom_kills() > oom_before)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.child is not None and self.child.poll() is not None:
+            self.told_to_end = True  # SLURM ends what it has requeued
+            return
+        self.received = self.received or signal.Signals(number)
+        if self.child is not None:
+            self._hand_on(self.child, signal.Signals(number))
+
+    def _hand_on(self, child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+        if self.job.processes > 1:
+            number = signal.SIGTERM  # the only one that torchrun hands on
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(number)
+
+    def _gives_up_at_once(self) -> bool:
+        """After requeues that SLURM made itself (a node died) there was no decision yet."""
+        progress = saved_progress(self.job.command, self.job.run_dir)
+        if not self._is_stalled(progress):
+            return False
+        if self.rank == 0:
+            self._close("stalled", self._stalled_sentence())
+        return True
+
+    def _is_stalled(self, progress: int) -> bool:
+        count = self.record.stalled_starts(self.number, progress)
+        return bool(self.number) and count >= self.job.max_stalled_starts
+
+    def _stalled_sentence(self) -> str:
+        return (
+            f"a requeued job must get on between its starts, got {self.job.max_stalled_starts} starts "
+            f"of job {self.number} without a new checkpoint: lengthen the time limit, save more often, "
+            "or look at its log, and submit it again"
+        )
+
+    def _begin(self) -> None:
+        if self.rank:
+            return
+        progress = saved_progress(self.job.command, self.job.run_dir)
+        self.record.starts.append(
+            Start(self.number, self.restart, progress, time.time(), socket.gethostname())
+        )
+        self.record.state, self.record.reason = "running", ""
+        write_record(self.job.run_dir, self.record)
+        again = f", requeued {self.restart} times" if self.restart else ""
+        _say(
+            f"start {len(self.record.starts)} of {' '.join(self.job.command)}"
+            + (f" (job {self.number}{again})" if self.number else "")
+        )
+
+    def _run_child(self) -> int:
+        """The command's exit code, negative for a signal."""
+        # A session of its own: SLURM signals whole process groups, and the loader's workers of a
+        # training must not get what is meant for the training.
+        self.child = subprocess.Popen(
+            [*self._python(), "-m", "dinocell.cli", "-v", *self.job.command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        if self.received is not None:  # between the handlers and the child
+            self._hand_on(self.child, self.received)
+        log = None if self.log_path is None else _opened(self.log_path)
+        readers = [
+            threading.Thread(target=self._pass_on, args=(source, target, log), daemon=True)
+            for source, target in (
+                (self.child.stdout, sys.stdout),
+                (self.child.stderr, sys.stderr),
+            )
+        ]
+        for reader in readers:
+            reader.start()
+        code = self._wait(self.child)
+        for reader in readers:
+            reader.join(timeout=5)
+        if log is not None:
+            log.close()
+        return code
+
+    def _python(self) -> list[str]:
+        python = [sys.executable, "-u"]
+        if self.job.processes == 1:
+            return python
+        count = f"--nproc-per-node={self.job.processes}"
+        return [*python, "-m", "torch.distributed.run", "--standalone", count]
+
+    def _wait(self, child: subprocess.Popen[bytes]) -> int:
+        deadline: float | None = None
+        while True:
+            try:
+                return child.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                pass
+            if self.received is None or not self.number:
+                continue
+            if deadline is None:
+                deadline = time.monotonic() + max(self.job.signal_ahead_s - 15, 5)
+            elif time.monotonic() > deadline:
+                _say("the work did not save itself in time; its last checkpoint counts")
+                child.kill()
+
+    def _pass_on(self, source: IO[bytes] | None, target: Any, log: IO[bytes] | None) -> None:
+        assert source is not None
+        for line in iter(source.readline, b""):
+            text = line.decode("utf-8", "replace")
+            self.tail.append(text.rstrip("\n"))
+            with contextlib.suppress(OSError, ValueError):  # a closed terminal stops no work
+                target.write(text)
+                target.flush()
+            if log is not None:
+                log.write(line)
+                log.flush()
+
+    # --- the end ---
+
+    def _end(self, code: int, memory_ran_out: bool) -> int:
+        if code == 0:
+            if self.rank == 0:
+                self._close("done", "")
+            return 0
+        if code == _STOPPED or (self.received is not None and code != 2):
+            # With a signal on its way, an end by error is as good: the next start tells.
+            return self._stopped()
+        state, reason = self._failure(code, memory_ran_out)
+        self._note_failure(reason)
+        if self.rank == 0:
+            first = self._first_failure()
+            self._close(state, first or reason)
+        else:
+            _say(reason)
+        return code if code > 0 else 128 - code
+
+    def _stopped(self) -> int:
+        name = self.received.name if self.received is not None else "a signal to another process"
+        if not self.number:
+            self._close("stopped", f"stopped by {name}: run the same command to go on")
+            return _STOPPED
+        if self.rank:
+            self._wait_for_end()  # ending early would make srun end the one that requeues
+            return 0
+        state = job_states([self.number]).get(self.number)
+        if state is not None and state.restarts > self.restart:
+            self._close("requeued", f"{name}: SLURM runs the job again")
+            self._wait_for_end()
+            return 0
+        if self._others_failed():
+            self._close("failed", self._first_failure())
+            return 1
+        ran_out = (
+            state is not None
+            and state.run_s is not None
+            and state.limit_s is not None
+            and state.run_s >= state.limit_s
+        )
+        if state is not None and state.state in ("COMPLETING", "CANCELLED") and not ran_out:
+            self._close(
+                "cancelled",
+                f"{name}: job {self.number} was cancelled; what it had is saved, submit it again to go on",
+            )
+            return _STOPPED
+        if self._is_stalled(saved_progress(self.job.command, self.job.run_dir)):
+            self._close("stalled", self._stalled_sentence())
+            return 1
+        why = "preemption" if state is not None and state.preempted else "time limit or request"
+        self._close("requeued", f"{name} ({why}): the job goes on when it is its turn again")
+        problem = requeue(self.number)
+        if problem:
+            self._close(
+                "stopped",
+                f"{name}: everything is saved, but SLURM does not requeue job {self.number} "
+                f"({problem}): submit it again to go on",
+            )
+            return _STOPPED
+        self._wait_for_end()
+        return 0
+
+    def _wait_for_end(self) -> None:
+        """Leaving by itself, a job would count as finished before SLURM has requeued it."""
+        deadline = time.monotonic() + _WAIT_FOR_END_S
+        while not self.told_to_end and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    def _failure(self, code: int, memory_ran_out: bool) -> tuple[str, str]:
+        """State and sentence of work that ended by itself."""
+        whose = f"process {self.rank} of {self.world} on {socket.gethostname()}"
+        if code == -signal.SIGKILL or memory_ran_out:
+            certain = "was" if memory_ran_out else "was probably"
+            return "out_of_memory", (
+                f"the work must fit into the job's memory, got {whose} killed: it {certain} the memory "
+                "of the node; raise mem, or lower batch size, workers and caches (not requeued: it "
+                "would happen again)"
+            )
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = "; is /dev/shm full?" if name == "SIGBUS" else ""
+            return (
+                "failed",
+                f"the work must end by itself, got {whose} ended by {name}{hint}: see the log",
+            )
+        return "failed", _last_sentence(
+            self.tail
+        ) or f"{whose} ended with exit code {code}: see the log"
+
+    def _failures_folder(self) -> Path:
+        job = self.number or "local"
+        return Path(self.job.run_dir) / "slurm" / f"failed_{job}_{self.restart}"
+
+    def _note_failure(self, reason: str) -> None:
+        """For the first process, which fails next and would otherwise tell the wrong reason."""
+        if self.world == 1:
+            return
+        folder = self._failures_folder()
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{time.time():017.3f}_rank{self.rank}.txt"
+            path.write_text(reason, encoding="utf-8")
+
+    def _others_failed(self) -> bool:
+        return bool(self._first_failure())
+
+    def _first_failure(self) -> str:
+        if self.world == 1:
+            return ""
+        paths = sorted(self._failures_folder().glob("*.txt"))
+        with contextlib.suppress(OSError):
+            if paths:
+                rank = paths[0].stem.split("rank")[-1]
+                return f"process {rank} of {self.world}: {paths[0].read_text(encoding='utf-8')}"
+        return ""
+
+    def _close(self, state: str, reason: str) -> None:
+        self.record.state, self.record.reason = state, reason
+        write_record(self.job.run_dir, self.record)
+        _say(reason or state)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+def _say(sentence: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"dinocell: {sentence}", file=sys.stderr, flush=True)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("ab")
+
+
+def _last_sentence(lines: Sequence[str]) -> str:
+    """The command's own error message, else its last line."""
+    mark = "dinocell: error: "
+    for line in reversed(lines):
+        if line.startswith(mark):
+            return line.removeprefix(mark)
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _die_with_parent() -> None:
+    """In the child: be killed when the parent is, which has its own session (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _oom_kills() -> int:
+    """Processes that the kernel has killed for memory in this job's control group, 0 if unknown."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            candidates = [Path("/sys/fs/cgroup") / path.lstrip("/") / "memory.events"]
+        elif "memory" in controllers.split(","):
+            folder = Path("/sys/fs/cgroup/memory") / path.lstrip("/")
+            candidates = [folder / "memory.oom_control"]
+        else:
+            continue
+        for candidate in candidates:
+            with contextlib.suppress(OSError, ValueError):
+                for entry in candidate.read_text(encoding="utf-8").splitlines():
+                    if entry.startswith("oom_kill "):
+                        return int(entry.split()[1])
+    return 0

@@ -1,0 +1,98 @@
+"""Clusters, and configurations of seconds."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from slurm_cluster import Cluster, started_cluster
+
+# A pretraining of seconds: 120 iterations of 3 small pictures.
+PRETRAINING = """
+student: {arch: vit_tiny, patch_size: 8, drop_path_rate: 0.3, layerscale: 0.1, n_storage_tokens: 1}
+dino: {head_n_prototypes: 32, head_hidden_dim: 16, head_bottleneck_dim: 8}
+ibot: {head_n_prototypes: 32, head_hidden_dim: 16, head_bottleneck_dim: 8}
+compute_precision: {param_dtype: fp32}
+crops: {global_crops_size: 32, local_crops_size: 16, local_crops_number: 2}
+train:
+  dataset_path: ImageFolder:root=IMAGES
+  batch_size_per_gpu: 3
+  num_workers: 0
+  OFFICIAL_EPOCH_LENGTH: 30
+optim: {epochs: 4, warmup_epochs: 1, freeze_last_layer_epochs: 0}
+teacher: {warmup_teacher_temp_epochs: 1}
+checkpointing: {period: 1000}
+accelerator: {device: cpu}
+monitor: {enabled: false}
+"""
+
+FINE_TUNING = """
+name: small
+output_dir: OUT
+device: cpu
+model:
+  {size: tiny, patch_size: 16, image_channels: 4, window_px: 32, overlap_px: 8,
+   layerscale_init: 0.3, drop_path_rate: 0.2}
+data:
+  datasets: [{name: blobs, images: DATA/images, labels: DATA/labels}]
+  val_fraction: 0.34
+optimizer: {lr: 2.0e-3, warmup_steps: 2}
+schedule:
+  {steps: 600, batch_size: 2, precision: fp32, eval_every: 600, checkpoint_every: 1000, log_every: 1}
+"""
+
+
+def _usable() -> None:
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("the SLURM sandbox needs Linux and root: run these tests in a container")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    """A cluster that tells preempted jobs with the signal that they asked for."""
+    _usable()
+    lock = tmp_path_factory.getbasetemp().parent / "slurm.lock"
+    with started_cluster(tmp_path_factory.mktemp("state"), lock) as it:
+        yield it
+
+
+@pytest.fixture(scope="session")
+def term_cluster(tmp_path_factory) -> Iterator[Cluster]:
+    """A cluster that sends SIGTERM only."""
+    _usable()
+    lock = tmp_path_factory.getbasetemp().parent / "slurm.lock"
+    state = tmp_path_factory.mktemp("term_state")
+    with started_cluster(state, lock, SLURM_SANDBOX_PREEMPT_SIGNAL="term") as it:
+        yield it
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(3)
+    for index in range(10):
+        picture = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def pretraining(tmp_path, pictures) -> Path:
+    """A configuration of `dinocell pretrain`."""
+    path = tmp_path / "ssl.yaml"
+    path.write_text(PRETRAINING.replace("IMAGES", str(pictures)))
+    return path
+
+
+@pytest.fixture
+def fine_tuning(tmp_path, blob_data) -> Path:
+    """A configuration of `dinocell train` that writes to `tuned`."""
+    path = tmp_path / "train.yaml"
+    path.write_text(FINE_TUNING.replace("DATA", str(blob_data)).replace("OUT", "tuned"))
+    return path

@@ -1,0 +1,411 @@
+"""Jobs on a real SLURM: they finish, survive being cut, and say what became of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from slurm_cluster import last_iteration, wait_for
+
+from dinocell.cluster.record import read_record
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
+
+
+def teacher(run: Path) -> dict[str, torch.Tensor]:
+    path = run / "eval" / "training_119" / "teacher_checkpoint.pth"
+    return torch.load(path, weights_only=True)["teacher"]
+
+
+def losses(run: Path) -> dict[int, float]:
+    records = [json.loads(x) for x in (run / "training_metrics.json").read_text().splitlines()]
+    return {r["iteration"]: r["total_loss"] for r in records if "total_loss" in r}
+
+
+def log_of(run: Path) -> str:
+    (path,) = (run / "slurm").glob("*_0_log.out")
+    return path.read_text()
+
+
+def test_submit_follow_and_list(cluster, tmp_path, pretraining):
+    """From the submission to the teacher's file, with a follower that sees the log."""
+    done = cluster.dinocell(
+        "submit", "pretrain", str(pretraining), "optim.epochs=1", "-o", "run",
+        "--set", "cpus_per_gpu=1", "--set", "mem=800M", "--set", "environment.COLOUR=red",
+        "--set", "setup=[echo colour $COLOUR]", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.split()[1]
+    assert f"cancel: scancel {job}" in done.stdout
+    assert f"follow: tail -F {tmp_path}/run/slurm/{job}_0_log.out" in done.stdout
+    rows = json.loads(cluster.dinocell("jobs", "--json", cwd=tmp_path).stdout)
+    (row,) = [row for row in rows if row["job"] == job]
+    assert row["state"] in ("pending", "running", "configuring")
+    wait_for(lambda: "of 3 samples" in log_of(tmp_path / "run"), what="the log")
+    assert cluster.wait(job, "COMPLETED")["JobName"] == "ssl-run"
+    assert "colour red" in log_of(tmp_path / "run")
+    assert (tmp_path / "run/eval/training_29/teacher_checkpoint.pth").is_file()
+    listed = cluster.dinocell("jobs", cwd=tmp_path).stdout
+    assert any(
+        line.split()[:4] == [job, "ssl-run", "done", "30/30"] for line in listed.splitlines()
+    ), listed
+
+
+@pytest.fixture
+def whole(cluster, pretraining, tmp_path) -> Path:
+    """The same pretraining without interruption."""
+    done = cluster.dinocell("pretrain", str(pretraining), "-o", str(tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "whole"
+
+
+def test_preempted_by_usr2(cluster, tmp_path, pretraining, whole):
+    """Two preemptions: the run is bit for bit the one that was left alone, in one wandb run."""
+    run = tmp_path / "run"
+    job = cluster.submit(
+        "pretrain", str(pretraining), "wandb.enabled=true", "-o", "run", cwd=tmp_path
+    )
+    for after in (5, 50):
+        wait_for(lambda after=after: last_iteration(run) >= after, what=f"iteration {after}")
+        before = int(cluster.show(job)["Restarts"])
+        urgent = cluster.make_room()
+        wait_for(lambda n=before: int(cluster.show(job)["Restarts"]) > n, what="the requeue")
+        cluster.wait(urgent, "COMPLETED", "COMPLETING")
+    cluster.wait(job, "COMPLETED")
+    reference = teacher(whole)
+    assert all(torch.equal(value, reference[name]) for name, value in teacher(run).items())
+    assert losses(run).keys() >= {0, 10, 50, 100, 119}  # one file, which goes on
+    log = log_of(run)
+    assert log.count("SIGUSR2 (preemption)") == 2
+    assert "Traceback" not in log
+    record = read_record(run)
+    assert [start.restart for start in record.starts] == [0, 1, 2]
+    assert 0 < record.starts[1].progress < record.starts[2].progress < 120
+    assert record.state == "done"
+    # Lines are medians of the last steps: equal until the first cut.
+    expected = losses(whole)
+    early = [it for it in losses(run) if it < record.starts[1].progress and it in expected]
+    assert early
+    assert all(losses(run)[iteration] == expected[iteration] for iteration in early)
+    identities = {path.name.split("-")[-1] for path in (run / "wandb").glob("offline-run-*")}
+    assert identities == {(run / "wandb_run_id.txt").read_text().strip()}
+
+
+def test_preempted_by_sigterm_only(term_cluster, tmp_path, fine_tuning):
+    """The signal that submitit ignores: a fine-tuning saves itself and goes on, bit for bit."""
+    done = term_cluster.dinocell("train", str(fine_tuning), "output_dir=whole", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "tuned"
+    job = term_cluster.submit("train", str(fine_tuning), cwd=tmp_path)
+    wait_for(lambda: len((run / "metrics.jsonl").read_text().splitlines()) > 20)
+    term_cluster.make_room()
+    wait_for(lambda: int(term_cluster.show(job)["Restarts"]) == 1, what="the requeue")
+    record = read_record(run)
+    assert record.starts[0].progress == 0
+    assert "SIGTERM (preemption)" in log_of(run)
+    term_cluster.wait(job, "COMPLETED")
+    record = read_record(run)
+    assert 20 <= record.starts[1].progress < 600
+    assert (run / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "loss" in row] == list(range(1, 601))
+
+
+def test_time_limit(cluster, tmp_path, pretraining):
+    """USR2 comes ahead of the limit; the job is requeued and goes on."""
+    run = tmp_path / "run"
+    job = cluster.submit(
+        "pretrain", str(pretraining), "train.OFFICIAL_EPOCH_LENGTH=2000", "-o", "run",
+        "--time", "1", "--set", "signal_ahead_s=15", cwd=tmp_path,
+    )  # fmt: skip
+    wait_for(lambda: int(cluster.show(job)["Restarts"]) == 1, 100, "the requeue")
+    log = log_of(run)
+    assert "SIGUSR2 (time limit or request): the job goes on" in log
+    saved = max(int(path.name) for path in (run / "ckpt").iterdir() if path.name.isdigit())
+    wait_for(lambda: last_iteration(run) > saved, what="iterations after the requeue")
+    assert f"going on with iteration {saved + 1}" in log_of(run)
+    cluster.run("scancel", job)
+    cluster.wait(job, "CANCELLED")
+    wait_for(lambda: read_record(run).state == "cancelled", 30)
+
+
+def test_scancel_saves_and_is_final(cluster, tmp_path, pretraining):
+    """A cancelled job leaves a checkpoint, is not requeued; submitting again goes on."""
+    run = tmp_path / "run"
+    job = cluster.submit("pretrain", str(pretraining), "-o", "run", cwd=tmp_path)
+    wait_for(lambda: last_iteration(run) >= 5)
+    cluster.run("scancel", job)
+    cluster.wait(job, "CANCELLED")
+    wait_for(lambda: read_record(run).state == "cancelled", 30)
+    (checkpoint,) = (run / "ckpt").glob("[0-9]*")
+    assert int(checkpoint.name) >= 5
+    (row,) = [
+        row
+        for row in json.loads(cluster.dinocell("jobs", "--json", cwd=tmp_path).stdout)
+        if row["job"] == job
+    ]
+    assert row["state"] == "cancelled"
+    assert "submit it again to go on" in row["reason"]
+    again = cluster.submit("pretrain", str(pretraining), "-o", "run", cwd=tmp_path)
+    cluster.wait(again, "COMPLETED")
+    record = read_record(run)
+    assert [start.job for start in record.starts] == [job, again]
+    assert record.starts[1].progress == int(checkpoint.name) + 1
+
+
+# Modules that a training loads through ssl_evaluation.hook, for things that go wrong in it.
+OUT_OF_MEMORY = """
+import os, signal, threading
+def make(cfg):
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    return lambda *rest: {}
+"""
+DEAD_RANK = """
+import os, threading
+def make(cfg):
+    if os.environ["SLURM_PROCID"] == "1":
+        def explode(*rest):
+            raise RuntimeError("this process has an accident")
+        import dinov3.train.train as train
+        train._forward_backward_all = explode
+    return lambda *rest: {}
+"""
+HOOK = ("ssl_evaluation.period_iterations=1000", "ssl_evaluation.hook=accident:make")
+
+
+def with_module(cluster, folder: Path, text: str) -> str:
+    (folder / "accident.py").write_text(text)
+    path = f"{folder}:{cluster.environment['PYTHONPATH']}"
+    return f"environment.PYTHONPATH={path}"
+
+
+def test_out_of_memory_is_told_and_not_repeated(cluster, tmp_path, pretraining):
+    """What the kernel does to a process that takes too much: SIGKILL from nowhere."""
+    run = tmp_path / "run"
+    job = cluster.submit(
+        "pretrain", str(pretraining), *HOOK, "-o", "run",
+        "--set", with_module(cluster, tmp_path, OUT_OF_MEMORY), cwd=tmp_path,
+    )  # fmt: skip
+    assert cluster.wait(job, "FAILED", "COMPLETED")["Restarts"] == "0"
+    record = read_record(run)
+    assert record.state == "out_of_memory"
+    assert "raise mem, or lower batch size" in record.reason
+    assert "raise mem, or lower batch size" in cluster.dinocell("jobs", cwd=tmp_path).stdout
+
+
+def test_failure_is_told_and_not_repeated(cluster, tmp_path, pretraining):
+    job = cluster.submit(
+        "pretrain", str(pretraining), "train.dataset_path=ImageFolder:root=/nowhere",
+        "-o", "run", cwd=tmp_path,
+    )  # fmt: skip
+    assert cluster.wait(job, "FAILED")["ExitCode"] == "2:0"
+    listed = cluster.dinocell("jobs", cwd=tmp_path).stdout
+    assert "must have a folder, got /nowhere" in listed
+
+
+def test_requeues_without_progress_end(cluster, tmp_path, pretraining):
+    """A job that is requeued again and again before it saves anything is given up."""
+    run = tmp_path / "run"
+    run.mkdir()
+    job = cluster.submit(
+        "pretrain", str(pretraining), "-o", "run", "--set", "max_stalled_starts=2", cwd=tmp_path
+    )
+    for count in (1, 2):
+        wait_for(lambda n=count: len(read_record(run).starts) == n, what=f"start {count}")
+        cluster.run("scontrol", "requeue", job)  # as after the death of a node, with no checkpoint
+        wait_for(lambda n=count: cluster.show(job)["Restarts"] == str(n))
+        for path in (run / "ckpt").glob("*"):  # a node that died would not have saved
+            path.rename(tmp_path / f"saved_{count}")
+    cluster.wait(job, "FAILED")
+    record = read_record(run)
+    assert record.state == "stalled"
+    assert len(record.starts) == 2
+    assert "got 2 starts" in record.reason
+
+
+def test_two_processes_by_srun(cluster, tmp_path, pretraining, whole):
+    """srun starts both; one file of each kind; the losses are those of one process with the batch."""
+    job = cluster.submit(
+        "pretrain", str(pretraining), "optim.epochs=1", "-o", "run",
+        "--set", "tasks_per_node=2", cwd=tmp_path,
+    )  # fmt: skip
+    cluster.wait(job, "COMPLETED")
+    text = (tmp_path / "run" / "slurm" / f"{job}_0_log.out").read_text()
+    assert "30 iterations of 6 samples (3 x 2 processes x 1 accumulated)" in text
+    assert list(losses(tmp_path / "run")) == [0, 10, 20, 29]
+    assert len(read_record(tmp_path / "run").starts) == 1
+
+
+def test_dead_process_ends_the_job(cluster, tmp_path, pretraining):
+    """One of two processes fails: the job ends at once, with the reason of that one."""
+    run = tmp_path / "run"
+    job = cluster.submit(
+        "pretrain", str(pretraining), *HOOK, "-o", "run", "--set", "tasks_per_node=2",
+        "--set", with_module(cluster, tmp_path, DEAD_RANK), cwd=tmp_path,
+    )  # fmt: skip
+    begun = time.monotonic()
+    cluster.wait(job, "FAILED")
+    assert time.monotonic() - begun < 90
+    second = (run / "slurm" / f"{job}_1_log.out").read_text()
+    assert "Traceback" in second
+    assert "this process has an accident" in second
+    wait_for(lambda: read_record(run).state == "failed", 20)
+    assert read_record(run).reason.startswith("process 1 of 2: this process has an accident")
+    assert cluster.show(job)["Restarts"] == "0"
+
+
+def test_killed_process_ends_the_job(cluster, tmp_path, pretraining):
+    """A process that dies without a word does not leave the other waiting."""
+    run = tmp_path / "run"
+    job = cluster.submit(
+        "pretrain", str(pretraining), "-o", "run", "--set", "tasks_per_node=2", cwd=tmp_path
+    )
+    wait_for(lambda: last_iteration(run) >= 1)
+    victims = [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/environ")
+        if f"SLURM_JOB_ID={job}\0".encode() in (data := path.read_bytes())
+        and b"SLURM_PROCID=1\0" in data
+        and b"dinocell.cli" in (path.parent / "cmdline").read_bytes()
+    ]
+    assert len(victims) == 1
+    os.kill(victims[0], signal.SIGKILL)
+    cluster.wait(job, "FAILED")
+    wait_for(lambda: read_record(run).state != "running", 20)
+    assert read_record(run).reason.startswith("process 1 of 2:")
+
+
+def test_array_of_a_table(cluster, tmp_path, pretraining):
+    """One task a line, each in its folder with its values."""
+    (tmp_path / "sweep.csv").write_text("name,optim.lr,train.seed\nlow,1e-4,0\nhigh,1e-3,1\n")
+    done = cluster.dinocell(
+        "submit", "pretrain", str(pretraining), "optim.epochs=1", "-o", "sweep",
+        "--array", "sweep.csv", "--set", "cpus_per_gpu=1", "--set", "mem=800M", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.split()[1].rstrip(":")
+    after = cluster.submit(
+        "evaluate", "--pred", "p", "--truth", "t", "--dependency", f"afterany:{job}", cwd=tmp_path
+    )
+    assert (
+        f"{job}_" in cluster.show(after)["Dependency"] or job in cluster.show(after)["Dependency"]
+    )
+    for task in (0, 1):
+        cluster.wait(f"{job}_{task}", "COMPLETED")
+    rates = []
+    for label in ("low", "high"):
+        assert (tmp_path / "sweep" / label / "eval/training_29/teacher_checkpoint.pth").is_file()
+        text = (tmp_path / "sweep" / label / "config.yaml").read_text()
+        rates.append([line.split()[1] for line in text.splitlines() if line.startswith("  lr: ")])
+    assert rates == [["0.0001"], ["0.001"]]
+    assert cluster.wait(after, "FAILED")["JobState"] == "FAILED"  # there is no such folder
+    rows = json.loads(cluster.dinocell("jobs", "--json", cwd=tmp_path).stdout)
+    states = {row["job"]: row["state"] for row in rows}
+    assert states[f"{job}_0"] == states[f"{job}_1"] == "done"
+
+
+def test_wrong_wishes_are_refused(cluster, tmp_path, pretraining):
+    """SLURM's own reason in one sentence, and nothing left behind."""
+    for setting, words in (
+        ("partition=gpuu", "partitions here are train, urgent"),
+        ("gres=gpu:h100:8", "got a refusal"),
+    ):
+        done = cluster.dinocell(
+            "submit", "pretrain", str(pretraining), "-o", "run", "--set", setting, cwd=tmp_path
+        )
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list((tmp_path / "run").rglob("*.pkl"))
+
+
+def test_gpu_of_the_site(cluster, tmp_path, pretraining):
+    """The A100 profile of slurm/sites, but for the names of this cluster."""
+    job = cluster.submit(
+        "pretrain", str(pretraining), "optim.epochs=1", "-o", "run",
+        "--site", str(Path(__file__).parents[2] / "slurm/sites/a100.yaml"),
+        "--set", "partition=train", "--set", "setup=[echo devices $CUDA_VISIBLE_DEVICES]",
+        "--time", "10", cwd=tmp_path,
+    )  # fmt: skip
+    cluster.wait(job, "COMPLETED")
+    assert "devices 0" in log_of(tmp_path / "run")
+    assert "gpu:a100:1" in (tmp_path / "run" / "slurm" / f"{job}_submission.sh").read_text()
+
+
+@pytest.fixture(scope="module")
+def plate(tmp_path_factory) -> Path:
+    """Forty images and one that is none."""
+    from dinocell.image_io import write_image
+
+    folder = tmp_path_factory.mktemp("plate")
+    rng = np.random.default_rng(5)
+    rows, columns = np.mgrid[:96, :96]
+    for index in range(40):
+        image = rng.normal(200, 10, (96, 96))
+        for row, column in rng.uniform(12, 84, (6, 2)):
+            image[np.hypot(rows - row, columns - column) < 8] += 900
+        write_image(folder / f"field{index:02d}.tif", image.clip(0).astype(np.uint16))
+    (folder / "broken.tif").write_bytes(b"II*\0not an image")
+    return folder
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Everything but the parts' own files; the journal without its order."""
+    found = {}
+    for path in sorted(p for p in out.iterdir() if p.is_file()):
+        data = path.read_bytes()
+        found[path.name] = (
+            b"\n".join(sorted(data.splitlines())) if path.name == "images.jsonl" else data
+        )
+    return found
+
+
+def test_array_over_images_with_killed_tasks(cluster, tmp_path, plate):
+    """Tasks that are killed and run again: every file is what one process alone would have written."""
+    alone = cluster.dinocell("segment", str(plate), "-o", "alone", cwd=tmp_path)
+    assert alone.returncode == 1  # one image is broken
+    done = cluster.dinocell(
+        "submit", "segment", str(plate), "-o", "out", "--shards", "3",
+        "--set", "cpus_per_gpu=1", "--set", "mem=800M", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    job, merging = (
+        line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job ")
+    )
+    shards = tmp_path / "out" / "shards"
+    wait_for(lambda: len((shards / "0001" / "images.jsonl").read_text().splitlines()) >= 2)
+    cluster.run("scontrol", "requeue", f"{job}_1")
+    wait_for(lambda: len((shards / "0000" / "images.jsonl").read_text().splitlines()) >= 2)
+    cluster.run("scancel", "--signal=KILL", f"{job}_0")
+    for task in range(3):
+        cluster.wait(f"{job}_{task}", "COMPLETED", "FAILED", "CANCELLED")
+    assert cluster.show(f"{job}_0")["JobState"] != "COMPLETED"
+    assert cluster.show(f"{job}_1")["JobState"] == "COMPLETED"
+    cluster.wait(merging, "FAILED")  # it says what is missing
+    assert "images of shard 0" in log_of(shards / "merge")
+    summary = (tmp_path / "out" / "summary.csv").read_text()
+    assert "not done: shard 0 has not come to its end" in summary
+    again = cluster.dinocell(
+        "submit", "segment", str(plate), "-o", "out", "--shards", "3",
+        "--set", "cpus_per_gpu=1", "--set", "mem=800M", cwd=tmp_path,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "job " in again.stdout
+    merging = [x.split()[1] for x in again.stdout.splitlines() if x.startswith("job ")][-1]
+    cluster.wait(merging, "FAILED")  # an image is broken
+    expected, found = results(tmp_path / "alone"), results(tmp_path / "out")
+    cells = found.pop("cells.csv")
+    assert found.keys() == expected.keys()
+    assert found == expected
+    assert cells.count(b"\n") - 1 == sum(
+        data.count(b"\n") - 1 for name, data in expected.items() if name.endswith("_cells.csv")
+    )
+    assert b"broken" in found["summary.csv"]
