@@ -59,6 +59,7 @@ class JobState:
     restarts : how often it was requeued
     preempted : it has been told to make room
     run_s, limit_s : seconds that it has run, and its limit; None where unknown
+    log : file of its output, "" where unknown
     """
 
     job: str
@@ -68,6 +69,7 @@ class JobState:
     preempted: bool = False
     run_s: int | None = None
     limit_s: int | None = None
+    log: str = ""
 
     @property
     def waits_or_runs(self) -> bool:
@@ -132,6 +134,7 @@ def _parse(line: str) -> JobState | None:
         preempt_time not in ("None", "Unknown", ""),
         _seconds(values.get("RunTime", "")),
         _seconds(values.get("TimeLimit", "")),
+        values.get("StdOut", ""),
     )
 
 
@@ -160,3 +163,14 @@ def cluster_name() -> str:
     code, text, _ = _ask(["scontrol", "show", "config"])
     match = re.search(r"^ClusterName\s*=\s*(\S+)", text, flags=re.M) if code == 0 else None
     return match[1] if match else ""
+
+
+def expected_start(script: str) -> tuple[bool, str]:
+    """When SLURM would start a script: (True, time), or (False, why it would not)."""
+    code, out, error = _ask(["sbatch", "--test-only", script])
+    text = f"{out}\n{error}"
+    match = re.search(r"to start at (\S+)", text)
+    if code == 0 and match:
+        return True, match[1]
+    lines = [line.removeprefix("sbatch: error: ").strip() for line in text.splitlines()]
+    return False, next((line for line in reversed(lines) if line), "")

@@ -16,7 +16,7 @@ from typing import Any
 from dinocell.cluster.plan import PlannedRun
 from dinocell.cluster.record import Submission, note_submission
 from dinocell.cluster.site import SiteProfile, minutes_of
-from dinocell.cluster.slurm import cluster_name, partitions, slurm_is_here
+from dinocell.cluster.slurm import cluster_name, expected_start, partitions, slurm_is_here
 from dinocell.cluster.supervisor import SupervisedJob, supervise
 from dinocell.errors import MissingExtraError, StoppedError, UsageError
 
@@ -41,10 +41,12 @@ class Submitted:
     ----------
     job : number of the job or array
     tasks : (number, run, log file) of each
+    notice : when it is expected to start, or why SLURM would not start it as it is
     """
 
     job: str
     tasks: list[tuple[str, PlannedRun, Path]]
+    notice: str
 
     def text(self) -> str:
         """Numbers, logs, and how to follow and to cancel."""
@@ -53,6 +55,7 @@ class Submitted:
         lines += [f"  {number}  {run.run_dir}  log {log}" for number, run, log in self.tasks[:10]]
         if len(self.tasks) > 10:
             lines.append(f"  ... {len(self.tasks) - 10} more")
+        lines += [self.notice] if self.notice else []
         lines += [
             f"follow: tail -F {shlex.quote(str(self.tasks[0][2]))}",
             "watch:  dinocell jobs",
@@ -221,7 +224,19 @@ def submit(
         )  # fmt: skip
     except OSError as error:
         print(f"dinocell: `dinocell jobs` will not know this job ({error})", file=sys.stderr)
-    return Submitted(str(accepted[0].job_id).split("_")[0], tasks)
+    number = str(accepted[0].job_id).split("_")[0]
+    return Submitted(
+        number, tasks, "" if dependency else _notice(folder / f"{number}_submission.sh")
+    )
+
+
+def _notice(script: Path) -> str:
+    starts, text = expected_start(str(script))
+    if not text:
+        return ""
+    if starts:
+        return f"start:  SLURM expects {text}"
+    return f"note:   as things are, SLURM would not start it ({text}): compare the site profile with sinfo"
 
 
 def _clear(folder: Path) -> None:
@@ -229,6 +244,9 @@ def _clear(folder: Path) -> None:
     for path in [*folder.glob("submission_file_*.sh"), *folder.glob("*.pkl")]:
         if re.fullmatch(r"(submission_file_)?[0-9a-f]{32}", path.stem):
             path.unlink(missing_ok=True)
+    for link in folder.glob(".submission_file_*.sh"):
+        if not (link.is_symlink() and link.exists()):  # of a job that was accepted
+            link.unlink()
 
 
 def _refusal(error: Exception, site: SiteProfile) -> str:

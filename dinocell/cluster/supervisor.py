@@ -30,11 +30,14 @@ from typing import IO, Any
 from dinocell.cluster.record import (
     JobRecord,
     Start,
+    Submission,
+    note_submission,
     read_record,
+    read_submissions,
     saved_progress,
     write_record,
 )
-from dinocell.cluster.slurm import job_states, own_job, requeue
+from dinocell.cluster.slurm import cluster_name, job_states, own_job, requeue
 from dinocell.errors import StoppedError
 
 __all__ = ["SupervisedJob", "supervise"]
@@ -171,11 +174,32 @@ class _Supervisor:
         )
         self.record.state, self.record.reason = "running", ""
         write_record(self.job.run_dir, self.record)
+        if self.number and not self.restart:
+            self._enlist()
         again = f", requeued {self.restart} times" if self.restart else ""
         _say(
             f"start {len(self.record.starts)} of {' '.join(self.job.command)}"
             + (f" (job {self.number}{again})" if self.number else "")
         )
+
+    def _enlist(self) -> None:
+        """For `dinocell jobs`: a script that was handed to sbatch by itself is not in its list."""
+        cluster = cluster_name()
+        if any((item.cluster, item.job) == (cluster, self.number) for item in read_submissions()):
+            return
+        state = job_states([self.number]).get(self.number)
+        run_dir = Path(self.job.run_dir).resolve()
+        item = Submission(
+            self.number,
+            os.environ.get("SLURM_JOB_NAME", run_dir.name),
+            list(self.job.command),
+            str(run_dir),
+            "" if state is None else state.log,
+            time.time(),
+            cluster,
+        )
+        with contextlib.suppress(OSError):  # a home that nodes cannot write to
+            note_submission([item])
 
     def _run_child(self) -> int:
         """The command's exit code, negative for a signal."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from slurm_cluster import Cluster, started_cluster
 
-# A pretraining of seconds: 120 iterations of 3 small pictures.
+# A pretraining of seconds: 90 iterations of 3 small pictures.
 PRETRAINING = """
 student: {arch: vit_tiny, patch_size: 8, drop_path_rate: 0.3, layerscale: 0.1, n_storage_tokens: 1}
 dino: {head_n_prototypes: 32, head_hidden_dim: 16, head_bottleneck_dim: 8}
@@ -23,7 +23,7 @@ train:
   batch_size_per_gpu: 3
   num_workers: 0
   OFFICIAL_EPOCH_LENGTH: 30
-optim: {epochs: 4, warmup_epochs: 1, freeze_last_layer_epochs: 0}
+optim: {epochs: 3, warmup_epochs: 1, freeze_last_layer_epochs: 0}
 teacher: {warmup_teacher_temp_epochs: 1}
 checkpointing: {period: 1000}
 accelerator: {device: cpu}
@@ -42,7 +42,7 @@ data:
   val_fraction: 0.34
 optimizer: {lr: 2.0e-3, warmup_steps: 2}
 schedule:
-  {steps: 600, batch_size: 2, precision: fp32, eval_every: 600, checkpoint_every: 1000, log_every: 1}
+  {steps: 250, batch_size: 2, precision: fp32, eval_every: 250, checkpoint_every: 1000, log_every: 1}
 """
 
 

@@ -91,7 +91,7 @@ def wait_for(condition, within_s: float = 90, what: str = "") -> None:
     """Wait until a function gives something true."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError, AttributeError):
             if condition():
                 return
         time.sleep(0.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from slurm_cluster import last_iteration, wait_for
 
 from dinocell.cluster.record import read_record
@@ -19,7 +21,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
 
 
 def teacher(run: Path) -> dict[str, torch.Tensor]:
-    path = run / "eval" / "training_119" / "teacher_checkpoint.pth"
+    path = run / "eval" / "training_89" / "teacher_checkpoint.pth"
     return torch.load(path, weights_only=True)["teacher"]
 
 
@@ -71,7 +73,7 @@ def test_preempted_by_usr2(cluster, tmp_path, pretraining, whole):
     job = cluster.submit(
         "pretrain", str(pretraining), "wandb.enabled=true", "-o", "run", cwd=tmp_path
     )
-    for after in (5, 50):
+    for after in (5, 40):
         wait_for(lambda after=after: last_iteration(run) >= after, what=f"iteration {after}")
         before = int(cluster.show(job)["Restarts"])
         urgent = cluster.make_room()
@@ -80,13 +82,13 @@ def test_preempted_by_usr2(cluster, tmp_path, pretraining, whole):
     cluster.wait(job, "COMPLETED")
     reference = teacher(whole)
     assert all(torch.equal(value, reference[name]) for name, value in teacher(run).items())
-    assert losses(run).keys() >= {0, 10, 50, 100, 119}  # one file, which goes on
+    assert losses(run).keys() >= {0, 10, 50, 80, 89}  # one file, which goes on
     log = log_of(run)
     assert log.count("SIGUSR2 (preemption)") == 2
     assert "Traceback" not in log
     record = read_record(run)
     assert [start.restart for start in record.starts] == [0, 1, 2]
-    assert 0 < record.starts[1].progress < record.starts[2].progress < 120
+    assert 0 < record.starts[1].progress < record.starts[2].progress < 90
     assert record.state == "done"
     # Lines are medians of the last steps: equal until the first cut.
     expected = losses(whole)
@@ -111,12 +113,12 @@ def test_preempted_by_sigterm_only(term_cluster, tmp_path, fine_tuning):
     assert "SIGTERM (preemption)" in log_of(run)
     term_cluster.wait(job, "COMPLETED")
     record = read_record(run)
-    assert 20 <= record.starts[1].progress < 600
+    assert 20 <= record.starts[1].progress < 250
     assert (run / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in steps if "loss" in row] == list(range(1, 601))
+    assert [row["step"] for row in steps if "loss" in row] == list(range(1, 251))
 
 
 def test_time_limit(cluster, tmp_path, pretraining):
@@ -231,8 +233,8 @@ def test_requeues_without_progress_end(cluster, tmp_path, pretraining):
     assert "got 2 starts" in record.reason
 
 
-def test_two_processes_by_srun(cluster, tmp_path, pretraining, whole):
-    """srun starts both; one file of each kind; the losses are those of one process with the batch."""
+def test_two_processes_by_srun(cluster, tmp_path, pretraining):
+    """srun starts both; one file of each kind, written by the first."""
     job = cluster.submit(
         "pretrain", str(pretraining), "optim.epochs=1", "-o", "run",
         "--set", "tasks_per_node=2", cwd=tmp_path,
@@ -269,13 +271,17 @@ def test_killed_process_ends_the_job(cluster, tmp_path, pretraining):
         "pretrain", str(pretraining), "-o", "run", "--set", "tasks_per_node=2", cwd=tmp_path
     )
     wait_for(lambda: last_iteration(run) >= 1)
-    victims = [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/environ")
-        if f"SLURM_JOB_ID={job}\0".encode() in (data := path.read_bytes())
-        and b"SLURM_PROCID=1\0" in data
-        and b"dinocell.cli" in (path.parent / "cmdline").read_bytes()
-    ]
+    victims = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            variables = (folder / "environ").read_bytes()
+            command = (folder / "cmdline").read_bytes()
+            if (
+                f"SLURM_JOB_ID={job}\0".encode() in variables
+                and b"SLURM_PROCID=1\0" in variables
+                and b"dinocell.cli" in command
+            ):
+                victims.append(int(folder.name))
     assert len(victims) == 1
     os.kill(victims[0], signal.SIGKILL)
     cluster.wait(job, "FAILED")
@@ -303,28 +309,29 @@ def test_array_of_a_table(cluster, tmp_path, pretraining):
     rates = []
     for label in ("low", "high"):
         assert (tmp_path / "sweep" / label / "eval/training_29/teacher_checkpoint.pth").is_file()
-        text = (tmp_path / "sweep" / label / "config.yaml").read_text()
-        rates.append([line.split()[1] for line in text.splitlines() if line.startswith("  lr: ")])
-    assert rates == [["0.0001"], ["0.001"]]
+        values = yaml.safe_load((tmp_path / "sweep" / label / "config.yaml").read_text())
+        rates.append((values["optim"]["lr"], values["train"]["seed"]))
+    assert rates == [(1e-4, 0), (1e-3, 1)]
     assert cluster.wait(after, "FAILED")["JobState"] == "FAILED"  # there is no such folder
     rows = json.loads(cluster.dinocell("jobs", "--json", cwd=tmp_path).stdout)
     states = {row["job"]: row["state"] for row in rows}
     assert states[f"{job}_0"] == states[f"{job}_1"] == "done"
 
 
-def test_wrong_wishes_are_refused(cluster, tmp_path, pretraining):
-    """SLURM's own reason in one sentence, and nothing left behind."""
-    for setting, words in (
-        ("partition=gpuu", "partitions here are train, urgent"),
-        ("gres=gpu:h100:8", "got a refusal"),
-    ):
-        done = cluster.dinocell(
-            "submit", "pretrain", str(pretraining), "-o", "run", "--set", setting, cwd=tmp_path
-        )
-        assert done.returncode == 2
-        assert words in done.stderr
-        assert "Traceback" not in done.stderr
-        assert not list((tmp_path / "run").rglob("*.pkl"))
+def test_wrong_wishes(cluster, tmp_path, pretraining):
+    """SLURM's own reason in one sentence and nothing left behind; a word on what would wait for ever."""
+    command = ["submit", "pretrain", str(pretraining), "-o", "run", "--set"]
+    done = cluster.dinocell(*command, "partition=gpuu", "--set", "cpus_per_gpu=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "got a refusal (invalid partition specified: gpuu" in done.stderr
+    assert "partitions here are train, urgent" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    for wish in ("cpus_per_gpu=99", "gres=gpu:h100:8"):
+        done = cluster.dinocell(*command, wish, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "as things are, SLURM would not start it" in done.stdout
+        cluster.run("scancel", done.stdout.split()[1])
 
 
 def test_gpu_of_the_site(cluster, tmp_path, pretraining):
