@@ -55,6 +55,7 @@ __all__ = [
     "learning_rate_factor",
     "parameter_groups",
     "process_factor",
+    "step_seed",
     "train",
 ]
 
@@ -76,9 +77,6 @@ _LATER_KEYS = (("optimizer", "scaling_rule"),)
 # Several processes ask one another every so many steps whether a signal came: each question waits
 # for the slowest.
 _STOP_PERIOD = 10
-# torch's CPU generator keeps the low 32 bits of a seed; an odd number, here 2³² divided by the golden
-# ratio, keeps the seeds of processes apart there and far from those of neighbouring steps.
-_RANK_SEED = 0x9E3779B1
 _COARSE_GRIDS: dict[str, Any] = {
     "peak_grid": (0.4, 0.5, 0.6, 0.7),
     "fill_grid": (0.1, 0.2, 0.3, 0.4),
@@ -129,6 +127,15 @@ def process_factor(rule: str, num_processes: int) -> float:
     if rule == "none":
         return 1.0
     return float(num_processes) if rule == "linear" else math.sqrt(num_processes)
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Seed of stochastic depth in a step of a process: other crops drop other paths.
+
+    torch's CPU generator keeps the low 32 bits of a seed.  Multiples of an odd number (here 2³² divided
+    by the golden ratio) differ there, and lie far from the seeds of neighbouring steps.
+    """
+    return seed * 1_000_003 + step + rank * 0x9E3779B1
 
 
 def parameter_groups(model: DINOCell, config: TrainConfig) -> list[dict[str, Any]]:
@@ -345,7 +352,7 @@ class _Trainer:
     def _step(self, image: Tensor, target: Tensor) -> tuple[float, float]:
         config = self.config
         # Stochastic depth draws from torch's generator: seeding by step makes resuming exact.
-        torch.manual_seed(config.seed * 1_000_003 + self.step + self.processes.rank * _RANK_SEED)
+        torch.manual_seed(step_seed(config.seed, self.step, self.processes.rank))
         self.model.train()
         if config.backbone.frozen:
             self.model.backbone.eval()

@@ -24,7 +24,7 @@ from dinocell.model import DINOCell, load_model
 from dinocell.training.checkpoints import find_checkpoints, load_checkpoint
 from dinocell.training.processes import Processes, is_main_process, processes_of_run
 from dinocell.training.synchronized_norm import SynchronizedBatchNorm2d, synchronize_batch_norm
-from dinocell.training.trainer import process_factor, train
+from dinocell.training.trainer import process_factor, step_seed, train
 
 ROOT = Path(__file__).parents[3]
 
@@ -185,6 +185,7 @@ def test_a_signal_to_one_stops_both_and_the_run_goes_on_exactly(blob_data, tmp_p
     """Stochastic depth is on; evaluation only at the end, checkpoints by the signal only."""
     changes = {
         "model__drop_path_rate": 0.2,
+        "schedule__precision": "bf16",
         "schedule__steps": 30,
         "schedule__eval_every": 30,
         "schedule__checkpoint_every": 30,
@@ -216,8 +217,8 @@ def test_a_signal_to_one_stops_both_and_the_run_goes_on_exactly(blob_data, tmp_p
     assert stopped_at in (10, 20)
     assert column(cut, "loss")[-1][0] == stopped_at
 
-    for mapping in (mapping, settings(blob_data, whole, **changes)):
-        done = run_two(mapping)
+    for again in (mapping, settings(blob_data, whole, **changes)):
+        done = run_two(again)
         assert done.returncode == 0, done.stderr[-3000:]
     assert column(cut, "loss") == column(whole, "loss")
     assert column(cut, "gradient_norm") == column(whole, "gradient_norm")
@@ -233,6 +234,20 @@ def test_a_signal_to_one_stops_both_and_the_run_goes_on_exactly(blob_data, tmp_p
 def test_scaling_rules(rule, factor):
     assert process_factor(rule, 4) == factor
     assert process_factor(rule, 1) == 1.0  # one process: exactly as configured
+
+
+def test_processes_drop_other_paths():
+    assert step_seed(3, 5) == step_seed(3, 5, rank=0) == 3 * 1_000_003 + 5
+    drawn = {
+        tuple(
+            torch.rand(
+                4, generator=torch.Generator().manual_seed(step_seed(0, step, rank))
+            ).tolist()
+        )
+        for step in range(50)
+        for rank in range(50)
+    }
+    assert len(drawn) == 50 * 50
 
 
 def test_the_scaling_rule_is_one_of_three(blob_data, tmp_path):
@@ -362,14 +377,14 @@ main(["-v", "train", sys.argv[2]])
 
 
 @pytest.mark.parametrize(
-    ("how", "sentence", "count"),
+    ("how", "sentence"),
     [
-        ("nan", "the training loss must be finite, got nan at step 2", 2),
-        ("raise", "error: the disk of process 1 went away", 1),
-        ("exit", "exitcode  : 7", 1),
+        ("nan", "dinocell: error: the training loss must be finite, got nan at step 2"),
+        ("raise", "dinocell: error: the disk of process 1 went away"),
+        ("exit", "exitcode  : 7"),
     ],
 )
-def test_the_end_of_one_process_ends_all(blob_data, tmp_path, how, sentence, count):
+def test_the_end_of_one_process_ends_all(blob_data, tmp_path, how, sentence):
     program, path = tmp_path / "broken.py", tmp_path / "run.yaml"
     program.write_text(BROKEN)
     changes = {"schedule__steps": 2000, "schedule__eval_every": 2000}
@@ -378,7 +393,9 @@ def test_the_end_of_one_process_ends_all(blob_data, tmp_path, how, sentence, cou
     done = run(str(program), how, str(path))
     assert done.returncode != 0
     assert time.monotonic() - started < 45  # starting takes most of it; a wait would be 30 minutes
-    assert done.stderr.count(f"{sentence}") == count, done.stderr
+    assert sentence in done.stderr, done.stderr
+    if how == "nan":  # both know the reason, neither meets a connection that broke
+        assert "onnection" not in done.stderr
     assert [step for step, _ in column(tmp_path / "run", "loss")] == [1, 2]
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
