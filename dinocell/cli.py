@@ -266,11 +266,16 @@ def train(
     Run the same command again after an interruption: it continues from the last checkpoint.
 
     Example: `dinocell train configs/finetune/dsb2018_tiny.yaml optimizer.lr=5e-4`
+
+    On 2 GPUs: `torchrun --nproc-per-node=2 -m dinocell.cli train configs/finetune/dsb2018_tiny.yaml`
     """
     from dinocell.config import load_config
+    from dinocell.training.processes import is_main_process
     from dinocell.training.trainer import train as run_training
 
     result = run_training(load_config(config, overrides or []))
+    if not is_main_process():
+        return
     settings = ", ".join(f"{name} {value:g}" for name, value in result.thresholds.items())
     print(
         f"model: {result.model_path} (step {result.step}"

@@ -266,7 +266,8 @@ class OptimizerConfig:
 
     `weight_decay` acts on matrices only, not on biases, norms, tokens or LayerScale.
     `min_lr_ratio` is the final learning rate as a share of `lr`.  `clip_norm` bounds the gradient
-    norm (0: off).
+    norm (0: off).  `scaling_rule` multiplies `lr` where several processes make the batch larger:
+    `sqrt` by the square root of their number, `linear` by their number, `none` not at all.
     """
 
     lr: float = 5e-4
@@ -275,8 +276,10 @@ class OptimizerConfig:
     warmup_steps: int = 250
     min_lr_ratio: float = 0.01
     clip_norm: float = 1.0
+    scaling_rule: str = "sqrt"
 
     def __post_init__(self) -> None:
+        _require_choice("optimizer.scaling_rule", self.scaling_rule, ("none", "sqrt", "linear"))
         _require(self.lr > 0, f"optimizer.lr must be above 0, got {self.lr}: 5e-4 is usual")
         for name in ("weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm"):
             _require_at_least(f"optimizer.{name}", getattr(self, name), 0)
@@ -293,7 +296,7 @@ class ScheduleConfig:
     Attributes
     ----------
     steps : optimizer steps in all.
-    batch_size : crops per step.
+    batch_size : crops per step of each process; a step of W processes has W times as many.
     crop_px : edge of a training crop; null takes the model's window.
     precision : `bf16` (autocast) or `fp32`.
     ema_decay : decay per step of the averaged weights that are validated and shipped; 0: off.
@@ -340,7 +343,8 @@ class TrainConfig:
     """One fine-tuning run: `dinocell train FILE [key=value ...]`.
 
     `device` is `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `seed` fixes the start, the split and
-    every crop.  `licence` and `description` go into the model card.
+    every crop.  Several processes (torchrun, srun) want `auto`, `cuda` (then each takes the GPU of
+    its number) or `cpu`.  `licence` and `description` go into the model card.
     """
 
     name: str = "dinocell"

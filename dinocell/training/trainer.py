@@ -1,7 +1,8 @@
 """The fine-tuning loop: `dinocell train`.
 
-Everything random is a pure function of (seed, step), so a run that was cut anywhere continues bit
-for bit on the CPU from its last checkpoint.
+Everything random is a pure function of (seed, step, process), so a run that was cut anywhere
+continues bit for bit on the CPU from its last checkpoint.  Several processes (torchrun, srun) share
+the crops of a step: they see the samples that one process with the whole batch would see.
 """
 
 from __future__ import annotations
@@ -40,17 +41,21 @@ from dinocell.errors import (
 from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
 from dinocell.image_io import atomic_path
 from dinocell.inference import predict_distance_map
-from dinocell.model import DINOCell, resolve_device, save_model, with_config
+from dinocell.model import DINOCell, save_model, with_config
 from dinocell.progress import Progress, progress
 from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
 from dinocell.training.datasets import CropDataset, Pair, read_pair, split_pairs
 from dinocell.training.losses import distance_loss
+from dinocell.training.processes import Processes, processes_of_run
+from dinocell.training.synchronized_norm import synchronize_batch_norm
 
 __all__ = [
     "TrainResult",
     "TrainingInterruptedError",
     "learning_rate_factor",
     "parameter_groups",
+    "process_factor",
+    "step_seed",
     "train",
 ]
 
@@ -67,6 +72,11 @@ _FREE_KEYS = (
     ("description",),
     ("licence",),
 )
+# Keys that runs of earlier versions lack; those had one process, where they change nothing.
+_LATER_KEYS = (("optimizer", "scaling_rule"),)
+# Several processes ask one another every so many steps whether a signal came: each question waits
+# for the slowest.
+_STOP_PERIOD = 10
 _COARSE_GRIDS: dict[str, Any] = {
     "peak_grid": (0.4, 0.5, 0.6, 0.7),
     "fill_grid": (0.1, 0.2, 0.3, 0.4),
@@ -108,6 +118,26 @@ def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -
     return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine
 
 
+def process_factor(rule: str, num_processes: int) -> float:
+    """Multiple of `optimizer.lr` for a batch that is `num_processes` times `schedule.batch_size`.
+
+    `linear` (Goyal et al. 2017) suits SGD; `sqrt` (Malladi et al. 2022) suits Adam, whose step does
+    not grow with the gradient; `none` leaves the configured rate.
+    """
+    if rule == "none":
+        return 1.0
+    return float(num_processes) if rule == "linear" else math.sqrt(num_processes)
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Seed of stochastic depth in a step of a process: other crops drop other paths.
+
+    torch's CPU generator keeps the low 32 bits of a seed.  Multiples of an odd number (here 2³² divided
+    by the golden ratio) differ there, and lie far from the seeds of neighbouring steps.
+    """
+    return seed * 1_000_003 + step + rank * 0x9E3779B1
+
+
 def parameter_groups(model: DINOCell, config: TrainConfig) -> list[dict[str, Any]]:
     """AdamW groups: backbone and decoder apart, weight decay on matrices only, layer decay.
 
@@ -141,7 +171,8 @@ def train(config: TrainConfig, *, shown: bool = True, stop_after: int | None = N
 
     Writes into `config.output_dir`: `config.yaml` (resolved), `metrics.jsonl`, `checkpoints/`,
     `best.safetensors` (best validation AP so far), and at the end `model.safetensors` (float16,
-    with tuned thresholds) and `curves.png`.
+    with tuned thresholds) and `curves.png`.  Started by torchrun or srun, the processes train one
+    model together; only process 0 writes, and all return the same result.
 
     Parameters
     ----------
@@ -154,7 +185,8 @@ def train(config: TrainConfig, *, shown: bool = True, stop_after: int | None = N
     Raises
     ------
     ConfigError
-        The output folder holds a run of another configuration.
+        The output folder holds a run of another configuration or of another number of processes,
+        or the device does not suit several processes.
     DataSetError, ImageFileError
         The data do not fit.
     CheckpointError
@@ -162,19 +194,27 @@ def train(config: TrainConfig, *, shown: bool = True, stop_after: int | None = N
     TrainingInterruptedError
         SIGINT, SIGTERM or SIGUSR2 came, or `stop_after` was reached; a checkpoint is written.
     """
-    return _Trainer(config, shown=shown, stop_after=stop_after).run()
+    with processes_of_run(config.device) as processes:
+        return _Trainer(config, processes, shown=shown, stop_after=stop_after).run()
 
 
 class _Trainer:
-    def __init__(self, config: TrainConfig, *, shown: bool, stop_after: int | None) -> None:
+    def __init__(
+        self, config: TrainConfig, processes: Processes, *, shown: bool, stop_after: int | None
+    ) -> None:
         self.config = config
-        self.shown = shown
+        self.processes = processes
+        self.shown = shown and processes.is_main
         self.stop_after = stop_after
         self.output_dir = Path(config.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.log_path = self.output_dir / "metrics.jsonl"
-        self.device = resolve_device(config.device)
+        self.device = processes.device
         self.crop_px = config.schedule.crop_px or config.model.window_px
+        self.global_batch_size = config.schedule.batch_size * processes.world_size
+        self.learning_rate = config.optimizer.lr * process_factor(
+            config.optimizer.scaling_rule, processes.world_size
+        )
         self.step = 0
         self.best_ap = -1.0
         self.best_step = 0
@@ -182,7 +222,7 @@ class _Trainer:
         self._stop_signal: int | None = None
 
     def run(self) -> TrainResult:
-        self._claim_output_dir()
+        self.processes.on_main(self._claim_output_dir)
         train_pairs, val_pairs = split_pairs(self.config.data, self.config.seed)
         torch.manual_seed(self.config.seed)
         self.model = DINOCell(self.config.model)
@@ -192,12 +232,18 @@ class _Trainer:
         if self.config.backbone.frozen:
             self.model.backbone.requires_grad_(False)
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if self.processes.world_size > 1:
+            # After the copy: what is validated and saved stays a plain model.
+            self.model.decoder = synchronize_batch_norm(self.model.decoder)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, self.config),
             lr=self.config.optimizer.lr,
             betas=self.config.optimizer.betas,
         )
         self._resume()
+        # Random numbers may differ in the last digit between kinds of CPU, replicas must not.
+        self.processes.share_weights(self.model)
+        self.processes.share_weights(self.averaged)
         dataset = CropDataset(
             train_pairs,
             self.config.data.datasets,
@@ -205,17 +251,16 @@ class _Trainer:
             augment=self.config.augment,
             crop_px=self.crop_px,
             seed=self.config.seed,
-            length=self.config.schedule.steps * self.config.schedule.batch_size,
+            length=self.config.schedule.steps * self.global_batch_size,
             cache_bytes=self.config.data.cache_bytes,
             shown=self.shown,
         )
-        self.val_samples = [read_pair(pair) for pair in val_pairs]
-        if not any(labels.any() for _, labels in self.val_samples):
-            raise DataSetError(
-                f"validation images must hold cells, got {len(val_pairs)} without any: name other "
-                "val_labels, or raise data.val_fraction"
-            )
-        self._write_config()
+        self.num_val_images = len(val_pairs)
+        self.processes.on_main(lambda: self._read_all_validation(val_pairs))
+        if not self.processes.is_main:
+            own = val_pairs[self.processes.rank :: self.processes.world_size]
+            self.val_samples = [read_pair(pair) for pair in own]
+        self.processes.on_main(self._write_config)
         with self._signals(), self._wandb() as self.wandb_run:
             stopped_early = self._loop(dataset)
             return self._finish(train_pairs, val_pairs, stopped_early)
@@ -228,12 +273,19 @@ class _Trainer:
             return True  # stopped early before: a second call must not train on
         loader = DataLoader(
             dataset,
-            batch_sampler=_StepSampler(self.step, schedule.steps, schedule.batch_size),
+            batch_sampler=_StepSampler(
+                self.step,
+                schedule.steps,
+                schedule.batch_size,
+                rank=self.processes.rank,
+                world_size=self.processes.world_size,
+            ),
             num_workers=self.config.data.num_workers,
         )
         losses: list[float] = []
         waited_s, logged_at = 0.0, time.monotonic()
         with progress("training", schedule.steps, shown=self.shown, done=self.step) as bar:
+            bar.write(self._plan())
             fetched_at = time.monotonic()
             for image, target in loader:
                 waited_s += time.monotonic() - fetched_at
@@ -249,7 +301,7 @@ class _Trainer:
                             "loss": float(np.mean(losses)),
                             "lr": self.optimizer.param_groups[0]["lr"],
                             "gradient_norm": gradient_norm,
-                            "crops_per_s": len(losses) * schedule.batch_size / (now - logged_at),
+                            "crops_per_s": len(losses) * self.global_batch_size / (now - logged_at),
                             "wait_share": waited_s / (now - logged_at),
                         }
                     )
@@ -258,22 +310,40 @@ class _Trainer:
                 if validated:
                     self._validate(bar)
                 stopped_early = self._patience_is_over()
-                interrupted = self._stop_signal is not None or self.step == self.stop_after
+                interrupted = self._signal_agreed() or self.step == self.stop_after
                 if self.step % schedule.checkpoint_every == 0 or interrupted or stopped_early:
-                    self._save()
+                    self.processes.on_main(self._save)
                 if stopped_early:
                     bar.write(f"stopped early: no better validation AP since step {self.best_step}")
                     return True
                 if interrupted and self.step < schedule.steps:
+                    self.processes.ends_together = True
                     raise TrainingInterruptedError(
                         f"training must reach step {schedule.steps}, got a signal at step "
                         f"{self.step}: run the same command to go on from its checkpoint"
                     )
                 fetched_at = time.monotonic()
-        newest = find_checkpoints(self.checkpoint_dir)
-        if not newest or newest[-1][0] < self.step:
-            self._save()
+        self.processes.on_main(self._save_if_missing)
         return False
+
+    def _plan(self) -> str:
+        """What is done from here, in one line."""
+        schedule, optimizer = self.config.schedule, self.config.optimizer
+        num_processes = self.processes.world_size
+        text = f"{schedule.steps} steps of {self.global_batch_size} crops"
+        if num_processes > 1:
+            text += f" ({schedule.batch_size} x {num_processes} processes)"
+        text += f", learning rate {self.learning_rate:.3g}"
+        if num_processes > 1:
+            text += f" ({optimizer.scaling_rule} rule, configured {optimizer.lr:g})"
+        return text
+
+    def _signal_agreed(self) -> bool:
+        """Whether all processes stop after this step because one of them got a signal."""
+        received = self._stop_signal is not None
+        if self.processes.world_size == 1:
+            return received
+        return self.step % _STOP_PERIOD == 0 and self.processes.any(received)
 
     def _patience_is_over(self) -> bool:
         patience = self.config.schedule.patience
@@ -282,27 +352,30 @@ class _Trainer:
     def _step(self, image: Tensor, target: Tensor) -> tuple[float, float]:
         config = self.config
         # Stochastic depth draws from torch's generator: seeding by step makes resuming exact.
-        torch.manual_seed(config.seed * 1_000_003 + self.step)
+        torch.manual_seed(step_seed(config.seed, self.step, self.processes.rank))
         self.model.train()
         if config.backbone.frozen:
             self.model.backbone.eval()
         factor = learning_rate_factor(self.step, config.optimizer, config.schedule.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * group["lr_scale"] * factor
+            group["lr"] = self.learning_rate * group["lr_scale"] * factor
         autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
         if config.schedule.precision == "bf16":
             autocast = torch.autocast(self.device.type, torch.bfloat16)
         with autocast:
             predicted = self.model(image.to(self.device, non_blocking=True))
         loss = distance_loss(predicted, target.to(self.device, non_blocking=True))
-        value = float(loss.detach())
+        # One loss that is not finite spoils the mean, so all processes meet it here together.
+        value = self.processes.mean(float(loss.detach()))
         if not math.isfinite(value):
+            self.processes.ends_together = True
             raise CheckpointError(
                 f"the training loss must be finite, got {value} at step {self.step}: lower "
                 "optimizer.lr, or go on from the last checkpoint with schedule.precision=fp32"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.processes.average_gradients(self.model)
         limit = config.optimizer.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in self.model.parameters() if p.requires_grad], limit
@@ -324,27 +397,62 @@ class _Trainer:
 
     # ---- validation -----------------------------------------------------------------------
 
+    def _read_all_validation(self, val_pairs: Sequence[Pair]) -> None:
+        self.val_samples = [read_pair(pair) for pair in val_pairs]
+        if not any(labels.any() for _, labels in self.val_samples):
+            raise DataSetError(
+                f"validation images must hold cells, got {len(val_pairs)} without any: name other "
+                "val_labels, or raise data.val_fraction"
+            )
+
     def _predict_validation(
         self, model: DINOCell
     ) -> list[tuple[NDArray[np.float32], NDArray[np.uint32]]]:
+        """Distance map and truth of every validation image in process 0, nothing in the others.
+
+        Process 0 knows all images and predicts its share of them; the others know their share only.
+        """
         model.eval()
-        return [(predict_distance_map(model, image), truth) for image, truth in self.val_samples]
+        own = self.val_samples
+        if self.processes.is_main:
+            own = own[:: self.processes.world_size]
+        maps = self.processes.gather(
+            [predict_distance_map(model, image) for image, _ in own], self.num_val_images
+        )
+        if maps is None:
+            return []
+        truths = [truth for _, truth in self.val_samples]
+        return list(zip(maps, truths, strict=True))
 
     def _validate(self, bar: Progress) -> None:
         started = time.monotonic()
         samples = self._predict_validation(self.averaged)
+        self.best_ap, self.best_step, self.validations_without_gain = self.processes.on_main(
+            lambda: self._judge(samples, started, bar)
+        )
+
+    def _judge(
+        self,
+        samples: Sequence[tuple[NDArray[np.float32], NDArray[np.uint32]]],
+        started: float,
+        bar: Progress,
+    ) -> tuple[float, int, int]:
+        """Tune, keep the model if it is the best so far; (best AP, its step, tries since)."""
+        best_ap, best_step, without_gain = (
+            self.best_ap,
+            self.best_step,
+            self.validations_without_gain + 1,
+        )
         tuned = tune_thresholds(
             samples, metric="ap50", min_area_px=self.config.model.min_area_px, **_COARSE_GRIDS
         )
         ap = tuned.best_score
-        if ap > self.best_ap:
-            self.best_ap, self.best_step, self.validations_without_gain = ap, self.step, 0
+        if ap > best_ap:
+            best_ap, best_step, without_gain = ap, self.step, 0
             save_model(
                 self.output_dir / "best.safetensors",
                 with_config(self.averaged, **_thresholds(tuned)),
             )
-        else:
-            self.validations_without_gain += 1
         self._log(
             {
                 "step": self.step,
@@ -353,7 +461,8 @@ class _Trainer:
                 **_thresholds(tuned),
             }
         )
-        bar.write(f"step {self.step}: validation AP@0.5 {ap:.4f} (best {self.best_ap:.4f})")
+        bar.write(f"step {self.step}: validation AP@0.5 {ap:.4f} (best {best_ap:.4f})")
+        return best_ap, best_step, without_gain
 
     # ---- files ----------------------------------------------------------------------------
 
@@ -381,6 +490,11 @@ class _Trainer:
                 yaml.safe_dump(config_to_mapping(self.config), sort_keys=False), encoding="utf-8"
             )
 
+    def _save_if_missing(self) -> None:
+        newest = find_checkpoints(self.checkpoint_dir)
+        if not newest or newest[-1][0] < self.step:
+            self._save()
+
     def _save(self) -> None:
         save_checkpoint(
             self.checkpoint_dir,
@@ -393,17 +507,27 @@ class _Trainer:
                 "best_ap": self.best_ap,
                 "best_step": self.best_step,
                 "validations_without_gain": self.validations_without_gain,
+                "processes": self.processes.world_size,
             },
             keep=self.config.schedule.keep_checkpoints,
         )
 
     def _resume(self) -> None:
-        checkpoints = find_checkpoints(self.checkpoint_dir)
+        # Asked of process 0 only: the listing of a network folder may be old elsewhere.
+        checkpoints = self.processes.on_main(lambda: find_checkpoints(self.checkpoint_dir))
         if not checkpoints:
-            self._truncate_log()
+            self.processes.on_main(self._truncate_log)
             return
         _, path = checkpoints[-1]
         state = load_checkpoint(path)
+        num_processes = state.get("processes", 1)  # earlier versions had one
+        if num_processes != self.processes.world_size:
+            self.processes.ends_together = True
+            raise ConfigError(
+                f"a run must continue with the number of processes it was started with, got "
+                f"{self.processes.world_size} where {path} is of {num_processes}: start as many "
+                "processes, or choose another output_dir"
+            )
         try:
             self.model.load_state_dict(state["model"])
             self.averaged.load_state_dict(state["averaged"])
@@ -418,7 +542,7 @@ class _Trainer:
                 f"a checkpoint must fit the configured model, got {path} ({reason}): choose "
                 "another output_dir"
             ) from error
-        self._truncate_log()
+        self.processes.on_main(self._truncate_log)
 
     def _truncate_log(self) -> None:
         """Drop lines of steps that will be done again."""
@@ -436,6 +560,8 @@ class _Trainer:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def _log(self, row: dict[str, Any]) -> None:
+        if not self.processes.is_main:
+            return
         with self.log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.wandb_run is not None:
@@ -456,6 +582,9 @@ class _Trainer:
             raise MissingExtraError(
                 'wandb.enabled needs the package wandb, which is not installed: pip install "dinocell[wandb]"'
             ) from error
+        if not self.processes.is_main:
+            yield None  # after the import: a missing package stops all processes alike
+            return
         id_path = self.output_dir / "wandb_id"
         if not id_path.exists():
             id_path.write_text(secrets.token_hex(4), encoding="utf-8")
@@ -498,12 +627,29 @@ class _Trainer:
     def _finish(
         self, train_pairs: Sequence[Pair], val_pairs: Sequence[Pair], stopped_early: bool
     ) -> TrainResult:
-        best = DINOCell.from_pretrained(self.output_dir / "best.safetensors", device=self.device)
+        best = self.averaged  # its weights are overwritten; it is not needed any more
+        if self.processes.is_main:
+            path = self.output_dir / "best.safetensors"
+            best = DINOCell.from_pretrained(path, device=self.device)
+        self.processes.share_weights(best)
         # Tuned on the float16 weights that are shipped, not on better ones.
         for value in best.state_dict().values():
             if value.is_floating_point():
                 value.copy_(value.half())
         samples = self._predict_validation(best)
+        return self.processes.on_main(
+            lambda: self._ship(best, samples, train_pairs, val_pairs, stopped_early)
+        )
+
+    def _ship(
+        self,
+        best: DINOCell,
+        samples: Sequence[tuple[NDArray[np.float32], NDArray[np.uint32]]],
+        train_pairs: Sequence[Pair],
+        val_pairs: Sequence[Pair],
+        stopped_early: bool,
+    ) -> TrainResult:
+        """Choose the final thresholds, write the model and the curves."""
         tuned = tune_thresholds(
             samples, metric="ap", min_area_px=self.config.model.min_area_px, **_FINE_GRIDS
         )
@@ -552,18 +698,27 @@ class _Trainer:
 
 
 class _StepSampler(Sampler[list[int]]):
-    """Batches of item indices from `first_step` on: step s is items s·B ... s·B + B − 1."""
+    """Batches of item indices from `first_step` on.
 
-    def __init__(self, first_step: int, num_steps: int, batch_size: int) -> None:
+    Step s of W processes with batches of b is items s·W·b ... (s + 1)·W·b − 1, of which process r
+    takes b from s·W·b + r·b on.
+    """
+
+    def __init__(
+        self, first_step: int, num_steps: int, batch_size: int, *, rank: int, world_size: int
+    ) -> None:
         self.steps = range(first_step, num_steps)
         self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
-            yield list(range(step * self.batch_size, (step + 1) * self.batch_size))
+            first = (step * self.world_size + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
 
 
 def _thresholds(tuned: TuningResult) -> dict[str, float]:
@@ -607,7 +762,7 @@ def _differing_keys(there: Any, here: dict[str, Any]) -> list[str]:
     differing = []
 
     def compare(left: Any, right: Any, path: tuple[str, ...]) -> None:
-        if path in _FREE_KEYS:
+        if path in _FREE_KEYS or (path in _LATER_KEYS and left is None):
             return
         if isinstance(left, dict) and isinstance(right, dict):
             for key in sorted(left.keys() | right.keys()):
