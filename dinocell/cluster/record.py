@@ -155,9 +155,8 @@ def run_progress(command: Sequence[str], run_dir: str | Path) -> RunProgress | N
             return None
         total = int(settings["schedule"]["steps"])
         done = max(int(line["step"]), saved_progress(command, folder))
-        crops = int(settings["schedule"]["batch_size"]) * int(line.get("processes", 1))
-        pace = line["crops_per_s"]
-        return RunProgress(done, total, "steps", crops / pace * (total - done) if pace else None)
+        step_s = line.get("global_batch_size", 0) / max(line["crops_per_s"], 1e-9)
+        return RunProgress(done, total, "steps", step_s * (total - done))
     if kind in ("segment", "shards"):
         done = _count_lines(folder / JOURNAL_NAME)
         listed = folder / "manifest.csv"

@@ -301,6 +301,7 @@ class _Trainer:
                             "loss": float(np.mean(losses)),
                             "lr": self.optimizer.param_groups[0]["lr"],
                             "gradient_norm": gradient_norm,
+                            "global_batch_size": self.global_batch_size,
                             "crops_per_s": len(losses) * self.global_batch_size / (now - logged_at),
                             "wait_share": waited_s / (now - logged_at),
                         }

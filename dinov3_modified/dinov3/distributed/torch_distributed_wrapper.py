@@ -122,7 +122,9 @@ class TorchDistributedEnvironment:
         self.world_size = self.local_world_size = 1
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             self._from_torchrun()
-        elif "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        elif "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ:
+            # Only what srun has started: the shell of a job also has a SLURM_PROCID, and would wait
+            # for tasks that nobody starts.
             self._from_slurm()
         else:
             self.master_port = _free_port()
@@ -144,12 +146,12 @@ class TorchDistributedEnvironment:
 
     def _from_slurm(self) -> None:
         job = int(os.environ["SLURM_JOB_ID"])
-        self.rank = int(os.environ["SLURM_PROCID"])
+        self.rank = int(os.environ.get("SLURM_PROCID", 0))
         self.local_rank = int(os.environ.get("SLURM_LOCALID", 0))
-        nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
-        self.world_size = int(os.environ.get("SLURM_NTASKS", 1))
+        nodes = int(_of_step("NUM_NODES", "SLURM_JOB_NUM_NODES", "1"))
+        self.world_size = int(_of_step("NUM_TASKS", "SLURM_NTASKS", "1"))
         self.local_world_size = max(self.world_size // nodes, 1)
-        self.master_addr = _first_host(os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+        self.master_addr = _first_host(_of_step("NODELIST", "SLURM_JOB_NODELIST", "127.0.0.1"))
         # All tasks of a job must choose the same port, and two jobs on a node different ones.
         self.master_port = random.Random(job).randint(20_000, 60_000)
 
@@ -238,6 +240,11 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def _of_step(name: str, of_job: str, default: str) -> str:
+    """SLURM's variable of this step, which may be smaller than its job."""
+    return os.environ.get(f"SLURM_STEP_{name}", os.environ.get(of_job, default))
 
 
 def _first_host(nodes: str) -> str:

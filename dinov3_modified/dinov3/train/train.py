@@ -17,6 +17,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -801,7 +802,12 @@ def main(argv: list[str] | None = None) -> None:
     resume = not args.no_resume
     _check_resumption(cfg, Path(args.output_dir), resume)
     grouped = _needs_process_group(cfg)
-    setup_job(output_dir=args.output_dir, distributed_enabled=grouped, seed=args.seed)
+    setup_job(
+        output_dir=args.output_dir,
+        distributed_enabled=grouped,
+        seed=args.seed,
+        distributed_timeout=_timeout(cfg),
+    )
     try:
         for name in _UNUSED_OPTIONS:
             if getattr(args, name):
@@ -818,9 +824,18 @@ def main(argv: list[str] | None = None) -> None:
         exit_job(distributed_enabled=grouped)
 
 
+def _timeout(cfg: DictConfig) -> timedelta:
+    seconds = float(cfg.accelerator.timeout_s)
+    if seconds <= 0:
+        raise ValueError(
+            f"accelerator.timeout_s must be above 0, got {seconds:g}: 1800 gives an evaluation time"
+        )
+    return timedelta(seconds=seconds)
+
+
 def _needs_process_group(cfg: DictConfig) -> bool:
     """Several processes, a GPU (which trains through FSDP2 even alone), or a strategy that says so."""
-    several = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) > 1
+    several = distributed.TorchDistributedEnvironment().world_size > 1
     on_gpu = cfg.accelerator.device != "cpu" and torch.cuda.is_available()
     return (
         several
@@ -834,9 +849,10 @@ def _check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
     ckpt_dir = output_dir / "ckpt"
     if find_latest_checkpoint(ckpt_dir) is None:
         return
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     if not resume:
-        if rank == 0:  # finished work steps aside, it is not removed
+        if (
+            distributed.TorchDistributedEnvironment().rank == 0
+        ):  # finished work steps aside, it is not removed
             number = next(n for n in range(1, 10_000) if not (output_dir / f"ckpt_{n}").exists())
             os.replace(ckpt_dir, output_dir / f"ckpt_{number}")
         return

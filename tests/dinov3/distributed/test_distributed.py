@@ -146,6 +146,7 @@ def test_tasks_of_a_slurm_job_find_each_other(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
 
     def port(job: int) -> int:
         monkeypatch.setenv("SLURM_JOB_ID", str(job))
@@ -157,7 +158,9 @@ def test_tasks_of_a_slurm_job_find_each_other(monkeypatch):
             [sys.executable, "-c", SLURM_TASK],
             env=clean_environment(
                 SLURM_JOB_ID=str(job), SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank),
-                SLURM_NTASKS="2", SLURM_JOB_NUM_NODES="1", SLURM_JOB_NODELIST="localhost",
+                SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NUM_NODES="1",
+                SLURM_NTASKS="4", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="localhost,other",
+                SLURM_STEP_NODELIST="localhost",
             ),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
@@ -172,14 +175,17 @@ def test_tasks_of_a_slurm_job_find_each_other(monkeypatch):
     assert [output.split() for output, _ in ends] == [["0", "2", "3.0"], ["1", "2", "3.0"]]
 
 
-def test_an_incomplete_slurm_job_is_one_process(monkeypatch):
-    """A shell within an allocation has the job's number but is no task of it."""
+@pytest.mark.parametrize("place", [{}, {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}])
+def test_a_shell_within_a_job_is_one_process(monkeypatch, place):
+    """It has the job's number, that of a batch script even a SLURM_PROCID, but is no task of srun's."""
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("SLURM_NTASKS", "8")
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
     found = TorchDistributedEnvironment()
     assert (found.rank, found.world_size, found.local_world_size) == (0, 1, 1)
     assert found.master_addr == "127.0.0.1"
@@ -189,7 +195,7 @@ def test_an_incomplete_slurm_job_is_one_process(monkeypatch):
 def test_tasks_on_a_node_are_those_of_the_job_over_its_nodes(monkeypatch, tasks, nodes, local):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    given = {"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_NTASKS": tasks,
+    given = {"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": tasks,
              "SLURM_JOB_NUM_NODES": nodes, "SLURM_JOB_NODELIST": "n1"}  # fmt: skip
     for name, value in given.items():
         monkeypatch.setenv(name, value)

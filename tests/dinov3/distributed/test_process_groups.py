@@ -70,6 +70,7 @@ def test_environment_of_torchrun(monkeypatch):
 
 def test_environment_of_slurm(monkeypatch):
     given = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4",
+             "SLURM_STEP_ID": "0",
                  "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu7,gpu9"}  # fmt: skip
     for name, value in given.items():
         monkeypatch.setenv(name, value)

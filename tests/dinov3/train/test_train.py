@@ -469,6 +469,115 @@ def test_two_processes(images, tmp_path, strategy):
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
 
 
+AS_ONE = """
+import sys
+
+import numpy as np
+import torch
+
+from dinov3.train import train
+
+
+class SameMask:
+    # Masks are drawn for a batch: the same for all images, the halves of a batch have those of the whole.
+    def __init__(self, input_size, **rest):
+        self.shape = input_size
+
+    def __call__(self, count):
+        mask = np.zeros(self.shape, bool)
+        mask.flat[:count] = True
+        return mask
+
+
+train.MaskingGenerator = SameMask
+train.main(sys.argv[1:])
+"""
+
+
+def test_two_processes_train_as_one(images, tmp_path):
+    """Replicas and FSDP2, each with half of the batch: the losses of one process with all of it."""
+    script = tmp_path / "as_one.py"
+    script.write_text(AS_ONE)
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
+
+    def go(strategy: str, processes: int, batch: int) -> Path:
+        out = tmp_path / strategy
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc-per-node={processes}", str(script),
+            *arguments(f"ImageFolder:root={images}", out, f"accelerator.strategy={strategy}"),
+            "student.drop_path_rate=0.0", f"train.batch_size_per_gpu={batch}",
+            "ibot.mask_sample_probability=1.0", "ibot.mask_ratio_min_max=[0.25,0.25]",
+            "dino.koleo_loss_distributed=true", "checkpointing.period=6",
+            "train.OFFICIAL_EPOCH_LENGTH=11",
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=150, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return out
+
+    def lines(out: Path) -> list[dict]:
+        text = (out / "training_metrics.json").read_text()
+        return [row for row in map(json.loads, text.splitlines()) if "total_loss" in row]
+
+    names = ("total_loss", "dino_local_crops_loss", "ibot_loss", "koleo_loss", "lr",
+             "backbone_grad_norm")  # fmt: skip
+    expected = lines(go("none", 1, 4))
+    assert [row["iteration"] for row in expected] == [0, 10, 20, 21]
+    assert abs(expected[-1]["total_loss"] - expected[0]["total_loss"]) > 0.1  # it has learnt
+    for strategy in ("ddp", "fsdp"):
+        found = lines(go(strategy, 2, 2))
+        for row, wanted in zip(found, expected, strict=True):
+            for name in names:
+                assert row[name] == pytest.approx(wanted[name], rel=2e-4), (strategy, name)
+
+
+SLOW = """
+import signal
+import sys
+import time
+
+import torch
+
+from dinov3.train import ssl_meta_arch, train
+
+honest = ssl_meta_arch.SSLMetaArch.forward_backward
+
+
+def stuck(self, data, *, iteration=0, **rest):
+    if iteration == 2 and torch.distributed.get_rank() == 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun gives others half a minute
+        time.sleep(100)
+    return honest(self, data, iteration=iteration, **rest)
+
+
+ssl_meta_arch.SSLMetaArch.forward_backward = stuck
+train.main(sys.argv[1:])
+"""
+
+
+def test_waiting_for_a_stuck_process_ends(images, tmp_path):
+    """accelerator.timeout_s: a job with a process that hangs ends with an error, not with its time."""
+    script = tmp_path / "stuck.py"
+    script.write_text(SLOW)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        str(script), *arguments(f"ImageFolder:root={images}", tmp_path / "out"),
+        "accelerator.timeout_s=4",
+    ]  # fmt: skip
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
+    begun = time.monotonic()
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=150, check=False
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - begun < 80
+    assert "Timed out waiting 4000ms" in done.stderr
+
+
 GUARD = """
 import sys
 
@@ -528,6 +637,7 @@ def test_nan_of_one_process_stops_all(images, tmp_path):
             "must be a file or a folder, got /nowhere.pth",
         ),
         (["wandb.mode=loud"], "wandb.mode must be one of"),
+        (["accelerator.timeout_s=0"], "accelerator.timeout_s must be above 0, got 0"),
         (["multiview.strategy=sideways"], "strategy must be one of multiview"),
     ],
 )
