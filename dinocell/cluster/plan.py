@@ -157,13 +157,14 @@ def _check(name: str, parameters: Mapping[str, Any], extra: Sequence[str], run_d
         config = Path(parameters["config"])
         if not config.is_file():
             raise UsageError(f"the configuration must be a file, got {config}: see configs/ssl")
+        configs = import_dinov3("configs")
         if not tree_is_bundled():
             return
         arguments = SimpleNamespace(
             config_file=str(config), output_dir=str(run_dir), opts=overrides
         )
         try:
-            import_dinov3("configs").get_cfg_from_args(arguments, strict=True)
+            configs.get_cfg_from_args(arguments, strict=True)
         except (ValueError, FileNotFoundError) as error:
             raise UsageError(str(error)) from error
 

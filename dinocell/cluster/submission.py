@@ -258,6 +258,8 @@ def _refusal(error: Exception, site: SiteProfile) -> str:
     ]
     hint = "change the site profile, or --set key=value"
     known = partitions()
+    if not known and not cluster_name():
+        hint = "no SLURM answers here; log in to the cluster, or add --local"
     if "partition" in " ".join(reasons).lower() and known:
         hint = f"partitions here are {', '.join(known)}; {hint}"
     return f"SLURM must accept the job, got a refusal ({'; '.join(reasons[-3:])}): {hint}"
