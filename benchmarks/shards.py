@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from dinocell.batch import FAILURES_NAME, JOURNAL_NAME, SegmentOptions
-from dinocell.cluster.shards import merge_shards, plan_shards, shard_folder, shard_states
+from dinocell.cluster.record import shard_folder
+from dinocell.cluster.shards import merge_shards, plan_shards, shard_states
 from dinocell.image_io import find_images
 
 __all__ = ["main"]

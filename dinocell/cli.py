@@ -1134,7 +1134,7 @@ def supervise(
     Example: `srun dinocell supervise pretrain configs/ssl/jump_s3_multiview.yaml`
     """
     from dinocell.cluster.plan import COMMANDS, run_dir_of
-    from dinocell.cluster.shards import shard_folder
+    from dinocell.cluster.record import shard_folder
     from dinocell.cluster.supervisor import SupervisedJob
     from dinocell.cluster.supervisor import supervise as run
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from dinocell.cluster.record import shard_folder
 from dinocell.errors import UsageError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def plan_runs(
 
 def plan_shard_runs(plan: ShardPlan) -> tuple[list[PlannedRun], PlannedRun]:
     """The parts of a divided batch that are not complete, and the merging that comes after them."""
-    from dinocell.cluster.shards import open_shards, shard_folder
+    from dinocell.cluster.shards import open_shards
 
     name = f"segment-{plan.out.name}"
     parts = [

@@ -25,6 +25,7 @@ __all__ = [
     "read_submissions",
     "run_progress",
     "saved_progress",
+    "shard_folder",
     "write_record",
 ]
 
@@ -93,6 +94,11 @@ def read_record(run_dir: str | Path) -> JobRecord | None:
         return JobRecord(**values)
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def shard_folder(out: str | Path, index: int) -> Path:
+    """Folder of a part of a batch: manifest, journal and record."""
+    return Path(out) / "shards" / f"{index:04d}"
 
 
 # --- how far a run is ---

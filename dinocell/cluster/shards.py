@@ -32,6 +32,7 @@ from dinocell.batch import (
     segment_files,
     write_summary,
 )
+from dinocell.cluster.record import shard_folder
 from dinocell.cluster.slurm import job_states, own_job
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.image_io import atomic_path
@@ -46,7 +47,6 @@ __all__ = [
     "plan_shards",
     "read_plan",
     "run_shard",
-    "shard_folder",
     "shard_states",
 ]
 
@@ -88,11 +88,6 @@ class ShardState:
     def complete(self) -> bool:
         """Whether every image is done or has failed."""
         return self.done + self.failed >= self.images
-
-
-def shard_folder(out: str | Path, index: int) -> Path:
-    """Folder of a part's manifest, journal and record."""
-    return Path(out) / "shards" / f"{index:04d}"
 
 
 def plan_shards(
