@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _RECORD_NAME = "job.json"
-JOURNAL_NAME = "images.jsonl"
+_JOURNAL_NAME = "images.jsonl"  # of `dinocell.batch`, which loads torch
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def saved_progress(command: Sequence[str], run_dir: str | Path) -> int:
             re.fullmatch(r"step_(\d+)", path.stem) for path in (folder / "checkpoints").glob("*.pt")
         ]
         return max((int(match[1]) for match in steps if match), default=0)
-    return _count_lines(folder / JOURNAL_NAME)
+    return _count_lines(folder / _JOURNAL_NAME)
 
 
 def run_progress(command: Sequence[str], run_dir: str | Path) -> RunProgress | None:
@@ -164,7 +164,7 @@ def run_progress(command: Sequence[str], run_dir: str | Path) -> RunProgress | N
         step_s = line.get("global_batch_size", 0) / max(line["crops_per_s"], 1e-9)
         return RunProgress(done, total, "steps", step_s * (total - done))
     if kind in ("segment", "shards"):
-        done = _count_lines(folder / JOURNAL_NAME)
+        done = _count_lines(folder / _JOURNAL_NAME)
         listed = folder / "manifest.csv"
         total = max(_count_lines(listed) - 1, 0) if listed.is_file() else None
         return _paced(folder, RunProgress(done, total, "images"))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 __all__ = [
     "JobState",
     "cluster_name",
+    "expected_start",
     "job_states",
     "own_job",
     "partitions",
