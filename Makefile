@@ -1,5 +1,6 @@
 # make demo    set up, segment the bundled sample images, print where the results are
 # make test    set up, run the tests
+# make test-gpu  the tests that need a CUDA device, better two
 # make check   ruff, mypy, tests
 # make bench   the benchmarks of benchmarks/ (minutes; writes benchmarks/results)
 # make wheel   build the wheel and try it in a clean environment
@@ -13,13 +14,16 @@ JOBS ?= 2
 # Two test processes share the cores: more threads each would only get in one another's way.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: demo test check check-style bench wheel clean
+.PHONY: demo test test-gpu check check-style bench wheel clean
 
 demo: $(VENV)/.base
 	$(BIN)/dinocell demo
 
 test: $(VENV)/.test
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu -rs
 
 check: check-style test
 

@@ -163,6 +163,46 @@ def test_scancel_saves_and_is_final(cluster, tmp_path, pretraining):
     assert record.starts[1].progress == int(checkpoint.name) + 1
 
 
+def processes_of(job: str, rank: int = 0) -> list[int]:
+    """Process numbers of a job's task: supervisor, work, and the data workers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            variables = (folder / "environ").read_bytes()
+            if (
+                f"SLURM_JOB_ID={job}\0".encode() in variables
+                and f"SLURM_PROCID={rank}\0".encode() in variables
+                and b"SLURM_STEP_ID=0\0" in variables
+            ):
+                found.append(int(folder.name))
+    return found
+
+
+def test_node_dies(cluster, tmp_path, pretraining, whole):
+    """Nothing can be saved at the end: the run goes on from its last periodic checkpoint, exactly."""
+    run = tmp_path / "run"
+    job = cluster.submit(
+        "pretrain", str(pretraining), "checkpointing.period=10", "-o", "run", cwd=tmp_path
+    )
+    wait_for(lambda: last_iteration(run) >= 20)
+    node = cluster.run("sinfo", "-h", "-o", "%n").stdout.split()[0]
+    frozen = processes_of(job)
+    assert len(frozen) >= 2
+    for number in frozen:  # as if the power had gone: no handler runs any more
+        os.kill(number, signal.SIGSTOP)
+    cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    try:
+        wait_for(lambda: cluster.show(job)["Restarts"] == "1", what="the requeue")
+    finally:
+        cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    cluster.wait(job, "COMPLETED")
+    record = read_record(run)
+    assert record.starts[1].progress % 10 == 0
+    assert record.starts[1].progress >= 20
+    reference = teacher(whole)
+    assert all(torch.equal(value, reference[name]) for name, value in teacher(run).items())
+
+
 # Modules that a training loads through ssl_evaluation.hook, for things that go wrong in it.
 OUT_OF_MEMORY = """
 import os, signal, threading
@@ -271,17 +311,11 @@ def test_killed_process_ends_the_job(cluster, tmp_path, pretraining):
         "pretrain", str(pretraining), "-o", "run", "--set", "tasks_per_node=2", cwd=tmp_path
     )
     wait_for(lambda: last_iteration(run) >= 1)
-    victims = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            variables = (folder / "environ").read_bytes()
-            command = (folder / "cmdline").read_bytes()
-            if (
-                f"SLURM_JOB_ID={job}\0".encode() in variables
-                and b"SLURM_PROCID=1\0" in variables
-                and b"dinocell.cli" in command
-            ):
-                victims.append(int(folder.name))
+    victims = [
+        number
+        for number in processes_of(job, rank=1)
+        if b"dinocell.cli" in Path(f"/proc/{number}/cmdline").read_bytes()
+    ]
     assert len(victims) == 1
     os.kill(victims[0], signal.SIGKILL)
     cluster.wait(job, "FAILED")
