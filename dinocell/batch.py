@@ -25,7 +25,9 @@ from dinocell.report import ReportEntry, make_entry, write_report
 
 __all__ = [
     "FAILURES_NAME",
+    "FREE_OPTIONS",
     "JOURNAL_NAME",
+    "SETTINGS_NAME",
     "BatchResult",
     "SegmentOptions",
     "read_journal",
@@ -41,7 +43,7 @@ FAILURES_NAME = "failures.jsonl"
 
 # Not part of what an image's result depends on, so a resumed run may change them (the model is known
 # by the hash of its weights).
-_FREE_OPTIONS = (
+FREE_OPTIONS = (
     "model",
     "device",
     "batch_size",
@@ -51,7 +53,7 @@ _FREE_OPTIONS = (
     "resume",
     "overwrite",
 )
-_SETTINGS_NAME = "settings.json"
+SETTINGS_NAME = "settings.json"
 _REPORT_LIMIT = 500
 # What one image may fail with and the batch goes on; a GPU out of memory is a RuntimeError.
 _IMAGE_ERRORS = (DINOCellError, ValueError, OSError, MemoryError, RuntimeError)
@@ -300,7 +302,7 @@ def _settings(options: SegmentOptions, model: DINOCell) -> dict[str, Any]:
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
-    kept = {key: value for key, value in asdict(options).items() if key not in _FREE_OPTIONS}
+    kept = {key: value for key, value in asdict(options).items() if key not in FREE_OPTIONS}
     config = model.config
     for key in ("peak_threshold", "fill_threshold", "min_prominence", "min_area_px"):
         if kept[key] is None:
@@ -318,7 +320,7 @@ def _open_folder(
     options: SegmentOptions,
 ) -> dict[str, dict[str, Any]]:
     """Check the folder, and return the rows of images that are done and need not be repeated."""
-    settings_path = out / _SETTINGS_NAME
+    settings_path = out / SETTINGS_NAME
     label_names = [EXPORT_FORMATS[name].suffix for name in options.formats]
     present = [
         path for path in paths if any((out / f"{path.stem}{name}").exists() for name in label_names)

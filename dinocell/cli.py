@@ -1022,8 +1022,17 @@ def submit(
         profile = profile.with_gpus(gpus)
     if dependency is not None:
         dependency = parse_dependency(dependency)
-    if dry_run and local:
-        raise UsageError("--dry-run and --local exclude each other, got both: choose one")
+    if local and (dry_run or dependency is not None):
+        raise UsageError(
+            f"--local must be without {'--dry-run' if dry_run else '--dependency'}, got both: choose one"
+        )
+    if command in ("segment", "evaluate"):
+        if (gpus or 1) > 1 or (nodes or 1) > 1:
+            raise UsageError(
+                f"{command} must have one process, got --gpus or --nodes above 1: divide images with "
+                "--shards, which run at once"
+            )
+        profile = profile.for_one_process()
     parameters = _parsed(command, context.args)
     if shards is not None:
         if command != "segment" or array is not None:
@@ -1041,7 +1050,8 @@ def submit(
             print("every shard is complete; merging", file=sys.stderr)
     else:
         rows = [] if array is None else read_table(array)
-        runs, merging = plan_runs(command, context.args, parameters, table=rows), None
+        runs = plan_runs(command, context.args, lambda given: _parsed(command, given), table=rows)
+        merging = None
     _hand_over(runs, merging, profile, dependency, logs, dry_run=dry_run, local=local)
 
 
@@ -1060,7 +1070,7 @@ def _hand_over(
     from dinocell.cluster.submission import run_here, sbatch_text
     from dinocell.cluster.submission import submit as hand_in
 
-    alone = dataclasses.replace(profile, gres=None, nodes=1, tasks_per_node=1)
+    alone = dataclasses.replace(profile.with_gpus(0), nodes=1, tasks_per_node=1)
     if dry_run:
         for run in runs:
             print(f"{run.run_dir}: dinocell {' '.join(run.command)}", file=sys.stderr)
@@ -1071,9 +1081,9 @@ def _hand_over(
             print(sbatch_text([merging], alone, dependency=after, log_dir=logs))
         return
     if local:
-        code = run_here(runs, profile) if runs else 0
-        if merging is not None and code != 75:
-            code = max(code, run_here([merging], alone))
+        code = run_here(runs, profile, log_dir=logs) if runs else 0
+        if merging is not None and code != StoppedError.exit_code:
+            code = max(code, run_here([merging], alone, log_dir=logs))
         if code:
             raise typer.Exit(code)
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dinocell.cluster.record import (
     Submission,
+    first_failure,
     read_record,
     read_submissions,
     run_progress,
@@ -18,6 +19,7 @@ from dinocell.cluster.slurm import JobState, cluster_name, job_states, slurm_is_
 __all__ = ["JobRow", "jobs_text", "list_jobs"]
 
 _RECENT_S = 7 * 86_400
+_UNDECIDED = ("running", "stopping", "requeued")
 _SLURM_ENDS = {
     "TIMEOUT": "the time limit was reached before the work could save itself",
     "NODE_FAIL": "its node died",
@@ -85,12 +87,14 @@ def _row(item: Submission, state: JobState | None) -> JobRow:
         reason = state.reason
         if state.state == "PENDING" and latest and record is not None and record.reason:
             reason = "; ".join(part for part in (record.reason, state.reason) if part)
-    elif latest and record is not None and record.state not in ("running", "requeued"):
+    elif latest and record is not None and record.state not in _UNDECIDED:
         name, reason = record.state, record.reason
     elif state is not None:
-        # Killed before it could write down why.
+        # Killed before it could write down why; perhaps another of its processes has.
         name = state.state.lower()
-        reason = _SLURM_ENDS.get(state.state, "" if name == "completed" else state.reason)
+        reason = first_failure(item.run_dir, item.job, restarts) or _SLURM_ENDS.get(
+            state.state, "" if name == "completed" else state.reason
+        )
     elif latest and record is not None:
         name, reason = "lost", f"SLURM has forgotten it; it was last seen {record.state}"
     elif ours:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,8 @@ __all__ = ["COMMANDS", "PlannedRun", "plan_runs", "plan_shard_runs", "read_table
 
 COMMANDS = ("pretrain", "train", "segment", "evaluate")
 """Commands that can be submitted."""
+
+Parse = Callable[[Sequence[str]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class PlannedRun:
 def plan_runs(
     name: str,
     arguments: Sequence[str],
-    parameters: Mapping[str, Any],
+    parse: Parse,
     *,
     table: Sequence[Mapping[str, str]] = (),
 ) -> list[PlannedRun]:
@@ -50,32 +52,33 @@ def plan_runs(
     ----------
     name : one of `COMMANDS`
     arguments : of the command, as they were typed
-    parameters : the same, parsed
+    parse : gives the command's parameters by name, or raises what is wrong with its arguments
     table : rows of an array: of `pretrain` and `train` keys of the configuration, of `segment` and
-        `evaluate` options; the column `name` names the task, "" leaves a value as it is
+        `evaluate` options (`true` and `false` of those without a value); the column `name` names the
+        task, "" leaves a value as it is
 
     Raises
     ------
     UsageError, ConfigError
         The configuration or a row of the table is wrong.
     """
-    if not table:
-        run_dir = run_dir_of(name, parameters)
-        _check(name, parameters, (), run_dir)
-        job = {"pretrain": "ssl", "train": "train"}.get(name, name)
-        return [PlannedRun(f"{job}-{run_dir.name}", (name, *arguments), run_dir)]
+    parameters = parse(arguments)
     base = run_dir_of(name, parameters)
+    if not table:
+        _check(name, parameters, base)
+        job = {"pretrain": "ssl"}.get(name, name)
+        return [PlannedRun(f"{job}-{base.name}", (name, *arguments), base)]
     runs = []
     for index, row in enumerate(table):
         label = row.get("name") or f"{index:03d}"
         run_dir = base / label
         values = {key: value for key, value in row.items() if key != "name" and value != ""}
-        extra = _row_arguments(name, values, run_dir, parameters)
+        whole = [*arguments, *_row_arguments(name, values, run_dir, parameters)]
         try:
-            _check(name, parameters, extra, run_dir)
+            _check(name, parse(whole), run_dir)
         except UsageError as error:
             raise type(error)(f"row {index + 1} of the table ({label}): {error}") from error
-        runs.append(PlannedRun(f"{base.name}-{label}", (name, *arguments, *extra), run_dir))
+        runs.append(PlannedRun(f"{base.name}-{label}", (name, *whole), run_dir))
     names = [run.run_dir for run in runs]
     twice = sorted({path.name for path in names if names.count(path) > 1})
     if twice:
@@ -136,18 +139,22 @@ def _row_arguments(
         if name == "train":
             return [*changes, f"output_dir={run_dir}"]
         return [*changes, "--output-dir", str(run_dir)]
-    options = [
-        item for key, value in values.items() for item in (f"--{key.replace('_', '-')}", value)
-    ]
+    options: list[str] = []
+    for key, value in values.items():
+        option = key.replace("_", "-")
+        if value.lower() in ("true", "false"):
+            options.append(f"--{option}" if value.lower() == "true" else f"--no-{option}")
+        else:
+            options += [f"--{option}", value]
     if name == "segment":
         return [*options, "--out", str(run_dir)]
     suffix = Path(parameters["out"]).suffix if parameters["out"] else ".json"
     return [*options, "--out", str(run_dir / f"scores{suffix}")]
 
 
-def _check(name: str, parameters: Mapping[str, Any], extra: Sequence[str], run_dir: Path) -> None:
+def _check(name: str, parameters: Mapping[str, Any], run_dir: Path) -> None:
     """Read the configuration as the job will."""
-    overrides = [*(parameters.get("overrides") or []), *(item for item in extra if "=" in item)]
+    overrides = list(parameters.get("overrides") or [])
     if name == "train":
         from dinocell.config import load_config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,8 @@ __all__ = [
     "RunProgress",
     "Start",
     "Submission",
+    "failures_folder",
+    "first_failure",
     "note_submission",
     "read_record",
     "read_submissions",
@@ -60,7 +63,7 @@ class JobRecord:
     Attributes
     ----------
     command : arguments of `dinocell`
-    state : running, requeued, done, stopped, cancelled, stalled, failed or out_of_memory
+    state : running, stopping, requeued, done, stopped, cancelled, stalled, failed or out_of_memory
     reason : one sentence for everything but running and done
     starts : all of them, oldest first
     """
@@ -94,6 +97,19 @@ def read_record(run_dir: str | Path) -> JobRecord | None:
         return JobRecord(**values)
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def failures_folder(run_dir: str | Path, job: str, restart: int) -> Path:
+    """Where the processes of a start tell why they failed, each in a file; the earliest knows best."""
+    return Path(run_dir) / "slurm" / f"failed_{job or 'local'}_{restart}"
+
+
+def first_failure(run_dir: str | Path, job: str, restart: int) -> str:
+    """The sentence of the process that failed first, "" if none did."""
+    for path in sorted(failures_folder(run_dir, job, restart).glob("*.txt")):
+        with contextlib.suppress(OSError):
+            return path.read_text(encoding="utf-8")
+    return ""
 
 
 def shard_folder(out: str | Path, index: int) -> Path:

@@ -25,7 +25,9 @@ from typing import Any
 
 from dinocell.batch import (
     FAILURES_NAME,
+    FREE_OPTIONS,
     JOURNAL_NAME,
+    SETTINGS_NAME,
     BatchResult,
     SegmentOptions,
     read_journal,
@@ -35,6 +37,7 @@ from dinocell.batch import (
 from dinocell.cluster.record import shard_folder
 from dinocell.cluster.slurm import job_states, own_job
 from dinocell.errors import DINOCellError, UsageError
+from dinocell.exports import EXPORT_FORMATS
 from dinocell.image_io import atomic_path
 from dinocell.progress import progress
 
@@ -144,9 +147,13 @@ def plan_shards(
     files[out / "shards" / _PLAN_NAME] = _plan_text(plan)
     if (out / "shards" / _PLAN_NAME).exists():
         _compare(plan, files)
-        return plan
+        files = {out / "shards" / _PLAN_NAME: _plan_text(plan)}  # device and the like may change
+    else:
+        _refuse_results(plan, paths)
     if not write:
         return plan
+    if options.overwrite:
+        (out / SETTINGS_NAME).unlink(missing_ok=True)
     for path, text in files.items():  # the plan last: it says that all is there
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -187,13 +194,28 @@ def _plan_text(plan: ShardPlan) -> str:
     return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
 
+def _refuse_results(plan: ShardPlan, paths: Sequence[Path]) -> None:
+    """Finished work is not touched."""
+    endings = [
+        EXPORT_FORMATS[name].suffix for name in plan.options.formats if name in EXPORT_FORMATS
+    ]
+    present = [
+        path for path in paths if any((plan.out / f"{path.stem}{end}").exists() for end in endings)
+    ]
+    if present and not plan.options.overwrite:
+        raise UsageError(
+            f"the output folder must not hold results of these images, got {len(present)} in "
+            f"{plan.out}: add --overwrite to replace them, or choose another folder"
+        )
+
+
 def _compare(plan: ShardPlan, files: dict[Path, str]) -> None:
     there = read_plan(plan.out)
+    new = asdict(plan.options)
     differing = [
         name
         for name, old in asdict(there.options).items()
-        if old != json.loads(json.dumps(asdict(plan.options)[name]))
-        and old != asdict(plan.options)[name]
+        if name not in FREE_OPTIONS and old != new[name]
     ]
     if differing:
         raise UsageError(
@@ -206,6 +228,8 @@ def _compare(plan: ShardPlan, files: dict[Path, str]) -> None:
             f"{there.count}, or choose another folder"
         )
     for path, text in files.items():
+        if path.name == _PLAN_NAME:
+            continue
         old = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
         if old != text:
             raise UsageError(
@@ -424,8 +448,12 @@ def merge_shards(out: str | Path, *, shown: bool = True) -> MergedShards:
                 failures[place] = (path, failed[path.stem])
             else:
                 unfinished[place] = (path, f"not done: shard {index} has not come to its end")
-    ordered = [rows[place] for place in sorted(rows)]
     without = failures | unfinished
+    # A folder may have had images before that are not of this plan.
+    names = {str(row["name"]) for row in rows.values()}
+    names |= {path.stem for path, _ in without.values()}
+    others = [row for row in read_journal(plan.out / JOURNAL_NAME) if row["name"] not in names]
+    ordered = [*others, *(rows[place] for place in sorted(rows))]
     write_summary(plan.out / "summary.csv", ordered, [without[place] for place in sorted(without)])
     with atomic_path(plan.out / JOURNAL_NAME) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in ordered), encoding="utf-8")
@@ -436,8 +464,8 @@ def merge_shards(out: str | Path, *, shown: bool = True) -> MergedShards:
                 path.unlink(missing_ok=True)
     return MergedShards(
         plan.out,
-        len(ordered),
-        sum(int(row["num_cells"]) for row in ordered),
+        len(rows),
+        sum(int(row["num_cells"]) for row in rows.values()),
         [failures[place] for place in sorted(failures)],
         missing,
     )

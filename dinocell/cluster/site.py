@@ -17,7 +17,7 @@ from dinocell.errors import ConfigError
 
 __all__ = ["SiteProfile", "find_site", "load_site", "minutes_of"]
 
-_GPU = re.compile(r"^gpu(?::(?P<type>[A-Za-z_][\w.-]*))?(?::(?P<count>\d+))?$")
+_GPU = re.compile(r"gpu(?::(?P<type>[\w.-]*[A-Za-z_.-][\w.-]*))?(?::(?P<count>\d+))?")
 _FOLDERS_VARIABLE = "DINOCELL_SITES"
 _DEFAULT_VARIABLE = "DINOCELL_SITE"
 
@@ -29,7 +29,8 @@ class SiteProfile:
     Attributes
     ----------
     partition, account, qos, constraint, exclude, reservation : as sbatch's options.
-    gres : as sbatch's option; a GPU job has `gpu:TYPE:COUNT`, per node.  One task a GPU is started.
+    gres : as sbatch's option; a GPU job has `gpu:TYPE:COUNT`, per node.  One task a GPU is started
+        (of `segment` and `evaluate`, which are one process, one for one GPU).
     nodes : number of nodes.
     tasks_per_node : null is one a GPU, or one.
     time : limit of a run, such as 24:00:00, 2-00:00:00 or minutes.  Work that takes longer is
@@ -87,10 +88,11 @@ class SiteProfile:
                 f"time must be longer than signal_ahead_s ({self.signal_ahead_s} s), got {self.time}: "
                 "lengthen it"
             )
-        if self.gres is not None and self.gres.startswith("gpu") and self._gpu() is None:
-            raise ConfigError(
-                f"gres must look like gpu:a100:1, got {self.gres!r}: write type and count per node"
-            )
+        for wish in (self.gres or "").split(","):
+            if wish.split(":")[0] == "gpu" and _GPU.fullmatch(wish) is None:
+                raise ConfigError(
+                    f"gres must look like gpu:a100:1, got {self.gres!r}: write type and count per node"
+                )
         if self.mem is not None and not re.fullmatch(r"\d+[KMGT]?", self.mem):
             raise ConfigError(
                 f"mem must be a number with K, M, G or T, got {self.mem!r}: write 64G, for example"
@@ -108,7 +110,8 @@ class SiteProfile:
                 )
 
     def _gpu(self) -> re.Match[str] | None:
-        return None if self.gres is None else _GPU.match(self.gres)
+        found = map(_GPU.fullmatch, (self.gres or "").split(","))
+        return next((match for match in found if match is not None), None)
 
     @property
     def gpus_per_node(self) -> int:
@@ -133,7 +136,15 @@ class SiteProfile:
             raise ConfigError(f"the number of GPUs must be at least 0, got {count}: 0 is none")
         match = self._gpu()
         kind = "" if match is None or match["type"] is None else f":{match['type']}"
-        return dataclasses.replace(self, gres=f"gpu{kind}:{count}" if count else None)
+        wishes = [] if self.gres is None else self.gres.split(",")
+        others = [wish for wish in wishes if match is None or wish != match[0]]
+        gpus = [f"gpu{kind}:{count}"] if count else []
+        return dataclasses.replace(self, gres=",".join([*gpus, *others]) or None)
+
+    def for_one_process(self) -> SiteProfile:
+        """The same for work that is one process: one node and at most one GPU."""
+        one = self.with_gpus(1) if self.gpus_per_node > 1 else self
+        return dataclasses.replace(one, nodes=1, tasks_per_node=1)
 
 
 def minutes_of(text: str) -> float:
@@ -190,7 +201,7 @@ def find_site(name: str | None) -> Path | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without numbers to the base of 60: 24:00:00 stays what was written."""
+    """YAML without numbers to the base of 60 or 8: 24:00:00 and 007 stay what was written."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -198,7 +209,7 @@ _Loader.yaml_implicit_resolvers = {
     for first, items in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789")
 )
 
 
@@ -262,7 +273,9 @@ def _as_text(mapping: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(mapping)
     for key, value in mapping.items():
         kind = kinds.get(key, "")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and "str" in kind:
+        if value is None and "None" not in kind:
+            found.pop(key)  # nothing below a section's name, or null: the default
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and "str" in kind:
             found[key] = str(value)
         elif isinstance(value, dict):
             found[key] = {

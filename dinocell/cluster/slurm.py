@@ -7,13 +7,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
     "JobState",
     "cluster_name",
-    "expected_start",
     "job_states",
+    "objection",
     "own_job",
     "partitions",
     "requeue",
@@ -87,9 +87,8 @@ def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
     for job in dict.fromkeys(name.split("_")[0] for name in jobs):
         code, text, _ = _ask(["scontrol", "show", "job", "-o", job])
         if code == 0:
-            for state in map(_parse, text.splitlines()):
-                if state is not None:
-                    found[state.job] = state
+            for line in text.splitlines():
+                found |= {state.job: state for state in _parse(line)}
     missing = [job for job in jobs if job not in found]
     if missing and shutil.which("sacct"):
         code, text, _ = _ask(
@@ -117,18 +116,19 @@ def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
     return found
 
 
-def _parse(line: str) -> JobState | None:
+def _parse(line: str) -> list[JobState]:
+    """The job of a line; tasks of an array that wait share one."""
     # Values with blanks (a command, a comment) are of no interest here.
     values = dict(re.findall(r"(\w+)=(\S*)", line))
     if "JobId" not in values:
-        return None
-    job = values["JobId"]
-    if "ArrayJobId" in values and values.get("ArrayTaskId", "").isdigit():
-        job = f"{values['ArrayJobId']}_{values['ArrayTaskId']}"
+        return []
+    jobs = [values["JobId"]]
+    if "ArrayJobId" in values and "ArrayTaskId" in values:
+        jobs = [f"{values['ArrayJobId']}_{task}" for task in _tasks(values["ArrayTaskId"])]
     reason = values.get("Reason", "")
     preempt_time = values.get("PreemptTime", "None")
-    return JobState(
-        job,
+    state = JobState(
+        "",
         values.get("JobState", "UNKNOWN"),
         "" if reason == "None" else reason,
         int(values.get("Restarts", 0)),
@@ -137,6 +137,18 @@ def _parse(line: str) -> JobState | None:
         _seconds(values.get("TimeLimit", "")),
         values.get("StdOut", ""),
     )
+    return [replace(state, job=job) for job in jobs]
+
+
+def _tasks(text: str) -> list[int]:
+    """Numbers of `3`, `0-2,5`, `0-8:2%4`."""
+    numbers: list[int] = []
+    for part in text.split("%")[0].split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if match is not None:
+            first, last, step = match.groups()
+            numbers += range(int(first), int(last or first) + 1, int(step or 1))
+    return numbers
 
 
 def _seconds(text: str) -> int | None:
@@ -166,12 +178,10 @@ def cluster_name() -> str:
     return match[1] if match else ""
 
 
-def expected_start(script: str) -> tuple[bool, str]:
-    """When SLURM would start a script: (True, time), or (False, why it would not)."""
+def objection(script: str) -> str:
+    """Why SLURM would not start a script on any of its nodes, "" if it would."""
     code, out, error = _ask(["sbatch", "--test-only", script])
-    text = f"{out}\n{error}"
-    match = re.search(r"to start at (\S+)", text)
-    if code == 0 and match:
-        return True, match[1]
-    lines = [line.removeprefix("sbatch: error: ").strip() for line in text.splitlines()]
-    return False, next((line for line in reversed(lines) if line), "")
+    if code == 0:
+        return ""
+    lines = [x.removeprefix("sbatch: error: ").strip() for x in f"{out}\n{error}".splitlines()]
+    return next((line for line in reversed(lines) if line), "")

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dinocell.cluster.plan import PlannedRun
-from dinocell.cluster.record import Submission, note_submission
+from dinocell.cluster.record import Submission, note_submission, read_submissions
 from dinocell.cluster.site import SiteProfile, minutes_of
-from dinocell.cluster.slurm import cluster_name, expected_start, partitions, slurm_is_here
-from dinocell.cluster.supervisor import SupervisedJob, supervise
+from dinocell.cluster.slurm import cluster_name, job_states, objection, partitions, slurm_is_here
+from dinocell.cluster.supervisor import REQUEUE_WISH, SupervisedJob, supervise
 from dinocell.errors import MissingExtraError, StoppedError, UsageError
 
 __all__ = ["Submitted", "parse_dependency", "run_here", "sbatch_text", "submit"]
@@ -41,7 +41,7 @@ class Submitted:
     ----------
     job : number of the job or array
     tasks : (number, run, log file) of each
-    notice : when it is expected to start, or why SLURM would not start it as it is
+    notice : why SLURM would not start it as it is, or ""
     """
 
     job: str
@@ -92,7 +92,7 @@ def _folder(runs: Sequence[PlannedRun], log_dir: Path | None) -> Path:
 
 
 def _parameters(
-    site: SiteProfile, runs: Sequence[PlannedRun], dependency: str | None
+    site: SiteProfile, runs: Sequence[PlannedRun], dependency: str | None, folder: Path
 ) -> dict[str, Any]:
     """The arguments of submitit's `_make_sbatch_string`, see SlurmExecutor.update_parameters."""
     lines = [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
@@ -118,6 +118,7 @@ def _parameters(
         "time": max(1, int(minutes_of(site.time))),
         "signal_delay_s": site.signal_ahead_s,
         "setup": [*lines, *site.setup] or None,
+        "teardown": _requeue_lines(folder) if site.container else None,
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={site.cpus_per_gpu}"],
         "array_parallelism": site.array_parallelism,
         "additional_parameters": extra,
@@ -131,6 +132,24 @@ def _parameters(
     ):  # fmt: skip
         wishes[name] = getattr(site, name)
     return {name: value for name, value in wishes.items() if value is not None} | fixed
+
+
+def _requeue_lines(folder: Path) -> list[str]:
+    """Shell lines after the work: containers seldom have scontrol, so the job's script asks for them.
+
+    A job that was cancelled is no longer RUNNING by then.
+    """
+    return [
+        "job=$SLURM_JOB_ID",
+        '[ -z "$SLURM_ARRAY_JOB_ID" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID',
+        f"wish={shlex.quote(str(folder.absolute()))}/{REQUEUE_WISH}$job",
+        'if [ -e "$wish" ]; then',
+        '  rm -f "$wish"',
+        '  if scontrol show job -o "$job" | grep -q "JobState=RUNNING"; then',
+        '    scontrol requeue "$job" && sleep 120',
+        "  fi",
+        "fi",
+    ]
 
 
 def _python(site: SiteProfile) -> str:
@@ -166,7 +185,7 @@ def sbatch_text(
     """The file that `submit` would hand to sbatch; nothing is written."""
     folder = _folder(runs, log_dir)
     executor = _executor(folder, site)
-    parameters = _parameters(site, runs, dependency)
+    parameters = _parameters(site, runs, dependency, folder)
     if len(runs) > 1:
         parameters["map_count"] = len(runs)
     executor.parameters.update(parameters)
@@ -185,16 +204,19 @@ def submit(
     Raises
     ------
     UsageError
-        No SLURM here, or SLURM refuses the wishes; the message has its reason.
+        No SLURM here, a job has the run already, or SLURM refuses the wishes; the message has its
+        reason.
     """
     if not slurm_is_here():
         raise UsageError(
             "submitting must happen where SLURM is (no sbatch was found here): log in to the "
             "cluster, or add --local or --dry-run"
         )
+    if dependency is None:
+        _refuse_busy(runs)
     folder = _folder(runs, log_dir)
     executor = _executor(folder, site)
-    executor.update_parameters(**_parameters(site, runs, dependency))
+    executor.update_parameters(**_parameters(site, runs, dependency, folder))
     jobs = [
         SupervisedJob(run.command, str(run.run_dir), site.signal_ahead_s, site.max_stalled_starts)
         for run in runs
@@ -231,12 +253,26 @@ def submit(
 
 
 def _notice(script: Path) -> str:
-    starts, text = expected_start(str(script))
+    text = objection(str(script))
     if not text:
         return ""
-    if starts:
-        return f"start:  SLURM expects {text}"
     return f"note:   as things are, SLURM would not start it ({text}): compare the site profile with sinfo"
+
+
+def _refuse_busy(runs: Sequence[PlannedRun]) -> None:
+    """Two jobs in one folder would mix their checkpoints."""
+    here = cluster_name()
+    folders = {str(run.run_dir.resolve()) for run in runs}
+    earlier = [x for x in read_submissions() if x.cluster == here and x.run_dir in folders]
+    states = job_states([item.job for item in earlier]) if earlier else {}
+    for item in earlier:
+        state = states.get(item.job)
+        if state is not None and state.waits_or_runs and state.state != "COMPLETING":
+            raise UsageError(
+                f"a run must be in the hands of one job, got {item.run_dir}, which job {item.job} has "
+                f"({state.state.lower()}): wait for it, cancel it (scancel {item.job}), or put "
+                f"yours behind it (--dependency afterany:{item.job})"
+            )
 
 
 def _clear(folder: Path) -> None:
@@ -265,18 +301,27 @@ def _refusal(error: Exception, site: SiteProfile) -> str:
     return f"SLURM must accept the job, got a refusal ({'; '.join(reasons[-3:])}): {hint}"
 
 
-def run_here(runs: Sequence[PlannedRun], site: SiteProfile) -> int:
+def run_here(runs: Sequence[PlannedRun], site: SiteProfile, *, log_dir: Path | None = None) -> int:
     """Run jobs one after the other on this machine, as a cluster would; the highest exit code.
 
-    An interrupted run leaves the others alone.
+    The site's environment holds here too; its set-up lines and container are of its nodes.  An
+    interrupted run leaves those after it alone.
+
+    Raises
+    ------
+    UsageError
+        The site wants several nodes.
     """
     if site.nodes > 1:
         raise UsageError(f"--local must have one node, got nodes {site.nodes}: add --nodes 1")
+    if site.setup or site.container:
+        print("dinocell: --local leaves out setup and container of the site", file=sys.stderr)
     worst = 0
     for run in runs:
-        log = run.run_dir / "slurm" / f"local_{time.strftime('%Y%m%d_%H%M%S')}.log"
+        folder = _folder([run], log_dir)
+        log = folder / f"{run.run_dir.name}_{time.strftime('%Y%m%d_%H%M%S')}.log"
         job = SupervisedJob(run.command, str(run.run_dir), processes=site.tasks)
-        code = supervise(job, log=log)
+        code = supervise(job, log=log, in_slurm=False, environment=site.environment)
         print(f"{run.run_dir}: exit code {code}, log {log}", file=sys.stderr)
         worst = max(worst, code)
         if code == StoppedError.exit_code:

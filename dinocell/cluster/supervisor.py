@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +23,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,6 +33,8 @@ from dinocell.cluster.record import (
     JobRecord,
     Start,
     Submission,
+    failures_folder,
+    first_failure,
     note_submission,
     read_record,
     read_submissions,
@@ -40,12 +44,17 @@ from dinocell.cluster.record import (
 from dinocell.cluster.slurm import cluster_name, job_states, own_job, requeue
 from dinocell.errors import StoppedError
 
-__all__ = ["SupervisedJob", "supervise"]
+__all__ = ["REQUEUE_WISH", "SupervisedJob", "supervise"]
+
+REQUEUE_WISH = "requeue_"
+"""Beginning of the name of the file that asks a job's script to requeue it, before its number."""
 
 _STOPPED = StoppedError.exit_code
 _HANDED_ON = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 _WAIT_FOR_END_S = 90.0  # for SLURM to end a job that it has requeued
 _LINES_KEPT = 200
+_LEFT_ALONE_S = 10.0  # for a process to end by itself when another of its job has failed
+_OF_MANY_PROCESSES = ("pretrain", "train")
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class SupervisedJob:
         return DelayedSubmission(self)
 
 
-def supervise(job: SupervisedJob, *, log: str | Path | None = None) -> int:
+def supervise(job: SupervisedJob, *, log: str | Path | None = None, in_slurm: bool = True) -> int:
     """Run a job's command and deal with its end.
 
     Parameters
@@ -88,23 +97,38 @@ def supervise(job: SupervisedJob, *, log: str | Path | None = None) -> int:
     job : SupervisedJob
     log : file, optional
         Also gets what the command prints; otherwise SLURM keeps it.
+    in_slurm : bool
+        Whether the SLURM job around this process, if there is one, is this job's own.  A run that is
+        started by hand in somebody's interactive job must not requeue that.
+    environment : mapping, optional
+        Variables of the command beyond those of this process.
 
     Returns
     -------
     int
         Exit code of this process: 0 done, 75 stopped, otherwise the command's own.
     """
-    return _Supervisor(job, log).run()
+    return _Supervisor(job, log, in_slurm, environment or {}).run()
 
 
 class _Supervisor:
-    def __init__(self, job: SupervisedJob, log: str | Path | None) -> None:
+    def __init__(
+        self,
+        job: SupervisedJob,
+        log: str | Path | None,
+        in_slurm: bool,
+        environment: Mapping[str, str],
+    ) -> None:
         self.job = job
+        self.environment = {**os.environ, **environment}
+        if not in_slurm:
+            # What runs beside a job of SLURM's is no task of it.
+            self.environment.pop("SLURM_STEP_ID", None)
         self.log_path = None if log is None else Path(log)
-        in_step = "SLURM_STEP_ID" in os.environ
+        in_step = in_slurm and "SLURM_STEP_ID" in os.environ
         self.rank = int(os.environ.get("SLURM_PROCID", 0)) if in_step else 0
         self.world = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if in_step else 1
-        self.number = own_job() or ""
+        self.number = (own_job() or "") if in_slurm else ""
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         self.received: signal.Signals | None = None
         self.told_to_end = False
@@ -116,12 +140,20 @@ class _Supervisor:
     # --- the course of a job ---
 
     def run(self) -> int:
+        if self.world > 1 and self.job.command[0] not in _OF_MANY_PROCESSES:
+            if self.rank:
+                return 0
+            _say(
+                f"{self.job.command[0]} is one process: the other {self.world - 1} have nothing to do"
+            )
+            self.world = 1
         before: dict[signal.Signals, Any] = {
             number: signal.signal(number, self._note) for number in _HANDED_ON
         }
         before[signal.SIGCONT] = signal.signal(signal.SIGCONT, _ignore)  # comes with every TERM
         try:
-            if self._gives_up_at_once():
+            # The first process decides for all: srun ends the others when it leaves.
+            if self.rank == 0 and (self._is_in_other_hands() or self._gives_up_at_once()):
                 return 1
             self._begin()
             oom_before = _oom_kills()
@@ -130,6 +162,22 @@ class _Supervisor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _is_in_other_hands(self) -> bool:
+        """Whether another job works in this folder; its record is left alone."""
+        last = self.record.starts[-1] if self.record.starts else None
+        if last is None or not last.job or last.job == self.number:
+            return False
+        if self.record.state not in ("running", "stopping"):
+            return False
+        state = job_states([last.job]).get(last.job)
+        if state is None or state.state not in ("RUNNING", "SUSPENDED"):
+            return False
+        _say(
+            f"a run must be in the hands of one job, got {self.job.run_dir}, which job {last.job} has: "
+            "wait for it, or cancel it"
+        )
+        return True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.child is not None and self.child.poll() is not None:
@@ -150,8 +198,7 @@ class _Supervisor:
         progress = saved_progress(self.job.command, self.job.run_dir)
         if not self._is_stalled(progress):
             return False
-        if self.rank == 0:
-            self._close("stalled", self._stalled_sentence())
+        self._close("stalled", self._stalled_sentence())
         return True
 
     def _is_stalled(self, progress: int) -> bool:
@@ -206,7 +253,8 @@ class _Supervisor:
         # A session of its own: SLURM signals whole process groups, and the loader's workers of a
         # training must not get what is meant for the training.
         self.child = subprocess.Popen(
-            [*self._python(), "-m", "dinocell.cli", "-v", *self.job.command],
+            [*self._python(), "-m", "dinocell.cli", "-v", *self._command()],
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -232,6 +280,15 @@ class _Supervisor:
             log.close()
         return code
 
+    def _command(self) -> list[str]:
+        """The command; a start after the first must go on, whatever was said to the first."""
+        command = list(self.job.command)
+        before = [start for start in self.record.starts if start.job == self.number]
+        if command[0] != "segment" or not self.number or len(before) < 2:
+            return command
+        command = [item for item in command if item not in ("--overwrite", "--resume")]
+        return [*command, "--resume"]
+
     def _python(self) -> list[str]:
         python = [sys.executable, "-u"]
         if self.job.processes == 1:
@@ -250,9 +307,22 @@ class _Supervisor:
                 continue
             if deadline is None:
                 deadline = time.monotonic() + max(self.job.signal_ahead_s - 15, 5)
+                if self._others_failed():
+                    # srun ends what is left; it may hang in an exchange with the one that is gone.
+                    deadline = time.monotonic() + _LEFT_ALONE_S
+                self._remember_signal()
             elif time.monotonic() > deadline:
                 _say("the work did not save itself in time; its last checkpoint counts")
                 child.kill()
+                deadline = math.inf
+
+    def _remember_signal(self) -> None:
+        """Should SLURM end this process too before it has decided, the record says why."""
+        assert self.received is not None
+        if self.rank == 0:
+            self.record.state = "stopping"
+            self.record.reason = self._first_failure() or f"{self.received.name}: saving"
+            write_record(self.job.run_dir, self.record)
 
     def _pass_on(self, source: IO[bytes] | None, target: Any, log: IO[bytes] | None) -> None:
         assert source is not None
@@ -293,14 +363,14 @@ class _Supervisor:
         if self.rank:
             self._wait_for_end()  # ending early would make srun end the one that requeues
             return 0
+        if self._others_failed():
+            self._close("failed", self._first_failure())
+            return 1
         state = job_states([self.number]).get(self.number)
         if state is not None and state.restarts > self.restart:
             self._close("requeued", f"{name}: SLURM runs the job again")
             self._wait_for_end()
             return 0
-        if self._others_failed():
-            self._close("failed", self._first_failure())
-            return 1
         ran_out = (
             state is not None
             and state.run_s is not None
@@ -312,12 +382,16 @@ class _Supervisor:
                 "cancelled",
                 f"{name}: job {self.number} was cancelled; what it had is saved, submit it again to go on",
             )
-            return _STOPPED
+            return 128 + signal.SIGTERM
         if self._is_stalled(saved_progress(self.job.command, self.job.run_dir)):
             self._close("stalled", self._stalled_sentence())
             return 1
         why = "preemption" if state is not None and state.preempted else "time limit or request"
         self._close("requeued", f"{name} ({why}): the job goes on when it is its turn again")
+        if shutil.which("scontrol") is None and os.environ.get("SUBMITIT_FOLDER"):
+            # In a container: the job's script does it.
+            Path(os.environ["SUBMITIT_FOLDER"], f"{REQUEUE_WISH}{self.number}").touch()
+            return 0
         problem = requeue(self.number)
         if problem:
             self._close(
@@ -357,8 +431,7 @@ class _Supervisor:
         ) or f"{whose} ended with exit code {code}: see the log"
 
     def _failures_folder(self) -> Path:
-        job = self.number or "local"
-        return Path(self.job.run_dir) / "slurm" / f"failed_{job}_{self.restart}"
+        return failures_folder(self.job.run_dir, self.number, self.restart)
 
     def _note_failure(self, reason: str) -> None:
         """For the first process, which fails next and would otherwise tell the wrong reason."""
@@ -368,7 +441,9 @@ class _Supervisor:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{time.time():017.3f}_rank{self.rank}.txt"
-            path.write_text(reason, encoding="utf-8")
+            part = path.with_suffix(".part")
+            part.write_text(f"process {self.rank} of {self.world}: {reason}", encoding="utf-8")
+            part.rename(path)
 
     def _others_failed(self) -> bool:
         return bool(self._first_failure())
@@ -376,12 +451,8 @@ class _Supervisor:
     def _first_failure(self) -> str:
         if self.world == 1:
             return ""
-        paths = sorted(self._failures_folder().glob("*.txt"))
-        with contextlib.suppress(OSError):
-            if paths:
-                rank = paths[0].stem.split("rank")[-1]
-                return f"process {rank} of {self.world}: {paths[0].read_text(encoding='utf-8')}"
-        return ""
+        reason = first_failure(self.job.run_dir, self.number, self.restart)
+        return reason
 
     def _close(self, state: str, reason: str) -> None:
         self.record.state, self.record.reason = state, reason

@@ -84,7 +84,8 @@ class Cluster:
 
     def make_room(self) -> str:
         """A short job of the partition that preempts the others."""
-        return self.sbatch("-p", "urgent", "--exclusive", "--time=1", "--wrap", "sleep 1")
+        wishes = ("-p", "urgent", "--exclusive", "--time=1", "-o", "/dev/null")
+        return self.sbatch(*wishes, "--wrap", "sleep 1")
 
 
 def wait_for(condition, within_s: float = 90, what: str = "") -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -409,15 +410,75 @@ def results(out: Path) -> dict[str, bytes]:
     return found
 
 
-def test_array_over_images_with_killed_tasks(cluster, tmp_path, plate):
+@pytest.fixture(scope="module")
+def alone(cluster, plate, tmp_path_factory) -> Path:
+    """What one process makes of the plate."""
+    out = tmp_path_factory.mktemp("alone")
+    done = cluster.dinocell("segment", str(plate), "-o", str(out))
+    assert done.returncode == 1, done.stderr  # one image is broken
+    return out
+
+
+def test_segment_without_shards_is_requeued(cluster, tmp_path, plate, alone):
+    """Its next start goes on, although the command does not say --resume."""
+    job = cluster.submit("segment", str(plate), "-o", "out", cwd=tmp_path)
+    journal = tmp_path / "out" / "images.jsonl"
+    wait_for(lambda: len(journal.read_text().splitlines()) >= 3)
+    cluster.run("scontrol", "requeue", job)
+    wait_for(lambda: cluster.show(job)["Restarts"] == "1")
+    cluster.wait(job, "FAILED")  # one image is broken
+    log = log_of(tmp_path / "out")
+    assert "done before) →" in log
+    found = results(tmp_path / "out")
+    record = json.loads(found.pop("job.json"))
+    assert record["starts"][1]["progress"] >= 3
+    assert found == results(alone)
+
+
+def test_one_job_a_run(cluster, tmp_path, pretraining):
+    """A second job of the same folder is refused when it is submitted, and should it start."""
+    run = tmp_path / "run"
+    job = cluster.submit("pretrain", str(pretraining), "-o", "run", cwd=tmp_path)
+    again = cluster.dinocell("submit", "pretrain", str(pretraining), "-o", "run", cwd=tmp_path)
+    assert again.returncode == 2
+    assert f"which job {job} has" in again.stderr
+    wait_for(lambda: last_iteration(run) >= 1)
+    second = cluster.submit(
+        "pretrain", str(pretraining), "-o", "run", "--dependency", f"after:{job}", cwd=tmp_path
+    )
+    cluster.wait(second, "FAILED")
+    assert f"which job {job} has" in (run / "slurm" / f"{second}_0_log.out").read_text()
+    cluster.wait(job, "COMPLETED")
+    assert {start.job for start in read_record(run).starts} == {job}
+
+
+def test_container_without_scontrol(cluster, tmp_path, pretraining):
+    """The job's script requeues it."""
+    run = tmp_path / "run"
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    job = cluster.submit(
+        "pretrain", str(pretraining), "-o", "run", "--set", f"container=env PATH={empty}",
+        "--set", f"python={sys.executable}", cwd=tmp_path,
+    )  # fmt: skip
+    wait_for(lambda: last_iteration(run) >= 5)
+    cluster.make_room()
+    wait_for(lambda: cluster.show(job)["Restarts"] == "1", what="the requeue")
+    cluster.wait(job, "COMPLETED")
+    assert 5 < read_record(run).starts[1].progress < 90
+    assert not list((run / "slurm").glob("requeue_*"))
+
+
+def test_array_over_images_with_killed_tasks(cluster, tmp_path, plate, alone):
     """Tasks that are killed and run again: every file is what one process alone would have written."""
-    alone = cluster.dinocell("segment", str(plate), "-o", "alone", cwd=tmp_path)
-    assert alone.returncode == 1  # one image is broken
     done = cluster.dinocell(
         "submit", "segment", str(plate), "-o", "out", "--shards", "3",
         "--set", "cpus_per_gpu=1", "--set", "mem=800M", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    waiting = json.loads(cluster.dinocell("jobs", "--json", cwd=tmp_path).stdout)
+    known = {row["state"] for row in waiting if row["run_dir"].startswith(str(tmp_path))}
+    assert known <= {"pending", "running", "configuring"}, known
     job, merging = (
         line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job ")
     )
@@ -442,7 +503,7 @@ def test_array_over_images_with_killed_tasks(cluster, tmp_path, plate):
     assert "job " in again.stdout
     merging = [x.split()[1] for x in again.stdout.splitlines() if x.startswith("job ")][-1]
     cluster.wait(merging, "FAILED")  # an image is broken
-    expected, found = results(tmp_path / "alone"), results(tmp_path / "out")
+    expected, found = results(alone), results(tmp_path / "out")
     cells = found.pop("cells.csv")
     assert found.keys() == expected.keys()
     assert found == expected
