@@ -89,7 +89,13 @@ class SupervisedJob:
         return DelayedSubmission(self)
 
 
-def supervise(job: SupervisedJob, *, log: str | Path | None = None, in_slurm: bool = True) -> int:
+def supervise(
+    job: SupervisedJob,
+    *,
+    log: str | Path | None = None,
+    in_slurm: bool = True,
+    environment: Mapping[str, str] | None = None,
+) -> int:
     """Run a job's command and deal with its end.
 
     Parameters
