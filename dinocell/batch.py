@@ -30,6 +30,7 @@ __all__ = [
     "SETTINGS_NAME",
     "BatchResult",
     "SegmentOptions",
+    "check_call",
     "read_journal",
     "segment_files",
     "write_summary",
@@ -157,7 +158,7 @@ def segment_files(
     """
     started = time.monotonic()
     out = Path(out)
-    _check_call(paths, options)
+    check_call(paths, options)
     loaded = model if model is not None else load_model(options.model, device=options.device)
     pipeline = DINOCellPipeline(
         loaded,
@@ -265,7 +266,14 @@ def _finish_folder(
         _write_report(out, paths, entries, failures, options)
 
 
-def _check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
+def check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
+    """Refuse what cannot be done, before a model is loaded.
+
+    Raises
+    ------
+    UsageError
+        Nothing to do, two inputs of one name, an unknown or impossible value of an option.
+    """
     if not paths:
         raise UsageError("segment must get at least one image, got none: name files or folders")
     unknown = [name for name in options.formats if name not in EXPORT_FORMATS]

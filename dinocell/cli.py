@@ -333,27 +333,8 @@ def evaluate(
     from dinocell.evaluation.evaluate import DEFAULT_IOU_THRESHOLDS, evaluate_folders
     from dinocell.evaluation.model_evaluation import evaluate_model
 
-    if (pred is None) != (truth is None) or (model is None) != (data is None):
-        raise UsageError(
-            "evaluate must get --pred with --truth, or --model with --data, got half a pair: add the "
-            "other option"
-        )
-    if (pred is None) == (model is None):
-        raise UsageError(
-            "evaluate must get either --pred and --truth or --model and --data, got "
-            f"{'neither' if pred is None else 'both'}: choose one pair"
-        )
-    if model is None and (tune or save_model):
-        raise UsageError("--tune must have --model and --data, got --pred: give a model to tune")
-    if save_model is not None and not tune:
-        raise UsageError("--save-model must come with --tune, got it alone: add --tune")
-    if out is not None and out.suffix not in (".csv", ".json"):
-        raise UsageError(f"--out must end in .csv or .json, got {out}: choose one of the two")
+    _check_evaluation(dict(locals()))
     thresholds = tuple(iou) if iou else DEFAULT_IOU_THRESHOLDS
-    if not all(0 < value <= 1 for value in thresholds):
-        raise UsageError(
-            f"--iou must be above 0 and at most 1, got {list(thresholds)}: 0.5 is usual"
-        )
     if pred is not None and truth is not None:
         scores = evaluate_folders(
             pred,
@@ -1033,7 +1014,7 @@ def submit(
                 "--shards, which run at once"
             )
         profile = profile.for_one_process()
-    parameters = _parsed(command, context.args)
+    parameters = _checked(command, context.args, has_inputs=dependency is None)
     if shards is not None:
         if command != "segment" or array is not None:
             raise UsageError(
@@ -1050,8 +1031,11 @@ def submit(
             print("every shard is complete; merging", file=sys.stderr)
     else:
         rows = [] if array is None else read_table(array)
-        runs = plan_runs(command, context.args, lambda given: _parsed(command, given), table=rows)
-        merging = None
+
+        def parse(given: Sequence[str]) -> dict[str, Any]:
+            return _checked(command, given, has_inputs=dependency is None)
+
+        runs, merging = plan_runs(command, context.args, parse, table=rows), None
     _hand_over(runs, merging, profile, dependency, logs, dry_run=dry_run, local=local)
 
 
@@ -1065,12 +1049,10 @@ def _hand_over(
     dry_run: bool,
     local: bool,
 ) -> None:
-    import dataclasses
-
     from dinocell.cluster.submission import run_here, sbatch_text
     from dinocell.cluster.submission import submit as hand_in
 
-    alone = dataclasses.replace(profile.with_gpus(0), nodes=1, tasks_per_node=1)
+    alone = profile.for_merging()
     if dry_run:
         for run in runs:
             print(f"{run.run_dir}: dinocell {' '.join(run.command)}", file=sys.stderr)
@@ -1094,7 +1076,13 @@ def _hand_over(
         after = f"afterany:{accepted.job}"
     if merging is not None:
         print("then, when all of them have ended, the merged table:")
-        print(hand_in([merging], alone, dependency=after, log_dir=logs).text())
+        try:
+            print(hand_in([merging], alone, dependency=after, log_dir=logs).text())
+        except UsageError as error:
+            raise UsageError(
+                f"{error}; the images are in work all the same: when their tasks have ended, run "
+                f"dinocell {' '.join(merging.command)}"
+            ) from error
 
 
 @app.command()
@@ -1224,7 +1212,9 @@ def shards_status(out: ResultsFolder) -> None:
 
 @shards_app.command("merge")
 def shards_merge(out: ResultsFolder) -> None:
-    """Make `summary.csv` and `cells.csv` of all parts; exit code 1 if images failed or are missing.
+    """Make `summary.csv` and `cells.csv` of all parts; exit code 1 if parts are not complete.
+
+    Images that failed are listed, and have their reason in the last column of `summary.csv`.
 
     Example: `dinocell shards merge out`
     """
@@ -1232,7 +1222,7 @@ def shards_merge(out: ResultsFolder) -> None:
 
     merged = merge_shards(out)
     print(merged.text())
-    if merged.failures or merged.missing:
+    if merged.missing:
         raise typer.Exit(1)
 
 
@@ -1243,6 +1233,50 @@ def _parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     command = get_command(app).commands[name]  # type: ignore[attr-defined]
     with command.make_context(f"dinocell {name}", list(arguments)) as context:
         return dict(context.params)
+
+
+def _check_evaluation(given: Mapping[str, Any]) -> None:
+    """Which options of `evaluate` go together."""
+    pred, truth, model, data = (given[name] for name in ("pred", "truth", "model", "data"))
+    tune, save_model, out = (given[name] for name in ("tune", "save_model", "out"))
+    if (pred is None) != (truth is None) or (model is None) != (data is None):
+        raise UsageError(
+            "evaluate must get --pred with --truth, or --model with --data, got half a pair: add the "
+            "other option"
+        )
+    if (pred is None) == (model is None):
+        raise UsageError(
+            "evaluate must get either --pred and --truth or --model and --data, got "
+            f"{'neither' if pred is None else 'both'}: choose one pair"
+        )
+    if model is None and (tune or save_model):
+        raise UsageError("--tune must have --model and --data, got --pred: give a model to tune")
+    if save_model is not None and not tune:
+        raise UsageError("--save-model must come with --tune, got it alone: add --tune")
+    if out is not None and out.suffix not in (".csv", ".json"):
+        raise UsageError(f"--out must end in .csv or .json, got {out}: choose one of the two")
+    if not all(0 < value <= 1 for value in given["iou"] or []):
+        raise UsageError(f"--iou must be above 0 and at most 1, got {given['iou']}: 0.5 is usual")
+
+
+def _checked(name: str, arguments: Sequence[str], *, has_inputs: bool) -> dict[str, Any]:
+    """`_parsed`, and what the command itself would refuse at once.
+
+    What an earlier job is to make (`has_inputs` false) is not looked for.
+    """
+    parameters = _parsed(name, arguments)
+    if name == "segment":
+        from dinocell.batch import check_call
+        from dinocell.image_io import find_images
+
+        options = _segment_options(parameters)
+        if has_inputs:
+            check_call(
+                find_images(parameters["images"], recursive=parameters["recursive"]), options
+            )
+    elif name == "evaluate":
+        _check_evaluation(parameters)
+    return parameters
 
 
 def _segment_options(given: Mapping[str, Any]) -> Any:

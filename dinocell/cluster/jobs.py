@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinocell.cluster.record import (
+    JobRecord,
     Submission,
     first_failure,
     read_record,
@@ -62,15 +63,27 @@ def list_jobs(*, everything: bool = False) -> list[JobRow]:
     Parameters
     ----------
     everything : bool
-        Also those that ended more than a week ago.
+        Also those that were submitted more than a week ago and have ended.
     """
     here = cluster_name() if slurm_is_here() else ""
     submissions = [item for item in read_submissions() if item.cluster == here or not here]
-    if not everything:
-        oldest = time.time() - _RECENT_S
-        submissions = [item for item in submissions if item.submitted >= oldest]
-    states = job_states([item.job for item in submissions]) if here else {}
-    return [_row(item, states.get(item.job)) for item in submissions]
+    # What has its end on record need not be asked for: lists grow long.
+    open_jobs = [item.job for item in submissions if _end_on_record(item) is None]
+    states = job_states(open_jobs) if here else {}
+    oldest = 0.0 if everything else time.time() - _RECENT_S
+    return [
+        _row(item, states.get(item.job))
+        for item in submissions
+        if item.submitted >= oldest or (item.job in states and states[item.job].waits_or_runs)
+    ]
+
+
+def _end_on_record(item: Submission) -> JobRecord | None:
+    """The run's record if this job was the last one in it and has come to its end."""
+    record = read_record(item.run_dir)
+    if record is None or not record.starts or record.starts[-1].job != item.job:
+        return None
+    return None if record.state in _UNDECIDED else record
 
 
 def _row(item: Submission, state: JobState | None) -> JobRow:
@@ -92,9 +105,8 @@ def _row(item: Submission, state: JobState | None) -> JobRow:
     elif state is not None:
         # Killed before it could write down why; perhaps another of its processes has.
         name = state.state.lower()
-        reason = first_failure(item.run_dir, item.job, restarts) or _SLURM_ENDS.get(
-            state.state, "" if name == "completed" else state.reason
-        )
+        by_slurm = _SLURM_ENDS.get(state.state, "" if name == "completed" else state.reason)
+        reason = first_failure(item.run_dir, item.job, restarts)[1] or by_slurm
     elif latest and record is not None:
         name, reason = "lost", f"SLURM has forgotten it; it was last seen {record.state}"
     elif ours:

@@ -128,7 +128,8 @@ def run_dir_of(name: str, parameters: Mapping[str, Any]) -> Path:
     if name == "segment":
         return Path(parameters["out"])
     source = parameters["out"] or parameters["model"] or parameters["pred"] or "evaluation"
-    return Path("runs/evaluate") / Path(source).stem
+    parts = Path(source).with_suffix("").parts[-2:]
+    return Path("runs/evaluate") / "-".join(part for part in parts if part.strip("./"))
 
 
 def _row_arguments(

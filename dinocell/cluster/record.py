@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _RECORD_NAME = "job.json"
+_LOST_CONNECTION = r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed out waiting"
 _JOURNAL_NAME = "images.jsonl"  # of `dinocell.batch`, which loads torch
 
 
@@ -74,13 +75,14 @@ class JobRecord:
     starts: list[Start] = field(default_factory=list)
 
     def stalled_starts(self, job: str, progress: int) -> int:
-        """How many of a job's latest starts found exactly this progress."""
-        count = 0
-        for start in reversed(self.starts):
-            if start.job != job or start.progress != progress:
-                break
-            count += 1
-        return count
+        """How many of a job's starts there were since its best progress was reached.
+
+        0 if `progress`, what is saved now, is more than any start has found.
+        """
+        found = [start.progress for start in self.starts if start.job == job]
+        if not found or progress > max(found):
+            return 0
+        return len(found) - found.index(max(found))
 
 
 def write_record(run_dir: str | Path, record: JobRecord) -> None:
@@ -104,12 +106,18 @@ def failures_folder(run_dir: str | Path, job: str, restart: int) -> Path:
     return Path(run_dir) / "slurm" / f"failed_{job or 'local'}_{restart}"
 
 
-def first_failure(run_dir: str | Path, job: str, restart: int) -> str:
-    """The sentence of the process that failed first, "" if none did."""
-    for path in sorted(failures_folder(run_dir, job, restart).glob("*.txt")):
-        with contextlib.suppress(OSError):
-            return path.read_text(encoding="utf-8")
-    return ""
+def first_failure(run_dir: str | Path, job: str, restart: int) -> tuple[str, str]:
+    """State and sentence of the process that failed first, two "" if none did.
+
+    Processes that lost their connection have failed because another one had, whatever the clocks say.
+    """
+    notes = []
+    for path in sorted(failures_folder(run_dir, job, restart).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            note = json.loads(path.read_text(encoding="utf-8"))
+            notes.append((str(note["state"]), str(note["reason"])))
+    causes = [note for note in notes if not re.search(_LOST_CONNECTION, note[1], re.IGNORECASE)]
+    return (causes or notes or [("", "")])[0]
 
 
 def shard_folder(out: str | Path, index: int) -> Path:
@@ -158,8 +166,13 @@ def saved_progress(command: Sequence[str], run_dir: str | Path) -> int:
 
 
 def run_progress(command: Sequence[str], run_dir: str | Path) -> RunProgress | None:
-    """Progress from the run's own files, None before there is any."""
-    folder = Path(run_dir)
+    """Progress from the run's own files, None before there is any, or if they are others' files."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
+        return _progress_of_files(command, Path(run_dir))
+    return None
+
+
+def _progress_of_files(command: Sequence[str], folder: Path) -> RunProgress | None:
     kind = command[0] if command else ""
     if kind == "pretrain":
         settings = _yaml(folder / "config.yaml")

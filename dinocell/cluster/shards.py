@@ -16,6 +16,7 @@ import heapq
 import json
 import os
 import re
+import secrets
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from dinocell.batch import (
     SETTINGS_NAME,
     BatchResult,
     SegmentOptions,
+    check_call,
     read_journal,
     segment_files,
     write_summary,
@@ -122,20 +124,11 @@ def plan_shards(
     """
     if count < 1:
         raise UsageError(f"the number of shards must be at least 1, got {count}: raise it")
-    if not paths:
-        raise UsageError("segment must get at least one image, got none: name files or folders")
+    check_call(paths, options)
     if options.report:
         raise UsageError(
             "--report must be left out with shards, got it: the merged summary.csv has every image"
         )
-    seen: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in seen:
-            raise UsageError(
-                "inputs must differ in name without suffix, because outputs are named so, got "
-                f"{path} and {seen[path.stem]}: segment them into two folders"
-            )
-        seen[path.stem] = path
     out = Path(out)
     sizes = [path.stat().st_size for path in paths]
     parts = _divide(sizes, min(count, len(paths)))
@@ -145,7 +138,7 @@ def plan_shards(
     }
     plan = ShardPlan(out, len(parts), len(paths), sum(sizes), options)
     files[out / "shards" / _PLAN_NAME] = _plan_text(plan)
-    if (out / "shards" / _PLAN_NAME).exists():
+    if (out / "shards" / _PLAN_NAME).exists() and _has_begun(read_plan(out)):
         _compare(plan, files)
         files = {out / "shards" / _PLAN_NAME: _plan_text(plan)}  # device and the like may change
     else:
@@ -192,6 +185,12 @@ def _plan_text(plan: ShardPlan) -> str:
         "options": asdict(plan.options),
     }
     return json.dumps(values, indent=1, sort_keys=True) + "\n"
+
+
+def _has_begun(plan: ShardPlan) -> bool:
+    """Whether anything was done; until then a plan can be replaced."""
+    folders = [shard_folder(plan.out, index) for index in range(plan.count)]
+    return any((f / JOURNAL_NAME).exists() or (f / _CLAIM_NAME).exists() for f in folders)
 
 
 def _refuse_results(plan: ShardPlan, paths: Sequence[Path]) -> None:
@@ -337,9 +336,7 @@ def _claimed(folder: Path) -> Iterator[None]:
     }
     text = json.dumps(mine)
     try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        _make_claim(path, text)
     except FileExistsError:
         other = _read_claim(path)
         if other and _is_at_work(other, mine):
@@ -348,10 +345,13 @@ def _claimed(folder: Path) -> Iterator[None]:
                 f"a shard must be run by one process, got {folder} in the hands of {whose} on "
                 f"{other.get('host')}: wait for it, or delete {path} if it is gone"
             ) from None
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        time.sleep(0.2)
-        if _read_claim(path) != mine:  # two have found it left at the same moment
+        try:
+            # Of several that find it left, one takes it away.
+            left = path.with_name(f".tmp-{secrets.token_hex(8)}")
+            os.rename(path, left)
+            left.unlink()
+            _make_claim(path, text)
+        except (FileNotFoundError, FileExistsError):
             raise DINOCellError(
                 f"a shard must be run by one process, got two for {folder}: the other goes on"
             ) from None
@@ -360,6 +360,13 @@ def _claimed(folder: Path) -> Iterator[None]:
     finally:
         if _read_claim(path) == mine:
             path.unlink(missing_ok=True)
+
+
+def _make_claim(path: Path, text: str) -> None:
+    """Write a file that must not be there yet."""
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _read_claim(path: Path) -> dict[str, Any]:

@@ -18,6 +18,13 @@ from dinocell.errors import ConfigError
 __all__ = ["SiteProfile", "find_site", "load_site", "minutes_of"]
 
 _GPU = re.compile(r"gpu(?::(?P<type>[\w.-]*[A-Za-z_.-][\w.-]*))?(?::(?P<count>\d+))?")
+# Options of sbatch that the profile's keys or the submission itself decide.
+_OWNED = {
+    "account", "array", "comment", "constraint", "cpus_per_gpu", "cpus_per_task", "dependency", "error",
+    "exclude", "gpus", "gpus_per_node", "gpus_per_task", "gres", "job_name", "mail_type", "mail_user", "mem",
+    "nice", "no_requeue", "nodes", "ntasks", "ntasks_per_node", "open_mode", "output", "partition",
+    "qos", "requeue", "reservation", "signal", "time", "wrap",
+}  # fmt: skip
 _FOLDERS_VARIABLE = "DINOCELL_SITES"
 _DEFAULT_VARIABLE = "DINOCELL_SITE"
 
@@ -103,6 +110,11 @@ class SiteProfile:
                     f"environment must have names of variables, got {name!r}: use letters, digits, _"
                 )
         for name in self.extra:
+            if name.replace("-", "_") in _OWNED:
+                raise ConfigError(
+                    f"extra must have options that the profile and dinocell do not set, got {name!r}: "
+                    "use the profile's own key, or leave it out"
+                )
             if not re.fullmatch(r"[a-z][a-z-]*", name):
                 raise ConfigError(
                     f"extra must have names of sbatch's options without dashes before them, got "
@@ -140,6 +152,20 @@ class SiteProfile:
         others = [wish for wish in wishes if match is None or wish != match[0]]
         gpus = [f"gpu{kind}:{count}"] if count else []
         return dataclasses.replace(self, gres=",".join([*gpus, *others]) or None)
+
+    def for_merging(self) -> SiteProfile:
+        """The same for a job that reads and writes tables: one core, little memory, no GPU."""
+        longest = "2:00:00" if minutes_of(self.time) > 120 else self.time
+        without = self.with_gpus(0)
+        return dataclasses.replace(
+            without,
+            nodes=1,
+            tasks_per_node=1,
+            cpus_per_gpu=1,
+            mem="4G",
+            time=longest,
+            constraint=None,
+        )
 
     def for_one_process(self) -> SiteProfile:
         """The same for work that is one process: one node and at most one GPU."""

@@ -105,13 +105,12 @@ def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
         )
         if code == 0:
             for line in text.splitlines():
-                job, words, reason, restarts = [*line.split("|"), "", "", ""][:4]
+                job, words, reason = [*line.split("|"), "", ""][:3]
                 if words:
                     found[job] = JobState(
                         job,
                         words.split()[0],  # CANCELLED by 0
-                        "" if reason in ("None", "") else reason,
-                        int(restarts) if restarts.isdigit() else 0,
+                        "" if reason == "None" else reason,
                     )
     return found
 

@@ -153,8 +153,14 @@ def _requeue_lines(folder: Path) -> list[str]:
 
 
 def _python(site: SiteProfile) -> str:
+    """The interpreter of the tasks, as shell words.
+
+    Signals are ignored until the supervisor has its handlers: python takes seconds to start, and would
+    end as a failure.  A preemption sends TERM again at its end; otherwise SLURM requeues by itself.
+    """
     python = site.python or ("python3" if site.container else sys.executable)
-    return f"{site.container} {python}" if site.container else shlex.quote(python)
+    words = f"{site.container} {python}" if site.container else shlex.quote(python)
+    return f'bash -c \'trap "" USR2 TERM; exec "$@"\' dinocell {words}'
 
 
 def _executor(folder: Path, site: SiteProfile) -> Any:
@@ -221,13 +227,14 @@ def submit(
         SupervisedJob(run.command, str(run.run_dir), site.signal_ahead_s, site.max_stalled_starts)
         for run in runs
     ]
+    kept = set(folder.glob("*"))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of submitit, about what has no effect here
             with executor.batch():  # of one: an ordinary job
                 accepted = [executor.submit(job) for job in jobs]
     except Exception as error:
-        _clear(folder)
+        _clear(folder, kept)
         raise UsageError(_refusal(error, site)) from error
     tasks = [
         (str(job.job_id), run, Path(str(job.paths.stdout)))
@@ -275,10 +282,10 @@ def _refuse_busy(runs: Sequence[PlannedRun]) -> None:
             )
 
 
-def _clear(folder: Path) -> None:
-    """Remove what submitit leaves of a submission that was refused."""
+def _clear(folder: Path, kept: set[Path]) -> None:
+    """Remove what submitit leaves of a submission that was refused; `kept` was there before."""
     for path in [*folder.glob("submission_file_*.sh"), *folder.glob("*.pkl")]:
-        if re.fullmatch(r"(submission_file_)?[0-9a-f]{32}", path.stem):
+        if path not in kept and re.fullmatch(r"(submission_file_)?[0-9a-f]{32}", path.stem):
             path.unlink(missing_ok=True)
     for link in folder.glob(".submission_file_*.sh"):
         if not (link.is_symlink() and link.exists()):  # of a job that was accepted

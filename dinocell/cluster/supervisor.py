@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import math
 import os
 import shutil
@@ -43,6 +44,7 @@ from dinocell.cluster.record import (
 )
 from dinocell.cluster.slurm import cluster_name, job_states, own_job, requeue
 from dinocell.errors import StoppedError
+from dinocell.image_io import atomic_path
 
 __all__ = ["REQUEUE_WISH", "SupervisedJob", "supervise"]
 
@@ -53,6 +55,7 @@ _STOPPED = StoppedError.exit_code
 _HANDED_ON = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 _WAIT_FOR_END_S = 90.0  # for SLURM to end a job that it has requeued
 _LINES_KEPT = 200
+_OTHERS_TELL_S = 3.0  # for the process that failed first to write down why
 _LEFT_ALONE_S = 10.0  # for a process to end by itself when another of its job has failed
 _OF_MANY_PROCESSES = ("pretrain", "train")
 
@@ -327,7 +330,7 @@ class _Supervisor:
         assert self.received is not None
         if self.rank == 0:
             self.record.state = "stopping"
-            self.record.reason = self._first_failure() or f"{self.received.name}: saving"
+            self.record.reason = self._first_failure()[1] or f"{self.received.name}: saving"
             write_record(self.job.run_dir, self.record)
 
     def _pass_on(self, source: IO[bytes] | None, target: Any, log: IO[bytes] | None) -> None:
@@ -353,10 +356,12 @@ class _Supervisor:
             # With a signal on its way, an end by error is as good: the next start tells.
             return self._stopped()
         state, reason = self._failure(code, memory_ran_out)
-        self._note_failure(reason)
+        self._note_failure(state, reason)
         if self.rank == 0:
-            first = self._first_failure()
-            self._close(state, first or reason)
+            if self.world > 1:
+                time.sleep(_OTHERS_TELL_S)
+                state, reason = self._first_failure()
+            self._close(state, reason)
         else:
             _say(reason)
         return code if code > 0 else 128 - code
@@ -370,7 +375,7 @@ class _Supervisor:
             self._wait_for_end()  # ending early would make srun end the one that requeues
             return 0
         if self._others_failed():
-            self._close("failed", self._first_failure())
+            self._close(*self._first_failure())
             return 1
         state = job_states([self.number]).get(self.number)
         if state is not None and state.restarts > self.restart:
@@ -436,29 +441,24 @@ class _Supervisor:
             self.tail
         ) or f"{whose} ended with exit code {code}: see the log"
 
-    def _failures_folder(self) -> Path:
-        return failures_folder(self.job.run_dir, self.number, self.restart)
-
-    def _note_failure(self, reason: str) -> None:
+    def _note_failure(self, state: str, reason: str) -> None:
         """For the first process, which fails next and would otherwise tell the wrong reason."""
         if self.world == 1:
             return
-        folder = self._failures_folder()
+        folder = failures_folder(self.job.run_dir, self.number, self.restart)
+        note = {"state": state, "reason": f"process {self.rank} of {self.world}: {reason}"}
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{time.time():017.3f}_rank{self.rank}.txt"
-            part = path.with_suffix(".part")
-            part.write_text(f"process {self.rank} of {self.world}: {reason}", encoding="utf-8")
-            part.rename(path)
+            path = folder / f"{time.time():017.3f}_rank{self.rank}.json"
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(note), encoding="utf-8")
 
     def _others_failed(self) -> bool:
-        return bool(self._first_failure())
+        return self._first_failure() != ("", "")
 
-    def _first_failure(self) -> str:
+    def _first_failure(self) -> tuple[str, str]:
         if self.world == 1:
-            return ""
-        reason = first_failure(self.job.run_dir, self.number, self.restart)
-        return reason
+            return "", ""
+        return first_failure(self.job.run_dir, self.number, self.restart)
 
     def _close(self, state: str, reason: str) -> None:
         self.record.state, self.record.reason = state, reason
