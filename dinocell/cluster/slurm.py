@@ -91,18 +91,9 @@ def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
                 found |= {state.job: state for state in _parse(line)}
     missing = [job for job in jobs if job not in found]
     if missing and shutil.which("sacct"):
-        code, text, _ = _ask(
-            [
-                "sacct",
-                "-X",
-                "-n",
-                "-P",
-                "-o",
-                "JobID,State,Reason,Restarts",
-                "-j",
-                ",".join(missing),
-            ]
-        )
+        # No field that older releases lack: sacct refuses the whole question.
+        columns = "JobID,State,Reason"
+        code, text, _ = _ask(["sacct", "-X", "-n", "-P", "-o", columns, "-j", ",".join(missing)])
         if code == 0:
             for line in text.splitlines():
                 job, words, reason = [*line.split("|"), "", ""][:3]

@@ -96,3 +96,12 @@ def fine_tuning(tmp_path, blob_data) -> Path:
     path = tmp_path / "train.yaml"
     path.write_text(FINE_TUNING.replace("DATA", str(blob_data)).replace("OUT", "tuned"))
     return path
+
+
+@pytest.fixture
+def accounting_cluster(tmp_path_factory) -> Iterator[Cluster]:
+    """A cluster with slurmdbd, and so with sacct."""
+    _usable()
+    lock = tmp_path_factory.getbasetemp().parent / "slurm.lock"
+    with started_cluster(tmp_path_factory.mktemp("state"), lock, SLURM_SANDBOX_ACCT="1") as it:
+        yield it

@@ -511,3 +511,34 @@ def test_array_over_images_with_killed_tasks(cluster, tmp_path, plate, alone):
         data.count(b"\n") - 1 for name, data in expected.items() if name.endswith("_cells.csv")
     )
     assert b"broken" in found["summary.csv"]
+
+
+def test_signal_before_anything_listens(cluster, tmp_path, pretraining):
+    """Told to stop while python is still starting, a job is not lost."""
+    job = cluster.submit("pretrain", str(pretraining), "optim.epochs=1", "-o", "run", cwd=tmp_path)
+    cluster.wait(job, "RUNNING")
+    wait_for(lambda: processes_of(job), what="the task")
+    cluster.run("scancel", "--signal=USR2", job)
+    cluster.wait(job, "COMPLETED")
+
+
+@pytest.mark.slow
+def test_jobs_that_the_controller_has_forgotten(accounting_cluster, tmp_path):
+    """`sacct` of this release understands the question; it installs a database."""
+    one = accounting_cluster.sbatch("-o", "/dev/null", "--wrap", "sleep 1")
+    array = accounting_cluster.sbatch("-o", "/dev/null", "--array=0-1", "--wrap", "exit 3")
+    accounting_cluster.wait(f"{array}_1", "FAILED")
+    accounting_cluster.wait(one, "COMPLETED")
+    jobs = [one, f"{array}_0", f"{array}_1", "99"]
+    code = (
+        "import dinocell.cluster.slurm as s; ask = s._ask\n"
+        "s._ask = lambda c: (1, '', '') if c[0] == 'scontrol' else ask(c)\n"
+        f"print({{job: state.state for job, state in s.job_states({jobs}).items()}})"
+    )
+    wait_for(
+        lambda: (
+            accounting_cluster.run(sys.executable, "-c", code).stdout.strip()
+            == str({one: "COMPLETED", f"{array}_0": "FAILED", f"{array}_1": "FAILED"})
+        ),
+        30,
+    )
