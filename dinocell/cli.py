@@ -1231,8 +1231,14 @@ def _parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     from typer.main import get_command
 
     command = get_command(app).commands[name]  # type: ignore[attr-defined]
-    with command.make_context(f"dinocell {name}", list(arguments)) as context:
-        return dict(context.params)
+    try:
+        with command.make_context(f"dinocell {name}", list(arguments)) as context:
+            return dict(context.params)
+    except Exception as error:
+        told = getattr(error, "format_message", None)  # of every error about a command line
+        if told is None:
+            raise
+        raise UsageError(f"dinocell {name}: {told()} (see dinocell {name} --help)") from error
 
 
 def _check_evaluation(given: Mapping[str, Any]) -> None:

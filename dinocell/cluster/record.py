@@ -281,14 +281,18 @@ def note_submission(submissions: Sequence[Submission]) -> None:
     path = _list_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(asdict(item)) + "\n" for item in submissions)
-    with path.open("a", encoding="utf-8") as file:  # one write: lines of two commands do not mix
-        file.write(text)
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # the last line was cut: it must not swallow ours
+                text = "\n" + text
+        file.write(text.encode())  # at once: lines of two commands do not mix
 
 
 def read_submissions() -> list[Submission]:
     """All submissions, oldest first; lines that cannot be read are passed over."""
     try:
-        lines = _list_path().read_text(encoding="utf-8").splitlines()
+        lines = _list_path().read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     found = {}

@@ -17,7 +17,7 @@ from dinocell.errors import ConfigError
 
 __all__ = ["SiteProfile", "find_site", "load_site", "minutes_of"]
 
-_GPU = re.compile(r"gpu(?::(?P<type>[\w.-]*[A-Za-z_.-][\w.-]*))?(?::(?P<count>\d+))?")
+_GPU = re.compile(r"gpu(?::(?P<type>[\w.-]*[A-Za-z_.-][\w.-]*|\d+(?=:)))?(?::(?P<count>\d+))?")
 # Options of sbatch that the profile's keys or the submission itself decide.
 _OWNED = {
     "account", "array", "comment", "constraint", "cpus_per_gpu", "cpus_per_task", "dependency", "error",
@@ -227,16 +227,21 @@ def find_site(name: str | None) -> Path | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without numbers to the base of 60 or 8: 24:00:00 and 007 stay what was written."""
+    """YAML that leaves alone what is not meant: 24:00:00, 007, off and no are text."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [item for item in items if item[0] != "tag:yaml.org,2002:int"]
+    first: [
+        item for item in items if item[0] not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:bool")
+    ]
     for first, items in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789")
 )
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
 
 
 def load_site(name: str | None, overrides: Sequence[str] = ()) -> SiteProfile:
@@ -280,7 +285,12 @@ def _apply(mapping: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set must be key=value, got {override!r}: for example partition=long")
-    value = yaml.load(text, Loader=_Loader) if text else None
+    try:
+        value = yaml.load(text, Loader=_Loader) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"the value of --set {key} must be YAML, got {text!r}: put quotes around it"
+        ) from error
     section, dot, name = key.partition(".")
     if not dot:
         mapping[key] = value
@@ -305,7 +315,11 @@ def _as_text(mapping: Mapping[str, Any]) -> dict[str, Any]:
             found[key] = str(value)
         elif isinstance(value, dict):
             found[key] = {
-                str(name): str(item).lower() if isinstance(item, bool) else str(item)
+                str(name): ""
+                if item is None
+                else str(item).lower()
+                if item is True or item is False
+                else str(item)
                 for name, item in value.items()
             }
     return found

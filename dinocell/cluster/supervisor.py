@@ -262,7 +262,7 @@ class _Supervisor:
         # A session of its own: SLURM signals whole process groups, and the loader's workers of a
         # training must not get what is meant for the training.
         self.child = subprocess.Popen(
-            [*self._python(), "-m", "dinocell.cli", "-v", *self._command()],
+            self._child_command(),
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -288,6 +288,9 @@ class _Supervisor:
         if log is not None:
             log.close()
         return code
+
+    def _child_command(self) -> list[str]:
+        return [*self._python(), "-m", "dinocell.cli", "-v", *self._command()]
 
     def _command(self) -> list[str]:
         """The command; a start after the first must go on, whatever was said to the first."""
@@ -335,15 +338,16 @@ class _Supervisor:
 
     def _pass_on(self, source: IO[bytes] | None, target: Any, log: IO[bytes] | None) -> None:
         assert source is not None
-        for line in iter(source.readline, b""):
-            text = line.decode("utf-8", "replace")
-            self.tail.append(text.rstrip("\n"))
-            with contextlib.suppress(OSError, ValueError):  # a closed terminal stops no work
-                target.write(text)
-                target.flush()
-            if log is not None:
-                log.write(line)
-                log.flush()
+        with source:
+            for line in iter(source.readline, b""):
+                text = line.decode("utf-8", "replace")
+                self.tail.append(text.rstrip("\n"))
+                with contextlib.suppress(OSError, ValueError):  # a closed terminal stops no work
+                    target.write(text)
+                    target.flush()
+                if log is not None:
+                    log.write(line)
+                    log.flush()
 
     # --- the end ---
 

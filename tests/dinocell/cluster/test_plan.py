@@ -1,0 +1,343 @@
+"""What a submission is going to run: folders, names, tables of tasks, and what is told before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dinocell.backbone import import_dinov3
+from dinocell.cli import _parsed, main
+from dinocell.cluster.plan import plan_runs, read_table, run_dir_of
+from dinocell.errors import ConfigError, UsageError
+
+PRETRAINING = "train: {dataset_path: 'ImageFolder:root=pictures'}\noptim: {epochs: 3}\n"
+FINE_TUNING = """
+name: small
+output_dir: tuned
+data: {datasets: [{name: blobs, images: data/images, labels: data/labels}]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _configurations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("ssl.yaml").write_text(PRETRAINING)
+    Path("train.yaml").write_text(FINE_TUNING)
+    # Otherwise it would depend on the tests before whether `plan_runs` knows this tree.
+    import_dinov3("configs")
+
+
+def planned(command: str, *arguments: str, table=()):
+    return plan_runs(command, arguments, lambda given: _parsed(command, given), table=table)
+
+
+# --- one run ---
+
+
+@pytest.mark.parametrize(
+    ("command", "folder", "name"),
+    [
+        (["pretrain", "ssl.yaml"], "runs/ssl/ssl", "ssl-ssl"),
+        (["pretrain", "ssl.yaml", "-o", "runs/a"], "runs/a", "ssl-a"),
+        (["pretrain", "ssl.yaml", "optim.epochs=1", "--output-dir", "b"], "b", "ssl-b"),
+        (["train", "train.yaml"], "tuned", "train-tuned"),
+        (["train", "train.yaml", "output_dir=runs/other"], "runs/other", "train-other"),
+        (["segment", "plate", "-o", "out"], "out", "segment-out"),
+        (["evaluate", "--pred", "p/masks", "--truth", "t"], "runs/evaluate/p-masks", "evaluate-p-masks"),
+        (
+            ["evaluate", "-m", "best.safetensors", "--data", "d"],
+            "runs/evaluate/best",
+            "evaluate-best",
+        ),
+        (
+            ["evaluate", "-m", "best.safetensors", "--data", "d", "--out", "scores/of_best.csv"],
+            "runs/evaluate/scores-of_best",
+            "evaluate-scores-of_best",
+        ),
+    ],
+)  # fmt: skip
+def test_the_folder_and_name_of_a_run(command, folder, name):
+    (run,) = planned(*command)
+    assert run.run_dir == run_dir_of(command[0], _parsed(command[0], command[1:])) == Path(folder)
+    assert run.name == name
+    assert run.command == tuple(command)
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["pretrain", "absent.yaml"], "the configuration must be a file, got absent.yaml"),
+        (["pretrain", "ssl.yaml", "optim.learning_rate=1"], "optim.learning_rate"),
+        (["pretrain", "ssl.yaml", "optim.epochs=many"], "optim.epochs"),
+        (["train", "absent.yaml"], "the configuration must be a readable file"),
+        (["train", "train.yaml", "optimizer.rate=1"], "optimizer.rate"),
+        (["train", "train.yaml", "schedule.steps=0"], "schedule.steps must be at least 1"),
+    ],
+)
+def test_a_wrong_configuration_is_told_before(command, sentence):
+    with pytest.raises(UsageError) as caught:
+        planned(*command)
+    assert sentence in str(caught.value)
+
+
+def test_a_wrong_pretraining_is_told_by_a_new_process():
+    command = [sys.executable, "-m", "dinocell.cli", "submit", "pretrain", "ssl.yaml", "--dry-run"]
+    right = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert right.returncode == 0, right.stderr
+    wrong = [*command, "optim.learning_rate=1"]
+    done = subprocess.run(wrong, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "optim.learning_rate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["segment", "plate"],  # without -o
+        ["segment", "plate", "-o", "out", "--no-such-option", "1"],
+        ["pretrain"],
+        ["evaluate", "--iou", "high"],
+        ["measure", "x"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_told_before(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["submit", *arguments, "--dry-run"])
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert "#SBATCH" not in shown.out
+    assert "Traceback" not in shown.err
+
+
+# --- a table ---
+
+
+def test_rows_of_a_pretraining():
+    rows = [
+        {"name": "low", "optim.lr": "1e-4", "train.seed": "0"},
+        {"name": "", "optim.lr": "1e-3", "train.seed": ""},
+    ]
+    low, second = planned("pretrain", "ssl.yaml", "optim.epochs=1", "-o", "sweep", table=rows)
+    assert low.command == (
+        "pretrain", "ssl.yaml", "optim.epochs=1", "-o", "sweep",
+        "optim.lr=1e-4", "train.seed=0", "--output-dir", "sweep/low",
+    )  # fmt: skip
+    assert (low.run_dir, low.name) == (Path("sweep/low"), "sweep-low")
+    # Without a name its place; without a value the configuration's own.
+    assert second.command[5:] == ("optim.lr=1e-3", "--output-dir", "sweep/001")
+    assert (second.run_dir, second.name) == (Path("sweep/001"), "sweep-001")
+
+
+def test_rows_of_a_fine_tuning():
+    (run,) = planned("train", "train.yaml", table=[{"optimizer.lr": "5e-4"}])
+    assert run.command == ("train", "train.yaml", "optimizer.lr=5e-4", "output_dir=tuned/000")
+    assert run.run_dir == Path("tuned/000")
+
+
+def test_rows_of_a_segmentation():
+    rows = [{"name": "strict", "peak_threshold": "0.7", "min-area-px": "9"}, {"channels": "0,1"}]
+    strict, second = planned("segment", "plate", "-o", "out", table=rows)
+    assert strict.command == (
+        "segment", "plate", "-o", "out",
+        "--peak-threshold", "0.7", "--min-area-px", "9", "--out", "out/strict",
+    )  # fmt: skip
+    assert second.command[4:] == ("--channels", "0,1", "--out", "out/001")
+    assert second.run_dir == Path("out/001")
+
+
+def test_rows_of_an_evaluation():
+    rows = [{"name": "a", "pred": "masks_a"}, {"name": "b", "pred": "masks_b"}]
+    first, second = planned("evaluate", "--truth", "t", "--out", "all.csv", table=rows)
+    assert first.command == (
+        "evaluate", "--truth", "t", "--out", "all.csv",
+        "--pred", "masks_a", "--out", "runs/evaluate/all/a/scores.csv",
+    )  # fmt: skip
+    assert second.run_dir == Path("runs/evaluate/all/b")
+    (alone,) = planned("evaluate", "--truth", "t", table=[{"pred": "masks"}])
+    assert alone.command[-1] == "runs/evaluate/evaluation/000/scores.json"
+
+
+@pytest.mark.parametrize(
+    ("command", "rows"),
+    [
+        (["pretrain", "ssl.yaml", "-o", "s"], [{"name": "a", "optim.lr": "1e-4"}]),
+        (["train", "train.yaml"], [{"name": "a", "optimizer.lr": "1e-4"}]),
+        (["segment", "plate", "-o", "o"], [{"name": "a", "tile-px": "64", "precision": "bf16"}]),
+        (["evaluate", "--truth", "t"], [{"name": "a", "pred": "p", "boundary_tolerance_px": "3"}]),
+    ],
+    ids=lambda item: item[0] if isinstance(item[0], str) else "",
+)
+def test_the_command_of_a_row_reads_as_the_row_says(command, rows):
+    """Parsed again, the last of an option that is given twice counts: the row's."""
+    (run,) = planned(*command, table=rows)
+    parameters = _parsed(run.command[0], run.command[1:])
+    if command[0] == "evaluate":
+        assert parameters["out"] == run.run_dir / "scores.json"
+        assert (parameters["pred"], parameters["boundary_tolerance_px"]) == (Path("p"), 3.0)
+        return
+    assert run_dir_of(command[0], parameters) == run.run_dir
+    if command[0] == "segment":
+        assert (parameters["tile_px"], parameters["precision"]) == (64, "bf16")
+    else:
+        assert any(item.endswith("lr=1e-4") for item in parameters["overrides"])
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "value"),
+    [
+        (["pretrain", "ssl.yaml", "-o", "sweep"], "optim.rate", "1"),
+        (["train", "train.yaml"], "optimizer.rate", "1"),
+        (["train", "train.yaml"], "schedule.steps", "0"),
+    ],
+)
+def test_a_wrong_row_is_told_with_its_name(command, key, value):
+    rows = [{"name": "right", key: ""}, {"name": "wrong", key: value}]
+    with pytest.raises(UsageError, match=r"row 2 of the table \(wrong\)") as caught:
+        planned(*command, table=rows)
+    assert key in str(caught.value)
+
+
+def test_a_wrong_row_of_a_fine_tuning_stays_an_error_of_the_configuration():
+    with pytest.raises(ConfigError, match=r"row 1 of the table \(000\)"):
+        planned("train", "train.yaml", table=[{"optimiser.lr": "1"}])
+
+
+@pytest.mark.parametrize(
+    ("command", "row"),
+    [
+        (["segment", "plate", "-o", "out"], {"peak_treshold": "0.5"}),
+        (["segment", "plate", "-o", "out"], {"batch_size": "many"}),
+        (["evaluate", "--truth", "t"], {"boundary_tolerance": "2"}),
+    ],
+)
+def test_a_wrong_option_in_a_row_is_told_with_its_name(command, row):
+    with pytest.raises(UsageError, match="wrong"):
+        planned(*command, table=[{"name": "wrong", **row}])
+
+
+def test_a_name_may_have_an_equals_sign():
+    rows = [{"name": "lr=1e-4", "optim.lr": "1e-4"}]
+    (run,) = planned("pretrain", "ssl.yaml", "-o", "sweep", table=rows)
+    assert run.run_dir == Path("sweep/lr=1e-4")
+
+
+def test_names_must_differ():
+    with pytest.raises(UsageError, match="must differ in name, got a twice"):
+        planned("segment", "p", "-o", "out", table=[{"name": "a"}, {"name": "b"}, {"name": "a"}])
+    with pytest.raises(UsageError, match="001 twice"):  # one is named, one has this place
+        planned("segment", "p", "-o", "out", table=[{"name": "001"}, {"name": ""}])
+
+
+# --- reading a table ---
+
+
+def table(text: str, name: str = "sweep.csv") -> list[dict[str, str]]:
+    Path(name).write_bytes(text.encode())
+    return read_table(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sweep.csv", "name,optim.lr\na,1e-4\nb,\n"),
+        ("sweep.csv", "\ufeffname,optim.lr\r\na,1e-4\r\nb,\r\n"),  # as spreadsheets write it
+        ("sweep.csv", " name , optim.lr \n\n a , 1e-4 \n ,\nb,\n"),
+        ("sweep.tsv", "name\toptim.lr\na\t1e-4\nb\t\n"),
+        ("sweep.txt", "name\toptim.lr\na\t1e-4\nb\t\n"),
+    ],
+)
+def test_forms_of_a_table(name, text):
+    assert table(text, name) == [{"name": "a", "optim.lr": "1e-4"}, {"name": "b", "optim.lr": ""}]
+
+
+def test_values_may_be_quoted():
+    (row,) = table('name,crops.global_crops_scale\na,"[0.3, 1.0]"\n')
+    assert row == {"name": "a", "crops.global_crops_scale": "[0.3, 1.0]"}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "a line for each task, got 0 lines"),
+        ("name,optim.lr\n", "a line for each task, got 1 lines"),
+        ("name,name\na,b\n", "columns of --array must have names, each its own, got name, name"),
+        ("name,\na,b\n", "columns of --array must have names"),
+        ("name,optim.lr\na,1\nb,1,2\n", "must have 2 values, got 3 in line 3"),
+        ("name,optim.lr\na\n", "must have 2 values, got 1 in line 2"),
+        ("name\na/b\n", "must be names of folders, got 'a/b' in line 2"),
+        ("name\na\n..\n", "must be names of folders, got '..' in line 3"),
+    ],
+)
+def test_what_is_no_table(text, sentence):
+    with pytest.raises(UsageError) as caught:
+        table(text)
+    assert sentence in str(caught.value)
+    assert "sweep.csv" in str(caught.value)
+
+
+def test_a_table_must_be_a_text_file():
+    for path in ("absent.csv", "."):
+        with pytest.raises(UsageError, match="--array must be a table in a text file"):
+            read_table(path)
+    Path("binary.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"binary\.csv"):
+        read_table("binary.csv")
+
+
+# --- from the command line ---
+
+
+def submitted(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = 0
+    try:
+        main(["submit", *arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_a_dry_run_of_a_table(capsys):
+    Path("sweep.csv").write_text("name,optimizer.lr\nlow,1e-4\nhigh,1e-3\n")
+    code, out, err = submitted(capsys, "train", "train.yaml", "--array", "sweep.csv", "--dry-run")
+    assert code == 0
+    assert "#SBATCH --array=0-1%2" in out
+    assert err.splitlines() == [
+        f"tuned/{name}: dinocell train train.yaml optimizer.lr={rate} output_dir=tuned/{name}"
+        for name, rate in (("low", "1e-4"), ("high", "1e-3"))
+    ]
+    assert not Path("tuned").exists()
+
+
+def test_a_wrong_row_ends_the_command_line(capsys):
+    Path("sweep.csv").write_text("name,optimizer.rate\nlow,1e-4\n")
+    code, out, err = submitted(capsys, "train", "train.yaml", "--array", "sweep.csv", "--dry-run")
+    assert code == 2
+    assert out == ""
+    assert err.startswith("dinocell: error: row 1 of the table (low): ")
+    assert len(err.splitlines()) == 1
+
+
+def test_options_of_the_submission_and_of_the_command_mix(capsys):
+    code, out, err = submitted(
+        capsys, "--nodes", "2", "pretrain", "ssl.yaml", "-o", "a", "--gpus", "3", "optim.epochs=1",
+        "--seed", "4", "--time", "5:00:00", "--partition", "long", "--set", "qos=high", "--dry-run",
+    )  # fmt: skip
+    assert code == 0
+    assert err == "a: dinocell pretrain ssl.yaml -o a optim.epochs=1 --seed 4\n"
+    for line in ("nodes=2", "gres=gpu:3", "ntasks-per-node=3", "time=5:00:00", "partition=long",
+                 "qos=high"):  # fmt: skip
+        assert f"#SBATCH --{line}\n" in out
+
+
+def test_planning_stays_light():
+    """It is done on login nodes: no network is loaded for a plan of a segmentation."""
+    code = (
+        "import sys; from dinocell.cluster.plan import plan_runs; "
+        "plan_runs('segment', ['p'], lambda given: {'out': 'o'}); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,244 @@
+"""What sbatch would get, what is refused before, and the same on this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinocell.cli import main
+from dinocell.cluster.plan import PlannedRun
+from dinocell.cluster.record import Start, Submission, note_submission, read_record
+from dinocell.cluster.site import SiteProfile
+from dinocell.cluster.submission import parse_dependency, run_here, sbatch_text, submit
+from dinocell.errors import UsageError
+from dinocell.image_io import write_labels
+
+RUN = PlannedRun("ssl-a", ("pretrain", "c.yaml"), Path("runs/a"))
+
+
+def text(site: SiteProfile | None = None, *runs: PlannedRun, **options) -> str:
+    return sbatch_text(runs or [RUN], site or SiteProfile(), **options)
+
+
+def options_of(script: str) -> set[str]:
+    return {line for line in script.splitlines() if line.startswith("#SBATCH")}
+
+
+@pytest.mark.parametrize(
+    ("change", "lines"),
+    [
+        ({"partition": "long"}, ["--partition=long"]),
+        ({"account": "lab"}, ["--account=lab"]),
+        ({"qos": "high"}, ["--qos=high"]),
+        ({"gres": "gpu:a100:2"}, ["--gres=gpu:a100:2", "--ntasks-per-node=2"]),
+        ({"constraint": "a100&nvlink"}, ["--constraint='a100&nvlink'"]),
+        ({"exclude": "n[1-3]"}, ["--exclude='n[1-3]'"]),
+        ({"reservation": "course"}, ["--reservation=course"]),
+        ({"nodes": 3}, ["--nodes=3"]),
+        ({"tasks_per_node": 4}, ["--ntasks-per-node=4"]),
+        ({"time": "2-00:00:00"}, ["--time=2-00:00:00"]),
+        ({"mem": "96G"}, ["--mem=96G"]),
+        ({"cpus_per_gpu": 12}, ["--cpus-per-task=12"]),
+        ({"mail_user": "ada@lab"}, ["--mail-user=ada@lab"]),
+        ({"mail_type": "FAIL,END"}, ["--mail-type=FAIL,END"]),
+        ({"signal_ahead_s": 300}, ["--signal=USR2@300"]),
+        ({"nice": 100}, ["--nice=100"]),
+        ({"comment": "a b"}, ["--comment='a b'"]),
+        ({"extra": {"licenses": "matlab", "exclusive": ""}}, ["--licenses=matlab", "--exclusive"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_each_key_makes_its_line(change, lines):
+    before, after = options_of(text()), options_of(text(SiteProfile(**change)))
+    assert {f"#SBATCH {line}" for line in lines} <= after - before
+
+
+def test_the_rest_of_the_file():
+    script = text()
+    assert {
+        "#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --job-name=ssl-a",
+        "#SBATCH --time=24:00:00", "#SBATCH --signal=USR2@120",
+        f"#SBATCH --output={Path.cwd()}/runs/a/slurm/%j_0_log.out",
+    } <= options_of(script)  # fmt: skip
+    assert "wckey" not in script
+    (work,) = [line for line in script.splitlines() if line.startswith("srun")]
+    assert '--kill-on-bad-exit=1 --cpus-per-task=8 bash -c \'trap "" USR2 TERM;' in work
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_environment_and_setup_come_before_the_work():
+    site = SiteProfile(
+        environment={"A": "x y", "B": "$HOME"},
+        setup=("module load cuda", "source venv/bin/activate"),
+    )
+    lines = text(site).splitlines()
+    wanted = ["export A='x y'", "export B='$HOME'", "module load cuda", "source venv/bin/activate"]
+    places = [lines.index(line) for line in wanted]
+    work = next(place for place, line in enumerate(lines) if line.startswith("srun"))
+    assert places == sorted(places)
+    assert places[-1] < work
+
+
+def test_container_and_python():
+    (work,) = [x for x in text(SiteProfile(container="apptainer exec --nv d.sif")).splitlines()
+               if x.startswith("srun")]  # fmt: skip
+    assert "dinocell apptainer exec --nv d.sif python3 -u -m submitit" in work
+    script = text(SiteProfile(container="box run", python="/opt/py"))
+    assert "dinocell box run /opt/py -u" in script
+    assert 'scontrol requeue "$job"' in script  # a container seldom has it
+    assert "scontrol" not in text(SiteProfile(python="/opt/my python"))
+    assert "dinocell '/opt/my python' -u" in text(SiteProfile(python="/opt/my python"))
+
+
+def test_array_dependency_and_logs(tmp_path):
+    runs = [PlannedRun("s", ("pretrain",), tmp_path / name) for name in ("a", "b", "c")]
+    script = text(SiteProfile(array_parallelism=2), *runs, dependency="afterok:5")
+    assert {"#SBATCH --array=0-2%2", "#SBATCH --dependency=afterok:5"} <= options_of(script)
+    assert f"#SBATCH --output={tmp_path}/slurm/%A_%a_0_log.out" in options_of(script)
+    assert f"{tmp_path}/logs/%j_0_log.out" in text(log_dir=tmp_path / "logs")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("12", "afterok:12"),
+        ("12_3", "afterok:12_3"),
+        ("afterany:12:13", "afterany:12:13"),
+        ("afterok:1,afterany:2", "afterok:1,afterany:2"),
+        ("singleton", "singleton"),
+        ("after:12+5", "after:12+5"),
+    ],
+)
+def test_dependency(given, expected):
+    assert parse_dependency(given) == expected
+
+
+@pytest.mark.parametrize("given", ["", "later:12", "afterok:x", "afterok", "12,13"])
+def test_wrong_dependency(given):
+    with pytest.raises(UsageError, match="must be a job's number or like afterany:123"):
+        parse_dependency(given)
+
+
+def test_without_slurm_it_is_told_what_else_there_is(no_slurm, tmp_path):
+    with pytest.raises(UsageError, match="add --local or --dry-run"):
+        submit([PlannedRun("a", ("pretrain",), tmp_path / "a")], SiteProfile())
+    assert not (tmp_path / "a").exists()
+
+
+def test_refusal_of_slurm_is_one_sentence(slurm, tmp_path):
+    slurm.answer("sbatch", error="sbatch: error: Invalid account or account/partition\n", code=1)
+    slurm.answer("sinfo -h -o %R", "cpu\ngpu\n")
+    with pytest.raises(UsageError, match=r"Invalid account or account/partition.*are cpu, gpu"):
+        submit([PlannedRun("a", ("pretrain",), tmp_path / "a")], SiteProfile(account="nobody"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_run_that_a_job_has_is_refused(slurm, tmp_path):
+    run = PlannedRun("a", ("pretrain",), tmp_path / "a")
+    folder = str(run.run_dir.resolve())
+    note_submission([Submission("7", "a", ["pretrain"], folder, "log", 0.0, "north")])
+    slurm.job("7", JobState="PENDING")
+    with pytest.raises(UsageError, match=r"which job 7 has \(pending\).*afterany:7"):
+        submit([run], SiteProfile())
+    slurm.job("7", JobState="COMPLETED")
+    slurm.answer("sbatch", "Submitted batch job 8\n")
+    assert submit([run], SiteProfile()).job == "8"
+
+
+# --- here ---
+
+
+@pytest.fixture
+def masks(tmp_path, monkeypatch) -> Path:
+    """Two folders with the same label image."""
+    labels = np.zeros((16, 16), np.uint16)
+    labels[2:8, 2:8] = 1
+    for name in ("pred", "truth"):
+        write_labels(tmp_path / name / "a.tif", labels)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def exit_code(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    return int(stop.value.code or 0)
+
+
+def test_local_leaves_a_record_and_a_log(masks, capsys):
+    code = exit_code("submit", "evaluate", "--pred", "pred", "--truth", "truth", "--out", "s.json",
+                     "--local", "--set", "environment.COLUMNS=60")  # fmt: skip
+    assert code == 0
+    assert json.loads((masks / "s.json").read_text())
+    record = read_record("runs/evaluate/s")
+    assert record is not None
+    assert record.state == "done"
+    assert [start.job for start in record.starts] == [""]
+    (log,) = Path("runs/evaluate/s/slurm").glob("*.log")
+    assert "written: s.json" in log.read_text()
+    assert f"exit code 0, log {log}" in capsys.readouterr().err
+
+
+def test_local_failure_keeps_the_reason(masks):
+    run = PlannedRun("e", ("evaluate", "--pred", "nowhere", "--truth", "truth"), Path("r"))
+    assert run_here([run], SiteProfile()) == 2
+    record = read_record("r")
+    assert record is not None
+    assert record.state == "failed"
+    assert "nowhere" in record.reason
+
+
+def test_local_inside_of_a_job_is_not_that_job(masks, slurm, monkeypatch):
+    """In somebody's interactive job: nothing of it is requeued, and no process of it is awaited."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    run = PlannedRun("e", ("evaluate", "--pred", "pred", "--truth", "truth"), Path("r"))
+    assert run_here([run], SiteProfile()) == 0
+    record = read_record("r")
+    assert record is not None
+    assert [(start.job, start.progress) for start in record.starts] == [("", 0)]
+    assert isinstance(record.starts[0], Start)
+    assert slurm.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrane", "c.yaml"], "submit must get one of pretrain, train, segment, evaluate"),
+        (["evaluate", "--pred", "pred"], "got half a pair"),
+        (["segment", "nowhere", "-o", "out"], "nowhere"),
+        (["segment", "pred", "-o", "out", "--format", "bmp"], "--format must be one of"),
+        (["segment", "pred", "-o", "out", "--gpus", "2"], "divide images with --shards"),
+        (["evaluate", "--pred", "pred", "--truth", "truth", "--shards", "2"], "must come with segment"),
+        (["evaluate", "--pred", "pred", "--truth", "truth", "--local", "--dependency", "5"],
+         "--local must be without --dependency"),
+        (["evaluate", "--pred", "pred", "--truth", "truth", "--local", "--dry-run"],
+         "--local must be without --dry-run"),
+        (["evaluate", "--pred", "pred", "--truth", "truth", "--local", "--nodes", "2"],
+         "must have one process"),
+        (["evaluate", "--wrong", "x"], "No such option: --wrong"),
+        (["evaluate", "--pred", "p", "--truth", "t", "--set", "partion=x"], "did you mean partition"),
+        (["evaluate", "--pred", "p", "--truth", "t", "--set", "extra.output=x"], "use the profile's own"),
+    ],
+)  # fmt: skip
+def test_wrong_calls_are_told_at_once(masks, capsys, arguments, message):
+    assert exit_code("submit", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert sorted(path.name for path in masks.iterdir()) == ["pred", "truth"]
+
+
+def test_dry_run_of_shards_writes_nothing(masks, capsys):
+    assert exit_code("submit", "segment", "pred", "-o", "out", "--shards", "2", "--dry-run") == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("#!/bin/bash") == 2  # the parts, and the merging after them
+    assert "dependency=afterany:JOB_ABOVE" in shown.out
+    assert "dinocell shards run out 0" in shown.err
+    assert not Path("out").exists()

@@ -1,0 +1,369 @@
+"""One process of a job: what it makes of signals, failures and SLURM's answers, with real children."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dinocell.cluster.record import (
+    JobRecord,
+    Start,
+    failures_folder,
+    first_failure,
+    read_record,
+    write_record,
+)
+
+ROOT = Path(__file__).parents[3]
+
+# What the supervisor starts in place of `dinocell`: it does what it is told.
+CHILD = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+Path("child").write_text(" ".join(sys.argv[1:]))
+def after(name): Path(name).write_text(str(os.getpid()))
+exec(Path("behaviour.py").read_text())
+"""
+START = """
+import sys
+from dinocell.cluster import supervisor
+class Stand_in(supervisor._Supervisor):
+    def _child_command(self):
+        return [sys.executable, "-u", "child.py", *self._command()]
+supervisor._Supervisor = Stand_in
+job = supervisor.SupervisedJob(tuple(sys.argv[1].split()), "run", **eval(sys.argv[2]))
+sys.exit(supervisor.supervise(job))
+"""
+SAVES = """
+def note(number, frame):
+    Path("ckpt").mkdir(exist_ok=True)
+    with open("got", "a") as file:
+        file.write(signal.Signals(number).name + " ")
+    sys.exit(75)
+for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+    signal.signal(number, note)
+after("ready")
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Starts a supervisor over a child of the given behaviour."""
+    monkeypatch.chdir(tmp_path)
+    Path("child.py").write_text(CHILD)
+    Path("start.py").write_text(START)
+    started = []
+
+    def begin(behaviour: str, command: str = "pretrain c.yaml", *, options=None, **environment):
+        Path("behaviour.py").write_text(behaviour)
+        process = subprocess.Popen(
+            [sys.executable, "start.py", command, repr(options or {})],
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_until(condition, within_s: float = 15) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.05)
+
+
+def end(process) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+def the_record() -> JobRecord:
+    record = read_record("run")
+    assert record is not None
+    return record
+
+
+def test_done(job):
+    code, output = end(job("print('hello')"))
+    assert code == 0
+    assert "hello" in output
+    assert Path("child").read_text() == "pretrain c.yaml"
+    assert (the_record().state, the_record().reason) == ("done", "")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "state", "reason"),
+    [
+        ("sys.exit('dinocell: error: the file must exist')", 1, "failed", "the file must exist"),
+        ("print('dinocell: error: no such option', file=sys.stderr); sys.exit(2)", 2, "failed",
+         "no such option"),
+        ("raise ValueError('odd')", 1, "failed", "ValueError: odd"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "out_of_memory", "raise mem, or lower batch size"),
+        ("os.kill(os.getpid(), signal.SIGBUS)", 135, "failed", "is /dev/shm full?"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 139, "failed", "ended by SIGSEGV"),
+    ],
+)  # fmt: skip
+def test_ends_by_itself(job, slurm, behaviour, code, state, reason):
+    """Whatever it was, it is told and not requeued."""
+    slurm.job("5")
+    found, output = end(job(behaviour, SLURM_JOB_ID="5"))
+    assert found == code, output
+    assert the_record().state == state
+    assert reason in the_record().reason
+    assert not [call for call in slurm.calls() if "requeue" in call]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_signal_without_slurm(job, number):
+    process = job(SAVES)
+    wait_until(Path("ready").exists)
+    process.send_signal(number)
+    code, _ = end(process)
+    assert code == 75
+    assert Path("got").read_text().split() == [number.name]
+    assert the_record().state == "stopped"
+    assert "run the same command to go on" in the_record().reason
+
+
+def test_signal_before_the_child_listens_is_not_lost(job, slurm):
+    slurm.job("5")
+    slurm.script("scontrol requeue 5", f"kill -TERM $(cat {Path.cwd()}/supervisor)")
+    process = job("after('loading'); time.sleep(60)", SLURM_JOB_ID="5")
+    Path("supervisor").write_text(str(process.pid))
+    wait_until(Path("loading").exists)
+    process.send_signal(signal.SIGUSR2)
+    assert end(process)[0] == 0
+    assert the_record().state == "requeued"
+
+
+def requeued(slurm, process) -> None:
+    """SLURM ends a job that it was asked to requeue."""
+    Path("supervisor").write_text(str(process.pid))
+    slurm.script("scontrol requeue 5", f"kill -TERM $(cat {Path.cwd()}/supervisor)")
+
+
+@pytest.mark.parametrize(
+    ("shown", "state", "code", "asks"),
+    [
+        ({}, "requeued", 0, True),
+        ({"PreemptTime": "2026-01-01T00:00:00"}, "requeued", 0, True),
+        ({"JobState": "COMPLETING"}, "cancelled", 143, False),
+        ({"JobState": "COMPLETING", "RunTime": "01:00:00", "TimeLimit": "01:00:00"}, "requeued", 0, True),
+        ({"JobState": "COMPLETING", "Restarts": 1}, "requeued", 0, False),
+    ],
+    ids=["request", "preemption", "scancel", "time is over", "requeued already"],
+)  # fmt: skip
+def test_what_slurm_says_decides(job, slurm, shown, state, code, asks):
+    slurm.job("5", **shown)
+    process = job(SAVES, SLURM_JOB_ID="5")
+    requeued(slurm, process)
+    wait_until(Path("ready").exists)
+    process.send_signal(signal.SIGTERM)
+    if state == "requeued" and not asks:
+        wait_until(lambda: the_record().state == "requeued")
+        process.send_signal(signal.SIGTERM)
+    found, output = end(process)
+    assert found == code, output
+    assert the_record().state == state
+    assert ("scontrol requeue 5" in slurm.calls()) == asks
+
+
+def test_tasks_of_an_array_are_requeued_by_their_own_number(job, slurm):
+    slurm.answer("scontrol show job -o 5", "JobId=8 ArrayJobId=5 ArrayTaskId=3 JobState=RUNNING\n")
+    process = job(SAVES, SLURM_JOB_ID="8", SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="3")
+    Path("supervisor").write_text(str(process.pid))
+    slurm.script("scontrol requeue 5_3", f"kill -TERM $(cat {Path.cwd()}/supervisor)")
+    wait_until(Path("ready").exists)
+    process.send_signal(signal.SIGUSR2)
+    assert end(process)[0] == 0
+    assert slurm.calls()[-1] == "scontrol requeue 5_3"
+
+
+def test_requeueing_that_is_refused_is_told(job, slurm):
+    slurm.job("5")
+    slurm.answer("scontrol requeue 5", error="Requested operation is disabled", code=1)
+    process = job(SAVES, SLURM_JOB_ID="5")
+    wait_until(Path("ready").exists)
+    process.send_signal(signal.SIGUSR2)
+    assert end(process)[0] == 75
+    assert the_record().state == "stopped"
+    assert "(Requested operation is disabled): submit it again" in the_record().reason
+
+
+def earlier(*progress: int, job: str = "5", state: str = "requeued") -> None:
+    starts = [Start(job, index, saved, 0.0, "node") for index, saved in enumerate(progress)]
+    write_record("run", JobRecord(["pretrain", "c.yaml"], state, "", starts))
+
+
+def test_starts_without_progress_are_bounded(job, slurm):
+    slurm.job("5", Restarts=2)
+    earlier(0, 0)
+    code, _ = end(job("after('ran')", options={"max_stalled_starts": 2}, SLURM_JOB_ID="5",
+                      SLURM_RESTART_COUNT="2"))  # fmt: skip
+    assert code == 1
+    assert not Path("ran").exists()
+    assert the_record().state == "stalled"
+    assert "got 2 starts of job 5 without a new checkpoint" in the_record().reason
+    assert len(the_record().starts) == 2
+    # Another submission begins to count anew.
+    slurm.job("6")
+    code, _ = end(job("after('ran')", options={"max_stalled_starts": 2}, SLURM_JOB_ID="6"))
+    assert code == 0
+    assert Path("ran").exists()
+
+
+def test_no_requeue_after_a_standstill(job, slurm):
+    slurm.job("5", Restarts=1)
+    earlier(0)
+    process = job(
+        SAVES, options={"max_stalled_starts": 2}, SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1"
+    )
+    wait_until(Path("ready").exists)
+    process.send_signal(signal.SIGUSR2)
+    assert end(process)[0] == 1
+    assert the_record().state == "stalled"
+    assert not [call for call in slurm.calls() if "requeue" in call]
+
+
+def test_a_run_in_other_hands_is_left_alone(job, slurm):
+    slurm.job("4")
+    slurm.job("5")
+    earlier(3, job="4", state="running")
+    code, output = end(job("after('ran')", SLURM_JOB_ID="5"))
+    assert code == 1
+    assert "which job 4 has" in output
+    assert [start.job for start in the_record().starts] == ["4"]
+    slurm.job("4", JobState="COMPLETED")  # killed before it could write its end
+    assert end(job("after('ran')", SLURM_JOB_ID="5"))[0] == 0
+
+
+def test_a_child_that_does_not_save_in_time_is_ended(job, slurm):
+    slurm.job("5")
+    behaviour = "signal.signal(signal.SIGUSR2, signal.SIG_IGN); after('ready'); time.sleep(60)"
+    process = job(behaviour, options={"signal_ahead_s": 10}, SLURM_JOB_ID="5")
+    requeued(slurm, process)
+    wait_until(Path("ready").exists)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGUSR2)
+    code, output = end(process)
+    assert code == 0, output
+    assert 4 < time.monotonic() - begun < 30
+    assert "its last checkpoint counts" in output
+    assert the_record().state == "requeued"
+
+
+WITH_WORKER = """
+worker = subprocess.Popen([sys.executable, "-c",
+    "import signal, time; from pathlib import Path\\n"
+    "for n in (signal.SIGTERM, signal.SIGUSR2): signal.signal(n, lambda *a: Path('worker_got').touch())\\n"
+    "Path('worker').write_text('x'); time.sleep(20)"])
+while not Path("worker").exists():
+    time.sleep(0.05)
+def note(number, frame):
+    worker.kill()
+    sys.exit(75)
+signal.signal(signal.SIGUSR2, note)
+after("ready")
+time.sleep(60)
+"""
+
+
+def test_workers_of_the_child_get_no_signal(job):
+    """SLURM signals whole process groups."""
+    process = job(WITH_WORKER)
+    wait_until(Path("ready").exists)
+    group = os.getpgid(process.pid)
+    child = int(Path("ready").read_text())
+    assert os.getpgid(child) != group
+    process.send_signal(signal.SIGUSR2)
+    assert end(process)[0] == 75
+    assert not Path("worker_got").exists()
+
+
+def test_nothing_outlives_a_killed_supervisor(job):
+    process = job("after('ready'); time.sleep(60)")
+    wait_until(lambda: Path("ready").exists() and Path("ready").read_text())
+    child = int(Path("ready").read_text())
+    process.kill()
+
+    def gone() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return Path(f"/proc/{child}/stat").read_text().split(") ")[1][0] == "Z"
+        return True
+
+    wait_until(gone)
+
+
+# --- several processes ---
+
+
+def of(rank: int, world: int = 2) -> dict[str, str]:
+    return {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank),
+            "SLURM_STEP_NUM_TASKS": str(world)}  # fmt: skip
+
+
+def test_the_first_process_tells_why_another_failed(job, slurm):
+    slurm.job("5")
+    code, _ = end(job("sys.exit('dinocell: error: the disk is full')", **of(1)))
+    assert code == 1
+    assert not (Path("run") / "job.json").exists()  # of the first process only
+    code, _ = end(job("sys.exit('RuntimeError: Connection closed by peer')", **of(0)))
+    assert the_record().reason == "process 1 of 2: the disk is full"
+
+
+def test_lost_connections_are_consequences(slurm, tmp_path):
+    folder = failures_folder(tmp_path, "5", 0)
+    folder.mkdir(parents=True)
+    for name, reason in (("1", "gloo: Connection reset by peer"), ("2", "the disk is full")):
+        (folder / f"{name}.json").write_text(json.dumps({"state": "failed", "reason": reason}))
+    assert first_failure(tmp_path, "5", 0) == ("failed", "the disk is full")
+    (folder / "2.json").unlink()
+    assert first_failure(tmp_path, "5", 0)[1].startswith("gloo")
+    assert first_failure(tmp_path, "5", 1) == ("", "")
+
+
+def test_a_process_that_hangs_after_another_failed_is_ended(job, slurm):
+    """srun sends TERM; a process in an exchange with the one that is gone does not react."""
+    slurm.job("5")
+    end(job("sys.exit('dinocell: error: the disk is full')", **of(1)))
+    behaviour = "signal.signal(signal.SIGTERM, signal.SIG_IGN); after('ready'); time.sleep(60)"
+    process = job(behaviour, **of(0))
+    wait_until(Path("ready").exists)
+    process.send_signal(signal.SIGTERM)
+    wait_until(lambda: the_record().state == "stopping", 10)  # should SLURM end it now
+    assert "the disk is full" in the_record().reason
+    assert end(process)[0] == 1
+    assert the_record().state == "failed"
+    assert not [call for call in slurm.calls() if "requeue" in call]
+
+
+def test_work_of_one_process_runs_once(job, slurm):
+    slurm.job("5")
+    assert end(job("after('ran')", "segment x -o out", **of(1)))[0] == 0
+    assert not Path("ran").exists()
+    assert end(job("after('ran')", "segment x -o out", **of(0)))[0] == 0
+    assert Path("ran").exists()
+
+
+def test_later_starts_of_a_segmentation_go_on(job, slurm):
+    slurm.job("5", Restarts=1)
+    earlier(0)
+    end(job("", "segment x -o out --overwrite", SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1"))
+    assert Path("child").read_text() == "segment x -o out --resume"
+    slurm.job("6")
+    end(job("", "segment x -o out --overwrite", SLURM_JOB_ID="6"))
+    assert Path("child").read_text() == "segment x -o out --overwrite"
