@@ -42,6 +42,19 @@ def blob_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty small RGB pictures of noise, for pretraining."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(3)
+    for index in range(20):
+        picture = rng.integers(0, 256, (80, 96, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def small_model():  # type: ignore[no-untyped-def]
     """A network of random weights, small and quick, in eval mode."""
     import torch

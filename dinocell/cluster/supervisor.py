@@ -309,31 +309,34 @@ class _Supervisor:
         return [*python, "-m", "torch.distributed.run", "--standalone", count]
 
     def _wait(self, child: subprocess.Popen[bytes]) -> int:
-        deadline: float | None = None
+        deadline = math.inf
+        signalled = killed = False
+        next_look = 0.0
         while True:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 return child.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                pass
-            if self.received is None or not self.number:
-                continue
-            if deadline is None:
-                deadline = time.monotonic() + max(self.job.signal_ahead_s - 15, 5)
-                if self._others_failed():
-                    # srun ends what is left; it may hang in an exchange with the one that is gone.
-                    deadline = time.monotonic() + _LEFT_ALONE_S
+            now = time.monotonic()
+            if self.received is not None and self.number and not signalled:
+                signalled = True
+                deadline = now + max(self.job.signal_ahead_s - 15, 5)
                 self._remember_signal()
-            elif time.monotonic() > deadline:
+            if self.world > 1 and now >= next_look:
+                next_look = now + 1
+                if deadline > now + _LEFT_ALONE_S and self._others_failed():
+                    # It may hang in an exchange with the one that is gone.
+                    deadline = now + _LEFT_ALONE_S
+                    self._remember_signal()
+            if now > deadline and not killed:
+                killed = True
                 _say("the work did not save itself in time; its last checkpoint counts")
                 child.kill()
-                deadline = math.inf
 
     def _remember_signal(self) -> None:
         """Should SLURM end this process too before it has decided, the record says why."""
-        assert self.received is not None
         if self.rank == 0:
+            name = "" if self.received is None else f"{self.received.name}: saving"
             self.record.state = "stopping"
-            self.record.reason = self._first_failure()[1] or f"{self.received.name}: saving"
+            self.record.reason = self._first_failure()[1] or name
             write_record(self.job.run_dir, self.record)
 
     def _pass_on(self, source: IO[bytes] | None, target: Any, log: IO[bytes] | None) -> None:

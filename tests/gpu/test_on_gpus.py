@@ -59,18 +59,6 @@ def two_gpus():
         pytest.skip(f"needs two CUDA devices, got {torch.cuda.device_count()}")
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(3)
-    for index in range(64):
-        picture = rng.integers(0, 256, (80, 96, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(folder / f"{index}.png")
-    return folder
-
-
 def command(*arguments: str, processes: int = 1) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:

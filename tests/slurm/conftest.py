@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from slurm_cluster import Cluster, started_cluster
 
@@ -68,18 +67,6 @@ def term_cluster(tmp_path_factory) -> Iterator[Cluster]:
     state = tmp_path_factory.mktemp("term_state")
     with started_cluster(state, lock, SLURM_SANDBOX_PREEMPT_SIGNAL="term") as it:
         yield it
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(3)
-    for index in range(10):
-        picture = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(folder / f"{index}.png")
-    return folder
 
 
 @pytest.fixture

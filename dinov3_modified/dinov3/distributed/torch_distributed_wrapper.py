@@ -185,8 +185,9 @@ def enable(
     nccl_async_error_handling: bool = False,
     restrict_print_to_main_process: bool = True,
     timeout: timedelta | None = None,
+    device_type: str | None = None,
 ) -> None:
-    """Make the process group: NCCL where there are GPUs, Gloo otherwise.
+    """Make the process group: NCCL for GPUs, Gloo otherwise.
 
     Args:
         set_cuda_current_device: this process's GPU becomes the current one.
@@ -194,6 +195,7 @@ def enable(
         nccl_async_error_handling: a failed collective ends the process instead of hanging.
         restrict_print_to_main_process: `print` of other ranks is silent (`force=True` prints).
         timeout: after which a collective fails.
+        device_type: what the processes compute on, "cuda" or "cpu"; GPUs where there are some if None.
 
     Raises:
         RuntimeError: there is one already.
@@ -203,7 +205,7 @@ def enable(
             "a process group must be made once, got a second call of enable: call disable before"
         )
     environment = TorchDistributedEnvironment().export(overwrite=overwrite)
-    use_cuda = torch.cuda.is_available()
+    use_cuda = torch.cuda.is_available() if device_type is None else device_type == "cuda"
     device_id = None
     if use_cuda:
         device_id = torch.device("cuda", environment.local_rank)

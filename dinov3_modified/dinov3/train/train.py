@@ -807,6 +807,7 @@ def main(argv: list[str] | None = None) -> None:
         distributed_enabled=grouped,
         seed=args.seed,
         distributed_timeout=_timeout(cfg),
+        device_type="cpu" if cfg.accelerator.device == "cpu" else None,
     )
     try:
         for name in _UNUSED_OPTIONS:

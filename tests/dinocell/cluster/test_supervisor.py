@@ -351,6 +351,17 @@ def test_a_process_that_hangs_after_another_failed_is_ended(job, slurm):
     assert not [call for call in slurm.calls() if "requeue" in call]
 
 
+def test_a_process_that_waits_for_one_that_failed_is_ended(job, slurm):
+    """Also where nothing ends it: a script whose srun does not kill on a bad exit."""
+    slurm.job("5")
+    process = job("after('ready'); time.sleep(60)", **of(0))
+    wait_until(Path("ready").exists)
+    end(job("sys.exit('dinocell: error: the disk is full')", **of(1)))
+    assert end(process)[0] == 137
+    assert the_record().reason == "process 1 of 2: the disk is full"
+    assert the_record().state == "failed"
+
+
 def test_work_of_one_process_runs_once(job, slurm):
     slurm.job("5")
     assert end(job("after('ran')", "segment x -o out", **of(1)))[0] == 0

@@ -231,3 +231,25 @@ def test_two_processes(tmp_path):
     assert done.stdout.count("forced by") == 2
     assert done.stdout.count("after the end") == 2
     assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["0.pth", "1.pth"]
+
+
+def test_gloo_where_the_work_is_on_the_cpu(monkeypatch):
+    """A machine with a GPU that is asked for the CPU: NCCL would move nothing that lies there."""
+    import torch
+    import torch.distributed as dist
+
+    from dinov3 import distributed
+
+    for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    distributed.enable(overwrite=True, device_type="cpu")
+    try:
+        assert dist.get_backend() == "gloo"
+        value = torch.ones(1)
+        dist.all_reduce(value)
+        assert value == 1
+    finally:
+        distributed.disable()

@@ -469,6 +469,17 @@ def test_two_processes(images, tmp_path, strategy):
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
 
 
+def on_two(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script in two processes; it may fail."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(script), *arguments],
+        capture_output=True, text=True, env=environment, timeout=150, check=False,
+    )  # fmt: skip
+
+
 AS_ONE = """
 import sys
 
@@ -562,20 +573,12 @@ def test_waiting_for_a_stuck_process_ends(images, tmp_path):
     """accelerator.timeout_s: a job with a process that hangs ends with an error, not with its time."""
     script = tmp_path / "stuck.py"
     script.write_text(SLOW)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        str(script), *arguments(f"ImageFolder:root={images}", tmp_path / "out"),
-        "accelerator.timeout_s=4",
-    ]  # fmt: skip
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
     begun = time.monotonic()
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=150, check=False
-    )
+    data = f"ImageFolder:root={images}"
+    done = on_two(script, *arguments(data, tmp_path / "out", "accelerator.timeout_s=8"))
     assert done.returncode != 0
     assert time.monotonic() - begun < 80
-    assert "Timed out waiting 4000ms" in done.stderr
+    assert "Timed out waiting 8000ms" in done.stderr
 
 
 GUARD = """
@@ -604,15 +607,7 @@ def test_nan_of_one_process_stops_all(images, tmp_path):
     """The process whose loss is a number does not wait for ever for the other."""
     script = tmp_path / "broken.py"
     script.write_text(GUARD)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        str(script), *arguments(f"ImageFolder:root={images}", tmp_path / "out"),
-    ]  # fmt: skip
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=150, check=False
-    )
+    done = on_two(script, *arguments(f"ImageFolder:root={images}", tmp_path / "out"))
     assert done.returncode != 0
     assert "in iteration 2" in done.stderr
     assert (tmp_path / "out" / "nan_logs" / "iteration_2").is_dir()
