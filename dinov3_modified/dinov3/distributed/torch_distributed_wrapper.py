@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import os
 import random
+import re
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -250,10 +251,18 @@ def _of_step(name: str, of_job: str, default: str) -> str:
 
 
 def _first_host(nodes: str) -> str:
-    """The first name of SLURM's compressed list; scontrol knows its grammar."""
+    """The first name of SLURM's compressed list, such as gpu[03-04],cpu1.
+
+    scontrol knows its grammar; a container without it gets the usual part.
+    """
     if "[" not in nodes:
         return nodes.split(",")[0]
-    done = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-    )
-    return done.stdout.split()[0]
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+        return done.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError):
+        entry = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+        assert entry is not None
+        return re.sub(r"\[(\w+)[^\]]*\]", r"\1", entry[0])

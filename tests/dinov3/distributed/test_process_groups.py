@@ -88,9 +88,28 @@ def test_compressed_list_of_nodes_is_read_by_scontrol(monkeypatch, tmp_path):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[03-04]")
     assert TorchDistributedEnvironment().master_addr == "gpu03"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[03-04]", "gpu03"),
+        ("gpu[7,9-12],cpu1", "gpu7"),
+        ("a1,gpu[1-2]", "a1"),
+        ("r[1-2]n[05-06]", "r1n05"),
+        ("r[2-3]x.lab", "r2x.lab"),
+    ],
+)
+def test_first_node_without_scontrol(monkeypatch, tmp_path, nodes, first):
+    """Containers seldom have SLURM's commands."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", nodes)
+    assert TorchDistributedEnvironment().master_addr == first
 
 
 def test_export_keeps_foreign_values_unless_told(monkeypatch):
