@@ -10,8 +10,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-JOBS ?= 2
-# Two test processes share the cores: more threads each would only get in one another's way.
+# One more than two cores: the tests on SLURM mostly wait.
+JOBS ?= 3
+# Test processes share the cores: more threads each would only get in one another's way.
 TEST_ENV := OMP_NUM_THREADS=1
 
 .PHONY: demo test test-gpu check check-style bench wheel clean

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ __all__ = [
     "SegmentOptions",
     "check_call",
     "read_journal",
+    "remove_leftovers",
     "segment_files",
     "write_summary",
 ]
@@ -56,6 +58,7 @@ FREE_OPTIONS = (
 )
 SETTINGS_NAME = "settings.json"
 _REPORT_LIMIT = 500
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}(\..*)?")  # names of `atomic_path`
 # What one image may fail with and the batch goes on; a GPU out of memory is a RuntimeError.
 _IMAGE_ERRORS = (DINOCellError, ValueError, OSError, MemoryError, RuntimeError)
 
@@ -223,6 +226,7 @@ def segment_files(
         _write_failures(part / FAILURES_NAME, failures)
     else:
         _finish_folder(out, paths, ordered, failures, entries, options)
+        remove_leftovers(out, before=time.time() - (time.monotonic() - started))
     return BatchResult(
         out=out,
         rows=ordered,
@@ -393,6 +397,19 @@ def _mend_journal(path: Path) -> None:
                 file.write(b"\n")
     except FileNotFoundError:
         return
+
+
+def remove_leftovers(out: Path, *, before: float) -> None:
+    """Delete temporary files of processes that were killed while they wrote.
+
+    Parameters
+    ----------
+    out : folder of results
+    before : seconds since 1970; younger files may be in work
+    """
+    for path in out.glob(".tmp-*"):
+        if _TEMPORARY.fullmatch(path.name) and path.stat().st_mtime < before:
+            path.unlink(missing_ok=True)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

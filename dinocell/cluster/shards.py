@@ -15,7 +15,6 @@ import csv
 import heapq
 import json
 import os
-import re
 import secrets
 import socket
 import time
@@ -33,6 +32,7 @@ from dinocell.batch import (
     SegmentOptions,
     check_call,
     read_journal,
+    remove_leftovers,
     segment_files,
     write_summary,
 )
@@ -58,7 +58,6 @@ __all__ = [
 _PLAN_NAME = "plan.json"
 _MANIFEST_NAME = "manifest.csv"
 _CLAIM_NAME = "claim.json"
-_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}(\..*)?")
 
 
 @dataclass(frozen=True)
@@ -466,9 +465,7 @@ def merge_shards(out: str | Path, *, shown: bool = True) -> MergedShards:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in ordered), encoding="utf-8")
     _merge_cells(plan.out, [str(row["name"]) for row in ordered], shown=shown)
     if not missing and not at_work:
-        for path in plan.out.glob(".tmp-*"):  # of processes that were killed while they wrote
-            if _TEMPORARY.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        remove_leftovers(plan.out, before=time.time())
     return MergedShards(
         plan.out,
         len(rows),

@@ -41,7 +41,7 @@ data:
   val_fraction: 0.34
 optimizer: {lr: 2.0e-3, warmup_steps: 2}
 schedule:
-  {steps: 250, batch_size: 2, precision: fp32, eval_every: 250, checkpoint_every: 1000, log_every: 1}
+  {steps: 120, batch_size: 2, precision: fp32, eval_every: 120, checkpoint_every: 1000, log_every: 1}
 """
 
 

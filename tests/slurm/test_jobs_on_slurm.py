@@ -106,7 +106,7 @@ def test_preempted_by_sigterm_only(term_cluster, tmp_path, fine_tuning):
     assert done.returncode == 0, done.stderr
     run = tmp_path / "tuned"
     job = term_cluster.submit("train", str(fine_tuning), cwd=tmp_path)
-    wait_for(lambda: len((run / "metrics.jsonl").read_text().splitlines()) > 20)
+    wait_for(lambda: len((run / "metrics.jsonl").read_text().splitlines()) > 10)
     term_cluster.make_room()
     wait_for(lambda: int(term_cluster.show(job)["Restarts"]) == 1, what="the requeue")
     record = read_record(run)
@@ -114,12 +114,12 @@ def test_preempted_by_sigterm_only(term_cluster, tmp_path, fine_tuning):
     assert "SIGTERM (preemption)" in log_of(run)
     term_cluster.wait(job, "COMPLETED")
     record = read_record(run)
-    assert 20 <= record.starts[1].progress < 250
+    assert 10 <= record.starts[1].progress < 120
     assert (run / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in steps if "loss" in row] == list(range(1, 251))
+    assert [row["step"] for row in steps if "loss" in row] == list(range(1, 121))
 
 
 def test_time_limit(cluster, tmp_path, pretraining):
@@ -179,6 +179,7 @@ def processes_of(job: str, rank: int = 0) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_node_dies(cluster, tmp_path, pretraining, whole):
     """Nothing can be saved at the end: the run goes on from its last periodic checkpoint, exactly."""
     run = tmp_path / "run"
@@ -194,6 +195,12 @@ def test_node_dies(cluster, tmp_path, pretraining, whole):
     cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     try:
         wait_for(lambda: cluster.show(job)["Restarts"] == "1", what="the requeue")
+        for number in frozen:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        # A node that comes back has nothing of the job left, else SLURM drains it.
+        daemon = f"slurmstepd: [{job}."
+        wait_for(lambda: daemon not in cluster.run("ps", "-eo", "args").stdout, what="its end")
     finally:
         cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
     cluster.wait(job, "COMPLETED")
@@ -254,6 +261,7 @@ def test_failure_is_told_and_not_repeated(cluster, tmp_path, pretraining):
     assert "must have a folder, got /nowhere" in listed
 
 
+@pytest.mark.slow
 def test_requeues_without_progress_end(cluster, tmp_path, pretraining):
     """A job that is requeued again and again before it saves anything is given up."""
     run = tmp_path / "run"
@@ -274,6 +282,7 @@ def test_requeues_without_progress_end(cluster, tmp_path, pretraining):
     assert "got 2 starts" in record.reason
 
 
+@pytest.mark.slow
 def test_two_processes_by_srun(cluster, tmp_path, pretraining):
     """srun starts both; one file of each kind, written by the first."""
     job = cluster.submit(
@@ -369,6 +378,7 @@ def test_wrong_wishes(cluster, tmp_path, pretraining):
         cluster.run("scancel", done.stdout.split()[1])
 
 
+@pytest.mark.slow
 def test_gpu_of_the_site(cluster, tmp_path, pretraining):
     """The A100 profile of slurm/sites, but for the names of this cluster."""
     job = cluster.submit(
@@ -419,6 +429,7 @@ def alone(cluster, plate, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_segment_without_shards_is_requeued(cluster, tmp_path, plate, alone):
     """Its next start goes on, although the command does not say --resume."""
     job = cluster.submit("segment", str(plate), "-o", "out", cwd=tmp_path)
@@ -435,6 +446,7 @@ def test_segment_without_shards_is_requeued(cluster, tmp_path, plate, alone):
     assert found == results(alone)
 
 
+@pytest.mark.slow
 def test_one_job_a_run(cluster, tmp_path, pretraining):
     """A second job of the same folder is refused when it is submitted, and should it start."""
     run = tmp_path / "run"
@@ -452,6 +464,7 @@ def test_one_job_a_run(cluster, tmp_path, pretraining):
     assert {start.job for start in read_record(run).starts} == {job}
 
 
+@pytest.mark.slow
 def test_container_without_scontrol(cluster, tmp_path, pretraining):
     """The job's script requeues it."""
     run = tmp_path / "run"
@@ -513,6 +526,7 @@ def test_array_over_images_with_killed_tasks(cluster, tmp_path, plate, alone):
     assert b"broken" in found["summary.csv"]
 
 
+@pytest.mark.slow
 def test_signal_before_anything_listens(cluster, tmp_path, pretraining):
     """Told to stop while python is still starting, a job is not lost."""
     job = cluster.submit("pretrain", str(pretraining), "optim.epochs=1", "-o", "run", cwd=tmp_path)
