@@ -169,14 +169,12 @@ def setup_job(
     seed: int | None = 0,
     restrict_print_to_main_process: bool = True,
     distributed_timeout: timedelta | None = None,
-    device_type: str | None = None,
 ) -> None:
     """Folder, log, process group and seeds of a run.
 
     Args:
         output_dir: made if need be; the log goes to OUT/logs.
         seed: of Python, NumPy and torch; the rank is added.  None leaves them.
-        device_type: see `dinov3.distributed.enable`.
 
     Raises:
         ValueError: the folder cannot be made or written.
@@ -206,7 +204,6 @@ def setup_job(
             nccl_async_error_handling=True,
             restrict_print_to_main_process=restrict_print_to_main_process,
             timeout=distributed_timeout,
-            device_type=device_type,
         )
     if seed is not None:
         fix_random_seeds(seed + distributed.get_rank())

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 __all__ = [
     "TorchDistributedEnvironment",
+    "compute_on",
     "disable",
     "enable",
     "get_default_process_group",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 _subgroup: dist.ProcessGroup | None = None
+_device_type: str | None = None
 _plain_print = builtins.print
 
 
@@ -179,6 +181,16 @@ class TorchDistributedEnvironment:
         return self
 
 
+def compute_on(device_type: str | None) -> None:
+    """Tell the next `enable` what the processes compute on (ours; its arguments are upstream's).
+
+    Args:
+        device_type: "cpu" takes Gloo also beside a GPU; None: GPUs where there are some.
+    """
+    global _device_type
+    _device_type = device_type
+
+
 def enable(
     *,
     set_cuda_current_device: bool = True,
@@ -186,7 +198,6 @@ def enable(
     nccl_async_error_handling: bool = False,
     restrict_print_to_main_process: bool = True,
     timeout: timedelta | None = None,
-    device_type: str | None = None,
 ) -> None:
     """Make the process group: NCCL for GPUs, Gloo otherwise.
 
@@ -196,7 +207,6 @@ def enable(
         nccl_async_error_handling: a failed collective ends the process instead of hanging.
         restrict_print_to_main_process: `print` of other ranks is silent (`force=True` prints).
         timeout: after which a collective fails.
-        device_type: what the processes compute on, "cuda" or "cpu"; GPUs where there are some if None.
 
     Raises:
         RuntimeError: there is one already.
@@ -206,7 +216,7 @@ def enable(
             "a process group must be made once, got a second call of enable: call disable before"
         )
     environment = TorchDistributedEnvironment().export(overwrite=overwrite)
-    use_cuda = torch.cuda.is_available() if device_type is None else device_type == "cuda"
+    use_cuda = torch.cuda.is_available() and _device_type != "cpu"
     device_id = None
     if use_cuda:
         device_id = torch.device("cuda", environment.local_rank)

@@ -55,6 +55,7 @@ from dinov3.data import (
     make_dataset,
 )
 from dinov3.data.loaders import plain_message
+from dinov3.distributed.torch_distributed_wrapper import compute_on
 from dinov3.fsdp.replicate import average_gradients
 from dinov3.fsdp.strategy import full_state_dict
 from dinov3.logging import MetricLogger, setup_logging
@@ -802,12 +803,12 @@ def main(argv: list[str] | None = None) -> None:
     resume = not args.no_resume
     _check_resumption(cfg, Path(args.output_dir), resume)
     grouped = _needs_process_group(cfg)
+    compute_on("cpu" if cfg.accelerator.device == "cpu" else None)
     setup_job(
         output_dir=args.output_dir,
         distributed_enabled=grouped,
         seed=args.seed,
         distributed_timeout=_timeout(cfg),
-        device_type="cpu" if cfg.accelerator.device == "cpu" else None,
     )
     try:
         for name in _UNUSED_OPTIONS:

@@ -258,13 +258,15 @@ def test_gloo_where_the_work_is_on_the_cpu(monkeypatch):
     import torch.distributed as dist
 
     from dinov3 import distributed
+    from dinov3.distributed import torch_distributed_wrapper
 
     for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    distributed.enable(overwrite=True, device_type="cpu")
+    torch_distributed_wrapper.compute_on("cpu")
+    distributed.enable(overwrite=True)
     try:
         assert dist.get_backend() == "gloo"
         value = torch.ones(1)
@@ -272,3 +274,4 @@ def test_gloo_where_the_work_is_on_the_cpu(monkeypatch):
         assert value == 1
     finally:
         distributed.disable()
+        torch_distributed_wrapper.compute_on(None)
