@@ -13,6 +13,7 @@ __all__ = [
     "JobState",
     "cluster_name",
     "job_states",
+    "largest_array",
     "objection",
     "own_job",
     "partitions",
@@ -161,11 +162,21 @@ def partitions() -> list[str]:
     return list(dict.fromkeys(text.split())) if code == 0 else []
 
 
+def _setting(name: str) -> str:
+    code, text, _ = _ask(["scontrol", "show", "config"])
+    match = re.search(rf"^{name}\s*=\s*(\S+)", text, flags=re.M) if code == 0 else None
+    return match[1] if match else ""
+
+
 def cluster_name() -> str:
     """Name of this cluster, "" if SLURM does not answer: numbers of jobs are its own."""
-    code, text, _ = _ask(["scontrol", "show", "config"])
-    match = re.search(r"^ClusterName\s*=\s*(\S+)", text, flags=re.M) if code == 0 else None
-    return match[1] if match else ""
+    return _setting("ClusterName")
+
+
+def largest_array() -> int | None:
+    """How many tasks an array may have here (numbers from 0), None if SLURM does not say."""
+    value = _setting("MaxArraySize")
+    return int(value) if value.isdigit() and int(value) else None
 
 
 def objection(script: str) -> str:

@@ -16,7 +16,14 @@ from typing import Any
 from dinocell.cluster.plan import PlannedRun
 from dinocell.cluster.record import Submission, note_submission, read_submissions
 from dinocell.cluster.site import SiteProfile, minutes_of
-from dinocell.cluster.slurm import cluster_name, job_states, objection, partitions, slurm_is_here
+from dinocell.cluster.slurm import (
+    cluster_name,
+    job_states,
+    largest_array,
+    objection,
+    partitions,
+    slurm_is_here,
+)
 from dinocell.cluster.supervisor import REQUEUE_WISH, SupervisedJob, supervise
 from dinocell.errors import MissingExtraError, StoppedError, UsageError
 
@@ -218,6 +225,7 @@ def submit(
             "submitting must happen where SLURM is (no sbatch was found here): log in to the "
             "cluster, or add --local or --dry-run"
         )
+    _refuse_large_array(runs)
     if dependency is None:
         _refuse_busy(runs)
     folder = _folder(runs, log_dir)
@@ -264,6 +272,16 @@ def _notice(script: Path) -> str:
     if not text:
         return ""
     return f"note:   as things are, SLURM would not start it ({text}): compare the site profile with sinfo"
+
+
+def _refuse_large_array(runs: Sequence[PlannedRun]) -> None:
+    """SLURM's own words for it, "Invalid job array specification", do not say how many it takes."""
+    largest = largest_array() if len(runs) > 1 else None
+    if largest is not None and len(runs) > largest:
+        raise UsageError(
+            f"an array must have at most {largest} tasks on this cluster (MaxArraySize), got "
+            f"{len(runs)}: take fewer shards, or divide the table"
+        )
 
 
 def _refuse_busy(runs: Sequence[PlannedRun]) -> None:

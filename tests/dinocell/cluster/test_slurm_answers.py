@@ -8,6 +8,7 @@ from dinocell.cluster.slurm import (
     JobState,
     cluster_name,
     job_states,
+    largest_array,
     objection,
     own_job,
     partitions,
@@ -149,6 +150,14 @@ def test_partitions_and_the_name_of_the_cluster(slurm):
     assert cluster_name() == "blue"
     slurm.answer("scontrol show config", code=1)
     assert cluster_name() == ""
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"), [("1001", 1001), ("0", None), ("UNLIMITED", None)]
+)
+def test_the_largest_array(slurm, shown, expected):
+    slurm.answer("scontrol show config", f"MaxArraySize            = {shown}\nMaxBatchRequeue = 5\n")
+    assert largest_array() == expected
 
 
 def test_objection(slurm):

@@ -150,6 +150,16 @@ def test_a_run_that_a_job_has_is_refused(slurm, tmp_path):
     assert submit([run], SiteProfile()).job == "8"
 
 
+def test_an_array_that_is_too_large_is_refused(slurm, tmp_path):
+    runs = [PlannedRun("a", ("pretrain",), tmp_path / str(index)) for index in range(3)]
+    slurm.answer("scontrol show config", "ClusterName = north\nMaxArraySize = 2\n")
+    with pytest.raises(UsageError, match=r"at most 2 tasks .*MaxArraySize.*got 3"):
+        submit(runs, SiteProfile())
+    assert not any(call.startswith("sbatch") for call in slurm.calls())
+    slurm.answer("sbatch", "Submitted batch job 8\n")
+    assert len(submit(runs[:2], SiteProfile()).tasks) == 2
+
+
 # --- here ---
 
 
