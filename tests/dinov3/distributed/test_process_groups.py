@@ -157,8 +157,8 @@ from dinov3.models import build_model
 
 distributed.enable(overwrite=True)
 rank = distributed.get_rank()
-print("shown by", rank)
-print("forced by", rank, force=True)
+print(f"shown by {rank}\\n", end="")
+print(f"forced by {rank}\\n", end="", force=True)
 
 # Tensors of unequal size; numbers.
 got = distributed.gather_all_tensors(torch.full((rank + 1, 3 - rank), float(rank)))
@@ -229,7 +229,7 @@ except ValueError as error:
 else:
     raise AssertionError("none with two processes was accepted")
 distributed.disable()
-print("after the end", rank)
+print(f"after the end {rank}\\n", end="")
 """
 
 
@@ -244,7 +244,7 @@ def test_two_processes(tmp_path):
         capture_output=True, text=True, env=environment, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    # The two may write into one another's lines.
+    # Each line is one write: the two share a pipe.
     assert done.stdout.count("shown by") == 1
     assert "shown by 0" in done.stdout
     assert done.stdout.count("forced by") == 2
