@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,30 +20,32 @@ from dinocell import __version__
 from dinocell.errors import ConfigError, DINOCellError, UsageError
 from dinocell.exports import EXPORT_FORMATS
 from dinocell.image_io import atomic_path
+from dinocell.journal import (
+    FAILURES_NAME,
+    JOURNAL_NAME,
+    MAX_KILLS,
+    clear_suspicion,
+    kills,
+    mend_journal,
+    note_begin,
+    note_failure,
+    read_journal,
+)
 from dinocell.model import DINOCell, load_model
 from dinocell.pipeline import DEFAULT_MODEL, DINOCellPipeline, Segmentation
 from dinocell.progress import progress
 from dinocell.report import ReportEntry, make_entry, write_report
 
 __all__ = [
-    "FAILURES_NAME",
     "FREE_OPTIONS",
-    "JOURNAL_NAME",
     "SETTINGS_NAME",
     "BatchResult",
     "SegmentOptions",
     "check_call",
-    "read_journal",
     "remove_leftovers",
     "segment_files",
     "write_summary",
 ]
-
-JOURNAL_NAME = "images.jsonl"
-"""One JSON line per image that is done."""
-
-FAILURES_NAME = "failures.jsonl"
-"""One JSON line per image that failed; written when a part of a batch has seen all its images."""
 
 # Not part of what an image's result depends on, so a resumed run may change them (the model is known
 # by the hash of its weights).
@@ -59,6 +62,12 @@ FREE_OPTIONS = (
 SETTINGS_NAME = "settings.json"
 _REPORT_LIMIT = 500
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}(\..*)?")  # names of `atomic_path`
+# Of a full disk, a used-up quota, a mount that is gone or read-only.
+_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EROFS)
+_GIVEN_UP = (
+    f"an image must fit into the memory, got {MAX_KILLS} ends of a process that had it in work: raise "
+    "mem, take a smaller tile, or look at the file"
+)
 # What one image may fail with and the batch goes on; a GPU out of memory is a RuntimeError.
 _IMAGE_ERRORS = (DINOCellError, ValueError, OSError, MemoryError, RuntimeError)
 
@@ -175,9 +184,11 @@ def segment_files(
     )
     settings = _settings(options, loaded)
     journal = (part or out) / JOURNAL_NAME
-    done = _open_folder(out, journal, paths, settings, options)
+    done = _open_folder(out, journal, paths, settings, options, is_part=part is not None)
     todo = [path for path in paths if path.stem not in done]
     failures: list[tuple[Path, str]] = []
+    suspects = {} if part is None else kills(part)
+    todo.sort(key=lambda path: suspects.get(path.stem, 0))
     entries: dict[str, ReportEntry] = {}
     rows = dict(done)
 
@@ -193,14 +204,28 @@ def segment_files(
             try:
                 future.result()
             except _IMAGE_ERRORS as error:
-                failures.append((path, str(error) or type(error).__name__))
+                _stop_without_machine(error)
+                fail(path, str(error) or type(error).__name__)
             bar.advance(note=path.name)
+
+    def fail(path: Path, sentence: str) -> None:
+        failures.append((path, sentence))
+        if part is not None:
+            note_failure(part, path.stem)
 
     with (
         progress("segmenting", len(todo), shown=shown) as bar,
         ThreadPoolExecutor(max(1, options.workers)) as pool,
     ):
         for path in todo:
+            if suspects.get(path.stem, 0) >= MAX_KILLS:
+                failures.append((path, _GIVEN_UP))
+                bar.advance(note=path.name)
+                continue
+            if path.stem in suspects:
+                collect(0)  # alone, so that none is blamed for another
+            if part is not None:
+                note_begin(part, path.stem)
             try:
                 plane, size_um, _ = pipeline.load(
                     path,
@@ -211,19 +236,20 @@ def segment_files(
                 )
                 distance_map = pipeline.predict(plane)
             except _IMAGE_ERRORS as error:
-                _stop_without_device(error)
-                failures.append((path, str(error) or type(error).__name__))
+                _stop_without_machine(error)
+                fail(path, str(error) or type(error).__name__)
                 bar.advance(note=path.name)
                 continue
             pending.append((path, pool.submit(finish, path, plane, distance_map, size_um)))
             # Bounded, so that slow disks do not fill the memory with finished maps.
-            collect(2 * options.workers)
+            collect(0 if path.stem in suspects else 2 * options.workers)
         collect(0)
     ordered = [rows[path.stem] for path in paths if path.stem in rows]
     places = {path: place for place, path in enumerate(paths)}
     failures.sort(key=lambda item: places[item[0]])
     if part is not None:
         _write_failures(part / FAILURES_NAME, failures)
+        clear_suspicion(part)
     else:
         _finish_folder(out, paths, ordered, failures, entries, options)
         remove_leftovers(out, before=time.time() - (time.monotonic() - started))
@@ -236,11 +262,17 @@ def segment_files(
     )
 
 
-def _stop_without_device(error: Exception) -> None:
-    """A GPU that has failed would fail every image that is left: none of them is to blame."""
-    if isinstance(error, RuntimeError) and "CUDA error" in str(error):
+def _stop_without_machine(error: Exception) -> None:
+    """What has failed for good would fail every image that is left: none of them is to blame."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, RuntimeError) and re.search(r"CUDA error|cuDNN error|CUBLAS_STATUS", text):
         raise DINOCellError(
-            f"the GPU must work, got {str(error).splitlines()[0]}: run again on another device or node"
+            f"the GPU must work, got {text}: run again on another device or node"
+        ) from error
+    if isinstance(error, OSError) and error.errno in _LASTING:
+        raise DINOCellError(
+            f"the folder of the results must take files, got {text}: make room, or mend the mount, and "
+            "run again"
         ) from error
 
 
@@ -330,8 +362,13 @@ def _open_folder(
     paths: Sequence[Path],
     settings: dict[str, Any],
     options: SegmentOptions,
+    *,
+    is_part: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Check the folder, and return the rows of images that are done and need not be repeated."""
+    """Check the folder, and return the rows of images that are done and need not be repeated.
+
+    Whether the files of a part may be there has been asked when the batch was divided.
+    """
     settings_path = out / SETTINGS_NAME
     label_names = [EXPORT_FORMATS[name].suffix for name in options.formats]
     present = [
@@ -354,7 +391,7 @@ def _open_folder(
                 f"results in one folder must share their settings, got other values of "
                 f"{', '.join(differing)} than {settings_path}: choose another folder or --overwrite"
             )
-    elif present and options.resume:
+    elif present and options.resume and not is_part:
         raise UsageError(
             f"--resume must find the settings of the results, got no {settings_path}: choose another "
             "folder or --overwrite"
@@ -375,7 +412,7 @@ def _open_folder(
                 )
             done[name] = row
     out.mkdir(parents=True, exist_ok=True)
-    _mend_journal(journal_path)
+    mend_journal(journal_path)
     if options.overwrite and journal:
         stems = {path.stem for path in paths}
         kept = [row for row in journal if row["name"] not in stems]
@@ -384,19 +421,6 @@ def _open_folder(
     with atomic_path(settings_path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
     return done
-
-
-def _mend_journal(path: Path) -> None:
-    """End a line that a crash has cut, so that the next one begins a line of its own."""
-    try:
-        with path.open("rb+") as file:
-            if file.seek(0, os.SEEK_END) == 0:
-                return
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-    except FileNotFoundError:
-        return
 
 
 def remove_leftovers(out: Path, *, before: float) -> None:
@@ -410,19 +434,6 @@ def remove_leftovers(out: Path, *, before: float) -> None:
     for path in out.glob(".tmp-*"):
         if _TEMPORARY.fullmatch(path.name) and path.stat().st_mtime < before:
             path.unlink(missing_ok=True)
-
-
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Rows of a journal in the order in which images were done; cut lines are left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # cut by a crash: that image is done again
-    return rows
 
 
 def _write_result(

@@ -6,6 +6,7 @@ a signal with everything saved (run the same command again).
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -979,6 +980,14 @@ def submit(
     local: Annotated[
         bool, typer.Option("--local", help="Run it here in the same way, without a cluster.")
     ] = False,
+    look: Annotated[
+        bool,
+        typer.Option(
+            "--look/--no-look",
+            help="Look for models, weights and data before submitting; not for what a job that is "
+            "waited for (--dependency) will make.",
+        ),
+    ] = True,
 ) -> None:
     """Run a command on a SLURM cluster; it is requeued and goes on until it is done.
 
@@ -1014,17 +1023,24 @@ def submit(
                 "--shards, which run at once"
             )
         profile = profile.for_one_process()
-    parameters = _checked(command, context.args, has_inputs=dependency is None)
+    look = look and dependency is None
     if shards is not None:
         if command != "segment" or array is not None:
             raise UsageError(
                 "--shards must come with segment and without --array, got it elsewhere: leave it out"
             )
-        from dinocell.cluster.shards import plan_shards
+        parameters = _checked(command, context.args, look=look)
+        from dinocell.cluster.shards import has_begun, plan_shards
+        from dinocell.cluster.submission import refuse_busy
         from dinocell.image_io import find_images
 
         paths = find_images(parameters["images"], recursive=parameters["recursive"])
         options = _segment_options(parameters)
+        if not dry_run and not local:
+            # A plan that a job waits with must not change under it.
+            fixed = has_begun(parameters["out"]) and not options.overwrite
+            folder = Path(parameters["out"]) / "shards"
+            refuse_busy([folder], dependency if fixed else None, below=True)
         plan = plan_shards(paths, parameters["out"], options, shards, write=not dry_run)
         runs, merging = plan_shard_runs(plan)
         if not runs:
@@ -1033,9 +1049,9 @@ def submit(
         rows = [] if array is None else read_table(array)
 
         def parse(given: Sequence[str]) -> dict[str, Any]:
-            return _checked(command, given, has_inputs=dependency is None)
+            return _checked(command, given, look=look)
 
-        runs, merging = plan_runs(command, context.args, parse, table=rows), None
+        runs, merging = plan_runs(command, context.args, parse, table=rows, look=look), None
     _hand_over(runs, merging, profile, dependency, logs, dry_run=dry_run, local=local)
 
 
@@ -1055,7 +1071,7 @@ def _hand_over(
     alone = profile.for_merging()
     if dry_run:
         for run in runs:
-            print(f"{run.run_dir}: dinocell {' '.join(run.command)}", file=sys.stderr)
+            print(f"{run.run_dir}: dinocell {shlex.join(run.command)}", file=sys.stderr)
         if runs:
             print(sbatch_text(runs, profile, dependency=dependency, log_dir=logs))
         if merging is not None:
@@ -1081,7 +1097,7 @@ def _hand_over(
         except UsageError as error:
             raise UsageError(
                 f"{error}; the images are in work all the same: when their tasks have ended, run "
-                f"dinocell {' '.join(merging.command)}"
+                f"dinocell {shlex.join(merging.command)}"
             ) from error
 
 
@@ -1265,23 +1281,30 @@ def _check_evaluation(given: Mapping[str, Any]) -> None:
         raise UsageError(f"--iou must be above 0 and at most 1, got {given['iou']}: 0.5 is usual")
 
 
-def _checked(name: str, arguments: Sequence[str], *, has_inputs: bool) -> dict[str, Any]:
-    """`_parsed`, and what the command itself would refuse at once.
-
-    What an earlier job is to make (`has_inputs` false) is not looked for.
-    """
+def _checked(name: str, arguments: Sequence[str], *, look: bool) -> dict[str, Any]:
+    """`_parsed`, and what the command itself would refuse at once; `look` for what it reads, too."""
     parameters = _parsed(name, arguments)
+    if name == "evaluate":
+        _check_evaluation(parameters)
+        for option in ("pred", "truth", "data"):
+            folder = parameters[option]
+            if look and folder is not None and not folder.is_dir():
+                raise UsageError(
+                    f"--{option} must be a folder that exists, got {folder}: mend the path, or add "
+                    "--no-look if it is on the nodes only"
+                )
     if name == "segment":
         from dinocell.batch import check_call
         from dinocell.image_io import find_images
 
         options = _segment_options(parameters)
-        if has_inputs:
-            check_call(
-                find_images(parameters["images"], recursive=parameters["recursive"]), options
-            )
-    elif name == "evaluate":
-        _check_evaluation(parameters)
+        if look:
+            paths = find_images(parameters["images"], recursive=parameters["recursive"])
+            check_call(paths, options)
+    if look and name in ("segment", "evaluate") and parameters["model"] is not None:
+        from dinocell.model import read_model_header
+
+        read_model_header(parameters["model"])
     return parameters
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "errors": 0, "config": 0, "progress": 0,
     "image_io": 1, "preprocess": 1, "tiles": 1, "distance_map": 1, "watershed": 1, "measure": 1,
-    "exports": 1, "visualize": 1, "report": 1, "scenes": 1,
+    "exports": 1, "visualize": 1, "report": 1, "scenes": 1, "journal": 1,
     "backbone": 2, "decoder": 2, "model": 2, "inference": 2, "flops": 2, "model_info": 2, "weights": 2,
     "pipeline": 3, "batch": 3, "demo": 3, "evaluation": 3, "training": 3, "inspection": 3, "jump": 3,
     "upstream": 3, "cluster": 3,

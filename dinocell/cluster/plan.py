@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from dinocell.cluster.record import shard_folder
-from dinocell.errors import UsageError
+from dinocell.errors import DINOCellError, UsageError
+from dinocell.progress import progress
 
 if TYPE_CHECKING:
     from dinocell.cluster.shards import ShardPlan
@@ -19,6 +22,9 @@ __all__ = ["COMMANDS", "PlannedRun", "plan_runs", "plan_shard_runs", "read_table
 
 COMMANDS = ("pretrain", "train", "segment", "evaluate")
 """Commands that can be submitted."""
+
+_ON_BY_DEFAULT = ("overlay",)
+_ELSEWHERE = "mend the path, or add --no-look if it is on the nodes only"
 
 Parse = Callable[[Sequence[str]], Mapping[str, Any]]
 
@@ -45,8 +51,9 @@ def plan_runs(
     parse: Parse,
     *,
     table: Sequence[Mapping[str, str]] = (),
+    look: bool = True,
 ) -> list[PlannedRun]:
-    """The runs of a submission, each checked as far as is possible without its data.
+    """The runs of a submission, each checked before it waits for hours.
 
     Parameters
     ----------
@@ -56,31 +63,37 @@ def plan_runs(
     table : rows of an array: of `pretrain` and `train` keys of the configuration, of `segment` and
         `evaluate` options (`true` and `false` of those without a value); the column `name` names the
         task, "" leaves a value as it is
+    look : whether data and weights must be here already
 
     Raises
     ------
-    UsageError, ConfigError
-        The configuration or a row of the table is wrong.
+    DINOCellError
+        The configuration, a row of the table, or what it names is wrong.
     """
-    parameters = parse(arguments)
-    base = run_dir_of(name, parameters)
     if not table:
-        _check(name, parameters, base)
+        parameters = parse(arguments)
+        run_dir = run_dir_of(name, parameters)
+        _check(name, parameters, run_dir, look=look)
         job = {"pretrain": "ssl"}.get(name, name)
-        return [PlannedRun(f"{job}-{base.name}", (name, *arguments), base)]
+        return [PlannedRun(f"{job}-{run_dir.name}", (name, *arguments), run_dir)]
     runs = []
-    for index, row in enumerate(table):
-        label = row.get("name") or f"{index:03d}"
-        run_dir = base / label
-        values = {key: value for key, value in row.items() if key != "name" and value != ""}
-        whole = [*arguments, *_row_arguments(name, values, run_dir, parameters)]
-        try:
-            _check(name, parse(whole), run_dir)
-        except UsageError as error:
-            raise type(error)(f"row {index + 1} of the table ({label}): {error}") from error
-        runs.append(PlannedRun(f"{base.name}-{label}", (name, *whole), run_dir))
-    names = [run.run_dir for run in runs]
-    twice = sorted({path.name for path in names if names.count(path) > 1})
+    labels = [row.get("name") or f"{index:03d}" for index, row in enumerate(table)]
+    base: Path | None = None
+    with progress("checking", len(table)) as bar:
+        for index, (label, row) in enumerate(zip(labels, table, strict=True)):
+            values = {key: value for key, value in row.items() if key != "name" and value != ""}
+            options = _row_options(name, values)
+            try:
+                given = parse([*arguments, *options])  # alone, the command may lack what rows give
+                base = base or run_dir_of(name, given)
+                run_dir = base / label
+                whole = [*arguments, *options, *_folder_options(name, run_dir, given)]
+                _check(name, parse(whole), run_dir, look=look)
+            except DINOCellError as error:
+                raise type(error)(f"row {index + 1} of the table ({label}): {error}") from error
+            runs.append(PlannedRun(f"{base.name}-{label}", (name, *whole), run_dir))
+            bar.advance(note=label)
+    twice = sorted(label for label, count in Counter(labels).items() if count > 1)
     if twice:
         raise UsageError(
             f"rows of the table must differ in name, got {', '.join(twice)} twice: rename one"
@@ -127,55 +140,87 @@ def run_dir_of(name: str, parameters: Mapping[str, Any]) -> Path:
         return Path(load_config(parameters["config"], parameters["overrides"] or []).output_dir)
     if name == "segment":
         return Path(parameters["out"])
-    source = parameters["out"] or parameters["model"] or parameters["pred"] or "evaluation"
-    parts = Path(source).with_suffix("").parts[-2:]
-    return Path("runs/evaluate") / "-".join(part for part in parts if part.strip("./"))
+    given = [parameters[key] for key in ("out", "model", "data", "pred", "truth")]
+    paths = [str(Path(value).resolve()) for value in given if value is not None]
+    # Two models of one name, or one on two sets of data, are two runs.
+    digest = hashlib.sha256("\n".join(paths).encode()).hexdigest()[:8]
+    return Path("runs/evaluate") / f"{Path(paths[0]).stem}-{digest}"
 
 
-def _row_arguments(
-    name: str, values: Mapping[str, str], run_dir: Path, parameters: Mapping[str, Any]
-) -> list[str]:
+def _row_options(name: str, values: Mapping[str, str]) -> list[str]:
+    """A row's values as arguments of the command."""
     if name in ("pretrain", "train"):
-        changes = [f"{key}={value}" for key, value in values.items()]
-        if name == "train":
-            return [*changes, f"output_dir={run_dir}"]
-        return [*changes, "--output-dir", str(run_dir)]
+        return [f"{key}={value}" for key, value in values.items()]
     options: list[str] = []
     for key, value in values.items():
         option = key.replace("_", "-")
-        if value.lower() in ("true", "false"):
-            options.append(f"--{option}" if value.lower() == "true" else f"--no-{option}")
-        else:
+        if value.lower() == "true":
+            options.append(f"--{option}")
+        elif value.lower() != "false":
             options += [f"--{option}", value]
+        elif option in _ON_BY_DEFAULT:
+            options.append(f"--no-{option}")
+    return options
+
+
+def _folder_options(name: str, run_dir: Path, parameters: Mapping[str, Any]) -> list[str]:
+    """What sends the results of a command to a folder of its own."""
+    if name == "train":
+        return [f"output_dir={run_dir}"]
+    if name == "pretrain":
+        return ["--output-dir", str(run_dir)]
     if name == "segment":
-        return [*options, "--out", str(run_dir)]
+        return ["--out", str(run_dir)]
     suffix = Path(parameters["out"]).suffix if parameters["out"] else ".json"
-    return [*options, "--out", str(run_dir / f"scores{suffix}")]
+    return ["--out", str(run_dir / f"scores{suffix}")]
 
 
-def _check(name: str, parameters: Mapping[str, Any], run_dir: Path) -> None:
-    """Read the configuration as the job will."""
+def _check(name: str, parameters: Mapping[str, Any], run_dir: Path, *, look: bool) -> None:
+    """Read the configuration as the job will, and look for what it names."""
     overrides = list(parameters.get("overrides") or [])
     if name == "train":
         from dinocell.config import load_config
 
-        load_config(parameters["config"], overrides)
+        config = load_config(parameters["config"], overrides)
+        if look:
+            from dinocell.training.datasets import split_pairs
+
+            split_pairs(config.data, config.seed)
+            _look_for_weights("backbone.weights", config.backbone.weights)
     elif name == "pretrain":
         from dinocell.backbone import import_dinov3, tree_is_bundled
 
-        config = Path(parameters["config"])
-        if not config.is_file():
-            raise UsageError(f"the configuration must be a file, got {config}: see configs/ssl")
+        path = Path(parameters["config"])
+        if not path.is_file():
+            raise UsageError(f"the configuration must be a file, got {path}: see configs/ssl")
         configs = import_dinov3("configs")
         if not tree_is_bundled():
             return
-        arguments = SimpleNamespace(
-            config_file=str(config), output_dir=str(run_dir), opts=overrides
-        )
+        arguments = SimpleNamespace(config_file=str(path), output_dir=str(run_dir), opts=overrides)
         try:
-            configs.get_cfg_from_args(arguments, strict=True)
+            settings = configs.get_cfg_from_args(arguments, strict=True)
         except (ValueError, FileNotFoundError) as error:
             raise UsageError(str(error)) from error
+        if look:
+            _look_for_weights("student.pretrained_weights", settings.student.pretrained_weights)
+            _look_for_fields(str(settings.train.dataset_path))
+
+
+def _look_for_weights(key: str, name: str | None) -> None:
+    from dinocell.weights import find_weights
+
+    if name and not find_weights(name).exists():
+        raise UsageError(f"{key} must be a file that exists, got {name}: {_ELSEWHERE}")
+
+
+def _look_for_fields(dataset: str) -> None:
+    """The folder or index of a data set such as `JUMPS3MultiView:index=pilot.arrow`."""
+    for part in dataset.split(":")[1:]:
+        key, _, value = part.partition("=")
+        if key in ("root", "index") and value and not Path(value).exists():
+            raise UsageError(
+                f"train.dataset_path must name a {key} that exists, got {value}: {_ELSEWHERE}"
+            )
 
 
 def read_table(path: str | Path) -> list[dict[str, str]]:

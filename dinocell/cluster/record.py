@@ -15,8 +15,10 @@ from typing import Any
 import yaml
 
 from dinocell.image_io import atomic_path
+from dinocell.journal import JOURNAL_NAME, count_rows
 
 __all__ = [
+    "BEGINS_ANEW",
     "JobRecord",
     "RunProgress",
     "Start",
@@ -29,12 +31,15 @@ __all__ = [
     "run_progress",
     "saved_progress",
     "shard_folder",
+    "work_mark",
     "write_record",
 ]
 
+BEGINS_ANEW = {"pretrain": "--no-resume", "segment": "--overwrite"}
+"""What makes a command leave aside what is in its folder; of a job, this is meant once."""
+
 _RECORD_NAME = "job.json"
 _LOST_CONNECTION = r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed out waiting"
-_JOURNAL_NAME = "images.jsonl"  # of `dinocell.batch`, which loads torch
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Start:
     progress : what was saved then, see `saved_progress`
     time : seconds since 1970
     host : first node
+    mark : see `work_mark`, before this start
     """
 
     job: str
@@ -55,6 +61,7 @@ class Start:
     progress: int
     time: float
     host: str
+    mark: str = ""
 
 
 @dataclass
@@ -101,18 +108,28 @@ def read_record(run_dir: str | Path) -> JobRecord | None:
         return None
 
 
-def failures_folder(run_dir: str | Path, job: str, restart: int) -> Path:
-    """Where the processes of a start tell why they failed, each in a file; the earliest knows best."""
-    return Path(run_dir) / "slurm" / f"failed_{job or 'local'}_{restart}"
+def failures_folder(run_dir: str | Path, job: str, restart: int, step: int) -> Path:
+    """Where the processes of a start tell why they failed, each in a file; the earliest knows best.
+
+    `step` is SLURM's number of the `srun`: a script may have several.
+    """
+    return Path(run_dir) / "slurm" / f"failed_{job or 'local'}_{restart}_{step}"
 
 
-def first_failure(run_dir: str | Path, job: str, restart: int) -> tuple[str, str]:
+def first_failure(
+    run_dir: str | Path, job: str, restart: int, step: int | None = None
+) -> tuple[str, str]:
     """State and sentence of the process that failed first, two "" if none did.
 
     Processes that lost their connection have failed because another one had, whatever the clocks say.
+    Without `step`, those of the last step that had any.
     """
+    if step is None:
+        found = Path(run_dir, "slurm").glob(f"failed_{job or 'local'}_{restart}_*")
+        steps = [int(path.name.split("_")[-1]) for path in found if path.name[-1].isdigit()]
+        step = max(steps, default=0)
     notes = []
-    for path in sorted(failures_folder(run_dir, job, restart).glob("*.json")):
+    for path in sorted(failures_folder(run_dir, job, restart, step).glob("*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):
             note = json.loads(path.read_text(encoding="utf-8"))
             notes.append((str(note["state"]), str(note["reason"])))
@@ -162,7 +179,20 @@ def saved_progress(command: Sequence[str], run_dir: str | Path) -> int:
             re.fullmatch(r"step_(\d+)", path.stem) for path in (folder / "checkpoints").glob("*.pt")
         ]
         return max((int(match[1]) for match in steps if match), default=0)
-    return _count_lines(folder / _JOURNAL_NAME)
+    return count_rows(folder / JOURNAL_NAME)
+
+
+def work_mark(command: Sequence[str], run_dir: str | Path) -> str:
+    """Tells whether a command that shall begin anew has done so: what it replaces is another file then.
+
+    "" where there is nothing yet.  File systems use the numbers of files again, so the time counts too.
+    """
+    names = {"pretrain": "ckpt", "segment": "settings.json"}
+    try:
+        found = Path(run_dir, names[command[0]]).stat()
+        return f"{found.st_ino}-{found.st_mtime_ns}"
+    except (OSError, KeyError, IndexError):
+        return ""
 
 
 def run_progress(command: Sequence[str], run_dir: str | Path) -> RunProgress | None:
@@ -193,9 +223,9 @@ def _progress_of_files(command: Sequence[str], folder: Path) -> RunProgress | No
         step_s = line.get("global_batch_size", 0) / max(line["crops_per_s"], 1e-9)
         return RunProgress(done, total, "steps", step_s * (total - done))
     if kind in ("segment", "shards"):
-        done = _count_lines(folder / _JOURNAL_NAME)
+        done = count_rows(folder / JOURNAL_NAME)
         listed = folder / "manifest.csv"
-        total = max(_count_lines(listed) - 1, 0) if listed.is_file() else None
+        total = max(count_rows(listed) - 1, 0) if listed.is_file() else None
         return _paced(folder, RunProgress(done, total, "images"))
     return None
 
@@ -239,14 +269,6 @@ def _last_line(path: Path, key: str) -> dict[str, Any] | None:
         if isinstance(values, dict) and key in values:
             return values
     return None
-
-
-def _count_lines(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
-            return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
-    except OSError:
-        return 0
 
 
 # --- the user's submissions ---

@@ -24,14 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from dinocell.batch import (
-    FAILURES_NAME,
     FREE_OPTIONS,
-    JOURNAL_NAME,
     SETTINGS_NAME,
     BatchResult,
     SegmentOptions,
     check_call,
-    read_journal,
     remove_leftovers,
     segment_files,
     write_summary,
@@ -41,12 +38,14 @@ from dinocell.cluster.slurm import job_states, own_job
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.exports import EXPORT_FORMATS
 from dinocell.image_io import atomic_path
+from dinocell.journal import FAILURES_NAME, JOURNAL_NAME, clear_suspicion, read_journal
 from dinocell.progress import progress
 
 __all__ = [
     "MergedShards",
     "ShardPlan",
     "ShardState",
+    "has_begun",
     "merge_shards",
     "open_shards",
     "plan_shards",
@@ -70,6 +69,7 @@ class ShardPlan:
     count : number of parts
     images, total_bytes : of all parts
     options : of `dinocell segment`, the same for all parts
+    fresh : divided anew and not written down, so that nothing is done
     """
 
     out: Path
@@ -77,6 +77,7 @@ class ShardPlan:
     images: int
     total_bytes: int
     options: SegmentOptions
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def plan_shards(
     Raises
     ------
     UsageError
-        Nothing to do, two files of one name, or `out` has another plan.
+        Nothing to do, two files of one name, or `out` has another plan or results and there is no
+        `overwrite`, which forgets what was done; or somebody works on what it would forget.
     """
     if count < 1:
         raise UsageError(f"the number of shards must be at least 1, got {count}: raise it")
@@ -129,27 +131,63 @@ def plan_shards(
             "--report must be left out with shards, got it: the merged summary.csv has every image"
         )
     out = Path(out)
-    sizes = [path.stat().st_size for path in paths]
-    parts = _divide(sizes, min(count, len(paths)))
-    files = {
-        shard_folder(out, index) / _MANIFEST_NAME: _manifest_text(part, paths, sizes)
-        for index, part in enumerate(parts)
-    }
-    plan = ShardPlan(out, len(parts), len(paths), sum(sizes), options)
-    files[out / "shards" / _PLAN_NAME] = _plan_text(plan)
-    if (out / "shards" / _PLAN_NAME).exists() and _has_begun(read_plan(out)):
-        _compare(plan, files)
-        files = {out / "shards" / _PLAN_NAME: _plan_text(plan)}  # device and the like may change
+    if has_begun(out) and not options.overwrite:
+        plan = replace(read_plan(out), options=options)  # device and the like may change
+        _refuse_another(plan, paths, count)
+        files = {out / "shards" / _PLAN_NAME: _plan_text(plan)}
     else:
+        sizes = [path.stat().st_size for path in paths]
+        parts = _divide(sizes, min(count, len(paths)))
+        plan = ShardPlan(out, len(parts), len(paths), sum(sizes), options, fresh=True)
         _refuse_results(plan, paths)
+        _refuse_work(out)
+        files = {
+            shard_folder(out, index) / _MANIFEST_NAME: _manifest_text(part, paths, sizes)
+            for index, part in enumerate(parts)
+        }
+        files[out / "shards" / _PLAN_NAME] = _plan_text(plan)
     if not write:
         return plan
-    if options.overwrite:
-        (out / SETTINGS_NAME).unlink(missing_ok=True)
+    if plan.fresh:
+        _forget(out)
     for path, text in files.items():  # the plan last: it says that all is there
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-    return plan
+    return replace(plan, fresh=False)
+
+
+def has_begun(out: str | Path) -> bool:
+    """Whether a folder has a plan of which something was done; until then it can be replaced."""
+    if not (Path(out) / "shards" / _PLAN_NAME).exists():
+        return False
+    folders = [shard_folder(out, index) for index in range(read_plan(out).count)]
+    return any((f / JOURNAL_NAME).exists() or (f / _CLAIM_NAME).exists() for f in folders)
+
+
+def _folders(out: Path) -> list[Path]:
+    """Of all parts that there have been."""
+    return [path for path in sorted((out / "shards").glob("[0-9]*")) if path.name.isdigit()]
+
+
+def _forget(out: Path) -> None:
+    """What earlier parts have noted; results themselves are replaced one by one, logs stay."""
+    (out / "shards" / _PLAN_NAME).unlink(missing_ok=True)
+    for folder in _folders(out):
+        for name in (JOURNAL_NAME, FAILURES_NAME, _CLAIM_NAME, _MANIFEST_NAME):
+            (folder / name).unlink(missing_ok=True)
+        clear_suspicion(folder)
+    (out / SETTINGS_NAME).unlink(missing_ok=True)
+
+
+def _refuse_work(out: Path) -> None:
+    """No part is forgotten in somebody's hands."""
+    for folder in _folders(out):
+        other = _read_claim(folder / _CLAIM_NAME)
+        if other and _is_at_work(other, _claim()):
+            raise UsageError(
+                f"--overwrite must wait until nobody works on the images, got {folder} in the hands of "
+                f"{_whose(other)}: wait for it, or cancel it"
+            )
 
 
 def _divide(sizes: Sequence[int], count: int) -> list[list[int]]:
@@ -186,12 +224,6 @@ def _plan_text(plan: ShardPlan) -> str:
     return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
 
-def _has_begun(plan: ShardPlan) -> bool:
-    """Whether anything was done; until then a plan can be replaced."""
-    folders = [shard_folder(plan.out, index) for index in range(plan.count)]
-    return any((f / JOURNAL_NAME).exists() or (f / _CLAIM_NAME).exists() for f in folders)
-
-
 def _refuse_results(plan: ShardPlan, paths: Sequence[Path]) -> None:
     """Finished work is not touched."""
     endings = [
@@ -207,33 +239,30 @@ def _refuse_results(plan: ShardPlan, paths: Sequence[Path]) -> None:
         )
 
 
-def _compare(plan: ShardPlan, files: dict[Path, str]) -> None:
-    there = read_plan(plan.out)
+def _refuse_another(plan: ShardPlan, paths: Sequence[Path], count: int) -> None:
+    """Only the same batch goes on.  Files that are gone since will be told as failures."""
+    there = asdict(read_plan(plan.out).options)
     new = asdict(plan.options)
     differing = [
-        name
-        for name, old in asdict(there.options).items()
-        if name not in FREE_OPTIONS and old != new[name]
+        name for name, old in there.items() if name not in FREE_OPTIONS and old != new[name]
     ]
     if differing:
         raise UsageError(
             f"a batch must go on with its options, got other values of {', '.join(differing)} than "
-            f"{plan.out / 'shards' / _PLAN_NAME}: undo that, or choose another folder"
+            f"{plan.out / 'shards' / _PLAN_NAME}: undo that, choose another folder, or --overwrite"
         )
-    if there.count != plan.count:
+    if plan.count != min(count, plan.images):
         raise UsageError(
-            f"a batch must go on with its {there.count} shards, got {plan.count}: give --shards "
-            f"{there.count}, or choose another folder"
+            f"a batch must go on with its {plan.count} shards, got {count}: give --shards "
+            f"{plan.count}, choose another folder, or --overwrite"
         )
-    for path, text in files.items():
-        if path.name == _PLAN_NAME:
-            continue
-        old = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
-        if old != text:
-            raise UsageError(
-                f"a batch must go on with its images, got others than {path} lists: choose another "
-                "folder for the results"
-            )
+    listed = {str(path) for index in range(plan.count) for _, path in _listed(plan.out, index)}
+    others = [path for path in paths if os.path.abspath(path) not in listed]
+    if others:
+        raise UsageError(
+            f"a batch must go on with its images, got {len(others)} that {plan.out / 'shards'} does not "
+            f"list, such as {others[0]}: choose another folder for them, or --overwrite"
+        )
 
 
 def read_plan(out: str | Path) -> ShardPlan:
@@ -268,8 +297,8 @@ def _listed(out: Path, index: int) -> list[tuple[int, Path]]:
 
 
 def open_shards(plan: ShardPlan) -> list[int]:
-    """Parts with images that are not done: all of them before the plan is written."""
-    if not (plan.out / "shards" / _PLAN_NAME).exists():
+    """Parts with images that are not done."""
+    if plan.fresh:
         return list(range(plan.count))
     return [state.index for state in shard_states(plan) if state.done < state.images]
 
@@ -327,28 +356,19 @@ def run_shard(out: str | Path, index: int, *, shown: bool = True) -> BatchResult
 def _claimed(folder: Path) -> Iterator[None]:
     """Hold a part; the claim of a process that was killed is taken over."""
     path = folder / _CLAIM_NAME
-    mine = {
-        "job": own_job() or "",
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "time": time.time(),
-    }
+    mine = _claim()
     text = json.dumps(mine)
     try:
         _make_claim(path, text)
     except FileExistsError:
         other = _read_claim(path)
         if other and _is_at_work(other, mine):
-            whose = f"job {other['job']}" if other.get("job") else f"process {other.get('pid')}"
             raise DINOCellError(
-                f"a shard must be run by one process, got {folder} in the hands of {whose} on "
+                f"a shard must be run by one process, got {folder} in the hands of {_whose(other)} on "
                 f"{other.get('host')}: wait for it, or delete {path} if it is gone"
             ) from None
         try:
-            # Of several that find it left, one takes it away.
-            left = path.with_name(f".tmp-{secrets.token_hex(8)}")
-            os.rename(path, left)
-            left.unlink()
+            _take_away(path, other)
             _make_claim(path, text)
         except (FileNotFoundError, FileExistsError):
             raise DINOCellError(
@@ -361,11 +381,63 @@ def _claimed(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def _claim() -> dict[str, Any]:
+    """Who this process is."""
+    return {
+        "job": own_job() or "",
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "began": _began(os.getpid()),
+        "time": time.time(),
+    }
+
+
+def _began(pid: int) -> str:
+    """When a process began, in ticks since the machine did; "" if there is none, or no /proc."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return text.rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _whose(claim: dict[str, Any]) -> str:
+    return f"job {claim['job']}" if claim.get("job") else f"process {claim.get('pid')}"
+
+
+def _take_away(path: Path, judged: dict[str, Any]) -> None:
+    """Remove a claim that was found left; of several that find it so, one succeeds.
+
+    Raises
+    ------
+    FileNotFoundError, FileExistsError
+        Another process was first.
+    """
+    left = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    os.rename(path, left)
+    try:
+        if _read_claim(left) != judged:  # the new one of a process that was first
+            os.link(left, path)
+            raise FileExistsError(path)
+    finally:
+        left.unlink()
+
+
 def _make_claim(path: Path, text: str) -> None:
-    """Write a file that must not be there yet."""
-    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
+    """Write a file that must not be there yet; it is whole as soon as it is seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_claim(path: Path) -> dict[str, Any]:
@@ -390,8 +462,9 @@ def _is_at_work(other: dict[str, Any], mine: dict[str, Any]) -> bool:
     except (ProcessLookupError, KeyError, ValueError):
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    # Numbers of processes come again, in a container at once.
+    return other.get("began", "") in ("", _began(int(other["pid"])))
 
 
 @dataclass(frozen=True)

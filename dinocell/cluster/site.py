@@ -104,12 +104,23 @@ class SiteProfile:
             raise ConfigError(
                 f"mem must be a number with K, M, G or T, got {self.mem!r}: write 64G, for example"
             )
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, str) and not value.isprintable():
+                raise ConfigError(f"{item.name} must be one line, got {value!r}: join its lines")
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise ConfigError(
                     f"environment must have names of variables, got {name!r}: use letters, digits, _"
                 )
-        for name in self.extra:
+        per_cpu = [name for name in self.extra if name.replace("_", "-").startswith("mem-per-")]
+        if self.mem is not None and per_cpu:
+            raise ConfigError(
+                f"memory must be given once, got mem and {per_cpu[0]}: take one of them"
+            )
+        for name, value in self.extra.items():
+            if not value.isprintable():
+                raise ConfigError(f"extra.{name} must be one line, got {value!r}: join its lines")
             if name.replace("-", "_") in _OWNED:
                 raise ConfigError(
                     f"extra must have options that the profile and dinocell do not set, got {name!r}: "
@@ -157,8 +168,15 @@ class SiteProfile:
         """The same for a job that reads and writes tables: one core, little memory, no GPU."""
         longest = "2:00:00" if minutes_of(self.time) > 120 else self.time
         without = self.with_gpus(0)
+        # What is said of processors, GPUs and memory is meant for the work itself.
+        extra = {
+            name: value
+            for name, value in self.extra.items()
+            if not name.startswith(("mem", "cpu", "gpu", "core", "ntasks", "exclusive", "tres"))
+        }
         return dataclasses.replace(
             without,
+            extra=extra,
             nodes=1,
             tasks_per_node=1,
             cpus_per_gpu=1,

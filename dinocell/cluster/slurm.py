@@ -109,8 +109,11 @@ def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
 
 def _parse(line: str) -> list[JobState]:
     """The job of a line; tasks of an array that wait share one."""
-    # Values with blanks (a command, a comment) are of no interest here.
-    values = dict(re.findall(r"(\w+)=(\S*)", line))
+    # Values may have blanks, and what looks like a key in them: the comment stands at the end, and
+    # the first one counts.
+    found = re.findall(r"(\w+)=(\S*)", line)
+    values = dict(reversed(found))
+    log = re.search(r" StdOut=(.*?)(?= \w+=|$)", line.rstrip())
     if "JobId" not in values:
         return []
     jobs = [values["JobId"]]
@@ -126,7 +129,7 @@ def _parse(line: str) -> list[JobState]:
         preempt_time not in ("None", "Unknown", ""),
         _seconds(values.get("RunTime", "")),
         _seconds(values.get("TimeLimit", "")),
-        values.get("StdOut", ""),
+        "" if log is None else log[1],
     )
     return [replace(state, job=job) for job in jobs]
 

@@ -27,7 +27,14 @@ from dinocell.cluster.slurm import (
 from dinocell.cluster.supervisor import REQUEUE_WISH, SupervisedJob, supervise
 from dinocell.errors import MissingExtraError, StoppedError, UsageError
 
-__all__ = ["Submitted", "parse_dependency", "run_here", "sbatch_text", "submit"]
+__all__ = [
+    "Submitted",
+    "parse_dependency",
+    "refuse_busy",
+    "run_here",
+    "sbatch_text",
+    "submit",
+]
 
 _KINDS = [
     "after",
@@ -92,10 +99,21 @@ def parse_dependency(text: str) -> str:
 
 
 def _folder(runs: Sequence[PlannedRun], log_dir: Path | None) -> Path:
-    """Where logs and submitit's files go: in the run, or for several above them."""
-    if log_dir is not None:
-        return log_dir
-    return (runs[0].run_dir if len(runs) == 1 else runs[0].run_dir.parent) / "slurm"
+    """Where logs and submitit's files go: in the run, or for several above them.
+
+    Raises
+    ------
+    UsageError
+        SLURM would put something in place of a % in its name.
+    """
+    if log_dir is None:
+        log_dir = (runs[0].run_dir if len(runs) == 1 else runs[0].run_dir.parent) / "slurm"
+    if "%" in str(log_dir.absolute()):
+        raise UsageError(
+            f"the folder of the log files must be without %, which SLURM replaces, got {log_dir}: "
+            "choose another folder, or --logs"
+        )
+    return log_dir
 
 
 def _parameters(
@@ -226,8 +244,7 @@ def submit(
             "cluster, or add --local or --dry-run"
         )
     _refuse_large_array(runs)
-    if dependency is None:
-        _refuse_busy(runs)
+    refuse_busy([run.run_dir for run in runs], dependency)
     folder = _folder(runs, log_dir)
     executor = _executor(folder, site)
     executor.update_parameters(**_parameters(site, runs, dependency, folder))
@@ -284,11 +301,35 @@ def _refuse_large_array(runs: Sequence[PlannedRun]) -> None:
         )
 
 
-def _refuse_busy(runs: Sequence[PlannedRun]) -> None:
-    """Two jobs in one folder would mix their checkpoints."""
+def refuse_busy(
+    folders: Sequence[Path], dependency: str | None = None, *, below: bool = False
+) -> None:
+    """Two jobs in one folder would mix their checkpoints; one may wait for the other.
+
+    Parameters
+    ----------
+    folders : of runs
+    dependency : of the job that is to be submitted
+    below : also runs in folders of these
+
+    Raises
+    ------
+    UsageError
+        A job that waits or runs, and that the dependency does not name, has one of them.
+    """
     here = cluster_name()
-    folders = {str(run.run_dir.resolve()) for run in runs}
-    earlier = [x for x in read_submissions() if x.cluster == here and x.run_dir in folders]
+    ours = {folder.resolve() for folder in folders}
+    awaited = set(re.findall(r"\d+", re.sub(r"\+\d+", "", dependency or "")))
+
+    def is_ours(item: Submission) -> bool:
+        path = Path(item.run_dir)
+        return path in ours or (below and not ours.isdisjoint(path.parents))
+
+    earlier = [
+        item
+        for item in read_submissions()
+        if item.cluster == here and item.job.split("_")[0] not in awaited and is_ours(item)
+    ]
     states = job_states([item.job for item in earlier]) if earlier else {}
     for item in earlier:
         state = states.get(item.job)

@@ -16,6 +16,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,6 +32,7 @@ from types import FrameType
 from typing import IO, Any
 
 from dinocell.cluster.record import (
+    BEGINS_ANEW,
     JobRecord,
     Start,
     Submission,
@@ -40,11 +42,13 @@ from dinocell.cluster.record import (
     read_record,
     read_submissions,
     saved_progress,
+    work_mark,
     write_record,
 )
 from dinocell.cluster.slurm import cluster_name, job_states, own_job, requeue
 from dinocell.errors import StoppedError
 from dinocell.image_io import atomic_path
+from dinocell.journal import suspect_images_in_work
 
 __all__ = ["REQUEUE_WISH", "SupervisedJob", "supervise"]
 
@@ -56,6 +60,7 @@ _HANDED_ON = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 _WAIT_FOR_END_S = 90.0  # for SLURM to end a job that it has requeued
 _LINES_KEPT = 200
 _OTHERS_TELL_S = 3.0  # for the process that failed first to write down why
+_FAR_OTHERS_TELL_S = 10.0  # the same, where a network folder may show its note late
 _LEFT_ALONE_S = 10.0  # for a process to end by itself when another of its job has failed
 _OF_MANY_PROCESSES = ("pretrain", "train")
 
@@ -139,12 +144,45 @@ class _Supervisor:
         self.world = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) if in_step else 1
         self.number = (own_job() or "") if in_slurm else ""
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        self.step = int(os.environ["SLURM_STEP_ID"]) if in_step else 0
         self.received: signal.Signals | None = None
         self.told_to_end = False
+        self.killed_it = False
         self.child: subprocess.Popen[bytes] | None = None
         self.tail: deque[str] = deque(maxlen=_LINES_KEPT)
         self.record = read_record(job.run_dir) or JobRecord(list(job.command))
         self.record.command = list(job.command)
+        self.earlier = self._earlier_starts()
+        mark = self._mark()
+        self.first_mark = self.earlier[0].mark if self.earlier else mark
+
+    def _earlier_starts(self) -> list[Start]:
+        """Starts of this submission before the present one; an allocation may have had others."""
+        found: list[Start] = []
+        limit = self.restart
+        for start in reversed(self.record.starts):
+            if not self.number or start.job != self.number or start.restart > limit:
+                break
+            if start.restart < limit:
+                found.insert(0, start)
+                limit = start.restart
+            elif found:
+                break
+        return found
+
+    def _mark(self) -> str:
+        return work_mark(self.job.command, self.job.run_dir)
+
+    def _begins_anew(self) -> bool:
+        """Whether the command shall leave aside what is there, and no start has come to that yet."""
+        flag = BEGINS_ANEW.get(self.job.command[0])
+        return flag in self.job.command and self._mark() == self.first_mark
+
+    def _saved(self) -> int:
+        """What a new start would not do again."""
+        if self._begins_anew():
+            return 0
+        return saved_progress(self.job.command, self.job.run_dir)
 
     # --- the course of a job ---
 
@@ -165,12 +203,32 @@ class _Supervisor:
             if self.rank == 0 and (self._is_in_other_hands() or self._gives_up_at_once()):
                 return 1
             self._begin()
-            oom_before = _oom_kills()
-            code = self._run_child()
-            return self._end(code, _oom_kills() > oom_before)
+            while True:
+                oom_before = _oom_kills()
+                code = self._run_child()
+                memory_ran_out = _oom_kills() > oom_before
+                if not self._goes_on_without_suspects(code, memory_ran_out):
+                    return self._end(code, memory_ran_out)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _goes_on_without_suspects(self, code: int, memory_ran_out: bool) -> bool:
+        """Of many images, one that needs too much memory must not cost the others.
+
+        It ends: an image is given up after `journal.MAX_KILLS` times.
+        """
+        killed = code == -signal.SIGKILL or (code != 0 and memory_ran_out)
+        told = self.received is not None or self.killed_it
+        if self.job.command[:2] != ("shards", "run") or not killed or told:
+            return False
+        count = suspect_images_in_work(Path(self.job.run_dir))
+        if count:
+            _say(
+                f"killed, probably for its memory, with {count} images in work: the others come first, "
+                "then these one at a time"
+            )
+        return count > 0
 
     def _is_in_other_hands(self) -> bool:
         """Whether another job works in this folder; its record is left alone."""
@@ -204,8 +262,7 @@ class _Supervisor:
 
     def _gives_up_at_once(self) -> bool:
         """After requeues that SLURM made itself (a node died) there was no decision yet."""
-        progress = saved_progress(self.job.command, self.job.run_dir)
-        if not self._is_stalled(progress):
+        if not self._is_stalled(self._saved()):
             return False
         self._close("stalled", self._stalled_sentence())
         return True
@@ -224,10 +281,12 @@ class _Supervisor:
     def _begin(self) -> None:
         if self.rank:
             return
-        progress = saved_progress(self.job.command, self.job.run_dir)
         self.record.starts.append(
-            Start(self.number, self.restart, progress, time.time(), socket.gethostname())
-        )
+            Start(
+                self.number, self.restart, self._saved(), time.time(), socket.gethostname(),
+                self._mark(),
+            )
+        )  # fmt: skip
         self.record.state, self.record.reason = "running", ""
         write_record(self.job.run_dir, self.record)
         if self.number and not self.restart:
@@ -295,11 +354,11 @@ class _Supervisor:
     def _command(self) -> list[str]:
         """The command; a start after the first must go on, whatever was said to the first."""
         command = list(self.job.command)
-        before = [start for start in self.record.starts if start.job == self.number]
-        if command[0] != "segment" or not self.number or len(before) < 2:
+        if not self.earlier or self._begins_anew():
             return command
-        command = [item for item in command if item not in ("--overwrite", "--resume")]
-        return [*command, "--resume"]
+        flag = BEGINS_ANEW.get(command[0])
+        command = [item for item in command if item not in (flag, "--resume")]
+        return [*command, "--resume"] if command[0] == "segment" else command
 
     def _python(self) -> list[str]:
         python = [sys.executable, "-u"]
@@ -327,7 +386,7 @@ class _Supervisor:
                     deadline = now + _LEFT_ALONE_S
                     self._remember_signal()
             if now > deadline and not killed:
-                killed = True
+                killed = self.killed_it = True
                 _say("the work did not save itself in time; its last checkpoint counts")
                 child.kill()
 
@@ -367,7 +426,8 @@ class _Supervisor:
         if self.rank == 0:
             if self.world > 1:
                 time.sleep(_OTHERS_TELL_S)
-                state, reason = self._first_failure()
+                told = self._first_failure()
+                state, reason = (state, reason) if told == ("", "") else told
             self._close(state, reason)
         else:
             _say(reason)
@@ -379,7 +439,8 @@ class _Supervisor:
             self._close("stopped", f"stopped by {name}: run the same command to go on")
             return _STOPPED
         if self.rank:
-            self._wait_for_end()  # ending early would make srun end the one that requeues
+            if not self._script_requeues():
+                self._wait_for_end()  # ending early would make srun end the one that requeues
             return 0
         if self._others_failed():
             self._close(*self._first_failure())
@@ -395,19 +456,25 @@ class _Supervisor:
             and state.limit_s is not None
             and state.run_s >= state.limit_s
         )
-        if state is not None and state.state in ("COMPLETING", "CANCELLED") and not ran_out:
+        preempted = state is not None and state.preempted
+        ended = state is not None and state.state in ("COMPLETING", "CANCELLED")
+        if ended and not ran_out and not preempted:  # preempted without grace, it is ended too
             self._close(
                 "cancelled",
                 f"{name}: job {self.number} was cancelled; what it had is saved, submit it again to go on",
             )
             return 128 + signal.SIGTERM
-        if self._is_stalled(saved_progress(self.job.command, self.job.run_dir)):
+        # Without a reason of SLURM's own, srun ends this process because another one has ended.
+        by_srun = self.world > 1 and self.received == signal.SIGTERM and not (preempted or ran_out)
+        if by_srun and (self._others_failed(within_s=_FAR_OTHERS_TELL_S) or state is not None):
+            self._close(*self._cause())
+            return 1
+        if self._is_stalled(self._saved()):
             self._close("stalled", self._stalled_sentence())
             return 1
-        why = "preemption" if state is not None and state.preempted else "time limit or request"
+        why = "preemption" if preempted else "time limit or request"
         self._close("requeued", f"{name} ({why}): the job goes on when it is its turn again")
-        if shutil.which("scontrol") is None and os.environ.get("SUBMITIT_FOLDER"):
-            # In a container: the job's script does it.
+        if self._script_requeues():
             Path(os.environ["SUBMITIT_FOLDER"], f"{REQUEUE_WISH}{self.number}").touch()
             return 0
         problem = requeue(self.number)
@@ -421,6 +488,10 @@ class _Supervisor:
         self._wait_for_end()
         return 0
 
+    def _script_requeues(self) -> bool:
+        """In a container, which seldom has SLURM's commands, the job's script does it."""
+        return shutil.which("scontrol") is None and bool(os.environ.get("SUBMITIT_FOLDER"))
+
     def _wait_for_end(self) -> None:
         """Leaving by itself, a job would count as finished before SLURM has requeued it."""
         deadline = time.monotonic() + _WAIT_FOR_END_S
@@ -430,7 +501,15 @@ class _Supervisor:
     def _failure(self, code: int, memory_ran_out: bool) -> tuple[str, str]:
         """State and sentence of work that ended by itself."""
         whose = f"process {self.rank} of {self.world} on {socket.gethostname()}"
-        if code == -signal.SIGKILL or memory_ran_out:
+        if self.killed_it and not memory_ran_out:
+            return "failed", (
+                f"processes must end when another one has failed, got {whose} that did not and was "
+                "killed: look at the logs of the others"
+            )
+        said = _last_sentence(self.tail)
+        # Where the control group is not the job's own, its count is of others too.
+        for_memory = memory_ran_out and re.search("kill|memory", said, re.IGNORECASE) is not None
+        if code == -signal.SIGKILL or for_memory:
             certain = "was" if memory_ran_out else "was probably"
             return "out_of_memory", (
                 f"the work must fit into the job's memory, got {whose} killed: it {certain} the memory "
@@ -444,28 +523,49 @@ class _Supervisor:
                 "failed",
                 f"the work must end by itself, got {whose} ended by {name}{hint}: see the log",
             )
-        return "failed", _last_sentence(
-            self.tail
-        ) or f"{whose} ended with exit code {code}: see the log"
+        return "failed", said or f"{whose} ended with exit code {code}: see the log"
 
     def _note_failure(self, state: str, reason: str) -> None:
         """For the first process, which fails next and would otherwise tell the wrong reason."""
-        if self.world == 1:
+        if self.world == 1 or self.killed_it:
             return
-        folder = failures_folder(self.job.run_dir, self.number, self.restart)
+        folder = self._failures_folder()
         note = {"state": state, "reason": f"process {self.rank} of {self.world}: {reason}"}
         with contextlib.suppress(OSError):
             path = folder / f"{time.time():017.3f}_rank{self.rank}.json"
             with atomic_path(path) as temporary:
                 temporary.write_text(json.dumps(note), encoding="utf-8")
 
-    def _others_failed(self) -> bool:
-        return self._first_failure() != ("", "")
+    def _failures_folder(self) -> Path:
+        return failures_folder(self.job.run_dir, self.number, self.restart, self.step)
+
+    def _others_failed(self, within_s: float = 0.0) -> bool:
+        """Whether a note says so; notes of other machines may take a while to be seen."""
+        deadline = time.monotonic() + within_s
+        while self._first_failure() == ("", ""):
+            if self.world == 1 or time.monotonic() >= deadline:
+                return False
+            with (
+                contextlib.suppress(OSError),  # a change of one's own makes NFS list a folder anew
+                atomic_path(self._failures_folder() / "looked") as temporary,
+            ):
+                temporary.touch()
+            time.sleep(0.5)
+        return True
+
+    def _cause(self) -> tuple[str, str]:
+        told = self._first_failure()
+        if told != ("", ""):
+            return told
+        return "failed", (
+            "the processes of a job must end together, got the end of another one than the first: see "
+            "the logs of all"
+        )
 
     def _first_failure(self) -> tuple[str, str]:
         if self.world == 1:
             return "", ""
-        return first_failure(self.job.run_dir, self.number, self.restart)
+        return first_failure(self.job.run_dir, self.number, self.restart, self.step)
 
     def _close(self, state: str, reason: str) -> None:
         self.record.state, self.record.reason = state, reason

@@ -74,9 +74,6 @@ _FREE_KEYS = (
 )
 # Keys that runs of earlier versions lack; those had one process, where they change nothing.
 _LATER_KEYS = (("optimizer", "scaling_rule"),)
-# Several processes ask one another every so many steps whether a signal came: each question waits
-# for the slowest.
-_STOP_PERIOD = 10
 _COARSE_GRIDS: dict[str, Any] = {
     "peak_grid": (0.4, 0.5, 0.6, 0.7),
     "fill_grid": (0.1, 0.2, 0.3, 0.4),
@@ -311,7 +308,8 @@ class _Trainer:
                 if validated:
                     self._validate(bar)
                 stopped_early = self._patience_is_over()
-                interrupted = self._signal_agreed() or self.step == self.stop_after
+                interrupted = self.processes.stops(self._stop_signal is not None, self.step)
+                interrupted = interrupted or self.step == self.stop_after
                 if self.step % schedule.checkpoint_every == 0 or interrupted or stopped_early:
                     self.processes.on_main(self._save)
                 if stopped_early:
@@ -338,13 +336,6 @@ class _Trainer:
         if num_processes > 1:
             text += f" ({optimizer.scaling_rule} rule, configured {optimizer.lr:g})"
         return text
-
-    def _signal_agreed(self) -> bool:
-        """Whether all processes stop after this step because one of them got a signal."""
-        received = self._stop_signal is not None
-        if self.processes.world_size == 1:
-            return received
-        return self.step % _STOP_PERIOD == 0 and self.processes.any(received)
 
     def _patience_is_over(self) -> bool:
         patience = self.config.schedule.patience

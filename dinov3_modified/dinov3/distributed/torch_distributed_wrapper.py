@@ -154,9 +154,14 @@ class TorchDistributedEnvironment:
         nodes = int(_of_step("NUM_NODES", "SLURM_JOB_NUM_NODES", "1"))
         self.world_size = int(_of_step("NUM_TASKS", "SLURM_NTASKS", "1"))
         self.local_world_size = max(self.world_size // nodes, 1)
-        self.master_addr = _first_host(_of_step("NODELIST", "SLURM_JOB_NODELIST", "127.0.0.1"))
-        # All tasks of a job must choose the same port, and two jobs on a node different ones.
-        self.master_port = random.Random(job).randint(20_000, 60_000)
+        self.master_addr = os.environ.get("MASTER_ADDR") or _first_host(
+            _of_step("NODELIST", "SLURM_JOB_NODELIST", "127.0.0.1")
+        )
+        # All tasks of a step must choose the same port, and two jobs on a node different ones; a
+        # start that found it taken is followed by one with another.  Linux gives out those above.
+        step, restart = os.environ["SLURM_STEP_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+        drawn = random.Random(f"{job}.{step}.{restart}").randint(20_000, 32_000)
+        self.master_port = int(os.environ.get("MASTER_PORT") or drawn)
 
     def export(self, *, overwrite: bool = False) -> TorchDistributedEnvironment:
         """Write the values into the environment, where `torch.distributed` looks for them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -18,16 +19,19 @@ class StopRequest:
     """Context that notes SIGTERM, SIGUSR2 and SIGINT; a second SIGINT interrupts as usual.
 
     Schedulers send the signal to the whole process group or to one process only, so processes ask
-    one another every `period` steps whether anyone was told to stop.
+    one another whether anyone was told to stop.  Each question waits for the slowest, so short steps
+    are not followed by one each.
 
     Args:
-        device: of the small tensor that is summed over processes.
-        period: steps between two questions; without other processes every step counts.
+        device: of the small tensor that is shared by the processes.
+        period_s: seconds between two questions, about; a step at least, ten at most.
     """
 
-    def __init__(self, device: torch.device, period: int = 10) -> None:
+    def __init__(self, device: torch.device, period_s: float = 3.0) -> None:
         self.device = device
-        self.period = period
+        self.period_s = period_s
+        self._asked: tuple[int, float] | None = None  # step and time of the last question
+        self._next_step = 0
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -53,8 +57,16 @@ class StopRequest:
         """Whether all processes stop after this step."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return self.received is not None
-        if step % self.period:
+        if self._asked is not None and step < self._next_step:
             return False
-        told = torch.tensor(float(self.received is not None), device=self.device)
+        now = time.monotonic()
+        step_s = 0.0
+        if self._asked is not None:
+            step_s = (now - self._asked[1]) / max(step - self._asked[0], 1)
+        told = torch.tensor([float(self.received is not None), step_s], device=self.device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return bool(told.item())
+        # All take the same numbers from here, so all ask after the same step again.
+        stop, slowest_s = told.tolist()
+        steps = int(self.period_s / slowest_s) if slowest_s > 0 else 1
+        self._asked, self._next_step = (step, now), step + max(1, min(steps, 10))
+        return bool(stop)

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dinocell.backbone import import_dinov3
 from dinocell.cli import _parsed, main
 from dinocell.cluster.plan import plan_runs, read_table, run_dir_of
-from dinocell.errors import ConfigError, UsageError
+from dinocell.errors import ConfigError, DINOCellError, UsageError
+from dinocell.image_io import write_image
 
 PRETRAINING = "train: {dataset_path: 'ImageFolder:root=pictures'}\noptim: {epochs: 3}\n"
 FINE_TUNING = """
@@ -30,8 +32,11 @@ def _configurations(tmp_path, monkeypatch):
     import_dinov3("configs")
 
 
-def planned(command: str, *arguments: str, table=()):
-    return plan_runs(command, arguments, lambda given: _parsed(command, given), table=table)
+def planned(command: str, *arguments: str, table=(), look=False):
+    def parse(given):
+        return _parsed(command, given)
+
+    return plan_runs(command, arguments, parse, table=table, look=look)
 
 
 # --- one run ---
@@ -46,17 +51,6 @@ def planned(command: str, *arguments: str, table=()):
         (["train", "train.yaml"], "tuned", "train-tuned"),
         (["train", "train.yaml", "output_dir=runs/other"], "runs/other", "train-other"),
         (["segment", "plate", "-o", "out"], "out", "segment-out"),
-        (["evaluate", "--pred", "p/masks", "--truth", "t"], "runs/evaluate/p-masks", "evaluate-p-masks"),
-        (
-            ["evaluate", "-m", "best.safetensors", "--data", "d"],
-            "runs/evaluate/best",
-            "evaluate-best",
-        ),
-        (
-            ["evaluate", "-m", "best.safetensors", "--data", "d", "--out", "scores/of_best.csv"],
-            "runs/evaluate/scores-of_best",
-            "evaluate-scores-of_best",
-        ),
     ],
 )  # fmt: skip
 def test_the_folder_and_name_of_a_run(command, folder, name):
@@ -64,6 +58,62 @@ def test_the_folder_and_name_of_a_run(command, folder, name):
     assert run.run_dir == run_dir_of(command[0], _parsed(command[0], command[1:])) == Path(folder)
     assert run.name == name
     assert run.command == tuple(command)
+
+
+def test_each_evaluation_is_a_run_of_its_own():
+    commands = [
+        ["--pred", "p/masks", "--truth", "t"],
+        ["--pred", ".", "--truth", "t"],
+        ["-m", "a/best.safetensors", "--data", "d"],
+        ["-m", "b/best.safetensors", "--data", "d"],
+        ["-m", "a/best.safetensors", "--data", "e"],
+        ["-m", "a/best.safetensors", "--data", "d", "--out", "scores/of_best.csv"],
+    ]
+    folders = [planned("evaluate", *command)[0].run_dir for command in commands]
+    assert len(set(folders)) == len(commands)
+    assert planned("evaluate", *commands[0])[0].run_dir == folders[0]
+    assert folders[0].parent == Path("runs/evaluate")
+    assert folders[0].name.startswith("masks-")
+    assert folders[2].name.startswith("best-")
+    assert folders[5].name.startswith("of_best-")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["pretrain", "ssl.yaml"], r"must name a root that exists, got pictures.*--no-look"),
+        (["pretrain", "ssl.yaml", "train.dataset_path=JUMPS3MultiView:index=far.arrow"],
+         "must name a index that exists, got far.arrow"),
+        (["pretrain", "ssl.yaml", "student.pretrained_weights=far/w.pth",
+          "train.dataset_path=ImageFolder:root=."], "student.pretrained_weights must be a file"),
+        (["train", "train.yaml"], "data/images"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_told_before(command, message):
+    assert len(planned(*command)) == 1
+    with pytest.raises(DINOCellError, match=message):
+        planned(*command, look=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "-m", "far.safetensors", "--data", "."], "far.safetensors"),
+        (["evaluate", "--pred", "far", "--truth", "."], "--pred must be a folder that exists, got far"),
+        (["segment", "a.tif", "-o", "out", "-m", "far.safetensors"], "far.safetensors"),
+    ],
+)  # fmt: skip
+def test_models_and_folders_are_looked_for(arguments, message, capsys):
+    write_image("a.tif", np.zeros((8, 8), np.uint16))
+    code, out, err = submitted(capsys, *arguments, "--dry-run")
+    assert (code, out) == (2, "")
+    assert message in err
+    code, out, err = submitted(capsys, *arguments, "--no-look", "--dry-run")
+    assert code == 0, err
+    # What an earlier job will make is not looked for either.
+    code, out, err = submitted(capsys, *arguments, "--dependency", "5", "--dry-run")
+    assert code == 0, err
+    assert "--dependency=afterok:5" in out
 
 
 @pytest.mark.parametrize(
@@ -84,7 +134,8 @@ def test_a_wrong_configuration_is_told_before(command, sentence):
 
 
 def test_a_wrong_pretraining_is_told_by_a_new_process():
-    command = [sys.executable, "-m", "dinocell.cli", "submit", "pretrain", "ssl.yaml", "--dry-run"]
+    command = [sys.executable, "-m", "dinocell.cli", "submit", "pretrain", "ssl.yaml", "--no-look",
+               "--dry-run"]  # fmt: skip
     right = subprocess.run(command, capture_output=True, text=True, check=False)
     assert right.returncode == 0, right.stderr
     wrong = [*command, "optim.learning_rate=1"]
@@ -152,13 +203,35 @@ def test_rows_of_a_segmentation():
 def test_rows_of_an_evaluation():
     rows = [{"name": "a", "pred": "masks_a"}, {"name": "b", "pred": "masks_b"}]
     first, second = planned("evaluate", "--truth", "t", "--out", "all.csv", table=rows)
+    base = first.run_dir.parent
+    assert base.name.startswith("all-")
     assert first.command == (
         "evaluate", "--truth", "t", "--out", "all.csv",
-        "--pred", "masks_a", "--out", "runs/evaluate/all/a/scores.csv",
+        "--pred", "masks_a", "--out", f"{base}/a/scores.csv",
     )  # fmt: skip
-    assert second.run_dir == Path("runs/evaluate/all/b")
+    assert second.run_dir == base / "b"
     (alone,) = planned("evaluate", "--truth", "t", table=[{"pred": "masks"}])
-    assert alone.command[-1] == "runs/evaluate/evaluation/000/scores.json"
+    assert alone.command[-1] == f"{alone.run_dir}/scores.json"
+
+
+def test_a_row_may_give_what_the_command_lacks(capsys):
+    Path("sweep.csv").write_text("name,model\na,far_a.safetensors\nb,far_b.safetensors\n")
+    command = ["evaluate", "--data", "d", "--array", "sweep.csv", "--no-look", "--dry-run"]
+    code, out, err = submitted(capsys, *command)
+    assert code == 0, err
+    assert "#SBATCH --array=0-1" in out
+    assert "--model far_b.safetensors" in err
+
+
+def test_on_and_off_in_a_table():
+    rows = [
+        {"name": "a", "overlay": "false", "allow-mask": "true"},
+        {"name": "b", "overlay": "true", "allow_mask": "false"},
+    ]
+    first, second = planned("segment", "plate", "-o", "out", table=rows)
+    for run, overlay in ((first, False), (second, True)):
+        parameters = _parsed("segment", run.command[1:])
+        assert (parameters["overlay"], parameters["allow_mask"]) == (overlay, not overlay)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +376,9 @@ def submitted(capsys, *arguments: str) -> tuple[int, str, str]:
 
 def test_a_dry_run_of_a_table(capsys):
     Path("sweep.csv").write_text("name,optimizer.lr\nlow,1e-4\nhigh,1e-3\n")
-    code, out, err = submitted(capsys, "train", "train.yaml", "--array", "sweep.csv", "--dry-run")
+    code, out, err = submitted(
+        capsys, "train", "train.yaml", "--array", "sweep.csv", "--no-look", "--dry-run"
+    )
     assert code == 0
     assert "#SBATCH --array=0-1%2" in out
     assert err.splitlines() == [
@@ -315,7 +390,9 @@ def test_a_dry_run_of_a_table(capsys):
 
 def test_a_wrong_row_ends_the_command_line(capsys):
     Path("sweep.csv").write_text("name,optimizer.rate\nlow,1e-4\n")
-    code, out, err = submitted(capsys, "train", "train.yaml", "--array", "sweep.csv", "--dry-run")
+    code, out, err = submitted(
+        capsys, "train", "train.yaml", "--array", "sweep.csv", "--no-look", "--dry-run"
+    )
     assert code == 2
     assert out == ""
     assert err.startswith("dinocell: error: row 1 of the table (low): ")
@@ -325,7 +402,7 @@ def test_a_wrong_row_ends_the_command_line(capsys):
 def test_options_of_the_submission_and_of_the_command_mix(capsys):
     code, out, err = submitted(
         capsys, "--nodes", "2", "pretrain", "ssl.yaml", "-o", "a", "--gpus", "3", "optim.epochs=1",
-        "--seed", "4", "--time", "5:00:00", "--partition", "long", "--set", "qos=high", "--dry-run",
+        "--seed", "4", "--time", "5:00:00", "--partition", "long", "--set", "qos=high", "--no-look", "--dry-run",
     )  # fmt: skip
     assert code == 0
     assert err == "a: dinocell pretrain ssl.yaml -o a optim.epochs=1 --seed 4\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinocell.batch import JOURNAL_NAME, SegmentOptions, segment_files
+from dinocell.batch import SegmentOptions, segment_files
 from dinocell.cli import main
 from dinocell.cluster import shards
 from dinocell.cluster.record import shard_folder
@@ -28,6 +28,7 @@ from dinocell.cluster.shards import (
 )
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.image_io import find_images, write_image
+from dinocell.journal import JOURNAL_NAME
 from dinocell.model import save_model
 
 ROOT = Path(__file__).parents[3]
@@ -123,8 +124,12 @@ def test_a_batch_goes_on_as_it_began(plate, options, tmp_path):
         plan_shards(paths, out, options, 4)
     with pytest.raises(UsageError, match="got other values of peak_threshold"):
         plan_shards(paths, out, replace(options, peak_threshold=0.7), 3)
-    with pytest.raises(UsageError, match=r"got others than .*manifest\.csv lists"):
-        plan_shards(paths[1:], out, options, 3)
+    added = tmp_path / "new.tif"
+    write_image(added, np.zeros((8, 8), np.uint16))
+    with pytest.raises(UsageError, match=r"got 1 that .* does not list, such as .*new\.tif"):
+        plan_shards([*paths, added], out, options, 3)
+    # Files that are gone, or have been copied anew, stop nothing.
+    assert plan_shards(paths[1:], out, options, 3).images == 10
     # What changes no result may change.
     assert plan_shards(paths, out, replace(options, batch_size=2), 3).options.batch_size == 2
     assert read_plan(out).options.batch_size == 2
@@ -157,6 +162,55 @@ def test_finished_results_are_not_touched(plate, options, tmp_path):
     plan = plan_shards(paths, tmp_path, replace(options, overwrite=True), 2)
     run_all(plan)
     assert (tmp_path / f"{paths[1].stem}_labels.tif").stat().st_ino != before
+
+
+def test_overwriting_begins_anew_with_all(plate, options, tmp_path, alone):
+    """Whatever was there: results without a plan, a batch with another model, a complete one."""
+    from dataclasses import replace
+
+    paths = find_images([str(plate)])
+    anew = replace(options, overwrite=True, peak_threshold=0.3)
+    expected = tmp_path / "expected"
+    segment_files(paths, expected, replace(anew, overwrite=False), shown=False)
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    segment_files(paths, one, options, shown=False)
+    plan_shards(paths, two, options, 3)
+    run_shard(two, 0, shown=False)
+    run_all(plan_shards(paths, three, options, 3))
+    for out in (one, two, three):
+        plan = plan_shards(paths, out, anew, 2)
+        assert open_shards(plan) == [0, 1]
+        run_all(plan)
+        assert merge_shards(out, shown=False).images == 9
+        found = results(out)
+        found.pop("cells.csv")
+        assert without_order(found) == without_order(results(expected))
+        assert found["settings.json"] != alone["settings.json"]
+
+
+def test_overwriting_waits_for_who_is_at_work(plate, options, tmp_path):
+    from dataclasses import replace
+
+    paths = find_images([str(plate)])
+    plan_shards(paths, tmp_path, options, 3)
+    claim(tmp_path)
+    before = read_plan(tmp_path)
+    with pytest.raises(UsageError, match="must wait until nobody works on the images"):
+        plan_shards(paths, tmp_path, replace(options, overwrite=True), 2)
+    assert read_plan(tmp_path) == before
+
+
+def test_a_plan_that_is_only_shown_has_all_to_do(plate, options, tmp_path):
+    from dataclasses import replace
+
+    paths = find_images([str(plate)])
+    run_all(plan_shards(paths, tmp_path, options, 2))
+    shown = plan_shards(paths, tmp_path, replace(options, overwrite=True), 3, write=False)
+    assert open_shards(shown) == [0, 1, 2]
+    assert len(shard_states(read_plan(tmp_path))) == 2
+    continued = plan_shards(paths, tmp_path, options, 2, write=False)
+    assert [state.failed for state in shard_states(continued)].count(1) == 1
+    assert len(open_shards(continued)) == 1
 
 
 def test_without_a_plan(tmp_path):
@@ -289,6 +343,46 @@ def test_a_part_of_a_dead_process_is_taken_over(plate, options, tmp_path, slurm,
         path = claim(tmp_path, **values)
         run_shard(tmp_path, 0, shown=False)
         assert not path.exists()
+
+
+def test_numbers_of_processes_come_again(plate, options, tmp_path):
+    """In a container at once: a claim of an earlier one with this number and host is no claim."""
+    plan_shards(find_images([str(plate)]), tmp_path, options, 3)
+    claim(tmp_path, began="1")
+    run_shard(tmp_path, 0, shown=False)
+    claim(tmp_path, began=shards._began(os.getpid()))
+    with pytest.raises(DINOCellError, match="must be run by one process"):
+        run_shard(tmp_path, 0, shown=False)
+
+
+def test_a_claim_that_was_taken_over_is_put_back(tmp_path, monkeypatch):
+    """Two judged the same old claim; the slower one takes the quicker one's away, and sees it."""
+    folder = shard_folder(tmp_path, 0)
+    folder.mkdir(parents=True)
+    claim(tmp_path, host="elsewhere")
+
+    def meanwhile(*_):
+        claim(tmp_path, job="of the quicker one")
+        return False
+
+    monkeypatch.setattr(shards, "_is_at_work", meanwhile)
+    with pytest.raises(DINOCellError, match="the other goes on"), shards._claimed(folder):
+        pass
+    assert json.loads((folder / "claim.json").read_text())["job"] == "of the quicker one"
+    assert [path.name for path in folder.iterdir()] == ["claim.json"]
+
+
+def test_claims_without_hard_links(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    path = tmp_path / "claim.json"
+    shards._make_claim(path, "{}")
+    assert path.read_text() == "{}"
+    with pytest.raises(FileExistsError):
+        shards._make_claim(path, "other")
+    assert [item.name for item in tmp_path.iterdir()] == ["claim.json"]
 
 
 def test_of_two_that_find_a_part_left_one_takes_it(tmp_path, monkeypatch):

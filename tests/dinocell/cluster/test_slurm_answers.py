@@ -152,11 +152,11 @@ def test_partitions_and_the_name_of_the_cluster(slurm):
     assert cluster_name() == ""
 
 
-@pytest.mark.parametrize(
-    ("shown", "expected"), [("1001", 1001), ("0", None), ("UNLIMITED", None)]
-)
+@pytest.mark.parametrize(("shown", "expected"), [("1001", 1001), ("0", None), ("UNLIMITED", None)])
 def test_the_largest_array(slurm, shown, expected):
-    slurm.answer("scontrol show config", f"MaxArraySize            = {shown}\nMaxBatchRequeue = 5\n")
+    slurm.answer(
+        "scontrol show config", f"MaxArraySize            = {shown}\nMaxBatchRequeue = 5\n"
+    )
     assert largest_array() == expected
 
 

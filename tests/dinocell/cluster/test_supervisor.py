@@ -326,7 +326,7 @@ def test_the_first_process_tells_why_another_failed(job, slurm):
 
 
 def test_lost_connections_are_consequences(slurm, tmp_path):
-    folder = failures_folder(tmp_path, "5", 0)
+    folder = failures_folder(tmp_path, "5", 0, 1)
     folder.mkdir(parents=True)
     for name, reason in (("1", "gloo: Connection reset by peer"), ("2", "the disk is full")):
         (folder / f"{name}.json").write_text(json.dumps({"state": "failed", "reason": reason}))
@@ -334,6 +334,9 @@ def test_lost_connections_are_consequences(slurm, tmp_path):
     (folder / "2.json").unlink()
     assert first_failure(tmp_path, "5", 0)[1].startswith("gloo")
     assert first_failure(tmp_path, "5", 1) == ("", "")
+    # Another srun of the same allocation begins with none.
+    assert first_failure(tmp_path, "5", 0, 1)[0] == "failed"
+    assert first_failure(tmp_path, "5", 0, 2) == ("", "")
 
 
 def test_a_process_that_hangs_after_another_failed_is_ended(job, slurm):
