@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 
 import numpy as np
 import pytest
 
+from dinocell import batch, journal
 from dinocell.batch import SegmentOptions, segment_files
-from dinocell.errors import CheckpointError, ConfigError, UsageError
+from dinocell.errors import CheckpointError, ConfigError, DINOCellError, UsageError
 from dinocell.image_io import find_images, read_labels, write_image
 
 OPTIONS = SegmentOptions(device="cpu")
@@ -220,6 +222,81 @@ def test_a_device_out_of_memory_stops_one_image_only(images, tmp_path, small_mod
     result = run(images, tmp_path / "out", small_model)
     assert [path for path, _ in result.failures] == [images[0]]
     assert len(result.rows) == 2
+
+
+def test_a_full_disk_is_no_fault_of_the_images(images, tmp_path, small_model, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(batch, "_write_result", full)
+    with pytest.raises(DINOCellError, match=r"must take files, got .*No space left.*make room"):
+        run(images, tmp_path / "out", small_model)
+    assert not (tmp_path / "out" / "summary.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA error: an illegal memory access", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"]
+)
+def test_a_broken_gpu_is_no_fault_of_the_images(images, tmp_path, small_model, monkeypatch, text):
+    def broken(*_):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(batch.DINOCellPipeline, "predict", broken)
+    with pytest.raises(DINOCellError, match=f"the GPU must work, got {text}"):
+        run(images, tmp_path / "out", small_model)
+
+
+def part_of(images, tmp_path, model, *, workers: int = 2):
+    """A part of a batch; gives its failures and the names in the order in which work began."""
+    part = tmp_path / "part"
+    part.mkdir(exist_ok=True)
+    begun = []
+
+    def noting(folder, name):
+        begun.append(name)
+        journal.note_begin(folder, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "note_begin", noting)
+        result = segment_files(
+            images, tmp_path / "out", SegmentOptions(device="cpu", workers=workers, resume=True),
+            model=model, shown=False, part=part,
+        )  # fmt: skip
+    return result, begun
+
+
+def test_suspected_images_come_last_and_alone(images, tmp_path, small_model):
+    part = tmp_path / "part"
+    part.mkdir()
+    first, second, third = (path.stem for path in images)
+    for name in (first, second):
+        journal.note_begin(part, name)
+    assert journal.suspect_images_in_work(part) == 2
+    journal.note_begin(part, first)
+    journal.note_begin(part, second)
+    journal.note_failure(part, second)  # it had come to its end
+    assert journal.suspect_images_in_work(part) == 1
+    result, begun = part_of(images, tmp_path, small_model)
+    assert begun == [third, second, first]
+    assert [row["name"] for row in result.rows] == [first, second, third]
+    assert journal.kills(part) == {}  # seen to the end: nobody is suspected any more
+
+
+def test_an_image_that_kills_is_given_up(images, tmp_path, small_model):
+    part = tmp_path / "part"
+    part.mkdir()
+    for _ in range(journal.MAX_KILLS):
+        journal.note_begin(part, images[1].stem)
+        journal.suspect_images_in_work(part)
+    result, begun = part_of(images, tmp_path, small_model)
+    assert begun == [images[0].stem, images[2].stem]
+    ((path, sentence),) = result.failures
+    assert path == images[1]
+    assert "must fit into the memory, got 3 ends of a process" in sentence
+    # Asked again, it is tried again.
+    result, begun = part_of(images, tmp_path, small_model)
+    assert begun == [images[1].stem]
+    assert result.failures == []
 
 
 def test_leftovers_of_killed_processes_go(tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, started_cluster
+from slurm_cluster import Cluster, started_cluster, uninterrupted
 
 # A pretraining of seconds: 90 iterations of 3 small pictures.
 PRETRAINING = """
@@ -92,3 +92,20 @@ def accounting_cluster(tmp_path_factory) -> Iterator[Cluster]:
     lock = tmp_path_factory.getbasetemp().parent / "slurm.lock"
     with started_cluster(tmp_path_factory.mktemp("state"), lock, SLURM_SANDBOX_ACCT="1") as it:
         yield it
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory) -> Iterator[Cluster]:
+    """A cluster of two nodes, both on this machine."""
+    _usable()
+    lock = tmp_path_factory.getbasetemp().parent / "slurm.lock"
+    state = tmp_path_factory.mktemp("two_nodes_state")
+    wishes = {"SLURM_SANDBOX_NODES": "2", "SLURM_SANDBOX_CPUS": "2", "SLURM_SANDBOX_GRES": ""}
+    with started_cluster(state, lock, **wishes) as it:
+        yield it
+
+
+@pytest.fixture
+def whole(cluster, pretraining, tmp_path) -> Path:
+    """The same pretraining without interruption."""
+    return uninterrupted(cluster, pretraining, tmp_path / "whole")

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SANDBOX = Path(__file__).parent / "sandbox.sh"
@@ -26,6 +27,7 @@ class Cluster:
 
     def __init__(self, folder: Path, state: Path, **settings: str) -> None:
         self.folder = folder
+        self.daemons: list[subprocess.Popen[bytes]] = []  # that tests have started
         self.environment = {
             **os.environ,
             **settings,
@@ -104,6 +106,55 @@ def last_iteration(run: Path) -> int:
     return json.loads(lines[-1])["iteration"]
 
 
+def teacher(run: Path) -> dict[str, torch.Tensor]:
+    path = run / "eval" / "training_89" / "teacher_checkpoint.pth"
+    return torch.load(path, weights_only=True)["teacher"]
+
+
+def losses(run: Path) -> dict[int, float]:
+    records = [json.loads(x) for x in (run / "training_metrics.json").read_text().splitlines()]
+    return {r["iteration"]: r["total_loss"] for r in records if "total_loss" in r}
+
+
+def log_of(run: Path) -> str:
+    (path,) = (run / "slurm").glob("*_0_log.out")
+    return path.read_text()
+
+
+def processes_of(job: str, rank: int = 0) -> list[int]:
+    """Process numbers of a job's task: supervisor, work, and the data workers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            variables = (folder / "environ").read_bytes()
+            if (
+                f"SLURM_JOB_ID={job}\0".encode() in variables
+                and f"SLURM_PROCID={rank}\0".encode() in variables
+                and b"SLURM_STEP_ID=0\0" in variables
+            ):
+                found.append(int(folder.name))
+    return found
+
+
+def processes_on(node: str, job: str) -> list[int]:
+    """Process numbers of all that a job has on a node, its script included."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURMD_NODENAME={node}".encode()}
+            if wanted <= set(variables):
+                found.append(int(folder.name))
+    return found
+
+
+def uninterrupted(cluster: Cluster, config: Path, run: Path) -> Path:
+    """A pretraining in one process, left alone."""
+    done = cluster.dinocell("pretrain", str(config), "-o", str(run))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
 @contextlib.contextmanager
 def started_cluster(state: Path, lock: Path, **settings: str) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))
@@ -123,6 +174,9 @@ def started_cluster(state: Path, lock: Path, **settings: str) -> Iterator[Cluste
             raise RuntimeError(done.stderr)
         yield cluster
     finally:
+        for daemon in cluster.daemons:
+            daemon.terminate()
+            daemon.wait(timeout=30)
         subprocess.run(
             ["bash", str(SANDBOX), "clean", str(folder)], capture_output=True, check=False
         )

@@ -14,26 +14,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from slurm_cluster import last_iteration, wait_for
+from slurm_cluster import last_iteration, log_of, losses, processes_of, teacher, wait_for
 
 from dinocell.cluster.record import read_record
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
-
-
-def teacher(run: Path) -> dict[str, torch.Tensor]:
-    path = run / "eval" / "training_89" / "teacher_checkpoint.pth"
-    return torch.load(path, weights_only=True)["teacher"]
-
-
-def losses(run: Path) -> dict[int, float]:
-    records = [json.loads(x) for x in (run / "training_metrics.json").read_text().splitlines()]
-    return {r["iteration"]: r["total_loss"] for r in records if "total_loss" in r}
-
-
-def log_of(run: Path) -> str:
-    (path,) = (run / "slurm").glob("*_0_log.out")
-    return path.read_text()
 
 
 def test_submit_follow_and_list(cluster, tmp_path, pretraining):
@@ -58,14 +43,6 @@ def test_submit_follow_and_list(cluster, tmp_path, pretraining):
     assert any(
         line.split()[:4] == [job, "ssl-run", "done", "30/30"] for line in listed.splitlines()
     ), listed
-
-
-@pytest.fixture
-def whole(cluster, pretraining, tmp_path) -> Path:
-    """The same pretraining without interruption."""
-    done = cluster.dinocell("pretrain", str(pretraining), "-o", str(tmp_path / "whole"))
-    assert done.returncode == 0, done.stderr
-    return tmp_path / "whole"
 
 
 def test_preempted_by_usr2(cluster, tmp_path, pretraining, whole):
@@ -162,21 +139,6 @@ def test_scancel_saves_and_is_final(cluster, tmp_path, pretraining):
     record = read_record(run)
     assert [start.job for start in record.starts] == [job, again]
     assert record.starts[1].progress == int(checkpoint.name) + 1
-
-
-def processes_of(job: str, rank: int = 0) -> list[int]:
-    """Process numbers of a job's task: supervisor, work, and the data workers."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            variables = (folder / "environ").read_bytes()
-            if (
-                f"SLURM_JOB_ID={job}\0".encode() in variables
-                and f"SLURM_PROCID={rank}\0".encode() in variables
-                and b"SLURM_STEP_ID=0\0" in variables
-            ):
-                found.append(int(folder.name))
-    return found
 
 
 @pytest.mark.slow

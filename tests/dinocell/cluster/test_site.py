@@ -132,6 +132,9 @@ def test_an_empty_value_in_a_section_is_empty(key):
         (["mem=64GB"], "mem must be a number with K, M, G or T, got '64GB'"),
         (["environment.A-B=1"], "environment must have names of variables, got 'A-B'"),
         (["extra.--licenses=matlab"], "names of sbatch's options without dashes"),
+        (['comment="a\\nrm b"'], "comment must be one line"),
+        (['extra.licenses="a\\nb"'], "extra.licenses must be one line"),
+        (["mem=4G", "extra.mem-per-cpu=1G"], "memory must be given once, got mem and mem-per-cpu"),
         (["nodes=many"], "nodes must be of type int"),
         (["nodes=1.5"], "nodes must be of type int"),
         (["setup=module load cuda"], "setup must be a list"),
@@ -329,3 +332,17 @@ def test_tasks_per_node_goes_before_gpus():
     assert SiteProfile(gres="gpu:4", tasks_per_node=2, nodes=2).tasks == 4
     assert SiteProfile(tasks_per_node=3).tasks == 3
     assert SiteProfile().tasks == 1
+
+
+def test_the_merging_takes_little():
+    site = SiteProfile(
+        partition="gpu", gres="gpu:a100:4,license:2", nodes=3, tasks_per_node=4, time="90",
+        constraint="a100", cpus_per_gpu=12,
+        extra={"licenses": "matlab", "mem-per-cpu": "4G", "exclusive": "", "gpu-bind": "closest"},
+    )  # fmt: skip
+    merging = site.for_merging()
+    assert (merging.nodes, merging.tasks, merging.cpus_per_gpu) == (1, 1, 1)
+    assert (merging.mem, merging.time, merging.gres) == ("4G", "90", "license:2")
+    assert (merging.partition, merging.constraint) == ("gpu", None)
+    assert merging.extra == {"licenses": "matlab"}
+    assert SiteProfile(time="24:00:00").for_merging().time == "2:00:00"

@@ -55,6 +55,9 @@ def test_a_line_of_a_running_job(slurm):
         ("TimeLimit=00:01:00", "limit_s", 60),
         ("Restarts=11", "restarts", 11),
         ("StdOut=", "log", ""),
+        ("StdOut=/home/ada/my runs/5_0_log.out", "log", "/home/ada/my runs/5_0_log.out"),
+        ("JobState=RUNNING Comment=see JobState=FAILED Restarts=7", "state", "RUNNING"),
+        ("Restarts=1 Comment=see JobState=FAILED Restarts=7", "restarts", 1),
     ],
 )
 def test_values_of_a_line(slurm, words, field, value):

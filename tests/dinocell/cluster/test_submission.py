@@ -150,6 +150,35 @@ def test_a_run_that_a_job_has_is_refused(slurm, tmp_path):
     assert submit([run], SiteProfile()).job == "8"
 
 
+def test_a_run_may_wait_for_its_own_job_only(slurm, tmp_path):
+    run = PlannedRun("a", ("pretrain",), tmp_path / "a")
+    folder = str(run.run_dir.resolve())
+    note_submission([Submission("7_2", "a", ["pretrain"], folder, "log", 0.0, "north")])
+    slurm.answer("scontrol show job -o 7", "JobId=9 ArrayJobId=7 ArrayTaskId=2 JobState=RUNNING\n")
+    slurm.answer("sbatch", "Submitted batch job 8\n")
+    with pytest.raises(UsageError, match="which job 7_2 has"):
+        submit([run], SiteProfile(), dependency="afterok:6+7")
+    assert submit([run], SiteProfile(), dependency="afterany:7").job == "8"
+
+
+def test_a_waiting_array_keeps_its_plan(slurm, masks, capsys):
+    """A second submission is refused before it writes anything."""
+    slurm.answer("sbatch", "Submitted batch job 7\n")
+    command = ["submit", "segment", "pred", "-o", "out", "--allow-mask", "--shards"]
+    assert exit_code(*command, "1") == 0
+    plan = Path("out/shards/plan.json").read_text()
+    slurm.job("7", JobState="PENDING")
+    for more in (["1", "--peak-threshold", "0.9"], ["1", "--overwrite", "--dependency", "6"]):
+        assert exit_code(*command, *more) == 2
+        assert "which job 7 has (pending)" in capsys.readouterr().err
+        assert Path("out/shards/plan.json").read_text() == plan
+
+
+def test_a_folder_that_slurm_would_rename_is_refused(slurm, tmp_path):
+    with pytest.raises(UsageError, match="must be without %"):
+        submit([PlannedRun("a", ("pretrain",), tmp_path / "100%j")], SiteProfile())
+
+
 def test_an_array_that_is_too_large_is_refused(slurm, tmp_path):
     runs = [PlannedRun("a", ("pretrain",), tmp_path / str(index)) for index in range(3)]
     slurm.answer("scontrol show config", "ClusterName = north\nMaxArraySize = 2\n")
@@ -158,9 +187,6 @@ def test_an_array_that_is_too_large_is_refused(slurm, tmp_path):
     assert not any(call.startswith("sbatch") for call in slurm.calls())
     slurm.answer("sbatch", "Submitted batch job 8\n")
     assert len(submit(runs[:2], SiteProfile()).tasks) == 2
-
-
-# --- here ---
 
 
 @pytest.fixture
@@ -185,11 +211,12 @@ def test_local_leaves_a_record_and_a_log(masks, capsys):
                      "--local", "--set", "environment.COLUMNS=60")  # fmt: skip
     assert code == 0
     assert json.loads((masks / "s.json").read_text())
-    record = read_record("runs/evaluate/s")
+    (folder,) = Path("runs/evaluate").glob("s-*")
+    record = read_record(folder)
     assert record is not None
     assert record.state == "done"
     assert [start.job for start in record.starts] == [""]
-    (log,) = Path("runs/evaluate/s/slurm").glob("*.log")
+    (log,) = (folder / "slurm").glob("*.log")
     assert "written: s.json" in log.read_text()
     assert f"exit code 0, log {log}" in capsys.readouterr().err
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dinocell import journal
 from dinocell.cluster.record import (
     JobRecord,
     Start,
@@ -33,12 +34,14 @@ def after(name): Path(name).write_text(str(os.getpid()))
 exec(Path("behaviour.py").read_text())
 """
 START = """
-import sys
+import itertools, os, sys
 from dinocell.cluster import supervisor
 class Stand_in(supervisor._Supervisor):
     def _child_command(self):
         return [sys.executable, "-u", "child.py", *self._command()]
 supervisor._Supervisor = Stand_in
+if "GROWING_COUNT" in os.environ:
+    supervisor._oom_kills = itertools.count().__next__
 job = supervisor.SupervisedJob(tuple(sys.argv[1].split()), "run", **eval(sys.argv[2]))
 sys.exit(supervisor.supervise(job))
 """
@@ -164,8 +167,9 @@ def requeued(slurm, process) -> None:
         ({"JobState": "COMPLETING"}, "cancelled", 143, False),
         ({"JobState": "COMPLETING", "RunTime": "01:00:00", "TimeLimit": "01:00:00"}, "requeued", 0, True),
         ({"JobState": "COMPLETING", "Restarts": 1}, "requeued", 0, False),
+        ({"JobState": "COMPLETING", "PreemptTime": "2026-01-01T00:00:00"}, "requeued", 0, True),
     ],
-    ids=["request", "preemption", "scancel", "time is over", "requeued already"],
+    ids=["request", "preemption", "scancel", "time is over", "requeued already", "no grace"],
 )  # fmt: skip
 def test_what_slurm_says_decides(job, slurm, shown, state, code, asks):
     slurm.job("5", **shown)
@@ -373,11 +377,171 @@ def test_work_of_one_process_runs_once(job, slurm):
     assert Path("ran").exists()
 
 
+def settle(name: str) -> None:
+    """As a command that has replaced what was there."""
+    path = Path("run") / name
+    path.parent.mkdir(exist_ok=True)
+    Path("new").mkdir() if name == "ckpt" else Path("new").write_text("{}")
+    if path.exists():
+        path.rename(path.with_name(f"old_{time.monotonic_ns()}"))
+    Path("new").rename(path)
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "name", "later"),
+    [
+        ("segment x -o out", "--overwrite", "settings.json", "segment x -o out --resume"),
+        ("pretrain c.yaml", "--no-resume", "ckpt", "pretrain c.yaml"),
+    ],
+)
+@pytest.mark.parametrize("there", [True, False], ids=["with earlier results", "new"])
+def test_what_begins_anew_does_so_once(job, slurm, command, flag, name, later, there):
+    """Also if a job is cut before it came to that."""
+    if there:
+        settle(name)
+    for restart in (0, 1):
+        slurm.job("5", Restarts=restart)
+        end(job("", f"{command} {flag}", SLURM_JOB_ID="5", SLURM_RESTART_COUNT=str(restart)))
+        assert Path("child").read_text() == f"{command} {flag}"
+    for restart in (2, 3, 4):
+        settle(name)  # written anew by every start
+        end(job("", f"{command} {flag}", SLURM_JOB_ID="5", SLURM_RESTART_COUNT=str(restart)))
+        assert Path("child").read_text() == later
+    slurm.job("6")
+    end(job("", f"{command} {flag}", SLURM_JOB_ID="6"))
+    assert Path("child").read_text() == f"{command} {flag}"
+
+
+def test_what_is_left_aside_is_no_progress(job, slurm):
+    """An earlier run of 900 iterations; this one begins anew and gets on with each start."""
+    put_aside = "import shutil; shutil.rmtree('run/ckpt'); Path('run/ckpt').mkdir()"
+    for restart, (saved, behaviour) in enumerate([(899, put_aside), (9, ""), (19, "")]):
+        (Path("run/ckpt") / str(saved)).mkdir(parents=True)
+        slurm.job("5", Restarts=restart)
+        code, output = end(
+            job(behaviour, "pretrain c.yaml --no-resume", options={"max_stalled_starts": 2},
+                SLURM_JOB_ID="5", SLURM_RESTART_COUNT=str(restart))
+        )  # fmt: skip
+        assert code == 0, output
+    assert [start.progress for start in the_record().starts] == [0, 10, 20]
+
+
 def test_later_starts_of_a_segmentation_go_on(job, slurm):
     slurm.job("5", Restarts=1)
     earlier(0)
+    settle("settings.json")
     end(job("", "segment x -o out --overwrite", SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1"))
     assert Path("child").read_text() == "segment x -o out --resume"
-    slurm.job("6")
-    end(job("", "segment x -o out --overwrite", SLURM_JOB_ID="6"))
-    assert Path("child").read_text() == "segment x -o out --overwrite"
+
+
+# --- memory ---
+
+HUNGRY = """
+from dinocell.journal import note_begin
+Path("starts").open("a").write("x")
+if len(Path("starts").read_text()) < 3:
+    note_begin(Path("run"), "big")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_of_many_images_one_that_takes_the_memory_costs_no_others(job, slurm):
+    """The part goes on by itself, and knows which images it had in work."""
+    slurm.job("5")
+    Path("run").mkdir()
+    code, output = end(job(HUNGRY, "shards run out 0", SLURM_JOB_ID="5"))
+    assert code == 0, output
+    assert output.count("with 1 images in work") == 2
+    assert journal.kills(Path("run")) == {"big": 2}
+    assert the_record().state == "done"
+    assert not [call for call in slurm.calls() if "requeue" in call]
+
+
+def test_a_part_that_is_killed_without_an_image_ends(job, slurm):
+    slurm.job("5")
+    code, _ = end(job("os.kill(os.getpid(), signal.SIGKILL)", "shards run out 0", SLURM_JOB_ID="5"))
+    assert code == 137
+    assert the_record().state == "out_of_memory"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "state"),
+    [
+        ("print('dinocell: error: no such option', file=sys.stderr); sys.exit(2)", "failed"),
+        ("sys.exit('RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed.')",
+         "out_of_memory"),
+    ],
+)  # fmt: skip
+def test_ends_for_memory_of_others_are_not_ours(job, slurm, behaviour, state):
+    """The count of the control group grows; the work itself says something else, or the same."""
+    slurm.job("5")
+    end(job(behaviour, SLURM_JOB_ID="5", GROWING_COUNT="1"))
+    assert the_record().state == state
+
+
+# --- what ends several processes ---
+
+
+def test_srun_ends_the_first_when_another_ends_without_a_word(job, slurm):
+    """TERM, and SLURM knows of nothing: such a job is not run again."""
+    slurm.job("5")
+    process = job(SAVES, **of(0))
+    wait_until(Path("ready").exists)
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 1
+    assert the_record().state == "failed"
+    assert "see the logs of all" in the_record().reason
+    assert not [call for call in slurm.calls() if "requeue" in call]
+
+
+def test_a_note_may_be_seen_late(job, slurm):
+    slurm.job("5")
+    process = job(SAVES, **of(0))
+    wait_until(Path("ready").exists)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2)
+    assert process.poll() is None
+    folder = failures_folder("run", "5", 0, 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    note = json.dumps({"state": "failed", "reason": "process 1 of 2: the disk is full"})
+    (folder / "1.json").write_text(note)
+    assert end(process)[0] == 1
+    assert the_record().reason == "process 1 of 2: the disk is full"
+
+
+def test_an_end_by_our_own_hand_is_not_for_memory(job, slurm):
+    """The other one has lost its connection, which is no cause; this one hangs and is killed."""
+    slurm.job("5")
+    end(job("sys.exit('dinocell: error: NCCL error: unhandled system error')", **of(1)))
+    code, _ = end(job("after('ready'); time.sleep(60)", **of(0)))
+    assert code == 137
+    assert the_record().state == "failed"
+    assert "NCCL error" in the_record().reason
+
+
+def test_another_srun_of_an_allocation_is_not_blamed(job, slurm):
+    slurm.job("5")
+    end(job("sys.exit('dinocell: error: the disk is full')", **of(1)))
+    begun = time.monotonic()
+    code, output = end(job("time.sleep(3)", **{**of(0), "SLURM_STEP_ID": "1"}))
+    assert code == 0, output
+    assert time.monotonic() - begun < 20
+
+
+def test_in_a_container_no_process_waits(job, slurm):
+    """The job's script requeues, once all of them have ended."""
+    bare = str(Path(sys.executable).parent)
+    folder = Path("submitit")
+    folder.mkdir()
+    processes = []
+    for rank in (1, 0):
+        Path("ready").unlink(missing_ok=True)
+        processes.append(job(SAVES, **of(rank), PATH=bare, SUBMITIT_FOLDER=str(folder)))
+        wait_until(Path("ready").exists)
+    begun = time.monotonic()
+    for process in processes:
+        process.send_signal(signal.SIGUSR2)
+    for process in processes:
+        assert end(process)[0] == 0
+    assert time.monotonic() - begun < 30
+    assert [path.name for path in folder.iterdir()] == ["requeue_5"]

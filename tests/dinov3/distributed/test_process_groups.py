@@ -80,6 +80,18 @@ def test_environment_of_slurm(monkeypatch):
     assert found.master_port == TorchDistributedEnvironment().master_port, "all tasks agree"
     monkeypatch.setenv("SLURM_JOB_ID", "78")
     assert found.master_port != TorchDistributedEnvironment().master_port, "another job"
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(name, "1")
+        assert found.master_port != TorchDistributedEnvironment().master_port, "another start"
+        monkeypatch.setenv(name, "0")
+    for job in range(100):
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        assert TorchDistributedEnvironment().master_port < 32_768, "Linux gives out those above"
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")  # a site that knows better
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    found = TorchDistributedEnvironment()
+    assert (found.master_addr, found.master_port, found.rank) == ("10.0.0.7", 29500, 3)
 
 
 def test_compressed_list_of_nodes_is_read_by_scontrol(monkeypatch, tmp_path):
