@@ -1,5 +1,6 @@
 # make demo    set up, segment the bundled sample images, print where the results are
 # make test    set up, run the tests
+# make test-slurm  the longer tests on a real SLURM (minutes)
 # make test-gpu  the tests that need a CUDA device, better two
 # make check   ruff, mypy, tests
 # make bench   the benchmarks of benchmarks/ (minutes; writes benchmarks/results)
@@ -15,13 +16,16 @@ JOBS ?= 3
 # Test processes share the cores: more threads each would only get in one another's way.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-gpu check check-style bench wheel clean
+.PHONY: demo test test-slurm test-gpu check check-style bench wheel clean
 
 demo: $(VENV)/.base
 	$(BIN)/dinocell demo
 
 test: $(VENV)/.test
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-slurm: $(VENV)/.test
+	$(TEST_ENV) $(BIN)/python -m pytest -m "slurm and slow" -n $(JOBS) --dist worksteal
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu -rs

@@ -6,7 +6,6 @@ method here then answers at once without one.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,7 +23,6 @@ __all__ = ["Processes", "is_main_process", "processes_of_run"]
 
 # Process 0 tunes thresholds while the others wait in a collective.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-_STOP_PERIOD_S = 3.0  # a preempted job may have 30 seconds in all
 
 Value = TypeVar("Value")
 
@@ -47,8 +45,7 @@ class Processes:
         self.world_size = world_size
         self.device = device
         self.ends_together = False
-        self._asked: tuple[int, float] | None = None  # step and time of the last `stops` that asked
-        self._next_step = 0
+        self._agreement: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -64,25 +61,15 @@ class Processes:
         return float(total) / self.world_size
 
     def stops(self, flag: bool, step: int) -> bool:
-        """Whether the flag is up in any process, asked after every step.
+        """Whether the flag is up in any process, asked after every step: the same answer for all.
 
-        Each exchange waits for the slowest process, so there is one in about `_STOP_PERIOD_S`: after a
-        step at least, after ten at most.
+        With several processes the answer comes within about three seconds, or a step.
         """
         if self.world_size == 1:
             return flag
-        if self._asked is not None and step < self._next_step:
-            return False
-        now = time.monotonic()
-        step_s = 0.0
-        if self._asked is not None:
-            step_s = (now - self._asked[1]) / max(step - self._asked[0], 1)
-        told = torch.tensor([float(flag), step_s], device=self.device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        stop, slowest_s = told.tolist()  # the same everywhere, so all ask again after the same step
-        steps = int(_STOP_PERIOD_S / slowest_s) if slowest_s > 0 else 1
-        self._asked, self._next_step = (step, now), step + max(1, min(steps, 10))
-        return bool(stop)
+        if self._agreement is None:
+            self._agreement = import_dinov3("train.interruption").StopAgreement(self.device)
+        return bool(self._agreement.agreed(flag, step))
 
     def on_main(self, work: Callable[[], Value]) -> Value:
         """Result of `work`, done by process 0 while the others wait.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -45,27 +46,41 @@ schedule:
 """
 
 
-def _usable() -> None:
+@contextlib.contextmanager
+def _started(tmp_path_factory, **settings: str) -> Iterator[Cluster]:
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("the SLURM sandbox needs Linux and root: run these tests in a container")
+    lock = tmp_path_factory.getbasetemp().parent / "slurm.lock"
+    with started_cluster(tmp_path_factory.mktemp("state"), lock, **settings) as it:
+        yield it
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
     """A cluster that tells preempted jobs with the signal that they asked for."""
-    _usable()
-    lock = tmp_path_factory.getbasetemp().parent / "slurm.lock"
-    with started_cluster(tmp_path_factory.mktemp("state"), lock) as it:
+    with _started(tmp_path_factory) as it:
         yield it
 
 
 @pytest.fixture(scope="session")
 def term_cluster(tmp_path_factory) -> Iterator[Cluster]:
     """A cluster that sends SIGTERM only."""
-    _usable()
-    lock = tmp_path_factory.getbasetemp().parent / "slurm.lock"
-    state = tmp_path_factory.mktemp("term_state")
-    with started_cluster(state, lock, SLURM_SANDBOX_PREEMPT_SIGNAL="term") as it:
+    with _started(tmp_path_factory, SLURM_SANDBOX_PREEMPT_SIGNAL="term") as it:
+        yield it
+
+
+@pytest.fixture
+def accounting_cluster(tmp_path_factory) -> Iterator[Cluster]:
+    """A cluster with slurmdbd, and so with sacct."""
+    with _started(tmp_path_factory, SLURM_SANDBOX_ACCT="1") as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory) -> Iterator[Cluster]:
+    """A cluster of two nodes, both on this machine."""
+    wishes = {"SLURM_SANDBOX_NODES": "2", "SLURM_SANDBOX_CPUS": "2", "SLURM_SANDBOX_GRES": ""}
+    with _started(tmp_path_factory, **wishes) as it:
         yield it
 
 
@@ -83,26 +98,6 @@ def fine_tuning(tmp_path, blob_data) -> Path:
     path = tmp_path / "train.yaml"
     path.write_text(FINE_TUNING.replace("DATA", str(blob_data)).replace("OUT", "tuned"))
     return path
-
-
-@pytest.fixture
-def accounting_cluster(tmp_path_factory) -> Iterator[Cluster]:
-    """A cluster with slurmdbd, and so with sacct."""
-    _usable()
-    lock = tmp_path_factory.getbasetemp().parent / "slurm.lock"
-    with started_cluster(tmp_path_factory.mktemp("state"), lock, SLURM_SANDBOX_ACCT="1") as it:
-        yield it
-
-
-@pytest.fixture(scope="module")
-def two_nodes(tmp_path_factory) -> Iterator[Cluster]:
-    """A cluster of two nodes, both on this machine."""
-    _usable()
-    lock = tmp_path_factory.getbasetemp().parent / "slurm.lock"
-    state = tmp_path_factory.mktemp("two_nodes_state")
-    wishes = {"SLURM_SANDBOX_NODES": "2", "SLURM_SANDBOX_CPUS": "2", "SLURM_SANDBOX_GRES": ""}
-    with started_cluster(state, lock, **wishes) as it:
-        yield it
 
 
 @pytest.fixture

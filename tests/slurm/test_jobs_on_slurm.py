@@ -216,7 +216,7 @@ def test_out_of_memory_is_told_and_not_repeated(cluster, tmp_path, pretraining):
 def test_failure_is_told_and_not_repeated(cluster, tmp_path, pretraining):
     job = cluster.submit(
         "pretrain", str(pretraining), "train.dataset_path=ImageFolder:root=/nowhere",
-        "-o", "run", cwd=tmp_path,
+        "-o", "run", "--no-look", cwd=tmp_path,
     )  # fmt: skip
     assert cluster.wait(job, "FAILED")["ExitCode"] == "2:0"
     listed = cluster.dinocell("jobs", cwd=tmp_path).stdout

@@ -10,28 +10,60 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["STOP_SIGNALS", "StopRequest"]
+__all__ = ["STOP_SIGNALS", "StopAgreement", "StopRequest"]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+
+class StopAgreement:
+    """Whether all processes stop, asked by each after every step.
+
+    Each exchange waits for the slowest process, so there is one in about `period_s`: after a step at
+    least, after ten at most.
+
+    Args:
+        device: of the small tensor that is shared by the processes.
+        period_s: seconds between two exchanges; a preempted job may have thirty in all.
+    """
+
+    def __init__(self, device: torch.device, period_s: float = 3.0) -> None:
+        self.device = device
+        self.period_s = period_s
+        self._asked: tuple[int, float] | None = None  # step and time of the last exchange
+        self._next_step = 0
+
+    def agreed(self, told: bool, step: int) -> bool:
+        """True in all processes alike, in the first exchange after any of them was told to stop."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return told
+        if self._asked is not None and step < self._next_step:
+            return False
+        now = time.monotonic()
+        step_s = 0.0
+        if self._asked is not None:
+            step_s = (now - self._asked[1]) / max(step - self._asked[0], 1)
+        shared = torch.tensor([float(told), step_s], device=self.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        stop, slowest_s = (
+            shared.tolist()
+        )  # the same everywhere, so all ask after the same step again
+        steps = int(self.period_s / slowest_s) if slowest_s > 0 else 1
+        self._asked, self._next_step = (step, now), step + max(1, min(steps, 10))
+        return bool(stop)
 
 
 class StopRequest:
     """Context that notes SIGTERM, SIGUSR2 and SIGINT; a second SIGINT interrupts as usual.
 
     Schedulers send the signal to the whole process group or to one process only, so processes ask
-    one another whether anyone was told to stop.  Each question waits for the slowest, so short steps
-    are not followed by one each.
+    one another.
 
     Args:
-        device: of the small tensor that is shared by the processes.
-        period_s: seconds between two questions, about; a step at least, ten at most.
+        device: as of `StopAgreement`.
     """
 
-    def __init__(self, device: torch.device, period_s: float = 3.0) -> None:
-        self.device = device
-        self.period_s = period_s
-        self._asked: tuple[int, float] | None = None  # step and time of the last question
-        self._next_step = 0
+    def __init__(self, device: torch.device) -> None:
+        self._agreement = StopAgreement(device)
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -55,18 +87,4 @@ class StopRequest:
 
     def agreed(self, step: int) -> bool:
         """Whether all processes stop after this step."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return self.received is not None
-        if self._asked is not None and step < self._next_step:
-            return False
-        now = time.monotonic()
-        step_s = 0.0
-        if self._asked is not None:
-            step_s = (now - self._asked[1]) / max(step - self._asked[0], 1)
-        told = torch.tensor([float(self.received is not None), step_s], device=self.device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        # All take the same numbers from here, so all ask after the same step again.
-        stop, slowest_s = told.tolist()
-        steps = int(self.period_s / slowest_s) if slowest_s > 0 else 1
-        self._asked, self._next_step = (step, now), step + max(1, min(steps, 10))
-        return bool(stop)
+        return self._agreement.agreed(self.received is not None, step)

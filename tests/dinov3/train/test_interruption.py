@@ -32,7 +32,7 @@ def test_the_longer_the_steps_the_more_often_processes_ask(monkeypatch, step_s, 
     asked: list[int] = []
     now = 0.0
 
-    def shared(told, op):
+    def shared(_, op):
         asked.append(step)
 
     monkeypatch.setattr(interruption.dist, "is_initialized", lambda: True)
@@ -49,5 +49,5 @@ def test_the_longer_the_steps_the_more_often_processes_ask(monkeypatch, step_s, 
 def test_the_signal_of_another_process_stops_this_one(monkeypatch):
     monkeypatch.setattr(interruption.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(interruption.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(interruption.dist, "all_reduce", lambda told, op: told[0].fill_(1.0))
+    monkeypatch.setattr(interruption.dist, "all_reduce", lambda shared, op: shared[0].fill_(1.0))
     assert StopRequest(torch.device("cpu")).agreed(7)
