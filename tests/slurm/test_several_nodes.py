@@ -78,7 +78,9 @@ def test_two_nodes_train_as_two_processes_of_one(two_nodes, tmp_path, pretrainin
     job = two_nodes.submit("pretrain", str(pretraining), "-o", "run", "--nodes", "2", cwd=tmp_path)
     shown = two_nodes.wait(job, "COMPLETED")
     assert shown["NodeList"] == "127.0.0.[1-2]"
-    assert "90 iterations of 6 samples (3 x 2 processes" in log_of(run)
+    said = log_of(run)
+    assert "90 iterations of 6 samples (3 x 2 processes" in said
+    assert "learning rate up to 0.000306 (rule sqrt_wrt_1024: 0.306 x the configured one)" in said
     assert losses(run) == losses(by_torchrun)
     reference = teacher(by_torchrun)
     assert all(torch.equal(value, reference[name]) for name, value in teacher(run).items())

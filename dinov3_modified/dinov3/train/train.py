@@ -486,13 +486,16 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
     max_iter = cfg.optim.epochs * epoch_length
     batch_size = global_batch_size(cfg)
     logger.info(
-        "%d iterations of %d samples (%d x %d processes x %d accumulated), learning rate %.3g",
+        "%d iterations of %d samples (%d x %d processes x %d accumulated), learning rate up to %.3g "
+        "(rule %s: %.3g x the configured one)",
         max_iter,
         batch_size,
         cfg.train.batch_size_per_gpu,
         distributed.get_world_size(),
         cfg.accelerator.accumulation_steps,
-        max(float(lr_schedule[it]) for it in (0, max_iter // 4, max(max_iter - 1, 0))),
+        max(float(lr_schedule[it]) for it in range(0, max_iter + 1, max(max_iter // 1000, 1))),
+        cfg.optim.scaling_rule or "none",
+        _lr_scale(cfg),
     )
     if start_iter >= max_iter:
         logger.info("nothing left to do: %d of %d iterations are done", start_iter, max_iter)
