@@ -13,8 +13,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One more than two cores: the tests on SLURM mostly wait.
 JOBS ?= 3
-# Test processes share the cores: more threads each would only get in one another's way.
-TEST_ENV := OMP_NUM_THREADS=1
 
 .PHONY: demo test test-slurm test-gpu check check-style bench wheel clean
 
@@ -22,10 +20,10 @@ demo: $(VENV)/.base
 	$(BIN)/dinocell demo
 
 test: $(VENV)/.test
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-slurm: $(VENV)/.test
-	$(TEST_ENV) $(BIN)/python -m pytest -m "slurm and slow" -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -m "slurm and slow" -n $(JOBS) --dist worksteal
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu -rs

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Test processes share the cores, and numbers that are compared bit for bit want equal threads in this
+# process and in those that tests start.  Before numpy and torch, which read it when they load.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 
