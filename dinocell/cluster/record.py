@@ -153,18 +153,21 @@ class RunProgress:
     ----------
     done, total : of `unit`; None where unknown
     eta_s : seconds that are left at the last known speed
+    note : what is done beyond that
     """
 
     done: int
     total: int | None = None
     unit: str = ""
     eta_s: float | None = None
+    note: str = ""
 
     def __str__(self) -> str:
         if self.total is None:
             return f"{self.done} {self.unit}".strip()
         share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
-        return f"{self.done}/{self.total}{share}"
+        note = f" {self.note}" if self.note else ""
+        return f"{self.done}/{self.total}{share}{note}"
 
 
 def saved_progress(command: Sequence[str], run_dir: str | Path) -> int:
@@ -220,6 +223,8 @@ def _progress_of_files(command: Sequence[str], folder: Path) -> RunProgress | No
             return None
         total = int(settings["schedule"]["steps"])
         done = max(int(line["step"]), saved_progress(command, folder))
+        if done >= total and not (folder / "model.safetensors").exists():
+            return RunProgress(done, total, "steps", note="validating")
         step_s = line.get("global_batch_size", 0) / max(line["crops_per_s"], 1e-9)
         return RunProgress(done, total, "steps", step_s * (total - done))
     if kind in ("segment", "shards"):

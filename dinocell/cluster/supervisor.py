@@ -219,7 +219,7 @@ class _Supervisor:
         It ends: an image is given up after `journal.MAX_KILLS` times.
         """
         killed = code == -signal.SIGKILL or (code != 0 and memory_ran_out)
-        told = self.received is not None or self.killed_it
+        told = self.received is not None or self.told_to_end or self.killed_it
         if self.job.command[:2] != ("shards", "run") or not killed or told:
             return False
         count = suspect_images_in_work(Path(self.job.run_dir))
@@ -228,6 +228,7 @@ class _Supervisor:
                 f"killed, probably for its memory, with {count} images in work: the others come first, "
                 "then these one at a time"
             )
+            self.child = None  # signals are for the next one
         return count > 0
 
     def _is_in_other_hands(self) -> bool:

@@ -60,6 +60,14 @@ class Processes:
         dist.all_reduce(total)
         return float(total) / self.world_size
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process."""
+        if self.world_size == 1:
+            return flag
+        told = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told)
+
     def stops(self, flag: bool, step: int) -> bool:
         """Whether the flag is up in any process, asked after every step: the same answer for all.
 

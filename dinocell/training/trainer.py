@@ -216,6 +216,7 @@ class _Trainer:
         self.best_ap = -1.0
         self.best_step = 0
         self.validations_without_gain = 0
+        self.unvalidated = False  # this step is due for it, and has a checkpoint of before
         self._stop_signal: int | None = None
 
     def run(self) -> TrainResult:
@@ -283,6 +284,10 @@ class _Trainer:
         waited_s, logged_at = 0.0, time.monotonic()
         with progress("training", schedule.steps, shown=self.shown, done=self.step) as bar:
             bar.write(self._plan())
+            if self.unvalidated:
+                self._validate(bar)
+                if self._patience_is_over():
+                    return True
             fetched_at = time.monotonic()
             for image, target in loader:
                 waited_s += time.monotonic() - fetched_at
@@ -306,24 +311,30 @@ class _Trainer:
                     losses, waited_s, logged_at = [], 0.0, now
                 validated = self.step % schedule.eval_every == 0 or self.step == schedule.steps
                 if validated:
+                    # It may take minutes, more than a preempted job has: what was learned is safe.
+                    self.unvalidated = True
+                    self.processes.on_main(self._save)
                     self._validate(bar)
                 stopped_early = self._patience_is_over()
                 interrupted = self.processes.stops(self._stop_signal is not None, self.step)
                 interrupted = interrupted or self.step == self.stop_after
-                if self.step % schedule.checkpoint_every == 0 or interrupted or stopped_early:
+                due = interrupted or self.step % schedule.checkpoint_every == 0
+                if due and not validated:
                     self.processes.on_main(self._save)
                 if stopped_early:
                     bar.write(f"stopped early: no better validation AP since step {self.best_step}")
                     return True
                 if interrupted and self.step < schedule.steps:
-                    self.processes.ends_together = True
-                    raise TrainingInterruptedError(
-                        f"training must reach step {schedule.steps}, got a signal at step "
-                        f"{self.step}: run the same command to go on from its checkpoint"
-                    )
+                    raise self._interruption()
                 fetched_at = time.monotonic()
-        self.processes.on_main(self._save_if_missing)
         return False
+
+    def _interruption(self) -> TrainingInterruptedError:
+        self.processes.ends_together = True
+        return TrainingInterruptedError(
+            f"training must reach step {self.config.schedule.steps} and be validated, got a signal at "
+            f"step {self.step}: run the same command to go on from its checkpoint"
+        )
 
     def _plan(self) -> str:
         """What is done from here, in one line."""
@@ -398,30 +409,43 @@ class _Trainer:
             )
 
     def _predict_validation(
-        self, model: DINOCell
+        self, model: DINOCell, bar: Progress
     ) -> list[tuple[NDArray[np.float32], NDArray[np.uint32]]]:
         """Distance map and truth of every validation image in process 0, nothing in the others.
 
         Process 0 knows all images and predicts its share of them; the others know their share only.
+        A signal ends it between two images; `bar` is told every ten seconds how far it is.
         """
         model.eval()
+        world_size = self.processes.world_size
         own = self.val_samples
         if self.processes.is_main:
-            own = own[:: self.processes.world_size]
-        maps = self.processes.gather(
-            [predict_distance_map(model, image) for image, _ in own], self.num_val_images
-        )
+            own = own[::world_size]
+        predicted, told_at = [], time.monotonic()
+        for position in range(-(-self.num_val_images // world_size)):
+            if self.processes.any(self._stop_signal is not None):
+                raise self._interruption()
+            if position < len(own):
+                predicted.append(predict_distance_map(model, own[position][0]))
+            if time.monotonic() - told_at > 10:
+                told_at = time.monotonic()
+                done = min((position + 1) * world_size, self.num_val_images)
+                bar.write(f"validating {done}/{self.num_val_images} images")
+        maps = self.processes.gather(predicted, self.num_val_images)
         if maps is None:
             return []
         truths = [truth for _, truth in self.val_samples]
         return list(zip(maps, truths, strict=True))
 
     def _validate(self, bar: Progress) -> None:
+        """Validate this step, and write the checkpoint that knows the outcome."""
         started = time.monotonic()
-        samples = self._predict_validation(self.averaged)
+        samples = self._predict_validation(self.averaged, bar)
         self.best_ap, self.best_step, self.validations_without_gain = self.processes.on_main(
             lambda: self._judge(samples, started, bar)
         )
+        self.unvalidated = False
+        self.processes.on_main(self._save)
 
     def _judge(
         self,
@@ -482,11 +506,6 @@ class _Trainer:
                 yaml.safe_dump(config_to_mapping(self.config), sort_keys=False), encoding="utf-8"
             )
 
-    def _save_if_missing(self) -> None:
-        newest = find_checkpoints(self.checkpoint_dir)
-        if not newest or newest[-1][0] < self.step:
-            self._save()
-
     def _save(self) -> None:
         save_checkpoint(
             self.checkpoint_dir,
@@ -499,6 +518,7 @@ class _Trainer:
                 "best_ap": self.best_ap,
                 "best_step": self.best_step,
                 "validations_without_gain": self.validations_without_gain,
+                "unvalidated": self.unvalidated,
                 "processes": self.processes.world_size,
             },
             keep=self.config.schedule.keep_checkpoints,
@@ -528,6 +548,7 @@ class _Trainer:
             self.best_ap = float(state["best_ap"])
             self.best_step = int(state["best_step"])
             self.validations_without_gain = int(state["validations_without_gain"])
+            self.unvalidated = bool(state.get("unvalidated", False))  # of an earlier version
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
@@ -544,7 +565,9 @@ class _Trainer:
         kept = []
         for line in lines:
             try:
-                if json.loads(line)["step"] <= self.step:
+                row = json.loads(line)
+                again = self.step if self.unvalidated and "val_seconds" in row else self.step + 1
+                if row["step"] < again:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):
                 continue  # a line cut by a crash
@@ -628,7 +651,8 @@ class _Trainer:
         for value in best.state_dict().values():
             if value.is_floating_point():
                 value.copy_(value.half())
-        samples = self._predict_validation(best)
+        with progress("final validation", 1, shown=self.shown) as bar:
+            samples = self._predict_validation(best, bar)
         return self.processes.on_main(
             lambda: self._ship(best, samples, train_pairs, val_pairs, stopped_early)
         )

@@ -424,6 +424,7 @@ class TestOneProcess:
     def test_its_exchanges_return_what_they_are_given(self):
         processes = Processes(0, 1, torch.device("cpu"))
         assert processes.mean(0.1) == 0.1
+        assert processes.any(True) is True
         assert processes.stops(True, 3) is True
         assert processes.stops(False, 4) is False
         assert processes.gather([3, 4], 2) == [3, 4]

@@ -24,6 +24,7 @@ from dinocell.errors import (
     MissingExtraError,
 )
 from dinocell.model import DINOCell, load_model
+from dinocell.training import trainer
 from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
 from dinocell.training.losses import distance_loss
 from dinocell.training.trainer import (
@@ -116,6 +117,42 @@ def test_resume_is_bit_for_bit(blob_data, tmp_path, finished, cut):
         train(config, shown=False, stop_after=cut)
     train(config, shown=False)
     assert losses(tmp_path) == losses(whole)
+    one, other = (load_model(folder / "model.safetensors") for folder in (whole, tmp_path))
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+    assert one.config == other.config
+
+
+@pytest.mark.parametrize("image", [1, 2, 3, 4, 5, 6])
+def test_a_signal_while_it_validates(blob_data, tmp_path, finished, monkeypatch, image):
+    """Two images after steps 2 and 4 and at the end: nothing learned is lost, nothing done twice."""
+    whole, _ = finished
+    config = make_config(blob_data, tmp_path)
+    predict, seen = trainer.predict_distance_map, 0
+
+    def told(model, picture):
+        nonlocal seen
+        seen += 1
+        if seen == image:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return predict(model, picture)
+
+    monkeypatch.setattr(trainer, "predict_distance_map", told)
+    # After the last image of a validation there is a step, and after the very last one the end.
+    if image == 6:
+        train(config, shown=False)
+    else:
+        expected = 2 if image < 3 else 4
+        with pytest.raises(TrainingInterruptedError, match=f"a signal at step {expected}"):
+            train(config, shown=False)
+        step, path = find_checkpoints(tmp_path / "checkpoints")[-1]
+        assert step == expected
+        assert load_checkpoint(path)["unvalidated"] == (image in (1, 3))
+        train(config, shown=False)
+    assert losses(tmp_path) == losses(whole)
+    scores = [[(r["step"], r["val_ap50_pooled"]) for r in rows(out) if "val_seconds" in r]
+              for out in (whole, tmp_path)]  # fmt: skip
+    assert scores[0] == scores[1]
     one, other = (load_model(folder / "model.safetensors") for folder in (whole, tmp_path))
     for key, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
