@@ -42,6 +42,8 @@ __all__ = [
     "BatchResult",
     "SegmentOptions",
     "check_call",
+    "present_results",
+    "refuse_results",
     "remove_leftovers",
     "segment_files",
     "write_summary",
@@ -302,6 +304,28 @@ def _finish_folder(
         _write_report(out, paths, entries, failures, options)
 
 
+def present_results(paths: Sequence[Path], out: Path, formats: Sequence[str]) -> list[Path]:
+    """Those of the images that have results in a folder."""
+    endings = [EXPORT_FORMATS[name].suffix for name in formats if name in EXPORT_FORMATS]
+    return [path for path in paths if any((out / f"{path.stem}{end}").exists() for end in endings)]
+
+
+def refuse_results(paths: Sequence[Path], out: Path, formats: Sequence[str]) -> None:
+    """Finished work is not touched without being asked.
+
+    Raises
+    ------
+    UsageError
+        The folder has results of the images.
+    """
+    present = present_results(paths, out, formats)
+    if present:
+        raise UsageError(
+            f"the output folder must not hold results of these images, got {len(present)} in {out}: "
+            "add --resume to keep them, --overwrite to replace them, or choose another folder"
+        )
+
+
 def check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
     """Refuse what cannot be done, before a model is loaded.
 
@@ -312,6 +336,10 @@ def check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
     """
     if not paths:
         raise UsageError("segment must get at least one image, got none: name files or folders")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device):
+        raise UsageError(
+            f"the device must be auto, cpu, cuda, cuda:N or mps, got {options.device!r}: choose one"
+        )
     unknown = [name for name in options.formats if name not in EXPORT_FORMATS]
     if unknown or not options.formats:
         raise UsageError(
@@ -371,14 +399,9 @@ def _open_folder(
     """
     settings_path = out / SETTINGS_NAME
     label_names = [EXPORT_FORMATS[name].suffix for name in options.formats]
-    present = [
-        path for path in paths if any((out / f"{path.stem}{name}").exists() for name in label_names)
-    ]
-    if present and not (options.resume or options.overwrite):
-        raise UsageError(
-            f"the output folder must not hold results of these images, got {len(present)} in {out}: "
-            "add --resume to keep them, --overwrite to replace them, or choose another folder"
-        )
+    present = present_results(paths, out, options.formats)
+    if not (options.resume or options.overwrite):
+        refuse_results(paths, out, options.formats)
     journal = read_journal(journal_path)
     if settings_path.exists() and not options.overwrite:
         try:

@@ -6,6 +6,7 @@ a signal with everything saved (run the same command again).
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -91,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(error: BaseException, exit_code: int) -> None:
-    if _verbose:
+    in_job = os.environ.get("DINOCELL_TRACEBACKS") == "failures"
+    if _verbose or (in_job and exit_code != UsageError.exit_code):
         import traceback
 
         traceback.print_exception(error)
@@ -1086,14 +1088,17 @@ def _hand_over(
             raise typer.Exit(code)
         return
     after = dependency
+    together: list[str] = []
     if runs:
         accepted = hand_in(runs, profile, dependency=dependency, log_dir=logs)
-        print(accepted.text())
+        print(accepted.text(cancel=None if merging is None else []))
+        together = [accepted.job]
         after = f"afterany:{accepted.job}"
     if merging is not None:
         print("then, when all of them have ended, the merged table:")
         try:
-            print(hand_in([merging], alone, dependency=after, log_dir=logs).text())
+            last = hand_in([merging], alone, dependency=after, log_dir=logs)
+            print(last.text(cancel=[*together, last.job]))
         except UsageError as error:
             raise UsageError(
                 f"{error}; the images are in work all the same: when their tasks have ended, run "
@@ -1103,18 +1108,28 @@ def _hand_over(
 
 @app.command()
 def jobs(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FOLDER]", help="Only runs in this folder or below it."),
+    ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Also jobs submitted more than a week ago.")
+        bool,
+        typer.Option(
+            "--all",
+            help="Also jobs submitted more than a week ago, and those whose runs later ones have taken on.",
+        ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List jobs that were submitted from this account: state, progress, time left, reasons.
+    """List jobs that were submitted from this account: state, progress, reasons.
+
+    `left` is the time that the work itself needs, at its last known speed, not that of the job's limit.
 
     Example: `dinocell jobs`
     """
     from dinocell.cluster.jobs import jobs_text, list_jobs
 
-    rows = list_jobs(everything=everything)
+    rows = list_jobs(folder=folder, everything=everything)
     if json:
         import dataclasses
         from json import dumps
@@ -1148,7 +1163,7 @@ def supervise(
     Example: `srun dinocell supervise pretrain configs/ssl/jump_s3_multiview.yaml`
     """
     from dinocell.cluster.plan import COMMANDS, run_dir_of
-    from dinocell.cluster.record import shard_folder
+    from dinocell.cluster.record import merging_folder, shard_folder
     from dinocell.cluster.supervisor import SupervisedJob
     from dinocell.cluster.supervisor import supervise as run
 
@@ -1158,11 +1173,13 @@ def supervise(
             arguments[2] if arguments[2].isdigit() else "0"
         )  # a wrong one is told by the command
         run_dir = shard_folder(arguments[1], int(index))
+    elif command == "shards" and len(arguments) == 2 and arguments[0] == "merge":
+        run_dir = merging_folder(arguments[1])
     elif command in COMMANDS:
         run_dir = run_dir_of(command, _parsed(command, arguments))
     else:
         raise UsageError(
-            f"supervise must get one of {', '.join(COMMANDS)} or shards run OUT SHARD, got "
+            f"supervise must get one of {', '.join(COMMANDS)} or shards run OUT PART, shards merge OUT, got "
             f"{' '.join([command, *arguments])!r}: write for example dinocell supervise pretrain CONFIG"
         )
     job = SupervisedJob((command, *arguments), str(run_dir), signal_ahead, max_stalled_starts)
@@ -1239,7 +1256,7 @@ def shards_merge(out: ResultsFolder) -> None:
     merged = merge_shards(out)
     print(merged.text())
     if merged.missing:
-        raise typer.Exit(1)
+        raise DINOCellError(merged.missing_sentence())
 
 
 def _parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -1286,6 +1303,13 @@ def _checked(name: str, arguments: Sequence[str], *, look: bool) -> dict[str, An
     parameters = _parsed(name, arguments)
     if name == "evaluate":
         _check_evaluation(parameters)
+        if parameters["tune"]:
+            from dinocell.evaluation.thresholds import check_metric
+
+            try:
+                check_metric(parameters["metric"])
+            except ValueError as error:
+                raise UsageError(str(error)) from error
         for option in ("pred", "truth", "data"):
             folder = parameters[option]
             if look and folder is not None and not folder.is_dir():
@@ -1293,6 +1317,10 @@ def _checked(name: str, arguments: Sequence[str], *, look: bool) -> dict[str, An
                     f"--{option} must be a folder that exists, got {folder}: mend the path, or add "
                     "--no-look if it is on the nodes only"
                 )
+        if look and parameters["data"] is not None:
+            from dinocell.evaluation.model_evaluation import check_data_folder
+
+            check_data_folder(parameters["data"])
     if name == "segment":
         from dinocell.batch import check_call
         from dinocell.image_io import find_images

@@ -20,7 +20,6 @@ from dinocell.cluster.slurm import JobState, cluster_name, job_states, slurm_is_
 __all__ = ["JobRow", "jobs_text", "list_jobs"]
 
 _RECENT_S = 7 * 86_400
-_UNDECIDED = ("running", "stopping", "requeued")
 _SLURM_ENDS = {
     "TIMEOUT": "the time limit was reached before the work could save itself",
     "NODE_FAIL": "its node died",
@@ -29,6 +28,18 @@ _SLURM_ENDS = {
     "BOOT_FAIL": "its node did not start",
     "DEADLINE": "its deadline passed",
     "CANCELLED": "it was cancelled",
+    "FAILED": "it ended with an error before it could write down why: see its log",
+}
+_WAITS = {
+    "Resources": "waits for free nodes (Resources)",
+    "Priority": "others come first (Priority)",
+    "Dependency": "waits for another job (Dependency)",
+    "DependencyNeverSatisfied": "waits for a job that did not end as it should "
+    "(DependencyNeverSatisfied): cancel it",
+    "BeginTime": "starts again in a moment (BeginTime)",
+    "JobArrayTaskLimit": "as many tasks run as array_parallelism allows (JobArrayTaskLimit)",
+    "PartitionConfig": "asks for more than a node of its partition has (PartitionConfig)",
+    "PartitionTimeLimit": "asks for more time than its partition allows (PartitionTimeLimit)",
 }
 
 
@@ -57,51 +68,58 @@ class JobRow:
     log: str
 
 
-def list_jobs(*, everything: bool = False) -> list[JobRow]:
+def list_jobs(*, folder: str | Path | None = None, everything: bool = False) -> list[JobRow]:
     """Jobs of this account that `dinocell submit` made, newest last.
 
     Parameters
     ----------
+    folder : path, optional
+        Only those with runs in it or below it.
     everything : bool
-        Also those that were submitted more than a week ago and have ended.
+        Also those that were submitted more than a week ago and have ended, and those after which
+        another job has gone on in the same folder.
     """
     here = cluster_name() if slurm_is_here() else ""
     submissions = [item for item in read_submissions() if item.cluster == here or not here]
+    if folder is not None:
+        wanted = Path(folder).resolve()
+        submissions = [
+            item for item in submissions if wanted in (path := Path(item.run_dir), *path.parents)
+        ]
+    newest = {item.run_dir: item.job for item in submissions}
     # What has its end on record need not be asked for: lists grow long.
-    open_jobs = [item.job for item in submissions if _end_on_record(item) is None]
+    records = {item.run_dir: read_record(item.run_dir) for item in submissions}
+    open_jobs = [item.job for item in submissions if _end(item, records[item.run_dir]) is None]
     states = job_states(open_jobs) if here else {}
     oldest = 0.0 if everything else time.time() - _RECENT_S
     return [
-        _row(item, states.get(item.job))
+        _row(item, records[item.run_dir], states.get(item.job))
         for item in submissions
-        if item.submitted >= oldest or (item.job in states and states[item.job].waits_or_runs)
+        if (item.job in states and states[item.job].waits_or_runs)
+        or (item.submitted >= oldest and (everything or newest[item.run_dir] == item.job))
     ]
 
 
-def _end_on_record(item: Submission) -> JobRecord | None:
-    """The run's record if this job was the last one in it and has come to its end."""
-    record = read_record(item.run_dir)
-    if record is None or not record.starts or record.starts[-1].job != item.job:
-        return None
-    return None if record.state in _UNDECIDED else record
+def _end(item: Submission, record: JobRecord | None) -> tuple[str, str, str] | None:
+    return None if record is None else record.end_of(item.job)
 
 
-def _row(item: Submission, state: JobState | None) -> JobRow:
-    record = read_record(item.run_dir)
+def _row(item: Submission, record: JobRecord | None, state: JobState | None) -> JobRow:
     # A folder may have had other jobs since.
     ours = record is not None and any(start.job == item.job for start in record.starts)
     latest = ours and record is not None and record.starts[-1].job == item.job
     restarts = state.restarts if state is not None else 0
     if not restarts and record is not None and ours:
         restarts = max(start.restart for start in record.starts if start.job == item.job)
+    end, told = _end(item, record), ""
     name, reason = "unknown", "SLURM has forgotten it, and it left no record: see its log"
     if state is not None and state.waits_or_runs:
         name = state.state.lower()
-        reason = state.reason
+        reason = _WAITS.get(state.reason, state.reason)
         if state.state == "PENDING" and latest and record is not None and record.reason:
-            reason = "; ".join(part for part in (record.reason, state.reason) if part)
-    elif latest and record is not None and record.state not in _UNDECIDED:
-        name, reason = record.state, record.reason
+            reason = "; ".join(part for part in (record.reason, reason) if part)
+    elif end is not None:
+        name, reason, told = end
     elif state is not None:
         # Killed before it could write down why; perhaps another of its processes has.
         name = state.state.lower()
@@ -117,7 +135,7 @@ def _row(item: Submission, state: JobState | None) -> JobRow:
         item.job,
         item.name,
         name,
-        "" if progress is None else str(progress),
+        told if progress is None else str(progress),
         progress.eta_s if progress is not None and running else None,
         restarts,
         reason,

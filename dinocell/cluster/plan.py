@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from dinocell.cluster.record import shard_folder
+from dinocell.cluster.record import goes_on, merging_folder, shard_folder
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.progress import progress
 
@@ -74,6 +74,8 @@ def plan_runs(
         parameters = parse(arguments)
         run_dir = run_dir_of(name, parameters)
         _check(name, parameters, run_dir, look=look)
+        if name == "segment" and look and not goes_on((name, *arguments), run_dir):
+            _refuse_results(parameters, run_dir)
         job = {"pretrain": "ssl"}.get(name, name)
         return [PlannedRun(f"{job}-{run_dir.name}", (name, *arguments), run_dir)]
     runs = []
@@ -113,7 +115,7 @@ def plan_shard_runs(plan: ShardPlan) -> tuple[list[PlannedRun], PlannedRun]:
         for index in open_shards(plan)
     ]
     merging = PlannedRun(
-        f"merge-{plan.out.name}", ("shards", "merge", str(plan.out)), plan.out / "shards" / "merge"
+        f"merge-{plan.out.name}", ("shards", "merge", str(plan.out)), merging_folder(plan.out)
     )
     return parts, merging
 
@@ -177,6 +179,12 @@ def _folder_options(name: str, run_dir: Path, parameters: Mapping[str, Any]) -> 
 
 def _check(name: str, parameters: Mapping[str, Any], run_dir: Path, *, look: bool) -> None:
     """Read the configuration as the job will, and look for what it names."""
+    above = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise UsageError(
+            f"the folder of a run must be one that can be made, got {run_dir} where {above} is a file: "
+            "choose another one"
+        )
     overrides = list(parameters.get("overrides") or [])
     if name == "train":
         from dinocell.config import load_config
@@ -187,6 +195,10 @@ def _check(name: str, parameters: Mapping[str, Any], run_dir: Path, *, look: boo
 
             split_pairs(config.data, config.seed)
             _look_for_weights("backbone.weights", config.backbone.weights)
+            if (run_dir / "config.yaml").exists():
+                from dinocell.training.trainer import refuse_other_run
+
+                refuse_other_run(config)
     elif name == "pretrain":
         from dinocell.backbone import import_dinov3, tree_is_bundled
 
@@ -204,6 +216,23 @@ def _check(name: str, parameters: Mapping[str, Any], run_dir: Path, *, look: boo
         if look:
             _look_for_weights("student.pretrained_weights", settings.student.pretrained_weights)
             _look_for_fields(str(settings.train.dataset_path))
+            if (run_dir / "ckpt").is_dir() and not parameters["no_resume"]:
+                program = import_dinov3("train.train")
+                try:
+                    program.check_resumption(settings, run_dir, resume=True)
+                except ValueError as error:
+                    raise UsageError(str(error)) from error
+
+
+def _refuse_results(parameters: Mapping[str, Any], out: Path) -> None:
+    """What the job would refuse: results of the images without --resume or --overwrite."""
+    if parameters["resume"] or parameters["overwrite"] or not out.is_dir():
+        return
+    from dinocell.batch import refuse_results
+    from dinocell.image_io import find_images
+
+    paths = find_images(parameters["images"], recursive=parameters["recursive"])
+    refuse_results(paths, out, parameters["format"] or ["tif"])
 
 
 def _look_for_weights(key: str, name: str | None) -> None:
@@ -219,7 +248,7 @@ def _look_for_fields(dataset: str) -> None:
         key, _, value = part.partition("=")
         if key in ("root", "index") and value and not Path(value).exists():
             raise UsageError(
-                f"train.dataset_path must name a {key} that exists, got {value}: {_ELSEWHERE}"
+                f"train.dataset_path must have a {key} that exists, got {value}: {_ELSEWHERE}"
             )
 
 
@@ -254,6 +283,11 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
         raise UsageError(
             f"columns of --array must have names, each its own, got {', '.join(header)} in {path}: "
             "rename them"
+        )
+    if len(header) == 1 and ";" in header[0]:
+        raise UsageError(
+            f"columns of --array must be divided by commas or tabs, got semicolons in {path}: save it "
+            "as CSV with commas"
         )
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):

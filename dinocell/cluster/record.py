@@ -25,6 +25,8 @@ __all__ = [
     "Submission",
     "failures_folder",
     "first_failure",
+    "goes_on",
+    "merging_folder",
     "note_submission",
     "read_record",
     "read_submissions",
@@ -74,12 +76,21 @@ class JobRecord:
     state : running, stopping, requeued, done, stopped, cancelled, stalled, failed or out_of_memory
     reason : one sentence for everything but running and done
     starts : all of them, oldest first
+    ends : state, reason and progress of each job that has left the run, by its number
     """
 
     command: list[str]
     state: str = "running"
     reason: str = ""
     starts: list[Start] = field(default_factory=list)
+    ends: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+
+    def end_of(self, job: str) -> tuple[str, str, str] | None:
+        """State, reason and progress with which a job has left the run; None if it has not."""
+        end = self.ends.get(job)
+        if end is None and self.starts and self.starts[-1].job == job:
+            end = (self.state, self.reason, "")
+        return None if end is None or end[0] in ("running", "stopping", "requeued") else end
 
     def stalled_starts(self, job: str, progress: int) -> int:
         """How many of a job's starts there were since its best progress was reached.
@@ -103,9 +114,21 @@ def read_record(run_dir: str | Path) -> JobRecord | None:
     try:
         values = json.loads((Path(run_dir) / _RECORD_NAME).read_text(encoding="utf-8"))
         values["starts"] = [Start(**start) for start in values["starts"]]
+        values["ends"] = {job: tuple(end) for job, end in values.get("ends", {}).items()}
         return JobRecord(**values)
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def goes_on(command: Sequence[str], run_dir: str | Path) -> bool:
+    """Whether a run was begun by this very command, and has not come to its end."""
+    record = read_record(run_dir)
+    return (
+        record is not None
+        and bool(record.starts)
+        and record.command == list(command)
+        and record.state != "done"
+    )
 
 
 def failures_folder(run_dir: str | Path, job: str, restart: int, step: int) -> Path:
@@ -140,6 +163,11 @@ def first_failure(
 def shard_folder(out: str | Path, index: int) -> Path:
     """Folder of a part of a batch: manifest, journal and record."""
     return Path(out) / "shards" / f"{index:04d}"
+
+
+def merging_folder(out: str | Path) -> Path:
+    """Folder of the job that merges the parts of a batch."""
+    return Path(out) / "shards" / "merge"
 
 
 # --- how far a run is ---
@@ -227,7 +255,7 @@ def _progress_of_files(command: Sequence[str], folder: Path) -> RunProgress | No
             return RunProgress(done, total, "steps", note="validating")
         step_s = line.get("global_batch_size", 0) / max(line["crops_per_s"], 1e-9)
         return RunProgress(done, total, "steps", step_s * (total - done))
-    if kind in ("segment", "shards"):
+    if kind == "segment" or tuple(command[:2]) == ("shards", "run"):
         done = count_rows(folder / JOURNAL_NAME)
         listed = folder / "manifest.csv"
         total = max(count_rows(listed) - 1, 0) if listed.is_file() else None

@@ -29,6 +29,7 @@ from dinocell.batch import (
     BatchResult,
     SegmentOptions,
     check_call,
+    present_results,
     remove_leftovers,
     segment_files,
     write_summary,
@@ -36,7 +37,6 @@ from dinocell.batch import (
 from dinocell.cluster.record import shard_folder
 from dinocell.cluster.slurm import job_states, own_job
 from dinocell.errors import DINOCellError, UsageError
-from dinocell.exports import EXPORT_FORMATS
 from dinocell.image_io import atomic_path
 from dinocell.journal import FAILURES_NAME, JOURNAL_NAME, clear_suspicion, read_journal
 from dinocell.progress import progress
@@ -90,9 +90,14 @@ class ShardState:
     images: int
 
     @property
+    def left(self) -> int:
+        """Images that are neither done nor have failed."""
+        return self.images - self.done - self.failed
+
+    @property
     def complete(self) -> bool:
         """Whether every image is done or has failed."""
-        return self.done + self.failed >= self.images
+        return self.left <= 0
 
 
 def plan_shards(
@@ -226,12 +231,7 @@ def _plan_text(plan: ShardPlan) -> str:
 
 def _refuse_results(plan: ShardPlan, paths: Sequence[Path]) -> None:
     """Finished work is not touched."""
-    endings = [
-        EXPORT_FORMATS[name].suffix for name in plan.options.formats if name in EXPORT_FORMATS
-    ]
-    present = [
-        path for path in paths if any((plan.out / f"{path.stem}{end}").exists() for end in endings)
-    ]
+    present = present_results(paths, plan.out, plan.options.formats)
     if present and not plan.options.overwrite:
         raise UsageError(
             f"the output folder must not hold results of these images, got {len(present)} in "
@@ -492,11 +492,20 @@ class MergedShards:
         if len(self.failures) > 50:
             lines.append(f"... {len(self.failures) - 50} more in summary.csv")
         for state in self.missing:
-            left = state.images - state.done - state.failed
-            lines.append(f"not done: {left} of {state.images} images of shard {state.index}")
-        if self.missing:
-            lines.append("run the same command again: it goes on with what is missing")
+            lines.append(f"not done: {state.left} of {state.images} images of shard {state.index}")
         return "\n".join(lines)
+
+    def missing_sentence(self) -> str:
+        """What is not done, "" if nothing."""
+        if not self.missing:
+            return ""
+        names = ", ".join(str(state.index) for state in self.missing[:10])
+        more = ", ..." if len(self.missing) > 10 else ""
+        left = sum(state.left for state in self.missing)
+        return (
+            f"all images must be done or have failed, got {left} that are neither (shards {names}{more}): "
+            "run the same command again, it goes on with them"
+        )
 
 
 def merge_shards(out: str | Path, *, shown: bool = True) -> MergedShards:

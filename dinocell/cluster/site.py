@@ -215,8 +215,8 @@ def minutes_of(text: str) -> float:
 
 
 def find_site(name: str | None) -> Path | None:
-    """The file of a site: a path, or a name looked for in slurm/sites, DINOCELL_SITES and the
-    user's configuration folder; None without a name (and without DINOCELL_SITE).
+    """The file of a site: a path, or a name looked for in DINOCELL_SITES, slurm/sites here, the user's
+    configuration folder, and slurm/sites of the checkout; None without a name (and DINOCELL_SITE).
 
     Raises
     ------
@@ -234,13 +234,15 @@ def find_site(name: str | None) -> Path | None:
         folders.insert(0, Path(os.environ[_FOLDERS_VARIABLE]))
     config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     folders.append(config / "dinocell" / "sites")
+    folders.append(Path(__file__).parents[2] / "slurm" / "sites")  # of a checkout
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    choice = f"one of {', '.join(known)}" if known else "a name (but no site was found)"
     raise ConfigError(
-        f"--site must be a YAML file or one of {', '.join(known) or 'none (no site file was found)'}, "
-        f"got {name!r}: copy slurm/sites/example.yaml and name its path"
+        f"--site must be a YAML file or {choice}, got {name!r}: copy slurm/sites/example.yaml and name "
+        "its path"
     )
 
 
@@ -283,8 +285,9 @@ def load_site(name: str | None, overrides: Sequence[str] = ()) -> SiteProfile:
         try:
             loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).replace('"<unicode string>"', path.name).split())
             raise ConfigError(f"{path} must be YAML, got an error ({reason}): mend it") from error
+        loaded = {} if loaded is None else loaded
         if not isinstance(loaded, dict):
             raise ConfigError(
                 f"{path} must hold keys and values, got {type(loaded).__name__}: see "
@@ -296,7 +299,7 @@ def load_site(name: str | None, overrides: Sequence[str] = ()) -> SiteProfile:
     try:
         return config_from_mapping(SiteProfile, _as_text(mapping))
     except ConfigError as error:
-        raise ConfigError(f"site {path or 'without a file'}: {error}") from error
+        raise ConfigError(f"{f'site {path}' if path else '--set'}: {error}") from error
 
 
 def _apply(mapping: dict[str, Any], override: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import subprocess
@@ -62,8 +64,14 @@ class Submitted:
     tasks: list[tuple[str, PlannedRun, Path]]
     notice: str
 
-    def text(self) -> str:
-        """Numbers, logs, and how to follow and to cancel."""
+    def text(self, *, cancel: Sequence[str] | None = None) -> str:
+        """Numbers, logs, and how to follow and to cancel.
+
+        Parameters
+        ----------
+        cancel : sequence of str, optional
+            Jobs that belong together; [] says nothing of it.
+        """
         several = len(self.tasks) > 1
         lines = [f"job {self.job}: {len(self.tasks)} tasks" if several else f"job {self.job}"]
         lines += [f"  {number}  {run.run_dir}  log {log}" for number, run, log in self.tasks[:10]]
@@ -73,8 +81,10 @@ class Submitted:
         lines += [
             f"follow: tail -F {shlex.quote(str(self.tasks[0][2]))}",
             "watch:  dinocell jobs",
-            f"cancel: scancel {self.job}",
         ]
+        numbers = [self.job] if cancel is None else cancel
+        if numbers:
+            lines.append(f"cancel: scancel {' '.join(numbers)}")
         return "\n".join(lines)
 
 
@@ -244,8 +254,16 @@ def submit(
             "cluster, or add --local or --dry-run"
         )
     _refuse_large_array(runs)
+    _refuse_unknown(dependency)
     refuse_busy([run.run_dir for run in runs], dependency)
     folder = _folder(runs, log_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"the folder of a run must be one that can be made, got {folder} ({error.strerror}): choose "
+            "another one"
+        ) from error
     executor = _executor(folder, site)
     executor.update_parameters(**_parameters(site, runs, dependency, folder))
     jobs = [
@@ -256,7 +274,8 @@ def submit(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of submitit, about what has no effect here
-            with executor.batch():  # of one: an ordinary job
+            # What sbatch prints is in the error, too.
+            with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # of one: a plain job
                 accepted = [executor.submit(job) for job in jobs]
     except Exception as error:
         _clear(folder, kept)
@@ -301,6 +320,25 @@ def _refuse_large_array(runs: Sequence[PlannedRun]) -> None:
         )
 
 
+def _refuse_unknown(dependency: str | None) -> None:
+    """SLURM takes a job that it does not know for one that has ended."""
+    numbers = _jobs_named(dependency)
+    if not numbers or not cluster_name():
+        return
+    known = {job.split("_")[0] for job in job_states(sorted(numbers))}
+    known |= {item.job.split("_")[0] for item in read_submissions()}
+    if numbers - known:
+        raise UsageError(
+            f"--dependency must name jobs that SLURM knows, got {', '.join(sorted(numbers - known))}: "
+            "leave out what has ended long ago"
+        )
+
+
+def _jobs_named(dependency: str | None) -> set[str]:
+    """Numbers of the jobs in a dependency; `+N` is a delay, `_N` a task."""
+    return set(re.findall(r"\d+", re.sub(r"[+_]\d+", "", dependency or "")))
+
+
 def refuse_busy(
     folders: Sequence[Path], dependency: str | None = None, *, below: bool = False
 ) -> None:
@@ -319,7 +357,7 @@ def refuse_busy(
     """
     here = cluster_name()
     ours = {folder.resolve() for folder in folders}
-    awaited = set(re.findall(r"\d+", re.sub(r"\+\d+", "", dependency or "")))
+    awaited = _jobs_named(dependency)
 
     def is_ours(item: Submission) -> bool:
         path = Path(item.run_dir)

@@ -38,9 +38,11 @@ from dinocell.cluster.record import (
     Submission,
     failures_folder,
     first_failure,
+    goes_on,
     note_submission,
     read_record,
     read_submissions,
+    run_progress,
     saved_progress,
     work_mark,
     write_record,
@@ -134,7 +136,8 @@ class _Supervisor:
         environment: Mapping[str, str],
     ) -> None:
         self.job = job
-        self.environment = {**os.environ, **environment}
+        # Logs have tracebacks of what fails, not of wrong calls.
+        self.environment = {**os.environ, "DINOCELL_TRACEBACKS": "failures", **environment}
         if not in_slurm:
             # What runs beside a job of SLURM's is no task of it.
             self.environment.pop("SLURM_STEP_ID", None)
@@ -151,6 +154,8 @@ class _Supervisor:
         self.child: subprocess.Popen[bytes] | None = None
         self.tail: deque[str] = deque(maxlen=_LINES_KEPT)
         self.record = read_record(job.run_dir) or JobRecord(list(job.command))
+        # The same submission after a cancellation goes on, as that one has promised.
+        self.goes_on = goes_on(job.command, job.run_dir)
         self.record.command = list(job.command)
         self.earlier = self._earlier_starts()
         mark = self._mark()
@@ -350,14 +355,15 @@ class _Supervisor:
         return code
 
     def _child_command(self) -> list[str]:
-        return [*self._python(), "-m", "dinocell.cli", "-v", *self._command()]
+        return [*self._python(), "-m", "dinocell.cli", *self._command()]
 
     def _command(self) -> list[str]:
         """The command; a start after the first must go on, whatever was said to the first."""
         command = list(self.job.command)
-        if not self.earlier or self._begins_anew():
-            return command
         flag = BEGINS_ANEW.get(command[0])
+        again = bool(self.earlier) or (self.goes_on and flag not in command)
+        if not again or self._begins_anew():
+            return command
         command = [item for item in command if item not in (flag, "--resume")]
         return [*command, "--resume"] if command[0] == "segment" else command
 
@@ -570,8 +576,12 @@ class _Supervisor:
 
     def _close(self, state: str, reason: str) -> None:
         self.record.state, self.record.reason = state, reason
+        progress = run_progress(self.job.command, self.job.run_dir)
+        told = "" if progress is None else str(progress)
+        self.record.ends[self.number] = (state, reason, told)
         write_record(self.job.run_dir, self.record)
-        _say(reason or state)
+        said = reason == _last_sentence(self.tail)  # the work itself has printed it
+        _say(state if said else reason or state)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

@@ -20,7 +20,7 @@ from dinocell.model import load_model, save_model, with_config
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.progress import progress
 
-__all__ = ["ModelEvaluation", "evaluate_model"]
+__all__ = ["ModelEvaluation", "check_data_folder", "evaluate_model"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,22 @@ class ModelEvaluation:
         if self.saved_to is not None:
             lines.append(f"model with these thresholds: {self.saved_to}")
         return "\n".join(lines)
+
+
+def check_data_folder(folder: Path) -> None:
+    """A folder of images with truth has `images/` and `labels/`.
+
+    Raises
+    ------
+    DataSetError
+        One of them is not there.
+    """
+    for part in ("images", "labels"):
+        if not (folder / part).is_dir():
+            raise DataSetError(
+                f"--data must be a folder with images and labels, got {folder} without {part}: name "
+                "the folder above them"
+            )
 
 
 def evaluate_model(
@@ -80,12 +96,7 @@ def evaluate_model(
         The metric is unknown, or `save_to` is the model itself or no `.safetensors`.
     """
     folder = Path(data)
-    for part in ("images", "labels"):
-        if not (folder / part).is_dir():
-            raise DataSetError(
-                f"--data must be a folder with images and labels, got {folder} without {part}: name "
-                "the folder above them"
-            )
+    check_data_folder(folder)
     if save_to is not None and Path(save_to).suffix != ".safetensors":
         raise UsageError(f"a model file must end in .safetensors, got {save_to}: add the suffix")
     if save_to is not None and Path(save_to).resolve() == Path(model).resolve():

@@ -31,6 +31,7 @@ __all__ = [
     "DEFAULT_PROMINENCE_GRID",
     "TuningPoint",
     "TuningResult",
+    "check_metric",
     "tune_thresholds",
 ]
 
@@ -246,6 +247,17 @@ def tune_thresholds(
         num_truth=num_truth,
         points=tuple(tried[index] for index in sorted(tried)),
     )
+
+
+def check_metric(metric: str) -> None:
+    """Refuse what `tune_thresholds` does not know as a metric.
+
+    Raises
+    ------
+    ValueError
+        The message names those that it knows.
+    """
+    _metric_counter(metric)
 
 
 def _metric_counter(metric: str) -> tuple[Callable[[OverlapTable], list[Any]], str]:

@@ -55,6 +55,7 @@ __all__ = [
     "learning_rate_factor",
     "parameter_groups",
     "process_factor",
+    "refuse_other_run",
     "step_seed",
     "train",
 ]
@@ -193,6 +194,29 @@ def train(config: TrainConfig, *, shown: bool = True, stop_after: int | None = N
     """
     with processes_of_run(config.device) as processes:
         return _Trainer(config, processes, shown=shown, stop_after=stop_after).run()
+
+
+def refuse_other_run(config: TrainConfig) -> None:
+    """A run goes on with its own configuration only.
+
+    Raises
+    ------
+    ConfigError
+        `config.output_dir` holds a run of another one.
+    """
+    path = Path(config.output_dir) / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        there = None
+    differing = _differing_keys(there, config_to_mapping(config))
+    if differing:
+        raise ConfigError(
+            f"a run must continue with its own configuration, got other values of "
+            f"{', '.join(differing[:5])} than {path}: choose another output_dir"
+        )
 
 
 class _Trainer:
@@ -485,20 +509,7 @@ class _Trainer:
     def _claim_output_dir(self) -> None:
         """Refuse a folder with a run of another configuration before touching anything."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        path = self.output_dir / "config.yaml"
-        if not path.exists():
-            return
-        try:
-            there = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            there = None
-        here = config_to_mapping(self.config)
-        differing = _differing_keys(there, here)
-        if differing:
-            raise ConfigError(
-                f"a run must continue with its own configuration, got other values of "
-                f"{', '.join(differing[:5])} than {path}: choose another output_dir"
-            )
+        refuse_other_run(self.config)
 
     def _write_config(self) -> None:
         with atomic_path(self.output_dir / "config.yaml") as temporary:

@@ -74,6 +74,7 @@ __all__ = [
     "build_optimizer",
     "build_schedulers",
     "build_schedulers_v2",
+    "check_resumption",
     "clip_gradients",
     "do_test",
     "do_train",
@@ -804,7 +805,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output_dir = os.path.abspath(args.output_dir)
     cfg = get_cfg_from_args(args, strict=True)
     resume = not args.no_resume
-    _check_resumption(cfg, Path(args.output_dir), resume)
+    check_resumption(cfg, Path(args.output_dir), resume)
     grouped = _needs_process_group(cfg)
     compute_on("cpu" if cfg.accelerator.device == "cpu" else None)
     setup_job(
@@ -849,7 +850,7 @@ def _needs_process_group(cfg: DictConfig) -> bool:
     )
 
 
-def _check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
+def check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
     """Before anything is written: does this configuration continue the run that is there?"""
     ckpt_dir = output_dir / "ckpt"
     if find_latest_checkpoint(ckpt_dir) is None:
