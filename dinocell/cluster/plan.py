@@ -226,7 +226,7 @@ def _check(name: str, parameters: Mapping[str, Any], run_dir: Path, *, look: boo
 
 def _refuse_results(parameters: Mapping[str, Any], out: Path) -> None:
     """What the job would refuse: results of the images without --resume or --overwrite."""
-    if parameters["resume"] or parameters["overwrite"] or not out.is_dir():
+    if not out.is_dir() or parameters["resume"] or parameters["overwrite"]:
         return
     from dinocell.batch import refuse_results
     from dinocell.image_io import find_images
@@ -248,7 +248,8 @@ def _look_for_fields(dataset: str) -> None:
         key, _, value = part.partition("=")
         if key in ("root", "index") and value and not Path(value).exists():
             raise UsageError(
-                f"train.dataset_path must have a {key} that exists, got {value}: {_ELSEWHERE}"
+                f"train.dataset_path must have a root or index that exists, got {key}={value}: "
+                f"{_ELSEWHERE}"
             )
 
 

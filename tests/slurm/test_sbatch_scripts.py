@@ -92,5 +92,9 @@ def test_array_and_merge(cluster, tmp_path):
     assert len((tmp_path / "out" / "summary.csv").read_text().splitlines()) == 5
     status = cluster.dinocell("shards", "status", "out", cwd=tmp_path).stdout
     assert status.splitlines() == [f"shard {i}: 2 of 2 images done" for i in range(2)]
+    rows = json.loads(cluster.dinocell("jobs", "out", "--json", cwd=tmp_path).stdout)
+    assert {(row["job"], row["state"]) for row in rows} == {
+        (f"{job}_0", "done"), (f"{job}_1", "done"), (merging, "done"),
+    }  # fmt: skip
     lost = cluster.sbatch(*HERE, str(FOLDER / "segment_array.sbatch"), "out", cwd=tmp_path)
     cluster.wait(lost, "FAILED")  # without --array

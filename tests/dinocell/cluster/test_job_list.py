@@ -51,7 +51,8 @@ def test_a_job_that_waits(slurm, submitted):
     run = submitted("7")
     slurm.job("7", JobState="PENDING", Reason="Priority")
     row = only_row()
-    assert (row.job, row.name, row.state, row.reason) == ("7", "train-7", "pending", "Priority")
+    assert (row.job, row.name, row.state) == ("7", "train-7", "pending")
+    assert row.reason == "others come first (Priority)"
     assert (row.progress, row.eta_s, row.restarts) == ("", None, 0)
     assert (row.run_dir, row.log) == (str(run), "/log/7.out")
 
@@ -60,7 +61,9 @@ def test_a_job_that_waits_again_tells_why(slurm, submitted):
     record(submitted("7"), "requeued", "7", reason="SIGUSR2 (preemption): the job goes on")
     slurm.job("7", JobState="PENDING", Reason="BeginTime", Restarts=1)
     row = only_row()
-    assert row.reason == "SIGUSR2 (preemption): the job goes on; BeginTime"
+    assert (
+        row.reason == "SIGUSR2 (preemption): the job goes on; starts again in a moment (BeginTime)"
+    )
     assert (row.state, row.restarts) == ("pending", 1)
 
 
@@ -111,7 +114,7 @@ def test_a_job_that_failed_tells_why(slurm, submitted, state):
         ("NODE_FAIL", "its node died"),
         ("OUT_OF_MEMORY", "it ran out of memory: raise mem, or lower batch size and workers"),
         ("COMPLETED", ""),
-        ("FAILED", "NonZeroExitCode"),
+        ("FAILED", "it ended with an error before it could write down why: see its log"),
     ],
 )
 @pytest.mark.parametrize("recorded", [True, False])
@@ -141,11 +144,36 @@ def test_another_job_has_gone_on_with_the_folder(slurm, submitted):
     submitted("9", folder="shared")
     record(run, "done", "7", "9")
     slurm.answer("sacct", "9|COMPLETED||\n")
-    first, second = list_jobs()
+    assert [row.job for row in list_jobs()] == ["9"]
+    first, second = list_jobs(everything=True)
     assert (first.state, first.reason) == ("ended", "another job has gone on with its folder")
     assert (second.state, second.reason) == ("done", "")
     # What the second has done is not the first one's progress.
     assert first.progress == ""
+
+
+def test_what_a_job_came_to_stays(slurm, submitted):
+    """Also when a later one has gone on with its folder."""
+    run = submitted("7", folder="shared")
+    submitted("9", folder="shared")
+    ends = {"7": ("cancelled", "it was saved", "2/18 (11 %)")}
+    starts = [Start(job, 0, 0, 0.0, "node") for job in ("7", "9")]
+    write_record(run, JobRecord(["train", "c.yaml"], "running", "", starts, ends))
+    slurm.job("9")
+    slurm.answer("sacct", "7|CANCELLED||\n")
+    first, second = list_jobs(everything=True)
+    assert (first.state, first.reason, first.progress) == ends["7"]
+    assert second.state == "running"
+    assert not any("7" in call for call in slurm.calls() if call.startswith("scontrol show job"))
+
+
+def test_jobs_of_a_folder(slurm, submitted, tmp_path):
+    submitted("1", folder="a")
+    submitted("2", folder="a/shards/0001")
+    submitted("3", folder="ab")
+    slurm.answer("sacct", "")
+    assert [row.job for row in list_jobs(folder=tmp_path / "a")] == ["1", "2"]
+    assert len(list_jobs(folder=tmp_path)) == 3
 
 
 def test_a_cancelled_job_before_it_ran_keeps_out_of_the_folder_of_another(slurm, submitted):
@@ -153,7 +181,7 @@ def test_a_cancelled_job_before_it_ran_keeps_out_of_the_folder_of_another(slurm,
     submitted("9", folder="shared")
     record(run, "failed", "7", reason="an accident")
     slurm.answer("sacct", "9|CANCELLED by 0||\n")
-    first, second = list_jobs()
+    first, second = list_jobs(everything=True)
     assert (first.state, first.reason) == ("failed", "an accident")
     assert (second.state, second.reason) == ("cancelled", "it was cancelled")
 
@@ -226,6 +254,10 @@ def test_the_table(two, capsys):
         "    no such folder",
         "11_3  train-11_3  running                  1         runs/b",
     ]
+
+
+def test_the_table_of_a_folder(two, capsys):
+    assert [line.split()[0] for line in jobs(capsys, "runs/b").splitlines()] == ["job", "11_3"]
 
 
 def test_json(two, capsys, tmp_path):

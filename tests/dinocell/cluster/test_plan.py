@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from dinocell.backbone import import_dinov3
 from dinocell.cli import _parsed, main
 from dinocell.cluster.plan import plan_runs, read_table, run_dir_of
+from dinocell.cluster.record import JobRecord, Start, write_record
+from dinocell.config import config_to_mapping, load_config
 from dinocell.errors import ConfigError, DINOCellError, UsageError
 from dinocell.image_io import write_image
 
@@ -81,9 +87,9 @@ def test_each_evaluation_is_a_run_of_its_own():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["pretrain", "ssl.yaml"], r"must name a root that exists, got pictures.*--no-look"),
+        (["pretrain", "ssl.yaml"], r"root or index that exists, got root=pictures.*--no-look"),
         (["pretrain", "ssl.yaml", "train.dataset_path=JUMPS3MultiView:index=far.arrow"],
-         "must name a index that exists, got far.arrow"),
+         r"root or index that exists, got index=far\.arrow"),
         (["pretrain", "ssl.yaml", "student.pretrained_weights=far/w.pth",
           "train.dataset_path=ImageFolder:root=."], "student.pretrained_weights must be a file"),
         (["train", "train.yaml"], "data/images"),
@@ -98,13 +104,16 @@ def test_what_is_not_there_is_told_before(command, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "-m", "far.safetensors", "--data", "."], "far.safetensors"),
+        (["evaluate", "-m", "far.safetensors", "--data", "set"], "far.safetensors"),
+        (["evaluate", "-m", "dinocell-tiny", "--data", "."], "got . without images"),
         (["evaluate", "--pred", "far", "--truth", "."], "--pred must be a folder that exists, got far"),
         (["segment", "a.tif", "-o", "out", "-m", "far.safetensors"], "far.safetensors"),
     ],
 )  # fmt: skip
 def test_models_and_folders_are_looked_for(arguments, message, capsys):
     write_image("a.tif", np.zeros((8, 8), np.uint16))
+    for part in ("images", "labels"):
+        (Path("set") / part).mkdir(parents=True)
     code, out, err = submitted(capsys, *arguments, "--dry-run")
     assert (code, out) == (2, "")
     assert message in err
@@ -114,6 +123,71 @@ def test_models_and_folders_are_looked_for(arguments, message, capsys):
     code, out, err = submitted(capsys, *arguments, "--dependency", "5", "--dry-run")
     assert code == 0, err
     assert "--dependency=afterok:5" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "-m", "m", "--data", "d", "--tune", "--metric", "best"], "`metric` must be 'ap'"),
+        (["segment", "a.tif", "-o", "out", "--device", "gpu"], "the device must be auto, cpu, cuda"),
+        (["segment", "a.tif", "-o", "a.tif"], "where .*a.tif is a file"),
+        (["segment", "a.tif", "-o", "a.tif/deeper"], "where .*a.tif is a file"),
+    ],
+)  # fmt: skip
+def test_wrong_values_are_told_before(arguments, message, capsys):
+    write_image("a.tif", np.zeros((8, 8), np.uint16))
+    options = ["--no-look"] if "--device" not in arguments else []
+    code, out, err = submitted(capsys, *arguments, *options, "--dry-run")
+    assert (code, out) == (2, "")
+    assert re.search(message, err)
+    assert len(err.splitlines()) == 1
+
+
+def test_what_is_finished_is_refused_before(capsys):
+    write_image("a.tif", np.zeros((8, 8), np.uint16))
+    Path("out").mkdir()
+    Path("out/a_labels.tif").touch()
+    command = ["segment", "a.tif", "-o", "out"]
+    code, _, err = submitted(capsys, *command, "--dry-run")
+    assert code == 2
+    assert "must not hold results of these images, got 1" in err
+    for more in ("--resume", "--overwrite", "--no-look"):
+        assert submitted(capsys, *command, more, "--dry-run")[0] == 0
+    # What was begun by the same command and cancelled goes on; another command does not.
+    start = Start("7", 0, 0, 0.0, "node")
+    write_record("out", JobRecord(command, "cancelled", "", [start]))
+    assert submitted(capsys, *command, "--dry-run")[0] == 0
+    assert submitted(capsys, *command, "--workers", "2", "--dry-run")[0] == 2
+    write_record("out", JobRecord(command, "done", "", [start]))
+    assert submitted(capsys, *command, "--dry-run")[0] == 2
+
+
+def test_another_configuration_in_the_folder_of_a_run_is_told_before(blob_data):
+    Path("train.yaml").write_text(FINE_TUNING.replace("data/", f"{blob_data}/"))
+    (run,) = planned("train", "train.yaml", look=True)
+    run.run_dir.mkdir()
+    settings = config_to_mapping(load_config("train.yaml", []))
+    (run.run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert len(planned("train", "train.yaml", look=True)) == 1
+    with pytest.raises(ConfigError, match=r"other values of optimizer\.lr"):
+        planned("train", "train.yaml", "optimizer.lr=1e-5", look=True)
+
+
+def test_another_configuration_of_a_pretraining_is_told_before(tmp_path):
+    Path("pictures").mkdir()
+    settings = import_dinov3("configs").get_cfg_from_args(
+        SimpleNamespace(config_file="ssl.yaml", output_dir="a", opts=[]), strict=True
+    )
+    (Path("a/ckpt") / "7").mkdir(parents=True)
+    for name in (".metadata", "checkpoint.json"):
+        (Path("a/ckpt/7") / name).write_text("{}")
+    OmegaConf.save(settings, "a/config.yaml")
+    assert len(planned("pretrain", "ssl.yaml", "-o", "a", look=True)) == 1
+    changed = ["pretrain", "ssl.yaml", "optim.lr=0.5", "-o", "a"]
+    with pytest.raises(UsageError, match=r"must keep its configuration, got 1 changes .*optim\.lr"):
+        planned(*changed, look=True)
+    assert len(planned(*changed, "--no-resume", look=True)) == 1
+    assert Path("a/ckpt/7").is_dir()  # it only looked
 
 
 @pytest.mark.parametrize(
@@ -336,6 +410,7 @@ def test_values_may_be_quoted():
     ("text", "sentence"),
     [
         ("", "a line for each task, got 0 lines"),
+        ("name;optim.lr\na;1e-4\n", "must be divided by commas or tabs, got semicolons"),
         ("name,optim.lr\n", "a line for each task, got 1 lines"),
         ("name,name\na,b\n", "columns of --array must have names, each its own, got name, name"),
         ("name,\na,b\n", "columns of --array must have names"),

@@ -418,7 +418,9 @@ def test_commands(plate, options, tmp_path, capsys):
     assert "must be one of 0 to 1, got 2" in capsys.readouterr().err
     assert exit_code("shards", "run", out, "0") == 0
     assert exit_code("shards", "merge", out) == 1
-    assert "run the same command again" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "not done: 5 of 5 images of shard 1" in shown.out
+    assert "got 5 that are neither (shards 1): run the same command again" in shown.err
     assert exit_code("shards", "run", out, "1") == 0
     capsys.readouterr()
     assert exit_code("shards", "status", out) == 0

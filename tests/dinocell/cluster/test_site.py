@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dinocell.cluster import site
 from dinocell.cluster.site import SiteProfile, find_site, load_site, minutes_of
 from dinocell.errors import ConfigError
 
@@ -175,7 +176,7 @@ def test_an_override_that_is_not_yaml():
     [
         ("partition: [a\n", "must be YAML"),
         ("- partition\n", "must hold keys and values, got list"),
-        ("", "must hold keys and values, got NoneType"),
+        ("nothing at all\n", "must hold keys and values, got str"),
     ],
 )
 def test_files_that_are_no_site(tmp_path, text, sentence):
@@ -273,7 +274,9 @@ def test_an_unknown_site_names_the_known_ones(places, name):
 
 def test_no_site_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="no site file was found"):
+    assert load_site("a100").gres == "gpu:a100:1"  # of the checkout
+    monkeypatch.setattr(site, "__file__", str(tmp_path / "a" / "b" / "site.py"))
+    with pytest.raises(ConfigError, match="or a name \\(but no site was found\\), got 'a100'"):
         find_site("a100")
 
 
@@ -346,3 +349,12 @@ def test_the_merging_takes_little():
     assert (merging.partition, merging.constraint) == ("gpu", None)
     assert merging.extra == {"licenses": "matlab"}
     assert SiteProfile(time="24:00:00").for_merging().time == "2:00:00"
+
+
+def test_an_empty_file_is_the_clusters_defaults(tmp_path):
+    assert load_site(site_file(tmp_path, "# nothing yet\n")) == SiteProfile()
+
+
+def test_a_wrong_override_is_told_as_one():
+    with pytest.raises(ConfigError, match=r"^--set: .*partition"):
+        load_site(None, ["partion=gpu"])

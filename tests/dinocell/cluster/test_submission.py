@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -156,9 +157,52 @@ def test_a_run_may_wait_for_its_own_job_only(slurm, tmp_path):
     note_submission([Submission("7_2", "a", ["pretrain"], folder, "log", 0.0, "north")])
     slurm.answer("scontrol show job -o 7", "JobId=9 ArrayJobId=7 ArrayTaskId=2 JobState=RUNNING\n")
     slurm.answer("sbatch", "Submitted batch job 8\n")
+    slurm.job("6", JobState="COMPLETED")
     with pytest.raises(UsageError, match="which job 7_2 has"):
         submit([run], SiteProfile(), dependency="afterok:6+7")
     assert submit([run], SiteProfile(), dependency="afterany:7").job == "8"
+
+
+def test_a_dependency_that_nobody_knows_is_refused(slurm, tmp_path):
+    """SLURM would take it for a job that has ended, and start at once."""
+    run = PlannedRun("a", ("pretrain",), tmp_path / "a")
+    slurm.answer("sbatch", "Submitted batch job 8\n")
+    slurm.answer("sacct", "")
+    slurm.job("6", JobState="PENDING")
+    note_submission([Submission("5", "b", ["pretrain"], "elsewhere", "log", 0.0, "north")])
+    for given in ("99", "afterok:6:99", "afterany:6_3,afterok:99+5"):
+        with pytest.raises(UsageError, match="jobs that SLURM knows, got 99: leave out"):
+            submit([run], SiteProfile(), dependency=given)
+    for given in ("6", "afterany:5", "singleton"):  # ours may be forgotten by SLURM
+        assert submit([run], SiteProfile(), dependency=given).job == "8"
+
+
+def test_sbatch_says_nothing_beside_the_sentence(slurm, tmp_path, capfd):
+    slurm.answer("sbatch", error="sbatch: error: invalid partition specified: far\n", code=1)
+    slurm.answer("sinfo -h -o %R", "cpu\n")
+    with pytest.raises(UsageError, match="invalid partition specified: far"):
+        submit([PlannedRun("a", ("pretrain",), tmp_path / "a")], SiteProfile(partition="far"))
+    shown = capfd.readouterr()
+    assert shown.out + shown.err == ""
+
+
+def test_a_folder_that_cannot_be_made(slurm, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"must be one that can be made, got .*file"):
+        submit([PlannedRun("a", ("pretrain",), tmp_path / "file")], SiteProfile())
+    assert not any(call.startswith("sbatch") for call in slurm.calls())
+
+
+def test_jobs_that_belong_together_are_cancelled_together(slurm, masks, capsys):
+    slurm.script("sbatch", "n=$(cat FOLDER/n 2>/dev/null || echo 7); echo $((n + 1)) > FOLDER/n; "
+                 "echo Submitted batch job $n".replace("FOLDER", str(slurm.folder)))  # fmt: skip
+    command = ["submit", "segment", "pred", "-o", "out", "--allow-mask", "--shards", "1"]
+    assert exit_code(*command) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("cancel:") == 1
+    numbers = re.findall(r"^job (\d+)", shown, re.MULTILINE)
+    assert len(numbers) == 2
+    assert f"cancel: scancel {' '.join(numbers)}\n" in shown
 
 
 def test_a_waiting_array_keeps_its_plan(slurm, masks, capsys):
@@ -221,9 +265,12 @@ def test_local_leaves_a_record_and_a_log(masks, capsys):
     assert f"exit code 0, log {log}" in capsys.readouterr().err
 
 
-def test_local_failure_keeps_the_reason(masks):
+def test_local_failure_keeps_the_reason(masks, capfd):
     run = PlannedRun("e", ("evaluate", "--pred", "nowhere", "--truth", "truth"), Path("r"))
     assert run_here([run], SiteProfile()) == 2
+    shown = capfd.readouterr().err
+    assert "Traceback" not in shown  # a wrong call
+    assert shown.count("nowhere") == 2  # in the command, and in the sentence
     record = read_record("r")
     assert record is not None
     assert record.state == "failed"

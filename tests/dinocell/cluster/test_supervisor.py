@@ -434,6 +434,42 @@ def test_later_starts_of_a_segmentation_go_on(job, slurm):
     assert Path("child").read_text() == "segment x -o out --resume"
 
 
+@pytest.mark.parametrize(
+    ("command", "state", "expected"),
+    [
+        ("segment x -o out", "cancelled", "segment x -o out --resume"),
+        ("segment x -o out", "failed", "segment x -o out --resume"),
+        ("segment x -o out", "done", "segment x -o out"),
+        ("segment y -o out", "cancelled", "segment y -o out"),
+        ("segment x -o out --overwrite", "cancelled", "segment x -o out --overwrite"),
+    ],
+)
+def test_the_same_submission_goes_on_after_a_cancellation(job, slurm, command, state, expected):
+    """Only the very same; what was finished is not touched."""
+    before = command if "y" not in command.split() else "segment x -o out"
+    starts = [Start("4", 0, 0, 0.0, "node")]
+    write_record("run", JobRecord(before.split(), state, "", starts))
+    slurm.job("4", JobState="CANCELLED")
+    slurm.job("5")
+    end(job("", command, SLURM_JOB_ID="5"))
+    assert Path("child").read_text() == expected
+
+
+def test_the_end_of_each_job_is_kept(job, slurm):
+    slurm.job("5")
+    slurm.job("6")
+    end(job("sys.exit('dinocell: error: an accident')", SLURM_JOB_ID="5"))
+    end(job("", SLURM_JOB_ID="6"))
+    assert the_record().ends == {"5": ("failed", "an accident", ""), "6": ("done", "", "")}
+    assert the_record().end_of("5") == ("failed", "an accident", "")
+
+
+def test_a_sentence_is_said_once(job):
+    _, output = end(job("sys.exit('dinocell: error: an accident')"))
+    assert output.count("an accident") == 1
+    assert output.endswith("dinocell: failed\n")
+
+
 # --- memory ---
 
 HUNGRY = """
