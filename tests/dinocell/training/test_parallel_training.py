@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from small_runs import small_run
 from torch import nn
 
 from dinocell.config import TrainConfig, config_from_mapping, config_to_mapping
@@ -30,38 +31,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def settings(data: Path, out: Path, **changes) -> dict:
-    mapping = {
-        "output_dir": str(out),
-        "device": "cpu",
-        "model": {
-            "size": "tiny",
-            "patch_size": 16,
-            "image_channels": 4,
-            "window_px": 32,
-            "overlap_px": 8,
-            "layerscale_init": 0.3,
-        },
-        "data": {
-            "datasets": [
-                {"name": "blobs", "images": str(data / "images"), "labels": str(data / "labels")}
-            ],
-            "val_fraction": 0.5,  # three images: the shares of two processes are uneven
-        },
-        "optimizer": {"lr": 2e-3, "warmup_steps": 2},
-        "schedule": {
-            "steps": 4,
-            "batch_size": 2,
-            "precision": "fp32",
-            "eval_every": 2,
-            "checkpoint_every": 2,
-            "log_every": 1,
-            "ema_decay": 0.9,
-        },
-    }
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        mapping.setdefault(section, {})[name] = value
-    return mapping
+    # Three images to validate on: the shares of two processes are uneven.
+    return small_run(data, out, **{"data__val_fraction": 0.5, **changes})
 
 
 def torchrun(*command: str) -> list[str]:

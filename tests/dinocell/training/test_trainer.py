@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from small_runs import small_run
 
 from dinocell.config import TrainConfig, config_from_mapping
 from dinocell.errors import (
@@ -36,41 +37,7 @@ from dinocell.training.trainer import (
 
 
 def make_config(data: Path, out: Path, **changes) -> TrainConfig:
-    mapping = {
-        "output_dir": str(out),
-        "device": "cpu",
-        "model": {
-            "size": "tiny",
-            "patch_size": 16,
-            "image_channels": 4,
-            "window_px": 32,
-            "overlap_px": 8,
-            "layerscale_init": 0.3,
-            "drop_path_rate": 0.2,
-        },
-        "data": {
-            "datasets": [
-                {"name": "blobs", "images": str(data / "images"), "labels": str(data / "labels")}
-            ],
-            "val_fraction": 0.34,
-        },
-        "optimizer": {"lr": 2e-3, "warmup_steps": 2},
-        "schedule": {
-            "steps": 4,
-            "batch_size": 2,
-            "precision": "fp32",
-            "eval_every": 2,
-            "checkpoint_every": 2,
-            "log_every": 1,
-            "ema_decay": 0.9,
-        },
-    }
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        if name:
-            mapping.setdefault(section, {})[name] = value
-        else:
-            mapping[section] = value
+    mapping = small_run(data, out, **{"model__drop_path_rate": 0.2, **changes})
     return config_from_mapping(TrainConfig, mapping)
 
 
