@@ -24,6 +24,7 @@ from dinocell.journal import (
     FAILURES_NAME,
     JOURNAL_NAME,
     MAX_KILLS,
+    begin_part,
     clear_suspicion,
     kills,
     mend_journal,
@@ -42,6 +43,7 @@ __all__ = [
     "BatchResult",
     "SegmentOptions",
     "check_call",
+    "check_options",
     "present_results",
     "refuse_results",
     "remove_leftovers",
@@ -64,8 +66,8 @@ FREE_OPTIONS = (
 SETTINGS_NAME = "settings.json"
 _REPORT_LIMIT = 500
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}(\..*)?")  # names of `atomic_path`
-# Of a full disk, a used-up quota, a mount that is gone or read-only.
-_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EROFS)
+# Of a full disk, a used-up quota, a folder that has become read-only.
+_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _GIVEN_UP = (
     f"an image must fit into the memory, got {MAX_KILLS} ends of a process that had it in work: raise "
     "mem, take a smaller tile, or look at the file"
@@ -190,6 +192,8 @@ def segment_files(
     todo = [path for path in paths if path.stem not in done]
     failures: list[tuple[Path, str]] = []
     suspects = {} if part is None else kills(part)
+    if part is not None:
+        begin_part(part)
     todo.sort(key=lambda path: suspects.get(path.stem, 0))
     entries: dict[str, ReportEntry] = {}
     rows = dict(done)
@@ -271,7 +275,10 @@ def _stop_without_machine(error: Exception) -> None:
         raise DINOCellError(
             f"the GPU must work, got {text}: run again on another device or node"
         ) from error
-    if isinstance(error, OSError) and error.errno in _LASTING:
+    causes: list[BaseException | None] = [error]
+    while causes[-1] is not None:  # writers say it in sentences of their own
+        causes.append(causes[-1].__cause__)
+    if any(isinstance(cause, OSError) and cause.errno in _LASTING for cause in causes):
         raise DINOCellError(
             f"the folder of the results must take files, got {text}: make room, or mend the mount, and "
             "run again"
@@ -336,6 +343,25 @@ def check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
     """
     if not paths:
         raise UsageError("segment must get at least one image, got none: name files or folders")
+    check_options(options)
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in seen:
+            raise UsageError(
+                f"inputs must differ in name without suffix, because outputs are named so, got {path} "
+                f"and {seen[path.stem]}: segment them into two folders"
+            )
+        seen[path.stem] = path
+
+
+def check_options(options: SegmentOptions) -> None:
+    """The part of `check_call` that needs no images.
+
+    Raises
+    ------
+    UsageError
+        An unknown or impossible value, or two options that exclude each other.
+    """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device):
         raise UsageError(
             f"the device must be auto, cpu, cuda, cuda:N or mps, got {options.device!r}: choose one"
@@ -358,14 +384,6 @@ def check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
         )
     if options.resume and options.overwrite:
         raise UsageError("--resume and --overwrite exclude each other, got both: choose one")
-    seen: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in seen:
-            raise UsageError(
-                f"inputs must differ in name without suffix, because outputs are named so, got {path} "
-                f"and {seen[path.stem]}: segment them into two folders"
-            )
-        seen[path.stem] = path
 
 
 def _settings(options: SegmentOptions, model: DINOCell) -> dict[str, Any]:

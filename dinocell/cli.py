@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -1025,36 +1026,58 @@ def submit(
                 "--shards, which run at once"
             )
         profile = profile.for_one_process()
-    look = look and dependency is None
-    if shards is not None:
-        if command != "segment" or array is not None:
-            raise UsageError(
-                "--shards must come with segment and without --array, got it elsewhere: leave it out"
-            )
-        parameters = _checked(command, context.args, look=look)
-        from dinocell.cluster.shards import has_begun, plan_shards
-        from dinocell.cluster.submission import refuse_busy
-        from dinocell.image_io import find_images
+    look_at = _look_once() if look and dependency is None else None
 
-        paths = find_images(parameters["images"], recursive=parameters["recursive"])
-        options = _segment_options(parameters)
-        if not dry_run and not local:
-            # A plan that a job waits with must not change under it.
-            fixed = has_begun(parameters["out"]) and not options.overwrite
-            folder = Path(parameters["out"]) / "shards"
-            refuse_busy([folder], dependency if fixed else None, below=True)
-        plan = plan_shards(paths, parameters["out"], options, shards, write=not dry_run)
-        runs, merging = plan_shard_runs(plan)
-        if not runs:
-            print("every shard is complete; merging", file=sys.stderr)
-    else:
-        rows = [] if array is None else read_table(array)
+    def parse(given: Sequence[str]) -> dict[str, Any]:
+        return _checked(command, given)
 
-        def parse(given: Sequence[str]) -> dict[str, Any]:
-            return _checked(command, given, look=look)
+    with _environment(profile.environment):  # configurations name data by variables
+        if shards is not None:
+            if command != "segment" or array is not None:
+                raise UsageError(
+                    "--shards must come with segment and without --array, got it elsewhere: leave it out"
+                )
+            parameters = parse(context.args)
+            if look_at is not None:
+                look_at(command, parameters)
+            plan = _planned_shards(parameters, shards, dependency, write=not dry_run)
+            runs, merging = plan_shard_runs(plan)
+            if not runs:
+                print("every shard is complete; merging", file=sys.stderr)
+        else:
+            rows = [] if array is None else read_table(array)
+            runs = plan_runs(command, context.args, parse, table=rows, look=look_at)
+            merging = None
+    _hand_over(runs, merging, profile, dependency, logs, dry_run=dry_run, local=local, look=look)
 
-        runs, merging = plan_runs(command, context.args, parse, table=rows, look=look), None
-    _hand_over(runs, merging, profile, dependency, logs, dry_run=dry_run, local=local)
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables as the job will have them."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _planned_shards(
+    parameters: Mapping[str, Any], count: int, dependency: str | None = None, *, write: bool = True
+) -> Any:
+    """The plan of a batch in parts; none that a job waits with changes under it."""
+    from dinocell.cluster.shards import has_begun, plan_shards
+    from dinocell.cluster.submission import refuse_busy
+    from dinocell.image_io import find_images
+
+    options = _segment_options(parameters)
+    paths = find_images(parameters["images"], recursive=parameters["recursive"])
+    if write:
+        fixed = not options.overwrite and has_begun(parameters["out"])
+        folder = Path(parameters["out"]) / "shards"
+        refuse_busy([folder], dependency, below=True, may_wait=fixed)
+    return plan_shards(paths, parameters["out"], options, count, write=write)
 
 
 def _hand_over(
@@ -1066,6 +1089,7 @@ def _hand_over(
     *,
     dry_run: bool,
     local: bool,
+    look: bool,
 ) -> None:
     from dinocell.cluster.submission import run_here, sbatch_text
     from dinocell.cluster.submission import submit as hand_in
@@ -1090,14 +1114,16 @@ def _hand_over(
     after = dependency
     together: list[str] = []
     if runs:
-        accepted = hand_in(runs, profile, dependency=dependency, log_dir=logs)
+        accepted = hand_in(runs, profile, dependency=dependency, log_dir=logs, look=look)
         print(accepted.text(cancel=None if merging is None else []))
         together = [accepted.job]
         after = f"afterany:{accepted.job}"
     if merging is not None:
         print("then, when all of them have ended, the merged table:")
         try:
-            last = hand_in([merging], alone, dependency=after, log_dir=logs)
+            last = hand_in(
+                [merging], alone, dependency=after, behind=dependency, log_dir=logs, look=look
+            )
             print(last.text(cancel=[*together, last.job]))
         except UsageError as error:
             raise UsageError(
@@ -1202,12 +1228,7 @@ def shards_plan(
 
     Example: `dinocell shards plan 16 plate/ -o out --model model.safetensors`
     """
-    from dinocell.cluster.shards import plan_shards
-    from dinocell.image_io import find_images
-
-    parameters = _parsed("segment", context.args)
-    paths = find_images(parameters["images"], recursive=parameters["recursive"])
-    plan = plan_shards(paths, parameters["out"], _segment_options(parameters), count)
+    plan = _planned_shards(_parsed("segment", context.args), count)
     print(
         f"{plan.images} images, {plan.total_bytes / 1e9:.3f} GB in {plan.count} shards: "
         f"{plan.out / 'shards'}"
@@ -1298,10 +1319,14 @@ def _check_evaluation(given: Mapping[str, Any]) -> None:
         raise UsageError(f"--iou must be above 0 and at most 1, got {given['iou']}: 0.5 is usual")
 
 
-def _checked(name: str, arguments: Sequence[str], *, look: bool) -> dict[str, Any]:
-    """`_parsed`, and what the command itself would refuse at once; `look` for what it reads, too."""
+def _checked(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """`_parsed`, and what the command itself would refuse at once, whatever its files."""
     parameters = _parsed(name, arguments)
-    if name == "evaluate":
+    if name == "segment":
+        from dinocell.batch import check_options
+
+        check_options(_segment_options(parameters))
+    elif name == "evaluate":
         _check_evaluation(parameters)
         if parameters["tune"]:
             from dinocell.evaluation.thresholds import check_metric
@@ -1310,30 +1335,47 @@ def _checked(name: str, arguments: Sequence[str], *, look: bool) -> dict[str, An
                 check_metric(parameters["metric"])
             except ValueError as error:
                 raise UsageError(str(error)) from error
-        for option in ("pred", "truth", "data"):
-            folder = parameters[option]
-            if look and folder is not None and not folder.is_dir():
-                raise UsageError(
-                    f"--{option} must be a folder that exists, got {folder}: mend the path, or add "
-                    "--no-look if it is on the nodes only"
-                )
-        if look and parameters["data"] is not None:
-            from dinocell.evaluation.model_evaluation import check_data_folder
+    return parameters
 
-            check_data_folder(parameters["data"])
+
+def _look_once() -> Callable[[str, Mapping[str, Any]], None]:
+    """`_look_for_inputs`, once for all rows of a table with the same inputs."""
+    seen = set()
+
+    def look(name: str, parameters: Mapping[str, Any]) -> None:
+        inputs = ("images", "recursive", "model", "pred", "truth", "data")
+        key = tuple(str(parameters.get(option)) for option in inputs)
+        if key not in seen:
+            seen.add(key)
+            _look_for_inputs(name, parameters)
+
+    return look
+
+
+def _look_for_inputs(name: str, parameters: Mapping[str, Any]) -> None:
+    """Whether what `segment` and `evaluate` read is there."""
     if name == "segment":
         from dinocell.batch import check_call
         from dinocell.image_io import find_images
 
-        options = _segment_options(parameters)
-        if look:
-            paths = find_images(parameters["images"], recursive=parameters["recursive"])
-            check_call(paths, options)
-    if look and name in ("segment", "evaluate") and parameters["model"] is not None:
+        paths = find_images(parameters["images"], recursive=parameters["recursive"])
+        check_call(paths, _segment_options(parameters))
+    elif name == "evaluate":
+        for option in ("pred", "truth", "data"):
+            folder = parameters[option]
+            if folder is not None and not folder.is_dir():
+                raise UsageError(
+                    f"--{option} must be a folder that exists, got {folder}: mend the path, or add "
+                    "--no-look if it is on the nodes only"
+                )
+        if parameters["data"] is not None:
+            from dinocell.evaluation.model_evaluation import check_data_folder
+
+            check_data_folder(parameters["data"])
+    if name in ("segment", "evaluate") and parameters["model"] is not None:
         from dinocell.model import read_model_header
 
         read_model_header(parameters["model"])
-    return parameters
 
 
 def _segment_options(given: Mapping[str, Any]) -> Any:

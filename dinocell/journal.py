@@ -17,6 +17,7 @@ __all__ = [
     "FAILURES_NAME",
     "JOURNAL_NAME",
     "MAX_KILLS",
+    "begin_part",
     "clear_suspicion",
     "count_rows",
     "kills",
@@ -73,6 +74,11 @@ def mend_journal(path: Path) -> None:
                 file.write(b"\n")
     except FileNotFoundError:
         return
+
+
+def begin_part(part: Path) -> None:
+    """Nothing is in work yet, whatever an earlier start had in work when it was told to stop."""
+    (part / _IN_WORK_NAME).unlink(missing_ok=True)
 
 
 def note_begin(part: Path, name: str) -> None:

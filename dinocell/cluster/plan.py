@@ -27,6 +27,7 @@ _ON_BY_DEFAULT = ("overlay",)
 _ELSEWHERE = "mend the path, or add --no-look if it is on the nodes only"
 
 Parse = Callable[[Sequence[str]], Mapping[str, Any]]
+Look = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def plan_runs(
     parse: Parse,
     *,
     table: Sequence[Mapping[str, str]] = (),
-    look: bool = True,
+    look: Look | None = None,
 ) -> list[PlannedRun]:
     """The runs of a submission, each checked before it waits for hours.
 
@@ -63,7 +64,8 @@ def plan_runs(
     table : rows of an array: of `pretrain` and `train` keys of the configuration, of `segment` and
         `evaluate` options (`true` and `false` of those without a value); the column `name` names the
         task, "" leaves a value as it is
-    look : whether data and weights must be here already
+    look : refuses parameters of a command (its name, they) whose inputs are not there; then data,
+        weights, results and other runs of the folder are looked at here, too
 
     Raises
     ------
@@ -73,9 +75,7 @@ def plan_runs(
     if not table:
         parameters = parse(arguments)
         run_dir = run_dir_of(name, parameters)
-        _check(name, parameters, run_dir, look=look)
-        if name == "segment" and look and not goes_on((name, *arguments), run_dir):
-            _refuse_results(parameters, run_dir)
+        _check(name, parameters, run_dir, look, (name, *arguments))
         job = {"pretrain": "ssl"}.get(name, name)
         return [PlannedRun(f"{job}-{run_dir.name}", (name, *arguments), run_dir)]
     runs = []
@@ -90,7 +90,7 @@ def plan_runs(
                 base = base or run_dir_of(name, given)
                 run_dir = base / label
                 whole = [*arguments, *options, *_folder_options(name, run_dir, given)]
-                _check(name, parse(whole), run_dir, look=look)
+                _check(name, parse(whole), run_dir, look, (name, *whole))
             except DINOCellError as error:
                 raise type(error)(f"row {index + 1} of the table ({label}): {error}") from error
             runs.append(PlannedRun(f"{base.name}-{label}", (name, *whole), run_dir))
@@ -177,7 +177,13 @@ def _folder_options(name: str, run_dir: Path, parameters: Mapping[str, Any]) -> 
     return ["--out", str(run_dir / f"scores{suffix}")]
 
 
-def _check(name: str, parameters: Mapping[str, Any], run_dir: Path, *, look: bool) -> None:
+def _check(
+    name: str,
+    parameters: Mapping[str, Any],
+    run_dir: Path,
+    look: Look | None,
+    command: Sequence[str],
+) -> None:
     """Read the configuration as the job will, and look for what it names."""
     above = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not above.is_dir():
@@ -185,12 +191,16 @@ def _check(name: str, parameters: Mapping[str, Any], run_dir: Path, *, look: boo
             f"the folder of a run must be one that can be made, got {run_dir} where {above} is a file: "
             "choose another one"
         )
+    if look is not None:
+        look(name, parameters)
+        if name == "segment" and not goes_on(command, run_dir):
+            _refuse_results(parameters, run_dir)
     overrides = list(parameters.get("overrides") or [])
     if name == "train":
         from dinocell.config import load_config
 
         config = load_config(parameters["config"], overrides)
-        if look:
+        if look is not None:
             from dinocell.training.datasets import split_pairs
 
             split_pairs(config.data, config.seed)
@@ -213,7 +223,7 @@ def _check(name: str, parameters: Mapping[str, Any], run_dir: Path, *, look: boo
             settings = configs.get_cfg_from_args(arguments, strict=True)
         except (ValueError, FileNotFoundError) as error:
             raise UsageError(str(error)) from error
-        if look:
+        if look is not None:
             _look_for_weights("student.pretrained_weights", settings.student.pretrained_weights)
             _look_for_fields(str(settings.train.dataset_path))
             if (run_dir / "ckpt").is_dir() and not parameters["no_resume"]:
@@ -244,9 +254,11 @@ def _look_for_weights(key: str, name: str | None) -> None:
 
 def _look_for_fields(dataset: str) -> None:
     """The folder or index of a data set such as `JUMPS3MultiView:index=pilot.arrow`."""
-    for part in dataset.split(":")[1:]:
-        key, _, value = part.partition("=")
-        if key in ("root", "index") and value and not Path(value).exists():
+    given = dict(part.partition("=")[::2] for part in dataset.split(":")[1:])
+    for key in ("root", "index"):
+        value = given.get(key, "")
+        # A relative index may be in the root.
+        if value and not (Path(value).exists() or Path(given.get("root", ""), value).exists()):
             raise UsageError(
                 f"train.dataset_path must have a root or index that exists, got {key}={value}: "
                 f"{_ELSEWHERE}"

@@ -73,7 +73,8 @@ class JobRecord:
     Attributes
     ----------
     command : arguments of `dinocell`
-    state : running, stopping, requeued, done, stopped, cancelled, stalled, failed or out_of_memory
+    state : running, stopping, requeued, done, stopped, cancelled, stalled, refused (a wrong call),
+        failed or out_of_memory
     reason : one sentence for everything but running and done
     starts : all of them, oldest first
     ends : state, reason and progress of each job that has left the run, by its number
@@ -127,7 +128,7 @@ def goes_on(command: Sequence[str], run_dir: str | Path) -> bool:
         record is not None
         and bool(record.starts)
         and record.command == list(command)
-        and record.state != "done"
+        and record.state not in ("done", "refused")
     )
 
 

@@ -57,6 +57,7 @@ __all__ = [
 _PLAN_NAME = "plan.json"
 _MANIFEST_NAME = "manifest.csv"
 _CLAIM_NAME = "claim.json"
+_YOUNG_S = 60.0  # of a claim that is still being written
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def plan_shards(
     ------
     UsageError
         Nothing to do, two files of one name, or `out` has another plan or results and there is no
-        `overwrite`, which forgets what was done; or somebody works on what it would forget.
+        `overwrite`, which forgets what was done; or a process has a part in work that it would
+        forget.
     """
     if count < 1:
         raise UsageError(f"the number of shards must be at least 1, got {count}: raise it")
@@ -136,7 +138,7 @@ def plan_shards(
             "--report must be left out with shards, got it: the merged summary.csv has every image"
         )
     out = Path(out)
-    if has_begun(out) and not options.overwrite:
+    if not options.overwrite and has_begun(out):
         plan = replace(read_plan(out), options=options)  # device and the like may change
         _refuse_another(plan, paths, count)
         files = {out / "shards" / _PLAN_NAME: _plan_text(plan)}
@@ -155,6 +157,8 @@ def plan_shards(
         return plan
     if plan.fresh:
         _forget(out)
+        if options.overwrite:
+            (out / SETTINGS_NAME).unlink(missing_ok=True)
     for path, text in files.items():  # the plan last: it says that all is there
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -181,7 +185,6 @@ def _forget(out: Path) -> None:
         for name in (JOURNAL_NAME, FAILURES_NAME, _CLAIM_NAME, _MANIFEST_NAME):
             (folder / name).unlink(missing_ok=True)
         clear_suspicion(folder)
-    (out / SETTINGS_NAME).unlink(missing_ok=True)
 
 
 def _refuse_work(out: Path) -> None:
@@ -362,7 +365,7 @@ def _claimed(folder: Path) -> Iterator[None]:
         _make_claim(path, text)
     except FileExistsError:
         other = _read_claim(path)
-        if other and _is_at_work(other, mine):
+        if _is_at_work(other, mine) if other else _is_young(path):
             raise DINOCellError(
                 f"a shard must be run by one process, got {folder} in the hands of {_whose(other)} on "
                 f"{other.get('host')}: wait for it, or delete {path} if it is gone"
@@ -417,10 +420,22 @@ def _take_away(path: Path, judged: dict[str, Any]) -> None:
     os.rename(path, left)
     try:
         if _read_claim(left) != judged:  # the new one of a process that was first
-            os.link(left, path)
+            try:
+                os.link(left, path)
+            except OSError:  # a file system without hard links, or a third process
+                if not path.exists():
+                    os.rename(left, path)
             raise FileExistsError(path)
     finally:
-        left.unlink()
+        left.unlink(missing_ok=True)
+
+
+def _is_young(path: Path) -> bool:
+    """Whether a claim that cannot be read may be one that is being written."""
+    try:
+        return time.time() - path.stat().st_mtime < _YOUNG_S
+    except OSError:
+        return False
 
 
 def _make_claim(path: Path, text: str) -> None:

@@ -238,9 +238,19 @@ def submit(
     site: SiteProfile,
     *,
     dependency: str | None = None,
+    behind: str | None = None,
     log_dir: Path | None = None,
+    look: bool = True,
 ) -> Submitted:
     """Submit one job, or an array of several.
+
+    Parameters
+    ----------
+    runs, site : what, and with which wishes
+    dependency : as `parse_dependency` gives it
+    behind : a dependency of jobs that this one comes after in any case
+    log_dir : folder of log files, in place of the runs' own
+    look : whether jobs of a dependency must be known
 
     Raises
     ------
@@ -254,8 +264,9 @@ def submit(
             "cluster, or add --local or --dry-run"
         )
     _refuse_large_array(runs)
-    _refuse_unknown(dependency)
-    refuse_busy([run.run_dir for run in runs], dependency)
+    if look:
+        _refuse_unknown(dependency)
+    refuse_busy([run.run_dir for run in runs], f"{dependency or ''},{behind or ''}")
     folder = _folder(runs, log_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -323,14 +334,15 @@ def _refuse_large_array(runs: Sequence[PlannedRun]) -> None:
 def _refuse_unknown(dependency: str | None) -> None:
     """SLURM takes a job that it does not know for one that has ended."""
     numbers = _jobs_named(dependency)
-    if not numbers or not cluster_name():
+    here = cluster_name()
+    if not numbers or not here:
         return
     known = {job.split("_")[0] for job in job_states(sorted(numbers))}
-    known |= {item.job.split("_")[0] for item in read_submissions()}
+    known |= {item.job.split("_")[0] for item in read_submissions() if item.cluster == here}
     if numbers - known:
         raise UsageError(
             f"--dependency must name jobs that SLURM knows, got {', '.join(sorted(numbers - known))}: "
-            "leave out what has ended long ago"
+            "leave out what has ended long ago, or add --no-look"
         )
 
 
@@ -340,7 +352,11 @@ def _jobs_named(dependency: str | None) -> set[str]:
 
 
 def refuse_busy(
-    folders: Sequence[Path], dependency: str | None = None, *, below: bool = False
+    folders: Sequence[Path],
+    dependency: str | None = None,
+    *,
+    below: bool = False,
+    may_wait: bool = True,
 ) -> None:
     """Two jobs in one folder would mix their checkpoints; one may wait for the other.
 
@@ -349,6 +365,7 @@ def refuse_busy(
     folders : of runs
     dependency : of the job that is to be submitted
     below : also runs in folders of these
+    may_wait : whether the dependency helps; not where something is written at once
 
     Raises
     ------
@@ -357,7 +374,7 @@ def refuse_busy(
     """
     here = cluster_name()
     ours = {folder.resolve() for folder in folders}
-    awaited = _jobs_named(dependency)
+    awaited = _jobs_named(dependency) if may_wait else set()
 
     def is_ours(item: Submission) -> bool:
         path = Path(item.run_dir)
@@ -369,14 +386,26 @@ def refuse_busy(
         if item.cluster == here and item.job.split("_")[0] not in awaited and is_ours(item)
     ]
     states = job_states([item.job for item in earlier]) if earlier else {}
-    for item in earlier:
-        state = states.get(item.job)
-        if state is not None and state.waits_or_runs and state.state != "COMPLETING":
-            raise UsageError(
-                f"a run must be in the hands of one job, got {item.run_dir}, which job {item.job} has "
-                f"({state.state.lower()}): wait for it, cancel it (scancel {item.job}), or put "
-                f"yours behind it (--dependency afterany:{item.job})"
+    busy = [
+        item
+        for item in earlier
+        if (state := states.get(item.job)) is not None
+        and state.waits_or_runs
+        and state.state != "COMPLETING"
+    ]
+    if busy:
+        first = busy[0]
+        numbers = list(dict.fromkeys(item.job.split("_")[0] for item in busy))
+        raise UsageError(
+            f"a run must be in the hands of one job, got {first.run_dir}, which job {first.job} has "
+            f"({states[first.job].state.lower()}): wait for it, "
+            + (
+                f"or put yours behind it (--dependency afterany:{':'.join(numbers)}), "
+                if may_wait
+                else ""
             )
+            + f"or cancel it (scancel {' '.join(numbers)})"
+        )
 
 
 def _clear(folder: Path, kept: set[Path]) -> None:

@@ -48,9 +48,9 @@ from dinocell.cluster.record import (
     write_record,
 )
 from dinocell.cluster.slurm import cluster_name, job_states, own_job, requeue
-from dinocell.errors import StoppedError
+from dinocell.errors import StoppedError, UsageError
 from dinocell.image_io import atomic_path
-from dinocell.journal import suspect_images_in_work
+from dinocell.journal import MAX_KILLS, suspect_images_in_work
 
 __all__ = ["REQUEUE_WISH", "SupervisedJob", "supervise"]
 
@@ -61,6 +61,7 @@ _STOPPED = StoppedError.exit_code
 _HANDED_ON = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 _WAIT_FOR_END_S = 90.0  # for SLURM to end a job that it has requeued
 _LINES_KEPT = 200
+_FRUITLESS_KILLS = 2 * MAX_KILLS  # in a row, with no image done: the memory suits none of them
 _OTHERS_TELL_S = 3.0  # for the process that failed first to write down why
 _FAR_OTHERS_TELL_S = 10.0  # the same, where a network folder may show its note late
 _LEFT_ALONE_S = 10.0  # for a process to end by itself when another of its job has failed
@@ -151,6 +152,8 @@ class _Supervisor:
         self.received: signal.Signals | None = None
         self.told_to_end = False
         self.killed_it = False
+        self.fruitless = 0
+        self.images_done = saved_progress(job.command, job.run_dir)
         self.child: subprocess.Popen[bytes] | None = None
         self.tail: deque[str] = deque(maxlen=_LINES_KEPT)
         self.record = read_record(job.run_dir) or JobRecord(list(job.command))
@@ -221,11 +224,17 @@ class _Supervisor:
     def _goes_on_without_suspects(self, code: int, memory_ran_out: bool) -> bool:
         """Of many images, one that needs too much memory must not cost the others.
 
-        It ends: an image is given up after `journal.MAX_KILLS` times.
+        It ends: an image is given up after `journal.MAX_KILLS` times, and all of them when some such
+        ends in a row have brought none to its end.
         """
-        killed = code == -signal.SIGKILL or (code != 0 and memory_ran_out)
+        killed = code == -signal.SIGKILL or (code != 0 and self._for_memory(memory_ran_out))
         told = self.received is not None or self.told_to_end or self.killed_it
         if self.job.command[:2] != ("shards", "run") or not killed or told:
+            return False
+        done = saved_progress(self.job.command, self.job.run_dir)
+        self.fruitless = self.fruitless + 1 if done == self.images_done else 0
+        self.images_done = done
+        if self.fruitless >= _FRUITLESS_KILLS:
             return False
         count = suspect_images_in_work(Path(self.job.run_dir))
         if count:
@@ -281,8 +290,13 @@ class _Supervisor:
         return (
             f"a requeued job must get on between its starts, got {self.job.max_stalled_starts} starts "
             f"of job {self.number} without a new checkpoint: lengthen the time limit, save more often, "
-            "or look at its log, and submit it again"
+            f"or look at its log, and {self._again()}"
         )
+
+    def _again(self) -> str:
+        flag = BEGINS_ANEW.get(self.job.command[0])
+        without = f" without {flag}" if flag in self.job.command else ""
+        return f"submit it again{without} to go on"
 
     def _begin(self) -> None:
         if self.rank:
@@ -294,6 +308,7 @@ class _Supervisor:
             )
         )  # fmt: skip
         self.record.state, self.record.reason = "running", ""
+        self.record.ends.pop(self.number, None)
         write_record(self.job.run_dir, self.record)
         if self.number and not self.restart:
             self._enlist()
@@ -468,7 +483,7 @@ class _Supervisor:
         if ended and not ran_out and not preempted:  # preempted without grace, it is ended too
             self._close(
                 "cancelled",
-                f"{name}: job {self.number} was cancelled; what it had is saved, submit it again to go on",
+                f"{name}: job {self.number} was cancelled; what it had is saved, {self._again()}",
             )
             return 128 + signal.SIGTERM
         # Without a reason of SLURM's own, srun ends this process because another one has ended.
@@ -489,7 +504,7 @@ class _Supervisor:
             self._close(
                 "stopped",
                 f"{name}: everything is saved, but SLURM does not requeue job {self.number} "
-                f"({problem}): submit it again to go on",
+                f"({problem}): {self._again()}",
             )
             return _STOPPED
         self._wait_for_end()
@@ -514,9 +529,7 @@ class _Supervisor:
                 "killed: look at the logs of the others"
             )
         said = _last_sentence(self.tail)
-        # Where the control group is not the job's own, its count is of others too.
-        for_memory = memory_ran_out and re.search("kill|memory", said, re.IGNORECASE) is not None
-        if code == -signal.SIGKILL or for_memory:
+        if code == -signal.SIGKILL or self._for_memory(memory_ran_out):
             certain = "was" if memory_ran_out else "was probably"
             return "out_of_memory", (
                 f"the work must fit into the job's memory, got {whose} killed: it {certain} the memory "
@@ -530,7 +543,13 @@ class _Supervisor:
                 "failed",
                 f"the work must end by itself, got {whose} ended by {name}{hint}: see the log",
             )
-        return "failed", said or f"{whose} ended with exit code {code}: see the log"
+        state = "refused" if code == UsageError.exit_code else "failed"
+        return state, said or f"{whose} ended with exit code {code}: see the log"
+
+    def _for_memory(self, memory_ran_out: bool) -> bool:
+        """Where the control group is not the job's own, its count is of others too."""
+        said = _last_sentence(self.tail)
+        return memory_ran_out and re.search("kill|memory", said, re.IGNORECASE) is not None
 
     def _note_failure(self, state: str, reason: str) -> None:
         """For the first process, which fails next and would otherwise tell the wrong reason."""

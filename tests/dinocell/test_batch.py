@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -224,11 +225,17 @@ def test_a_device_out_of_memory_stops_one_image_only(images, tmp_path, small_mod
     assert len(result.rows) == 2
 
 
-def test_a_full_disk_is_no_fault_of_the_images(images, tmp_path, small_model, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("ending", ["_labels.tif", "_cells.csv", "_overlay.png"])
+def test_a_full_disk_is_no_fault_of_the_images(images, tmp_path, small_model, monkeypatch, ending):
+    """Said by the system when a finished file is to get its name; the writers wrap it."""
+    replace = os.replace
 
-    monkeypatch.setattr(batch, "_write_result", full)
+    def full(source, target, *rest):
+        if str(target).endswith(ending):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(source, target, *rest)
+
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(DINOCellError, match=r"must take files, got .*No space left.*make room"):
         run(images, tmp_path / "out", small_model)
     assert not (tmp_path / "out" / "summary.csv").exists()
@@ -280,6 +287,20 @@ def test_suspected_images_come_last_and_alone(images, tmp_path, small_model):
     assert begun == [third, second, first]
     assert [row["name"] for row in result.rows] == [first, second, third]
     assert journal.kills(part) == {}  # seen to the end: nobody is suspected any more
+
+
+def test_what_an_earlier_start_had_in_work_is_no_suspect(images, tmp_path, small_model):
+    """It was told to stop; the next start is killed with another image."""
+    part = tmp_path / "part"
+    part.mkdir()
+    journal.note_begin(part, "innocent")
+    journal.begin_part(part)
+    journal.note_begin(part, "guilty")
+    assert journal.suspect_images_in_work(part) == 1
+    assert journal.kills(part) == {"guilty": 1}
+    journal.note_begin(part, "innocent")
+    part_of(images, tmp_path, small_model)  # begins anew, too
+    assert journal.suspect_images_in_work(part) == 0
 
 
 def test_an_image_that_kills_is_given_up(images, tmp_path, small_model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from dinocell.backbone import import_dinov3
-from dinocell.cli import _parsed, main
+from dinocell.cli import _look_for_inputs, _parsed, main
 from dinocell.cluster.plan import plan_runs, read_table, run_dir_of
 from dinocell.cluster.record import JobRecord, Start, write_record
 from dinocell.config import config_to_mapping, load_config
@@ -42,7 +43,8 @@ def planned(command: str, *arguments: str, table=(), look=False):
     def parse(given):
         return _parsed(command, given)
 
-    return plan_runs(command, arguments, parse, table=table, look=look)
+    look_at = _look_for_inputs if look else None
+    return plan_runs(command, arguments, parse, table=table, look=look_at)
 
 
 # --- one run ---
@@ -136,8 +138,7 @@ def test_models_and_folders_are_looked_for(arguments, message, capsys):
 )  # fmt: skip
 def test_wrong_values_are_told_before(arguments, message, capsys):
     write_image("a.tif", np.zeros((8, 8), np.uint16))
-    options = ["--no-look"] if "--device" not in arguments else []
-    code, out, err = submitted(capsys, *arguments, *options, "--dry-run")
+    code, out, err = submitted(capsys, *arguments, "--no-look", "--dry-run")
     assert (code, out) == (2, "")
     assert re.search(message, err)
     assert len(err.splitlines()) == 1
@@ -158,8 +159,39 @@ def test_what_is_finished_is_refused_before(capsys):
     write_record("out", JobRecord(command, "cancelled", "", [start]))
     assert submitted(capsys, *command, "--dry-run")[0] == 0
     assert submitted(capsys, *command, "--workers", "2", "--dry-run")[0] == 2
-    write_record("out", JobRecord(command, "done", "", [start]))
-    assert submitted(capsys, *command, "--dry-run")[0] == 2
+    for state in ("done", "refused"):
+        write_record("out", JobRecord(command, state, "", [start]))
+        assert submitted(capsys, *command, "--dry-run")[0] == 2
+
+
+def test_rows_are_looked_at_too(capsys):
+    write_image("a.tif", np.zeros((8, 8), np.uint16))
+    Path("out/done").mkdir(parents=True)
+    Path("out/done/a_labels.tif").touch()
+    rows = [{"name": "new", "peak-threshold": "0.5"}, {"name": "done", "peak-threshold": "0.6"}]
+    with pytest.raises(UsageError, match=r"row 2 of the table \(done\): .*must not hold results"):
+        planned("segment", "a.tif", "-o", "out", table=rows, look=True)
+    assert len(planned("segment", "a.tif", "-o", "out", table=rows[:1], look=True)) == 1
+
+
+def test_an_index_may_be_in_its_root():
+    dataset = "JUMPCellPaintingMultiView:root=far:index=fields.csv"
+    command = ["pretrain", "ssl.yaml", f"train.dataset_path={dataset}"]
+    Path("far").mkdir()
+    with pytest.raises(UsageError, match=r"got index=fields\.csv"):
+        planned(*command, look=True)
+    Path("far/fields.csv").touch()
+    assert len(planned(*command, look=True)) == 1
+
+
+def test_variables_of_the_site_name_data(blob_data, capsys, monkeypatch):
+    monkeypatch.delenv("BLOBS", raising=False)
+    Path("train.yaml").write_text(re.sub(r"data/(\w+)", r"'${BLOBS}/\1'", FINE_TUNING))
+    command = ["train", "train.yaml", "--dry-run"]
+    assert submitted(capsys, *command)[0] == 2
+    code, _, err = submitted(capsys, *command, "--set", f"environment.BLOBS={blob_data}")
+    assert code == 0, err
+    assert "BLOBS" not in os.environ
 
 
 def test_another_configuration_in_the_folder_of_a_run_is_told_before(blob_data):

@@ -26,7 +26,7 @@ from dinocell.cluster.shards import (
     run_shard,
     shard_states,
 )
-from dinocell.errors import DINOCellError, UsageError
+from dinocell.errors import ConfigError, DINOCellError, UsageError
 from dinocell.image_io import find_images, write_image
 from dinocell.journal import JOURNAL_NAME
 from dinocell.model import save_model
@@ -186,6 +186,26 @@ def test_overwriting_begins_anew_with_all(plate, options, tmp_path, alone):
         found.pop("cells.csv")
         assert without_order(found) == without_order(results(expected))
         assert found["settings.json"] != alone["settings.json"]
+
+
+def test_other_images_of_a_folder_keep_their_settings(plate, options, tmp_path):
+    """Results in one folder share them, also when a batch in parts joins later."""
+    from dataclasses import replace
+
+    paths = [path for path in find_images([str(plate)]) if path.stem != "broken"]
+    segment_files(paths[:2], tmp_path, replace(options, peak_threshold=0.3), shown=False)
+    plan_shards(paths[2:], tmp_path, options, 2)
+    with pytest.raises(ConfigError, match="must share their settings, got other values of peak"):
+        run_shard(tmp_path, 0, shown=False)
+
+
+def test_a_broken_plan_is_overwritten(plate, options, tmp_path):
+    from dataclasses import replace
+
+    paths = find_images([str(plate)])
+    plan_shards(paths, tmp_path, options, 2)
+    (tmp_path / "shards" / "plan.json").write_text("{")
+    assert plan_shards(paths, tmp_path, replace(options, overwrite=True), 3).count == 3
 
 
 def test_overwriting_waits_for_who_is_at_work(plate, options, tmp_path):
@@ -370,6 +390,28 @@ def test_a_claim_that_was_taken_over_is_put_back(tmp_path, monkeypatch):
         pass
     assert json.loads((folder / "claim.json").read_text())["job"] == "of the quicker one"
     assert [path.name for path in folder.iterdir()] == ["claim.json"]
+
+
+def test_a_claim_that_is_being_written_is_held(plate, options, tmp_path):
+    plan_shards(find_images([str(plate)]), tmp_path, options, 3)
+    path = claim(tmp_path)
+    path.write_text("")
+    with pytest.raises(DINOCellError, match="must be run by one process"):
+        run_shard(tmp_path, 0, shown=False)
+    os.utime(path, (1.0, 1.0))  # left so by a process that was killed
+    run_shard(tmp_path, 0, shown=False)
+
+
+def test_a_claim_is_put_back_without_hard_links(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    path = tmp_path / "claim.json"
+    path.write_text('{"job": "of the quicker one"}')
+    with pytest.raises(FileExistsError):
+        shards._take_away(path, {"job": "of a dead one"})
+    assert [item.name for item in tmp_path.iterdir()] == ["claim.json"]
 
 
 def test_claims_without_hard_links(tmp_path, monkeypatch):

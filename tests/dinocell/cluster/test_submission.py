@@ -175,6 +175,10 @@ def test_a_dependency_that_nobody_knows_is_refused(slurm, tmp_path):
             submit([run], SiteProfile(), dependency=given)
     for given in ("6", "afterany:5", "singleton"):  # ours may be forgotten by SLURM
         assert submit([run], SiteProfile(), dependency=given).job == "8"
+    assert submit([run], SiteProfile(), dependency="99", look=False).job == "8"
+    note_submission([Submission("98", "b", ["pretrain"], "elsewhere", "log", 0.0, "south")])
+    with pytest.raises(UsageError, match="got 98: leave out"):
+        submit([run], SiteProfile(), dependency="98")
 
 
 def test_sbatch_says_nothing_beside_the_sentence(slurm, tmp_path, capfd):
@@ -212,10 +216,31 @@ def test_a_waiting_array_keeps_its_plan(slurm, masks, capsys):
     assert exit_code(*command, "1") == 0
     plan = Path("out/shards/plan.json").read_text()
     slurm.job("7", JobState="PENDING")
-    for more in (["1", "--peak-threshold", "0.9"], ["1", "--overwrite", "--dependency", "6"]):
+    for more in (["1", "--peak-threshold", "0.9"], ["1", "--overwrite", "--dependency", "7"],
+                 ["1", "--local", "--peak-threshold", "0.9"]):  # fmt: skip
         assert exit_code(*command, *more) == 2
         assert "which job 7 has (pending)" in capsys.readouterr().err
         assert Path("out/shards/plan.json").read_text() == plan
+    assert exit_code("shards", "plan", "2", "pred", "-o", "out", "--allow-mask") == 2
+    assert "or cancel it (scancel 7)" in capsys.readouterr().err
+    assert Path("out/shards/plan.json").read_text() == plan
+
+
+def test_a_batch_may_wait_for_itself(slurm, masks, capsys):
+    """Behind its array and the merging of that: both are named, and then accepted."""
+    slurm.script("sbatch", "n=$(cat FOLDER/n 2>/dev/null || echo 7); echo $((n + 1)) > FOLDER/n; "
+                 "echo Submitted batch job $n".replace("FOLDER", str(slurm.folder)))  # fmt: skip
+    command = ["submit", "segment", "pred", "-o", "out", "--allow-mask", "--shards", "1"]
+    assert exit_code(*command) == 0
+    array, merging = re.findall(r"^job (\d+)", capsys.readouterr().out, re.MULTILINE)
+    (Path("out/shards/0000") / "images.jsonl").touch()  # begun
+    slurm.job(array, JobState="RUNNING")
+    slurm.job(merging, JobState="PENDING")
+    assert exit_code(*command) == 2
+    wanted = f"afterany:{array}:{merging}"
+    assert wanted in capsys.readouterr().err
+    assert exit_code(*command, "--dependency", wanted) == 0
+    assert capsys.readouterr().out.count("cancel:") == 1
 
 
 def test_a_folder_that_slurm_would_rename_is_refused(slurm, tmp_path):
@@ -273,7 +298,7 @@ def test_local_failure_keeps_the_reason(masks, capfd):
     assert shown.count("nowhere") == 2  # in the command, and in the sentence
     record = read_record("r")
     assert record is not None
-    assert record.state == "failed"
+    assert record.state == "refused"
     assert "nowhere" in record.reason
 
 

@@ -112,7 +112,7 @@ def test_done(job):
     ("behaviour", "code", "state", "reason"),
     [
         ("sys.exit('dinocell: error: the file must exist')", 1, "failed", "the file must exist"),
-        ("print('dinocell: error: no such option', file=sys.stderr); sys.exit(2)", 2, "failed",
+        ("print('dinocell: error: no such option', file=sys.stderr); sys.exit(2)", 2, "refused",
          "no such option"),
         ("raise ValueError('odd')", 1, "failed", "ValueError: odd"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "out_of_memory", "raise mem, or lower batch size"),
@@ -440,6 +440,7 @@ def test_later_starts_of_a_segmentation_go_on(job, slurm):
         ("segment x -o out", "cancelled", "segment x -o out --resume"),
         ("segment x -o out", "failed", "segment x -o out --resume"),
         ("segment x -o out", "done", "segment x -o out"),
+        ("segment x -o out", "refused", "segment x -o out"),
         ("segment y -o out", "cancelled", "segment y -o out"),
         ("segment x -o out --overwrite", "cancelled", "segment x -o out --overwrite"),
     ],
@@ -462,6 +463,33 @@ def test_the_end_of_each_job_is_kept(job, slurm):
     end(job("", SLURM_JOB_ID="6"))
     assert the_record().ends == {"5": ("failed", "an accident", ""), "6": ("done", "", "")}
     assert the_record().end_of("5") == ("failed", "an accident", "")
+
+
+def test_a_job_that_runs_again_has_no_end(job, slurm):
+    slurm.job("5")
+    end(job("sys.exit('dinocell: error: an accident')", SLURM_JOB_ID="5"))
+    slurm.job("5", Restarts=1)
+    job("after('ready'); time.sleep(60)", SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1")
+    wait_until(Path("ready").exists)
+    assert the_record().end_of("5") is None
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("pretrain c.yaml", "submit it again to go on"),
+        ("pretrain c.yaml --no-resume", "submit it again without --no-resume to go on"),
+        ("segment x -o out --overwrite", "submit it again without --overwrite to go on"),
+    ],
+)
+def test_what_to_do_after_a_cancellation(job, slurm, command, advice):
+    slurm.job("5", JobState="COMPLETING")
+    process = job(SAVES, command, SLURM_JOB_ID="5")
+    wait_until(Path("ready").exists)
+    process.send_signal(signal.SIGTERM)
+    end(process)
+    assert the_record().state == "cancelled"
+    assert the_record().reason.endswith(advice)
 
 
 def test_a_sentence_is_said_once(job):
@@ -493,6 +521,24 @@ def test_of_many_images_one_that_takes_the_memory_costs_no_others(job, slurm):
     assert not [call for call in slurm.calls() if "requeue" in call]
 
 
+def test_memory_that_suits_no_image_ends_the_part(job, slurm):
+    """A few ends in a row, none of which has brought an image to its end: not three for each."""
+    slurm.job("5")
+    Path("run").mkdir()
+    behaviour = """
+from dinocell.journal import kills, note_begin
+Path("starts").open("a").write("x")
+seen = kills(Path("run"))
+note_begin(Path("run"), min("abcdefghijkl", key=lambda name: seen[name]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    code, _ = end(job(behaviour, "shards run out 0", SLURM_JOB_ID="5"))
+    assert code == 137
+    assert len(Path("starts").read_text()) == 2 * journal.MAX_KILLS
+    assert the_record().state == "out_of_memory"
+    assert "raise mem" in the_record().reason
+
+
 def test_a_part_that_is_killed_without_an_image_ends(job, slurm):
     slurm.job("5")
     code, _ = end(job("os.kill(os.getpid(), signal.SIGKILL)", "shards run out 0", SLURM_JOB_ID="5"))
@@ -503,7 +549,7 @@ def test_a_part_that_is_killed_without_an_image_ends(job, slurm):
 @pytest.mark.parametrize(
     ("behaviour", "state"),
     [
-        ("print('dinocell: error: no such option', file=sys.stderr); sys.exit(2)", "failed"),
+        ("print('dinocell: error: no such option', file=sys.stderr); sys.exit(2)", "refused"),
         ("sys.exit('RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed.')",
          "out_of_memory"),
     ],
