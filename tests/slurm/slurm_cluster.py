@@ -90,14 +90,14 @@ class Cluster:
         return self.sbatch(*wishes, "--wrap", "sleep 1")
 
 
-def wait_for(condition, within_s: float = 90, what: str = "") -> None:
+def wait_for(condition, within_s: float = 90, what: str = "", every_s: float = 0.2) -> None:
     """Wait until a function gives something true."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError, AttributeError):
             if condition():
                 return
-        time.sleep(0.2)
+        time.sleep(every_s)
     raise AssertionError(f"not within {within_s} s: {what or condition}")
 
 

@@ -458,9 +458,13 @@ def test_array_over_images_with_killed_tasks(cluster, tmp_path, plate, alone):
         line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job ")
     )
     shards = tmp_path / "out" / "shards"
-    wait_for(lambda: len((shards / "0001" / "images.jsonl").read_text().splitlines()) >= 2)
+    task = cluster.wait(f"{job}_0", "RUNNING")["JobId"]
+    wait_for(lambda: (shards / "0000" / "images.jsonl").read_text().count("\n") >= 1, every_s=0.05)
+    # Frozen in the middle, before SLURM's commands have taken their time.
+    for number in processes_of(task):
+        os.kill(number, signal.SIGSTOP)
+    wait_for(lambda: (shards / "0001" / "images.jsonl").read_text().count("\n") >= 1)
     cluster.run("scontrol", "requeue", f"{job}_1")
-    wait_for(lambda: len((shards / "0000" / "images.jsonl").read_text().splitlines()) >= 2)
     cluster.run("scancel", "--signal=KILL", f"{job}_0")
     for task in range(3):
         cluster.wait(f"{job}_{task}", "COMPLETED", "FAILED", "CANCELLED")
