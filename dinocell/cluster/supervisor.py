@@ -27,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -62,6 +63,7 @@ _HANDED_ON = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 _WAIT_FOR_END_S = 90.0  # for SLURM to end a job that it has requeued
 _LINES_KEPT = 200
 _FRUITLESS_KILLS = 2 * MAX_KILLS  # in a row, with no image done: the memory suits none of them
+_SURVIVES_S = 1.0  # whoever ends a task whole ends this process by then, and no image is blamed
 _OTHERS_TELL_S = 3.0  # for the process that failed first to write down why
 _FAR_OTHERS_TELL_S = 10.0  # the same, where a network folder may show its note late
 _LEFT_ALONE_S = 10.0  # for a process to end by itself when another of its job has failed
@@ -231,6 +233,7 @@ class _Supervisor:
         told = self.received is not None or self.told_to_end or self.killed_it
         if self.job.command[:2] != ("shards", "run") or not killed or told:
             return False
+        time.sleep(_SURVIVES_S)
         done = saved_progress(self.job.command, self.job.run_dir)
         self.fruitless = self.fruitless + 1 if done == self.images_done else 0
         self.images_done = done
@@ -348,7 +351,7 @@ class _Supervisor:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=partial(_die_with_parent, os.getpid()),
         )
         if self.received is not None:  # between the handlers and the child
             self._hand_on(self.child, self.received)
@@ -626,10 +629,12 @@ def _last_sentence(lines: Sequence[str]) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """In the child: be killed when the parent is, which has its own session (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it was killed before that
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _oom_kills() -> int:
