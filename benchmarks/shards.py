@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from dinocell.batch import FAILURES_NAME, JOURNAL_NAME, SegmentOptions
+from dinocell.batch import SegmentOptions
 from dinocell.cluster.record import shard_folder
 from dinocell.cluster.shards import merge_shards, plan_shards, shard_states
 from dinocell.image_io import find_images
+from dinocell.journal import FAILURES_NAME, JOURNAL_NAME
 
 __all__ = ["main"]
 
