@@ -417,7 +417,6 @@ def _open_folder(
     """
     settings_path = out / SETTINGS_NAME
     label_names = [EXPORT_FORMATS[name].suffix for name in options.formats]
-    present = present_results(paths, out, options.formats)
     if not (options.resume or options.overwrite):
         refuse_results(paths, out, options.formats)
     journal = read_journal(journal_path)
@@ -432,7 +431,7 @@ def _open_folder(
                 f"results in one folder must share their settings, got other values of "
                 f"{', '.join(differing)} than {settings_path}: choose another folder or --overwrite"
             )
-    elif present and options.resume and not is_part:
+    elif options.resume and not is_part and present_results(paths, out, options.formats):
         raise UsageError(
             f"--resume must find the settings of the results, got no {settings_path}: choose another "
             "folder or --overwrite"
