@@ -50,7 +50,7 @@ setup(
     package_dir={"dinov3": "dinov3_modified/dinov3"},
     package_data={
         "dinocell": ["models/*.safetensors", "models/*.md", "models/*.png", "samples/**/*"],
-        "dinov3": ["configs/*.yaml"],
+        "dinov3": ["configs/*.yaml", "cells/*.yaml"],
     },
     install_requires=[
         "torch>=2.7",

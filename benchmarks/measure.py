@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.measure import regionprops_table
 
-from dinocell.exports import write_coco_rle, write_geojson, write_table_csv
-from dinocell.measure import SCIKIT_IMAGE_NAMES, measure_labels
+from dinocell.results.exports import write_coco_rle, write_geojson, write_table_csv
+from dinocell.results.measure import SCIKIT_IMAGE_NAMES, measure_labels
 
 __all__ = ["main", "synthetic_cells"]
 

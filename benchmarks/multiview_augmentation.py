@@ -14,16 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dinocell.backbone import import_dinov3
-
 RESULT = Path(__file__).parent / "results" / "multiview_augmentation.json"
 
 
 def main() -> None:
     """See the module."""
     torch.set_num_threads(1)
-    fields = import_dinov3("data.fields")
-    views = import_dinov3("data.augmentations_multiview")
+    from dinov3.cells import fields
+    from dinov3.data import augmentations_multiview as views
+
     rng = np.random.default_rng(0)
     planes = {c: rng.gamma(2, 300, (1080, 1080)).astype(np.uint16) for c in "ABCDE"}
     field = fields.make_field("benchmark", planes)

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from dinocell.backbone import import_dinov3
-
 RESULT = Path(__file__).parent / "results" / "patch_adaptation.json"
 
 
@@ -46,8 +44,9 @@ def smooth(kernel: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     """See the module."""
     torch.set_num_threads(1)
-    adaptation = import_dinov3("checkpointer.patch_size_adaptation")
-    vits = import_dinov3("models.vision_transformer")
+    from dinov3.checkpointer import patch_size_adaptation as adaptation
+    from dinov3.models import vision_transformer as vits
+
     torch.manual_seed(0)
     options = {"layerscale_init": 0.5, "n_storage_tokens": 4, "pos_embed_rope_dtype": "fp32"}
     large, small = vits.vit_small(16, **options).eval(), vits.vit_small(8, **options).eval()

@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from dinocell.distance_map import DEFAULT_TARGET, labels_to_distance_map
-from dinocell.watershed import distance_map_to_labels, find_markers, flood, quantize
+from dinocell.segmentation.distance_map import DEFAULT_TARGET, labels_to_distance_map
+from dinocell.segmentation.watershed import distance_map_to_labels, find_markers, flood, quantize
 
 __all__ = ["main"]
 

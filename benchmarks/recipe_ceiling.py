@@ -38,11 +38,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dinocell.distance_map import TARGETS, labels_to_distance_map
 from dinocell.evaluation import ctc_counts, match_counts, overlap_table, tune_thresholds
 from dinocell.evaluation.metrics import DSB2018_IOU_THRESHOLDS
-from dinocell.image_io import read_labels
-from dinocell.watershed import distance_map_to_labels, flood
+from dinocell.io.images import read_labels
+from dinocell.segmentation.distance_map import TARGETS, labels_to_distance_map
+from dinocell.segmentation.watershed import distance_map_to_labels, flood
 
 __all__ = ["main"]
 

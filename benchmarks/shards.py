@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from dinocell.batch import SegmentOptions
+from dinocell.batch.journal import FAILURES_NAME, JOURNAL_NAME
+from dinocell.batch.parts import merge_shards, plan_shards, shard_states
+from dinocell.batch.run import SegmentOptions
 from dinocell.cluster.record import shard_folder
-from dinocell.cluster.shards import merge_shards, plan_shards, shard_states
-from dinocell.image_io import find_images
-from dinocell.journal import FAILURES_NAME, JOURNAL_NAME
+from dinocell.io.images import find_images
 
 __all__ = ["main"]
 

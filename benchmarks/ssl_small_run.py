@@ -59,21 +59,23 @@ def train(strategy: str, overrides: list[str]) -> None:
     """Pretrain, and write the weights it started from."""
     import torch
 
-    from dinocell.backbone import import_dinov3
-    from dinocell.training.pretrain import pretrain
+    from dinocell.pretraining.run import pretrain
 
     start = FOLDER / "cells_start.pth"
     if not start.is_file():
-        config = import_dinov3("configs.config")
+        from dinov3.configs import config
+
         args = config.DinoV3SetupArgs(str(CONFIG), output_dir=str(FOLDER / "start"))
         cfg = config.get_cfg_from_args(args)
         torch.manual_seed(0)
-        model = import_dinov3("train.ssl_meta_arch").SSLMetaArch(cfg)
+        from dinov3.train.ssl_meta_arch import SSLMetaArch
+
+        model = SSLMetaArch(cfg)
         model.prepare_for_distributed_training()
         model.init_weights()
         torch.save(model.student.backbone.state_dict(), start)
     evaluation = [
-        "ssl_evaluation.hook=dinocell.training.ssl_evaluation:make_evaluation",
+        "ssl_evaluation.hook=dinocell.pretraining.teacher_evaluation:make_evaluation",
         "ssl_evaluation.period_iterations=150",
         f"ssl_evaluation.data={DATA / 'dsb2018'}",
     ]
@@ -83,7 +85,7 @@ def train(strategy: str, overrides: list[str]) -> None:
 
 def report() -> None:
     """Consistency of each run's teacher and of the common start, on trained and on held-out fields."""
-    from dinocell.inspection import inspect_checkpoints
+    from dinocell.probing.inspection import inspect_checkpoints
 
     checkpoints = {"start": FOLDER / "cells_start.pth"}
     for folder in sorted(FOLDER.glob("cells_*/eval")):

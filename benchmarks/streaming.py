@@ -47,8 +47,8 @@ def write_store(root: Path, count: int) -> tuple[list[Any], float]:
     """Fields under different keys; the number of bytes of one on average."""
     import tifffile
 
+    from dinov3.cells.streaming.index import FieldRecord
     from dinov3.data.datasets.jump_cellpainting import JUMPCellPaintingMultiView
-    from dinov3.data.streaming.index import FieldRecord
 
     source = JUMPCellPaintingMultiView(root=str(DATA / "cellpainting"), missing="allow")
     planes = []
@@ -300,7 +300,7 @@ def main() -> None:
     args = parser.parse_args()
     if not (DATA / "cellpainting").is_dir():
         raise SystemExit(f"real images must be at {DATA}: set DINOCELL_DATA to their folder")
-    from dinov3.data.streaming.index import IndexWriter
+    from dinov3.cells.streaming.index import IndexWriter
 
     if len(_CORES) > 1:
         os.sched_setaffinity(0, set(_CORES[:-1]))

@@ -12,9 +12,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dinocell.tree import install_finder
+
 if TYPE_CHECKING:
     from dinocell.errors import DINOCellError
-    from dinocell.model import DINOCell, create_dinocell_model
+    from dinocell.network.model import DINOCell, create_dinocell_model
     from dinocell.pipeline import DINOCellPipeline, Segmentation, segment
 
 __version__ = "0.1.0"
@@ -29,12 +31,14 @@ __all__ = [
     "segment",
 ]
 
+install_finder()
+
 _HOME = {
-    "DINOCell": "dinocell.model",
+    "DINOCell": "dinocell.network.model",
     "DINOCellError": "dinocell.errors",
     "DINOCellPipeline": "dinocell.pipeline",
     "Segmentation": "dinocell.pipeline",
-    "create_dinocell_model": "dinocell.model",
+    "create_dinocell_model": "dinocell.network.model",
     "segment": "dinocell.pipeline",
 }
 

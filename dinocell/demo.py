@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinocell.batch import BatchResult, SegmentOptions, segment_files
+from dinocell.batch.run import BatchResult, SegmentOptions, segment_files
 from dinocell.errors import UsageError
 from dinocell.evaluation.evaluate import EvaluationReport, evaluate_pairs
-from dinocell.image_io import read_labels
+from dinocell.io.images import read_labels
 from dinocell.pipeline import DEFAULT_MODEL
 from dinocell.scenes import sample_paths
 

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import ImageFileError, UsageError
-from dinocell.image_io import looks_like_labels, read_image, select_channels
-from dinocell.inference import predict_distance_map
-from dinocell.model import DINOCell, load_model, resolve_device, with_config
-from dinocell.preprocess import normalize_intensity
-from dinocell.watershed import distance_map_to_labels
+from dinocell.io.images import looks_like_labels, read_image, select_channels
+from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
+from dinocell.segmentation.inference import predict_distance_map
+from dinocell.segmentation.preprocess import normalize_intensity
+from dinocell.segmentation.watershed import distance_map_to_labels
 
 if TYPE_CHECKING:
-    from dinocell.measure import CellTable
+    from dinocell.results.measure import CellTable
 
 __all__ = ["DINOCellPipeline", "Segmentation", "segment"]
 
@@ -61,13 +61,13 @@ class Segmentation:
 
     def measure(self) -> CellTable:
         """One row per cell; scikit-image's names, µm columns where the pixel size is known."""
-        from dinocell.measure import measure_labels
+        from dinocell.results.measure import measure_labels
 
         return measure_labels(self.labels, self.image, pixel_size_um=self.pixel_size_um)
 
     def summary(self) -> dict[str, Any]:
         """Number of cells, confluency, mean area of this image."""
-        from dinocell.measure import summarize
+        from dinocell.results.measure import summarize
 
         return summarize(self.labels, self.measure())
 
@@ -82,7 +82,7 @@ class Segmentation:
         """Write everything about this image into `folder`; the label image comes last.
 
         `NAME_cells.csv`, `NAME_overlay.png` (unless `overlay=False`), and one label file per format
-        of `dinocell.exports.EXPORT_FORMATS` (`tif`, `png`, `geojson`, ...).  Each file appears
+        of `dinocell.results.exports.EXPORT_FORMATS` (`tif`, `png`, `geojson`, ...).  Each file appears
         whole or not at all; a present label file therefore means the image is done.
 
         Returns
@@ -90,8 +90,8 @@ class Segmentation:
         dict
             Kind → path.
         """
-        from dinocell.exports import EXPORT_FORMATS
-        from dinocell.visualize import overlay_panel, write_png
+        from dinocell.results.exports import EXPORT_FORMATS
+        from dinocell.results.pictures import overlay_panel, write_png
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

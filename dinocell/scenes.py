@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import fft, ndimage
 
-from dinocell.image_io import write_image, write_labels
+from dinocell.io.images import write_image, write_labels
 
 __all__ = ["SCENE_KINDS", "Scene", "make_scene", "sample_paths", "write_samples", "write_scene"]
 

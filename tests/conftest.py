@@ -27,7 +27,7 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def blob_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set a network learns in seconds: bright discs with noise; 6 images and labels."""
-    from dinocell.image_io import write_image, write_labels
+    from dinocell.io.images import write_image, write_labels
 
     folder = tmp_path_factory.mktemp("blobs")
     rng = np.random.default_rng(7)
@@ -63,7 +63,7 @@ def small_model():  # type: ignore[no-untyped-def]
     """A network of random weights, small and quick, in eval mode."""
     import torch
 
-    from dinocell.model import create_dinocell_model
+    from dinocell.network.model import create_dinocell_model
 
     torch.manual_seed(0)
     model = create_dinocell_model(

@@ -154,7 +154,7 @@ def test_readme_commands_are_known():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     from typer.main import get_command
 
-    from dinocell.cli import app
+    from dinocell.cli.app import app
 
     known = set(get_command(app).commands)
     named = set(re.findall(r"^dinocell ([a-z]+)", text, flags=re.M))

@@ -16,7 +16,7 @@ from dinocell.errors import DINOCellError, UsageError
 from dinocell.progress import progress
 
 if TYPE_CHECKING:
-    from dinocell.cluster.shards import ShardPlan
+    from dinocell.batch.parts import ShardPlan
 
 __all__ = ["COMMANDS", "PlannedRun", "plan_runs", "plan_shard_runs", "read_table", "run_dir_of"]
 
@@ -105,7 +105,7 @@ def plan_runs(
 
 def plan_shard_runs(plan: ShardPlan) -> tuple[list[PlannedRun], PlannedRun]:
     """The parts of a divided batch that are not complete, and the merging that comes after them."""
-    from dinocell.cluster.shards import open_shards
+    from dinocell.batch.parts import open_shards
 
     name = f"segment-{plan.out.name}"
     parts = [
@@ -137,7 +137,7 @@ def run_dir_of(name: str, parameters: Mapping[str, Any]) -> Path:
         given = parameters["output_dir"]
         return Path(given) if given else Path("runs/ssl") / Path(parameters["config"]).stem
     if name == "train":
-        from dinocell.config import load_config
+        from dinocell.settings import load_config
 
         return Path(load_config(parameters["config"], parameters["overrides"] or []).output_dir)
     if name == "segment":
@@ -197,7 +197,7 @@ def _check(
             _refuse_results(parameters, run_dir)
     overrides = list(parameters.get("overrides") or [])
     if name == "train":
-        from dinocell.config import load_config
+        from dinocell.settings import load_config
 
         config = load_config(parameters["config"], overrides)
         if look is not None:
@@ -210,12 +210,13 @@ def _check(
 
                 refuse_other_run(config)
     elif name == "pretrain":
-        from dinocell.backbone import import_dinov3, tree_is_bundled
+        from dinocell.tree import tree_is_bundled
 
         path = Path(parameters["config"])
         if not path.is_file():
             raise UsageError(f"the configuration must be a file, got {path}: see configs/ssl")
-        configs = import_dinov3("configs")
+        from dinov3 import configs
+
         if not tree_is_bundled():
             return
         arguments = SimpleNamespace(config_file=str(path), output_dir=str(run_dir), opts=overrides)
@@ -227,7 +228,8 @@ def _check(
             _look_for_weights("student.pretrained_weights", settings.student.pretrained_weights)
             _look_for_fields(str(settings.train.dataset_path))
             if (run_dir / "ckpt").is_dir() and not parameters["no_resume"]:
-                program = import_dinov3("train.train")
+                from dinov3.train import train as program
+
                 try:
                     program.check_resumption(settings, run_dir, resume=True)
                 except ValueError as error:
@@ -238,15 +240,15 @@ def _refuse_results(parameters: Mapping[str, Any], out: Path) -> None:
     """What the job would refuse: results of the images without --resume or --overwrite."""
     if not out.is_dir() or parameters["resume"] or parameters["overwrite"]:
         return
-    from dinocell.batch import refuse_results
-    from dinocell.image_io import find_images
+    from dinocell.batch.run import refuse_results
+    from dinocell.io.images import find_images
 
     paths = find_images(parameters["images"], recursive=parameters["recursive"])
     refuse_results(paths, out, parameters["format"] or ["tif"])
 
 
 def _look_for_weights(key: str, name: str | None) -> None:
-    from dinocell.weights import find_weights
+    from dinocell.network.weights import find_weights
 
     if name and not find_weights(name).exists():
         raise UsageError(f"{key} must be a file that exists, got {name}: {_ELSEWHERE}")

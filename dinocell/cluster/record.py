@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from dinocell.image_io import atomic_path
-from dinocell.journal import JOURNAL_NAME, count_rows
+from dinocell.batch.journal import JOURNAL_NAME, count_rows
+from dinocell.io.images import atomic_path
 
 __all__ = [
     "BEGINS_ANEW",

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from dinocell.config import config_from_mapping
 from dinocell.errors import ConfigError
+from dinocell.settings import config_from_mapping
 
 __all__ = ["SiteProfile", "find_site", "load_site", "minutes_of"]
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from dinocell.batch.journal import MAX_KILLS, suspect_images_in_work
 from dinocell.cluster.record import (
     BEGINS_ANEW,
     JobRecord,
@@ -50,8 +51,7 @@ from dinocell.cluster.record import (
 )
 from dinocell.cluster.slurm import cluster_name, job_states, own_job, requeue
 from dinocell.errors import StoppedError, UsageError
-from dinocell.image_io import atomic_path
-from dinocell.journal import MAX_KILLS, suspect_images_in_work
+from dinocell.io.images import atomic_path
 
 __all__ = ["REQUEUE_WISH", "SupervisedJob", "supervise"]
 
@@ -373,7 +373,7 @@ class _Supervisor:
         return code
 
     def _child_command(self) -> list[str]:
-        return [*self._python(), "-m", "dinocell.cli", *self._command()]
+        return [*self._python(), "-m", "dinocell", *self._command()]
 
     def _command(self) -> list[str]:
         """The command; a start after the first must go on, whatever was said to the first."""

@@ -273,7 +273,7 @@ class EvaluationReport:
         Pooled scores and means are not rows of this table; `to_json` holds them.  The file appears
         whole or not at all.
         """
-        from dinocell.image_io import atomic_path
+        from dinocell.io.images import atomic_path
 
         rows = self.image_rows()
         with (
@@ -289,7 +289,7 @@ class EvaluationReport:
 
         A score that does not exist is null.  The file appears whole or not at all.
         """
-        from dinocell.image_io import atomic_path
+        from dinocell.io.images import atomic_path
 
         document = {
             "iou_thresholds": list(self.iou_thresholds),
@@ -454,7 +454,7 @@ def evaluate_folders(
     ImageFileError
         A file is unreadable or holds no label image.
     """
-    from dinocell.image_io import read_labels
+    from dinocell.io.images import read_labels
 
     paths = pair_folders(pred_dir, truth_dir, allow_missing_predictions=allow_missing_predictions)
 

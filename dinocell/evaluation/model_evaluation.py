@@ -15,8 +15,8 @@ from dinocell.evaluation.evaluate import (
     evaluate_pairs,
 )
 from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
-from dinocell.image_io import find_images, read_labels
-from dinocell.model import load_model, save_model, with_config
+from dinocell.io.images import find_images, read_labels
+from dinocell.network.model import load_model, save_model, with_config
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.progress import progress
 

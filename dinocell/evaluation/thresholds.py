@@ -111,7 +111,7 @@ class TuningResult:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write `rows` as CSV; the file appears whole or not at all."""
-        from dinocell.image_io import atomic_path
+        from dinocell.io.images import atomic_path
 
         rows = self.rows()
         with (
@@ -159,7 +159,7 @@ def tune_thresholds(
         finds a maximum that no single threshold can improve, which is not always the highest.
     to_labels : callable, optional
         ``to_labels(distance_map, *, peak_threshold, fill_threshold, min_prominence, min_area_px)``
-        → (H, W) integer labels.  Default: `dinocell.watershed.distance_map_to_labels`.
+        → (H, W) integer labels.  Default: `dinocell.segmentation.watershed.distance_map_to_labels`.
     progress : callable, optional
         Called after each combination with the number tried so far and the point.
 
@@ -176,7 +176,7 @@ def tune_thresholds(
         There is no sample, or no true cell in any of them.
     """
     if to_labels is None:
-        from dinocell.watershed import distance_map_to_labels
+        from dinocell.segmentation.watershed import distance_map_to_labels
 
         to_labels = distance_map_to_labels
     if average not in ("pooled", "mean"):

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.config import AugmentConfig
+from dinocell.settings import AugmentConfig
 
 __all__ = [
     "CropParameters",

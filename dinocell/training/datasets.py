@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dinocell.config import AugmentConfig, DataConfig, DatasetConfig, ModelConfig
-from dinocell.distance_map import labels_to_distance_map
 from dinocell.errors import DataSetError
-from dinocell.image_io import find_images, looks_like_labels, read_image, read_labels
-from dinocell.preprocess import normalize_intensity, to_model_input
+from dinocell.io.images import find_images, looks_like_labels, read_image, read_labels
 from dinocell.progress import progress
+from dinocell.segmentation.distance_map import labels_to_distance_map
+from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
+from dinocell.settings import AugmentConfig, DataConfig, DatasetConfig, ModelConfig
 from dinocell.training.augment import (
     apply_intensity,
     crop_image,

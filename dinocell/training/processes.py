@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dinocell.backbone import import_dinov3
 from dinocell.errors import ConfigError, DINOCellError
-from dinocell.model import resolve_device
+from dinocell.network.model import resolve_device
 
 __all__ = ["Processes", "is_main_process", "processes_of_run"]
 
@@ -76,7 +75,9 @@ class Processes:
         if self.world_size == 1:
             return flag
         if self._agreement is None:
-            self._agreement = import_dinov3("train.interruption").StopAgreement(self.device)
+            from dinov3.cells.interruption import StopAgreement
+
+            self._agreement = StopAgreement(self.device)
         return bool(self._agreement.agreed(flag, step))
 
     def on_main(self, work: Callable[[], Value]) -> Value:
@@ -124,7 +125,9 @@ class Processes:
     def average_gradients(self, module: nn.Module) -> None:
         """Replace every gradient by its mean over processes."""
         if self.world_size > 1:
-            import_dinov3("fsdp.replicate").average_gradients(module)
+            from dinov3.cells.replicate import average_gradients
+
+            average_gradients(module)
 
     def share_weights(self, module: nn.Module) -> None:
         """Parameters and buffers of process 0 for all."""
@@ -135,7 +138,9 @@ class Processes:
 
 def is_main_process() -> bool:
     """Whether this process is the only one or the first of those started together."""
-    return int(import_dinov3("distributed").TorchDistributedEnvironment().rank) == 0
+    from dinov3.distributed import TorchDistributedEnvironment
+
+    return int(TorchDistributedEnvironment().rank) == 0
 
 
 @contextmanager
@@ -157,7 +162,8 @@ def processes_of_run(device: str) -> Iterator[Processes]:
     UsageError
         As `resolve_device`.
     """
-    distributed = import_dinov3("distributed")
+    from dinov3 import distributed
+
     if distributed.is_enabled():
         world_size = distributed.get_world_size()
         local_rank = torch.cuda.current_device() if torch.cuda.is_available() else 0

@@ -29,8 +29,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from dinocell import __version__
-from dinocell.backbone import load_backbone_weights
-from dinocell.config import OptimizerConfig, TrainConfig, config_to_mapping
 from dinocell.errors import (
     CheckpointError,
     ConfigError,
@@ -39,10 +37,12 @@ from dinocell.errors import (
     StoppedError,
 )
 from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
-from dinocell.image_io import atomic_path
-from dinocell.inference import predict_distance_map
-from dinocell.model import DINOCell, save_model, with_config
+from dinocell.io.images import atomic_path
+from dinocell.network.backbone import load_backbone_weights
+from dinocell.network.model import DINOCell, save_model, with_config
 from dinocell.progress import Progress, progress
+from dinocell.segmentation.inference import predict_distance_map
+from dinocell.settings import OptimizerConfig, TrainConfig, config_to_mapping
 from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
 from dinocell.training.datasets import CropDataset, Pair, read_pair, split_pairs
 from dinocell.training.losses import distance_loss

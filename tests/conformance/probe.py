@@ -61,7 +61,7 @@ def fields(folder: Path) -> dict[str, Any]:
     import numpy as np
     import tifffile
 
-    from dinov3.data.streaming.index import FieldRecord, IndexWriter
+    from dinov3.cells.streaming.index import FieldRecord, IndexWriter
 
     rng = np.random.default_rng(4)
     (folder / "store").mkdir()
@@ -386,7 +386,7 @@ def pretrained(folder: Path) -> dict[str, Any]:
     network["backbone"].init_weights()
     before = network["dino_head"].weight.clone()
     if _is_ours():
-        from dinov3.hooks import load_pretrained
+        from dinov3.cells.hooks import load_pretrained
 
         # The bundled tree reads teachers here and backbones by their own key.
         assert load_pretrained(network, path)
@@ -439,8 +439,8 @@ def views(folder: Path) -> dict[str, Any]:
 
 def order(folder: Path) -> dict[str, Any]:
     """Names of the fields of a store as loaders bring them, without and with workers."""
+    from dinov3.cells.hooks import with_views
     from dinov3.data import SamplerType, make_data_loader, make_dataset
-    from dinov3.hooks import with_views
 
     changes, start_iter = json.loads((folder / "order.json").read_text())
     cfg = _config(f"train.output_dir={folder}/order", *changes)

@@ -6,7 +6,7 @@ import pytest
 
 from dinocell.demo import run_demo
 from dinocell.errors import UsageError
-from dinocell.image_io import read_labels
+from dinocell.io.images import read_labels
 from dinocell.scenes import sample_paths
 
 

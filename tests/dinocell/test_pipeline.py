@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dinocell.errors import ConfigError, ImageFileError, UsageError
-from dinocell.image_io import read_labels, write_image
-from dinocell.inference import predict_distance_map
+from dinocell.io.images import read_labels, write_image
 from dinocell.pipeline import DINOCellPipeline, segment
+from dinocell.segmentation.inference import predict_distance_map
 
 
 def field(height: int = 70, width: int = 90, seed: int = 0) -> np.ndarray:
@@ -75,7 +75,7 @@ def test_each_threshold_changes_the_labels(small_model):
 
 
 def test_normalisation_options_of_the_model_act(small_model):
-    from dinocell.model import with_config
+    from dinocell.network.model import with_config
 
     image = field()
     base = predict_distance_map(small_model, image)

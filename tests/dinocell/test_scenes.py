@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 
 from dinocell import scenes
-from dinocell.image_io import read_image, read_labels
+from dinocell.io.images import read_image, read_labels
 from dinocell.scenes import SCENE_KINDS, make_scene, sample_paths, write_samples
 
 DATA = Path(os.environ.get("DINOCELL_DATA", Path(__file__).parents[2] / "../shared/data"))

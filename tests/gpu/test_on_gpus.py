@@ -63,7 +63,7 @@ def command(*arguments: str, processes: int = 1) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, "-m", "dinocell.cli", "-v", *arguments]
+    return [*launcher, "-m", "dinocell", "-v", *arguments]
 
 
 def environment() -> dict[str, str]:
@@ -104,7 +104,7 @@ def tuned_losses(out: Path) -> list[float]:
 
 
 def test_segment_as_on_the_cpu(blob_data, tmp_path):
-    from dinocell.image_io import read_labels
+    from dinocell.io.images import read_labels
 
     for device in ("cpu", "cuda"):
         run("segment", str(blob_data / "images"), "-o", str(tmp_path / device), "--device", device)

@@ -50,7 +50,7 @@ class Cluster:
     def dinocell(
         self, *arguments: str, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        return self.run(sys.executable, "-m", "dinocell.cli", *arguments, cwd=cwd)
+        return self.run(sys.executable, "-m", "dinocell", *arguments, cwd=cwd)
 
     def submit(self, *arguments: str, cwd: Path) -> str:
         """Number of the job that `dinocell submit` made."""

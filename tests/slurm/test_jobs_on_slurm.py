@@ -286,7 +286,7 @@ def test_killed_process_ends_the_job(cluster, tmp_path, pretraining):
     victims = [
         number
         for number in processes_of(job, rank=1)
-        if b"dinocell.cli" in Path(f"/proc/{number}/cmdline").read_bytes()
+        if b"-m\0dinocell\0" in Path(f"/proc/{number}/cmdline").read_bytes()
     ]
     assert len(victims) == 1
     os.kill(victims[0], signal.SIGKILL)
@@ -357,7 +357,7 @@ def test_gpu_of_the_site(cluster, tmp_path, pretraining):
 @pytest.fixture(scope="module")
 def plate(tmp_path_factory) -> Path:
     """Forty images and one that is none."""
-    from dinocell.image_io import write_image
+    from dinocell.io.images import write_image
 
     folder = tmp_path_factory.mktemp("plate")
     rng = np.random.default_rng(5)

@@ -24,7 +24,7 @@ HERE = ["--cpus-per-task=1", "--mem=800M", "--gres=none"]
 def _dinocell_is_on_the_path(cluster, monkeypatch, tmp_path):
     launcher = tmp_path / "bin" / "dinocell"
     launcher.parent.mkdir()
-    launcher.write_text(f'#!/bin/sh\nexec {sys.executable} -m dinocell.cli "$@"\n')
+    launcher.write_text(f'#!/bin/sh\nexec {sys.executable} -m dinocell "$@"\n')
     launcher.chmod(0o755)
     path = f"{launcher.parent}:{cluster.environment['PATH']}"
     monkeypatch.setitem(cluster.environment, "PATH", path)
@@ -72,7 +72,7 @@ def test_fine_tuning(cluster, tmp_path, fine_tuning):
 
 
 def test_array_and_merge(cluster, tmp_path):
-    from dinocell.image_io import write_image
+    from dinocell.io.images import write_image
 
     rng = np.random.default_rng(1)
     for index in range(4):

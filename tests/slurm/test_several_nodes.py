@@ -32,7 +32,7 @@ def by_torchrun(two_nodes, pretraining, tmp_path) -> Path:
     out = tmp_path / "by_torchrun"
     done = two_nodes.run(
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-        "dinocell.cli", "pretrain", str(pretraining), "-o", str(out),
+        "dinocell", "pretrain", str(pretraining), "-o", str(out),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return out

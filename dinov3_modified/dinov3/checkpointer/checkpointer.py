@@ -479,7 +479,7 @@ def init_model_from_checkpoint_for_evals(
     Args:
         checkpoint_key: "student" or "teacher" (the default) of a file with both.
     """
-    from dinov3.checkpointer.weight_formats import load_backbone
+    from dinov3.cells.weight_formats import load_backbone
 
     load_backbone(model, pretrained_weights, which=checkpoint_key or "teacher")
 

@@ -1,5 +1,6 @@
 """Configuration of a run (matches `dinov3.configs`)."""
 
+from dinov3.cells.validation import IGNORED_KEYS, Difference, compare_configs
 from dinov3.configs.config import (
     DinoV3SetupArgs,
     apply_scaling_rules_to_cfg,
@@ -11,7 +12,6 @@ from dinov3.configs.config import (
     setup_multidistillation,
     write_config,
 )
-from dinov3.configs.validation import IGNORED_KEYS, Difference, compare_configs
 
 __all__ = [
     "IGNORED_KEYS",

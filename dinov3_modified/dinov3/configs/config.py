@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import dinov3.distributed as distributed
-from dinov3.configs.validation import check_keys, warn_of_ignored_keys
+from dinov3.cells.validation import check_keys, warn_of_ignored_keys
 
 __all__ = [
     "DinoV3SetupArgs",
@@ -54,7 +54,8 @@ def get_default_config() -> DictConfig:
     """The contents of `ssl_default_config.yaml` and of `dinocell.yaml`."""
     folder = Path(__file__).parent
     cfg = OmegaConf.merge(
-        OmegaConf.load(folder / "ssl_default_config.yaml"), OmegaConf.load(folder / "dinocell.yaml")
+        OmegaConf.load(folder / "ssl_default_config.yaml"),
+        OmegaConf.load(folder.parent / "cells" / "dinocell.yaml"),
     )
     assert isinstance(cfg, DictConfig)
     return cfg

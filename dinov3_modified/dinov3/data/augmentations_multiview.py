@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dinov3.data.fields import ChannelField
+from dinov3.cells.fields import ChannelField
 
 __all__ = [
     "STRATEGIES",

@@ -30,8 +30,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dinov3.data.datasets import ImageNet
-from dinov3.data.registry import (
+from dinov3.cells.registry import (
     DATASETS,
     DatasetKeyError,
     DatasetSplitError,
@@ -39,6 +38,7 @@ from dinov3.data.registry import (
     parse_dataset_str,
     register_dataset,
 )
+from dinov3.data.datasets import ImageNet
 from dinov3.data.samplers import (
     CountingSampler,
     EpochSampler,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dinov3.fsdp.strategy import resolve_device, resolve_strategy
+from dinov3.cells.strategy import resolve_device, resolve_strategy
 from dinov3.utils import as_torch_dtype
 
 __all__ = [

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dinov3.cells.sinkhorn import sinkhorn_knopp
 from dinov3.distributed import get_process_subgroup
-from dinov3.loss.sinkhorn import sinkhorn_knopp
 
 __all__ = ["DINOLoss"]
 

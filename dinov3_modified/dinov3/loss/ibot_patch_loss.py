@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dinov3.cells.patch_cross_entropy import prototype_cross_entropy
+from dinov3.cells.sinkhorn import Assignment, sinkhorn_knopp, softmax_assignment
 from dinov3.distributed import get_process_subgroup
-from dinov3.loss.patch_cross_entropy import prototype_cross_entropy
-from dinov3.loss.sinkhorn import Assignment, sinkhorn_knopp, softmax_assignment
 
 __all__ = ["SinkhornKnoppTeacher", "iBOTPatchLoss", "lossfunc"]
 

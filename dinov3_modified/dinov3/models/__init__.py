@@ -90,8 +90,8 @@ def build_model_for_eval(
         pretrained_weights: any file that `checkpointer.weight_formats` reads; None or "": random.
         shard_unsharded_model: not in this tree, which evaluates on one device.
     """
-    from dinov3.checkpointer.weight_formats import load_backbone
-    from dinov3.fsdp.strategy import resolve_device
+    from dinov3.cells.strategy import resolve_device
+    from dinov3.cells.weight_formats import load_backbone
 
     if shard_unsharded_model:
         raise ValueError(

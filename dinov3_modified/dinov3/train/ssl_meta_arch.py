@@ -17,21 +17,21 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from dinov3.checkpointer import init_fsdp_model_from_checkpoint
-from dinov3.checkpointer.weight_formats import LoadReport, load_backbone
-from dinov3.configs import get_default_config
-from dinov3.data import DataAugmentationDINO
-from dinov3.distributed import get_process_subgroup, get_subgroup_size, get_world_size
-from dinov3.fsdp.ac_compile_parallelize import ac_compile_parallelize
-from dinov3.fsdp.strategy import (
+from dinov3.cells.sinkhorn import Assignment
+from dinov3.cells.strategy import (
     full_state_dict,
     load_full_state_dict,
     resolve_device,
     resolve_strategy,
 )
+from dinov3.cells.weight_formats import LoadReport, load_backbone
+from dinov3.checkpointer import init_fsdp_model_from_checkpoint
+from dinov3.configs import get_default_config
+from dinov3.data import DataAugmentationDINO
+from dinov3.distributed import get_process_subgroup, get_subgroup_size, get_world_size
+from dinov3.fsdp.ac_compile_parallelize import ac_compile_parallelize
 from dinov3.layers.dino_head import DINOHead
 from dinov3.loss import DINOLoss, GramLoss, KoLeoLoss, KoLeoLossDistributed, iBOTPatchLoss
-from dinov3.loss.sinkhorn import Assignment
 from dinov3.models import build_model_from_cfg
 from dinov3.train.cosine_lr_scheduler import linear_warmup_cosine_decay
 from dinov3.train.param_groups import fuse_params_groups, get_params_groups_with_decay_fsdp

@@ -28,6 +28,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
 import dinov3.distributed as distributed
+from dinov3.cells.interruption import StopRequest
+from dinov3.cells.observers import Observers
+from dinov3.cells.replicate import average_gradients
+from dinov3.cells.strategy import full_state_dict
 from dinov3.checkpointer import (
     find_latest_checkpoint,
     find_latest_valid_checkpoint,
@@ -56,12 +60,8 @@ from dinov3.data import (
 )
 from dinov3.data.loaders import plain_message
 from dinov3.distributed.torch_distributed_wrapper import compute_on
-from dinov3.fsdp.replicate import average_gradients
-from dinov3.fsdp.strategy import full_state_dict
 from dinov3.logging import MetricLogger, setup_logging
 from dinov3.train.cosine_lr_scheduler import CosineScheduler, linear_warmup_cosine_decay
-from dinov3.train.interruption import StopRequest
-from dinov3.train.observers import Observers
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.utils import get_sha
 

@@ -14,13 +14,12 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from dinocell.backbone import import_dinov3
-from dinocell.cli import _look_for_inputs, _parsed, main
+from dinocell.cli.app import _look_for_inputs, _parsed, main
 from dinocell.cluster.plan import plan_runs, read_table, run_dir_of
 from dinocell.cluster.record import JobRecord, Start, write_record
-from dinocell.config import config_to_mapping, load_config
 from dinocell.errors import ConfigError, DINOCellError, UsageError
-from dinocell.image_io import write_image
+from dinocell.io.images import write_image
+from dinocell.settings import config_to_mapping, load_config
 
 PRETRAINING = "train: {dataset_path: 'ImageFolder:root=pictures'}\noptim: {epochs: 3}\n"
 FINE_TUNING = """
@@ -36,7 +35,6 @@ def _configurations(tmp_path, monkeypatch):
     Path("ssl.yaml").write_text(PRETRAINING)
     Path("train.yaml").write_text(FINE_TUNING)
     # Otherwise it would depend on the tests before whether `plan_runs` knows this tree.
-    import_dinov3("configs")
 
 
 def planned(command: str, *arguments: str, table=(), look=False):
@@ -207,7 +205,9 @@ def test_another_configuration_in_the_folder_of_a_run_is_told_before(blob_data):
 
 def test_another_configuration_of_a_pretraining_is_told_before(tmp_path):
     Path("pictures").mkdir()
-    settings = import_dinov3("configs").get_cfg_from_args(
+    from dinov3.configs import get_cfg_from_args
+
+    settings = get_cfg_from_args(
         SimpleNamespace(config_file="ssl.yaml", output_dir="a", opts=[]), strict=True
     )
     (Path("a/ckpt") / "7").mkdir(parents=True)
@@ -240,7 +240,7 @@ def test_a_wrong_configuration_is_told_before(command, sentence):
 
 
 def test_a_wrong_pretraining_is_told_by_a_new_process():
-    command = [sys.executable, "-m", "dinocell.cli", "submit", "pretrain", "ssl.yaml", "--no-look",
+    command = [sys.executable, "-m", "dinocell", "submit", "pretrain", "ssl.yaml", "--no-look",
                "--dry-run"]  # fmt: skip
     right = subprocess.run(command, capture_output=True, text=True, check=False)
     assert right.returncode == 0, right.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dinocell import journal
+from dinocell.batch import journal
 from dinocell.cluster.record import (
     JobRecord,
     Start,
@@ -501,7 +501,7 @@ def test_a_sentence_is_said_once(job):
 # --- memory ---
 
 HUNGRY = """
-from dinocell.journal import note_begin
+from dinocell.batch.journal import note_begin
 Path("starts").open("a").write("x")
 if len(Path("starts").read_text()) < 3:
     note_begin(Path("run"), "big")
@@ -526,7 +526,7 @@ def test_memory_that_suits_no_image_ends_the_part(job, slurm):
     slurm.job("5")
     Path("run").mkdir()
     behaviour = """
-from dinocell.journal import kills, note_begin
+from dinocell.batch.journal import kills, note_begin
 Path("starts").open("a").write("x")
 seen = kills(Path("run"))
 note_begin(Path("run"), min("abcdefghijkl", key=lambda name: seen[name]))

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dinocell.config import AugmentConfig
+from dinocell.settings import AugmentConfig
 from dinocell.training.augment import (
     CropParameters,
     apply_intensity,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dinocell.config import AugmentConfig, DataConfig, DatasetConfig, ModelConfig
 from dinocell.errors import DataSetError, ImageFileError
-from dinocell.image_io import write_image, write_labels
+from dinocell.io.images import write_image, write_labels
+from dinocell.settings import AugmentConfig, DataConfig, DatasetConfig, ModelConfig
 from dinocell.training.datasets import CropDataset, find_pairs, read_pair, split_pairs
 
 MODEL = ModelConfig(size="tiny", patch_size=16, window_px=32, overlap_px=8)

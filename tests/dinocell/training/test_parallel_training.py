@@ -19,9 +19,9 @@ import yaml
 from small_runs import small_run
 from torch import nn
 
-from dinocell.config import TrainConfig, config_from_mapping, config_to_mapping
 from dinocell.errors import ConfigError
-from dinocell.model import DINOCell, load_model
+from dinocell.network.model import DINOCell, load_model
+from dinocell.settings import TrainConfig, config_from_mapping, config_to_mapping
 from dinocell.training.checkpoints import find_checkpoints, load_checkpoint
 from dinocell.training.processes import Processes, is_main_process, processes_of_run
 from dinocell.training.synchronized_norm import SynchronizedBatchNorm2d, synchronize_batch_norm
@@ -62,7 +62,7 @@ def run_two(mapping: dict) -> subprocess.CompletedProcess[str]:
     """`dinocell train` in two processes."""
     path = Path(f"{mapping['output_dir']}.yaml")
     path.write_text(yaml.safe_dump(mapping))
-    return run("-m", "dinocell.cli", "train", str(path))
+    return run("-m", "dinocell", "train", str(path))
 
 
 def rows(out: Path) -> list[dict]:

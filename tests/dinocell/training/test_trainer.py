@@ -16,7 +16,6 @@ import torch
 import yaml
 from small_runs import small_run
 
-from dinocell.config import TrainConfig, config_from_mapping
 from dinocell.errors import (
     CheckpointError,
     ConfigError,
@@ -24,7 +23,8 @@ from dinocell.errors import (
     DINOCellError,
     MissingExtraError,
 )
-from dinocell.model import DINOCell, load_model
+from dinocell.network.model import DINOCell, load_model
+from dinocell.settings import TrainConfig, config_from_mapping
 from dinocell.training import trainer
 from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
 from dinocell.training.losses import distance_loss
@@ -227,7 +227,7 @@ def test_early_stopping(blob_data, tmp_path):
 
 
 def test_validation_without_any_cell(blob_data, tmp_path):
-    from dinocell.image_io import find_images, read_image, write_image, write_labels
+    from dinocell.io.images import find_images, read_image, write_image, write_labels
 
     for path in find_images([blob_data / "images"])[:1]:
         image = read_image(path).pixels
@@ -245,7 +245,7 @@ def test_validation_without_any_cell(blob_data, tmp_path):
 
 
 def test_frozen_backbone_stays(blob_data, tmp_path):
-    from dinocell.backbone import DINOv3Backbone
+    from dinocell.network.backbone import DINOv3Backbone
 
     torch.manual_seed(3)
     backbone = DINOv3Backbone("tiny", patch_size=16)

@@ -35,7 +35,9 @@ def test_hooks_are_few_and_call_our_files_alone(real):
     for patch in real.patches:
         for additions in patch.additions.values():
             for item in additions:
-                assert item.lines[0].strip().startswith("from dinov3.hooks import "), item.lines
+                assert item.lines[0].strip().startswith("from dinov3.cells.hooks import "), (
+                    item.lines
+                )
 
 
 def test_no_line_of_upstream_is_in_a_patch(real):
@@ -55,7 +57,7 @@ def test_hooks_are_where_the_bundled_tree_has_the_same_functions(real):
 
 
 def test_every_hook_function_is_called_by_a_patch(real):
-    source = (ROOT / "dinov3_modified/dinov3/hooks.py").read_text()
+    source = (ROOT / "dinov3_modified/dinov3/cells/hooks.py").read_text()
     text = "".join(patch.text for patch in real.patches)
     public = [
         node.name

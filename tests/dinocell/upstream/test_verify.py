@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 from upstream_doubles import CORE
 
-from dinocell.cli import app, main
+from dinocell.cli.app import app, main
 from dinocell.errors import UsageError
 from dinocell.upstream.verify import verify_tree
 
@@ -37,7 +37,7 @@ def changed(tmp_path):
     [
         ("dinov3/loss/koleo_loss.py", "-torch.log(", "-torch.log1p(", "losses", "koleo must agree"),
         ("dinov3/layers/rope_position_encoding.py", "math.pi", "3.0", "forward", "must agree to"),
-        ("dinov3/data/registry.py", '"JUMPS3MultiView"', '"JUMPS3Views"', "strings", ""),
+        ("dinov3/cells/registry.py", '"JUMPS3MultiView"', '"JUMPS3Views"', "strings", ""),
         ("dinov3/configs/ssl_default_config.yaml", "koleo_topk: 1", "koleo_topk: 2", "configuration", "defaults must be"),
         ("dinov3/configs/ssl_default_config.yaml", "  drop_path_rate: 0.3\n", "", "configuration", "keys that configs/ssl sets"),
     ],

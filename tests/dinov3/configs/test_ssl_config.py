@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from dinov3.cells.validation import leaves, warn_of_ignored_keys
 from dinov3.configs import (
     IGNORED_KEYS,
     DinoV3SetupArgs,
@@ -18,7 +19,6 @@ from dinov3.configs import (
     setup_config,
     write_config,
 )
-from dinov3.configs.validation import leaves, warn_of_ignored_keys
 
 ROOT = Path(__file__).parents[3]
 

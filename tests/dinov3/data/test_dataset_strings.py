@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov3.data import loaders, make_dataset, registry
+from dinov3.cells import registry
+from dinov3.data import loaders, make_dataset
 from dinov3.data.datasets import ImageFolder, ImageNet
 from dinov3.data.datasets.decoders import DenseTargetDecoder, ImageDataDecoder, TargetDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset

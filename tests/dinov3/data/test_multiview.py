@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from dinov3.cells.fields import FieldError, decode_planes, make_field, robust_range
 from dinov3.configs import get_default_config
 from dinov3.data.augmentations_multiview import (
     DataAugmentationMultiView,
@@ -22,7 +23,6 @@ from dinov3.data.augmentations_multiview import (
     photometrics_on_batch,
 )
 from dinov3.data.datasets.jump_cellpainting import JUMPCellPaintingMultiView, find_fields
-from dinov3.data.fields import FieldError, decode_planes, make_field, robust_range
 from dinov3.data.loaders import make_dataset, seed_everything
 
 
@@ -240,7 +240,7 @@ def test_both_tiff_decoders_agree(compression, dtype, byteorder, monkeypatch):
 
     import tifffile
 
-    from dinov3.data import fields
+    from dinov3.cells import fields
 
     array = np.random.default_rng(0).integers(0, 250, (70, 50)).astype(dtype)
 

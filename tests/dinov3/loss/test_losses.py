@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from dinov3.cells.sinkhorn import sinkhorn_knopp
 from dinov3.loss import DINOLoss, GramLoss, KoLeoLoss, KoLeoLossDistributed, iBOTPatchLoss
 from dinov3.loss.ibot_patch_loss import lossfunc
-from dinov3.loss.sinkhorn import sinkhorn_knopp
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

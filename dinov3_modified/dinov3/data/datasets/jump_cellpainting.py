@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.fields import (
+from dinov3.cells.fields import (
     ChannelField,
     FieldError,
     decode_planes,
@@ -27,6 +26,7 @@ from dinov3.data.fields import (
     read_illumination,
     split_channels,
 )
+from dinov3.data.datasets.extended import ExtendedVisionDataset
 
 __all__ = ["PATTERNS", "FieldFiles", "JUMPCellPainting", "JUMPCellPaintingMultiView", "find_fields"]
 

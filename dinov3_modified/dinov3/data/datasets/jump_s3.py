@@ -25,9 +25,7 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 import dinov3.distributed as distributed
-from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.jump_cellpainting import _LEFT_OUT, _Split
-from dinov3.data.fields import (
+from dinov3.cells.fields import (
     TIFF_STARTS,
     ChannelField,
     FieldError,
@@ -35,18 +33,20 @@ from dinov3.data.fields import (
     is_constant,
     make_field,
 )
-from dinov3.data.streaming.index import FieldIndex, FieldRecord
-from dinov3.data.streaming.order import FieldOrder, Visit
-from dinov3.data.streaming.pool import ByteCache, FieldPool, shared_memory_folder
-from dinov3.data.streaming.shards import ShardReader
-from dinov3.data.streaming.stores import (
+from dinov3.cells.streaming.index import FieldIndex, FieldRecord
+from dinov3.cells.streaming.order import FieldOrder, Visit
+from dinov3.cells.streaming.pool import ByteCache, FieldPool, shared_memory_folder
+from dinov3.cells.streaming.shards import ShardReader
+from dinov3.cells.streaming.stores import (
     ObjectDamaged,
     ObjectMissing,
     ObjectStore,
     ObjectUnreadable,
     StoreOptions,
 )
-from dinov3.data.streaming.threads import RequestThreads
+from dinov3.cells.streaming.threads import RequestThreads
+from dinov3.data.datasets.extended import ExtendedVisionDataset
+from dinov3.data.datasets.jump_cellpainting import _LEFT_OUT, _Split
 
 __all__ = ["JUMPS3Dataset", "JUMPS3MultiView", "StreamOptions", "TooManyLost"]
 

@@ -1,0 +1,99 @@
+"""What a person wants to know of a model, as text."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dinocell.errors import UsageError
+from dinocell.network.backbone import BACKBONE_SIZES
+from dinocell.network.flops import model_cost
+from dinocell.network.model import (
+    DINOCell,
+    bundled_models,
+    create_dinocell_model,
+    load_model,
+    read_model_header,
+)
+
+__all__ = ["describe_bundled", "describe_model"]
+
+
+def describe_bundled() -> str:
+    """One line per bundled model: name, architecture, validation score, licence."""
+    lines = []
+    for name in bundled_models():
+        header = read_model_header(name)
+        model, card = header["model"], header.get("card", {})
+        score = card.get("metrics", {}).get("val_ap50_pooled")
+        described = f"validation AP@0.5 {score:.3f}" if score is not None else "no score recorded"
+        lines.append(
+            f"{name}  ViT {model['size']}/{model['patch_size']}, {model['decoder']}, "
+            f"{model['target']} target; {described}; {card.get('licence') or 'licence not recorded'}"
+        )
+    return "\n".join(lines) if lines else "no bundled models"
+
+
+def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> str:
+    """Architecture, cost, thresholds and training of a model file, bundled model or SIZE/PATCH.
+
+    Parameters
+    ----------
+    name : str
+        `dinocell-tiny`, a path, or `small/8` for an untrained architecture.
+    decoder : str
+        Decoder of an untrained architecture.
+    image_px : int
+        The cost is counted for a square image of this edge, rounded down to a whole patch.
+
+    Raises
+    ------
+    UsageError, CheckpointError, ConfigError
+        No such model, or not a model file.
+    """
+    architecture = re.fullmatch(r"([a-z]+)/(\d+)", name)
+    if architecture and not Path(name).exists():
+        size, patch = architecture.group(1), int(architecture.group(2))
+        if size not in BACKBONE_SIZES:
+            raise UsageError(
+                f"an architecture must be SIZE/PATCH with a size of {', '.join(BACKBONE_SIZES)}, got "
+                f"{name}: for example small/8"
+            )
+        if patch not in (4, 8, 14, 16):
+            raise UsageError(f"the patch must be 4, 8, 14 or 16, got {name}: for example small/8")
+        options = {"window_px": 256 // patch * patch}
+        model = create_dinocell_model(size, patch_size=patch, decoder=decoder, **options)
+        return _describe_architecture(model, image_px)
+    model = load_model(name)
+    config, card = model.config, model.card
+    lines = [
+        f"{card.get('name') or name}: {card.get('description') or 'no description'}",
+        _describe_architecture(model, image_px),
+        f"target {config.target}, windows of {config.window_px} px overlapping by {config.overlap_px} px",
+        f"thresholds: peak {config.peak_threshold:g}, fill {config.fill_threshold:g}, "
+        f"prominence {config.min_prominence:g}, smallest cell {config.min_area_px} px",
+        f"pixel size: {config.pixel_size_um or 'not recorded'}",
+        f"licence: {card.get('licence') or 'not recorded'}",
+    ]
+    for key in ("data", "metrics"):
+        for item, value in card.get(key, {}).items():
+            lines.append(f"{key}: {item} {value}")
+    return "\n".join(lines)
+
+
+def _describe_architecture(model: DINOCell, image_px: int) -> str:
+    patch = model.config.patch_size
+    if image_px < patch:
+        raise UsageError(
+            f"the image edge must be at least one patch of {patch} px, got {image_px}: raise --image-px"
+        )
+    cost = model_cost(model, image_px // patch * patch)
+    total = cost.backbone_parameters + cost.decoder_parameters
+    return (
+        f"ViT {model.config.size}/{patch} + {model.config.decoder}\n"
+        f"parameters: {total / 1e6:.2f} M (backbone {cost.backbone_parameters / 1e6:.2f} M, decoder "
+        f"{cost.decoder_parameters / 1e6:.2f} M)\n"
+        f"cost at {cost.image_px}×{cost.image_px} px: {(cost.backbone_macs + cost.decoder_macs) / 1e9:.2f} "
+        f"GMAC (backbone {cost.backbone_macs / 1e9:.2f}, decoder {cost.decoder_macs / 1e9:.2f} = "
+        f"{100 * cost.decoder_share:.1f} % of it), counted by fvcore, attention included"
+    )

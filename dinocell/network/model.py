@@ -1,0 +1,326 @@
+"""The network: backbone + decoder + sigmoid, and the one file it is kept in.
+
+A model file is a `.safetensors` whose metadata holds one JSON header: architecture,
+normalisation, thresholds, training data, licence, metrics.  It loads without pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinocell.errors import CheckpointError, ConfigError, UsageError
+from dinocell.io.images import atomic_path
+from dinocell.network.backbone import BACKBONE_SIZES, DINOv3Backbone
+from dinocell.network.decoder import create_decoder
+from dinocell.settings import ModelConfig, config_from_mapping, config_to_mapping
+
+__all__ = [
+    "DINOCell",
+    "bundled_models",
+    "create_dinocell_model",
+    "load_model",
+    "read_model_header",
+    "resolve_device",
+    "save_model",
+    "with_config",
+]
+
+_HEADER_KEY = "dinocell"
+_FORMAT_VERSION = 1
+_BUNDLED_FOLDER = Path(__file__).parents[1] / "models"
+
+
+class DINOCell(nn.Module):
+    """Image → distance map.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        Architecture and everything needed to run it.
+    card : dict, optional
+        What is known of its training (data, licence, metrics); kept in the model file.
+
+    Notes
+    -----
+    Starts with random weights; `from_pretrained` loads trained ones.
+    """
+
+    def __init__(self, config: ModelConfig, card: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.card: dict[str, Any] = dict(card or {})
+        self.backbone = DINOv3Backbone(
+            config.size,
+            patch_size=config.patch_size,
+            layerscale_init=config.layerscale_init,
+            drop_path_rate=config.drop_path_rate,
+        )
+        self.decoder = create_decoder(
+            config.decoder,
+            self.backbone.embed_dim,
+            config.patch_size,
+            num_features=len(self.backbone.blocks_read),
+            image_channels=config.image_channels,
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Distance map of normalised images.
+
+        Parameters
+        ----------
+        image : (B, 3, H, W) float tensor
+            ImageNet-normalised (`dinocell.segmentation.preprocess.to_model_input`); H and W are multiples of
+            the patch size.
+
+        Returns
+        -------
+        (B, 1, H, W) float tensor in [0, 1]
+
+        Raises
+        ------
+        ValueError
+            Another shape, or a size that is no multiple of the patch.
+        """
+        patch = self.config.patch_size
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(
+                f"`image` must be (B, 3, H, W), got shape {tuple(image.shape)}: repeat gray three "
+                "times"
+            )
+        height, width = image.shape[-2:]
+        if height % patch or width % patch or height == 0 or width == 0:
+            raise ValueError(
+                f"`image` must have sides that are multiples of the patch size {patch}, got "
+                f"{height}×{width}: pad it, or use `segment`, which does"
+            )
+        logits = self.decoder(self.backbone(image), image)
+        return logits.float().sigmoid()  # [B, 1, H, W]
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu") -> DINOCell:
+        """A trained model in eval mode: a bundled name (`dinocell-tiny`) or a model file."""
+        return load_model(name, device=device)
+
+    def save(self, path: str | Path, *, half: bool = False) -> None:
+        """Write the model file; see `save_model`."""
+        save_model(path, self, half=half)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+
+def create_dinocell_model(
+    size: str = "small",
+    *,
+    patch_size: int = 8,
+    decoder: str = "unet",
+    **options: Any,
+) -> DINOCell:
+    """A model with random weights.
+
+    `options` are further fields of `dinocell.settings.ModelConfig`: `image_channels`, `target`,
+    `window_px`, ...
+
+    Raises
+    ------
+    ConfigError
+        An unknown option or a value out of range.
+    """
+    config = config_from_mapping(
+        ModelConfig, {"size": size, "patch_size": patch_size, "decoder": decoder, **options}
+    )
+    return DINOCell(config)
+
+
+def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None:
+    """Write weights and header to one `.safetensors`, under a temporary name first.
+
+    `half` stores float tensors as float16 (half the size; they are float32 again when loaded).
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    header = {
+        "format": _FORMAT_VERSION,
+        "model": config_to_mapping(model.config),
+        "card": model.card,
+    }
+    state = {}
+    for key, value in model.state_dict().items():
+        value = value.detach().to("cpu")
+        if half and value.is_floating_point():
+            value = value.half()
+        state[key] = value.contiguous()
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)})
+        # safetensors makes files only their owner can read; a model is made to be shared.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+
+
+def read_model_header(name: str | Path) -> dict[str, Any]:
+    """The JSON header of a model file: keys `format`, `model`, `card`.
+
+    Raises
+    ------
+    UsageError
+        No such file or bundled model.
+    CheckpointError
+        Not a model file: truncated, pickled, or without our header.
+    """
+    path = _model_path(name)
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except Exception as error:
+        kind = _foreign_kind(path)
+        raise CheckpointError(
+            f"a model file must be a complete .safetensors, got {path} ({kind or error}): fetch it "
+            "again, or export it with `dinocell train`"
+        ) from error
+    if _HEADER_KEY not in metadata:
+        raise CheckpointError(
+            f"a model file must carry DINOCell's header, got {path} without it: this is another "
+            "program's .safetensors"
+        )
+    try:
+        header = json.loads(metadata[_HEADER_KEY])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"the header of a model file must be JSON, got something else in {path}: fetch it again"
+        ) from error
+    if header.get("format") != _FORMAT_VERSION:
+        raise CheckpointError(
+            f"a model file must have format {_FORMAT_VERSION}, got {header.get('format')} in "
+            f"{path}: update dinocell"
+        )
+    return header
+
+
+def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOCell:
+    """Load a model file or a bundled model, in eval mode, in float32.
+
+    Raises
+    ------
+    UsageError, CheckpointError
+        As `read_model_header`; also when the weights do not fit the header's architecture.
+    """
+    from safetensors.torch import load_file
+
+    header = read_model_header(name)
+    path = _model_path(name)
+    try:
+        config = config_from_mapping(ModelConfig, header["model"], "model")
+    except (ConfigError, KeyError) as error:
+        raise CheckpointError(
+            f"the header of a model file must describe a known architecture, got {path} ({error}): "
+            "update dinocell"
+        ) from error
+    try:
+        state = load_file(path)
+    except Exception as error:
+        raise CheckpointError(
+            f"a model file must be complete, got {path} ({error}): fetch it again"
+        ) from error
+    model = DINOCell(config, card=header.get("card"))
+    expected = model.state_dict()
+    problems = [key for key in expected if key not in state]
+    problems += [key for key in state if key not in expected]
+    problems += [
+        key for key in expected if key in state and state[key].shape != expected[key].shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the weights of a model file must fit its header ({config.size}/{config.patch_size}, "
+            f"{config.decoder}), got {path} with {len(problems)} missing, unexpected or misshapen "
+            f"tensors ({', '.join(problems[:5])}): the file is of another architecture"
+        )
+    model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
+    return model.eval().to(resolve_device(device))
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.stem for path in _BUNDLED_FOLDER.glob("*.safetensors"))
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """`auto` (CUDA, else MPS, else CPU), `cpu`, `cuda`, `cuda:1`, `mps` → a usable device.
+
+    Raises
+    ------
+    UsageError
+        The name is unknown, or this machine or this torch has no such device.
+    """
+    if isinstance(device, str) and device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(
+            f"the device must be auto, cpu, cuda, cuda:N or mps, got {device!r}: choose one"
+        ) from error
+    count = torch.cuda.device_count()
+    missing_cuda = chosen.type == "cuda" and (chosen.index or 0) >= count
+    missing_mps = chosen.type == "mps" and not torch.backends.mps.is_available()
+    if missing_cuda or missing_mps or chosen.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(
+            f"the device must be present, got {device} on a machine with {count} CUDA devices: "
+            "use --device cpu or auto"
+        )
+    return chosen
+
+
+def with_config(model: DINOCell, **changes: Any) -> DINOCell:
+    """The same network (shared weights) under a changed configuration, for example thresholds.
+
+    Raises
+    ------
+    ConfigError
+        The new values do not fit together.
+    """
+    other = object.__new__(DINOCell)
+    other.__dict__.update(model.__dict__)
+    other.config = dataclasses.replace(model.config, **changes)
+    return other
+
+
+def _model_path(name: str | Path) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    bundled = _BUNDLED_FOLDER / f"{name}.safetensors"
+    if path.name == str(name) and bundled.is_file():
+        return bundled
+    known = ", ".join(bundled_models()) or "none"
+    raise UsageError(
+        f"a model must be a file or a bundled name (here: {known}), got {name}: check the path; "
+        f"backbone sizes ({', '.join(BACKBONE_SIZES)}) are not models"
+    )
+
+
+def _foreign_kind(path: Path) -> str | None:
+    """What a file that is no safetensors looks like, for the error message."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    if not start:
+        return "an empty file"
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return "a pickled PyTorch checkpoint"
+    if start[:1] == b"<" or start[:7] == b"version":
+        return "a text file, perhaps an error page or an unfetched LFS pointer"
+    return None

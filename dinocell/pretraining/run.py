@@ -1,0 +1,117 @@
+"""Self-supervised pretraining: the tree's training program as DINOCell runs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dinocell.errors import DINOCellError, StoppedError, UsageError
+from dinocell.network.weights import find_weights
+from dinocell.tree import tree_is_bundled
+
+__all__ = ["pretrain"]
+
+
+def pretrain(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    output_dir: str | Path | None = None,
+    resume: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Train a backbone without labels, or continue the run of the output folder.
+
+    Parameters
+    ----------
+    config : path
+        YAML with keys of `ssl_default_config.yaml` and `dinocell.yaml`.
+    overrides : sequence of str
+        `key=value`, in place of the file's.  `student.pretrained_weights` may be the name of a
+        fetched backbone.
+    output_dir : path, optional
+        `runs/ssl/NAME` of the configuration's file name by default.
+    resume : bool
+        Go on from the newest whole checkpoint; otherwise earlier checkpoints step aside.
+    seed : int
+        Of start values, dropout and drop path; `train.seed` is that of the data.
+
+    Returns
+    -------
+    Path
+        The teacher file of the last iteration.
+
+    Raises
+    ------
+    UsageError
+        Configuration or data are wrong, or belong to another run.
+    StoppedError
+        A signal ended the run; the state is saved.
+    DINOCellError
+        The loss was no number; the state is saved.
+    """
+    config = Path(config)
+    if not config.is_file():
+        raise UsageError(f"the configuration must be a file, got {config}: see configs/ssl")
+    output_dir = Path(output_dir) if output_dir is not None else Path("runs/ssl") / config.stem
+    overrides = [_found(change) for change in overrides]
+    argv = ["--config-file", str(config), "--output-dir", str(output_dir), "--seed", str(seed)]
+    if not resume:
+        argv.append("--no-resume")
+    from dinov3.train import train as program
+
+    if not tree_is_bundled():
+        _run_foreign(program, [*argv, *overrides])
+        return _newest_teacher(output_dir)
+    from dinov3.data.loaders import plain_message
+
+    try:
+        program.main([*argv, *overrides])
+    except program.Stopped as error:
+        raise StoppedError(str(error)) from error
+    except program.NonFiniteLossError as error:
+        raise DINOCellError(str(error)) from error
+    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+        raise UsageError(plain_message(error)) from error
+    except OSError as error:
+        raise DINOCellError(plain_message(error)) from error
+    return _newest_teacher(output_dir)
+
+
+def _run_foreign(program: Any, arguments: list[str]) -> None:
+    """The training program of a tree of upstream's, which reads `sys.argv` and needs CUDA."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "pretraining in a tree of upstream's must have a CUDA device, got none: unset "
+            "DINOCELL_DINOV3 to train with the bundled tree, which runs everywhere"
+        )
+    before = sys.argv
+    sys.argv = ["train.py", *arguments]
+    try:
+        program.main()
+    except (ValueError, FileNotFoundError, AssertionError) as error:
+        raise UsageError(
+            str(error) or f"{type(error).__name__} in the tree of upstream's"
+        ) from error
+    finally:
+        sys.argv = before
+
+
+def _newest_teacher(output_dir: Path) -> Path:
+    files = sorted(
+        (output_dir / "eval").glob("training_*/teacher_checkpoint.pth"),
+        key=lambda path: int(path.parent.name.removeprefix("training_")),
+    )
+    return files[-1] if files else output_dir
+
+
+def _found(change: str) -> str:
+    """A start file that is given by its name, as a path."""
+    key, _, value = change.partition("=")
+    if key in ("student.pretrained_weights", "student.resume_from_teacher_chkpt") and value:
+        return f"{key}={find_weights(value)}"
+    return change

@@ -1,0 +1,335 @@
+"""Multi-channel fields and a ViT → the features of every window through every channel.
+
+Channels are normalised one by one over the whole field and seen gray, as the networks here see
+every image; the mean view is the mean of the normalised channels (DESIGN.md 4, "Multi-view").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dinocell.errors import CheckpointError, DataSetError
+from dinocell.probing.channel_consistency import MEAN_VIEW
+from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
+
+__all__ = [
+    "FieldImage",
+    "ViewExample",
+    "ViewFeatures",
+    "choose_windows",
+    "extract_views",
+    "normalize_channels",
+]
+
+
+@dataclass(frozen=True)
+class FieldImage:
+    """One field: co-registered planes and their names.
+
+    Attributes
+    ----------
+    name : str
+    channels : tuple of str
+    planes : (C, H, W) ndarray
+        Raw intensities.
+    """
+
+    name: str
+    channels: tuple[str, ...]
+    planes: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ViewExample:
+    """One location for the picture, an entry per channel and the mean view last.
+
+    Attributes
+    ----------
+    field : str
+    origin : (row, column) of the window in px
+    channels : tuple of str
+    images : (C, H, W) float32 ndarray in [0, 1]
+    attention : (C, h, w) float32 ndarray or None
+        Attention of CLS to the patches, mean over heads; sums to at most 1.
+    patches : (C, h, w, D) float32 ndarray
+    """
+
+    field: str
+    origin: tuple[int, int]
+    channels: tuple[str, ...]
+    images: NDArray[np.float32]
+    attention: NDArray[np.float32] | None
+    patches: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ViewFeatures:
+    """Features of M views.
+
+    Attributes
+    ----------
+    fields, channels : lists of M names; the mean views are called ``mean``
+    locations : (M,) int ndarray
+        Number of the window, counted over all fields.
+    cls, patch_mean : (M, D) float32 ndarrays
+        CLS token and mean of the patch tokens after the final norm.
+    attention : (M, heads, N) float32 ndarray or None
+        Attention of CLS to the patches in the last block.
+    example : ViewExample
+        Of the field with the most channels, the first of such.
+    left_out : list of str
+        Sentences: channels without signal, fields with fewer windows than asked for.
+    """
+
+    fields: list[str]
+    channels: list[str]
+    locations: NDArray[np.int64]
+    cls: NDArray[np.float32]
+    patch_mean: NDArray[np.float32]
+    attention: NDArray[np.float32] | None
+    example: ViewExample
+    left_out: list[str] = field(default_factory=list)
+
+
+def normalize_channels(planes: NDArray[Any]) -> NDArray[np.float32]:
+    """(C, H, W) raw planes → [0, 1], each by its own percentiles; a constant plane becomes 0."""
+    return np.stack([normalize_intensity(plane) for plane in planes])
+
+
+def choose_windows(image: NDArray[np.float32], window_px: int, count: int) -> list[tuple[int, int]]:
+    """Upper left corners of at most `count` windows that do not overlap, richest first.
+
+    Parameters
+    ----------
+    image : (H, W) float ndarray
+        The mean view.
+    window_px, count : int
+
+    Returns
+    -------
+    list of (row, column)
+        From a centred grid; those with the largest standard deviation, because nothing can be found
+        again in empty background.  Fewer than `count` where the grid has fewer.
+    """
+    height, width = image.shape
+    rows, columns = height // window_px, width // window_px
+    top, left = (height - rows * window_px) // 2, (width - columns * window_px) // 2
+    corners = [
+        (top + row * window_px, left + column * window_px)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    spread = {
+        (row, column): float(image[row : row + window_px, column : column + window_px].std())
+        for row, column in corners
+    }
+    return sorted(corners, key=lambda corner: (-spread[corner], corner))[:count]
+
+
+def extract_views(
+    vit: nn.Module,
+    fields: Iterable[FieldImage],
+    *,
+    window_px: int = 224,
+    windows_per_field: int = 4,
+    channels: Sequence[str] | None = None,
+    batch_size: int = 8,
+    attention: bool = True,
+    advance: Callable[[str], None] | None = None,
+) -> ViewFeatures:
+    """Run a ViT over the windows of fields, channel by channel and for the mean of the channels.
+
+    Fields with one usable channel are left out: they have nothing to be compared with.
+
+    Parameters
+    ----------
+    vit : DinoVisionTransformer
+        Used where it is, in eval mode; its mode is restored.
+    fields : iterable of FieldImage
+        Names must differ.
+    window_px : int
+        A multiple of the patch size.
+    windows_per_field : int
+    channels : sequence of str, optional
+        Use these only, in any case of letters; default all.
+    batch_size : int
+        Views per network call.
+    attention : bool
+        Also the attention of CLS in the last block (a second pass).
+    advance : callable, optional
+        Called with the name of every finished field.
+
+    Raises
+    ------
+    DataSetError
+        A field is smaller than a window or lacks all asked channels, two have one name, or there
+        is no field with two channels.
+    CheckpointError
+        The network answers with NaN.
+    ValueError
+        `window_px` does not fit the patch size, or the network cannot give attention maps.
+    """
+    patch: int = vit.patch_size  # type: ignore[assignment]
+    if window_px < patch or window_px % patch:
+        raise ValueError(
+            f"`window_px` must be a multiple of the patch size {patch}, got {window_px}: "
+            f"{max(1, round(window_px / patch)) * patch} is next"
+        )
+    if attention and not hasattr(vit, "get_last_selfattention"):
+        raise ValueError(
+            "`vit` must have get_last_selfattention for attention maps, got "
+            f"{type(vit).__name__} without it: leave them out with --no-attention"
+        )
+    names: list[str] = []
+    view_channels: list[str] = []
+    locations: list[int] = []
+    parts: dict[str, list[NDArray[np.float32]]] = {"cls": [], "patch_mean": [], "attention": []}
+    example: ViewExample | None = None
+    left_out: list[str] = []
+    seen: set[str] = set()
+    location = 0
+    was_training = vit.training
+    vit.eval()
+    try:
+        for item in fields:
+            if item.name in seen:
+                raise DataSetError(
+                    f"fields must have different names, got {item.name} twice: name a folder in "
+                    "which they differ"
+                )
+            seen.add(item.name)
+            field_channels, stack, missing = _usable_planes(item, channels)
+            left_out += missing
+            if len(field_channels) < 2:
+                left_out.append(f"{item.name} has one channel, left out")
+                if advance is not None:
+                    advance(item.name)
+                continue
+            height, width = stack.shape[1:]
+            if min(height, width) < window_px:
+                raise DataSetError(
+                    f"a field must hold a window of {window_px} px, got {height}×{width} in "
+                    f"{item.name}: choose smaller windows with --window-px"
+                )
+            stack = np.concatenate([stack, stack.mean(axis=0, keepdims=True)])
+            field_channels = (*field_channels, MEAN_VIEW)
+            corners = choose_windows(stack[-1], window_px, windows_per_field)
+            if len(corners) < windows_per_field:
+                left_out.append(
+                    f"{item.name} holds {len(corners)} windows of {window_px} px, not "
+                    f"{windows_per_field}"
+                )
+            for row, column in corners:
+                views = stack[:, row : row + window_px, column : column + window_px]
+                found = _run(vit, views, batch_size=batch_size, attention=attention)
+                names += [item.name] * len(views)
+                view_channels += field_channels
+                locations += [location] * len(views)
+                parts["cls"].append(found["cls"])
+                parts["patch_mean"].append(found["patches"].mean(axis=(1, 2)))
+                if attention:
+                    parts["attention"].append(found["attention"])
+                if example is None or len(field_channels) > len(example.channels):
+                    example = _example(item.name, (row, column), field_channels, views, found)
+                location += 1
+            if advance is not None:
+                advance(item.name)
+    finally:
+        vit.train(was_training)
+    if example is None:
+        raise DataSetError(
+            f"some field must have two channels, got {len(seen)} fields with fewer: name fields with "
+            "several channels, or fewer restrictions in --channels"
+        )
+    return ViewFeatures(
+        fields=names,
+        channels=view_channels,
+        locations=np.array(locations, dtype=np.int64),
+        cls=np.concatenate(parts["cls"]),
+        patch_mean=np.concatenate(parts["patch_mean"]),
+        attention=np.concatenate(parts["attention"]) if attention else None,
+        example=example,
+        left_out=left_out,
+    )
+
+
+def _usable_planes(
+    item: FieldImage, channels: Sequence[str] | None
+) -> tuple[tuple[str, ...], NDArray[np.float32], list[str]]:
+    """Names and normalised planes that are asked for and hold a signal; sentences on the others."""
+    wanted = None if channels is None else [name.lower() for name in channels]
+    positions = [
+        index
+        for index, name in enumerate(item.channels)
+        if wanted is None or name.lower() in wanted
+    ]
+    if not positions:
+        raise DataSetError(
+            f"a field must have one of the channels {', '.join(channels or ())}, got "
+            f"{', '.join(item.channels)} in {item.name}: correct --channels"
+        )
+    stack = normalize_channels(item.planes[positions])
+    missing = []
+    kept = []
+    for place, index in enumerate(positions):
+        if stack[place].any():
+            kept.append(place)
+        else:
+            missing.append(f"{item.name}: channel {item.channels[index]} is constant, left out")
+    if not kept:
+        raise DataSetError(
+            f"a field must hold a signal, got constant planes in {item.name}: remove it"
+        )
+    return tuple(item.channels[positions[place]] for place in kept), stack[kept], missing
+
+
+def _run(
+    vit: nn.Module, views: NDArray[np.float32], *, batch_size: int, attention: bool
+) -> dict[str, NDArray[np.float32]]:
+    """(V, H, W) views → `cls` (V, D), `patches` (V, h, w, D), `attention` (V, heads, N)."""
+    device = next(vit.parameters()).device
+    patch: int = vit.patch_size  # type: ignore[assignment]
+    grid = (views.shape[1] // patch, views.shape[2] // patch)
+    collected: dict[str, list[NDArray[np.float32]]] = {"cls": [], "patches": []}
+    with torch.inference_mode():
+        for start in range(0, len(views), batch_size):
+            arrays = [to_model_input(view) for view in views[start : start + batch_size]]
+            batch = torch.from_numpy(np.stack(arrays)).to(device)  # [B, 3, H, W]
+            tokens = vit.forward_features(batch)  # type: ignore[operator]
+            patches = tokens["x_norm_patchtokens"].unflatten(1, grid)  # [B, h, w, D]
+            collected["cls"].append(tokens["x_norm_clstoken"].float().cpu().numpy())
+            collected["patches"].append(patches.float().cpu().numpy())
+            if attention:
+                weights = vit.get_last_selfattention(batch)  # type: ignore[operator]
+                first_patch = weights.shape[-1] - grid[0] * grid[1]
+                rows = weights[:, :, 0, first_patch:]  # [B, heads, N]
+                collected.setdefault("attention", []).append(rows.float().cpu().numpy())
+    found = {name: np.concatenate(arrays) for name, arrays in collected.items()}
+    for name, array in found.items():
+        if not np.isfinite(array).all():
+            raise CheckpointError(
+                f"the network must answer with finite numbers, got NaN or infinite {name}: the "
+                "checkpoint is damaged or of a run that diverged"
+            )
+    return found
+
+
+def _example(
+    name: str,
+    origin: tuple[int, int],
+    channels: tuple[str, ...],
+    views: NDArray[np.float32],
+    found: dict[str, NDArray[np.float32]],
+) -> ViewExample:
+    patches = found["patches"]
+    maps = None
+    if "attention" in found:
+        maps = found["attention"].mean(axis=1).reshape(patches.shape[:3])
+    return ViewExample(name, origin, channels, views.copy(), maps, patches)

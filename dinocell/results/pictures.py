@@ -1,0 +1,682 @@
+"""Pictures of a segmentation: contours on the image, coloured cells, the distance map, one panel of all.
+
+Every function returns (H, W, 3) uint8 RGB.  Nothing here needs a display or matplotlib.
+
+The colours of cells are those of Okabe and Ito (Color Universal Design, 2008) without black and with
+a light gray, which people with colour-blindness can tell apart; the colours of the distance map rise
+evenly in lightness, so that they also read well in gray.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dinocell.io.images import atomic_path
+from dinocell.results.measure import as_labels
+
+__all__ = [
+    "CELL_COLORS",
+    "CONTOUR_COLOR",
+    "color_distance_map",
+    "color_labels",
+    "draw_contours",
+    "inner_borders",
+    "mean_blocks",
+    "overlay_panel",
+    "shrink_labels",
+    "to_display",
+    "write_png",
+]
+
+CELL_COLORS: tuple[tuple[int, int, int], ...] = (
+    (230, 159, 0),  # orange
+    (86, 180, 233),  # sky blue
+    (0, 158, 115),  # bluish green
+    (240, 228, 66),  # yellow
+    (0, 114, 178),  # blue
+    (213, 94, 0),  # vermilion
+    (204, 121, 167),  # reddish purple
+    (200, 200, 200),  # light gray
+)
+"""Colours of cells; those of neighbours differ."""
+
+CONTOUR_COLOR = (255, 96, 0)
+"""Default colour of contours: visible on black, gray and white."""
+
+# Control points at equal steps of lightness (CIE L* about 9.6 apart), the hue going from blue
+# through red to yellow at the chroma that sRGB can just show.
+_DISTANCE_POINTS = (
+    (0, 0, 0),
+    (4, 17, 98),
+    (84, 8, 111),
+    (131, 16, 110),
+    (176, 24, 108),
+    (223, 33, 99),
+    (249, 78, 87),
+    (251, 132, 94),
+    (252, 173, 114),
+    (254, 210, 149),
+    (255, 243, 205),
+)
+
+# Hues of channels when there are not three of them; two are green and magenta.
+_CHANNEL_COLORS = (
+    (0.0, 1.0, 0.0),
+    (1.0, 0.0, 1.0),
+    (0.0, 0.6, 1.0),
+    (1.0, 0.6, 0.0),
+    (0.6, 0.6, 0.6),
+)
+
+_LOW_PERCENT, _HIGH_PERCENT = 0.1, 99.8
+_SAMPLED_PIXELS = 1 << 20
+_NEAR_PX = 3
+_PANEL_GAP_PX = 8
+_MIN_PANEL_PX = 256
+_BACKGROUND, _INK, _FAINT_INK = (16, 18, 22), (235, 235, 235), (160, 165, 172)
+
+RGBImage = NDArray[np.uint8]
+
+
+def to_display(
+    image: ArrayLike, *, low_percent: float = _LOW_PERCENT, high_percent: float = _HIGH_PERCENT
+) -> RGBImage:
+    """Stretch an image of any type to 8-bit RGB for looking at.
+
+    Parameters
+    ----------
+    image : (H, W) or (H, W, C) real ndarray
+        Boolean, integer or float.  Each channel is stretched on its own.  One channel is gray, two are
+        green and magenta, three are red, green and blue; four or more are added in fixed colours.
+    low_percent, high_percent : float, 0 <= low < high <= 100
+        Percentiles of the finite pixels that become black and full brightness.  Above a million
+        pixels they are taken from an even sample.
+
+    Returns
+    -------
+    (H, W, 3) uint8 ndarray
+        A constant channel is black, also where it is not zero; NaN and infinity are black and do not
+        count.  Where both percentiles fall on one value (nearly all pixels equal), the full range is
+        stretched.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not a real array of one of these shapes, no pixel, or percentiles out of order.
+    """
+    array = _image_array(image)
+    if not 0.0 <= low_percent < high_percent <= 100.0:
+        raise ValueError(
+            f"`low_percent` and `high_percent` must satisfy 0 <= low < high <= 100, got "
+            f"{low_percent:g} and {high_percent:g}: choose others."
+        )
+    return _compose(array, _limits(array, low_percent, high_percent))
+
+
+def inner_borders(labels: ArrayLike, *, thickness_px: int = 1) -> NDArray[np.bool_]:
+    """Find the pixels of each cell that lie on its border.
+
+    Parameters
+    ----------
+    labels : (H, W) integer array_like
+        0 background, other values cells.
+    thickness_px : int
+        1: pixels with a pixel of another value above, below, left or right; n: n such layers.
+
+    Returns
+    -------
+    (H, W) bool ndarray
+        True on borders, which always lie inside the cell; two touching cells both have one.  The edge
+        of the image is no border.  All False when there is no cell.
+    """
+    labels = as_labels(labels)
+    if isinstance(thickness_px, bool) or not isinstance(thickness_px, (int, np.integer)):
+        raise TypeError(f"`thickness_px` must be an integer, got {thickness_px!r}: pass 1 or more.")
+    if thickness_px < 1:
+        raise ValueError(f"`thickness_px` must be 1 or more, got {thickness_px}.")
+    remaining = labels.copy()
+    for _ in range(thickness_px):
+        layer = np.zeros(labels.shape, bool)
+        rows = remaining[1:] != remaining[:-1]
+        cols = remaining[:, 1:] != remaining[:, :-1]
+        layer[1:] |= rows
+        layer[:-1] |= rows
+        layer[:, 1:] |= cols
+        layer[:, :-1] |= cols
+        remaining[layer] = 0
+    return (labels > 0) & (remaining == 0)
+
+
+def draw_contours(
+    image: ArrayLike,
+    labels: ArrayLike,
+    *,
+    color: tuple[int, int, int] | None = CONTOUR_COLOR,
+    thickness_px: int = 1,
+    stretch: bool = True,
+) -> RGBImage:
+    """Draw the border of every cell on the image.
+
+    Parameters
+    ----------
+    image : (H, W) or (H, W, C) real ndarray
+        See `to_display`.
+    labels : (H, W) integer array_like
+        0 background, other values cells.
+    color : three int 0..255, or None
+        None gives each cell its colour of `color_labels`.
+    thickness_px : int
+        Width of the line, which lies inside the cell: see `inner_borders`.
+    stretch : bool
+        False draws on the image as it is, which must be (H, W, 3) uint8.
+
+    Returns
+    -------
+    (H, W, 3) uint8 ndarray
+        A new array.
+
+    Raises
+    ------
+    ValueError
+        Image and labels differ in height or width, or an argument is out of range.
+    """
+    array = _image_array(image)
+    labels = as_labels(labels)
+    _check_same_size(array, labels)
+    if stretch:
+        picture = to_display(array)
+    elif array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
+        picture = array.astype(np.uint8)  # a copy
+    else:
+        raise ValueError(
+            f"`image` must be (H, W, 3) uint8 when `stretch` is False, got {array.dtype} of shape "
+            f"{array.shape}: pass it through `to_display`."
+        )
+    border = inner_borders(labels, thickness_px=thickness_px)
+    if color is None:
+        picture[border] = color_labels(labels)[border]
+    else:
+        picture[border] = _color(color)
+    return picture
+
+
+def color_labels(labels: ArrayLike, *, seed: int = 0) -> RGBImage:
+    """Give each cell a colour; neighbours get different ones.
+
+    Parameters
+    ----------
+    labels : (H, W) integer array_like
+        0 background, other values cells; they need not be consecutive.
+    seed : int >= 0
+        Another seed gives another choice of colours.
+
+    Returns
+    -------
+    (H, W, 3) uint8 ndarray
+        Background black, cells in `CELL_COLORS`.  Cells that touch, also over a corner, always differ;
+        cells with at most two pixels between them differ where eight colours allow it.  A cell that touches so many
+        others that the eight run out gets a darker one of them.  The same labels and seed give the
+        same picture.
+
+    Notes
+    -----
+    Greedy colouring in smallest-last order (Matula and Beck, J. ACM 30, 417, 1983).
+    """
+    labels = as_labels(labels)
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ValueError(f"`seed` must be an integer >= 0, got {seed!r}.")
+    picture = np.zeros((*labels.shape, 3), np.uint8)
+    values, indices = _number_cells(labels)
+    if len(values) == 0:
+        return picture
+    touching = _neighbours(indices, len(values), 1)
+    near = _neighbours(indices, len(values), _NEAR_PX)
+    wish = np.random.default_rng([int(seed), 0xCE11]).permutation(len(CELL_COLORS))
+    colors = np.full(len(values), -1)
+    for cell in _smallest_last(touching):
+        taken = {int(colors[other]) for other in touching[cell] if colors[other] >= 0}
+        around = taken | {int(colors[other]) for other in near[cell] if colors[other] >= 0}
+        free = [c for c in range(len(CELL_COLORS)) if c not in around]
+        free = free or [c for c in range(len(CELL_COLORS)) if c not in taken]
+        # A cell's number decides among the free ones, so that the picture is lively and repeatable.
+        turn = int(values[cell]) * 2654435761 % 2**32 >> 16
+        if free:
+            colors[cell] = free[int(wish[turn % len(wish)] + turn) % len(free)]
+        else:
+            colors[cell] = next(c for c in range(len(values) + 8) if c not in taken)
+    table = np.zeros((len(values) + 1, 3), np.uint8)
+    base = np.array(CELL_COLORS)[colors % len(CELL_COLORS)]
+    table[1:] = np.rint(base * 0.75 ** (colors // len(CELL_COLORS))[:, None])
+    return table[indices]
+
+
+def color_distance_map(distance_map: ArrayLike) -> RGBImage:
+    """Colour a distance map, dark to light.
+
+    Parameters
+    ----------
+    distance_map : (H, W) real array_like
+        0 is black, 1 the lightest; values outside [0, 1] are clipped.
+
+    Returns
+    -------
+    (H, W, 3) uint8 ndarray
+
+    Raises
+    ------
+    ValueError
+        Not 2-D, or holds NaN.
+    """
+    array = np.asarray(distance_map)
+    if array.ndim != 2:
+        raise ValueError(
+            f"`distance_map` must be 2-D (H, W), got shape {array.shape}: choose one channel."
+        )
+    array = array.astype(np.float32, copy=False)
+    if np.isnan(array).any():
+        raise ValueError("`distance_map` must not hold NaN, got some: check the model's output.")
+    steps = np.linspace(0.0, 1.0, len(_DISTANCE_POINTS))
+    points = np.array(_DISTANCE_POINTS, float)
+    fine = np.linspace(0.0, 1.0, 256)
+    table = np.stack([np.interp(fine, steps, points[:, c]) for c in range(3)], axis=-1)
+    index = np.rint(np.clip(array, 0.0, 1.0) * 255.0).astype(np.intp)
+    return np.rint(table).astype(np.uint8)[index]
+
+
+def shrink_labels(labels: ArrayLike, factor: int) -> NDArray[np.uint32]:
+    """Shrink labels by a whole factor so that no cell gets lost between the pixels.
+
+    Parameters
+    ----------
+    labels : (H, W) integer array_like
+    factor : int >= 1
+        Each block of factor × factor pixels becomes one pixel; blocks at the lower and right edge may
+        be smaller.
+
+    Returns
+    -------
+    (ceil(H / factor), ceil(W / factor)) uint32 ndarray
+        The largest label of each block.  For pictures: areas grow by about half a block.
+    """
+    labels = as_labels(labels)
+    if _factor(factor) == 1:
+        return labels
+    return _blocks(labels, factor, np.maximum).astype(np.uint32, copy=False)
+
+
+def mean_blocks(array: NDArray[Any], factor: int) -> NDArray[Any]:
+    """Shrink an image or map by a whole factor.
+
+    Parameters
+    ----------
+    array : (H, W) or (H, W, C) real ndarray
+    factor : int >= 1
+        Each block of factor × factor pixels becomes one pixel; blocks at the lower and right edge may
+        be smaller.
+
+    Returns
+    -------
+    (ceil(H / factor), ceil(W / factor)[, C]) ndarray
+        The mean of each block, float64; `array` itself when `factor` is 1.
+    """
+    if _factor(factor) == 1:
+        return array
+    total = _blocks(array.astype(np.float64), factor, np.add)
+    rows = np.minimum(factor, array.shape[0] - np.arange(0, array.shape[0], factor))
+    cols = np.minimum(factor, array.shape[1] - np.arange(0, array.shape[1], factor))
+    counts = rows[:, None] * cols[None, :]
+    return total / (counts if array.ndim == 2 else counts[..., None])
+
+
+def overlay_panel(
+    image: ArrayLike,
+    labels: ArrayLike,
+    distance_map: ArrayLike | None = None,
+    *,
+    title: str | None = None,
+    pixel_size_um: float | None = None,
+    max_panel_px: int = 2048,
+) -> RGBImage:
+    """Put image, contours, coloured labels and distance map side by side, with captions.
+
+    Parameters
+    ----------
+    image : (H, W) or (H, W, C) real ndarray
+        See `to_display`.
+    labels : (H, W) integer array_like
+        0 background, other values cells.
+    distance_map : (H, W) real array_like, optional
+        Adds the fourth picture.
+    title : str, optional
+        A line above the pictures; characters that the built-in font lacks become their plain form.
+    pixel_size_um : float, optional
+        Adds a scale bar to the first picture.
+    max_panel_px : int >= 64
+        An image with a longer side is shrunk by a whole factor, which the caption states; contours
+        are drawn after shrinking, so they stay one pixel wide, and no cell vanishes.  An image below
+        256 pixels is enlarged by a whole factor, stated too.
+
+    Returns
+    -------
+    (H', W', 3) uint8 ndarray
+
+    Raises
+    ------
+    ValueError
+        Sizes differ, there is no pixel, or an argument is out of range.
+    """
+    from PIL import Image, ImageDraw
+
+    array = _image_array(image)
+    labels = as_labels(labels)
+    _check_same_size(array, labels)
+    if max_panel_px < 64:
+        raise ValueError(f"`max_panel_px` must be 64 or more, got {max_panel_px}.")
+    if pixel_size_um is not None and not (math.isfinite(pixel_size_um) and pixel_size_um > 0):
+        raise ValueError(f"`pixel_size_um` must be a finite number > 0, got {pixel_size_um}.")
+    num_cells = len(_number_cells(labels)[0])
+    factor = math.ceil(max(labels.shape) / max_panel_px)
+    repeat = max(1, min(_MIN_PANEL_PX // max(labels.shape), 64)) if factor == 1 else 1
+    limits = _limits(array, _LOW_PERCENT, _HIGH_PERCENT)
+    small_labels = shrink_labels(labels, factor)
+    shown = _compose(mean_blocks(array, factor), limits)
+    outlined = draw_contours(
+        _enlarge(shown, repeat),
+        _enlarge(small_labels, repeat),
+        thickness_px=max(1, min(repeat // 2, 2)),
+        stretch=False,
+    )
+    colored = color_labels(small_labels)
+    size = "" if factor == repeat == 1 else f" (1:{factor})" if factor > 1 else f" ({repeat}:1)"
+    cells = "1 cell" if num_cells == 1 else f"{num_cells} cells"
+    panels = [
+        ("image" + size, _enlarge(shown, repeat)),
+        (f"contours: {cells}", outlined),
+        ("labels", _enlarge(colored, repeat)),
+    ]
+    if distance_map is not None:
+        map_array = np.asarray(distance_map)
+        _check_same_size(map_array, labels, "distance_map")
+        colored_map = color_distance_map(mean_blocks(map_array, factor))
+        panels.append(("distance map", _enlarge(colored_map, repeat)))
+
+    font, title_font = _font(14), _font(16)
+    height, width = panels[0][1].shape[:2]
+    column = max(width, math.ceil(max(font.getlength(text) for text, _ in panels)))
+    gap, line = _PANEL_GAP_PX, 22
+    top = gap + (line + 4 if title else 0)
+    canvas_size = (gap + len(panels) * (column + gap), top + line + height + gap)
+    canvas = Image.new("RGB", canvas_size, _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        text = _fit(_plain(title), title_font, canvas_size[0] - 2 * gap)
+        draw.text((gap, gap), text, font=title_font, fill=_INK)
+    for number, (text, picture) in enumerate(panels):
+        left = gap + number * (column + gap)
+        draw.text((left, top), text, font=font, fill=_FAINT_INK)
+        canvas.paste(Image.fromarray(picture), (left, top + line))
+    if pixel_size_um is not None:
+        step_um = pixel_size_um * factor / repeat
+        _draw_scale_bar(draw, (gap, top + line, gap + width, top + line + height), step_um)
+    return np.asarray(canvas).copy()
+
+
+def write_png(path: str | os.PathLike[str], rgb: ArrayLike) -> None:
+    """Write an 8-bit picture as PNG; the file appears whole or not at all.
+
+    Parameters
+    ----------
+    path : path
+        Missing folders above it are made; an older file is replaced.
+    rgb : (H, W, 3) or (H, W) uint8 array_like
+
+    Raises
+    ------
+    ValueError
+        Not an 8-bit picture.
+    ImageFileError
+        `path` is a folder.
+    """
+    from PIL import Image
+
+    array = np.asarray(rgb)
+    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if array.dtype != np.uint8 or not fits or array.size == 0:
+        raise ValueError(
+            f"`rgb` must be (H, W, 3) or (H, W) uint8, got {array.dtype} of shape {array.shape}: "
+            "pass it through `to_display`."
+        )
+    with atomic_path(path) as temporary:
+        picture = Image.fromarray(np.ascontiguousarray(array))
+        picture.save(temporary, format="PNG", compress_level=4)
+
+
+# ------------------------------------------------------------------------------------- intensities
+
+
+def _image_array(image: ArrayLike) -> NDArray[np.generic]:
+    array = np.asarray(image)
+    if array.dtype.kind not in "buif":
+        raise TypeError(f"`image` must hold real numbers, got {array.dtype}: convert it first.")
+    if array.ndim not in (2, 3) or array.size == 0:
+        raise ValueError(
+            f"`image` must be (H, W) or (H, W, C) with at least one pixel, got shape {array.shape}: "
+            "choose one plane."
+        )
+    return array
+
+
+def _check_same_size(
+    array: NDArray[np.generic], labels: NDArray[np.uint32], name: str = "image"
+) -> None:
+    if array.shape[:2] != labels.shape:
+        raise ValueError(
+            f"`{name}` and `labels` must have the same height and width, got {array.shape[:2]} and "
+            f"{labels.shape}: pass the pair that belongs together."
+        )
+
+
+def _limits(array: NDArray[np.generic], low: float, high: float) -> list[tuple[float, float]]:
+    """Per channel: the values that become black and full brightness; equal when there is nothing to see."""
+    channels = array[..., None] if array.ndim == 2 else array
+    limits = []
+    for number in range(channels.shape[2]):
+        flat = channels[..., number].ravel()
+        sample = flat[:: math.ceil(flat.size / _SAMPLED_PIXELS)].astype(np.float64)
+        finite = sample[np.isfinite(sample)]
+        if finite.size == 0:
+            limits.append((0.0, 0.0))
+            continue
+        bottom, top = (float(v) for v in np.percentile(finite, [low, high]))
+        if bottom == top:
+            everything = flat[np.isfinite(flat)] if flat.dtype.kind == "f" else flat
+            bottom, top = float(everything.min()), float(everything.max())
+        limits.append((bottom, top))
+    return limits
+
+
+def _compose(array: NDArray[np.generic], limits: Sequence[tuple[float, float]]) -> RGBImage:
+    """Stretch each channel between its limits and put the channels together in colour."""
+    channels = array[..., None] if array.ndim == 2 else array
+    count = channels.shape[2]
+    stretched = []
+    for number, (bottom, top) in enumerate(limits):
+        plane = channels[..., number].astype(np.float32)
+        plane[~np.isfinite(plane)] = bottom
+        scale = 1.0 / (top - bottom) if top > bottom else 0.0
+        stretched.append(np.clip((plane - bottom) * scale, 0.0, 1.0))
+    if count == 1:
+        stretched *= 3
+    elif count != 3:
+        mixed = np.zeros((*stretched[0].shape, 3), np.float32)
+        for number, plane in enumerate(stretched):
+            mixed += plane[..., None] * np.array(
+                _CHANNEL_COLORS[number % len(_CHANNEL_COLORS)], np.float32
+            )
+        stretched = [np.clip(mixed[..., c], 0.0, 1.0) for c in range(3)]
+    return np.stack([np.rint(255.0 * plane).astype(np.uint8) for plane in stretched], axis=-1)
+
+
+def _blocks(array: NDArray, factor: int, combine: np.ufunc) -> NDArray:
+    """Combine blocks of factor × factor pixels with a ufunc; the last ones may be smaller."""
+    rows = combine.reduceat(array, np.arange(0, array.shape[0], factor), axis=0)
+    return combine.reduceat(rows, np.arange(0, array.shape[1], factor), axis=1)
+
+
+def _factor(factor: int) -> int:
+    if isinstance(factor, bool) or not isinstance(factor, (int, np.integer)) or factor < 1:
+        raise ValueError(f"`factor` must be an integer >= 1, got {factor!r}.")
+    return int(factor)
+
+
+def _enlarge(array: NDArray, repeat: int) -> NDArray:
+    """Repeat each pixel `repeat` times along both axes."""
+    return array if repeat == 1 else array.repeat(repeat, axis=0).repeat(repeat, axis=1)
+
+
+def _color(color: Sequence[int]) -> NDArray[np.uint8]:
+    values = np.asarray(color)
+    if (
+        values.shape != (3,)
+        or values.dtype.kind not in "iu"
+        or values.min() < 0
+        or values.max() > 255
+    ):
+        raise ValueError(f"`color` must be three whole numbers 0..255, got {color!r}.")
+    return values.astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------ neighbourhood
+
+
+def _number_cells(labels: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.intp]]:
+    """Cell values in rising order, and an image with 1 + their position (0 background)."""
+    highest = int(labels.max(initial=0))
+    if highest <= 4 * labels.size + 1024:
+        present = np.zeros(highest + 1, bool)
+        present[labels.ravel()] = True
+        present[0] = False
+        values = np.flatnonzero(present).astype(np.uint32)
+        table = np.zeros(highest + 1, np.intp)
+        table[values] = np.arange(1, len(values) + 1)
+        return values, table[labels]
+    values = np.unique(labels)
+    values = values[values > 0]
+    indices = np.searchsorted(values, labels).astype(np.intp) + 1
+    indices[labels == 0] = 0
+    return values, indices
+
+
+def _neighbours(indices: NDArray[np.intp], count: int, reach_px: int) -> list[set[int]]:
+    """For each cell the cells within `reach_px` (the larger of the row and column distances)."""
+    height, width = indices.shape
+    codes = []
+    for drow in range(reach_px + 1):
+        for dcol in range(-reach_px, reach_px + 1):
+            if (drow == 0 and dcol <= 0) or drow >= height or abs(dcol) >= width:
+                continue
+            left, right = max(0, -dcol), max(0, dcol)
+            one = indices[: height - drow, left : width - right]
+            other = indices[drow:, right : width - left]
+            pairs = (one != other) & (one > 0) & (other > 0)
+            first, second = one[pairs] - 1, other[pairs] - 1
+            codes.append(np.unique(np.minimum(first, second) * count + np.maximum(first, second)))
+    result: list[set[int]] = [set() for _ in range(count)]
+    if codes:
+        for code in np.unique(np.concatenate(codes)).tolist():
+            first_cell, second_cell = divmod(code, count)
+            result[first_cell].add(second_cell)
+            result[second_cell].add(first_cell)
+    return result
+
+
+def _smallest_last(neighbours: Sequence[set[int]]) -> list[int]:
+    """Order in which greedy colouring needs few colours: cells of few neighbours come last."""
+    degree = [len(others) for others in neighbours]
+    heap = [(d, cell) for cell, d in enumerate(degree)]
+    heapq.heapify(heap)
+    removed = [False] * len(degree)
+    order = []
+    while heap:
+        d, cell = heapq.heappop(heap)
+        if removed[cell] or d != degree[cell]:
+            continue
+        removed[cell] = True
+        order.append(cell)
+        for other in neighbours[cell]:
+            if not removed[other]:
+                degree[other] -= 1
+                heapq.heappush(heap, (degree[other], other))
+    return order[::-1]
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+def _font(size: int) -> Any:
+    """Pillow's built-in font: the same on every machine."""
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size=size)
+
+
+def _plain(text: str) -> str:
+    """Text in the characters that Pillow's built-in font has (ASCII)."""
+    text = text.replace("µ", "u").replace("μ", "u").replace("×", "x")
+    text = text.replace("–", "-").replace("—", "-")
+    parts = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(c if " " <= c <= "~" else "?" for c in parts)
+
+
+def _fit(text: str, font: Any, width_px: float) -> str:
+    """Shorten a text in its middle until it fits."""
+    if font.getlength(text) <= width_px:
+        return text
+
+    def cut(keep: int) -> str:
+        return text[: (keep + 1) // 2] + "..." + text[len(text) - keep // 2 :]
+
+    fits, too_long = 0, len(text)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if font.getlength(cut(middle)) <= width_px:
+            fits = middle
+        else:
+            too_long = middle
+    return cut(fits) if fits else ""
+
+
+def _draw_scale_bar(draw: Any, box: tuple[int, int, int, int], step_um: float) -> None:
+    """A bar of 1, 2 or 5 times a power of ten µm, near a fifth of the width, in the lower right."""
+    left, _, right, bottom = box
+    length_um = _round_length(step_um * (right - left) / 5.0)
+    length_px = max(1, round(length_um / step_um))
+    text = f"{length_um:g} um" if length_um < 1000 else f"{length_um / 1000:g} mm"
+    font = _font(13)
+    x1, y1 = right - 10, bottom - 10
+    draw.rectangle((x1 - length_px - 1, y1 - 4, x1, y1 + 1), fill=(0, 0, 0))
+    draw.rectangle((x1 - length_px, y1 - 3, x1 - 1, y1), fill=(255, 255, 255))
+    anchor = (x1 - length_px / 2, y1 - 6)
+    draw.text(
+        anchor,
+        text,
+        font=font,
+        fill=(255, 255, 255),
+        anchor="mb",
+        stroke_width=1,
+        stroke_fill=(0, 0, 0),
+    )
+
+
+def _round_length(wanted_um: float) -> float:
+    """The largest of 1, 2, 5 × 10^k that is not above the wanted length."""
+    power = 10.0 ** math.floor(math.log10(wanted_um))
+    return max(f * power for f in (1.0, 2.0, 5.0) if f * power <= wanted_um * (1 + 1e-9))

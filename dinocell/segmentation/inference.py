@@ -1,0 +1,93 @@
+"""One image through the network: normalise whole, cut into windows, predict, blend."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dinocell.network.model import DINOCell
+from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
+from dinocell.segmentation.tiles import predict_windows
+
+__all__ = ["predict_distance_map"]
+
+
+def predict_distance_map(
+    model: DINOCell,
+    image: NDArray,
+    *,
+    batch_size: int = 8,
+    tile_px: int | None = None,
+    precision: str = "fp32",
+    progress: Callable[[int, int], None] | None = None,
+) -> NDArray[np.float32]:
+    """Distance map of a gray image of any size.
+
+    The image is normalised as a whole with the model's percentiles, then seen in windows of the
+    model's size that overlap and are blended smoothly.
+
+    Parameters
+    ----------
+    model : DINOCell
+        In eval mode.
+    image : (H, W) ndarray
+        Raw intensities of any real dtype, finite.
+    batch_size : int
+        Windows per network call; changes speed and memory, not the result.
+    tile_px : int, optional
+        Visit the windows region by region of this size, no batch across two; the result is the same.
+    precision : `fp32` or `bf16`
+        bf16 autocast is faster and differs in the third digit.
+    progress : callable (done, total), optional
+        Called after every batch of windows.
+
+    Returns
+    -------
+    (H, W) float32 ndarray in [0, 1]
+        All zeros for a constant image, without asking the network.
+
+    Raises
+    ------
+    ValueError
+        The image is not 2-D or not finite, the precision is unknown, or the network answers NaN.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"`precision` must be fp32 or bf16, got {precision!r}: choose one")
+    config = model.config
+    normalized = normalize_intensity(
+        image,
+        low_percentile=config.low_percentile,
+        high_percentile=config.high_percentile,
+        min_contrast_sigma=config.min_contrast_sigma,
+    )
+    if not normalized.any():
+        return np.zeros(image.shape, dtype=np.float32)
+    device = model.device
+    autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if precision == "bf16":
+        autocast = torch.autocast(device.type, torch.bfloat16)
+
+    def predict(windows: NDArray[np.float32]) -> NDArray[np.float32]:
+        batch = torch.from_numpy(windows).to(device)  # [B, 3, window, window]
+        with torch.inference_mode(), autocast:
+            return model(batch)[:, 0].float().cpu().numpy()  # [B, window, window]
+
+    distance_map = predict_windows(
+        to_model_input(normalized),
+        predict,
+        window_px=config.window_px,
+        overlap_px=config.overlap_px,
+        batch_size=batch_size,
+        tile_px=tile_px,
+        progress=progress,
+    )
+    if not np.isfinite(distance_map).all():
+        raise ValueError(
+            "the network must answer with finite values, got NaN: the model file is damaged or "
+            "the precision too low for it; try precision fp32"
+        )
+    return np.clip(distance_map, 0.0, 1.0, out=distance_map)

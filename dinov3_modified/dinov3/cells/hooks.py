@@ -1,0 +1,364 @@
+"""What the patches call in a tree of upstream's: DINOCell's additions behind one line each (ours).
+
+`patches/` holds those lines; `dinocell upstream` puts them and these files into a checkout.
+Everything is imported where it is used, so that a run without DINOCell's keys is upstream's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.utils.data import Dataset, get_worker_info
+
+__all__ = [
+    "evaluate",
+    "find_dataset",
+    "fit_patch_size",
+    "load_hook",
+    "load_pretrained",
+    "sections",
+    "start_from_backbone",
+    "watched",
+    "with_views",
+]
+
+logger = logging.getLogger("dinov3")
+
+_LOG_EVERY = 10  # iterations, as upstream's log lines
+
+
+def sections(cfg: Any) -> DictConfig:
+    """`cfg` with the sections of `dinocell.yaml`, whose values it may replace in part.
+
+    Raises:
+        ValueError: a key in one of these sections that does not exist.
+    """
+    defaults = OmegaConf.load(Path(__file__).parent / "dinocell.yaml")
+    OmegaConf.set_struct(defaults, True)
+    own = OmegaConf.create({name: cfg[name] for name in defaults if name in cfg})
+    try:
+        filled = OmegaConf.merge(defaults, own)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"keys of {', '.join(str(name) for name in defaults)} must be those of dinocell.yaml, got "
+            f"another ({reason}): correct it"
+        ) from error
+    merged = OmegaConf.merge(cfg, OmegaConf.create(OmegaConf.to_container(filled)))
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+# --- weights ---
+
+
+def load_pretrained(model: nn.Module, path: str | Path) -> bool:
+    """Fill a network from a file that upstream's loader cannot take.
+
+    That is a backbone alone (Meta's, Hugging Face's, timm's or our format), a backbone of another
+    patch size, or a teacher file without some of its heads.  What the file does not have keeps its
+    start values.
+
+    Args:
+        model: with the module `backbone`, and perhaps heads; sharded or not.
+        path: file or folder.
+
+    Returns:
+        False where upstream's own loader fits: nothing was done then.
+
+    Raises:
+        FileNotFoundError, WeightsError: see `weight_formats.read_backbone`.
+    """
+    from dinov3.cells.weight_formats import fit_backbone
+
+    path = Path(path)
+    if path.is_dir() and (path / ".metadata").is_file():
+        return False  # sharded by torch.distributed.checkpoint
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    teacher = _teacher(path)
+    found = {key: tuple(value.shape) for key, value in teacher.items()}
+    if found and all(found.get(key) == shape for key, shape in expected.items()):
+        return False
+    backbone: Any = model.backbone
+    state, report = fit_backbone(backbone.state_dict(), path)
+    logger.info("%s: %s", path, report)
+    filled = {f"backbone.{key}": value for key, value in state.items()}
+    for key, value in teacher.items():
+        if not key.startswith("backbone.") and expected.get(key) == tuple(value.shape):
+            filled[key] = value
+    for name in sorted({key.split(".")[0] for key in expected} - {"backbone"}):
+        if not any(key.startswith(f"{name}.") for key in filled):
+            logger.warning("%s keeps its start values: %s does not have it", name, path)
+    _set_state(model, filled)
+    return True
+
+
+def _teacher(path: Path) -> dict[str, Tensor]:
+    """Entries of a teacher file; none of other files."""
+    if not path.is_file() or path.suffix == ".safetensors":
+        return {}
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # `read_backbone` says what is wrong with it
+        return {}
+    inner = content.get("teacher") if isinstance(content, dict) else None
+    return {k: v for k, v in inner.items() if isinstance(v, Tensor)} if inner else {}
+
+
+def _set_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, dict(state), options=options)
+
+
+def fit_patch_size(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A backbone's entries with a patch embedding of the network's patch size.
+
+    Args:
+        state_dict: by the names of `model`; without a patch embedding it comes back as it is.
+    """
+    from dinov3.checkpointer.patch_size_adaptation import adapt_state_dict
+
+    key = "patch_embed.proj.weight"
+    if key not in state_dict:
+        return state_dict
+    adapted, note = adapt_state_dict(state_dict, int(model.state_dict()[key].shape[-1]))
+    if note is not None:
+        logger.info("%s", note)
+    return adapted
+
+
+def start_from_backbone(cfg: Any, model: Any) -> None:
+    """Continue the pretraining of `student.pretrained_weights`, a backbone without heads.
+
+    Fills student and EMA; heads keep their start values.
+
+    Args:
+        model: the `SSLMetaArch` after `init_weights`.
+
+    Raises:
+        FileNotFoundError, WeightsError: see `weight_formats.read_backbone`.
+    """
+    from dinov3.cells.weight_formats import fit_backbone
+
+    path = cfg.student.get("pretrained_weights")
+    if not path:
+        return
+    method = sections(cfg).patch_adaptation.method
+    backbone = model.student["backbone"]
+    state, report = fit_backbone(backbone.state_dict(), path, patch_method=method)
+    logger.info("student.pretrained_weights: %s", report)
+    for network in (backbone, model.model_ema["backbone"]):
+        _set_state(network, state)
+
+
+# --- data ---
+
+
+def find_dataset(dataset_str: str) -> tuple[type, dict[str, Any]] | None:
+    """Class and arguments of a dataset of ours; None of all others.
+
+    Raises:
+        ValueError: an unknown key, split or type; a missing key.
+    """
+    from dinov3.cells.registry import DATASETS, check_needed, parse_dataset_str
+
+    if dataset_str.partition(":")[0] not in DATASETS:
+        return None
+    found = parse_dataset_str(dataset_str)
+    check_needed(dataset_str, *found)
+    return found
+
+
+def with_views(dataset: Any, cfg: Any, start_iter: int = 0) -> Any:
+    """A dataset of fields with the views that `multiview` asks for; others as they are.
+
+    Args:
+        dataset: just made, with upstream's augmentation.
+        cfg: of the run; its sections `multiview` and `streaming` count.
+        start_iter: iterations that are done.
+
+    Raises:
+        ValueError: fields without `multiview.strategy`, or photometrics on the device.
+    """
+    if not getattr(dataset, "gives_fields", False):
+        return dataset
+    whole = sections(cfg)
+    view = whole.multiview
+    if not view.strategy:
+        raise ValueError(
+            f"multiview.strategy must be set for {type(dataset).__name__}, got '': for example "
+            "multiview.strategy=multiview"
+        )
+    if view.photometrics == "device":
+        raise ValueError(
+            "multiview.photometrics must be worker or none in a tree of upstream's, got device: set it"
+        )
+    from dinov3.data.augmentations_multiview import build_multiview_augmentation
+
+    views = build_multiview_augmentation(whole)
+    dataset.transform = views
+    if hasattr(dataset.transforms, "transform"):  # torchvision keeps it a second time
+        dataset.transforms.transform = views
+    if not getattr(dataset, "orders_itself", False):
+        return dataset
+    from dinov3.data.datasets.jump_s3 import USUAL_FIELD_BYTES
+
+    section: Any = OmegaConf.to_container(whole.streaming)
+    dataset.set_options(
+        type(dataset.options).from_config(section),
+        report_folder=whole.train.output_dir,
+        seed=whole.train.seed,
+        batch_size=whole.train.batch_size_per_gpu,
+    )
+    # Upstream's workers are forked: this process must not fetch before.
+    dataset.prepare(field_bytes=USUAL_FIELD_BYTES)
+    return _Counted(dataset, start_iter * whole.train.batch_size_per_gpu)
+
+
+class _Counted(Dataset[Any]):
+    """Positions in place of the indices that upstream's sampler draws.
+
+    A dataset with an order of its own must be asked in that order.  Workers get the batches in
+    turn, so that each knows the positions of its own by counting.
+
+    Args:
+        dataset: with `orders_itself`.
+        advance: samples of this process that are done.
+    """
+
+    def __init__(self, dataset: Any, advance: int) -> None:
+        self.dataset = dataset
+        self.advance = advance
+        self.batches = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        first = self.advance + (self.batches * workers + worker) * len(indices)
+        self.batches += 1
+        rank, world = self.dataset.rank, self.dataset.world
+        return [self.dataset[rank + (first + number) * world] for number in range(len(indices))]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+
+# --- what watches a run ---
+
+
+class _Watched:
+    """A metric logger whose values also go to wandb; everything else is the logger's own."""
+
+    def __init__(self, metric_logger: Any, wandb: Any) -> None:
+        self._metrics = metric_logger
+        self._wandb = wandb
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._metrics, name)
+
+    def __str__(self) -> str:
+        return str(self._metrics)
+
+    def log_every(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        iteration = kwargs.get("start_iteration", 0)
+        exit_code = 1
+        try:
+            for batch in self._metrics.log_every(*args, **kwargs):
+                yield batch
+                if iteration % _LOG_EVERY == 0:
+                    self._record(iteration)
+                iteration += 1
+            self._record(iteration - 1)
+            exit_code = 0
+        finally:
+            self._wandb.finish(exit_code)
+
+    def _record(self, iteration: int) -> None:
+        meters = self._metrics.meters
+        if iteration >= 0 and meters:
+            self._wandb.log({name: meter.median for name, meter in meters.items()}, iteration)
+
+
+def watched(metric_logger: Any, cfg: Any, resume: bool = True) -> Any:
+    """A metric logger that also reports to wandb, if `wandb.enabled`.
+
+    Args:
+        resume: false begins another wandb run in the same folder.
+    """
+    whole = sections(cfg)
+    if not whole.wandb.enabled:
+        return metric_logger
+    from dinov3.logging.wandb_logger import create_wandb_logger
+
+    return _Watched(metric_logger, create_wandb_logger(whole, resume=resume))
+
+
+def load_hook(address: str) -> Callable[..., Any]:
+    """A function by "package.module:function".
+
+    Raises:
+        ValueError: no such module or function.
+    """
+    module, _, name = address.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"ssl_evaluation.hook must be package.module:function, got {address!r} ({error}): correct it"
+        ) from error
+
+
+_evaluations: dict[str, Callable[..., dict[str, float]]] = {}
+
+
+def evaluate(cfg: Any, model: Any, iteration: int, metric_logger: Any) -> None:
+    """Score the teacher every `ssl_evaluation.period_iterations`; all processes call this.
+
+    The scores become meters of `metric_logger`.  A failing evaluation is logged, and the training
+    goes on; a wrong hook or folder stops it after its first step.
+
+    Raises:
+        ValueError: `ssl_evaluation.hook` names nothing, or its settings are wrong.
+    """
+    settings = cfg.get("ssl_evaluation") or {}  # every step comes here: nothing is read from files
+    hook, period = settings.get("hook", ""), settings.get("period_iterations", 0)
+    if not hook or period <= 0:
+        return
+    key = f"{hook} {cfg.train.output_dir}"
+    if key not in _evaluations:
+        _evaluations[key] = load_hook(hook)(sections(cfg))
+    if (iteration + 1) % period:
+        return
+    import dinov3.distributed as distributed
+    from dinov3.models import build_model
+
+    teacher = model.model_ema["backbone"]
+    state = {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in teacher.state_dict().items()
+    }
+    if not distributed.is_main_process():
+        return
+    try:
+        device = next(iter(state.values())).device
+        with torch.random.fork_rng(devices=[]):
+            vit: Any = build_model(cfg.student, only_teacher=True, device="meta")[0]
+            vit = vit.to_empty(device=device).eval()
+        vit.load_state_dict(state)
+        scores = _evaluations[key](vit, iteration, Path(cfg.train.output_dir))
+    except Exception:
+        logger.exception("the evaluation of iteration %d failed; the training goes on", iteration)
+        return
+    metric_logger.update(**{name: float(value) for name, value in scores.items()})

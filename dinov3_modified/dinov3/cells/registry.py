@@ -1,0 +1,125 @@
+"""Datasets by name, and the strings that name them (ours).
+
+`Name:key=value:...` as upstream's, with more names and with more keys than root, extra and split.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+__all__ = [
+    "DATASETS",
+    "DatasetKeyError",
+    "DatasetSplitError",
+    "check_needed",
+    "parse_dataset_str",
+    "register_dataset",
+]
+
+# Name in a dataset string → "module:class", imported on first use.
+DATASETS: dict[str, str] = {
+    "ImageFolder": "dinov3.cells.image_folder:ImageFolder",
+    "JUMPCellPainting": "dinov3.data.datasets.jump_cellpainting:JUMPCellPainting",
+    "JUMPCellPaintingMultiView": "dinov3.data.datasets.jump_cellpainting:JUMPCellPaintingMultiView",
+    "JUMPS3Dataset": "dinov3.data.datasets.jump_s3:JUMPS3Dataset",
+    "JUMPS3MultiView": "dinov3.data.datasets.jump_s3:JUMPS3MultiView",
+}
+_COMMON_KEYS: dict[str, type] = {"root": str, "extra": str, "split": str}
+
+
+class DatasetKeyError(ValueError, AssertionError):
+    """A dataset string has a key that the dataset does not know (upstream: AssertionError)."""
+
+
+class DatasetSplitError(ValueError, KeyError):
+    """A dataset string has a split that the dataset does not have (upstream: KeyError)."""
+
+    __str__ = Exception.__str__
+
+
+def register_dataset(name: str, address: str) -> None:
+    """Make a class known to dataset strings.
+
+    Args:
+        address: "module:class".  A class may declare `STRING_OPTIONS`, option → type, beyond root,
+            extra and split.
+
+    Raises:
+        ValueError: not of that form, or the name cannot stand in a dataset string.
+    """
+    module, _, attribute = address.partition(":")
+    if not module or not attribute.isidentifier() or not name or {":", "="} & set(name):
+        raise ValueError(
+            f"a dataset must be registered as a name without ':' and '=' and as 'module:Class', got "
+            f"{name!r} and {address!r}: correct them"
+        )
+    DATASETS[name] = address
+
+
+def parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
+    """`Name:key=value:...` → class and arguments; of a key given twice the last counts.
+
+    Raises:
+        ValueError: unknown name, key, split or type.
+    """
+    name, *tokens = dataset_str.split(":")
+    if name not in DATASETS:
+        raise ValueError(
+            f"a dataset string must name one of {', '.join(DATASETS)}, got {name!r}: choose one"
+        )
+    module, _, attribute = DATASETS[name].partition(":")
+    class_ = getattr(importlib.import_module(module), attribute)
+    known = {**_COMMON_KEYS, **getattr(class_, "STRING_OPTIONS", {})}
+    kwargs: dict[str, Any] = {}
+    for token in tokens:
+        key, equals, value = token.partition("=")
+        if not equals or "=" in value:
+            raise ValueError(
+                f"a dataset string must be Name:key=value:..., got {token!r} in {dataset_str!r}: "
+                "write key=value"
+            )
+        if key not in known:
+            raise DatasetKeyError(
+                f"keys of {name} must be among {', '.join(known)}, got {key!r}: correct the string"
+            )
+        kwargs[key] = _typed(name, key, value, known[key])
+    splits = getattr(class_, "Split", None)
+    if splits is not None and "split" in kwargs:
+        if kwargs["split"] not in splits.__members__:
+            raise DatasetSplitError(
+                f"split of {name} must be one of {', '.join(splits.__members__)}, got "
+                f"{kwargs['split']!r}: choose one"
+            )
+        kwargs["split"] = splits[kwargs["split"]]
+    return class_, kwargs
+
+
+def check_needed(dataset_str: str, class_: type, kwargs: dict[str, Any]) -> None:
+    """Refuse a string without a key that its class cannot do without.
+
+    Raises:
+        ValueError: names the missing keys.
+    """
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(class_).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+    ]
+    if missing := [key for key in needed if key not in kwargs]:
+        raise ValueError(
+            f"{dataset_str.partition(':')[0]} must be told {', '.join(needed)}, got a string without "
+            f"{', '.join(missing)}: add ':{missing[0]}=...' to {dataset_str!r}"
+        )
+
+
+def _typed(name: str, key: str, value: str, kind: type) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+        return kind(value)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{key} of {name} must be of type {kind.__name__}, got {value!r}: correct the string"
+        ) from error

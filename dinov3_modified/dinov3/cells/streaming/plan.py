@@ -1,0 +1,151 @@
+"""What streaming needs, by arithmetic: bytes, requests, cores against visits per field (ours)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dinov3.cells.streaming.order import FieldOrder
+
+__all__ = ["Need", "Plan", "make_plan"]
+
+_VISITS = (1, 2, 4, 8, 16, 32, 64)
+_AHEAD = 48  # as StreamOptions.ahead
+_NETWORK_SHARE = 0.8  # of a line that a single program gets in practice
+_WINDOWS_PER_FIELD = 16  # disjoint 256 px windows of a 1080 px field
+
+
+@dataclass(frozen=True)
+class Need:
+    """Of one number of visits per field.
+
+    Attributes:
+        visits: K.
+        megabytes_per_s, requests_per_s: from the store.
+        connections: requests at once.
+        decode_cores, augment_cores: busy CPU cores.
+        pool_gb: memory of decoded fields, of each process (GPU), at its highest.
+        data_share: of the network's or the cores' capacity, whichever is used more; above 1 the step
+            waits.
+        bottleneck: network or cores.
+    """
+
+    visits: int
+    megabytes_per_s: float
+    requests_per_s: float
+    connections: float
+    decode_cores: float
+    augment_cores: float
+    pool_gb: float
+    data_share: float
+    bottleneck: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of them and what to take.
+
+    Attributes:
+        samples_per_s: that training consumes.
+        needs: by visits.
+        recommended: the fewest visits that keep up, None where none does.
+        advice: one sentence.
+    """
+
+    samples_per_s: float
+    needs: list[Need]
+    recommended: int | None
+    advice: str
+
+
+def make_plan(
+    *,
+    step_seconds: float,
+    batch: int,
+    cores: float,
+    megabytes_per_s: float,
+    field_megabytes: float = 12.35,
+    channels: int = 5,
+    decode_ms: float = 30.0,
+    augment_ms: float = 16.1,
+    first_byte_s: float = 0.2,
+    spread: int = 8,
+    field_pool_megabytes: float = 11.7,
+) -> Plan:
+    """Needs of a training step.
+
+    Args:
+        step_seconds: of one iteration.
+        batch: samples of it on this node, over all its GPUs.
+        cores: for data.
+        megabytes_per_s: of the line to the store, 10**6 bytes.
+        field_megabytes: of all files of a field; 12.35 in the JUMP pilot.
+        decode_ms: CPU time to decode a field.
+        augment_ms: CPU time to make the crops of a sample (`benchmarks/multiview_augmentation.py`).
+        first_byte_s: of a request.
+        field_pool_megabytes: of a decoded field.
+
+    Raises:
+        ValueError: a number that is not positive.
+    """
+    given = {
+        "step_seconds": step_seconds, "batch": batch, "cores": cores, "mbps": megabytes_per_s,
+        "field_megabytes": field_megabytes, "channels": channels, "spread": spread,
+    }  # fmt: skip
+    for name, value in given.items():
+        if not (0 < value < math.inf):
+            raise ValueError(f"{name} must be positive, got {value}: correct it")
+    for name, value in (("decode_ms", decode_ms), ("augment_ms", augment_ms)):
+        if not (0 <= value < math.inf):
+            raise ValueError(f"{name} must be 0 or more, got {value}: correct it")
+    rate = batch / step_seconds
+    needs = []
+    for visits in _VISITS:
+        fields = rate / visits
+        network = fields * field_megabytes
+        requests = fields * channels
+        decode = fields * decode_ms / 1000
+        augment = rate * augment_ms / 1000
+        by_network = network / (_NETWORK_SHARE * megabytes_per_s)
+        by_cores = (decode + augment) / cores
+        needs.append(
+            Need(
+                visits,
+                network,
+                requests,
+                requests * first_byte_s,
+                decode,
+                augment,
+                FieldOrder(1, visits=visits, spread=spread).pool_fields(_AHEAD)
+                * field_pool_megabytes
+                / 1000,
+                max(by_network, by_cores),
+                "network" if by_network >= by_cores else "cores",
+            )
+        )
+    fitting = [need for need in needs if need.data_share <= 1]
+    if fitting:
+        best = fitting[0]
+        advice = (
+            f"take visits={best.visits}: {best.megabytes_per_s:.0f} MB/s, {best.requests_per_s:.0f} "
+            f"requests/s, {best.decode_cores + best.augment_cores:.1f} of {cores:g} cores; the narrowest "
+            f"is {'the network' if best.bottleneck == 'network' else 'the cores'} at "
+            f"{100 * best.data_share:.0f} %"
+        )
+        if best.visits > _WINDOWS_PER_FIELD:
+            advice += (
+                f"; a field holds {_WINDOWS_PER_FIELD} disjoint 256 px windows, so pixels repeat"
+            )
+        return Plan(rate, needs, best.visits, advice)
+    best = min(needs, key=lambda need: need.data_share)
+    cure = (
+        "more cores, or multiview.photometrics=device"
+        if best.bottleneck == "cores"
+        else "a faster line, packed shards (`dinocell jump pack`), or a local copy"
+    )
+    advice = (
+        f"no number of visits keeps up: with visits={best.visits} a step takes "
+        f"{best.data_share * step_seconds:.2f} s instead of {step_seconds:g} s, held up by the "
+        f"{best.bottleneck}; get {cure}"
+    )
+    return Plan(rate, needs, None, advice)

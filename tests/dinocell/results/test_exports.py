@@ -1,0 +1,364 @@
+"""Exported files read back with decoders written here, on pictures with every kind of contact."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError
+from dinocell.io.images import read_labels
+from dinocell.results import exports
+from dinocell.results.exports import (
+    EXPORT_FORMATS,
+    compress_rle,
+    labels_to_polygons,
+    labels_to_rle,
+    write_coco_rle,
+    write_geojson,
+    write_imagej_rois,
+    write_table_csv,
+)
+from dinocell.results.measure import CellTable, measure_labels
+
+HAND_PICTURES = {
+    "nothing": "... ...",
+    "one pixel": ".1 ..",
+    "side by side": "1122 1122",
+    "ring": "111 1.1 111",
+    "ring around another": "11111 1...1 1.2.1 1...1 11111",
+    "corner contact": "1. .1",
+    "other corner contact": ".1 1.",
+    "hole at a corner of the border": "11. 1.1 111",
+    "two holes meet in a corner": "1111 1.11 11.1 1111",
+    "two pieces, the second with a hole": "1.... ..111 ..1.1 ..111",
+    "full": "11 11",
+}
+
+
+def picture(text: str) -> np.ndarray:
+    """Rows of digits to a label image; a dot is background."""
+    return np.array(
+        [[0 if mark == "." else int(mark) for mark in line] for line in text.split()], np.uint32
+    )
+
+
+def scenes() -> dict[str, np.ndarray]:
+    """Label images by name: the hand pictures and random ones, with numbers above 65,535."""
+    named = {name: picture(text) for name, text in HAND_PICTURES.items()}
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        shape = tuple(rng.integers(1, 40, 2))
+        noise = ndimage.gaussian_filter(rng.random(shape), (0.0, 0.7, 1.5)[seed % 3])
+        labels = ndimage.label(noise > np.median(noise), structure=np.ones((3, 3)))[0]
+        if seed % 4 == 0:
+            labels = rng.integers(0, 3, shape)
+        named[f"random {seed}"] = (labels * 70_000).astype(np.uint32)
+    return named
+
+
+SCENES = scenes()
+
+
+def fill(rings: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Pixels inside closed rings of (row, col) corners, even-odd: each upright side flips the rest."""
+    flips = np.zeros((shape[0], shape[1] + 1), bool)
+    for ring in rings:
+        for (row_a, col_a), (row_b, col_b) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+            if col_a == col_b:
+                flips[min(row_a, row_b) : max(row_a, row_b), col_a] ^= True
+            else:
+                assert row_a == row_b
+    return np.logical_xor.accumulate(flips, axis=1)[:, :-1]
+
+
+def signed_area(ring: np.ndarray) -> float:
+    """Shoelace formula for (row, col) corners with x = col and y = row."""
+    y, x = ring.T
+    return float(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y)) / 2
+
+
+def expand(text: str) -> list[int]:
+    """COCO's string of run lengths back to numbers."""
+    counts: list[int] = []
+    number = shift = 0
+    for letter in text.encode():
+        group = letter - 48
+        number += (group % 32) * 2**shift
+        shift += 5
+        if group < 32:
+            if group >= 16:
+                number -= 2**shift
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number = shift = 0
+    return counts
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_polygons_give_the_labels_back(name: str) -> None:
+    labels = SCENES[name]
+    polygons = labels_to_polygons(labels)
+    assert list(polygons) == [label for label in np.unique(labels).tolist() if label]
+    for label, pieces in polygons.items():
+        cell = labels == label
+        numbered, count = ndimage.label(cell)
+        assert len(pieces) == count  # 4-connected
+        homes = set()
+        for outer, *holes in pieces:
+            assert signed_area(outer) > 0
+            assert all(signed_area(hole) < 0 for hole in holes)
+            covered = np.unique(numbered[fill([outer, *holes], labels.shape)])
+            assert len(covered) == 1  # holes went to the piece they lie in
+            homes |= set(covered.tolist())
+        assert homes == set(range(1, count + 1))
+        rings = [ring for piece in pieces for ring in piece]
+        np.testing.assert_array_equal(fill(rings, labels.shape), cell)
+        assert sum(signed_area(ring) for ring in rings) == cell.sum()
+        for ring in rings:
+            assert len(np.unique(ring, axis=0)) == len(ring)  # no corner twice
+            steps = np.roll(ring, -1, axis=0) - ring
+            assert ((steps != 0).sum(axis=1) == 1).all()
+            assert ((steps[:, 0] != 0) != (np.roll(steps, 1, axis=0)[:, 0] != 0)).all()  # turns
+
+
+def test_polygons_by_hand() -> None:
+    assert {
+        label: [[ring.tolist() for ring in piece] for piece in pieces]
+        for label, pieces in labels_to_polygons(picture(".77 .7.")).items()
+    } == {7: [[[[0, 3], [1, 3], [1, 2], [2, 2], [2, 1], [0, 1]]]]}
+    (ring,) = labels_to_polygons(SCENES["ring"])[1]
+    assert ring[1].tolist() in [[[2, 1], [2, 2], [1, 2], [1, 1]][k:] + [[2, 1], [2, 2], [1, 2], [1, 1]][:k] for k in range(4)]  # fmt: skip
+    assert [len(piece) for piece in labels_to_polygons(SCENES["two holes meet in a corner"])[1]] == [3]  # fmt: skip
+    assert len(labels_to_polygons(SCENES["corner contact"])[1]) == 2
+    (pinched,) = labels_to_polygons(SCENES["hole at a corner of the border"])[1]
+    assert [signed_area(ring) for ring in pinched] == [8, -1]
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_geojson_gives_the_labels_back(name: str, tmp_path: Path) -> None:
+    labels = SCENES[name]
+    table = measure_labels(labels)
+    write_geojson(tmp_path / "cells.geojson", labels, table)
+    document = json.loads((tmp_path / "cells.geojson").read_text())
+    assert document["type"] == "FeatureCollection"
+    again = np.zeros_like(labels)
+    for feature, row in zip(document["features"], table.rows(), strict=True):
+        geometry, properties = feature["geometry"], feature["properties"]
+        pieces = geometry["coordinates"]
+        if geometry["type"] == "Polygon":
+            pieces = [pieces]
+        else:
+            assert geometry["type"] == "MultiPolygon"
+            assert len(pieces) > 1
+        rings = [np.array(ring) for piece in pieces for ring in piece]
+        assert all((ring[0] == ring[-1]).all() for ring in rings)
+        again[fill([ring[:-1, ::-1] for ring in rings], labels.shape)] = properties["label"]
+        assert properties["objectType"] == "detection"
+        assert properties["name"] == str(row["label"])
+        assert properties["measurements"] == {
+            name: value for name, value in row.items() if value is not None
+        }
+    np.testing.assert_array_equal(again, labels)
+
+
+def test_geojson_options(tmp_path: Path) -> None:
+    path = tmp_path / "cells.geojson"
+    write_geojson(path, [[1, 2]], object_type="annotation")
+    properties = [feature["properties"] for feature in json.loads(path.read_text())["features"]]
+    assert properties == [
+        {"objectType": "annotation", "name": str(label), "label": label} for label in (1, 2)
+    ]
+    with pytest.raises(ValueError, match="one of detection, annotation, cell, got 'tile'"):
+        write_geojson(path, [[1, 2]], object_type="tile")
+    with pytest.raises(ValueError, match="got 1 rows for 2 cells"):
+        write_geojson(path, [[1, 2]], measure_labels([[1, 1]]))
+    assert len(json.loads(path.read_text())["features"]) == 2  # still the first file
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("name", SCENES)
+def test_coco_gives_the_labels_back(name: str, compressed: bool, tmp_path: Path) -> None:
+    labels = SCENES[name]
+    table = measure_labels(labels)
+    write_coco_rle(tmp_path / "cells.json", labels, compressed=compressed)
+    document = json.loads((tmp_path / "cells.json").read_text())
+    assert document["images"] == [
+        {"id": 1, "file_name": "", "height": labels.shape[0], "width": labels.shape[1]}
+    ]
+    again = np.zeros_like(labels)
+    for annotation, row in zip(document["annotations"], table.rows(), strict=True):
+        assert annotation["segmentation"]["size"] == list(labels.shape)
+        counts = annotation["segmentation"]["counts"]
+        assert isinstance(counts, str) == compressed
+        counts = expand(counts) if compressed else counts
+        assert sum(counts) == labels.size
+        assert min(counts[1:], default=1) > 0
+        inside = np.repeat(np.arange(len(counts)) % 2, counts).astype(bool)
+        again[inside.reshape(labels.shape, order="F")] = annotation["id"]
+        assert annotation["area"] == row["area"]
+        height = row["bbox_max_row"] - row["bbox_min_row"]
+        width = row["bbox_max_col"] - row["bbox_min_col"]
+        assert annotation["bbox"] == [row["bbox_min_col"], row["bbox_min_row"], width, height]
+    np.testing.assert_array_equal(again, labels)
+
+
+def test_coco_by_hand(tmp_path: Path) -> None:
+    assert {
+        label: counts.tolist() for label, counts in labels_to_rle(picture("12 1.")).items()
+    } == {
+        1: [0, 2, 2],
+        2: [2, 1, 1],
+    }
+    # 0, 2, 2, then 40 - 2 = 38: lower group 6 with "more", upper group 1
+    assert compress_rle([0, 2, 2, 40]) == "022" + chr(48 + 32 + 6) + chr(48 + 1)
+    assert compress_rle([0, 9, 2, 6]) == "092" + chr(48 + 29)  # 6 - 9 = -3 in one group
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 10 ** rng.integers(1, 9, 500)).tolist()
+    assert expand(compress_rle(counts)) == counts
+
+    write_coco_rle(tmp_path / "a.json", [[1]], file_name="a.tif", image_id=7, category="nucleus")
+    document = json.loads((tmp_path / "a.json").read_text())
+    assert document["images"] == [{"id": 7, "file_name": "a.tif", "height": 1, "width": 1}]
+    assert document["annotations"][0]["image_id"] == 7
+    assert document["categories"] == [{"id": 1, "name": "nucleus"}]
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_imagej_rois_give_the_labels_back(name: str, tmp_path: Path) -> None:
+    roifile = pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
+    labels = SCENES[name]
+    write_imagej_rois(tmp_path / "RoiSet.zip", labels)
+    with zipfile.ZipFile(tmp_path / "RoiSet.zip") as archive:
+        names = archive.namelist()
+        rois = [roifile.ImagejRoi.frombytes(archive.read(name)) for name in names]
+    assert names == [f"{label}.roi" for label in np.unique(labels) if label]
+    again = np.zeros_like(labels)
+    for roi, row in zip(rois, measure_labels(labels).rows(), strict=True):
+        assert roi.name == str(row["label"])
+        bounds = [row[f"bbox_{side}"] for side in ("min_row", "min_col", "max_row", "max_col")]
+        assert [roi.top, roi.left, roi.bottom, roi.right] == bounds
+        rings = [np.asarray(ring)[:, ::-1].astype(int) for ring in roi.coordinates(multi=True)]
+        assert (roi.roitype == roifile.ROI_TYPE.TRACED) == (len(rings) == 1)
+        again[fill(rings, labels.shape)] = row["label"]
+    np.testing.assert_array_equal(again, labels)
+
+
+def test_imagej_rois_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "roifile", None)
+    with pytest.raises(MissingExtraError, match=r"pip install dinocell\[formats\]"):
+        write_imagej_rois(tmp_path / "RoiSet.zip", [[1]])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_csv_gives_the_numbers_back(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    labels = SCENES["random 1"]
+    table = measure_labels(
+        labels, rng.random((*labels.shape, 2)), pixel_size_um=0.3, channel_names=["DNA", "a,b"]
+    )
+    write_table_csv(tmp_path / "cells.csv", table)
+    text = (tmp_path / "cells.csv").read_bytes()
+    assert b"\r" not in text
+    with open(tmp_path / "cells.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(table)
+    assert tuple(rows[0]) == table.columns
+    for name in table.columns:
+        written = [row[name] for row in rows]
+        if table[name].dtype == bool:
+            assert [value == "true" for value in written] == table[name].tolist()
+            assert set(written) <= {"true", "false"}
+        else:
+            again = [math.nan if value == "" else float(value) for value in written]
+            np.testing.assert_array_equal(again, table[name])
+
+
+def test_csv_without_cells_has_its_header(tmp_path: Path) -> None:
+    table = measure_labels(np.zeros((3, 3), int))
+    write_table_csv(tmp_path / "new" / "cells.csv", table)
+    assert (tmp_path / "new" / "cells.csv").read_text() == ",".join(table.columns) + "\n"
+
+
+@pytest.mark.parametrize("name", list(EXPORT_FORMATS))
+@pytest.mark.parametrize("scene", ["nothing", "ring around another"])
+def test_every_format_writes_and_repeats(name: str, scene: str, tmp_path: Path) -> None:
+    if name == "roi":
+        pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
+    labels = SCENES[scene]
+    exporter = EXPORT_FORMATS[name]
+    assert exporter.description
+    path = tmp_path / f"field{exporter.suffix}"
+    exporter.write(path, labels, None)
+    first = path.read_bytes()
+    exporter.write(path, labels, None)
+    assert path.read_bytes() == first
+    table = measure_labels(labels, pixel_size_um=0.5)
+    exporter.write(path, labels, table)
+    takes_the_table = name == "tif" or (name == "geojson" and len(table) > 0)
+    assert (path.read_bytes() != first) == takes_the_table
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    if name in ("tif", "png"):
+        np.testing.assert_array_equal(read_labels(path), labels)
+
+
+def test_format_suffixes_differ() -> None:
+    assert len({exporter.suffix for exporter in EXPORT_FORMATS.values()}) == len(EXPORT_FORMATS)
+    assert list(EXPORT_FORMATS) == ["tif", "png", "geojson", "roi", "coco"]
+
+
+def test_more_cells_than_16_bits_hold(tmp_path: Path) -> None:
+    labels = np.arange(1, 260 * 260 + 1, dtype=np.uint32).reshape(260, 260)
+    polygons = labels_to_polygons(labels)
+    assert len(polygons) == 67_600
+    assert polygons[67_600][0][0].tolist() == [[259, 260], [260, 260], [260, 259], [259, 259]]
+    assert labels_to_rle(labels[-3:, -3:])[67_600].tolist() == [8, 1]
+    EXPORT_FORMATS["tif"].write(tmp_path / "cells_labels.tif", labels, None)
+    np.testing.assert_array_equal(read_labels(tmp_path / "cells_labels.tif"), labels)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_geojson(path, [[1]]),
+        lambda path: write_coco_rle(path, [[1]]),
+        lambda path: write_table_csv(path, CellTable({"label": np.array([1])})),
+    ],
+)
+def test_failure_leaves_the_old_file(write, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "cells.out"
+    path.write_text("old")
+
+    def full_disk(self: Path, *args: object, **kwargs: object) -> None:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        with pytest.raises(DINOCellError, match=r"cells\.out' cannot be written \(No space left"):
+            write(path)
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["cells.out"]
+    with pytest.raises(ImageFileError, match="is a folder"):
+        write(tmp_path)
+    write(path)
+    assert path.read_text() != "old"
+
+
+@pytest.mark.parametrize("encode", [labels_to_polygons, labels_to_rle])
+def test_wrong_labels(encode) -> None:
+    with pytest.raises(TypeError, match="boolean mask"):
+        encode(np.ones((2, 2), bool))
+    with pytest.raises(ValueError, match=r"got shape \(2,\)"):
+        encode(np.ones(2, int))
+    assert encode(np.zeros((0, 3), int)) == {}
+
+
+def test_public_names() -> None:
+    assert all(hasattr(exports, name) for name in exports.__all__)

@@ -1,0 +1,423 @@
+"""The page: well-formed, self-contained, safe, complete, and sensible with no cell or many images."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinocell.errors import ImageFileError
+from dinocell.results.measure import measure_labels, summarize
+from dinocell.results.pictures import CONTOUR_COLOR, color_labels, inner_borders
+from dinocell.results.report import ReportEntry, make_entry, write_report
+
+VOID = {"meta", "img", "input", "br", "hr", "link"}
+
+
+class Page(HTMLParser):
+    """Parses a page, checks that tags nest, and keeps what tests ask for."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = source
+        self.stack: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(source)
+        self.close()
+        assert self.stack == [], "every tag is closed"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.stack, f"</{tag}> without a start"
+        assert self.stack.pop() == tag, f"</{tag}> closes another tag"
+
+    def handle_data(self, data):
+        if data.strip() and self.stack:
+            self.texts.append((self.stack[-1], data.strip()))
+
+    def all(self, name, **attrs):
+        """Attributes of every tag of this name that has these attributes."""
+        wanted = {key.rstrip("_"): value for key, value in attrs.items()}
+        return [a for tag, a in self.tags if tag == name and wanted.items() <= a.items()]
+
+    def text(self, *tags):
+        """Text inside these tags (all when none is named), one line each."""
+        return "\n".join(text for tag, text in self.texts if not tags or tag in tags)
+
+    def visible_text(self):
+        return "\n".join(text for tag, text in self.texts if tag not in ("style", "script"))
+
+
+def cells(num_cells=6, shape=(40, 60), seed=0):
+    """An image with `num_cells` squares, its labels and a map."""
+    labels = np.zeros(shape, np.uint32)
+    for index in range(num_cells):
+        row, col = divmod(index, 6)
+        labels[2 + 10 * row : 8 + 10 * row + index % 2, 2 + 10 * col : 9 + 10 * col] = index + 1
+    rng = np.random.default_rng(seed)
+    image = (100 + 400 * (labels > 0) + rng.integers(0, 50, shape)).astype(np.uint16)
+    return image, labels, (labels > 0).astype(np.float32)
+
+
+def entry(name="a.tif", num_cells=6, pixel_size_um=None, **changes):
+    image, labels, distance_map = cells(num_cells)
+    table = measure_labels(labels, image, pixel_size_um=pixel_size_um)
+    arguments = {
+        "image": image,
+        "labels": labels,
+        "distance_map": distance_map,
+        "table": table,
+        "summary": summarize(labels, table),
+    }
+    return ReportEntry(name, **(arguments | changes))
+
+
+def page(tmp_path, entries, **options):
+    write_report(tmp_path / "report.html", entries, **options)
+    return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def pictures(parsed):
+    """Embedded pictures by (class, alt)."""
+    found = {}
+    for attrs in parsed.all("img"):
+        kind, data = re.fullmatch(r"data:image/(png|jpeg);base64,(.+)", attrs["src"]).groups()
+        picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+        assert picture.format == kind.upper()
+        found[attrs.get("class") or "", attrs["alt"]] = picture
+    return found
+
+
+def test_one_image_end_to_end(tmp_path):
+    parsed = page(tmp_path, [entry()], title="A run", summary={"model": "tiny"}, notes=["Note."])
+    assert parsed.text("title").splitlines()[0] == "A run"
+    assert parsed.text("h1") == "A run"
+    text = parsed.visible_text()
+    for expected in ("6 cells", "tiny", "Note.", "confluency 11.38 %", "All 6 cells."):
+        assert expected in text
+    found = pictures(parsed)
+    assert {kind for kind, _ in found} == {"", "layer contours", "layer colors"}
+    assert len(found) == 4
+    assert [name for name, _ in parsed.tags].count("svg") == 1
+    header = [t for tag, t in parsed.texts if tag == "th"]
+    assert "area" in header
+    assert "eccentricity" in header
+
+
+def test_layers_show_the_labels(tmp_path):
+    item = entry()
+    found = pictures(page(tmp_path, [item]))
+    layers = {kind: np.asarray(p.convert("RGBA")) for (kind, _), p in found.items() if kind}
+    border = inner_borders(item.labels)
+    outlines = layers["layer contours"]
+    assert np.array_equal(outlines[..., 3] == 255, border)
+    assert (outlines[border][:, :3] == CONTOUR_COLOR).all()
+    colors = layers["layer colors"]
+    inside = item.labels > 0
+    assert np.array_equal(colors[..., 3] == 255, inside)
+    assert np.array_equal(colors[inside][:, :3], color_labels(item.labels)[inside])
+    photo = np.asarray(found["", "Image a.tif"].convert("L")).astype(int)
+    assert photo[inside].mean() > photo[~inside].mean() + 150
+
+
+def test_page_is_self_contained(tmp_path):
+    item = entry(
+        overlay_path=tmp_path / "sub" / "a overlay#1.png", csv_path=tmp_path / "a_cells.csv"
+    )
+    parsed = page(tmp_path, [item])
+    assert not re.search(r"(https?:)?//[a-z0-9.-]+\.[a-z]", parsed.source, re.IGNORECASE)
+    assert "url(" not in parsed.source
+    assert "@import" not in parsed.source
+    for name, attrs in parsed.tags:
+        assert name not in ("link", "iframe", "object", "embed")
+        assert name != "script" or "src" not in attrs
+        for key in ("src", "href", "action", "data", "poster", "srcset"):
+            value = attrs.get(key)
+            if value and key == "href":
+                assert re.match(r"#|a_cells\.csv$|sub/a%20overlay%231\.png$", value)
+            elif value:
+                assert value.startswith("data:image/")
+
+
+def test_names_are_escaped_everywhere(tmp_path):
+    evil = "\"><script>alert('1')</script>&amp;<img src=x onerror=y>.tif"
+    good = {"num_cells": 2, "<i>key": "<b>value"}
+    items = [
+        entry(evil, csv_path=tmp_path / f"{evil.replace('/', '_')}.csv", warnings=("<u>careful",)),
+        entry("b", summary=good, truth_scores={"<s>AP": 0.5}, table={"<q>": np.array(["<p>x"])}),
+        ReportEntry(evil, error="<b>broken</b>"),
+    ]
+    parsed = page(tmp_path, items, title=evil, notes=[evil], summary={evil: evil})
+    assert len(parsed.all("script")) == 1
+    for tag in ("b", "i", "u", "s", "q"):
+        expected = {"b": 5}.get(tag, 0)  # the five numbers at the top
+        assert len(parsed.all(tag)) == expected
+    assert all(set(attrs) & {"onerror", "onclick", "onload"} == set() for _, attrs in parsed.tags)
+    text = parsed.visible_text()
+    for expected in (
+        evil,
+        "<u>careful",
+        "<i>key",
+        "<b>value",
+        "<s>AP",
+        "<q>",
+        "<p>x",
+        "<b>broken</b>",
+    ):
+        assert expected in text
+
+
+def test_pictures_are_counted(tmp_path):
+    items = [
+        entry("full"),
+        entry("no map", distance_map=None),
+        entry("image alone", labels=None, distance_map=None, table=None, summary=None),
+        entry("labels alone", image=None, distance_map=None),
+        ReportEntry("failed", error="It broke."),
+    ]
+    assert len(page(tmp_path, items).all("img")) == 4 + 3 + 1 + 2 + 0
+
+
+def test_no_cells(tmp_path):
+    parsed = page(tmp_path, [entry(num_cells=0), entry("b.tif", num_cells=0)])
+    text = parsed.visible_text()
+    assert "0 cells" in text
+    assert "No cell was found." in text
+    assert "No cell, so no histogram of areas." in text
+    assert parsed.all("svg") == []
+    header = [t for tag, t in parsed.texts if tag == "th"]
+    assert header.count("area") == 2, "an empty table has its columns"
+    layers = [p for (kind, _), p in pictures(parsed).items() if kind]
+    assert all(np.asarray(p.convert("RGBA"))[..., 3].max() == 0 for p in layers)
+
+
+def test_no_images(tmp_path):
+    parsed = page(tmp_path, [])
+    assert "No image was given" in parsed.visible_text()
+    assert parsed.all("article") == []
+
+
+def test_failures_and_warnings_are_listed_and_linked(tmp_path):
+    items = [
+        entry("good"),
+        ReportEntry("bad", error="The file is truncated."),
+        entry("odd", warnings=("It is constant.", "It is small.")),
+    ]
+    parsed = page(tmp_path, items)
+    listed = parsed.text("li")
+    assert ": The file is truncated." in listed
+    assert ": It is constant." in listed
+    assert ": It is small." in listed
+    anchors = {attrs["href"] for attrs in parsed.all("a") if attrs["href"].startswith("#")}
+    assert anchors == {f"#{attrs['id']}" for attrs in parsed.all("article")}
+    states = [t for tag, t in parsed.texts if tag == "td" and t in ("done", "failed", "warning")]
+    assert states == ["done", "failed", "warning"]
+    assert "Failed: The file is truncated." in parsed.visible_text()
+    clean = page(tmp_path, [entry("good")])
+    assert "Failures and warnings" not in clean.visible_text()
+
+
+def test_accessible(tmp_path):
+    parsed = page(tmp_path, [entry("a"), entry("b", truth_scores={"AP@0.5": 0.9})])
+    assert parsed.all("html")[0]["lang"] == "en"
+    assert all(attrs.get("alt") for attrs in parsed.all("img"))
+    assert all("scope" in attrs for attrs in parsed.all("th"))
+    assert all(attrs.get("aria-label") for attrs in parsed.all("svg", role="img"))
+    ids = [attrs["id"] for _, attrs in parsed.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    inputs = [attrs["id"] for attrs in parsed.all("input")]
+    assert inputs == [attrs["for"] for attrs in parsed.all("label")]
+    assert "prefers-color-scheme: dark" in parsed.source
+    assert "color-scheme: light dark" in parsed.source
+
+
+def test_scores_and_their_mean(tmp_path):
+    items = [
+        entry("a", truth_scores={"AP@0.5": 0.9, "SEG": 0.5}),
+        entry("b", truth_scores={"AP@0.5": 0.7, "SEG": float("nan")}),
+        entry("c"),
+    ]
+    text = page(tmp_path, items).text("td", "th", "dd")
+    assert "0.8 (n = 2)" in text
+    assert "0.5 (n = 1)" in text
+    assert "mean over images" in text
+    without = page(tmp_path, [entry("c")]).text("td", "th", "dd")
+    assert "mean over images" not in without
+
+
+def histogram_counts(parsed):
+    """Cells per bar, from the bars' titles."""
+    bars = [t for tag, t in parsed.texts if tag == "title" and " to " in t]
+    return [int(re.search(r": ([\d,]+) cells?$", bar)[1].replace(",", "")) for bar in bars]
+
+
+def test_histogram_holds_every_cell_once(tmp_path):
+    rng = np.random.default_rng(3)
+    areas = np.concatenate([rng.gamma(4.0, 100.0, 400), [1e6]])
+    item = ReportEntry("a", table={"label": np.arange(401), "area": areas}, summary={})
+    parsed = page(tmp_path, [item])
+    assert sum(histogram_counts(parsed)) == 401
+    caption = parsed.text("figcaption")
+    assert f"median {np.median(areas):.4g} px" in caption
+    beyond = int(re.search(r"the last bar holds (\d+) larger", caption)[1])
+    assert 1 <= beyond <= 4
+    assert histogram_counts(parsed)[-1] >= beyond
+
+
+@pytest.mark.parametrize("areas", [[5.0], [3.0, 3.0], [0.0], [1e-9, 2e-9]])
+def test_histogram_of_few_or_equal_areas(tmp_path, areas):
+    item = ReportEntry("a", table={"area": np.array(areas)})
+    assert sum(histogram_counts(page(tmp_path, [item]))) == len(areas)
+
+
+def test_areas_in_micrometres_where_all_images_have_them(tmp_path):
+    both = page(tmp_path, [entry("a", pixel_size_um=0.5), entry("b", pixel_size_um=0.5)])
+    assert both.text("figcaption").count("µm²") == 6
+    mixed = page(tmp_path, [entry("a", pixel_size_um=0.5), entry("b")])
+    captions = [t for tag, t in mixed.texts if tag == "figcaption" and "Histogram" in t]
+    assert ["µm²" in text for text in captions] == [False, True, False]
+    assert "12 cells in all images" in captions[0]
+
+
+def test_long_tables_are_cut_with_a_note(tmp_path):
+    table = {"label": np.arange(1, 121), "area": np.full(120, 7.25)}
+    csv_path = tmp_path / "cells.csv"
+    parsed = page(tmp_path, [ReportEntry("a", table=table, csv_path=csv_path)])
+    assert parsed.text("td").splitlines().count("7.25") == 50
+    assert "The first 50 of 120 cells; all are in" in parsed.text("caption")
+    assert len(parsed.all("a", href="cells.csv")) == 2
+    short = page(tmp_path, [ReportEntry("a", table=table)], rows=3)
+    assert short.text("td").splitlines().count("7.25") == 3
+    assert "The first 3 of 120 cells; the rest is left out." in short.text("caption")
+
+
+def test_numbers_read_well(tmp_path):
+    table = {"v": np.array([np.nan, np.inf, 0.123456, 1234567.8, 3.0, -2.5e-7])}
+    assert page(tmp_path, [ReportEntry("a", table=table)]).text("td").split("\n")[-6:] == [
+        "–",
+        "∞",
+        "0.1235",
+        "1,234,568",
+        "3",
+        "-2.5e-07",
+    ]
+    table = {"v": np.array([True, False])}
+    assert page(tmp_path, [ReportEntry("a", table=table)]).text("td").endswith("yes\nno")
+
+
+def test_five_hundred_images_stay_small(tmp_path):
+    item = entry(csv_path=tmp_path / "a.csv")
+    parsed = page(tmp_path, [item] * 500)
+    assert len(parsed.all("article")) == 500
+    collapsed = [attrs for attrs in parsed.all("details") if "open" in attrs]
+    assert len(collapsed) == 12, "the first dozen is open, the overview closed"
+    assert all(attrs["loading"] == "lazy" for attrs in parsed.all("img"))
+    assert parsed.source.count("The first") == 0, "six rows fit even the small share"
+    assert len(parsed.source) < 15_000_000
+
+
+def test_pictures_shrink_with_the_number_of_images(tmp_path):
+    labels = np.zeros((900, 1000), np.uint32)
+    labels[100:400, 100:500] = 1
+    big = ReportEntry("big", labels.astype(np.uint16), labels)
+    small = ReportEntry("small", np.zeros((2, 2)))
+    widths = []
+    for others in (0, 20, 100):
+        found = pictures(page(tmp_path, [big] + [small] * others))
+        sizes = {p.size for (_, alt), p in found.items() if "big" in alt}
+        assert len(sizes) == 1, "all layers have one size"
+        widths.append(sizes.pop()[0])
+    assert widths == [500, 500, 334]
+    found = pictures(page(tmp_path, [big], thumbnail_px=64))
+    assert {p.size for p in found.values()} == {(63, 57)}
+
+
+def test_make_entry_keeps_what_the_page_shows(tmp_path):
+    class Result:
+        name = "a"
+        image, labels, distance_map = cells(6)
+        warnings = ("careful",)
+
+    table = measure_labels(Result.labels, Result.image, pixel_size_um=0.5)
+    summary = summarize(Result.labels, table)
+    files = {"csv": tmp_path / "a.csv", "overlay": tmp_path / "a.png", "tif": tmp_path / "a.tif"}
+    scores = {"AP": 1.0}
+    made = make_entry(Result(), table, summary, files, truth_scores=scores)
+    whole = ReportEntry(
+        "a",
+        Result.image,
+        Result.labels,
+        Result.distance_map,
+        table,
+        summary,
+        overlay_path=files["overlay"],
+        csv_path=files["csv"],
+        truth_scores=scores,
+        warnings=("careful",),
+    )
+    assert page(tmp_path, [made]).source == page(tmp_path, [whole]).source
+
+
+def test_make_entry_of_a_large_image_is_small(tmp_path):
+    rng = np.random.default_rng(0)
+
+    class Result:
+        name = "large"
+        labels = np.kron(
+            np.arange(1, 401, dtype=np.uint32).reshape(20, 20), np.ones((80, 80), np.uint32)
+        )
+        image = rng.integers(0, 4096, labels.shape).astype(np.uint16)
+        distance_map = rng.random(labels.shape).astype(np.float32)
+        warnings = ()
+
+    table = {"label": np.arange(1, 401), "area": np.arange(400.0)}
+    made = make_entry(Result(), table, {"num_cells": 400, "confluency_percent": 100.0}, {})
+    arrays = (made.image, made.labels, made.distance_map)
+    assert sum(array.nbytes for array in arrays) < 6_000_000 < Result.distance_map.nbytes
+    parsed = page(tmp_path, [made])
+    assert "The first 50 of 400 cells" in parsed.text("caption")
+    assert sum(histogram_counts(parsed)) == 400
+    assert "400 cells" in parsed.visible_text()
+
+
+def test_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    wrong = entry(labels=np.zeros((3, 3), int))
+    with pytest.raises(ValueError, match=r"same height and width.*'a\.tif'"):
+        write_report(path, [entry("good"), wrong])
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["report.html"]
+    with pytest.raises(ImageFileError, match="folder"):
+        write_report(tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"thumbnail_px": 5}, "thumbnail_px"), ({"rows": -1}, "rows")],
+)
+def test_wrong_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        write_report(tmp_path / "report.html", [], **options)
+
+
+def test_wrong_tables(tmp_path):
+    with pytest.raises(ValueError, match="equally long"):
+        write_report(
+            tmp_path / "a.html", [ReportEntry("a", table={"x": np.zeros(2), "y": np.zeros(3)})]
+        )
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,155 @@
+"""Configuration: every wrong key, type and range is one sentence; every option has a home."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dinocell.errors import ConfigError
+from dinocell.settings import (
+    AugmentConfig,
+    BackboneConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    config_from_mapping,
+    config_to_mapping,
+    load_config,
+)
+
+ROOT = Path(__file__).parents[2]
+DATA = {"datasets": [{"name": "a", "images": "i", "labels": "l"}]}
+
+
+def write(path: Path, mapping: object) -> Path:
+    path.write_text(yaml.safe_dump(mapping))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "finetune").glob("*.yaml")), ids=str)
+def test_shipped_configurations_load_and_say_how_to_run_them(path):
+    config = load_config(path)
+    assert config.data.datasets
+    head = path.read_text().splitlines()[:6]
+    assert all(line.startswith("#") for line in head[:4])
+    assert any(f"dinocell train configs/finetune/{path.name}" in line for line in head)
+
+
+def test_round_trip(tmp_path):
+    config = load_config(write(tmp_path / "c.yaml", {"data": DATA, "augment": {"scale": [0.5, 2]}}))
+    assert config.augment.scale == (0.5, 2.0)
+    assert config_from_mapping(TrainConfig, config_to_mapping(config)) == config
+
+
+def test_unknown_key_names_the_nearest(tmp_path):
+    path = write(
+        tmp_path / "c.yaml", {"data": DATA, "optimizer": {"leraning": 1, "wieght_decay": 1}}
+    )
+    with pytest.raises(ConfigError, match=r"optimizer\.leraning.*known: lr, weight_decay"):
+        load_config(path)
+    path = write(tmp_path / "c.yaml", {"data": DATA, "optimizer": {"wieght_decay": 1}})
+    with pytest.raises(ConfigError, match=r"did you mean optimizer\.weight_decay"):
+        load_config(path)
+
+
+def test_overrides_reach_nested_keys_and_lists(tmp_path):
+    path = write(tmp_path / "c.yaml", {"data": DATA})
+    config = load_config(
+        path, ["optimizer.lr=1e-5", "data.datasets.0.weight=2", "model.pixel_size_um=0.5", "name=x"]
+    )
+    assert config.optimizer.lr == 1e-5
+    assert config.data.datasets[0].weight == 2.0
+    assert config.model.pixel_size_um == 0.5
+    assert config.name == "x"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr", "key=value"),
+        ("=3", "key=value"),
+        ("optimizer.lr=fast", "of type float"),
+        ("optimizer.lr=-1", "above 0"),
+        ("optimizer.nothing=1", "must be known"),
+        ("data.datasets.7.name=x", "from 0 to 0"),
+        ("name.x=3", "is a value"),
+        ("seed=true", "of type int"),
+        ("augment.scale=[1]", "2 items"),
+        ("augment.scale=3", "must be a list"),
+        ("model=3", "mapping"),
+        ("name=[unclosed", "must be YAML"),
+    ],
+)
+def test_wrong_overrides(tmp_path, override, message):
+    path = write(tmp_path / "c.yaml", {"data": DATA, "name": "n"})
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (ModelConfig, {"size": "huge"}, "tiny, small, base, large"),
+        (ModelConfig, {"patch_size": 7}, "4, 8, 14, 16"),
+        (ModelConfig, {"decoder": "fpn"}, "unet, unet_wide, linear"),
+        (ModelConfig, {"target": "cube"}, "linear, sqrt"),
+        (ModelConfig, {"window_px": 100}, "multiple of patch_size 8"),
+        (ModelConfig, {"overlap_px": 200}, "half of window_px"),
+        (ModelConfig, {"fill_threshold": 0.9}, "fill_threshold < peak_threshold"),
+        (ModelConfig, {"low_percentile": 99.9}, "low_percentile < high_percentile"),
+        (ModelConfig, {"min_area_px": -1}, "at least 0"),
+        (ModelConfig, {"drop_path_rate": 1.0}, r"\[0, 1\)"),
+        (BackboneConfig, {"frozen": True}, "needs pretrained weights"),
+        (BackboneConfig, {"layer_decay": 0.0}, r"\(0, 1\]"),
+        (AugmentConfig, {"gamma": [0, 1]}, "0 < low <= high"),
+        (AugmentConfig, {"noise_std": -1}, "at least 0"),
+        (AugmentConfig, {"empty_probability": 2}, r"\[0, 1\]"),
+        (OptimizerConfig, {"betas": [0.9, 1.0]}, r"\[0, 1\)"),
+        (ScheduleConfig, {"precision": "fp8"}, "bf16, fp32"),
+        (ScheduleConfig, {"steps": 0}, "at least 1"),
+        (ScheduleConfig, {"ema_decay": 1}, r"\[0, 1\)"),
+        (ScheduleConfig, {"patience": 0}, "at least 1"),
+        (TrainConfig, {}, "at least one data set"),
+        (TrainConfig, {"data": {"datasets": DATA["datasets"] * 2}}, "names must differ"),
+        (TrainConfig, {"data": {**DATA, "val_fraction": 1.0}}, "val_fraction"),
+        (TrainConfig, {"data": DATA, "schedule": {"crop_px": 100}}, "multiple of patch_size"),
+        (TrainConfig, {"data": {"datasets": [{"name": "a"}]}}, "must have the key images"),
+        (
+            TrainConfig,
+            {"data": {"datasets": [{**DATA["datasets"][0], "val_images": "v"}]}},
+            "both val_images and val_labels",
+        ),
+        (TrainConfig, {"data": {"datasets": [{**DATA["datasets"][0], "weight": 0}]}}, "above 0"),
+    ],
+)
+def test_values_out_of_range(kind, values, message):
+    with pytest.raises(ConfigError, match=message):
+        config_from_mapping(kind, values)
+
+
+def test_environment_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("CELL_DATA", "/there")
+    monkeypatch.delenv("NO_SUCH_VARIABLE", raising=False)
+    path = write(tmp_path / "c.yaml", {"data": DATA, "output_dir": "${CELL_DATA}/x"})
+    assert load_config(path).output_dir == "/there/x"
+    path = write(tmp_path / "c.yaml", {"data": DATA, "output_dir": "${NO_SUCH_VARIABLE:-here}/x"})
+    assert load_config(path).output_dir == "here/x"
+    path = write(tmp_path / "c.yaml", {"data": DATA, "output_dir": "${NO_SUCH_VARIABLE}/x"})
+    with pytest.raises(ConfigError, match="NO_SUCH_VARIABLE"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "", "\x00\xff"])
+def test_files_that_are_no_configuration(tmp_path, content):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match="configuration must be"):
+        load_config(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="check the path"):
+        load_config(tmp_path / "none.yaml")
