@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +33,8 @@ from scipy import ndimage
 from skimage.segmentation import watershed
 
 from dinocell.segmentation.distance_map import DEFAULT_TARGET, labels_to_distance_map
-from dinocell.segmentation.watershed import distance_map_to_labels, find_markers, flood, quantize
+from dinocell.segmentation.thresholds import Thresholds
+from dinocell.segmentation.watershed import find_markers, flood, quantize, separate_cells
 
 __all__ = ["main"]
 
@@ -101,29 +103,23 @@ def main() -> None:
     begin = time.perf_counter()
     labels_to_distance_map(crop)
     first_map_s = time.perf_counter() - begin
-    thresholds = {
-        "peak_threshold": args.peak,
-        "fill_threshold": args.fill,
-        "min_prominence": args.prominence,
-    }
+    thresholds = Thresholds(args.peak, args.fill, args.prominence)
     distance_map = network_like(labels_to_distance_map(labels), args.seed)
     begin = time.perf_counter()
-    distance_map_to_labels(distance_map[:192, :192], **thresholds)
+    separate_cells(distance_map[:192, :192], thresholds)
     first_labels_s = time.perf_counter() - begin
 
-    found = distance_map_to_labels(distance_map, **thresholds)
-    markers = find_markers(distance_map, **thresholds)
+    found = separate_cells(distance_map, thresholds)
+    markers = find_markers(distance_map, thresholds)
     mask = distance_map > args.fill
     levels = -quantize(distance_map).astype(np.int32)
     by_skimage = watershed(levels, markers, mask=mask)
     by_skimage_float = watershed(-distance_map, markers, mask=mask)
 
     work: dict[str, Callable[[], Any]] = {
-        "map to labels: dinocell, whole": lambda: distance_map_to_labels(
-            distance_map, **thresholds
-        ),
+        "map to labels: dinocell, whole": lambda: separate_cells(distance_map, thresholds),
         "map to labels: dinocell find_markers alone": lambda: find_markers(
-            distance_map, **thresholds
+            distance_map, thresholds
         ),
         "map to labels: dinocell flood alone": lambda: flood(distance_map, markers, mask),
         "map to labels: scikit-image watershed alone, quantised map": lambda: watershed(
@@ -164,7 +160,7 @@ def main() -> None:
             "num_cells": int(np.unique(labels).size - 1),
             "foreground_percent": 100 * float(mask.mean()),
             "target": DEFAULT_TARGET,
-            "thresholds": thresholds,
+            "thresholds": asdict(thresholds),
             "cells_found": int(found.max()),
         },
         "first_call_s": {"labels to map": first_map_s, "map to labels": first_labels_s},

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,8 @@ from dinocell.io.images import looks_like_labels, read_image, select_channels
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
 from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.preprocess import normalize_intensity
-from dinocell.segmentation.watershed import distance_map_to_labels
+from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
+from dinocell.segmentation.watershed import separate_cells
 
 if TYPE_CHECKING:
     from dinocell.results.measure import CellTable
@@ -148,23 +149,21 @@ class DINOCellPipeline:
         batch_size: int = 8,
         tile_px: int | None = None,
         precision: str = "fp32",
-        peak_threshold: float | None = None,
-        fill_threshold: float | None = None,
-        min_prominence: float | None = None,
-        min_area_px: int | None = None,
+        **thresholds: Unpack[ThresholdChanges],
     ) -> None:
+        unknown = thresholds.keys() - ThresholdChanges.__annotations__.keys()
+        if unknown:
+            raise TypeError(
+                f"DINOCellPipeline does not know {', '.join(sorted(unknown))}: its thresholds are "
+                f"{', '.join(ThresholdChanges.__annotations__)}"
+            )
         if not isinstance(model, DINOCell):
             model = load_model(os.fspath(model), device=device or "cpu")
         elif device is not None:
             model = model.to(resolve_device(device))
-        changes = {
-            "peak_threshold": peak_threshold,
-            "fill_threshold": fill_threshold,
-            "min_prominence": min_prominence,
-            "min_area_px": min_area_px,
-        }
-        given = {name: value for name, value in changes.items() if value is not None}
+        given = {name: value for name, value in thresholds.items() if value is not None}
         self.model = with_config(model, **given).eval()
+        self.thresholds = Thresholds.of(self.model.config)
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}: 8 is usual")
         self.batch_size = batch_size
@@ -295,14 +294,7 @@ class DINOCellPipeline:
         name: str = "image",
     ) -> Segmentation:
         """Last third of `run`: distance map → labels.  Needs no network and no GPU."""
-        config = self.model.config
-        labels = distance_map_to_labels(
-            distance_map,
-            peak_threshold=config.peak_threshold,
-            fill_threshold=config.fill_threshold,
-            min_prominence=config.min_prominence,
-            min_area_px=config.min_area_px,
-        )
+        labels = separate_cells(distance_map, self.thresholds)
         warnings = []
         if plane.size and plane.min() == plane.max():
             warnings.append("constant image: no cells can be found")

@@ -23,20 +23,19 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from dinocell.segmentation.thresholds import Thresholds
+
 __all__ = [
-    "DEFAULT_MIN_PROMINENCE",
     "NUM_LEVELS",
     "distance_map_to_labels",
     "find_markers",
     "flood",
     "quantize",
+    "separate_cells",
 ]
 
 NUM_LEVELS = 4096
 """Levels of the quantised map: finer than what a network knows, and few enough to count and queue by."""
-
-DEFAULT_MIN_PROMINENCE: float = 0.15
-"""For maps of a network, whose best lies between 0.1 and 0.2: tune it.  Perfect maps want 0.3."""
 
 
 def distance_map_to_labels(
@@ -44,8 +43,8 @@ def distance_map_to_labels(
     *,
     peak_threshold: float,
     fill_threshold: float,
-    min_prominence: float = DEFAULT_MIN_PROMINENCE,
-    min_area_px: int = 0,
+    min_prominence: float = Thresholds.min_prominence,
+    min_area_px: int = Thresholds.min_area_px,
 ) -> NDArray[np.uint32]:
     """Separate cells in a distance map by seeded watershed.
 
@@ -54,21 +53,16 @@ def distance_map_to_labels(
     distance_map : (H, W) array of values in [0, 1], any real dtype
         0 outside cells and at their border, 1 at the deepest pixel; values beyond are clipped, but
         an integer map must hold nothing but 0 and 1 (a map saved as 0..255 is refused).
-    peak_threshold, fill_threshold : float
-        A cell's peak is above `peak_threshold`; a pixel above `fill_threshold` belongs to a cell.
-        ``0 <= fill_threshold < peak_threshold < 1``.
-    min_prominence : float in [0, 1]
-        A peak that rises less than this above the saddle to a higher one is part of that cell.  At 0
-        every local maximum above `peak_threshold` is a cell.
-    min_area_px : int
-        Cells with fewer pixels become background, after the flood: their pixels go to nobody.
+    peak_threshold, fill_threshold, min_prominence, min_area_px
+        See `dinocell.segmentation.thresholds.Thresholds`.
 
     Returns
     -------
     labels : (H, W) uint32 ndarray
         0 is background, cells are 1..n without gaps in reading order of their peaks.  Each cell is
         4-connected.  A connected piece of pixels above `fill_threshold` without any peak above
-        `peak_threshold` is background.  All zeros when there is no peak; same shape when H or W is 0.
+        `peak_threshold` is background, and so is a cell of fewer than `min_area_px` pixels: no
+        neighbour receives its pixels.  All zeros when no peak exists; same shape when H or W is 0.
 
     Raises
     ------
@@ -85,55 +79,48 @@ def distance_map_to_labels(
     Heights are compared in `NUM_LEVELS` levels: `peak_threshold` holds to half a level (0.00012) and
     `min_prominence` to one.  `fill_threshold` is compared with the map itself, in float32.
     """
+    thresholds = Thresholds(peak_threshold, fill_threshold, min_prominence, min_area_px)
+    return separate_cells(distance_map, thresholds)
+
+
+def separate_cells(distance_map: ArrayLike, thresholds: Thresholds) -> NDArray[np.uint32]:
+    """`distance_map_to_labels` with its thresholds as one object."""
     array = _checked_map(distance_map)
-    peak_level, rise = _checked_levels(peak_threshold, fill_threshold, min_prominence)
-    if not min_area_px >= 0:
-        raise ValueError(f"`min_area_px` must be at least 0, got {min_area_px}: 0 keeps all cells.")
     if array.size == 0:
         return np.zeros(array.shape, np.uint32)
-    levels = _levels(array, fill_threshold)
-    basin_of, piece_of_basin, peaks = _markers(levels, peak_level, rise)
+    levels = _levels(array, thresholds.fill_threshold)
+    basin_of, piece_of_basin, peaks = _markers(levels, thresholds)
     grown = _grow(levels, basin_of, piece_of_basin, peaks)
     areas = np.zeros(peaks.size + 1, np.int64)
     _count_pixels(grown, areas)
-    kept = areas >= max(min_area_px, 1)
+    kept = areas >= max(thresholds.min_area_px, 1)
     kept[0] = False
     labels = np.empty(array.shape, np.uint32)
     _unframe(grown, np.where(kept, kept.cumsum(), 0).astype(np.uint32), labels)
     return labels
 
 
-def find_markers(
-    distance_map: ArrayLike,
-    *,
-    peak_threshold: float,
-    fill_threshold: float,
-    min_prominence: float = DEFAULT_MIN_PROMINENCE,
-) -> NDArray[np.int32]:
-    """The first half of `distance_map_to_labels`: one pixel per cell, its highest.
+def find_markers(distance_map: ArrayLike, thresholds: Thresholds) -> NDArray[np.int32]:
+    """The first half of `separate_cells`: one pixel per cell, its highest.
 
     Parameters
     ----------
-    distance_map, peak_threshold, fill_threshold, min_prominence
-        As of `distance_map_to_labels`.
+    distance_map : (H, W) array of values in [0, 1]
+        As for `distance_map_to_labels`, with the same errors.
+    thresholds : Thresholds
+        `min_area_px` has no effect here.
 
     Returns
     -------
     markers : (H, W) int32 ndarray
         1..n in reading order at the peaks, 0 elsewhere.  Of several equally high pixels of a cell the
         first in reading order is its peak.
-
-    Raises
-    ------
-    ValueError
-        As `distance_map_to_labels`.
     """
     array = _checked_map(distance_map)
-    peak_level, rise = _checked_levels(peak_threshold, fill_threshold, min_prominence)
     if array.size == 0:
         return np.zeros(array.shape, np.int32)
-    levels = _levels(array, fill_threshold)
-    _, _, peaks = _markers(levels, peak_level, rise)
+    levels = _levels(array, thresholds.fill_threshold)
+    _, _, peaks = _markers(levels, thresholds)
     framed = np.zeros(levels.shape, np.int32)
     framed.ravel()[peaks] = np.arange(1, peaks.size + 1)
     return np.ascontiguousarray(framed[1:-1, 1:-1])
@@ -258,21 +245,6 @@ def _refuse_nan(array: NDArray[np.float32]) -> None:
         )
 
 
-def _checked_levels(peak: float, fill: float, prominence: float) -> tuple[int, float]:
-    """The lowest level above the peak threshold, and the prominence in levels."""
-    if not 0.0 <= fill < peak < 1.0:
-        raise ValueError(
-            f"thresholds must hold 0 <= fill < peak < 1, got fill {fill} and peak {peak}: lower "
-            "`fill_threshold` or raise `peak_threshold`."
-        )
-    if not 0.0 <= prominence <= 1.0:
-        raise ValueError(
-            f"`min_prominence` must be in [0, 1], got {prominence}: "
-            f"{DEFAULT_MIN_PROMINENCE} is usual."
-        )
-    return int(np.floor(peak * (NUM_LEVELS - 1))) + 1, prominence * (NUM_LEVELS - 1)
-
-
 def _levels(distance_map: NDArray[np.float32], fill_threshold: float) -> NDArray[np.int16]:
     """Quantised map with −1 outside the mask and in a frame of one pixel, which spares bounds checks."""
     height, width = distance_map.shape
@@ -282,13 +254,18 @@ def _levels(distance_map: NDArray[np.float32], fill_threshold: float) -> NDArray
 
 
 def _markers(
-    levels: NDArray[np.int16], peak_level: int, rise: float
+    levels: NDArray[np.int16], thresholds: Thresholds
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
     """Basins, pieces of the mask, and peaks that are cells.
 
     Returns −1 − basin of each framed pixel (−1 outside the mask, basins count from 1), the piece of
     each basin (named by one of its basins), and the flat positions of the peaks, ascending.
     """
+    top = NUM_LEVELS - 1
+    peak_level = (
+        int(np.floor(thresholds.peak_threshold * top)) + 1
+    )  # the lowest above the threshold
+    rise = thresholds.min_prominence * top
     basin_of = np.full(levels.size, -1, np.int32)
     _ascend(levels, basin_of)
     num_basins = _number_basins(basin_of, np.empty(levels.size, np.int32))

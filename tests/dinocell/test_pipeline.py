@@ -190,3 +190,8 @@ def test_save_writes_every_format(small_model, tmp_path):
     with pytest.raises(UsageError, match="tif, png"):
         result.save(tmp_path, formats=("svg",))
     assert "overlay" not in result.save(tmp_path / "plain", overlay=False)
+
+
+def test_an_unknown_keyword_is_refused(small_model):
+    with pytest.raises(TypeError, match="does not know window_px"):
+        DINOCellPipeline(small_model, window_px=64)

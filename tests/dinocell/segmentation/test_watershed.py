@@ -21,13 +21,14 @@ from dinocell.io.images import read_labels
 from dinocell.scenes import make_scene
 from dinocell.segmentation import watershed
 from dinocell.segmentation.distance_map import TARGETS, labels_to_distance_map
+from dinocell.segmentation.thresholds import Thresholds
 from dinocell.segmentation.watershed import (
-    DEFAULT_MIN_PROMINENCE,
     NUM_LEVELS,
     distance_map_to_labels,
     find_markers,
     flood,
     quantize,
+    separate_cells,
 )
 
 PERFECT: dict[str, Any] = {"peak_threshold": 0.9, "fill_threshold": 0.005, "min_prominence": 0.3}
@@ -162,7 +163,7 @@ def test_cells_cut_by_the_border(target: str) -> None:
     labels = round_trip(truth, target)
     assert same_cells(labels, truth)
     rows, columns = np.nonzero(
-        find_markers(labels_to_distance_map(truth, target=target), **PERFECT)
+        find_markers(labels_to_distance_map(truth, target=target), Thresholds(**PERFECT))
     )
     assert ((rows == 0) | (rows == 39) | (columns == 49) | (columns == 0)).all()
 
@@ -207,9 +208,9 @@ def test_one_pixel_is_a_cell() -> None:
 def test_constant_maps(shape: tuple[int, int]) -> None:
     assert np.array_equal(distance_map_to_labels(np.ones(shape), **PERFECT), np.ones(shape))
     assert not distance_map_to_labels(np.zeros(shape), **PERFECT).any()
-    assert not find_markers(np.zeros(shape), **PERFECT).any()
+    assert not find_markers(np.zeros(shape), Thresholds(**PERFECT)).any()
     # The one peak of a plateau is its first pixel in reading order.
-    assert np.flatnonzero(find_markers(np.ones(shape), **PERFECT)).tolist() == [0]
+    assert np.flatnonzero(find_markers(np.ones(shape), Thresholds(**PERFECT))).tolist() == [0]
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 4), (4, 0)])
@@ -217,7 +218,7 @@ def test_maps_without_pixels(shape: tuple[int, int]) -> None:
     nothing = np.zeros(shape, np.float32)
     assert distance_map_to_labels(nothing, **PERFECT).shape == shape
     assert distance_map_to_labels(nothing, **PERFECT).dtype == np.uint32
-    assert find_markers(nothing, **PERFECT).shape == shape
+    assert find_markers(nothing, Thresholds(**PERFECT)).shape == shape
     assert flood(nothing, nothing.astype(int), nothing > 0).shape == shape
 
 
@@ -324,9 +325,9 @@ def test_the_pixels_of_a_dropped_cell_go_to_nobody() -> None:
 def test_the_default_prominence() -> None:
     options: dict[str, Any] = {"peak_threshold": 0.5, "fill_threshold": 0.1}
     for rise, expected in ((-0.02, 1), (0.02, 2)):
-        heights = profile(0.9, 0.6, 0.6 + DEFAULT_MIN_PROMINENCE + rise, 0.2)
+        heights = profile(0.9, 0.6, 0.6 + Thresholds.min_prominence + rise, 0.2)
         assert distance_map_to_labels(heights, **options).max() == expected
-        assert find_markers(heights, **options).max() == expected
+        assert find_markers(heights, Thresholds(**options)).max() == expected
 
 
 def test_quantising_rounds_and_clips() -> None:
@@ -378,7 +379,7 @@ def brute_force_peaks(
 def test_markers_equal_the_islands_of_a_sinking_water_level(
     heights: np.ndarray, options: dict[str, Any]
 ) -> None:
-    markers = find_markers(heights, **options)
+    markers = find_markers(heights, Thresholds(**options))
     assert set(np.flatnonzero(markers).tolist()) == brute_force_peaks(heights, **options)
     numbers = markers[markers > 0]
     assert numbers.tolist() == list(range(1, numbers.size + 1))
@@ -402,7 +403,7 @@ def test_every_pixel_takes_a_way_to_its_marker_that_sinks_least(
     heights: np.ndarray, options: dict[str, Any]
 ) -> None:
     """The law of a flood: no other marker reaches a pixel by a way whose lowest point is higher."""
-    markers = find_markers(heights, **options)
+    markers = find_markers(heights, Thresholds(**options))
     labels = flood(heights, markers, heights > options["fill_threshold"])
     lowest = lowest_points(heights, markers, options["fill_threshold"])
     best = lowest.max(0)
@@ -414,7 +415,7 @@ def test_every_pixel_takes_a_way_to_its_marker_that_sinks_least(
 @given(heights=SMALL_MAPS, options=THRESHOLDS)
 def test_the_whole_is_its_two_halves(heights: np.ndarray, options: dict[str, Any]) -> None:
     labels = distance_map_to_labels(heights, **options)
-    markers = find_markers(heights, **options)
+    markers = find_markers(heights, Thresholds(**options))
     assert np.array_equal(
         labels, flood(heights, markers, heights > np.float32(options["fill_threshold"]))
     )
@@ -500,7 +501,7 @@ def test_any_memory_layout_and_dtype() -> None:
 
 def test_flood_takes_any_memory_layout_and_leaves_its_input_alone() -> None:
     heights = smooth_map(4, (30, 44), 2.0)
-    markers = find_markers(heights, peak_threshold=0.5, fill_threshold=0.3)
+    markers = find_markers(heights, Thresholds(0.5, 0.3))
     mask = heights > 0.3
     expected = flood(heights, markers, mask)
     assert expected.max() == markers.max() > 3
@@ -540,7 +541,7 @@ def test_flood_equals_scikit_image_where_no_two_pixels_tie(seed: int) -> None:
     assert np.unique(quantize(heights)).size == NUM_LEVELS == 64 * 64
     options: dict[str, Any] = {"peak_threshold": 0.6, "fill_threshold": 0.2, "min_prominence": 0.1}
     mask = heights > 0.2
-    markers = find_markers(heights, **options)
+    markers = find_markers(heights, Thresholds(**options))
     labels = distance_map_to_labels(heights, **options)
     assert labels.max() > 1
     assert np.array_equal(labels, by_skimage(heights, markers, mask))
@@ -561,7 +562,7 @@ def test_flood_equals_scikit_image_on_network_like_maps() -> None:
         mask = heights > np.float32(options["fill_threshold"])
         labels = distance_map_to_labels(heights, **options)
         assert labels.max() == pytest.approx(np.unique(truth).size - 1, abs=3)
-        unlike = labels != by_skimage(heights, find_markers(heights, **options), mask)
+        unlike = labels != by_skimage(heights, find_markers(heights, Thresholds(**options)), mask)
         num_unlike += np.count_nonzero(unlike)
         num_pixels += np.count_nonzero(mask)
     assert num_pixels > 200_000
@@ -580,7 +581,7 @@ def test_flood_differs_from_scikit_image_only_at_ties(
     mask = heights > np.float32(options["fill_threshold"])
     rng = np.random.default_rng(seed)
     scattered = np.where(rng.random(heights.shape) < 0.15, rng.integers(1, 5, heights.shape), 0)
-    for markers in (find_markers(heights, **options), scattered * mask):
+    for markers in (find_markers(heights, Thresholds(**options)), scattered * mask):
         ours, theirs = flood(heights, markers, mask), by_skimage(heights, markers, mask)
         lowest = lowest_points(heights, markers, options["fill_threshold"])
         assert np.array_equal(ours > 0, theirs > 0)
@@ -642,42 +643,26 @@ def test_the_noise_of_a_network_costs_little() -> None:
 # ---- errors -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [distance_map_to_labels, find_markers])
-def test_wrong_arguments_are_refused(function: Any) -> None:
-    good = np.zeros((4, 5), np.float32)
+def test_wrong_maps_are_refused() -> None:
+    thresholds = Thresholds(0.6, 0.2)
     with pytest.raises(ValueError, match=r"2-D \(H, W\), got shape \(2, 4, 5\)"):
-        function(np.zeros((2, 4, 5)), peak_threshold=0.6, fill_threshold=0.2)
+        separate_cells(np.zeros((2, 4, 5)), thresholds)
     with pytest.raises(ValueError, match="must not hold NaN"):
-        function(np.array([[0.2, np.nan]]), peak_threshold=0.6, fill_threshold=0.2)
+        separate_cells([[0.2, np.nan]], thresholds)
     with pytest.raises(ValueError, match="real numbers, got dtype complex128"):
-        function(good.astype(complex), peak_threshold=0.6, fill_threshold=0.2)
-    with pytest.raises(ValueError, match="fewer than 2³¹ pixels"):
-        function(
-            np.broadcast_to(np.float32(0), (50_000, 50_000)), peak_threshold=0.6, fill_threshold=0.2
-        )
-    for peak, fill in ((0.2, 0.6), (0.5, 0.5), (1.0, 0.2), (0.6, -0.1), (np.nan, 0.2)):
-        with pytest.raises(ValueError, match="0 <= fill < peak < 1"):
-            function(good, peak_threshold=peak, fill_threshold=fill)
-    for prominence in (-0.1, 1.1, np.nan):
-        with pytest.raises(ValueError, match=r"`min_prominence` must be in \[0, 1\]"):
-            function(good, peak_threshold=0.6, fill_threshold=0.2, min_prominence=prominence)
-
-
-@pytest.mark.parametrize("function", [distance_map_to_labels, find_markers])
-def test_a_map_stored_in_integers_is_refused(function: Any) -> None:
-    """Clipped to 1 it would be one plateau, and all touching cells one."""
-    stored = np.array([[0, 120, 255]])
-    options: dict[str, Any] = {"peak_threshold": 0.6, "fill_threshold": 0.2}
+        separate_cells(np.zeros((4, 5), complex), thresholds)
+    # Clipped to 1, a map stored in integers would be one plateau and all touching cells one.
+    stored = np.array([[0, 120, 255]], np.uint8)
     with pytest.raises(ValueError, match=r"in \[0, 1\], got uint8 from 0 to 255: divide it"):
-        function(stored.astype(np.uint8), **options)
+        separate_cells(stored, thresholds)
     with pytest.raises(ValueError, match="got int64 from -1 to 0"):
-        function(np.array([[0, -1]]), **options)
-    assert function(np.array([[0, 1]], np.uint8), **options).tolist() == [[0, 1]]
+        find_markers([[0, -1]], thresholds)
+    assert separate_cells(np.array([[0, 1]], np.uint8), thresholds).tolist() == [[0, 1]]
 
 
-def test_a_negative_area_is_refused() -> None:
-    with pytest.raises(ValueError, match="`min_area_px` must be at least 0, got -1"):
-        distance_map_to_labels([[0.0]], peak_threshold=0.6, fill_threshold=0.2, min_area_px=-1)
+def test_a_map_with_2_to_the_31_pixels_and_its_frame_is_refused() -> None:
+    with pytest.raises(ValueError, match="fewer than 2³¹ pixels"):
+        separate_cells(np.broadcast_to(np.float32(0), (2**16 - 2, 2**15 - 2)), Thresholds(0.6, 0.2))
 
 
 def test_wrong_arguments_of_flood_are_refused() -> None:
@@ -701,5 +686,5 @@ def test_all_is_exact() -> None:
         for name, value in vars(watershed).items()
         if getattr(value, "__module__", "") == watershed.__name__
     }
-    own |= {"DEFAULT_MIN_PROMINENCE", "NUM_LEVELS"}
+    own |= {"NUM_LEVELS"}
     assert sorted(name for name in own if not name.startswith("_")) == sorted(watershed.__all__)
