@@ -37,7 +37,7 @@ TEST = [
 DEV = ["ruff>=0.14", "mypy>=1.15", "types-PyYAML", "build>=1.2"]
 
 setup(
-    name="dinocell",
+    name="dinocell-segmentation",
     version=VERSION,
     description="Cell segmentation in microscopy with self-supervised DINOv3 vision transformers",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),

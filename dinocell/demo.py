@@ -12,19 +12,19 @@ from dinocell.errors import UsageError
 from dinocell.evaluation.evaluate import EvaluationReport, evaluate_pairs
 from dinocell.io.images import read_labels
 from dinocell.pipeline import DEFAULT_MODEL
-from dinocell.scenes import sample_paths
 
-__all__ = ["DemoResult", "run_demo"]
+__all__ = ["DemoResult", "run_demo", "sample_paths"]
 
 _MARKER = ".dinocell_demo"
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found; `scores` has AP@0.5 per sample with cells in it."""
+    """What the demo found with `model`; `scores` has AP@0.5 per sample that holds cells."""
 
     batch: BatchResult
     evaluation: EvaluationReport
+    model: str = DEFAULT_MODEL
 
     @property
     def scores(self) -> Mapping[str, float]:
@@ -53,12 +53,35 @@ class DemoResult:
             f"measurements: {out}{os.sep}*_cells.csv, {out / 'summary.csv'}",
             f"overlays:     {out}{os.sep}*_overlay.png",
         ]
-        if any(name.startswith("phase") for name in self.scores):
+        if self.model == DEFAULT_MODEL:
             lines.append(
-                "The bundled model was trained on fluorescent nuclei alone: the phase-contrast samples "
-                "show what it does outside of that."
+                "dinocell-tiny was trained on fluorescent nuclei alone. The samples `tissue` and "
+                "`phase_contrast` show that its labels mean nothing on other kinds of images."
             )
         return "\n".join(lines)
+
+
+def sample_paths() -> list[tuple[Path, Path]]:
+    """List the sample images that come with the package; their README names the sources.
+
+    Returns
+    -------
+    list of (Path, Path)
+        Image file and file of its true labels (uint16 PNG), sorted by name.
+
+    Raises
+    ------
+    FileNotFoundError
+        The installed package lacks its sample files.
+    """
+    folder = Path(__file__).parent / "samples"
+    labels = sorted((folder / "labels").glob("*.png"))
+    pairs = [(image, path) for path in labels for image in folder.glob(f"{path.stem}.*")]
+    if not pairs:
+        raise FileNotFoundError(
+            f"the sample images must lie in {folder}, got none: install the package again"
+        )
+    return pairs
 
 
 def run_demo(
@@ -84,7 +107,7 @@ def run_demo(
     if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).exists():
         raise UsageError(
             f"the output folder of the demo must be new or of an earlier demo, got {out} with other "
-            "files in it: choose another with --out"
+            "files in it: choose another `out`"
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARKER).touch()
@@ -99,4 +122,4 @@ def run_demo(
         (image.stem, read_labels(labels), read_labels(out / f"{image.stem}_labels.tif"))
         for image, labels in samples
     )
-    return DemoResult(batch=batch, evaluation=evaluation)
+    return DemoResult(batch=batch, evaluation=evaluation, model=model)

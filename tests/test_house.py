@@ -274,9 +274,9 @@ def test_readme_commands_are_known():
 def test_readme_python_runs(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    from dinocell.scenes import sample_paths
+    from dinocell.demo import sample_paths
 
-    image = next(path for path, _ in sample_paths() if path.stem == "nuclei")
+    image = next(path for path, _ in sample_paths() if path.stem == "nuclei_16bit")
     (tmp_path / "image.tif").write_bytes(image.read_bytes())
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})

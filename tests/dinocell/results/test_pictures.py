@@ -26,7 +26,7 @@ from dinocell.results.pictures import (
     to_display,
     write_png,
 )
-from dinocell.scenes import make_scene
+from tests.scenes import make_scene
 
 
 def picture(text):

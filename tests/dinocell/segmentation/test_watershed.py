@@ -18,7 +18,6 @@ from skimage.segmentation import watershed as skimage_watershed
 
 from dinocell.evaluation import ctc_counts, match_counts, overlap_table
 from dinocell.io.images import read_labels
-from dinocell.scenes import make_scene
 from dinocell.segmentation import watershed
 from dinocell.segmentation.distance_map import TARGETS, labels_to_distance_map
 from dinocell.segmentation.thresholds import Thresholds
@@ -30,6 +29,7 @@ from dinocell.segmentation.watershed import (
     quantize,
     separate_cells,
 )
+from tests.scenes import make_scene
 
 PERFECT: dict[str, Any] = {"peak_threshold": 0.9, "fill_threshold": 0.005, "min_prominence": 0.3}
 """For maps made from labels."""

@@ -21,27 +21,19 @@ Image Analysis 16, 1047, 2012, eq. 2-8).
 Where two cells overlap, a pixel belongs to the cell in which it lies deeper (the greater distance
 to that cell's own outline; a tie stays with the cell drawn first).  A cell gives up at most a tenth
 of itself that way.
-
-The package ships files made by ``python -m dinocell.scenes --out DIR``; `sample_paths` lists them.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import fft, ndimage
 
-from dinocell.io.images import write_image, write_labels
-
-__all__ = ["SCENE_KINDS", "Scene", "make_scene", "sample_paths", "write_samples", "write_scene"]
+__all__ = ["SCENE_KINDS", "Scene", "make_scene"]
 
 SCENE_KINDS = ("fluorescence_nuclei", "fluorescence_dim", "phase_contrast", "empty")
 
@@ -856,141 +848,3 @@ def _phase_plate(phase: FloatImage, scale: float, halo: float) -> FloatImage:
     mean = direct + halo * (mean - direct)
     seen = np.abs(whole - mean - 1j * plate * mean) ** 2 / plate**2
     return seen[: phase.shape[0], : phase.shape[1]]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Files
-
-_SAMPLES: dict[str, dict[str, Any]] = {
-    "nuclei.tif": {"kind": "fluorescence_nuclei", "seed": 11},
-    "nuclei_clustered.tif": {
-        "kind": "fluorescence_nuclei",
-        "seed": 5,
-        "num_cells": 95,
-        "touching": 0.75,
-    },
-    "nuclei_dim.tif": {"kind": "fluorescence_dim", "seed": 3},
-    "phase_contrast.png": {"kind": "phase_contrast", "seed": 0},
-    "phase_contrast_dense.png": {
-        "kind": "phase_contrast",
-        "seed": 7,
-        "num_cells": 26,
-        "touching": 0.6,
-    },
-    "empty.tif": {"kind": "empty", "seed": 1, "height_px": 256, "width_px": 256},
-}
-
-
-def sample_paths() -> list[tuple[Path, Path]]:
-    """List the sample images that come with the package.
-
-    Returns
-    -------
-    list of (Path, Path)
-        Image file and file of its true labels (uint16 PNG), sorted by name.
-
-    Raises
-    ------
-    FileNotFoundError
-        The installed package lacks its sample files.
-    """
-    folder = Path(str(resources.files("dinocell").joinpath("samples")))
-    pairs = [(folder / name, _labels_path(folder / name)) for name in sorted(_SAMPLES)]
-    for path in (path for pair in pairs for path in pair):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"The package must come with its sample files, '{path}' is missing: install "
-                "dinocell again, or make them with `python -m dinocell.scenes --out DIR`."
-            )
-    return pairs
-
-
-def write_samples(folder: str | Path) -> list[tuple[Path, Path]]:
-    """Make the package's sample images anew and write them to a folder.
-
-    Parameters
-    ----------
-    folder : path
-        Gets the images and, in `labels/`, their true labels; made when missing, files of the same
-        names are replaced.
-
-    Returns
-    -------
-    list of (Path, Path)
-        Image file and label file, sorted by name.
-    """
-    return [
-        write_scene(Path(folder) / name, make_scene(**arguments))
-        for name, arguments in sorted(_SAMPLES.items())
-    ]
-
-
-def write_scene(path: str | Path, scene: Scene) -> tuple[Path, Path]:
-    """Write a scene: the image to `path`, the labels to `labels/NAME.png` beside it.
-
-    Parameters
-    ----------
-    path : path
-        `.tif` (with the pixel size) or `.png`; other suffixes raise ValueError.
-    scene : Scene
-        What to write.
-
-    Returns
-    -------
-    image_path, labels_path : Path
-        The two files, each written whole or not at all.
-    """
-    path = Path(path)
-    pixel_size_um = scene.pixel_size_um if path.suffix in (".tif", ".tiff") else None
-    write_image(path, scene.image, pixel_size_um=pixel_size_um)
-    write_labels(_labels_path(path), scene.labels)
-    return path, _labels_path(path)
-
-
-def _labels_path(image_path: Path) -> Path:
-    return image_path.parent / "labels" / f"{image_path.stem}.png"
-
-
-def _main(argv: Sequence[str] | None = None) -> int:
-    """Write the package's samples, or any number of scenes of one kind."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dinocell.scenes",
-        description="Make microscopy images with true labels. Without --kind: the package's samples.",
-        epilog="Example: python -m dinocell.scenes --out scenes --kind phase_contrast --count 20",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for images and labels/")
-    parser.add_argument("--kind", choices=SCENE_KINDS, help="make scenes of this kind")
-    parser.add_argument("--count", type=int, default=1, help="how many scenes (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first scene (default: 0)")
-    parser.add_argument("--height", type=int, default=384, help="pixels (default: 384)")
-    parser.add_argument("--width", type=int, default=512, help="pixels (default: 512)")
-    parser.add_argument("--num-cells", type=int, help="cells per scene (default: typical)")
-    options = parser.parse_args(argv)
-    if options.kind is None:
-        for name in ("count", "seed", "height", "width", "num_cells"):
-            if getattr(options, name) != parser.get_default(name):
-                parser.error(f"--{name.replace('_', '-')} needs --kind: the samples are fixed")
-        pairs = write_samples(options.out)
-    else:
-        if options.count < 1:
-            parser.error(f"--count must be 1 or more, got {options.count}")
-        ending = ".png" if options.kind == "phase_contrast" else ".tif"
-        pairs = []
-        for seed in range(options.seed, options.seed + options.count):
-            try:
-                scene = make_scene(
-                    options.kind,
-                    height_px=options.height,
-                    width_px=options.width,
-                    num_cells=options.num_cells,
-                    seed=seed,
-                )
-            except ValueError as error:
-                parser.error(str(error))
-            pairs.append(write_scene(options.out / f"{options.kind}_{seed:04d}{ending}", scene))
-    print(f"{len(pairs)} images and their labels are in {options.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(_main())

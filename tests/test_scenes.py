@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dinocell import scenes
 from dinocell.io.images import read_image, read_labels
-from dinocell.scenes import SCENE_KINDS, make_scene, sample_paths, write_samples
+from tests import scenes
+from tests.scenes import SCENE_KINDS, make_scene
 
-DATA = Path(os.environ.get("DINOCELL_DATA", Path(__file__).parents[2] / "../shared/data"))
+DATA = Path(os.environ.get("DINOCELL_DATA", Path(__file__).parents[1] / "../shared/data"))
 CELL_KINDS = [kind for kind in SCENE_KINDS if kind != "empty"]
 SMALL = {"height_px": 160, "width_px": 208}
 TINY = {"height_px": 80, "width_px": 96}
@@ -326,65 +326,3 @@ def test_phase_contrast_looks_like_usiigaci():
     gray = scene.image.astype(float)
     assert np.median(gray[scene.labels == 0]) == pytest.approx(np.mean(backgrounds), abs=6)
     assert min(spreads) / 1.5 < gray[scene.labels > 0].std() < 1.5 * max(spreads)
-
-
-# ------------------------------------------------------------------------------------ files
-
-
-def test_samples_are_there_and_small():
-    pairs = sample_paths()
-    assert len(pairs) == 6
-    assert sum(path.stat().st_size for pair in pairs for path in pair) < 1_500_000
-    readme = (pairs[0][0].parent / "README.md").read_text(encoding="utf-8")
-    assert "python -m dinocell.scenes --out DIR" in readme
-    for image_path, labels_path in pairs:
-        labels = read_labels(labels_path)
-        image = read_image(image_path)
-        assert image.pixels.shape == labels.shape
-        row = next(line for line in readme.splitlines() if f"`{image_path.name}`" in line)
-        assert row.split("|")[3].strip() == str(labels.max())
-        if image_path.suffix == ".tif":
-            assert image.pixel_size_um in (pytest.approx(0.65), pytest.approx(0.33))
-
-
-def test_samples_can_be_made_again(tmp_path):
-    """Same pixels, up to what other processors and NumPy releases may round differently."""
-    again = write_samples(tmp_path)
-    shipped = sample_paths()
-    assert [image.name for image, _ in again] == [image.name for image, _ in shipped]
-    for (image, labels), (old_image, old_labels) in zip(again, shipped, strict=True):
-        assert (read_labels(labels) != read_labels(old_labels)).mean() < 1e-3
-        change = np.abs(
-            read_image(image).pixels.astype(int) - read_image(old_image).pixels.astype(int)
-        )
-        assert (change > 2).mean() < 1e-2
-
-
-def test_command_line_makes_scenes(tmp_path, capsys):
-    arguments = ["--kind", "phase_contrast", "--count", "2", "--height", "64", "--width", "80"]
-    assert (
-        scenes._main(["--out", str(tmp_path), *arguments, "--num-cells", "2", "--seed", "3"]) == 0
-    )
-    assert "2 images" in capsys.readouterr().out
-    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
-    assert names == [
-        "labels/phase_contrast_0003.png",
-        "labels/phase_contrast_0004.png",
-        "phase_contrast_0003.png",
-        "phase_contrast_0004.png",
-    ]
-    scene = make_scene("phase_contrast", height_px=64, width_px=80, num_cells=2, seed=4)
-    assert np.array_equal(read_image(tmp_path / names[3]).pixels, scene.image)
-    assert np.array_equal(read_labels(tmp_path / names[1]), scene.labels)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["--count", "2"], ["--kind", "brightfield"], ["--kind", "empty", "--num-cells", "2"]],
-)
-def test_command_line_refuses_wrong_calls(tmp_path, arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        scenes._main(["--out", str(tmp_path / "new"), *arguments])
-    assert caught.value.code == 2
-    assert "error:" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
