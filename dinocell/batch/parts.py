@@ -31,14 +31,13 @@ from dinocell.batch.run import (
     SegmentOptions,
     check_call,
     present_results,
-    remove_leftovers,
     segment_files,
     write_summary,
 )
 from dinocell.cluster.record import shard_folder
 from dinocell.cluster.slurm import job_states, own_job
 from dinocell.errors import DINOCellError, UsageError
-from dinocell.io.images import atomic_path
+from dinocell.files import atomic_path, remove_temporary_files, write_text_atomically
 from dinocell.progress import progress
 
 __all__ = [
@@ -160,8 +159,7 @@ def plan_shards(
         if options.overwrite:
             (out / SETTINGS_NAME).unlink(missing_ok=True)
     for path, text in files.items():  # the plan last: it says that all is there
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        write_text_atomically(path, text, errors="surrogateescape")
     return replace(plan, fresh=False)
 
 
@@ -558,11 +556,12 @@ def merge_shards(out: str | Path, *, shown: bool = True) -> MergedShards:
     others = [row for row in read_journal(plan.out / JOURNAL_NAME) if row["name"] not in names]
     ordered = [*others, *(rows[place] for place in sorted(rows))]
     write_summary(plan.out / "summary.csv", ordered, [without[place] for place in sorted(without)])
-    with atomic_path(plan.out / JOURNAL_NAME) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in ordered), encoding="utf-8")
+    write_text_atomically(
+        plan.out / JOURNAL_NAME, "".join(json.dumps(row) + "\n" for row in ordered)
+    )
     _merge_cells(plan.out, [str(row["name"]) for row in ordered], shown=shown)
     if not missing and not at_work:
-        remove_leftovers(plan.out, before=time.time())
+        remove_temporary_files(plan.out, before=time.time())
     return MergedShards(
         plan.out,
         len(rows),

@@ -30,7 +30,7 @@ from dinocell.batch.journal import (
     read_journal,
 )
 from dinocell.errors import ConfigError, DINOCellError, UsageError
-from dinocell.io.images import atomic_path
+from dinocell.files import atomic_path, remove_temporary_files, write_text_atomically
 from dinocell.network.model import DINOCell, load_model
 from dinocell.pipeline import DEFAULT_MODEL, DINOCellPipeline, Segmentation
 from dinocell.progress import progress
@@ -46,7 +46,6 @@ __all__ = [
     "check_options",
     "present_results",
     "refuse_results",
-    "remove_leftovers",
     "segment_files",
     "write_summary",
 ]
@@ -65,7 +64,6 @@ FREE_OPTIONS = (
 )
 SETTINGS_NAME = "settings.json"
 _REPORT_LIMIT = 500
-_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}(\..*)?")  # names of `atomic_path`
 # Of a full disk, a used-up quota, a folder that has become read-only.
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _GIVEN_UP = (
@@ -258,7 +256,7 @@ def segment_files(
         clear_suspicion(part)
     else:
         _finish_folder(out, paths, ordered, failures, entries, options)
-        remove_leftovers(out, before=time.time() - (time.monotonic() - started))
+        remove_temporary_files(out, before=time.time() - (time.monotonic() - started))
     return BatchResult(
         out=out,
         rows=ordered,
@@ -290,8 +288,7 @@ def _write_failures(path: Path, failures: Sequence[tuple[Path, str]]) -> None:
         json.dumps({"name": failed.stem, "source": str(failed), "error": sentence})
         for failed, sentence in failures
     ]
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_text_atomically(path, "".join(line + "\n" for line in lines))
 
 
 def _finish_folder(
@@ -456,24 +453,9 @@ def _open_folder(
     if options.overwrite and journal:
         stems = {path.stem for path in paths}
         kept = [row for row in journal if row["name"] not in stems]
-        with atomic_path(journal_path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    with atomic_path(settings_path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1, sort_keys=True), encoding="utf-8")
+        write_text_atomically(journal_path, "".join(json.dumps(row) + "\n" for row in kept))
+    write_text_atomically(settings_path, json.dumps(settings, indent=1, sort_keys=True))
     return done
-
-
-def remove_leftovers(out: Path, *, before: float) -> None:
-    """Delete temporary files of processes that were killed while they wrote.
-
-    Parameters
-    ----------
-    out : folder of results
-    before : seconds since 1970; younger files may be in work
-    """
-    for path in out.glob(".tmp-*"):
-        if _TEMPORARY.fullmatch(path.name) and path.stat().st_mtime < before:
-            path.unlink(missing_ok=True)
 
 
 def _write_result(

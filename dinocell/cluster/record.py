@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from dinocell.batch.journal import JOURNAL_NAME, count_rows
-from dinocell.io.images import atomic_path
+from dinocell.files import write_text_atomically
 
 __all__ = [
     "BEGINS_ANEW",
@@ -106,8 +106,7 @@ class JobRecord:
 
 def write_record(run_dir: str | Path, record: JobRecord) -> None:
     """Replace RUN/job.json."""
-    with atomic_path(Path(run_dir) / _RECORD_NAME) as temporary:
-        temporary.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+    write_text_atomically(Path(run_dir) / _RECORD_NAME, json.dumps(asdict(record), indent=1))
 
 
 def read_record(run_dir: str | Path) -> JobRecord | None:

@@ -51,7 +51,7 @@ from dinocell.cluster.record import (
 )
 from dinocell.cluster.slurm import cluster_name, job_states, own_job, requeue
 from dinocell.errors import StoppedError, UsageError
-from dinocell.io.images import atomic_path
+from dinocell.files import atomic_path, write_text_atomically
 
 __all__ = ["REQUEUE_WISH", "SupervisedJob", "supervise"]
 
@@ -562,8 +562,7 @@ class _Supervisor:
         note = {"state": state, "reason": f"process {self.rank} of {self.world}: {reason}"}
         with contextlib.suppress(OSError):
             path = folder / f"{time.time():017.3f}_rank{self.rank}.json"
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(note), encoding="utf-8")
+            write_text_atomically(path, json.dumps(note))
 
     def _failures_folder(self) -> Path:
         return failures_folder(self.job.run_dir, self.number, self.restart, self.step)

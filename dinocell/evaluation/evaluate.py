@@ -273,7 +273,7 @@ class EvaluationReport:
         Pooled scores and means are not rows of this table; `to_json` holds them.  The file appears
         whole or not at all.
         """
-        from dinocell.io.images import atomic_path
+        from dinocell.files import atomic_path
 
         rows = self.image_rows()
         with (
@@ -289,7 +289,7 @@ class EvaluationReport:
 
         A score that does not exist is null.  The file appears whole or not at all.
         """
-        from dinocell.io.images import atomic_path
+        from dinocell.files import write_text_atomically
 
         document = {
             "iou_thresholds": list(self.iou_thresholds),
@@ -303,8 +303,7 @@ class EvaluationReport:
             "images": [_without_nan(row) for row in self.image_rows()],
         }
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-        with atomic_path(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text_atomically(path, text + "\n")
 
     def _image_lines(self, columns: Sequence[str] | None) -> list[str]:
         rows = self.image_rows()

@@ -111,7 +111,7 @@ class TuningResult:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write `rows` as CSV; the file appears whole or not at all."""
-        from dinocell.io.images import atomic_path
+        from dinocell.files import atomic_path
 
         rows = self.rows()
         with (

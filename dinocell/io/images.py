@@ -5,7 +5,7 @@ last; a label image as `(H, W)` uint32.  Everything a file can be wrong about (a
 short, a stack, a text with an image's suffix, not-a-number pixels) ends in one sentence of
 `dinocell.errors`, never in a half-read array, and libraries' own warnings stay inside.
 
-What is written appears at once or not at all (`atomic_path`).
+What is written appears at once or not at all (`dinocell.files`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import re
-import secrets
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,13 +27,13 @@ from xml.etree import ElementTree
 import numpy as np
 
 from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError, UsageError
+from dinocell.files import atomic_path
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "OUTPUT_ENDINGS",
     "Image",
-    "atomic_path",
     "find_images",
     "looks_like_labels",
     "read_image",
@@ -794,56 +793,6 @@ def _pixel_size_um(edges: Sequence[float], units: Sequence[str], where: str) -> 
 
 
 # --------------------------------------------------------------------------------------- writing
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
-
-    Parameters
-    ----------
-    path : path
-        The file to write.  Missing folders above it are made.  A symbolic link is followed.
-
-    Yields
-    ------
-    temporary : Path
-        A hidden name in the same folder with the same suffix (`.ome.tif` and the like whole).  The
-        block must write it, as a file.
-
-    Raises
-    ------
-    ImageFileError
-        `path` is a folder.
-    RuntimeError
-        The block ended without writing the temporary file.
-
-    Notes
-    -----
-    Any exception, `KeyboardInterrupt` included, removes the temporary file and leaves an older
-    `path` as it was.  The data are flushed to the disk before the rename, so that a power cut leaves
-    the old file or the new one.
-    """
-    final = Path(os.path.realpath(path))
-    if final.is_dir():
-        raise ImageFileError(f"A file name is needed to write to, '{path}' is a folder.")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    inner = Path(final.stem).suffix.lower() if final.suffix else ""
-    suffix = (inner if inner in (".ome", ".tar") else "") + final.suffix
-    temporary = final.with_name(f".tmp-{secrets.token_hex(8)}{suffix}")
-    try:
-        yield temporary
-        if not temporary.is_file():
-            raise RuntimeError(
-                f"The block must write '{temporary}' before it ends: nothing is there."
-            )
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def write_labels(

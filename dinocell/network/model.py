@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dinocell.errors import CheckpointError, ConfigError, UsageError
-from dinocell.io.images import atomic_path
+from dinocell.files import atomic_path
 from dinocell.network.backbone import BACKBONE_SIZES, DINOv3Backbone
 from dinocell.network.decoder import create_decoder
 from dinocell.settings import ModelConfig, config_from_mapping, config_to_mapping

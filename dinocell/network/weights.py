@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dinocell.errors import CheckpointError, DINOCellError, UsageError
+from dinocell.files import move_into_place
 from dinocell.progress import progress
 
 __all__ = [
@@ -285,7 +286,7 @@ def fetch_weights(
     except CheckpointError:
         part.unlink()
         raise
-    os.replace(part, target)
+    move_into_place(part, target)
     return target
 
 

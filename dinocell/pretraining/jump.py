@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dinocell.errors import DataSetError, DINOCellError, UsageError
+from dinocell.files import atomic_folder, atomic_path
 from dinocell.progress import progress
 
 __all__ = [
@@ -261,8 +262,6 @@ def draw_stats(stats: IndexStats, path: str | Path) -> None:
     """Draw fields per batch and per channel as a picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    from dinocell.io.images import atomic_path
 
     figure = Figure(figsize=(9, 1.8 + 0.28 * (len(stats.by_batch) + len(stats.channels))))
     FigureCanvasAgg(figure)
@@ -527,9 +526,6 @@ def export_masks(
     DINOCellError
         No field has labels; nothing answers.
     """
-    import shutil
-
-    import tifffile
 
     from dinov3.cells.streaming import stores
 
@@ -548,7 +544,6 @@ def export_masks(
     random.Random(seed).shuffle(numbers)
     found: list[tuple[str, str, Any, Any]] = []
     without = 0
-    part = out.with_name(f".{out.name}.part")
     try:
         with progress("fields", min(count, len(numbers))) as bar:
             for number in numbers:
@@ -574,25 +569,31 @@ def export_masks(
                 f"at least 2 fields must have {kind} labels in {folder.format(kind=kind)}, got "
                 f"{len(found)} of {len(found) + without}: use an index of JUMP-Lite or cpg0016"
             )
-        plates = sorted({plate for plate, *_ in found})
-        third = set(plates[::3]) if len(plates) > 1 else set()
-        sides: Counter[str] = Counter()
-        for place, (plate, site, image, labels) in enumerate(found):
-            val = plate in third if third else place % 3 == 0
-            side = part / ("val" if val else "train")
-            for name, array in (("images", image), ("labels", labels)):
-                (side / name).mkdir(parents=True, exist_ok=True)
-                tifffile.imwrite(side / name / f"{site}.tif", array, compression="deflate")
-            sides[side.name] += 1
-        part.replace(out)
+        with atomic_folder(out) as temporary:
+            sides = _write_masks(temporary, found)
     except stores.StoreError as error:
         raise DINOCellError(str(error)) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return (
         f"{out}: {sides['train']} + {sides['val']} fields with {kind} labels (Cellpose's: "
         f"pseudo-truth), {without} without; train with ssl_evaluation.data={out}"
     )
+
+
+def _write_masks(folder: Path, found: list[tuple[str, str, Any, Any]]) -> Counter[str]:
+    """Write the fields of every third plate for validation, the others for training."""
+    import tifffile
+
+    plates = sorted({plate for plate, *_ in found})
+    third = set(plates[::3]) if len(plates) > 1 else set()
+    sides: Counter[str] = Counter()
+    for place, (plate, site, image, labels) in enumerate(found):
+        val = plate in third if third else place % 3 == 0
+        side = folder / ("val" if val else "train")
+        for name, array in (("images", image), ("labels", labels)):
+            (side / name).mkdir(parents=True, exist_ok=True)
+            tifffile.imwrite(side / name / f"{site}.tif", array, compression="deflate")
+        sides[side.name] += 1
+    return sides
 
 
 def describe_plan(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dinocell.errors import ConfigError, DataSetError, DINOCellError
-from dinocell.io.images import atomic_path
+from dinocell.files import write_text_atomically
 from dinocell.probing.decoder_probe import (
     LabelledWindow,
     ProbeConfig,
@@ -295,8 +295,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: int(row["iteration"]))
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ------------------------------------------------------------------------------- configuration

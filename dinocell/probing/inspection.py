@@ -21,7 +21,7 @@ from torch import nn
 
 from dinocell import __version__
 from dinocell.errors import CheckpointError, DataSetError, UsageError
-from dinocell.io.images import atomic_path
+from dinocell.files import atomic_path, write_text_atomically
 from dinocell.network.weights import find_weights
 from dinocell.probing.channel_consistency import (
     ConsistencyReport,
@@ -204,8 +204,7 @@ class InspectionReport:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         written = [folder / "inspect.json"]
-        with atomic_path(written[0]) as temporary:
-            temporary.write_text(self.json_text() + "\n", encoding="utf-8")
+        write_text_atomically(written[0], self.json_text() + "\n")
         if picture:
             written.append(folder / "inspect.png")
             draw_inspection(self, written[1])

@@ -1,6 +1,6 @@
 """Labels and tables to the files other programs read.
 
-Every writer is atomic (`dinocell.io.images.atomic_path`): the file appears under its name when it
+Every writer is atomic (`dinocell.files.atomic_path`): the file appears under its name when it
 is complete, a failure leaves what was there before, missing folders are made.  A label image without cells gives a valid file without cells.
 
 Outlines run along the sides of pixels, with pixel (row, col) covering ``row..row + 1`` by
@@ -27,7 +27,8 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.errors import DINOCellError, MissingExtraError
-from dinocell.io.images import atomic_path, write_labels
+from dinocell.files import atomic_path, write_text_atomically
+from dinocell.io.images import write_labels
 from dinocell.results.measure import CellTable, as_labels
 
 __all__ = [
@@ -49,8 +50,7 @@ _OBJECT_TYPES = ("detection", "annotation", "cell")
 
 def _write_text(path: str | os.PathLike[str], text: str) -> None:
     try:
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="")
+        write_text_atomically(path, text)
     except OSError as error:
         raise _cannot_write(path, error) from error
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinocell.io.images import atomic_path
+from dinocell.files import atomic_path
 from dinocell.results.measure import as_labels
 
 __all__ = [

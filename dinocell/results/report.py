@@ -21,7 +21,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinocell.io.images import atomic_path
+from dinocell.files import write_text_atomically
 from dinocell.results.measure import CellTable, as_labels
 from dinocell.results.pictures import (
     CONTOUR_COLOR,
@@ -200,8 +200,7 @@ def write_report(
             parts.append(_card(number, entry, fact, folder, thumbnail_px, rows))
         parts.append("</section>")
     parts.append(_FOOT)
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(parts), encoding="utf-8")
+    write_text_atomically(path, "\n".join(parts))
 
 
 # ------------------------------------------------------------------------------ numbers of an entry

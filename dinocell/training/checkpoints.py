@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dinocell.errors import CheckpointError
-from dinocell.io.images import atomic_path
+from dinocell.files import atomic_path
 
 __all__ = ["find_checkpoints", "load_checkpoint", "save_checkpoint"]
 

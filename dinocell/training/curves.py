@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dinocell.io.images import atomic_path
+from dinocell.files import atomic_path
 
 __all__ = ["draw_curves"]
 

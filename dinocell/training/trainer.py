@@ -37,7 +37,7 @@ from dinocell.errors import (
     StoppedError,
 )
 from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
-from dinocell.io.images import atomic_path
+from dinocell.files import write_text_atomically
 from dinocell.network.backbone import load_backbone_weights
 from dinocell.network.model import DINOCell, save_model, with_config
 from dinocell.progress import Progress, progress
@@ -512,10 +512,10 @@ class _Trainer:
         refuse_other_run(self.config)
 
     def _write_config(self) -> None:
-        with atomic_path(self.output_dir / "config.yaml") as temporary:
-            temporary.write_text(
-                yaml.safe_dump(config_to_mapping(self.config), sort_keys=False), encoding="utf-8"
-            )
+        write_text_atomically(
+            self.output_dir / "config.yaml",
+            yaml.safe_dump(config_to_mapping(self.config), sort_keys=False),
+        )
 
     def _save(self) -> None:
         save_checkpoint(
@@ -582,8 +582,7 @@ class _Trainer:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):
                 continue  # a line cut by a crash
-        with atomic_path(self.log_path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text_atomically(self.log_path, "".join(line + "\n" for line in kept))
 
     def _log(self, row: dict[str, Any]) -> None:
         if not self.processes.is_main:

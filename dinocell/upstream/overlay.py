@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinocell.errors import UsageError
+from dinocell.files import atomic_folder, move_into_place, write_text_atomically
 from dinocell.upstream.git import Commit, Scratch, run_git
 from dinocell.upstream.merge import Merged, Outcome, merge_series
 from dinocell.upstream.placement import additions_in, misplaced, without_additions
@@ -232,8 +233,7 @@ def apply_series(
         stale = dict.fromkeys(path for path in _written(scratch) if path not in contents)
         _replace_all(scratch, top, {**contents, **stale})
         record = {path: blob_id(content) for path, content in new.items()}
-        _write(scratch.git_dir / f"{_RECORD}.part", json.dumps(record, indent=1).encode())
-        os.replace(scratch.git_dir / f"{_RECORD}.part", scratch.git_dir / _RECORD)
+        write_text_atomically(scratch.git_dir / _RECORD, json.dumps(record, indent=1))
         return merged, top
 
 
@@ -260,21 +260,12 @@ def _export(scratch: Scratch, commit: Commit, contents: Mapping[str, bytes], out
             "the checkout must hold all files of the package, got an error "
             f"({done.stderr.decode(errors='replace').strip()}): git fetch --refetch"
         )
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with atomic_folder(out) as temporary:
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-            archive.extractall(part, filter="data")
+            archive.extractall(temporary, filter="data")
         for path, content in contents.items():
-            (part / path).parent.mkdir(parents=True, exist_ok=True)
-            (part / path).write_bytes(content)
-        if out.exists():
-            out.rmdir()
-        os.replace(part, out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+            (temporary / path).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / path).write_bytes(content)
     return out
 
 
@@ -332,8 +323,7 @@ def _replace_all(scratch: Scratch, top: Path, contents: Mapping[str, bytes | Non
                 _write(staging / f"{number}.after", content)
             entries.append({"number": number, "path": path, "new": before is None})
         journal = {"top": str(top), "entries": entries}
-        _write(staging / f"{_JOURNAL}.part", json.dumps(journal).encode())
-        os.replace(staging / f"{_JOURNAL}.part", staging / _JOURNAL)
+        write_text_atomically(staging / _JOURNAL, json.dumps(journal))
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -348,7 +338,7 @@ def _replace_all(scratch: Scratch, top: Path, contents: Mapping[str, bytes | Non
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 shutil.copymode(target, after)
-            os.replace(after, target)
+            move_into_place(after, target)
     except BaseException:
         recover(scratch)
         raise
@@ -375,7 +365,7 @@ def recover(scratch: Scratch) -> list[str]:
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 shutil.copymode(target, before)
-            os.replace(before, target)
+            move_into_place(before, target)
     shutil.rmtree(staging)
     return [str(entry["path"]) for entry in journal["entries"]]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from dinocell.errors import DINOCellError, UsageError
+from dinocell.files import write_text_atomically
 
 __all__ = [
     "Addition",
@@ -413,15 +413,8 @@ def write_series(
     upstream = _pin_text(pin)
     if upstream != _text(series.folder / "UPSTREAM"):
         texts["UPSTREAM"] = upstream
-    parts = {name: series.folder / f".{name}.part" for name in texts}
-    try:
-        for name, part in parts.items():
-            part.write_text(texts[name], encoding="utf-8")
-        for part in parts.values():
-            os.replace(part, series.folder / part.name[1 : -len(".part")])
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+    for name, text in texts.items():
+        write_text_atomically(series.folder / name, text)
     return sorted(texts)
 
 

@@ -319,19 +319,3 @@ def test_an_image_that_kills_is_given_up(images, tmp_path, small_model):
     result, begun = part_of(images, tmp_path, small_model)
     assert begun == [images[1].stem]
     assert result.failures == []
-
-
-def test_leftovers_of_killed_processes_go(tmp_path):
-    """Temporary files of `atomic_path`, old ones only, and nobody else's."""
-    import os
-
-    from dinocell.batch.run import remove_leftovers
-
-    names = [".tmp-0123456789abcdef.tif", ".tmp-0123456789abcdee", ".tmp-mine.tif", "a_labels.tif"]
-    for name in names:
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (1000, 1000))
-    (tmp_path / ".tmp-fedcba9876543210.csv").touch()  # somebody is writing it
-    remove_leftovers(tmp_path, before=2000)
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == [".tmp-fedcba9876543210.csv", ".tmp-mine.tif", "a_labels.tif"]

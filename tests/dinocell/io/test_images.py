@@ -17,7 +17,6 @@ from PIL import Image as PillowImage
 import dinocell.io.images as image_io
 from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError, UsageError
 from dinocell.io.images import (
-    atomic_path,
     find_images,
     looks_like_labels,
     read_image,
@@ -1021,17 +1020,6 @@ def test_channel_names_round_trip(tmp_path):
 # --------------------------------------------------------------------------------- atomic writing
 
 
-@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
-def test_interrupted_write_leaves_the_old_file(tmp_path, failure):
-    path = tmp_path / "a.tif"
-    path.write_bytes(b"old")
-    with pytest.raises(failure), atomic_path(path) as temporary:  # noqa: PT012
-        temporary.write_bytes(b"half")
-        raise failure
-    assert path.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.tif"]
-
-
 def test_write_that_dies_inside_the_encoder_leaves_the_old_labels(tmp_path, monkeypatch):
     path = tmp_path / "a.tif"
     write_labels(path, two_discs())
@@ -1046,47 +1034,6 @@ def test_write_that_dies_inside_the_encoder_leaves_the_old_labels(tmp_path, monk
         write_labels(path, 5 * two_discs())
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.tif"]
-
-
-def test_atomic_path_replaces_and_keeps_the_suffix(tmp_path):
-    for name, suffix in (("a.tif", ".tif"), ("b.ome.tif", ".ome.tif"), ("c 1.2.png", ".png")):
-        with atomic_path(tmp_path / name) as temporary:
-            assert temporary.parent == tmp_path
-            assert temporary.name.startswith(".")
-            assert "".join(temporary.suffixes) == suffix
-            assert not (tmp_path / name).exists()
-            temporary.write_text(name)
-        assert (tmp_path / name).read_text() == name
-    with atomic_path(tmp_path / "LICENSE") as temporary:
-        temporary.write_text("x")
-    assert (tmp_path / "LICENSE").read_text() == "x"
-
-
-def test_atomic_path_makes_folders_and_follows_links(tmp_path):
-    with atomic_path(tmp_path / "new" / "deep" / "a.csv") as temporary:
-        temporary.write_text("1")
-    assert (tmp_path / "new" / "deep" / "a.csv").read_text() == "1"
-    (tmp_path / "link.csv").symlink_to(tmp_path / "new" / "deep" / "a.csv")
-    with atomic_path(tmp_path / "link.csv") as temporary:
-        temporary.write_text("2")
-    assert (tmp_path / "link.csv").is_symlink()
-    assert (tmp_path / "new" / "deep" / "a.csv").read_text() == "2"
-
-
-def test_atomic_path_refuses_folders_and_empty_blocks(tmp_path):
-    with pytest.raises(ImageFileError, match="folder"), atomic_path(tmp_path):
-        pass
-    with pytest.raises(RuntimeError, match="nothing is there"), atomic_path(tmp_path / "a.tif"):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_two_writers_of_one_file_do_not_meet(tmp_path):
-    with atomic_path(tmp_path / "a.txt") as one, atomic_path(tmp_path / "a.txt") as two:
-        assert one != two
-        one.write_text("one")
-        two.write_text("two")
-    assert (tmp_path / "a.txt").read_text() == "one"
 
 
 def test_path_below_a_file_is_one_sentence(tmp_path):

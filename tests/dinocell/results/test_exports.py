@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError
+from dinocell.errors import DINOCellError, MissingExtraError
 from dinocell.io.images import read_labels
 from dinocell.results import exports
 from dinocell.results.exports import (
@@ -345,7 +345,7 @@ def test_failure_leaves_the_old_file(write, tmp_path: Path, monkeypatch) -> None
             write(path)
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["cells.out"]
-    with pytest.raises(ImageFileError, match="is a folder"):
+    with pytest.raises(DINOCellError, match="is a folder"):
         write(tmp_path)
     write(path)
     assert path.read_text() != "old"

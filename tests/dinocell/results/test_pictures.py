@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage
 from skimage.color import rgb2lab
 
-from dinocell.errors import ImageFileError
+from dinocell.errors import DINOCellError
 from dinocell.results.pictures import (
     CELL_COLORS,
     CONTOUR_COLOR,
@@ -496,6 +496,6 @@ def test_png_takes_8_bit_pictures_alone(tmp_path):
     ):
         with pytest.raises(ValueError, match="uint8"):
             write_png(tmp_path / "a.png", wrong)
-    with pytest.raises(ImageFileError, match="folder"):
+    with pytest.raises(DINOCellError, match="is a folder"):
         write_png(tmp_path, np.zeros((2, 2, 3), np.uint8))
     assert os.listdir(tmp_path) == []

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinocell.errors import ImageFileError
+from dinocell.errors import DINOCellError
 from dinocell.results.measure import measure_labels, summarize
 from dinocell.results.pictures import CONTOUR_COLOR, color_labels, inner_borders
 from dinocell.results.report import ReportEntry, make_entry, write_report
@@ -402,7 +402,7 @@ def test_written_whole_or_not_at_all(tmp_path):
         write_report(path, [entry("good"), wrong])
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["report.html"]
-    with pytest.raises(ImageFileError, match="folder"):
+    with pytest.raises(DINOCellError, match="is a folder"):
         write_report(tmp_path, [])
 
 
