@@ -1,32 +1,43 @@
-# make demo    set up, segment the bundled sample images, print where the results are
-# make test    set up, run the tests
-# make test-slurm  the longer tests on a real SLURM (minutes)
+# make demo      set up, segment the bundled sample images, print where the results are
+# make test      set up, run the tests that take minutes and change nothing outside this folder
+# make test-all  the same, the slow tests, and the tests on a real SLURM (root on Debian: installs it)
 # make test-gpu  the tests that need a CUDA device, better two
-# make check   ruff, mypy, tests
-# make bench   the benchmarks of benchmarks/ (minutes; writes benchmarks/results)
-# make wheel   build the wheel and try it in a clean environment
-# make clean   remove what the above made
+# make mutants   FILES="dinocell/evaluation/matching.py ...": do the tests notice small faults?
+# make check     ruff, mypy, tests
+# make bench     the benchmarks of benchmarks/ (minutes; writes benchmarks/results)
+# make wheel     build the wheel and try it in a clean environment
+# make clean     remove what the above made
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# One more than two cores: the tests on SLURM mostly wait.
-JOBS ?= 3
+JOBS ?= 2
+# The tests on SLURM mostly wait for the cluster.
+SLURM_JOBS ?= 3
 
-.PHONY: demo test test-slurm test-gpu check check-style bench wheel clean
+.PHONY: demo test test-all test-slow test-slurm test-gpu mutants check check-style bench wheel clean
 
 demo: $(VENV)/.base
 	$(BIN)/dinocell demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=25
+
+test-all: test test-slow test-slurm
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m "slow and not slurm and not gpu and not network" \
+	  -n $(JOBS) --dist worksteal --durations=25
 
 test-slurm: $(VENV)/.test
-	$(BIN)/python -m pytest -m "slurm and slow" -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -m slurm -n $(SLURM_JOBS) --dist worksteal --durations=25
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu -rs
+
+mutants: $(VENV)/.dev
+	$(BIN)/python tests/mutants.py $(FILES)
 
 check: check-style test
 

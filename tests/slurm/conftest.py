@@ -57,7 +57,7 @@ def _started(tmp_path_factory, **settings: str) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    """A cluster that tells preempted jobs with the signal that they asked for."""
+    """A cluster that sends preempted jobs the signal that they asked for."""
     with _started(tmp_path_factory) as it:
         yield it
 
@@ -79,8 +79,8 @@ def accounting_cluster(tmp_path_factory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory) -> Iterator[Cluster]:
     """A cluster of two nodes, both on this machine."""
-    wishes = {"SLURM_SANDBOX_NODES": "2", "SLURM_SANDBOX_CPUS": "2", "SLURM_SANDBOX_GRES": ""}
-    with _started(tmp_path_factory, **wishes) as it:
+    settings = {"SLURM_SANDBOX_NODES": "2", "SLURM_SANDBOX_CPUS": "2", "SLURM_SANDBOX_GRES": ""}
+    with _started(tmp_path_factory, **settings) as it:
         yield it
 
 

@@ -12,7 +12,7 @@ from slurm_cluster import last_iteration, wait_for
 
 from dinocell.cluster.record import read_record
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 FOLDER = Path(__file__).parents[2] / "slurm"
 SCRIPTS = sorted(FOLDER.glob("*.sbatch"))

@@ -23,7 +23,7 @@ from slurm_cluster import (
 
 from dinocell.cluster.record import read_record
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
