@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from dinov3.cells.files import atomic_path
 
 __all__ = ["VisualLogger", "attention_picture", "pca_colors", "pca_picture"]
 
@@ -213,10 +214,8 @@ class VisualLogger:
             kept = torch.load(path, map_location="cpu", weights_only=True)
             return kept
         own = images.detach().to("cpu", torch.float32, copy=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_name("images.pt.part")
-        torch.save(own, part)
-        os.replace(part, path)
+        with atomic_path(path) as temporary:
+            torch.save(own, temporary)
         return own
 
     def _draw(self, state: dict[str, Tensor], iteration: int) -> None:
@@ -236,7 +235,6 @@ class VisualLogger:
                 "attention": attention_picture(images, torch.cat(rows), size, **self._colors),
                 "pca": pca_picture(images, torch.cat(patches), size, **self._colors),
             }
-            self._folder.mkdir(parents=True, exist_ok=True)
             for name, picture in pictures.items():
                 _write_png(picture, self._folder / f"{name}_{iteration:07d}.png")
             if self._on_pictures is not None:
@@ -290,6 +288,5 @@ def _to_bytes(x: Tensor) -> np.ndarray:
 def _write_png(picture: np.ndarray, path: Path) -> None:
     from PIL import Image
 
-    part = path.with_name(f"{path.name}.part")
-    Image.fromarray(picture).save(part, format="PNG")
-    os.replace(part, path)
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG")

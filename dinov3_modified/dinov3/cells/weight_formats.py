@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from dinov3.cells.files import move_into_place
 from dinov3.checkpointer.patch_size_adaptation import adapt_state_dict, patch_size_of
 
 logger = logging.getLogger("dinov3")
@@ -1116,9 +1117,7 @@ class _whole:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
-            with self.part.open("rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(self.part, self.path)
+            move_into_place(self.part, self.path)
         else:
             self.part.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import dinov3.distributed as distributed
+from dinov3.cells.files import atomic_path
 from dinov3.cells.validation import check_keys, warn_of_ignored_keys
 
 __all__ = [
@@ -147,10 +148,8 @@ def apply_scaling_rules_to_cfg(cfg: DictConfig) -> DictConfig:
 def write_config(cfg: DictConfig, output_dir: str, name: str = "config.yaml") -> str:
     """Write the configuration to OUT/config.yaml; returns the path."""
     path = Path(output_dir) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    OmegaConf.save(cfg, part)
-    os.replace(part, path)
+    with atomic_path(path) as temporary:
+        OmegaConf.save(cfg, temporary)
     return str(path)
 
 

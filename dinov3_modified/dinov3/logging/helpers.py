@@ -10,7 +10,6 @@ import datetime
 import json
 import logging
 import math
-import os
 import statistics
 import time
 import zlib
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov3.cells.files import move_into_place, write_text_atomically
 from dinov3.distributed import get_world_size, is_enabled, is_main_process
 
 __all__ = ["MetricLogger", "SmoothedValue"]
@@ -398,7 +398,7 @@ def _cut_back(path: Path, start_iteration: int) -> None:
         return
     if start_iteration == 0:
         previous = path.with_name(f"{path.name}.previous")
-        os.replace(path, previous)
+        move_into_place(path, previous)
         logger.info("%s of an earlier run is now %s", path.name, previous.name)
         return
     kept, dropped = [], 0
@@ -412,9 +412,7 @@ def _cut_back(path: Path, start_iteration: int) -> None:
         else:
             dropped += 1
     if dropped or not path.read_bytes().endswith(b"\n"):
-        part = path.with_name(f"{path.name}.part")
-        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(part, path)
+        write_text_atomically(path, "".join(f"{line}\n" for line in kept))
         logger.info(
             "%s: %d lines removed, those from iteration %d on and torn ones",
             path.name,

@@ -26,6 +26,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from dinov3.cells.files import write_text_atomically
 from dinov3.distributed import is_main_process
 
 __all__ = ["WandbLogger", "create_wandb_logger"]
@@ -426,9 +427,7 @@ def _plain(value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_text_atomically(path, text)
 
 
 def _line(error: BaseException) -> str:

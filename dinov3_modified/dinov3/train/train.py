@@ -28,6 +28,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 
 import dinov3.distributed as distributed
+from dinov3.cells.files import atomic_path, write_text_atomically
 from dinov3.cells.interruption import StopRequest
 from dinov3.cells.observers import Observers
 from dinov3.cells.replicate import average_gradients
@@ -421,9 +422,8 @@ def do_test(
     state = full_state_dict(model.model_ema, model.strategy)
     if distributed.is_subgroup_main_process():
         target = folder / "teacher_checkpoint.pth"
-        part = target.with_suffix(".part")
-        torch.save({"teacher": state}, part)
-        os.replace(part, target)
+        with atomic_path(target) as temporary:
+            torch.save({"teacher": state}, temporary)
         logger.info("teacher written to %s", target)
 
 
@@ -784,9 +784,7 @@ def _start_record(
         ),
     }
     if distributed.is_main_process():
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        os.replace(part, path)
+        write_text_atomically(path, json.dumps(record, indent=1))
     return record
 
 
@@ -860,7 +858,7 @@ def check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
             distributed.TorchDistributedEnvironment().rank == 0
         ):  # finished work steps aside, it is not removed
             number = next(n for n in range(1, 10_000) if not (output_dir / f"ckpt_{n}").exists())
-            os.replace(ckpt_dir, output_dir / f"ckpt_{number}")
+            ckpt_dir.rename(output_dir / f"ckpt_{number}")
         return
     path = output_dir / "config.yaml"
     if not path.is_file():

@@ -13,7 +13,6 @@ import gzip
 import io
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dinov3.cells.files import write_text_atomically
 from dinov3.cells.streaming.index import FieldRecord, IndexWriter, split_url
 from dinov3.cells.streaming.stores import ObjectMissing, ObjectStore
 from dinov3.data.datasets.jump_cellpainting import PATTERNS
@@ -357,9 +357,7 @@ def make_index(
         if read(kept) is None:
             records = _records(store, plate, source, channels or {})
             rows = [[r.plate, r.well, r.site, dict(r.keys), r.size_bytes] for r in records]
-            part = kept.with_suffix(".part")
-            part.write_text(json.dumps({"made_with": made_with, "rows": rows}), encoding="utf-8")
-            os.replace(part, kept)
+            write_text_atomically(kept, json.dumps({"made_with": made_with, "rows": rows}))
         return kept
 
     plates = list(plates)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dinov3.cells.files import atomic_path
 
 __all__ = ["FieldIndex", "FieldRecord", "IndexWriter", "RowRanges", "side_of_plate", "split_url"]
 
@@ -153,15 +154,12 @@ class IndexWriter:
                 )
             },
         )
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table.combine_chunks(), max_chunksize=len(self._rows))
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with (
+            atomic_path(path) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as writer,
+        ):
+            writer.write_table(table.combine_chunks(), max_chunksize=len(self._rows))
 
 
 # Beyond these a layout is a row's own.

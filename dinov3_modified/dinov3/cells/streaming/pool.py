@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from dinov3.cells.files import move_into_place
+
 __all__ = ["ByteCache", "FieldPool", "SharedFolder", "shared_memory_folder"]
 
 logger = logging.getLogger("dinov3")
@@ -121,7 +123,7 @@ class SharedFolder:
             with part_path.open("wb") as stream:
                 for part in parts:
                     stream.write(part if isinstance(part, bytes) else part.data)
-            os.replace(part_path, path)
+            move_into_place(part_path, path)
         except OSError as error:
             logger.warning("%s cannot be written (%s): not kept", path, error.strerror)
             return False

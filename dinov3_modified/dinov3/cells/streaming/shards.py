@@ -7,8 +7,6 @@ millions of fields has thousands of files.
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dinov3.cells.fields import ChannelField
+from dinov3.cells.files import atomic_folder
 from dinov3.cells.streaming.index import FieldRecord, IndexWriter
 from dinov3.cells.streaming.stores import ObjectMissing, ObjectStore, Range, StoreError
 
@@ -86,9 +85,7 @@ def pack_fields(
         raise FileExistsError(
             f"the output folder must not exist, got {out}: name another, or remove it"
         )
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
-    try:
+    with atomic_folder(out) as part:
         group = zarr.open_group(str(part / _GROUP), mode="w", zarr_format=3)
         writer = IndexWriter(str(out.resolve()), "packed")
         waiting: dict[str, list[tuple[FieldRecord, tuple[str, ...], np.ndarray]]] = {}
@@ -105,9 +102,6 @@ def pack_fields(
         for kind, rest in waiting.items():
             _append(group, kind, rest, writer, options)
         writer.write(part / _INDEX)
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return count
 
 

@@ -33,6 +33,7 @@ from dinov3.cells.fields import (
     is_constant,
     make_field,
 )
+from dinov3.cells.files import write_text_atomically
 from dinov3.cells.streaming.index import FieldIndex, FieldRecord
 from dinov3.cells.streaming.order import FieldOrder, Visit
 from dinov3.cells.streaming.pool import ByteCache, FieldPool, shared_memory_folder
@@ -680,10 +681,8 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         if self._disk is not None:
             counts.update({f"disk.{name}": n for name, n in dict(self._disk.counts).items()})
         path = self._pool.folder / f"counts-{own.pid}.json"
-        part = path.with_suffix(".part")
         try:
-            part.write_text(json.dumps(counts), encoding="utf-8")
-            os.replace(part, path)
+            write_text_atomically(path, json.dumps(counts))
         except OSError as error:
             logger.debug("counts cannot be written: %s", error)
 

@@ -1,0 +1,156 @@
+"""Write a file or a folder so that it appears whole or not at all.
+
+Everything DINOCell writes gets its name here.  The content goes to a temporary name in the same folder
+first, is flushed to the disk, and is then renamed: a rename inside one folder is a single step for the
+file system, so that a reader, a killed process or a power cut meets the old content or the new one and
+never a half.  At the end the folder is flushed too, because the new name is part of the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = [
+    "atomic_folder",
+    "atomic_path",
+    "move_into_place",
+    "remove_temporary_files",
+    "write_text_atomically",
+]
+
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}(\..*)?")
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Parameters
+    ----------
+    path : path
+        The file to write.  Missing folders above it are made.  A symbolic link is followed.
+
+    Yields
+    ------
+    temporary : Path
+        A hidden name in the same folder with the same suffix (`.ome.tif` and `.tar.gz` whole).  The
+        block must write it, as a file.
+
+    Raises
+    ------
+    ValueError
+        `path` is a folder.
+    RuntimeError
+        The block ended without writing the temporary file.
+
+    Notes
+    -----
+    Any exception, `KeyboardInterrupt` included, removes the temporary file and leaves an older `path` as
+    it was.
+    """
+    final = Path(os.path.realpath(path))
+    if final.is_dir():
+        raise ValueError(f"`path` must be the name of a file, got '{path}', which is a folder.")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    inner = Path(final.stem).suffix.lower() if final.suffix else ""
+    temporary = _temporary_beside(
+        final, (inner if inner in (".ome", ".tar") else "") + final.suffix
+    )
+    try:
+        yield temporary
+        if not temporary.is_file():
+            raise RuntimeError(f"The block must write '{temporary}', but there is no such file.")
+        move_into_place(temporary, final)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_text_atomically(
+    path: str | os.PathLike[str], text: str, *, errors: str = "strict"
+) -> None:
+    """Write `text` as UTF-8, line ends as they are; raises as `atomic_path` does.
+
+    `errors="surrogateescape"` keeps file names that are not UTF-8.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=errors, newline="")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Parameters
+    ----------
+    path : path
+        The folder to make: it must not exist, or be empty.
+
+    Raises
+    ------
+    OSError
+        `path` is a file or a folder with contents by the time the block ends.
+    """
+    final = Path(os.path.realpath(path))
+    temporary = _temporary_beside(final, "")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush_file(file)
+        if final.exists():
+            final.rmdir()
+        os.replace(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _flush_folder(final.parent)
+
+
+def move_into_place(temporary: Path, final: Path) -> None:
+    """Give a finished file its name, replacing a file that has it; both lie on one file system.
+
+    For files that outlive a failure under their temporary name, such as a partial download; everything
+    else is written with `atomic_path`.
+    """
+    _flush_file(temporary)
+    os.replace(temporary, final)
+    _flush_folder(final.parent)
+
+
+def remove_temporary_files(folder: Path, *, before: float) -> None:
+    """Delete files that `atomic_path` left in `folder` because its process was killed.
+
+    `before` is in seconds since 1970: younger files stay, another process may be writing them.
+    """
+    for path in folder.glob(".tmp-*"):
+        if _TEMPORARY.fullmatch(path.name) and path.stat().st_mtime < before:
+            path.unlink(missing_ok=True)
+
+
+def _temporary_beside(final: Path, suffix: str) -> Path:
+    return final.with_name(f".tmp-{secrets.token_hex(8)}{suffix}")
+
+
+def _flush_file(path: Path) -> None:
+    """Errors count: a network file system reports a full disk here at the earliest."""
+    with open(path, "rb+" if os.access(path, os.W_OK) else "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Some systems do not flush folders; the rename is done all the same."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
