@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.measure import regionprops_table
 
-from dinocell.results.exports import write_coco_rle, write_geojson, write_table_csv
+from dinocell.results.exports import write_coco_rle, write_geojson
 from dinocell.results.measure import SCIKIT_IMAGE_NAMES, measure_labels
 
 __all__ = ["main", "synthetic_cells"]
@@ -142,9 +142,7 @@ def main() -> None:
             "scikit-image, the same without feret_diameter_max": _seconds(
                 lambda: regionprops_table(labels, image, properties=fast), min(args.repeats, 3)
             ),
-            "write_table_csv": _seconds(
-                lambda: write_table_csv(out / "cells.csv", table), args.repeats
-            ),
+            "CellTable.to_csv": _seconds(lambda: table.to_csv(out / "cells.csv"), args.repeats),
             "write_geojson with measurements": _seconds(
                 lambda: write_geojson(out / "cells.geojson", labels, table), args.repeats
             ),

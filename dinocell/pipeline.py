@@ -20,7 +20,7 @@ from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
 from dinocell.segmentation.watershed import separate_cells
 
 if TYPE_CHECKING:
-    from dinocell.results.measure import CellTable
+    from dinocell.results.table import CellTable
 
 __all__ = ["DINOCellPipeline", "Segmentation", "segment"]
 

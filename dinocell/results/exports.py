@@ -1,244 +1,46 @@
 """Labels and tables to the files other programs read.
 
-Every writer is atomic (`dinocell.files.atomic_path`): the file appears under its name when it
-is complete, a failure leaves what was there before, missing folders are made.  A label image without cells gives a valid file without cells.
-
-Outlines run along the sides of pixels, with pixel (row, col) covering ``row..row + 1`` by
-``col..col + 1``.  So the area of an outline equals the number of pixels, a program that fills
-outlines by pixel centres gets the same labels back, and neighbours share their common side.
+Every file appears under its name when it is complete; a failure leaves the old file as it was, and
+missing folders are made.  A label image without cells gives a valid file without cells.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from dinocell.errors import DINOCellError, MissingExtraError
-from dinocell.files import atomic_path, write_text_atomically
+from dinocell.errors import MissingExtraError
 from dinocell.io.images import write_labels
-from dinocell.results.measure import CellTable, as_labels
+from dinocell.results.measure import as_labels
+from dinocell.results.outlines import Ring, labels_to_polygons
+from dinocell.results.table import CellTable, writing
 
 __all__ = [
     "EXPORT_FORMATS",
     "Exporter",
     "compress_rle",
-    "labels_to_polygons",
     "labels_to_rle",
     "write_coco_rle",
     "write_geojson",
     "write_imagej_rois",
-    "write_table_csv",
 ]
-
-_Ring = NDArray[np.int64]
 
 _OBJECT_TYPES = ("detection", "annotation", "cell")
 
 
 def _write_text(path: str | os.PathLike[str], text: str) -> None:
-    try:
-        write_text_atomically(path, text)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: str | os.PathLike[str], error: OSError) -> DINOCellError:
-    return DINOCellError(
-        f"'{path}' cannot be written ({error.strerror or error}): choose another folder or free "
-        "some space."
-    )
-
-
-def write_table_csv(path: str | os.PathLike[str], table: CellTable) -> None:
-    """Write a table as CSV: UTF-8, one header line, comma, ``\\n``.
-
-    Parameters
-    ----------
-    path : path
-        File to write.
-    table : CellTable
-        A missing value (NaN) becomes an empty field, booleans become ``true`` and ``false``,
-        floats are written with all their digits, so that reading gives the same numbers.
-
-    Raises
-    ------
-    ImageFileError, DINOCellError
-        `path` is a folder, or the disk refuses.
-    """
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.columns)
-    columns = [
-        ["true" if value else "false" for value in values] if column.dtype == np.bool_ else values
-        for column, values in zip(table.data.values(), table.to_dict().values(), strict=True)
-    ]
-    writer.writerows(zip(*columns, strict=True))
-    _write_text(path, text.getvalue())
-
-
-def labels_to_polygons(labels: ArrayLike) -> dict[int, list[list[_Ring]]]:
-    """Outline every cell along the sides of its pixels.
-
-    Parameters
-    ----------
-    labels : (H, W) integer array_like
-        0 is background.
-
-    Returns
-    -------
-    dict of int to list of polygons
-        Per label, ascending, one polygon per 4-connected piece.  A polygon is a list of rings, the
-        outer border first, then its holes.  A ring is an (N, 2) int64 array of corners
-        (row, col), not repeating the first one; no ring visits a corner twice.  With x = col and
-        y = row, outer borders have positive signed area and holes negative, and the sum of a cell's signed
-        areas is its number of pixels.  An image without cells gives an empty dict.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See `dinocell.results.measure.as_labels`.
-    """
-    padded = np.pad(as_labels(labels), 1)
-    corners, stops, ring_labels, pinched = _trace_rings(padded)
-    polygons: dict[int, list[list[_Ring]]] = {}
-    holes: list[tuple[int, _Ring]] = []
-    begin = 0
-    for stop, label, is_pinched in zip(
-        stops.tolist(), ring_labels.tolist(), pinched.tolist(), strict=True
-    ):
-        ring = corners[begin:stop]
-        begin = stop
-        for simple in _split_ring(ring) if is_pinched else [ring]:
-            if _signed_area(simple) > 0:
-                polygons.setdefault(label, []).append([simple])
-            else:
-                holes.append((label, simple))
-    for label, hole in holes:
-        pieces = polygons[label]
-        home = pieces[0]
-        if len(pieces) > 1:
-            home = next(piece for piece in pieces if _encloses(piece[0], hole))
-        home.append(hole)
-    return dict(sorted(polygons.items()))
-
-
-def _signed_area(ring: _Ring) -> float:
-    """Shoelace formula with x = col, y = row."""
-    row, col = ring[:, 0], ring[:, 1]
-    following_row = np.append(row[1:], row[0])
-    following_col = np.append(col[1:], col[0])
-    return float(np.sum(col * following_row - following_col * row)) / 2
-
-
-def _split_ring(ring: _Ring) -> list[_Ring]:
-    """Cut a ring that visits a corner twice into rings that do not."""
-    simple = []
-    path: list[tuple[int, int]] = []
-    place: dict[tuple[int, int], int] = {}
-    for corner in map(tuple, ring.tolist()):
-        if corner in place:
-            begin = place[corner]
-            simple.append(np.array(path[begin:], dtype=np.int64))
-            for left in path[begin:]:
-                del place[left]
-            del path[begin:]
-        place[corner] = len(path)
-        path.append(corner)
-    simple.append(np.array(path, dtype=np.int64))
-    return simple
-
-
-def _encloses(ring: _Ring, hole: _Ring) -> bool:
-    """Tell whether the centre of a pixel beside the hole lies inside the ring (even-odd rule)."""
-    # a hole is traced with its cell on the right: step right from the middle of the first pixel side
-    ahead = np.sign(hole[1] - hole[0])
-    row, col = hole[0] + ahead / 2 + np.array([ahead[1], -ahead[0]]) / 2
-    following = np.roll(ring, -1, axis=0)
-    crosses = (ring[:, 0] > row) != (following[:, 0] > row)
-    return bool(np.count_nonzero(crosses & (ring[:, 1] > col)) % 2)
-
-
-@njit(cache=True)
-def _trace_rings(
-    padded: NDArray[Any],
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Follow the borders of all labels, the cell on the right hand (in image coordinates).
-
-    `padded` has one background pixel on every side.  Returns the corners (row, col) of all rings
-    one after the other, without the padding; where each ring stops; its label; and whether it
-    touches itself at a corner.  Where two pixels of a label meet in a corner only, the path stays
-    with its pixel, which keeps pieces that touch in corners apart.
-    """
-    height, width = padded.shape
-    sides = 0
-    for row in range(1, height - 1):
-        for col in range(1, width - 1):
-            label = padded[row, col]
-            if label != 0:
-                sides += padded[row - 1, col] != label
-                sides += padded[row + 1, col] != label
-                sides += padded[row, col - 1] != label
-                sides += padded[row, col + 1] != label
-    corners = np.empty((sides, 2), np.int64)
-    stops = np.empty(sides // 4 + 1, np.int64)
-    labels = np.empty(sides // 4 + 1, np.int64)
-    pinched = np.zeros(sides // 4 + 1, np.bool_)
-    seen = np.zeros((height, width), np.bool_)  # the upper side of this pixel
-    # headings: east along the upper side, south along the right, west along the lower, north
-    step_row = (0, 1, 0, -1)
-    step_col = (1, 0, -1, 0)
-    end_row = (0, 1, 1, 0)
-    end_col = (1, 1, 0, 0)
-    count = 0
-    rings = 0
-    for row0 in range(1, height - 1):
-        for col0 in range(1, width - 1):
-            label = padded[row0, col0]
-            if label == 0 or padded[row0 - 1, col0] == label or seen[row0, col0]:
-                continue
-            row, col, heading = row0, col0, 0
-            while True:
-                if heading == 0:
-                    seen[row, col] = True
-                left = (heading + 3) % 4
-                ahead_row = row + step_row[heading]
-                ahead_col = col + step_col[heading]
-                beside_row = ahead_row + step_row[left]
-                beside_col = ahead_col + step_col[left]
-                turn = True
-                next_row, next_col, next_heading = row, col, (heading + 1) % 4
-                if padded[ahead_row, ahead_col] != label:
-                    if padded[beside_row, beside_col] == label:
-                        pinched[rings] = True
-                elif padded[beside_row, beside_col] == label:
-                    next_row, next_col, next_heading = beside_row, beside_col, left
-                else:
-                    next_row, next_col, next_heading = ahead_row, ahead_col, heading
-                    turn = False
-                if turn:
-                    corners[count, 0] = row + end_row[heading] - 1
-                    corners[count, 1] = col + end_col[heading] - 1
-                    count += 1
-                row, col, heading = next_row, next_col, next_heading
-                if row == row0 and col == col0 and heading == 0:
-                    break
-            stops[rings] = count
-            labels[rings] = label
-            rings += 1
-    return corners[:count], stops[:rings], labels[:rings], pinched[:rings]
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def write_geojson(
@@ -267,7 +69,7 @@ def write_geojson(
     ValueError
         `object_type` is unknown, or `table` does not hold the same labels.  Also see
         `dinocell.results.measure.as_labels`.
-    ImageFileError, DINOCellError
+    DINOCellError
         `path` is a folder, or the disk refuses.
 
     Notes
@@ -308,7 +110,7 @@ def write_geojson(
     )
 
 
-def _closed_xy(ring: _Ring) -> list[list[int]]:
+def _closed_xy(ring: Ring) -> list[list[int]]:
     points: list[list[int]] = ring[:, ::-1].tolist()
     points.append(points[0])
     return points
@@ -351,7 +153,7 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
         The package `roifile` is not installed.
     TypeError, ValueError
         See `dinocell.results.measure.as_labels`.
-    ImageFileError, DINOCellError
+    DINOCellError
         `path` is a folder, or the disk refuses.
     """
     try:
@@ -362,36 +164,33 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
             "`pip install dinocell[formats]`."
         ) from error
     polygons = labels_to_polygons(labels)
-    try:
-        with (
-            atomic_path(path) as temporary,
-            zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
-        ):
-            for label, pieces in polygons.items():
-                rings = [ring[:, ::-1] for piece in pieces for ring in piece]
-                roi = roifile.ImagejRoi.frompoints(np.concatenate(rings), name=str(label))
-                # the bounds end where the outline does: corners, not pixels
-                roi.right -= 1
-                roi.bottom -= 1
-                if len(rings) == 1:
-                    roi.roitype = roifile.ROI_TYPE.TRACED
-                else:
-                    roi.roitype = roifile.ROI_TYPE.RECT
-                    roi.n_coordinates = 0
-                    roi.integer_coordinates = None
-                    roi.subpixel_coordinates = None
-                    roi.multi_coordinates = np.concatenate([_shape_path(ring) for ring in rings])
-                    roi.shape_roi_size = len(roi.multi_coordinates)
-                # a fixed date keeps the file the same from run to run
-                entry = zipfile.ZipInfo(f"{label}.roi", date_time=(1980, 1, 1, 0, 0, 0))
-                entry.compress_type = zipfile.ZIP_DEFLATED
-                archive.writestr(entry, roi.tobytes())
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+    with (
+        writing(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for label, pieces in polygons.items():
+            rings = [ring[:, ::-1] for piece in pieces for ring in piece]
+            roi = roifile.ImagejRoi.frompoints(np.concatenate(rings), name=str(label))
+            # the bounds end where the outline does: corners, not pixels
+            roi.right -= 1
+            roi.bottom -= 1
+            if len(rings) == 1:
+                roi.roitype = roifile.ROI_TYPE.TRACED
+            else:
+                roi.roitype = roifile.ROI_TYPE.RECT
+                roi.n_coordinates = 0
+                roi.integer_coordinates = None
+                roi.subpixel_coordinates = None
+                roi.multi_coordinates = np.concatenate([_shape_path(ring) for ring in rings])
+                roi.shape_roi_size = len(roi.multi_coordinates)
+            # a fixed date keeps the file the same from run to run
+            entry = zipfile.ZipInfo(f"{label}.roi", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, roi.tobytes())
 
 
-def _shape_path(ring: _Ring) -> NDArray[np.float32]:
-    """_Ring of (x, y) to ImageJ's shape array: 0 x y (move), 1 x y (line) ..., 4 (close)."""
+def _shape_path(ring: Ring) -> NDArray[np.float32]:
+    """Ring of (x, y) to ImageJ's shape array: 0 x y (move), 1 x y (line) ..., 4 (close)."""
     path = np.ones((len(ring), 3), np.float32)
     path[0, 0] = 0
     path[:, 1:] = ring
@@ -494,7 +293,7 @@ def write_coco_rle(
     ------
     TypeError, ValueError
         See `dinocell.results.measure.as_labels`.
-    ImageFileError, DINOCellError
+    DINOCellError
         `path` is a folder, or the disk refuses.
 
     Notes
@@ -505,7 +304,7 @@ def write_coco_rle(
     height, width = labels.shape
     annotations = []
     for label, counts in labels_to_rle(labels).items():
-        # where the cell's runs begin and end in column order; a run may go on in the next column
+        # where the cell's runs begin and end in column order; a run may continue in the next column
         ends = np.cumsum(counts)
         begin, last = ends[0:-1:2] if len(ends) % 2 else ends[0::2], ends[1::2] - 1
         min_col, max_col = int(begin[0]) // height, int(last[-1]) // height

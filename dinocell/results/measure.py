@@ -48,9 +48,7 @@ A cell is all pixels of one label, also where they form several pieces.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -58,9 +56,21 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.results.convex_hull import hull_area_and_feret
+from dinocell.results.neighbors import count_neighbors
+from dinocell.results.runs import Runs
+from dinocell.results.shape_kernels import (
+    CROFTON_WEIGHTS,
+    EULER_WEIGHTS,
+    border_pixels,
+    hole_area,
+    index_image,
+    quad_histogram,
+)
+from dinocell.results.table import CellTable
+
 __all__ = [
     "SCIKIT_IMAGE_NAMES",
-    "CellTable",
     "as_labels",
     "measure_labels",
     "summarize",
@@ -115,99 +125,6 @@ _STATISTICS = ("mean", "std", "min", "max", "median", "integrated")
 _Array = NDArray[Any]
 
 _UINT32_MAX = 2**32 - 1
-_FAR = np.int64(2**60)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class CellTable:
-    """One row per cell, one read-only array per column.
-
-    Parameters
-    ----------
-    data : mapping of str to (N,) ndarray
-        Columns in their order; all of the same length N >= 0.  Arrays are copied.
-    pixel_size_um : float, optional
-        Side of a pixel in micrometres, where it is known.
-
-    Examples
-    --------
-    >>> table = measure_labels(np.array([[1, 1, 0], [0, 0, 7]]))
-    >>> len(table), table["area"].tolist()
-    (2, [2, 1])
-
-    `pandas.DataFrame(dict(table.data))` gives a data frame.
-
-    Raises
-    ------
-    ValueError
-        A column is not one-dimensional, or lengths differ.
-    """
-
-    data: Mapping[str, _Array]
-    pixel_size_um: float | None = None
-
-    def __post_init__(self) -> None:
-        columns: dict[str, _Array] = {}
-        length: int | None = None
-        for name, values in self.data.items():
-            column = np.array(values)
-            if column.ndim != 1 or (length is not None and len(column) != length):
-                raise ValueError(
-                    f"columns of a table must be 1-D and equally long, got shape {column.shape} "
-                    f"for {name!r} after columns of length {length}: pass one value per cell."
-                )
-            length = len(column)
-            column.flags.writeable = False
-            columns[name] = column
-        object.__setattr__(self, "data", MappingProxyType(columns))
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the columns, in order."""
-        return tuple(self.data)
-
-    def __len__(self) -> int:
-        """Return the number of cells."""
-        return len(next(iter(self.data.values()))) if self.data else 0
-
-    def __getitem__(self, name: str) -> _Array:
-        """Return one column as a read-only (N,) array; KeyError names the known columns."""
-        try:
-            return self.data[name]
-        except KeyError:
-            raise KeyError(
-                f"a column must be one of {', '.join(self.data)}; got {name!r}: choose one of them."
-            ) from None
-
-    def __contains__(self, name: object) -> bool:
-        """Tell whether there is a column of this name."""
-        return name in self.data
-
-    def __repr__(self) -> str:
-        return f"CellTable({len(self)} cells, {len(self.data)} columns)"
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield one dict of plain Python values per cell; a missing value (NaN) is None."""
-        columns = list(self.to_dict().values())
-        for values in zip(*columns, strict=True):
-            yield dict(zip(self.data, values, strict=True))
-
-    def to_dict(self) -> dict[str, list[Any]]:
-        """Return the columns as lists of plain Python values, fit for JSON; NaN becomes None."""
-        return {name: _python_values(column) for name, column in self.data.items()}
-
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as CSV, atomically: see `dinocell.results.exports.write_table_csv`."""
-        from dinocell.results.exports import write_table_csv
-
-        write_table_csv(path, self)
-
-
-def _python_values(column: _Array) -> list[Any]:
-    values: list[Any] = column.tolist()
-    if column.dtype.kind == "f":
-        values = [None if value != value else value for value in values]
-    return values
 
 
 def as_labels(labels: ArrayLike) -> NDArray[np.uint32]:
@@ -322,7 +239,7 @@ def measure_labels(
             f"{neighbor_distance_px!r}: choose a distance between pixel centres."
         )
 
-    runs = _Runs.of(labels)
+    runs = Runs.of(labels)
     data: dict[str, _Array] = {"label": runs.label}
     data |= _position_columns(runs)
     data |= _shape_columns(runs, data, distance)
@@ -455,56 +372,7 @@ def _channels(
 # --- columns ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """Horizontal runs of equal label, grouped by cell, in raster order within a cell.
-
-    `first[k]:first[k + 1]` are the runs of cell k, `label[k]` its label; a run covers columns
-    `start <= col < stop` of `row`.
-    """
-
-    shape: tuple[int, int]
-    label: NDArray[np.int64]
-    first: NDArray[np.int64]
-    row: NDArray[np.int64]
-    start: NDArray[np.int64]
-    stop: NDArray[np.int64]
-    cell: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, labels: NDArray[np.uint32]) -> _Runs:
-        height, width = labels.shape
-        cells = labels != 0
-        change = labels[:, 1:] != labels[:, :-1]
-        begins = cells.copy()
-        begins[:, 1:] &= change
-        ends = cells
-        ends[:, :-1] &= change
-        begin = np.flatnonzero(begins)
-        end = np.flatnonzero(ends)
-        label, cell = np.unique(labels.reshape(-1)[begin], return_inverse=True)
-        order = np.argsort(cell, kind="stable")
-        begin, end, cell = begin[order], end[order], cell[order]
-        row = begin // max(width, 1)
-        return cls(
-            shape=(height, width),
-            label=label.astype(np.int64),
-            first=np.searchsorted(cell, np.arange(len(label) + 1)),
-            row=row,
-            start=begin - row * width,
-            stop=end - row * width + 1,
-            cell=cell,
-        )
-
-    def fold(self, ufunc: np.ufunc, values: _Array) -> _Array:
-        """Reduce one value per run to one value per cell."""
-        if not len(self.label):
-            return values[:0]
-        folded: _Array = ufunc.reduceat(values, self.first[:-1])
-        return folded
-
-
-def _position_columns(runs: _Runs) -> dict[str, _Array]:
+def _position_columns(runs: Runs) -> dict[str, _Array]:
     length = runs.stop - runs.start
     area = runs.fold(np.add, length)
     middle = (runs.start + runs.stop - 1) / 2  # mean column of a run
@@ -528,26 +396,26 @@ def _position_columns(runs: _Runs) -> dict[str, _Array]:
 
 
 def _shape_columns(
-    runs: _Runs, position: Mapping[str, _Array], neighbor_distance_px: float
+    runs: Runs, position: Mapping[str, _Array], neighbor_distance_px: float
 ) -> dict[str, _Array]:
     area = position["area"]
     min_row, max_row = position["bbox_min_row"], position["bbox_max_row"]
     min_col, max_col = position["bbox_min_col"], position["bbox_max_col"]
     box = (max_row - min_row) * (max_col - min_col)
 
-    index = _index_image(runs.shape[0], runs.shape[1], runs.row, runs.start, runs.stop, runs.cell)
+    index = index_image(runs.shape[0], runs.shape[1], runs.row, runs.start, runs.stop, runs.cell)
     num_cells = len(runs.label)
-    quads = _quad_histogram(index, num_cells)[1:]
-    perimeter_crofton = quads @ _CROFTON_WEIGHTS
-    border_cell, border_row, border_col, steps = _border_pixels(index, num_cells)
+    quads = quad_histogram(index, num_cells)[1:]
+    perimeter_crofton = quads @ CROFTON_WEIGHTS
+    border_cell, border_pixel, steps = border_pixels(index, num_cells)
     perimeter = steps[1:] @ np.array([1.0, math.sqrt(2), (1 + math.sqrt(2)) / 2])
-    neighbors, nearest = _neighbor_columns(
-        num_cells, runs.shape, border_cell, border_row, border_col, neighbor_distance_px
+    neighbors, nearest = count_neighbors(
+        num_cells, runs.shape, border_cell, border_pixel, neighbor_distance_px
     )
-    area_convex, feret = _hull_area_and_feret(
+    area_convex, feret = hull_area_and_feret(
         runs.first, runs.row, runs.start, runs.stop, min_row, max_row
     )
-    holes = _hole_area(
+    holes = hole_area(
         runs.first, runs.row, runs.start, runs.stop, min_row, max_row, min_col, max_col
     )
     moments = _moment_columns(runs, position)
@@ -572,13 +440,13 @@ def _shape_columns(
         "circularity": circularity,
         "solidity": area / area_convex,
         "extent": area / box,
-        "euler_number": quads @ _EULER_WEIGHTS,
+        "euler_number": quads @ EULER_WEIGHTS,
         "num_neighbors": neighbors,
         "nearest_border_distance": nearest,
     }
 
 
-def _moment_columns(runs: _Runs, position: Mapping[str, _Array]) -> dict[str, NDArray[np.float64]]:
+def _moment_columns(runs: Runs, position: Mapping[str, _Array]) -> dict[str, NDArray[np.float64]]:
     """Second central moments, from runs in closed form, as the ellipse that has the same."""
     area = position["area"]
     length = (runs.stop - runs.start).astype(np.float64)
@@ -606,41 +474,7 @@ def _moment_columns(runs: _Runs, position: Mapping[str, _Array]) -> dict[str, ND
     }
 
 
-def _neighbor_columns(
-    num_cells: int,
-    shape: tuple[int, int],
-    border_cell: NDArray[np.int32],
-    border_row: NDArray[np.int32],
-    border_col: NDArray[np.int32],
-    neighbor_distance_px: float,
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    if num_cells < 2:
-        return np.zeros(num_cells, np.int64), np.full(num_cells, np.nan)
-    by_cell = np.argsort(border_cell, kind="stable")
-    first = np.searchsorted(border_cell[by_cell], np.arange(1, num_cells + 2))
-    # squares of about a quarter of the mean spacing hold a handful of border pixels each
-    square = int(np.clip(math.sqrt(shape[0] * shape[1] / num_cells) / 4, 8, 64))
-    grid = (shape[0] // square + 1, shape[1] // square + 1)
-    key = border_row // square * grid[1] + border_col // square
-    by_square = np.argsort(key, kind="stable")
-    square_first = np.searchsorted(key[by_square], np.arange(grid[0] * grid[1] + 1))
-    count, squared = _neighbors(
-        first,
-        border_row[by_cell],
-        border_col[by_cell],
-        square,
-        grid[0],
-        grid[1],
-        square_first,
-        border_cell[by_square] - 1,
-        border_row[by_square],
-        border_col[by_square],
-        math.floor(neighbor_distance_px**2 + 1e-9),
-    )
-    return count, np.sqrt(squared)
-
-
-def _intensity_columns(runs: _Runs, channel: _Array, suffix: str) -> dict[str, NDArray[np.float64]]:
+def _intensity_columns(runs: Runs, channel: _Array, suffix: str) -> dict[str, NDArray[np.float64]]:
     length = runs.stop - runs.start
     begin = np.cumsum(length) - length  # where a run's pixels start in the gathered values
     pixel = np.arange(int(length.sum())) + np.repeat(
@@ -653,350 +487,6 @@ def _intensity_columns(runs: _Runs, channel: _Array, suffix: str) -> dict[str, N
         f"intensity_{name}{suffix}": statistics[:, position].copy()
         for position, name in enumerate(_STATISTICS)
     }
-
-
-# --- kernels ------------------------------------------------------------------------------------
-# Compiled once and cached on disk by numba.  `index` is the label image with cells renumbered
-# 1..n and one background pixel added on every side.
-
-# A 2x2 window is numbered 1·bottom right + 2·top right + 4·bottom left + 8·top left.
-_EULER_WEIGHTS = np.zeros(16, np.int64)
-_EULER_WEIGHTS[[6, 14]] = -1  # anti-diagonal pair; all but the bottom right
-_EULER_WEIGHTS[8] = 1  # top left alone
-# Crofton: of the lines in 4 directions, which leave the cell in this window?
-_ALONG = math.pi / 4
-_DIAGONAL = math.pi / 4 / math.sqrt(2)
-_CROFTON_WEIGHTS = np.array(
-    [
-        _ALONG * bool(code & 1 and not code & 2)  # up a column: leaves the cell at the top right
-        + _ALONG * bool(code & 8 and not code & 2)  # along a row: leaves it at the top right
-        + _DIAGONAL * bool(code & 1 and not code & 8)  # along the diagonal
-        + _DIAGONAL * bool(code & 2 and not code & 4)  # along the other diagonal
-        for code in range(16)
-    ]
-)
-
-
-@njit(cache=True)
-def _index_image(
-    height: int,
-    width: int,
-    row: _Array,
-    start: _Array,
-    stop: _Array,
-    cell: _Array,
-) -> _Array:
-    index = np.zeros((height + 2, width + 2), np.int32)
-    for i in range(len(row)):
-        for col in range(start[i], stop[i]):
-            index[row[i] + 1, col + 1] = cell[i] + 1
-    return index
-
-
-@njit(cache=True)
-def _quad_histogram(index: _Array, num_cells: int) -> _Array:
-    """Count the 2x2 windows of each number (see above) for each cell, full windows left out."""
-    histogram = np.zeros((num_cells + 1, 16), np.int64)
-    for row in range(index.shape[0] - 1):
-        for col in range(index.shape[1] - 1):
-            a = index[row, col]
-            b = index[row, col + 1]
-            c = index[row + 1, col]
-            d = index[row + 1, col + 1]
-            if a == b and a == c and a == d:
-                continue
-            histogram[d, 1 + 2 * (b == d) + 4 * (c == d) + 8 * (a == d)] += 1
-            if b != d:
-                histogram[b, 2 + 4 * (c == b) + 8 * (a == b)] += 1
-            if c != d and c != b:
-                histogram[c, 4 + 8 * (a == c)] += 1
-            if a != d and a != b and a != c:
-                histogram[a, 8] += 1
-    return histogram
-
-
-@njit(cache=True)
-def _border_pixels(index: _Array, num_cells: int) -> tuple[_Array, _Array, _Array, _Array]:
-    """List the pixels with a side on another label, and count their configurations.
-
-    Returns cell, row and column of each border pixel in raster order, and per cell the number of
-    border pixels that stand for a straight step, a diagonal step and one of each half.
-    """
-    height, width = index.shape
-    border = np.zeros((height, width), np.bool_)
-    total = 0
-    for row in range(1, height - 1):
-        for col in range(1, width - 1):
-            k = index[row, col]
-            if k != 0 and (
-                index[row - 1, col] != k
-                or index[row + 1, col] != k
-                or index[row, col - 1] != k
-                or index[row, col + 1] != k
-            ):
-                border[row, col] = True
-                total += 1
-    cell = np.empty(total, np.int32)
-    rows = np.empty(total, np.int32)
-    cols = np.empty(total, np.int32)
-    steps = np.zeros((num_cells + 1, 3), np.int64)
-    i = 0
-    for row in range(1, height - 1):
-        for col in range(1, width - 1):
-            if not border[row, col]:
-                continue
-            k = index[row, col]
-            cell[i] = k
-            rows[i] = row - 1
-            cols[i] = col - 1
-            i += 1
-            sides = 0
-            corners = 0
-            for dr in range(-1, 2):
-                for dc in range(-1, 2):
-                    if border[row + dr, col + dc] and index[row + dr, col + dc] == k:
-                        if dr != 0 and dc != 0:
-                            corners += 1
-                        elif dr != 0 or dc != 0:
-                            sides += 1
-            if (sides == 2 or sides == 3) and corners <= 2:
-                steps[k, 0] += 1
-            elif (sides == 0 and corners == 2) or (sides == 1 and corners == 3):
-                steps[k, 1] += 1
-            elif sides == 1 and (corners == 1 or corners == 2):
-                steps[k, 2] += 1
-    return cell, rows, cols, steps
-
-
-@njit(cache=True)
-def _lower_chain(values: _Array, chain_row: _Array, chain_value: _Array) -> int:
-    """Lower convex chain of the points (i, values[i]); `_FAR` marks a missing point.
-
-    Writes the corners to `chain_row`, `chain_value` and returns their number.
-    Andrew's monotone chain (1979), in integers.
-    """
-    size = 0
-    for i in range(len(values)):
-        value = values[i]
-        if value == _FAR:
-            continue
-        while size >= 2:
-            run = chain_row[size - 1] - chain_row[size - 2]
-            rise = chain_value[size - 1] - chain_value[size - 2]
-            if rise * (i - chain_row[size - 2]) < (value - chain_value[size - 2]) * run:
-                break
-            size -= 1
-        chain_row[size] = i
-        chain_value[size] = value
-        size += 1
-    return size
-
-
-@njit(cache=True)
-def _half_steps(lowest: _Array, levels: _Array) -> None:
-    """Lowest column of each row to lowest column of the pixels' edge mid-points.
-
-    Everything doubled to stay in integers: row i becomes level 2 i + 1, between the levels of its
-    upper and lower edge.
-    """
-    levels[:] = _FAR
-    for i in range(len(lowest)):
-        low = lowest[i]
-        if low == _FAR:
-            continue
-        levels[2 * i] = min(levels[2 * i], 2 * low)
-        levels[2 * i + 1] = 2 * low - 1
-        levels[2 * i + 2] = 2 * low
-
-
-@njit(cache=True)
-def _first_inside(chain_row: _Array, chain_value: _Array, size: int, first: _Array) -> None:
-    """First whole column on or right of the chain, for each row."""
-    part = 0
-    for i in range(len(first)):
-        level = 2 * i + 1
-        while part < size - 2 and chain_row[part + 1] < level:
-            part += 1
-        run = chain_row[part + 1] - chain_row[part]
-        rise = chain_value[part + 1] - chain_value[part]
-        doubled = chain_value[part] * run + rise * (level - chain_row[part])
-        first[i] = -((-doubled) // (2 * run))
-
-
-@njit(cache=True)
-def _hull_area_and_feret(
-    first: _Array,
-    row: _Array,
-    start: _Array,
-    stop: _Array,
-    min_row: _Array,
-    max_row: _Array,
-) -> tuple[_Array, _Array]:
-    """Pixels inside the convex hull, and the longest distance across those pixels.
-
-    The right side is treated as the left side of the mirror image (negated columns).
-    """
-    num_cells = len(min_row)
-    area = np.zeros(num_cells, np.int64)
-    feret = np.zeros(num_cells, np.float64)
-    tallest = 0
-    for k in range(num_cells):
-        tallest = max(tallest, max_row[k] - min_row[k])
-    side = np.empty((2, tallest), np.int64)
-    levels = np.empty(2 * tallest + 1, np.int64)
-    chain_row = np.empty((2, 2 * tallest + 1), np.int64)
-    chain_value = np.empty((2, 2 * tallest + 1), np.int64)
-    size = np.zeros(2, np.int64)
-    for k in range(num_cells):
-        height = max_row[k] - min_row[k]
-        rows = side[:, :height]
-        half = levels[: 2 * height + 1]
-        rows[:] = _FAR
-        for i in range(first[k], first[k + 1]):
-            at = row[i] - min_row[k]
-            rows[0, at] = min(rows[0, at], start[i])
-            rows[1, at] = min(rows[1, at], 1 - stop[i])
-        for s in range(2):
-            _half_steps(rows[s], half)
-            size[s] = _lower_chain(half, chain_row[s], chain_value[s])
-            _first_inside(chain_row[s], chain_value[s], size[s], rows[s])
-        for i in range(height):
-            wide = 1 - rows[0, i] - rows[1, i]
-            if wide > 0:
-                area[k] += wide
-            else:  # the hull of a cell in pieces may slip between two pixels of a row
-                rows[0, i] = _FAR
-                rows[1, i] = _FAR
-        for s in range(2):
-            _half_steps(rows[s], half)
-            size[s] = _lower_chain(half, chain_row[s], chain_value[s])
-        longest = np.int64(0)
-        for s in range(2):
-            for i in range(size[s]):
-                for t in range(s, 2):
-                    for j in range(size[t]):
-                        d_row = chain_row[s, i] - chain_row[t, j]
-                        d_col = chain_value[s, i] - chain_value[t, j]
-                        if s != t:
-                            d_col = chain_value[s, i] + chain_value[t, j]
-                        longest = max(longest, d_row * d_row + d_col * d_col)
-        feret[k] = math.sqrt(longest) / 2
-    return area, feret
-
-
-@njit(cache=True)
-def _hole_area(
-    first: _Array,
-    row: _Array,
-    start: _Array,
-    stop: _Array,
-    min_row: _Array,
-    max_row: _Array,
-    min_col: _Array,
-    max_col: _Array,
-) -> _Array:
-    """Pixels that an 8-connected flood from outside the bounding box does not reach."""
-    num_cells = len(min_row)
-    holes = np.zeros(num_cells, np.int64)
-    for k in range(num_cells):
-        split = False  # a hole needs a row with two runs
-        for i in range(first[k] + 1, first[k + 1]):
-            if row[i] == row[i - 1]:
-                split = True
-                break
-        if not split:
-            continue
-        height = max_row[k] - min_row[k] + 2
-        width = max_col[k] - min_col[k] + 2
-        closed = np.zeros((height, width), np.bool_)
-        left = height * width
-        for i in range(first[k], first[k + 1]):
-            at = row[i] - min_row[k] + 1
-            for col in range(start[i], stop[i]):
-                closed[at, col - min_col[k] + 1] = True
-            left -= stop[i] - start[i]
-        stack = np.empty(left, np.int64)
-        stack[0] = 0
-        closed[0, 0] = True
-        size = 1
-        while size > 0:
-            size -= 1
-            left -= 1
-            r = stack[size] // width
-            c = stack[size] % width
-            for rr in range(max(r - 1, 0), min(r + 2, height)):
-                for cc in range(max(c - 1, 0), min(c + 2, width)):
-                    if not closed[rr, cc]:
-                        closed[rr, cc] = True
-                        stack[size] = rr * width + cc
-                        size += 1
-        holes[k] = left
-    return holes
-
-
-@njit(cache=True)
-def _neighbors(
-    first: _Array,
-    row: _Array,
-    col: _Array,
-    square: int,
-    grid_rows: int,
-    grid_cols: int,
-    square_first: _Array,
-    near_cell: _Array,
-    near_row: _Array,
-    near_col: _Array,
-    reach: int,
-) -> tuple[_Array, _Array]:
-    """Count other cells within a squared distance, and find the squared distance of the closest.
-
-    `row`, `col` hold the border pixels by cell, `near_*` the same pixels by square of the grid:
-    the closest pixels of two cells always lie on their borders.
-    """
-    num_cells = len(first) - 1
-    count = np.zeros(num_cells, np.int64)
-    closest = np.empty(num_cells, np.int64)
-    counted_for = np.full(num_cells, -1, np.int64)
-    for k in range(num_cells):
-        # one pixel looks around in growing squares, and so bounds the search of the others
-        best = _FAR
-        r = row[first[k]]
-        c = col[first[k]]
-        ring = 0
-        while best > (ring * square) ** 2 and ring <= max(grid_rows, grid_cols):
-            top, bottom = r // square - ring, r // square + ring
-            lead, trail = c // square - ring, c // square + ring
-            for sr in range(max(top, 0), min(bottom + 1, grid_rows)):
-                whole = sr in (top, bottom) or ring == 0
-                for sc in range(lead, trail + 1, 1 if whole else trail - lead):
-                    if sc < 0 or sc >= grid_cols:
-                        continue
-                    at = sr * grid_cols + sc
-                    for i in range(square_first[at], square_first[at + 1]):
-                        if near_cell[i] != k:
-                            squared = (near_row[i] - r) ** 2 + (near_col[i] - c) ** 2
-                            best = min(best, squared)
-            ring += 1
-        for p in range(first[k], first[k + 1]):
-            r = row[p]
-            c = col[p]
-            span = math.floor(math.sqrt(best if best > reach else reach))
-            for sr in range(max(r - span, 0) // square, min((r + span) // square + 1, grid_rows)):
-                for sc in range(
-                    max(c - span, 0) // square, min((c + span) // square + 1, grid_cols)
-                ):
-                    at = sr * grid_cols + sc
-                    for i in range(square_first[at], square_first[at + 1]):
-                        other = near_cell[i]
-                        if other == k:
-                            continue
-                        squared = (near_row[i] - r) ** 2 + (near_col[i] - c) ** 2
-                        best = min(best, squared)
-                        if squared <= reach and counted_for[other] != k:
-                            counted_for[other] = k
-                            count[k] += 1
-        closest[k] = best
-    return count, closest
 
 
 @njit(cache=True)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.files import write_text_atomically
-from dinocell.results.measure import CellTable, as_labels
+from dinocell.results.measure import as_labels
 from dinocell.results.pictures import (
     CONTOUR_COLOR,
     color_distance_map,
@@ -32,6 +32,7 @@ from dinocell.results.pictures import (
     shrink_labels,
     to_display,
 )
+from dinocell.results.table import CellTable
 
 __all__ = ["ReportEntry", "make_entry", "write_report"]
 

@@ -19,14 +19,14 @@ from dinocell.results import exports
 from dinocell.results.exports import (
     EXPORT_FORMATS,
     compress_rle,
-    labels_to_polygons,
     labels_to_rle,
     write_coco_rle,
     write_geojson,
     write_imagej_rois,
-    write_table_csv,
 )
-from dinocell.results.measure import CellTable, measure_labels
+from dinocell.results.measure import measure_labels
+from dinocell.results.outlines import labels_to_polygons
+from dinocell.results.table import CellTable
 
 HAND_PICTURES = {
     "nothing": "... ...",
@@ -263,7 +263,7 @@ def test_csv_gives_the_numbers_back(tmp_path: Path) -> None:
     table = measure_labels(
         labels, rng.random((*labels.shape, 2)), pixel_size_um=0.3, channel_names=["DNA", "a,b"]
     )
-    write_table_csv(tmp_path / "cells.csv", table)
+    table.to_csv(tmp_path / "cells.csv")
     text = (tmp_path / "cells.csv").read_bytes()
     assert b"\r" not in text
     with open(tmp_path / "cells.csv", newline="", encoding="utf-8") as file:
@@ -282,7 +282,7 @@ def test_csv_gives_the_numbers_back(tmp_path: Path) -> None:
 
 def test_csv_without_cells_has_its_header(tmp_path: Path) -> None:
     table = measure_labels(np.zeros((3, 3), int))
-    write_table_csv(tmp_path / "new" / "cells.csv", table)
+    table.to_csv(tmp_path / "new" / "cells.csv")
     assert (tmp_path / "new" / "cells.csv").read_text() == ",".join(table.columns) + "\n"
 
 
@@ -328,7 +328,7 @@ def test_more_cells_than_16_bits_hold(tmp_path: Path) -> None:
     [
         lambda path: write_geojson(path, [[1]]),
         lambda path: write_coco_rle(path, [[1]]),
-        lambda path: write_table_csv(path, CellTable({"label": np.array([1])})),
+        lambda path: CellTable({"label": np.array([1])}).to_csv(path),
     ],
 )
 def test_failure_leaves_the_old_file(write, tmp_path: Path, monkeypatch) -> None:

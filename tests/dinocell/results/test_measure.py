@@ -16,11 +16,11 @@ from skimage.measure import regionprops_table
 from dinocell.results import measure
 from dinocell.results.measure import (
     SCIKIT_IMAGE_NAMES,
-    CellTable,
     as_labels,
     measure_labels,
     summarize,
 )
+from dinocell.results.table import CellTable
 
 INTENSITIES = [name for name in SCIKIT_IMAGE_NAMES if name.startswith("intensity")]
 SHAPES = [name for name in SCIKIT_IMAGE_NAMES if name not in INTENSITIES]

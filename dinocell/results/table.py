@@ -1,0 +1,183 @@
+"""Tables: measurements with one row per cell, and rows of text with aligned columns."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocell.errors import DINOCellError
+from dinocell.files import atomic_path
+
+__all__ = ["CellTable", "align_columns", "writing"]
+
+
+def align_columns(
+    rows: Sequence[Sequence[str]],
+    *,
+    numbers: bool = True,
+    width_of: Callable[[str], int] = len,
+) -> list[str]:
+    """Lines of text whose columns stand below each other, two spaces apart.
+
+    Parameters
+    ----------
+    rows : sequence of rows of equal length
+        Cells as text; the header is a row like the others.
+    numbers : bool
+        True: the columns after the first are aligned to the right.
+    width_of : callable
+        Columns that a text takes in the terminal, where this is not its number of characters.
+
+    Returns
+    -------
+    list of str
+        One line per row, without spaces at its end.
+    """
+    widths = [max(map(width_of, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = []
+        for place, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            space = " " * (width - width_of(cell))
+            cells.append(space + cell if numbers and place else cell + space)
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`atomic_path` whose failures say which file was meant and what to do.
+
+    Raises
+    ------
+    DINOCellError
+        `path` is a folder, or the disk refuses.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise DINOCellError(
+            f"'{path}' cannot be written ({error.strerror or error}): choose another folder or free "
+            "some space."
+        ) from error
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CellTable:
+    """One row per cell, one read-only array per column.
+
+    Parameters
+    ----------
+    data : mapping of str to (N,) ndarray
+        Columns in their order; all of the same length N >= 0.  Arrays are copied.
+    pixel_size_um : float, optional
+        Side of a pixel in micrometres, where it is known.
+
+    Examples
+    --------
+    >>> table = CellTable({"label": np.array([1, 7]), "area": np.array([2, 1])})
+    >>> len(table), table["area"].tolist()
+    (2, [2, 1])
+
+    `pandas.DataFrame(dict(table.data))` gives a data frame.
+
+    Raises
+    ------
+    ValueError
+        A column is not one-dimensional, or lengths differ.
+    """
+
+    data: Mapping[str, NDArray[Any]]
+    pixel_size_um: float | None = None
+
+    def __post_init__(self) -> None:
+        columns: dict[str, NDArray[Any]] = {}
+        length: int | None = None
+        for name, values in self.data.items():
+            column = np.array(values)
+            if column.ndim != 1 or (length is not None and len(column) != length):
+                raise ValueError(
+                    f"columns of a table must be 1-D and equally long, got shape {column.shape} "
+                    f"for {name!r} after columns of length {length}: pass one value per cell."
+                )
+            length = len(column)
+            column.flags.writeable = False
+            columns[name] = column
+        object.__setattr__(self, "data", MappingProxyType(columns))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns, in order."""
+        return tuple(self.data)
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+        return len(next(iter(self.data.values()))) if self.data else 0
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """Return one column as a read-only (N,) array; KeyError names the known columns."""
+        try:
+            return self.data[name]
+        except KeyError:
+            raise KeyError(
+                f"a column must be one of {', '.join(self.data)}; got {name!r}: choose one of them."
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is a column of this name."""
+        return name in self.data
+
+    def __repr__(self) -> str:
+        return f"CellTable({len(self)} cells, {len(self.data)} columns)"
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield one dict of plain Python values per cell; a missing value (NaN) is None."""
+        columns = list(self.to_dict().values())
+        for values in zip(*columns, strict=True):
+            yield dict(zip(self.data, values, strict=True))
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Return the columns as lists of plain Python values, fit for JSON; NaN becomes None."""
+        return {name: _python_values(column) for name, column in self.data.items()}
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as CSV: UTF-8, one header line, comma, ``\\n``; whole or not at all.
+
+        A missing value (NaN) becomes an empty field, booleans become ``true`` and ``false``, and
+        floats are written with all their digits, so that reading gives the same numbers.
+
+        Raises
+        ------
+        DINOCellError
+            `path` is a folder, or the disk refuses.
+        """
+        text = StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        columns = [
+            ["true" if value else "false" for value in values]
+            if self.data[name].dtype == np.bool_
+            else values
+            for name, values in self.to_dict().items()
+        ]
+        writer.writerows(zip(*columns, strict=True))
+        with writing(path) as temporary:
+            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+
+
+def _python_values(column: NDArray[Any]) -> list[Any]:
+    values: list[Any] = column.tolist()
+    if column.dtype.kind == "f":
+        values = [None if value != value else value for value in values]
+    return values
