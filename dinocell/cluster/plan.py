@@ -18,7 +18,16 @@ from dinocell.progress import progress
 if TYPE_CHECKING:
     from dinocell.batch.parts import ShardPlan
 
-__all__ = ["COMMANDS", "PlannedRun", "plan_runs", "plan_shard_runs", "read_table", "run_dir_of"]
+__all__ = [
+    "COMMANDS",
+    "PlannedRun",
+    "look_for_inputs",
+    "look_once",
+    "plan_runs",
+    "plan_shard_runs",
+    "read_table",
+    "run_dir_of",
+]
 
 COMMANDS = ("pretrain", "train", "segment", "evaluate")
 """Commands that can be submitted."""
@@ -318,3 +327,43 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
                 "leave out /"
             )
     return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def look_once() -> Callable[[str, Mapping[str, Any]], None]:
+    """`look_for_inputs`, once for all rows of a table with the same inputs."""
+    seen = set()
+
+    def look(name: str, parameters: Mapping[str, Any]) -> None:
+        inputs = ("images", "recursive", "model", "pred", "truth", "data")
+        key = tuple(str(parameters.get(option)) for option in inputs)
+        if key not in seen:
+            seen.add(key)
+            look_for_inputs(name, parameters)
+
+    return look
+
+
+def look_for_inputs(name: str, parameters: Mapping[str, Any]) -> None:
+    """Whether what `segment` and `evaluate` read is there."""
+    if name == "segment":
+        from dinocell.batch.run import check_call
+        from dinocell.io.images import find_images
+
+        paths = find_images(parameters["images"], recursive=parameters["recursive"])
+        check_call(paths, parameters["options"])
+    elif name == "evaluate":
+        for option in ("pred", "truth", "data"):
+            folder = parameters[option]
+            if folder is not None and not folder.is_dir():
+                raise UsageError(
+                    f"`{option}` must be a folder that exists, got {folder}: correct the path, or use "
+                    "`look=False` if it exists only on the nodes"
+                )
+        if parameters["data"] is not None:
+            from dinocell.evaluation.model_evaluation import check_data_folder
+
+            check_data_folder(parameters["data"])
+    if name in ("segment", "evaluate") and parameters["model"] is not None:
+        from dinocell.network.model import read_model_header
+
+        read_model_header(parameters["model"])

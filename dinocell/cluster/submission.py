@@ -10,10 +10,10 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinocell.cluster.plan import PlannedRun
 from dinocell.cluster.record import Submission, note_submission, read_submissions
@@ -29,9 +29,13 @@ from dinocell.cluster.slurm import (
 from dinocell.cluster.supervisor import REQUEUE_WISH, SupervisedJob, supervise
 from dinocell.errors import MissingExtraError, StoppedError, UsageError
 
+if TYPE_CHECKING:
+    from dinocell.batch.parts import ShardPlan
+
 __all__ = [
     "Submitted",
     "parse_dependency",
+    "plan_batch",
     "refuse_busy",
     "run_here",
     "sbatch_text",
@@ -460,3 +464,19 @@ def run_here(runs: Sequence[PlannedRun], site: SiteProfile, *, log_dir: Path | N
         if code == StoppedError.exit_code:
             break
     return worst
+
+
+def plan_batch(
+    parameters: Mapping[str, Any], count: int, dependency: str | None = None, *, write: bool = True
+) -> ShardPlan:
+    """The plan of a batch in parts; none that a job waits with changes under it."""
+    from dinocell.batch.parts import has_begun, plan_shards
+    from dinocell.io.images import find_images
+
+    options = parameters["options"]
+    paths = find_images(parameters["images"], recursive=parameters["recursive"])
+    if write:
+        fixed = not options.overwrite and has_begun(parameters["out"])
+        folder = Path(parameters["out"]) / "shards"
+        refuse_busy([folder], dependency, below=True, may_wait=fixed)
+    return plan_shards(paths, parameters["out"], options, count, write=write)

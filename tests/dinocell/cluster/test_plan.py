@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from typer.main import get_command
 
-from dinocell.cli.app import _look_for_inputs, _parsed, main
-from dinocell.cluster.plan import plan_runs, read_table, run_dir_of
+from dinocell.cli.app import app, main
+from dinocell.cli.cluster import checked_parameters
+from dinocell.cluster.plan import look_for_inputs, plan_runs, read_table, run_dir_of
 from dinocell.cluster.record import JobRecord, Start, write_record
 from dinocell.errors import ConfigError, DINOCellError, UsageError
 from dinocell.io.images import write_image
@@ -37,12 +40,13 @@ def _configurations(tmp_path, monkeypatch):
     # Otherwise it would depend on the tests before whether `plan_runs` knows this tree.
 
 
-def planned(command: str, *arguments: str, table=(), look=False):
-    def parse(given):
-        return _parsed(command, given)
+def parsed(command: str, arguments):
+    return checked_parameters(get_command(app), command, arguments)
 
-    look_at = _look_for_inputs if look else None
-    return plan_runs(command, arguments, parse, table=table, look=look_at)
+
+def planned(command: str, *arguments: str, table=(), look=False):
+    look_at = look_for_inputs if look else None
+    return plan_runs(command, arguments, partial(parsed, command), table=table, look=look_at)
 
 
 # --- one run ---
@@ -61,7 +65,7 @@ def planned(command: str, *arguments: str, table=(), look=False):
 )  # fmt: skip
 def test_the_folder_and_name_of_a_run(command, folder, name):
     (run,) = planned(*command)
-    assert run.run_dir == run_dir_of(command[0], _parsed(command[0], command[1:])) == Path(folder)
+    assert run.run_dir == run_dir_of(command[0], parsed(command[0], command[1:])) == Path(folder)
     assert run.name == name
     assert run.command == tuple(command)
 
@@ -106,7 +110,7 @@ def test_what_is_not_there_is_told_before(command, message):
     [
         (["evaluate", "-m", "far.safetensors", "--data", "set"], "far.safetensors"),
         (["evaluate", "-m", "dinocell-tiny", "--data", "."], "got . without images"),
-        (["evaluate", "--pred", "far", "--truth", "."], "--pred must be a folder that exists, got far"),
+        (["evaluate", "--pred", "far", "--truth", "."], "must be a folder that exists, got far"),
         (["segment", "a.tif", "-o", "out", "-m", "far.safetensors"], "far.safetensors"),
     ],
 )  # fmt: skip
@@ -336,7 +340,7 @@ def test_on_and_off_in_a_table():
     ]
     first, second = planned("segment", "plate", "-o", "out", table=rows)
     for run, overlay in ((first, False), (second, True)):
-        parameters = _parsed("segment", run.command[1:])
+        parameters = parsed("segment", run.command[1:])
         assert (parameters["overlay"], parameters["allow_mask"]) == (overlay, not overlay)
 
 
@@ -353,7 +357,7 @@ def test_on_and_off_in_a_table():
 def test_the_command_of_a_row_reads_as_the_row_says(command, rows):
     """Parsed again, the last of an option that is given twice counts: the row's."""
     (run,) = planned(*command, table=rows)
-    parameters = _parsed(run.command[0], run.command[1:])
+    parameters = parsed(run.command[0], run.command[1:])
     if command[0] == "evaluate":
         assert parameters["out"] == run.run_dir / "scores.json"
         assert (parameters["pred"], parameters["boundary_tolerance_px"]) == (Path("p"), 3.0)
