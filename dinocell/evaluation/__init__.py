@@ -10,11 +10,11 @@ from dinocell.evaluation.evaluate import (
     evaluate_folders,
     evaluate_pair,
     evaluate_pairs,
-    pair_folders,
 )
 from dinocell.evaluation.matching import OverlapTable, match, overlap_table
 from dinocell.evaluation.metrics import MatchCounts, match_counts
 from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
+from dinocell.pairs import pair_folders
 
 __all__ = [
     "CtcCounts",

@@ -20,11 +20,9 @@ import csv
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,32 +43,21 @@ from dinocell.evaluation.metrics import (
     match_counts,
     pixel_sums,
 )
+from dinocell.pairs import pair_folders
 
 __all__ = [
     "DEFAULT_BOUNDARY_TOLERANCE_PX",
     "DEFAULT_IOU_THRESHOLDS",
-    "LABEL_NAME_ENDINGS",
-    "LABEL_SUFFIXES",
     "EvaluationReport",
     "ImageScores",
     "evaluate_folders",
     "evaluate_pair",
     "evaluate_pairs",
-    "pair_folders",
     "threshold_name",
 ]
 
 DEFAULT_IOU_THRESHOLDS: tuple[float, ...] = (0.5, 0.75, 0.9)
 DEFAULT_BOUNDARY_TOLERANCE_PX: float = 2.0
-
-LABEL_SUFFIXES: tuple[str, ...] = (".tif", ".tiff", ".png")
-"""Label files that `pair_folders` sees; of one stem in several formats the first of these is read."""
-
-LABEL_NAME_ENDINGS: tuple[str, ...] = ("_labels", "_label", "_cp_masks", "_masks", "_mask")
-"""Endings of a stem that `pair_folders` cuts off before it compares names."""
-
-_CHALLENGE_NAME = re.compile(r"(?:man_seg|man_track|mask|t)(\d{3,})")
-_NAMES_SHOWN = 5
 
 
 def threshold_name(score: str, iou_threshold: float) -> str:
@@ -444,7 +431,7 @@ def evaluate_folders(
 ) -> EvaluationReport:
     """Score a folder of predicted label files against a folder of true ones.
 
-    Files are paired by `pair_folders` and read one pair at a time.
+    Files are paired by `dinocell.pairs.pair_folders` and read one pair at a time.
 
     Raises
     ------
@@ -472,130 +459,6 @@ def evaluate_folders(
     return EvaluationReport(
         report.images, report.iou_thresholds, report.boundary_tolerance_px, missing
     )
-
-
-def pair_folders(
-    pred_dir: str | os.PathLike[str],
-    truth_dir: str | os.PathLike[str],
-    *,
-    allow_missing_predictions: bool = False,
-) -> list[tuple[str, Path | None, Path]]:
-    """Pair the label files of two folders by name.
-
-    Parameters
-    ----------
-    pred_dir, truth_dir : path
-        Folders with label images (`LABEL_SUFFIXES`).  A folder without any, but with a folder
-        ``labels`` in it, stands for that one.
-    allow_missing_predictions : bool
-        Keep a truth without prediction, with None in place of the path (to be counted as a
-        prediction without cells).  Otherwise it is an error.
-
-    Returns
-    -------
-    list of (name, pred_path, truth_path)
-        Sorted by name.
-
-    Raises
-    ------
-    DataSetError
-        A folder is absent or holds no label image; two files of a folder claim the same name; a truth
-        has no prediction (unless allowed) or a prediction no truth.
-
-    Notes
-    -----
-    Two files belong together when their stems are equal after `LABEL_NAME_ENDINGS` are cut off
-    (``a.png`` and ``a_labels.tif``, ``a_cp_masks.png``, ...) and, for the layout of the Cell Tracking
-    Challenge, after ``man_seg``, ``man_track``, ``mask`` or ``t`` before a frame number
-    (``man_seg007.tif`` and ``mask007.tif``).  If some file of a folder has such an ending, files
-    without one are taken for images or overlays and left aside.  Of one stem in several formats the
-    first of `LABEL_SUFFIXES` is taken.
-    """
-    preds = _label_files(pred_dir, "predictions")
-    truths = _label_files(truth_dir, "true labels")
-    without_pred = sorted(truths.keys() - preds.keys())
-    without_truth = sorted(preds.keys() - truths.keys())
-    problems = []
-    if without_pred and not allow_missing_predictions:
-        problems.append(
-            f"{len(without_pred)} true label images have no prediction ({_some(without_pred)})"
-        )
-    if without_truth:
-        problems.append(
-            f"{len(without_truth)} predictions have no true label image ({_some(without_truth)})"
-        )
-    if problems:
-        raise DataSetError(
-            f"File names of '{pred_dir}' and '{truth_dir}' must match, but "
-            f"{' and '.join(problems)}: give both files the same name before the suffix "
-            f"(endings {', '.join(LABEL_NAME_ENDINGS)} do not count), or allow missing predictions "
-            "to count them as empty."
-        )
-    return [(name, preds.get(name), truths[name]) for name in sorted(truths)]
-
-
-def _label_files(folder: str | os.PathLike[str], what: str) -> dict[str, Path]:
-    """Name → label file of a folder."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise DataSetError(f"The {what} must be a folder, '{folder}' is none: check the path.")
-    files = _files_with_label_suffix(root)
-    if not files and (root / "labels").is_dir():
-        files = _files_with_label_suffix(root / "labels")
-    if not files:
-        raise DataSetError(
-            f"The folder of the {what} must hold label images ({', '.join(LABEL_SUFFIXES)}), "
-            f"'{folder}' holds none: name the folder that has them."
-        )
-    stems = {path: _stem(path) for path in files}
-    if any(stem.endswith(LABEL_NAME_ENDINGS) for stem in stems.values()):
-        stems = {p: stem for p, stem in stems.items() if stem.endswith(LABEL_NAME_ENDINGS)}
-
-    by_stem: dict[str, Path] = {}
-    for path in sorted(stems, key=lambda p: (LABEL_SUFFIXES.index(p.suffix.lower()), p.name)):
-        by_stem.setdefault(stems[path], path)
-    by_name: dict[str, Path] = {}
-    for stem, path in sorted(by_stem.items()):
-        name = _image_name(stem)
-        if name in by_name:
-            raise DataSetError(
-                f"Each image must have one label file, '{folder}' has both '{by_name[name].name}' "
-                f"and '{path.name}' for '{name}': remove one of them."
-            )
-        by_name[name] = path
-    return by_name
-
-
-def _files_with_label_suffix(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in LABEL_SUFFIXES
-        and not path.name.startswith(".")
-        and path.is_file()
-    ]
-
-
-def _stem(path: Path) -> str:
-    stem = path.stem
-    return stem[: -len(".ome")] if stem.lower().endswith(".ome") else stem
-
-
-def _image_name(stem: str) -> str:
-    """The stem without endings that say "labels" and without the challenge's prefixes."""
-    name = stem
-    while True:
-        ending = next((end for end in LABEL_NAME_ENDINGS if name.endswith(end)), "")
-        if not ending or name == ending:
-            break
-        name = name[: -len(ending)]
-    frame = _CHALLENGE_NAME.fullmatch(name)
-    return frame[1] if frame else name
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return f"{shown}, ..." if len(names) > _NAMES_SHOWN else shown
 
 
 def _checked_thresholds(iou_thresholds: Iterable[float]) -> tuple[float, ...]:

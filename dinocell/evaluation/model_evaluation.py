@@ -15,8 +15,9 @@ from dinocell.evaluation.evaluate import (
     evaluate_pairs,
 )
 from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
-from dinocell.io.images import find_images, read_labels
+from dinocell.io.images import natural_key, read_labels
 from dinocell.network.model import load_model, save_model, with_config
+from dinocell.pairs import find_pairs
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.progress import progress
 
@@ -80,7 +81,7 @@ def evaluate_model(
     ----------
     model : model file or bundled name
     data : folder
-        With `images` and `labels`, paired by name.
+        With `images` and `labels`, paired by `dinocell.pairs.find_pairs`.
     tune : bool
         Search peak, fill and prominence thresholds for the best `metric` on these images first.
     metric : str
@@ -106,19 +107,14 @@ def evaluate_model(
         )
     loaded = load_model(os.fspath(model), device=device)
     pipeline = DINOCellPipeline(loaded)
-    images = {path.stem: path for path in find_images([folder / "images"])}
-    truths = {path.stem: path for path in find_images([folder / "labels"], include_outputs=True)}
-    unpaired = sorted(images.keys() ^ truths.keys())
-    if unpaired:
-        raise DataSetError(
-            f"every image must have a label file of the same name, got {len(unpaired)} without a "
-            f"partner in {folder} ({', '.join(unpaired[:5])}): rename or remove them"
-        )
+    pairs = find_pairs(folder / "images", folder / "labels")
+    pairs.sort(key=lambda pair: natural_key(pair.image_path))
     planes, maps, labels = {}, {}, {}
-    with progress("predicting", len(images), shown=shown) as bar:
-        for name, path in images.items():
-            planes[name], _, _ = pipeline.load(path)
-            labels[name] = read_labels(truths[name])
+    with progress("predicting", len(pairs), shown=shown) as bar:
+        for pair in pairs:
+            name = pair.image_path.stem
+            planes[name], _, _ = pipeline.load(pair.image_path)
+            labels[name] = read_labels(pair.labels_path)
             if labels[name].shape != planes[name].shape:
                 raise DataSetError(
                     f"an image and its labels must have one size, got {planes[name].shape} and "
@@ -130,7 +126,7 @@ def evaluate_model(
     if tune:
         try:
             tuning = tune_thresholds(
-                [(maps[name], labels[name]) for name in images],
+                [(maps[name], labels[name]) for name in maps],
                 metric=metric,
                 min_area_px=loaded.config.min_area_px,
             )
@@ -148,7 +144,7 @@ def evaluate_model(
             save_model(saved_to, tuned_model, half=True)
     config = pipeline.model.config
     report = evaluate_pairs(
-        ((name, labels[name], pipeline.finish(planes[name], maps[name]).labels) for name in images),
+        ((name, labels[name], pipeline.finish(planes[name], maps[name]).labels) for name in maps),
         iou_thresholds=iou_thresholds,
         boundary_tolerance_px=boundary_tolerance_px,
     )

@@ -28,26 +28,20 @@ import numpy as np
 
 from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError, UsageError
 from dinocell.files import atomic_path
+from dinocell.pairs import IMAGE_SUFFIXES, OUTPUT_ENDINGS
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "MAX_PIXELS",
-    "OUTPUT_ENDINGS",
     "Image",
     "find_images",
     "looks_like_labels",
+    "natural_key",
     "read_image",
     "read_labels",
     "select_channels",
     "write_image",
     "write_labels",
 ]
-
-IMAGE_SUFFIXES: tuple[str, ...] = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".npy")
-"""Suffixes of the files that can be read, in lower case."""
-
-OUTPUT_ENDINGS: tuple[str, ...] = ("_labels", "_overlay", "_distance_map")
-"""Endings of the file names (before the suffix) that DINOCell itself writes beside images."""
 
 MAX_PIXELS: int = 2**30
 """Largest height times width that is read: 32,768 × 32,768."""
@@ -1152,7 +1146,7 @@ def find_images(
                     candidates.extend(_files_below(match, recursive))
         else:
             raise UsageError(f"There is no file or folder '{path}': check the path.")
-        for candidate in sorted(candidates, key=_natural_key):
+        for candidate in sorted(candidates, key=natural_key):
             suffix = candidate.suffix.lower()
             if suffix not in IMAGE_SUFFIXES:
                 if suffix in _NOT_READ:
@@ -1182,7 +1176,8 @@ def _files_below(folder: Path, recursive: bool) -> Iterator[Path]:
             yield from _files_below(entry, recursive)
 
 
-def _natural_key(path: Path) -> list[tuple[int, int, str]]:
+def natural_key(path: Path) -> list[tuple[int, int, str]]:
+    """Sort key by which `a2.tif` comes before `a10.tif`."""
     parts = re.split(r"(\d+)", path.as_posix())
     return [(0, int(p), p) if p.isdecimal() else (1, 0, p.casefold()) for p in parts] + [
         (2, 0, path.as_posix())

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dinocell.errors import ConfigError, DataSetError, DINOCellError
 from dinocell.files import write_text_atomically
+from dinocell.pairs import find_pairs
 from dinocell.probing.decoder_probe import (
     LabelledWindow,
     ProbeConfig,
@@ -33,7 +34,6 @@ from dinocell.probing.decoder_probe import (
     probe_features,
     read_windows,
 )
-from dinocell.training.datasets import find_pairs
 
 __all__ = ["RESULTS_NAME", "Evaluation", "make_evaluation"]
 

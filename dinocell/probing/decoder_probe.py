@@ -28,11 +28,12 @@ from dinocell.evaluation.thresholds import tune_thresholds
 from dinocell.io.images import find_images
 from dinocell.network.backbone import feature_blocks
 from dinocell.network.decoder import DECODERS, create_decoder
+from dinocell.pairs import Pair, find_pairs
 from dinocell.progress import progress
 from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
 from dinocell.segmentation.watershed import distance_map_to_labels
-from dinocell.training.datasets import Pair, find_pairs, read_pair
+from dinocell.training.datasets import read_pair
 
 __all__ = [
     "ChannelScores",

@@ -7,8 +7,6 @@ a resumed run sees exactly what the uninterrupted one would have seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinocell.errors import DataSetError
-from dinocell.io.images import find_images, looks_like_labels, read_image, read_labels
+from dinocell.io.images import looks_like_labels, read_image, read_labels
+from dinocell.pairs import Pair, find_pairs
 from dinocell.progress import progress
 from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
@@ -30,54 +29,9 @@ from dinocell.training.augment import (
     empty_crop,
 )
 
-__all__ = ["CropDataset", "Pair", "find_pairs", "read_pair", "split_pairs"]
+__all__ = ["CropDataset", "read_pair", "split_pairs"]
 
 _MARGIN_SHARE = 0.25  # of the crop, on each side, so that cut cells keep their true distances
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An image file and its label file."""
-
-    dataset: str
-    image_path: Path
-    labels_path: Path
-
-
-def find_pairs(images: str | Path, labels: str | Path, dataset: str = "") -> list[Pair]:
-    """Pair the files of two folders by name without suffix.
-
-    Raises
-    ------
-    DataSetError
-        A folder is missing or empty, or a name has no partner (up to five are named).
-    """
-    folders = [Path(images), Path(labels)]
-    for folder, kind in zip(folders, ("images", "labels"), strict=True):
-        if not folder.is_dir():
-            raise DataSetError(
-                f"the {kind} of data set {dataset!r} must be a folder, got {folder}: check the path "
-                "(DINOCELL_DATA names the data folder of the shipped configurations)"
-            )
-    by_stem = []
-    for folder in folders:
-        paths: dict[str, Path] = {}
-        for path in find_images([folder], include_outputs=True):
-            if path.stem in paths:
-                raise DataSetError(
-                    f"names in a data set must differ beyond their suffix, got {path.name} and "
-                    f"{paths[path.stem].name} in {folder}: remove one"
-                )
-            paths[path.stem] = path
-        by_stem.append(paths)
-    image_paths, label_paths = by_stem
-    unpaired = sorted(image_paths.keys() ^ label_paths.keys())
-    if unpaired:
-        raise DataSetError(
-            f"every image of data set {dataset!r} must have a label file of the same name, got "
-            f"{len(unpaired)} without a partner ({', '.join(unpaired[:5])}): rename or remove them"
-        )
-    return [Pair(dataset, image_paths[stem], label_paths[stem]) for stem in sorted(image_paths)]
 
 
 def split_pairs(config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:

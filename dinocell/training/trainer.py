@@ -40,11 +40,12 @@ from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
 from dinocell.files import write_text_atomically
 from dinocell.network.backbone import load_backbone_weights
 from dinocell.network.model import DINOCell, save_model, with_config
+from dinocell.pairs import Pair
 from dinocell.progress import Progress, progress
 from dinocell.segmentation.inference import predict_distance_map
 from dinocell.settings import OptimizerConfig, TrainConfig, config_to_mapping
 from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
-from dinocell.training.datasets import CropDataset, Pair, read_pair, split_pairs
+from dinocell.training.datasets import CropDataset, read_pair, split_pairs
 from dinocell.training.losses import distance_loss
 from dinocell.training.processes import Processes, processes_of_run
 from dinocell.training.synchronized_norm import synchronize_batch_norm

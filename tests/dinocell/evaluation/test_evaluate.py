@@ -1,4 +1,4 @@
-"""Scores of pairs, reports, and the pairing of folders."""
+"""Scores of pairs and of folders, and reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from dinocell.evaluation.evaluate import (
     evaluate_folders,
     evaluate_pair,
     evaluate_pairs,
-    pair_folders,
     threshold_name,
 )
 
@@ -326,103 +325,6 @@ def test_table_per_image_and_its_columns() -> None:
 
 
 # ------------------------------------------------------------------ folders
-
-
-def touch(folder: Path, *names: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        (folder / name).touch()
-    return folder
-
-
-def paired(pred: Path, truth: Path, **options: bool) -> dict[str, tuple[str | None, str]]:
-    pairs = pair_folders(pred, truth, **options)
-    assert [name for name, _, _ in pairs] == sorted(name for name, _, _ in pairs)
-    return {name: (p.name if p else None, t.name) for name, p, t in pairs}
-
-
-@pytest.mark.parametrize(
-    ("pred_name", "truth_name"),
-    [
-        ("a.png", "a.png"),
-        ("a.tif", "a.png"),
-        ("a_labels.tif", "a.png"),
-        ("a_cp_masks.png", "a.tiff"),
-        ("a_mask.PNG", "a_masks.tif"),
-        ("a_labels.ome.tif", "a_label.TIFF"),
-        ("a.png", "a_mask_labels.png"),
-    ],
-)
-def test_pairs_by_stem_without_endings(pred_name: str, truth_name: str, tmp_path: Path) -> None:
-    pred, truth = touch(tmp_path / "p", pred_name), touch(tmp_path / "t", truth_name)
-    assert paired(pred, truth) == {"a": (pred_name, truth_name)}
-
-
-def test_an_output_folder_is_read_past_its_overlays_and_tables(tmp_path: Path) -> None:
-    pred = touch(tmp_path / "p", "a_labels.tif", "a_labels.png", "a_overlay.png", "a_cells.csv")
-    touch(pred, "b_labels.tif", "b_overlay.png", "report.html", ".a_labels.tif", "b.png")
-    truth = touch(tmp_path / "t", "a.png", "b.png", "README.md")
-    assert paired(pred, truth) == {"a": ("a_labels.tif", "a.png"), "b": ("b_labels.tif", "b.png")}
-
-
-def test_challenge_layout(tmp_path: Path) -> None:
-    pred = touch(tmp_path / "01_RES", "mask000.tif", "mask001.tif", "res_track.txt")
-    truth = touch(tmp_path / "01_GT" / "SEG", "man_seg000.tif", "man_seg001.tif")
-    assert paired(pred, truth) == {
-        "000": ("mask000.tif", "man_seg000.tif"),
-        "001": ("mask001.tif", "man_seg001.tif"),
-    }
-    markers = touch(tmp_path / "01_GT" / "TRA", "man_track000.tif", "man_track001.tif")
-    ours = touch(tmp_path / "ours", "t000_labels.tif", "t001_labels.tif")
-    assert paired(ours, markers)["001"] == ("t001_labels.tif", "man_track001.tif")
-
-
-def test_a_data_set_folder_stands_for_its_labels(tmp_path: Path) -> None:
-    truth = tmp_path / "test"
-    touch(truth / "labels", "a.png")
-    touch(truth / "images", "a.png")
-    pred = touch(tmp_path / "p", "a.png")
-    assert pair_folders(pred, truth) == [("a", pred / "a.png", truth / "labels" / "a.png")]
-
-
-def test_names_that_do_not_match_are_named(tmp_path: Path) -> None:
-    pred = touch(tmp_path / "p", "a.png", "x.png", "y.png")
-    truth = touch(tmp_path / "t", "a.png", *(f"b{k}.png" for k in range(7)))
-    with pytest.raises(DataSetError) as error:
-        pair_folders(pred, truth)
-    message = str(error.value)
-    assert "7 true label images have no prediction (b0, b1, b2, b3, b4, ...)" in message
-    assert "2 predictions have no true label image (x, y)" in message
-    assert "give both files the same name" in message
-
-
-def test_missing_predictions_may_be_allowed_but_not_extra_ones(tmp_path: Path) -> None:
-    pred = touch(tmp_path / "p", "a.png")
-    truth = touch(tmp_path / "t", "a.png", "b.png")
-    with pytest.raises(DataSetError, match=r"1 true label images have no prediction \(b\)"):
-        pair_folders(pred, truth)
-    allowed = paired(pred, truth, allow_missing_predictions=True)
-    assert allowed == {"a": ("a.png", "a.png"), "b": (None, "b.png")}
-    touch(pred, "z.png")
-    with pytest.raises(DataSetError, match=r"1 predictions have no true label image \(z\)"):
-        pair_folders(pred, truth, allow_missing_predictions=True)
-
-
-def test_two_files_for_one_image_are_refused(tmp_path: Path) -> None:
-    pred = touch(tmp_path / "p", "a_labels.png", "a_cp_masks.png")
-    truth = touch(tmp_path / "t", "a.png")
-    with pytest.raises(DataSetError, match=r"'a_cp_masks.png' and 'a_labels.png' for 'a'"):
-        pair_folders(pred, truth)
-
-
-def test_folders_without_labels_are_refused(tmp_path: Path) -> None:
-    truth = touch(tmp_path / "t", "a.png")
-    with pytest.raises(DataSetError, match="predictions must be a folder"):
-        pair_folders(tmp_path / "absent", truth)
-    with pytest.raises(DataSetError, match="true labels must be a folder"):
-        pair_folders(truth, truth / "a.png")
-    with pytest.raises(DataSetError, match=r"must hold label images .*holds none"):
-        pair_folders(touch(tmp_path / "p", "a.jpg"), truth)
 
 
 def write_labels(path: Path, labels: np.ndarray) -> None:

@@ -182,7 +182,7 @@ def test_masks_become_a_data_set_for_the_evaluation(capsys, tmp_path):
     import pyarrow.parquet
     import zarr
 
-    from dinocell.training.datasets import find_pairs
+    from dinocell.pairs import find_pairs
 
     root = tmp_path / "store"
     images = root / "cpg0016-jump/source_all/images/2026_jump_lite_v1.0/images_compressed/zstd.zarr"

@@ -11,6 +11,7 @@ import torch
 
 from dinocell.errors import DataSetError
 from dinocell.io.images import write_image, write_labels
+from dinocell.pairs import find_pairs
 from dinocell.probing import decoder_probe as channel_score
 from dinocell.probing.decoder_probe import (
     ProbeConfig,
@@ -21,7 +22,6 @@ from dinocell.probing.decoder_probe import (
     probe_features,
     read_windows,
 )
-from dinocell.training.datasets import find_pairs
 
 QUICK = ProbeConfig(window_px=48, windows_per_image=1, steps=12, batch_size=4, seed=0)
 

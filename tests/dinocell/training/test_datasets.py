@@ -8,8 +8,9 @@ import torch
 
 from dinocell.errors import DataSetError, ImageFileError
 from dinocell.io.images import write_image, write_labels
+from dinocell.pairs import find_pairs
 from dinocell.settings import AugmentConfig, DataConfig, DatasetConfig, ModelConfig
-from dinocell.training.datasets import CropDataset, find_pairs, read_pair, split_pairs
+from dinocell.training.datasets import CropDataset, read_pair, split_pairs
 
 MODEL = ModelConfig(size="tiny", patch_size=16, window_px=32, overlap_px=8)
 
@@ -110,21 +111,6 @@ def test_weights_of_data_sets(blob_data):
 
 
 class TestWrongFolders:
-    def test_missing_folder(self, tmp_path):
-        with pytest.raises(DataSetError, match="must be a folder"):
-            find_pairs(tmp_path / "none", tmp_path)
-
-    def test_names_that_do_not_match(self, blob_data, tmp_path):
-        write_labels(tmp_path / "blob0.png", np.ones((4, 4), np.uint8))
-        with pytest.raises(DataSetError, match=r"5 without a partner \(blob1, blob2"):
-            find_pairs(blob_data / "images", tmp_path, "mine")
-
-    def test_two_files_of_one_name(self, blob_data, tmp_path):
-        for suffix in ("png", "tif"):
-            write_labels(tmp_path / f"blob0.{suffix}", np.ones((4, 4), np.uint8))
-        with pytest.raises(DataSetError, match="differ beyond their suffix"):
-            find_pairs(blob_data / "images", tmp_path)
-
     def test_sizes_that_differ(self, tmp_path):
         rng = np.random.default_rng(0)
         write_image(tmp_path / "i" / "a.png", rng.integers(0, 255, (9, 9)).astype(np.uint8))

@@ -1,0 +1,251 @@
+"""Which label file belongs to which image: one rule for training, evaluation, tuning and probes.
+
+A label file belongs to the image of the same name, or its name is that of the image followed by an ending
+that says "labels" (`LABEL_NAME_ENDINGS`): `a.tif` goes with `a.png`, `a_labels.tif` or `a_cp_masks.png`.
+In the layout of the Cell Tracking Challenge the number of the frame counts: `t007.tif` goes with
+`man_seg007.tif`, `man_track007.tif` or `mask007.tif`.
+
+When some label file of a folder has an ending, those without one are taken for images, overlays or maps
+and left aside: results often lie beside their images.  Whatever still leaves a choice is refused with the
+names of the files, because a wrong pair trains or scores without a sign.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinocell.errors import DataSetError
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "LABEL_NAME_ENDINGS",
+    "LABEL_SUFFIXES",
+    "OUTPUT_ENDINGS",
+    "Pair",
+    "find_pairs",
+    "pair_folders",
+]
+
+IMAGE_SUFFIXES: tuple[str, ...] = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".npy")
+"""Suffixes of the image files that can be read, in lower case."""
+
+LABEL_SUFFIXES: tuple[str, ...] = (".tif", ".tiff", ".png", ".bmp", ".npy")
+"""Suffixes of label files: those of images without JPEG, which changes the numbers of the cells."""
+
+LABEL_NAME_ENDINGS: tuple[str, ...] = (
+    *("_labels", "_label", "_cp_masks", "_masks", "_mask", "_seg"),  # the longer ones first
+)
+"""Endings of a name (before the suffix) that say "labels of the image named before"."""
+
+OUTPUT_ENDINGS: tuple[str, ...] = ("_labels", "_overlay", "_distance_map")
+"""Endings of the names of the images that DINOCell itself writes."""
+
+_CHALLENGE_NAME = re.compile(r"(?:man_seg|man_track|mask|t)(\d{3,})")
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image file and its label file; `dataset` names the set they come from."""
+
+    dataset: str
+    image_path: Path
+    labels_path: Path
+
+
+def find_pairs(
+    images: str | os.PathLike[str], labels: str | os.PathLike[str], dataset: str = ""
+) -> list[Pair]:
+    """Pair the images of one folder with the label files of another, by name.
+
+    Parameters
+    ----------
+    images, labels : path
+        Folders.  Images whose name is that of a result of DINOCell (`OUTPUT_ENDINGS`) count only if a
+        label file has the same name.
+    dataset : str
+        Kept in the pairs and named in errors.
+
+    Returns
+    -------
+    list of Pair
+        Sorted by the names of the images.
+
+    Raises
+    ------
+    DataSetError
+        A folder is missing or empty; an image has no label file or a label file no image (up to five are
+        named); two files claim to be the same image or its labels.
+    """
+    of = f" of data set {dataset!r}" if dataset else ""
+    label_paths = _files_in(labels, LABEL_SUFFIXES, f"labels{of}")
+    label_stems = {_stem(path) for path in label_paths}
+    image_by_stem = _one_per_stem(
+        path
+        for path in _files_in(images, IMAGE_SUFFIXES, f"images{of}")
+        if not path.stem.endswith(OUTPUT_ENDINGS) or _stem(path) in label_stems
+    )
+    labels_by_name = _labels_by_name(label_paths, image_by_stem.keys())
+    # The label file of `t007.tif` may have the name 007; a plain `007.tif` comes first.
+    stem_of = {_image_name(stem): stem for stem in sorted(image_by_stem)}
+    stem_of |= {stem: stem for stem in image_by_stem}
+    found = {stem_of[name]: path for name, path in labels_by_name.items() if name in stem_of}
+    alone = sorted(image_by_stem.keys() - found.keys())
+    alone += sorted(labels_by_name.keys() - stem_of.keys())
+    if alone:
+        raise DataSetError(
+            f"every image{of} must have one label file of its name and every label file an image, got "
+            f"{len(alone)} without a partner ({_some(alone)}) in '{images}' and '{labels}': rename or "
+            f"remove them; the labels of a.tif may be named a.png, or a with {_ENDINGS} before the suffix"
+        )
+    pairs = [Pair(dataset, image_by_stem[stem], path) for stem, path in found.items()]
+    return sorted(pairs, key=lambda pair: pair.image_path.stem)
+
+
+def pair_folders(
+    pred_dir: str | os.PathLike[str],
+    truth_dir: str | os.PathLike[str],
+    *,
+    allow_missing_predictions: bool = False,
+) -> list[tuple[str, Path | None, Path]]:
+    """Pair predicted label files with the true ones, by the names of their images.
+
+    Parameters
+    ----------
+    pred_dir, truth_dir : path
+        Folders with label files.  A folder without any, but with a folder ``labels`` in it, stands for
+        that one.
+    allow_missing_predictions : bool
+        Keep a truth without prediction, with None in place of the path (to be counted as a
+        prediction without cells).  Otherwise it is an error.
+
+    Returns
+    -------
+    list of (name, pred_path, truth_path)
+        Sorted by name.
+
+    Raises
+    ------
+    DataSetError
+        A folder is missing or holds no label file; two files claim to be the labels of one image; a
+        truth has no prediction (unless allowed) or a prediction no truth.
+    """
+    preds = _labels_by_name(_label_files(pred_dir, "predictions"))
+    truths = _labels_by_name(_label_files(truth_dir, "true labels"))
+    without_pred = sorted(truths.keys() - preds.keys())
+    without_truth = sorted(preds.keys() - truths.keys())
+    problems = []
+    if without_pred and not allow_missing_predictions:
+        problems.append(
+            f"{len(without_pred)} true label images have no prediction ({_some(without_pred)})"
+        )
+    if without_truth:
+        problems.append(
+            f"{len(without_truth)} predictions have no true label image ({_some(without_truth)})"
+        )
+    if problems:
+        raise DataSetError(
+            f"File names of '{pred_dir}' and '{truth_dir}' must match, but {' and '.join(problems)}: "
+            f"give both files the same name before the suffix (the endings {_ENDINGS} do not count), or "
+            "set `allow_missing` to count missing predictions as empty."
+        )
+    return [(name, preds.get(name), truths[name]) for name in sorted(truths)]
+
+
+def _label_files(folder: str | os.PathLike[str], what: str) -> list[Path]:
+    inner = Path(folder) / "labels"
+    if inner.is_dir() and not any(map(_is_label_file, Path(folder).iterdir())):
+        return _files_in(inner, LABEL_SUFFIXES, what)
+    return _files_in(folder, LABEL_SUFFIXES, what)
+
+
+def _files_in(folder: str | os.PathLike[str], suffixes: Sequence[str], what: str) -> list[Path]:
+    if not Path(folder).is_dir():
+        raise DataSetError(
+            f"the {what} must be a folder, got '{folder}': check the path (the environment variable "
+            "DINOCELL_DATA names the data folder of the shipped configurations)"
+        )
+    wanted = _is_label_file if suffixes == LABEL_SUFFIXES else _is_image_file
+    found = sorted(path for path in Path(folder).iterdir() if wanted(path))
+    if not found:
+        raise DataSetError(
+            f"the folder of the {what} must hold files that end in {', '.join(suffixes)}, '{folder}' "
+            "holds none: name the folder that has them"
+        )
+    return found
+
+
+def _is_image_file(path: Path) -> bool:
+    hidden = path.name.startswith(".")
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file()
+
+
+def _is_label_file(path: Path) -> bool:
+    # `a_seg.npy` is a project of Cellpose, no array.
+    is_project = path.name.endswith("_seg.npy")
+    return path.suffix.lower() in LABEL_SUFFIXES and not is_project and _is_image_file(path)
+
+
+def _one_per_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    by_stem: dict[str, Path] = {}
+    for path in paths:
+        _refuse_second(by_stem, _stem(path), path)
+        by_stem[_stem(path)] = path
+    return by_stem
+
+
+def _labels_by_name(
+    paths: Sequence[Path], image_stems: Collection[str] = frozenset()
+) -> dict[str, Path]:
+    """Name of the image → label file; the stem of a known image is a name, whatever its ending."""
+    stems = {path: _stem(path) for path in paths}
+    ending = {path for path, stem in stems.items() if stem.endswith(LABEL_NAME_ENDINGS)}
+    if any(stems[path] not in image_stems for path in ending):
+        stems = {path: stem for path, stem in stems.items() if path in ending}
+    by_stem: dict[str, Path] = {}
+    # `segment` writes a_labels in several formats at a time: they hold the same.
+    for path in sorted(stems, key=lambda p: (LABEL_SUFFIXES.index(p.suffix.lower()), p.name)):
+        if not stems[path].endswith("_labels"):
+            _refuse_second(by_stem, stems[path], path)
+        by_stem.setdefault(stems[path], path)
+    by_name: dict[str, Path] = {}
+    for stem, path in sorted(by_stem.items()):
+        name = stem if stem in image_stems else _image_name(stem)
+        _refuse_second(by_name, name, path)
+        by_name[name] = path
+    return by_name
+
+
+def _refuse_second(by_name: dict[str, Path], name: str, path: Path) -> None:
+    if name in by_name:
+        raise DataSetError(
+            f"'{path.parent}' must hold one file for each image, got '{by_name[name].name}' and "
+            f"'{path.name}' for '{name}': remove one of them"
+        )
+
+
+def _stem(path: Path) -> str:
+    return path.stem[: -len(".ome")] if path.stem.lower().endswith(".ome") else path.stem
+
+
+def _image_name(stem: str) -> str:
+    """The stem without endings that say "labels" and without the prefix of a challenge's frame."""
+    name = stem
+    while ending := next((end for end in LABEL_NAME_ENDINGS if name.endswith(end)), ""):
+        if name == ending:
+            break
+        name = name[: -len(ending)].removesuffix(".ome")
+    frame = _CHALLENGE_NAME.fullmatch(name)
+    return frame[1] if frame else name
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return f"{shown}, ..." if len(names) > _NAMES_SHOWN else shown
+
+
+_ENDINGS = ", ".join(LABEL_NAME_ENDINGS)

@@ -1,0 +1,200 @@
+"""Images and label files are paired by one rule, which every command uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinocell.errors import DataSetError
+from dinocell.pairs import find_pairs, pair_folders
+
+
+def touch(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+def paired(pred: Path, truth: Path, **options: bool) -> dict[str, tuple[str | None, str]]:
+    pairs = pair_folders(pred, truth, **options)
+    assert [name for name, _, _ in pairs] == sorted(name for name, _, _ in pairs)
+    return {name: (p.name if p else None, t.name) for name, p, t in pairs}
+
+
+def with_images(images: Path, labels: Path) -> dict[str, str]:
+    return {pair.image_path.name: pair.labels_path.name for pair in find_pairs(images, labels)}
+
+
+@pytest.mark.parametrize(
+    "ending", ["", "_labels", "_label", "_masks", "_mask", "_cp_masks", "_seg", "_mask_labels"]
+)
+def test_the_ending_of_a_label_file_does_not_count(tmp_path, ending):
+    images = touch(tmp_path / "i", "a.tif", "b.ome.tif")
+    labels = touch(tmp_path / "l", f"a{ending}.png", f"b{ending}.ome.TIF")
+    assert with_images(images, labels) == {
+        "a.tif": f"a{ending}.png",
+        "b.ome.tif": f"b{ending}.ome.TIF",
+    }
+    assert paired(images, labels) == {
+        "a": ("a.tif", f"a{ending}.png"),
+        "b": ("b.ome.tif", f"b{ending}.ome.TIF"),
+    }
+
+
+def test_every_command_agrees(tmp_path, small_model):
+    """A name that scores in one command trains and scores in the others; so does a refusal."""
+    from dinocell.evaluation.evaluate import evaluate_folders
+    from dinocell.evaluation.model_evaluation import evaluate_model
+    from dinocell.io.images import write_image, write_labels
+    from dinocell.network.model import save_model
+    from dinocell.probing.decoder_probe import find_channel_pairs
+    from dinocell.settings import DataConfig, DatasetConfig
+    from dinocell.training.datasets import split_pairs
+
+    save_model(tmp_path / "m.safetensors", small_model)
+    data = tmp_path / "sets" / "set"
+    images, labels = data / "images", data / "labels"
+    image = np.random.default_rng(0).integers(0, 255, (32, 32)).astype(np.uint8)
+    truth = np.zeros((32, 32), np.uint16)
+    truth[4:20, 4:20] = 1
+    for name in ("a", "b"):
+        write_image(images / f"{name}.tif", image)
+        write_labels(labels / f"{name}_masks.png", truth)
+        write_labels(tmp_path / "pred" / f"{name}_labels.tif", truth)
+    config = DataConfig(datasets=(DatasetConfig("set", str(images), str(labels)),))
+    commands = [
+        lambda: len(evaluate_folders(tmp_path / "pred", labels).images),
+        lambda: len(
+            evaluate_model(
+                tmp_path / "m.safetensors", data, device="cpu", shown=False
+            ).report.images
+        ),
+        lambda: sum(map(len, split_pairs(config, seed=0))),
+        lambda: len(find_channel_pairs(tmp_path / "sets")["set"]),
+    ]
+    assert [command() for command in commands] == [2, 2, 2, 2]
+    write_labels(labels / "a_seg.tif", truth)
+    for command in commands:
+        with pytest.raises(DataSetError, match=r"'a_masks.png' and 'a_seg.tif' for 'a'"):
+            command()
+
+
+def test_results_beside_their_images_are_found(tmp_path):
+    pred = touch(tmp_path / "p", "a_labels.tif", "a_labels.png", "a_overlay.png", "a_cells.csv")
+    touch(pred, "b_labels.tif", "b_overlay.png", "report.html", ".a_labels.tif", "b.png")
+    truth = touch(tmp_path / "t", "a.png", "b.png", "README.md")
+    assert paired(pred, truth) == {"a": ("a_labels.tif", "a.png"), "b": ("b_labels.tif", "b.png")}
+    assert with_images(truth, pred) == {"a.png": "a_labels.tif", "b.png": "b_labels.tif"}
+
+
+def test_results_of_dinocell_are_no_images(tmp_path):
+    images = touch(tmp_path / "i", "a.tif", "a_overlay.png", "a_labels.tif", "notes.txt")
+    assert with_images(images, touch(tmp_path / "l", "a.png")) == {"a.tif": "a.png"}
+    touch(tmp_path / "i", "b_labels.tif")  # an image all the same, if a label file has its name
+    touch(tmp_path / "l", "b_labels.png")
+    assert with_images(images, tmp_path / "l") == {"a.tif": "a.png", "b_labels.tif": "b_labels.png"}
+
+
+def test_cellpose_project_files_are_no_labels(tmp_path):
+    pred = touch(tmp_path / "p", "a.tif", "a_cp_masks.png", "a_seg.npy", "a_flows.tif")
+    assert paired(pred, touch(tmp_path / "t", "a.npy")) == {"a": ("a_cp_masks.png", "a.npy")}
+
+
+def test_an_image_whose_name_has_an_ending_takes_the_labels_of_its_name(tmp_path):
+    images = touch(tmp_path / "i", "a.tif", "a_mask.tif", "t007.tif", "007.tif")
+    labels = touch(tmp_path / "l", "a_mask.png", "a_labels.png", "t007_labels.png", "007_mask.png")
+    with pytest.raises(DataSetError, match=r"'007_mask.png' and 't007_labels.png' for '007'"):
+        find_pairs(images, labels)
+    for path in (images / "007.tif", labels / "007_mask.png"):
+        path.unlink()
+    assert with_images(images, labels) == {
+        "a.tif": "a_labels.png",
+        "a_mask.tif": "a_mask.png",
+        "t007.tif": "t007_labels.png",
+    }
+
+
+def test_challenge_layout(tmp_path):
+    pred = touch(tmp_path / "01_RES", "mask000.tif", "mask001.tif", "res_track.txt")
+    truth = touch(tmp_path / "01_GT" / "SEG", "man_seg000.tif", "man_seg001.tif")
+    assert paired(pred, truth) == {
+        "000": ("mask000.tif", "man_seg000.tif"),
+        "001": ("mask001.tif", "man_seg001.tif"),
+    }
+    markers = touch(tmp_path / "01_GT" / "TRA", "man_track000.tif", "man_track001.tif")
+    ours = touch(tmp_path / "ours", "t000_labels.tif", "t001_labels.tif")
+    assert paired(ours, markers)["001"] == ("t001_labels.tif", "man_track001.tif")
+    images = touch(tmp_path / "01", "t000.tif", "t001.tif")
+    assert with_images(images, truth) == {
+        "t000.tif": "man_seg000.tif",
+        "t001.tif": "man_seg001.tif",
+    }
+
+
+def test_a_data_set_folder_stands_for_its_labels(tmp_path):
+    truth = tmp_path / "test"
+    touch(truth / "labels", "a.png")
+    touch(truth / "images", "a.png")
+    pred = touch(tmp_path / "p", "a.png")
+    assert pair_folders(pred, truth) == [("a", pred / "a.png", truth / "labels" / "a.png")]
+
+
+def test_names_without_a_partner_are_named(tmp_path):
+    pred = touch(tmp_path / "p", "a.png", "x.png", "y.png")
+    truth = touch(tmp_path / "t", "a.png", *(f"b{k}.png" for k in range(7)))
+    with pytest.raises(DataSetError) as error:
+        pair_folders(pred, truth)
+    message = str(error.value)
+    assert "7 true label images have no prediction (b0, b1, b2, b3, b4, ...)" in message
+    assert "2 predictions have no true label image (x, y)" in message
+    assert "give both files the same name" in message
+    with pytest.raises(DataSetError, match=r"9 without a partner \(x, y, b0, b1, b2, \.\.\.\)"):
+        find_pairs(pred, truth, "mine")
+
+
+def test_missing_predictions_may_be_allowed_but_not_extra_ones(tmp_path):
+    pred = touch(tmp_path / "p", "a.png")
+    truth = touch(tmp_path / "t", "a.png", "b.png")
+    with pytest.raises(DataSetError, match=r"1 true label images have no prediction \(b\)"):
+        pair_folders(pred, truth)
+    allowed = paired(pred, truth, allow_missing_predictions=True)
+    assert allowed == {"a": ("a.png", "a.png"), "b": (None, "b.png")}
+    touch(pred, "z.png")
+    with pytest.raises(DataSetError, match=r"1 predictions have no true label image \(z\)"):
+        pair_folders(pred, truth, allow_missing_predictions=True)
+
+
+@pytest.mark.parametrize(
+    "names", [("a_cp_masks.png", "a_labels.png"), ("a.png", "a.tif"), ("mask001.tif", "t001.tif")]
+)
+def test_two_label_files_for_one_image_are_refused_by_name(tmp_path, names):
+    labels = touch(tmp_path / "p", *names)
+    other = touch(tmp_path / "t", "a.png", "001.png")
+    for pair in (pair_folders, lambda labels, images: find_pairs(images, labels)):
+        with pytest.raises(DataSetError, match="must hold one file for each image") as error:
+            pair(labels, other)
+        assert all(f"'{name}'" in str(error.value) for name in names)
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    images = touch(tmp_path / "i", "a.png", "a.tif")
+    with pytest.raises(DataSetError, match=r"'a.png' and 'a.tif' for 'a'"):
+        find_pairs(images, touch(tmp_path / "l", "a.png"))
+
+
+def test_folders_that_cannot_be_used_are_refused(tmp_path):
+    full, jpeg = touch(tmp_path / "t", "a.png"), touch(tmp_path / "p", "a.jpg")
+    refusals = [
+        ("predictions must be a folder", lambda: pair_folders(tmp_path / "absent", full)),
+        ("true labels must be a folder", lambda: pair_folders(full, full / "a.png")),
+        ("images must be a folder", lambda: find_pairs(tmp_path / "absent", full)),
+        ("labels of data set 'mine' must be", lambda: find_pairs(full, tmp_path / "x", "mine")),
+        (r"predictions must hold files .*holds none", lambda: pair_folders(jpeg, full)),
+        (r"labels must hold files .*holds none", lambda: find_pairs(full, jpeg)),
+    ]
+    for message, call in refusals:
+        with pytest.raises(DataSetError, match=message):
+            call()
