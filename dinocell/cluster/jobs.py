@@ -146,6 +146,8 @@ def _row(item: Submission, record: JobRecord | None, state: JobState | None) -> 
 
 def jobs_text(rows: Sequence[JobRow]) -> str:
     """Rows as aligned columns, a job's reason below it."""
+    from dinocell.results.table import align_columns
+
     if not rows:
         return "no jobs of the last week: `dinocell submit` makes them, `--all` shows older ones"
     header = ("job", "name", "state", "progress", "left", "requeues", "run")
@@ -154,12 +156,10 @@ def jobs_text(rows: Sequence[JobRow]) -> str:
          _near(row.run_dir))
         for row in rows
     ]  # fmt: skip
-    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
     lines = []
-    for line, row in zip([header, *cells], [None, *rows], strict=True):
-        lines.append(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        )
+    aligned = align_columns([header, *cells], numbers=False)
+    for line, row in zip(aligned, [None, *rows], strict=True):
+        lines.append(line)
         if row is not None and row.reason:
             lines.append(f"    {row.reason}")
     return "\n".join(lines)

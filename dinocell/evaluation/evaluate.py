@@ -44,6 +44,7 @@ from dinocell.evaluation.metrics import (
     pixel_sums,
 )
 from dinocell.pairs import pair_folders
+from dinocell.results.table import align_columns
 
 __all__ = [
     "DEFAULT_BOUNDARY_TOLERANCE_PX",
@@ -246,7 +247,7 @@ class EvaluationReport:
         rows = [("score", "pooled", "mean over images")]
         for name, pooled, mean in self.summary_rows():
             rows.append((name, _as_text(name, pooled), _as_text(name, mean)))
-        lines += _aligned(rows)
+        lines += align_columns(rows)
         if skipped:
             lines.append(
                 f"{skipped} of {len(self.images)} images have no true and no predicted cell: "
@@ -312,7 +313,7 @@ class EvaluationReport:
         cells = [("name", *columns)]
         for row in rows:
             cells.append((str(row["name"]), *(_as_text(name, row[name]) for name in columns)))
-        return _aligned(cells)
+        return align_columns(cells)
 
 
 def evaluate_pair(
@@ -483,16 +484,6 @@ def _as_text(name: str, value: Any) -> str:
     if math.isnan(value):
         return "-"
     return f"{value:.2f}" if name in ("count_error", "count_error_abs") else f"{value:.4f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """First column to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return lines
 
 
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from dinocell.probing.feature_extraction import (
     extract_views,
 )
 from dinocell.progress import Progress, progress
+from dinocell.results.table import align_columns
 
 __all__ = [
     "FEATURES",
@@ -161,7 +162,7 @@ class InspectionReport:
                     continue
                 chance = next((item.chance for item in found if item), math.nan)
                 rows.append([title, *map(_estimate_text, found), _number_text(chance)])
-            lines += ["", *_aligned(rows, cell_len)]
+            lines += ["", *align_columns(rows, width_of=cell_len)]
         scored = [item for item in self.inspections if item.channel_scores is not None]
         if scored:
             lines += ["", *self._channel_lines(scored, cell_len)]
@@ -222,7 +223,7 @@ class InspectionReport:
                 rows.append([channel, *(_number_text(result.scores[name]) for name in names)])
             rows.append(["mean", *(_number_text(scores.mean[name]) for name in names)])
             rows.append(["std over channels", *(_number_text(scores.std[name]) for name in names)])
-            lines += [*_aligned(rows, cell_len), scores.split]
+            lines += [*align_columns(rows, width_of=cell_len), scores.split]
         return lines
 
 
@@ -570,20 +571,6 @@ def _estimate_text(estimate: Estimate | None) -> str:
     if math.isfinite(estimate.low):
         text += f" [{_number_text(estimate.low)}, {_number_text(estimate.high)}]"
     return text
-
-
-def _aligned(rows: Sequence[Sequence[str]], width_of: Callable[[str], int]) -> list[str]:
-    widths = [max(map(width_of, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell + " " * (width - width_of(cell))
-            if place == 0
-            else " " * (width - width_of(cell)) + cell
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 # ------------------------------------------------------------------------------------- picture
