@@ -34,7 +34,7 @@ TEST = [
     *EXTRAS["wandb"],  # read back from its offline files
     *EXTRAS["slurm"],
 ]
-DEV = ["ruff>=0.14", "mypy>=1.15", "types-PyYAML", "build>=1.2"]
+DEV = ["ruff>=0.14", "mypy>=1.15", "types-PyYAML", "build>=1.2", "cosmic-ray>=8.4"]
 
 setup(
     name="dinocell-segmentation",
