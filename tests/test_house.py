@@ -257,6 +257,18 @@ def test_links_and_named_files_exist(path):
         assert (ROOT / target).exists(), target
 
 
+def test_documents_are_wrapped():
+    """At 100 columns, but for tables and code, which a line break would change."""
+    wrong = []
+    for path in [*documents(), ROOT / "patches" / "README.md"]:
+        in_code = False
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            in_code ^= line.lstrip().startswith("```")
+            if len(line) > 100 and not in_code and not line.startswith("|"):
+                wrong.append(f"{named(path)}:{number}")
+    assert wrong == []
+
+
 def test_readme_commands_are_known():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     from typer.main import get_command
