@@ -138,7 +138,7 @@ def load_backbone_weights(backbone: DINOv3Backbone, path: str | Path) -> str:
         It holds no backbone, or keys are missing, unexpected or misshapen; all are listed.
     """
     from dinocell.network.weights import find_weights  # which imports this module
-    from dinov3.cells import weight_formats as formats
+    from dinov3.cells import weights as formats
 
     try:
         return str(formats.load_backbone(backbone.vit, find_weights(path)))

@@ -460,9 +460,9 @@ def _how_to_get(name: str, file: str, folder: Path) -> str:
 
 
 def _formats() -> Any:
-    from dinov3.cells import weight_formats
+    from dinov3.cells import weights
 
-    return weight_formats
+    return weights
 
 
 def _read(path: Path, which: str) -> tuple[dict[str, Any], Any]:

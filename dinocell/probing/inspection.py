@@ -505,7 +505,7 @@ def _vit_of_weights(
     path: Path, which: str, patch_size: int | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A ViT of the shape of the file's tensors, with its weights, and facts of the file."""
-    from dinov3.cells import weight_formats as formats
+    from dinov3.cells import weights as formats
 
     try:
         options = formats.vit_arguments(formats.describe(path, which=which))

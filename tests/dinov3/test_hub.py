@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dinov3.cells.weights import write_backbone
 from dinov3.hub import backbones
 from dinov3.hub.backbones import (
     Weights,
@@ -65,6 +66,25 @@ def test_loading_from_a_path_and_a_file_url(saved):
         again = dinov3_vits16(weights=weights, depth=1)
         for key, value in model.state_dict().items():
             assert torch.equal(value, again.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", ["teacher.pth", "w.safetensors", "folder"])
+def test_every_format_of_weights_is_read(saved, tmp_path, name):
+    model, _ = saved
+    state = model.state_dict()
+    if name == "teacher.pth":
+        torch.save({"teacher": {f"backbone.{k}": v for k, v in state.items()}}, tmp_path / name)
+    else:
+        write_backbone(state, tmp_path / name, "dinocell" if name == "w.safetensors" else "hf")
+    again = dinov3_vits16(weights=tmp_path / name, depth=1)
+    assert torch.equal(again.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+
+
+def test_weights_of_another_patch_size_are_adapted(saved):
+    model, path = saved
+    again = dinov3_vits16(weights=path, patch_size=8, depth=1)
+    summed = model.patch_embed.proj.weight.unflatten(2, (8, 2)).unflatten(4, (8, 2)).sum((3, 5))
+    torch.testing.assert_close(again.patch_embed.proj.weight, summed)
 
 
 def test_patch_size_may_be_given():
@@ -128,7 +148,7 @@ def test_an_address_is_fetched_once(saved, monkeypatch, tmp_path):
 def test_files_with_code_in_them_are_refused(tmp_path):
     path = tmp_path / "w.pth"
     torch.save({"cls_token": Weights.LVD1689M}, path)
-    with pytest.raises(ValueError, match="state dict of tensors"):
+    with pytest.raises(ValueError, match="not unpickled"):
         dinov3_vits16(weights=path, depth=1)
 
 
@@ -150,16 +170,11 @@ def test_satellite_weights_have_a_norm_for_local_crops(monkeypatch):
 
 
 def test_files_that_do_not_fit(saved, tmp_path):
-    model, path = saved
-    with pytest.raises(ValueError, match=r"instead of \(384, 3, 8, 8\)"):
-        dinov3_vits16(weights=str(path), patch_size=8, depth=1)
-    with pytest.raises(ValueError, match=r"missing blocks\.1\."):
+    _, path = saved
+    with pytest.raises(ValueError, match=r"missing: blocks\.1\."):
         dinov3_vits16(weights=str(path), depth=2)
-    torch.save({"teacher": model.state_dict()}, path)
-    with pytest.raises(ValueError, match="flat state dict"):
-        dinov3_vits16(weights=str(path), depth=1)
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="state dict of tensors"):
+    with pytest.raises(ValueError, match="neither a PyTorch archive"):
         dinov3_vits16(weights=str(path), depth=1)
     with pytest.raises(FileNotFoundError, match="check the path"):
         dinov3_vits16(weights=str(tmp_path / "none.pth"))

@@ -74,9 +74,9 @@ def load_pretrained(model: nn.Module, path: str | Path) -> bool:
         False where upstream's own loader fits: nothing was done then.
 
     Raises:
-        FileNotFoundError, WeightsError: see `weight_formats.read_backbone`.
+        FileNotFoundError, WeightsError: see `weights.read_backbone`.
     """
-    from dinov3.cells.weight_formats import fit_backbone
+    from dinov3.cells.weights import fit_backbone
 
     path = Path(path)
     if path.is_dir() and (path / ".metadata").is_file():
@@ -145,9 +145,9 @@ def start_from_backbone(cfg: Any, model: Any) -> None:
         model: the `SSLMetaArch` after `init_weights`.
 
     Raises:
-        FileNotFoundError, WeightsError: see `weight_formats.read_backbone`.
+        FileNotFoundError, WeightsError: see `weights.read_backbone`.
     """
-    from dinov3.cells.weight_formats import fit_backbone
+    from dinov3.cells.weights import fit_backbone
 
     path = cfg.student.get("pretrained_weights")
     if not path:

@@ -13,7 +13,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -399,87 +398,35 @@ def init_fsdp_model_from_checkpoint(
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: it is no teacher, or keys or shapes differ; all are listed.
+        WeightsError: it is no teacher, or keys or shapes differ; all are listed.
     """
-    state = _teacher_state(Path(checkpoint_path))
+    from dinov3.cells.weights import read_teacher, refuse_differences
+
     skipped = tuple(skip_load_keys or ())
-    state = {key: value for key, value in state.items() if not any(s in key for s in skipped)}
-    expected = {
-        key: value.shape
-        for key, value in model.state_dict().items()
-        if not any(part in key for part in skipped)
-    }
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
-    problems += [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(shape)}"
-        for key, shape in expected.items()
-        if key in state and state[key].shape != shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
-        raise ValueError(
-            f"{checkpoint_path} must fit the network, got {len(problems)} differences ({shown}): set "
-            "the configuration to that of the file"
-        )
+
+    def kept(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v for k, v in entries.items() if not any(part in k for part in skipped)}
+
+    state = kept(read_teacher(Path(checkpoint_path)))
+    refuse_differences(
+        state,
+        {key: tuple(value.shape) for key, value in kept(model.state_dict()).items()},
+        f"a teacher must fit the network, got differences in {checkpoint_path}",
+        "set the configuration to that of the file",
+    )
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(model, dict(state), options=options)
-
-
-def _teacher_state(path: Path) -> dict[str, Tensor]:
-    """The state dict of a teacher, without the leading "teacher."."""
-    if path.is_dir():
-        reader = dcp.FileSystemReader(path)
-        if not (path / _METADATA).is_file():
-            raise FileNotFoundError(
-                f"a DCP folder must have {_METADATA}, got {path}: check the path"
-            )
-        entries = reader.read_metadata().state_dict_metadata
-        prefixes = ("model.teacher.", "model.model_ema.", "model.")
-        prefix = next(
-            (p for p in prefixes if any(k.startswith(f"{p}backbone.") for k in entries)), ""
-        )
-        wanted: dict[str, Any] = {
-            key: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for key, entry in entries.items()
-            if prefix and key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-        }
-        if not wanted:
-            raise ValueError(
-                f"{path} must hold a teacher, got entries such as {next(iter(entries), None)}: give "
-                "OUT/eval/training_N/sharded_teacher_checkpoint or a checkpoint of a run"
-            )
-        with _quiet():
-            dcp.load(wanted, storage_reader=reader, no_dist=True)
-        return {key.removeprefix(prefix): value for key, value in wanted.items()}
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"a teacher must be a file or a DCP folder, got {path}: check the path"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"a teacher file must be a state dict of tensors, got {path} ({_reason(error)}): fetch or "
-            "convert it again"
-        ) from error
-    if not isinstance(content, dict) or "teacher" not in content:
-        raise ValueError(
-            f'a teacher file must have the entry "teacher", got {path} without: a backbone alone goes '
-            "to student.pretrained_weights"
-        )
-    return content["teacher"]
 
 
 def init_model_from_checkpoint_for_evals(
     model: nn.Module, pretrained_weights: str | Path, checkpoint_key: str | None = None
 ) -> None:
-    """Fill a backbone for evaluation, from any file that `weight_formats` reads.
+    """Fill a backbone for evaluation, from any file that `cells.weights` reads.
 
     Args:
         checkpoint_key: "student" or "teacher" (the default) of a file with both.
     """
-    from dinov3.cells.weight_formats import load_backbone
+    from dinov3.cells.weights import load_backbone
 
     load_backbone(model, pretrained_weights, which=checkpoint_key or "teacher")
 

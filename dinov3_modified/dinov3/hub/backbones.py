@@ -6,7 +6,6 @@ file, and pass `weights=PATH`.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from enum import Enum
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 import torch
-from torch import Tensor
 
+from dinov3.cells.weights import load_backbone, sha256
 from dinov3.hub.utils import DINOV3_BASE_URL
 from dinov3.models.vision_transformer import DinoVisionTransformer
 
@@ -87,7 +86,8 @@ def dinov3_vits16(
 
     Args:
         pretrained: load `weights`; otherwise start at random.
-        weights: a member of `Weights`, or a path or URL (https, http, file) of a state dict.
+        weights: a member of `Weights`, or a path or URL (https, http, file) of any file that
+            `cells.weights` reads; another patch size is adapted.
         check_hash: compare the file's SHA-256 with the hash in its name.
         **kwargs: constructor arguments in place of the released ones, `patch_size` among them.
     """
@@ -217,7 +217,7 @@ def _make(
     path = _local_file(name, weights)
     if check_hash:
         _check_hash(path)
-    _load(model, path)
+    load_backbone(model, path)
     return model
 
 
@@ -242,8 +242,10 @@ def _local_file(name: str, weights: Weights | str | Path) -> Path:
     url = urlparse(address)
     if url.scheme == "file":
         path = Path(unquote(url.path))
-        if not path.is_file():
-            raise FileNotFoundError(f"weights must be a file, got {path}: check the path")
+        if not path.exists():
+            raise FileNotFoundError(
+                f"weights must be a file or a folder, got {path}: check the path"
+            )
         return path
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(url.path).name
     if not target.is_file():
@@ -259,42 +261,9 @@ def _check_hash(path: Path) -> None:
             f"check_hash needs a file name that ends in -HASH.pth, got {path.name}: rename the file or "
             "leave check_hash out"
         )
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if not digest.hexdigest().startswith(match.group(1)):
+    digest = sha256(path)
+    if not digest.startswith(match.group(1)):
         raise ValueError(
             f"the SHA-256 of the weights must begin with {match.group(1)}, got "
-            f"{digest.hexdigest()[:16]} in {path}: fetch the file again"
+            f"{digest[:16]} in {path}: fetch the file again"
         )
-
-
-def _load(model: DinoVisionTransformer, path: Path) -> None:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"weights must be a state dict of tensors, got {path} ({reason}): fetch the file again"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(
-            f"weights must be a flat state dict of a backbone, got {path} with other content: take "
-            "the backbone out of the training checkpoint first"
-        )
-    expected = model.state_dict()
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
-    problems += [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
-        raise ValueError(
-            f"weights must fit the network, got {path} with {len(problems)} differences ({shown}): "
-            "choose the entry of their architecture"
-        )
-    model.load_state_dict(state)

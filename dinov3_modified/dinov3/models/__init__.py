@@ -87,11 +87,11 @@ def build_model_for_eval(
 
     Args:
         config: a whole configuration.
-        pretrained_weights: any file that `checkpointer.weight_formats` reads; None or "": random.
+        pretrained_weights: any file that `cells.weights` reads; None or "": random.
         shard_unsharded_model: not in this tree, which evaluates on one device.
     """
     from dinov3.cells.strategy import resolve_device
-    from dinov3.cells.weight_formats import load_backbone
+    from dinov3.cells.weights import load_backbone
 
     if shard_unsharded_model:
         raise ValueError(

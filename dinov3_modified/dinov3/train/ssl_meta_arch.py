@@ -24,7 +24,7 @@ from dinov3.cells.strategy import (
     resolve_device,
     resolve_strategy,
 )
-from dinov3.cells.weight_formats import LoadReport, load_backbone
+from dinov3.cells.weights import LoadReport, load_backbone
 from dinov3.checkpointer import init_fsdp_model_from_checkpoint
 from dinov3.configs import get_default_config
 from dinov3.data import DataAugmentationDINO

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dinov3.cells.weight_formats import (
+from dinov3.cells.weights import (
     FORMATS,
     WeightsError,
     describe,
@@ -305,7 +305,7 @@ def test_other_wrong_input(tmp_path):
         write_backbone(state, tmp_path / "x.pth", "onnx")
     with pytest.raises(WeightsError, match=r"must be .pth or .pt"):
         write_backbone(state, tmp_path / "x.bin", "meta")
-    with pytest.raises(FileExistsError, match="--overwrite"):
+    with pytest.raises(FileExistsError, match="`overwrite`"):
         write_backbone(state, tmp_path / "a.pth", "meta")
     write_backbone(state, tmp_path / "a.pth", "meta", overwrite=True)
     untied = vit(untie_cls_and_patch_norms=True).state_dict()
