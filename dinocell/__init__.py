@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from dinocell.pipeline import DINOCellPipeline, Segmentation, segment
 
 __version__ = "0.1.0"
+DISTRIBUTION = "dinocell-segmentation"
+"""Name on a package index, where `dinocell` is another project."""
 
 __all__ = [
+    "DISTRIBUTION",
     "DINOCell",
     "DINOCellError",
     "DINOCellPipeline",

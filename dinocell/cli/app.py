@@ -1,7 +1,7 @@
-"""The `dinocell` command: arguments and messages only, no image work.
+"""The `dinocell` command: its groups of commands, its errors and its exit codes.
 
 Exit codes: 0 done, 1 the work failed (for some files, perhaps), 2 the call was wrong, 75 stopped by
-a signal with everything saved (run the same command again).
+a signal after everything was saved (run the same command again).
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from dinocell import __version__
+from dinocell import DISTRIBUTION, __version__
 from dinocell.cli import (
     cluster,
     evaluate,
@@ -25,6 +26,7 @@ from dinocell.cli import (
     upstream,
     weights,
 )
+from dinocell.cli.options import Call, in_options
 from dinocell.errors import DINOCellError, StoppedError, UsageError
 
 __all__ = ["app", "main"]
@@ -38,42 +40,59 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for room in (segment, shards, evaluate, train, inspect, weights, jump, upstream, cluster):
-    app.add_typer(room.app)
-
-_verbose = False
+for group in (segment, shards, evaluate, train, inspect, weights, jump, upstream, cluster):
+    app.add_typer(group.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
+    call = Call()
     try:
-        app(args=arguments, prog_name="dinocell")
+        app(args=arguments, prog_name="dinocell", obj=call)
     except StoppedError as error:
-        print(f"dinocell: {error}", file=sys.stderr)
+        print(f"dinocell: {in_options(str(error), call.context)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except DINOCellError as error:
-        _fail(error, error.exit_code)
+        _fail(error, error.exit_code, call)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        _fail(error, 1)
+        _fail(error, 1, call)
     except KeyboardInterrupt:
         print("dinocell: stopped", file=sys.stderr)
         sys.exit(1)
 
 
-def _fail(error: BaseException, exit_code: int) -> None:
+def _fail(error: BaseException, exit_code: int, call: Call) -> None:
     in_job = os.environ.get("DINOCELL_TRACEBACKS") == "failures"
-    if _verbose or (in_job and exit_code != UsageError.exit_code):
+    if call.verbose or (in_job and exit_code != UsageError.exit_code):
         import traceback
 
         traceback.print_exception(error)
-    text = str(error) or type(error).__name__
+    text = in_options(str(error), call.context) or type(error).__name__
     print(f"dinocell: error: {text}", file=sys.stderr)
+    _warn_of_namesake()
     sys.exit(exit_code)
+
+
+def _warn_of_namesake() -> None:
+    """Tell of another project's distribution whose modules may stand in place of ours."""
+    try:
+        found = metadata.distribution("dinocell")  # a look-up of one name: milliseconds
+    except metadata.PackageNotFoundError:
+        return
+    if any(point.value == "dinocell.cli:main" for point in found.entry_points):
+        return  # this project, installed when its distribution had that name
+    print(
+        f"dinocell: warning: the package dinocell {found.version} of another project is installed and "
+        f"may have replaced files of this one ({DISTRIBUTION}): uninstall both, then install "
+        f"{DISTRIBUTION} again",
+        file=sys.stderr,
+    )
 
 
 def _show_version(value: bool) -> None:
     if value:
         print(f"dinocell {__version__}")
+        _warn_of_namesake()
         raise typer.Exit
 
 
@@ -81,17 +100,16 @@ def _show_version(value: bool) -> None:
 def _options(
     context: typer.Context,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show a traceback when something fails.")
+        bool, typer.Option("--verbose", "-v", help="Show the traceback when a command fails.")
     ] = False,
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Print the version and stop."
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    global _verbose
-    _verbose = context.obj = verbose
+    context.ensure_object(Call).verbose = verbose
 
 
 if __name__ == "__main__":

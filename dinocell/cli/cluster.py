@@ -13,13 +13,13 @@ from typing import Annotated, Any
 import typer
 
 from dinocell.cli.evaluate import check_evaluation
-from dinocell.cli.options import PASSES_ON, parameters_of
+from dinocell.cli.options import PASSES_ON, App, parameters_of
 from dinocell.cli.segment import segment_options
 from dinocell.errors import StoppedError, UsageError
 
 __all__ = ["app", "checked_parameters"]
 
-app = typer.Typer()
+app = App()
 
 
 @app.command(context_settings=PASSES_ON)

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from dinocell.cli.options import Device
+from dinocell.cli.options import App, Device
 from dinocell.errors import UsageError
 
 __all__ = ["app", "check_evaluation"]
 
-app = typer.Typer()
+app = App()
 
 
 @app.command()

@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from dinocell.cli.options import App
+
 __all__ = ["app"]
 
-app = typer.Typer(
+app = App(
     name="jump",
     help="Cell Painting fields of a public bucket: index, check, local shards, arithmetic.",
     no_args_is_help=True,

@@ -1,25 +1,164 @@
-"""Options that several commands share, and commands that take the options of another one."""
+"""What the files of commands share: their `App`, common options, and the spelling of parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from dinocell.errors import UsageError
 
-__all__ = ["PASSES_ON", "Device", "ModelOption", "parameters_of"]
+__all__ = [
+    "PASSES_ON",
+    "App",
+    "Call",
+    "Device",
+    "ModelOption",
+    "expand_dataclasses",
+    "in_options",
+    "parameters_of",
+]
 
 Device = Annotated[
-    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)
+    str,
+    typer.Option(
+        "--device",
+        help="Processor to compute on: auto, cpu, cuda, cuda:N (the GPU with number N) or mps.",
+    ),
 ]
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="A model file, or the name of a bundled model.")
+    str,
+    typer.Option(
+        "--model", "-m", help="Model to use: a model file, or the name of a bundled model."
+    ),
 ]
 
 # What `submit`, `supervise` and `shards plan` do not know is an option of the command that they run.
 PASSES_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@dataclass
+class Call:
+    """What `main` must know of a call when it failed; each context has it as `obj`.
+
+    Attributes
+    ----------
+    verbose : whether a failure shows its traceback
+    context : of the command that ran; None before
+    """
+
+    verbose: bool = False
+    context: Any = None
+
+
+class _Command(TyperCommand):
+    """A command that leaves its context to `main`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        ctx.ensure_object(Call).context = ctx
+        return super().invoke(ctx)
+
+
+class App(typer.Typer):
+    """A `typer.Typer` whose commands may take dataclasses of options."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[..., Any]:
+        """Register a function as a command."""
+        register = super().command(name, cls=_Command, **settings)
+        return lambda function: register(expand_dataclasses(function))
+
+
+def expand_dataclasses(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace parameters whose type is a dataclass by one parameter for each of its fields.
+
+    The fields are declared as parameters of typer are: ``name: Annotated[type, typer.Option(...)]``,
+    with a default if the option may be left out.  The function receives one instance.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    bundles = {
+        name: given.annotation
+        for name, given in signature.parameters.items()
+        if is_dataclass(given.annotation)
+    }
+    expanded = []
+    for name, parameter in signature.parameters.items():
+        if name not in bundles:
+            expanded.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+            continue
+        types = get_type_hints(bundles[name], include_extras=True)
+        for field in fields(bundles[name]):
+            default = parameter.empty if field.default is MISSING else field.default
+            expanded.append(
+                inspect.Parameter(
+                    field.name,
+                    parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=types[field.name],
+                )
+            )
+
+    @wraps(function)
+    def command(**given: Any) -> Any:
+        for name, bundle in bundles.items():
+            given[name] = bundle(**{field.name: given.pop(field.name) for field in fields(bundle)})
+        return function(**given)
+
+    command.__signature__ = signature.replace(parameters=expanded)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in expanded}
+    return command
+
+
+def in_options(text: str, context: Any) -> str:
+    """Spell the parameters that a message names as the user of a command knows them.
+
+    A message of the packages below names a parameter in backticks: `overwrite` becomes --overwrite,
+    `overlay=False` --no-overlay, `source` of `weights convert` IN.  Other words stay as they are.
+
+    Parameters
+    ----------
+    context : of the command that ran, or None
+    """
+    if context is None:
+        return text
+    spellings: dict[str, tuple[str, str]] = {}
+    if context.allow_extra_args:  # they are arguments of the command that this one runs
+        inner = context.find_root().command.commands.get(context.params.get("command", "segment"))
+        spellings |= {} if inner is None else _spellings(inner)
+    spellings |= _spellings(context.command)
+
+    def spell(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        on, off = spellings.get(name, ("", ""))
+        if value == "False":
+            return off or found[0]
+        if not on or value in (None, "True"):
+            return on or found[0]
+        return f"{on} {value}"
+
+    return re.sub(r"`(\w+)(?:=([^`]+))?`", spell, text)
+
+
+def _spellings(command: Any) -> Mapping[str, tuple[str, str]]:
+    """For each parameter what sets it on the command line, and what unsets it if anything does."""
+    found = {}
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            found[parameter.name] = (parameter.metavar or parameter.name.upper(), "")
+            continue
+        on, off = (
+            next((name for name in names if name.startswith("--")), (names or [""])[0])
+            for names in (parameter.opts, parameter.secondary_opts)
+        )
+        found[parameter.name.rstrip("_")] = (on, off)
+        if on.startswith("--no-"):  # a flag that turns off what the packages call by its name
+            found.setdefault(parameter.name.removeprefix("no_"), (on, on))
+    return found
 
 
 def parameters_of(commands: Any, name: str, arguments: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dinocell.cli.options import Device, ModelOption
+from dinocell.cli.options import App, Device, ModelOption
 from dinocell.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "segment_options"]
 
-app = typer.Typer()
+app = App()
 
 
 @app.command()

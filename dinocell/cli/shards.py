@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from dinocell.cli.cluster import checked_parameters
-from dinocell.cli.options import PASSES_ON
+from dinocell.cli.options import PASSES_ON, App
 from dinocell.errors import DINOCellError
 
 __all__ = ["app"]
 
-app = typer.Typer(
+app = App(
     name="shards",
     help="One batch of images in parts for many processes: plan, run, status, merge.",
     no_args_is_help=True,

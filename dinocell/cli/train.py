@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from dinocell.cli.options import App
+
 __all__ = ["app"]
 
-app = typer.Typer()
+app = App()
 
 
 @app.command()

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from dinocell.cli.options import App
+
 __all__ = ["app"]
 
-app = typer.Typer(
+app = App(
     name="upstream",
     help="Our additions on a checkout of Meta's DINOv3: apply, undo, rebase, verify.",
     no_args_is_help=True,
@@ -147,7 +149,7 @@ def upstream_verify(
     result = verify_tree(tree, keyword=keyword)
     print(result.text())
     if not result.passed:
-        if context.obj:
+        if context.obj.verbose:
             print(result.output, file=sys.stderr)
         raise typer.Exit(1)
 

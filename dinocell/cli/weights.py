@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from dinocell.cli.options import App
+
 __all__ = ["app"]
 
-app = typer.Typer(
-    name="weights", help="Model files: what is there, what is in them.", no_args_is_help=True
-)
+app = App(name="weights", help="Model files: what is there, what is in them.", no_args_is_help=True)
 
 
 @app.command("list")

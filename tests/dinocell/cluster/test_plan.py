@@ -110,7 +110,7 @@ def test_what_is_not_there_is_told_before(command, message):
     [
         (["evaluate", "-m", "far.safetensors", "--data", "set"], "far.safetensors"),
         (["evaluate", "-m", "dinocell-tiny", "--data", "."], "got . without images"),
-        (["evaluate", "--pred", "far", "--truth", "."], "must be a folder that exists, got far"),
+        (["evaluate", "--pred", "far", "--truth", "."], "--pred must be a folder that exists, got far"),
         (["segment", "a.tif", "-o", "out", "-m", "far.safetensors"], "far.safetensors"),
     ],
 )  # fmt: skip
@@ -132,7 +132,7 @@ def test_models_and_folders_are_looked_for(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "-m", "m", "--data", "d", "--tune", "--metric", "best"], "`metric` must be 'ap'"),
+        (["evaluate", "-m", "m", "--data", "d", "--tune", "--metric", "best"], "--metric must be 'ap'"),
         (["segment", "a.tif", "-o", "out", "--device", "gpu"], "the device must be auto, cpu, cuda"),
         (["segment", "a.tif", "-o", "a.tif"], "where .*a.tif is a file"),
         (["segment", "a.tif", "-o", "a.tif/deeper"], "where .*a.tif is a file"),
