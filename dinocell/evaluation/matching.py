@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
+from dinocell.labels import check_labels
+
 __all__ = ["OverlapTable", "match", "match_total_iou", "overlap_table"]
 
 _IOU_STEPS = 2**26
@@ -101,8 +103,8 @@ def overlap_table(truth: ArrayLike, pred: ArrayLike) -> OverlapTable:
     Both images are cut into runs along the last axis in which neither label changes.  Only the runs
     are sorted, some tens of times fewer than pixels in a cell image.
     """
-    truth_labels = _checked_labels(truth, "truth")
-    pred_labels = _checked_labels(pred, "pred")
+    truth_labels = check_labels(truth, "truth")
+    pred_labels = check_labels(pred, "pred")
     if truth_labels.shape != pred_labels.shape:
         raise ValueError(
             f"`truth` and `pred` must have the same shape, got {truth_labels.shape} and "
@@ -182,21 +184,6 @@ def match_total_iou(table: OverlapTable) -> NDArray[np.int64]:
     """
     candidates = np.arange(table.intersection.size)
     return _best_assignment(table, candidates, most_pairs_first=False)
-
-
-def _checked_labels(labels: ArrayLike, name: str) -> NDArray[Any]:
-    array = np.asarray(labels)
-    if array.dtype.kind not in "iu":
-        raise TypeError(
-            f"`{name}` must be an integer label image, got dtype {array.dtype}: give one number "
-            "per cell and 0 for the background (`skimage.measure.label` makes it from a mask)."
-        )
-    if array.dtype.kind == "i" and array.size and array.min() < 0:
-        raise ValueError(
-            f"`{name}` must hold labels of 0 and above, got {array.min()}: "
-            "set pixels outside all cells to 0."
-        )
-    return array
 
 
 def _objects(

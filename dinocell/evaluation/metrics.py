@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.evaluation.matching import OverlapTable, match, match_total_iou
+from dinocell.labels import cell_borders
 
 __all__ = [
     "DSB2018_IOU_THRESHOLDS",
@@ -30,7 +30,6 @@ __all__ = [
     "aji",
     "aji_plus",
     "boundary_counts",
-    "cell_boundaries",
     "count_error",
     "match_counts",
     "pixel_sums",
@@ -252,46 +251,13 @@ class BoundaryCounts:
         return 2 * precision * recall / both if both else 0.0
 
 
-def cell_boundaries(labels: ArrayLike) -> NDArray[np.bool_]:
-    """Pixels of cells that touch, by an edge, a pixel with another label.
-
-    Parameters
-    ----------
-    labels : (H, W) integer ndarray, 0 background
-
-    Returns
-    -------
-    (H, W) bool ndarray
-        The outermost pixels of each cell, so two touching cells have a boundary two pixels wide.
-        The image border is no edge: a cell that is cut off by it has no boundary there.
-
-    Raises
-    ------
-    ValueError
-        `labels` is not 2-D.
-    """
-    array: NDArray[Any] = np.asarray(labels)
-    if array.ndim != 2:
-        raise ValueError(
-            f"`labels` must be 2-D (H, W), got shape {array.shape}: give one label image at a time."
-        )
-    differs = np.zeros(array.shape, bool)
-    below = array[1:] != array[:-1]
-    beside = array[:, 1:] != array[:, :-1]
-    differs[1:] |= below
-    differs[:-1] |= below
-    differs[:, 1:] |= beside
-    differs[:, :-1] |= beside
-    return differs & (array != 0)
-
-
 def boundary_counts(truth: ArrayLike, pred: ArrayLike, tolerance_px: float) -> BoundaryCounts:
     """Compare cell boundaries, forgiving displacements of up to `tolerance_px`.
 
     Parameters
     ----------
     truth, pred : (H, W) integer ndarrays of equal shape
-        Label images; boundaries are those of `cell_boundaries`.
+        Label images; boundaries are those of `dinocell.labels.cell_borders`.
     tolerance_px : float, 0 or more
         Greatest Euclidean distance, in pixels between pixel centres, that still counts as near (≤).
 
@@ -319,7 +285,7 @@ def boundary_counts(truth: ArrayLike, pred: ArrayLike, tolerance_px: float) -> B
             f"`tolerance_px` must be a finite number of pixels, 0 or more, got {tolerance_px}: "
             "use about 2."
         )
-    true_boundary, pred_boundary = cell_boundaries(truth), cell_boundaries(pred)
+    true_boundary, pred_boundary = cell_borders(truth), cell_borders(pred)
     if true_boundary.shape != pred_boundary.shape:
         raise ValueError(
             f"`truth` and `pred` must have the same shape, got {true_boundary.shape} and "

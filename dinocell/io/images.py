@@ -28,6 +28,7 @@ import numpy as np
 
 from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError, UsageError
 from dinocell.files import atomic_path
+from dinocell.labels import as_labels
 from dinocell.pairs import IMAGE_SUFFIXES, OUTPUT_ENDINGS
 
 __all__ = [
@@ -827,16 +828,11 @@ def write_labels(
     them black; 32-bit TIFFs, which ImageJ's own description cannot state, carry an OME description.
     """
     path = Path(path)
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "bui":
-        raise TypeError(f"`labels` must be whole numbers, got {labels.dtype}: round them first.")
-    if labels.ndim != 2 or labels.size == 0:
-        raise ValueError(f"`labels` must be (H, W) with at least one pixel, got {labels.shape}.")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high > np.iinfo(np.uint32).max:
-        raise ValueError(
-            f"`labels` must lie in 0 … 4,294,967,295, got {low} … {high}: renumber them."
-        )
+    array = np.asarray(labels)
+    labels = as_labels(array.astype(np.uint8) if array.dtype == np.bool_ else array)
+    if labels.size == 0:
+        raise ValueError(f"`labels` must have at least one pixel, got shape {labels.shape}.")
+    high = int(labels.max())
     dtype = np.dtype(np.uint16 if high <= np.iinfo(np.uint16).max else np.uint32)
     if path.suffix.lower() == ".png" and dtype != np.uint16:
         raise ImageFileError(

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dinocell.errors import MissingExtraError
 from dinocell.io.images import write_labels
-from dinocell.results.measure import as_labels
+from dinocell.labels import as_labels
 from dinocell.results.outlines import Ring, labels_to_polygons
 from dinocell.results.table import CellTable, writing
 
@@ -68,7 +68,7 @@ def write_geojson(
     ------
     ValueError
         `object_type` is unknown, or `table` does not hold the same labels.  Also see
-        `dinocell.results.measure.as_labels`.
+        `dinocell.labels.as_labels`.
     DINOCellError
         `path` is a folder, or the disk refuses.
 
@@ -152,7 +152,7 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
     MissingExtraError
         The package `roifile` is not installed.
     TypeError, ValueError
-        See `dinocell.results.measure.as_labels`.
+        See `dinocell.labels.as_labels`.
     DINOCellError
         `path` is a folder, or the disk refuses.
     """
@@ -214,7 +214,7 @@ def labels_to_rle(labels: ArrayLike) -> dict[int, NDArray[np.int64]]:
     Raises
     ------
     TypeError, ValueError
-        See `dinocell.results.measure.as_labels`.
+        See `dinocell.labels.as_labels`.
     """
     columns = as_labels(labels).T.reshape(-1)
     change = np.flatnonzero(columns[1:] != columns[:-1]) + 1
@@ -292,7 +292,7 @@ def write_coco_rle(
     Raises
     ------
     TypeError, ValueError
-        See `dinocell.results.measure.as_labels`.
+        See `dinocell.labels.as_labels`.
     DINOCellError
         `path` is a folder, or the disk refuses.
 

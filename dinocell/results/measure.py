@@ -56,6 +56,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.labels import as_labels
 from dinocell.results.convex_hull import hull_area_and_feret
 from dinocell.results.neighbors import count_neighbors
 from dinocell.results.runs import Runs
@@ -71,7 +72,6 @@ from dinocell.results.table import CellTable
 
 __all__ = [
     "SCIKIT_IMAGE_NAMES",
-    "as_labels",
     "measure_labels",
     "summarize",
 ]
@@ -124,51 +124,6 @@ _STATISTICS = ("mean", "std", "min", "max", "median", "integrated")
 
 _Array = NDArray[Any]
 
-_UINT32_MAX = 2**32 - 1
-
-
-def as_labels(labels: ArrayLike) -> NDArray[np.uint32]:
-    """Check a label image and return it as C-contiguous uint32.
-
-    Parameters
-    ----------
-    labels : (H, W) integer array_like
-        0 is background; any other value up to 4,294,967,295 is a cell.
-
-    Returns
-    -------
-    (H, W) uint32 ndarray
-        The input itself when it has this form already.
-
-    Raises
-    ------
-    TypeError
-        `labels` is boolean or not of integer type.
-    ValueError
-        `labels` is not 2-D, or holds values outside 0..4,294,967,295.
-    """
-    array = np.asarray(labels)
-    if array.dtype == np.bool_:
-        raise TypeError(
-            "`labels` must be an integer image with one number per cell, got a boolean mask: "
-            "number its cells first, for instance with `scipy.ndimage.label`."
-        )
-    if array.dtype.kind not in "iu":
-        raise TypeError(
-            f"`labels` must be of integer type, got {array.dtype}: convert whole numbers "
-            "with `.astype(np.uint32)`."
-        )
-    if array.ndim != 2:
-        raise ValueError(f"`labels` must be 2-D (H, W), got shape {array.shape}: choose one plane.")
-    if array.size and (array.dtype.kind == "i" or array.dtype.itemsize > 4):
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high > _UINT32_MAX:
-            raise ValueError(
-                f"`labels` must lie in 0..{_UINT32_MAX}, got {low}..{high}: "
-                "set what is not a cell to 0 and renumber the rest."
-            )
-    return np.ascontiguousarray(array, dtype=np.uint32)
-
 
 def measure_labels(
     labels: ArrayLike,
@@ -206,7 +161,7 @@ def measure_labels(
     Raises
     ------
     TypeError, ValueError
-        See `as_labels`; or the image does not fit the labels, is complex, or the channel names do
+        See `dinocell.labels.as_labels`; or the image does not fit the labels, is complex, or the channel names do
         not fit the image; or `pixel_size_um` is not positive; or `neighbor_distance_px` is below 1.
 
     Notes
@@ -278,7 +233,7 @@ def summarize(labels: ArrayLike, table: CellTable) -> dict[str, Any]:
     ------
     ValueError
         `table` does not belong to `labels`: the numbers of cell pixels differ.  Also see
-        `as_labels`.
+        `dinocell.labels.as_labels`.
     """
     labels = as_labels(labels)
     foreground = int(np.count_nonzero(labels))

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from dinocell.results.measure import as_labels
+from dinocell.labels import as_labels
 
 __all__ = ["Ring", "labels_to_polygons"]
 
@@ -42,7 +42,7 @@ def labels_to_polygons(labels: ArrayLike) -> dict[int, list[list[Ring]]]:
     Raises
     ------
     TypeError, ValueError
-        See `dinocell.results.measure.as_labels`.
+        See `dinocell.labels.as_labels`.
     """
     padded = np.pad(as_labels(labels), 1)
     corners, stops, ring_labels, pinched = _trace_rings(padded)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.files import atomic_path
-from dinocell.results.measure import as_labels
+from dinocell.labels import as_labels, cell_borders
 
 __all__ = [
     "CELL_COLORS",
@@ -28,7 +28,6 @@ __all__ = [
     "color_distance_map",
     "color_labels",
     "draw_contours",
-    "inner_borders",
     "mean_blocks",
     "overlay_panel",
     "shrink_labels",
@@ -121,40 +120,6 @@ def to_display(
     return _compose(array, _limits(array, low_percent, high_percent))
 
 
-def inner_borders(labels: ArrayLike, *, thickness_px: int = 1) -> NDArray[np.bool_]:
-    """Find the pixels of each cell that lie on its border.
-
-    Parameters
-    ----------
-    labels : (H, W) integer array_like
-        0 background, other values cells.
-    thickness_px : int
-        1: pixels with a pixel of another value above, below, left or right; n: n such layers.
-
-    Returns
-    -------
-    (H, W) bool ndarray
-        True on borders, which always lie inside the cell; two touching cells both have one.  The edge
-        of the image is no border.  All False when there is no cell.
-    """
-    labels = as_labels(labels)
-    if isinstance(thickness_px, bool) or not isinstance(thickness_px, (int, np.integer)):
-        raise TypeError(f"`thickness_px` must be an integer, got {thickness_px!r}: pass 1 or more.")
-    if thickness_px < 1:
-        raise ValueError(f"`thickness_px` must be 1 or more, got {thickness_px}.")
-    remaining = labels.copy()
-    for _ in range(thickness_px):
-        layer = np.zeros(labels.shape, bool)
-        rows = remaining[1:] != remaining[:-1]
-        cols = remaining[:, 1:] != remaining[:, :-1]
-        layer[1:] |= rows
-        layer[:-1] |= rows
-        layer[:, 1:] |= cols
-        layer[:, :-1] |= cols
-        remaining[layer] = 0
-    return (labels > 0) & (remaining == 0)
-
-
 def draw_contours(
     image: ArrayLike,
     labels: ArrayLike,
@@ -174,7 +139,7 @@ def draw_contours(
     color : three int 0..255, or None
         None gives each cell its colour of `color_labels`.
     thickness_px : int
-        Width of the line, which lies inside the cell: see `inner_borders`.
+        Width of the line, which lies inside the cell: see `dinocell.labels.cell_borders`.
     stretch : bool
         False draws on the image as it is, which must be (H, W, 3) uint8.
 
@@ -200,7 +165,7 @@ def draw_contours(
             f"`image` must be (H, W, 3) uint8 when `stretch` is False, got {array.dtype} of shape "
             f"{array.shape}: pass it through `to_display`."
         )
-    border = inner_borders(labels, thickness_px=thickness_px)
+    border = cell_borders(labels, thickness_px=thickness_px)
     if color is None:
         picture[border] = color_labels(labels)[border]
     else:

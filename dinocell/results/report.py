@@ -22,12 +22,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.files import write_text_atomically
-from dinocell.results.measure import as_labels
+from dinocell.labels import as_labels, cell_borders
 from dinocell.results.pictures import (
     CONTOUR_COLOR,
     color_distance_map,
     color_labels,
-    inner_borders,
     mean_blocks,
     shrink_labels,
     to_display,
@@ -384,7 +383,7 @@ def _viewer(number: int, entry: ReportEntry, fact: _Facts, side_px: int) -> str:
         )
     if labels is not None:
         colored = _layer(color_labels(labels), labels > 0)
-        border = inner_borders(labels)
+        border = cell_borders(labels)
         flat = np.broadcast_to(np.array(CONTOUR_COLOR, np.uint8), (*labels.shape, 3))
         outlines = _layer(flat, border)
         for kind, source, alt, text, state in (

@@ -27,6 +27,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.labels import check_labels
+
 __all__ = ["DEFAULT_TARGET", "TARGETS", "labels_to_distance_map"]
 
 TARGETS: tuple[str, ...] = ("linear", "sqrt")
@@ -94,23 +96,13 @@ def labels_to_distance_map(labels: ArrayLike, *, target: str = DEFAULT_TARGET) -
 
 def _table_index(labels: ArrayLike) -> tuple[NDArray[np.int32], int]:
     """Labels that fit a table, and the size of that table."""
-    array = np.asarray(labels)
+    array = check_labels(labels)
     if array.ndim != 2:
         raise ValueError(
             f"`labels` must be 2-D (H, W), got shape {array.shape}: give one label image."
         )
-    if array.dtype.kind not in "iu":
-        raise TypeError(
-            f"`labels` must be an integer label image, got dtype {array.dtype}: give one number per "
-            "cell and 0 for the background (`skimage.measure.label` makes it from a mask)."
-        )
     if not array.size:
         return np.zeros(array.shape, np.int32), 1
-    if array.dtype.kind == "i" and array.min() < 0:
-        raise ValueError(
-            f"`labels` must hold numbers of 0 and above, got {array.min()}: "
-            "set pixels outside all cells to 0."
-        )
     largest = int(array.max())
     if largest >= _LARGEST_TABLE:
         array, largest = _renumbered(array)

@@ -20,7 +20,6 @@ from dinocell.evaluation.metrics import (
     aji,
     aji_plus,
     boundary_counts,
-    cell_boundaries,
     count_error,
     match_counts,
     pixel_sums,
@@ -234,21 +233,6 @@ def test_aji_plus_equals_dense_assignment_on_random_pairs(random_pairs: list) ->
 # ------------------------------------------------------------------ boundaries
 
 
-def test_boundary_of_a_square_is_its_rim() -> None:
-    labels = np.zeros((7, 7), int)
-    labels[1:6, 1:6] = 4
-    expected = labels > 0
-    expected[2:5, 2:5] = False
-    assert (cell_boundaries(labels) == expected).all()
-
-
-def test_touching_cells_both_have_a_boundary_and_the_image_border_is_none() -> None:
-    labels = np.repeat([[1, 1, 1, 2, 2, 2]], 3, axis=0)
-    assert (cell_boundaries(labels) == np.array([[0, 0, 1, 1, 0, 0]], bool)).all()
-    assert not cell_boundaries(np.ones((4, 4), int)).any()
-    assert cell_boundaries(np.array([[0, 0], [0, 3]])).tolist() == [[False, False], [False, True]]
-
-
 def one_pixel_at(column: int) -> np.ndarray:
     labels = np.zeros((3, 9), int)
     labels[1, column] = 1
@@ -329,7 +313,7 @@ def test_impossible_tolerances_are_refused(tolerance: float) -> None:
 
 def test_boundaries_need_two_dimensions_and_one_shape() -> None:
     with pytest.raises(ValueError, match=r"must be 2-D \(H, W\), got shape \(2, 3, 9\)"):
-        cell_boundaries(np.zeros((2, 3, 9), int))
+        boundary_counts(np.zeros((2, 3, 9), int), one_pixel_at(1), 1)
     with pytest.raises(ValueError, match="must have the same shape"):
         boundary_counts(one_pixel_at(1), one_pixel_at(1).T, 1)
 

@@ -16,7 +16,6 @@ from skimage.measure import regionprops_table
 from dinocell.results import measure
 from dinocell.results.measure import (
     SCIKIT_IMAGE_NAMES,
-    as_labels,
     measure_labels,
     summarize,
 )
@@ -306,7 +305,7 @@ def test_more_cells_than_16_bits_hold() -> None:
 def test_largest_label() -> None:
     labels = np.array([[2**32 - 1, 0, 70_000]])
     assert measure_labels(labels)["label"].tolist() == [70_000, 2**32 - 1]
-    with pytest.raises(ValueError, match=r"must lie in 0\.\.4294967295, got 0\.\.4294967296"):
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.4294967295, got 4294967296"):
         measure_labels(labels + np.array([[1, 0, 0]]))
 
 
@@ -412,10 +411,10 @@ def test_table_to_csv(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("labels", "options", "kind", "message"),
     [
-        (np.ones((2, 2), bool), {}, TypeError, "boolean mask"),
-        (np.ones((2, 2)), {}, TypeError, "integer type, got float64"),
+        (np.ones((2, 2), bool), {}, TypeError, "integer label image, got dtype bool"),
+        (np.ones((2, 2)), {}, TypeError, "integer label image, got dtype float64"),
         (np.ones((2, 2, 2), int), {}, ValueError, r"2-D \(H, W\), got shape \(2, 2, 2\)"),
-        ([[-1, 1]], {}, ValueError, r"0\.\.4294967295, got -1\.\.1"),
+        ([[-1, 1]], {}, ValueError, "0 and above, got -1"),
         ([[1]], {"pixel_size_um": 0}, ValueError, "`pixel_size_um` must be a positive number"),
         ([[1]], {"pixel_size_um": math.nan}, ValueError, "must be a positive number, got nan"),
         ([[1]], {"neighbor_distance_px": 0.5}, ValueError, "at least 1"),
@@ -434,10 +433,3 @@ def test_table_to_csv(tmp_path) -> None:
 def test_wrong_arguments(labels, options, kind, message) -> None:
     with pytest.raises(kind, match=message):
         measure_labels(labels, **options)
-
-
-def test_as_labels_keeps_what_fits() -> None:
-    labels = np.array([[1, 2]], np.uint32)
-    assert as_labels(labels) is labels
-    assert as_labels(labels.astype(np.int8)).dtype == np.uint32
-    assert as_labels(np.zeros((3, 4), np.int64).T).flags.c_contiguous

@@ -9,17 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scipy import ndimage
 from skimage.color import rgb2lab
 
 from dinocell.errors import DINOCellError
+from dinocell.labels import cell_borders
 from dinocell.results.pictures import (
     CELL_COLORS,
     CONTOUR_COLOR,
     color_distance_map,
     color_labels,
     draw_contours,
-    inner_borders,
     mean_blocks,
     overlay_panel,
     shrink_labels,
@@ -79,38 +78,13 @@ def test_borders_by_hand():
     )
     # Cell 2 is three wide: both its outer columns are border, and its middle column is inside.
     expected[2:4, 6] = 0
-    assert np.array_equal(inner_borders(TWO), expected.astype(bool))
-
-
-def test_thicker_borders_eat_inwards():
-    labels = np.zeros((11, 11), int)
-    labels[1:10, 1:10] = 4
-    for thickness in (1, 2, 3):
-        inside = labels > 0
-        inside[1 + thickness : 10 - thickness, 1 + thickness : 10 - thickness] = False
-        assert np.array_equal(inner_borders(labels, thickness_px=thickness), inside)
-    assert inner_borders(labels, thickness_px=50).sum() == 81
-
-
-def test_the_image_edge_is_no_border():
-    assert not inner_borders(np.full((5, 7), 3)).any()
-    assert not inner_borders(np.zeros((5, 7), int)).any()
-    assert inner_borders(picture("11. 11. ...")).sum() == 3
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_borders_equal_scikit_image(seed):
-    from skimage.segmentation import find_boundaries
-
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 4, (23, 31)) * (ndimage.gaussian_filter(rng.random((23, 31)), 1) > 0.5)
-    assert np.array_equal(inner_borders(labels), find_boundaries(labels, mode="inner"))
+    assert np.array_equal(cell_borders(TWO), expected.astype(bool))
 
 
 def test_contours_change_border_pixels_alone():
     image = np.tile(np.arange(9, dtype=np.uint16) * 100, (6, 1))
     drawn = draw_contours(image, TWO)
-    border = inner_borders(TWO)
+    border = cell_borders(TWO)
     assert (drawn[border] == CONTOUR_COLOR).all()
     assert np.array_equal(drawn[~border], to_display(image)[~border])
 
@@ -118,7 +92,7 @@ def test_contours_change_border_pixels_alone():
 def test_contour_options():
     image = np.zeros((6, 9, 3), np.uint8) + np.array([10, 20, 30], np.uint8)
     green = draw_contours(image, TWO, color=(0, 255, 0), stretch=False)
-    border = inner_borders(TWO)
+    border = cell_borders(TWO)
     assert (green[border] == (0, 255, 0)).all()
     assert (green[~border] == (10, 20, 30)).all()
     assert (image == (10, 20, 30)).all(), "the input stays as it was"
@@ -443,10 +417,6 @@ def test_wrong_types_are_refused():
         to_display(np.zeros((2, 2), complex))
     with pytest.raises(TypeError, match="integer"):
         color_labels(np.zeros((2, 2)))
-    with pytest.raises(TypeError, match="thickness_px"):
-        inner_borders(TWO, thickness_px=1.5)
-    with pytest.raises(ValueError, match="thickness_px"):
-        inner_borders(TWO, thickness_px=0)
     with pytest.raises(ValueError, match="color"):
         draw_contours(TWO, TWO, color=(0, 0, 256))
     with pytest.raises(ValueError, match="stretch"):

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from dinocell.errors import DINOCellError
+from dinocell.labels import cell_borders
 from dinocell.results.measure import measure_labels, summarize
-from dinocell.results.pictures import CONTOUR_COLOR, color_labels, inner_borders
+from dinocell.results.pictures import CONTOUR_COLOR, color_labels
 from dinocell.results.report import ReportEntry, make_entry, write_report
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
@@ -122,7 +123,7 @@ def test_layers_show_the_labels(tmp_path):
     item = entry()
     found = pictures(page(tmp_path, [item]))
     layers = {kind: np.asarray(p.convert("RGBA")) for (kind, _), p in found.items() if kind}
-    border = inner_borders(item.labels)
+    border = cell_borders(item.labels)
     outlines = layers["layer contours"]
     assert np.array_equal(outlines[..., 3] == 255, border)
     assert (outlines[border][:, :3] == CONTOUR_COLOR).all()

@@ -1,0 +1,122 @@
+"""What a label image is, checked in one place, and the border pixels of its cells.
+
+A label image holds one whole number per pixel: 0 is background, every other number one cell.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["as_labels", "cell_borders", "check_labels"]
+
+_UINT32_MAX = 2**32 - 1
+
+
+def check_labels(labels: ArrayLike, name: str = "labels") -> NDArray[Any]:
+    """Check that an array holds labels and return it in its own data type.
+
+    Parameters
+    ----------
+    labels : integer array_like of any shape
+    name : str
+        The parameter that errors name.
+
+    Raises
+    ------
+    TypeError
+        The array is boolean or not of integer type.
+    ValueError
+        A number is negative.
+    """
+    array = np.asarray(labels)
+    if array.dtype.kind not in "iu":
+        raise TypeError(
+            f"`{name}` must be an integer label image, got dtype {array.dtype}: give one number per "
+            "cell and 0 for the background (`skimage.measure.label` makes it from a mask)."
+        )
+    if array.dtype.kind == "i" and array.size and array.min() < 0:
+        raise ValueError(
+            f"`{name}` must hold labels of 0 and above, got {array.min()}: set pixels outside all cells "
+            "to 0."
+        )
+    return array
+
+
+def as_labels(labels: ArrayLike, name: str = "labels") -> NDArray[np.uint32]:
+    """Check one label image and return it as C-contiguous uint32.
+
+    Parameters
+    ----------
+    labels : (H, W) integer array_like
+        0 is background; any other value up to 4,294,967,295 is a cell.
+    name : str
+        The parameter that errors name.
+
+    Returns
+    -------
+    (H, W) uint32 ndarray
+        The input itself when it has this form already.
+
+    Raises
+    ------
+    TypeError
+        `labels` is boolean or not of integer type.
+    ValueError
+        `labels` is not 2-D, or holds values outside 0..4,294,967,295.
+    """
+    array = _one_plane(check_labels(labels, name), name)
+    if array.dtype.itemsize > 4 and array.size and array.max() > _UINT32_MAX:
+        raise ValueError(
+            f"`{name}` must lie in 0..{_UINT32_MAX}, got {array.max()}: renumber the cells from 1."
+        )
+    return np.ascontiguousarray(array, dtype=np.uint32)
+
+
+def cell_borders(labels: ArrayLike, *, thickness_px: int = 1) -> NDArray[np.bool_]:
+    """Find the pixels of each cell that lie on its border.
+
+    Parameters
+    ----------
+    labels : (H, W) integer array_like
+        0 background, other values cells.
+    thickness_px : int
+        1: pixels with a pixel of another value above, below, left or right; n: n such layers.
+
+    Returns
+    -------
+    (H, W) bool ndarray
+        True on borders, which always lie inside the cell, so that two touching cells have a border of
+        two pixels.  The edge of the image is no border.  All False when there is no cell.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `check_labels`; or `labels` is not 2-D, or `thickness_px` no integer above 0.
+    """
+    array = _one_plane(check_labels(labels), "labels")
+    if isinstance(thickness_px, bool) or not isinstance(thickness_px, (int, np.integer)):
+        raise TypeError(f"`thickness_px` must be an integer, got {thickness_px!r}: pass 1 or more.")
+    if thickness_px < 1:
+        raise ValueError(f"`thickness_px` must be 1 or more, got {thickness_px}.")
+    remaining = array.copy()
+    for _ in range(thickness_px):
+        layer = np.zeros(array.shape, bool)
+        below = remaining[1:] != remaining[:-1]
+        beside = remaining[:, 1:] != remaining[:, :-1]
+        layer[1:] |= below
+        layer[:-1] |= below
+        layer[:, 1:] |= beside
+        layer[:, :-1] |= beside
+        remaining[layer] = 0
+    return (array != 0) & (remaining == 0)
+
+
+def _one_plane(array: NDArray[Any], name: str) -> NDArray[Any]:
+    if array.ndim != 2:
+        raise ValueError(
+            f"`{name}` must be 2-D (H, W), got shape {array.shape}: give one label image at a time."
+        )
+    return array
