@@ -73,17 +73,15 @@ def jump_index(
 
     Example: `dinocell jump index 'cpg0000-jump-pilot/source_4/*/BR0011*' -o pilot.arrow`
     """
-    from dinocell.pretraining.jump import StoreChoice, index_plates
+    from dinocell.pretraining.jump_index import IndexSource, index_plates
+    from dinov3.data.datasets.jump_s3 import StreamOptions
 
     print(
         index_plates(
             selection,
             out,
-            store=StoreChoice(store, endpoint, region, signed, transport),
-            source=source,
-            channels_table=channels_table,
-            table=table,
-            codec=codec,
+            IndexSource(source, channels_table, table, codec),
+            store=StreamOptions(store, endpoint, region, signed, transport),
             threads=threads,
             overwrite=overwrite,
         )
@@ -101,7 +99,7 @@ def jump_stats(
 
     Example: `dinocell jump stats pilot.arrow -o pilot.png`
     """
-    from dinocell.pretraining.jump import draw_stats, index_stats
+    from dinocell.pretraining.jump_index import draw_stats, index_stats
 
     stats = index_stats(index)
     print(stats.text())
@@ -126,10 +124,11 @@ def jump_verify(
 
     Example: `dinocell jump verify pilot.arrow --fields 100`
     """
-    from dinocell.pretraining.jump import StoreChoice, verify_index
+    from dinocell.pretraining.jump_fields import verify_index
+    from dinov3.data.datasets.jump_s3 import StreamOptions
 
-    choice = StoreChoice(store, endpoint, region, signed, transport)
-    report = verify_index(index, count=fields, store=choice, seed=seed)
+    options = StreamOptions(store, endpoint, region, signed, transport)
+    report = verify_index(index, fields=fields, store=options, seed=seed)
     print(report.json_text() if json else report.text())
     if report.bad:
         raise typer.Exit(1)
@@ -162,21 +161,22 @@ def jump_pack(
 
     Example: `dinocell jump pack pilot.arrow shards --limit 5000 --bits 8`
     """
-    from dinocell.pretraining.jump import StoreChoice, pack_index
+    from dinocell.pretraining.jump_fields import streaming_errors
+    from dinocell.pretraining.jump_pack import pack_index
+    from dinov3.cells.streaming.shards import PackOptions
+    from dinov3.data.datasets.jump_s3 import StreamOptions
 
+    with streaming_errors():
+        options = PackOptions(bits, crop, scale, per_file, level)
     print(
         pack_index(
             index,
             out,
-            store=StoreChoice(store, endpoint, region, signed, transport),
+            options,
+            store=StreamOptions(store, endpoint, region, signed, transport),
             channels=channels,
             split=split,
             limit=limit,
-            bits=bits,
-            crop_px=crop,
-            scale=scale,
-            per_file=per_file,
-            level=level,
             max_lost_share=max_lost_share,
         )
     )
@@ -203,16 +203,17 @@ def jump_masks(
 
     Example: `dinocell jump masks lite.arrow pseudo --fields 48`
     """
-    from dinocell.pretraining.jump import StoreChoice, export_masks
+    from dinocell.pretraining.jump_pack import export_masks
+    from dinov3.data.datasets.jump_s3 import StreamOptions
 
     print(
         export_masks(
             index,
             out,
-            store=StoreChoice(store, endpoint, region, signed, transport),
+            store=StreamOptions(store, endpoint, region, signed, transport),
             kind=kind,
             channel=channel,
-            count=fields,
+            fields=fields,
             masks=masks,
             seed=seed,
         )
@@ -236,7 +237,7 @@ def jump_plan(
 
     Example: `dinocell jump plan --step-seconds 0.12 --batch 64 --cores 14 --mbps 1000`
     """
-    from dinocell.pretraining.jump import describe_plan
+    from dinocell.pretraining.jump_plan import describe_plan
 
     print(
         describe_plan(

@@ -71,7 +71,7 @@ def test_an_index_is_not_replaced_unasked(index, capsys, gallery):
     before = index.read_bytes()
     arguments = ("jump", "index", "cpg0000-jump-pilot/*/*/BR1", "-o", index, "--store", gallery)
     code, _, err = call(capsys, *arguments)
-    assert (code, "--overwrite" in err) == (2, True)
+    assert (code, "overwrite" in err) == (2, True)
     assert index.read_bytes() == before
     code, out, _ = call(capsys, *arguments, "--overwrite")
     assert (code, "4 fields of 1 plates" in out) == (0, True)
@@ -314,7 +314,7 @@ def test_wrong_choices(index, capsys):
         (["pack", index, "out", "--split", "HALF"], "ALL, TRAIN or VAL"),
         (["pack", index, "out", "--bits", 12], "8 or 16"),
         (["pack", index, "out", "--channels", "GFP"], "must be among"),
-        (["verify", index, "--fields", 0], "--fields must be at least 1"),
+        (["verify", index, "--fields", 0], "must be at least 1, got 0"),
     ):
         code, _, err = call(capsys, "jump", *arguments)
         assert (code, message in err) == (2, True), err

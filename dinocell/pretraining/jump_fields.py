@@ -1,0 +1,164 @@
+"""Fields of an index that `dinocell jump index` made: open them, and check a sample of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dinocell.errors import DINOCellError, UsageError
+from dinocell.progress import progress
+
+if TYPE_CHECKING:
+    from dinov3.data.datasets.jump_s3 import JUMPS3Dataset, StreamOptions
+
+__all__ = ["VerifyReport", "fields_of_index", "first_line", "streaming_errors", "verify_index"]
+
+
+@contextlib.contextmanager
+def streaming_errors() -> Iterator[None]:
+    """Turn errors of `dinov3.cells.streaming` into those that the command line reports.
+
+    Raises
+    ------
+    UsageError
+        For a wrong value, a missing index or an output that exists.
+    DINOCellError
+        For a store that does not answer.
+    """
+    from dinov3.cells.streaming.stores import StoreError
+
+    try:
+        yield
+    except DINOCellError:
+        raise
+    except StoreError as error:
+        raise DINOCellError(str(error)) from error
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        raise UsageError(str(error)) from error
+
+
+def fields_of_index(
+    index: str | Path, store: StreamOptions | None, *, channels: str | None, split: str
+) -> JUMPS3Dataset:
+    """Fields of an index, each once and in the order of the index.
+
+    Parameters
+    ----------
+    store : StreamOptions, optional
+        How the store is read; by default the index names the store, without signed requests.
+    channels : str, optional
+        Names joined by +; by default those that most fields have.
+    split : ALL, TRAIN or VAL
+
+    Raises
+    ------
+    UsageError
+        The index, a channel or an option of the store does not exist.
+    """
+    from dinov3.data.datasets.jump_s3 import JUMPS3Dataset, StreamOptions
+
+    with streaming_errors():
+        dataset = JUMPS3Dataset(
+            index=str(index), split=split, channels=channels, visits=1, spread=1
+        )
+        options = store or StreamOptions()
+        options.of_store(dataset.index.store)  # a wrong option is refused before the first request
+        dataset.set_options(options)
+    return dataset
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return str(error).strip().split("\n")[0]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Result of a check.
+
+    Attributes
+    ----------
+    checked : int
+        Fields that were read.
+    bad : dict
+        Name of a field → why it cannot be used.
+    megabytes : float
+        Amount that was read.
+    incomplete : int
+        Fields of the index that lack a channel that most fields have; they were not read.
+    """
+
+    checked: int
+    bad: dict[str, str]
+    megabytes: float
+    incomplete: int = 0
+
+    def text(self) -> str:
+        """One line, and one for each bad field."""
+        head = f"{self.checked} fields read ({self.megabytes:.1f} MB), {len(self.bad)} bad"
+        if self.incomplete:
+            head += f"; {self.incomplete} more of the index lack a channel that most have: not read"
+        return "\n".join([head, *(f"bad: {name}: {why}" for name, why in self.bad.items())])
+
+    def json_text(self) -> str:
+        """The same as JSON."""
+        return json.dumps(asdict(self))
+
+
+def verify_index(
+    index: str | Path,
+    *,
+    fields: int = 32,
+    store: StreamOptions | None = None,
+    seed: int = 0,
+    threads: int = 4,
+) -> VerifyReport:
+    """Read a random sample of fields and check length, image format, size and contrast.
+
+    Parameters
+    ----------
+    fields : int
+        Size of the sample; all fields if the index has fewer.
+    store : StreamOptions, optional
+        As `fields_of_index`.
+    seed : int
+        Random seed of the sample.
+
+    Raises
+    ------
+    UsageError
+        The index does not exist, or `fields` is below 1.
+    DINOCellError
+        The store does not answer.
+    """
+    if fields < 1:
+        raise UsageError(f"`fields` must be at least 1, got {fields}: raise it")
+    dataset = fields_of_index(index, store, channels=None, split="ALL")
+    total = len(dataset.rows)
+    chosen = sorted(random.Random(seed).sample(range(total), min(fields, total)))
+    bad: dict[str, str] = {}
+
+    def read(number: int) -> tuple[str, str]:
+        name = dataset.field_name(number)
+        try:
+            dataset.read_field(number)
+        except dataset.LOSSES as error:
+            return name, first_line(error)
+        return name, ""
+
+    with (
+        streaming_errors(),
+        ThreadPoolExecutor(threads) as pool,
+        progress("fields", len(chosen)) as bar,
+    ):
+        for name, reason in pool.map(read, chosen):
+            if reason:
+                bad[name] = reason
+            bar.advance(note=name)
+    return VerifyReport(len(chosen), bad, dataset.megabytes_read(), dataset.left_out)

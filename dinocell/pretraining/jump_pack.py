@@ -1,0 +1,255 @@
+"""Fields of an index copied to local files: shards to train on, and labelled images to evaluate on."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinocell.errors import DataSetError, DINOCellError, UsageError
+from dinocell.files import atomic_folder
+from dinocell.pretraining.jump_fields import fields_of_index, first_line, streaming_errors
+from dinocell.progress import progress
+
+if TYPE_CHECKING:
+    from dinov3.cells.streaming.shards import PackOptions
+    from dinov3.data.datasets.jump_s3 import JUMPS3Dataset, StreamOptions
+
+__all__ = ["export_masks", "pack_index"]
+
+
+def pack_index(
+    index: str | Path,
+    out: str | Path,
+    options: PackOptions | None = None,
+    *,
+    store: StreamOptions | None = None,
+    channels: str | None = None,
+    split: str = "ALL",
+    limit: int | None = None,
+    max_lost_share: float = 0.02,
+) -> str:
+    """Copy fields of an index into local shards, which train like the index itself.
+
+    Parameters
+    ----------
+    out : folder that does not exist
+    options : PackOptions, optional
+        How the shards store a field: bits, crop, scale, fields per file, compression.
+    store : StreamOptions, optional
+        As `fields_of_index`.
+    channels : str, optional
+        Names joined by +; by default those that most fields have.
+    split : ALL, TRAIN or VAL
+    limit : int, optional
+        Copy at most the first `limit` fields.
+    max_lost_share : float
+        Unreadable fields are left out and listed; above this share the copy fails.
+
+    Returns
+    -------
+    str
+        What was written, and which fields were left out.
+
+    Raises
+    ------
+    UsageError
+        An option is wrong, or `out` exists.
+    DINOCellError
+        The store does not answer.
+    DataSetError
+        Too many fields cannot be read.
+    """
+    from dinov3.cells.streaming import shards
+
+    if split not in ("ALL", "TRAIN", "VAL"):
+        raise UsageError(f"`split` must be ALL, TRAIN or VAL, got {split!r}: choose one")
+    dataset = fields_of_index(index, store, channels=channels, split=split)
+    total = len(dataset.rows) if limit is None else min(limit, len(dataset.rows))
+    lost: dict[str, str] = {}
+    fields = _readable_fields(dataset, total, lost, max_lost_share)
+    with streaming_errors(), progress("fields", total) as bar:
+        count = shards.pack_fields(
+            fields,
+            out,
+            options or shards.PackOptions(),
+            progress=lambda name: bar.advance(note=name),
+        )
+    size = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
+    text = (
+        f"{out}: {count} fields, {size / 1e6:.1f} MB; train with index={Path(out) / 'fields.arrow'}"
+    )
+    if dataset.left_out:
+        text += (
+            f"\nleft out: {dataset.left_out} fields without {', '.join(dataset.channels)}; name others "
+            "with `channels`"
+        )
+    return "\n".join([text, *(f"left out: {name}: {why}" for name, why in lost.items())])
+
+
+def _readable_fields(
+    dataset: JUMPS3Dataset,
+    total: int,
+    lost: dict[str, str],
+    max_lost_share: float,
+    *,
+    threads: int = 4,
+) -> Iterator[tuple[Any, Any]]:
+    """(record, field) of the first `total` fields; those that cannot be read are noted in `lost`."""
+
+    def read(number: int) -> tuple[Any, Any, str]:
+        try:
+            return dataset.record(number), dataset.read_field(number), ""
+        except dataset.LOSSES as error:
+            return dataset.record(number), None, first_line(error)
+
+    with ThreadPoolExecutor(threads) as pool:
+        # A few at a time, because fields that wait to be written fill the memory.
+        for begin in range(0, total, 4 * threads):
+            numbers = range(begin, min(begin + 4 * threads, total))
+            for record, made, reason in pool.map(read, numbers):
+                if made is not None:
+                    yield record, made
+                    continue
+                lost[record.name] = reason
+                if len(lost) > max(max_lost_share * total, 0):
+                    raise DataSetError(
+                        f"at most {max_lost_share:.1%} of {total} fields may be unreadable, got "
+                        f"{len(lost)} (last: {reason}): repair the store, or raise `max_lost_share`"
+                    )
+
+
+@dataclass(frozen=True)
+class _LabelledField:
+    """One field with the label image that the gallery keeps for it."""
+
+    plate: str
+    site: str
+    image: Any
+    labels: Any
+
+
+def export_masks(
+    index: str | Path,
+    out: str | Path,
+    *,
+    store: StreamOptions | None = None,
+    kind: str = "nuclei",
+    channel: str = "DNA",
+    fields: int = 48,
+    masks: str | None = None,
+    seed: int = 0,
+) -> str:
+    """Write fields and the labels that the gallery has for them as a data set for `ssl_evaluation`.
+
+    Cellpose made these labels for JUMP-Lite.  They are pseudo-truth: good enough to follow a
+    pretraining with (`ssl_evaluation.data`), not to report.  Sites of cpg0016 have the same names
+    everywhere, so that an index of the original images works too.
+
+    Parameters
+    ----------
+    out : folder that does not exist
+        Gets `train` and `val`, each with `images` and `labels`.  A third of the plates goes to `val`;
+        of a single plate, a third of the fields.
+    store : StreamOptions, optional
+        As `fields_of_index`.
+    kind : nuclei or cell
+    channel : str
+        Channel that the images show.
+    fields : int
+        Number of labelled fields; fields without labels are passed over.
+    masks : str, optional
+        Folder of the label arrays in the store, with `{kind}` for nuclei or cell.
+    seed : int
+        Random seed of the choice of fields.
+
+    Returns
+    -------
+    str
+        What was written.
+
+    Raises
+    ------
+    UsageError
+        An option is wrong, or `out` exists.
+    DINOCellError
+        Fewer than two fields have labels, or the store does not answer.
+    """
+    from dinov3.cells.streaming.discovery import JUMP_LITE
+
+    out = Path(out)
+    if kind not in ("nuclei", "cell"):
+        raise UsageError(f"`kind` must be nuclei or cell, got {kind!r}: choose one")
+    if fields < 2:
+        raise UsageError(f"`fields` must be at least 2, got {fields}: raise it")
+    if out.exists():
+        raise UsageError(f"OUT must not exist, got {out}: name another folder, or remove it")
+    dataset = fields_of_index(index, store, channels=channel, split="ALL")
+    folder = (masks or JUMP_LITE["masks"]).format(kind=kind)
+    numbers = list(range(len(dataset.rows)))
+    random.Random(seed).shuffle(numbers)
+    with streaming_errors():
+        found, without = _labelled_fields(dataset, folder, numbers, fields)
+    if len(found) < 2:
+        raise DINOCellError(
+            f"at least 2 fields must have {kind} labels in {folder}, got {len(found)} of "
+            f"{len(found) + without}: use an index of JUMP-Lite or cpg0016"
+        )
+    with atomic_folder(out) as temporary:
+        sides = _write_masks(temporary, found)
+    return (
+        f"{out}: {sides['train']} + {sides['val']} fields with {kind} labels (Cellpose's: "
+        f"pseudo-truth), {without} without; train with ssl_evaluation.data={out}"
+    )
+
+
+def _labelled_fields(
+    dataset: JUMPS3Dataset, folder: str, numbers: list[int], count: int
+) -> tuple[list[_LabelledField], int]:
+    """The first `count` of `numbers` that have labels, and how many before them have none.
+
+    Gives up after 20 · `count` fields without any labels.
+    """
+    found: list[_LabelledField] = []
+    without = 0
+    with progress("fields", min(count, len(numbers))) as bar:
+        for number in numbers:
+            record = dataset.record(number)
+            site = "__".join((*record.plate.split("/")[1:], record.well, record.site))
+            try:
+                labels = dataset.read_array(f"{folder}/{site}")[0]
+                planes = dataset.read_field(number).planes
+            except dataset.LOSSES:
+                without += 1
+                if without > 20 * count and not found:
+                    break
+                continue
+            if labels.shape != planes.shape[1:]:
+                without += 1
+                continue
+            found.append(_LabelledField(record.plate, site, planes[0], labels))
+            bar.advance(note=site)
+            if len(found) == count:
+                break
+    return found, without
+
+
+def _write_masks(folder: Path, found: list[_LabelledField]) -> Counter[str]:
+    """Write the fields of every third plate for validation, the others for training."""
+    import tifffile
+
+    plates = sorted({item.plate for item in found})
+    third = set(plates[::3]) if len(plates) > 1 else set()
+    sides: Counter[str] = Counter()
+    for place, item in enumerate(found):
+        val = item.plate in third if third else place % 3 == 0
+        side = folder / ("val" if val else "train")
+        for name, array in (("images", item.image), ("labels", item.labels)):
+            (side / name).mkdir(parents=True, exist_ok=True)
+            tifffile.imwrite(side / name / f"{item.site}.tif", array, compression="deflate")
+        sides[side.name] += 1
+    return sides
