@@ -1,4 +1,4 @@
-"""Self-supervised pretraining: the tree's training program as DINOCell runs it."""
+"""Self-supervised pretraining: DINOCell runs the training program of the `dinov3` tree."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ def pretrain(
     config : path
         YAML with keys of `ssl_default_config.yaml` and `dinocell.yaml`.
     overrides : sequence of str
-        `key=value`, in place of the file's.  `student.pretrained_weights` may be the name of a
-        fetched backbone.
+        `key=value`, which replace values of the file.  `student.pretrained_weights` may be the name of
+        a fetched backbone.
     output_dir : path, optional
         `runs/ssl/NAME` of the configuration's file name by default.
     resume : bool
-        Go on from the newest whole checkpoint; otherwise earlier checkpoints step aside.
+        Continue from the newest complete checkpoint.  Otherwise start over; earlier checkpoints are
+        moved aside.
     seed : int
-        Of start values, dropout and drop path; `train.seed` is that of the data.
+        Random seed of weight initialisation, dropout and drop path; `train.seed` is that of the data.
 
     Returns
     -------
@@ -46,17 +47,17 @@ def pretrain(
     Raises
     ------
     UsageError
-        Configuration or data are wrong, or belong to another run.
+        The configuration or the data are wrong, or the output folder belongs to another run.
     StoppedError
-        A signal ended the run; the state is saved.
+        A signal ended the run; a checkpoint was saved.
     DINOCellError
-        The loss was no number; the state is saved.
+        The loss was not finite; a checkpoint was saved.
     """
     config = Path(config)
     if not config.is_file():
-        raise UsageError(f"the configuration must be a file, got {config}: see configs/ssl")
+        raise UsageError(f"`config` must be a file, got {config}: see configs/ssl")
     output_dir = Path(output_dir) if output_dir is not None else Path("runs/ssl") / config.stem
-    overrides = [_found(change) for change in overrides]
+    overrides = [_with_path(change) for change in overrides]
     argv = ["--config-file", str(config), "--output-dir", str(output_dir), "--seed", str(seed)]
     if not resume:
         argv.append("--no-resume")
@@ -81,12 +82,12 @@ def pretrain(
 
 
 def _run_foreign(program: Any, arguments: list[str]) -> None:
-    """The training program of a tree of upstream's, which reads `sys.argv` and needs CUDA."""
+    """Run the training program of upstream's tree, which reads `sys.argv` and needs CUDA."""
     import torch
 
     if not torch.cuda.is_available():
         raise UsageError(
-            "pretraining in a tree of upstream's must have a CUDA device, got none: unset "
+            "pretraining with upstream's tree must have a CUDA device, got none: unset "
             "DINOCELL_DINOV3 to train with the bundled tree, which runs everywhere"
         )
     before = sys.argv
@@ -94,9 +95,7 @@ def _run_foreign(program: Any, arguments: list[str]) -> None:
     try:
         program.main()
     except (ValueError, FileNotFoundError, AssertionError) as error:
-        raise UsageError(
-            str(error) or f"{type(error).__name__} in the tree of upstream's"
-        ) from error
+        raise UsageError(str(error) or f"{type(error).__name__} in upstream's tree") from error
     finally:
         sys.argv = before
 
@@ -109,8 +108,8 @@ def _newest_teacher(output_dir: Path) -> Path:
     return files[-1] if files else output_dir
 
 
-def _found(change: str) -> str:
-    """A start file that is given by its name, as a path."""
+def _with_path(change: str) -> str:
+    """The override with the path of the weights where it names fetched weights."""
     key, _, value = change.partition("=")
     if key in ("student.pretrained_weights", "student.resume_from_teacher_chkpt") and value:
         return f"{key}={find_weights(value)}"

@@ -1,12 +1,12 @@
-"""In-training evaluation of self-supervised learning: is the teacher good for cells yet?
+"""Evaluation during self-supervised training: how well do the teacher's features segment cells?
 
-The `dinov3` tree loads `make_evaluation` by its name in `ssl_evaluation.hook` and calls what it
-returns every `ssl_evaluation.period_iterations`.  Each time a small decoder is trained on frozen
-features of the teacher for a labelled set and scored on held-out images; the numbers go to the
-run's log and to `evaluation.jsonl`.
+The training calls `make_evaluation`, which `ssl_evaluation.hook` names, once at its start, and what it
+returns every `ssl_evaluation.period_iterations`.  Each call trains a small decoder on frozen features of
+the teacher for a labelled set and scores it on held-out images; the scores go to the run's log and to
+`evaluation.jsonl`.
 
-The decoder and its order of windows start from the same seed every time, so that differences come
-from the features.
+The decoder and its order of windows start from the same seed every time, so that two evaluations
+differ by their features only.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
-from dinocell.errors import ConfigError, DataSetError, DINOCellError
+from dinocell.errors import ConfigError, DataSetError
 from dinocell.files import write_text_atomically
 from dinocell.pairs import find_pairs
 from dinocell.probing.decoder_probe import (
@@ -42,13 +42,12 @@ RESULTS_NAME = "evaluation.jsonl"
 
 _PREFIX = "eval/"
 _PARTS = ("train", "val")
-_WRAPPER_PARTS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
 
 logger = logging.getLogger("dinov3")
 
 
 class Evaluation:
-    """Callable that scores a backbone; made by `make_evaluation`.
+    """Callable that scores a backbone; `make_evaluation` makes it.
 
     Attributes
     ----------
@@ -56,21 +55,16 @@ class Evaluation:
     train, val : lists of LabelledWindow
         Read once, at the start of the run.
     fingerprint : str
-        Of the config and the windows; results of another fingerprint are not reused.
+        Of the config and the windows; results with another fingerprint are not reused.
     """
 
     def __init__(
-        self,
-        config: ProbeConfig,
-        train: list[LabelledWindow],
-        val: list[LabelledWindow],
-        student: Any = None,
+        self, config: ProbeConfig, train: list[LabelledWindow], val: list[LabelledWindow]
     ) -> None:
         self.config = config
         self.train = train
         self.val = val
         self.fingerprint = _fingerprint(config, train, val)
-        self._student = student
 
     def __call__(self, backbone: nn.Module, iteration: int, output_dir: Path) -> dict[str, float]:
         """Score the backbone as it is now.
@@ -78,9 +72,8 @@ class Evaluation:
         Parameters
         ----------
         backbone : DinoVisionTransformer
-            The teacher's.  A copy is evaluated: weights, mode and random generators of the training
-            stay as they are.  With FSDP every process must make the call, because the weights are
-            gathered; only the first evaluates.
+            The teacher's, with whole (not sharded) weights.  A copy is evaluated: weights, mode and
+            random generators of the training stay as they are.
         iteration : int
         output_dir : path
             Of the run; holds `evaluation.jsonl`.
@@ -90,42 +83,25 @@ class Evaluation:
         dict of float
             ``eval/op_csb``, ``eval/seg``, ``eval/det``, ``eval/ap50``, ``eval/ap75``,
             ``eval/f1_50``, ``eval/mse``, ``eval/train_loss``, ``eval/steps``, ``eval/seconds``.
-            Read from `evaluation.jsonl` where this iteration was done before.  Empty in processes
-            other than the first, and after a failure, which is logged and never raised.
-        """
-        try:
-            return self._evaluate(backbone, iteration, Path(output_dir) / RESULTS_NAME)
-        except Exception as error:  # an evaluation never stops a training run
-            # With its traceback where the fault is not a foreseen one.
-            unforeseen = not isinstance(error, DINOCellError)
-            logger.error(
-                "evaluation at iteration %d failed, training goes on: %s",
-                iteration,
-                error,
-                exc_info=unforeseen,
-            )
-            return {}
+            Read from `evaluation.jsonl` if this iteration was evaluated before.
 
-    def _evaluate(self, backbone: nn.Module, iteration: int, path: Path) -> dict[str, float]:
-        first = not _is_distributed() or torch.distributed.get_rank() == 0
-        sharded = any(_is_sharded(value) for value in backbone.state_dict().values())
-        if not first and not sharded:
-            return {}
-        # Sharded weights are gathered by all processes, whatever the first one finds in its file.
-        frozen = _gathered_copy(backbone, self._student) if sharded else None
-        if not first:
-            return {}
+        Raises
+        ------
+        Exception
+            Whatever goes wrong.  The training that calls this logs the error and continues.
+        """
+        path = Path(output_dir) / RESULTS_NAME
         rows = _read_rows(path)
         for row in rows:
             if row.get("iteration") == iteration and row.get("fingerprint") == self.fingerprint:
-                logger.info("evaluation at iteration %d was done before: %s", iteration, path)
+                logger.info("The scores of iteration %d are read from %s.", iteration, path)
                 return {str(key): float(value) for key, value in row["metrics"].items()}
-        frozen = _frozen_copy(backbone) if frozen is None else frozen
+        frozen = copy.deepcopy(backbone).float().eval().requires_grad_(False)
         result = probe_features(frozen, self.train, self.val, self.config)
         if result.steps < self.config.steps:
             logger.warning(
-                "evaluation at iteration %d: %d of %d decoder steps in ssl_evaluation.max_seconds %g; "
-                "its scores do not compare with those of full trainings",
+                "The evaluation at iteration %d trained its decoder for %d of %d steps within "
+                "ssl_evaluation.max_seconds = %g: do not compare its scores with those of full trainings.",
                 iteration,
                 result.steps,
                 self.config.steps,
@@ -136,7 +112,7 @@ class Evaluation:
         rows.append({"iteration": iteration, "fingerprint": self.fingerprint, "metrics": metrics})
         _write_rows(path, rows)
         logger.info(
-            "evaluation at iteration %d: %s",
+            "Evaluation at iteration %d: %s",
             iteration,
             ", ".join(f"{key.removeprefix(_PREFIX)} {value:.4g}" for key, value in metrics.items()),
         )
@@ -144,10 +120,9 @@ class Evaluation:
 
 
 def make_evaluation(cfg: Any) -> Evaluation:
-    """The evaluation that the section `ssl_evaluation` of a training configuration asks for.
+    """The evaluation that the section `ssl_evaluation` of a training configuration describes.
 
-    Reads and checks the labelled images at once, so that a wrong folder is told before the run
-    starts.
+    Reads and checks the labelled images at once, so that a wrong folder stops the run at its start.
 
     Parameters
     ----------
@@ -163,94 +138,65 @@ def make_evaluation(cfg: Any) -> Evaluation:
     ConfigError
         A value is missing or out of range, or the window does not fit `student.patch_size`.
     DataSetError, ImageFileError
-        The folder is not `train` and `val`, each with `images` and `labels`, paired by name, with
-        cells.
+        The folder does not hold `train` and `val`, each with `images` and `labels` that are paired
+        by name and hold cells.
     """
-    section = _plain(cfg["ssl_evaluation"])
-    student = cfg["student"]
-    try:
-        config = ProbeConfig(
-            window_px=_whole(section, "window_px"),
-            windows_per_image=_whole(section, "windows_per_image"),
-            decoder=str(_value(section, "decoder")),
-            steps=_whole(section, "steps"),
-            batch_size=_whole(section, "batch_size"),
-            lr=_number(section, "lr"),
-            max_seconds=_number(section, "max_seconds"),
-            seed=_whole(section, "seed"),
-        )
-    except ValueError as error:
-        raise ConfigError(f"in ssl_evaluation, {error}") from error
-    patch = int(student["patch_size"])
+    section = cfg["ssl_evaluation"]
+    config = _probe_config(section)
+    patch = int(cfg["student"]["patch_size"])
     if config.window_px % patch:
         raise ConfigError(
             f"ssl_evaluation.window_px must be a multiple of student.patch_size {patch}, got "
             f"{config.window_px}: {max(1, round(config.window_px / patch)) * patch} is next"
         )
-    counts = {part: _whole(section, f"{part}_images") for part in _PARTS}
+    counts = {part: section[f"{part}_images"] for part in _PARTS}
     for part, count in counts.items():
-        if count < 1:
+        if not isinstance(count, int) or count < 1:
             raise ConfigError(
                 f"ssl_evaluation.{part}_images must be at least 1, got {count}: raise it"
             )
-    data = str(_value(section, "data") or "")
-    if not data or not Path(data).is_dir():
+    data = Path(section["data"] or "nothing")
+    if not section["data"] or not data.is_dir():
         raise DataSetError(
-            f"ssl_evaluation.data must be a folder with train and val, got {data or 'nothing'}: name "
-            "a labelled set, or switch the evaluation off with ssl_evaluation.period_iterations=0"
+            f"ssl_evaluation.data must be a folder with train and val, got {data}: name a labelled set, "
+            "or switch the evaluation off with ssl_evaluation.period_iterations=0"
         )
     windows: dict[str, list[LabelledWindow]] = {}
     for part in _PARTS:
-        folder = Path(data) / part
-        pairs = find_pairs(folder / "images", folder / "labels", f"{Path(data).name}/{part}")
+        folder = data / part
+        pairs = find_pairs(folder / "images", folder / "labels", f"{data.name}/{part}")
         windows[part] = read_windows(
             pairs,
             window_px=config.window_px,
             windows_per_image=config.windows_per_image,
             max_images=counts[part],
         )
-    return Evaluation(config, windows["train"], windows["val"], student)
+    return Evaluation(config, windows["train"], windows["val"])
 
 
-# ------------------------------------------------------------------------------------- weights
-
-
-def _frozen_copy(backbone: nn.Module) -> nn.Module:
-    """A float32 copy in eval mode on the same device, without gradients."""
-    frozen = copy.deepcopy(backbone).float().eval()
-    return frozen.requires_grad_(False)
-
-
-def _gathered_copy(backbone: nn.Module, student: Any) -> nn.Module:
-    """As `_frozen_copy` for weights that are spread over processes; all must call it."""
-    state = {}
-    device = None
-    for key, value in backbone.state_dict().items():
-        if _is_sharded(value):
-            value = value.full_tensor()
-        device = value.device if device is None else device
-        for part in _WRAPPER_PARTS:
-            key = key.replace(part, "")
-        state[key] = value.detach()
-    from dinov3.models import build_model
-
-    build: Any = build_model
-    frozen, _ = build(student, only_teacher=True, device="meta")
-    frozen.to_empty(device=device)
-    frozen.init_weights()  # buffers that a state dict does not hold
-    frozen.load_state_dict(state, strict=True)
-    return frozen.float().eval().requires_grad_(False)
-
-
-def _is_sharded(value: Any) -> bool:
-    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-# ------------------------------------------------------------------------------------- results
+def _probe_config(section: Any) -> ProbeConfig:
+    """The keys of the section that describe the decoder, with checked types and ranges."""
+    names = [item.name for item in fields(ProbeConfig)]
+    if missing := [
+        name for name in (*names, "data", "train_images", "val_images") if name not in section
+    ]:
+        raise ConfigError(
+            f"ssl_evaluation must have the key {missing[0]}, got {', '.join(section)}: copy it from "
+            "dinocell.yaml"
+        )
+    try:
+        values = OmegaConf.merge(
+            OmegaConf.structured(ProbeConfig), {name: section[name] for name in names}
+        )
+        return cast(ProbeConfig, OmegaConf.to_object(values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"ssl_evaluation.{error.full_key} must be of type "
+            f"{ProbeConfig.__dataclass_fields__[str(error.full_key)].type}, got "
+            f"{section[error.full_key]!r}: correct it"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"in ssl_evaluation, {error}") from error
 
 
 def _metrics(result: ProbeResult) -> dict[str, float]:
@@ -259,7 +205,7 @@ def _metrics(result: ProbeResult) -> dict[str, float]:
         "steps": float(result.steps),
         "seconds": result.seconds,
     }
-    # JSON has no nan, and a logger no use for one.
+    # JSON has no NaN, and a logger cannot draw one.
     return {f"{_PREFIX}{key}": float(v) for key, v in metrics.items() if math.isfinite(v)}
 
 
@@ -277,7 +223,7 @@ def _fingerprint(
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Whole lines only: one that a crash has cut is dropped, and its evaluation done again."""
+    """Whole lines only: a line that a crash cut short is dropped, and its evaluation is repeated."""
     if not path.exists():
         return []
     rows = []
@@ -285,7 +231,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            logger.warning("a broken line of %s is dropped", path)
+            logger.warning("A damaged line of %s was dropped; its evaluation is repeated.", path)
             continue
         if isinstance(row, dict) and isinstance(row.get("metrics"), dict):
             rows.append(row)
@@ -296,37 +242,3 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = sorted(rows, key=lambda row: int(row["iteration"]))
     write_text_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-# ------------------------------------------------------------------------------- configuration
-
-
-def _plain(section: Any) -> dict[str, Any]:
-    if isinstance(section, Mapping):
-        return dict(section)
-    from omegaconf import OmegaConf
-
-    return dict(OmegaConf.to_container(section, resolve=True))  # type: ignore[arg-type]
-
-
-def _value(section: dict[str, Any], key: str) -> Any:
-    if key not in section:
-        raise ConfigError(
-            f"ssl_evaluation must have the key {key}, got {', '.join(section)}: take it from "
-            "dinocell.yaml"
-        )
-    return section[key]
-
-
-def _whole(section: dict[str, Any], key: str) -> int:
-    value = _value(section, key)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"ssl_evaluation.{key} must be a whole number, got {value!r}: correct it")
-    return value
-
-
-def _number(section: dict[str, Any], key: str) -> float:
-    value = _value(section, key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"ssl_evaluation.{key} must be a number, got {value!r}: correct it")
-    return float(value)
