@@ -49,7 +49,10 @@ setup(
     + find_packages("dinov3_modified", include=["dinov3", "dinov3.*"]),
     package_dir={"dinov3": "dinov3_modified/dinov3"},
     package_data={
-        "dinocell": ["models/*.safetensors", "models/*.md", "models/*.png", "samples/**/*"],
+        "dinocell": [
+            *("models/*.safetensors", "models/*.md", "models/*.png"),
+            *("samples/**/*", "results/*.j2"),
+        ],
         "dinov3": ["configs/*.yaml", "cells/*.yaml"],
     },
     install_requires=[
@@ -66,6 +69,8 @@ setup(
         "omegaconf>=2.3",
         "fvcore>=0.1.5.post20221221",
         "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "networkx>=3",
         "typer>=0.15",
         "rich>=13",
     ],

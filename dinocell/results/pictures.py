@@ -1,15 +1,10 @@
 """Pictures of a segmentation: contours on the image, coloured cells, the distance map, one panel of all.
 
 Every function returns (H, W, 3) uint8 RGB.  Nothing here needs a display or matplotlib.
-
-The colours of cells are those of Okabe and Ito (Color Universal Design, 2008) without black and with
-a light gray, which people with colour-blindness can tell apart; the colours of the distance map rise
-evenly in lightness, so that they also read well in gray.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import os
 import unicodedata
@@ -21,12 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from dinocell.files import atomic_path
 from dinocell.labels import as_labels, cell_borders
+from dinocell.results.colors import color_distance_map, color_labels, number_cells
 
 __all__ = [
-    "CELL_COLORS",
     "CONTOUR_COLOR",
-    "color_distance_map",
-    "color_labels",
     "draw_contours",
     "mean_blocks",
     "overlay_panel",
@@ -35,36 +28,8 @@ __all__ = [
     "write_png",
 ]
 
-CELL_COLORS: tuple[tuple[int, int, int], ...] = (
-    (230, 159, 0),  # orange
-    (86, 180, 233),  # sky blue
-    (0, 158, 115),  # bluish green
-    (240, 228, 66),  # yellow
-    (0, 114, 178),  # blue
-    (213, 94, 0),  # vermilion
-    (204, 121, 167),  # reddish purple
-    (200, 200, 200),  # light gray
-)
-"""Colours of cells; those of neighbours differ."""
-
 CONTOUR_COLOR = (255, 96, 0)
 """Default colour of contours: visible on black, gray and white."""
-
-# Control points at equal steps of lightness (CIE L* about 9.6 apart), the hue going from blue
-# through red to yellow at the chroma that sRGB can just show.
-_DISTANCE_POINTS = (
-    (0, 0, 0),
-    (4, 17, 98),
-    (84, 8, 111),
-    (131, 16, 110),
-    (176, 24, 108),
-    (223, 33, 99),
-    (249, 78, 87),
-    (251, 132, 94),
-    (252, 173, 114),
-    (254, 210, 149),
-    (255, 243, 205),
-)
 
 # Hues of channels when there are not three of them; two are green and magenta.
 _CHANNEL_COLORS = (
@@ -77,7 +42,6 @@ _CHANNEL_COLORS = (
 
 _LOW_PERCENT, _HIGH_PERCENT = 0.1, 99.8
 _SAMPLED_PIXELS = 1 << 20
-_NEAR_PX = 3
 _PANEL_GAP_PX = 8
 _MIN_PANEL_PX = 256
 _BACKGROUND, _INK, _FAINT_INK = (16, 18, 22), (235, 235, 235), (160, 165, 172)
@@ -173,89 +137,6 @@ def draw_contours(
     return picture
 
 
-def color_labels(labels: ArrayLike, *, seed: int = 0) -> RGBImage:
-    """Give each cell a colour; neighbours get different ones.
-
-    Parameters
-    ----------
-    labels : (H, W) integer array_like
-        0 background, other values cells; they need not be consecutive.
-    seed : int >= 0
-        Another seed gives another choice of colours.
-
-    Returns
-    -------
-    (H, W, 3) uint8 ndarray
-        Background black, cells in `CELL_COLORS`.  Cells that touch, also over a corner, always differ;
-        cells with at most two pixels between them differ where eight colours allow it.  A cell that touches so many
-        others that the eight run out gets a darker one of them.  The same labels and seed give the
-        same picture.
-
-    Notes
-    -----
-    Greedy colouring in smallest-last order (Matula and Beck, J. ACM 30, 417, 1983).
-    """
-    labels = as_labels(labels)
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f"`seed` must be an integer >= 0, got {seed!r}.")
-    picture = np.zeros((*labels.shape, 3), np.uint8)
-    values, indices = _number_cells(labels)
-    if len(values) == 0:
-        return picture
-    touching = _neighbours(indices, len(values), 1)
-    near = _neighbours(indices, len(values), _NEAR_PX)
-    wish = np.random.default_rng([int(seed), 0xCE11]).permutation(len(CELL_COLORS))
-    colors = np.full(len(values), -1)
-    for cell in _smallest_last(touching):
-        taken = {int(colors[other]) for other in touching[cell] if colors[other] >= 0}
-        around = taken | {int(colors[other]) for other in near[cell] if colors[other] >= 0}
-        free = [c for c in range(len(CELL_COLORS)) if c not in around]
-        free = free or [c for c in range(len(CELL_COLORS)) if c not in taken]
-        # A cell's number decides among the free ones, so that the picture is lively and repeatable.
-        turn = int(values[cell]) * 2654435761 % 2**32 >> 16
-        if free:
-            colors[cell] = free[int(wish[turn % len(wish)] + turn) % len(free)]
-        else:
-            colors[cell] = next(c for c in range(len(values) + 8) if c not in taken)
-    table = np.zeros((len(values) + 1, 3), np.uint8)
-    base = np.array(CELL_COLORS)[colors % len(CELL_COLORS)]
-    table[1:] = np.rint(base * 0.75 ** (colors // len(CELL_COLORS))[:, None])
-    return table[indices]
-
-
-def color_distance_map(distance_map: ArrayLike) -> RGBImage:
-    """Colour a distance map, dark to light.
-
-    Parameters
-    ----------
-    distance_map : (H, W) real array_like
-        0 is black, 1 the lightest; values outside [0, 1] are clipped.
-
-    Returns
-    -------
-    (H, W, 3) uint8 ndarray
-
-    Raises
-    ------
-    ValueError
-        Not 2-D, or holds NaN.
-    """
-    array = np.asarray(distance_map)
-    if array.ndim != 2:
-        raise ValueError(
-            f"`distance_map` must be 2-D (H, W), got shape {array.shape}: choose one channel."
-        )
-    array = array.astype(np.float32, copy=False)
-    if np.isnan(array).any():
-        raise ValueError("`distance_map` must not hold NaN, got some: check the model's output.")
-    steps = np.linspace(0.0, 1.0, len(_DISTANCE_POINTS))
-    points = np.array(_DISTANCE_POINTS, float)
-    fine = np.linspace(0.0, 1.0, 256)
-    table = np.stack([np.interp(fine, steps, points[:, c]) for c in range(3)], axis=-1)
-    index = np.rint(np.clip(array, 0.0, 1.0) * 255.0).astype(np.intp)
-    return np.rint(table).astype(np.uint8)[index]
-
-
 def shrink_labels(labels: ArrayLike, factor: int) -> NDArray[np.uint32]:
     """Shrink labels by a whole factor so that no cell gets lost between the pixels.
 
@@ -347,7 +228,7 @@ def overlay_panel(
         raise ValueError(f"`max_panel_px` must be 64 or more, got {max_panel_px}.")
     if pixel_size_um is not None and not (math.isfinite(pixel_size_um) and pixel_size_um > 0):
         raise ValueError(f"`pixel_size_um` must be a finite number > 0, got {pixel_size_um}.")
-    num_cells = len(_number_cells(labels)[0])
+    num_cells = len(number_cells(labels)[0])
     factor = math.ceil(max(labels.shape) / max_panel_px)
     repeat = max(1, min(_MIN_PANEL_PX // max(labels.shape), 64)) if factor == 1 else 1
     limits = _limits(array, _LOW_PERCENT, _HIGH_PERCENT)
@@ -517,70 +398,6 @@ def _color(color: Sequence[int]) -> NDArray[np.uint8]:
     ):
         raise ValueError(f"`color` must be three whole numbers 0..255, got {color!r}.")
     return values.astype(np.uint8)
-
-
-# ------------------------------------------------------------------------------------ neighbourhood
-
-
-def _number_cells(labels: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.intp]]:
-    """Cell values in rising order, and an image with 1 + their position (0 background)."""
-    highest = int(labels.max(initial=0))
-    if highest <= 4 * labels.size + 1024:
-        present = np.zeros(highest + 1, bool)
-        present[labels.ravel()] = True
-        present[0] = False
-        values = np.flatnonzero(present).astype(np.uint32)
-        table = np.zeros(highest + 1, np.intp)
-        table[values] = np.arange(1, len(values) + 1)
-        return values, table[labels]
-    values = np.unique(labels)
-    values = values[values > 0]
-    indices = np.searchsorted(values, labels).astype(np.intp) + 1
-    indices[labels == 0] = 0
-    return values, indices
-
-
-def _neighbours(indices: NDArray[np.intp], count: int, reach_px: int) -> list[set[int]]:
-    """For each cell the cells within `reach_px` (the larger of the row and column distances)."""
-    height, width = indices.shape
-    codes = []
-    for drow in range(reach_px + 1):
-        for dcol in range(-reach_px, reach_px + 1):
-            if (drow == 0 and dcol <= 0) or drow >= height or abs(dcol) >= width:
-                continue
-            left, right = max(0, -dcol), max(0, dcol)
-            one = indices[: height - drow, left : width - right]
-            other = indices[drow:, right : width - left]
-            pairs = (one != other) & (one > 0) & (other > 0)
-            first, second = one[pairs] - 1, other[pairs] - 1
-            codes.append(np.unique(np.minimum(first, second) * count + np.maximum(first, second)))
-    result: list[set[int]] = [set() for _ in range(count)]
-    if codes:
-        for code in np.unique(np.concatenate(codes)).tolist():
-            first_cell, second_cell = divmod(code, count)
-            result[first_cell].add(second_cell)
-            result[second_cell].add(first_cell)
-    return result
-
-
-def _smallest_last(neighbours: Sequence[set[int]]) -> list[int]:
-    """Order in which greedy colouring needs few colours: cells of few neighbours come last."""
-    degree = [len(others) for others in neighbours]
-    heap = [(d, cell) for cell, d in enumerate(degree)]
-    heapq.heapify(heap)
-    removed = [False] * len(degree)
-    order = []
-    while heap:
-        d, cell = heapq.heappop(heap)
-        if removed[cell] or d != degree[cell]:
-            continue
-        removed[cell] = True
-        order.append(cell)
-        for other in neighbours[cell]:
-            if not removed[other]:
-                degree[other] -= 1
-                heapq.heappush(heap, (degree[other], other))
-    return order[::-1]
 
 
 # ---------------------------------------------------------------------------------------------- text

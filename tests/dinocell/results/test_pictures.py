@@ -13,11 +13,9 @@ from skimage.color import rgb2lab
 
 from dinocell.errors import DINOCellError
 from dinocell.labels import cell_borders
+from dinocell.results.colors import CELL_COLORS, color_distance_map, color_labels
 from dinocell.results.pictures import (
-    CELL_COLORS,
     CONTOUR_COLOR,
-    color_distance_map,
-    color_labels,
     draw_contours,
     mean_blocks,
     overlay_panel,

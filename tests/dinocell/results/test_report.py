@@ -14,8 +14,9 @@ from PIL import Image
 
 from dinocell.errors import DINOCellError
 from dinocell.labels import cell_borders
+from dinocell.results.colors import color_labels
 from dinocell.results.measure import measure_labels, summarize
-from dinocell.results.pictures import CONTOUR_COLOR, color_labels
+from dinocell.results.pictures import CONTOUR_COLOR
 from dinocell.results.report import ReportEntry, make_entry, write_report
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
