@@ -353,7 +353,7 @@ def test_failure_leaves_the_old_file(write, tmp_path: Path, monkeypatch) -> None
 
 @pytest.mark.parametrize("encode", [labels_to_polygons, labels_to_rle])
 def test_wrong_labels(encode) -> None:
-    with pytest.raises(TypeError, match="boolean mask"):
+    with pytest.raises(TypeError, match="integer label image, got dtype bool"):
         encode(np.ones((2, 2), bool))
     with pytest.raises(ValueError, match=r"got shape \(2,\)"):
         encode(np.ones(2, int))
