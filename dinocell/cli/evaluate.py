@@ -3,93 +3,134 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dinocell.cli.options import App, Device
 from dinocell.errors import UsageError
 
+if TYPE_CHECKING:
+    from dinocell.evaluation.evaluate import EvaluationReport
+
 __all__ = ["app", "check_evaluation"]
 
 app = App()
 
 
-@app.command()
-def evaluate(
-    pred: Annotated[Path | None, typer.Option(help="Folder of predicted label images.")] = None,
-    truth: Annotated[Path | None, typer.Option(help="Folder of true label images.")] = None,
+@dataclass(frozen=True)
+class Inputs:
+    """What is compared: label images with the truth, or a model's with that of its data."""
+
+    pred: Annotated[
+        Path | None, typer.Option(help="Score the label images in this folder, against --truth.")
+    ] = None
+    truth: Annotated[
+        Path | None, typer.Option(help="Read the true label images from this folder.")
+    ] = None
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Model to run, in place of --pred.")
-    ] = None,
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Run this model (a file or a bundled name) on --data and score its result.",
+        ),
+    ] = None
     data: Annotated[
-        Path | None, typer.Option(help="Folder with images/ and labels/, for --model.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the tables here (.csv or .json).")
-    ] = None,
-    iou: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run --model on this folder, which has the subfolders images and labels."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How label images are compared."""
+
+    iou_thresholds: Annotated[
         list[float] | None,
         typer.Option(
-            help="IoU thresholds of AP, F1 and PQ; repeat for several.  [default: 0.5, 0.75, 0.9]"
+            "--iou",
+            help="Compute AP, F1 and PQ at this IoU threshold (above 0, at most 1). Repeat the option "
+            "for several thresholds.  [default: 0.5, 0.75, 0.9]",
         ),
-    ] = None,
+    ] = None
     boundary_tolerance_px: Annotated[
-        float, typer.Option(min=0, help="Tolerance of the boundary F score in px.")
-    ] = 2.0,
-    allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Count a missing prediction as no cells.")
-    ] = False,
+        float,
+        typer.Option(
+            min=0,
+            help="Count boundaries as equal up to this distance in px in the boundary F score.",
+        ),
+    ] = 2.0
+
+    def settings(self) -> dict[str, Any]:
+        """The options as arguments of `evaluate_folders` and `evaluate_model`."""
+        from dinocell.evaluation.evaluate import DEFAULT_IOU_THRESHOLDS
+
+        return {
+            "iou_thresholds": tuple(self.iou_thresholds or DEFAULT_IOU_THRESHOLDS),
+            "boundary_tolerance_px": self.boundary_tolerance_px,
+        }
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The search for thresholds of a model, named as the parameters of `evaluate_model`."""
+
     tune: Annotated[
         bool,
-        typer.Option("--tune", help="First find the best thresholds for --model on --data."),
-    ] = False,
+        typer.Option("--tune", help="Search the best thresholds of --model on --data first."),
+    ] = False
     metric: Annotated[
-        str, typer.Option(help="What --tune maximises: ap (mean over IoU), apNN, seg, det, op_csb.")
-    ] = "ap",
-    save_model: Annotated[
-        Path | None, typer.Option(help="With --tune: write the model with these thresholds.")
-    ] = None,
-    device: Device = "auto",
-    per_image: Annotated[bool, typer.Option(help="Also print a row per image.")] = False,
-) -> None:
-    """Score label images against the truth: SEG, DET, OP_CSB, AP, PQ, F1, AJI, boundary F.
+        str,
+        typer.Option(
+            help="Maximise this score with --tune: ap (mean over the IoU thresholds), apNN such as ap50, "
+            "seg, det or op_csb."
+        ),
+    ] = "ap"
+    save_to: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-model", help="Write a model file with the thresholds that --tune found."
+        ),
+    ] = None
 
-    Scores are given pooled over all images and as the mean over images; both are labelled.
-    `--tune` runs the network once per image and searches the thresholds on its maps: use
-    validation data, never the test set.
+
+@app.command()
+def evaluate(
+    inputs: Inputs,
+    scoring: Scoring,
+    tuning: Tuning,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write the scores to this file (.csv or .json)."),
+    ] = None,
+    allow_missing_predictions: Annotated[
+        bool,
+        typer.Option(
+            "--allow-missing", help="Score an image without prediction as one without cells."
+        ),
+    ] = False,
+    device: Device = "auto",
+    per_image: Annotated[bool, typer.Option(help="Print a row for each image, too.")] = False,
+) -> None:
+    """Compare label images with the truth: SEG, DET, OP_CSB, AP, PQ, F1, AJI and boundary F.
+
+    Every score is printed twice: pooled over the cells of all images, and as the mean over images.
+
+    `--tune` runs the network once on each image and then searches the thresholds. Use validation
+    images for it, never the test set.
 
     Example: `dinocell evaluate --pred out --truth data/test/labels`
     """
-    from dinocell.evaluation.evaluate import DEFAULT_IOU_THRESHOLDS, evaluate_folders
-    from dinocell.evaluation.model_evaluation import evaluate_model
-
-    check_evaluation(dict(locals()))
-    thresholds = tuple(iou) if iou else DEFAULT_IOU_THRESHOLDS
-    if pred is not None and truth is not None:
-        scores = evaluate_folders(
-            pred,
-            truth,
-            allow_missing_predictions=allow_missing,
-            iou_thresholds=thresholds,
-            boundary_tolerance_px=boundary_tolerance_px,
-        )
+    check_evaluation(vars(inputs) | vars(scoring) | vars(tuning) | {"out": out})
+    if inputs.model is None:
+        scores = _scores_of_folders(inputs, scoring, allow_missing_predictions)
     else:
-        assert model is not None
-        assert data is not None
-        result = evaluate_model(
-            model,
-            data,
-            device=device,
-            tune=tune,
-            metric=metric,
-            save_to=save_model,
-            iou_thresholds=thresholds,
-            boundary_tolerance_px=boundary_tolerance_px,
-        )
-        print(result.text())
-        scores = result.report
+        scores = _scores_of_model(inputs, scoring, tuning, device)
     print("\n".join(scores.table(per_image=per_image)))
     if out is not None:
         write = scores.to_csv if out.suffix == ".csv" else scores.to_json
@@ -97,10 +138,43 @@ def evaluate(
         print(f"written: {out}")
 
 
+def _scores_of_folders(inputs: Inputs, scoring: Scoring, allow_missing: bool) -> EvaluationReport:
+    from dinocell.evaluation.evaluate import evaluate_folders
+
+    assert inputs.pred is not None
+    assert inputs.truth is not None
+    return evaluate_folders(
+        inputs.pred, inputs.truth, allow_missing_predictions=allow_missing, **scoring.settings()
+    )
+
+
+def _scores_of_model(
+    inputs: Inputs, scoring: Scoring, tuning: Tuning, device: str
+) -> EvaluationReport:
+    from dinocell.evaluation.model_evaluation import evaluate_model
+
+    assert inputs.model is not None
+    assert inputs.data is not None
+    result = evaluate_model(
+        inputs.model, inputs.data, device=device, **vars(tuning), **scoring.settings()
+    )
+    print(result.text())
+    return result.report
+
+
 def check_evaluation(given: Mapping[str, Any]) -> None:
-    """Which options of `evaluate` go together."""
+    """Refuse options of `evaluate` that do not go together.
+
+    Parameters
+    ----------
+    given : all parameters of the command, by name
+
+    Raises
+    ------
+    UsageError
+    """
     pred, truth, model, data = (given[name] for name in ("pred", "truth", "model", "data"))
-    tune, save_model, out = (given[name] for name in ("tune", "save_model", "out"))
+    tune, save_to, out = (given[name] for name in ("tune", "save_to", "out"))
     if (pred is None) != (truth is None) or (model is None) != (data is None):
         raise UsageError(
             "evaluate must get --pred with --truth, or --model with --data, got half a pair: add the "
@@ -111,11 +185,12 @@ def check_evaluation(given: Mapping[str, Any]) -> None:
             "evaluate must get either --pred and --truth or --model and --data, got "
             f"{'neither' if pred is None else 'both'}: choose one pair"
         )
-    if model is None and (tune or save_model):
+    if model is None and (tune or save_to):
         raise UsageError("--tune must have --model and --data, got --pred: give a model to tune")
-    if save_model is not None and not tune:
+    if save_to is not None and not tune:
         raise UsageError("--save-model must come with --tune, got it alone: add --tune")
     if out is not None and out.suffix not in (".csv", ".json"):
         raise UsageError(f"--out must end in .csv or .json, got {out}: choose one of the two")
-    if not all(0 < value <= 1 for value in given["iou"] or []):
-        raise UsageError(f"--iou must be above 0 and at most 1, got {given['iou']}: 0.5 is usual")
+    values = given["iou_thresholds"] or []
+    if not all(0 < value <= 1 for value in values):
+        raise UsageError(f"--iou must be above 0 and at most 1, got {values}: 0.5 is usual")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -20,6 +21,8 @@ __all__ = [
     "Call",
     "Device",
     "ModelOption",
+    "OutFolder",
+    "Which",
     "expand_dataclasses",
     "in_options",
     "parameters_of",
@@ -28,15 +31,20 @@ __all__ = [
 Device = Annotated[
     str,
     typer.Option(
-        "--device",
-        help="Processor to compute on: auto, cpu, cuda, cuda:N (the GPU with number N) or mps.",
+        help="Compute on this device: auto (a GPU if one exists), cpu, cuda, cuda:N for the GPU with "
+        "number N, or mps."
     ),
 ]
 ModelOption = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="Model to use: a model file, or the name of a bundled model."
+        "--model", "-m", help="Use this model: a model file or the name of a bundled model."
     ),
+]
+OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Write the results to this folder.")]
+Which = Annotated[
+    str,
+    typer.Option(help="Take these weights of a training checkpoint: teacher or student."),
 ]
 
 # What `submit`, `supervise` and `shards plan` do not know is an option of the command that they run.

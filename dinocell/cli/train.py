@@ -13,30 +13,52 @@ __all__ = ["app"]
 
 app = App()
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Values that replace those of the configuration file."
+    ),
+]
+
 
 @app.command()
 def pretrain(
-    config: Annotated[Path, typer.Argument(help="YAML configuration, see configs/ssl.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the configuration."),
-    ] = None,
+    config: Annotated[
+        Path, typer.Argument(help="YAML configuration file; examples are in configs/ssl.")
+    ],
+    overrides: Overrides = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option("--output-dir", "-o", help="Folder of the run.  [default: runs/ssl/NAME]"),
+        typer.Option(
+            "--output-dir",
+            "-o",
+            help="Write checkpoints and logs to this folder.  [default: runs/ssl/NAME, with the name "
+            "of the configuration file]",
+        ),
     ] = None,
     no_resume: Annotated[
-        bool, typer.Option("--no-resume", help="Start anew; earlier checkpoints step aside.")
+        bool,
+        typer.Option(
+            "--no-resume",
+            help="Start over; the checkpoints of the earlier run are moved aside, not deleted.",
+        ),
     ] = False,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of start values and dropout; train.seed is the data's.")
+        int,
+        typer.Option(
+            min=0,
+            help="Use this random seed for weight initialisation and dropout. The key train.seed of the "
+            "configuration is the seed of the data order.",
+        ),
     ] = 0,
 ) -> None:
-    """Train a backbone on images without labels (DINO, iBOT, KoLeo), or continue a stopped run.
+    """Train a backbone on images without labels (DINO, iBOT and KoLeo losses).
 
-    Run the same command again after an interruption: it continues from the last checkpoint, bit
-    for bit on a CPU.  The last line names the teacher's file, which `dinocell train` starts from
-    with `backbone.weights=FILE`.
+    After an interruption run the same command again: training continues from the last checkpoint.
+    On a CPU the result is bit for bit the same as without the interruption.
+
+    The last line of the output names the teacher's file. To fine-tune it, start `dinocell train` with
+    `backbone.weights=FILE`.
 
     Example: `dinocell pretrain configs/ssl/cells_tiny.yaml optim.epochs=2`
     """
@@ -48,15 +70,14 @@ def pretrain(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML configuration, see configs/finetune.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the configuration."),
-    ] = None,
+    config: Annotated[
+        Path, typer.Argument(help="YAML configuration file; examples are in configs/finetune.")
+    ],
+    overrides: Overrides = None,
 ) -> None:
-    """Train a model on folders of images and label images, or continue a stopped run.
+    """Train a segmentation model on folders of images and label images.
 
-    Run the same command again after an interruption: it continues from the last checkpoint.
+    After an interruption run the same command again: training continues from the last checkpoint.
 
     Example: `dinocell train configs/finetune/dsb2018_tiny.yaml optimizer.lr=5e-4`
 

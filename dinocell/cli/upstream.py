@@ -1,4 +1,4 @@
-"""`dinocell upstream`: our additions on a checkout of Meta's DINOv3."""
+"""`dinocell upstream`: our additions to a checkout of Meta's DINOv3."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ __all__ = ["app"]
 
 app = App(
     name="upstream",
-    help="Our additions on a checkout of Meta's DINOv3: apply, undo, rebase, verify.",
+    help="Apply our additions to a checkout of Meta's DINOv3, undo, rebase and verify them.",
     no_args_is_help=True,
 )
 
-Checkout = Annotated[Path, typer.Option("--checkout", help="A git checkout of DINOv3.")]
+Checkout = Annotated[
+    Path, typer.Option("--checkout", help="Use this git checkout of Meta's DINOv3.")
+]
 SeriesFolder = Annotated[
     Path | None,
-    typer.Option("--series", help="Folder of patches.  [default: patches of this clone]"),
+    typer.Option(
+        "--series",
+        help="Read the patches from this folder.  [default: the folder patches of this clone]",
+    ),
 ]
 
 
 @app.command("status")
 def upstream_status(checkout: Checkout, series: SeriesFolder = None) -> None:
-    """Tell which release a checkout is, which patches apply to it, and what is in place.
+    """Show the release of a checkout, which patches apply to it and which are applied.
 
-    Exit code 1 if a patch does not apply.
+    The exit code is 1 if a patch does not apply.
 
     Example: `dinocell upstream status --checkout ../dinov3`
     """
@@ -47,11 +52,15 @@ def upstream_apply(
     checkout: Checkout,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Make a new folder; the checkout is left alone."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Write a patched copy to this new folder and leave the checkout unchanged.",
+        ),
     ] = None,
     series: SeriesFolder = None,
 ) -> None:
-    """Put our files and patches into a checkout without changes, all of them or none.
+    """Add our files and patches to a clean checkout, either all of them or none.
 
     Example: `dinocell upstream apply --checkout ../dinov3 --out ../dinov3-cells`
     """
@@ -66,7 +75,7 @@ def upstream_apply(
 
 @app.command("undo")
 def upstream_undo(checkout: Checkout, series: SeriesFolder = None) -> None:
-    """Take our lines and files out of a checkout again; nothing else is touched.
+    """Remove our lines and files from a checkout; nothing else changes.
 
     Example: `dinocell upstream undo --checkout ../dinov3`
     """
@@ -79,21 +88,28 @@ def upstream_undo(checkout: Checkout, series: SeriesFolder = None) -> None:
 @app.command("rebase")
 def upstream_rebase(
     checkout: Checkout,
-    onto: Annotated[str, typer.Option("--onto", help="Commit, tag or branch of the checkout.")],
+    onto: Annotated[
+        str,
+        typer.Option(
+            "--onto", help="Move the patches onto this commit, tag or branch of the checkout."
+        ),
+    ],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only tell what would become of each patch.")
+        bool, typer.Option("--dry-run", help="Show what would happen to each patch; write nothing.")
     ] = False,
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify/--no-verify", help="Run the conformance suite before the series is written."
+            "--verify/--no-verify",
+            help="Run the conformance suite before the new patches are written.",
         ),
     ] = True,
     series: SeriesFolder = None,
 ) -> None:
-    """Move the series onto another commit; it is written only if everything passes.
+    """Move the patches onto another commit of upstream; write them only if every check passes.
 
-    The checkout is not touched.  Exit code 1 and both sides of each place after a conflict.
+    The checkout does not change. After a conflict the exit code is 1, and both versions of each place
+    are printed.
 
     Example: `dinocell upstream rebase --checkout ../dinov3 --onto origin/main`
     """
@@ -121,7 +137,7 @@ def upstream_rebase(
 
 @app.command("refresh")
 def upstream_refresh(checkout: Checkout, series: SeriesFolder = None) -> None:
-    """Make the series from the marked lines of a checkout that you edited.
+    """Write the patches again from the marked lines of a checkout that you edited.
 
     Example: `dinocell upstream refresh --checkout ../dinov3`
     """
@@ -134,13 +150,16 @@ def upstream_refresh(checkout: Checkout, series: SeriesFolder = None) -> None:
 @app.command("verify")
 def upstream_verify(
     context: typer.Context,
-    tree: Annotated[Path, typer.Option("--tree", help="Folder that holds the package dinov3.")],
-    keyword: Annotated[str, typer.Option("-k", help="Only tests that match, as pytest's -k.")] = "",
+    tree: Annotated[Path, typer.Option("--tree", help="Test the package dinov3 in this folder.")],
+    keyword: Annotated[
+        str,
+        typer.Option("-k", help="Run only tests that match this expression, as with pytest -k."),
+    ] = "",
 ) -> None:
-    """Run the conformance suite on a tree: names, numbers, a training step, checkpoints, additions.
+    """Test a DINOv3 tree: names, numbers, a training step, checkpoints and our additions.
 
-    A tree of upstream's needs torchvision for its data and training parts; without it these are
-    skipped, and the table says so.  Exit code 1 if anything failed.
+    Upstream's tree needs torchvision for its data and training parts; without it these tests are
+    skipped, and the table says so. The exit code is 1 if a test failed.
 
     Example: `dinocell upstream verify --tree ../dinov3-cells`
     """

@@ -1,22 +1,27 @@
-"""`dinocell weights`: model files."""
+"""`dinocell weights`: model files and backbones."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dinocell.cli.options import App
+from dinocell.cli.options import App, Which
 
 __all__ = ["app"]
 
-app = App(name="weights", help="Model files: what is there, what is in them.", no_args_is_help=True)
+app = App(
+    name="weights",
+    help="List, describe, convert and download model files and backbones.",
+    no_args_is_help=True,
+)
 
 
 @app.command("list")
 def weights_list() -> None:
-    """List the bundled models with their score, and the released backbones.
+    """List the bundled models with their scores, and the released DINOv3 backbones.
 
     Example: `dinocell weights list`
     """
@@ -32,17 +37,21 @@ def weights_info(
     model: Annotated[
         str,
         typer.Argument(
-            help="Model file, bundled name, SIZE/PATCH such as small/8, or any backbone file or "
-            "checkpoint folder."
+            help="Model file, name of a bundled model, SIZE/PATCH such as small/8 for an untrained "
+            "architecture, backbone file, or checkpoint folder."
         ),
     ],
     decoder: Annotated[
-        str, typer.Option(help="Decoder for SIZE/PATCH: unet, unet_wide or linear.")
+        str,
+        typer.Option(help="Use this decoder with SIZE/PATCH: unet, unet_wide or linear."),
     ] = "unet",
     image_px: Annotated[
-        int, typer.Option(min=1, help="Edge of the image the cost is counted for.")
+        int,
+        typer.Option(
+            min=1, help="Count the operations for a square image with this edge length in px."
+        ),
     ] = 256,
-    which: Annotated[str, typer.Option(help="Of a checkpoint: teacher or student.")] = "teacher",
+    which: Which = "teacher",
 ) -> None:
     """Describe a model (architecture, cost, training, thresholds) or a backbone file.
 
@@ -57,68 +66,98 @@ def weights_info(
         print(describe_model(model, decoder=decoder, image_px=image_px))
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """How a backbone is converted, named as the parameters of `convert_weights`."""
+
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="Write this format: meta, hf (Hugging Face), timm or dinocell.  [default: the one "
+            "that fits the ending of OUT]"
+        ),
+    ] = None
+    patch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Adapt the patch embedding to this patch size in px."),
+    ] = None
+    patch_method: Annotated[
+        str,
+        typer.Option(
+            help="Resize the patch embedding with this method: nearest (exact), bilinear, "
+            "pseudo_inverse or bicubic."
+        ),
+    ] = "nearest"
+    which: Which = "teacher"
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = (
+        False
+    )
+
+
 @app.command("convert")
 def weights_convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="IN", help="Backbone file, checkpoint folder, model file, or a fetched name."
+            metavar="IN",
+            help="Backbone file, checkpoint folder, model file, or name of a downloaded backbone.",
         ),
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", help=".pth, .safetensors, or a folder (hf).")
+        Path,
+        typer.Argument(
+            metavar="OUT", help="New file (.pth or .safetensors), or new folder for the format hf."
+        ),
     ],
-    to: Annotated[
-        str | None,
-        typer.Option(help="meta, hf, timm or dinocell.  [default: by the ending of OUT]"),
-    ] = None,
-    patch_size: Annotated[
-        int | None, typer.Option(min=1, help="Adapt the patch embedding, for example 16 → 8.")
-    ] = None,
-    patch_method: Annotated[
-        str, typer.Option(help="nearest (exact), bilinear, pseudo_inverse or bicubic.")
-    ] = "nearest",
-    which: Annotated[str, typer.Option(help="Of a checkpoint: teacher or student.")] = "teacher",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    options: Conversion,
 ) -> None:
-    """Write the backbone of any DINOv3 file in another format, or for another patch size.
+    """Convert the backbone of a DINOv3 file to another format or another patch size.
 
-    IN may be Meta's `.pth`, a teacher file or checkpoint folder of a training run, Hugging Face's
-    folder or `.safetensors`, timm's file, or a DINOCell model.
+    IN may be Meta's `.pth` file, a teacher file or checkpoint folder of a training run, a folder or
+    `.safetensors` file of Hugging Face, a file of timm, or a DINOCell model.
 
     Example: `dinocell weights convert runs/ssl/a/ckpt/999 backbone.pth --patch-size 8`
     """
     from dinocell.network.weights import convert_weights
 
-    print(
-        convert_weights(
-            source,
-            target,
-            to=to,
-            patch_size=patch_size,
-            patch_method=patch_method,
-            which=which,
-            overwrite=overwrite,
-        )
-    )
+    print(convert_weights(source, target, **vars(options)))
 
 
 @app.command("fetch")
 def weights_fetch(
-    name: Annotated[str, typer.Argument(help="Released backbone (see list), or a file's name.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a released backbone (see `dinocell weights list`), or name of a file."
+        ),
+    ],
     source: Annotated[
         str | None,
-        typer.Option("--from", help="Folder, mirror URL, or the whole URL from Meta's e-mail."),
+        typer.Option(
+            "--from",
+            help="Copy or download from here: a folder, the URL of a mirror, or the whole URL from "
+            "Meta's e-mail.",
+        ),
     ] = None,
     offline: Annotated[
-        bool, typer.Option("--offline", help="Open no connection (also DINOCELL_OFFLINE=1).")
+        bool,
+        typer.Option(
+            "--offline",
+            help="Open no network connection. The environment variable DINOCELL_OFFLINE=1 does the same.",
+        ),
     ] = False,
-    sha256: Annotated[str | None, typer.Option(help="Expected checksum, or its beginning.")] = None,
+    sha256: Annotated[
+        str | None,
+        typer.Option(help="Refuse a file whose SHA-256 checksum does not begin with this text."),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder in place of the cache.")
+        Path | None,
+        typer.Option("--out", "-o", help="Store the file in this folder.  [default: the cache]"),
     ] = None,
 ) -> None:
-    """Bring a backbone file into the cache; an interrupted download goes on where it stopped.
+    """Download a backbone file, or copy it from a folder.
+
+    After an interruption run the same command again: the download continues where it stopped.
 
     Example: `dinocell weights fetch dinov3_vits16 --from /data/dinov3`
     """

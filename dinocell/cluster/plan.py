@@ -253,7 +253,7 @@ def _refuse_results(parameters: Mapping[str, Any], out: Path) -> None:
     from dinocell.io.images import find_images
 
     paths = find_images(parameters["images"], recursive=parameters["recursive"])
-    refuse_results(paths, out, parameters["format"] or ["tif"])
+    refuse_results(paths, out, parameters["options"].formats)
 
 
 def _look_for_weights(key: str, name: str | None) -> None:
