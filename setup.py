@@ -66,7 +66,7 @@ setup(
         "tifffile>=2025.1",
         "safetensors>=0.5",
         "pyyaml>=6",
-        "omegaconf>=2.3",
+        "omegaconf>=2.4",
         "fvcore>=0.1.5.post20221221",
         "matplotlib>=3.9",
         "jinja2>=3.1",

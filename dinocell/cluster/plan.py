@@ -146,9 +146,14 @@ def run_dir_of(name: str, parameters: Mapping[str, Any]) -> Path:
         given = parameters["output_dir"]
         return Path(given) if given else Path("runs/ssl") / Path(parameters["config"]).stem
     if name == "train":
-        from dinocell.settings import load_config
+        from dinocell.settings import load_settings
+        from dinocell.training.config import TrainConfig
 
-        return Path(load_config(parameters["config"], parameters["overrides"] or []).output_dir)
+        return Path(
+            load_settings(
+                TrainConfig, parameters["config"], parameters["overrides"] or []
+            ).output_dir
+        )
     if name == "segment":
         return Path(parameters["out"])
     given = [parameters[key] for key in ("out", "model", "data", "pred", "truth")]
@@ -206,9 +211,10 @@ def _check(
             _refuse_results(parameters, run_dir)
     overrides = list(parameters.get("overrides") or [])
     if name == "train":
-        from dinocell.settings import load_config
+        from dinocell.settings import load_settings
+        from dinocell.training.config import TrainConfig
 
-        config = load_config(parameters["config"], overrides)
+        config = load_settings(TrainConfig, parameters["config"], overrides)
         if look is not None:
             from dinocell.training.datasets import split_pairs
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from dinocell.errors import ConfigError
-from dinocell.settings import config_from_mapping
+from dinocell.settings import config_from_mapping, read_settings
 
 __all__ = ["SiteProfile", "find_site", "load_site", "minutes_of"]
 
@@ -246,24 +243,6 @@ def find_site(name: str | None) -> Path | None:
     )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that leaves alone what is not meant: 24:00:00, 007, off and no are text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        item for item in items if item[0] not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:bool")
-    ]
-    for first, items in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789")
-)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
-
-
 def load_site(name: str | None, overrides: Sequence[str] = ()) -> SiteProfile:
     """Read a site's file and apply `key=value` overrides.
 
@@ -280,70 +259,18 @@ def load_site(name: str | None, overrides: Sequence[str] = ()) -> SiteProfile:
         No such file, not YAML, an unknown key (the message lists the known ones), a wrong value.
     """
     path = find_site(name)
-    mapping: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).replace('"<unicode string>"', path.name).split())
-            raise ConfigError(f"{path} must be YAML, got an error ({reason}): mend it") from error
-        loaded = {} if loaded is None else loaded
-        if not isinstance(loaded, dict):
-            raise ConfigError(
-                f"{path} must hold keys and values, got {type(loaded).__name__}: see "
-                "slurm/sites/example.yaml"
-            )
-        mapping = loaded
-    for override in overrides:
-        _apply(mapping, override)
     try:
-        return config_from_mapping(SiteProfile, _as_text(mapping))
+        # Null is the default, and a variable or option without a value is empty.
+        given = {
+            key: {inner: "" if item is None else item for inner, item in value.items()}
+            if isinstance(value, dict)
+            else value
+            for key, value in read_settings(path, overrides).items()
+            if value is not None
+        }
+        return config_from_mapping(SiteProfile, given)
     except ConfigError as error:
-        raise ConfigError(f"{f'site {path}' if path else '--set'}: {error}") from error
-
-
-def _apply(mapping: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set must be key=value, got {override!r}: for example partition=long")
-    try:
-        value = yaml.load(text, Loader=_Loader) if text else None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"the value of --set {key} must be YAML, got {text!r}: put quotes around it"
-        ) from error
-    section, dot, name = key.partition(".")
-    if not dot:
-        mapping[key] = value
-        return
-    inner = mapping.setdefault(section, {})
-    if not isinstance(inner, dict):
-        raise ConfigError(
-            f"--set {key} must lead into a section, but {section} is a value: shorten"
-        )
-    inner[name] = value
-
-
-def _as_text(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers as text where text is wanted: `time: 90`, `account: 1234`, `environment: {N: 8}`."""
-    kinds = {item.name: str(item.type) for item in dataclasses.fields(SiteProfile)}
-    found = dict(mapping)
-    for key, value in mapping.items():
-        kind = kinds.get(key, "")
-        if value is None and "None" not in kind:
-            found.pop(key)  # nothing below a section's name, or null: the default
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and "str" in kind:
-            found[key] = str(value)
-        elif isinstance(value, dict):
-            found[key] = {
-                str(name): ""
-                if item is None
-                else str(item).lower()
-                if item is True or item is False
-                else str(item)
-                for name, item in value.items()
-            }
-    return found
+        raise ConfigError(f"{f'site {path}' if path else 'site'}: {error}") from error
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from dinocell.errors import CheckpointError, ConfigError, UsageError
 from dinocell.files import atomic_path
 from dinocell.network.backbone import BACKBONE_SIZES, DINOv3Backbone
+from dinocell.network.config import ModelConfig
 from dinocell.network.decoder import create_decoder
-from dinocell.settings import ModelConfig, config_from_mapping, config_to_mapping
+from dinocell.settings import config_from_mapping, config_to_mapping
 
 __all__ = [
     "DINOCell",
@@ -127,7 +128,7 @@ def create_dinocell_model(
 ) -> DINOCell:
     """A model with random weights.
 
-    `options` are further fields of `dinocell.settings.ModelConfig`: `image_channels`, `target`,
+    `options` are further fields of `dinocell.network.config.ModelConfig`: `image_channels`, `target`,
     `window_px`, ...
 
     Raises
@@ -222,7 +223,7 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
     header = read_model_header(name)
     path = _model_path(name)
     try:
-        config = config_from_mapping(ModelConfig, header["model"], "model")
+        config = config_from_mapping(ModelConfig, header["model"])
     except (ConfigError, KeyError) as error:
         raise CheckpointError(
             f"the header of a model file must describe a known architecture, got {path} ({error}): "

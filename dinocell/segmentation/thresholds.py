@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TypedDict
 
-from dinocell.settings import ModelConfig
+from dinocell.network.config import ModelConfig
 
 __all__ = ["ThresholdChanges", "Thresholds"]
 

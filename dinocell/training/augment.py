@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.settings import AugmentConfig
+from dinocell.training.config import AugmentConfig
 
 __all__ = [
     "CropParameters",

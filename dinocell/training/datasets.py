@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 
 from dinocell.errors import DataSetError
 from dinocell.io.images import looks_like_labels, read_image, read_labels
+from dinocell.network.config import ModelConfig
 from dinocell.pairs import Pair, find_pairs
 from dinocell.progress import progress
 from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
-from dinocell.settings import AugmentConfig, DataConfig, DatasetConfig, ModelConfig
 from dinocell.training.augment import (
     apply_intensity,
     crop_image,
@@ -28,6 +28,7 @@ from dinocell.training.augment import (
     draw_crop,
     empty_crop,
 )
+from dinocell.training.config import AugmentConfig, DataConfig, DatasetConfig
 
 __all__ = ["CropDataset", "read_pair", "split_pairs"]
 

@@ -43,8 +43,9 @@ from dinocell.network.model import DINOCell, save_model, with_config
 from dinocell.pairs import Pair
 from dinocell.progress import Progress, progress
 from dinocell.segmentation.inference import predict_distance_map
-from dinocell.settings import OptimizerConfig, TrainConfig, config_to_mapping
+from dinocell.settings import config_to_mapping
 from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
+from dinocell.training.config import OptimizerConfig, TrainConfig
 from dinocell.training.datasets import CropDataset, read_pair, split_pairs
 from dinocell.training.losses import distance_loss
 from dinocell.training.processes import Processes, processes_of_run

@@ -22,7 +22,8 @@ from dinocell.cluster.plan import look_for_inputs, plan_runs, read_table, run_di
 from dinocell.cluster.record import JobRecord, Start, write_record
 from dinocell.errors import ConfigError, DINOCellError, UsageError
 from dinocell.io.images import write_image
-from dinocell.settings import config_to_mapping, load_config
+from dinocell.settings import config_to_mapping, load_settings
+from dinocell.training.config import TrainConfig
 
 PRETRAINING = "train: {dataset_path: 'ImageFolder:root=pictures'}\noptim: {epochs: 3}\n"
 FINE_TUNING = """
@@ -200,7 +201,7 @@ def test_another_configuration_in_the_folder_of_a_run_is_told_before(blob_data):
     Path("train.yaml").write_text(FINE_TUNING.replace("data/", f"{blob_data}/"))
     (run,) = planned("train", "train.yaml", look=True)
     run.run_dir.mkdir()
-    settings = config_to_mapping(load_config("train.yaml", []))
+    settings = config_to_mapping(load_settings(TrainConfig, "train.yaml", []))
     (run.run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
     assert len(planned("train", "train.yaml", look=True)) == 1
     with pytest.raises(ConfigError, match=r"other values of optimizer\.lr"):

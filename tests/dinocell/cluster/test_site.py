@@ -138,12 +138,12 @@ def test_an_empty_value_in_a_section_is_empty(key):
         (["mem=4G", "extra.mem-per-cpu=1G"], "memory must be given once, got mem and mem-per-cpu"),
         (["nodes=many"], "nodes must be of type int"),
         (["nodes=1.5"], "nodes must be of type int"),
-        (["setup=module load cuda"], "setup must be a list"),
-        (["environment=5"], "environment must be a section"),
-        (["partition=true"], "partition must be of type str"),
-        (["partition"], "--set must be key=value, got 'partition'"),
-        (["=gpu"], "--set must be key=value"),
-        (["nodes=2", "nodes.more=1"], "--set nodes.more must lead into a section"),
+        (["setup=module load cuda"], "setup must be of type tuple[str, ...]"),
+        (["environment=5"], "environment must be of type dict[str, str]"),
+        (["partition=[true]"], "partition must be of type str"),
+        (["partition"], "an override must be key=value, got 'partition'"),
+        (["=gpu"], "an override must be key=value"),
+        (["nodes=2", "nodes.more=1"], "nodes must be of type int"),
     ],
     ids=lambda item: " ".join(item) if isinstance(item, list) else "",
 )  # fmt: skip
@@ -175,8 +175,8 @@ def test_an_override_that_is_not_yaml():
     ("text", "sentence"),
     [
         ("partition: [a\n", "must be YAML"),
-        ("- partition\n", "must hold keys and values, got list"),
-        ("nothing at all\n", "must hold keys and values, got str"),
+        ("- partition\n", "must be a mapping of keys, got list"),
+        ("nothing at all\n", "must be a mapping of keys, got str"),
     ],
 )
 def test_files_that_are_no_site(tmp_path, text, sentence):
@@ -355,6 +355,6 @@ def test_an_empty_file_is_the_clusters_defaults(tmp_path):
     assert load_site(site_file(tmp_path, "# nothing yet\n")) == SiteProfile()
 
 
-def test_a_wrong_override_is_told_as_one():
-    with pytest.raises(ConfigError, match=r"^--set: .*partition"):
+def test_a_wrong_override_without_a_file_names_the_site():
+    with pytest.raises(ConfigError, match=r"^site: .*partition"):
         load_site(None, ["partion=gpu"])

@@ -13,9 +13,9 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
+from dinocell.network.config import ModelConfig
 from dinocell.segmentation import distance_map
 from dinocell.segmentation.distance_map import DEFAULT_TARGET, TARGETS, labels_to_distance_map
-from dinocell.settings import ModelConfig
 
 SMALL_LABELS = hnp.arrays(
     np.int64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.integers(0, 3)

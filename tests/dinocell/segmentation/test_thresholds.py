@@ -7,9 +7,9 @@ import math
 
 import pytest
 
+from dinocell.network.config import ModelConfig
 from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
 from dinocell.segmentation.watershed import distance_map_to_labels
-from dinocell.settings import ModelConfig
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dinocell.settings import AugmentConfig
 from dinocell.training.augment import (
     CropParameters,
     apply_intensity,
@@ -16,6 +15,7 @@ from dinocell.training.augment import (
     draw_crop,
     empty_crop,
 )
+from dinocell.training.config import AugmentConfig
 
 OFF = AugmentConfig(
     scale=(1, 1),

@@ -8,8 +8,9 @@ import torch
 
 from dinocell.errors import DataSetError, ImageFileError
 from dinocell.io.images import write_image, write_labels
+from dinocell.network.config import ModelConfig
 from dinocell.pairs import find_pairs
-from dinocell.settings import AugmentConfig, DataConfig, DatasetConfig, ModelConfig
+from dinocell.training.config import AugmentConfig, DataConfig, DatasetConfig
 from dinocell.training.datasets import CropDataset, read_pair, split_pairs
 
 MODEL = ModelConfig(size="tiny", patch_size=16, window_px=32, overlap_px=8)

@@ -24,9 +24,10 @@ from dinocell.errors import (
     MissingExtraError,
 )
 from dinocell.network.model import DINOCell, load_model
-from dinocell.settings import TrainConfig, config_from_mapping
+from dinocell.settings import config_from_mapping
 from dinocell.training import trainer
 from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
+from dinocell.training.config import TrainConfig
 from dinocell.training.losses import distance_loss
 from dinocell.training.trainer import (
     TrainingInterruptedError,

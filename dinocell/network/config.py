@@ -1,0 +1,112 @@
+"""Configuration of a network: what a model file needs to rebuild it, and where its backbone starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dinocell.settings import require, require_at_least, require_choice
+
+__all__ = ["BackboneConfig", "ModelConfig"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that must be known to rebuild and run a model; it travels in the model file.
+
+    Attributes
+    ----------
+    size : backbone size: `tiny` (192 wide, 3 heads), `small`, `base`, `large`.
+    patch_size : edge of a patch in px: 4, 8, 14 or 16.
+    decoder : `unet`, `unet_wide` or `linear` (DESIGN.md 3).
+    image_channels : channels of the full-resolution image skip of `unet`; 0 leaves it out.
+    target : what the network predicts: `linear` or `sqrt` distance map.
+    window_px, overlap_px : the network sees square windows of `window_px`; neighbours share
+        `overlap_px`.  They belong to the model, because attention sees the whole window.
+    peak_threshold, fill_threshold, min_prominence : post-processing, chosen on validation data.
+    min_area_px : cells with fewer pixels are dropped.
+    low_percentile, high_percentile : intensities mapped to 0 and 1, of the whole image.
+    min_contrast_sigma : the mapped range is at least this many noise standard deviations wide, so
+        that an empty field is not stretched into structure.
+    layerscale_init : start value of LayerScale in a network without pretrained weights.
+    drop_path_rate : stochastic depth while training.
+    pixel_size_um : pixel size of the training images in µm, where known.
+    """
+
+    size: str = "small"
+    patch_size: int = 8
+    decoder: str = "unet"
+    image_channels: int = 0
+    target: str = "sqrt"
+    window_px: int = 256
+    overlap_px: int = 64
+    peak_threshold: float = 0.6
+    fill_threshold: float = 0.25
+    min_prominence: float = 0.1
+    min_area_px: int = 0
+    low_percentile: float = 1.0
+    high_percentile: float = 99.8
+    min_contrast_sigma: float = 20.0
+    layerscale_init: float = 1e-5
+    drop_path_rate: float = 0.0
+    pixel_size_um: float | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("model.size", self.size, ("tiny", "small", "base", "large"))
+        require_choice("model.patch_size", self.patch_size, (4, 8, 14, 16))
+        require_choice("model.decoder", self.decoder, ("unet", "unet_wide", "linear"))
+        require_choice("model.target", self.target, ("linear", "sqrt"))
+        require(
+            self.window_px >= self.patch_size and self.window_px % self.patch_size == 0,
+            f"model.window_px must be a multiple of patch_size {self.patch_size}, "
+            f"got {self.window_px}: choose {max(1, self.window_px // self.patch_size) * self.patch_size}",
+        )
+        require(
+            0 <= self.overlap_px <= self.window_px // 2,
+            f"model.overlap_px must be between 0 and half of window_px {self.window_px}, "
+            f"got {self.overlap_px}: choose {self.window_px // 4}",
+        )
+        require(
+            0.0 <= self.fill_threshold < self.peak_threshold < 1.0,
+            "model thresholds must hold 0 <= fill_threshold < peak_threshold < 1, got fill "
+            f"{self.fill_threshold} and peak {self.peak_threshold}: lower fill or raise peak",
+        )
+        require(
+            0.0 <= self.low_percentile < self.high_percentile <= 100.0,
+            "model percentiles must hold 0 <= low_percentile < high_percentile <= 100, got "
+            f"{self.low_percentile} and {self.high_percentile}: 1 and 99.8 are usual",
+        )
+        for name in ("image_channels", "min_area_px", "min_contrast_sigma", "min_prominence"):
+            require_at_least(f"model.{name}", getattr(self, name), 0)
+        require(
+            0.0 <= self.drop_path_rate < 1.0,
+            f"model.drop_path_rate must be in [0, 1), got {self.drop_path_rate}: 0.1 is usual",
+        )
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Where the backbone starts and how fast it learns.
+
+    Attributes
+    ----------
+    weights : backbone `.pth` file (a DINOv3 state dict), or null for random weights.
+    frozen : the backbone neither learns nor leaves eval mode.
+    lr_mult : learning rate of the backbone as a multiple of `optimizer.lr`.
+    layer_decay : factor per block from the last to the first (1: all alike).
+    """
+
+    weights: str | None = None
+    frozen: bool = False
+    lr_mult: float = 1.0
+    layer_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_at_least("backbone.lr_mult", self.lr_mult, 0)
+        require(
+            0 < self.layer_decay <= 1,
+            f"backbone.layer_decay must be in (0, 1], got {self.layer_decay}: 0.9 is usual",
+        )
+        require(
+            not (self.frozen and self.weights is None),
+            "backbone.frozen needs pretrained weights, got weights: null: name a file or train it",
+        )

@@ -1,0 +1,248 @@
+"""Configuration of a fine-tuning run: data, augmentation, optimizer, schedule and logging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dinocell.network.config import BackboneConfig, ModelConfig
+from dinocell.settings import require, require_at_least, require_choice
+
+__all__ = [
+    "AugmentConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "WandbConfig",
+]
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One data set: a folder of images and a folder of label images of the same names.
+
+    `val_images` and `val_labels` name a given validation split; without them `data.val_fraction`
+    of the pairs is held out.  `weight` is the share of crops relative to the other sets (null: by
+    its number of pixels).
+    """
+
+    name: str
+    images: str
+    labels: str
+    val_images: str | None = None
+    val_labels: str | None = None
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            (self.val_images is None) == (self.val_labels is None),
+            f"data set {self.name!r} must give both val_images and val_labels or neither, got one: "
+            "add the other",
+        )
+        if self.weight is not None:
+            require(
+                self.weight > 0,
+                f"data set {self.name!r} must have a weight above 0, got {self.weight}: leave it "
+                "out to weigh by pixels",
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data sets, the validation split, and loading.
+
+    Attributes
+    ----------
+    datasets : the data sets; crops are drawn from all of them.
+    val_fraction : share of every set held out where no split is given (stratified by set).
+    max_val_images : at most so many validation images, evenly spread; null takes all.
+    num_workers : loader processes; 0 loads in the training process.  Does not change any crop.
+    cache_bytes : decoded images kept in memory, per process.
+    """
+
+    datasets: list[DatasetConfig] = field(default_factory=list)
+    val_fraction: float = 0.1
+    max_val_images: int | None = None
+    num_workers: int = 0
+    cache_bytes: int = 2_000_000_000
+
+    def __post_init__(self) -> None:
+        names = [dataset.name for dataset in self.datasets]
+        require(
+            len(set(names)) == len(names),
+            f"data set names must differ, got {names}: rename one",
+        )
+        require(
+            0.0 < self.val_fraction < 1.0,
+            f"data.val_fraction must be in (0, 1), got {self.val_fraction}: 0.1 is usual",
+        )
+        for name in ("num_workers", "cache_bytes"):
+            require_at_least(f"data.{name}", getattr(self, name), 0)
+        if self.max_val_images is not None:
+            require_at_least("data.max_val_images", self.max_val_images, 1)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of a training crop; a range [a, a] or a probability 0 switches one off.
+
+    Attributes
+    ----------
+    scale : enlargement of the image, log-uniform in [low, high].
+    rotate : rotate by any angle.
+    flip : mirror with probability one half.
+    gamma : exponent of intensities, log-uniform.
+    contrast : factor on intensities around their mean, log-uniform.
+    brightness : offset added, uniform in ±brightness.
+    noise_std : standard deviation of Gaussian noise, uniform in [0, noise_std].
+    blur_sigma_px : Gaussian blur, uniform in [0, blur_sigma_px], for every second crop.
+    illumination : strength of a linear intensity gradient across the crop, uniform in ±value.
+    invert_probability : bright becomes dark.
+    empty_probability : the crop is replaced by background noise without cells.
+    """
+
+    scale: tuple[float, float] = (0.7, 1.4)
+    rotate: bool = True
+    flip: bool = True
+    gamma: tuple[float, float] = (0.7, 1.4)
+    contrast: tuple[float, float] = (0.7, 1.3)
+    brightness: float = 0.1
+    noise_std: float = 0.05
+    blur_sigma_px: float = 1.0
+    illumination: float = 0.2
+    invert_probability: float = 0.0
+    empty_probability: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "gamma", "contrast"):
+            low, high = getattr(self, name)
+            require(
+                0 < low <= high,
+                f"augment.{name} must be [low, high] with 0 < low <= high, got [{low}, {high}]: "
+                "[1, 1] switches it off",
+            )
+        for name in ("brightness", "noise_std", "blur_sigma_px", "illumination"):
+            require_at_least(f"augment.{name}", getattr(self, name), 0)
+        for name in ("invert_probability", "empty_probability"):
+            value = getattr(self, name)
+            require(
+                0 <= value <= 1,
+                f"augment.{name} must be in [0, 1], got {value}: 0 switches it off",
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay.
+
+    `weight_decay` acts on matrices only, not on biases, norms, tokens or LayerScale.
+    `min_lr_ratio` is the final learning rate as a share of `lr`.  `clip_norm` bounds the gradient
+    norm (0: off).  `scaling_rule` multiplies `lr` where several processes make the batch larger:
+    `sqrt` by the square root of their number, `linear` by their number, `none` not at all.
+    """
+
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = 250
+    min_lr_ratio: float = 0.01
+    clip_norm: float = 1.0
+    scaling_rule: str = "sqrt"
+
+    def __post_init__(self) -> None:
+        require_choice("optimizer.scaling_rule", self.scaling_rule, ("none", "sqrt", "linear"))
+        require(self.lr > 0, f"optimizer.lr must be above 0, got {self.lr}: 5e-4 is usual")
+        for name in ("weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm"):
+            require_at_least(f"optimizer.{name}", getattr(self, name), 0)
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optimizer.betas must be in [0, 1), got {list(self.betas)}: [0.9, 0.999] is usual",
+        )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long to train, and when to look, save and stop.
+
+    Attributes
+    ----------
+    steps : optimizer steps in all.
+    batch_size : crops per step of each process; a step of W processes has W times as many.
+    crop_px : edge of a training crop; null takes the model's window.
+    precision : `bf16` (autocast) or `fp32`.
+    ema_decay : decay per step of the averaged weights that are validated and shipped; 0: off.
+    eval_every, checkpoint_every, log_every : in steps.
+    keep_checkpoints : how many of the newest are kept.
+    patience : stop after so many validations without a better AP; null never stops early.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 8
+    crop_px: int | None = None
+    precision: str = "bf16"
+    ema_decay: float = 0.999
+    eval_every: int = 500
+    checkpoint_every: int = 500
+    log_every: int = 10
+    keep_checkpoints: int = 2
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("schedule.precision", self.precision, ("bf16", "fp32"))
+        for name in ("steps", "batch_size", "eval_every", "checkpoint_every", "log_every"):
+            require_at_least(f"schedule.{name}", getattr(self, name), 1)
+        require_at_least("schedule.keep_checkpoints", self.keep_checkpoints, 1)
+        require(
+            0 <= self.ema_decay < 1,
+            f"schedule.ema_decay must be in [0, 1), got {self.ema_decay}: 0.999 is usual",
+        )
+        if self.patience is not None:
+            require_at_least("schedule.patience", self.patience, 1)
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases logging: off unless `enabled`; offline where no API key is set."""
+
+    enabled: bool = False
+    project: str = "dinocell"
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One fine-tuning run: `dinocell train FILE [key=value ...]`.
+
+    `device` is `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; `seed` fixes the start, the split and
+    every crop.  Several processes (torchrun, srun) want `auto`, `cuda` (then each takes the GPU of
+    its number) or `cpu`.  `licence` and `description` go into the model card.
+    """
+
+    name: str = "dinocell"
+    output_dir: str = "runs/dinocell"
+    seed: int = 0
+    device: str = "auto"
+    description: str = ""
+    licence: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.data.datasets) > 0,
+            "data.datasets must name at least one data set, got none: add one with name, images "
+            "and labels",
+        )
+        crop_px = self.schedule.crop_px
+        if crop_px is not None:
+            require(
+                crop_px > 0 and crop_px % self.model.patch_size == 0,
+                f"schedule.crop_px must be a multiple of patch_size {self.model.patch_size}, got "
+                f"{crop_px}: leave it out to take the window",
+            )
