@@ -51,7 +51,7 @@ def test_every_command_agrees(tmp_path, small_model):
     from dinocell.io.images import write_image, write_labels
     from dinocell.network.model import save_model
     from dinocell.probing.decoder_probe import find_channel_pairs
-    from dinocell.settings import DataConfig, DatasetConfig
+    from dinocell.training.config import DataConfig, DatasetConfig
     from dinocell.training.datasets import split_pairs
 
     save_model(tmp_path / "m.safetensors", small_model)

@@ -97,7 +97,7 @@ def test_each_evaluation_is_a_run_of_its_own():
          r"root or index that exists, got index=far\.arrow"),
         (["pretrain", "ssl.yaml", "student.pretrained_weights=far/w.pth",
           "train.dataset_path=ImageFolder:root=."], "student.pretrained_weights must be a file"),
-        (["train", "train.yaml"], "data/images"),
+        (["train", "train.yaml"], "data/labels|data/images"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_told_before(command, message):
