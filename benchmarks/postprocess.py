@@ -33,8 +33,10 @@ from scipy import ndimage
 from skimage.segmentation import watershed
 
 from dinocell.segmentation.distance_map import DEFAULT_TARGET, labels_to_distance_map
+from dinocell.segmentation.levels import quantize
+from dinocell.segmentation.markers import find_markers
 from dinocell.segmentation.thresholds import Thresholds
-from dinocell.segmentation.watershed import find_markers, flood, quantize, separate_cells
+from dinocell.segmentation.watershed import flood, separate_cells
 
 __all__ = ["main"]
 

@@ -122,7 +122,10 @@ def _renumbered(labels: NDArray[Any]) -> tuple[NDArray[Any], int]:
 
 @njit(cache=True, nogil=True)
 def _column_distance(labels: NDArray[Any]) -> NDArray[Any]:
-    """Distance in px, within the column, to the nearest pixel of another label; 2³⁰ if none."""
+    """Distance in px, within the column, to the nearest pixel of another label; 2³⁰ if none.
+
+    One pass downwards counts from the last change of label above, one upwards from the next below.
+    """
     height, width = labels.shape
     none = 1 << 30
     distance = np.empty((height, width), np.int32)
@@ -150,6 +153,14 @@ def _depth_inside_cells(
     """Write the distance to the nearest pixel outside the cell, and its maximum per label.
 
     `depth_px` is 0 in the background and infinite where no pixel is outside.
+
+    The squared distance of a pixel is the least, over the columns of its row, of the squared step along
+    the row plus the squared `column_distance` of that column.  As a function of the pixel's column each
+    term is a parabola, and the least of them is their lower envelope: one pass from the left keeps the
+    parabolas that are lowest somewhere and where each takes over, a second pass reads the values.  It is
+    enough to look at one run of the cell's pixels and the two pixels that end it: these are outside, and
+    anything beyond them is farther.  Each parabola enters and leaves once, so the time is linear.
+    (Felzenszwalb & Huttenlocher, "Distance transforms of sampled functions", 2012, algorithm 1.)
     """
     height, width = labels.shape
     none = 1 << 30

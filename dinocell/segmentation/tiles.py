@@ -243,44 +243,59 @@ def predict_windows(
         raise ValueError(f"`tile_px` must be at least 1, or None, got {tile_px}.")
     channels, height, width = image.shape
     plan = plan_windows(height, width, window_px=window_px, overlap_px=overlap_px)
-    row_shares = _shares(plan.row_starts, height, window_px, overlap_px)
-    col_shares = _shares(plan.col_starts, width, window_px, overlap_px)
-    blended = np.zeros((height, width), dtype=np.float32)
+    blend = _Blend(plan)
     done = 0
+    for block in plan.blocks(tile_px):
+        places: list[tuple[int, int]] = []
+        for remaining, place in zip(range(len(block), 0, -1), block, strict=True):
+            if not places:
+                shape = (min(batch_size, remaining), channels, window_px, window_px)
+                windows = np.empty(shape, dtype=np.float32)
+            window = windows[len(places)]
+            _read_window(image, plan, place, window)
+            if skip is None or not skip(window):
+                places.append(place)
+            done += 1
+            if places and (len(places) == batch_size or remaining == 1):
+                blend.add(np.asarray(predict(windows[: len(places)])), places)
+                places = []
+            if progress is not None and (not places or remaining == 1):
+                progress(done, plan.num_windows)
+    return blend.blended
 
-    def run(windows: np.ndarray, places: list[tuple[int, int]]) -> None:
-        maps = np.asarray(predict(windows))
+
+def _read_window(
+    image: np.ndarray, plan: WindowPlan, place: tuple[int, int], window: np.ndarray
+) -> None:
+    """Write the pixels of one window, reflected where it reaches over an image smaller than it."""
+    rows = _reflected(plan.row_starts[place[0]], plan.window_px, plan.height)
+    cols = _reflected(plan.col_starts[place[1]], plan.window_px, plan.width)
+    if plan.height >= plan.window_px and plan.width >= plan.window_px:
+        window[:] = image[:, rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+    else:
+        window[:] = image[:, rows[:, None], cols]
+
+
+class _Blend:
+    """The weighted mean of the windows so far; complete once every window has been added."""
+
+    def __init__(self, plan: WindowPlan) -> None:
+        self.plan = plan
+        self.blended = np.zeros((plan.height, plan.width), dtype=np.float32)
+        self.row_shares = _shares(plan.row_starts, plan.height, plan.window_px, plan.overlap_px)
+        self.col_shares = _shares(plan.col_starts, plan.width, plan.window_px, plan.overlap_px)
+
+    def add(self, maps: np.ndarray, places: list[tuple[int, int]]) -> None:
+        """Add the maps (B, window_px, window_px) of the windows at `places` in the grid."""
+        plan, window_px = self.plan, self.plan.window_px
         expected = (len(places), window_px, window_px)
         if maps.shape != expected:
             raise ValueError(f"`predict` must return shape {expected}, it returned {maps.shape}.")
         for one_map, (row, col) in zip(maps, places, strict=True):
             top, left = plan.row_starts[row], plan.col_starts[col]
-            rows = slice(max(top, 0), min(top + window_px, height))
-            cols = slice(max(left, 0), min(left + window_px, width))
+            rows = slice(max(top, 0), min(top + window_px, plan.height))
+            cols = slice(max(left, 0), min(left + window_px, plan.width))
             inside = np.s_[rows.start - top : rows.stop - top, cols.start - left : cols.stop - left]
-            share = np.outer(row_shares[row, inside[0]], col_shares[col, inside[1]])
+            share = np.outer(self.row_shares[row, inside[0]], self.col_shares[col, inside[1]])
             share *= one_map[inside]
-            blended[rows, cols] += share
-
-    for block in plan.blocks(tile_px):
-        places: list[tuple[int, int]] = []
-        for remaining, (row, col) in zip(range(len(block), 0, -1), block, strict=True):
-            if not places:
-                shape = (min(batch_size, remaining), channels, window_px, window_px)
-                windows = np.empty(shape, dtype=np.float32)
-            window = windows[len(places)]
-            rows = _reflected(plan.row_starts[row], window_px, height)
-            cols = _reflected(plan.col_starts[col], window_px, width)
-            if height >= window_px and width >= window_px:
-                window[:] = image[:, rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
-            else:
-                window[:] = image[:, rows[:, None], cols]
-            if skip is None or not skip(window):
-                places.append((row, col))
-            done += 1
-            if places and (len(places) == batch_size or remaining == 1):
-                run(windows[: len(places)], places)
-                places = []
-            if progress is not None and (not places or remaining == 1):
-                progress(done, plan.num_windows)
-    return blended
+            self.blended[rows, cols] += share
