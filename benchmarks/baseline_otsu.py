@@ -19,7 +19,7 @@ from skimage.measure import label
 from skimage.segmentation import watershed
 
 from dinocell.evaluation import evaluate_pairs
-from dinocell.io.images import find_images, read_image, read_labels
+from dinocell.io import find_images, read_image, read_labels
 
 
 def otsu_watershed(image: np.ndarray) -> np.ndarray:

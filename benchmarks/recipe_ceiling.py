@@ -40,7 +40,7 @@ from scipy import ndimage
 
 from dinocell.evaluation import ctc_counts, match_counts, overlap_table, tune_thresholds
 from dinocell.evaluation.metrics import DSB2018_IOU_THRESHOLDS
-from dinocell.io.images import read_labels
+from dinocell.io import read_labels
 from dinocell.segmentation.distance_map import TARGETS, labels_to_distance_map
 from dinocell.segmentation.watershed import distance_map_to_labels, flood
 

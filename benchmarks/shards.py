@@ -26,7 +26,7 @@ from dinocell.batch.journal import FAILURES_NAME, JOURNAL_NAME
 from dinocell.batch.parts import merge_shards, plan_shards, shard_states
 from dinocell.batch.run import SegmentOptions
 from dinocell.cluster.record import shard_folder
-from dinocell.io.images import find_images
+from dinocell.io import find_images
 
 __all__ = ["main"]
 

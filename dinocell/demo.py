@@ -10,7 +10,7 @@ from pathlib import Path
 from dinocell.batch.run import BatchResult, SegmentOptions, segment_files
 from dinocell.errors import UsageError
 from dinocell.evaluation.evaluate import EvaluationReport, evaluate_pairs
-from dinocell.io.images import read_labels
+from dinocell.io import read_labels
 from dinocell.pipeline import DEFAULT_MODEL
 
 __all__ = ["DemoResult", "run_demo", "sample_paths"]

@@ -27,7 +27,7 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def blob_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set a network learns in seconds: bright discs with noise; 6 images and labels."""
-    from dinocell.io.images import write_image, write_labels
+    from dinocell.io import write_image, write_labels
 
     folder = tmp_path_factory.mktemp("blobs")
     rng = np.random.default_rng(7)

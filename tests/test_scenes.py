@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dinocell.io.images import read_image, read_labels
+from dinocell.io import read_image, read_labels
 from tests import scenes
 from tests.scenes import SCENE_KINDS, make_scene
 

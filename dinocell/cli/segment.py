@@ -183,7 +183,7 @@ def segment(
     Example: `dinocell segment images/ -o out --report`
     """
     from dinocell.batch.run import segment_files
-    from dinocell.io.images import find_images
+    from dinocell.io import find_images
 
     paths = find_images(images, recursive=recursive)
     result = segment_files(paths, out, options.for_batch())

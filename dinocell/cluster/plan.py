@@ -256,7 +256,7 @@ def _refuse_results(parameters: Mapping[str, Any], out: Path) -> None:
     if not out.is_dir() or parameters["resume"] or parameters["overwrite"]:
         return
     from dinocell.batch.run import refuse_results
-    from dinocell.io.images import find_images
+    from dinocell.io import find_images
 
     paths = find_images(parameters["images"], recursive=parameters["recursive"])
     refuse_results(paths, out, parameters["options"].formats)
@@ -353,7 +353,7 @@ def look_for_inputs(name: str, parameters: Mapping[str, Any]) -> None:
     """Whether what `segment` and `evaluate` read is there."""
     if name == "segment":
         from dinocell.batch.run import check_call
-        from dinocell.io.images import find_images
+        from dinocell.io import find_images
 
         paths = find_images(parameters["images"], recursive=parameters["recursive"])
         check_call(paths, parameters["options"])

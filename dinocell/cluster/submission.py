@@ -471,7 +471,7 @@ def plan_batch(
 ) -> ShardPlan:
     """The plan of a batch in parts; none that a job waits with changes under it."""
     from dinocell.batch.parts import has_begun, plan_shards
-    from dinocell.io.images import find_images
+    from dinocell.io import find_images
 
     options = parameters["options"]
     paths = find_images(parameters["images"], recursive=parameters["recursive"])

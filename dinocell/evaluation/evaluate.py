@@ -441,7 +441,7 @@ def evaluate_folders(
     ImageFileError
         A file is unreadable or holds no label image.
     """
-    from dinocell.io.images import read_labels
+    from dinocell.io import read_labels
 
     paths = pair_folders(pred_dir, truth_dir, allow_missing_predictions=allow_missing_predictions)
 

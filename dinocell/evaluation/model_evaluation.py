@@ -15,7 +15,7 @@ from dinocell.evaluation.evaluate import (
     evaluate_pairs,
 )
 from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
-from dinocell.io.images import natural_key, read_labels
+from dinocell.io import natural_key, read_labels
 from dinocell.network.model import load_model, save_model, with_config
 from dinocell.pairs import find_pairs
 from dinocell.pipeline import DINOCellPipeline

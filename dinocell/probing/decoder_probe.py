@@ -25,7 +25,7 @@ from torch.nn import functional
 from dinocell.errors import DataSetError, DINOCellError
 from dinocell.evaluation.evaluate import evaluate_pairs
 from dinocell.evaluation.thresholds import tune_thresholds
-from dinocell.io.images import find_images
+from dinocell.io import find_images
 from dinocell.network.backbone import feature_blocks
 from dinocell.network.decoder import DECODERS, create_decoder
 from dinocell.pairs import Pair, find_pairs
@@ -662,7 +662,8 @@ def _require_cells(windows: Sequence[LabelledWindow], where: str) -> None:
 
 
 def _holds_labels(path: Path) -> bool:
-    from dinocell.io.images import looks_like_labels, read_image
+    from dinocell.io import read_image
+    from dinocell.labels import looks_like_labels
 
     return looks_like_labels(read_image(path).pixels)
 

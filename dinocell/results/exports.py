@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.errors import MissingExtraError
-from dinocell.io.images import write_labels
+from dinocell.io import write_labels
 from dinocell.labels import as_labels
 from dinocell.results.outlines import Ring, labels_to_polygons
 from dinocell.results.table import CellTable, writing

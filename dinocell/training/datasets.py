@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinocell.errors import DataSetError
-from dinocell.io.images import looks_like_labels, read_image, read_labels
+from dinocell.io import read_image, read_labels
+from dinocell.labels import looks_like_labels
 from dinocell.network.config import ModelConfig
 from dinocell.pairs import Pair, find_pairs
 from dinocell.progress import progress

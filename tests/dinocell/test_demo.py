@@ -7,7 +7,7 @@ import pytest
 
 from dinocell.demo import run_demo, sample_paths
 from dinocell.errors import UsageError
-from dinocell.io.images import read_image, read_labels
+from dinocell.io import read_image, read_labels
 
 # Name: source below the folder of data, first row and column, channel of colour images.
 SOURCES = {

@@ -48,7 +48,7 @@ def test_every_command_agrees(tmp_path, small_model):
     """A name that scores in one command trains and scores in the others; so does a refusal."""
     from dinocell.evaluation.evaluate import evaluate_folders
     from dinocell.evaluation.model_evaluation import evaluate_model
-    from dinocell.io.images import write_image, write_labels
+    from dinocell.io import write_image, write_labels
     from dinocell.network.model import save_model
     from dinocell.probing.decoder_probe import find_channel_pairs
     from dinocell.training.config import DataConfig, DatasetConfig

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dinocell.errors import ConfigError, ImageFileError, UsageError
-from dinocell.io.images import read_labels, write_image
+from dinocell.io import read_labels, write_image
 from dinocell.pipeline import DINOCellPipeline, segment
 from dinocell.segmentation.inference import predict_distance_map
 

@@ -104,7 +104,7 @@ def tuned_losses(out: Path) -> list[float]:
 
 
 def test_segment_as_on_the_cpu(blob_data, tmp_path):
-    from dinocell.io.images import read_labels
+    from dinocell.io import read_labels
 
     for device in ("cpu", "cuda"):
         run("segment", str(blob_data / "images"), "-o", str(tmp_path / device), "--device", device)

@@ -354,7 +354,7 @@ def test_gpu_of_the_site(cluster, tmp_path, pretraining):
 @pytest.fixture(scope="module")
 def plate(tmp_path_factory) -> Path:
     """Forty images and one that is none."""
-    from dinocell.io.images import write_image
+    from dinocell.io import write_image
 
     folder = tmp_path_factory.mktemp("plate")
     rng = np.random.default_rng(5)

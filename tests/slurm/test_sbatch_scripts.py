@@ -72,7 +72,7 @@ def test_fine_tuning(cluster, tmp_path, fine_tuning):
 
 
 def test_array_and_merge(cluster, tmp_path):
-    from dinocell.io.images import write_image
+    from dinocell.io import write_image
 
     rng = np.random.default_rng(1)
     for index in range(4):

@@ -14,7 +14,7 @@ from dinocell.batch import journal
 from dinocell.batch import run as batch
 from dinocell.batch.run import SegmentOptions, segment_files
 from dinocell.errors import CheckpointError, ConfigError, DINOCellError, UsageError
-from dinocell.io.images import find_images, read_labels, write_image
+from dinocell.io import find_images, read_labels, write_image
 
 OPTIONS = SegmentOptions(device="cpu")
 

@@ -28,7 +28,7 @@ from dinocell.batch.run import SegmentOptions, segment_files
 from dinocell.cli import main
 from dinocell.cluster.record import shard_folder
 from dinocell.errors import ConfigError, DINOCellError, UsageError
-from dinocell.io.images import find_images, write_image
+from dinocell.io import find_images, write_image
 from dinocell.network.model import save_model
 
 ROOT = Path(__file__).parents[3]
@@ -286,7 +286,6 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from dinocell.batch import run as batch
-from dinocell.io import images as image_io
 from dinocell.batch.parts import run_shard
 count, moment = 0, int(sys.argv[2])
 replace = os.replace

@@ -15,7 +15,7 @@ import yaml
 
 from dinocell import __version__
 from dinocell.cli import main
-from dinocell.io.images import find_images, read_labels, write_image, write_labels
+from dinocell.io import find_images, read_labels, write_image, write_labels
 from dinocell.network.model import load_model, save_model
 
 ROOT = Path(__file__).parents[3]

@@ -21,7 +21,7 @@ from dinocell.cli.cluster import checked_parameters
 from dinocell.cluster.plan import look_for_inputs, plan_runs, read_table, run_dir_of
 from dinocell.cluster.record import JobRecord, Start, write_record
 from dinocell.errors import ConfigError, DINOCellError, UsageError
-from dinocell.io.images import write_image
+from dinocell.io import write_image
 from dinocell.settings import config_to_mapping, load_settings
 from dinocell.training.config import TrainConfig
 

@@ -16,7 +16,7 @@ from dinocell.cluster.record import Start, Submission, note_submission, read_rec
 from dinocell.cluster.site import SiteProfile
 from dinocell.cluster.submission import parse_dependency, run_here, sbatch_text, submit
 from dinocell.errors import UsageError
-from dinocell.io.images import write_labels
+from dinocell.io import write_labels
 
 RUN = PlannedRun("ssl-a", ("pretrain", "c.yaml"), Path("runs/a"))
 

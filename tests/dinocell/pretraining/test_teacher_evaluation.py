@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 import dinov3
 from dinocell.errors import ConfigError, DataSetError
-from dinocell.io.images import write_image, write_labels
+from dinocell.io import write_image, write_labels
 from dinocell.pretraining import teacher_evaluation
 from dinocell.pretraining.teacher_evaluation import RESULTS_NAME, make_evaluation
 from dinocell.probing.decoder_probe import ProbeConfig, ProbeTimeError

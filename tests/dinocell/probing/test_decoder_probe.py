@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dinocell.errors import DataSetError
-from dinocell.io.images import write_image, write_labels
+from dinocell.io import write_image, write_labels
 from dinocell.pairs import find_pairs
 from dinocell.probing import decoder_probe as channel_score
 from dinocell.probing.decoder_probe import (

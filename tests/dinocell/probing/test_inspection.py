@@ -12,7 +12,7 @@ from PIL import Image as PillowImage
 
 from dinocell.cli import main
 from dinocell.errors import CheckpointError, DataSetError, UsageError
-from dinocell.io.images import write_image, write_labels
+from dinocell.io import write_image, write_labels
 from dinocell.network.model import save_model
 from dinocell.probing import inspection
 from dinocell.probing.decoder_probe import ProbeConfig

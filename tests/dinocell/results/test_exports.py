@@ -14,7 +14,7 @@ import pytest
 from scipy import ndimage
 
 from dinocell.errors import DINOCellError, MissingExtraError
-from dinocell.io.images import read_labels
+from dinocell.io import read_labels
 from dinocell.results import exports
 from dinocell.results.exports import (
     EXPORT_FORMATS,

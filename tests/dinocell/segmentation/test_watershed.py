@@ -18,7 +18,7 @@ from skimage.segmentation import watershed as skimage_watershed
 
 import dinocell
 from dinocell.evaluation import ctc_counts, match_counts, overlap_table
-from dinocell.io.images import read_labels
+from dinocell.io import read_labels
 from dinocell.segmentation.distance_map import TARGETS, labels_to_distance_map
 from dinocell.segmentation.levels import NUM_LEVELS, quantize
 from dinocell.segmentation.markers import find_markers

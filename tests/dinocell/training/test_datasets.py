@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dinocell.errors import DataSetError, ImageFileError
-from dinocell.io.images import write_image, write_labels
+from dinocell.io import write_image, write_labels
 from dinocell.network.config import ModelConfig
 from dinocell.pairs import find_pairs
 from dinocell.training.config import AugmentConfig, DataConfig, DatasetConfig

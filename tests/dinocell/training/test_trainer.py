@@ -228,7 +228,7 @@ def test_early_stopping(blob_data, tmp_path):
 
 
 def test_validation_without_any_cell(blob_data, tmp_path):
-    from dinocell.io.images import find_images, read_image, write_image, write_labels
+    from dinocell.io import find_images, read_image, write_image, write_labels
 
     for path in find_images([blob_data / "images"])[:1]:
         image = read_image(path).pixels

@@ -1,0 +1,163 @@
+"""Which plane and which channels of a file become the image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinocell.errors import ImageFileError, UsageError
+
+__all__ = [
+    "MAX_PIXELS",
+    "RGB_NAMES",
+    "RawImage",
+    "Selection",
+    "channel_positions",
+    "check_page",
+    "check_size",
+    "num_planes",
+    "select_channels",
+]
+
+MAX_PIXELS: int = 2**30
+"""Largest height times width that is read: 32,768 × 32,768."""
+
+RGB_NAMES = ("red", "green", "blue")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of a file is wanted; see `dinocell.io.read_image` for the first three.
+
+    `as_labels` keeps the stored numbers: palettes and "white is zero" are not applied.
+    """
+
+    channels: Sequence[int | str] | None = None
+    page: int | None = None
+    max_pixels: int = MAX_PIXELS
+    as_labels: bool = False
+
+    def __post_init__(self) -> None:
+        _refuse_text(self.channels)
+
+
+@dataclass
+class RawImage:
+    """One plane with all or some of its channels, as stored; values are not checked yet."""
+
+    pixels: np.ndarray  # (H, W) or (H, W, C)
+    is_rgb: bool = False
+    is_selected: bool = False  # only the wanted channels were read
+    pixel_size_um: float | None = None
+    channel_names: tuple[str, ...] | None = None
+
+
+def channel_positions(
+    num_channels: int, names: Sequence[str] | None, channels: Sequence[int | str]
+) -> list[int]:
+    """Turn channel positions and names into positions; see `select_channels`."""
+    if len(channels) == 0:
+        raise UsageError(
+            "`channels` must name at least one channel, got none: leave it out for all."
+        )
+    known = [name.casefold() for name in names] if names else []
+    existing = f"channels 0 … {num_channels - 1}" if num_channels > 1 else "one channel, 0"
+    if names:
+        existing += f" ({', '.join(names)})"
+    positions: list[int] = []
+    for channel in channels:
+        position = None
+        if not isinstance(channel, str):
+            position = int(channel)
+        elif channel.casefold() in known:
+            position = known.index(channel.casefold())
+        elif channel.strip().isdecimal():
+            position = int(channel)
+        if position is None or not 0 <= position < num_channels:
+            raise UsageError(f"There is no channel {channel!r}: the image has {existing}.")
+        positions.append(position)
+    if len(set(positions)) != len(positions):
+        raise UsageError(f"`channels` must differ from each other, got {list(channels)}.")
+    return positions
+
+
+def select_channels(
+    pixels: np.ndarray, names: Sequence[str] | None, channels: Sequence[int | str]
+) -> np.ndarray:
+    """Keep some channels of an image.
+
+    Parameters
+    ----------
+    pixels : (H, W) or (H, W, C) ndarray
+    names : sequence of str, or None
+        One name per channel.
+    channels : sequence of int or str
+        Positions from 0, names (case does not matter), or positions as text ("0"); a name wins over
+        a position.
+
+    Returns
+    -------
+    pixels : (H, W) ndarray for one channel, else (H, W, len(channels))
+
+    Raises
+    ------
+    UsageError
+        A channel does not exist (the message names those that do), is repeated, or none is given.
+    """
+    _refuse_text(channels)
+    stack = pixels[..., None] if pixels.ndim == 2 else pixels
+    positions = channel_positions(stack.shape[2], names, channels)
+    return stack[..., positions[0]] if len(positions) == 1 else stack[..., positions]
+
+
+def _refuse_text(channels: Sequence[int | str] | None) -> None:
+    if isinstance(channels, str):
+        raise TypeError(
+            f"`channels` must be a sequence of positions or names, got the text {channels!r}: "
+            "write it as a list."
+        )
+
+
+def check_size(path: Path, height: int, width: int, max_pixels: int) -> None:
+    """Refuse an image of more than `max_pixels`, before its pixels are read."""
+    if height * width > max_pixels:
+        raise ImageFileError(
+            f"An image may have up to {max_pixels:,} pixels, '{path}' claims {height:,} × "
+            f"{width:,} = {height * width:,}: crop it, or read a smaller level of it."
+        )
+
+
+def num_planes(axes: str, shape: tuple[int, ...]) -> int:
+    """Planes along all axes other than channel (C, or S for samples of a colour), row and column."""
+    return math.prod(n for axis, n in zip(axes, shape, strict=True) if axis not in "CYXS")
+
+
+def check_page(path: Path, series: Sequence[tuple[str, tuple[int, ...]]], page: int | None) -> int:
+    """Number of the plane to read; refuses when it must be chosen or does not exist.
+
+    `series` holds axes and shape of each image of the file; planes are counted through all of them.
+    """
+    total = sum(num_planes(axes, shape) for axes, shape in series)
+    if page is None:
+        if total == 1:
+            return 0
+        if len(series) > 1:
+            what = f"{len(series)} images of {total} planes in all"
+        else:
+            axes, shape = series[0]
+            what = f"a stack with axes {axes} and sizes {' × '.join(map(str, shape))}"
+        unknown = len(series) == 1 and set(series[0][0]) <= set("QIYX") and len(series[0][0]) == 3
+        hint = ", or list the `channels` to read if the planes are channels" if unknown else ""
+        raise ImageFileError(
+            f"One 2-D image is needed, '{path}' holds {what}: choose one plane by `page`, "
+            f"0 … {total - 1}{hint}."
+        )
+    if not 0 <= page < total:
+        raise UsageError(
+            f"`page` must be 0 … {total - 1} for '{path}', got {page}: it counts the planes from 0."
+        )
+    return page

@@ -1,0 +1,274 @@
+"""The front door: read an image or a label image from a file.
+
+An image leaves this module as a `(H, W)` or `(H, W, C)` array in the data type of its file, channel
+last; a label image as `(H, W)` uint32.  Everything a file can be wrong about (absent, empty, cut
+short, a stack, a text with an image's suffix, not-a-number pixels) ends in one sentence of
+`dinocell.errors`, never in a half-read array, and the libraries' own warnings stay inside.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError, UsageError
+from dinocell.io.names import UNREADABLE_KINDS
+from dinocell.io.planes import (
+    MAX_PIXELS,
+    RawImage,
+    Selection,
+    channel_positions,
+    select_channels,
+)
+from dinocell.io.raster import read_npy, read_picture
+from dinocell.io.tiff import read_tiff
+from dinocell.labels import all_whole
+from dinocell.pairs import IMAGE_SUFFIXES
+
+__all__ = ["Image", "read_image", "read_labels"]
+
+
+@dataclass(frozen=True)
+class Image:
+    """One 2-D image as read from a file.
+
+    Attributes
+    ----------
+    pixels : (H, W) or (H, W, C) ndarray
+        In the data type of the file (native byte order), channel last, C ≥ 2; 1-bit images are uint8
+        with 0 and 255.  Finite everywhere.
+    path : Path
+        The file.
+    pixel_size_um : float or None
+        Edge of one pixel in µm, from OME or ImageJ metadata alone; None when they do not say, or say
+        two different edges.  The bare TIFF resolution (dots per inch or cm) is not used: it holds
+        printing defaults, or the camera's pixel without the objective's magnification.
+    channel_names : tuple of str, or None
+        One name per channel when the file has them (and for RGB: red, green, blue), else None.
+    """
+
+    pixels: np.ndarray
+    path: Path
+    pixel_size_um: float | None = None
+    channel_names: tuple[str, ...] | None = None
+
+
+def read_image(
+    path: str | os.PathLike[str],
+    *,
+    channels: Sequence[int | str] | None = None,
+    page: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Image:
+    """Read one 2-D image from a TIFF, OME-TIFF, ImageJ TIFF, PNG, JPEG, BMP or `.npy` file.
+
+    The content decides which reader is used, not the suffix.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    channels : sequence of int or str, optional
+        Channels to keep, in this order: positions from 0 or names (case does not matter).  One
+        channel gives `(H, W)`.  A stack of planes whose meaning the file does not say (a plain
+        multi-page TIFF, a `.npy` of shape `(n, H, W)`) is taken as channels when this is given.
+    page : int, optional
+        Which plane of a stack to read, counted from 0 through all series and all axes other than
+        channel, row and column, in the order of the file.  Needed when there is more than one.
+    max_pixels : int
+        Refuse images of more pixels (height times width) than this.
+
+    Returns
+    -------
+    image : Image
+        Pixels keep the data type of the file.  Alpha is dropped; PNG and BMP palettes become
+        colours; a colour image with three equal channels becomes `(H, W)`; 1-bit becomes uint8 0 and
+        255; TIFF "white is zero" is inverted.  TIFF palettes are display tables and are ignored: the
+        stored numbers are the intensities.  Orientation tags are ignored: rows stay the file's rows.
+
+    Raises
+    ------
+    UsageError
+        The file does not exist, or it has no such `channels` or `page`.
+    ImageFileError
+        The file is empty, cut short, unreadable or of a kind that cannot be read; it holds a stack and
+        `page` is not given; pixels are NaN, infinite or complex; a side is 0; it is too large.
+    MissingExtraError
+        The compression needs the optional package `imagecodecs`.
+
+    Warns
+    -----
+    UserWarning
+        The file gives pixels of unequal sides: no pixel size is used.
+    """
+    wanted = Selection(channels, page, max_pixels)
+    path = _existing_file(path)
+    raw = _read_raw(path, wanted)
+    pixels, names = raw.pixels, raw.channel_names
+    if pixels.dtype == np.bool_:
+        pixels = pixels.astype(np.uint8) * np.uint8(255)
+    if channels is not None and not raw.is_selected:
+        positions = channel_positions(1 if pixels.ndim == 2 else pixels.shape[2], names, channels)
+        pixels = select_channels(pixels, names, channels)
+        names = tuple(names[i] for i in positions) if names else None
+    if raw.is_rgb and _all_channels_equal(pixels):
+        pixels, names = pixels[..., 0], None
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        bad = int(np.count_nonzero(~np.isfinite(pixels)))
+        raise ImageFileError(
+            f"Pixels of '{path}' must be finite numbers, {bad:,} of {pixels.size:,} are NaN or "
+            "infinite: replace them (for example by the background value) before segmenting."
+        )
+    return Image(np.ascontiguousarray(pixels), path, raw.pixel_size_um, names)
+
+
+def read_labels(
+    path: str | os.PathLike[str], *, page: int | None = None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """Read a label image: 0 is background, every other number one cell.
+
+    Parameters
+    ----------
+    path : path
+        PNG, TIFF, BMP or `.npy` of whole numbers; floating point is accepted when every value is
+        whole.  Palette PNGs give their palette positions, 1-bit files 0 and 1, and colours with three
+        equal channels count as gray.
+    page : int, optional
+        Which plane of a stack, as in `read_image`.
+    max_pixels : int
+        Refuse files of more pixels than this.
+
+    Returns
+    -------
+    labels : (H, W) uint32 ndarray
+        The numbers as stored: gaps and unconnected parts stay.
+
+    Raises
+    ------
+    UsageError
+        The file or the page does not exist.
+    ImageFileError
+        As for `read_image`; also colours, negative or fractional numbers, numbers above 2³² − 1.
+    """
+    path = _existing_file(path)
+    raw = _read_raw(path, Selection(None, page, max_pixels, as_labels=True))
+    pixels = raw.pixels
+    if pixels.ndim == 3 and raw.is_rgb and _all_channels_equal(pixels):
+        pixels = pixels[..., 0]
+    if pixels.ndim != 2:
+        what = "a colour picture" if raw.is_rgb else f"an image of {pixels.shape[2]} channels"
+        raise ImageFileError(
+            f"A label image is needed (one channel, 0 background, one whole number per cell), but "
+            f"'{path}' is {what}: export the labels as 16-bit gray PNG or TIFF."
+        )
+    if pixels.dtype == np.bool_:
+        return pixels.astype(np.uint32)
+    if pixels.dtype.kind == "f" and not all_whole(pixels):
+        raise ImageFileError(
+            f"A label image must hold whole numbers, '{path}' ({pixels.dtype}) holds fractions or "
+            "NaN: it looks like an intensity image or a distance map, give the labels."
+        )
+    low, high = pixels.min(), pixels.max()
+    if low < 0 or high > np.iinfo(np.uint32).max:
+        raise ImageFileError(
+            f"Labels must lie in 0 … 4,294,967,295, '{path}' holds {low} … {high}: renumber them "
+            "from 1 with background 0."
+        )
+    return np.ascontiguousarray(pixels.astype(np.uint32))
+
+
+def _existing_file(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        if kind := UNREADABLE_KINDS.get(path.suffix.lower()):
+            raise ImageFileError(_not_read_message(path, kind))
+        raise UsageError(f"An image file is needed, '{path}' is a folder: name the files in it.")
+    if not path.exists():
+        raise UsageError(f"There is no file '{path}': check the path.")
+    return path
+
+
+def _not_read_message(path: Path, kind: str) -> str:
+    return (
+        f"{kind} files cannot be read yet, got '{path}': export the image as OME-TIFF or PNG "
+        "(for example in Fiji or in the microscope's software)."
+    )
+
+
+def _all_channels_equal(pixels: np.ndarray) -> bool:
+    return pixels.ndim == 3 and all(
+        np.array_equal(pixels[..., 0], pixels[..., i]) for i in range(1, pixels.shape[2])
+    )
+
+
+def _read_raw(path: Path, wanted: Selection) -> RawImage:
+    """Choose the reader by the first bytes, and turn whatever it raises into one sentence."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(32)
+        if not head:
+            raise ImageFileError(f"'{path}' is empty (0 bytes): copy or export it again.")
+        if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            raw = read_tiff(path, wanted)
+        elif head.startswith(b"\x93NUMPY"):
+            raw = read_npy(path, wanted)
+        elif head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")):
+            raw = read_picture(path, head, wanted)
+        else:
+            raise ImageFileError(_unknown_content_message(path, head))
+    except DINOCellError:
+        raise
+    except PermissionError as err:
+        raise ImageFileError(
+            f"You have no permission to read '{path}': change the rights of the file."
+        ) from err
+    except MemoryError as err:
+        raise ImageFileError(
+            f"'{path}' needs more memory than this machine has: crop it or use a larger machine."
+        ) from err
+    except Exception as err:  # decoders raise anything on damaged bytes
+        if "requires the 'imagecodecs' package" in str(err):
+            raise MissingExtraError(
+                f"The compression of '{path}' needs the package imagecodecs, which is not "
+                "installed: run `pip install imagecodecs`."
+            ) from err
+        raise ImageFileError(
+            f"'{path}' must be a whole image file, it is damaged or cut short "
+            f"({_first_line(err)}): copy or export it again."
+        ) from err
+    pixels = raw.pixels
+    if pixels.dtype.kind not in "buif":
+        raise ImageFileError(
+            f"Pixels must be whole or floating-point numbers, '{path}' holds {pixels.dtype}: "
+            "store the magnitude or one real part."
+        )
+    if not pixels.dtype.isnative:
+        raw.pixels = pixels.astype(pixels.dtype.newbyteorder("="))
+    return raw
+
+
+def _first_line(err: BaseException) -> str:
+    text = str(err).strip().splitlines()
+    return (text[0] if text else type(err).__name__).rstrip(".:")[:160]
+
+
+def _unknown_content_message(path: Path, head: bytes) -> str:
+    if head.startswith(b"ZISRAWFILE"):
+        return _not_read_message(path, UNREADABLE_KINDS[".czi"])
+    if head.startswith(b"\xda\xce\xbe\x0a"):
+        return _not_read_message(path, UNREADABLE_KINDS[".nd2"])
+    if kind := UNREADABLE_KINDS.get(path.suffix.lower()):
+        return _not_read_message(path, kind)
+    text = all(byte in b"\t\n\r\f" or byte >= 32 for byte in head)
+    try:
+        head.decode()
+    except UnicodeDecodeError as err:
+        text = text and err.start > 28  # the last letter has several bytes and is cut
+    return (
+        f"'{path}' must be an image, but its content is {'text' if text else 'of an unknown kind'}: "
+        f"give a file of kind {', '.join(IMAGE_SUFFIXES)}."
+    )

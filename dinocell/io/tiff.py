@@ -1,0 +1,270 @@
+"""Read TIFF, OME-TIFF and ImageJ TIFF files: planes, channel names and the size of a pixel."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from dinocell.errors import ImageFileError
+from dinocell.io.planes import (
+    RGB_NAMES,
+    RawImage,
+    Selection,
+    channel_positions,
+    check_page,
+    check_size,
+    num_planes,
+)
+
+__all__ = ["read_tiff"]
+
+_UM_PER_UNIT: dict[str, float] = {
+    "m": 1e6,
+    "cm": 1e4,
+    "mm": 1e3,
+    "um": 1.0,
+    "micron": 1.0,
+    "microns": 1.0,
+    "micrometer": 1.0,
+    "micrometre": 1.0,
+    "nm": 1e-3,
+    "inch": 25_400.0,
+    "in": 25_400.0,
+}
+
+_COARSEST_UM = 20.0  # an ImageJ scale in inch or cm coarser than this is a printing default
+
+
+class _TiffLog(logging.Filter):
+    """Keeps tifffile's complaints off the screen, and the serious ones for our message."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._local = threading.local()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kept: list[str] | None = getattr(self._local, "kept", None)
+        if kept is None:
+            return True
+        if record.levelno >= logging.ERROR:
+            kept.append(record.getMessage())
+        return False
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[list[str]]:
+        self._local.kept = []
+        try:
+            yield self._local.kept
+        finally:
+            self._local.kept = None
+
+
+_TIFF_LOG = _TiffLog()
+logging.getLogger("tifffile").addFilter(_TIFF_LOG)
+
+
+def read_tiff(path: Path, wanted: Selection) -> RawImage:
+    """Read one plane of a TIFF with the wanted channels, and no more pages than that needs."""
+    import tifffile
+
+    with _TIFF_LOG.collect() as complaints, tifffile.TiffFile(path) as tif:
+        all_series = [s for s in tif.series if not s.keyframe.is_reduced] or list(tif.series)
+        if not all_series:
+            raise ValueError(complaints[0] if complaints else "it holds no image")
+        layout = [_tiff_axes(s, wanted) for s in all_series]
+        if complaints:
+            raise ValueError(_without_object_names(complaints[0]))
+        page = check_page(path, layout, wanted.page)
+        number = 0
+        while page >= (in_series := num_planes(*layout[number])):
+            page -= in_series
+            number += 1
+        series, (axes, shape) = all_series[number], layout[number]
+        if "C" in axes and "S" in axes:
+            raise ImageFileError(
+                f"An image must have one channel axis, '{path}' has axes {axes} with sizes "
+                f"{' × '.join(map(str, shape))}: export the channels as one stack or as RGB."
+            )
+        sizes = dict(zip(axes, shape, strict=True))
+        check_size(path, sizes["Y"], sizes["X"], wanted.max_pixels)
+        keyframe = series.keyframe
+        size_um, names = _tiff_metadata(tif, tif.series.index(series), sizes.get("C", 1))
+        positions = None
+        if wanted.channels is not None and "C" in axes:
+            positions = channel_positions(sizes["C"], names, wanted.channels)
+            names = tuple(names[i] for i in positions) if names else None
+        pixels = _tiff_plane(series, axes, shape, page, positions)
+        if complaints:
+            raise ValueError(_without_object_names(complaints[0]))
+        is_rgb = "S" in axes
+        if is_rgb:
+            alpha = [
+                i for i, kind in enumerate(reversed(keyframe.extrasamples)) if int(kind) in (1, 2)
+            ]
+            if alpha:
+                keep = [i for i in range(pixels.shape[2]) if pixels.shape[2] - 1 - i not in alpha]
+                pixels = pixels[..., keep]
+            is_rgb = int(keyframe.photometric) in (2, 6) and pixels.shape[2] == 3
+            names = RGB_NAMES if is_rgb else None
+            if pixels.shape[2] == 1:
+                pixels = pixels[..., 0]
+        if int(keyframe.photometric) == 0 and not wanted.as_labels:  # white is zero
+            pixels = _inverted(pixels, keyframe.bitspersample)
+    return RawImage(pixels, is_rgb, positions is not None, size_um, names)
+
+
+def _inverted(pixels: np.ndarray, bits: int) -> np.ndarray:
+    if pixels.dtype == np.bool_:
+        return ~pixels
+    return pixels.dtype.type(2**bits - 1) - pixels if pixels.dtype.kind == "u" else pixels
+
+
+def _without_object_names(message: str) -> str:
+    """tifffile's log lines start with the repr of an object, which says nothing to a reader."""
+    return re.sub(r"<[^>]*>\s*", "", message).strip() or message
+
+
+def _tiff_axes(series: Any, wanted: Selection) -> tuple[str, tuple[int, ...]]:
+    """Axes longer than 1 and their sizes; planes without a meaning are channels if these are wanted."""
+    axes, shape = str(series.axes), tuple(int(n) for n in series.shape)
+    kept = [(a, n) for a, n in zip(axes, shape, strict=True) if n != 1 or a in "YX"]
+    axes, shape = "".join(a for a, _ in kept), tuple(n for _, n in kept)
+    unknown = len(axes) == 3 and axes[0] in "QI" and axes[1:] == "YX"
+    if unknown and wanted.channels is not None and wanted.page is None:
+        axes = "CYX"
+    return axes, shape
+
+
+def _tiff_plane(
+    series: Any, axes: str, shape: tuple[int, ...], page: int, positions: list[int] | None
+) -> np.ndarray:
+    """Plane `page` of a series as (H, W) or (H, W, C), reading no more pages than it needs."""
+    leading = [(a, n) for a, n in zip(axes, shape, strict=True) if a not in "YXS"]
+    numbers = np.arange(math.prod(n for _, n in leading)).reshape([n for _, n in leading])
+    order = [a for a, _ in leading]
+    if "C" in order:
+        numbers = np.moveaxis(numbers, order.index("C"), -1).reshape(-1, dict(leading)["C"])
+    else:
+        numbers = numbers.reshape(-1, 1)
+    wanted = numbers[page if positions is None else (page, positions)].tolist()
+    pages = series.pages
+    one_plane_per_page = len(pages) == numbers.size and set(series.keyframe.axes) <= set("YXS")
+    if one_plane_per_page:
+        planes = [_channel_last(_page_pixels(pages[i]), series.keyframe.axes) for i in wanted]
+    else:
+        if any(one_page is None for one_page in pages):
+            raise ValueError("some of its planes are in other files, which are missing")
+        for one_page in pages:
+            _check_bytes_present(one_page)
+        whole = series.asarray().reshape(shape)
+        moved = np.moveaxis(whole, [axes.index(a) for a in order], range(len(order)))
+        inner = "".join(a for a in axes if a in "YXS")
+        moved = moved.reshape(-1, *(shape[axes.index(a)] for a in inner))
+        planes = [_channel_last(moved[i], inner) for i in wanted]
+    return planes[0] if len(planes) == 1 else np.stack(planes, axis=-1)
+
+
+def _page_pixels(page: Any) -> np.ndarray:
+    if page is None:
+        raise ValueError("some of its planes are in other files, which are missing")
+    file = page.parent.filehandle
+    if not file.closed:
+        _check_bytes_present(page)
+        return page.asarray()
+    file.open()  # another file of the same multi-file OME image
+    try:
+        _check_bytes_present(page)
+        return page.asarray()
+    finally:
+        file.close()
+
+
+def _channel_last(plane: np.ndarray, axes: str) -> np.ndarray:
+    plane = plane.reshape(
+        [n for n, a in zip(plane.shape, axes, strict=True) if n != 1 or a in "YX"]
+    )
+    if plane.ndim == 3 and axes.index("S") < axes.index("Y"):
+        plane = np.moveaxis(plane, 0, -1)
+    return plane
+
+
+def _check_bytes_present(page: Any) -> None:
+    """Raise when pixels lie beyond the end of the file (tifffile may fill with zeros)."""
+    spans = zip(page.dataoffsets, page.databytecounts, strict=False)
+    end = max((offset + count for offset, count in spans), default=0)
+    size = page.parent.filehandle.size
+    if end > size:
+        raise ValueError(f"its pixels should reach byte {end:,}, the file has {size:,}")
+
+
+def _tiff_metadata(
+    tif: Any, series_index: int, num_channels: int
+) -> tuple[float | None, tuple[str, ...] | None]:
+    if tif.is_ome and tif.ome_metadata:
+        return _ome_metadata(tif.ome_metadata, series_index, num_channels, tif.filename)
+    described = tif.imagej_metadata if tif.is_imagej else None
+    if not described:
+        return None, None
+    labels, names = described.get("Labels"), None
+    if labels and len(labels) == num_channels and len(set(labels)) == num_channels > 1:
+        names = tuple(str(label).strip() for label in labels)
+    try:
+        # stored as a fraction of two 32-bit numbers: no more than nine digits are meant
+        edges = [float(f"{1.0 / float(value):.9g}") for value in tif.pages[0].resolution]
+    except (ZeroDivisionError, ValueError, TypeError):
+        return None, names
+    return _pixel_size_um(edges, [str(described.get("unit", ""))] * 2, tif.filename), names
+
+
+def _ome_metadata(
+    xml: str, series_index: int, num_channels: int, where: str
+) -> tuple[float | None, tuple[str, ...] | None]:
+    try:
+        images = ElementTree.fromstring(xml).findall("{*}Image")
+        pixels = images[series_index].find("{*}Pixels") if series_index < len(images) else None
+    except ElementTree.ParseError:
+        return None, None
+    if pixels is None:
+        return None, None
+    found = [channel.get("Name") for channel in pixels.findall("{*}Channel")]
+    names = None
+    if len(found) == num_channels and all(found):
+        names = tuple(str(name) for name in found)
+    try:
+        edges = [float(pixels.attrib[f"PhysicalSize{axis}"]) for axis in "XY"]
+    except (KeyError, ValueError):
+        return None, names
+    units = [pixels.get(f"PhysicalSize{axis}Unit", "µm") for axis in "XY"]
+    return _pixel_size_um(edges, units, where), names
+
+
+def _pixel_size_um(edges: Sequence[float], units: Sequence[str], where: str) -> float | None:
+    sizes: list[float] = []
+    for edge, unit in zip(edges, units, strict=True):
+        unit = unit.replace("\\u00B5", "u").replace("µ", "u").replace("μ", "u").strip().lower()
+        factor = _UM_PER_UNIT.get(unit)
+        if factor is None or not math.isfinite(edge) or edge <= 0:
+            return None
+        size = edge * factor
+        if unit in ("inch", "in", "cm") and size > _COARSEST_UM:
+            return None
+        sizes.append(size)
+    if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
+        warnings.warn(
+            f"Pixels must be square for measurements in µm, '{where}' gives {sizes[0]:g} × "
+            f"{sizes[1]:g} µm: no pixel size is used, give it yourself.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return None
+    return sizes[0]
