@@ -3,6 +3,7 @@
     python benchmarks/ssl_small_run.py index              # list of the images, runs/ssl/cells_index.csv
     python benchmarks/ssl_small_run.py train multiview    # or average, single, pairwise
     python benchmarks/ssl_small_run.py report             # benchmarks/results/ssl_small_run.json
+    python benchmarks/ssl_small_run.py random             # benchmarks/results/ssl_random_weights.json
 
 Each training leaves its checkpoints, metrics and pictures in runs/ssl/cells_STRATEGY and its start
 in runs/ssl/cells_start.pth.  Fields of two plates (val) are never trained on.
@@ -15,6 +16,7 @@ import csv
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("DINOCELL_DATA", ROOT / ".." / "shared" / "data")).resolve()
@@ -22,11 +24,19 @@ FOLDER = Path("runs/ssl")
 INDEX = FOLDER / "cells_index.csv"
 CONFIG = ROOT / "configs" / "ssl" / "cells_tiny.yaml"
 RESULT = ROOT / "benchmarks" / "results" / "ssl_small_run.json"
+RANDOM_RESULT = RESULT.with_name("ssl_random_weights.json")
 VAL = ("pediatric_BR00143976", "nf1_F7")
 # Fields with several channels are few: listed so often, they are about half of what is seen.
 REPEATS = 60
 SKIPPED = ("mask", "brightfield")
 WINDOW_PX, WINDOWS = 96, 16  # of the report
+EVALUATION = (
+    "ssl_evaluation.hook=dinocell.pretraining.teacher_evaluation:make_evaluation",
+    "ssl_evaluation.period_iterations=150",
+    f"ssl_evaluation.data={DATA / 'dsb2018'}",
+    "ssl_evaluation.max_seconds=100000",  # every score from the same number of steps
+)
+SEEDS = (0, 1, 2)  # of the networks with random weights
 
 
 def write_index() -> None:
@@ -63,24 +73,44 @@ def train(strategy: str, overrides: list[str]) -> None:
 
     start = FOLDER / "cells_start.pth"
     if not start.is_file():
-        from dinov3.configs import config
-
-        args = config.DinoV3SetupArgs(str(CONFIG), output_dir=str(FOLDER / "start"))
-        cfg = config.get_cfg_from_args(args)
-        torch.manual_seed(0)
-        from dinov3.train.ssl_meta_arch import SSLMetaArch
-
-        model = SSLMetaArch(cfg)
-        model.prepare_for_distributed_training()
-        model.init_weights()
-        torch.save(model.student.backbone.state_dict(), start)
-    evaluation = [
-        "ssl_evaluation.hook=dinocell.pretraining.teacher_evaluation:make_evaluation",
-        "ssl_evaluation.period_iterations=150",
-        f"ssl_evaluation.data={DATA / 'dsb2018'}",
-    ]
-    changes = [f"multiview.strategy={strategy}", *evaluation, *overrides]
+        torch.save(start_network(0)[0].student.backbone.state_dict(), start)
+    changes = [f"multiview.strategy={strategy}", *EVALUATION, *overrides]
     print(pretrain(CONFIG, changes, output_dir=FOLDER / f"cells_{strategy}"))
+
+
+def start_network(seed: int) -> tuple[Any, Any]:
+    """The networks of a run before its first step, and their configuration."""
+    import torch
+
+    from dinov3.configs import config
+    from dinov3.train.ssl_meta_arch import SSLMetaArch
+
+    args = config.DinoV3SetupArgs(
+        str(CONFIG), output_dir=str(FOLDER / "start"), opts=list(EVALUATION)
+    )
+    cfg = config.get_cfg_from_args(args)
+    torch.manual_seed(seed)
+    model = SSLMetaArch(cfg)
+    model.prepare_for_distributed_training()
+    model.init_weights()
+    return model, cfg
+
+
+def score_random_weights() -> None:
+    """The decoder's scores on frozen random features: what a pretraining has to beat."""
+    from dinocell.pretraining.teacher_evaluation import make_evaluation
+
+    scores = []
+    for seed in SEEDS:
+        model, cfg = start_network(seed)
+        out = FOLDER / f"random_{seed}"
+        out.mkdir(parents=True, exist_ok=True)
+        found = make_evaluation(cfg)(model.student.backbone, 0, out)
+        scores.append({"seed": seed, **found})
+        print(scores[-1], flush=True)
+    result = {"command": "python benchmarks/ssl_small_run.py random", "scores": scores}
+    RANDOM_RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {RANDOM_RESULT}")
 
 
 def report() -> None:
@@ -128,7 +158,7 @@ def report() -> None:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=("index", "train", "report"))
+    parser.add_argument("step", choices=("index", "train", "report", "random"))
     parser.add_argument("strategy", nargs="?", default="multiview")
     parser.add_argument("overrides", nargs="*", help="key=value")
     args = parser.parse_args()
@@ -136,6 +166,8 @@ def main() -> None:
         write_index()
     elif args.step == "train":
         train(args.strategy, args.overrides)
+    elif args.step == "random":
+        score_random_weights()
     else:
         report()
 
