@@ -3,34 +3,125 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dinocell.cli.options import App
 
-__all__ = ["app"]
+if TYPE_CHECKING:
+    from dinov3.data.datasets.jump_s3 import StreamOptions
+
+__all__ = ["PackFlags", "Source", "Store", "app"]
 
 app = App(
     name="jump",
-    help="Cell Painting fields of a public bucket: index, check, local shards, arithmetic.",
+    help="Index, check and copy the Cell Painting fields of a public bucket, to train on them.",
     no_args_is_help=True,
 )
 
-IndexFile = Annotated[Path, typer.Argument(metavar="INDEX", help="File that `jump index` made.")]
-Store = Annotated[
-    str,
-    typer.Option(
-        "--store", help="s3://bucket or a folder.  [default: the public bucket, or the index's]"
-    ),
+IndexFile = Annotated[
+    Path, typer.Argument(metavar="INDEX", help="Index file that `dinocell jump index` wrote.")
 ]
-Endpoint = Annotated[str, typer.Option(help="URL of another server of the S3 protocol.")]
-Region = Annotated[str, typer.Option(help="Of the bucket.")]
-Signed = Annotated[
-    bool, typer.Option("--signed", help="Sign requests with the credentials of the environment.")
+NewFolder = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Folder for the results; it must not exist yet.")
 ]
-Transport = Annotated[str, typer.Option(help="obstore or boto3.")]
+DrawSeed = Annotated[int, typer.Option(help="Use this random seed to choose the fields.")]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where the images are, named as the fields of `StreamOptions`."""
+
+    store: Annotated[
+        str,
+        typer.Option(
+            help="Read from this store: s3://BUCKET or a folder.  [default: the store that the index "
+            "names, or the public bucket]"
+        ),
+    ] = ""
+    endpoint: Annotated[
+        str,
+        typer.Option(help="Use the S3 server at this URL.  [default: the server of Amazon]"),
+    ] = ""
+    region: Annotated[str, typer.Option(help="Expect the bucket in this region.")] = "us-east-1"
+    signed: Annotated[
+        bool,
+        typer.Option(
+            "--signed",
+            help="Sign requests with the credentials of the environment; a public bucket needs none.",
+        ),
+    ] = False
+    transport: Annotated[str, typer.Option(help="Use this library to read: obstore or boto3.")] = (
+        "obstore"
+    )
+
+    def to_stream(self) -> StreamOptions:
+        """The options with which fields are read."""
+        from dinov3.data.datasets.jump_s3 import StreamOptions
+
+        return StreamOptions(**vars(self))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an index takes the fields from, named as the fields of `IndexSource`."""
+
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            help="Find the fields in: tables (the load_data files of a plate), listing (the names of "
+            "its image files), auto (tables where they exist, else the listing), or jump-lite.",
+        ),
+    ] = "auto"
+    channels_table: Annotated[
+        Path | None,
+        typer.Option(
+            help="Read from this CSV which channel a number in a file name means; it has the columns "
+            "number and channel, and may have source. Only for listings."
+        ),
+    ] = None
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            help="Read the sites of JUMP-Lite from this file.  [default: download it from the store]"
+        ),
+    ] = None
+    codec: Annotated[
+        str,
+        typer.Option(
+            help="Read this version of the images of JUMP-Lite: zstd, jpegxl_lossy_hq, "
+            "jpegxl_lossy_mq or jpegxl_lossy_d20."
+        ),
+    ] = "zstd"
+
+
+@dataclass(frozen=True)
+class PackFlags:
+    """How shards store a field, named as the fields of `PackOptions`."""
+
+    bits: Annotated[
+        int,
+        typer.Option(
+            help="Store pixels with this many bits: 16, or 8 after scaling to the range of the field."
+        ),
+    ] = 16
+    crop_px: Annotated[
+        int,
+        typer.Option(
+            "--crop",
+            help="Keep a square of this edge length in px at the centre; 0 keeps the field.",
+        ),
+    ] = 0
+    scale: Annotated[
+        float,
+        typer.Option(help="Resize fields by this factor (above 0, at most 1), such as 0.5."),
+    ] = 1.0
+    per_file: Annotated[int, typer.Option(help="Store this many fields in each file.")] = 64
+    level: Annotated[int, typer.Option(help="Compress at this level: 1 (fast) to 22 (small).")] = 5
 
 
 @app.command("index")
@@ -39,49 +130,31 @@ def jump_index(
         str,
         typer.Argument(
             metavar="PROJECT/SOURCE/BATCH/PLATE",
-            help="Which plates; * and ? in any part, later parts may be left out.",
+            help="Plates to list. Each part may contain * and ?; the last parts may be left out.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The index file.")],
-    store: Store = "",
-    endpoint: Endpoint = "",
-    region: Region = "us-east-1",
-    signed: Signed = False,
-    transport: Transport = "obstore",
-    source: Annotated[
-        str,
-        typer.Option(
-            "--from", help="tables (load_data), listing, auto: what there is; or jump-lite."
-        ),
-    ] = "auto",
-    channels_table: Annotated[
-        Path | None,
-        typer.Option(help="For listings: CSV with number, channel and perhaps source."),
-    ] = None,
-    table: Annotated[
-        Path | None, typer.Option(help="JUMP-Lite's list of sites, else fetched from the store.")
-    ] = None,
-    codec: Annotated[
-        str, typer.Option(help="Of JUMP-Lite: zstd, or jpegxl_lossy_hq, _mq or _d20.")
-    ] = "zstd",
-    threads: Annotated[int, typer.Option(min=1, help="Plates at once.")] = 16,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write the index to this file.")],
+    store: Store,
+    source: Source,
+    threads: Annotated[int, typer.Option(min=1, help="List this many plates at once.")] = 16,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the index file if it exists.")
+    ] = False,
 ) -> None:
-    """List the fields of a selection of plates in one file, which training opens at once.
+    """List the fields of many plates in one index file, so that training starts at once.
 
-    Stopped, it goes on with the plates that are missing when the same command is run again.
+    After an interruption run the same command again: it continues with the plates that are missing.
 
     Example: `dinocell jump index 'cpg0000-jump-pilot/source_4/*/BR0011*' -o pilot.arrow`
     """
     from dinocell.pretraining.jump_index import IndexSource, index_plates
-    from dinov3.data.datasets.jump_s3 import StreamOptions
 
     print(
         index_plates(
             selection,
             out,
-            IndexSource(source, channels_table, table, codec),
-            store=StreamOptions(store, endpoint, region, signed, transport),
+            IndexSource(**vars(source)),
+            store=store.to_stream(),
             threads=threads,
             overwrite=overwrite,
         )
@@ -92,10 +165,10 @@ def jump_index(
 def jump_stats(
     index: IndexFile,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Also draw it into this PNG.")
+        Path | None, typer.Option("--out", "-o", help="Draw the counts into this PNG file, too.")
     ] = None,
 ) -> None:
-    """Count plates, fields and channels of an index.
+    """Count the plates, fields and channels of an index.
 
     Example: `dinocell jump stats pilot.arrow -o pilot.png`
     """
@@ -111,24 +184,18 @@ def jump_stats(
 @app.command("verify")
 def jump_verify(
     index: IndexFile,
-    fields: Annotated[int, typer.Option(help="So many fields, drawn by --seed.")] = 32,
-    store: Store = "",
-    endpoint: Endpoint = "",
-    region: Region = "us-east-1",
-    signed: Signed = False,
-    transport: Transport = "obstore",
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    store: Store,
+    fields: Annotated[int, typer.Option(help="Read this many fields, chosen at random.")] = 32,
+    seed: DrawSeed = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Read a sample of fields whole and look at them; exit code 1 if one is bad.
+    """Read a random sample of fields and check each; the exit code is 1 if one is bad.
 
     Example: `dinocell jump verify pilot.arrow --fields 100`
     """
     from dinocell.pretraining.jump_fields import verify_index
-    from dinov3.data.datasets.jump_s3 import StreamOptions
 
-    options = StreamOptions(store, endpoint, region, signed, transport)
-    report = verify_index(index, fields=fields, store=options, seed=seed)
+    report = verify_index(index, fields=fields, store=store.to_stream(), seed=seed)
     print(report.json_text() if json else report.text())
     if report.bad:
         raise typer.Exit(1)
@@ -137,43 +204,44 @@ def jump_verify(
 @app.command("pack")
 def jump_pack(
     index: IndexFile,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that does not exist yet.")],
-    store: Store = "",
-    endpoint: Endpoint = "",
-    region: Region = "us-east-1",
-    signed: Signed = False,
-    transport: Transport = "obstore",
+    out: NewFolder,
+    store: Store,
+    options: PackFlags,
     channels: Annotated[
-        str | None, typer.Option(help="Names joined by +; default those that most fields have.")
+        str | None,
+        typer.Option(
+            help="Copy these channels: names joined by +, such as DNA+ER.  [default: those that most "
+            "fields have]"
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="ALL, TRAIN or VAL, by plate.")] = "ALL",
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many fields.")] = None,
-    bits: Annotated[int, typer.Option(help="16, or 8 (scaled to each field's range).")] = 16,
-    crop: Annotated[int, typer.Option(help="Keep so many px of the centre; 0: all.")] = 0,
-    scale: Annotated[float, typer.Option(help="Shrink by this factor.")] = 1.0,
-    per_file: Annotated[int, typer.Option(help="Fields of a file.")] = 64,
-    level: Annotated[int, typer.Option(help="Of the compression, 1 to 22.")] = 5,
+    split: Annotated[
+        str,
+        typer.Option(help="Copy the plates of this part of the data: ALL, TRAIN or VAL."),
+    ] = "ALL",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Copy only this many fields.  [default: all]")
+    ] = None,
     max_lost_share: Annotated[
-        float, typer.Option(help="Stop when more of the fields cannot be read.")
+        float,
+        typer.Option(help="Stop if more than this share of the fields (0 to 1) cannot be read."),
     ] = 0.02,
 ) -> None:
-    """Copy fields into local shards (Zarr), which are trained on through their own index.
+    """Copy fields into local files (Zarr shards) with an index of their own, for fast training.
 
     Example: `dinocell jump pack pilot.arrow shards --limit 5000 --bits 8`
     """
     from dinocell.pretraining.jump_fields import streaming_errors
     from dinocell.pretraining.jump_pack import pack_index
     from dinov3.cells.streaming.shards import PackOptions
-    from dinov3.data.datasets.jump_s3 import StreamOptions
 
     with streaming_errors():
-        options = PackOptions(bits, crop, scale, per_file, level)
+        checked = PackOptions(**vars(options))
     print(
         pack_index(
             index,
             out,
-            options,
-            store=StreamOptions(store, endpoint, region, signed, transport),
+            checked,
+            store=store.to_stream(),
             channels=channels,
             split=split,
             limit=limit,
@@ -185,32 +253,36 @@ def jump_pack(
 @app.command("masks")
 def jump_masks(
     index: IndexFile,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that does not exist yet.")],
-    store: Store = "",
-    endpoint: Endpoint = "",
-    region: Region = "us-east-1",
-    signed: Signed = False,
-    transport: Transport = "obstore",
-    kind: Annotated[str, typer.Option(help="nuclei or cell.")] = "nuclei",
-    channel: Annotated[str, typer.Option(help="What the images show.")] = "DNA",
-    fields: Annotated[int, typer.Option(help="So many fields that have labels.")] = 48,
+    out: NewFolder,
+    store: Store,
+    kind: Annotated[
+        str, typer.Option(help="Fetch labels of this kind: nuclei or cell.")
+    ] = "nuclei",
+    channel: Annotated[str, typer.Option(help="Write images of this channel.")] = "DNA",
+    fields: Annotated[int, typer.Option(help="Fetch this many fields that have labels.")] = 48,
     masks: Annotated[
-        str | None, typer.Option(help="Folder of the label arrays, {kind} for nuclei or cell.")
+        str | None,
+        typer.Option(
+            help="Read the label arrays from this folder of the store, with {kind} in place of nuclei "
+            "or cell."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: DrawSeed = 0,
 ) -> None:
-    """Fetch fields with Cellpose's labels (JUMP-Lite's) as pseudo-truth for `ssl_evaluation.data`.
+    """Fetch fields with the labels that Cellpose made for JUMP-Lite, to evaluate a pretraining.
+
+    The labels are no human annotation: use them to follow a run (`ssl_evaluation.data`), not to
+    report scores.
 
     Example: `dinocell jump masks lite.arrow pseudo --fields 48`
     """
     from dinocell.pretraining.jump_pack import export_masks
-    from dinov3.data.datasets.jump_s3 import StreamOptions
 
     print(
         export_masks(
             index,
             out,
-            store=StreamOptions(store, endpoint, region, signed, transport),
+            store=store.to_stream(),
             kind=kind,
             channel=channel,
             fields=fields,
@@ -222,18 +294,36 @@ def jump_masks(
 
 @app.command("plan")
 def jump_plan(
-    step_seconds: Annotated[float, typer.Option(help="Of a training step.")] = 0.7,
-    batch: Annotated[int, typer.Option(help="Samples of a step on this node, all GPUs.")] = 64,
-    cores: Annotated[float, typer.Option(help="CPU cores for data.")] = 8,
-    mbps: Annotated[float, typer.Option(help="Line to the store, megabytes per second.")] = 200,
-    field_mb: Annotated[float, typer.Option(help="Megabytes of a field's files.")] = 12.35,
-    decode_ms: Annotated[float, typer.Option(help="CPU time to decode a field.")] = 30.0,
+    step_seconds: Annotated[
+        float, typer.Option(help="Plan for training steps of this duration in seconds.")
+    ] = 0.7,
+    batch: Annotated[
+        int,
+        typer.Option(help="Plan for this many samples in a step, over all GPUs of the computer."),
+    ] = 64,
+    cores: Annotated[float, typer.Option(help="Use this many CPU cores to load data.")] = 8,
+    megabytes_per_s: Annotated[
+        float,
+        typer.Option("--mbps", help="Assume this bandwidth to the store, in megabytes per second."),
+    ] = 200,
+    field_megabytes: Annotated[
+        float,
+        typer.Option("--field-mb", help="Assume this size of the files of a field, in megabytes."),
+    ] = 12.35,
+    decode_ms: Annotated[
+        float, typer.Option(help="Assume this CPU time to decode a field, in milliseconds.")
+    ] = 30.0,
     augment_ms: Annotated[
         float,
-        typer.Option(help="CPU time to cut the crops of a sample (2.1 with photometrics=device)."),
+        typer.Option(
+            help="Assume this CPU time to cut the crops of a sample, in milliseconds; about 2.1 with "
+            "photometrics=device."
+        ),
     ] = 16.1,
 ) -> None:
-    """Tell what a training step needs of line and cores, name the bottleneck, recommend visits.
+    """Compute the bandwidth and the CPU cores that training needs, and name the bottleneck.
+
+    The table has a line for each number of visits: how often a field is used each time it is loaded.
 
     Example: `dinocell jump plan --step-seconds 0.12 --batch 64 --cores 14 --mbps 1000`
     """
@@ -244,8 +334,8 @@ def jump_plan(
             step_seconds=step_seconds,
             batch=batch,
             cores=cores,
-            megabytes_per_s=mbps,
-            field_megabytes=field_mb,
+            megabytes_per_s=megabytes_per_s,
+            field_megabytes=field_megabytes,
             decode_ms=decode_ms,
             augment_ms=augment_ms,
         )
