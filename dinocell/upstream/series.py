@@ -214,15 +214,27 @@ def read_series(folder: str | Path, *, files_root: str | Path | None = None) -> 
     root = Path(files_root) if files_root is not None else folder.parent / "dinov3_modified"
     pin = _read_pin(folder / "UPSTREAM")
     files = {}
-    for path in _lines(folder / "files"):
-        if not (root / path).is_file():
+    for name in _lines(folder / "files"):
+        found = _files_of(root, name)
+        if not found:
             raise PatchError(
-                f"files in {folder / 'files'} must exist, got {path}, which is not in {root}: correct "
+                f"entries of {folder / 'files'} must exist, got {name}, which is not in {root}: correct "
                 "the list"
             )
-        files[path] = root / path
+        files |= {path.relative_to(root).as_posix(): path for path in found}
     patches = tuple(_read_patch(folder / name) for name in _lines(folder / "series"))
     return Series(folder, pin, patches, files)
+
+
+def _files_of(root: Path, name: str) -> list[Path]:
+    """The file of an entry, or all files of a folder (`NAME/`) but what Python compiled."""
+    if not name.endswith("/"):
+        return [root / name] if (root / name).is_file() else []
+    return sorted(
+        path
+        for path in (root / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+    )
 
 
 def _text(path: Path) -> str:

@@ -37,10 +37,11 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        return bool(self.checks) and all(check.state != "failed" for check in self.checks)
+        """Every check ran and succeeded.  A tree with a skipped check is not verified."""
+        return bool(self.checks) and all(check.state == "passed" for check in self.checks)
 
     def text(self) -> str:
-        """A line a subject with its counts, then everything that failed or was skipped."""
+        """One line per subject with its counts, then everything that failed or was skipped."""
         subjects: dict[str, list[Check]] = {}
         for check in self.checks:
             subjects.setdefault(check.subject, []).append(check)
@@ -53,6 +54,8 @@ class Verification:
             lines += [f"{state}: {check.subject} {check.name}: {check.reason}" for check in chosen]
         total = [sum(c.state == s for c in self.checks) for s in ("passed", "failed", "skipped")]
         lines.append(f"{total[0]} passed, {total[1]} failed, {total[2]} skipped")
+        if total[2]:
+            lines.append(f"not verified: {total[2]} checks did not run")
         return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
-"""What is asked of a tree, in a process of its own: `probe.py NAME FOLDER`.
+"""Questions to a tree, each answered in a process of its own: `probe.py NAME FOLDER`.
 
-Writes FOLDER/NAME.pt with plain values and tensors, or {"absent": reason} where a part of the tree
-cannot be imported here.  The tree is the first `dinov3` on the path.
+Writes FOLDER/NAME.pt with plain values and tensors, or {"absent": reason} if a part of the tree
+cannot be imported.  The tree is the first `dinov3` on the path.
 """
 
 from __future__ import annotations
@@ -469,6 +469,27 @@ def order(folder: Path) -> dict[str, Any]:
     return out
 
 
+def positions(folder: Path) -> dict[str, Any]:
+    """Which samples of a store the training program's own loader asks for after a resumption."""
+    from dinov3.data.datasets.jump_s3 import JUMPS3Dataset
+    from dinov3.train.train import build_data_loader_from_cfg
+
+    asked: list[int] = []
+    get = JUMPS3Dataset.__getitem__
+
+    def noted(self: Any, position: int) -> Any:
+        asked.append(int(position))
+        return get(self, position)
+
+    JUMPS3Dataset.__getitem__ = noted  # type: ignore[method-assign]
+    changes, start_iter = json.loads((folder / "positions.json").read_text())
+    cfg = _config(f"train.output_dir={folder}/positions", *changes)
+    batches = iter(build_data_loader_from_cfg(cfg, _AnyModel(cfg), start_iter=start_iter))
+    for _ in range(2):
+        next(batches)
+    return {"batch": cfg.train.batch_size_per_gpu, "asked": asked}
+
+
 def _name(field: Any) -> str:
     return str(field.name)
 
@@ -483,7 +504,7 @@ def _nothing(target: Any) -> tuple[()]:
 
 
 class _AnyModel:
-    """What the loader asks of the networks."""
+    """The part of the networks that the loader reads."""
 
     param_dtype = torch.float32
 
@@ -497,7 +518,10 @@ class _AnyModel:
 
 
 def program(folder: Path) -> dict[str, Any]:
-    """The training program itself, with every addition in use."""
+    """The training program itself, with every addition in use.
+
+    Of upstream's tree also: which `resume` its loop hands to `watched`, where `do_train` gets 2.
+    """
     import torch.distributed as dist
 
     from dinov3.train import train
@@ -519,18 +543,38 @@ def program(folder: Path) -> dict[str, Any]:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
         sys.argv = ["train.py", *arguments]
+        handed = _note_resume(train)
         train.main()
         dist.destroy_process_group()
+        return {"handed to watched": handed}
     return {}
+
+
+def _note_resume(train: Any) -> list[Any]:
+    """Give `do_train` the value 2 for `resume`, and note what its loop makes of it."""
+    from dinov3.cells import hooks
+
+    handed: list[Any] = []
+    watched, do_train = hooks.watched, train.do_train
+
+    def noted(metric_logger: Any, cfg: Any, resume: Any = None) -> Any:
+        handed.append(resume)
+        return watched(metric_logger, cfg, resume)
+
+    hooks.watched = noted
+    train.do_train = lambda cfg, model, resume: do_train(cfg, model, resume=2)
+    return handed
 
 
 def main() -> None:
     name, folder = sys.argv[1], Path(sys.argv[2])
     sys.path.insert(0, str(Path(__file__).parent))
-    if not _is_ours() and not torch.cuda.is_available():
-        from stand_ins import use_the_cpu
+    if not _is_ours():
+        import stand_ins
 
-        use_the_cpu()
+        stand_ins.provide_torchvision()
+        if not torch.cuda.is_available():
+            stand_ins.use_the_cpu()
     try:
         result = globals()[name](folder)
     except ImportError as error:

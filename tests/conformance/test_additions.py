@@ -92,7 +92,20 @@ def test_a_store_is_read_in_its_own_order(ask, ask_bundled, given):
     assert len(set(names)) == 12
 
 
-def test_the_training_program_with_all_additions(ask, given):
+def test_a_resumed_run_continues_where_the_order_stopped(ask, given):
+    """Three iterations are done: the loader's first sample is the first of the fourth batch."""
+    folder = given("fields")
+    changes = [
+        f"train.dataset_path='{fields_of(folder)['store']}'", "multiview.strategy=multiview",
+        "multiview.photometrics=none", "streaming.ahead=2",
+    ]  # fmt: skip
+    (folder / "positions.json").write_text(json.dumps([changes, 3]))
+    found = ask("positions", folder)
+    asked = found["asked"][: 2 * found["batch"]]
+    assert asked == list(range(3 * found["batch"], 5 * found["batch"]))
+
+
+def test_the_training_program_with_all_additions(ask, given, tree):
     folder = given("weights", "fields", "start")
     state = torch.load(folder / "start.pt")
     backbone = {
@@ -122,7 +135,9 @@ def test_the_training_program_with_all_additions(ask, given):
         "checkpointing.period=4",
     ]
     (folder / "program.json").write_text(json.dumps(changes))
-    ask("program", folder)
+    found = ask("program", folder)
+    if tree != ROOT / "dinov3_modified":
+        assert found["handed to watched"] == [2], "wandb must learn whether the run is resumed"
     run = folder / "run"
     scored = sorted(path.name for path in run.glob("scored_*.txt"))
     assert scored == ["scored_1.txt", "scored_3.txt"]
