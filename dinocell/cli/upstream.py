@@ -158,8 +158,8 @@ def upstream_verify(
 ) -> None:
     """Test a DINOv3 tree: names, numbers, a training step, checkpoints and our additions.
 
-    Upstream's tree needs torchvision for its data and training parts; without it these tests are
-    skipped, and the table says so. The exit code is 1 if a test failed.
+    Where torchvision is not installed, stand-ins replace it.  Exit code 1 if a test failed or did not
+    run.
 
     Example: `dinocell upstream verify --tree ../dinov3-cells`
     """

@@ -1,4 +1,4 @@
-"""Git does the merging, on a copy of the index and with a store of objects of its own.
+"""Git merges, on a copy of the index and with an object store of its own.
 
 Nothing here writes to a checkout, its index or its objects.
 """
@@ -37,12 +37,12 @@ def run_git(
     stdin: bytes | None = None,
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run git in a folder; its settings that change merges are fixed.
+    """Run git in a folder, with fixed values of the settings that change merges.
 
     Raises
     ------
     UsageError
-        There is no git.
+        Git is not installed.
     """
     command = ["git", "-C", str(folder)]
     for setting in _SETTINGS:
@@ -59,16 +59,18 @@ def run_git(
             check=False,
         )
     except FileNotFoundError as error:
-        raise UsageError("git must be installed, got none on the PATH: install it") from error
+        raise UsageError(
+            "git must be installed, but no folder of PATH holds it: install it"
+        ) from error
 
 
 def _check_version() -> None:
-    said = run_git(Path("."), "--version").stdout.decode(errors="replace")
-    found = re.search(r"(\d+)\.(\d+)", said)
+    answer = run_git(Path("."), "--version").stdout.decode(errors="replace")
+    found = re.search(r"(\d+)\.(\d+)", answer)
     if found is None or (int(found[1]), int(found[2])) < _OLDEST_GIT:
         raise UsageError(
-            f"git must be {'.'.join(map(str, _OLDEST_GIT))} or newer, got {said.strip()}: older ones place "
-            "additions by their line numbers; update it"
+            f"git must be {'.'.join(map(str, _OLDEST_GIT))} or newer, got {answer.strip()}: older versions "
+            "place additions by their line numbers; update git"
         )
 
 
@@ -83,7 +85,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class ThreeSides:
-    """Where a merge did not come out: (upstream's lines, ours) of each place, and its line there."""
+    """One place of a merge conflict: its line in upstream's file, upstream's lines and ours."""
 
     line: int
     upstream: tuple[str, ...]
@@ -91,25 +93,25 @@ class ThreeSides:
 
 
 class Scratch:
-    """A repository to try merges in, over that of a checkout.
+    """A temporary repository for trial merges, on top of that of a checkout.
 
-    Use as a context; what it wrote is gone afterwards.
+    Use it as a context manager; what it wrote is deleted afterwards.
 
     Raises
     ------
     UsageError
-        Not a git checkout, or git is too old.
+        `checkout` is not a git checkout, or git is too old.
     """
 
     def __init__(self, checkout: str | Path) -> None:
         self.checkout = Path(checkout)
         _check_version()
         if not self.checkout.is_dir():
-            raise UsageError(f"--checkout must be a folder, got {checkout}: clone upstream there")
+            raise UsageError(f"`checkout` must be a folder, got {checkout}: clone upstream there")
         found = run_git(self.checkout, "rev-parse", "--absolute-git-dir")
         if found.returncode:
             raise UsageError(
-                f"--checkout must be a git checkout of DINOv3, got {checkout} "
+                f"`checkout` must be a git checkout of DINOv3, got {checkout} "
                 f"({_last_line(found.stderr)}): clone upstream there"
             )
         self.git_dir = Path(os.fsdecode(found.stdout.strip()))
@@ -141,12 +143,12 @@ class Scratch:
         return run_git(self._folder, *arguments, stdin=stdin, environment=self._environment)
 
     def commit(self, reference: str) -> Commit:
-        """What a reference names.
+        """The commit that a reference names.
 
         Raises
         ------
         UsageError
-            Nothing in this repository.
+            The repository does not know it.
         """
         found = self.run("log", "-1", "--format=%H%n%cs%n%s", f"{reference}^{{commit}}", "--")
         if found.returncode:
@@ -161,7 +163,7 @@ class Scratch:
         return self.run("merge-base", "--is-ancestor", older, newer).returncode == 0
 
     def describe(self, commit: str) -> str:
-        """Nearest tag before a commit, or branches that end with it; empty if there is none."""
+        """Nearest tag before a commit, or the branches that end with it; empty if neither exists."""
         tag = self.run("describe", "--tags", commit)
         if tag.returncode == 0:
             return tag.stdout.decode().strip()
@@ -187,7 +189,7 @@ class Scratch:
         Raises
         ------
         PatchError
-            It is not in the repository, as in a partial clone.
+            The repository lacks it, as partial clones do.
         """
         found = self.run("cat-file", "blob", blob)
         if found.returncode:
@@ -198,7 +200,7 @@ class Scratch:
         return found.stdout
 
     def renamed(self, old: str, new: str, path: str) -> str:
-        """Where a file went between two commits; empty if nowhere, or if one of them is absent."""
+        """New path of a file that was renamed between two commits; empty if it was not renamed."""
         found = self.run("diff", "-M", "--diff-filter=R", "--name-status", "-z", old, new)
         parts = found.stdout.decode("utf-8", "surrogateescape").split("\0")
         for place in range(0, len(parts) - 2, 3):
@@ -224,7 +226,7 @@ class Scratch:
             )
 
     def apply(self, patch: str) -> bool:
-        """Merge a patch into the index; whether every hunk found its place."""
+        """Merge a patch into the index; true if every hunk found its place."""
         done = self.run("apply", "--3way", "--cached", "--unidiff-zero", "-", stdin=patch.encode())
         return done.returncode == 0
 
@@ -234,7 +236,7 @@ class Scratch:
         return found.stdout if found.returncode == 0 else None
 
     def sides(self, path: str) -> list[ThreeSides]:
-        """The places of a file where the last merge did not come out."""
+        """The places of a file where the last merge met a conflict."""
         versions = [self.staged(path, stage) for stage in (1, 2, 3)]
         if any(version is None for version in versions):
             return []

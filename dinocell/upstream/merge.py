@@ -1,4 +1,4 @@
-"""The series on a commit of upstream's: what each patch becomes there."""
+"""Merge the series onto a commit of upstream: the state of each patch there."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def merge_patch(scratch: Scratch, commit: Commit, patch: Patch, pin_commit: str 
     Parameters
     ----------
     pin_commit : str
-        What the patch was made on, to tell where a file has gone.
+        The commit that the patch was made on, to find files that were renamed since.
     """
     entries = scratch.entries(commit.id, sorted(patch.additions))
     reasons = []
@@ -161,8 +161,8 @@ def _trouble(texts: Mapping[str, bytes], patches: Sequence[Patch]) -> list[str]:
     return [
         sentence
         for path, text in texts.items()
-        for said in misplaced(text.decode("utf-8", "replace"), path, patches).values()
-        for sentence in said
+        for sentences in misplaced(text.decode("utf-8", "replace"), path, patches).values()
+        for sentence in sentences
     ]
 
 

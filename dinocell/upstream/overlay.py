@@ -1,8 +1,8 @@
-"""Our additions in a checkout: put in whole, taken out whole, never half.
+"""Our additions in a checkout: added completely, removed completely, never half.
 
-Everything is made and checked beside the checkout first.  Then the new contents are written next to
-git's own files, a journal is left there, and the files are renamed into place; whatever ends the
-program in between, the next command finds the journal and puts back what was.
+Everything is made and checked beside the checkout first.  Then the new contents and a journal are
+written into git's folder, and the files are renamed into place.  If the program ends in between, the
+next command finds the journal and restores the old files.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from dinocell.upstream.series import PatchError, Series, blob_id
 
 __all__ = ["Status", "apply_series", "conflict_text", "recover", "status_of", "undo"]
 
-_STAGING = "dinocell-upstream"  # in git's folder: same disk, and invisible to git status
+_STAGING = "dinocell-upstream"  # in git's folder: on the same disk, and git status ignores it
 _JOURNAL = "journal.json"
-_RECORD = "dinocell-upstream.json"  # files that were written there, and their blobs
+_RECORD = "dinocell-upstream.json"  # the files that were written, and their blobs
 
 
 @dataclass(frozen=True)
 class Status:
-    """How a checkout stands to the series.
+    """State of a checkout with respect to the series.
 
     Attributes:
         commit: what is checked out.
         described: nearest tag or branch.
         relation: of the commit to the pin and the known range, in words.
         changed: files with changes that are not ours.
-        in_place: patches whose lines are in the files of the checkout.
+        in_place: patches whose lines the checkout has.
         files: path → "there", "missing" or "other" of our files.
         outcomes: of each patch on the commit.
     """
@@ -62,7 +62,7 @@ class Status:
 
 
 def status_of(checkout: str | Path, series: Series) -> Status:
-    """Look at a checkout; nothing is changed but an interrupted application, which is undone."""
+    """Examine a checkout.  Only an application that was interrupted is undone; nothing else changes."""
     with Scratch(checkout) as scratch:
         recover(scratch)
         commit = scratch.commit("HEAD")
@@ -111,7 +111,7 @@ def _top(scratch: Scratch) -> Path:
     found = run_git(scratch.checkout, "rev-parse", "--show-toplevel")
     if found.returncode:
         raise UsageError(
-            f"--checkout must have a work tree, got the bare repository {scratch.checkout}: clone it"
+            f"`checkout` must have a work tree, got the bare repository {scratch.checkout}: clone it"
         )
     return Path(os.fsdecode(found.stdout.rstrip(b"\n")))
 
@@ -132,10 +132,10 @@ def _compared(path: Path, source: Path) -> str:
 
 def _changed_paths(scratch: Scratch) -> tuple[list[str], list[str]]:
     """Tracked files that differ from the commit, and untracked ones."""
-    said = run_git(
+    listing = run_git(
         scratch.checkout, "status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames"
     ).stdout.decode("utf-8", "surrogateescape")
-    items = [item for item in said.split("\0") if item]
+    items = [item for item in listing.split("\0") if item]
     tracked = [item[3:] for item in items if not item.startswith("??")]
     return tracked, [item[3:] for item in items if item.startswith("??")]
 
@@ -176,13 +176,13 @@ def _written(scratch: Scratch) -> list[str]:
     return [path for path, blob in record.items() if blob_id(_read(top / path) or b"") == blob]
 
 
-# --- putting in ---
+# --- adding ---
 
 
 def apply_series(
     checkout: str | Path, series: Series, *, out: str | Path | None = None
 ) -> tuple[Merged, Path]:
-    """Put the series into a checkout, or into a copy of its commit.
+    """Add the series to a checkout, or to a copy of its commit.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def apply_series(
     Returns
     -------
     Merged, Path
-        What each patch became, and the root of the tree.
+        State of each patch, and the root of the tree.
 
     Raises
     ------
@@ -209,7 +209,7 @@ def apply_series(
             shown = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
             raise UsageError(
                 f"the checkout must have no changes of its own, got {len(changed)} ({shown}): commit or "
-                "stash them, or write a copy with --out"
+                "stash them, or write a copy with `out`"
             )
         merged = merge_series(scratch, commit, series)
         if not merged.applies:
@@ -229,7 +229,7 @@ def apply_series(
         if out is not None:
             return merged, _export(scratch, commit, contents, Path(out).resolve())
         top = _top(scratch)
-        # Files of an earlier version that are no longer ours go.
+        # Files of an earlier version that are no longer ours are removed.
         stale = dict.fromkeys(path for path in _written(scratch) if path not in contents)
         _replace_all(scratch, top, {**contents, **stale})
         record = {path: blob_id(content) for path, content in new.items()}
@@ -240,9 +240,9 @@ def apply_series(
 def conflict_text(merged: Merged) -> str:
     """One sentence for all patches that do not apply."""
     failed = [outcome for outcome in merged.outcomes if not outcome.applies]
-    said = "; ".join(f"{one.name}: {one.reasons[0]}" for one in failed)
+    reasons = "; ".join(f"{one.name}: {one.reasons[0]}" for one in failed)
     return (
-        f"all patches must apply to {merged.commit.id[:12]}, got {len(failed)} that do not ({said}): see "
+        f"all patches must apply to {merged.commit.id[:12]}, got {len(failed)} that do not ({reasons}): see "
         "dinocell upstream rebase"
     )
 
@@ -250,7 +250,7 @@ def conflict_text(merged: Merged) -> str:
 def _export(scratch: Scratch, commit: Commit, contents: Mapping[str, bytes], out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
-            f"--out must be a new folder, got {out}, which has contents: choose another"
+            f"`out` must be a new folder, got {out}, which has contents: choose another"
         )
     listed = scratch.run("ls-tree", "-z", commit.id).stdout.decode().split("\0")
     top = [item.partition("\t")[2] for item in listed if item.split(" ", 2)[1:2] == ["blob"]]
@@ -270,7 +270,7 @@ def _export(scratch: Scratch, commit: Commit, contents: Mapping[str, bytes], out
 
 
 def undo(checkout: str | Path, series: Series) -> list[str]:
-    """Take our lines and files out again; returns the paths that changed.
+    """Remove our lines and files again; returns the paths that changed.
 
     Only files that are ours, or upstream's with our lines, are touched.
 
@@ -307,7 +307,7 @@ def undo(checkout: str | Path, series: Series) -> list[str]:
 
 
 def _replace_all(scratch: Scratch, top: Path, contents: Mapping[str, bytes | None]) -> None:
-    """Give files new contents (None: remove them); what was is put back if anything fails."""
+    """Give files new contents (None: remove them); if anything fails, the old ones are restored."""
     staging = scratch.git_dir / _STAGING
     shutil.rmtree(staging, ignore_errors=True)
     entries = []
@@ -346,7 +346,7 @@ def _replace_all(scratch: Scratch, top: Path, contents: Mapping[str, bytes | Non
 
 
 def recover(scratch: Scratch) -> list[str]:
-    """Put back what an interrupted application had begun to change; returns the paths."""
+    """Restore the files that an interrupted application had changed; returns their paths."""
     staging = scratch.git_dir / _STAGING
     try:
         journal = json.loads((staging / _JOURNAL).read_text(encoding="utf-8"))
@@ -378,7 +378,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _remove_empty(folder: Path, top: Path) -> None:
-    """Folders that our files were alone in, and the compiled leftovers within."""
+    """Remove folders that held only our files, and what Python compiled from them."""
     while folder != top and folder.is_dir():
         if {item.name for item in folder.iterdir()} - {"__pycache__"}:
             return

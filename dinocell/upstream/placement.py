@@ -1,7 +1,6 @@
 """Whether additions stand where they belong, seen from the syntax tree and not from line numbers.
 
-A patch without context that git places wrongly still applies without a word; what is found here is
-the only thing that can tell.
+Git reports success when it places a patch without context wrongly; only the checks here notice it.
 """
 
 from __future__ import annotations
@@ -60,15 +59,15 @@ def find_function(tree: ast.Module, name: str) -> ast.FunctionDef | ast.AsyncFun
 
 
 def misplaced(text: str, path: str, patches: Sequence[Patch]) -> Mapping[str, list[str]]:
-    """What is wrong with the additions in one file, by the name of the patch.
+    """Faults of the additions in one file, as sentences by the name of the patch.
 
-    Checks that the file compiles, that every addition of these patches is there once and whole, and
-    that it stands in its function at its place.
+    The file must compile, and hold every addition of these patches once, complete, in its function and
+    at its place.
 
     Returns
     -------
     dict
-        Empty when all is right.
+        Empty if nothing is wrong.
     """
     wanted = [patch for patch in patches if path in patch.additions]
     problems: dict[str, list[str]] = {}
@@ -82,9 +81,9 @@ def misplaced(text: str, path: str, patches: Sequence[Patch]) -> Mapping[str, li
     for patch in wanted:
         expected = [item.lines for item in patch.additions[path]]
         blocks = [item.lines for item in found.get(patch.name, [])]
-        said = problems.setdefault(patch.name, [])
+        sentences = problems.setdefault(patch.name, [])
         if blocks != expected:
-            said.append(
+            sentences.append(
                 f"{path} must hold its {sum(map(len, expected))} lines once and in order, got "
                 f"{sum(map(len, blocks))}"
             )
@@ -99,8 +98,8 @@ def misplaced(text: str, path: str, patches: Sequence[Patch]) -> Mapping[str, li
             last = start + len(block) - 1
             trouble = _trouble(tree, hook, start, last) or _unknown(tree, hook, start, last)
             if trouble:
-                said.append(f"{path}:{start} {trouble}")
-    return {name: said for name, said in problems.items() if said}
+                sentences.append(f"{path}:{start} {trouble}")
+    return {name: sentences for name, sentences in problems.items() if sentences}
 
 
 def _trouble(tree: ast.Module, hook: Hook, line: int, last: int) -> str:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from dinocell.errors import UsageError
@@ -42,14 +43,15 @@ def rebase(
     onto : str
         Commit, tag or branch that the checkout knows.
     check : function, optional
-        Gets the root of the overlaid tree; the series is written only if it returns true.
+        Receives the root of the tree with our additions; the series is written only if it returns
+        true.
     dry_run : bool
-        Only say what would become of each patch.
+        Only report the state that each patch would get.
 
     Returns
     -------
     Merged, list of str
-        What each patch became, and the files of the series that were written: none after a
+        State of each patch, and the files of the series that were written: none after a
         conflict.
     """
     with Scratch(checkout) as scratch:
@@ -63,8 +65,8 @@ def rebase(
                 _write_tree(scratch, commit, merged, series, tree)
                 if not check(tree):
                     raise PatchError(
-                        "the tree with our additions must pass its verification, got failures: see the "
-                        "table; the series is as it was"
+                        "the tree with our additions must pass its verification, got checks that failed "
+                        "or did not run: see the table; the series was not changed"
                     )
             finally:
                 shutil.rmtree(tree, ignore_errors=True)
@@ -125,38 +127,19 @@ def refresh(checkout: str | Path, series: Series) -> list[str]:
     Raises
     ------
     UsageError
-        A file has other changes than marked lines, or none at all are there.
+        A file has other changes than marked lines.
     PatchError
         Lines are marked with an unknown name, or stand elsewhere than their header says.
     """
     with Scratch(checkout) as scratch:
         recover(scratch)
         commit = scratch.commit("HEAD")
-        top = Path(
-            run_git(scratch.checkout, "rev-parse", "--show-toplevel").stdout.decode().strip()
-        )
-        said = run_git(scratch.checkout, "diff", "--name-only", "-z", "HEAD").stdout.decode()
-        changed = [path for path in said.split("\0") if path]
-        entries = scratch.entries(commit.id, sorted({*changed, *series.paths}))
-        bases: dict[str, bytes] = {}
-        found: dict[str, dict[str, tuple[Addition, ...]]] = {}
-        texts: dict[str, str] = {}
-        for path in sorted({*changed, *series.paths}):
-            if path not in entries or not (top / path).is_file():
-                raise UsageError(
-                    f"patched files must exist in the commit and in the checkout, got {path} in one of "
-                    "them only: correct the checkout"
-                )
-            text = (top / path).read_text(encoding="utf-8")
-            if blob_id(without_additions(text).encode()) != entries[path]:
-                raise UsageError(
-                    f"changes must be marked added lines alone ('  # dinocell: NAME'), got others in "
-                    f"{path}: mark each new line, and restore upstream's"
-                )
-            bases[path] = scratch.read(entries[path])
-            texts[path] = text
-            for name, items in additions_in(text).items():
-                found.setdefault(name, {})[path] = tuple(items)
+        pin = _moved(scratch, series.pin, commit)
+        bases, texts = _edited_files(scratch, commit, series)
+    found: dict[str, dict[str, tuple[Addition, ...]]] = {}
+    for path, text in texts.items():
+        for name, items in additions_in(text).items():
+            found.setdefault(name, {})[path] = tuple(items)
     known = {patch.name for patch in series.patches}
     if unknown := sorted(set(found) - known):
         raise PatchError(
@@ -179,20 +162,51 @@ def refresh(checkout: str | Path, series: Series) -> list[str]:
                     f"checkout {len(patch.additions.get(path, ()))} additions"
                 )
         if not problems:
-            problems += [s for said in misplaced(text, path, edited).values() for s in said]
+            problems += chain.from_iterable(misplaced(text, path, edited).values())
     if problems:
         raise PatchError(
             f"additions must stand where the headers say, got another place ({'; '.join(problems)}): "
             "correct 'Hook:' in the patch, or the checkout"
         )
-    with Scratch(checkout) as scratch:
-        pin = _moved(scratch, series.pin, commit)
     fresh = replace(series, patches=edited)
     return write_series(fresh, bases, {p.name: p.additions for p in edited}, pin)
 
 
+def _edited_files(
+    scratch: Scratch, commit: Commit, series: Series
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Path → contents in the commit, path → text in the checkout, of all patched or changed files.
+
+    Raises
+    ------
+    UsageError
+        A file differs from the commit by more than marked lines.
+    """
+    top = Path(run_git(scratch.checkout, "rev-parse", "--show-toplevel").stdout.decode().strip())
+    listing = run_git(scratch.checkout, "diff", "--name-only", "-z", "HEAD").stdout.decode()
+    paths = sorted({*filter(None, listing.split("\0")), *series.paths})
+    entries = scratch.entries(commit.id, paths)
+    bases: dict[str, bytes] = {}
+    texts: dict[str, str] = {}
+    for path in paths:
+        if path not in entries or not (top / path).is_file():
+            raise UsageError(
+                f"patched files must exist in the commit and in the checkout, got {path} in one of "
+                "them only: correct the checkout"
+            )
+        text = (top / path).read_text(encoding="utf-8")
+        if blob_id(without_additions(text).encode()) != entries[path]:
+            raise UsageError(
+                f"changes must be marked added lines alone ('  # dinocell: NAME'), got others in "
+                f"{path}: mark each new line, and restore upstream's"
+            )
+        bases[path] = scratch.read(entries[path])
+        texts[path] = text
+    return bases, texts
+
+
 def conflicts(merged: Merged) -> str:
-    """Each conflict with file, function and both sides, to be read by a person."""
+    """Each conflict with file, function and both sides, for a person to read."""
     lines = []
     for outcome in merged.outcomes:
         if outcome.applies:

@@ -41,7 +41,7 @@ _PLACES = ("first", "after", "before")
 
 
 class PatchError(DINOCellError):
-    """The series, or what it makes of a tree, is not as it must be."""
+    """The series is malformed, or it does not give the tree that it must give."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Hook:
         Raises
         ------
         PatchError
-            It is not `FILE FUNCTION first|after NAME|before NAME`.
+            The line is not `FILE FUNCTION first|after NAME|before NAME`.
         """
         path, function, place, landmark = [*text.split(), "", "", "", ""][:4]
         right = place in _PLACES and bool(landmark) == (place != "first")
@@ -165,18 +165,19 @@ class Series:
 
 
 def default_series_folder() -> Path:
-    """`patches/` beside the package.
+    """`patches/` of the clone that the package runs from.
 
     Raises
     ------
     UsageError
-        The package was installed from a wheel.
+        The package was installed from a wheel, which has no patches.
     """
     folder = Path(__file__).resolve().parents[2] / "patches"
     if not (folder / "series").is_file():
         raise UsageError(
-            f"the series must be in a clone of DINOCell, got none in {folder}: run this from a clone "
-            "(pip install -e .), or name one with --series"
+            f"this command needs a clone of DINOCell, because the patches are not part of the installed "
+            f"package (missing: {folder}): clone the repository and run pip install -e . there, or name the "
+            "folder of patches of a clone with `series`"
         )
     return folder
 
@@ -208,7 +209,7 @@ def read_series(folder: str | Path, *, files_root: str | Path | None = None) -> 
     Raises
     ------
     PatchError
-        A file is missing, or not of its form.
+        A file is missing or malformed.
     """
     folder = Path(folder)
     root = Path(files_root) if files_root is not None else folder.parent / "dinov3_modified"

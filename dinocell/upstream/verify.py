@@ -1,4 +1,4 @@
-"""The conformance suite on a tree, and its result as a table."""
+"""Run the conformance suite on a tree, and show its result as a table."""
 
 from __future__ import annotations
 
@@ -72,18 +72,19 @@ def verify_tree(tree: str | Path, *, keyword: str = "") -> Verification:
     Raises
     ------
     UsageError
-        No such tree, no suite (the package was installed from a wheel), or no pytest.
+        The tree, the suite (if the package was installed from a wheel) or pytest is missing.
     """
     tree = Path(tree).resolve()
     if not (tree / "dinov3" / "models").is_dir():
         raise UsageError(
-            f"--tree must be a folder that holds the package dinov3, got {tree}: name the root of a "
+            f"`tree` must be a folder that holds the package dinov3, got {tree}: name the root of a "
             "checkout"
         )
     if not _SUITE.is_dir():
         raise UsageError(
-            f"the conformance suite must be in a clone of DINOCell, got none in {_SUITE}: run this from "
-            "a clone (pip install -e '.[test]')"
+            f"verification needs a clone of DINOCell, because the conformance suite is not part of the "
+            f"installed package (missing: {_SUITE}): clone the repository and run pip install -e '.[test]' "
+            "there"
         )
     with tempfile.TemporaryDirectory(prefix="dinocell-verify-") as folder:
         report = Path(folder) / "report.xml"
@@ -103,11 +104,15 @@ def verify_tree(tree: str | Path, *, keyword: str = "") -> Verification:
         )
         output = f"{done.stdout}{done.stderr}"
         if "No module named pytest" in output:
-            raise UsageError("the suite must have pytest, got none: pip install -e '.[test]'")
+            raise UsageError(
+                "verification needs pytest, which is not installed: pip install -e '.[test]'"
+            )
         checks = _read_report(report) if report.is_file() else ()
     if not checks:
         tail = "\n".join(output.strip().splitlines()[-5:])
-        raise UsageError(f"the suite must have tests to run, got none ({tail}): correct the call")
+        raise UsageError(
+            f"`keyword` must match a test of the suite, but none ran ({tail}): correct it"
+        )
     return Verification(tree, checks, output)
 
 

@@ -94,13 +94,23 @@ def test_names_and_parameters(found, module):
         assert not missing or free, f"dinov3.{module}.{name} must take {missing}, has {has}"
 
 
-def test_configuration_has_the_keys(ask, ask_bundled, given):
-    theirs, ours = ask("config", given()), ask_bundled("config", given())
+@pytest.fixture(scope="module")
+def configurations(ask, ask_bundled, given):
+    """Leaves of the default configuration of the tree, and of the bundled one."""
+    return ask("config", given()), ask_bundled("config", given())
+
+
+def test_configuration_has_the_keys(configurations):
+    theirs, ours = configurations
     wanted = set()
     for path in sorted((ROOT / "configs" / "ssl").glob("*.yaml")):
         wanted |= {key for key in _leaves(yaml.safe_load(path.read_text())) if key in ours}
     assert wanted, "the configurations of the project set keys of upstream's"
     assert sorted(wanted - set(theirs)) == [], "keys that configs/ssl sets must exist"
+
+
+def test_configuration_defaults(configurations):
+    theirs, ours = configurations
     changed = {
         key: (ours[key], theirs[key])
         for key in ours.keys() & theirs.keys()

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dinocell.errors import UsageError
+from dinocell.upstream import series as series_module
 from dinocell.upstream.placement import additions_in, find_function, misplaced, without_additions
 from dinocell.upstream.series import (
     Hook,
@@ -28,6 +30,23 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(scope="module")
 def real():
     return read_series(default_series_folder())
+
+
+def test_every_file_of_our_folder_goes_with_the_patches(real):
+    tree = ROOT / "dinov3_modified"
+    cells = {
+        path.relative_to(tree).as_posix()
+        for path in (tree / "dinov3/cells").rglob("*")
+        if path.suffix in (".py", ".yaml")
+    }
+    assert {path for path in real.files if path.startswith("dinov3/cells/")} == cells
+    assert len(real.files) - len(cells) == 5
+
+
+def test_an_installed_package_asks_for_a_clone(tmp_path, monkeypatch):
+    monkeypatch.setattr(series_module, "__file__", str(tmp_path / "dinocell/upstream/series.py"))
+    with pytest.raises(UsageError, match="needs a clone of DINOCell, because the patches are not"):
+        default_series_folder()
 
 
 def test_hooks_are_few_and_call_our_files_alone(real):
@@ -114,13 +133,13 @@ def test_blob_names_are_those_of_git(upstream):
         (
             "files",
             ("dinov3/ours.py", "dinov3/theirs.py"),
-            "files in .* must exist, got dinov3/theirs",
+            "entries of .* must exist, got dinov3/theirs",
         ),
         ("UPSTREAM", ("address", "adress"), "must hold address, commit"),
         ("UPSTREAM", ("commit: ", "commit: abc"), "must have 40 digits"),
     ],
 )
-def test_wrong_files_are_told(folder, name, change, message):
+def test_wrong_files_are_refused(folder, name, change, message):
     path = folder / name
     text = path.read_text()
     assert change[0] in text
@@ -129,7 +148,7 @@ def test_wrong_files_are_told(folder, name, change, message):
         read_series(folder)
 
 
-def test_a_missing_file_is_told(folder):
+def test_a_missing_file_is_refused(folder):
     (folder / "UPSTREAM").unlink()
     with pytest.raises(PatchError, match="must have the file UPSTREAM"):
         read_series(folder)
@@ -193,7 +212,7 @@ def test_places(series, text, place, landmark, function, trouble):
         assert found == {}
 
 
-def test_lines_are_found_and_taken_out():
+def test_lines_are_found_and_removed():
     assert without_additions(TEXT) == "def one(x):\n    y = x\n    return y\n"
     (item,) = additions_in(TEXT)["p"]
     assert (item.after, len(item.lines)) == (1, 2)

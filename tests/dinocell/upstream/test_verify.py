@@ -11,62 +11,64 @@ from upstream_doubles import CORE
 
 from dinocell.cli.app import app, main
 from dinocell.errors import UsageError
-from dinocell.upstream.verify import verify_tree
+from dinocell.upstream import verify
+from dinocell.upstream.verify import Check, Verification, verify_tree
 
 ROOT = Path(__file__).resolve().parents[3]
 BUNDLED = ROOT / "dinov3_modified"
 
 
-@pytest.fixture
-def changed(tmp_path):
-    """A copy of the bundled tree in which one text was replaced."""
+FAULTS = [
+    ("dinov3/loss/koleo_loss.py", "-torch.log(", "-torch.log1p("),
+    ("dinov3/layers/rope_position_encoding.py", "math.pi", "3.0"),
+    ("dinov3/cells/registry.py", '"JUMPS3MultiView"', '"JUMPS3Views"'),
+    ("dinov3/configs/ssl_default_config.yaml", "koleo_topk: 1", "koleo_topk: 2"),
+    ("dinov3/configs/ssl_default_config.yaml", "  drop_path_rate: 0.3\n", ""),
+]
 
-    def make(path: str, old: str, new: str) -> Path:
-        tree = tmp_path / "tree"
-        shutil.copytree(BUNDLED, tree, ignore=shutil.ignore_patterns("__pycache__"))
+
+def test_a_tree_that_differs_fails(tmp_path):
+    """Five faults in one tree: each fails the check of its subject and no other."""
+    tree = tmp_path / "tree"
+    shutil.copytree(BUNDLED, tree, ignore=shutil.ignore_patterns("__pycache__"))
+    for path, old, new in FAULTS:
         text = (tree / path).read_text()
         assert old in text
         (tree / path).write_text(text.replace(old, new))
-        return tree
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("path", "old", "new", "keyword", "told"),
-    [
-        ("dinov3/loss/koleo_loss.py", "-torch.log(", "-torch.log1p(", "losses", "koleo must agree"),
-        ("dinov3/layers/rope_position_encoding.py", "math.pi", "3.0", "forward", "must agree to"),
-        ("dinov3/cells/registry.py", '"JUMPS3MultiView"', '"JUMPS3Views"', "strings", ""),
-        ("dinov3/configs/ssl_default_config.yaml", "koleo_topk: 1", "koleo_topk: 2", "configuration", "defaults must be"),
-        ("dinov3/configs/ssl_default_config.yaml", "  drop_path_rate: 0.3\n", "", "configuration", "keys that configs/ssl sets"),
-    ],
-)  # fmt: skip
-def test_a_tree_that_differs_fails(changed, path, old, new, keyword, told):
-    result = verify_tree(changed(path, old, new), keyword=keyword)
+    result = verify_tree(tree, keyword="losses or forward or strings or configuration or networks")
     assert not result.passed
-    (failed,) = [check for check in result.checks if check.state == "failed"]
-    assert told in failed.reason
-    assert "1 failed" in result.text()
-    assert f"failed: {failed.subject}" in result.text()
+    failed = {check.name: check.reason for check in result.checks if check.state == "failed"}
+    assert failed.keys() == {
+        "losses", "forward and gradients", "dataset strings", "configuration has the keys",
+        "configuration defaults",
+    }  # fmt: skip
+    assert "koleo must agree" in failed["losses"]
+    assert "must agree to" in failed["forward and gradients"]
+    assert "keys that configs/ssl sets" in failed["configuration has the keys"]
+    assert "defaults must be" in failed["configuration defaults"]
+    assert "1 passed, 5 failed, 0 skipped" in result.text()
+    assert "failed: numbers losses" in result.text()
 
 
-def test_the_bundled_tree_passes(capsys):
-    result = verify_tree(BUNDLED, keyword="losses or networks")
-    assert result.passed
-    assert {check.state for check in result.checks} == {"passed"}
-    assert "0 failed, 0 skipped" in result.text()
-    with pytest.raises(SystemExit) as done:
-        main(["upstream", "verify", "--tree", str(BUNDLED), "-k", "losses"])
-    assert done.value.code == 0
-    assert "1 passed, 0 failed" in capsys.readouterr().out
+def test_a_skipped_check_is_not_a_verification():
+    """Otherwise `rebase`, which asks `passed`, would write a series that nobody tested."""
+    checks = [Check("additions", "views", "passed"), Check("additions", "program", "skipped", "x")]
+    result = Verification(BUNDLED, tuple(checks), "")
+    assert not result.passed
+    assert "not verified: 1 checks did not run" in result.text()
+    assert Verification(BUNDLED, tuple(checks[:1]), "").passed
 
 
-def test_wrong_calls(tmp_path):
-    with pytest.raises(UsageError, match="--tree must be a folder that holds the package dinov3"):
+def test_wrong_calls(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="`tree` must be a folder that holds the package dinov3"):
         verify_tree(tmp_path)
-    with pytest.raises(UsageError, match="must have tests to run, got none"):
+    with pytest.raises(UsageError, match="`keyword` must match a test of the suite"):
         verify_tree(BUNDLED, keyword="no_such_test")
+    monkeypatch.setattr(verify, "_SUITE", tmp_path / "none")
+    with pytest.raises(
+        UsageError, match="needs a clone of DINOCell, because the conformance suite"
+    ):
+        verify_tree(BUNDLED)
 
 
 # --- the commands ---
@@ -120,7 +122,7 @@ def test_commands_from_status_to_undo(upstream, folder, tmp_path, monkeypatch):
 
 def test_wrong_commands_are_one_sentence(upstream, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("dinocell.upstream.series.default_series_folder", lambda: folder)
-    for arguments, told in (
+    for arguments, message in (
         (["status", "--checkout", tmp_path / "none"], "--checkout must be a folder"),
         (["status", "--checkout", tmp_path], "must be a git checkout of DINOv3"),
         (["rebase", "--checkout", upstream.folder, "--onto", "x"], "a commit must be known"),
@@ -128,14 +130,19 @@ def test_wrong_commands_are_one_sentence(upstream, folder, tmp_path, monkeypatch
     ):
         code, text = run("upstream", *arguments)
         assert code == 2, text
-        assert told in text
+        assert message in text
         assert "Traceback" not in text
     upstream.write("README.md", "changed\n")
     code, text = run("upstream", "apply", "--checkout", upstream.folder)
     assert (code, "must have no changes" in text) == (2, True)
 
 
-def test_every_command_teaches():
+def test_the_command_prints_the_table():
+    code, text = run("upstream", "verify", "--tree", BUNDLED, "-k", "losses")
+    assert (code, "1 passed, 0 failed, 0 skipped" in text) == (0, True)
+
+
+def test_every_command_shows_an_example():
     for name in ("status", "apply", "undo", "rebase", "refresh", "verify"):
         done = CliRunner().invoke(app, ["upstream", name, "--help"])
         assert done.exit_code == 0
