@@ -7,8 +7,9 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,9 +18,137 @@ from dinocell.cli.options import PASSES_ON, App, parameters_of
 from dinocell.cli.segment import segment_options
 from dinocell.errors import StoppedError, UsageError
 
+if TYPE_CHECKING:
+    from dinocell.cluster.plan import PlannedRun
+    from dinocell.cluster.site import SiteProfile
+
 __all__ = ["app", "checked_parameters"]
 
 app = App()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks the cluster for."""
+
+    site: Annotated[
+        str | None,
+        typer.Option(
+            help="Use this site file, or the one of this name in slurm/sites.  [default: the one that "
+            "the environment variable DINOCELL_SITE names, else the settings of the cluster]"
+        ),
+    ] = None
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Replace a key of the site file. Repeat the option for several keys.",
+        ),
+    ] = None
+    nodes: Annotated[
+        int | None, typer.Option(help="Request this many nodes.  [default: the site's]")
+    ] = None
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            help="Request this many GPUs on each node; one process runs on each GPU.  [default: the site's]"
+        ),
+    ] = None
+    time: Annotated[
+        str | None,
+        typer.Option(
+            help="Request this time limit for one run of the job, such as 12:00:00.  [default: the site's]"
+        ),
+    ] = None
+    partition: Annotated[
+        str | None, typer.Option(help="Request this partition.  [default: the site's]")
+    ] = None
+
+    def profile(self, command: str) -> SiteProfile:
+        """The profile of the site, changed as these options ask."""
+        from dinocell.cluster.site import load_site
+
+        changes = {"nodes": self.nodes, "time": self.time, "partition": self.partition}
+        overrides = [f"{key}={value}" for key, value in changes.items() if value is not None]
+        profile = load_site(self.site, [*(self.set_ or []), *overrides])
+        if self.gpus is not None:
+            profile = profile.with_gpus(self.gpus)
+        if command not in ("segment", "evaluate"):
+            return profile
+        if (self.gpus or 1) > 1 or (self.nodes or 1) > 1:
+            raise UsageError(
+                f"{command} must have one process, got --gpus or --nodes above 1: divide images with "
+                "--shards, which run at once"
+            )
+        return profile.for_one_process()
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a submission becomes several tasks."""
+
+    array: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TABLE",
+            help="Submit one task for each row of this CSV file. Its header names the configuration keys "
+            "or options that a row changes.",
+        ),
+    ] = None
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            help="Divide the images of segment into this many parts, one task for each; a last job "
+            "merges their tables."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How, and whether, a job is submitted."""
+
+    dependency: Annotated[
+        str | None,
+        typer.Option(
+            help="Start the job only after another one: its number, or a dependency of SLURM such as "
+            "afterany:123."
+        ),
+    ] = None
+    logs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the log files to this folder.  [default: the folder slurm in that of the run]"
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the sbatch file and submit nothing.")
+    ] = False
+    local: Annotated[
+        bool,
+        typer.Option("--local", help="Run the command on this computer, in the way a job would."),
+    ] = False
+    look: Annotated[
+        bool,
+        typer.Option(
+            "--look/--no-look",
+            help="Test before submitting whether models, weights and data exist. With --dependency the "
+            "test is left out, because the job before may make them.",
+        ),
+    ] = True
+
+    def checked(self) -> Manner:
+        """The same, after options that exclude each other are refused."""
+        from dinocell.cluster.submission import parse_dependency
+
+        given = self
+        if self.dependency is not None:
+            given = replace(self, dependency=parse_dependency(self.dependency))
+        if self.local and (self.dry_run or self.dependency is not None):
+            other = "--dry-run" if self.dry_run else "--dependency"
+            raise UsageError(f"--local must be without {other}, got both: choose one")
+        return given
 
 
 @app.command(context_settings=PASSES_ON)
@@ -29,90 +158,32 @@ def submit(
         str,
         typer.Argument(
             metavar="pretrain|train|segment|evaluate ...",
-            help="The command as it would be typed here, with its own options.",
+            help="Command to run, with its own arguments and options, as you would type it here.",
         ),
     ],
-    site: Annotated[
-        str | None,
-        typer.Option(
-            help="Site file, or its name in slurm/sites.  [default: DINOCELL_SITE, else the "
-            "cluster's defaults]"
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the site; repeat."),
-    ] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs of each; one process a GPU.")] = None,
-    time: Annotated[str | None, typer.Option(help="Limit of one run, such as 12:00:00.")] = None,
-    partition: Annotated[str | None, typer.Option(help="In place of the site's.")] = None,
-    array: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="TABLE", help="CSV with a header; one task a line, columns are keys to change."
-        ),
-    ] = None,
-    shards: Annotated[
-        int | None,
-        typer.Option(help="segment: so many parts as an array, then one merged table."),
-    ] = None,
-    dependency: Annotated[
-        str | None, typer.Option(help="Wait for a job: its number, or afterany:123 and the like.")
-    ] = None,
-    logs: Annotated[
-        Path | None, typer.Option(help="Folder of log files.  [default: slurm in the run's folder]")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the sbatch file; submit nothing.")
-    ] = False,
-    local: Annotated[
-        bool, typer.Option("--local", help="Run it here in the same way, without a cluster.")
-    ] = False,
-    look: Annotated[
-        bool,
-        typer.Option(
-            "--look/--no-look",
-            help="Look for models, weights and data before submitting; not for what a job that is "
-            "waited for (--dependency) will make.",
-        ),
-    ] = True,
+    resources: Resources,
+    division: Division,
+    manner: Manner,
 ) -> None:
-    """Run a command on a SLURM cluster; it is requeued and goes on until it is done.
+    """Submit a command to a SLURM cluster; it continues after time limits until it is complete.
 
-    What is wrong with the call is told here, not by a job that has waited for hours.  See
-    `dinocell jobs` for what became of it, and docs/cluster.md.
+    Mistakes in the command, its configuration and its files are reported now, not after the job has
+    waited in the queue. `dinocell jobs` lists what was submitted; docs/cluster.md explains the rest.
 
     Example: `dinocell submit pretrain configs/ssl/jump_s3_multiview.yaml --site a100 --gpus 4`
     """
     from dinocell.cluster.plan import COMMANDS, look_once, plan_runs, plan_shard_runs, read_table
-    from dinocell.cluster.site import load_site
-    from dinocell.cluster.submission import parse_dependency, plan_batch
+    from dinocell.cluster.submission import plan_batch
 
     if command not in COMMANDS:
         raise UsageError(
             f"submit must get one of {', '.join(COMMANDS)}, got {command!r}: write for example "
             "dinocell submit pretrain CONFIG"
         )
-    changes = {"nodes": nodes, "time": time, "partition": partition}
-    overrides = [f"{key}={value}" for key, value in changes.items() if value is not None]
-    profile = load_site(site, [*(set_ or []), *overrides])
-    if gpus is not None:
-        profile = profile.with_gpus(gpus)
-    if dependency is not None:
-        dependency = parse_dependency(dependency)
-    if local and (dry_run or dependency is not None):
-        raise UsageError(
-            f"--local must be without {'--dry-run' if dry_run else '--dependency'}, got both: choose one"
-        )
-    if command in ("segment", "evaluate"):
-        if (gpus or 1) > 1 or (nodes or 1) > 1:
-            raise UsageError(
-                f"{command} must have one process, got --gpus or --nodes above 1: divide images with "
-                "--shards, which run at once"
-            )
-        profile = profile.for_one_process()
-    look_at = look_once() if look and dependency is None else None
+    profile = resources.profile(command)
+    manner = manner.checked()
+    look_at = look_once() if manner.look and manner.dependency is None else None
+    array, shards = division.array, division.shards
 
     def parse(given: Sequence[str]) -> dict[str, Any]:
         return checked_parameters(context.find_root().command, command, given)
@@ -126,7 +197,7 @@ def submit(
             parameters = parse(context.args)
             if look_at is not None:
                 look_at(command, parameters)
-            plan = plan_batch(parameters, shards, dependency, write=not dry_run)
+            plan = plan_batch(parameters, shards, manner.dependency, write=not manner.dry_run)
             runs, merging = plan_shard_runs(plan)
             if not runs:
                 print("every shard is complete; merging", file=sys.stderr)
@@ -134,7 +205,7 @@ def submit(
             rows = [] if array is None else read_table(array)
             runs = plan_runs(command, context.args, parse, table=rows, look=look_at)
             merging = None
-    _hand_over(runs, merging, profile, dependency, logs, dry_run=dry_run, local=local, look=look)
+    _hand_over(runs, merging, profile, manner)
 
 
 @contextmanager
@@ -150,21 +221,15 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _hand_over(
-    runs: Sequence[Any],
-    merging: Any,
-    profile: Any,
-    dependency: str | None,
-    logs: Path | None,
-    *,
-    dry_run: bool,
-    local: bool,
-    look: bool,
+    runs: Sequence[PlannedRun], merging: PlannedRun | None, profile: SiteProfile, manner: Manner
 ) -> None:
+    """Print, run or submit the tasks, and the merging after them."""
     from dinocell.cluster.submission import run_here, sbatch_text
     from dinocell.cluster.submission import submit as hand_in
 
     alone = profile.for_merging()
-    if dry_run:
+    dependency, logs = manner.dependency, manner.logs
+    if manner.dry_run:
         for run in runs:
             print(f"{run.run_dir}: dinocell {shlex.join(run.command)}", file=sys.stderr)
         if runs:
@@ -173,7 +238,7 @@ def _hand_over(
             after = "afterany:JOB_ABOVE" if runs else None
             print(sbatch_text([merging], alone, dependency=after, log_dir=logs))
         return
-    if local:
+    if manner.local:
         code = run_here(runs, profile, log_dir=logs) if runs else 0
         if merging is not None and code != StoppedError.exit_code:
             code = max(code, run_here([merging], alone, log_dir=logs))
@@ -183,7 +248,7 @@ def _hand_over(
     after = dependency
     together: list[str] = []
     if runs:
-        accepted = hand_in(runs, profile, dependency=dependency, log_dir=logs, look=look)
+        accepted = hand_in(runs, profile, dependency=dependency, log_dir=logs, look=manner.look)
         print(accepted.text(cancel=None if merging is None else []))
         together = [accepted.job]
         after = f"afterany:{accepted.job}"
@@ -191,12 +256,17 @@ def _hand_over(
         print("then, when all of them have ended, the merged table:")
         try:
             last = hand_in(
-                [merging], alone, dependency=after, behind=dependency, log_dir=logs, look=look
+                [merging],
+                alone,
+                dependency=after,
+                behind=dependency,
+                log_dir=logs,
+                look=manner.look,
             )
             print(last.text(cancel=[*together, last.job]))
         except UsageError as error:
             raise UsageError(
-                f"{error}; the images are in work all the same: when their tasks have ended, run "
+                f"{error}; the jobs of the images were submitted all the same: when they have ended, run "
                 f"dinocell {shlex.join(merging.command)}"
             ) from error
 
@@ -205,20 +275,24 @@ def _hand_over(
 def jobs(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[FOLDER]", help="Only runs in this folder or below it."),
+        typer.Argument(
+            metavar="[FOLDER]", help="List only runs in this folder and its subfolders."
+        ),
     ] = None,
     everything: Annotated[
         bool,
         typer.Option(
             "--all",
-            help="Also jobs submitted more than a week ago, and those whose runs later ones have taken on.",
+            help="Include jobs that were submitted more than a week ago and jobs whose runs a later "
+            "job continues.",
         ),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
 ) -> None:
-    """List jobs that were submitted from this account: state, progress, reasons.
+    """List the jobs that you submitted: state, progress and reasons of failure.
 
-    `left` is the time that the work itself needs, at its last known speed, not that of the job's limit.
+    The column `left` is the time that the rest of the work needs at its last known speed. It is not
+    the time until the limit of the job.
 
     Example: `dinocell jobs`
     """
@@ -241,19 +315,24 @@ def supervise(
         str,
         typer.Argument(
             metavar="pretrain|train|segment|evaluate|shards ...",
-            help="The command as it would be typed here, with its own options.",
+            help="Command to run, with its own arguments and options, as you would type it here.",
         ),
     ],
     signal_ahead: Annotated[
-        int, typer.Option(min=10, help="Seconds between the signal and the end, as in --signal.")
+        int,
+        typer.Option(
+            min=10,
+            help="Expect the signal this many seconds before the end of the job, as in the option "
+            "--signal of sbatch.",
+        ),
     ] = 120,
     max_stalled_starts: Annotated[
-        int, typer.Option(min=1, help="Starts without progress after which the job is given up.")
+        int, typer.Option(min=1, help="Stop requeueing after this many starts without progress.")
     ] = 5,
 ) -> None:
-    """Run a command inside a SLURM job of your own: it is saved and requeued when it must stop.
+    """Run a command inside your own SLURM job; save and requeue it when the job must stop.
 
-    For scripts that are submitted with sbatch (see slurm/); `dinocell submit` does this by itself.
+    Use it in scripts that you submit with sbatch (see slurm/). `dinocell submit` includes it.
 
     Example: `srun dinocell supervise pretrain configs/ssl/jump_s3_multiview.yaml`
     """

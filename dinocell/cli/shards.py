@@ -15,21 +15,24 @@ __all__ = ["app"]
 
 app = App(
     name="shards",
-    help="One batch of images in parts for many processes: plan, run, status, merge.",
+    help="Divide a large batch of images into parts, which many processes segment at once.",
     no_args_is_help=True,
 )
 
-ResultsFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the results.")]
+ResultsFolder = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Folder of the results, as given to `plan`.")
+]
 
 
 @app.command("plan", context_settings=PASSES_ON)
 def shards_plan(
     context: typer.Context,
-    count: Annotated[int, typer.Argument(metavar="COUNT", help="Number of parts.")],
+    count: Annotated[int, typer.Argument(metavar="COUNT", help="Number of parts to make.")],
 ) -> None:
-    """Divide images into parts of about as many bytes; what follows is as of `dinocell segment`.
+    """Divide images into parts of about the same size in bytes; segment nothing yet.
 
-    Nothing is segmented yet: each part is done by `dinocell shards run OUT PART`, anywhere.
+    COUNT is followed by the arguments and options of `dinocell segment`. Then run each part with
+    `dinocell shards run OUT PART`, on any computer that has the same folders.
 
     Example: `dinocell shards plan 16 plate/ -o out --model model.safetensors`
     """
@@ -46,11 +49,13 @@ def shards_plan(
 @app.command("run")
 def shards_run(
     out: ResultsFolder,
-    shard: Annotated[int, typer.Argument(metavar="PART", help="From 0.")],
+    shard: Annotated[
+        int, typer.Argument(metavar="PART", help="Number of the part, counted from 0.")
+    ],
 ) -> None:
-    """Segment the images of one part; run again, it goes on with those that are missing.
+    """Segment the images of one part; run it again to continue with the missing ones.
 
-    Images that fail are listed at the end and by `merge`; they stop nothing.
+    Images that fail are listed at the end, and again by `merge`. They do not stop the others.
 
     Example: `dinocell shards run out 3`
     """
@@ -61,7 +66,7 @@ def shards_run(
 
 @app.command("status")
 def shards_status(out: ResultsFolder) -> None:
-    """Tell how far each part is.
+    """Show how many images of each part are done.
 
     Example: `dinocell shards status out`
     """
@@ -74,9 +79,10 @@ def shards_status(out: ResultsFolder) -> None:
 
 @app.command("merge")
 def shards_merge(out: ResultsFolder) -> None:
-    """Make `summary.csv` and `cells.csv` of all parts; exit code 1 if parts are not complete.
+    """Merge the tables of all parts into `summary.csv` and `cells.csv`.
 
-    Images that failed are listed, and have their reason in the last column of `summary.csv`.
+    The exit code is 1 if a part is not complete. Images that failed are listed; the last column of
+    `summary.csv` states why.
 
     Example: `dinocell shards merge out`
     """
