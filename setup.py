@@ -71,6 +71,8 @@ setup(
         "matplotlib>=3.9",
         "jinja2>=3.1",
         "networkx>=3",
+        "requests>=2.32",
+        "urllib3>=2",
         "typer>=0.15",
         "rich>=13",
     ],

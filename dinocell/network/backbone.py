@@ -1,8 +1,4 @@
-"""The only door to `dinov3`: a ViT that returns the feature maps of four depths.
-
-`DINOCELL_DINOV3=DIR` puts another compatible tree (upstream with our patches) in front of the
-bundled one.
-"""
+"""A ViT of `dinov3` that returns the feature maps of four depths."""
 
 from __future__ import annotations
 
@@ -14,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinocell.errors import CheckpointError, UsageError
+from dinocell.network.weights import find_weights
 
 __all__ = [
     "BACKBONE_SIZES",
@@ -137,7 +134,6 @@ def load_backbone_weights(backbone: DINOv3Backbone, path: str | Path) -> str:
     CheckpointError
         It holds no backbone, or keys are missing, unexpected or misshapen; all are listed.
     """
-    from dinocell.network.weights import find_weights  # which imports this module
     from dinov3.cells import weights as formats
 
     try:

@@ -1,0 +1,326 @@
+"""Bring a backbone file into the cache, from a folder or over HTTP; a broken download continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import ssl
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util.retry import Retry
+
+from dinocell.errors import CheckpointError, DINOCellError, UsageError
+from dinocell.files import move_into_place, write_text_atomically
+from dinocell.network.weights import RELEASED, cache_folder, how_to_get
+from dinocell.progress import progress
+
+__all__ = ["fetch_weights"]
+
+_TRIES = 6
+_BACKOFF_S = 0.2  # before the second try, then twice as long each time
+_BLOCK = 2**16  # up to so many bytes are lost when a connection breaks
+_TIMEOUT_S = 60.0
+_HUB = "huggingface.co"  # the only host that gets HF_TOKEN
+
+
+def fetch_weights(
+    name: str,
+    *,
+    source: str | None = None,
+    offline: bool = False,
+    sha256: str | None = None,
+    out: str | Path | None = None,
+) -> Path:
+    """Bring a backbone file into the cache, or find it there.
+
+    Parameters
+    ----------
+    name : str
+        A name of `RELEASED`, or the name of a file below `source`.
+    source : str, optional
+        Folder or base URL of a mirror; `DINOCELL_WEIGHTS_MIRROR` by default.  For a released file
+        also the whole personal URL from Meta's e-mail.
+    offline : bool
+        Open no connection; `DINOCELL_OFFLINE=1` does the same.
+    sha256 : str, optional
+        Expected checksum, or its beginning; of released files the beginning is known.
+    out : path, optional
+        Folder in place of the cache.
+
+    Returns
+    -------
+    Path
+        The complete, checked file.
+
+    Raises
+    ------
+    UsageError
+        The file is not in the cache and cannot be fetched; the message says how to get it.
+    DINOCellError
+        The connection failed several times; the part that came is kept and continued next time.
+    CheckpointError
+        The checksum differs.
+    """
+    file = RELEASED.get(name, name)
+    if "/" in file or file in ("", ".", ".."):
+        raise UsageError(
+            f"`name` must be one of {', '.join(RELEASED)} or a file name, got {name!r}: give its folder or "
+            "URL as `source`"
+        )
+    expected = sha256 or (Path(file).stem.rsplit("-", 1)[-1] if name in RELEASED else None)
+    folder = Path(out) if out is not None else cache_folder()
+    target = folder / file
+    if target.is_file():
+        _check_sum(target, expected)
+        return target
+    source = source or os.environ.get("DINOCELL_WEIGHTS_MIRROR")
+    if source is None:
+        raise UsageError(how_to_get(name, file, folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{file}.part"
+    url = urllib.parse.urlsplit(source)
+    if url.scheme in ("http", "https"):
+        if offline or os.environ.get("DINOCELL_OFFLINE", "0") not in ("", "0"):
+            raise UsageError(
+                f"{file} must be in {folder} when offline, but it is not: fetch it while connected, or "
+                "give a folder as `source`"
+            )
+        _download(_url_of(file, url), part)
+    else:
+        local = Path(urllib.request.url2pathname(url.path) if url.scheme == "file" else source)
+        local = local / file if local.is_dir() else local
+        if not local.is_file():
+            raise UsageError(
+                f"`source` must hold {file}, got {source} without it: check the folder"
+            )
+        shutil.copyfile(local, part)
+    try:
+        _check_kind(part)
+        _check_sum(part, expected)
+    except CheckpointError:
+        part.unlink()
+        raise
+    move_into_place(part, target)
+    return target
+
+
+def _url_of(file: str, url: urllib.parse.SplitResult) -> str:
+    """The URL of the file at a mirror, or the URL that names a file itself; a query stays behind it."""
+    if url.path.endswith((".pth", ".pt", ".safetensors")):
+        return url.geturl()
+    return url._replace(path=f"{url.path.rstrip('/')}/{file}").geturl()
+
+
+class _Adapter(HTTPAdapter):
+    """Trusts the certificates of this machine and of SSL_CERT_FILE besides those of requests.
+
+    Requests that get no answer, or an answer of a busy server, are repeated.
+    """
+
+    def __init__(self) -> None:
+        busy = (429, 500, 502, 503, 504)
+        super().__init__(
+            max_retries=Retry(
+                _TRIES - 1,
+                status_forcelist=busy,
+                backoff_factor=_BACKOFF_S,
+                backoff_max=5,
+                raise_on_status=False,
+            )
+        )
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, ssl_context=ssl.create_default_context(), **kwargs)
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        return super().proxy_manager_for(proxy, ssl_context=ssl.create_default_context(), **kwargs)
+
+
+class _Session(requests.Session):
+    """Follows redirects, but never from https to http.
+
+    requests drops the header with the token when a redirect leaves the host.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        adapter = _Adapter()
+        self.mount("http://", adapter)
+        self.mount("https://", adapter)
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        target = super().get_redirect_target(resp)
+        if target and resp.url.startswith("https:"):
+            absolute = urllib.parse.urljoin(resp.url, target)
+            if not absolute.startswith("https:"):
+                raise UsageError(
+                    f"{_shown(resp.url)} must stay on https, got a redirect to {_shown(absolute)}: use "
+                    "another `source`"
+                )
+        return target
+
+
+def _download(url: str, part: Path) -> None:
+    """Continue `part` until the whole file has arrived."""
+    with _Session() as session:
+        for _ in range(_TRIES):
+            try:
+                answer = session.get(
+                    url,
+                    headers=_headers(part),
+                    auth=_with_token,
+                    stream=True,
+                    timeout=_TIMEOUT_S,
+                )
+            except requests.exceptions.SSLError as error:
+                raise UsageError(
+                    f"{_shown(url)} must have a certificate that this machine trusts, got {error}: set "
+                    "SSL_CERT_FILE to the certificates of your network"
+                ) from error
+            except requests.exceptions.RequestException as error:
+                raise _interrupted(url, error) from error
+            with answer:
+                if answer.status_code == 416:  # no bytes are left, or the file has changed
+                    if _size(part) != _facts(part).get("total"):
+                        part.unlink(missing_ok=True)
+                        continue
+                    break
+                _refuse_failure(url, answer)
+                try:
+                    if _receive(answer, part):
+                        break
+                    reason: object = f"an end after {_size(part)} bytes"
+                except (
+                    requests.exceptions.ChunkedEncodingError,
+                    requests.exceptions.ConnectionError,
+                ) as error:
+                    reason = error
+        else:
+            raise _interrupted(url, reason)
+    _facts_path(part).unlink(missing_ok=True)
+
+
+def _headers(part: Path) -> dict[str, str]:
+    """Ask for what follows `part`, or for all if the file at the source has changed since."""
+    headers = {"Accept-Encoding": "identity"}
+    if begun := _size(part):
+        headers["Range"] = f"bytes={begun}-"
+        if validator := _facts(part).get("validator"):
+            headers["If-Range"] = validator
+    return headers
+
+
+def _with_token(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    place = urllib.parse.urlsplit(str(request.url))
+    token = os.environ.get("HF_TOKEN")
+    if token and place.scheme == "https" and place.hostname == _HUB:
+        request.headers["Authorization"] = f"Bearer {token}"
+    return request
+
+
+def _refuse_failure(url: str, answer: requests.Response) -> None:
+    reason = f"{answer.status_code} {answer.reason}"
+    if answer.status_code in (401, 403):
+        raise UsageError(
+            f"{_shown(url)} must be open to you, got {reason}: the weights are gated, so ask for access "
+            "first (docs/weights.md; for Hugging Face set HF_TOKEN), or the link has expired"
+        )
+    if answer.status_code in (400, 404, 410):
+        raise UsageError(f"{_shown(url)} must exist, got {reason}: check `source`")
+    if not answer.ok:
+        raise _interrupted(url, reason)
+
+
+def _interrupted(url: str, reason: object) -> DINOCellError:
+    return DINOCellError(
+        f"The download of {_shown(url)} was interrupted {_TRIES} times (the last time by: {reason}). The "
+        "part that arrived was kept. Run the same command again to continue."
+    )
+
+
+def _receive(answer: requests.Response, part: Path) -> bool:
+    """Append what comes, or start over if the server sends the file from its beginning.
+
+    Returns whether the file is whole.
+    """
+    resumed = answer.status_code == 206
+    begun = _size(part) if resumed else 0
+    length = answer.headers.get("Content-Length")
+    total = None if length is None else int(length) + begun
+    if resumed and total != _facts(part).get("total", total):
+        part.unlink()  # the file at the source is another one by now
+        return False
+    validator = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+    if validator and validator.startswith("W/"):
+        validator = None  # weak: equal in meaning, not in bytes
+    write_text_atomically(_facts_path(part), json.dumps({"total": total, "validator": validator}))
+    room = shutil.disk_usage(part.parent).free
+    if total is not None and total - begun > room:
+        raise UsageError(
+            f"{part.parent} must have room for {(total - begun) / 1e6:.0f} MB, got {room / 1e6:.0f} MB: "
+            "make room, or choose another folder as `out`"
+        )
+    with (
+        part.open("ab" if resumed else "wb") as stream,
+        progress(
+            f"{part.stem} (KiB)",
+            max((total or 0) // 1024, 1),
+            shown=total is not None,
+            done=begun // 1024,
+        ) as bar,
+    ):
+        for block in answer.iter_content(_BLOCK):
+            stream.write(block)
+            bar.advance(len(block) // 1024)
+    return total is None or _size(part) >= total
+
+
+def _shown(url: str) -> str:
+    """Without the query, which may be a signature."""
+    return url.split("?")[0]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _facts_path(part: Path) -> Path:
+    """Beside a partial file: the length and version of the file that it is a part of."""
+    return part.with_name(f"{part.name}.json")
+
+
+def _facts(part: Path) -> dict[str, Any]:
+    """Length (`total`) and version (`validator`) of the file that `part` is a part of; may be empty."""
+    path = _facts_path(part)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse what a server sends in place of a file: a page to sign in, an error, nothing."""
+    with path.open("rb") as stream:
+        start = stream.read(64)
+    if not start or start.lstrip()[:1] == b"<":
+        kind = "a web page" if start else "an empty file"
+        raise CheckpointError(
+            f"{path.stem} must be a file of weights, got {kind}: check `source`; gated files need "
+            "access first (docs/weights.md)"
+        )
+
+
+def _check_sum(path: Path, expected: str | None) -> None:
+    if expected is None:
+        return
+    from dinov3.cells import weights as formats
+
+    found = formats.sha256(path)
+    if not found.startswith(expected.lower()):
+        raise CheckpointError(
+            f"{path.name} must have a SHA-256 that begins with {expected}, got {found[:16]}...: it is "
+            "damaged or another file, so remove it and fetch it again"
+        )
