@@ -110,6 +110,26 @@ class DataAugmentationDINO:
         self.distort_local = Compose([*own_color, GaussianBlur(p=0.5)])
         self.normalize = make_base_transform(mean, std)
 
+    @classmethod
+    def from_config(cls, cfg: Any) -> DataAugmentationDINO:
+        """As the section `crops` of a configuration says."""
+        crops = cfg.crops
+        return cls(
+            crops.global_crops_scale,
+            crops.local_crops_scale,
+            crops.local_crops_number,
+            global_crops_size=crops.global_crops_size,
+            local_crops_size=crops.local_crops_size,
+            gram_teacher_crops_size=crops.gram_teacher_crops_size,
+            gram_teacher_no_distortions=crops.gram_teacher_no_distortions,
+            local_crops_subset_of_global_crops=crops.localcrops_subset_of_globalcrops,
+            patch_size=cfg.student.patch_size,
+            share_color_jitter=crops.share_color_jitter,
+            horizontal_flips=crops.horizontal_flips,
+            mean=crops.rgb_mean,
+            std=crops.rgb_std,
+        )
+
     def __call__(self, image: Any) -> dict[str, Any]:
         """PIL image, uint8 array (H, W, 3) or tensor (3, H, W) → crops, float32 [3, s, s].
 

@@ -17,14 +17,15 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from dinov3.cells.sinkhorn import Assignment
+from dinov3.cells.ssl_losses import Metrics, SSLLosses, move_towards
+from dinov3.cells.ssl_settings import PRECISIONS, check_ssl_settings
+from dinov3.cells.starting_weights import fill_student
 from dinov3.cells.strategy import (
-    full_state_dict,
     load_full_state_dict,
     resolve_device,
     resolve_strategy,
 )
-from dinov3.cells.weights import LoadReport, load_backbone
+from dinov3.cells.weights import LoadReport
 from dinov3.checkpointer import init_fsdp_model_from_checkpoint
 from dinov3.configs import get_default_config
 from dinov3.data import DataAugmentationDINO
@@ -41,14 +42,11 @@ __all__ = ["SSLMetaArch"]
 
 logger = logging.getLogger("dinov3")
 
-Metrics = dict[str, Tensor | float]
-
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _GLOBAL_CROPS = 2
 _NOT_BACKBONE = ["dino_head", "ibot_head", "dino_loss", "ibot_patch_loss", "ibot_loss"]
 
 
-class SSLMetaArch(nn.Module):
+class SSLMetaArch(SSLLosses):
     """The networks of self-supervised training and one step's forward and backward pass.
 
     `student`, `teacher`, `model_ema` (the teacher itself unless a larger frozen network teaches)
@@ -70,11 +68,11 @@ class SSLMetaArch(nn.Module):
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__()
-        _check(cfg)
+        check_ssl_settings(cfg)
         self.cfg = cfg
         self.device_ = resolve_device(cfg)
         self.strategy = resolve_strategy(cfg, self.device_)
-        self.param_dtype = _PRECISIONS[cfg.compute_precision.param_dtype]
+        self.param_dtype = PRECISIONS[cfg.compute_precision.param_dtype]
         self.accumulation_steps = int(cfg.accelerator.accumulation_steps)
         self.load_report: LoadReport | None = None
 
@@ -214,7 +212,9 @@ class SSLMetaArch(nn.Module):
         """
         start = nn.ModuleDict()
         if not dist.is_initialized() or dist.get_rank(get_process_subgroup()) == 0:
-            start = self._fresh_student(from_files=from_files)
+            backbone, _ = build_model_from_cfg(self.cfg, only_teacher=True)  # type: ignore[misc]
+            start = self._with_heads(backbone, self.cfg, self.embed_dim)
+            self.load_report = fill_student(start, self.cfg, from_files=from_files)
         load_full_state_dict(self.student, start.state_dict(), self.strategy)
         load_full_state_dict(self.model_ema, start.state_dict(), self.strategy)
         self.dino_loss.init_weights()
@@ -231,27 +231,6 @@ class SSLMetaArch(nn.Module):
         if self.cfg.distillation.enabled:
             logger.info("distillation teacher from %s", self.cfg.distillation.checkpoint_path)
             init_fsdp_model_from_checkpoint(self.teacher, self.cfg.distillation.checkpoint_path)
-
-    def _fresh_student(self, *, from_files: bool) -> nn.ModuleDict:
-        """A student with start values, on the CPU."""
-        cfg = self.cfg
-        backbone, _ = build_model_from_cfg(cfg, only_teacher=True)  # type: ignore[misc]
-        student = self._with_heads(backbone, cfg, self.embed_dim).to_empty(device="cpu")
-        for module in student.values():
-            module.init_weights()  # type: ignore[operator]
-        for key in ("pretrained_weights", "resume_from_teacher_chkpt"):
-            path = cfg.student[key]
-            if not path or not from_files:
-                continue
-            self.load_report = load_backbone(
-                student["backbone"], path, patch_method=cfg.patch_adaptation.method
-            )
-            logger.info("student.%s: %s", key, self.load_report)
-            if key == "resume_from_teacher_chkpt":
-                _load_heads(student, path)
-            else:
-                logger.info("heads start at random: %s has a backbone only, or is read so", path)
-        return student
 
     # --- one step ---
 
@@ -426,171 +405,6 @@ class SSLMetaArch(nn.Module):
             },
         )
 
-    @torch.no_grad()
-    def get_gram_teacher_output(
-        self,
-        images: Tensor | None,
-        *,
-        masks: Tensor,
-        teacher_global: dict[str, Any],
-        student_global: dict[str, Any],
-        student_global_crops_size: int,
-    ) -> dict[str, Any]:
-        """Patches that the Gram loss compares: student's and Gram teacher's.
-
-        Args:
-            images: [G, B, 3, H', W'] for a separate Gram teacher, None for the EMA.
-
-        Returns:
-            `teacher_patches` [G·B, N, D], resized to the student's grid where it differs.
-        """
-        if self.gram_ema_teacher:
-            patches = teacher_global["patch_pre_head"].flatten(0, 1)
-        else:
-            assert images is not None
-            with self._precision():
-                out = self.gram_teacher.backbone(images.flatten(0, 1), is_training=True)
-            patches = out["x_norm_patchtokens"]
-        wanted = student_global["patch_pre_head"].shape[2]
-        if patches.shape[1] != wanted:
-            patches = self._resize_patches(patches, wanted)
-        return {"teacher_patches": patches, "masks": masks}
-
-    def _resize_patches(self, patches: Tensor, wanted: int) -> Tensor:
-        """[B, N', D] → [B, wanted, D], both of square grids."""
-        edge, target = round(patches.shape[1] ** 0.5), round(wanted**0.5)
-        maps = patches.transpose(1, 2).unflatten(2, (edge, edge))
-        maps = nn.functional.interpolate(
-            maps.float(),
-            size=(target, target),
-            mode=self.cfg.gram.global_teacher_resize_method,
-            align_corners=False,
-            antialias=self.cfg.gram.global_teacher_resize_antialias,
-        )
-        return maps.flatten(2).transpose(1, 2)
-
-    def compute_losses(
-        self,
-        *,
-        teacher_global: dict[str, Any],
-        student_global: dict[str, Any],
-        student_local: dict[str, Any],
-        gram_global: dict[str, Any] | None,
-        masks: Tensor,
-        mask_indices_list: Tensor,
-        masks_weight: Tensor,
-        iteration: int,
-    ) -> tuple[Tensor, Metrics]:
-        """The weighted sum of all losses, and each by its name in upstream's log."""
-        cfg = self.cfg
-        n_global = student_global["cls_after_head"].shape[0]
-        n_local = student_local["cls_after_head"].shape[0]
-        ignore_diagonal = bool(cfg.dino.global_ignore_diagonal)
-        global_pairs = n_global * (n_global - 1) if ignore_diagonal else n_global**2
-        local_pairs = n_global * n_local
-        pairs = global_pairs + local_pairs
-        metrics: Metrics = {}
-
-        local_loss = self.dino_loss(
-            student_logits=student_local["cls_after_head"],
-            teacher_probs=teacher_global["cls_centered"],
-        )
-        reweight = 1.0
-        if self.dino_local_loss_schedule is not None:
-            reweight = float(self.dino_local_loss_schedule[iteration])
-        metrics["dino_local_crops_loss"] = local_loss
-        metrics["dino_local_loss_weight"] = reweight
-        global_loss = self.dino_loss(
-            student_logits=student_global["cls_after_head"],
-            teacher_probs=teacher_global["cls_centered"],
-            ignore_diagonal=ignore_diagonal,
-        )
-        metrics["dino_global_crops_loss"] = global_loss
-        total = cfg.dino.loss_weight * (
-            local_pairs / pairs * reweight * local_loss + global_pairs / pairs * global_loss
-        )
-
-        if cfg.dino.koleo_loss_weight > 0 or self.is_koleo_distributed:
-            features = student_global["cls_pre_head"]
-            if cfg.accelerator.koleo_fp32:
-                features = features.float()
-            koleo_loss = sum(self.koleo_loss(crop) for crop in features) / n_global
-            metrics["koleo_loss"] = koleo_loss
-            total = total + cfg.dino.koleo_loss_weight * n_global * koleo_loss
-
-        ibot_loss = self._patch_loss(
-            student_global["masked_patch_pre_head"],
-            teacher_global["masked_patch_centered"],
-            masks,
-            masks_weight,
-        )
-        metrics["ibot_loss"] = ibot_loss
-        total = total + cfg.ibot.loss_weight * ibot_loss
-
-        if gram_global is not None and (self.gram_ema_teacher or self.gram_teacher_ready):
-            total = total + self._gram_part(student_global, gram_global, masks, iteration, metrics)
-        return total, {
-            key: value.detach() if isinstance(value, Tensor) else value
-            for key, value in metrics.items()
-        }
-
-    @property
-    def _chunk_bytes(self) -> int:
-        return int(self.cfg.accelerator.loss_chunk_mb) * 2**20
-
-    def _patch_loss(
-        self, masked: Tensor, assignment: Assignment, masks: Tensor, masks_weight: Tensor
-    ) -> Tensor:
-        """iBOT loss of the masked patches [M, D]."""
-        if not self.cfg.accelerator.fused_loss:
-            with self._precision():
-                logits = self.student.ibot_head(masked)
-            return self.ibot_patch_loss.forward_masked(
-                logits,
-                assignment.probabilities(),
-                student_masks_flat=masks,
-                n_masked_patches=masked.shape[0],
-                masks_weight=masks_weight,
-            )
-        # The head calls this with its last layer's weight, which sharding shows only inside it.
-        loss = partial(
-            self.ibot_patch_loss.forward_fused,
-            assignment=assignment,
-            student_masks_flat=masks,
-            masks_weight=masks_weight,
-            chunk_bytes=self._chunk_bytes,
-        )
-        with self._precision():
-            return self.student.ibot_head(masked, loss=loss)
-
-    def _gram_part(
-        self,
-        student_global: dict[str, Any],
-        gram_global: dict[str, Any],
-        masks: Tensor,
-        iteration: int,
-        metrics: Metrics,
-    ) -> Tensor:
-        gram = self.cfg.gram
-        assert self.gram_loss is not None
-        student = student_global["patch_pre_head"].flatten(0, 1)  # [G·B, N, D]
-        teacher = gram_global["teacher_patches"].to(student.dtype)
-        weight = float(gram.loss_weight)
-        if self.gram_loss_schedule is not None:
-            weight = float(self.gram_loss_schedule[iteration])
-        tokens = {"all": None, "masked": masks, "unmasked": ~masks}[gram.tokens_used]
-        chosen = (student, teacher) if tokens is None else (student[tokens], teacher[tokens])
-        loss = self.gram_loss(*chosen, img_level=gram.img_level)
-        metrics["gram_loss_weight"] = weight
-        metrics["gram_loss"] = loss
-        if gram.compute_stats:
-            with torch.no_grad():
-                for name, part in (("masked", masks), ("unmasked", ~masks)):
-                    metrics[f"stats_only/{name}_gram_loss"] = self.gram_loss(
-                        student[part], teacher[part], img_level=False
-                    )
-        return weight * loss
-
     def backprop_loss(self, loss: Tensor) -> None:
         """Gradients of `loss` over the number of accumulated batches."""
         (loss / self.accumulation_steps).backward()
@@ -600,24 +414,7 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def update_ema(self, m: float) -> None:
         """model_ema = m * model_ema + (1 - m) * student, parameters only."""
-        _move_towards(self.model_ema, self.student, m)
-
-    @torch.no_grad()
-    def update_gram(self, m: float = 0) -> None:
-        """The Gram teacher's backbone moves to the EMA's; m is the share of itself that it keeps."""
-        if not self.has_gram_teacher:
-            return
-        _move_towards(self.gram_teacher["backbone"], self.model_ema["backbone"], m)
-        self.gram_teacher_ready = True
-
-    @torch.no_grad()
-    def gram_load_ema_teacher(self) -> None:
-        """The Gram teacher becomes a copy of the EMA, buffers included."""
-        if not self.has_gram_teacher:
-            return
-        state = full_state_dict(self.model_ema["backbone"], self.strategy)
-        load_full_state_dict(self.gram_teacher["backbone"], state, self.strategy)
-        self.gram_teacher_ready = True
+        move_towards(self.model_ema, self.student, m)
 
     # --- training ---
 
@@ -655,22 +452,7 @@ class SSLMetaArch(nn.Module):
             from dinov3.data.augmentations_multiview import build_multiview_augmentation
 
             return build_multiview_augmentation(cfg)
-        crops = cfg.crops
-        return DataAugmentationDINO(
-            crops.global_crops_scale,
-            crops.local_crops_scale,
-            crops.local_crops_number,
-            global_crops_size=crops.global_crops_size,
-            local_crops_size=crops.local_crops_size,
-            gram_teacher_crops_size=crops.gram_teacher_crops_size,
-            gram_teacher_no_distortions=crops.gram_teacher_no_distortions,
-            local_crops_subset_of_global_crops=crops.localcrops_subset_of_globalcrops,
-            patch_size=cfg.student.patch_size,
-            share_color_jitter=crops.share_color_jitter,
-            horizontal_flips=crops.horizontal_flips,
-            mean=crops.rgb_mean,
-            std=crops.rgb_std,
-        )
+        return DataAugmentationDINO.from_config(cfg)
 
     def broadcast_to_subgroups(
         self, tensor: Tensor, over_dim: int, global_batch_size: int
@@ -687,13 +469,6 @@ class SSLMetaArch(nn.Module):
         return tensor.narrow(over_dim, 0, min(tensor.shape[over_dim], global_batch_size))
 
 
-def _move_towards(target: nn.Module, source: nn.Module, keep: float) -> None:
-    targets: list[Tensor] = list(target.parameters())
-    sources: list[Tensor] = list(source.parameters())
-    torch._foreach_mul_(targets, keep)
-    torch._foreach_add_(targets, sources, alpha=1 - keep)
-
-
 def _schedule(section: DictConfig, epoch_length: int, total: int) -> Any:
     """Values of a start/peak/end section, one an iteration."""
     cosine = section.get("cosine_epochs")
@@ -705,104 +480,3 @@ def _schedule(section: DictConfig, epoch_length: int, total: int) -> Any:
         total_iterations=total,
         cosine_iterations=None if cosine is None else cosine * epoch_length,
     )
-
-
-def _load_heads(student: nn.ModuleDict, path: str) -> None:
-    """Heads of a teacher file, where it has them; refuses those of another shape."""
-    state: dict[str, Any] = {}
-    if Path(path).is_file() and Path(path).suffix != ".safetensors":
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content.get("teacher", {}) if isinstance(content, dict) else {}
-    for name in ("dino_head", "ibot_head"):
-        part = {
-            key.removeprefix(f"{name}."): value
-            for key, value in state.items()
-            if key.startswith(f"{name}.")
-        }
-        if not part:
-            logger.warning("%s starts at random: %s does not have it", name, path)
-            continue
-        try:
-            student[name].load_state_dict(part)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{name} of {path} must fit this configuration, got another shape ({error}): set "
-                "the head's sizes to those of the file, or give the file to student.pretrained_weights"
-            ) from error
-
-
-def _check(cfg: DictConfig) -> None:
-    """Settings that exclude one another."""
-
-    def require(holds: bool, text: str) -> None:
-        if not holds:
-            raise ValueError(text)
-
-    def one_of(key: str, known: tuple[str, ...]) -> None:
-        value = OmegaConf.select(cfg, key)
-        require(
-            value in known, f"{key} must be one of {', '.join(known)}, got {value!r}: choose one"
-        )
-
-    one_of("train.centering", ("sinkhorn_knopp", "softmax"))
-    one_of("compute_precision.param_dtype", tuple(_PRECISIONS))
-    one_of("compute_precision.reduce_dtype", tuple(_PRECISIONS))
-    one_of("gram.tokens_used", ("all", "masked", "unmasked"))
-    one_of("MODEL.META_ARCHITECTURE", ("SSLMetaArch",))
-    one_of("optim.optimizer", ("adamw",))
-    require(
-        cfg.crops.local_crops_number > 0,
-        f"crops.local_crops_number must be at least 1, got {cfg.crops.local_crops_number}: 8 is usual",
-    )
-    require(
-        bool(cfg.ibot.separate_head),
-        "ibot.separate_head must be true, got false: the patch loss has a head of its own",
-    )
-    require(
-        cfg.accelerator.accumulation_steps >= 1,
-        f"accelerator.accumulation_steps must be at least 1, got {cfg.accelerator.accumulation_steps}: "
-        "1 is without accumulation",
-    )
-    require(
-        not cfg.multidistillation.enabled,
-        "multidistillation.enabled must be false, got true: this tree trains one student",
-    )
-    require(
-        cfg.dino.koleo_topk == 1 or cfg.dino.koleo_loss_distributed,
-        f"dino.koleo_topk must be 1 without dino.koleo_loss_distributed, got {cfg.dino.koleo_topk}: "
-        "set the latter to true",
-    )
-    require(
-        cfg.dino.koleo_distributed_replicas == 0,
-        f"dino.koleo_distributed_replicas must be 0, got {cfg.dino.koleo_distributed_replicas}: "
-        "group by dino.koleo_distributed_loss_group_size",
-    )
-    gram = cfg.gram
-    if not gram.use_loss:
-        return
-    require(
-        not (gram.remove_neg and gram.remove_only_teacher_neg),
-        "gram.remove_neg and gram.remove_only_teacher_neg must not both be true, got both: choose one",
-    )
-    require(
-        gram.tokens_used == "all" or not gram.img_level,
-        f"gram.img_level must be false for gram.tokens_used={gram.tokens_used}, got true: a choice "
-        "of tokens has no image axis",
-    )
-    if gram.ema_teacher:
-        require(
-            not gram.ckpt and not gram.rep_update and cfg.crops.gram_teacher_crops_size is None,
-            "gram.ema_teacher must come without gram.ckpt, gram.rep_update and "
-            "crops.gram_teacher_crops_size, got one of them: the EMA itself is the Gram teacher",
-        )
-    else:
-        require(
-            cfg.crops.gram_teacher_crops_size is not None,
-            "crops.gram_teacher_crops_size must be set for a Gram teacher, got null: give it the "
-            "size of the global crops, or set gram.ema_teacher",
-        )
-        require(
-            bool(gram.ckpt) or gram.it_load_ema_teacher >= 0 or gram.rep_update,
-            "a Gram teacher must come from somewhere, got no gram.ckpt, no gram.it_load_ema_teacher "
-            "and no gram.rep_update: set one, or gram.ema_teacher",
-        )
