@@ -1,14 +1,15 @@
-"""What the patches call in a tree of upstream's: DINOCell's additions behind one line each (ours).
+"""The seam: what a training program calls, upstream's with our patches or the one of this tree (ours).
 
-`patches/` holds those lines; `dinocell upstream` puts them and these files into a checkout.
-Everything is imported where it is used, so that a run without DINOCell's keys is upstream's own.
+`patches/` holds the lines that call these functions; `dinocell upstream` puts them and our files into
+a checkout.  Everything is imported where it is used, so that a run without DINOCell's keys is
+upstream's own.  `watched` and `evaluate` are called by `dinov3.train.train` of this tree too.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
 __all__ = [
+    "Watched",
     "evaluate",
     "find_dataset",
     "fit_patch_size",
@@ -63,15 +65,15 @@ def load_pretrained(model: nn.Module, path: str | Path) -> bool:
     """Fill a network from a file that upstream's loader cannot take.
 
     That is a backbone alone (Meta's, Hugging Face's, timm's or our format), a backbone of another
-    patch size, or a teacher file without some of its heads.  What the file does not have keeps its
-    start values.
+    patch size, or a teacher file without some of its heads.  What the file does not contain keeps its
+    initial values.
 
     Args:
         model: with the module `backbone`, and perhaps heads; sharded or not.
         path: file or folder.
 
     Returns:
-        False where upstream's own loader fits: nothing was done then.
+        False where upstream's own loader fits: nothing was changed then.
 
     Raises:
         FileNotFoundError, WeightsError: see `weights.read_backbone`.
@@ -95,21 +97,19 @@ def load_pretrained(model: nn.Module, path: str | Path) -> bool:
             filled[key] = value
     for name in sorted({key.split(".")[0] for key in expected} - {"backbone"}):
         if not any(key.startswith(f"{name}.") for key in filled):
-            logger.warning("%s keeps its start values: %s does not have it", name, path)
+            logger.warning("%s keeps its initial values: %s does not contain it", name, path)
     _set_state(model, filled)
     return True
 
 
 def _teacher(path: Path) -> dict[str, Tensor]:
     """Entries of a teacher file; none of other files."""
-    if not path.is_file() or path.suffix == ".safetensors":
-        return {}
+    from dinov3.cells.weights import WeightsError, read_teacher
+
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # `read_backbone` says what is wrong with it
+        return read_teacher(path)
+    except (FileNotFoundError, WeightsError):  # `fit_backbone` says what is wrong
         return {}
-    inner = content.get("teacher") if isinstance(content, dict) else None
-    return {k: v for k, v in inner.items() if isinstance(v, Tensor)} if inner else {}
 
 
 def _set_state(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -139,7 +139,7 @@ def fit_patch_size(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str,
 def start_from_backbone(cfg: Any, model: Any) -> None:
     """Continue the pretraining of `student.pretrained_weights`, a backbone without heads.
 
-    Fills student and EMA; heads keep their start values.
+    Fills student and EMA; heads keep their initial values.
 
     Args:
         model: the `SSLMetaArch` after `init_weights`.
@@ -184,7 +184,7 @@ def with_views(dataset: Any, cfg: Any, start_iter: int = 0) -> Any:
     Args:
         dataset: just made, with upstream's augmentation.
         cfg: of the run; its sections `multiview` and `streaming` count.
-        start_iter: iterations that are done.
+        start_iter: number of finished iterations.
 
     Raises:
         ValueError: fields without `multiview.strategy`, or photometrics on the device.
@@ -200,7 +200,8 @@ def with_views(dataset: Any, cfg: Any, start_iter: int = 0) -> Any:
         )
     if view.photometrics == "device":
         raise ValueError(
-            "multiview.photometrics must be worker or none in a tree of upstream's, got device: set it"
+            "multiview.photometrics must be worker or none with upstream's training program, got device: "
+            "change it"
         )
     from dinov3.data.augmentations_multiview import build_multiview_augmentation
 
@@ -227,12 +228,12 @@ def with_views(dataset: Any, cfg: Any, start_iter: int = 0) -> Any:
 class _Counted(Dataset[Any]):
     """Positions in place of the indices that upstream's sampler draws.
 
-    A dataset with an order of its own must be asked in that order.  Workers get the batches in
-    turn, so that each knows the positions of its own by counting.
+    A dataset with an order of its own must be read in that order.  Workers get the batches in turn,
+    so that each finds the positions of its batches by counting them.
 
     Args:
         dataset: with `orders_itself`.
-        advance: samples of this process that are done.
+        advance: number of samples that this process has had.
     """
 
     def __init__(self, dataset: Any, advance: int) -> None:
@@ -255,21 +256,36 @@ class _Counted(Dataset[Any]):
         return self.__getitems__([index])[0]
 
 
-# --- what watches a run ---
+# --- what is called around the training loop ---
 
 
-class _Watched:
-    """A metric logger whose values also go to wandb; everything else is the logger's own."""
+class Watched:
+    """A metric logger whose values also go to wandb; everything else is the logger's own.
+
+    The logger of this tree hands over each line that it writes.  Upstream's does not, so that the
+    medians of its meters are taken every tenth iteration, as its log lines.
+
+    Attributes:
+        before_finish: called when the loop has ended, before wandb is closed.
+    """
 
     def __init__(self, metric_logger: Any, wandb: Any) -> None:
         self._metrics = metric_logger
         self._wandb = wandb
+        self.before_finish: list[Callable[[], Any]] = []
+        self._hands_over = hasattr(metric_logger, "add_listener")
+        if self._hands_over:
+            metric_logger.add_listener(lambda iteration, values: wandb.log(values, iteration))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._metrics, name)
 
     def __str__(self) -> str:
         return str(self._metrics)
+
+    def log_pictures(self, pictures: Mapping[str, Any], iteration: int) -> None:
+        """Pictures (H, W, 3) of uint8 by their names."""
+        self._wandb.log_images({f"visuals/{k}": v for k, v in pictures.items()}, iteration)
 
     def log_every(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         iteration = kwargs.get("start_iteration", 0)
@@ -283,26 +299,37 @@ class _Watched:
             self._record(iteration - 1)
             exit_code = 0
         finally:
+            for call in self.before_finish:
+                call()
             self._wandb.finish(exit_code)
 
     def _record(self, iteration: int) -> None:
+        if self._hands_over or iteration < 0:
+            return
         meters = self._metrics.meters
-        if iteration >= 0 and meters:
+        if meters:
             self._wandb.log({name: meter.median for name, meter in meters.items()}, iteration)
 
 
 def watched(metric_logger: Any, cfg: Any, resume: bool = True) -> Any:
-    """A metric logger that also reports to wandb, if `wandb.enabled`.
+    """Before the loop: the metric logger, which also reports to wandb if `wandb.enabled`.
+
+    The evaluation of the teacher is made here too, so that a wrong folder stops the run before its
+    first step.
 
     Args:
-        resume: false begins another wandb run in the same folder.
+        resume: false starts another wandb run in the same folder.
+
+    Raises:
+        ValueError: a setting of `wandb` or `ssl_evaluation` is wrong.
     """
-    whole = sections(cfg)
-    if not whole.wandb.enabled:
-        return metric_logger
     from dinov3.logging.wandb_logger import create_wandb_logger
 
-    return _Watched(metric_logger, create_wandb_logger(whole, resume=resume))
+    whole = sections(cfg)
+    _evaluations.clear()
+    _evaluation(whole)
+    wandb = create_wandb_logger(whole, resume=resume)
+    return Watched(metric_logger, wandb) if whole.wandb.enabled else metric_logger
 
 
 def load_hook(address: str) -> Callable[..., Any]:
@@ -320,34 +347,42 @@ def load_hook(address: str) -> Callable[..., Any]:
         ) from error
 
 
-_evaluations: dict[str, Callable[..., dict[str, float]]] = {}
+# The evaluation of this process's run by its hook and folder.
+_evaluations: dict[str, Callable[..., Mapping[str, float]]] = {}
 
 
-def evaluate(cfg: Any, model: Any, iteration: int, metric_logger: Any) -> None:
-    """Score the teacher every `ssl_evaluation.period_iterations`; all processes call this.
-
-    The scores become meters of `metric_logger`.  A failing evaluation is logged, and the training
-    goes on; a wrong hook or folder stops it after its first step.
-
-    Raises:
-        ValueError: `ssl_evaluation.hook` names nothing, or its settings are wrong.
-    """
-    settings = cfg.get("ssl_evaluation") or {}  # every step comes here: nothing is read from files
-    hook, period = settings.get("hook", ""), settings.get("period_iterations", 0)
-    if not hook or period <= 0:
-        return
+def _evaluation(cfg: Any) -> Callable[..., Mapping[str, float]] | None:
+    """What `ssl_evaluation.hook` makes of the configuration, once; None if there is no evaluation."""
+    settings = cfg.get("ssl_evaluation") or {}
+    hook = settings.get("hook", "")
+    if not hook or settings.get("period_iterations", 0) <= 0:
+        return None
     key = f"{hook} {cfg.train.output_dir}"
     if key not in _evaluations:
         _evaluations[key] = load_hook(hook)(sections(cfg))
-    if (iteration + 1) % period:
+    return _evaluations[key]
+
+
+def evaluate(cfg: Any, model: Any, iteration: int, metric_logger: Any) -> None:
+    """After each step, in all processes: score the teacher every `ssl_evaluation.period_iterations`.
+
+    The first process evaluates a copy of the teacher, gathered if it is sharded.  The scores become a
+    line of the metrics file, or meters where the logger writes no lines of its own (upstream's).
+    This is the one place that catches what an evaluation raises: it is logged with its traceback, and
+    the training continues.
+
+    Raises:
+        ValueError: a setting of `ssl_evaluation` is wrong, unless `watched` has found that before.
+    """
+    evaluation = _evaluation(cfg)
+    if evaluation is None or (iteration + 1) % cfg.ssl_evaluation.period_iterations:
         return
     import dinov3.distributed as distributed
     from dinov3.models import build_model
 
-    teacher = model.model_ema["backbone"]
     state = {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value
-        for name, value in teacher.state_dict().items()
+        for name, value in model.model_ema["backbone"].state_dict().items()
     }
     if not distributed.is_main_process():
         return
@@ -357,8 +392,16 @@ def evaluate(cfg: Any, model: Any, iteration: int, metric_logger: Any) -> None:
             vit: Any = build_model(cfg.student, only_teacher=True, device="meta")[0]
             vit = vit.to_empty(device=device).eval()
         vit.load_state_dict(state)
-        scores = _evaluations[key](vit, iteration, Path(cfg.train.output_dir))
+        found = evaluation(vit, iteration, Path(cfg.train.output_dir))
+        scores = {name: float(value) for name, value in found.items()}
     except Exception:
-        logger.exception("the evaluation of iteration %d failed; the training goes on", iteration)
+        logger.exception(
+            "The evaluation of iteration %d failed.  The training continues without it.", iteration
+        )
         return
-    metric_logger.update(**{name: float(value) for name, value in scores.items()})
+    if not scores:
+        return
+    if hasattr(metric_logger, "record"):
+        metric_logger.record(iteration, scores)
+    else:
+        metric_logger.update(**scores)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["STOP_SIGNALS", "StopAgreement", "StopRequest"]
+__all__ = ["STOP_SIGNALS", "StopAgreement", "StopRequest", "Stopped"]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
@@ -88,3 +88,20 @@ class StopRequest:
     def agreed(self, step: int) -> bool:
         """Whether all processes stop after this step."""
         return self._agreement.agreed(self.received is not None, step)
+
+
+class Stopped(Exception):
+    """A signal ended the run after its state was saved.
+
+    Attributes:
+        signal_name: of the signal.
+        iteration: the last one that is done.
+    """
+
+    def __init__(self, signal_name: str, iteration: int) -> None:
+        super().__init__(
+            f"The run was stopped by {signal_name} after iteration {iteration}; a checkpoint was "
+            "saved.  Run the same command to continue."
+        )
+        self.signal_name = signal_name
+        self.iteration = iteration

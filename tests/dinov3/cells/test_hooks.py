@@ -33,6 +33,7 @@ from dinov3.configs import get_default_config
 from dinov3.data import DataAugmentationDINO
 from dinov3.data.datasets import ImageFolder
 from dinov3.data.datasets.jump_cellpainting import JUMPCellPaintingMultiView
+from dinov3.logging import MetricLogger
 from dinov3.models.vision_transformer import DinoVisionTransformer
 
 
@@ -310,7 +311,11 @@ def logged(monkeypatch):
 
     import dinov3.logging.wandb_logger as module
 
-    monkeypatch.setattr(module, "create_wandb_logger", lambda cfg, resume: Wandb())
+    def create(cfg, resume):
+        calls.append(("resume", resume))
+        return Wandb()
+
+    monkeypatch.setattr(module, "create_wandb_logger", create)
     return calls
 
 
@@ -321,20 +326,39 @@ def test_values_go_to_wandb_every_ten_iterations_and_at_the_end(logged):
     for number, batch in enumerate(seen.log_every(range(7), 10, start_iteration=6), 6):
         assert batch == number - 6
         seen.update(loss=float(number))
-    assert logged == [(10, {"loss": 10.0}), (12, {"loss": 12.0}), ("finish", 0)]
+    assert logged[1:] == [(10, {"loss": 10.0}), (12, {"loss": 12.0}), ("finish", 0)]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_that_starts_over_is_another_one_in_wandb(logged, resume):
+    watched(Metrics(), plain("wandb.enabled=true"), resume)
+    assert logged == [("resume", resume)]
+
+
+def test_lines_of_this_tree_go_to_wandb_as_they_are_written(logged, tmp_path):
+    metrics = MetricLogger(output_file=str(tmp_path / "m.json"))
+    seen = watched(metrics, plain("wandb.enabled=true"))
+    seen.before_finish.append(lambda: logged.append("pictures"))
+    for number, _ in enumerate(seen.log_every([1, 2], 1, n_iterations=2)):
+        seen.update(loss=float(number))
+    seen.record(1, {"score": 2.0})
+    assert [(step, row["loss"]) for step, row in logged[1:3]] == [(0, 0.0), (1, 0.0)]
+    assert logged[3:] == ["pictures", ("finish", 0), (1, {"score": 2.0})]
 
 
 def test_a_failed_loop_is_finished_as_failed(logged):
     loop = watched(Metrics(), plain("wandb.enabled=true")).log_every(range(9), 10)
     next(loop)
     loop.close()
-    assert logged == [("finish", 1)]
+    assert logged[1:] == [("finish", 1)]
 
 
 def test_without_wandb_nothing_is_wrapped(logged):
     metrics = Metrics()
     assert watched(metrics, plain()) is metrics
-    assert logged == []
+    assert logged == [("resume", True)]
+    with pytest.raises(ValueError, match=r"must be package\.module:function"):
+        watched(metrics, plain("ssl_evaluation.hook=a:b", "ssl_evaluation.period_iterations=9"))
 
 
 # --- evaluation ---
@@ -363,7 +387,7 @@ def scorer(monkeypatch):
 
         def score(network, iteration, folder):
             if iteration > 10:
-                raise RuntimeError("as told")
+                raise RuntimeError("on purpose")
             module.calls.append((iteration, str(folder), network.training))
             return {"score": float(network.cls_token.sum())}
 
@@ -392,7 +416,7 @@ def test_the_teacher_is_scored_when_it_is_due(model, scorer, caplog):
     expected = float(model.model_ema["backbone"].cls_token.sum())
     assert metrics.meters["score"].median == pytest.approx(expected)
     evaluate(cfg, model, 11, metrics)
-    assert "the evaluation of iteration 11 failed" in caplog.text
+    assert "The evaluation of iteration 11 failed" in caplog.text
 
 
 def test_nothing_is_scored_by_default(model, scorer):
@@ -401,7 +425,7 @@ def test_nothing_is_scored_by_default(model, scorer):
     assert scorer.calls == []
 
 
-def test_a_wrong_hook_is_told_after_the_first_step(model):
+def test_a_wrong_hook_stops_the_run(model):
     hooks._evaluations.clear()
     cfg = evaluation("ssl_evaluation.hook=scorer:none", "ssl_evaluation.period_iterations=9")
     with pytest.raises(ValueError, match=r"must be package\.module:function, got 'scorer:none'"):

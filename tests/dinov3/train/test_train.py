@@ -168,7 +168,7 @@ def test_killed_run_continues_bit_for_bit(images, whole_run, tmp_path, workers):
     assert not (tmp_path / "eval").exists()
     code, output = finish(start(data, tmp_path, change))
     assert code == 0, output
-    assert "going on with iteration" in output
+    assert "continuing with iteration" in output
     assert same(teacher(tmp_path), teacher(whole_run))
     assert losses(tmp_path)[5] == pytest.approx(losses(whole_run)[5], rel=0.5)
 
@@ -186,7 +186,7 @@ def test_signal_saves_and_stops(images, whole_run, tmp_path, number):
     saved = int(next((tmp_path / "ckpt").iterdir()).name)
     assert saved < 5
     code, output = finish(start(data, tmp_path, "checkpointing.period=1000"))
-    assert f"going on with iteration {saved + 1}" in output
+    assert f"continuing with iteration {saved + 1}" in output
     assert same(teacher(tmp_path), teacher(whole_run))
 
 
@@ -236,7 +236,7 @@ def test_damaged_checkpoint_is_skipped(images, whole_run, tmp_path, caplog):
         run(images, out)
     text = (out / "logs" / "log.txt").read_text()
     assert "ckpt/5 is skipped" in text
-    assert "going on with iteration 4" in text
+    assert "continuing with iteration 4" in text
     assert same(teacher(out), teacher(whole_run))
 
 
@@ -262,7 +262,7 @@ def test_changed_number_of_processes_is_refused(images, whole_run, tmp_path):
     shutil.copytree(whole_run, tmp_path / "run")
     record = json.loads((tmp_path / "run" / "start.json").read_text())
     (tmp_path / "run" / "start.json").write_text(json.dumps({**record, "world_size": 4}))
-    with pytest.raises(ValueError, match="the 4 processes that it began with, got 1"):
+    with pytest.raises(ValueError, match="the 4 processes that it started with, got 1"):
         run(images, tmp_path / "run")
 
 
@@ -389,7 +389,7 @@ def test_evaluation_hook_and_its_failure(images, tmp_path, monkeypatch):
         "optim.epochs=2")  # fmt: skip
     assert [iteration for iteration, _ in calls] == [1, 3, 5]
     assert '"eval/ap50": 0.25' in (tmp_path / "training_metrics.json").read_text()
-    assert "the evaluation of iteration 3 failed" in (tmp_path / "logs" / "log.txt").read_text()
+    assert "The evaluation of iteration 3 failed" in (tmp_path / "logs" / "log.txt").read_text()
     with pytest.raises(ValueError, match=r"package.module:function, got 'nothing:x'"):
         run(images, tmp_path / "b", "ssl_evaluation.hook=nothing:x",
             "ssl_evaluation.period_iterations=1")  # fmt: skip
@@ -486,6 +486,7 @@ import sys
 import numpy as np
 import torch
 
+from dinov3.cells import run_data
 from dinov3.train import train
 
 
@@ -500,7 +501,7 @@ class SameMask:
         return mask
 
 
-train.MaskingGenerator = SameMask
+run_data.MaskingGenerator = SameMask
 train.main(sys.argv[1:])
 """
 
@@ -669,7 +670,7 @@ def test_options_without_effect_warn(images, tmp_path):
 
 
 def test_stopped_says_how_to_go_on():
-    assert "run the same command to go on" in str(Stopped("SIGTERM", 7))
+    assert "Run the same command to continue" in str(Stopped("SIGTERM", 7))
 
 
 # --- schedules of a configuration ---

@@ -1,0 +1,105 @@
+"""Collapse monitors and pictures of a training run (ours); `hooks` has wandb and the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dinov3.distributed as distributed
+from dinov3.cells.hooks import Watched
+from dinov3.cells.monitors import CollapseMonitor, module_statistics
+from dinov3.cells.strategy import full_state_dict
+from dinov3.cells.visuals import VisualLogger
+from dinov3.models import build_model
+
+__all__ = ["Diagnostics"]
+
+_COUNTS_EVERY = 10  # steps
+
+
+class Diagnostics:
+    """Called after every step; changes no weights, modes or random numbers of the run.
+
+    Args:
+        cfg: of the run.
+        model: the `SSLMetaArch` of the run.
+        metric_logger: gets a line at the intervals of each figure; after `hooks.watched` also pictures.
+        counts: of a data set that fetches: requests, retries, lost fields.
+    """
+
+    def __init__(
+        self,
+        cfg: Any,
+        model: Any,
+        metric_logger: Any,
+        counts: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
+        self.cfg = cfg
+        self.model = model
+        self.metrics = metric_logger
+        self.counts = counts
+        self.main = distributed.is_main_process()
+        self.monitor = CollapseMonitor(cfg)
+        wandb = isinstance(metric_logger, Watched)
+        self.visuals = VisualLogger(
+            self._cpu_vit,
+            cfg.train.output_dir,
+            metric_logger.log_pictures if wandb else None,
+            mean=cfg.crops.rgb_mean,
+            std=cfg.crops.rgb_std,
+        )
+        if wandb:  # the last picture must arrive before wandb is closed
+            metric_logger.before_finish.append(self.visuals.close)
+
+    def _cpu_vit(self) -> nn.Module:
+        """A network of the teacher's architecture, without values."""
+        vit: nn.Module = build_model(self.cfg.student, only_teacher=True, device="meta")[0]
+        return vit.to_empty(device="cpu").eval()
+
+    def after_step(
+        self,
+        iteration: int,
+        batches: list[dict[str, Any]],
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Measure and draw what is due after an iteration; all processes call this."""
+        images = batches[0]["collated_global_crops"]
+        figures: dict[str, float] = {}
+        if self.monitor.is_due(iteration):
+            figures |= self._measure(iteration, images, optimizer)
+        period = self.cfg.monitor.visuals_period_iterations
+        if self.cfg.monitor.enabled and period > 0 and iteration % period == 0:
+            state = full_state_dict(self.model.model_ema["backbone"], self.model.strategy)
+            if self.main:
+                self.visuals.submit(state, images[: self.cfg.monitor.visuals_images], iteration)
+        if self.counts is not None and self.main and iteration % _COUNTS_EVERY == 0:
+            figures |= self.counts()
+        if figures:
+            # A line of its own: these come at their own intervals.
+            self.metrics.record(iteration, figures)
+
+    def _measure(
+        self, iteration: int, images: Tensor, optimizer: torch.optim.Optimizer | None
+    ) -> dict[str, float]:
+        """Collapse figures of the teacher; norms and relative updates of the student's weights."""
+        with self.model._precision():
+            figures = self.monitor.measure(
+                self.model.model_ema["backbone"],
+                images.to(self.model.device_),
+                self.model.model_ema["dino_head"],
+            )
+        statistics = module_statistics(
+            self.model.student, optimizer, per_block=self.cfg.monitor.per_block
+        )
+        figures |= {f"monitor/{name}": float(value) for name, value in statistics.items()}
+        meter = self.metrics.meters.get("dino_global_crops_loss")
+        self.monitor.check(figures, iteration, meter.median if meter is not None else None)
+        return figures
+
+    def close(self) -> None:
+        """Wait for the last picture."""
+        if not isinstance(self.metrics, Watched):
+            self.visuals.close()

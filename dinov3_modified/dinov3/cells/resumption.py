@@ -1,0 +1,115 @@
+"""What a run started from, and whether a folder's run may continue with a configuration (ours)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import dinov3.distributed as distributed
+from dinov3.cells.files import write_text_atomically
+from dinov3.cells.validation import compare_configs
+from dinov3.checkpointer import find_latest_checkpoint
+from dinov3.configs import get_default_config
+
+__all__ = ["apply_start_record", "check_resumption", "start_record"]
+
+logger = logging.getLogger("dinov3")
+
+_START_FILE = "start.json"
+
+
+def check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
+    """Before anything is written: may this configuration continue the run of the folder?
+
+    Without `resume` the checkpoints of an earlier run are kept as ckpt_1, ckpt_2, ...
+
+    Raises:
+        ValueError: a key that makes it another run has changed.
+    """
+    ckpt_dir = output_dir / "ckpt"
+    if find_latest_checkpoint(ckpt_dir) is None:
+        return
+    if not resume:
+        if distributed.TorchDistributedEnvironment().rank == 0:  # earlier work is kept
+            number = next(n for n in range(1, 10_000) if not (output_dir / f"ckpt_{n}").exists())
+            ckpt_dir.rename(output_dir / f"ckpt_{number}")
+        return
+    path = output_dir / "config.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"a folder with checkpoints must have the config.yaml of its run, got {output_dir} without: "
+            "use another output folder, or start over (`--no-resume`)"
+        )
+    old = OmegaConf.load(path)
+    assert isinstance(old, DictConfig)
+    differences = compare_configs(old, cfg, get_default_config())
+    if differences and not cfg.accelerator.allow_changed_config:
+        shown = "; ".join(str(item) for item in differences[:10])
+        more = "; ..." if len(differences) > 10 else ""
+        raise ValueError(
+            f"a resumed run must keep its configuration, got {len(differences)} changes in {output_dir} "
+            f"({shown}{more}): undo them, use another output folder, or set "
+            "accelerator.allow_changed_config=true"
+        )
+
+
+def start_record(cfg: DictConfig, model: Any, output_dir: Path, *, fresh: bool) -> dict[str, Any]:
+    """Fill the networks with initial values, and keep what the run started from in OUT/start.json.
+
+    A resumed run reads the record: the patch embedding keeps its learning rate, and the number of
+    processes, which sets the order of the samples, must be the same.
+
+    Args:
+        model: the `SSLMetaArch`.
+        fresh: there is no checkpoint to resume from.
+
+    Raises:
+        ValueError: another number of processes.
+    """
+    path = output_dir / _START_FILE
+    world = distributed.get_world_size()
+    if not fresh and path.is_file():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["world_size"] != world and not cfg.accelerator.allow_changed_config:
+            raise ValueError(
+                f"a resumed run must have the {record['world_size']} processes that it started with, "
+                f"got {world}: start as many, or set accelerator.allow_changed_config=true (the "
+                "order of the samples changes)"
+            )
+        model.init_weights(from_files=False)
+        return record
+    model.init_weights()
+    report = model.load_report
+    adapted = report is not None and report.patch_size_before != cfg.student.patch_size
+    multiplier = cfg.patch_adaptation.lr_mult
+    record = {
+        "world_size": world,
+        "seed": cfg.accelerator.seed,
+        "pretrained": None if report is None else str(report),
+        "from_patch_size": report.patch_size_before if report else None,
+        "patch_embed_lr_mult": float(
+            multiplier if adapted and multiplier is not None else cfg.optim.patch_embed_lr_mult
+        ),
+    }
+    if distributed.is_main_process():
+        write_text_atomically(path, json.dumps(record, indent=1))
+    return record
+
+
+def apply_start_record(cfg: DictConfig, record: dict[str, Any]) -> None:
+    """Set the learning rate of a patch embedding that was adapted at the start."""
+    if record["patch_embed_lr_mult"] == cfg.optim.patch_embed_lr_mult:
+        return
+    logger.info(
+        "optim.patch_embed_lr_mult: %s instead of %s, since the patch embedding was adapted "
+        "from patch size %s to %s (patch_adaptation.lr_mult)",
+        record["patch_embed_lr_mult"],
+        cfg.optim.patch_embed_lr_mult,
+        record["from_patch_size"],
+        cfg.student.patch_size,
+    )
+    cfg.optim.patch_embed_lr_mult = record["patch_embed_lr_mult"]

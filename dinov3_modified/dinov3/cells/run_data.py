@@ -1,0 +1,125 @@
+"""The batches of a training run in an order that the configuration sets, and what they hold (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dinov3.data import (
+    CombinedDataLoader,
+    MaskingGenerator,
+    SamplerType,
+    collate_data_and_cast,
+    make_data_loader,
+    make_dataset,
+)
+from dinov3.data.samplers import sample_order
+
+__all__ = ["data_loader", "grouped", "photometrics_on_device", "sample_names"]
+
+
+def data_loader(cfg: DictConfig, model: Any, batches_done: int, seed_offset: int) -> Any:
+    """Batches of one resolution after the first `batches_done`.
+
+    Args:
+        model: the `SSLMetaArch`, which makes the augmentation.
+        seed_offset: added to `train.seed`: loaders of several resolutions have orders of their own.
+
+    Raises:
+        ValueError: crops that are no whole number of patches, or a data set without samples.
+    """
+    size = cfg.crops.global_crops_size
+    patch = cfg.student.patch_size
+    # The masks' grid is the student's; see `teacher_to_student_resolution_scale` upstream.
+    mask_px = int(size * cfg.crops.teacher_to_student_resolution_scale)
+    if mask_px % patch or cfg.crops.local_crops_size % patch:
+        raise ValueError(
+            f"crop sizes must be multiples of the patch size {patch}, got {mask_px} and "
+            f"{cfg.crops.local_crops_size}: change crops.global_crops_size or crops.local_crops_size"
+        )
+    grid = mask_px // patch
+    collate = partial(
+        collate_data_and_cast,
+        mask_ratio_tuple=tuple(cfg.ibot.mask_ratio_min_max),
+        mask_probability=cfg.ibot.mask_sample_probability,
+        dtype=_crop_dtype(cfg, model),
+        n_tokens=grid**2,
+        mask_generator=MaskingGenerator(
+            input_size=(grid, grid), max_num_patches=int(0.5 * mask_px // patch * mask_px // patch)
+        ),
+        random_circular_shift=cfg.ibot.mask_random_circular_shift,
+    )
+    dataset = make_dataset(
+        dataset_str=cfg.train.dataset_path,
+        transform=model.build_data_augmentation_dino(cfg),
+        target_transform=_no_target,
+    )
+    if len(dataset) == 0:
+        raise ValueError(
+            f"train.dataset_path must hold samples, got none in {cfg.train.dataset_path!r}: check it"
+        )
+    if hasattr(dataset, "set_options"):  # fields that arrive over a network
+        dataset.set_options(
+            type(dataset.options).from_config(OmegaConf.to_container(cfg.streaming)),
+            report_folder=cfg.train.output_dir,
+            seed=cfg.train.seed + seed_offset,
+            batch_size=cfg.train.batch_size_per_gpu,
+        )
+    sampler = SamplerType.SHARDED_INFINITE if cfg.train.cache_dataset else SamplerType.INFINITE
+    return make_data_loader(
+        dataset=dataset,
+        batch_size=cfg.train.batch_size_per_gpu,
+        num_workers=cfg.train.num_workers,
+        shuffle=True,
+        seed=cfg.train.seed + seed_offset,
+        sampler_type=sampler,
+        sampler_advance=batches_done * cfg.train.batch_size_per_gpu,
+        drop_last=True,
+        collate_fn=collate,
+        persistent_workers=False,
+    )
+
+
+def _no_target(_: Any) -> tuple[()]:
+    return ()
+
+
+def photometrics_on_device(cfg: DictConfig) -> bool:
+    """Whether the photometric augmentation of fields runs on the device of the network."""
+    return bool(cfg.multiview.strategy) and cfg.multiview.photometrics == "device"
+
+
+def _crop_dtype(cfg: DictConfig, model: Any) -> torch.dtype:
+    """Type of crops in a batch; crops that the device augments keep full precision."""
+    if photometrics_on_device(cfg):
+        return torch.float32
+    return model.param_dtype
+
+
+def grouped(loader: Any, count: int) -> Iterator[list[dict[str, Any]]]:
+    """`count` batches at a time."""
+    batches = iter(loader)
+    while True:
+        group = []
+        for _ in range(count):
+            try:
+                group.append(next(batches))
+            except StopIteration:
+                return
+        yield group
+
+
+def sample_names(cfg: DictConfig, loader: Any, iteration: int) -> list[str]:
+    """Names of this process's samples of an iteration, from the data order itself."""
+    if isinstance(loader, CombinedDataLoader):
+        return [f"several resolutions, iteration {iteration}"]
+    per_step = cfg.train.batch_size_per_gpu * cfg.accelerator.accumulation_steps
+    dataset = loader.dataset
+    order = sample_order(loader, start=iteration * per_step)
+    name = getattr(dataset, "get_sample_name", None)
+    return [name(index) if name else f"sample {int(index)}" for index in islice(order, per_step)]

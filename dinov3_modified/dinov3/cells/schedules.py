@@ -1,0 +1,118 @@
+"""Optimiser and schedules of a run from its configuration, as upstream's training program has them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from dinov3.cells.step import global_batch_size
+from dinov3.train.cosine_lr_scheduler import CosineScheduler, linear_warmup_cosine_decay
+
+__all__ = [
+    "apply_optim_scheduler",
+    "build_optimizer",
+    "build_schedulers",
+    "build_schedulers_v2",
+    "lr_scale",
+]
+
+
+def build_optimizer(cfg: DictConfig, params_groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    """AdamW; rates and weight decay are set every iteration by `apply_optim_scheduler`."""
+    return torch.optim.AdamW(params_groups, betas=(cfg.optim.adamw_beta1, cfg.optim.adamw_beta2))
+
+
+def build_schedulers(cfg: DictConfig) -> tuple[Any, Any, Any, Any, Any]:
+    """Learning rate, weight decay, EMA momentum, teacher temperature, last layer's learning rate.
+
+    With a `schedules` section the second form (`build_schedulers_v2`).
+    """
+    if "schedules" in cfg:
+        return build_schedulers_v2(cfg)
+    epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
+    total = cfg.optim.epochs * epoch
+    rate = {
+        "base_value": cfg.optim.lr,
+        "final_value": cfg.optim.min_lr,
+        "total_iters": total,
+        "warmup_iters": cfg.optim.warmup_epochs * epoch,
+        "start_warmup_value": 0,
+        "trunc_extra": cfg.optim.schedule_trunc_extra,
+    }
+    lr = CosineScheduler(**rate)
+    last_layer_lr = CosineScheduler(**rate)
+    last_layer_lr.schedule[: cfg.optim.freeze_last_layer_epochs * epoch] = 0
+    wd = CosineScheduler(
+        base_value=cfg.optim.weight_decay,
+        final_value=cfg.optim.weight_decay_end,
+        total_iters=total,
+        trunc_extra=cfg.optim.schedule_trunc_extra,
+    )
+    momentum = CosineScheduler(
+        base_value=cfg.teacher.momentum_teacher,
+        final_value=cfg.teacher.final_momentum_teacher,
+        total_iters=total,
+        trunc_extra=cfg.optim.schedule_trunc_extra,
+    )
+    warmup = cfg.teacher.warmup_teacher_temp_epochs * epoch
+    teacher_temp = CosineScheduler(
+        base_value=cfg.teacher.teacher_temp,
+        final_value=cfg.teacher.teacher_temp,
+        total_iters=warmup,
+        warmup_iters=warmup,
+        start_warmup_value=cfg.teacher.warmup_teacher_temp,
+    )
+    return lr, wd, momentum, teacher_temp, last_layer_lr
+
+
+def build_schedulers_v2(cfg: DictConfig) -> tuple[Any, Any, Any, Any, Any]:
+    """As `build_schedulers`, from the start/peak/end sections of `schedules`."""
+    epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
+    total = cfg.optim.epochs * epoch
+
+    def values(section: DictConfig, scale: float = 1.0) -> Any:
+        cosine = section.get("cosine_epochs")
+        return linear_warmup_cosine_decay(
+            start=section.start,
+            peak=section.peak * scale,
+            end=section.end * scale,
+            warmup_iterations=section.warmup_epochs * epoch,
+            total_iterations=total,
+            cosine_iterations=None if cosine is None else cosine * epoch,
+        )
+
+    schedules = cfg.schedules
+    lr = values(schedules.lr, lr_scale(cfg))
+    last_layer_lr = lr.copy()
+    frozen = schedules.lr.get("freeze_last_layer_epochs", cfg.optim.freeze_last_layer_epochs)
+    last_layer_lr[: frozen * epoch] = 0
+    return (
+        lr,
+        values(schedules.weight_decay),
+        values(schedules.momentum),
+        values(schedules.teacher_temp),
+        last_layer_lr,
+    )
+
+
+def lr_scale(cfg: DictConfig) -> float:
+    """Factor of the rule `optim.scaling_rule` on the peak learning rate."""
+    batch = global_batch_size(cfg)
+    if cfg.optim.scaling_rule == "linear_wrt_256":
+        return batch / 256.0
+    if cfg.optim.scaling_rule == "sqrt_wrt_1024":
+        return 4 * math.sqrt(batch / 1024.0)
+    return 1.0
+
+
+def apply_optim_scheduler(
+    optimizer: torch.optim.Optimizer, lr: float, wd: float, last_layer_lr: float
+) -> None:
+    """Set rate and weight decay of every group by its multipliers."""
+    for group in optimizer.param_groups:
+        base = last_layer_lr if group["is_last_layer"] else lr
+        group["weight_decay"] = wd * group["wd_multiplier"]
+        group["lr"] = base * group["lr_multiplier"]
