@@ -1,9 +1,12 @@
 """The exceptions DINOCell raises for things outside the code: files, options, checkpoints, data sets.
 
-Each message is one sentence in three parts: what must hold, what came, what to do.  Wrong *arguments*
-of Python functions stay plain `ValueError` and `TypeError`; the classes here also know the exit
-code that the command line ends with: 2 for a wrong call, 1 for work that failed, 75 for work that was told
-to stop, saved itself and goes on when the same command is run again.
+A message about a wrong value is one sentence in three parts: what must hold, what came, what to do.  A
+message about an event says what happened, what was kept and what to do next.  A parameter is named in
+backticks; the command line spells it as the option of the command that ran.
+
+Wrong *arguments* of Python functions stay plain `ValueError` and `TypeError`.  The classes here also hold
+the exit code of the command line: 2 for a wrong call, 1 for work that failed, 75 for work that a signal
+stopped after its state was saved, so that the same command continues it.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ __all__ = [
 
 
 class DINOCellError(Exception):
-    """Base class of all errors a user can cause or meet.
+    """Base class of all errors that a user can cause or meet.
 
-    `exit_code` is the process exit code of the command line: 1, the work failed.
+    `exit_code` is the exit code of the command line: 1 means that the work failed.
     """
 
     exit_code: int = 1
@@ -56,9 +59,9 @@ class MissingExtraError(DINOCellError):
 
 
 class StoppedError(DINOCellError):
-    """A signal ended the work after its state was saved; the same command goes on from there.
+    """A signal ended the work after its state was saved; the same command continues from there.
 
-    The exit code is `EX_TEMPFAIL` of sysexits.h: try again.
+    The exit code is `EX_TEMPFAIL` of sysexits.h, which asks to try again.
     """
 
     exit_code = 75

@@ -188,7 +188,7 @@ def _one_plane(array: NDArray[Any], name: str) -> NDArray[Any]:
 def _value_ranks(pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Each pixel's place among the sorted distinct values, and how often each value occurs."""
     low, high = int(pixels.min()), int(pixels.max())
-    if high - low < 2**24:
+    if high - low < max(2**16, 4 * pixels.size):  # a table of all values costs less than sorting
         counts = np.bincount((pixels.astype(np.int64) - low).ravel())
         rank_of = np.cumsum(counts > 0) - 1
         return rank_of[pixels.astype(np.int64) - low], counts[counts > 0]

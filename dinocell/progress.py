@@ -13,7 +13,7 @@ _LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Counts steps of known total; made by `progress`."""
+    """Counts the steps of a work whose total is known; `progress` makes it."""
 
     def __init__(self, description: str, total: int, *, shown: bool, done: int = 0) -> None:
         self.description = description

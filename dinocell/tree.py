@@ -1,7 +1,7 @@
 """Which `dinov3` an `import dinov3` finds: the bundled tree, or the one that `DINOCELL_DINOV3` names.
 
 Every module imports `dinov3` in the ordinary way.  A finder in front of Python's own decides, when
-`dinov3` is first imported, where the package lies, and refuses a package that is not meant.  The check
+`dinov3` is first imported, where the package lies, and refuses any other package of that name.  The check
 waits until then because `import dinocell` must work (for `dinocell --help`) whatever is installed.
 """
 

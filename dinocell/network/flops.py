@@ -1,7 +1,7 @@
 """What a network costs: parameters and multiply-accumulates, attention included.
 
-Counted by fvcore on a traced forward pass; fvcore skips fused attention, so its handler is here.
-One "flop" of fvcore is one multiply-accumulate (MAC).
+fvcore counts them on a traced forward pass.  It skips fused attention, so a handler for that stands
+here.  One "flop" of fvcore is one multiply-accumulate (MAC).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a person wants to know of a model, as text."""
+"""Describe a model as text: architecture, cost, thresholds, training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
     Raises
     ------
     UsageError, CheckpointError, ConfigError
-        No such model, or not a model file.
+        The model does not exist, or the file is no model file.
     """
     architecture = re.fullmatch(r"([a-z]+)/(\d+)", name)
     if architecture and not Path(name).exists():
@@ -60,7 +60,9 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
                 f"{name}: for example small/8"
             )
         if patch not in (4, 8, 14, 16):
-            raise UsageError(f"the patch must be 4, 8, 14 or 16, got {name}: for example small/8")
+            raise UsageError(
+                f"the patch size must be 4, 8, 14 or 16, got {name}: for example small/8"
+            )
         options = {"window_px": 256 // patch * patch}
         model = create_dinocell_model(size, patch_size=patch, decoder=decoder, **options)
         return _describe_architecture(model, image_px)
@@ -85,7 +87,7 @@ def _describe_architecture(model: DINOCell, image_px: int) -> str:
     patch = model.config.patch_size
     if image_px < patch:
         raise UsageError(
-            f"the image edge must be at least one patch of {patch} px, got {image_px}: raise --image-px"
+            f"`image_px` must be at least one patch of {patch} px, got {image_px}: raise it"
         )
     cost = model_cost(model, image_px // patch * patch)
     total = cost.backbone_parameters + cost.decoder_parameters

@@ -1,4 +1,4 @@
-"""The network: backbone + decoder + sigmoid, and the one file it is kept in.
+"""The network (backbone, decoder, sigmoid) and the one file that stores it.
 
 A model file is a `.safetensors` whose metadata holds one JSON header: architecture,
 normalisation, thresholds, training data, licence, metrics.  It loads without pickle.
@@ -46,7 +46,7 @@ class DINOCell(nn.Module):
     config : ModelConfig
         Architecture and everything needed to run it.
     card : dict, optional
-        What is known of its training (data, licence, metrics); kept in the model file.
+        What is known about its training (data, licence, metrics); stored in the model file.
 
     Notes
     -----
@@ -87,7 +87,7 @@ class DINOCell(nn.Module):
         Raises
         ------
         ValueError
-            Another shape, or a size that is no multiple of the patch.
+            The image has another shape, or a side that is no multiple of the patch size.
         """
         patch = self.config.patch_size
         if image.ndim != 4 or image.shape[1] != 3:
@@ -175,9 +175,9 @@ def read_model_header(name: str | Path) -> dict[str, Any]:
     Raises
     ------
     UsageError
-        No such file or bundled model.
+        The file or bundled model does not exist.
     CheckpointError
-        Not a model file: truncated, pickled, or without our header.
+        The file is no model file: truncated, pickled, or without the header of DINOCell.
     """
     path = _model_path(name)
     from safetensors import safe_open
@@ -189,12 +189,12 @@ def read_model_header(name: str | Path) -> dict[str, Any]:
         kind = _foreign_kind(path)
         raise CheckpointError(
             f"a model file must be a complete .safetensors, got {path} ({kind or error}): fetch it "
-            "again, or export it with `dinocell train`"
+            "again, or take the one that `dinocell train` wrote"
         ) from error
     if _HEADER_KEY not in metadata:
         raise CheckpointError(
-            f"a model file must carry DINOCell's header, got {path} without it: this is another "
-            "program's .safetensors"
+            f"a model file must carry DINOCell's header, got {path} without it, which another "
+            "program made: give a model of DINOCell"
         )
     try:
         header = json.loads(metadata[_HEADER_KEY])
@@ -220,6 +220,8 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
     """
     from safetensors.torch import load_file
 
+    from dinov3.cells.weights.fit import WeightsError, refuse_differences
+
     header = read_model_header(name)
     path = _model_path(name)
     try:
@@ -237,17 +239,16 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
         ) from error
     model = DINOCell(config, card=header.get("card"))
     expected = model.state_dict()
-    problems = [key for key in expected if key not in state]
-    problems += [key for key in state if key not in expected]
-    problems += [
-        key for key in expected if key in state and state[key].shape != expected[key].shape
-    ]
-    if problems:
-        raise CheckpointError(
-            f"the weights of a model file must fit its header ({config.size}/{config.patch_size}, "
-            f"{config.decoder}), got {path} with {len(problems)} missing, unexpected or misshapen "
-            f"tensors ({', '.join(problems[:5])}): the file is of another architecture"
+    try:
+        refuse_differences(
+            state,
+            {key: tuple(value.shape) for key, value in expected.items()},
+            f"the weights of '{path}' must fit its header ({config.size}/{config.patch_size}, "
+            f"{config.decoder})",
+            "the file is damaged or was made by another program, so fetch it again",
         )
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
     model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
     return model.eval().to(resolve_device(device))
 
@@ -263,7 +264,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     Raises
     ------
     UsageError
-        The name is unknown, or this machine or this torch has no such device.
+        The name is unknown, or this machine or the installed torch has no such device.
     """
     if isinstance(device, str) and device == "auto":
         if torch.cuda.is_available():
@@ -273,15 +274,15 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise UsageError(
-            f"the device must be auto, cpu, cuda, cuda:N or mps, got {device!r}: choose one"
+            f"`device` must be auto, cpu, cuda, cuda:N or mps, got {device!r}: choose one"
         ) from error
     count = torch.cuda.device_count()
     missing_cuda = chosen.type == "cuda" and (chosen.index or 0) >= count
     missing_mps = chosen.type == "mps" and not torch.backends.mps.is_available()
     if missing_cuda or missing_mps or chosen.type not in ("cpu", "cuda", "mps"):
         raise UsageError(
-            f"the device must be present, got {device} on a machine with {count} CUDA devices: "
-            "use --device cpu or auto"
+            f"`device` must exist, got {device} on a machine with {count} CUDA devices: set "
+            "`device=cpu` or `device=auto`"
         )
     return chosen
 
@@ -309,7 +310,7 @@ def _model_path(name: str | Path) -> Path:
         return bundled
     known = ", ".join(bundled_models()) or "none"
     raise UsageError(
-        f"a model must be a file or a bundled name (here: {known}), got {name}: check the path; "
+        f"a model must be a file or a bundled name ({known}), got {name}: check the path; "
         f"backbone sizes ({', '.join(BACKBONE_SIZES)}) are not models"
     )
 
@@ -323,5 +324,5 @@ def _foreign_kind(path: Path) -> str | None:
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return "a pickled PyTorch checkpoint"
     if start[:1] == b"<" or start[:7] == b"version":
-        return "a text file, perhaps an error page or an unfetched LFS pointer"
+        return "a text file, perhaps an error page or a pointer of Git LFS"
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dinocell.labels import as_labels, cell_borders, check_labels
+from dinocell.labels import as_labels, cell_borders, check_labels, looks_like_labels
 
 TOUCHING = np.repeat([[1, 1, 1, 2, 2, 2]], 3, axis=0)
 
@@ -64,3 +64,66 @@ def test_borders_equal_scikit_image() -> None:
         cells = ndimage.gaussian_filter(rng.random((23, 31)), 1) > 0.5
         labels = rng.integers(0, 4, (23, 31)) * cells
         assert np.array_equal(cell_borders(labels), find_boundaries(labels, mode="inner"))
+
+
+def two_discs(value: int = 1) -> np.ndarray:
+    """Two touching discs of radius 6, labelled 1 and 2 (times `value`)."""
+    rows, cols = np.ogrid[:20, :32]
+    labels = np.zeros((20, 32), dtype=np.int64)
+    labels[(rows - 9) ** 2 + (cols - 9) ** 2 <= 36] = value
+    labels[(rows - 9) ** 2 + (cols - 21) ** 2 <= 36] = 2 * value
+    return labels
+
+
+def test_masks_and_labels_are_recognised():
+    mask = (two_discs() > 0).astype(np.uint8)
+    for pixels in (
+        mask,
+        mask * 255,
+        mask.astype(bool),
+        two_discs(),
+        two_discs().astype(np.float32),
+        255 - mask * 255,
+        two_discs(30_000).astype(np.uint16),
+        two_discs(2**30),
+        np.kron(np.arange(12).reshape(3, 4), np.ones((20, 20), dtype=int)),  # no background
+    ):
+        assert looks_like_labels(pixels)
+    colours = np.array([(0, 0, 0), (255, 30, 0), (0, 90, 255)], dtype=np.uint8)[two_discs()]
+    assert looks_like_labels(colours)
+
+
+def test_images_are_not_taken_for_masks():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    rows, cols = np.mgrid[:64, :64]
+    blob = 200 * np.exp(-((rows - 30) ** 2 + (cols - 30) ** 2) / 200)
+    dark = np.random.default_rng(0).poisson(0.02, (64, 64))  # photon counts, mostly 0
+    for pixels in (
+        noise,
+        noise / 255,
+        np.dstack([noise, noise.T, noise[::-1]]),
+        np.dstack([noise, noise.T]),
+        blob.astype(np.uint8),
+        (blob / 20).astype(np.uint8),  # ten gray levels: flat steps that follow one another
+        dark,
+        np.zeros((64, 64), dtype=np.uint16),
+        np.full((64, 64), 7),
+        np.ones((1, 1)),
+        np.zeros((0, 3)),
+        two_discs() + 0.5,
+    ):
+        assert not looks_like_labels(pixels)
+
+
+def test_real_images_and_labels_are_told_apart(data_dir):
+    """Some of the collections; the figures of all are in `looks_like_labels`."""
+    from dinocell.io import read_image
+
+    wrong = []
+    for collection in ("dsb2018", "dsb2018_tissue", "bbbc039", "usiigaci_phase"):
+        for kind, expected in (("images", False), ("labels", True)):
+            for path in sorted((data_dir / collection).glob(f"*/{kind}/*"))[::50]:
+                pixels = read_image(path).pixels
+                if np.ptp(pixels) > 0 and looks_like_labels(pixels) != expected:
+                    wrong.append(path)
+    assert wrong == []

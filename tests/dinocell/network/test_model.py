@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,8 +25,6 @@ from dinocell.network.model import (
     save_model,
     with_config,
 )
-
-ROOT = Path(__file__).parents[3]
 
 
 def test_blocks_read():
@@ -165,7 +159,9 @@ class TestFilesThatAreNoModel:
         path = tmp_path / "m.safetensors"
         save_model(path, small_model)
         self.rewrite(path, lambda header, state: header["model"].update(size="small"))
-        with pytest.raises(CheckpointError, match="another architecture"):
+        with pytest.raises(
+            CheckpointError, match=r"must fit its header \(small/16, unet\).* misshapen: "
+        ):
             load_model(path)
 
     def test_missing_tensor(self, small_model, tmp_path):
@@ -237,123 +233,5 @@ def test_devices():
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(UsageError, match="auto, cpu, cuda"):
         resolve_device("gpu")
-    with pytest.raises(UsageError, match="must be present"):
+    with pytest.raises(UsageError, match="`device` must exist"):
         resolve_device("cuda:99")
-
-
-def in_a_process(code, **environment):
-    """Run Python with the repository on its path; DINOCELL_DINOV3 and the like as given."""
-    path = f"{ROOT}:{ROOT / 'dinov3_modified'}"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": path, **environment},
-    )
-
-
-class TestWhichTree:
-    CODE = (
-        "from dinocell.network.backbone import DINOv3Backbone\n"
-        "import sys\n"
-        "model = DINOv3Backbone('tiny')\n"
-        "print(sys.modules['dinov3'].__file__)\n"
-    )
-
-    @pytest.fixture
-    def other_tree(self, tmp_path):
-        """Another compatible tree: the bundled one without its mark."""
-        shutil.copytree(ROOT / "dinov3_modified" / "dinov3", tmp_path / "tree" / "dinov3")
-        (tmp_path / "tree" / "dinov3" / "__init__.py").write_text("")
-        return tmp_path / "tree"
-
-    def test_the_bundled_one(self):
-        done = in_a_process(self.CODE)
-        assert done.returncode == 0, done.stderr
-        assert str(ROOT) in done.stdout
-
-    def test_another_one_by_environment(self, other_tree):
-        done = in_a_process(self.CODE, DINOCELL_DINOV3=str(other_tree))
-        assert done.returncode == 0, done.stderr
-        assert str(other_tree) in done.stdout
-
-    def test_another_one_by_accident(self, other_tree):
-        done = in_a_process(self.CODE, PYTHONPATH=f"{other_tree}:{ROOT}")
-        assert done.returncode != 0
-        assert "must be the one that comes with dinocell" in done.stderr
-
-    def test_a_package_that_is_something_else(self, tmp_path):
-        (tmp_path / "dinov3").mkdir()
-        (tmp_path / "dinov3" / "__init__.py").write_text("")
-        done = in_a_process(self.CODE, PYTHONPATH=f"{tmp_path}:{ROOT}")
-        assert done.returncode != 0
-        assert "the package dinov3 must be" in done.stderr
-
-    def test_a_folder_without_a_tree(self, tmp_path):
-        done = in_a_process(self.CODE, DINOCELL_DINOV3=str(tmp_path))
-        assert "must be a folder that holds the package dinov3" in done.stderr
-
-
-class TestPretrainInATreeOfUpstreams:
-    """Its program reads `sys.argv`, and says "cuda" whatever there is."""
-
-    PROGRAM = (
-        "import json, pathlib, sys\n"
-        "def main(argv=None):\n"
-        "    assert argv is None\n"
-        "    out = pathlib.Path(sys.argv[sys.argv.index('--output-dir') + 1])\n"
-        "    if 'optim.lr=bad' in sys.argv:\n"
-        "        raise AssertionError('lr')\n"
-        "    folder = out / 'eval' / 'training_7'\n"
-        "    folder.mkdir(parents=True)\n"
-        "    (folder / 'teacher_checkpoint.pth').write_text(json.dumps(sys.argv))\n"
-    )
-    CODE = (
-        "import sys, torch\n"
-        "torch.cuda.is_available = lambda: {there}\n"
-        "from dinocell.pretraining.run import pretrain\n"
-        "try:\n"
-        "    print(pretrain('{config}', {changes}, output_dir='{out}', seed=5, resume=False))\n"
-        "except Exception as error:\n"
-        "    print(type(error).__name__, error)\n"
-        "print(sys.argv)\n"
-    )
-
-    @pytest.fixture
-    def call(self, tmp_path):
-        tree = tmp_path / "tree" / "dinov3"
-        for name in ("models", "train"):
-            (tree / name).mkdir(parents=True)
-            (tree / name / "__init__.py").write_text("")
-        (tree / "__init__.py").write_text("")
-        (tree / "train" / "train.py").write_text(self.PROGRAM)
-        (tmp_path / "c.yaml").write_text("train: {}\n")
-
-        def run(there: bool, *changes: str) -> str:
-            code = self.CODE.format(
-                there=there, config=tmp_path / "c.yaml", changes=list(changes), out=tmp_path / "run"
-            )
-            done = in_a_process(code, DINOCELL_DINOV3=str(tmp_path / "tree"))
-            assert done.returncode == 0, done.stderr
-            assert done.stdout.endswith("['-c']\n"), "sys.argv is as before"
-            return done.stdout
-
-        return run
-
-    def test_the_program_gets_our_arguments(self, call, tmp_path):
-        said = call(True, "optim.lr=0.1")
-        teacher = tmp_path / "run/eval/training_7/teacher_checkpoint.pth"
-        assert str(teacher) in said
-        assert json.loads(teacher.read_text()) == [
-            "train.py", "--config-file", str(tmp_path / "c.yaml"), "--output-dir",
-            str(tmp_path / "run"), "--seed", "5", "--no-resume", "optim.lr=0.1",
-        ]  # fmt: skip
-
-    def test_its_refusals_are_ours(self, call):
-        assert "UsageError lr" in call(True, "optim.lr=bad")
-
-    def test_without_a_gpu_it_is_refused(self, call):
-        assert "UsageError pretraining in a tree of upstream's must have a CUDA device" in call(
-            False
-        )
