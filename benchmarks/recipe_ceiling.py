@@ -38,8 +38,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dinocell.evaluation import ctc_counts, match_counts, overlap_table, tune_thresholds
+from dinocell.evaluation import (
+    ThresholdGrids,
+    ctc_counts,
+    match_counts,
+    overlap_table,
+    tune_thresholds,
+)
 from dinocell.evaluation.metrics import DSB2018_IOU_THRESHOLDS
+from dinocell.evaluation.tuning import tuned_values
 from dinocell.io import read_labels
 from dinocell.segmentation.distance_map import TARGETS, labels_to_distance_map
 from dinocell.segmentation.watershed import distance_map_to_labels, flood
@@ -133,13 +140,13 @@ def tuned(
     """Thresholds with the best pooled mean AP, and what was tried."""
     if rule != "persistence":
         grids = {**grids, "prominence_grid": (0.0,)}
-    result = tune_thresholds(samples, metric="ap", to_labels=RULES[rule], **grids)
-    best = {
-        "peak_threshold": result.peak_threshold,
-        "fill_threshold": result.fill_threshold,
-        "min_prominence": result.min_prominence,
-    }
-    return best, {"grids": grids, "tried": result.rows()}
+    result = tune_thresholds(
+        samples,
+        ThresholdGrids(**grids),
+        metric="ap",
+        to_labels=lambda found, thresholds: RULES[rule](found, **tuned_values(thresholds)),
+    )
+    return tuned_values(result.thresholds), {"grids": grids, "tried": result.rows()}
 
 
 def ceiling(truth: dict[str, list[LabelImage]]) -> dict[str, Any]:

@@ -31,8 +31,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dinocell.evaluation import ctc_counts, match_counts, overlap_table, tune_thresholds
+from dinocell.evaluation import (
+    ThresholdGrids,
+    ctc_counts,
+    match_counts,
+    overlap_table,
+    tune_thresholds,
+)
 from dinocell.evaluation.metrics import DSB2018_IOU_THRESHOLDS
+from dinocell.evaluation.tuning import tuned_values
 from dinocell.io import read_image, read_labels
 from dinocell.segmentation.distance_map import TARGETS, labels_to_distance_map
 from dinocell.segmentation.preprocess import normalize_intensity
@@ -41,11 +48,11 @@ from dinocell.segmentation.watershed import distance_map_to_labels
 __all__ = ["main"]
 
 SPLITS = ("train", "val", "test", "stardist_test")
-GRIDS = {
-    "peak_grid": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
-    "fill_grid": (0.02, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5),
-    "prominence_grid": (0.0, 0.02, 0.04, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3),
-}
+GRIDS = ThresholdGrids(
+    peak_grid=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+    fill_grid=(0.02, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5),
+    prominence_grid=(0.0, 0.02, 0.04, 0.07, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3),
+)
 Images = list[tuple[NDArray[np.float32], NDArray[np.uint32]]]
 
 
@@ -189,12 +196,8 @@ def main() -> None:
                 name: [(predict(network, image), truth) for image, truth in splits[name]]
                 for name in SPLITS[1:]
             }
-            tuned = tune_thresholds(maps["val"], metric="ap", **GRIDS)
-            thresholds = {
-                "peak_threshold": tuned.peak_threshold,
-                "fill_threshold": tuned.fill_threshold,
-                "min_prominence": tuned.min_prominence,
-            }
+            tuned = tune_thresholds(maps["val"], GRIDS, metric="ap")
+            thresholds = tuned_values(tuned.thresholds)
             run = {
                 "target": target,
                 "seed": seed,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from dinocell.batch.run import BatchResult, SegmentOptions, segment_files
 from dinocell.errors import UsageError
-from dinocell.evaluation.evaluate import EvaluationReport, evaluate_pairs
+from dinocell.evaluation.evaluate import evaluate_pairs
+from dinocell.evaluation.report import EvaluationReport
 from dinocell.io import read_labels
 from dinocell.pipeline import DEFAULT_MODEL
 

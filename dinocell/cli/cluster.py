@@ -378,7 +378,7 @@ def checked_parameters(commands: Any, name: str, arguments: Sequence[str]) -> di
     elif name == "evaluate":
         check_evaluation(parameters)
         if parameters["tune"]:
-            from dinocell.evaluation.thresholds import check_metric
+            from dinocell.evaluation.tuning import check_metric
 
             try:
                 check_metric(parameters["metric"])

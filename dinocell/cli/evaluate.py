@@ -13,7 +13,7 @@ from dinocell.cli.options import App, Device
 from dinocell.errors import UsageError
 
 if TYPE_CHECKING:
-    from dinocell.evaluation.evaluate import EvaluationReport
+    from dinocell.evaluation.report import EvaluationReport
 
 __all__ = ["app", "check_evaluation"]
 
@@ -68,7 +68,7 @@ class Scoring:
 
     def settings(self) -> dict[str, Any]:
         """The options as arguments of `evaluate_folders` and `evaluate_model`."""
-        from dinocell.evaluation.evaluate import DEFAULT_IOU_THRESHOLDS
+        from dinocell.evaluation.scores import DEFAULT_IOU_THRESHOLDS
 
         return {
             "iou_thresholds": tuple(self.iou_thresholds or DEFAULT_IOU_THRESHOLDS),
@@ -78,7 +78,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The search for thresholds of a model, named as the parameters of `evaluate_model`."""
+    """The search for thresholds of a model."""
 
     tune: Annotated[
         bool,
@@ -156,7 +156,12 @@ def _scores_of_model(
     assert inputs.model is not None
     assert inputs.data is not None
     result = evaluate_model(
-        inputs.model, inputs.data, device=device, **vars(tuning), **scoring.settings()
+        inputs.model,
+        inputs.data,
+        device=device,
+        tune_metric=tuning.metric if tuning.tune else None,
+        save_to=tuning.save_to,
+        **scoring.settings(),
     )
     print(result.text())
     return result.report

@@ -4,16 +4,12 @@ Start at `evaluate_pair` (two label images), `evaluate_pairs` or `evaluate_folde
 """
 
 from dinocell.evaluation.ctc import CtcCounts, ctc_counts
-from dinocell.evaluation.evaluate import (
-    EvaluationReport,
-    ImageScores,
-    evaluate_folders,
-    evaluate_pair,
-    evaluate_pairs,
-)
+from dinocell.evaluation.evaluate import evaluate_folders, evaluate_pairs
 from dinocell.evaluation.matching import OverlapTable, match, overlap_table
 from dinocell.evaluation.metrics import MatchCounts, match_counts
-from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
+from dinocell.evaluation.report import EvaluationReport
+from dinocell.evaluation.scores import ImageScores, evaluate_pair
+from dinocell.evaluation.tuning import ThresholdGrids, TuningResult, tune_thresholds
 from dinocell.pairs import pair_folders
 
 __all__ = [
@@ -22,6 +18,7 @@ __all__ = [
     "ImageScores",
     "MatchCounts",
     "OverlapTable",
+    "ThresholdGrids",
     "TuningResult",
     "ctc_counts",
     "evaluate_folders",

@@ -1,4 +1,4 @@
-"""A model on a folder of images with truth: one forward pass per image, scores, tuned thresholds."""
+"""Run a model on a folder of images with truth: predict each image once, tune thresholds, score."""
 
 from __future__ import annotations
 
@@ -6,41 +6,55 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dinocell.errors import DataSetError, UsageError
-from dinocell.evaluation.evaluate import (
-    DEFAULT_BOUNDARY_TOLERANCE_PX,
-    DEFAULT_IOU_THRESHOLDS,
-    EvaluationReport,
-    evaluate_pairs,
-)
-from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
+from dinocell.evaluation.evaluate import evaluate_pairs
+from dinocell.evaluation.report import EvaluationReport
+from dinocell.evaluation.scores import DEFAULT_BOUNDARY_TOLERANCE_PX, DEFAULT_IOU_THRESHOLDS
+from dinocell.evaluation.tuning import TuningResult, tune_thresholds, tuned_values
 from dinocell.io import natural_key, read_labels
 from dinocell.network.model import load_model, save_model, with_config
 from dinocell.pairs import find_pairs
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.progress import progress
+from dinocell.segmentation.thresholds import Thresholds
 
 __all__ = ["ModelEvaluation", "check_data_folder", "evaluate_model"]
 
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """Scores of a model, the thresholds they were reached with, and where these come from."""
+    """Scores of a model and the thresholds behind them.
+
+    Attributes
+    ----------
+    report : EvaluationReport
+    thresholds : Thresholds
+    tuning : TuningResult or None
+        How the thresholds were chosen; None: they are those of the model file.
+    saved_to : Path or None
+        Model file with the tuned thresholds.
+    """
 
     report: EvaluationReport
-    thresholds: dict[str, float]
+    thresholds: Thresholds
     tuning: TuningResult | None
     saved_to: Path | None
 
     def text(self) -> str:
         """One or two lines before the table."""
-        values = ", ".join(f"{name} {value:g}" for name, value in self.thresholds.items())
+        values = ", ".join(
+            f"{name} {value:g}" for name, value in tuned_values(self.thresholds).items()
+        )
         origin = "of the model" if self.tuning is None else f"tuned here on {self.tuning.metric}"
         lines = [f"thresholds ({origin}): {values}"]
         if self.tuning is not None:
             lines.append(
-                "these scores are on the images the thresholds were chosen on: report others"
+                "the thresholds were chosen on these same images: report the scores of other images"
             )
         if self.saved_to is not None:
             lines.append(f"model with these thresholds: {self.saved_to}")
@@ -48,19 +62,23 @@ class ModelEvaluation:
 
 
 def check_data_folder(folder: Path) -> None:
-    """A folder of images with truth has `images/` and `labels/`.
-
-    Raises
-    ------
-    DataSetError
-        One of them is not there.
-    """
+    """Raise a DataSetError unless `folder` holds the folders `images` and `labels`."""
     for part in ("images", "labels"):
         if not (folder / part).is_dir():
             raise DataSetError(
-                f"--data must be a folder with images and labels, got {folder} without {part}: name "
-                "the folder above them"
+                f"`data` must be a folder that holds the folders images and labels, got {folder} "
+                f"without {part}: name the folder above them"
             )
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """One image (H, W), its distance map and its true labels."""
+
+    name: str
+    plane: NDArray[Any]
+    distance_map: NDArray[np.float32]
+    truth: NDArray[np.uint32]
 
 
 def evaluate_model(
@@ -68,8 +86,7 @@ def evaluate_model(
     data: str | os.PathLike[str],
     *,
     device: str = "auto",
-    tune: bool = False,
-    metric: str = "ap",
+    tune_metric: str | None = None,
     save_to: str | os.PathLike[str] | None = None,
     iou_thresholds: Iterable[float] = DEFAULT_IOU_THRESHOLDS,
     boundary_tolerance_px: float = DEFAULT_BOUNDARY_TOLERANCE_PX,
@@ -82,12 +99,15 @@ def evaluate_model(
     model : model file or bundled name
     data : folder
         With `images` and `labels`, paired by `dinocell.pairs.find_pairs`.
-    tune : bool
-        Search peak, fill and prominence thresholds for the best `metric` on these images first.
-    metric : str
-        As for `tune_thresholds`.
+    tune_metric : str, optional
+        First search peak, fill and prominence thresholds for the best value of this metric (see
+        `tune_thresholds`) on these images.
     save_to : path, optional
-        With `tune`: write the model with the found thresholds here.
+        With `tune_metric`: write the model with the found thresholds here.
+    iou_thresholds, boundary_tolerance_px
+        As for `evaluate_pair`.
+    shown : bool
+        Show progress on standard error.
 
     Raises
     ------
@@ -98,63 +118,59 @@ def evaluate_model(
     """
     folder = Path(data)
     check_data_folder(folder)
-    if save_to is not None and Path(save_to).suffix != ".safetensors":
-        raise UsageError(f"a model file must end in .safetensors, got {save_to}: add the suffix")
-    if save_to is not None and Path(save_to).resolve() == Path(model).resolve():
-        raise UsageError(
-            f"the tuned model must go to another file than the model, got {save_to} for both: choose "
-            "another name"
-        )
-    loaded = load_model(os.fspath(model), device=device)
-    pipeline = DINOCellPipeline(loaded)
-    pairs = find_pairs(folder / "images", folder / "labels")
-    pairs.sort(key=lambda pair: natural_key(pair.image_path))
-    planes, maps, labels = {}, {}, {}
-    with progress("predicting", len(pairs), shown=shown) as bar:
-        for pair in pairs:
-            name = pair.image_path.stem
-            planes[name], _, _ = pipeline.load(pair.image_path)
-            labels[name] = read_labels(pair.labels_path)
-            if labels[name].shape != planes[name].shape:
-                raise DataSetError(
-                    f"an image and its labels must have one size, got {planes[name].shape} and "
-                    f"{labels[name].shape} for {name}: check that the names belong together"
-                )
-            maps[name] = pipeline.predict(planes[name])
-            bar.advance(note=name)
-    tuning, saved_to = None, None
-    if tune:
+    saved_to = None if save_to is None or tune_metric is None else Path(save_to)
+    if saved_to is not None:
+        _check_target(saved_to, Path(model))
+    pipeline = DINOCellPipeline(load_model(os.fspath(model), device=device))
+    predictions = _predict(pipeline, folder, shown=shown)
+    tuning = None
+    if tune_metric is not None:
         try:
             tuning = tune_thresholds(
-                [(maps[name], labels[name]) for name in maps],
-                metric=metric,
-                min_area_px=loaded.config.min_area_px,
+                [(image.distance_map, image.truth) for image in predictions],
+                metric=tune_metric,
+                min_area_px=pipeline.thresholds.min_area_px,
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
-        tuned_model = with_config(
-            loaded,
-            peak_threshold=tuning.peak_threshold,
-            fill_threshold=tuning.fill_threshold,
-            min_prominence=tuning.min_prominence,
-        )
-        pipeline = DINOCellPipeline(tuned_model)
-        if save_to is not None:
-            saved_to = Path(save_to)
-            save_model(saved_to, tuned_model, half=True)
-    config = pipeline.model.config
+        pipeline = DINOCellPipeline(with_config(pipeline.model, **tuned_values(tuning.thresholds)))
+        if saved_to is not None:
+            save_model(saved_to, pipeline.model, half=True)
     report = evaluate_pairs(
-        ((name, labels[name], pipeline.finish(planes[name], maps[name]).labels) for name in maps),
+        (
+            (image.name, image.truth, pipeline.finish(image.plane, image.distance_map).labels)
+            for image in predictions
+        ),
         iou_thresholds=iou_thresholds,
         boundary_tolerance_px=boundary_tolerance_px,
     )
-    return ModelEvaluation(
-        report=report,
-        thresholds={
-            "peak_threshold": config.peak_threshold,
-            "fill_threshold": config.fill_threshold,
-            "min_prominence": config.min_prominence,
-        },
-        tuning=tuning,
-        saved_to=saved_to,
-    )
+    return ModelEvaluation(report, pipeline.thresholds, tuning, saved_to)
+
+
+def _check_target(path: Path, model: Path) -> None:
+    if path.suffix != ".safetensors":
+        raise UsageError(f"`save_to` must end in .safetensors, got {path}: add the suffix")
+    if path.resolve() == model.resolve():
+        raise UsageError(
+            f"`save_to` must be another file than the model, got {path} for both: choose another "
+            "name"
+        )
+
+
+def _predict(pipeline: DINOCellPipeline, folder: Path, *, shown: bool) -> list[_Prediction]:
+    """Read and predict all images, in natural order of their names (2 before 10)."""
+    pairs = find_pairs(folder / "images", folder / "labels")
+    pairs.sort(key=lambda pair: natural_key(pair.image_path))
+    predictions = []
+    with progress("predicting", len(pairs), shown=shown) as bar:
+        for pair in pairs:
+            plane, _, name = pipeline.load(pair.image_path)
+            truth = read_labels(pair.labels_path)
+            if truth.shape != plane.shape:
+                raise DataSetError(
+                    f"an image and its labels must have the same size, got {plane.shape} and "
+                    f"{truth.shape} for {name}: check that the names belong together"
+                )
+            predictions.append(_Prediction(name, plane, pipeline.predict(plane), truth))
+            bar.advance(note=name)
+    return predictions

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from dinocell.errors import DataSetError, DINOCellError
 from dinocell.evaluation.evaluate import evaluate_pairs
-from dinocell.evaluation.thresholds import tune_thresholds
+from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
 from dinocell.io import find_images
 from dinocell.network.backbone import feature_blocks
 from dinocell.network.decoder import DECODERS, create_decoder
@@ -32,7 +32,7 @@ from dinocell.pairs import Pair, find_pairs
 from dinocell.progress import progress
 from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
-from dinocell.segmentation.watershed import distance_map_to_labels
+from dinocell.segmentation.watershed import separate_cells
 from dinocell.training.datasets import read_pair
 
 __all__ = [
@@ -49,11 +49,9 @@ __all__ = [
 ]
 
 # Few values: the decoder is small and early, and the search must not take longer than its training.
-_GRIDS: dict[str, Any] = {
-    "peak_grid": (0.3, 0.45, 0.6),
-    "fill_grid": (0.1, 0.2, 0.3),
-    "prominence_grid": (0.1,),
-}
+_GRIDS = ThresholdGrids(
+    peak_grid=(0.3, 0.45, 0.6), fill_grid=(0.1, 0.2, 0.3), prominence_grid=(0.1,)
+)
 _TUNING_WINDOWS = 16
 _SCORES = ("op_csb", "seg", "det", "ap50", "ap75", "f1_50")
 _SHARE_FOR_TRAINING = 0.7
@@ -348,14 +346,9 @@ def probe_features(
                     chosen, probe.predict(train, train_features, chosen), strict=True
                 )
             ],
+            _GRIDS,
             metric="ap50",
-            **_GRIDS,
         )
-        thresholds = {
-            "peak_threshold": tuned.peak_threshold,
-            "fill_threshold": tuned.fill_threshold,
-            "min_prominence": tuned.min_prominence,
-        }
         maps = probe.predict(val, val_features, range(len(val)))
     squared = [
         float(np.mean((_valid(found, window) - _valid(window.target, window)) ** 2))
@@ -366,12 +359,7 @@ def probe_features(
             (
                 window.name,
                 window.labels,
-                distance_map_to_labels(
-                    _valid(found, window),
-                    peak_threshold=tuned.peak_threshold,
-                    fill_threshold=tuned.fill_threshold,
-                    min_prominence=tuned.min_prominence,
-                ),
+                separate_cells(_valid(found, window), tuned.thresholds),
             )
             for found, window in zip(maps, val, strict=True)
         ),
@@ -380,7 +368,7 @@ def probe_features(
     scores = {name: report.pooled[f"{name}_pooled"] for name in _SCORES}
     return ProbeResult(
         scores=scores | {"mse": float(np.mean(squared))},
-        thresholds=thresholds,
+        thresholds=tuned_values(tuned.thresholds),
         steps=steps,
         train_loss=train_loss,
         seconds=time.monotonic() - started,

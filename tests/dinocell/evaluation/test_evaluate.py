@@ -13,14 +13,8 @@ import tifffile
 from PIL import Image
 
 from dinocell.errors import DataSetError, ImageFileError
-from dinocell.evaluation import evaluate
-from dinocell.evaluation.evaluate import (
-    ImageScores,
-    evaluate_folders,
-    evaluate_pair,
-    evaluate_pairs,
-    threshold_name,
-)
+from dinocell.evaluation.evaluate import evaluate_folders, evaluate_pairs
+from dinocell.evaluation.scores import ImageScores, evaluate_pair, threshold_name
 
 TRUTH = np.zeros((12, 12), np.uint32)
 TRUTH[1:5, 1:5] = 1
@@ -233,9 +227,11 @@ def test_options_of_many_pairs_are_used() -> None:
 
 
 def test_wrong_pairs() -> None:
-    with pytest.raises(DataSetError, match="for 'cell7' they are 12 × 12 and 12 × 10"):
+    with pytest.raises(
+        DataSetError, match="of 'cell7' must have the same size, got 12 × 12 and 12 × 10"
+    ):
         evaluate_pairs([("cell7", TRUTH, TRUTH[:, :10])])
-    with pytest.raises(DataSetError, match="At least one pair"):
+    with pytest.raises(DataSetError, match="at least one pair"):
         evaluate_pairs([])
 
 
@@ -283,7 +279,7 @@ def test_a_failing_write_leaves_the_old_file(
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(evaluate.csv.DictWriter, "writerows", fail)
+    monkeypatch.setattr(csv.DictWriter, "writerows", fail)
     monkeypatch.setattr(Path, "write_text", fail)
     with pytest.raises(OSError, match="disk full"):
         getattr(evaluate_pairs(three_images()), method)(path)
@@ -358,14 +354,16 @@ def test_missing_predictions_count_as_empty_and_are_reported(tmp_path: Path) -> 
     )
     assert report.pooled["ap50_pooled"] == 1 / 4
     assert report.missing_predictions == ("a", "c")
-    assert "2 images have no prediction and count as empty predictions" in report.table()
+    assert any(line.startswith("2 images have no prediction") for line in report.table())
     assert len(seen) == 3
 
 
 def test_files_of_other_size_or_kind(tmp_path: Path) -> None:
     write_labels(tmp_path / "t" / "a.png", TRUTH)
     write_labels(tmp_path / "p" / "a.png", TRUTH[:7])
-    with pytest.raises(DataSetError, match="for 'a' they are 12 × 12 and 7 × 12"):
+    with pytest.raises(
+        DataSetError, match="of 'a' must have the same size, got 12 × 12 and 7 × 12"
+    ):
         evaluate_folders(tmp_path / "p", tmp_path / "t")
     (tmp_path / "p" / "a.png").write_bytes(b"no image")
     with pytest.raises(ImageFileError, match=r"a\.png"):
@@ -380,18 +378,3 @@ def test_real_labels_against_themselves(data_dir: Path) -> None:
     report = evaluate_folders(yeast / "TRA", yeast / "SEG")
     assert report.pooled["op_csb_pooled"] == 1.0
     assert len(report.images) == 5
-
-
-def test_all_is_exact() -> None:
-    own = {
-        n for n, v in vars(evaluate).items() if getattr(v, "__module__", "") == evaluate.__name__
-    }
-    own |= {n for n in vars(evaluate) if n.isupper()}
-    assert sorted(n for n in own if not n.startswith("_")) == sorted(evaluate.__all__)
-
-
-def test_the_package_exports_what_it_lists() -> None:
-    import dinocell.evaluation as package
-
-    assert sorted(package.__all__) == package.__all__
-    assert all(hasattr(package, name) for name in package.__all__)

@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 
 from dinocell.errors import DataSetError
-from dinocell.evaluation import thresholds
 from dinocell.evaluation.evaluate import evaluate_pairs
-from dinocell.evaluation.thresholds import TuningPoint, TuningResult, tune_thresholds
+from dinocell.evaluation.tuning import (
+    ThresholdGrids,
+    TuningPoint,
+    TuningResult,
+    tune_thresholds,
+    tuned_values,
+)
+from dinocell.segmentation.thresholds import Thresholds
 
 PEAKS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 FILLS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -29,107 +35,106 @@ class FakeWatershed:
     def __init__(self, peak: float, fill: float, prominence: float, ridge: float = 0.0) -> None:
         self.best = peak, fill, prominence
         self.ridge = ridge
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[Thresholds] = []
 
-    def __call__(self, distance_map: np.ndarray, **settings: Any) -> np.ndarray:
-        self.calls.append(settings)
-        peak = settings["peak_threshold"] - self.best[0]
-        fill = settings["fill_threshold"] - self.best[1]
-        prominence = settings["min_prominence"] - self.best[2]
+    def __call__(self, distance_map: np.ndarray, thresholds: Thresholds) -> np.ndarray:
+        self.calls.append(thresholds)
+        peak = thresholds.peak_threshold - self.best[0]
+        fill = thresholds.fill_threshold - self.best[1]
+        prominence = thresholds.min_prominence - self.best[2]
         lost = abs(peak) + abs(fill) + abs(prominence) + self.ridge * abs(peak - fill)
         return np.where(round(900 * min(lost, 1)) < MANY, MANY, 0)
 
 
 SAMPLES = [(np.zeros(MANY.shape, np.float32), MANY)]
-GRIDS: dict[str, Any] = {"peak_grid": PEAKS, "fill_grid": FILLS, "prominence_grid": PROMINENCES}
+GRIDS = ThresholdGrids(PEAKS, FILLS, PROMINENCES)
 
 
-def best(result: TuningResult) -> tuple[float, float, float]:
-    return result.peak_threshold, result.fill_threshold, result.min_prominence
+def best(result: TuningResult) -> tuple[float, ...]:
+    return tuple(tuned_values(result.thresholds).values())
 
 
 @pytest.mark.parametrize(
     "optimum", [(0.5, 0.2, 0.05), (0.3, 0.05, 0.0), (0.8, 0.5, 0.2), (0.6, 0.5, 0.1)]
 )
 def test_both_searches_find_a_known_optimum(optimum: tuple[float, float, float]) -> None:
-    searched = tune_thresholds(SAMPLES, **GRIDS, to_labels=FakeWatershed(*optimum))
-    full = tune_thresholds(SAMPLES, **GRIDS, to_labels=FakeWatershed(*optimum), search="grid")
+    searched = tune_thresholds(SAMPLES, GRIDS, to_labels=FakeWatershed(*optimum))
+    full = tune_thresholds(SAMPLES, GRIDS, to_labels=FakeWatershed(*optimum), search="grid")
     assert best(searched) == best(full) == optimum
-    assert searched.best_score == full.best_score == 1.0
+    assert searched.best.score == full.best.score == 1.0
     assert len(searched.points) < len(full.points) / 2
 
 
 def test_the_full_grid_holds_every_combination_with_fill_below_peak_once() -> None:
     fake = FakeWatershed(0.5, 0.2, 0.05)
-    result = tune_thresholds(SAMPLES, **GRIDS, to_labels=fake, search="grid")
+    result = tune_thresholds(SAMPLES, GRIDS, to_labels=fake, search="grid")
     expected = [(p, f, m) for p in PEAKS for f in FILLS for m in PROMINENCES if f < p]
-    tried = [(q.peak_threshold, q.fill_threshold, q.min_prominence) for q in result.points]
+    tried = [tuple(tuned_values(point.thresholds).values()) for point in result.points]
     assert tried == expected
     assert len(fake.calls) == len(expected)
 
 
 def test_the_docstring_knows_the_size_of_the_default_grid() -> None:
-    below = sum(f < p for p in thresholds.DEFAULT_PEAK_GRID for f in thresholds.DEFAULT_FILL_GRID)
-    number = below * len(thresholds.DEFAULT_PROMINENCE_GRID)
+    peaks, fills, prominences = ThresholdGrids().axes()
+    number = sum(f < p for p in peaks for f in fills) * len(prominences)
     assert f"the full default grid has {number}" in str(tune_thresholds.__doc__)
 
 
 def test_no_combination_is_tried_twice_and_none_with_fill_above_peak() -> None:
     fake = FakeWatershed(0.6, 0.4, 0.1)
-    tune_thresholds(SAMPLES, **GRIDS, to_labels=fake)
-    tried = [tuple(call.values()) for call in fake.calls]
-    assert len(set(tried)) == len(tried)
-    assert all(call["fill_threshold"] < call["peak_threshold"] for call in fake.calls)
+    tune_thresholds(SAMPLES, GRIDS, to_labels=fake)
+    assert len(set(fake.calls)) == len(fake.calls)
+    assert all(call.fill_threshold < call.peak_threshold for call in fake.calls)
 
 
 def test_coordinate_search_ends_where_no_single_threshold_brings_a_gain() -> None:
     fake = FakeWatershed(0.8, 0.1, 0.1, ridge=3.0)
-    searched = tune_thresholds(SAMPLES, **GRIDS, to_labels=fake)
-    full = tune_thresholds(SAMPLES, **GRIDS, to_labels=fake, search="grid")
-    assert searched.best_score <= full.best_score
+    searched = tune_thresholds(SAMPLES, GRIDS, to_labels=fake)
+    full = tune_thresholds(SAMPLES, GRIDS, to_labels=fake, search="grid")
+    assert searched.best.score <= full.best.score
     for point in full.points:
-        moved = (point.peak_threshold, point.fill_threshold, point.min_prominence)
+        moved = tuned_values(point.thresholds).values()
         if sum(a != b for a, b in zip(moved, best(searched), strict=True)) == 1:
-            assert point.score <= searched.best_score
+            assert point.score <= searched.best.score
 
 
 def test_a_single_point_is_scored() -> None:
     result = tune_thresholds(
         SAMPLES,
-        peak_grid=[0.5],
-        fill_grid=[0.2],
-        prominence_grid=[0.0],
+        ThresholdGrids([0.5], [0.2], [0.0]),
         to_labels=FakeWatershed(0.5, 0.1, 0.0),
     )
     assert best(result) == (0.5, 0.2, 0.0)
-    assert result.best_score == pytest.approx(0.9)
-    assert result.points == (TuningPoint(0.5, 0.2, 0.0, result.best_score, 810),)
+    assert result.best.score == pytest.approx(0.9)
+    point = TuningPoint(Thresholds(0.5, 0.2, 0.0), result.best.score, 810)
+    assert result.points == (point,)
 
 
 def test_few_fills_below_the_peak_are_found() -> None:
     """Starting points may all be impossible."""
     result = tune_thresholds(
         SAMPLES,
-        peak_grid=[0.3, 0.31, 0.32, 0.5],
-        fill_grid=[0.4, 0.45, 0.6, 0.7, 0.8],
-        prominence_grid=[0.0],
+        ThresholdGrids([0.3, 0.31, 0.32, 0.5], [0.4, 0.45, 0.6, 0.7, 0.8], [0.0]),
         to_labels=FakeWatershed(0.5, 0.45, 0.0),
     )
     assert best(result) == (0.5, 0.45, 0.0)
 
 
 def test_of_equal_scores_the_lowest_thresholds_win() -> None:
-    result = tune_thresholds(SAMPLES, **GRIDS, to_labels=lambda *_, **__: MANY, search="grid")
+    result = tune_thresholds(SAMPLES, GRIDS, to_labels=lambda *_: MANY, search="grid")
     assert best(result) == (0.3, 0.05, 0.0)
 
 
 # ------------------------------------------------------------------ metrics
 
 
-def shifted(distance_map: np.ndarray, **settings: Any) -> np.ndarray:
+def shifted(distance_map: np.ndarray, thresholds: Thresholds) -> np.ndarray:
     """The map is the label image; the fill threshold shifts it by 0, 1 or 2 pixels."""
-    shift = {0.1: 0, 0.2: 1, 0.3: 2}[settings["fill_threshold"]]
+    shift = {0.1: 0, 0.2: 1, 0.3: 2}[thresholds.fill_threshold]
     return np.roll(distance_map.astype(np.uint32), shift, axis=1)
+
+
+THREE_SHIFTS = ThresholdGrids([0.5], [0.1, 0.2, 0.3], [0.0])
 
 
 def two_images() -> list[tuple[np.ndarray, np.ndarray]]:
@@ -146,9 +151,7 @@ def two_images() -> list[tuple[np.ndarray, np.ndarray]]:
 def test_scores_equal_those_of_the_report(metric: str, average: str) -> None:
     result = tune_thresholds(
         two_images(),
-        peak_grid=[0.5],
-        fill_grid=[0.1, 0.2, 0.3],
-        prominence_grid=[0.0],
+        THREE_SHIFTS,
         metric=metric,
         average=average,
         to_labels=shifted,
@@ -159,7 +162,7 @@ def test_scores_equal_those_of_the_report(metric: str, average: str) -> None:
     scores = []
     for fill in (0.1, 0.2, 0.3):
         pairs = [
-            (str(k), truth, shifted(m, fill_threshold=fill))
+            (str(k), truth, shifted(m, Thresholds(0.5, fill)))
             for k, (m, truth) in enumerate(two_images())
         ]
         report = evaluate_pairs(pairs, iou_thresholds=ious)
@@ -176,9 +179,7 @@ def test_average_and_metric_change_the_result() -> None:
     def scores(**options: str) -> list[float]:
         result = tune_thresholds(
             two_images(),
-            peak_grid=[0.5],
-            fill_grid=[0.1, 0.2, 0.3],
-            prominence_grid=[0.0],
+            THREE_SHIFTS,
             to_labels=shifted,
             **options,
         )
@@ -195,16 +196,14 @@ def test_images_without_cells_are_left_out_of_means_but_not_of_pools() -> None:
     invented = np.zeros((12, 20), np.float32)
     invented[0, 0] = 1
     options: dict[str, Any] = {
-        "peak_grid": [0.5],
-        "fill_grid": [0.1],
-        "prominence_grid": [0.0],
+        "grids": ThresholdGrids([0.5], [0.1], [0.0]),
         "to_labels": shifted,
     }
     samples = [*two_images(), (empty.astype(np.float32), empty)]
-    assert tune_thresholds(samples, average="mean", **options).best_score == 1.0
+    assert tune_thresholds(samples, average="mean", **options).best.score == 1.0
     samples = [*two_images(), (invented, empty)]
-    assert tune_thresholds(samples, **options).best_score == pytest.approx(5 / 6)
-    assert tune_thresholds(samples, average="mean", **options).best_score == pytest.approx(2 / 3)
+    assert tune_thresholds(samples, **options).best.score == pytest.approx(5 / 6)
+    assert tune_thresholds(samples, average="mean", **options).best.score == pytest.approx(2 / 3)
 
 
 # ------------------------------------------------------------------ interface
@@ -212,16 +211,16 @@ def test_images_without_cells_are_left_out_of_means_but_not_of_pools() -> None:
 
 def test_min_area_is_passed_on_and_recorded() -> None:
     fake = FakeWatershed(0.5, 0.2, 0.0)
-    result = tune_thresholds(SAMPLES, **GRIDS, min_area_px=17, to_labels=fake)
-    assert {call["min_area_px"] for call in fake.calls} == {17}
-    assert result.min_area_px == 17
+    result = tune_thresholds(SAMPLES, GRIDS, min_area_px=17, to_labels=fake)
+    assert {call.min_area_px for call in fake.calls} == {17}
+    assert result.thresholds.min_area_px == 17
 
 
 def test_a_generator_is_enough_and_progress_is_told() -> None:
     seen: list[tuple[int, TuningPoint]] = []
     result = tune_thresholds(
         (sample for sample in SAMPLES * 2),
-        **GRIDS,
+        GRIDS,
         to_labels=FakeWatershed(0.5, 0.2, 0.05),
         progress=lambda number, point: seen.append((number, point)),
     )
@@ -231,7 +230,7 @@ def test_a_generator_is_enough_and_progress_is_told() -> None:
 
 
 def test_csv_of_all_points(tmp_path: Path) -> None:
-    result = tune_thresholds(SAMPLES, **GRIDS, to_labels=FakeWatershed(0.5, 0.2, 0.05))
+    result = tune_thresholds(SAMPLES, GRIDS, to_labels=FakeWatershed(0.5, 0.2, 0.05))
     path = tmp_path / "tuning.csv"
     result.to_csv(path)
     with open(path, newline="", encoding="utf-8") as file:
@@ -240,7 +239,7 @@ def test_csv_of_all_points(tmp_path: Path) -> None:
         *("peak_threshold", "fill_threshold", "min_prominence", "ap50_pooled", "num_pred"),
     ]
     assert len(rows) == len(result.points)
-    assert max(float(row["ap50_pooled"]) for row in rows) == result.best_score
+    assert max(float(row["ap50_pooled"]) for row in rows) == result.best.score
     assert [file.name for file in tmp_path.iterdir()] == ["tuning.csv"]
 
 
@@ -251,9 +250,13 @@ def test_csv_of_all_points(tmp_path: Path) -> None:
         ({"metric": "ap00"}, "got 'ap00'"),
         ({"average": "median"}, "`average` must be 'pooled' or 'mean', got 'median'"),
         ({"search": "random"}, "`search` must be 'coordinate' or 'grid', got 'random'"),
-        ({"peak_grid": []}, "`peak_grid` must hold one or more"),
-        ({"fill_grid": [float("nan")]}, "`fill_grid` must hold one or more finite"),
-        ({"peak_grid": [0.1], "fill_grid": [0.1, 0.2]}, "`fill_grid` must be below"),
+        ({"grids": ThresholdGrids(peak_grid=[])}, "`peak_grid` must hold one or more"),
+        (
+            {"grids": ThresholdGrids(fill_grid=[float("nan")])},
+            "`fill_grid` must hold one or more finite",
+        ),
+        ({"grids": ThresholdGrids([0.1], [0.1, 0.2])}, "`fill_grid` must be below"),
+        ({"grids": ThresholdGrids([1.0], [0.1])}, "peak_threshold` < 1"),
         ({"samples": [(np.zeros((2, 2)), MANY)]}, "must have the same shape"),
     ],
 )
@@ -264,10 +267,10 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_samples_without_cells_are_refused() -> None:
-    with pytest.raises(DataSetError, match="at least one image, got no sample"):
+    with pytest.raises(DataSetError, match="got 0 images without any true cell"):
         tune_thresholds([], to_labels=shifted)
     nothing = np.zeros((4, 4), np.uint32)
-    with pytest.raises(DataSetError, match="without any true cell"):
+    with pytest.raises(DataSetError, match="got 1 images without any true cell"):
         tune_thresholds([(nothing.astype(np.float32), nothing)], to_labels=shifted)
 
 
@@ -279,13 +282,6 @@ def test_the_real_watershed_is_the_default() -> None:
     truth = np.where(one >= two, 1, 2) * (np.maximum(one, two) > 0)
     distance_map = np.maximum(np.maximum(one, two), 0.12).astype(np.float32)
     result = tune_thresholds([(distance_map, truth.astype(np.uint32))], metric="ap")
-    assert 0.12 <= result.fill_threshold < result.peak_threshold
-    assert result.best_score > 0.5
+    assert 0.12 <= result.thresholds.fill_threshold < result.thresholds.peak_threshold
+    assert result.best.score > 0.5
     assert min(point.score for point in result.points) < 0.2
-
-
-def test_all_is_exact() -> None:
-    module = thresholds
-    own = {n for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
-    own |= {n for n in vars(module) if n.startswith("DEFAULT_")}
-    assert sorted(n for n in own if not n.startswith("_")) == sorted(module.__all__)

@@ -6,7 +6,6 @@ images, never test images: the result is a choice, and its score is optimistic.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import re
@@ -24,24 +23,62 @@ from dinocell.errors import DataSetError
 from dinocell.evaluation.ctc import ctc_counts
 from dinocell.evaluation.matching import OverlapTable, overlap_table
 from dinocell.evaluation.metrics import DSB2018_IOU_THRESHOLDS, match_counts
+from dinocell.evaluation.report import write_csv
+from dinocell.segmentation.thresholds import Thresholds
 
 __all__ = [
-    "DEFAULT_FILL_GRID",
-    "DEFAULT_PEAK_GRID",
-    "DEFAULT_PROMINENCE_GRID",
+    "ThresholdGrids",
     "TuningPoint",
     "TuningResult",
     "check_metric",
     "tune_thresholds",
+    "tuned_values",
 ]
-
-DEFAULT_PEAK_GRID: tuple[float, ...] = (0.2, 0.3, 0.4, 0.47, 0.55, 0.62, 0.69, 0.76, 0.83)
-DEFAULT_FILL_GRID: tuple[float, ...] = (0.05, 0.09, 0.13, 0.17, 0.22, 0.27, 0.32, 0.37, 0.43, 0.5)
-DEFAULT_PROMINENCE_GRID: tuple[float, ...] = (0.0, 0.02, 0.05, 0.08, 0.12, 0.16)
 
 _CTC_METRICS = ("seg", "det", "op_csb")
 _AP_METRIC = re.compile(r"ap(\d{2,3}(?:\.\d+)?)")
 _Index = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ThresholdGrids:
+    """The values that a search tries.
+
+    Attributes
+    ----------
+    peak_grid, fill_grid, prominence_grid : sequences of float in [0, 1]
+        In any order; repeated values count once.  Combinations with fill ≥ peak are skipped.
+    """
+
+    peak_grid: Sequence[float] = (0.2, 0.3, 0.4, 0.47, 0.55, 0.62, 0.69, 0.76, 0.83)
+    fill_grid: Sequence[float] = (0.05, 0.09, 0.13, 0.17, 0.22, 0.27, 0.32, 0.37, 0.43, 0.5)
+    prominence_grid: Sequence[float] = (0.0, 0.02, 0.05, 0.08, 0.12, 0.16)
+
+    def axes(self) -> list[list[float]]:
+        """The three grids in ascending order.
+
+        Raises
+        ------
+        ValueError
+            A grid is empty or holds a number that is not finite, or no fill value is below a peak
+            value.
+        """
+        axes = []
+        for name, grid in vars(self).items():
+            values = sorted({float(value) for value in grid})
+            if not values or not all(math.isfinite(value) for value in values):
+                raise ValueError(
+                    f"`{name}` must hold one or more finite numbers, got {list(grid)}: "
+                    "give the thresholds to try."
+                )
+            axes.append(values)
+        lowest_fill, highest_peak = axes[1][0], axes[0][-1]
+        if lowest_fill >= highest_peak:
+            raise ValueError(
+                "some value of `fill_grid` must be below some value of `peak_grid`, got fill from "
+                f"{lowest_fill} and peak up to {highest_peak}: lower the first or raise the second."
+            )
+        return axes
 
 
 @dataclass(frozen=True)
@@ -50,16 +87,14 @@ class TuningPoint:
 
     Attributes
     ----------
-    peak_threshold, fill_threshold, min_prominence : float
+    thresholds : Thresholds
     score : float
         Value of the metric in [0, 1].
     num_pred : int
         Cells found in all images.
     """
 
-    peak_threshold: float
-    fill_threshold: float
-    min_prominence: float
+    thresholds: Thresholds
     score: float
     num_pred: int
 
@@ -70,12 +105,8 @@ class TuningResult:
 
     Attributes
     ----------
-    peak_threshold, fill_threshold, min_prominence : float
-        The best combination.  Of equal scores the first in the order of `points` wins.
-    min_area_px : int
-        As given; it is not tuned.
-    best_score : float
-        Score of the best combination on the given samples.
+    best : TuningPoint
+        Of equal scores the first in the order of `points`.
     metric : str
         What was maximised, with its averaging: ``ap50_pooled``, ``op_csb_mean``, ...
     num_samples : int
@@ -86,54 +117,38 @@ class TuningResult:
         All tried combinations, sorted by peak, fill, prominence.
     """
 
-    peak_threshold: float
-    fill_threshold: float
-    min_prominence: float
-    min_area_px: int
-    best_score: float
+    best: TuningPoint
     metric: str
     num_samples: int
     num_truth: int
     points: tuple[TuningPoint, ...]
 
+    @property
+    def thresholds(self) -> Thresholds:
+        """The best thresholds; `min_area_px` is as given."""
+        return self.best.thresholds
+
     def rows(self) -> list[dict[str, float | int]]:
         """The points as rows for a table; the score is in the column named like `metric`."""
         return [
-            {
-                "peak_threshold": point.peak_threshold,
-                "fill_threshold": point.fill_threshold,
-                "min_prominence": point.min_prominence,
-                self.metric: point.score,
-                "num_pred": point.num_pred,
-            }
+            {**tuned_values(point.thresholds), self.metric: point.score, "num_pred": point.num_pred}
             for point in self.points
         ]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write `rows` as CSV; the file appears whole or not at all."""
-        from dinocell.files import atomic_path
-
-        rows = self.rows()
-        with (
-            atomic_path(path) as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(path, self.rows())
 
 
 def tune_thresholds(
     samples: Iterable[tuple[NDArray[Any], NDArray[Any]]],
+    grids: ThresholdGrids | None = None,
     *,
-    peak_grid: Sequence[float] = DEFAULT_PEAK_GRID,
-    fill_grid: Sequence[float] = DEFAULT_FILL_GRID,
-    prominence_grid: Sequence[float] = DEFAULT_PROMINENCE_GRID,
     min_area_px: int = 0,
     metric: str = "ap50",
     average: str = "pooled",
     search: str = "coordinate",
-    to_labels: Callable[..., NDArray[Any]] | None = None,
+    to_labels: Callable[[NDArray[Any], Thresholds], NDArray[Any]] | None = None,
     progress: Callable[[int, TuningPoint], None] | None = None,
 ) -> TuningResult:
     """Find the thresholds that turn given distance maps into the best labels.
@@ -142,10 +157,10 @@ def tune_thresholds(
     ----------
     samples : iterable of (distance_map, truth)
         (H, W) float32 in [0, 1] and (H, W) integer labels.  All are kept in memory.
-    peak_grid, fill_grid, prominence_grid : sequences of float
-        Values to try.  Combinations with fill ≥ peak make no sense and are skipped.
+    grids : ThresholdGrids, optional
+        The values to try.
     min_area_px : int
-        Passed on to `to_labels`.
+        Cells with fewer pixels are dropped before scoring; not tuned.
     metric : str
         ``ap50`` (any ``apNN``: AP at that IoU in percent), ``ap`` (mean AP over IoU 0.50, 0.55, ...,
         0.95), ``seg``, ``det`` or ``op_csb``.
@@ -157,11 +172,10 @@ def tune_thresholds(
         the best one all values along one axis at a time (fill, peak, prominence in turn) until no axis
         brings a gain.  It needs some tens of combinations where the full default grid has 462, and
         finds a maximum that no single threshold can improve, which is not always the highest.
-    to_labels : callable, optional
-        ``to_labels(distance_map, *, peak_threshold, fill_threshold, min_prominence, min_area_px)``
-        → (H, W) integer labels.  Default: `dinocell.segmentation.watershed.distance_map_to_labels`.
+    to_labels : callable (distance_map, Thresholds) → (H, W) integer labels, optional
+        The post-processing.  Default: `dinocell.segmentation.watershed.separate_cells`.
     progress : callable, optional
-        Called after each combination with the number tried so far and the point.
+        Receives the number of combinations tried so far and the newest point, after each.
 
     Returns
     -------
@@ -170,59 +184,31 @@ def tune_thresholds(
     Raises
     ------
     ValueError
-        A grid is empty, no fill value is below a peak value, an option is unknown, or the two arrays
-        of a sample differ in shape.
+        A grid is empty, no fill value is below a peak value, a value is not allowed as a threshold,
+        an option is unknown, or the two arrays of a sample differ in shape.
     DataSetError
         There is no sample, or no true cell in any of them.
     """
     if to_labels is None:
-        from dinocell.segmentation.watershed import distance_map_to_labels
+        from dinocell.segmentation.watershed import separate_cells
 
-        to_labels = distance_map_to_labels
+        to_labels = separate_cells
     if average not in ("pooled", "mean"):
         raise ValueError(f"`average` must be 'pooled' or 'mean', got {average!r}: choose one.")
     if search not in ("coordinate", "grid"):
         raise ValueError(f"`search` must be 'coordinate' or 'grid', got {search!r}: choose one.")
     count, attribute = _metric_counter(metric)
-    axes = [
-        _checked_grid(peak_grid, "peak_grid"),
-        _checked_grid(fill_grid, "fill_grid"),
-        _checked_grid(prominence_grid, "prominence_grid"),
-    ]
-    if axes[1][0] >= axes[0][-1]:
-        raise ValueError(
-            f"some value of `fill_grid` must be below some value of `peak_grid`, got fill from "
-            f"{axes[1][0]} and peak up to {axes[0][-1]}: lower the first or raise the second."
-        )
-    materialised = _checked_samples(samples)
-    num_truth = sum(int(np.count_nonzero(np.unique(truth))) for _, truth in materialised)
-    if not num_truth:
-        raise DataSetError(
-            f"Thresholds are tuned on images with cells, got {len(materialised)} samples without "
-            "any true cell: give validation images whose labels hold cells."
-        )
-
+    axes = (grids or ThresholdGrids()).axes()
+    pairs, num_truth = _checked_samples(samples)
     tried: dict[_Index, TuningPoint] = {}
 
     def try_point(index: _Index) -> float:
         if index not in tried:
-            peak, fill, prominence = (axis[i] for axis, i in zip(axes, index, strict=True))
-            tables = [
-                overlap_table(
-                    truth,
-                    to_labels(
-                        distance_map,
-                        peak_threshold=peak,
-                        fill_threshold=fill,
-                        min_prominence=prominence,
-                        min_area_px=min_area_px,
-                    ),
-                )
-                for distance_map, truth in materialised
-            ]
+            values = (axis[i] for axis, i in zip(axes, index, strict=True))
+            thresholds = Thresholds(*values, min_area_px=min_area_px)
+            tables = [overlap_table(truth, to_labels(found, thresholds)) for found, truth in pairs]
             score = _score([count(table) for table in tables], attribute, average)
-            num_pred = sum(table.num_pred for table in tables)
-            tried[index] = TuningPoint(peak, fill, prominence, score, num_pred)
+            tried[index] = TuningPoint(thresholds, score, sum(table.num_pred for table in tables))
             if progress is not None:
                 progress(len(tried), tried[index])
         return tried[index].score
@@ -233,30 +219,24 @@ def tune_thresholds(
             try_point(index)
     else:
         _coordinate_search(axes, everything, try_point)
-
-    best_index = max(sorted(tried), key=lambda index: tried[index].score)
-    best = tried[best_index]
+    points = tuple(tried[index] for index in sorted(tried))
     return TuningResult(
-        peak_threshold=best.peak_threshold,
-        fill_threshold=best.fill_threshold,
-        min_prominence=best.min_prominence,
-        min_area_px=min_area_px,
-        best_score=best.score,
+        best=max(points, key=lambda point: point.score),
         metric=f"{metric}_{average}",
-        num_samples=len(materialised),
+        num_samples=len(pairs),
         num_truth=num_truth,
-        points=tuple(tried[index] for index in sorted(tried)),
+        points=points,
     )
 
 
-def check_metric(metric: str) -> None:
-    """Refuse what `tune_thresholds` does not know as a metric.
+def tuned_values(thresholds: Thresholds) -> dict[str, float]:
+    """The thresholds that the search varies, by name."""
+    names = ("peak_threshold", "fill_threshold", "min_prominence")
+    return {name: getattr(thresholds, name) for name in names}
 
-    Raises
-    ------
-    ValueError
-        The message names those that it knows.
-    """
+
+def check_metric(metric: str) -> None:
+    """Raise a ValueError, which names the known metrics, if `tune_thresholds` does not know this one."""
     _metric_counter(metric)
 
 
@@ -290,31 +270,24 @@ def _mean_ratio(counts: Sequence[Any], attribute: str) -> float:
     return math.fsum(getattr(count, attribute) for count in counts) / len(counts)
 
 
-def _checked_grid(grid: Sequence[float], name: str) -> list[float]:
-    values = sorted({float(value) for value in grid})
-    if not values or not all(math.isfinite(value) for value in values):
-        raise ValueError(
-            f"`{name}` must hold one or more finite numbers, got {list(grid)}: "
-            "give the thresholds to try."
-        )
-    return values
-
-
 def _checked_samples(
     samples: Iterable[tuple[NDArray[Any], NDArray[Any]]],
-) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+) -> tuple[list[tuple[NDArray[Any], NDArray[Any]]], int]:
+    """(distance map, truth) of every sample, and the number of true cells in all of them."""
     pairs = [(np.asarray(distance_map), np.asarray(truth)) for distance_map, truth in samples]
-    if not pairs:
-        raise DataSetError(
-            "Thresholds are tuned on at least one image, got no sample: give validation images."
-        )
     for distance_map, truth in pairs:
         if distance_map.shape != truth.shape:
             raise ValueError(
                 f"distance map and truth of a sample must have the same shape, got "
                 f"{distance_map.shape} and {truth.shape}: use the map of the same image."
             )
-    return pairs
+    num_truth = sum(int(np.count_nonzero(np.unique(truth))) for _, truth in pairs)
+    if not num_truth:
+        raise DataSetError(
+            f"thresholds must be tuned on images with cells, got {len(pairs)} images without any "
+            "true cell: give validation images whose labels hold cells."
+        )
+    return pairs, num_truth
 
 
 def _valid_indices(

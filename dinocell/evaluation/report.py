@@ -1,0 +1,203 @@
+"""Scores of many images as tables: per image, pooled, and as means over images.
+
+per image
+    ``seg``, ``ap50``, ...: one row per image.
+``*_pooled``
+    All cells of all images as one big image: counts are summed before anything is divided.
+``*_mean``
+    Mean of the per-image scores, each image with the same weight.  Scores that do not exist for an
+    image (nan, for example AP of an image without true and predicted cells) are left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from typing import Any
+
+from dinocell.evaluation.scores import DEFAULT_IOU_THRESHOLDS, ImageScores, threshold_name
+from dinocell.files import atomic_path, write_text_atomically
+from dinocell.results.table import align_columns
+
+__all__ = ["EvaluationReport", "write_csv"]
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Scores of many images: per image, pooled, and as means over images.
+
+    Attributes
+    ----------
+    images : tuple of ImageScores
+        In the order they were given, at least one.
+    iou_thresholds : tuple of float
+    boundary_tolerance_px : float
+    missing_predictions : tuple of str
+        Names of images without a prediction that were scored as if nothing had been found.
+    """
+
+    images: tuple[ImageScores, ...]
+    iou_thresholds: tuple[float, ...]
+    boundary_tolerance_px: float
+    missing_predictions: tuple[str, ...] = field(default=())
+
+    @property
+    def num_empty_images(self) -> int:
+        """Images without true and without predicted cells; the means of most scores skip them."""
+        return sum(image.is_empty for image in self.images)
+
+    @cached_property
+    def total(self) -> ImageScores:
+        """Counts of all images added up."""
+        return reduce(ImageScores.__add__, self.images)
+
+    @cached_property
+    def pooled(self) -> dict[str, float]:
+        """``seg_pooled``, ``ap50_pooled``, ...: sums over all images before dividing."""
+        return {f"{name}_pooled": value for name, value in self.total.scores().items()}
+
+    @cached_property
+    def mean(self) -> dict[str, float]:
+        """``seg_mean``, ``ap50_mean``, ...: means of the per-image scores that exist, else nan."""
+        rows = [image.scores() for image in self.images]
+        means = {}
+        for name in rows[0]:
+            values = [row[name] for row in rows if not math.isnan(row[name])]
+            means[f"{name}_mean"] = math.fsum(values) / len(values) if values else math.nan
+        return means
+
+    def summary_rows(self) -> list[tuple[str, float, float]]:
+        """(score, pooled, mean over images) for every score."""
+        return [
+            (name, self.pooled[f"{name}_pooled"], self.mean[f"{name}_mean"])
+            for name in self.total.scores()
+        ]
+
+    def image_rows(self) -> list[dict[str, str | int | float]]:
+        """One row per image: `name`, the counts, the scores."""
+        return [{"name": image.name} | image.counts() | image.scores() for image in self.images]
+
+    def table(
+        self,
+        *,
+        per_image: bool = False,
+        image_columns: Sequence[str] | None = None,
+    ) -> list[str]:
+        """The report as aligned lines of plain text.
+
+        Parameters
+        ----------
+        per_image : bool
+            Put one line per image before the summary.
+        image_columns : sequence of str, optional
+            Columns of `image_rows` shown per image.  Default: counts of cells, SEG, DET, OP_CSB, AP at
+            those of 0.5, 0.75 and 0.9 that were evaluated (else at the first three thresholds), F1
+            and PQ at the first of them, AJI, boundary F.
+
+        Raises
+        ------
+        ValueError
+            A column is unknown.
+        """
+        lines: list[str] = []
+        if per_image:
+            lines += [*self._image_lines(image_columns), ""]
+        total, skipped, missing = self.total, self.num_empty_images, len(self.missing_predictions)
+        lines.append(
+            f"{len(self.images)} images, {total.num_truth} true cells, "
+            f"{total.num_pred} predicted cells"
+        )
+        if missing:
+            lines.append(
+                f"{missing} images have no prediction: they count as images without any found cell"
+            )
+        rows = [("score", "pooled", "mean over images")]
+        for name, pooled, mean in self.summary_rows():
+            rows.append((name, _as_text(name, pooled), _as_text(name, mean)))
+        lines += align_columns(rows)
+        if skipped:
+            lines.append(
+                f"{skipped} of {len(self.images)} images have no true and no predicted cell: "
+                "left out of the means, except of the count error"
+            )
+        return lines
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write one row per image (counts and scores, "nan" where a score does not exist).
+
+        Pooled scores and means are not rows of this table; `to_json` holds them.  The file appears
+        whole or not at all.
+        """
+        write_csv(path, self.image_rows())
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write settings, pooled scores, means and the rows of all images.
+
+        A score that does not exist is null.  The file appears whole or not at all.
+        """
+        document = {
+            "iou_thresholds": list(self.iou_thresholds),
+            "boundary_tolerance_px": self.boundary_tolerance_px,
+            "num_images": len(self.images),
+            "num_empty_images": self.num_empty_images,
+            "missing_predictions": list(self.missing_predictions),
+            "totals": self.total.counts(),
+            "pooled": _without_nan(self.pooled),
+            "mean": _without_nan(self.mean),
+            "images": [_without_nan(row) for row in self.image_rows()],
+        }
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+        write_text_atomically(path, text + "\n")
+
+    def _image_lines(self, columns: Sequence[str] | None) -> list[str]:
+        rows = self.image_rows()
+        if columns is None:
+            usual = [iou for iou in self.iou_thresholds if iou in DEFAULT_IOU_THRESHOLDS]
+            shown = usual or self.iou_thresholds[:3]
+            columns = [
+                *("num_truth", "num_pred", "seg", "det", "op_csb"),
+                *(threshold_name("ap", iou) for iou in shown),
+                *(threshold_name("f1", shown[0]), threshold_name("pq", shown[0])),
+                *("aji", "boundary_f"),
+            ]
+        unknown = [name for name in columns if name not in rows[0]]
+        if unknown:
+            raise ValueError(
+                f"`image_columns` must be columns of the image rows, got {', '.join(unknown)}: "
+                f"choose among {', '.join(rows[0])}."
+            )
+        cells = [("name", *columns)]
+        for row in rows:
+            cells.append((str(row["name"]), *(_as_text(name, row[name]) for name in columns)))
+        return align_columns(cells)
+
+
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the same columns, at least one; the file appears whole or not at all."""
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _as_text(name: str, value: Any) -> str:
+    if isinstance(value, int):
+        return str(value)
+    if math.isnan(value):
+        return "-"
+    return f"{value:.2f}" if name in ("count_error", "count_error_abs") else f"{value:.4f}"
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and math.isnan(value) else value
+        for key, value in row.items()
+    }
