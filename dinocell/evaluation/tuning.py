@@ -204,8 +204,8 @@ def tune_thresholds(
 
     def try_point(index: _Index) -> float:
         if index not in tried:
-            values = (axis[i] for axis, i in zip(axes, index, strict=True))
-            thresholds = Thresholds(*values, min_area_px=min_area_px)
+            peak, fill, prominence = (axis[i] for axis, i in zip(axes, index, strict=True))
+            thresholds = Thresholds(peak, fill, prominence, min_area_px)
             tables = [overlap_table(truth, to_labels(found, thresholds)) for found, truth in pairs]
             score = _score([count(table) for table in tables], attribute, average)
             tried[index] = TuningPoint(thresholds, score, sum(table.num_pred for table in tables))

@@ -36,7 +36,7 @@ from dinocell.errors import (
     MissingExtraError,
     StoppedError,
 )
-from dinocell.evaluation.thresholds import TuningResult, tune_thresholds
+from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
 from dinocell.files import write_text_atomically
 from dinocell.network.backbone import load_backbone_weights
 from dinocell.network.model import DINOCell, save_model, with_config
@@ -77,16 +77,14 @@ _FREE_KEYS = (
 )
 # Keys that runs of earlier versions lack; those had one process, where they change nothing.
 _LATER_KEYS = (("optimizer", "scaling_rule"),)
-_COARSE_GRIDS: dict[str, Any] = {
-    "peak_grid": (0.4, 0.5, 0.6, 0.7),
-    "fill_grid": (0.1, 0.2, 0.3, 0.4),
-    "prominence_grid": (0.05, 0.15),
-}
-_FINE_GRIDS: dict[str, Any] = {
-    "peak_grid": tuple(np.arange(0.30, 0.86, 0.05).round(2).tolist()),
-    "fill_grid": tuple(np.arange(0.05, 0.61, 0.05).round(2).tolist()),
-    "prominence_grid": (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
-}
+_COARSE_GRIDS = ThresholdGrids(
+    peak_grid=(0.4, 0.5, 0.6, 0.7), fill_grid=(0.1, 0.2, 0.3, 0.4), prominence_grid=(0.05, 0.15)
+)
+_FINE_GRIDS = ThresholdGrids(
+    peak_grid=np.arange(0.30, 0.86, 0.05).round(2).tolist(),
+    fill_grid=np.arange(0.05, 0.61, 0.05).round(2).tolist(),
+    prominence_grid=(0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
+)
 
 
 class TrainingInterruptedError(StoppedError):
@@ -486,21 +484,21 @@ class _Trainer:
             self.validations_without_gain + 1,
         )
         tuned = tune_thresholds(
-            samples, metric="ap50", min_area_px=self.config.model.min_area_px, **_COARSE_GRIDS
+            samples, _COARSE_GRIDS, metric="ap50", min_area_px=self.config.model.min_area_px
         )
-        ap = tuned.best_score
+        ap = tuned.best.score
         if ap > best_ap:
             best_ap, best_step, without_gain = ap, self.step, 0
             save_model(
                 self.output_dir / "best.safetensors",
-                with_config(self.averaged, **_thresholds(tuned)),
+                with_config(self.averaged, **tuned_values(tuned.thresholds)),
             )
         self._log(
             {
                 "step": self.step,
                 "val_ap50_pooled": ap,
                 "val_seconds": time.monotonic() - started,
-                **_thresholds(tuned),
+                **tuned_values(tuned.thresholds),
             }
         )
         bar.write(f"step {self.step}: validation AP@0.5 {ap:.4f} (best {best_ap:.4f})")
@@ -679,17 +677,15 @@ class _Trainer:
     ) -> TrainResult:
         """Choose the final thresholds, write the model and the curves."""
         tuned = tune_thresholds(
-            samples, metric="ap", min_area_px=self.config.model.min_area_px, **_FINE_GRIDS
+            samples, _FINE_GRIDS, metric="ap", min_area_px=self.config.model.min_area_px
         )
         final = tune_thresholds(
             samples,
+            ThresholdGrids(*([value] for value in tuned_values(tuned.thresholds).values())),
             metric="ap50",
             min_area_px=self.config.model.min_area_px,
-            peak_grid=(tuned.peak_threshold,),
-            fill_grid=(tuned.fill_threshold,),
-            prominence_grid=(tuned.min_prominence,),
         )
-        shipped = with_config(best, **_thresholds(tuned))
+        shipped = with_config(best, **tuned_values(tuned.thresholds))
         shipped.card = {
             "name": self.config.name,
             "description": self.config.description,
@@ -707,8 +703,8 @@ class _Trainer:
             "best_step": self.best_step,
             "seed": self.config.seed,
             "metrics": {
-                "val_ap50_pooled": final.best_score,
-                "val_ap_mean_pooled": tuned.best_score,
+                "val_ap50_pooled": final.best.score,
+                "val_ap_mean_pooled": tuned.best.score,
             },
         }
         model_path = self.output_dir / "model.safetensors"
@@ -719,8 +715,8 @@ class _Trainer:
         return TrainResult(
             model_path=model_path,
             step=self.step,
-            val_ap50=final.best_score,
-            thresholds=_thresholds(tuned),
+            val_ap50=final.best.score,
+            thresholds=tuned_values(tuned.thresholds),
             stopped_early=stopped_early,
         )
 
@@ -747,14 +743,6 @@ class _StepSampler(Sampler[list[int]]):
         for step in self.steps:
             first = (step * self.world_size + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
-
-
-def _thresholds(tuned: TuningResult) -> dict[str, float]:
-    return {
-        "peak_threshold": tuned.peak_threshold,
-        "fill_threshold": tuned.fill_threshold,
-        "min_prominence": tuned.min_prominence,
-    }
 
 
 def _wandb_mode() -> Literal["online", "offline", "disabled"]:
