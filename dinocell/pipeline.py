@@ -27,7 +27,7 @@ __all__ = ["DINOCellPipeline", "Segmentation", "segment"]
 
 DEFAULT_MODEL = "dinocell-tiny"
 
-_CHANNEL_HINT = "choose one with channels=0 (--channels 0), or several, which are averaged"
+_CHANNEL_HINT = "choose one with `channels`, or several, which are averaged"
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,14 @@ class DINOCellPipeline:
     tile_px : int, optional
         Visit the windows region by region of this size; the result is the same.
     precision : `fp32` or `bf16`
+        bf16 is faster and differs in the third digit.
     peak_threshold, fill_threshold, min_prominence, min_area_px : optional
-        In place of the model's own.
+        In place of the model's own: see `dinocell.segmentation.thresholds.Thresholds`.
+
+    Raises
+    ------
+    UsageError, ConfigError
+        The model or the device does not exist, or the thresholds do not fit together.
     """
 
     def __init__(
@@ -263,13 +269,13 @@ class DINOCellPipeline:
                 pixels = self._average(pixels)
         elif chosen is not None and any(channel not in (0, "0") for channel in chosen):
             raise UsageError(
-                f"channels must exist in the image, got {list(chosen)} for a gray image{where}: leave "
-                "the option out"
+                f"`channels` must exist in the image, got {list(chosen)} for a gray image{where}: leave "
+                "it out"
             )
         if not allow_mask and looks_like_labels(pixels):
             raise failure(
                 f"an image of intensities is needed, got what looks like a mask or label image{where}: "
-                "give the raw image, or allow_mask=True (--allow-mask) if it is one"
+                "give the raw image, or set `allow_mask` if this is one"
             )
         return pixels, pixel_size_um, stem
 

@@ -342,7 +342,7 @@ class Exporter:
     suffix : str
         What follows the image's name in the file name: ``_outlines.geojson``.
     description : str
-        One line for ``--help``.
+        One line for the help text.
     write : callable
         ``write(path, labels, table)``; the table may be None.  Of the table, the outlines take the
         measurements and TIFF takes the pixel size; the other formats hold neither.
@@ -380,4 +380,4 @@ EXPORT_FORMATS: Mapping[str, Exporter] = MappingProxyType(
         "coco": Exporter("_coco.json", "run-length masks, COCO instances", _export_coco),
     }
 )
-"""What `dinocell segment --format` takes, by name."""
+"""What `dinocell segment` writes, by name."""

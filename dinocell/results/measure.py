@@ -161,8 +161,8 @@ def measure_labels(
     Raises
     ------
     TypeError, ValueError
-        See `dinocell.labels.as_labels`; or the image does not fit the labels, is complex, or the channel names do
-        not fit the image; or `pixel_size_um` is not positive; or `neighbor_distance_px` is below 1.
+        See `dinocell.labels.as_labels`; or the image does not fit the labels or is complex; or the
+        channel names do not fit; or `pixel_size_um` is not above 0; or `neighbor_distance_px` is below 1.
 
     Notes
     -----
@@ -173,8 +173,7 @@ def measure_labels(
     `circularity` takes the Crofton perimeter because it stays right for round cells of any size:
     for discs of radius 5 to 40 px the ratio is 0.88 to 1.03 (0.97 and more from 20 px on), for a
     large 2:1 ellipse 0.82 to 0.85 (0.84 is true), whereas `perimeter` gives 1.11 falling to 0.91,
-    and 0.76.  The price is a straight-edged cell: a diamond gets 0.87 where 0.79 is true.  What
-    exceeds 1 is cut to 1.  Some programs give the name circularity to the inverse.
+    and 0.76.  A diamond, in return, gets 0.87 where 0.79 is true.  What exceeds 1 is cut to 1.
 
     References
     ----------

@@ -92,7 +92,7 @@ def _search(
     closest = np.empty(num_cells, np.int64)
     counted_for = np.full(num_cells, -1, np.int64)
     for k in range(num_cells):
-        best = _FAR
+        best: Any = _FAR
         r, c = np.int64(pixel[first[k], 0]), np.int64(pixel[first[k], 1])
         ring = 0
         while best > (ring * square) ** 2 and ring <= max(grid_rows, grid_cols):

@@ -228,26 +228,9 @@ def overlay_panel(
         raise ValueError(f"`max_panel_px` must be 64 or more, got {max_panel_px}.")
     if pixel_size_um is not None and not (math.isfinite(pixel_size_um) and pixel_size_um > 0):
         raise ValueError(f"`pixel_size_um` must be a finite number > 0, got {pixel_size_um}.")
-    num_cells = len(number_cells(labels)[0])
     factor = math.ceil(max(labels.shape) / max_panel_px)
     repeat = max(1, min(_MIN_PANEL_PX // max(labels.shape), 64)) if factor == 1 else 1
-    limits = _limits(array, _LOW_PERCENT, _HIGH_PERCENT)
-    small_labels = shrink_labels(labels, factor)
-    shown = _compose(mean_blocks(array, factor), limits)
-    outlined = draw_contours(
-        _enlarge(shown, repeat),
-        _enlarge(small_labels, repeat),
-        thickness_px=max(1, min(repeat // 2, 2)),
-        stretch=False,
-    )
-    colored = color_labels(small_labels)
-    size = "" if factor == repeat == 1 else f" (1:{factor})" if factor > 1 else f" ({repeat}:1)"
-    cells = "1 cell" if num_cells == 1 else f"{num_cells} cells"
-    panels = [
-        ("image" + size, _enlarge(shown, repeat)),
-        (f"contours: {cells}", outlined),
-        ("labels", _enlarge(colored, repeat)),
-    ]
+    panels = _panels(array, labels, factor, repeat)
     if distance_map is not None:
         map_array = np.asarray(distance_map)
         _check_same_size(map_array, labels, "distance_map")
@@ -273,6 +256,29 @@ def overlay_panel(
         step_um = pixel_size_um * factor / repeat
         _draw_scale_bar(draw, (gap, top + line, gap + width, top + line + height), step_um)
     return np.asarray(canvas).copy()
+
+
+def _panels(
+    array: NDArray[np.generic], labels: NDArray[np.uint32], factor: int, repeat: int
+) -> list[tuple[str, RGBImage]]:
+    """Captions and pictures of image, contours and labels, shrunk by `factor` or enlarged by `repeat`."""
+    num_cells = len(number_cells(labels)[0])
+    limits = _limits(array, _LOW_PERCENT, _HIGH_PERCENT)
+    small_labels = shrink_labels(labels, factor)
+    shown = _enlarge(_compose(mean_blocks(array, factor), limits), repeat)
+    outlined = draw_contours(
+        shown,
+        _enlarge(small_labels, repeat),
+        thickness_px=max(1, min(repeat // 2, 2)),
+        stretch=False,
+    )
+    size = "" if factor == repeat == 1 else f" (1:{factor})" if factor > 1 else f" ({repeat}:1)"
+    cells = "1 cell" if num_cells == 1 else f"{num_cells} cells"
+    return [
+        ("image" + size, shown),
+        (f"contours: {cells}", outlined),
+        ("labels", _enlarge(color_labels(small_labels), repeat)),
+    ]
 
 
 def write_png(path: str | os.PathLike[str], rgb: ArrayLike) -> None:

