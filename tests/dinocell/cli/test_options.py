@@ -60,7 +60,6 @@ def test_a_dataclass_becomes_options_and_arrives_as_one_object():
     ("flags", "target", "other"),
     [
         (segment.SegmentFlags, SegmentOptions, {"formats", "channels"}),
-        (evaluate.Tuning, evaluate_model, {"tune", "metric"}),
         (inspecting.Fields, inspect_checkpoints, set()),
         (inspecting.Inspecting, inspect_checkpoints, set()),
         (jump.Store, StreamOptions, set()),
