@@ -1,4 +1,4 @@
-"""`dinocell demo`: the bundled samples through the bundled model, scored against their truth."""
+"""`dinocell demo`: segment the bundled sample images and score the result against their truth."""
 
 from __future__ import annotations
 
@@ -104,11 +104,11 @@ def run_demo(
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
-        raise UsageError(f"the output must be a folder, got the file {out}: choose another name")
+        raise UsageError(f"`out` must be a folder, got the file {out}: choose another name")
     if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).exists():
         raise UsageError(
-            f"the output folder of the demo must be new or of an earlier demo, got {out} with other "
-            "files in it: choose another `out`"
+            f"`out` must be a new folder or that of an earlier demo, got {out} with other files in it: "
+            "choose another folder"
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARKER).touch()
