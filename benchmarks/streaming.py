@@ -145,9 +145,9 @@ def rate(dataset: Any, count: int, field_bytes: float) -> dict[str, float]:
     return {
         "fields_per_s": count / seconds,
         "mb_per_s": count * field_bytes / 1e6 / seconds,
-        "requests_per_s": dataset._own.store.counts["requests"] / seconds,
+        "requests_per_s": dataset._own.reader.store.counts["requests"] / seconds,
         "cpu_cores": (used_s() - cpu) / seconds,
-        "retries": sum(n for k, n in dataset._own.store.counts.items() if "retries" in k),
+        "retries": sum(n for k, n in dataset._own.reader.store.counts.items() if "retries" in k),
     }
 
 
@@ -162,7 +162,7 @@ def from_memory(dataset: Any, count: int, field_bytes: float) -> dict[str, float
     def get(key: str, accept: Any = None) -> Any:
         return bodies[key] if accept is None else accept(bodies[key])
 
-    own.store.get = get
+    own.reader.store.get = get
     return rate(dataset, count, field_bytes)
 
 

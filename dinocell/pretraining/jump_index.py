@@ -106,7 +106,7 @@ def index_plates(
                 reader,
                 plates,
                 out,
-                source=source.kind,
+                kind=source.kind,
                 channels=channels,
                 threads=threads,
                 progress=lambda name, count: bar.advance(note=f"{name}: {count} fields"),

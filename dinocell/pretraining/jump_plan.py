@@ -37,17 +37,19 @@ def describe_plan(
     UsageError
         A number is not positive.
     """
-    from dinov3.cells.streaming.plan import make_plan
+    from dinov3.cells.streaming.plan import Workload, make_plan
 
     with streaming_errors():
         plan = make_plan(
-            step_seconds=step_seconds,
-            batch=batch,
-            cores=cores,
-            megabytes_per_s=megabytes_per_s,
-            field_megabytes=field_megabytes,
-            decode_ms=decode_ms,
-            augment_ms=augment_ms,
+            Workload(
+                step_seconds=step_seconds,
+                batch=batch,
+                cores=cores,
+                megabytes_per_s=megabytes_per_s,
+                field_megabytes=field_megabytes,
+                decode_ms=decode_ms,
+                augment_ms=augment_ms,
+            )
         )
     lines = [
         f"{plan.samples_per_s:.1f} samples/s; {field_megabytes:g} MB a field, {decode_ms:g} ms to decode "

@@ -174,7 +174,7 @@ def records_of_table(
         if not columns:
             raise ValueError(
                 f"a load_data table must have FileName_Orig columns, got {', '.join(list(row)[:8])} in "
-                f"{plate.tables}: use --from listing"
+                f"{plate.tables}: choose `kind=listing`"
             )
         for match in columns:
             channel, name = match["channel"], _text(row[match[0]])
@@ -214,7 +214,7 @@ def _key(row: Mapping[str, Any], channel: str, name: str, plate: PlateFolder) ->
         return plate.images + "/".join([*below, name])
     raise ValueError(
         f"a load_data table must say where {name} is, got neither URL_Orig{channel} nor an image folder "
-        f"of {plate.name}: use --from listing"
+        f"of {plate.name}: choose `kind=listing`"
     )
 
 
@@ -263,7 +263,7 @@ def records_of_listing(
     if not fields:
         raise ValueError(
             f"{plate.name} must have files of known names ({', '.join(PATTERNS)}) and channels, got "
-            f"{files} images, {unknown} of other names: check --channels-table"
+            f"{files} images, {unknown} of other names: check the `channels_table`"
         )
     for (well, site), (found, total) in sorted(fields.items()):
         yield FieldRecord(plate.name, well, site, dict(sorted(found.items())), total)
@@ -308,7 +308,7 @@ def make_index(
     plates: Iterable[PlateFolder],
     out: str | Path,
     *,
-    source: str = "auto",
+    kind: str = "auto",
     channels: Mapping[str, Mapping[str, str]] | None = None,
     threads: int = 16,
     progress: Callable[[str, int], None] | None = None,
@@ -317,7 +317,7 @@ def make_index(
 
     Args:
         out: file of the index; beside it `OUT.plates/` holds finished plates until all are.
-        source: tables, listing, or auto: tables where there are any.
+        kind: tables, listing, or auto: tables where there are any.
         channels: source (or "") → number in file names → channel, for listings.
         progress: called with each finished plate and its number of fields.
 
@@ -327,53 +327,23 @@ def make_index(
     Raises:
         ValueError: a plate has no table and no channels are known for a listing; no field.
     """
-    if source not in ("auto", "tables", "listing"):
-        raise ValueError(f"--from must be auto, tables or listing, got {source!r}: choose one")
-    out = Path(out)
-    work = out.with_name(f"{out.name}.plates")
-    work.mkdir(parents=True, exist_ok=True)
-
-    # What a plate was made with: a kept one of another call must not slip in.
-    made_with = json.dumps(
-        [
-            store.options.url,
-            store.options.endpoint,
-            source,
-            {k: dict(v) for k, v in (channels or {}).items()},
-        ],
-        sort_keys=True,
-    )
-
-    def read(kept: Path) -> list[Any] | None:
-        try:
-            content = json.loads(kept.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        fits = isinstance(content, dict) and content.get("made_with") == made_with
-        return content["rows"] if fits else None
-
-    def one(plate: PlateFolder) -> Path:
-        kept = work / f"{plate.name.replace('/', '__')}.json"
-        if read(kept) is None:
-            records = _records(store, plate, source, channels or {})
-            rows = [[r.plate, r.well, r.site, dict(r.keys), r.size_bytes] for r in records]
-            write_text_atomically(kept, json.dumps({"made_with": made_with, "rows": rows}))
-        return kept
-
-    plates = list(plates)
+    if kind not in ("auto", "tables", "listing"):
+        raise ValueError(f"`kind` must be auto, tables or listing, got {kind!r}: choose one")
+    out, plates, channels = Path(out), list(plates), channels or {}
+    kept = _KeptPlates(out.with_name(f"{out.name}.plates"), store, kind, channels)
     skipped: list[str] = []
-    writer = IndexWriter(store.options.url, f"{len(plates)} plates, {source}")
+    writer = IndexWriter(store.options.url, f"{len(plates)} plates, {kind}")
     with ThreadPoolExecutor(threads) as pool:
-        pending = {pool.submit(one, plate): plate for plate in plates}
+        pending = {pool.submit(kept.make, plate): plate for plate in plates}
         try:
             for done in as_completed(list(pending)):
                 plate = pending.pop(done)  # so that its result can go
                 try:
-                    rows = read(done.result()) or []
+                    rows = kept.rows(done.result()) or []
                 except _WithoutChannels as error:
-                    if source != "auto":
+                    if kind != "auto":
                         raise
-                    logger.warning("left out: %s", error)
+                    logger.warning("A plate was left out: %s", error)
                     skipped.append(plate.name)
                     continue
                 for row in rows:
@@ -386,12 +356,49 @@ def make_index(
     if plates and len(skipped) == len(plates):
         raise ValueError(
             f"plates must have a load_data table or known channels, got {len(skipped)} without "
-            f"({skipped[0]}): give --channels-table with the columns source, number, channel"
+            f"({skipped[0]}): give a `channels_table` with the columns source, number, channel"
         )
     writer.write(out)
-    shutil.rmtree(work)
+    shutil.rmtree(kept.folder)
     writer.skipped = sorted(skipped)
     return writer
+
+
+class _KeptPlates:
+    """Finished plates in a folder, so that an index that was interrupted continues with the others."""
+
+    def __init__(
+        self,
+        folder: Path,
+        store: ObjectStore,
+        source: str,
+        channels: Mapping[str, Mapping[str, str]],
+    ) -> None:
+        self.folder, self.store, self.source, self.channels = folder, store, source, channels
+        folder.mkdir(parents=True, exist_ok=True)
+        # What a plate was made with: one that was kept by another call must not slip in.
+        numbers = {k: dict(v) for k, v in channels.items()}
+        self.made_with = json.dumps(
+            [store.options.url, store.options.endpoint, source, numbers], sort_keys=True
+        )
+
+    def rows(self, kept: Path) -> list[Any] | None:
+        """Fields of a plate's file; None where there is none of this call's settings."""
+        try:
+            content = json.loads(kept.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        fits = isinstance(content, dict) and content.get("made_with") == self.made_with
+        return content["rows"] if fits else None
+
+    def make(self, plate: PlateFolder) -> Path:
+        """The file of a plate, read from the store unless it was kept."""
+        kept = self.folder / f"{plate.name.replace('/', '__')}.json"
+        if self.rows(kept) is None:
+            records = _records(self.store, plate, self.source, self.channels)
+            rows = [[r.plate, r.well, r.site, dict(r.keys), r.size_bytes] for r in records]
+            write_text_atomically(kept, json.dumps({"made_with": self.made_with, "rows": rows}))
+        return kept
 
 
 class _WithoutChannels(ValueError):
@@ -411,14 +418,14 @@ def _records(
             return
     if source == "tables":
         raise ValueError(
-            f"{plate.name} must have a load_data table, got none in {plate.tables or 'its workspace'}: use "
-            "--from listing"
+            f"{plate.name} must have a load_data table, got none in {plate.tables or 'its workspace'}: choose "
+            "`kind=listing`"
         )
     numbers = channels.get(plate.source) or channels.get("")
     if not numbers:
         raise _WithoutChannels(
             f"a listing of {plate.name} must know the channels, got no row for {plate.source}: give "
-            "--channels-table with the columns source, number, channel"
+            "a `channels_table` with the columns source, number, channel"
         )
     if not plate.images:
         raise ValueError(f"{plate.name} must have an image folder, got none: check the selection")
@@ -445,7 +452,7 @@ def records_of_jump_lite(
     """
     if codec not in _JUMP_LITE_CODECS:
         raise ValueError(
-            f"--codec must be one of {', '.join(_JUMP_LITE_CODECS)}, got {codec!r}: choose one"
+            f"`codec` must be one of {', '.join(_JUMP_LITE_CODECS)}, got {codec!r}: choose one"
         )
     pattern = selection.strip("/")
     for row in rows:
@@ -455,7 +462,7 @@ def records_of_jump_lite(
             if name not in lower:
                 raise ValueError(
                     f"JUMP-Lite's list must have the column {name}, got {', '.join(map(str, row))}: "
-                    "check --table"
+                    "check the `table`"
                 )
             parts[name] = _text(row[lower[name]])
         plate = "/".join(("cpg0016-jump", parts["source"], parts["batch"], parts["plate"]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dinov3.cells.streaming.order import FieldOrder
 
-__all__ = ["Need", "Plan", "make_plan"]
+__all__ = ["Need", "Plan", "Workload", "make_plan"]
 
 _VISITS = (1, 2, 4, 8, 16, 32, 64)
 _AHEAD = 48  # as StreamOptions.ahead
@@ -58,77 +58,84 @@ class Plan:
     advice: str
 
 
-def make_plan(
-    *,
-    step_seconds: float,
-    batch: int,
-    cores: float,
-    megabytes_per_s: float,
-    field_megabytes: float = 12.35,
-    channels: int = 5,
-    decode_ms: float = 30.0,
-    augment_ms: float = 16.1,
-    first_byte_s: float = 0.2,
-    spread: int = 8,
-    field_pool_megabytes: float = 11.7,
-) -> Plan:
-    """Needs of a training step.
+@dataclass(frozen=True)
+class Workload:
+    """A training step and the machine and line that feed it.
 
-    Args:
-        step_seconds: of one iteration.
+    Attributes:
+        step_seconds: duration of one iteration.
         batch: samples of it on this node, over all its GPUs.
-        cores: for data.
+        cores: CPU cores for data.
         megabytes_per_s: of the line to the store, 10**6 bytes.
         field_megabytes: of all files of a field; 12.35 in the JUMP pilot.
+        channels: files of a field.
         decode_ms: CPU time to decode a field.
         augment_ms: CPU time to make the crops of a sample (`benchmarks/multiview_augmentation.py`).
-        first_byte_s: of a request.
+        first_byte_s: until a request is answered.
+        spread: time steps between two visits of a field.
         field_pool_megabytes: of a decoded field.
 
     Raises:
         ValueError: a number that is not positive.
     """
-    given = {
-        "step_seconds": step_seconds, "batch": batch, "cores": cores, "mbps": megabytes_per_s,
-        "field_megabytes": field_megabytes, "channels": channels, "spread": spread,
-    }  # fmt: skip
-    for name, value in given.items():
-        if not (0 < value < math.inf):
-            raise ValueError(f"{name} must be positive, got {value}: correct it")
-    for name, value in (("decode_ms", decode_ms), ("augment_ms", augment_ms)):
-        if not (0 <= value < math.inf):
-            raise ValueError(f"{name} must be 0 or more, got {value}: correct it")
-    rate = batch / step_seconds
-    needs = []
-    for visits in _VISITS:
-        fields = rate / visits
-        network = fields * field_megabytes
-        requests = fields * channels
-        decode = fields * decode_ms / 1000
-        augment = rate * augment_ms / 1000
-        by_network = network / (_NETWORK_SHARE * megabytes_per_s)
-        by_cores = (decode + augment) / cores
-        needs.append(
-            Need(
-                visits,
-                network,
-                requests,
-                requests * first_byte_s,
-                decode,
-                augment,
-                FieldOrder(1, visits=visits, spread=spread).pool_fields(_AHEAD)
-                * field_pool_megabytes
-                / 1000,
-                max(by_network, by_cores),
-                "network" if by_network >= by_cores else "cores",
-            )
+
+    step_seconds: float
+    batch: int
+    cores: float
+    megabytes_per_s: float
+    field_megabytes: float = 12.35
+    channels: int = 5
+    decode_ms: float = 30.0
+    augment_ms: float = 16.1
+    first_byte_s: float = 0.2
+    spread: int = 8
+    field_pool_megabytes: float = 11.7
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in ("decode_ms", "augment_ms", "first_byte_s", "field_pool_megabytes"):
+                if not (0 <= value < math.inf):
+                    raise ValueError(f"`{name}` must be 0 or more, got {value}: correct it")
+            elif not (0 < value < math.inf):
+                raise ValueError(f"`{name}` must be positive, got {value}: correct it")
+
+    @property
+    def samples_per_s(self) -> float:
+        """What training consumes."""
+        return self.batch / self.step_seconds
+
+    def need(self, visits: int) -> Need:
+        """What the step takes when each fetched field is visited so often."""
+        fields = self.samples_per_s / visits
+        network = fields * self.field_megabytes
+        requests = fields * self.channels
+        decode = fields * self.decode_ms / 1000
+        augment = self.samples_per_s * self.augment_ms / 1000
+        by_network = network / (_NETWORK_SHARE * self.megabytes_per_s)
+        by_cores = (decode + augment) / self.cores
+        pooled = FieldOrder(1, visits=visits, spread=self.spread).pool_fields(_AHEAD)
+        return Need(
+            visits,
+            network,
+            requests,
+            requests * self.first_byte_s,
+            decode,
+            augment,
+            pooled * self.field_pool_megabytes / 1000,
+            max(by_network, by_cores),
+            "network" if by_network >= by_cores else "cores",
         )
+
+
+def make_plan(work: Workload) -> Plan:
+    """Needs of a training step for several numbers of visits, and the fewest that keep up."""
+    needs = [work.need(visits) for visits in _VISITS]
     fitting = [need for need in needs if need.data_share <= 1]
     if fitting:
         best = fitting[0]
         advice = (
             f"take visits={best.visits}: {best.megabytes_per_s:.0f} MB/s, {best.requests_per_s:.0f} "
-            f"requests/s, {best.decode_cores + best.augment_cores:.1f} of {cores:g} cores; the narrowest "
+            f"requests/s, {best.decode_cores + best.augment_cores:.1f} of {work.cores:g} cores; the narrowest "
             f"is {'the network' if best.bottleneck == 'network' else 'the cores'} at "
             f"{100 * best.data_share:.0f} %"
         )
@@ -136,7 +143,7 @@ def make_plan(
             advice += (
                 f"; a field holds {_WINDOWS_PER_FIELD} disjoint 256 px windows, so pixels repeat"
             )
-        return Plan(rate, needs, best.visits, advice)
+        return Plan(work.samples_per_s, needs, best.visits, advice)
     best = min(needs, key=lambda need: need.data_share)
     cure = (
         "more cores, or multiview.photometrics=device"
@@ -145,7 +152,7 @@ def make_plan(
     )
     advice = (
         f"no number of visits keeps up: with visits={best.visits} a step takes "
-        f"{best.data_share * step_seconds:.2f} s instead of {step_seconds:g} s, held up by the "
+        f"{best.data_share * work.step_seconds:.2f} s instead of {work.step_seconds:g} s, held up by the "
         f"{best.bottleneck}; get {cure}"
     )
-    return Plan(rate, needs, None, advice)
+    return Plan(work.samples_per_s, needs, None, advice)

@@ -47,15 +47,15 @@ class PackOptions:
 
     def __post_init__(self) -> None:
         if self.bits not in (8, 16):
-            raise ValueError(f"--bits must be 8 or 16, got {self.bits}: choose one")
+            raise ValueError(f"`bits` must be 8 or 16, got {self.bits}: choose one")
         if self.crop_px < 0:
-            raise ValueError(f"--crop must be 0 or more, got {self.crop_px}: 0 keeps all")
+            raise ValueError(f"`crop_px` must be 0 or more, got {self.crop_px}: 0 keeps all")
         if not 0 < self.scale <= 1:
-            raise ValueError(f"--scale must be above 0 and at most 1, got {self.scale}: correct it")
+            raise ValueError(f"`scale` must be above 0 and at most 1, got {self.scale}: correct it")
         if self.per_file < 1:
-            raise ValueError(f"--per-file must be at least 1, got {self.per_file}: raise it")
+            raise ValueError(f"`per_file` must be at least 1, got {self.per_file}: raise it")
         if not 1 <= self.level <= 22:
-            raise ValueError(f"--level must be 1 to 22, got {self.level}: 5 is usual")
+            raise ValueError(f"`level` must be 1 to 22, got {self.level}: 5 is usual")
 
 
 def pack_fields(
@@ -112,7 +112,7 @@ def _shaped(made: ChannelField, options: PackOptions) -> np.ndarray:
         size = options.crop_px
         if size > min(height, width):
             raise ValueError(
-                f"--crop must fit into the fields, got {size} for {made.name} of {height} x {width} px: "
+                f"`crop_px` must fit into the fields, got {size} for {made.name} of {height} x {width} px: "
                 "lower it"
             )
         top, left = (height - size) // 2, (width - size) // 2

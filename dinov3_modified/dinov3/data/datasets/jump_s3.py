@@ -7,16 +7,13 @@ function of seed and position (`streaming.order`), whatever arrives when.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,25 +22,19 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 import dinov3.distributed as distributed
-from dinov3.cells.fields import (
-    TIFF_STARTS,
-    ChannelField,
-    FieldError,
-    decode_planes,
-    is_constant,
-    make_field,
-)
-from dinov3.cells.files import write_text_atomically
+from dinov3.cells.fields import ChannelField, FieldError
+from dinov3.cells.streaming.field_reader import FieldReader, entry_to_field, field_to_entry
 from dinov3.cells.streaming.index import FieldIndex, FieldRecord
+from dinov3.cells.streaming.lost_fields import LostFields, append_lost, lost_names
 from dinov3.cells.streaming.order import FieldOrder, Visit
 from dinov3.cells.streaming.pool import ByteCache, FieldPool, shared_memory_folder
-from dinov3.cells.streaming.shards import ShardReader
+from dinov3.cells.streaming.process_counts import sum_of_counts, write_counts
+from dinov3.cells.streaming.store_options import StreamOptions
 from dinov3.cells.streaming.stores import (
     ObjectDamaged,
     ObjectMissing,
     ObjectStore,
     ObjectUnreadable,
-    StoreOptions,
 )
 from dinov3.cells.streaming.threads import RequestThreads
 from dinov3.data.datasets.extended import ExtendedVisionDataset
@@ -64,95 +55,17 @@ class TooManyLost(OSError):
     """More fields cannot be read than a run may lose."""
 
 
-@dataclass(frozen=True)
-class StreamOptions:
-    """How fields arrive; nothing here changes which samples a run sees.
-
-    Attributes:
-        store: URL or folder in place of the index's own, for example a local copy.
-        endpoint, region, signed, transport, connect_timeout_s, timeout_s, retries, backoff_max_s,
-            outage_s, requests_per_s, verify_md5: see `StoreOptions`.
-        threads: requests at once, of each process.
-        ahead: time steps (new fields) that fetching runs ahead.
-        pool_gb: memory of decoded fields, shared by the workers of a process; 0: what the order needs.
-        pool_folder: where it lies; empty: shared memory.
-        disk_cache: folder of fetched files; empty: none.
-        disk_cache_gb: its limit, over all processes that use it.
-        max_lost_share: of the fields reached; above it the run stops.
-    """
-
-    store: str = ""
-    endpoint: str = ""
-    region: str = "us-east-1"
-    signed: bool = False
-    transport: str = "obstore"
-    connect_timeout_s: float = 5.0
-    timeout_s: float = 30.0
-    retries: int = 8
-    backoff_max_s: float = 20.0
-    outage_s: float = 600.0
-    requests_per_s: float = 0.0
-    verify_md5: bool = True
-    threads: int = 16
-    ahead: int = 48
-    pool_gb: float = 0.0
-    pool_folder: str = ""
-    disk_cache: str = ""
-    disk_cache_gb: float = 100.0
-    max_lost_share: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name, least in (("threads", 1), ("ahead", 1), ("pool_gb", 0), ("max_lost_share", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"streaming.{name} must be at least {least}, got {getattr(self, name)}: raise it"
-                )
-        if self.disk_cache and self.disk_cache_gb <= 0:
-            raise ValueError(
-                f"streaming.disk_cache_gb must be positive, got {self.disk_cache_gb}: raise it"
-            )
-
-    @classmethod
-    def from_config(cls, section: Mapping[str, Any]) -> StreamOptions:
-        """Of the section `streaming` of a configuration, as plain values.
-
-        Raises:
-            ValueError: an unknown key, or a value out of range.
-        """
-        known = {item.name for item in fields(cls)}
-        if unknown := sorted(set(section) - known):
-            raise ValueError(
-                f"keys of streaming must be among {', '.join(sorted(known))}, got "
-                f"{', '.join(unknown)}: correct them"
-            )
-        options = cls(**section)
-        options.of_store("s3://checked")
-        return options
-
-    def of_store(self, url: str) -> StoreOptions:
-        """Those of the transport."""
-        known = {item.name for item in fields(StoreOptions)}
-        shared = {name: value for name, value in asdict(self).items() if name in known}
-        connections = max(self.threads, 1)
-        return StoreOptions(url=self.store or url, connections=connections, **shared)
-
-
 @dataclass
 class _Machinery:
     """What a process opens for itself."""
 
     pid: int
-    store: ObjectStore
-    requests: RequestThreads
+    reader: FieldReader
     fetchers: RequestThreads
-    shards: ShardReader
     running: dict[int, Future[Any]] = field(default_factory=dict)
     scheduled_to: int = -1
-    lost: dict[int, str] = field(default_factory=dict)
-    lost_bytes: int = 0
+    lost: LostFields = field(default_factory=LostFields)
     reported: float = 0.0
-    counts: Counter[str] = field(default_factory=Counter)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class JUMPS3Dataset(ExtendedVisionDataset):
@@ -335,9 +248,10 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         """
         count = len(self.rows)
         largest = 0
+        reader = (self._own or self._new_machinery()).reader
         for number in sorted({0, count // 3, 2 * count // 3, count - 1}):
             try:
-                largest = max(largest, self._fetch(self.record(number)).nbytes + 4096)
+                largest = max(largest, reader.field(self.record(number)).nbytes + 4096)
             except _LOSSES:
                 continue
         return largest or USUAL_FIELD_BYTES
@@ -355,15 +269,17 @@ class JUMPS3Dataset(ExtendedVisionDataset):
 
     def _new_machinery(self) -> _Machinery:
         threads = self.options.threads
-        store = ObjectStore(self.options.of_store(self.index.store))
-        return _Machinery(
-            os.getpid(),
-            store,
-            RequestThreads(threads),
-            # A field needs several requests; its own thread only waits and decodes.
-            RequestThreads(max(1, -(-threads // len(self.channels)))),
-            ShardReader(store),
+        reader = FieldReader(
+            ObjectStore(self.options.of_store(self.index.store)),
+            threads,
+            channels=self.channels,
+            percentiles=self.percentiles,
+            pixel_size_um=self.pixel_size_um,
+            disk=self._disk,
         )
+        # A field needs several requests; its own thread only waits and decodes.
+        fetchers = RequestThreads(max(1, -(-threads // len(self.channels))))
+        return _Machinery(os.getpid(), reader, fetchers)
 
     # --- samples ---
 
@@ -406,9 +322,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         Raises:
             One of `LOSSES`: the field cannot be used.  StoreUnreachable: nothing answers.
         """
-        if self._own is None or self._own.pid != os.getpid():
-            self._own = self._new_machinery()
-        return self._fetch(self.record(number))
+        return self._reader().field(self.record(number))
 
     def read_array(self, path: str) -> np.ndarray:
         """A Zarr array of the store that holds one field, such as its labels: (C, H, W).
@@ -416,16 +330,17 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         Raises:
             One of `LOSSES`: there is none.  StoreUnreachable: nothing answers.
         """
+        return self._reader().array(path)
+
+    def _reader(self) -> FieldReader:
+        """That of this process, without a pool."""
         if self._own is None or self._own.pid != os.getpid():
             self._own = self._new_machinery()
-        try:
-            return self._own.shards.planes({"": f"{path}#:0"})[""][None]
-        except ValueError as error:
-            raise FieldError(str(error)) from error
+        return self._own.reader
 
     def megabytes_read(self) -> float:
         """By this process from its store."""
-        return 0.0 if self._own is None else self._own.store.counts["bytes"] / 1e6
+        return 0.0 if self._own is None else self._own.reader.store.counts["bytes"] / 1e6
 
     def load_field(self, position: int) -> ChannelField:
         """The field of a position; of a lost one its stand-in.
@@ -467,107 +382,10 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         record = self.record(number)
         assert self._pool is not None
         facts, arrays = self._pool.get(record.name, partial(self._entry, record))
-        return ChannelField(
-            facts["name"],
-            arrays["planes"],
-            tuple(facts["channels"]),
-            arrays["low"],
-            arrays["high"],
-            None,
-            facts["pixel_size_um"],
-            arrays["foreground"].astype(bool),
-        )
+        return entry_to_field(facts, arrays)
 
     def _entry(self, record: FieldRecord) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        made = self._fetch(record)
-        facts = {
-            "name": made.name,
-            "channels": list(made.channels),
-            "pixel_size_um": made.pixel_size_um,
-        }
-        arrays = {
-            "planes": made.planes,
-            "low": made.low,
-            "high": made.high,
-            "foreground": made.foreground.astype(np.uint8),
-        }
-        return facts, arrays
-
-    def _fetch(self, record: FieldRecord) -> ChannelField:
-        """All channels of a field at once, decoded and looked at."""
-        own = self._own or self._new_machinery()
-        keys = {channel: record.keys[channel] for channel in self.channels}
-        if ShardReader.holds(next(iter(keys.values()))):
-            try:
-                planes = own.shards.planes(keys)
-            except ValueError as error:
-                raise FieldError(str(error)) from error
-            return self._made(own, record, planes)
-        futures = {
-            channel: own.requests.submit(partial(self._plane, own, record, channel))
-            for channel in self.channels
-        }
-        planes = {channel: future.result() for channel, future in futures.items()}
-        return self._made(own, record, planes)
-
-    def _made(
-        self, own: _Machinery, record: FieldRecord, planes: dict[str, np.ndarray]
-    ) -> ChannelField:
-        begun = time.perf_counter()
-        try:
-            made = make_field(
-                record.name,
-                planes,
-                pixel_size_um=self.pixel_size_um,
-                percentiles=self.percentiles,
-            )
-        except FieldError:
-            raise
-        except ValueError as error:
-            raise FieldError(f"{record.name} must be a field that can be used ({error})") from error
-        with own.lock:
-            own.counts["prepare_ms"] += round(1000 * (time.perf_counter() - begun))
-            own.counts["fields"] += 1
-        return made
-
-    def _plane(self, own: _Machinery, record: FieldRecord, channel: str) -> np.ndarray:
-        key = record.keys[channel]
-        name = f"{record.name} ({channel})"
-
-        def accept(data: bytes) -> tuple[bytes, np.ndarray]:
-            begun = time.perf_counter()
-            if key.lower().endswith((".tif", ".tiff")) and data[:4] not in TIFF_STARTS:
-                raise FieldError(f"{name} must begin as a TIFF, got {data[:4]!r}")
-            planes = decode_planes(data, name)
-            with own.lock:
-                own.counts["decode_ms"] += round(1000 * (time.perf_counter() - begun))
-            if len(planes) != 1:
-                raise FieldError(f"{name} must be one plane, got {len(planes)}")
-            if is_constant(planes[0]):
-                raise FieldError(f"{name} must have contrast, got {planes[0].flat[0]} everywhere")
-            return data, planes[0]
-
-        disk = self._disk
-        if disk is None:
-            found: Any = own.store.get(key, accept)
-            return found[1]
-        kept: list[np.ndarray] = []
-
-        def fetch() -> bytes:
-            got: Any = own.store.get(key, accept)
-            kept.append(got[1])
-            return got[0]
-
-        entry = f"{own.store.options.endpoint} {own.store.options.url}/{key}"
-        data = disk.get(entry, fetch)
-        if kept:
-            return kept[0]
-        try:
-            return accept(data)[1]
-        except FieldError:
-            disk.drop(entry)  # a disk can fail too
-            fetched: Any = own.store.get(key, accept)
-            return fetched[1]
+        return field_to_entry(self._machinery().reader.field(record))
 
     # --- ahead of the samples ---
 
@@ -589,7 +407,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
                 # By place, so that neighbours in time go to different workers.
                 if visit.place % workers != worker or number in own.running:
                     continue
-                if number in own.lost or self.field_name(number) in self._pool:
+                if number in own.lost.reasons or self.field_name(number) in self._pool:
                     continue
                 own.running[number] = own.fetchers.submit(partial(self._fetch_ahead, number))
         own.scheduled_to = last
@@ -611,50 +429,18 @@ class JUMPS3Dataset(ExtendedVisionDataset):
 
     def _lost(self) -> dict[int, str]:
         """Fields that any process has lost: all see the same ones."""
-        own = self._machinery()
-        path = self._lost_file()
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            return own.lost
-        if size != own.lost_bytes:
-            with path.open("rb") as stream:
-                stream.seek(own.lost_bytes)
-                text = stream.read()
-            whole = text[: text.rfind(b"\n") + 1]
-            for line in whole.splitlines():
-                entry = json.loads(line)
-                number = entry["number"]
-                # Of another index, or of another choice of fields, the number means another field.
-                if number < len(self.rows) and self.field_name(number) == entry["field"]:
-                    own.lost[number] = entry["reason"]
-            own.lost_bytes += len(whole)
-        return own.lost
+        return self._machinery().lost.read(self._lost_file(), self._is_field)
 
-    def _lost_names(self) -> set[str]:
-        """Fields in the file of lost ones; several workers may have written one."""
-        if self._pool is None:
-            return set()
-        try:
-            lines = self._lost_file().read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return set()
-        return {json.loads(line)["field"] for line in lines if line.endswith("}")}
+    def _is_field(self, number: int, name: str) -> bool:
+        # Of another index, or of another choice of fields, the number means another field.
+        return number < len(self.rows) and self.field_name(number) == name
 
     def _lose(self, number: int, error: Exception, position: int) -> None:
-        own = self._machinery()
-        own.counts["lost"] += 1
+        self._machinery().reader.counts["lost"] += 1
         name = self.field_name(number)
         reason = str(error).strip().split("\n")[0][:300]
-        entry = {"number": number, "field": name, "reason": reason}
         path = self._lost_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # One write of a short line: appended whole, also beside other processes.
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, (json.dumps(entry) + "\n").encode())
-        finally:
-            os.close(descriptor)
+        append_lost(path, number, name, reason)
         logger.warning("field %s is lost and replaced (%s)", name, reason)
         lost = len(self._lost())
         step, _ = self.order.step_of(position)
@@ -675,32 +461,24 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         own.reported = now
         assert self._pool is not None
         # Copies first: threads go on counting.
-        counts = Counter(dict(own.counts))
-        counts.update(dict(own.store.counts))
+        counts = Counter(dict(own.reader.counts))
+        counts.update(dict(own.reader.store.counts))
         counts.update({f"pool.{name}": n for name, n in dict(self._pool.counts).items()})
         if self._disk is not None:
             counts.update({f"disk.{name}": n for name, n in dict(self._disk.counts).items()})
-        path = self._pool.folder / f"counts-{own.pid}.json"
-        try:
-            write_text_atomically(path, json.dumps(counts))
-        except OSError as error:
-            logger.debug("counts cannot be written: %s", error)
+        write_counts(self._pool.folder, counts)
 
     def counts(self) -> dict[str, float]:
         """Sums over this process and its workers: requests, bytes, retries, hits; lost fields.
 
         Lost are those of the whole run, each once, before its resumption too.
         """
-        total: Counter[str] = Counter()
-        if self._pool is not None:
-            for path in self._pool.folder.glob("counts-*.json"):
-                try:
-                    total.update(json.loads(path.read_text(encoding="utf-8")))
-                except (OSError, ValueError):  # it is being replaced
-                    continue
+        total = Counter[str]() if self._pool is None else sum_of_counts(self._pool.folder)
         hits, misses = total["pool.hits"], total["pool.misses"]
         found = {f"stream/{name}": float(value) for name, value in sorted(total.items())}
-        found["stream/lost"] = float(len(self._lost_names()))
+        found["stream/lost"] = float(
+            0 if self._pool is None else len(lost_names(self._lost_file()))
+        )
         if hits + misses:
             found["stream/pool_hit_rate"] = hits / (hits + misses)
         return found

@@ -306,7 +306,7 @@ def test_tables_and_listing_give_the_same(gallery, tmp_path):
     make_index(store, plates, tmp_path / "t.arrow", progress=lambda *a: done.append(a))
     assert sorted(done) == [(p.name, 4) for p in plates]
     channels = {"source_4": {f"ch{n + 1}": c for n, c in enumerate(CHANNELS)}}
-    make_index(store, plates, tmp_path / "l.arrow", source="listing", channels=channels)
+    make_index(store, plates, tmp_path / "l.arrow", kind="listing", channels=channels)
     tables, listing = FieldIndex(tmp_path / "t.arrow"), FieldIndex(tmp_path / "l.arrow")
     expected = {r.name: r.keys for r in records}
     for index in (tables, listing):
@@ -342,11 +342,11 @@ def test_what_an_index_needs(gallery, tmp_path):
     store, _ = gallery
     plates = find_plates(store, "cpg0000")
     for how, message in (
-        ({"source": "guess"}, "must be auto, tables or listing"),
-        ({"source": "listing"}, "must know the channels, got no row for source_4"),
+        ({"kind": "guess"}, "must be auto, tables or listing"),
+        ({"kind": "listing"}, "must know the channels, got no row for source_4"),
     ):
         with pytest.raises(ValueError, match=message):
             make_index(store, plates, tmp_path / "x", **how)
     bare = [PlateFolder("p", "s", "b", "BR0")]
     with pytest.raises(ValueError, match="must have a load_data table"):
-        make_index(store, bare, tmp_path / "x", source="tables")
+        make_index(store, bare, tmp_path / "x", kind="tables")

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dinov3.cells.streaming.stores import StoreUnreachable
 from dinov3.data.datasets.jump_s3 import JUMPS3Dataset, StreamOptions, TooManyLost
 from dinov3.data.loaders import SamplerType, make_data_loader, make_dataset
 
+STREAM_KEYS = {option.name for option in fields(StreamOptions)}
 QUICK = {"timeout_s": 3.0, "backoff_max_s": 0.05, "outage_s": 3.0, "threads": 8, "ahead": 6}
 
 
@@ -27,7 +29,7 @@ def summary(field) -> tuple[str, tuple[int, ...]]:
 
 
 def opened(index: Path, store: str | Path, tmp: Path | None = None, **how) -> JUMPS3Dataset:
-    options = {**QUICK, **{k: how.pop(k) for k in list(how) if k in StreamOptions.__annotations__}}
+    options = {**QUICK, **{k: how.pop(k) for k in list(how) if k in STREAM_KEYS}}
     dataset = JUMPS3Dataset(
         index=str(index), transform=summary, target_transform=_none,
         **({"visits": 4, "spread": 2} | how),
@@ -126,7 +128,7 @@ def test_the_pool_holds_what_the_order_needs(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.002)
     planned = {dataset.order.visit(position).field for position in range(4 * 70)}
-    assert dataset._own.counts["fields"] == len(planned)
+    assert dataset._own.reader.counts["fields"] == len(planned)
 
 
 def test_passes_meet_without_fetching_twice(tmp_path):
@@ -137,7 +139,7 @@ def test_passes_meet_without_fetching_twice(tmp_path):
     for position in range(4 * 90 * 2):
         dataset.load_field(position)
     wrapped = (4 - 1) * 2
-    assert dataset._own.counts["fields"] <= 2 * (90 + 2 * wrapped) + 6 + 1
+    assert dataset._own.reader.counts["fields"] <= 2 * (90 + 2 * wrapped) + 6 + 1
 
 
 def test_the_pool_has_room_for_the_largest_fields(tmp_path):

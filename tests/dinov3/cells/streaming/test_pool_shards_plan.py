@@ -21,7 +21,7 @@ from dinov3.cells.streaming import pool as pool_module
 from dinov3.cells.streaming.discovery import records_of_jump_lite
 from dinov3.cells.streaming.index import FieldIndex, FieldRecord
 from dinov3.cells.streaming.order import FieldOrder
-from dinov3.cells.streaming.plan import make_plan
+from dinov3.cells.streaming.plan import Workload, make_plan
 from dinov3.cells.streaming.pool import ByteCache, FieldPool, SharedFolder, shared_memory_folder
 from dinov3.cells.streaming.shards import PackOptions, pack_fields
 from dinov3.cells.streaming.threads import RequestThreads
@@ -480,7 +480,7 @@ def test_the_list_of_jump_lite():
 
 def test_plan_of_the_pilot():
     """64 samples in 0.7 s, fields of 12.35 MB: 1,129 MB/s without reuse, 71 MB/s at K = 16."""
-    plan = make_plan(step_seconds=0.7, batch=64, cores=8, megabytes_per_s=200)
+    plan = make_plan(Workload(step_seconds=0.7, batch=64, cores=8, megabytes_per_s=200))
     by = {need.visits: need for need in plan.needs}
     assert by[1].megabytes_per_s == pytest.approx(64 / 0.7 * 12.35)
     assert by[16].megabytes_per_s == pytest.approx(70.6, abs=0.1)
@@ -493,14 +493,14 @@ def test_plan_of_the_pilot():
 
 
 def test_plan_names_the_bottleneck():
-    few = make_plan(step_seconds=0.1, batch=64, cores=2, megabytes_per_s=5000)
+    few = make_plan(Workload(step_seconds=0.1, batch=64, cores=2, megabytes_per_s=5000))
     assert few.recommended is None
     assert "held up by the cores" in few.advice
     assert "photometrics=device" in few.advice
-    slow = make_plan(step_seconds=0.1, batch=64, cores=64, megabytes_per_s=10)
+    slow = make_plan(Workload(step_seconds=0.1, batch=64, cores=64, megabytes_per_s=10))
     assert slow.recommended is None
     assert "held up by the network" in slow.advice
-    many = make_plan(step_seconds=0.7, batch=64, cores=64, megabytes_per_s=50)
+    many = make_plan(Workload(step_seconds=0.7, batch=64, cores=64, megabytes_per_s=50))
     assert many.recommended == 32
     assert "pixels repeat" in many.advice
 
@@ -511,7 +511,9 @@ def test_plan_names_the_bottleneck():
 )  # fmt: skip
 def test_wrong_plans(wrong):
     with pytest.raises(ValueError, match="must be"):
-        make_plan(**({"step_seconds": 1, "batch": 1, "cores": 1, "megabytes_per_s": 1} | wrong))
+        make_plan(
+            Workload(**({"step_seconds": 1, "batch": 1, "cores": 1, "megabytes_per_s": 1} | wrong))
+        )
 
 
 def test_numbers_that_are_none_are_refused():
@@ -519,11 +521,11 @@ def test_numbers_that_are_none_are_refused():
         for value in (float("nan"), float("inf")):
             given = {"step_seconds": 0.7, "batch": 64, "cores": 8, "megabytes_per_s": 200.0}
             with pytest.raises(ValueError, match="must be"):
-                make_plan(**(given | {name: value}))
+                make_plan(Workload(**(given | {name: value})))
 
 
 def test_memory_is_that_of_the_data_set():
-    plan = make_plan(step_seconds=0.7, batch=64, cores=8, megabytes_per_s=200)
+    plan = make_plan(Workload(step_seconds=0.7, batch=64, cores=8, megabytes_per_s=200))
     order = FieldOrder(10_000, visits=16, spread=8)
     need = next(need for need in plan.needs if need.visits == 16)
     assert need.pool_gb == pytest.approx(order.pool_fields(StreamOptions().ahead) * 11.7 / 1000)
@@ -543,7 +545,7 @@ def test_a_packed_field_is_read_alone(source, tmp_path):
     for number in range(4):
         name = dataset.field_name(number)
         assert dataset.read_field(number).name == name
-    read = dataset._own.store.counts["bytes"]
+    read = dataset._own.reader.store.counts["bytes"]
     assert 0.4 * file_bytes < read < 0.6 * file_bytes, (
         "4 of 8 fields, and the table of the file once"
     )

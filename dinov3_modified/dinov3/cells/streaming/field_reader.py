@@ -1,0 +1,183 @@
+"""Fields of a store, decoded and checked, by the requests of one process (ours)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from dinov3.cells.fields import (
+    TIFF_STARTS,
+    ChannelField,
+    FieldError,
+    decode_planes,
+    is_constant,
+    make_field,
+)
+from dinov3.cells.streaming.index import FieldRecord
+from dinov3.cells.streaming.pool import ByteCache
+from dinov3.cells.streaming.shards import ShardReader
+from dinov3.cells.streaming.stores import ObjectStore
+from dinov3.cells.streaming.threads import RequestThreads
+
+__all__ = ["FieldReader", "entry_to_field", "field_to_entry"]
+
+
+class FieldReader:
+    """Reads fields for one process; for many threads at once.
+
+    Args:
+        store: where the keys of the records are.
+        threads: requests at once.
+        channels: of each field, in this order.
+        percentiles: intensities that become 0 and 1.
+        pixel_size_um: of all fields, if it is known.
+        disk: keeps the files that were fetched.
+
+    Attributes:
+        counts: fields, and milliseconds of decoding and preparing.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        threads: int,
+        *,
+        channels: tuple[str, ...],
+        percentiles: tuple[float, float],
+        pixel_size_um: float | None = None,
+        disk: ByteCache | None = None,
+    ) -> None:
+        self.store = store
+        self.channels = channels
+        self.percentiles = percentiles
+        self.pixel_size_um = pixel_size_um
+        self.counts: Counter[str] = Counter()
+        self.shards = ShardReader(store)
+        self._disk = disk
+        self._requests = RequestThreads(threads)
+        self._lock = threading.Lock()
+
+    def field(self, record: FieldRecord) -> ChannelField:
+        """All channels of a field at once, decoded and checked.
+
+        Raises:
+            ObjectMissing, ObjectDamaged, ObjectUnreadable, FieldError: the field cannot be used.
+            StoreUnreachable, StoreMisconfigured: no field of the store can be read now.
+        """
+        keys = {channel: record.keys[channel] for channel in self.channels}
+        if ShardReader.holds(next(iter(keys.values()))):
+            try:
+                planes = self.shards.planes(keys)
+            except ValueError as error:
+                raise FieldError(str(error)) from error
+            return self._made(record, planes)
+        futures = {
+            channel: self._requests.submit(partial(self._plane, record, channel))
+            for channel in self.channels
+        }
+        planes = {channel: future.result() for channel, future in futures.items()}
+        return self._made(record, planes)
+
+    def _made(self, record: FieldRecord, planes: dict[str, np.ndarray]) -> ChannelField:
+        begun = time.perf_counter()
+        try:
+            made = make_field(
+                record.name,
+                planes,
+                pixel_size_um=self.pixel_size_um,
+                percentiles=self.percentiles,
+            )
+        except FieldError:
+            raise
+        except ValueError as error:
+            raise FieldError(f"{record.name} must be a field that can be used ({error})") from error
+        with self._lock:
+            self.counts["prepare_ms"] += round(1000 * (time.perf_counter() - begun))
+            self.counts["fields"] += 1
+        return made
+
+    def _plane(self, record: FieldRecord, channel: str) -> np.ndarray:
+        key = record.keys[channel]
+        name = f"{record.name} ({channel})"
+
+        def accept(data: bytes) -> tuple[bytes, np.ndarray]:
+            begun = time.perf_counter()
+            if key.lower().endswith((".tif", ".tiff")) and data[:4] not in TIFF_STARTS:
+                raise FieldError(f"{name} must begin as a TIFF, got {data[:4]!r}")
+            planes = decode_planes(data, name)
+            with self._lock:
+                self.counts["decode_ms"] += round(1000 * (time.perf_counter() - begun))
+            if len(planes) != 1:
+                raise FieldError(f"{name} must be one plane, got {len(planes)}")
+            if is_constant(planes[0]):
+                raise FieldError(f"{name} must have contrast, got {planes[0].flat[0]} everywhere")
+            return data, planes[0]
+
+        disk = self._disk
+        if disk is None:
+            found: Any = self.store.get(key, accept)
+            return found[1]
+        kept: list[np.ndarray] = []
+
+        def fetch() -> bytes:
+            got: Any = self.store.get(key, accept)
+            kept.append(got[1])
+            return got[0]
+
+        entry = f"{self.store.options.endpoint} {self.store.options.url}/{key}"
+        data = disk.get(entry, fetch)
+        if kept:
+            return kept[0]
+        try:
+            return accept(data)[1]
+        except FieldError:
+            disk.drop(entry)  # a disk can fail too
+            fetched: Any = self.store.get(key, accept)
+            return fetched[1]
+
+    def array(self, path: str) -> np.ndarray:
+        """A Zarr array of the store that holds one field, such as its labels: (C, H, W).
+
+        Raises:
+            FieldError: there is none.
+            StoreError: see `ObjectStore.get`.
+        """
+        try:
+            return self.shards.planes({"": f"{path}#:0"})[""][None]
+        except ValueError as error:
+            raise FieldError(str(error)) from error
+
+
+def field_to_entry(made: ChannelField) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Facts and arrays of a field, as `FieldPool` keeps them."""
+    facts = {
+        "name": made.name,
+        "channels": list(made.channels),
+        "pixel_size_um": made.pixel_size_um,
+    }
+    arrays = {
+        "planes": made.planes,
+        "low": made.low,
+        "high": made.high,
+        "foreground": made.foreground.astype(np.uint8),
+    }
+    return facts, arrays
+
+
+def entry_to_field(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> ChannelField:
+    """The field of `field_to_entry`."""
+    return ChannelField(
+        facts["name"],
+        arrays["planes"],
+        tuple(facts["channels"]),
+        arrays["low"],
+        arrays["high"],
+        None,
+        facts["pixel_size_um"],
+        arrays["foreground"].astype(bool),
+    )

@@ -1,0 +1,65 @@
+"""The list of fields that cannot be read, which all processes of a run share (ours)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["LostFields", "append_lost", "lost_names"]
+
+
+class LostFields:
+    """What one process has read of the list so far; each call reads only the new lines.
+
+    Attributes:
+        reasons: number of a lost field → why it is lost.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[int, str] = {}
+        self._bytes_read = 0
+
+    def read(self, path: Path, is_field: Callable[[int, str], bool]) -> dict[int, str]:
+        """`reasons` with the lines that were added to the file.
+
+        Args:
+            path: JSON lines with number, field and reason; it need not exist.
+            is_field: whether a number and a name belong together in this data set.
+        """
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            return self.reasons
+        if size != self._bytes_read:
+            with path.open("rb") as stream:
+                stream.seek(self._bytes_read)
+                text = stream.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            for line in whole.splitlines():
+                entry = json.loads(line)
+                if is_field(entry["number"], entry["field"]):
+                    self.reasons[entry["number"]] = entry["reason"]
+            self._bytes_read += len(whole)
+        return self.reasons
+
+
+def append_lost(path: Path, number: int, name: str, reason: str) -> None:
+    """Add a field to the list, in one write of one short line, so that lines of processes never mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"number": number, "field": name, "reason": reason}) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def lost_names(path: Path) -> set[str]:
+    """Names of all fields in the list; several processes may have added the same one."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return set()
+    return {json.loads(line)["field"] for line in lines if line.endswith("}")}

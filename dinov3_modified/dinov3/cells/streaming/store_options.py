@@ -1,0 +1,194 @@
+"""Where objects are, how patiently they are fetched, and what can go wrong on the way (ours)."""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+__all__ = [
+    "ObjectDamaged",
+    "ObjectMissing",
+    "ObjectUnreadable",
+    "RequestOptions",
+    "StoreError",
+    "StoreMisconfigured",
+    "StoreOptions",
+    "StoreUnreachable",
+    "StreamOptions",
+]
+
+TRANSPORTS = ("obstore", "boto3")
+_ENDPOINT = re.compile(r"https?://[\w.\-\[\]:]+/?")
+
+
+class StoreError(OSError):
+    """A store or an object of it cannot be read."""
+
+
+class ObjectMissing(StoreError):
+    """The store answers that there is no such object, or that it is not public."""
+
+
+class ObjectDamaged(StoreError):
+    """What arrives is not what was stored, again and again."""
+
+
+class ObjectUnreadable(StoreError):
+    """Requests for an object fail again and again while others succeed."""
+
+
+class StoreUnreachable(StoreError):
+    """Nothing answers any more."""
+
+
+class StoreMisconfigured(StoreError):
+    """The store refuses all requests: another region, a wrong address, no credentials."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """How patiently objects are requested, and from which server.
+
+    Attributes:
+        endpoint: URL of another server of the S3 protocol; empty for AWS.
+        region: of the bucket.
+        signed: sign requests with the credentials of the environment; a public bucket needs none.
+        transport: obstore or boto3.
+        connect_timeout_s, timeout_s: of a request.
+        retries: of a request that failed.
+        backoff_max_s: longest wait before a retry.
+        outage_s: while no request at all succeeds, retry for so long.
+        requests_per_s: of this process; 0: as many as it can.
+        verify_md5: compare a body with its ETag where that is an MD5.
+    """
+
+    endpoint: str = ""
+    region: str = "us-east-1"
+    signed: bool = False
+    transport: str = "obstore"
+    connect_timeout_s: float = 5.0
+    timeout_s: float = 30.0
+    retries: int = 8
+    backoff_max_s: float = 20.0
+    outage_s: float = 600.0
+    requests_per_s: float = 0.0
+    verify_md5: bool = True
+
+
+@dataclass(frozen=True)
+class StoreOptions(RequestOptions):
+    """A store and how patiently its objects are fetched.
+
+    Attributes:
+        url: `s3://bucket[/prefix]`, or a folder.
+        damaged_retries: of an object that arrived but is damaged.
+        backoff_s: a retry waits a random time up to backoff_s * 2 ** attempt, at most backoff_max_s
+            (full jitter, Brooker 2015).
+        connections: kept open.
+
+    Raises:
+        ValueError: an address of another form, an unknown transport, a number out of range.
+    """
+
+    url: str
+    damaged_retries: int = 4
+    backoff_s: float = 0.1
+    connections: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.url:
+            raise ValueError("a store must be s3://bucket or a folder, got nothing: name one")
+        place = urllib.parse.urlsplit(self.url)
+        scheme = place.scheme.lower()
+        if scheme == "s3" and not self.url.startswith("s3://"):
+            object.__setattr__(self, "url", f"s3://{self.url.partition('://')[2]}")
+        if scheme == "s3" and not place.netloc:
+            raise ValueError(f"a store must name its bucket, got {self.url!r}: give s3://bucket")
+        if self.endpoint and not _ENDPOINT.fullmatch(self.endpoint):
+            raise ValueError(
+                f"an endpoint must be http://HOST[:PORT] or https://, got {self.endpoint!r}: write it in "
+                "full"
+            )
+        if scheme not in ("s3", "", "file"):
+            raise ValueError(
+                f"a store must be s3://bucket or a folder, got {self.url!r}: a server of the S3 "
+                "protocol is named by its endpoint"
+            )
+        if self.transport not in TRANSPORTS:
+            raise ValueError(
+                f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}: choose one"
+            )
+        for name in ("connect_timeout_s", "timeout_s", "backoff_s", "backoff_max_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}: raise it")
+        for name in ("retries", "damaged_retries", "outage_s", "requests_per_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}: raise it")
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the store is a folder of this machine."""
+        return not self.url.startswith("s3://")
+
+
+@dataclass(frozen=True)
+class StreamOptions(RequestOptions):
+    """How fields arrive; nothing here changes which samples a run sees.
+
+    Attributes:
+        store: URL or folder in place of the index's own, for example a local copy.
+        threads: requests at once, of each process.
+        ahead: time steps (new fields) that fetching runs ahead.
+        pool_gb: memory of decoded fields, shared by the workers of a process; 0: what the order needs.
+        pool_folder: where it lies; empty: shared memory.
+        disk_cache: folder of fetched files; empty: none.
+        disk_cache_gb: its limit, over all processes that use it.
+        max_lost_share: of the fields reached; above it the run stops.
+    """
+
+    store: str = ""
+    threads: int = 16
+    ahead: int = 48
+    pool_gb: float = 0.0
+    pool_folder: str = ""
+    disk_cache: str = ""
+    disk_cache_gb: float = 100.0
+    max_lost_share: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name, least in (("threads", 1), ("ahead", 1), ("pool_gb", 0), ("max_lost_share", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"streaming.{name} must be at least {least}, got {getattr(self, name)}: raise it"
+                )
+        if self.disk_cache and self.disk_cache_gb <= 0:
+            raise ValueError(
+                f"streaming.disk_cache_gb must be positive, got {self.disk_cache_gb}: raise it"
+            )
+
+    @classmethod
+    def from_config(cls, section: Mapping[str, Any]) -> StreamOptions:
+        """Of the section `streaming` of a configuration, as plain values.
+
+        Raises:
+            ValueError: an unknown key, or a value out of range.
+        """
+        known = {item.name for item in fields(cls)}
+        if unknown := sorted(set(section) - known):
+            raise ValueError(
+                f"keys of streaming must be among {', '.join(sorted(known))}, got "
+                f"{', '.join(unknown)}: correct them"
+            )
+        options = cls(**section)
+        options.of_store("s3://checked")
+        return options
+
+    def of_store(self, url: str) -> StoreOptions:
+        """Those of the transport."""
+        known = {item.name for item in fields(StoreOptions)}
+        shared = {name: value for name, value in asdict(self).items() if name in known}
+        connections = max(self.threads, 1)
+        return StoreOptions(url=self.store or url, connections=connections, **shared)
