@@ -1,8 +1,8 @@
 """Metrics and pictures to Weights & Biases (ours); a logger that fails never stops a run.
 
-Every call goes through a bounded queue to one background thread.  What goes wrong there (no package,
-no network, an exception, a service that died or hangs) costs records and a warning, never an
-iteration; the same metrics are in training_metrics.json anyway.
+A call of wandb can raise, wait for a network, or hang with its service.  So all calls go through one
+bounded queue to one daemon thread: what goes wrong there costs records and a warning, never an
+iteration.  The same metrics are in training_metrics.json.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def create_wandb_logger(cfg: Any, *, resume: bool = True) -> WandbLogger:
 
     Args:
         cfg: a whole configuration; reads its `wandb` section and `train.output_dir`.
-        resume: false begins another wandb run in the same folder.
+        resume: false starts another wandb run in the same folder.
     """
     return WandbLogger(cfg, enabled=bool(cfg.wandb.enabled), resume=resume)
 
@@ -58,14 +58,14 @@ class WandbLogger:
     Args:
         cfg: a whole configuration; wandb gets it as nested plain values.
         enabled: false: nothing happens, and wandb is not imported.
-        resume: false begins another wandb run.
+        resume: false starts another wandb run.
 
     Attributes:
-        enabled: whether records are taken; false for good once wandb has been given up.
+        enabled: whether records are accepted; false for good after wandb was switched off.
         mode: online, offline or disabled, after `auto` is resolved.
         run_id: of wandb.
-        dropped_steps: records that were not later than the last step.
-        lost_records: records that a full queue or a failing call has cost.
+        dropped_steps: records of steps that wandb already has.
+        lost_records: records lost to a full queue or a failing call.
         last_step: the last step handed to wandb, -1 before.
 
     Raises:
@@ -91,9 +91,7 @@ class WandbLogger:
         self._images = bool(settings.images)
         self._failures = 0
         self._floor = -1  # last step of the run before this process
-        self._abandoned = False
-        self._call: tuple[float, float] | None = None  # begin and time limit of the call in work
-        self._lock = threading.Lock()
+        self._call: tuple[float, float] | None = None  # start and time limit of the running call
         self._thread: threading.Thread | None = None
         self._owns_service = False
         if not self.enabled:
@@ -179,18 +177,16 @@ class WandbLogger:
             return
         self._watch()
         deadline = time.monotonic() + self._finish_timeout_s
-        if not self._abandoned:
-            try:
+        if self.enabled:
+            with contextlib.suppress(queue.Full):
                 self._queue.put(partial(self._finish, exit_code), timeout=self._finish_timeout_s)
                 self._queue.put(None, timeout=max(deadline - time.monotonic(), 0.01))
-            except queue.Full:
-                self._give_up(f"its queue was still full after {self._finish_timeout_s:g} s")
             thread.join(max(deadline - time.monotonic(), 0.0))
             if thread.is_alive():
                 self._give_up(f"it did not finish within {self._finish_timeout_s:g} s", hung=True)
         else:
             with contextlib.suppress(queue.Full):
-                self._queue.put_nowait(None)  # lets the thread end if it is only waiting
+                self._queue.put_nowait(None)  # ends the thread if it is only waiting
         self.enabled = False
         if self.dropped_steps or self.lost_records:
             logger.info(
@@ -200,8 +196,6 @@ class WandbLogger:
             )
 
     def _put(self, call: Callable[[], None]) -> None:
-        if not self.enabled:
-            return
         self._watch()
         if not self.enabled:
             return
@@ -211,31 +205,28 @@ class WandbLogger:
             self._lose("its queue is full")
 
     def _watch(self) -> None:
-        """Give wandb up when the call in work takes longer than its limit."""
+        """Switch wandb off when the running call takes longer than its limit."""
         call = self._call
         if call is not None and time.monotonic() - call[0] > call[1]:
             self._give_up(f"a call took longer than {call[1]:g} s", hung=True)
 
     def _lose(self, reason: str) -> None:
-        with self._lock:
-            self.lost_records += 1
-            first = self.lost_records == 1
-        if first:
-            logger.warning("wandb lost a record (%s); the training goes on", reason)
+        self.lost_records += 1
+        if self.lost_records == 1:
+            logger.warning("wandb lost a record (%s).  The training continues.", reason)
 
     def _give_up(self, reason: str, *, hung: bool = False) -> None:
-        """Switch off for good, and say so once."""
-        with self._lock:
-            if self._abandoned:
-                return
-            self._abandoned = True
+        """Switch wandb off for good, with one warning."""
+        if not self.enabled:
+            return
+        self.enabled = False
         logger.warning(
-            "wandb is switched off: %s; the training goes on and training_metrics.json has all metrics",
+            "wandb is switched off: %s.  The training continues, and training_metrics.json has all "
+            "metrics.",
             reason,
         )
-        self.enabled = False
         if self._owns_service:
-            # wandb waits for its service when the program ends, for ever if that hangs.
+            # When the program ends wandb waits for its service, without limit if that hangs.
             try:
                 _end_service(kill=hung)
             except Exception as error:
@@ -245,16 +236,13 @@ class WandbLogger:
 
     def _work(self, wandb: Any, arguments: dict[str, Any]) -> None:
         self._owns_service = not os.environ.get("WANDB_SERVICE")
-        begun = self._try(partial(self._init, wandb, arguments), 2 * self._timeout_s)
-        if begun is not None:
-            self._give_up(f"it could not start ({begun})")
+        problem = self._try(partial(self._init, wandb, arguments), 2 * self._timeout_s)
+        if problem is not None:
+            self._give_up(f"it could not start ({problem})")
             return
-        while not self._abandoned:
-            call = self._queue.get()
-            if call is None:
-                return
-            if self._abandoned:
-                self._lose("wandb is off")
+        while (call := self._queue.get()) is not None:
+            if not self.enabled:
+                self._lose("wandb is switched off")
                 continue
             last = getattr(call, "func", None) == self._finish
             error = self._try(call, self._finish_timeout_s if last else self._timeout_s)
@@ -280,7 +268,7 @@ class WandbLogger:
         return None
 
     def _init(self, wandb: Any, arguments: dict[str, Any]) -> None:
-        wished = {
+        wanted = {
             "init_timeout": self._timeout_s,
             "finish_timeout": self._finish_timeout_s,
             "silent": True,
@@ -288,11 +276,10 @@ class WandbLogger:
             "disable_git": True,
             "save_code": False,
         }
-        known = getattr(wandb.Settings, "model_fields", wished)
-        settings = wandb.Settings(**{key: wished[key] for key in wished if key in known})
+        known = getattr(wandb.Settings, "model_fields", wanted)
+        settings = wandb.Settings(**{key: wanted[key] for key in wanted if key in known})
         self._wandb = wandb
-        # wandb names a session's folder by the second: an earlier one of this very second would be
-        # written over.
+        # wandb names the folder of a session by the second and would overwrite one of the same second.
         folder = Path(str(arguments.get("dir", "."))) / "wandb"
         while list(folder.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{arguments.get('id')}")):
             time.sleep(0.1)
@@ -351,7 +338,7 @@ class WandbLogger:
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.run_id = self.run_id or secrets.token_hex(4)
             logger.warning(
-                "%s must be readable, got %s: wandb run %s goes on, and may drop repeated steps",
+                "%s must be readable, got %s.  wandb run %s continues and may drop repeated steps.",
                 state_path,
                 _line(error),
                 self.run_id,
@@ -371,13 +358,13 @@ def _check(settings: Any) -> None:
 def _resolve_mode(mode: str) -> str:
     """`auto`: what WANDB_MODE says, else online with an API key and offline without."""
     if mode == "auto":
-        wished = os.environ.get("WANDB_MODE", "")
-        mode = wished if wished in ("online", "offline", "disabled") else "auto"
+        variable = os.environ.get("WANDB_MODE", "")
+        mode = variable if variable in ("online", "offline", "disabled") else "auto"
     if mode in ("offline", "disabled") or _has_key():
         return "online" if mode == "auto" else mode
     if mode == "online":
         logger.warning(
-            "wandb.mode online must have an API key, got none: the run is written offline; set "
+            "wandb.mode online must have an API key, got none.  The run is written offline: set "
             "WANDB_API_KEY or call `wandb login`, and send it later with `wandb sync`"
         )
     return "offline"
@@ -398,10 +385,10 @@ def _has_key() -> bool:
 
 
 def _end_service(*, kill: bool) -> None:
-    """See to it that a broken wandb-core process does not hold up or clutter the program's end.
+    """Keep a broken wandb-core process from delaying the end of the program.
 
     Args:
-        kill: end the process too, because it hangs; else only a dead one is dealt with.
+        kill: end the process, because it hangs; otherwise only a dead one is forgotten.
     """
     setup = sys.modules.get("wandb.sdk.wandb_setup")
     connection = getattr(getattr(setup, "_singleton", None), "_connection", None)

@@ -9,15 +9,24 @@ import pytest
 import torch
 
 from dinov3.cells import interruption
-from dinov3.cells.interruption import StopRequest
+from dinov3.cells.interruption import STOP_SIGNALS, StopRequest
 
 
-def test_one_process_stops_after_any_step():
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_one_process_stops_after_any_step(number):
+    before = signal.getsignal(number)
     with StopRequest(torch.device("cpu")) as stop:
         assert not stop.agreed(1)
-        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), number)
         assert stop.agreed(2)
-        assert stop.received is signal.SIGUSR2
+        assert stop.received is number
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), StopRequest(torch.device("cpu")):  # noqa: PT012
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -197,18 +195,18 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
 
 
 def test_killed_while_saving(tmp_path):
-    """However a save is cut off, what is found afterwards is whole."""
-    for attempt in range(3):
-        process = start("loop", tmp_path)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.15 + 0.11 * attempt)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        found = find_latest_valid_checkpoint(tmp_path)
-        if found is not None:
-            model = nn.Linear(400, 400)
-            assert load_checkpoint(found, model=model) == 5
+    """A save that is cut off leaves the checkpoint before it whole."""
+    process = start("loop", tmp_path)
+    part = tmp_path / ".5.part"
+    while not ((tmp_path / "5").exists() and part.exists()):  # the second save has begun
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    found = find_latest_valid_checkpoint(tmp_path)
+    # Between two renames of one moment there is neither; afterwards there is always one.
+    assert found is not None or (tmp_path / ".5.old").exists()
+    if found is not None:
+        assert load_checkpoint(found, model=nn.Linear(400, 400)) == 5
 
 
 def test_entries_that_are_not_saved(tmp_path):

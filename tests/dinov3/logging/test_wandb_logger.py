@@ -461,6 +461,7 @@ def test_offline_files_read_back(tmp_path, read_history):
     )
 
 
+@pytest.mark.slow
 def test_service_killed_in_the_middle(tmp_path):
     """The run goes on and its program ends at once, with exit code 0 and no traceback."""
     done = run_real(tmp_path, "kill")

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -156,40 +155,46 @@ def test_what_a_run_leaves(whole_run):
     assert OmegaConf.load(whole_run / "config.yaml").optim.lr == 0.001, "before scaling"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_run_continues_bit_for_bit(images, whole_run, tmp_path, workers):
+def test_killed_run_continues_bit_for_bit(images, whole_run, tmp_path):
     """kill -9 at some moment after a checkpoint; the number of workers changes nothing either."""
-    data, change = f"ImageFolder:root={images}", f"train.num_workers={workers}"
-    process = start(data, tmp_path, change)
+    data = f"ImageFolder:root={images}"
+    process = start(data, tmp_path, "train.num_workers=2")
     wait_for(process, "checkpoint of iteration 1 saved")
-    time.sleep(0.05 * workers)  # not always at the same place
     process.kill()
     process.communicate()
     assert not (tmp_path / "eval").exists()
-    code, output = finish(start(data, tmp_path, change))
-    assert code == 0, output
-    assert "continuing with iteration" in output
+    run(images, tmp_path)
+    assert "continuing with iteration" in (tmp_path / "logs" / "log.txt").read_text()
     assert same(teacher(tmp_path), teacher(whole_run))
     assert losses(tmp_path)[5] == pytest.approx(losses(whole_run)[5], rel=0.5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_signal_saves_and_stops(images, whole_run, tmp_path, number):
-    data = f"ImageFolder:root={images}"
-    process = start(data, tmp_path, "checkpointing.period=1000")
-    wait_for(process, "Training [0/6]")
-    process.send_signal(number)
-    code, output = finish(process)
-    assert code == 1
-    assert f"stopped by {number.name} after iteration" in output
-    assert "Traceback" not in output
-    saved = int(next((tmp_path / "ckpt").iterdir()).name)
-    assert saved < 5
-    code, output = finish(start(data, tmp_path, "checkpointing.period=1000"))
-    assert f"continuing with iteration {saved + 1}" in output
+def hook(monkeypatch, call) -> list[str]:
+    """`call(iteration)` as the evaluation after every step."""
+    module = types.ModuleType("a_hook")
+    module.make = lambda cfg: lambda backbone, iteration, folder: call(iteration) or {}
+    monkeypatch.setitem(sys.modules, "a_hook", module)
+    return ["ssl_evaluation.hook=a_hook:make", "ssl_evaluation.period_iterations=1"]
+
+
+def test_signal_saves_and_stops(images, whole_run, tmp_path, monkeypatch):
+    """The evaluation changes the generators too, which must not change the run."""
+
+    def scored(iteration: int) -> None:
+        torch.manual_seed(99)
+        if iteration == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    changes = ["checkpointing.period=1000", *hook(monkeypatch, scored)]
+    with pytest.raises(Stopped, match="stopped by SIGTERM after iteration 2"):
+        run(images, tmp_path, *changes)
+    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["2"]
+    run(images, tmp_path, "checkpointing.period=1000")
+    assert "continuing with iteration 3" in (tmp_path / "logs" / "log.txt").read_text()
     assert same(teacher(tmp_path), teacher(whole_run))
 
 
+@pytest.mark.slow
 def test_wandb_has_the_lines_of_both_halves(images, tmp_path, read_history, monkeypatch):
     """Offline, in one wandb run over an interruption, each step once and in order."""
     pytest.importorskip("wandb")
@@ -294,27 +299,18 @@ def test_seed_and_data_seed_change_the_run(images, whole_run, tmp_path):
 
 
 def test_nan_stops_with_names_and_state(images, tmp_path):
+    """The named samples are those of the iteration in the data order."""
+    from dinov3.data.samplers import InfiniteSampler
+
     with pytest.raises(
         NonFiniteLossError, match=r"in iteration \d with the samples \d.png"
     ) as caught:
         run(images, tmp_path, "optim.lr=1e30", "optim.clip_grad=1e30", "optim.warmup_epochs=0")
     iteration = int(str(caught.value).split("iteration ")[1].split()[0])
     folder = tmp_path / "nan_logs" / f"iteration_{iteration}"
-    assert len(json.loads((folder / "samples.json").read_text())) == 3
-    assert torch.load(folder / "batch.pth", weights_only=True)[0]["collated_global_crops"].shape == (
-        6, 3, 32, 32,
-    )  # fmt: skip
+    batch = torch.load(folder / "batch.pth", weights_only=True)[0]
+    assert batch["collated_global_crops"].shape == (6, 3, 32, 32)
     assert (folder / "state" / "COMPLETE.json").is_file()
-
-
-def test_sample_names_are_those_of_the_batch(images, tmp_path):
-    """The named samples, augmented again from their positions, are the batch."""
-    with pytest.raises(NonFiniteLossError):
-        run(images, tmp_path, "optim.lr=1e30", "optim.clip_grad=1e30", "optim.warmup_epochs=0")
-    folder = next((tmp_path / "nan_logs").iterdir())
-    iteration = int(folder.name.split("_")[1])
-    from dinov3.data.samplers import InfiniteSampler
-
     order = iter(InfiniteSampler(sample_count=10, shuffle=True, seed=1))
     indices = [next(order) for _ in range(3 * (iteration + 1))][-3:]
     names = json.loads((folder / "samples.json").read_text())
@@ -323,6 +319,7 @@ def test_sample_names_are_those_of_the_batch(images, tmp_path):
 
 def test_multi_resolution_run_resumes(images, tmp_path):
     changes = [
+        "monitor.enabled=false",
         "crops.global_crops_size=[32,48]",
         "crops.local_crops_size=[16,24]",
         "crops.global_local_crop_pairs_ratios=[0.5,0.5]",
@@ -352,7 +349,7 @@ def test_accumulation_sees_other_samples(images, tmp_path):
     assert line["lr"] == pytest.approx(peak / 2, rel=0.01), "the median of 0, half and peak"
 
 
-@pytest.mark.parametrize("photometrics", ["worker", "device", "none"])
+@pytest.mark.parametrize("photometrics", ["worker", "device"])
 def test_multiview_run(fields, tmp_path, photometrics):
     data = (
         f"JUMPCellPaintingMultiView:root={fields}:"
@@ -395,23 +392,6 @@ def test_evaluation_hook_and_its_failure(images, tmp_path, monkeypatch):
             "ssl_evaluation.period_iterations=1")  # fmt: skip
 
 
-def test_evaluation_does_not_change_the_run(images, whole_run, tmp_path, monkeypatch):
-    def make(cfg):
-        def evaluate(backbone, iteration, output_dir):
-            torch.manual_seed(99)
-            np.random.default_rng().random()
-            return {}
-
-        return evaluate
-
-    module = types.ModuleType("another_hook")
-    module.make = make
-    monkeypatch.setitem(sys.modules, "another_hook", module)
-    run(images, tmp_path, "ssl_evaluation.hook=another_hook:make",
-        "ssl_evaluation.period_iterations=1")  # fmt: skip
-    assert same(teacher(tmp_path), teacher(whole_run))
-
-
 def test_start_from_a_patch_16_file_is_remembered(images, tmp_path, whole_run):
     """The multiplier of the adapted patch embedding holds after a resumption without the file."""
     from dinov3.models.vision_transformer import vit_tiny
@@ -438,35 +418,6 @@ def test_start_from_a_patch_16_file_is_remembered(images, tmp_path, whole_run):
     run(images, tmp_path / "b", *changes)
     assert same(teacher(tmp_path / "a"), teacher(tmp_path / "b"))
     assert not same(teacher(tmp_path / "a"), teacher(whole_run))
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes(images, tmp_path, strategy):
-    """Both strategies start with torchrun, leave one set of files, and resume."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
-    out = tmp_path / strategy
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        "-m", "dinov3.train.train",
-        *arguments(f"ImageFolder:root={images}", out, f"accelerator.strategy={strategy}",
-                   "student.drop_path_rate=0.0"),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=150, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = json.loads((out / "training_metrics.json").read_text().splitlines()[-1])
-    assert line["global_batch_size"] == 6
-    assert sorted(p.name for p in (out / "ckpt").iterdir()) == ["1", "3", "5"]
-    if strategy == "fsdp":  # its weights are those of replicas up to rounding
-        reference = tmp_path / "ddp"
-        command[command.index("accelerator.strategy=fsdp")] = "accelerator.strategy=ddp"
-        command[command.index(str(out))] = str(reference)
-        subprocess.run(command, capture_output=True, env=environment, timeout=150, check=True)
-        expected = teacher(reference)
-        for name, value in teacher(out).items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
 
 
 def on_two(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -534,9 +485,10 @@ def test_two_processes_train_as_one(images, tmp_path):
         text = (out / "training_metrics.json").read_text()
         return [row for row in map(json.loads, text.splitlines()) if "total_loss" in row]
 
-    names = ("total_loss", "dino_local_crops_loss", "ibot_loss", "koleo_loss", "lr",
+    names = ("global_batch_size", "total_loss", "dino_local_crops_loss", "ibot_loss", "koleo_loss", "lr",
              "backbone_grad_norm")  # fmt: skip
     expected = lines(go("none", 1, 4))
+    assert {row["global_batch_size"] for row in expected} == {4}
     assert [row["iteration"] for row in expected] == [0, 10, 20, 21]
     assert abs(expected[-1]["total_loss"] - expected[0]["total_loss"]) > 0.1  # it has learnt
     for strategy in ("ddp", "fsdp"):
@@ -570,15 +522,14 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_waiting_for_a_stuck_process_ends(images, tmp_path):
     """accelerator.timeout_s: a job with a process that hangs ends with an error, not with its time."""
     script = tmp_path / "stuck.py"
     script.write_text(SLOW)
-    begun = time.monotonic()
     data = f"ImageFolder:root={images}"
     done = on_two(script, *arguments(data, tmp_path / "out", "accelerator.timeout_s=8"))
     assert done.returncode != 0
-    assert time.monotonic() - begun < 80
     assert "Timed out waiting 8000ms" in done.stderr
 
 
