@@ -115,7 +115,8 @@ def score_random_weights() -> None:
 
 def report() -> None:
     """Consistency of each run's teacher and of the common start, on trained and on held-out fields."""
-    from dinocell.probing.inspection import inspect_checkpoints
+    from dinocell.probing.fields import FieldOptions
+    from dinocell.probing.inspection import InspectOptions, inspect_checkpoints
 
     checkpoints = {"start": FOLDER / "cells_start.pth"}
     for folder in sorted(FOLDER.glob("cells_*/eval")):
@@ -133,9 +134,8 @@ def report() -> None:
         found = inspect_checkpoints(
             list(checkpoints.values()),
             FOLDER,
-            index=index,
-            windows_per_field=WINDOWS,
-            window_px=WINDOW_PX,
+            InspectOptions(windows_per_field=WINDOWS, window_px=WINDOW_PX),
+            reading=FieldOptions(index=index),
         )
         print(f"\n{split}", *found.table(), sep="\n")
         result[split] = found.to_mapping()

@@ -19,7 +19,7 @@ app = App()
 
 @dataclass(frozen=True)
 class Fields:
-    """Which images are read and how, named as the parameters of `open_fields`."""
+    """Which images are read and how, named as the fields of `FieldOptions`."""
 
     index: Annotated[
         Path | None,
@@ -49,7 +49,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Inspecting:
-    """What is measured, named as the parameters of `inspect_checkpoints`."""
+    """What is measured, named as the fields of `InspectOptions`."""
 
     windows_per_field: Annotated[
         int, typer.Option(help="Cut this many square windows out of each field.")
@@ -134,21 +134,32 @@ def inspect(
     Example: `dinocell inspect dinocell-tiny --data fields -o out`
     """
     from dinocell.probing.decoder_probe import ProbeConfig
-    from dinocell.probing.inspection import inspect_checkpoints
+    from dinocell.probing.fields import FieldOptions
+    from dinocell.probing.inspection import (
+        InspectOptions,
+        PerChannelOptions,
+        inspect_checkpoints,
+        write_inspection,
+    )
 
     reading: dict[str, Any] = vars(source) | {"channels": _channel_names(source.channels)}
+    decoders = None
+    if per_channel.per_channel_data is not None:
+        decoders = PerChannelOptions(
+            per_channel.per_channel_data,
+            per_channel.per_channel_labels,
+            ProbeConfig(steps=per_channel.per_channel_steps, seed=options.seed),
+        )
     report = inspect_checkpoints(
         checkpoints,
         data,
-        per_channel_data=per_channel.per_channel_data,
-        per_channel_labels=per_channel.per_channel_labels,
-        probe=ProbeConfig(steps=per_channel.per_channel_steps, seed=options.seed),
-        **reading,
-        **vars(options),
+        InspectOptions(**vars(options)),
+        reading=FieldOptions(**reading),
+        per_channel=decoders,
     )
     print(report.json_text() if json else "\n".join(report.table()))
     if out is not None:
-        for path in report.write(out):
+        for path in write_inspection(report, out):
             print(f"written: {path}", file=sys.stderr)
 
 

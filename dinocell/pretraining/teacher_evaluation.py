@@ -27,13 +27,8 @@ from torch import nn
 from dinocell.errors import ConfigError, DataSetError
 from dinocell.files import write_text_atomically
 from dinocell.pairs import find_pairs
-from dinocell.probing.decoder_probe import (
-    LabelledWindow,
-    ProbeConfig,
-    ProbeResult,
-    probe_features,
-    read_windows,
-)
+from dinocell.probing.decoder_probe import ProbeConfig, ProbeResult, probe_features
+from dinocell.probing.labelled_windows import LabelledWindow, read_windows
 
 __all__ = ["RESULTS_NAME", "Evaluation", "make_evaluation"]
 

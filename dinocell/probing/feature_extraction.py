@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dinocell.errors import CheckpointError, DataSetError
-from dinocell.probing.channel_consistency import MEAN_VIEW
+from dinocell.probing.views import MEAN_VIEW
 from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
 
 __all__ = [
@@ -176,25 +176,9 @@ def extract_views(
     ValueError
         `window_px` does not fit the patch size, or the network cannot give attention maps.
     """
-    patch: int = vit.patch_size  # type: ignore[assignment]
-    if window_px < patch or window_px % patch:
-        raise ValueError(
-            f"`window_px` must be a multiple of the patch size {patch}, got {window_px}: "
-            f"{max(1, round(window_px / patch)) * patch} is next"
-        )
-    if attention and not hasattr(vit, "get_last_selfattention"):
-        raise ValueError(
-            "`vit` must have get_last_selfattention for attention maps, got "
-            f"{type(vit).__name__} without it: leave them out with --no-attention"
-        )
-    names: list[str] = []
-    view_channels: list[str] = []
-    locations: list[int] = []
-    parts: dict[str, list[NDArray[np.float32]]] = {"cls": [], "patch_mean": [], "attention": []}
-    example: ViewExample | None = None
-    left_out: list[str] = []
+    _check_network(vit, window_px, attention)
+    collected = _Collected()
     seen: set[str] = set()
-    location = 0
     was_training = vit.training
     vit.eval()
     try:
@@ -205,59 +189,106 @@ def extract_views(
                     "which they differ"
                 )
             seen.add(item.name)
-            field_channels, stack, missing = _usable_planes(item, channels)
-            left_out += missing
-            if len(field_channels) < 2:
-                left_out.append(f"{item.name} has one channel, left out")
-                if advance is not None:
-                    advance(item.name)
-                continue
-            height, width = stack.shape[1:]
-            if min(height, width) < window_px:
-                raise DataSetError(
-                    f"a field must hold a window of {window_px} px, got {height}×{width} in "
-                    f"{item.name}: choose smaller windows with --window-px"
-                )
-            stack = np.concatenate([stack, stack.mean(axis=0, keepdims=True)])
-            field_channels = (*field_channels, MEAN_VIEW)
-            corners = choose_windows(stack[-1], window_px, windows_per_field)
-            if len(corners) < windows_per_field:
-                left_out.append(
-                    f"{item.name} holds {len(corners)} windows of {window_px} px, not "
-                    f"{windows_per_field}"
-                )
-            for row, column in corners:
-                views = stack[:, row : row + window_px, column : column + window_px]
-                found = _run(vit, views, batch_size=batch_size, attention=attention)
-                names += [item.name] * len(views)
-                view_channels += field_channels
-                locations += [location] * len(views)
-                parts["cls"].append(found["cls"])
-                parts["patch_mean"].append(found["patches"].mean(axis=(1, 2)))
-                if attention:
-                    parts["attention"].append(found["attention"])
-                if example is None or len(field_channels) > len(example.channels):
-                    example = _example(item.name, (row, column), field_channels, views, found)
-                location += 1
+            names, stack, missing = _usable_planes(item, channels)
+            collected.left_out += missing
+            if len(names) < 2:
+                collected.left_out.append(f"{item.name} has one channel, left out")
+            else:
+                stack = np.concatenate([stack, stack.mean(axis=0, keepdims=True)])
+                for corner in _corners(
+                    item.name, stack[-1], window_px, windows_per_field, collected
+                ):
+                    row, column = corner
+                    views = stack[:, row : row + window_px, column : column + window_px]
+                    found = _run(vit, views, batch_size=batch_size, attention=attention)
+                    collected.add(item.name, corner, (*names, MEAN_VIEW), views, found)
             if advance is not None:
                 advance(item.name)
     finally:
         vit.train(was_training)
-    if example is None:
+    if collected.example is None:
         raise DataSetError(
             f"some field must have two channels, got {len(seen)} fields with fewer: name fields with "
-            "several channels, or fewer restrictions in --channels"
+            "several channels, or more of them with `channels`"
         )
-    return ViewFeatures(
-        fields=names,
-        channels=view_channels,
-        locations=np.array(locations, dtype=np.int64),
-        cls=np.concatenate(parts["cls"]),
-        patch_mean=np.concatenate(parts["patch_mean"]),
-        attention=np.concatenate(parts["attention"]) if attention else None,
-        example=example,
-        left_out=left_out,
-    )
+    return collected.features(collected.example)
+
+
+def _check_network(vit: nn.Module, window_px: int, attention: bool) -> None:
+    patch: int = vit.patch_size  # type: ignore[assignment]
+    if window_px < patch or window_px % patch:
+        raise ValueError(
+            f"`window_px` must be a multiple of the patch size {patch}, got {window_px}: "
+            f"{max(1, round(window_px / patch)) * patch} is next"
+        )
+    if attention and not hasattr(vit, "get_last_selfattention"):
+        raise ValueError(
+            "`vit` must have get_last_selfattention for attention maps, got "
+            f"{type(vit).__name__} without it: leave them out with `attention=False`"
+        )
+
+
+def _corners(
+    name: str, mean_view: NDArray[np.float32], window_px: int, count: int, collected: _Collected
+) -> list[tuple[int, int]]:
+    """As `choose_windows`; too few windows are noted, and none is an error."""
+    height, width = mean_view.shape
+    if min(height, width) < window_px:
+        raise DataSetError(
+            f"a field must hold a window of {window_px} px, got {height}×{width} in {name}: choose "
+            "smaller windows with `window_px`"
+        )
+    corners = choose_windows(mean_view, window_px, count)
+    if len(corners) < count:
+        collected.left_out.append(
+            f"{name} holds {len(corners)} windows of {window_px} px, not {count}"
+        )
+    return corners
+
+
+class _Collected:
+    """The views so far."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.channels: list[str] = []
+        self.locations: list[int] = []
+        self.parts: dict[str, list[NDArray[np.float32]]] = {"cls": [], "patch_mean": []}
+        self.example: ViewExample | None = None
+        self.left_out: list[str] = []
+
+    def add(
+        self,
+        name: str,
+        corner: tuple[int, int],
+        channels: tuple[str, ...],
+        views: NDArray[np.float32],
+        found: dict[str, NDArray[np.float32]],
+    ) -> None:
+        """One location through all its channels."""
+        location = self.locations[-1] + 1 if self.locations else 0
+        self.names += [name] * len(views)
+        self.channels += channels
+        self.locations += [location] * len(views)
+        self.parts["cls"].append(found["cls"])
+        self.parts["patch_mean"].append(found["patches"].mean(axis=(1, 2)))
+        if "attention" in found:
+            self.parts.setdefault("attention", []).append(found["attention"])
+        if self.example is None or len(channels) > len(self.example.channels):
+            self.example = _example(name, corner, channels, views, found)
+
+    def features(self, example: ViewExample) -> ViewFeatures:
+        whole = {name: np.concatenate(arrays) for name, arrays in self.parts.items()}
+        return ViewFeatures(
+            fields=self.names,
+            channels=self.channels,
+            locations=np.array(self.locations, dtype=np.int64),
+            cls=whole["cls"],
+            patch_mean=whole["patch_mean"],
+            attention=whole.get("attention"),
+            example=example,
+            left_out=self.left_out,
+        )
 
 
 def _usable_planes(
@@ -273,7 +304,7 @@ def _usable_planes(
     if not positions:
         raise DataSetError(
             f"a field must have one of the channels {', '.join(channels or ())}, got "
-            f"{', '.join(item.channels)} in {item.name}: correct --channels"
+            f"{', '.join(item.channels)} in {item.name}: correct `channels`"
         )
     stack = normalize_channels(item.planes[positions])
     missing = []

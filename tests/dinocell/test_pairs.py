@@ -50,7 +50,7 @@ def test_every_command_agrees(tmp_path, small_model):
     from dinocell.evaluation.model_evaluation import evaluate_model
     from dinocell.io import write_image, write_labels
     from dinocell.network.model import save_model
-    from dinocell.probing.decoder_probe import find_channel_pairs
+    from dinocell.probing.labelled_channels import find_channel_pairs
     from dinocell.training.config import DataConfig, DatasetConfig
     from dinocell.training.datasets import split_pairs
 

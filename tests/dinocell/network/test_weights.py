@@ -15,7 +15,7 @@ from dinocell.network.weights import (
     describe_weights,
     find_weights,
 )
-from dinocell.probing.inspection import load_backbone_of
+from dinocell.probing.backbones import load_backbone_of
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:

@@ -9,15 +9,10 @@ import math
 import numpy as np
 import pytest
 
-from dinocell.probing.channel_consistency import (
-    MEAN_VIEW,
-    channel_consistency,
-    channel_decodability,
-    effective_rank,
-    feature_std,
-    retrieval_credit,
-    standardize_attention,
-)
+from dinocell.probing.channel_consistency import channel_consistency
+from dinocell.probing.channel_decoding import channel_decodability, retrieval_credit
+from dinocell.probing.feature_spread import effective_rank, feature_std, standardize_attention
+from dinocell.probing.views import MEAN_VIEW
 
 FIELDS, WINDOWS, DIM = 12, 4, 32
 CHANNELS = ("DNA", "ER", "RNA", "AGP", "Mito")

@@ -12,16 +12,10 @@ import torch
 from dinocell.errors import DataSetError
 from dinocell.io import write_image, write_labels
 from dinocell.pairs import find_pairs
-from dinocell.probing import decoder_probe as channel_score
-from dinocell.probing.decoder_probe import (
-    ProbeConfig,
-    ProbeTimeError,
-    channel_scores,
-    cut_windows,
-    find_channel_pairs,
-    probe_features,
-    read_windows,
-)
+from dinocell.probing import decoder_probe as decoder_probe_module
+from dinocell.probing.decoder_probe import ProbeConfig, ProbeTimeError, probe_features
+from dinocell.probing.labelled_channels import channel_scores, find_channel_pairs
+from dinocell.probing.labelled_windows import cut_windows, read_windows
 
 QUICK = ProbeConfig(window_px=48, windows_per_image=1, steps=12, batch_size=4, seed=0)
 
@@ -118,13 +112,20 @@ def test_same_seed_same_scores_and_the_callers_generators_stay(vit, windows):
     assert again.train_loss == first.train_loss
 
 
-@pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"steps": 13}, {"batch_size": 2}, {"lr": 1e-3}, {"decoder": "linear"}]
-)
-def test_every_setting_changes_the_result(vit, windows, change):
-    base = probe_features(vit, *windows, QUICK)
-    other = probe_features(vit, *windows, dataclasses.replace(QUICK, **change))
-    assert other.train_loss != base.train_loss
+def test_every_setting_changes_the_result(vit, windows):
+    changes = (
+        {},
+        {"seed": 1},
+        {"steps": 13},
+        {"batch_size": 2},
+        {"lr": 1e-3},
+        {"decoder": "linear"},
+    )
+    losses = [
+        probe_features(vit, *windows, dataclasses.replace(QUICK, **change)).train_loss
+        for change in changes
+    ]
+    assert len(set(losses)) == len(changes)
 
 
 def test_time_limit_cuts_the_training_and_says_so(vit, windows, monkeypatch):
@@ -136,7 +137,7 @@ def test_time_limit_cuts_the_training_and_says_so(vit, windows, monkeypatch):
             cls.now += 1.0
             return cls.now
 
-    monkeypatch.setattr(channel_score, "time", Clock)
+    monkeypatch.setattr(decoder_probe_module, "time", Clock)
     result = probe_features(vit, *windows, dataclasses.replace(QUICK, steps=500, max_seconds=30))
     assert 1 <= result.steps < 30
     with pytest.raises(ProbeTimeError, match="max_seconds, got 2 s over while"):
@@ -188,14 +189,14 @@ def test_one_field_is_split_into_halves(vit, tmp_path):
     assert scores.results["nucleus"].num_train == scores.results["nucleus"].num_val == 4
 
 
-def test_wrong_folders_are_told(vit, tmp_path, labelled_fields):
+def test_wrong_folders_are_refused(vit, tmp_path, labelled_fields):
     with pytest.raises(DataSetError, match="must be a folder"):
         find_channel_pairs(tmp_path / "nowhere")
     with pytest.raises(DataSetError, match="arrange the files so"):
         find_channel_pairs(tmp_path)
     with pytest.raises(DataSetError, match="hold the label image truth, got Dark, DNA, labels"):
         find_channel_pairs(labelled_fields, labels_name="truth")
-    with pytest.raises(DataSetError, match="include one of AGP, got Dark, DNA"):
+    with pytest.raises(DataSetError, match=r"include one of Dark, DNA, .* got AGP"):
         channel_scores(vit, labelled_fields, QUICK, channels=["AGP"])
     empty = np.zeros((64, 128), np.uint16)
     for number in range(2):

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dinocell.errors import CheckpointError, DataSetError
-from dinocell.probing.channel_consistency import MEAN_VIEW
 from dinocell.probing.feature_extraction import (
     FieldImage,
     choose_windows,
     extract_views,
     normalize_channels,
 )
+from dinocell.probing.views import MEAN_VIEW
 from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
 
 PATCH = 4
@@ -140,7 +140,7 @@ def test_a_network_without_attention_maps_is_told():
     class Blind(MeanNetwork):
         get_last_selfattention = property()  # type: ignore[assignment]
 
-    with pytest.raises(ValueError, match="leave them out with --no-attention"):
+    with pytest.raises(ValueError, match="leave them out with `attention=False`"):
         extract_views(Blind(), [field("a")], window_px=8)
     assert extract_views(Blind(), [field("a")], window_px=8, attention=False).attention is None
 

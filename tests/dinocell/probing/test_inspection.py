@@ -15,13 +15,16 @@ from dinocell.errors import CheckpointError, DataSetError, UsageError
 from dinocell.io import write_image, write_labels
 from dinocell.network.model import save_model
 from dinocell.probing import inspection
+from dinocell.probing.backbones import load_backbone_of
 from dinocell.probing.decoder_probe import ProbeConfig
 from dinocell.probing.feature_extraction import FieldImage
+from dinocell.probing.fields import FieldOptions, FieldSource
+from dinocell.probing.fields import open_fields as open_fields_with
 from dinocell.probing.inspection import (
-    FieldSource,
+    InspectOptions,
+    PerChannelOptions,
     inspect_checkpoints,
-    load_backbone_of,
-    open_fields,
+    write_inspection,
 )
 
 CHANNELS = ("DNA", "ER", "RNA")
@@ -71,11 +74,21 @@ def field_folder(tmp_path_factory):
     return folder
 
 
-QUICK = {"window_px": 32, "windows_per_field": 2, "device": "cpu", "shown": False}
+def inspected(checkpoints, source, *, channels=None, per_channel=None, **changes):
+    """A report on two windows of 32 px of each field."""
+    options = {"window_px": 32, "windows_per_field": 2, "device": "cpu", **changes}
+    return inspect_checkpoints(
+        checkpoints, source, InspectOptions(**options), reading=FieldOptions(channels=channels),
+        per_channel=per_channel, shown=False,
+    )  # fmt: skip
+
+
+def open_fields(data, **options):
+    return open_fields_with(data, FieldOptions(**options))
 
 
 def test_report_has_every_number_for_both_features(model_path, source, tmp_path):
-    report = inspect_checkpoints([model_path], source, **QUICK)
+    report = inspected([model_path], source)
     (item,) = report.inspections
     assert item.facts["patch_size"] == 16
     assert item.facts["embed_dim"] == 192
@@ -90,7 +103,7 @@ def test_report_has_every_number_for_both_features(model_path, source, tmp_path)
     table = "\n".join(report.table())
     assert "6 fields, N = 12 windows of 32 px, 36 views, channels DNA, ER, RNA" in table
     assert "attention agreement, two fields" in table
-    json_path, picture_path = report.write(tmp_path / "new" / "out")
+    json_path, picture_path = write_inspection(report, tmp_path / "new" / "out")
     document = json.loads(json_path.read_text())
     value = document["checkpoints"][0]["features"]["cls"]["estimates"]["retrieval_top1"]["value"]
     assert value == item.reports["cls"]["retrieval_top1"].value
@@ -108,7 +121,7 @@ def test_several_checkpoints_stand_side_by_side(model_path, small_model, source,
         parameter.data.mul_(0.0)
     path = tmp_path / "after.safetensors"
     save_model(path, other)
-    report = inspect_checkpoints([model_path, path], source, attention=False, **QUICK)
+    report = inspected([model_path, path], source, attention=False)
     before, after = (item.reports["cls"] for item in report.inspections)
     # Without its blocks the CLS token sees no image: collapsed, and the score says so.
     assert after["cosine_same_field"].value == pytest.approx(1.0)
@@ -117,37 +130,34 @@ def test_several_checkpoints_stand_side_by_side(model_path, small_model, source,
     header = next(line for line in report.table() if line.startswith("CLS token"))
     assert header.split()[2:] == ["small.safetensors", "after.safetensors", "chance"]
     assert any("after.safetensors, cls): the features vary" in line for line in report.table())
-    report.write(tmp_path)
+    write_inspection(report, tmp_path)
 
 
-def test_same_names_are_told_apart(tmp_path):
+def test_equal_names_get_a_part_of_their_path(tmp_path):
     names = inspection._short_names([tmp_path / "a" / "m.pth", tmp_path / "b" / "m.pth"])
     assert names == ["a/m.pth", "b/m.pth"]
     assert inspection._short_names(["m.pth", "m.pth"]) == ["m.pth#1", "m.pth#2"]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"window_px": 48},
-        {"windows_per_field": 1},
-        {"channels": ["DNA", "ER"]},
-        {"max_fields": 2},
-    ],
-)
-def test_every_option_changes_the_result(model_path, source, change):
-    base = inspect_checkpoints([model_path], source, attention=False, **QUICK)
-    other = inspect_checkpoints([model_path], source, attention=False, **{**QUICK, **change})
-    name = "cosine_same_field"
-    first, second = (item.inspections[0].reports["cls"][name].value for item in (base, other))
-    assert first != second
+def test_every_option_changes_the_result(model_path, source):
+    changes = (
+        {}, {"window_px": 48}, {"windows_per_field": 1}, {"channels": ["DNA", "ER"]}, {"max_fields": 2},
+    )  # fmt: skip
+    values = [
+        inspected([model_path], source, attention=False, **change)
+        .inspections[0]
+        .reports["cls"]["cosine_same_field"]
+        .value
+        for change in changes
+    ]
+    assert len(set(values)) == len(changes)
 
 
 def test_batch_size_does_not_change_it_and_the_seed_only_the_interval(model_path, source):
-    options = {"attention": False, **QUICK}
-    base = inspect_checkpoints([model_path], source, **options).inspections[0].reports["cls"]
-    same = inspect_checkpoints([model_path], source, batch_size=3, **options)
-    seeded = inspect_checkpoints([model_path], source, seed=5, **options)
+    options = {"attention": False}
+    base = inspected([model_path], source, **options).inspections[0].reports["cls"]
+    same = inspected([model_path], source, batch_size=3, **options)
+    seeded = inspected([model_path], source, seed=5, **options)
     for name in ("cosine_same_field", "retrieval_top1"):
         for other in (same, seeded):
             found = other.inspections[0].reports["cls"][name].value
@@ -158,7 +168,7 @@ def test_batch_size_does_not_change_it_and_the_seed_only_the_interval(model_path
 
 
 def test_fields_are_spread_over_the_names(model_path, source):
-    report = inspect_checkpoints([model_path], source, attention=False, max_fields=2, **QUICK)
+    report = inspected([model_path], source, attention=False, max_fields=2)
     assert report.settings["fields"] == ["field0", "field5"]
 
 
@@ -169,14 +179,11 @@ def test_scores_per_channel_are_reported_with_their_spread(model_path, source, t
         for channel, plane in zip(item.channels[:2], item.planes, strict=False):
             write_image(tmp_path / f"f{number}" / f"{channel}.tif", plane)
         write_labels(tmp_path / f"f{number}" / "truth.png", labels)
-    report = inspect_checkpoints(
+    report = inspected(
         [model_path],
         source,
         attention=False,
-        per_channel_data=tmp_path,
-        per_channel_labels="truth",
-        probe=ProbeConfig(window_px=32, steps=2),
-        **QUICK,
+        per_channel=PerChannelOptions(tmp_path, "truth", ProbeConfig(window_px=32, steps=2)),
     )
     table = report.table()
     assert any(line.startswith("std over channels") for line in table)
@@ -219,9 +226,9 @@ def test_backbone_files_and_their_networks(small_model, source, tmp_path):
     assert adapted.facts["patch_size"] == 8
     enlarged = image.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert torch.allclose(adapted.vit(image), small_model.backbone.vit(enlarged), atol=1e-4)
-    options = {"attention": False, **QUICK}
+    options = {"attention": False}
     values = [
-        inspect_checkpoints([tmp_path / "run.pth"], source, **options, **change)
+        inspected([tmp_path / "run.pth"], source, **options, **change)
         .inspections[0]
         .reports["cls"]["cosine_same_field"]
         .value
@@ -230,7 +237,7 @@ def test_backbone_files_and_their_networks(small_model, source, tmp_path):
     assert len(set(values)) == 3
 
 
-def test_files_that_are_no_backbone_are_told(tmp_path):
+def test_files_that_are_no_backbone_are_refused(tmp_path):
     (tmp_path / "page.pth").write_text("<html>not here</html>")
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     for name, message in (("page.pth", "a web page"), ("other.pth", "must hold a DINOv3 ViT")):
@@ -238,30 +245,30 @@ def test_files_that_are_no_backbone_are_told(tmp_path):
             load_backbone_of(tmp_path / name)
 
 
-def test_wrong_calls_are_told(model_path, source, tmp_path):
+def test_wrong_calls_are_refused(model_path, source, tmp_path):
     def run(checkpoints=(model_path,), **change):
-        inspect_checkpoints(checkpoints, source, **{**QUICK, **change})
+        inspected(checkpoints, source, **change)
 
     for change, message in (
         ({"checkpoints": ()}, "must get a checkpoint, got none"),
         ({"checkpoints": ("nothing.pth",)}, "a checkpoint must be a file.*dinocell-tiny"),
-        ({"which": "both"}, "--which must be teacher or student, got 'both'"),
-        ({"window_px": 40}, "--window-px must be a multiple of the patch size 16 .*got 40"),
-        ({"windows_per_field": 0}, "--windows-per-field must be at least 1"),
-        ({"batch_size": 0}, "--batch-size must be at least 1"),
-        ({"max_fields": 0}, "--max-fields must be at least 1"),
+        ({"which": "both"}, "`which` must be teacher or student, got 'both'"),
+        ({"window_px": 40}, "`window_px` must be a multiple of the patch size 16 .*got 40"),
+        ({"windows_per_field": 0}, "`windows_per_field` must be at least 1"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"max_fields": 0}, "`max_fields` must be at least 1"),
         (
             {"patch_size": 16, "checkpoints": ("dinocell-tiny",)},
-            "--patch-size of a bundled model must be its own, 8, got 16",
+            "`patch_size` of a bundled model must be its own, 8, got 16",
         ),
     ):
         with pytest.raises(UsageError, match=message):
             run(**change)
-    with pytest.raises(DataSetError, match="--data must be a folder of fields"):
+    with pytest.raises(DataSetError, match="`data` must be a folder of fields"):
         open_fields(tmp_path / "nowhere")
-    with pytest.raises(DataSetError, match="--index must be a CSV file"):
+    with pytest.raises(DataSetError, match="`index` must be a CSV file"):
         open_fields(tmp_path, index=tmp_path / "no.csv")
-    with pytest.raises(DataSetError, match="--channels-table must be a CSV file"):
+    with pytest.raises(DataSetError, match="`channels_table` must be a CSV file"):
         open_fields(tmp_path, pattern="harmony", channels_table=tmp_path / "no.csv")
 
 
@@ -302,7 +309,7 @@ def test_fields_by_their_names(field_folder, tmp_path):
     assert set(chosen.read(0).channels) == {"DNA", "RNA"}
 
 
-def test_bad_fields_are_told(field_folder, tmp_path):
+def test_bad_fields_are_refused(field_folder, tmp_path):
     with pytest.raises(DataSetError, match="must be described"):
         open_fields(field_folder)
     with pytest.raises(DataSetError, match="channels must be among DNA, ER, RNA, got Golgi"):

@@ -1,0 +1,119 @@
+"""The result of a consistency score: numbers with their intervals and the values of chance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ConsistencyReport", "Estimate"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its 95 % interval from fields drawn again, and what chance gives.
+
+    Attributes
+    ----------
+    value : float
+        nan where the data cannot tell, for example between fields when there is one.
+    low, high : float
+        Bounds of the interval; nan where there is none.
+    chance : float
+        Value of features that know nothing; nan where there is no such value.
+    """
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    chance: float = math.nan
+
+    def to_mapping(self) -> dict[str, float | None]:
+        """The four numbers for JSON, nan as null."""
+        return {name: _or_none(getattr(self, name)) for name in ("value", "low", "high", "chance")}
+
+
+@dataclass(frozen=True)
+class ConsistencyReport:
+    """The score of one kind of feature.
+
+    Attributes
+    ----------
+    num_fields, num_locations, num_views : int
+        What it was measured on, mean views not counted.
+    embed_dim : int
+        Numbers per feature; an effective rank is at most this and at most `num_views`.
+    channels : tuple of str
+    estimates : dict of Estimate
+        ``cosine_same_field`` (one location through two channels),
+        ``cosine_other_field_same_channel``, ``cosine_other_field_other_channel``,
+        ``retrieval_top1``, ``effective_rank``, ``effective_rank_centered``, ``feature_std``,
+        ``channel_decodability``; with mean views ``mean_view_cosine_same_field``,
+        ``mean_view_cosine_other_field``, ``mean_view_retrieval_top1``; with attention maps
+        ``attention_same_field``, ``attention_other_field``.
+    cosine_by_channel : (C, C) float64 ndarray
+        Mean cosine of one location through two channels; 1 on the diagonal, nan for channels that
+        never meet.
+    retrieval_by_channel : (C, C) float64 ndarray
+        Retrieval from the channel of the row to that of the column; nan on the diagonal.
+    """
+
+    num_fields: int
+    num_locations: int
+    num_views: int
+    embed_dim: int
+    channels: tuple[str, ...]
+    estimates: dict[str, Estimate]
+    cosine_by_channel: NDArray[np.float64]
+    retrieval_by_channel: NDArray[np.float64]
+
+    def __getitem__(self, name: str) -> Estimate:
+        return self.estimates[name]
+
+    def warnings(self) -> list[str]:
+        """Sentences on what the numbers do not allow to be claimed."""
+        found = []
+        cosine, other = (
+            self.estimates[name].value
+            for name in ("cosine_same_field", "cosine_other_field_other_channel")
+        )
+        if math.isnan(other):
+            found.append("one field only: nothing can be said about different fields")
+        elif cosine - other < 0.05:
+            found.append(
+                f"different fields are nearly as alike ({other:.3f}) as channels of one field "
+                f"({cosine:.3f}): the cosine says little here"
+            )
+        retrieval = self.estimates["retrieval_top1"]
+        if not math.isnan(retrieval.low) and retrieval.low <= retrieval.chance:
+            found.append("retrieval is not better than chance")
+        if self.estimates["effective_rank_centered"].value < 2:
+            found.append("the features vary along fewer than two directions: collapsed")
+        if self.num_fields < 20:
+            found.append(f"{self.num_fields} fields: the intervals are rough")
+        return found
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Everything for JSON, nan as null."""
+        return {
+            "num_fields": self.num_fields,
+            "num_locations": self.num_locations,
+            "num_views": self.num_views,
+            "embed_dim": self.embed_dim,
+            "channels": list(self.channels),
+            "estimates": {name: item.to_mapping() for name, item in self.estimates.items()},
+            "cosine_by_channel": _nested(self.cosine_by_channel),
+            "retrieval_by_channel": _nested(self.retrieval_by_channel),
+            "warnings": self.warnings(),
+        }
+
+
+def _or_none(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _nested(matrix: NDArray[np.float64]) -> list[list[float | None]]:
+    return [[_or_none(value) for value in row] for row in matrix]

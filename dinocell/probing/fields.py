@@ -1,0 +1,113 @@
+"""Fields of a folder, read one at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinocell.errors import DataSetError
+from dinocell.probing.feature_extraction import FieldImage
+
+__all__ = ["FieldOptions", "FieldSource", "open_fields"]
+
+
+@dataclass(frozen=True)
+class FieldSource:
+    """Fields that are read one at a time.
+
+    Attributes
+    ----------
+    names : list of str
+    read : callable (index) → FieldImage
+    """
+
+    names: list[str]
+    read: Callable[[int], FieldImage]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[FieldImage]:
+        return (self.read(index) for index in range(len(self.names)))
+
+    def spread(self, count: int | None) -> FieldSource:
+        """At most `count` of these fields, spread evenly over the names; None keeps all."""
+        if count is None or len(self) <= count:
+            return self
+        kept = np.linspace(0, len(self) - 1, count).round().astype(int).tolist()
+        return FieldSource(
+            [self.names[place] for place in kept], lambda place: self.read(kept[place])
+        )
+
+
+@dataclass(frozen=True)
+class FieldOptions:
+    """How files become channels of fields.
+
+    Attributes
+    ----------
+    index : path, optional
+        CSV with the columns field, file, channel.
+    pattern : str, optional
+        `harmony`, `cellvoyager`, `imagexpress`, or a regular expression with the group `channel`.
+    channels_table : path, optional
+        CSV with the columns number, channel: names for the numbers that a pattern finds.
+    channels : sequence of str, optional
+        Only these channels, in any case of letters; by default all but bright field and masks.
+    """
+
+    index: str | os.PathLike[str] | None = None
+    pattern: str | None = None
+    channels_table: str | os.PathLike[str] | None = None
+    channels: Sequence[str] | None = None
+
+
+def open_fields(data: str | os.PathLike[str], options: FieldOptions | None = None) -> FieldSource:
+    """Fields of a folder: by an index file, by its own `channels.csv`, or by a pattern of names.
+
+    Raises
+    ------
+    DataSetError
+        The folder or a table does not exist, or no field is found; later, a field cannot be read.
+    """
+    options = options or FieldOptions()
+    index, channels_table, channels = options.index, options.channels_table, options.channels
+    root = Path(data)
+    if not root.is_dir():
+        raise DataSetError(f"`data` must be a folder of fields, got {root}: check the path")
+    for name, table in (("index", index), ("channels_table", channels_table)):
+        if table is not None and not Path(table).is_file():
+            raise DataSetError(f"`{name}` must be a CSV file, got {table}: check the path")
+    from dinov3.data.datasets import jump_cellpainting as module
+
+    reading: dict[str, Any] = {
+        "index": None if index is None else os.fspath(Path(index).resolve()),
+        "pattern": options.pattern,
+        "channels_table": None if channels_table is None else str(Path(channels_table).resolve()),
+    }
+    try:
+        if channels is not None:
+            found = module.find_fields(os.fspath(root), **reading)
+            known = {name.lower(): name for item in found for name in item.files}
+            reading["channels"] = "+".join(known.get(name.lower(), name) for name in channels)
+        dataset = module.JUMPCellPaintingMultiView(root=os.fspath(root), missing="allow", **reading)
+    except (ValueError, OSError) as error:
+        raise DataSetError(str(error)) from error
+
+    def read(place: int) -> FieldImage:
+        try:
+            item = dataset.load_field(place)
+        except (ValueError, OSError) as error:
+            raise DataSetError(str(error)) from error
+        planes = item.planes
+        if item.illumination is not None:
+            planes = planes / item.illumination
+        return FieldImage(item.name, tuple(item.channels), planes)
+
+    names = [dataset.get_sample_name(place) for place in range(len(dataset))]
+    return FieldSource(names, read)

@@ -1,0 +1,241 @@
+"""One small decoder per channel of labelled fields: does a backbone serve each channel?
+
+A backbone that is consistent across channels should give features that segment cells in every one.
+The mean and the standard deviation over channels say so in two numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from dinocell.errors import DataSetError
+from dinocell.io import find_images
+from dinocell.pairs import Pair, find_pairs
+from dinocell.probing.decoder_probe import ProbeConfig, ProbeResult, probe_features
+from dinocell.probing.labelled_windows import LabelledWindow, cut_windows, require_cells
+from dinocell.progress import progress
+from dinocell.training.datasets import read_pair
+
+__all__ = ["ChannelScores", "channel_scores", "find_channel_pairs"]
+
+
+@dataclass(frozen=True)
+class ChannelScores:
+    """A probe per channel.
+
+    Attributes
+    ----------
+    results : dict of ProbeResult by channel
+    split : str
+        How training and held-out windows were divided, as a sentence.
+    """
+
+    results: dict[str, ProbeResult]
+    split: str
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Mean over channels of every score."""
+        return {name: float(np.mean(values)) for name, values in self._columns().items()}
+
+    @property
+    def std(self) -> dict[str, float]:
+        """Standard deviation over channels (of a sample, n − 1); nan for one channel."""
+        return {
+            name: float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+            for name, values in self._columns().items()
+        }
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Everything for JSON, nan as null."""
+
+        def plain(scores: dict[str, float]) -> dict[str, float | None]:
+            return {key: value if math.isfinite(value) else None for key, value in scores.items()}
+
+        return {
+            "split": self.split,
+            "channels": {
+                channel: {
+                    "scores": plain(result.scores),
+                    "thresholds": result.thresholds,
+                    "steps": result.steps,
+                    "train_loss": result.train_loss,
+                    "num_train_windows": result.num_train,
+                    "num_val_windows": result.num_val,
+                }
+                for channel, result in self.results.items()
+            },
+            "mean": plain(self.mean),
+            "std": plain(self.std),
+        }
+
+    def _columns(self) -> dict[str, list[float]]:
+        names = next(iter(self.results.values())).scores
+        return {name: [result.scores[name] for result in self.results.values()] for name in names}
+
+
+def find_channel_pairs(
+    data: str | os.PathLike[str], *, labels_name: str = "labels"
+) -> dict[str, list[Pair]]:
+    """Labelled images by channel.
+
+    Parameters
+    ----------
+    data : folder, one of two layouts
+        ``CHANNEL/images`` and ``CHANNEL/labels``, paired by name; or a folder per field
+        (``FIELD/CHANNEL.tif``) with a label image ``FIELD/<labels_name>.png`` for all its channels.
+    labels_name : str
+        Name without suffix of that label image.
+
+    Raises
+    ------
+    DataSetError
+        Neither layout, or no channel.
+    """
+    folder = Path(data)
+    if not folder.is_dir():
+        raise DataSetError(f"labelled channels must be a folder, got {folder}: check the path")
+    parts = sorted(path for path in folder.iterdir() if path.is_dir())
+    found: dict[str, list[Pair]] = {}
+    if any((part / "images").is_dir() for part in parts):
+        for part in parts:
+            found[part.name] = find_pairs(part / "images", part / "labels", part.name)
+    else:
+        for part in parts:
+            files = {path.stem: path for path in find_images([part], include_outputs=True)}
+            labels = files.pop(labels_name, None)
+            if labels is None:
+                raise DataSetError(
+                    f"a labelled field must hold the label image {labels_name}, got "
+                    f"{', '.join(files) or 'nothing'} in {part}: give its name as "
+                    "`per_channel_labels`"
+                )
+            for stem, path in files.items():
+                if not _holds_labels(path):
+                    found.setdefault(stem, []).append(Pair(part.name, path, labels))
+    if not found or not all(found.values()):
+        raise DataSetError(
+            f"labelled channels must be CHANNEL/images with CHANNEL/labels, or FIELD/CHANNEL.tif with "
+            f"FIELD/{labels_name}.png, got neither in {folder}: arrange the files so"
+        )
+    return found
+
+
+def channel_scores(
+    vit: nn.Module,
+    data: str | os.PathLike[str],
+    config: ProbeConfig,
+    *,
+    labels_name: str = "labels",
+    channels: Sequence[str] | None = None,
+    val_fraction: float = 1 / 3,
+    shown: bool = False,
+) -> ChannelScores:
+    """Train and score a decoder per channel on the same places.
+
+    Parameters
+    ----------
+    vit : DinoVisionTransformer
+        In eval mode.
+    data, labels_name
+        As `find_channel_pairs`.
+    config : ProbeConfig
+        `max_seconds` holds for each channel.
+    channels : sequence of str, optional
+        Of these only, in any case of letters.
+    val_fraction : float
+        Share of the images held out, at least one, the same fields for every channel.  Of a single
+        image the left half trains and the right half is held out.
+
+    Raises
+    ------
+    DataSetError, ImageFileError, ProbeTimeError, ValueError
+        As `find_channel_pairs`, `read_windows` and `probe_features`.
+    """
+    by_channel = find_channel_pairs(data, labels_name=labels_name)
+    if channels is not None:
+        wanted = {name.lower() for name in channels}
+        kept = {name: pairs for name, pairs in by_channel.items() if name.lower() in wanted}
+        if not kept:
+            raise DataSetError(
+                f"`channels` must include one of {', '.join(by_channel)}, the labelled channels in {data}, "
+                f"got {', '.join(channels)}: correct it"
+            )
+        by_channel = kept
+    # Fields are known by the folder that holds them, or by file name where channels have folders.
+    by_place = {
+        channel: {_place(pair): pair for pair in pairs} for channel, pairs in by_channel.items()
+    }
+    places = sorted(set().union(*by_place.values()))
+    held_out = _held_out(places, val_fraction, config.seed)
+    results = {}
+    with progress("per channel", len(by_place) * config.steps, shown=shown) as bar:
+        for channel, pairs in by_place.items():
+            train, val = _divided(pairs, held_out, config)
+            require_cells(train, f"the training part of channel {channel}")
+            require_cells(val, f"the held-out part of channel {channel}")
+
+            def note(loss: float, channel: str = channel) -> None:
+                bar.advance(note=f"{channel} loss {loss:.4f}")
+
+            results[channel] = probe_features(vit, train, val, config, advance=note)
+    split = (
+        f"{len(held_out)} of {len(places)} fields are held out"
+        if held_out
+        else "one field: its left half trains, its right half is held out"
+    )
+    return ChannelScores(results=results, split=split)
+
+
+def _held_out(places: list[str], val_fraction: float, seed: int) -> set[str]:
+    """Randomly chosen places, at least one and not all; none of a single place."""
+    if len(places) == 1:
+        return set()
+    order = np.random.default_rng([seed, 3]).permutation(len(places))
+    count = max(1, min(len(places) - 1, round(val_fraction * len(places))))
+    return {places[index] for index in order[:count]}
+
+
+def _divided(
+    pairs: dict[str, Pair], held_out: set[str], config: ProbeConfig
+) -> tuple[list[LabelledWindow], list[LabelledWindow]]:
+    """Training and held-out windows; without held-out places, of the two halves of each image."""
+    train: list[LabelledWindow] = []
+    val: list[LabelledWindow] = []
+    for place, pair in sorted(pairs.items()):
+        image, labels = read_pair(pair)
+        middle = image.shape[1] // 2
+        parts: list[tuple[list[LabelledWindow], tuple[int, int] | None]]
+        if held_out:
+            parts = [(val if place in held_out else train, None)]
+        else:
+            parts = [(train, (0, middle)), (val, (middle, image.shape[1]))]
+        for into, columns in parts:
+            into += cut_windows(
+                place,
+                image,
+                labels,
+                window_px=config.window_px,
+                count=config.windows_per_image,
+                columns=columns,
+            )
+    return train, val
+
+
+def _holds_labels(path: Path) -> bool:
+    from dinocell.io import read_image
+    from dinocell.labels import looks_like_labels
+
+    return looks_like_labels(read_image(path).pixels)
+
+
+def _place(pair: Pair) -> str:
+    return pair.dataset if pair.image_path.parent.name != "images" else pair.image_path.stem

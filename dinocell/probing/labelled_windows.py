@@ -1,0 +1,135 @@
+"""Square windows of labelled images, which the small decoder trains and is scored on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocell.errors import DataSetError
+from dinocell.pairs import Pair
+from dinocell.segmentation.distance_map import labels_to_distance_map
+from dinocell.segmentation.preprocess import normalize_intensity
+from dinocell.training.datasets import read_pair
+
+__all__ = ["LabelledWindow", "cut_windows", "inside_image", "read_windows", "require_cells"]
+
+
+@dataclass(frozen=True)
+class LabelledWindow:
+    """A square window of a normalised image with its truth.
+
+    Attributes
+    ----------
+    name : str
+    image : (window, window) float32 ndarray in [0, 1]
+    labels : (h, w) integer ndarray
+        Smaller than the window where the image is: the rest of the window is reflection.
+    target : (window, window) float32 ndarray
+        Distance map made from the whole image, so that cut cells keep their true distances.
+    """
+
+    name: str
+    image: NDArray[np.float32]
+    labels: NDArray[Any]
+    target: NDArray[np.float32]
+
+
+def cut_windows(
+    name: str,
+    image: NDArray[Any],
+    labels: NDArray[Any],
+    *,
+    window_px: int,
+    count: int = 1,
+    columns: tuple[int, int] | None = None,
+) -> list[LabelledWindow]:
+    """At most `count` windows of a centred grid, those with the most cell pixels first.
+
+    Parameters
+    ----------
+    name : str
+    image : (H, W) ndarray
+        Raw; normalised as a whole before it is cut.
+    labels : (H, W) integer ndarray
+    window_px, count : int
+    columns : (first, last + 1), optional
+        Cut from these columns only.
+
+    Returns
+    -------
+    list of LabelledWindow
+        An image smaller than the window is padded by reflection.
+    """
+    normalized = normalize_intensity(image)
+    target = labels_to_distance_map(labels, target="sqrt")
+    if columns is not None:
+        part = slice(*columns)
+        normalized, target, labels = normalized[:, part], target[:, part], labels[:, part]
+    height, width = labels.shape
+    padding = ((0, max(0, window_px - height)), (0, max(0, window_px - width)))
+    if any(after for _, after in padding):
+        normalized = np.pad(normalized, padding, mode="symmetric")
+        target = np.pad(target, padding, mode="symmetric")
+    rows, columns_of_grid = normalized.shape[0] // window_px, normalized.shape[1] // window_px
+    top = (normalized.shape[0] - rows * window_px) // 2
+    left = (normalized.shape[1] - columns_of_grid * window_px) // 2
+    found = []
+    for row in range(rows):
+        for column in range(columns_of_grid):
+            y, x = top + row * window_px, left + column * window_px
+            window = (slice(y, y + window_px), slice(x, x + window_px))
+            found.append(
+                LabelledWindow(
+                    name=f"{name}@{y},{x}",
+                    image=np.ascontiguousarray(normalized[window]),
+                    labels=np.ascontiguousarray(labels[window]),
+                    target=np.ascontiguousarray(target[window]),
+                )
+            )
+    order = sorted(
+        range(len(found)), key=lambda index: (-np.count_nonzero(found[index].labels), index)
+    )
+    return [found[index] for index in order[:count]]
+
+
+def read_windows(
+    pairs: Sequence[Pair], *, window_px: int, windows_per_image: int, max_images: int | None = None
+) -> list[LabelledWindow]:
+    """Windows of at most `max_images` image files, spread evenly over the sorted names.
+
+    Raises
+    ------
+    DataSetError, ImageFileError
+        A file does not fit; or no window holds a cell.
+    """
+    chosen = list(pairs)
+    if max_images is not None and len(chosen) > max_images:
+        places = np.linspace(0, len(chosen) - 1, max_images).round().astype(int)
+        chosen = [chosen[place] for place in places]
+    windows = []
+    for pair in chosen:
+        image, labels = read_pair(pair)
+        windows += cut_windows(
+            pair.image_path.stem, image, labels, window_px=window_px, count=windows_per_image
+        )
+    require_cells(windows, str(pairs[0].labels_path.parent) if pairs else "no folder")
+    return windows
+
+
+def inside_image(array: NDArray[np.float32], window: LabelledWindow) -> NDArray[np.float32]:
+    """The part of a window-sized array that lies in the window's image, without the reflection."""
+    height, width = window.labels.shape
+    return array[:height, :width]
+
+
+def require_cells(windows: Sequence[LabelledWindow], where: str) -> None:
+    """Raise DataSetError if no window holds a cell; `where` names their origin in the message."""
+    if not any(window.labels.any() for window in windows):
+        raise DataSetError(
+            f"labelled windows must hold cells, got {len(windows)} without any from {where}: name "
+            "other labels"
+        )

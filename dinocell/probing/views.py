@@ -1,0 +1,160 @@
+"""Views as the consistency score counts them: fields, locations and channels as numbers.
+
+A *view* is one window of one field seen through one channel; a *location* is that window.  Sums are
+kept per field, because the 95 % intervals draw whole fields: windows of one field are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocell.probing.consistency_report import Estimate
+
+__all__ = [
+    "MEAN_VIEW",
+    "Views",
+    "draw_fields",
+    "estimate_between_fields",
+    "estimate_by_field",
+    "unit_rows",
+]
+
+MEAN_VIEW = "mean"
+"""The name of the view that is no single channel but the mean of them."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """Features of views, with field, location and channel of each view as numbers from 0.
+
+    Attributes
+    ----------
+    features : (M, D) float64 ndarray
+    field, location, channel : (M,) integer ndarrays
+    names : tuple of str
+        Channels in the order of their numbers; the mean view, which has the next number, is left out.
+    num_fields, mean_channel : int
+    """
+
+    features: NDArray[np.float64]
+    field: NDArray[np.intp]
+    location: NDArray[np.intp]
+    channel: NDArray[np.intp]
+    names: tuple[str, ...]
+    num_fields: int
+    mean_channel: int
+
+    @classmethod
+    def checked(cls, features: Any, fields: Any, locations: Any, channels: Any) -> Views:
+        """From arguments as those of `channel_consistency`, which says what is raised."""
+        matrix = np.asarray(features, dtype=np.float64)
+        lengths = {len(fields), len(locations), len(channels)}
+        if matrix.ndim != 2 or lengths != {len(matrix)} or matrix.size == 0:
+            raise ValueError(
+                f"`features` must be (M, D) with a field, location and channel per row, got shape "
+                f"{matrix.shape} with {len(fields)}, {len(locations)} and {len(channels)}: give one "
+                "of each per view"
+            )
+        if not np.isfinite(matrix).all():
+            raise ValueError(
+                "`features` must be finite, got NaN or infinite values: the network or its weights "
+                "are damaged"
+            )
+        field_names, field = np.unique(np.asarray(fields), return_inverse=True)
+        _, location = np.unique(np.asarray(locations), return_inverse=True)
+        # Channels in the order of their first appearance, the mean view last.
+        order = [name for name in dict.fromkeys(map(str, channels)) if name != MEAN_VIEW]
+        number = {name: index for index, name in enumerate([*order, MEAN_VIEW])}
+        channel = np.array([number[str(name)] for name in channels])
+        if len(np.unique(location * len(number) + channel)) < len(channel):
+            raise ValueError(
+                "a location must have each channel once, got one twice: number the windows of all "
+                "fields differently"
+            )
+        if len(np.unique(location * len(field_names) + field)) > len(np.unique(location)):
+            raise ValueError(
+                "a location must lie in one field, got one in two: number the windows of all "
+                "fields differently"
+            )
+        return cls(matrix, field, location, channel, tuple(order), len(field_names), len(order))
+
+    def where(self, kept: NDArray[np.bool_]) -> Views:
+        """The views that a mask keeps."""
+        return Views(
+            self.features[kept],
+            self.field[kept],
+            self.location[kept],
+            self.channel[kept],
+            self.names,
+            self.num_fields,
+            self.mean_channel,
+        )
+
+    def rows_by_location(self) -> dict[int, list[int]]:
+        """Location → its rows."""
+        rows: dict[int, list[int]] = {}
+        for row, location in enumerate(self.location.tolist()):
+            rows.setdefault(location, []).append(row)
+        return rows
+
+
+def unit_rows(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rows scaled to length 1; zero rows stay zero."""
+    norms = np.linalg.norm(matrix, axis=1, keepdims=True)
+    return matrix / np.where(norms > 0, norms, 1.0)
+
+
+def draw_fields(num_fields: int, num_bootstrap: int, seed: int) -> NDArray[np.float64]:
+    """(num_bootstrap, F): how often each field is drawn."""
+    if num_fields < 2 or num_bootstrap < 1:
+        return np.zeros((0, num_fields))
+    rng = np.random.default_rng([seed, 1])
+    shares = np.full(num_fields, 1 / num_fields)
+    return rng.multinomial(num_fields, shares, size=num_bootstrap).astype(np.float64)
+
+
+def estimate_by_field(
+    sums: NDArray[np.float64],
+    counts: NDArray[np.float64],
+    draws: NDArray[np.float64],
+    chances: NDArray[np.float64] | None = None,
+) -> Estimate:
+    """Sum over counts, both per field, with fields drawn again."""
+    value = float(_ratio(sums.sum(), counts.sum()))
+    low, high = _interval(_ratio(draws @ sums, draws @ counts)) if len(draws) else (math.nan,) * 2
+    chance = math.nan if chances is None else float(_ratio(chances.sum(), counts.sum()))
+    return Estimate(value, low, high, chance)
+
+
+def estimate_between_fields(
+    sums: NDArray[np.float64], counts: NDArray[np.float64], draws: NDArray[np.float64]
+) -> Estimate:
+    """As `estimate_by_field` for (F, F) tables of pairs; a field is no partner of its own copy."""
+    sums, counts = sums.copy(), counts.copy()
+    np.fill_diagonal(sums, 0.0)
+    np.fill_diagonal(counts, 0.0)
+    value = float(_ratio(sums.sum(), counts.sum()))
+    low, high = math.nan, math.nan
+    if len(draws):
+        low, high = _interval(
+            _ratio(((draws @ sums) * draws).sum(axis=1), ((draws @ counts) * draws).sum(axis=1))
+        )
+    return Estimate(value, low, high)
+
+
+def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return math.nan, math.nan
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _ratio(sums: Any, counts: Any) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(sums, dtype=np.float64) / np.asarray(counts, dtype=np.float64)
