@@ -99,7 +99,7 @@ class Division:
     shards: Annotated[
         int | None,
         typer.Option(
-            help="Divide the images of segment into this many parts, one task for each; a last job "
+            help="Divide the images of the command segment into this many parts, one task for each; a last job "
             "merges their tables."
         ),
     ] = None
@@ -343,9 +343,7 @@ def supervise(
 
     arguments = context.args
     if command == "shards" and len(arguments) == 3 and arguments[0] == "run":
-        index = (
-            arguments[2] if arguments[2].isdigit() else "0"
-        )  # a wrong one is told by the command
+        index = arguments[2] if arguments[2].isdigit() else "0"  # the command reports a wrong one
         run_dir = shard_folder(arguments[1], int(index))
     elif command == "shards" and len(arguments) == 2 and arguments[0] == "merge":
         run_dir = merging_folder(arguments[1])

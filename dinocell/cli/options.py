@@ -89,7 +89,7 @@ def expand_dataclasses(function: Callable[..., Any]) -> Callable[..., Any]:
     with a default if the option may be left out.  The function receives one instance.
     """
     signature = inspect.signature(function, eval_str=True)
-    bundles = {
+    bundles: dict[str, type[Any]] = {
         name: given.annotation
         for name, given in signature.parameters.items()
         if is_dataclass(given.annotation)
