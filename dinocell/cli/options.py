@@ -92,7 +92,7 @@ def expand_dataclasses(function: Callable[..., Any]) -> Callable[..., Any]:
     bundles: dict[str, type[Any]] = {
         name: given.annotation
         for name, given in signature.parameters.items()
-        if is_dataclass(given.annotation)
+        if isinstance(given.annotation, type) and is_dataclass(given.annotation)
     }
     expanded = []
     for name, parameter in signature.parameters.items():
