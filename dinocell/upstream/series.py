@@ -214,7 +214,7 @@ def read_series(folder: str | Path, *, files_root: str | Path | None = None) -> 
     folder = Path(folder)
     root = Path(files_root) if files_root is not None else folder.parent / "dinov3_modified"
     pin = _read_pin(folder / "UPSTREAM")
-    files = {}
+    files: dict[str, Path] = {}
     for name in _lines(folder / "files"):
         found = _files_of(root, name)
         if not found:
