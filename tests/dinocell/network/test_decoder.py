@@ -87,7 +87,7 @@ def test_fvcore_counts_a_convolution_and_attention_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("size", "patch"), [("tiny", 8), ("tiny", 16), ("small", 8), ("small", 14), ("small", 16)]
+    ("size", "patch"), [("tiny", 8), ("tiny", 16), ("small", 8), ("small", 16)]
 )
 def test_default_decoder_costs_at_most_a_fifth(size, patch):
     window = 224 // patch * patch
@@ -104,7 +104,7 @@ def test_small_8_costs_what_the_design_says():
     assert cost.backbone_macs == pytest.approx(31.7e9, rel=0.02)
     assert cost.decoder_macs == pytest.approx(5.5e9, rel=0.06)
     assert cost.decoder_parameters == pytest.approx(0.73e6, rel=0.05)
-    wide = model_cost(create_dinocell_model("small", patch_size=8, decoder="unet_wide"), 256)
+    wide = model_cost(create_dinocell_model("small", patch_size=8, decoder="unet_wide"), 64)
     assert wide.decoder_macs > wide.backbone_macs
     assert wide.decoder_parameters == pytest.approx(3.67e6, rel=0.02)
 
