@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop (ours): noted at once, acted on between two steps."""
+"""Signals that ask a run to stop (ours): recorded at once, obeyed between two steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
 class StopAgreement:
-    """Whether all processes stop, asked by each after every step.
+    """Whether all processes stop; each process calls it after every step.
 
     Each exchange waits for the slowest process, so there is one in about `period_s`: after a step at
     least, after ten at most.
@@ -32,17 +32,17 @@ class StopAgreement:
         self._asked: tuple[int, float] | None = None  # step and time of the last exchange
         self._next_step = 0
 
-    def agreed(self, told: bool, step: int) -> bool:
-        """True in all processes alike, in the first exchange after any of them was told to stop."""
+    def agreed(self, requested: bool, step: int) -> bool:
+        """The same answer in all processes: true in the first exchange after any of them got a request."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return told
+            return requested
         if self._asked is not None and step < self._next_step:
             return False
         now = time.monotonic()
         step_s = 0.0
         if self._asked is not None:
             step_s = (now - self._asked[1]) / max(step - self._asked[0], 1)
-        shared = torch.tensor([float(told), step_s], device=self.device)
+        shared = torch.tensor([float(requested), step_s], device=self.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         stop, slowest_s = (
             shared.tolist()
@@ -53,10 +53,10 @@ class StopAgreement:
 
 
 class StopRequest:
-    """Context that notes SIGTERM, SIGUSR2 and SIGINT; a second SIGINT interrupts as usual.
+    """Context that records SIGTERM, SIGUSR2 and SIGINT; a second SIGINT interrupts as usual.
 
-    Schedulers send the signal to the whole process group or to one process only, so processes ask
-    one another.
+    Schedulers send the signal to the whole process group or to one process only, so the processes
+    exchange what they have received.
 
     Args:
         device: as of `StopAgreement`.

@@ -109,7 +109,7 @@ def check_needed(dataset_str: str, class_: type, kwargs: dict[str, Any]) -> None
     ]
     if missing := [key for key in needed if key not in kwargs]:
         raise ValueError(
-            f"{dataset_str.partition(':')[0]} must be told {', '.join(needed)}, got a string without "
+            f"{dataset_str.partition(':')[0]} must have {', '.join(needed)}, got a string without "
             f"{', '.join(missing)}: add ':{missing[0]}=...' to {dataset_str!r}"
         )
 

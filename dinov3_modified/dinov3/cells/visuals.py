@@ -120,7 +120,7 @@ def pca_picture(
 
 
 class VisualLogger:
-    """Draws at intervals in a thread of its own; a picture that is still in work is not waited for.
+    """Draws at intervals in a thread of its own, and skips a picture while the one before is unfinished.
 
     The same images are drawn each time: the first that are handed in, kept in OUT/visuals/images.pt
     for the resumption of the run.
@@ -132,7 +132,7 @@ class VisualLogger:
         mean, std: the normalisation of the images, for showing them.
 
     Attributes:
-        skipped: pictures left out because the one before was still in work.
+        skipped: pictures left out because the one before was unfinished.
         failed: pictures that could not be made.
         seconds_in_training: time that all calls of `submit` have taken, network included.
     """
@@ -159,7 +159,7 @@ class VisualLogger:
 
     @property
     def busy(self) -> bool:
-        """Whether a picture is in work, so that `submit` would skip."""
+        """Whether a picture is unfinished, so that `submit` would skip the next."""
         return self._thread is not None and self._thread.is_alive()
 
     def submit(self, state: Mapping[str, Tensor], images: Tensor, iteration: int) -> bool:
@@ -170,7 +170,7 @@ class VisualLogger:
             images: [B, 3, H, W] on any device; only those of the first call count.
 
         Returns:
-            Whether it was begun.
+            Whether the drawing was started.
         """
         if self.busy:
             self.skipped += 1
@@ -194,13 +194,13 @@ class VisualLogger:
         return True
 
     def close(self, timeout_s: float = 60.0) -> bool:
-        """Wait for the picture in work, at most so long; returns whether none is left."""
+        """Wait at most `timeout_s` for the unfinished picture; returns whether none is left."""
         if self._thread is not None:
             self._thread.join(timeout_s)
         if self.busy:
-            logger.warning("a picture was not done within %g s and is left out", timeout_s)
+            logger.warning("a picture was not finished within %g s and is left out", timeout_s)
         if self.skipped:
-            logger.info("%d pictures were skipped: the one before was still in work", self.skipped)
+            logger.info("%d pictures were skipped: the one before was unfinished", self.skipped)
         return not self.busy
 
     def _fail(self, iteration: int) -> None:

@@ -72,7 +72,7 @@ class CheckpointRetentionPolicy(Enum):
 
     @property
     def max_to_keep(self) -> int | None:
-        """How many stay while a run goes on; None: all."""
+        """How many are kept during a run; None: all."""
         return None if self is CheckpointRetentionPolicy.ALL else 1
 
 
@@ -98,14 +98,14 @@ def save_checkpoint(
         **others: further entries.
 
     Raises:
-        FileExistsError: there is one, and `overwrite` is false.
+        FileExistsError: it exists, and `overwrite` is false.
         OSError: it could not be written; an earlier checkpoint is as it was.
     """
     target = Path(ckpt_dir)
     main_process = _rank(process_group) == 0
     if target.exists() and not overwrite:
         raise FileExistsError(
-            f"a checkpoint must not be there already, got {target}: set overwrite, or remove it"
+            f"a checkpoint must not exist already, got {target}: set `overwrite`, or remove it"
         )
     part = target.with_name(f".{target.name}.part")
     if main_process:
@@ -131,8 +131,9 @@ def save_checkpoint(
             shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, (OSError, dcp.api.CheckpointException, RuntimeError)):
             raise OSError(
-                f"the checkpoint of iteration {iteration} must be written to {target.parent}, got "
-                f"an error ({_reason(error)}): make room or mend the disk; earlier checkpoints are intact"
+                f"The checkpoint of iteration {iteration} could not be written to {target.parent} "
+                f"({_reason(error)}).  Earlier checkpoints are intact.  Make room on the disk, then run "
+                "the same command to resume."
             ) from error
         raise
     _barrier(process_group)
@@ -152,7 +153,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _replace_folder(part: Path, target: Path) -> None:
-    """Put `part` at `target`; a folder that is there steps aside until then."""
+    """Put `part` at `target`; an existing folder moves aside until then."""
     aside = target.with_name(f".{target.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
@@ -235,8 +236,8 @@ def load_checkpoint(
             )
     except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
-            f"checkpoint {folder} must fit this configuration, got an error ({_reason(error)}): go on "
-            "with the configuration it was made with"
+            f"checkpoint {folder} must fit this configuration, got an error ({_reason(error)}): use "
+            "the configuration that it was made with"
         ) from error
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=strict_loading))
     if optimizer is not None:
@@ -245,7 +246,7 @@ def load_checkpoint(
 
 
 def register_dont_save_hooks(module: nn.Module, dont_save: Sequence[str]) -> None:
-    """Leave entries out of the module's state dict, and do not miss them when it is loaded.
+    """Leave entries out of the module's state dict, and load it without them.
 
     Args:
         dont_save: full names in the state dict.
@@ -301,7 +302,7 @@ def find_latest_valid_checkpoint(ckpt_dir: str | Path) -> Path | None:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is."""
+    """What is wrong with a checkpoint; None if it is complete."""
     manifest = folder / _MANIFEST
     if not manifest.is_file():
         # Upstream writes no list of files; its folder is renamed when complete, as ours.
@@ -340,7 +341,7 @@ def keep_last_n_checkpoints(ckpt_dir: str | Path, n: int | None) -> None:
 def keep_checkpoint_copy(src: str | Path) -> None:
     """Keep a checkpoint beyond `keep_last_n_checkpoints`, as SRC_keep of hard links.
 
-    A copy that is there already is replaced.
+    An existing copy is replaced.
     """
     source = Path(src)
     target = source.with_name(f"{source.name}_keep")

@@ -161,7 +161,7 @@ def test_only_datasets_of_ours_are_found():
     class_, arguments = find_dataset("ImageFolder:root=a")
     assert (class_, arguments) == (ImageFolder, {"root": "a"})
     assert find_dataset("CocoCaptions:split=TRAIN") is None
-    with pytest.raises(ValueError, match="must be told root"):
+    with pytest.raises(ValueError, match="must have root"):
         find_dataset("ImageFolder")
     with pytest.raises(ValueError, match="must be among"):
         find_dataset("ImageFolder:rout=a")

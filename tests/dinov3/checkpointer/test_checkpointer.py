@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_files_and_manifest(tmp_path):
 def test_overwriting(tmp_path):
     model, _ = trained()
     save_checkpoint(tmp_path / "3", iteration=3, model=model)
-    with pytest.raises(FileExistsError, match="must not be there already"):
+    with pytest.raises(FileExistsError, match="must not exist already"):
         save_checkpoint(tmp_path / "3", iteration=3, model=model, overwrite=False)
     other, _ = trained(seed=2)
     save_checkpoint(tmp_path / "3", iteration=3, model=other)
@@ -184,10 +185,10 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     model, _ = trained()
     save_checkpoint(tmp_path / "5", iteration=5, model=model)
     process = start("full", tmp_path)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
-    assert "must be written to" in errors
-    assert "earlier checkpoints are intact" in errors
+    assert "could not be written to" in errors
+    assert "Earlier checkpoints are intact" in errors
     assert [p.name for p in tmp_path.iterdir()] == ["5"]
     loaded, _ = trained(seed=9)
     load_checkpoint(tmp_path / "5", model=loaded)
@@ -200,6 +201,7 @@ def test_killed_while_saving(tmp_path):
     part = tmp_path / ".5.part"
     while not ((tmp_path / "5").exists() and part.exists()):  # the second save has begun
         assert process.poll() is None
+        time.sleep(0.002)
     process.kill()
     process.communicate()
     found = find_latest_valid_checkpoint(tmp_path)

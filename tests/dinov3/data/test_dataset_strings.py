@@ -72,7 +72,7 @@ def test_missing_keys_are_told():
         ValueError, match=r"split, root, extra, got a string without root, extra: add"
     ):
         make_dataset(dataset_str="ImageNet:split=VAL")
-    with pytest.raises(ValueError, match=r"ImageFolder must be told root, .* add ':root=\.\.\.'"):
+    with pytest.raises(ValueError, match=r"ImageFolder must have root, .* add ':root=\.\.\.'"):
         make_dataset(dataset_str="ImageFolder")
 
 

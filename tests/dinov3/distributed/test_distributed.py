@@ -124,7 +124,7 @@ def test_edges_of_collectives_and_subgroups(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          str(script), str(tmp_path)],
-        capture_output=True, text=True, env=clean_environment(), timeout=120, check=False,
+        capture_output=True, text=True, env=clean_environment(), timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     # The two may write into one another's lines.
@@ -167,7 +167,7 @@ def test_tasks_of_a_slurm_job_find_each_other(monkeypatch):
         for rank in (0, 1)
     ]  # fmt: skip
     try:
-        ends = [task.communicate(timeout=120) for task in tasks]
+        ends = [task.communicate(timeout=600) for task in tasks]
     finally:
         for task in tasks:
             task.kill()

@@ -283,7 +283,7 @@ def test_two_processes(tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    errors = [worker.communicate(timeout=600)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], errors
     rows = lines(tmp_path / "m.json")
     assert [row["iteration"] for row in rows] == [0, 10, 20]

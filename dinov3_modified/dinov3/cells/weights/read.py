@@ -58,7 +58,7 @@ class LoadReport:
 def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, WeightsDescription]:
     """The backbone of a file or folder, complete and in Meta's names.
 
-    Formats are told apart by content, not by name.  What a format does not have is filled in: a mask
+    The content decides the format, not the name.  What a format does not have is filled in: a mask
     token of zeros, the RoPE periods, the mask of the k bias.
 
     Args:
