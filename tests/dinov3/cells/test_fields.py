@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from dinov3.cells import fields
 from dinov3.cells.fields import FieldError, is_constant, make_field, robust_range
 
 
@@ -58,3 +59,15 @@ def test_foreground_is_where_the_mean_is_bright(kind, shape):
     assert not made.foreground[share == 0].any()
     bright = coarse > (coarse[share == 1].min() + coarse[share == 0].max()) / 2
     assert (made.foreground != bright).mean() < 0.1
+
+
+def test_each_channel_is_scaled_by_its_own_range():
+    """By hand: 20 of 0 ... 100 is 0.2; 2500 of 1000 ... 3000 is 0.75."""
+    planes = {"DNA": np.full((16, 16), 20, np.uint16), "ER": np.full((16, 16), 2500, np.uint16)}
+    for plane in planes.values():
+        plane[15, 15] += 1  # contrast
+    made = make_field("x", planes, ranges={"DNA": (0, 100), "ER": (1000, 3000)})
+    for channel, value in enumerate((0.2, 0.75)):
+        np.testing.assert_allclose(made.window(channel, 0, 0, 8, 8), value, rtol=1e-6)
+        assert fields._coarse_mean(made, channel)[0, 0] == pytest.approx(value)
+    np.testing.assert_allclose(made.window(None, 0, 0, 8, 8), (0.2 + 0.75) / 2, rtol=1e-6)

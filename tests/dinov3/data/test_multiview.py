@@ -409,6 +409,40 @@ def test_a_view_is_its_channel(field):
     np.testing.assert_allclose(halved, full.reshape(64, 2, 64, 2).mean((1, 3)), atol=1e-5)
 
 
+def drawn_apart(**options) -> DataAugmentationMultiView:
+    """An augmentation whose draws are given: the mean at the top left, channel 2 further down."""
+    made = augmentation(**options)
+    made.draw_views = lambda channels: (None, 2)
+    made.draw_second_window = lambda field, first: (100, 120, 64, 64)
+    honest = made.draw_window
+    made.boxes = []
+
+    def draw_window(field, size, box=None):
+        if box is None:
+            return 0, 0, 64, 64
+        made.boxes.append(box)
+        return honest(field, size, box)
+
+    made.draw_window = draw_window
+    return made
+
+
+def test_each_global_crop_is_its_own_view_of_its_own_window(field):
+    """The crops of the Gram teacher too."""
+    made = drawn_apart(gram_teacher_crops_size=64, mean=[0] * 3, std=[1] * 3)
+    expected = field.window(None, 0, 0, 64, 64), field.window(2, 100, 120, 64, 64)
+    crops = made(field)
+    for name in ("global_crops", "gram_teacher_crops"):
+        for crop, part in zip(crops[name], expected, strict=True):
+            np.testing.assert_array_equal(crop, np.stack([part] * 3))
+
+
+def test_local_crops_lie_in_the_box_around_both_global_windows(field):
+    made = drawn_apart(local_crops_number=4)
+    made(field)
+    assert made.boxes == [(0, 0, 164, 184)] * 4
+
+
 def overlap(a, b) -> float:
     height = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     width = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
@@ -550,6 +584,8 @@ def test_each_distortion_by_its_formula():
     shot = apply(x, constant(shot=0.1)) - x
     expected = 0.1 * x.sqrt()
     assert (shot / expected).std() == pytest.approx(1.0, rel=0.15)
+    black = torch.zeros(1, 1, 20, 24)
+    assert torch.equal(apply(black, constant(shot=0.1)), black), "shot noise grows with brightness"
 
 
 def test_blur_and_defocus():
