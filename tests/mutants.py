@@ -36,6 +36,7 @@ TESTS = {
     f"{DINOV3}/cells/sinkhorn.py": ["tests/dinov3/loss"],
     f"{DINOV3}/cells/patch_cross_entropy.py": ["tests/dinov3/loss"],
     f"{DINOV3}/data/augmentations_multiview.py": ["tests/dinov3/data/test_multiview.py"],
+    f"{DINOV3}/cells/photometrics.py": ["tests/dinov3/data/test_multiview.py"],
 }
 SLOWEST = 4.0  # a mutant that takes this many times as long as the tests do is stopped, and killed
 

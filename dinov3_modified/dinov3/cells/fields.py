@@ -124,7 +124,7 @@ def decode_planes(data: bytes, name: str) -> np.ndarray:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FieldError(
-            f"{name} must be a readable image, got {len(data)} bytes that are none ({reason}): mend or "
+            f"{name} must be a readable image, got {len(data)} bytes that are none ({reason}): repair or "
             "remove it"
         ) from error
     array = np.squeeze(array)

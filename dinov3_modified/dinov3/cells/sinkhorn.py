@@ -1,9 +1,10 @@
 """Sinkhorn-Knopp assignment by two scaling vectors (ours; Caron et al. 2020, SwAV, eq. 3 and 5).
 
-The assignment is Q = diag(b) exp(Z / t) diag(a).  Each of its iterations rescales rows or columns
-and so changes only a or b: the [M, K] matrix is read, never rewritten.  At 15,000 masked patches and
-65,536 prototypes that matrix has 3.9 GB in float32, and passes over it cost as much as the
-network's matrix products.
+The assignment is Q = diag(b) exp(Z / t) diag(a).  Sinkhorn's iteration divides columns, then rows, by
+their sums; a product of such divisions is again a scaling of rows and columns, so it is enough to
+update the vectors a [K] and b [M], and the result is that of rewriting the matrix.  The [M, K] matrix
+is only read, in chunks: two passes an iteration, O(M K) time, memory of one chunk.  At 15,000 masked
+patches and 65,536 prototypes the whole matrix would have 3.9 GB in float32.
 """
 
 from __future__ import annotations

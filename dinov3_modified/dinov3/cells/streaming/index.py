@@ -203,7 +203,7 @@ class FieldIndex:
             self._batch = reader.get_batch(0)
         except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"an index must be a file that `dinocell jump index` made, got {self.path}: make it anew"
+                f"an index must be a file that `dinocell jump index` made, got {self.path}: make it again"
             ) from error
         if facts["version"] > _VERSION:
             raise ValueError(

@@ -2,8 +2,10 @@
 
 A fetched field is visited K times.  Time steps of K samples follow one another; step t of a process
 takes the fields t, t - S, t - 2S, ... of this pass's permutation, so that every step brings one new
-field and takes leave of one, and a field's visits lie S steps, K * S samples, apart.  The fields in
-use at any time are (K - 1) * S + 1.
+field and ends the use of one, and a field's visits lie S steps, K * S samples, apart.  The fields in
+use at any time are (K - 1) * S + 1.  For a fixed visit number the field's place is the step shifted by
+a constant (modulo the fields of a pass), so each visit number meets every field exactly once a pass: a
+pass is K samples of each field.  A position costs O(K) time at most, so resumption is exact and fast.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ class Permutation:
     """A keyed permutation of range(count) with random access and without memory.
 
     A Feistel network on the smallest even number of bits (Luby and Rackoff 1988), walked along its
-    cycles until it falls below `count` (Black and Rogaway 2002, section 3).
+    cycles until it falls below `count` (Black and Rogaway 2002, section 3).  Every round can be undone,
+    so the network is a permutation of 2 ** bits; following its cycle from a number below `count`
+    returns to a number below `count`, and no two starts share an end.  There are at most four times
+    as many codes as elements, so a walk takes at most four steps on average, and no memory.
 
     Args:
         count: at least 1.

@@ -1,7 +1,10 @@
 """A folder of entries with a limit in bytes that many processes share: RAM (/dev/shm) or disk (ours).
 
-An entry is written under a temporary name and renamed, so a half-written one is never read; who
-wants an entry that another process is making waits for it.  The least recently used ones go first.
+An entry is written under a temporary name and renamed, so a half-written one is never read.  A process
+that needs an entry which another process is making waits at that entry's file lock; the kernel frees
+the lock of a process that is killed, so nobody waits forever.  The modification time of a file is its
+time of last use, and the least recently used entries are removed first; a process that has a removed
+entry mapped keeps its pages.  A hit costs two system calls, a new entry one scan of the folder.
 """
 
 from __future__ import annotations

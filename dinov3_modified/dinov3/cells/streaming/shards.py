@@ -1,7 +1,8 @@
 """Fields in Zarr arrays: packed ones, one chunk a field and many chunks a file; JUMP-Lite's (ours).
 
-Zarr v3 with its sharding codec: other programs open it, any field is one read, and a directory of
-millions of fields has thousands of files.
+Zarr v3 with its sharding codec (ZEP 2): other programs open it.  A shard ends with a table of the
+places of its chunks, so a field costs one read of exactly its bytes, plus one of the table for each
+shard, which is kept.  A directory of millions of fields has thousands of files.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class ExtendedVisionDataset(Dataset[Any]):
             image = self.image_decoder(self.get_image_data(index)).decode()
         except Exception as error:
             raise RuntimeError(
-                f"{self.get_sample_name(index)} must be readable, got an error ({error}): mend or remove it"
+                f"{self.get_sample_name(index)} must be readable, got an error ({error}): repair or remove it"
             ) from error
         target = self.target_decoder(self.get_target(index)).decode()
         if self.transforms is not None:

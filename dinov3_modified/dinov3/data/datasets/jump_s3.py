@@ -449,7 +449,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         if lost >= _FEWEST_LOST and lost > self.options.max_lost_share * reached:
             raise TooManyLost(
                 f"at most {self.options.max_lost_share:.1%} of the fields may be lost, got {lost} of "
-                f"{reached} (last: {reason}): look at {path}, then mend the store, or raise "
+                f"{reached} (last: {reason}): look at {path}, then repair the store, or raise "
                 "streaming.max_lost_share"
             )
 

@@ -97,6 +97,7 @@ class FaultProxy:
         share: of the requests that are broken; `kinds` are drawn evenly.
         always: key → kind, at every attempt.
         down: no request is answered.
+        down_between: numbers of the first request that is not answered and of the next that is.
         latency_s: of each answer, times 0.5 to 1.5.
         counts: faults by kind, and "requests".
     """
@@ -108,6 +109,7 @@ class FaultProxy:
         self.kinds: tuple[str, ...] = KINDS
         self.always: dict[str, str] = {}
         self.down = False
+        self.down_between = (0, 0)
         self.latency_s = 0.0
         self.stall_s = 3.0
         self.counts: Counter[str] = Counter()
@@ -157,11 +159,13 @@ class FaultProxy:
         kind, numbers = self.draw(key)
         with self.lock:
             self.counts["requests"] += 1
+            first, end = self.down_between
+            down = self.down or first <= self.counts["requests"] < end
             if kind:
                 self.counts[kind] += 1
         if self.latency_s:
             time.sleep(self.latency_s * numbers.uniform(0.5, 1.5))
-        if self.down or kind == "reset":
+        if down or kind == "reset":
             self.reset(request)
             return
         if kind in ("500", "503"):

@@ -138,7 +138,7 @@ def test_wrong_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="jump index"):
         FieldIndex(tmp_path / "none")
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(ValueError, match="make it anew"):
+    with pytest.raises(ValueError, match="make it again"):
         FieldIndex(tmp_path / "text")
 
 

@@ -137,10 +137,10 @@ def _fill(folder: Path, number: int, results) -> None:
 def test_many_processes_make_each_entry_once(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    workers = [context.Process(target=_fill, args=(tmp_path, n, results)) for n in range(4)]
+    workers = [context.Process(target=_fill, args=(tmp_path, n, results)) for n in range(2)]
     for worker in workers:
         worker.start()
-    found = [results.get(timeout=60) for _ in workers]
+    found = [results.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join()
     assert all(right for right, _ in found)

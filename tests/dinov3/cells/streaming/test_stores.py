@@ -128,7 +128,7 @@ def test_a_folder_is_a_store(bucket, names, tmp_path):
 def test_each_fault_is_survived(proxy, names, transport, fault, counted):
     pytest.importorskip(transport)
     proxy.share, proxy.kinds, proxy.stall_s = 0.35, (fault,), 1.6
-    chosen = list(names)[: 8 if fault == "slow" else 40]
+    chosen = list(names)[: 8 if fault == "slow" else 16]
     # Only a fault that is a silence may meet the time limit, however busy the machine is.
     limit = 1.0 if fault == "slow" else 30.0
     store = ObjectStore(
@@ -252,15 +252,12 @@ def test_parts_of_objects(server, request, bucket, names, transport):
 
 def test_an_outage_loses_nothing_with_many_requests(proxy, names):
     """Neither at its beginning, where others have just succeeded, nor at its end, where some do first."""
-    proxy.latency_s = 0.02
-    store = ObjectStore(options(proxy.url, retries=2, outage_s=20))
-    threading.Timer(0.15, lambda: setattr(proxy, "down", True)).start()
-    threading.Timer(1.5, lambda: setattr(proxy, "down", False)).start()
+    proxy.down_between = (20, 320)
+    store = ObjectStore(options(proxy.url, retries=8, outage_s=600, timeout_s=60))
     with ThreadPoolExecutor(12) as threads:
         found = list(threads.map(store.get, list(names) * 3))
     assert found == list(names.values()) * 3
-    assert sum(store.counts.values()) > 0
-    assert store.counts["retries.reset"] > 12
+    assert store.counts["retries.reset"] == 300
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -313,13 +310,13 @@ def test_the_scheme_may_be_written_large():
     assert not StoreOptions("S3://bucket").is_folder
 
 
-def test_an_outage_is_waited_for(proxy, names, caplog):
+def test_an_outage_is_waited_for(proxy, names, caplog, monkeypatch):
     key = next(iter(names))
-    store = ObjectStore(options(proxy.url, retries=2, outage_s=20))
-    proxy.down = True
-    threading.Timer(1.0, lambda: setattr(proxy, "down", False)).start()
+    monkeypatch.setattr(stores, "_SILENCE_LOGGED_S", 0.0)
+    store = ObjectStore(options(proxy.url, retries=2, outage_s=600, timeout_s=60))
+    proxy.down_between = (1, 7)
     assert store.get(key) == names[key]
-    assert store.counts["requests"] > 4
+    assert store.counts["requests"] == 7
     assert "does not answer" in caplog.text
     assert "answers again" in caplog.text
 
@@ -369,10 +366,10 @@ def _digests(store: _ObjectStore, keys: list[str], results) -> None:
 def _in_processes(method: str, store: _ObjectStore, keys: list[str]) -> list:
     context = multiprocessing.get_context(method)
     results = context.Queue()
-    workers = [context.Process(target=_digests, args=(store, keys, results)) for _ in range(3)]
+    workers = [context.Process(target=_digests, args=(store, keys, results)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    found = [results.get(timeout=60) for _ in workers]
+    found = [results.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join()
     return found
@@ -386,7 +383,7 @@ def test_a_store_that_was_used_goes_to_spawned_processes(rclone, names, transpor
     keys = list(names)[:30]
     store.get(keys[0])
     found = _in_processes("spawn", store, keys)
-    assert found == [[hashlib.md5(names[key]).hexdigest() for key in keys]] * 3
+    assert found == [[hashlib.md5(names[key]).hexdigest() for key in keys]] * 2
 
 
 FORKED = """
@@ -394,7 +391,7 @@ import hashlib, json, os, sys
 from dinov3.cells.streaming.stores import ObjectStore, StoreError, StoreOptions
 
 url, transport, keys = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-store = ObjectStore(StoreOptions("s3://bucket", endpoint=url, transport=transport))
+store = ObjectStore(StoreOptions("s3://bucket", endpoint=url, transport=transport, timeout_s=600))
 store.get(keys[0])
 for _ in range(3):
     pid = os.fork()
@@ -419,7 +416,7 @@ def test_a_store_that_was_used_in_forked_processes(rclone, names, transport):
     keys = list(names)[:30]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORKED, rclone, transport, json.dumps(keys)],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=900, check=True,
         env={**os.environ, "PYTHONPATH": str(Path(stores.__file__).parents[3])},
     )  # fmt: skip
     found = [json.loads(line) for line in done.stdout.splitlines()]
