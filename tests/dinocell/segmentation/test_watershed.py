@@ -265,6 +265,15 @@ def test_a_rise_of_just_the_prominence_is_enough() -> None:
         assert labels.max() == expected
 
 
+def test_a_plateau_with_two_arms_is_one_cell_at_prominence_0() -> None:
+    """Each arm has a first pixel in reading order, but neither rises above the way to the other."""
+    heights = np.array([[0.9, 0.1, 0.9], [0.9, 0.1, 0.9], [0.9, 0.9, 0.9]], np.float32)
+    labels = distance_map_to_labels(
+        heights, peak_threshold=0.5, fill_threshold=0.2, min_prominence=0
+    )
+    assert np.array_equal(labels, heights > 0.5)
+
+
 def test_a_piece_without_peak_is_background() -> None:
     heights = profile(0.9, 0.5, 0.1, 0.5, 0.55, 0.1, 0.7)
     labels = distance_map_to_labels(heights, peak_threshold=0.6, fill_threshold=0.2)
