@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinocell.batch.run import BatchResult, SegmentOptions, segment_files
+from dinocell.batch.options import SegmentOptions
+from dinocell.batch.run import BatchResult, segment_files
 from dinocell.errors import UsageError
 from dinocell.evaluation.evaluate import evaluate_pairs
 from dinocell.evaluation.report import EvaluationReport

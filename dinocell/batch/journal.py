@@ -1,8 +1,9 @@
-"""What a batch notes of its images while it works: one JSON line each, read again by whoever goes on.
+"""The journal of a batch: one JSON line for each image, read again when the batch is resumed.
 
-`images.jsonl` has the images that are done.  A part of a batch also notes those in work: when its
-process is killed for its memory, these are suspected, tried again one at a time after all others,
-and given up after `MAX_KILLS` such ends.  An image can cost itself only, never the batch.
+`images.jsonl` lists the images that are done.  A part of a batch also notes the images that it has
+started: when its process is killed for using too much memory, the unfinished ones are suspected, tried
+again one at a time after all others, and given up after `MAX_KILLS` kills.  An image that needs too much
+memory can therefore fail by itself, but not stop the batch.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ __all__ = [
     "MAX_KILLS",
     "begin_part",
     "clear_suspicion",
+    "complete_last_line",
     "count_rows",
     "kills",
-    "mend_journal",
-    "note_begin",
     "note_failure",
+    "note_start",
     "read_journal",
-    "suspect_images_in_work",
+    "suspect_unfinished_images",
 ]
 
 JOURNAL_NAME = "images.jsonl"
 """One JSON line per image that is done."""
 
 FAILURES_NAME = "failures.jsonl"
-"""One JSON line per image that failed; written when a part of a batch has seen all its images."""
+"""One JSON line per image that failed; written when a part of a batch has tried all its images."""
 
 MAX_KILLS = 3
-"""Ends of a process, with an image in work, after which the image is given up."""
+"""An image is given up after so many kills of processes that had started and not finished it."""
 
 _IN_WORK_NAME = "in_work.jsonl"
 _SUSPECTS_NAME = "suspects.jsonl"
@@ -63,8 +64,8 @@ def count_rows(path: Path) -> int:
         return 0
 
 
-def mend_journal(path: Path) -> None:
-    """End a line that a crash has cut, so that the next one begins a line of its own."""
+def complete_last_line(path: Path) -> None:
+    """End a line that a crash has cut, so that the next entry starts on a line of its own."""
     try:
         with path.open("rb+") as file:
             if file.seek(0, os.SEEK_END) == 0:
@@ -77,22 +78,22 @@ def mend_journal(path: Path) -> None:
 
 
 def begin_part(part: Path) -> None:
-    """Nothing is in work yet, whatever an earlier start had in work when it was told to stop."""
+    """Forget the images that an earlier start had not finished when it was asked to stop."""
     (part / _IN_WORK_NAME).unlink(missing_ok=True)
 
 
-def note_begin(part: Path, name: str) -> None:
-    """An image is in work from here until it is in the journal, or `note_failure` is called."""
+def note_start(part: Path, name: str) -> None:
+    """An image was started; it is finished when it is in the journal or `note_failure` is called."""
     _append(part / _IN_WORK_NAME, {"name": name, "in_work": True})
 
 
 def note_failure(part: Path, name: str) -> None:
-    """An image has failed by itself: it is not in work any more."""
+    """An image has failed by itself, and not because its process was killed."""
     _append(part / _IN_WORK_NAME, {"name": name, "in_work": False})
 
 
-def suspect_images_in_work(part: Path) -> int:
-    """After a process was killed for its memory: one kill more for each image that it had in work.
+def suspect_unfinished_images(part: Path) -> int:
+    """After a process was killed for its memory: count one kill for each image that it had not finished.
 
     Returns
     -------
@@ -109,17 +110,17 @@ def suspect_images_in_work(part: Path) -> int:
 
 
 def kills(part: Path) -> Counter[str]:
-    """How often a process was killed while it had an image in work, by name of the image."""
+    """How often a process was killed before it had finished an image, by name of the image."""
     return Counter(row["name"] for row in read_journal(part / _SUSPECTS_NAME))
 
 
 def clear_suspicion(part: Path) -> None:
-    """A part has seen all its images; whoever runs it again tries them anew."""
+    """A part has tried all its images; the next run of the part tries the failed ones again."""
     (part / _IN_WORK_NAME).unlink(missing_ok=True)
     (part / _SUSPECTS_NAME).unlink(missing_ok=True)
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    mend_journal(path)
+    complete_last_line(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

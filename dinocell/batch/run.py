@@ -1,22 +1,27 @@
-"""Many files through one model: resumable, one bad file stops nothing, each output written once."""
+"""Segment many files with one model: resumable, one bad file stops nothing, each output written once."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from dinocell import __version__
+from dinocell.batch.folder import (
+    REPORT_LIMIT,
+    open_folder,
+    settings_of,
+    write_report_page,
+    write_summary,
+)
 from dinocell.batch.journal import (
     FAILURES_NAME,
     JOURNAL_NAME,
@@ -24,79 +29,28 @@ from dinocell.batch.journal import (
     begin_part,
     clear_suspicion,
     kills,
-    mend_journal,
-    note_begin,
     note_failure,
+    note_start,
     read_journal,
 )
-from dinocell.errors import ConfigError, DINOCellError, UsageError
-from dinocell.files import atomic_path, remove_temporary_files, write_text_atomically
+from dinocell.batch.options import SegmentOptions, check_call
+from dinocell.errors import DINOCellError
+from dinocell.files import remove_temporary_files, write_text_atomically
 from dinocell.network.model import DINOCell, load_model
-from dinocell.pipeline import DEFAULT_MODEL, DINOCellPipeline, Segmentation
-from dinocell.progress import progress
-from dinocell.results.exports import EXPORT_FORMATS
-from dinocell.results.report import ReportEntry, make_entry, write_report
+from dinocell.pipeline import DINOCellPipeline, Segmentation
+from dinocell.progress import Progress, progress
+from dinocell.results.report import ReportEntry, make_entry
 
-__all__ = [
-    "FREE_OPTIONS",
-    "SETTINGS_NAME",
-    "BatchResult",
-    "SegmentOptions",
-    "check_call",
-    "check_options",
-    "present_results",
-    "refuse_results",
-    "segment_files",
-    "write_summary",
-]
+__all__ = ["BatchResult", "SegmentOptions", "segment_files"]
 
-# Not part of what an image's result depends on, so a resumed run may change them (the model is known
-# by the hash of its weights).
-FREE_OPTIONS = (
-    "model",
-    "device",
-    "batch_size",
-    "tile_px",
-    "workers",
-    "report",
-    "resume",
-    "overwrite",
-)
-SETTINGS_NAME = "settings.json"
-_REPORT_LIMIT = 500
 # Of a full disk, a used-up quota, a folder that has become read-only.
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _GIVEN_UP = (
-    f"an image must fit into the memory, got {MAX_KILLS} ends of a process that had it in work: raise "
-    "mem, take a smaller tile, or look at the file"
+    f"the image must fit into the memory, got a process killed {MAX_KILLS} times while it read or "
+    "segmented this image: raise mem, take a smaller tile, or check the file"
 )
-# What one image may fail with and the batch goes on; a GPU out of memory is a RuntimeError.
+# Errors that cost one image and not the batch; a GPU out of memory is a RuntimeError.
 _IMAGE_ERRORS = (DINOCellError, ValueError, OSError, MemoryError, RuntimeError)
-
-
-@dataclass(frozen=True)
-class SegmentOptions:
-    """The options of `dinocell segment`; None leaves the model's or the file's own value."""
-
-    model: str = DEFAULT_MODEL
-    device: str = "auto"
-    formats: tuple[str, ...] = ("tif",)
-    channels: tuple[int | str, ...] | None = None
-    page: int | None = None
-    pixel_size_um: float | None = None
-    peak_threshold: float | None = None
-    fill_threshold: float | None = None
-    min_prominence: float | None = None
-    min_area_px: int | None = None
-    batch_size: int = 8
-    tile_px: int | None = None
-    precision: str = "fp32"
-    workers: int = 1
-    overlay: bool = True
-    report: bool = False
-    resume: bool = False
-    overwrite: bool = False
-    allow_mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +111,7 @@ def segment_files(
     model : DINOCell, optional
         In place of loading `options.model`.
     part : folder, optional
-        The files are a part of a batch whose other parts may be at work in other processes: journal
+        The files are a part of a batch whose other parts other processes may segment now: journal
         and failures go there, and no summary is written.
 
     Raises
@@ -168,118 +122,161 @@ def segment_files(
     ConfigError
         `resume` with other settings than those of the folder.
     DINOCellError
-        The GPU has failed; what is done is kept.
+        The GPU has failed, or the folder takes no files; finished images are kept.
     """
     started = time.monotonic()
     out = Path(out)
     check_call(paths, options)
     loaded = model if model is not None else load_model(options.model, device=options.device)
-    pipeline = DINOCellPipeline(
-        loaded,
-        batch_size=options.batch_size,
-        tile_px=options.tile_px,
-        precision=options.precision,
-        peak_threshold=options.peak_threshold,
-        fill_threshold=options.fill_threshold,
-        min_prominence=options.min_prominence,
-        min_area_px=options.min_area_px,
-    )
-    settings = _settings(options, loaded)
+    settings = settings_of(options, loaded)
     journal = (part or out) / JOURNAL_NAME
-    done = _open_folder(out, journal, paths, settings, options, is_part=part is not None)
-    todo = [path for path in paths if path.stem not in done]
-    failures: list[tuple[Path, str]] = []
-    suspects = {} if part is None else kills(part)
+    done = open_folder(out, journal, paths, settings, options, is_part=part is not None)
+    batch = _Batch(loaded, out, options, part, done)
+    batch.segment([path for path in paths if path.stem not in done], shown=shown)
+    places = {path: place for place, path in enumerate(paths)}
+    batch.failures.sort(key=lambda item: places[item[0]])
+    ordered = [batch.rows[path.stem] for path in paths if path.stem in batch.rows]
     if part is not None:
-        begin_part(part)
-    todo.sort(key=lambda path: suspects.get(path.stem, 0))
-    entries: dict[str, ReportEntry] = {}
-    rows = dict(done)
+        _write_failures(part / FAILURES_NAME, batch.failures)
+        clear_suspicion(part)
+    else:
+        stems = {path.stem for path in paths}
+        earlier = {row["name"]: row for row in read_journal(journal)}
+        others = [row for name, row in earlier.items() if name not in stems]
+        write_summary(out / "summary.csv", [*others, *ordered], batch.failures)
+        if options.report:
+            write_report_page(out, paths, batch.entries, batch.failures, options)
+        remove_temporary_files(out, before=time.time() - (time.monotonic() - started))
+    return BatchResult(out, ordered, batch.failures, len(done), time.monotonic() - started)
 
-    def finish(path: Path, plane: NDArray, distance_map: NDArray, size_um: float | None) -> None:
-        result = pipeline.finish(plane, distance_map, pixel_size_um=size_um, name=path.stem)
-        rows[path.stem] = _write_result(out, journal, path, result, options, entries)
 
-    pending: list[tuple[Path, Future[None]]] = []
+class _Batch:
+    """The images of one call: what is done, what has failed, and what other threads still write."""
 
-    def collect(limit: int) -> None:
-        while len(pending) > limit:
-            path, future = pending.pop(0)
+    def __init__(
+        self,
+        model: DINOCell,
+        out: Path,
+        options: SegmentOptions,
+        part: Path | None,
+        done: dict[str, dict[str, Any]],
+    ) -> None:
+        self.pipeline = DINOCellPipeline(
+            model,
+            batch_size=options.batch_size,
+            tile_px=options.tile_px,
+            precision=options.precision,
+            peak_threshold=options.peak_threshold,
+            fill_threshold=options.fill_threshold,
+            min_prominence=options.min_prominence,
+            min_area_px=options.min_area_px,
+        )
+        self.out, self.options, self.part = out, options, part
+        self.rows = dict(done)
+        self.failures: list[tuple[Path, str]] = []
+        self.entries: dict[str, ReportEntry] = {}
+        self.pending: list[tuple[Path, Future[None]]] = []
+
+    def segment(self, paths: Sequence[Path], *, shown: bool) -> None:
+        """Fill `rows`, `failures` and `entries`; images under suspicion come last and alone."""
+        suspects = {} if self.part is None else kills(self.part)
+        if self.part is not None:
+            begin_part(self.part)
+        with (
+            progress("segmenting", len(paths), shown=shown) as bar,
+            ThreadPoolExecutor(max(1, self.options.workers)) as pool,
+        ):
+            for path in sorted(paths, key=lambda path: suspects.get(path.stem, 0)):
+                alone = path.stem in suspects
+                if suspects.get(path.stem, 0) >= MAX_KILLS:
+                    self.failures.append((path, _GIVEN_UP))
+                    bar.advance(note=path.name)
+                    continue
+                if alone:
+                    self._collect(0, bar)  # so that none is blamed for another
+                loaded = self._predict(path)
+                if loaded is None:
+                    bar.advance(note=path.name)
+                    continue
+                self.pending.append((path, pool.submit(self._finish, path, *loaded)))
+                # Bounded, so that slow disks do not fill the memory with finished maps.
+                self._collect(0 if alone else 2 * self.options.workers, bar)
+            self._collect(0, bar)
+
+    def _predict(self, path: Path) -> tuple[NDArray, NDArray, float | None] | None:
+        """Plane, distance map and pixel size of a file; None if the image has failed."""
+        if self.part is not None:
+            note_start(self.part, path.stem)
+        try:
+            plane, size_um, _ = self.pipeline.load(
+                path,
+                channels=self.options.channels,
+                page=self.options.page,
+                pixel_size_um=self.options.pixel_size_um,
+                allow_mask=self.options.allow_mask,
+            )
+            return plane, self.pipeline.predict(plane), size_um
+        except _IMAGE_ERRORS as error:
+            self._fail(path, error)
+            return None
+
+    def _finish(
+        self, path: Path, plane: NDArray, distance_map: NDArray, size_um: float | None
+    ) -> None:
+        """Separate, measure and write the cells; the line in the journal says that all is written."""
+        result = self.pipeline.finish(plane, distance_map, pixel_size_um=size_um, name=path.stem)
+        self.rows[path.stem] = row = self._write(path, result)
+        with ((self.part or self.out) / JOURNAL_NAME).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _write(self, path: Path, result: Segmentation) -> dict[str, Any]:
+        from dinocell.results.measure import summarize
+
+        table = result.measure()
+        files = result.save(
+            self.out, formats=self.options.formats, table=table, overlay=self.options.overlay
+        )
+        summary = summarize(result.labels, table)
+        if self.options.report and len(self.entries) < REPORT_LIMIT:
+            self.entries[result.name] = make_entry(result, table, summary, files)
+        return {
+            "name": result.name,
+            "source": str(path.resolve()),
+            **summary,
+            "warnings": "; ".join(result.warnings),
+        }
+
+    def _collect(self, limit: int, bar: Progress) -> None:
+        """Wait until at most `limit` images are being written."""
+        while len(self.pending) > limit:
+            path, future = self.pending.pop(0)
             try:
                 future.result()
             except _IMAGE_ERRORS as error:
-                _stop_without_machine(error)
-                fail(path, str(error) or type(error).__name__)
+                self._fail(path, error)
             bar.advance(note=path.name)
 
-    def fail(path: Path, sentence: str) -> None:
-        failures.append((path, sentence))
-        if part is not None:
-            note_failure(part, path.stem)
-
-    with (
-        progress("segmenting", len(todo), shown=shown) as bar,
-        ThreadPoolExecutor(max(1, options.workers)) as pool,
-    ):
-        for path in todo:
-            if suspects.get(path.stem, 0) >= MAX_KILLS:
-                failures.append((path, _GIVEN_UP))
-                bar.advance(note=path.name)
-                continue
-            if path.stem in suspects:
-                collect(0)  # alone, so that none is blamed for another
-            if part is not None:
-                note_begin(part, path.stem)
-            try:
-                plane, size_um, _ = pipeline.load(
-                    path,
-                    channels=options.channels,
-                    page=options.page,
-                    pixel_size_um=options.pixel_size_um,
-                    allow_mask=options.allow_mask,
-                )
-                distance_map = pipeline.predict(plane)
-            except _IMAGE_ERRORS as error:
-                _stop_without_machine(error)
-                fail(path, str(error) or type(error).__name__)
-                bar.advance(note=path.name)
-                continue
-            pending.append((path, pool.submit(finish, path, plane, distance_map, size_um)))
-            # Bounded, so that slow disks do not fill the memory with finished maps.
-            collect(0 if path.stem in suspects else 2 * options.workers)
-        collect(0)
-    ordered = [rows[path.stem] for path in paths if path.stem in rows]
-    places = {path: place for place, path in enumerate(paths)}
-    failures.sort(key=lambda item: places[item[0]])
-    if part is not None:
-        _write_failures(part / FAILURES_NAME, failures)
-        clear_suspicion(part)
-    else:
-        _finish_folder(out, paths, ordered, failures, entries, options)
-        remove_temporary_files(out, before=time.time() - (time.monotonic() - started))
-    return BatchResult(
-        out=out,
-        rows=ordered,
-        failures=failures,
-        skipped=len(done),
-        seconds=time.monotonic() - started,
-    )
+    def _fail(self, path: Path, error: Exception) -> None:
+        _stop_if_all_would_fail(error)
+        self.failures.append((path, str(error) or type(error).__name__))
+        if self.part is not None:
+            note_failure(self.part, path.stem)
 
 
-def _stop_without_machine(error: Exception) -> None:
-    """What has failed for good would fail every image that is left: none of them is to blame."""
+def _stop_if_all_would_fail(error: Exception) -> None:
+    """Raise if the machine has failed, not the image: every image that is left would fail, too."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, RuntimeError) and re.search(r"CUDA error|cuDNN error|CUBLAS_STATUS", text):
         raise DINOCellError(
-            f"the GPU must work, got {text}: run again on another device or node"
+            f"the GPU has failed ({text}); finished images were kept. Run again on another device or node"
         ) from error
     causes: list[BaseException | None] = [error]
-    while causes[-1] is not None:  # writers say it in sentences of their own
+    while causes[-1] is not None:  # writers wrap it in sentences of their own
         causes.append(causes[-1].__cause__)
     if any(isinstance(cause, OSError) and cause.errno in _LASTING for cause in causes):
         raise DINOCellError(
-            f"the folder of the results must take files, got {text}: make room, or mend the mount, and "
-            "run again"
+            f"the results could not be written ({text}); finished images were kept. Free space or "
+            "repair the mount, then run the same command again"
         ) from error
 
 
@@ -289,245 +286,3 @@ def _write_failures(path: Path, failures: Sequence[tuple[Path, str]]) -> None:
         for failed, sentence in failures
     ]
     write_text_atomically(path, "".join(line + "\n" for line in lines))
-
-
-def _finish_folder(
-    out: Path,
-    paths: Sequence[Path],
-    ordered: Sequence[dict[str, Any]],
-    failures: Sequence[tuple[Path, str]],
-    entries: dict[str, ReportEntry],
-    options: SegmentOptions,
-) -> None:
-    """The files that look back on a batch."""
-    stems = {path.stem for path in paths}
-    earlier = {row["name"]: row for row in read_journal(out / JOURNAL_NAME)}
-    others = [row for name, row in earlier.items() if name not in stems]
-    write_summary(out / "summary.csv", [*others, *ordered], failures)
-    if options.report:
-        _write_report(out, paths, entries, failures, options)
-
-
-def present_results(paths: Sequence[Path], out: Path, formats: Sequence[str]) -> list[Path]:
-    """Those of the images that have results in a folder."""
-    endings = [EXPORT_FORMATS[name].suffix for name in formats if name in EXPORT_FORMATS]
-    return [path for path in paths if any((out / f"{path.stem}{end}").exists() for end in endings)]
-
-
-def refuse_results(paths: Sequence[Path], out: Path, formats: Sequence[str]) -> None:
-    """Finished work is not touched without being asked.
-
-    Raises
-    ------
-    UsageError
-        The folder has results of the images.
-    """
-    present = present_results(paths, out, formats)
-    if present:
-        raise UsageError(
-            f"the output folder must not hold results of these images, got {len(present)} in {out}: "
-            "add --resume to keep them, --overwrite to replace them, or choose another folder"
-        )
-
-
-def check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
-    """Refuse what cannot be done, before a model is loaded.
-
-    Raises
-    ------
-    UsageError
-        Nothing to do, two inputs of one name, an unknown or impossible value of an option.
-    """
-    if not paths:
-        raise UsageError("segment must get at least one image, got none: name files or folders")
-    check_options(options)
-    seen: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in seen:
-            raise UsageError(
-                f"inputs must differ in name without suffix, because outputs are named so, got {path} "
-                f"and {seen[path.stem]}: segment them into two folders"
-            )
-        seen[path.stem] = path
-
-
-def check_options(options: SegmentOptions) -> None:
-    """The part of `check_call` that needs no images.
-
-    Raises
-    ------
-    UsageError
-        An unknown or impossible value, or two options that exclude each other.
-    """
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device):
-        raise UsageError(
-            f"the device must be auto, cpu, cuda, cuda:N or mps, got {options.device!r}: choose one"
-        )
-    unknown = [name for name in options.formats if name not in EXPORT_FORMATS]
-    if unknown or not options.formats:
-        raise UsageError(
-            f"--format must be one of {', '.join(EXPORT_FORMATS)}, got "
-            f"{', '.join(unknown) or 'none'}: choose one of them"
-        )
-    if options.precision not in ("fp32", "bf16"):
-        raise UsageError(f"--precision must be fp32 or bf16, got {options.precision!r}: choose one")
-    if options.tile_px is not None and options.tile_px < 1:
-        raise UsageError(f"--tile-px must be at least 1, got {options.tile_px}: leave it out")
-    if options.page is not None and options.page < 0:
-        raise UsageError(f"--page must be at least 0, got {options.page}: count from 0")
-    if options.pixel_size_um is not None and not 0 < options.pixel_size_um < float("inf"):
-        raise UsageError(
-            f"--pixel-size-um must be above 0, got {options.pixel_size_um}: give micrometres"
-        )
-    if options.resume and options.overwrite:
-        raise UsageError("--resume and --overwrite exclude each other, got both: choose one")
-
-
-def _settings(options: SegmentOptions, model: DINOCell) -> dict[str, Any]:
-    """What the results depend on; kept beside them."""
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
-    kept = {key: value for key, value in asdict(options).items() if key not in FREE_OPTIONS}
-    config = model.config
-    for key in ("peak_threshold", "fill_threshold", "min_prominence", "min_area_px"):
-        if kept[key] is None:
-            kept[key] = getattr(config, key)
-    kept["weights_sha256"] = digest.hexdigest()
-    kept["dinocell_version"] = __version__
-    return json.loads(json.dumps(kept))
-
-
-def _open_folder(
-    out: Path,
-    journal_path: Path,
-    paths: Sequence[Path],
-    settings: dict[str, Any],
-    options: SegmentOptions,
-    *,
-    is_part: bool,
-) -> dict[str, dict[str, Any]]:
-    """Check the folder, and return the rows of images that are done and need not be repeated.
-
-    Whether the files of a part may be there has been asked when the batch was divided.
-    """
-    settings_path = out / SETTINGS_NAME
-    label_names = [EXPORT_FORMATS[name].suffix for name in options.formats]
-    if not (options.resume or options.overwrite):
-        refuse_results(paths, out, options.formats)
-    journal = read_journal(journal_path)
-    if settings_path.exists() and not options.overwrite:
-        try:
-            there = json.loads(settings_path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            there = {}
-        differing = sorted(key for key in settings if settings[key] != there.get(key))
-        if differing:
-            raise ConfigError(
-                f"results in one folder must share their settings, got other values of "
-                f"{', '.join(differing)} than {settings_path}: choose another folder or --overwrite"
-            )
-    elif options.resume and not is_part and present_results(paths, out, options.formats):
-        raise UsageError(
-            f"--resume must find the settings of the results, got no {settings_path}: choose another "
-            "folder or --overwrite"
-        )
-    done: dict[str, dict[str, Any]] = {}
-    if options.resume:
-        wanted = {path.stem: path.resolve() for path in paths}
-        for row in journal:
-            name = row["name"]
-            if name not in wanted:
-                continue
-            if not all((out / f"{name}{suffix}").exists() for suffix in label_names):
-                continue
-            if Path(row["source"]).resolve() != wanted[name]:
-                raise UsageError(
-                    f"--resume must continue the same images, got {wanted[name]} where {out} holds "
-                    f"results of {row['source']}: choose another folder"
-                )
-            done[name] = row
-    out.mkdir(parents=True, exist_ok=True)
-    mend_journal(journal_path)
-    if options.overwrite and journal:
-        stems = {path.stem for path in paths}
-        kept = [row for row in journal if row["name"] not in stems]
-        write_text_atomically(journal_path, "".join(json.dumps(row) + "\n" for row in kept))
-    write_text_atomically(settings_path, json.dumps(settings, indent=1, sort_keys=True))
-    return done
-
-
-def _write_result(
-    out: Path,
-    journal: Path,
-    path: Path,
-    result: Segmentation,
-    options: SegmentOptions,
-    entries: dict[str, ReportEntry],
-) -> dict[str, Any]:
-    from dinocell.results.measure import summarize
-
-    table = result.measure()
-    files = result.save(out, formats=options.formats, table=table, overlay=options.overlay)
-    summary = summarize(result.labels, table)
-    row = {
-        "name": result.name,
-        "source": str(path.resolve()),
-        **summary,
-        "warnings": "; ".join(result.warnings),
-    }
-    if options.report and len(entries) < _REPORT_LIMIT:
-        entries[result.name] = make_entry(result, table, summary, files)
-    with journal.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
-
-
-def write_summary(
-    path: Path, rows: Sequence[dict[str, Any]], failures: Sequence[tuple[Path, str]]
-) -> None:
-    """One line per image; failed ones have their sentence in the last column `error`."""
-    import csv
-
-    columns = ["name", "source"]
-    for row in rows:
-        columns += [key for key in row if key not in columns]
-    columns.append("error")
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-        for failed, sentence in failures:
-            writer.writerow({"name": failed.stem, "source": str(failed), "error": sentence})
-
-
-def _write_report(
-    out: Path,
-    paths: Sequence[Path],
-    entries: dict[str, ReportEntry],
-    failures: Sequence[tuple[Path, str]],
-    options: SegmentOptions,
-) -> None:
-    """`report.html` over the images of this run, in input order."""
-    errors = {path.stem: sentence for path, sentence in failures}
-    listed = []
-    for path in paths:
-        if path.stem in entries:
-            listed.append(entries[path.stem])
-        elif path.stem in errors:
-            listed.append(ReportEntry(name=path.stem, error=errors[path.stem]))
-    notes = []
-    left_out = len(paths) - len(listed)
-    if left_out:
-        notes.append(
-            f"{left_out} images are not shown: done in an earlier run, or beyond the first "
-            f"{_REPORT_LIMIT}. All are in summary.csv."
-        )
-    write_report(
-        out / "report.html",
-        listed,
-        title="DINOCell: segmented cells",
-        summary={"model": options.model, "images": len(paths)},
-        notes=notes,
-    )

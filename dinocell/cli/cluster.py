@@ -336,8 +336,8 @@ def supervise(
 
     Example: `srun dinocell supervise pretrain configs/ssl/jump_s3_multiview.yaml`
     """
+    from dinocell.batch.parts import merging_folder, shard_folder
     from dinocell.cluster.plan import COMMANDS, run_dir_of
-    from dinocell.cluster.record import merging_folder, shard_folder
     from dinocell.cluster.supervisor import SupervisedJob
     from dinocell.cluster.supervisor import supervise as run
 
@@ -369,7 +369,7 @@ def checked_parameters(commands: Any, name: str, arguments: Sequence[str]) -> di
     """
     parameters = parameters_of(commands, name, arguments)
     if name == "segment":
-        from dinocell.batch.run import check_options
+        from dinocell.batch.options import check_options
 
         parameters["options"] = segment_options(parameters)
         check_options(parameters["options"])

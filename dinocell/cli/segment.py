@@ -13,7 +13,7 @@ from dinocell.cli.options import App, Device, ModelOption, OutFolder, in_options
 from dinocell.errors import UsageError
 
 if TYPE_CHECKING:
-    from dinocell.batch.run import SegmentOptions
+    from dinocell.batch.options import SegmentOptions
 
 __all__ = ["SegmentFlags", "app", "segment_options"]
 
@@ -114,7 +114,7 @@ class SegmentFlags:
 
     def for_batch(self) -> SegmentOptions:
         """The options with the types that `segment_files` needs."""
-        from dinocell.batch.run import SegmentOptions
+        from dinocell.batch.options import SegmentOptions
 
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return SegmentOptions(

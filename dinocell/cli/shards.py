@@ -60,8 +60,9 @@ def shards_run(
     Example: `dinocell shards run out 3`
     """
     from dinocell.batch.parts import run_shard
+    from dinocell.cluster.slurm import claimant
 
-    print(run_shard(out, shard).text())
+    print(run_shard(out, shard, claimant=claimant()).text())
 
 
 @app.command("status")
@@ -86,7 +87,7 @@ def shards_merge(out: ResultsFolder) -> None:
 
     Example: `dinocell shards merge out`
     """
-    from dinocell.batch.parts import merge_shards
+    from dinocell.batch.merge import merge_shards
 
     merged = merge_shards(out)
     print(merged.text())

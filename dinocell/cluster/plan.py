@@ -11,7 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from dinocell.cluster.record import goes_on, merging_folder, shard_folder
+from dinocell.batch.parts import merging_folder, shard_folder
+from dinocell.cluster.record import goes_on
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.progress import progress
 
@@ -255,7 +256,7 @@ def _refuse_results(parameters: Mapping[str, Any], out: Path) -> None:
     """What the job would refuse: results of the images without --resume or --overwrite."""
     if not out.is_dir() or parameters["resume"] or parameters["overwrite"]:
         return
-    from dinocell.batch.run import refuse_results
+    from dinocell.batch.folder import refuse_results
     from dinocell.io import find_images
 
     paths = find_images(parameters["images"], recursive=parameters["recursive"])
@@ -352,7 +353,7 @@ def look_once() -> Callable[[str, Mapping[str, Any]], None]:
 def look_for_inputs(name: str, parameters: Mapping[str, Any]) -> None:
     """Whether what `segment` and `evaluate` read is there."""
     if name == "segment":
-        from dinocell.batch.run import check_call
+        from dinocell.batch.options import check_call
         from dinocell.io import find_images
 
         paths = find_images(parameters["images"], recursive=parameters["recursive"])

@@ -26,13 +26,11 @@ __all__ = [
     "failures_folder",
     "first_failure",
     "goes_on",
-    "merging_folder",
     "note_submission",
     "read_record",
     "read_submissions",
     "run_progress",
     "saved_progress",
-    "shard_folder",
     "work_mark",
     "write_record",
 ]
@@ -158,16 +156,6 @@ def first_failure(
             notes.append((str(note["state"]), str(note["reason"])))
     causes = [note for note in notes if not re.search(_LOST_CONNECTION, note[1], re.IGNORECASE)]
     return (causes or notes or [("", "")])[0]
-
-
-def shard_folder(out: str | Path, index: int) -> Path:
-    """Folder of a part of a batch: manifest, journal and record."""
-    return Path(out) / "shards" / f"{index:04d}"
-
-
-def merging_folder(out: str | Path) -> Path:
-    """Folder of the job that merges the parts of a batch."""
-    return Path(out) / "shards" / "merge"
 
 
 # --- how far a run is ---

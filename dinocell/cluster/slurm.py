@@ -9,8 +9,11 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dinocell.batch.claims import Claimant
+
 __all__ = [
     "JobState",
+    "claimant",
     "cluster_name",
     "job_states",
     "largest_array",
@@ -189,3 +192,13 @@ def objection(script: str) -> str:
         return ""
     lines = [x.removeprefix("sbatch: error: ").strip() for x in f"{out}\n{error}".splitlines()]
     return next((line for line in reversed(lines) if line), "")
+
+
+def claimant() -> Claimant:
+    """This process as a claimant of parts of a batch, which asks SLURM about the jobs of others."""
+
+    def runs(job: str) -> bool:
+        state = job_states([job]).get(job)
+        return state is not None and state.state in ("RUNNING", "COMPLETING", "SUSPENDED")
+
+    return Claimant(own_job() or "", runs)

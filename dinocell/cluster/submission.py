@@ -19,6 +19,7 @@ from dinocell.cluster.plan import PlannedRun
 from dinocell.cluster.record import Submission, note_submission, read_submissions
 from dinocell.cluster.site import SiteProfile, minutes_of
 from dinocell.cluster.slurm import (
+    claimant,
     cluster_name,
     job_states,
     largest_array,
@@ -479,4 +480,4 @@ def plan_batch(
         fixed = not options.overwrite and has_begun(parameters["out"])
         folder = Path(parameters["out"]) / "shards"
         refuse_busy([folder], dependency, below=True, may_wait=fixed)
-    return plan_shards(paths, parameters["out"], options, count, write=write)
+    return plan_shards(paths, parameters["out"], options, count, write=write, claimant=claimant())

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from dinocell.batch.journal import MAX_KILLS, suspect_images_in_work
+from dinocell.batch.journal import MAX_KILLS, suspect_unfinished_images
 from dinocell.cluster.record import (
     BEGINS_ANEW,
     JobRecord,
@@ -239,7 +239,7 @@ class _Supervisor:
         self.images_done = done
         if self.fruitless >= _FRUITLESS_KILLS:
             return False
-        count = suspect_images_in_work(Path(self.job.run_dir))
+        count = suspect_unfinished_images(Path(self.job.run_dir))
         if count:
             _say(
                 f"killed, probably for its memory, with {count} images in work: the others come first, "

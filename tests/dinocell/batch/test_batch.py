@@ -12,7 +12,8 @@ import pytest
 
 from dinocell.batch import journal
 from dinocell.batch import run as batch
-from dinocell.batch.run import SegmentOptions, segment_files
+from dinocell.batch.options import SegmentOptions
+from dinocell.batch.run import segment_files
 from dinocell.errors import CheckpointError, ConfigError, DINOCellError, UsageError
 from dinocell.io import find_images, read_labels, write_image
 
@@ -79,11 +80,11 @@ def test_results_do_not_depend_on_workers(images, tmp_path, small_model):
             np.testing.assert_array_equal(one, other)
 
 
-def test_finished_work_is_not_touched_without_being_asked(images, tmp_path, small_model):
+def test_finished_results_are_not_replaced_unasked(images, tmp_path, small_model):
     out = tmp_path / "out"
     run(images, out, small_model)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    with pytest.raises(UsageError, match="--resume to keep them, --overwrite"):
+    with pytest.raises(UsageError, match="set `resume` to keep them, `overwrite`"):
         run(images, out, small_model)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
@@ -237,7 +238,7 @@ def test_a_full_disk_is_no_fault_of_the_images(images, tmp_path, small_model, mo
         return replace(source, target, *rest)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(DINOCellError, match=r"must take files, got .*No space left.*make room"):
+    with pytest.raises(DINOCellError, match=r"could not be written .*No space left.*Free space"):
         run(images, tmp_path / "out", small_model)
     assert not (tmp_path / "out" / "summary.csv").exists()
 
@@ -250,7 +251,7 @@ def test_a_broken_gpu_is_no_fault_of_the_images(images, tmp_path, small_model, m
         raise RuntimeError(text)
 
     monkeypatch.setattr(batch.DINOCellPipeline, "predict", broken)
-    with pytest.raises(DINOCellError, match=f"the GPU must work, got {text}"):
+    with pytest.raises(DINOCellError, match=f"the GPU has failed .{text}"):
         run(images, tmp_path / "out", small_model)
 
 
@@ -262,10 +263,10 @@ def part_of(images, tmp_path, model, *, workers: int = 2):
 
     def noting(folder, name):
         begun.append(name)
-        journal.note_begin(folder, name)
+        journal.note_start(folder, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "note_begin", noting)
+        patch.setattr(batch, "note_start", noting)
         result = segment_files(
             images, tmp_path / "out", SegmentOptions(device="cpu", workers=workers, resume=True),
             model=model, shown=False, part=part,
@@ -278,43 +279,45 @@ def test_suspected_images_come_last_and_alone(images, tmp_path, small_model):
     part.mkdir()
     first, second, third = (path.stem for path in images)
     for name in (first, second):
-        journal.note_begin(part, name)
-    assert journal.suspect_images_in_work(part) == 2
-    journal.note_begin(part, first)
-    journal.note_begin(part, second)
-    journal.note_failure(part, second)  # it had come to its end
-    assert journal.suspect_images_in_work(part) == 1
+        journal.note_start(part, name)
+    assert journal.suspect_unfinished_images(part) == 2
+    journal.note_start(part, first)
+    journal.note_start(part, second)
+    journal.note_failure(part, second)  # it failed by itself
+    assert journal.suspect_unfinished_images(part) == 1
     result, begun = part_of(images, tmp_path, small_model)
     assert begun == [third, second, first]
     assert [row["name"] for row in result.rows] == [first, second, third]
-    assert journal.kills(part) == {}  # seen to the end: nobody is suspected any more
+    assert journal.kills(part) == {}  # all were tried: nobody is suspected any more
 
 
-def test_what_an_earlier_start_had_in_work_is_no_suspect(images, tmp_path, small_model):
-    """It was told to stop; the next start is killed with another image."""
+def test_images_that_a_stopped_start_had_not_finished_are_no_suspects(
+    images, tmp_path, small_model
+):
+    """The first start was asked to stop; the next one is killed with another image."""
     part = tmp_path / "part"
     part.mkdir()
-    journal.note_begin(part, "innocent")
+    journal.note_start(part, "innocent")
     journal.begin_part(part)
-    journal.note_begin(part, "guilty")
-    assert journal.suspect_images_in_work(part) == 1
+    journal.note_start(part, "guilty")
+    assert journal.suspect_unfinished_images(part) == 1
     assert journal.kills(part) == {"guilty": 1}
-    journal.note_begin(part, "innocent")
-    part_of(images, tmp_path, small_model)  # begins anew, too
-    assert journal.suspect_images_in_work(part) == 0
+    journal.note_start(part, "innocent")
+    part_of(images, tmp_path, small_model)  # forgets them, too
+    assert journal.suspect_unfinished_images(part) == 0
 
 
 def test_an_image_that_kills_is_given_up(images, tmp_path, small_model):
     part = tmp_path / "part"
     part.mkdir()
     for _ in range(journal.MAX_KILLS):
-        journal.note_begin(part, images[1].stem)
-        journal.suspect_images_in_work(part)
+        journal.note_start(part, images[1].stem)
+        journal.suspect_unfinished_images(part)
     result, begun = part_of(images, tmp_path, small_model)
     assert begun == [images[0].stem, images[2].stem]
     ((path, sentence),) = result.failures
     assert path == images[1]
-    assert "must fit into the memory, got 3 ends of a process" in sentence
+    assert "must fit into the memory, got a process killed 3 times" in sentence
     # Asked again, it is tried again.
     result, begun = part_of(images, tmp_path, small_model)
     assert begun == [images[1].stem]

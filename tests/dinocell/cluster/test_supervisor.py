@@ -501,10 +501,10 @@ def test_a_sentence_is_said_once(job):
 # --- memory ---
 
 HUNGRY = """
-from dinocell.batch.journal import note_begin
+from dinocell.batch.journal import note_start
 Path("starts").open("a").write("x")
 if len(Path("starts").read_text()) < 3:
-    note_begin(Path("run"), "big")
+    note_start(Path("run"), "big")
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -526,10 +526,10 @@ def test_memory_that_suits_no_image_ends_the_part(job, slurm):
     slurm.job("5")
     Path("run").mkdir()
     behaviour = """
-from dinocell.batch.journal import kills, note_begin
+from dinocell.batch.journal import kills, note_start
 Path("starts").open("a").write("x")
 seen = kills(Path("run"))
-note_begin(Path("run"), min("abcdefghijkl", key=lambda name: seen[name]))
+note_start(Path("run"), min("abcdefghijkl", key=lambda name: seen[name]))
 os.kill(os.getpid(), signal.SIGKILL)
 """
     code, _ = end(job(behaviour, "shards run out 0", SLURM_JOB_ID="5"))

@@ -1,0 +1,122 @@
+"""The options of a batch, and what is refused before a model is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinocell.errors import UsageError
+from dinocell.pipeline import DEFAULT_MODEL
+from dinocell.results.exports import EXPORT_FORMATS
+
+__all__ = ["FREE_OPTIONS", "SegmentOptions", "check_call", "check_options"]
+
+# Not part of what an image's result depends on, so a resumed run may change them (the model is known
+# by the hash of its weights).
+FREE_OPTIONS = (
+    "model",
+    "device",
+    "batch_size",
+    "tile_px",
+    "workers",
+    "report",
+    "resume",
+    "overwrite",
+)
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """The options of `dinocell segment`; None keeps the value of the model or of the image file.
+
+    Attributes
+    ----------
+    model : model file or name of a bundled model
+    device : `auto`, `cpu`, `cuda`, `cuda:N` or `mps`
+    formats : label files to write, see `dinocell.results.exports.EXPORT_FORMATS`
+    channels, page : which plane of a file is segmented; several channels are averaged
+    pixel_size_um : edge of a pixel in µm, above 0
+    peak_threshold, fill_threshold, min_prominence, min_area_px : see `Thresholds`
+    batch_size : windows per call of the network
+    tile_px : edge of the regions that are processed one after the other; changes no result
+    precision : `fp32` or `bf16`
+    workers : threads that finish and write results
+    overlay, report : also write outlines as a picture, and one HTML page
+    resume, overwrite : keep or replace results that the folder has; without either they are refused
+    allow_mask : accept images that look like masks or label images
+    """
+
+    model: str = DEFAULT_MODEL
+    device: str = "auto"
+    formats: tuple[str, ...] = ("tif",)
+    channels: tuple[int | str, ...] | None = None
+    page: int | None = None
+    pixel_size_um: float | None = None
+    peak_threshold: float | None = None
+    fill_threshold: float | None = None
+    min_prominence: float | None = None
+    min_area_px: int | None = None
+    batch_size: int = 8
+    tile_px: int | None = None
+    precision: str = "fp32"
+    workers: int = 1
+    overlay: bool = True
+    report: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    allow_mask: bool = False
+
+
+def check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
+    """Refuse what cannot be done, before a model is loaded.
+
+    Raises
+    ------
+    UsageError
+        Nothing to do, two inputs of one name, an unknown or impossible value of an option.
+    """
+    if not paths:
+        raise UsageError("at least one image must be given, got none: name files or folders")
+    check_options(options)
+    seen: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in seen:
+            raise UsageError(
+                f"inputs must differ in name without suffix, because outputs are named so, got {path} "
+                f"and {seen[path.stem]}: segment them into two folders"
+            )
+        seen[path.stem] = path
+
+
+def check_options(options: SegmentOptions) -> None:
+    """The part of `check_call` that needs no images.
+
+    Raises
+    ------
+    UsageError
+        An unknown or impossible value, or two options that exclude each other.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device):
+        raise UsageError(
+            f"`device` must be auto, cpu, cuda, cuda:N or mps, got {options.device!r}: choose one"
+        )
+    unknown = [name for name in options.formats if name not in EXPORT_FORMATS]
+    if unknown or not options.formats:
+        raise UsageError(
+            f"`formats` must be one of {', '.join(EXPORT_FORMATS)}, got "
+            f"{', '.join(unknown) or 'none'}: choose one of them"
+        )
+    if options.precision not in ("fp32", "bf16"):
+        raise UsageError(f"`precision` must be fp32 or bf16, got {options.precision!r}: choose one")
+    if options.tile_px is not None and options.tile_px < 1:
+        raise UsageError(f"`tile_px` must be at least 1, got {options.tile_px}: leave it out")
+    if options.page is not None and options.page < 0:
+        raise UsageError(f"`page` must be at least 0, got {options.page}: count from 0")
+    if options.pixel_size_um is not None and not 0 < options.pixel_size_um < float("inf"):
+        raise UsageError(
+            f"`pixel_size_um` must be above 0, got {options.pixel_size_um}: give micrometres"
+        )
+    if options.resume and options.overwrite:
+        raise UsageError("`resume` and `overwrite` exclude each other, got both: choose one")
