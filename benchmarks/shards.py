@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from dinocell.batch.journal import FAILURES_NAME, JOURNAL_NAME
+from dinocell.batch.journal import FAILURES_NAME, JOURNAL_NAME, shard_folder
 from dinocell.batch.merge import merge_shards
 from dinocell.batch.options import SegmentOptions
-from dinocell.batch.parts import plan_shards, shard_folder, shard_states
+from dinocell.batch.parts import plan_shards, shard_states
 from dinocell.io import find_images
 
 __all__ = ["main"]

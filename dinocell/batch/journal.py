@@ -23,9 +23,11 @@ __all__ = [
     "complete_last_line",
     "count_rows",
     "kills",
+    "merging_folder",
     "note_failure",
     "note_start",
     "read_journal",
+    "shard_folder",
     "suspect_unfinished_images",
 ]
 
@@ -40,6 +42,16 @@ MAX_KILLS = 3
 
 _IN_WORK_NAME = "in_work.jsonl"
 _SUSPECTS_NAME = "suspects.jsonl"
+
+
+def shard_folder(out: str | Path, index: int) -> Path:
+    """Folder of a part of a batch: manifest, journal and record."""
+    return Path(out) / "shards" / f"{index:04d}"
+
+
+def merging_folder(out: str | Path) -> Path:
+    """Folder of the job that merges the parts of a batch."""
+    return Path(out) / "shards" / "merge"
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from dinocell.batch.claims import CLAIM_NAME
 from dinocell.batch.folder import write_summary
-from dinocell.batch.journal import JOURNAL_NAME, read_journal
-from dinocell.batch.parts import ShardState, part_state, read_plan, shard_folder
+from dinocell.batch.journal import JOURNAL_NAME, read_journal, shard_folder
+from dinocell.batch.parts import ShardState, part_state, read_plan
 from dinocell.files import atomic_path, remove_temporary_files, write_text_atomically
 from dinocell.progress import progress
 

@@ -22,7 +22,13 @@ from typing import Any
 
 from dinocell.batch.claims import CLAIM_NAME, Claimant, claimed, owner_of, read_claim
 from dinocell.batch.folder import SETTINGS_NAME, present_results
-from dinocell.batch.journal import FAILURES_NAME, JOURNAL_NAME, clear_suspicion, read_journal
+from dinocell.batch.journal import (
+    FAILURES_NAME,
+    JOURNAL_NAME,
+    clear_suspicion,
+    read_journal,
+    shard_folder,
+)
 from dinocell.batch.options import FREE_OPTIONS, SegmentOptions, check_call
 from dinocell.batch.run import BatchResult, segment_files
 from dinocell.errors import UsageError
@@ -32,13 +38,11 @@ __all__ = [
     "ShardPlan",
     "ShardState",
     "has_begun",
-    "merging_folder",
     "open_shards",
     "part_state",
     "plan_shards",
     "read_plan",
     "run_shard",
-    "shard_folder",
     "shard_states",
 ]
 
@@ -85,16 +89,6 @@ class ShardState:
     def complete(self) -> bool:
         """Whether every image is done or has failed."""
         return self.left <= 0
-
-
-def shard_folder(out: str | Path, index: int) -> Path:
-    """Folder of a part of a batch: manifest, journal and record."""
-    return Path(out) / "shards" / f"{index:04d}"
-
-
-def merging_folder(out: str | Path) -> Path:
-    """Folder of the job that merges the parts of a batch."""
-    return Path(out) / "shards" / "merge"
 
 
 def plan_shards(

@@ -172,7 +172,8 @@ def submit(
 
     Example: `dinocell submit pretrain configs/ssl/jump_s3_multiview.yaml --site a100 --gpus 4`
     """
-    from dinocell.cluster.plan import COMMANDS, look_once, plan_runs, plan_shard_runs, read_table
+    from dinocell.cluster.commands import COMMANDS
+    from dinocell.cluster.plan import look_once, plan_runs, plan_shard_runs, read_table
     from dinocell.cluster.submission import plan_batch
 
     if command not in COMMANDS:
@@ -336,8 +337,9 @@ def supervise(
 
     Example: `srun dinocell supervise pretrain configs/ssl/jump_s3_multiview.yaml`
     """
-    from dinocell.batch.parts import merging_folder, shard_folder
-    from dinocell.cluster.plan import COMMANDS, run_dir_of
+    from dinocell.batch.journal import merging_folder, shard_folder
+    from dinocell.cluster.commands import COMMANDS
+    from dinocell.cluster.plan import run_dir_of
     from dinocell.cluster.supervisor import SupervisedJob
     from dinocell.cluster.supervisor import supervise as run
 

@@ -1,4 +1,4 @@
-"""The user's own jobs as a table: state, progress, time left, and why one failed."""
+"""The user's jobs as a table: state, progress, time left, and why a job failed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SLURM_ENDS = {
     "TIMEOUT": "the time limit was reached before the work could save itself",
     "NODE_FAIL": "its node died",
     "OUT_OF_MEMORY": "it ran out of memory: raise mem, or lower batch size and workers",
-    "PREEMPTED": "it had to make room",
+    "PREEMPTED": "another job took its place",
     "BOOT_FAIL": "its node did not start",
     "DEADLINE": "its deadline passed",
     "CANCELLED": "it was cancelled",
@@ -77,7 +77,7 @@ def list_jobs(*, folder: str | Path | None = None, everything: bool = False) -> 
         Only those with runs in it or below it.
     everything : bool
         Also those that were submitted more than a week ago and have ended, and those after which
-        another job has gone on in the same folder.
+        another job has continued in the same folder.
     """
     here = cluster_name() if slurm_is_here() else ""
     submissions = [item for item in read_submissions() if item.cluster == here or not here]
@@ -111,31 +111,31 @@ def _row(item: Submission, record: JobRecord | None, state: JobState | None) -> 
     restarts = state.restarts if state is not None else 0
     if not restarts and record is not None and ours:
         restarts = max(start.restart for start in record.starts if start.job == item.job)
-    end, told = _end(item, record), ""
-    name, reason = "unknown", "SLURM has forgotten it, and it left no record: see its log"
+    end, shown = _end(item, record), ""
+    name, reason = "unknown", "SLURM no longer knows it, and it left no record: see its log"
     if state is not None and state.waits_or_runs:
         name = state.state.lower()
         reason = _WAITS.get(state.reason, state.reason)
         if state.state == "PENDING" and latest and record is not None and record.reason:
             reason = "; ".join(part for part in (record.reason, reason) if part)
     elif end is not None:
-        name, reason, told = end
+        name, reason, shown = end
     elif state is not None:
         # Killed before it could write down why; perhaps another of its processes has.
         name = state.state.lower()
         by_slurm = _SLURM_ENDS.get(state.state, "" if name == "completed" else state.reason)
         reason = first_failure(item.run_dir, item.job, restarts)[1] or by_slurm
     elif latest and record is not None:
-        name, reason = "lost", f"SLURM has forgotten it; it was last seen {record.state}"
+        name, reason = "lost", f"SLURM no longer knows it; its last known state is {record.state}"
     elif ours:
-        name, reason = "ended", "another job has gone on with its folder"
+        name, reason = "ended", "another job has continued in its folder"
     progress = run_progress(item.command, item.run_dir) if latest else None
     running = state is not None and state.state == "RUNNING"
     return JobRow(
         item.job,
         item.name,
         name,
-        told if progress is None else str(progress),
+        shown if progress is None else str(progress),
         progress.eta_s if progress is not None and running else None,
         restarts,
         reason,
@@ -149,7 +149,7 @@ def jobs_text(rows: Sequence[JobRow]) -> str:
     from dinocell.results.table import align_columns
 
     if not rows:
-        return "no jobs of the last week: `dinocell submit` makes them, `--all` shows older ones"
+        return "No jobs were submitted in the last week. Submit one with `dinocell submit`; `--all` lists older jobs."
     header = ("job", "name", "state", "progress", "left", "requeues", "run")
     cells = [
         (row.job, row.name, row.state, row.progress, _duration(row.eta_s), str(row.restarts),

@@ -1,26 +1,25 @@
-"""What is to be submitted: commands with the folders of their runs, checked before they wait."""
+"""Plan a submission: commands with the folders of their runs, checked before they wait in the queue."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from dinocell.batch.parts import merging_folder, shard_folder
-from dinocell.cluster.record import goes_on
+from dinocell.batch.journal import merging_folder, shard_folder
+from dinocell.cluster.commands import command_of
+from dinocell.cluster.record import continues_run
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.progress import progress
+from dinocell.submitted import SubmittedCommand
 
 if TYPE_CHECKING:
     from dinocell.batch.parts import ShardPlan
 
 __all__ = [
-    "COMMANDS",
     "PlannedRun",
     "look_for_inputs",
     "look_once",
@@ -29,12 +28,6 @@ __all__ = [
     "read_table",
     "run_dir_of",
 ]
-
-COMMANDS = ("pretrain", "train", "segment", "evaluate")
-"""Commands that can be submitted."""
-
-_ON_BY_DEFAULT = ("overlay",)
-_ELSEWHERE = "mend the path, or add --no-look if it is on the nodes only"
 
 Parse = Callable[[Sequence[str]], Mapping[str, Any]]
 Look = Callable[[str, Mapping[str, Any]], None]
@@ -74,36 +67,37 @@ def plan_runs(
     table : rows of an array: of `pretrain` and `train` keys of the configuration, of `segment` and
         `evaluate` options (`true` and `false` of those without a value); the column `name` names the
         task, "" leaves a value as it is
-    look : refuses parameters of a command (its name, they) whose inputs are not there; then data,
-        weights, results and other runs of the folder are looked at here, too
+    look : called with the command's name and parameters, refuses missing inputs; if given, the data,
+        weights, results and runs that the folder has are checked here, too
 
     Raises
     ------
     DINOCellError
         The configuration, a row of the table, or what it names is wrong.
     """
+    command = command_of([name])
     if not table:
-        parameters = parse(arguments)
-        run_dir = run_dir_of(name, parameters)
-        _check(name, parameters, run_dir, look, (name, *arguments))
+        parameters = command.read(parse(arguments))
+        run = _checked(command, arguments, parameters, command.run_dir(parameters), look)
         job = {"pretrain": "ssl"}.get(name, name)
-        return [PlannedRun(f"{job}-{run_dir.name}", (name, *arguments), run_dir)]
+        return [replace(run, name=f"{job}-{run.run_dir.name}")]
     runs = []
     labels = [row.get("name") or f"{index:03d}" for index, row in enumerate(table)]
     base: Path | None = None
     with progress("checking", len(table)) as bar:
         for index, (label, row) in enumerate(zip(labels, table, strict=True)):
             values = {key: value for key, value in row.items() if key != "name" and value != ""}
-            options = _row_options(name, values)
+            options = command.options_of_row(values)
             try:
-                given = parse([*arguments, *options])  # alone, the command may lack what rows give
-                base = base or run_dir_of(name, given)
+                # Without the row, the command may lack required options.
+                given = parse([*arguments, *options])
+                base = base or command.run_dir(command.read(given))
                 run_dir = base / label
-                whole = [*arguments, *options, *_folder_options(name, run_dir, given)]
-                _check(name, parse(whole), run_dir, look, (name, *whole))
+                whole = [*arguments, *options, *command.options_of_folder(run_dir, given)]
+                run = _checked(command, whole, command.read(parse(whole)), run_dir, look)
             except DINOCellError as error:
                 raise type(error)(f"row {index + 1} of the table ({label}): {error}") from error
-            runs.append(PlannedRun(f"{base.name}-{label}", (name, *whole), run_dir))
+            runs.append(replace(run, name=f"{base.name}-{label}"))
             bar.advance(note=label)
     twice = sorted(label for label, count in Counter(labels).items() if count > 1)
     if twice:
@@ -114,7 +108,7 @@ def plan_runs(
 
 
 def plan_shard_runs(plan: ShardPlan) -> tuple[list[PlannedRun], PlannedRun]:
-    """The parts of a divided batch that are not complete, and the merging that comes after them."""
+    """The incomplete parts of a divided batch, and the merging that follows them."""
     from dinocell.batch.parts import open_shards
 
     name = f"segment-{plan.out.name}"
@@ -143,63 +137,18 @@ def run_dir_of(name: str, parameters: Mapping[str, Any]) -> Path:
     ConfigError
         The configuration of `train` is wrong.
     """
-    if name == "pretrain":
-        given = parameters["output_dir"]
-        return Path(given) if given else Path("runs/ssl") / Path(parameters["config"]).stem
-    if name == "train":
-        from dinocell.settings import load_settings
-        from dinocell.training.config import TrainConfig
-
-        return Path(
-            load_settings(
-                TrainConfig, parameters["config"], parameters["overrides"] or []
-            ).output_dir
-        )
-    if name == "segment":
-        return Path(parameters["out"])
-    given = [parameters[key] for key in ("out", "model", "data", "pred", "truth")]
-    paths = [str(Path(value).resolve()) for value in given if value is not None]
-    # Two models of one name, or one on two sets of data, are two runs.
-    digest = hashlib.sha256("\n".join(paths).encode()).hexdigest()[:8]
-    return Path("runs/evaluate") / f"{Path(paths[0]).stem}-{digest}"
+    command = command_of([name])
+    return command.run_dir(command.read(parameters))
 
 
-def _row_options(name: str, values: Mapping[str, str]) -> list[str]:
-    """A row's values as arguments of the command."""
-    if name in ("pretrain", "train"):
-        return [f"{key}={value}" for key, value in values.items()]
-    options: list[str] = []
-    for key, value in values.items():
-        option = key.replace("_", "-")
-        if value.lower() == "true":
-            options.append(f"--{option}")
-        elif value.lower() != "false":
-            options += [f"--{option}", value]
-        elif option in _ON_BY_DEFAULT:
-            options.append(f"--no-{option}")
-    return options
-
-
-def _folder_options(name: str, run_dir: Path, parameters: Mapping[str, Any]) -> list[str]:
-    """What sends the results of a command to a folder of its own."""
-    if name == "train":
-        return [f"output_dir={run_dir}"]
-    if name == "pretrain":
-        return ["--output-dir", str(run_dir)]
-    if name == "segment":
-        return ["--out", str(run_dir)]
-    suffix = Path(parameters["out"]).suffix if parameters["out"] else ".json"
-    return ["--out", str(run_dir / f"scores{suffix}")]
-
-
-def _check(
-    name: str,
+def _checked(
+    command: SubmittedCommand,
+    arguments: Sequence[str],
     parameters: Mapping[str, Any],
     run_dir: Path,
     look: Look | None,
-    command: Sequence[str],
-) -> None:
-    """Read the configuration as the job will, and look for what it names."""
+) -> PlannedRun:
+    """The run, after everything that can be known before the job starts was checked."""
     above = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not above.is_dir():
         raise UsageError(
@@ -207,80 +156,11 @@ def _check(
             "choose another one"
         )
     if look is not None:
-        look(name, parameters)
-        if name == "segment" and not goes_on(command, run_dir):
-            _refuse_results(parameters, run_dir)
-    overrides = list(parameters.get("overrides") or [])
-    if name == "train":
-        from dinocell.settings import load_settings
-        from dinocell.training.config import TrainConfig
-
-        config = load_settings(TrainConfig, parameters["config"], overrides)
-        if look is not None:
-            from dinocell.training.datasets import split_pairs
-
-            split_pairs(config.data, config.seed)
-            _look_for_weights("backbone.weights", config.backbone.weights)
-            if (run_dir / "config.yaml").exists():
-                from dinocell.training.trainer import refuse_other_run
-
-                refuse_other_run(config)
-    elif name == "pretrain":
-        from dinocell.tree import tree_is_bundled
-
-        path = Path(parameters["config"])
-        if not path.is_file():
-            raise UsageError(f"the configuration must be a file, got {path}: see configs/ssl")
-        from dinov3 import configs
-
-        if not tree_is_bundled():
-            return
-        arguments = SimpleNamespace(config_file=str(path), output_dir=str(run_dir), opts=overrides)
-        try:
-            settings = configs.get_cfg_from_args(arguments, strict=True)
-        except (ValueError, FileNotFoundError) as error:
-            raise UsageError(str(error)) from error
-        if look is not None:
-            _look_for_weights("student.pretrained_weights", settings.student.pretrained_weights)
-            _look_for_fields(str(settings.train.dataset_path))
-            if (run_dir / "ckpt").is_dir() and not parameters["no_resume"]:
-                from dinov3.train import train as program
-
-                try:
-                    program.check_resumption(settings, run_dir, resume=True)
-                except ValueError as error:
-                    raise UsageError(str(error)) from error
-
-
-def _refuse_results(parameters: Mapping[str, Any], out: Path) -> None:
-    """What the job would refuse: results of the images without --resume or --overwrite."""
-    if not out.is_dir() or parameters["resume"] or parameters["overwrite"]:
-        return
-    from dinocell.batch.folder import refuse_results
-    from dinocell.io import find_images
-
-    paths = find_images(parameters["images"], recursive=parameters["recursive"])
-    refuse_results(paths, out, parameters["options"].formats)
-
-
-def _look_for_weights(key: str, name: str | None) -> None:
-    from dinocell.network.weights import find_weights
-
-    if name and not find_weights(name).exists():
-        raise UsageError(f"{key} must be a file that exists, got {name}: {_ELSEWHERE}")
-
-
-def _look_for_fields(dataset: str) -> None:
-    """The folder or index of a data set such as `JUMPS3MultiView:index=pilot.arrow`."""
-    given = dict(part.partition("=")[::2] for part in dataset.split(":")[1:])
-    for key in ("root", "index"):
-        value = given.get(key, "")
-        # A relative index may be in the root.
-        if value and not (Path(value).exists() or Path(given.get("root", ""), value).exists()):
-            raise UsageError(
-                f"train.dataset_path must have a root or index that exists, got {key}={value}: "
-                f"{_ELSEWHERE}"
-            )
+        look(command.name, parameters)
+    whole = (command.name, *arguments)
+    continues = continues_run(whole, run_dir)
+    command.check(parameters, run_dir, look=look is not None, continues=continues)
+    return PlannedRun("", whole, run_dir)
 
 
 def read_table(path: str | Path) -> list[dict[str, str]]:
@@ -296,7 +176,7 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"--array must be a table in a text file, got {path} ({error}): write a CSV with a header"
+            f"`array` must be a table in a text file, got {path} ({error}): write a CSV with a header"
         ) from error
     separator = "\t" if path.suffix == ".tsv" or "\t" in text.split("\n", 1)[0] else ","
     lines = [
@@ -306,24 +186,24 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
     ]
     if len(lines) < 2:
         raise UsageError(
-            f"--array must have a header and a line for each task, got {len(lines)} lines in {path}: "
+            f"`array` must have a header and a line for each task, got {len(lines)} lines in {path}: "
             "write for example optim.lr and below it 1e-4"
         )
     header, *rows = lines
     if len(set(header)) < len(header) or not all(header):
         raise UsageError(
-            f"columns of --array must have names, each its own, got {', '.join(header)} in {path}: "
+            f"columns of `array` must have names, each its own, got {', '.join(header)} in {path}: "
             "rename them"
         )
     if len(header) == 1 and ";" in header[0]:
         raise UsageError(
-            f"columns of --array must be divided by commas or tabs, got semicolons in {path}: save it "
+            f"columns of `array` must be divided by commas or tabs, got semicolons in {path}: save it "
             "as CSV with commas"
         )
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise UsageError(
-                f"lines of --array must have {len(header)} values, got {len(row)} in line {number} of "
+                f"lines of `array` must have {len(header)} values, got {len(row)} in line {number} of "
                 f"{path}: quote values with commas"
             )
     for number, row in enumerate(rows, start=2):
@@ -351,26 +231,5 @@ def look_once() -> Callable[[str, Mapping[str, Any]], None]:
 
 
 def look_for_inputs(name: str, parameters: Mapping[str, Any]) -> None:
-    """Whether what `segment` and `evaluate` read is there."""
-    if name == "segment":
-        from dinocell.batch.options import check_call
-        from dinocell.io import find_images
-
-        paths = find_images(parameters["images"], recursive=parameters["recursive"])
-        check_call(paths, parameters["options"])
-    elif name == "evaluate":
-        for option in ("pred", "truth", "data"):
-            folder = parameters[option]
-            if folder is not None and not folder.is_dir():
-                raise UsageError(
-                    f"`{option}` must be a folder that exists, got {folder}: correct the path, or use "
-                    "`look=False` if it exists only on the nodes"
-                )
-        if parameters["data"] is not None:
-            from dinocell.evaluation.model_evaluation import check_data_folder
-
-            check_data_folder(parameters["data"])
-    if name in ("segment", "evaluate") and parameters["model"] is not None:
-        from dinocell.network.model import read_model_header
-
-        read_model_header(parameters["model"])
+    """Refuse inputs of a command that do not exist or cannot be used."""
+    command_of([name]).check_inputs(parameters)

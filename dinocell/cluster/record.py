@@ -1,4 +1,4 @@
-"""What is remembered of jobs: one `job.json` beside each run, one list of the user's submissions."""
+"""Records of jobs: one `job.json` beside each run, and one list of the user's submissions."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from dinocell.batch.journal import JOURNAL_NAME, count_rows
+from dinocell.cluster.commands import command_of
 from dinocell.files import write_text_atomically
+from dinocell.submitted import RunProgress
 
 __all__ = [
-    "BEGINS_ANEW",
     "JobRecord",
-    "RunProgress",
     "Start",
     "Submission",
+    "continues_run",
     "failures_folder",
     "first_failure",
-    "goes_on",
     "note_submission",
     "read_record",
     "read_submissions",
@@ -34,9 +30,6 @@ __all__ = [
     "work_mark",
     "write_record",
 ]
-
-BEGINS_ANEW = {"pretrain": "--no-resume", "segment": "--overwrite"}
-"""What makes a command leave aside what is in its folder; of a job, this is meant once."""
 
 _RECORD_NAME = "job.json"
 _LOST_CONNECTION = r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed out waiting"
@@ -66,7 +59,7 @@ class Start:
 
 @dataclass
 class JobRecord:
-    """The story of a run as its jobs saw it; written by the first process only.
+    """The history of a run: its starts and ends; written by the first process only.
 
     Attributes
     ----------
@@ -75,7 +68,7 @@ class JobRecord:
         failed or out_of_memory
     reason : one sentence for everything but running and done
     starts : all of them, oldest first
-    ends : state, reason and progress of each job that has left the run, by its number
+    ends : state, reason and progress of each job of the run that has ended, by its number
     """
 
     command: list[str]
@@ -85,7 +78,7 @@ class JobRecord:
     ends: dict[str, tuple[str, str, str]] = field(default_factory=dict)
 
     def end_of(self, job: str) -> tuple[str, str, str] | None:
-        """State, reason and progress with which a job has left the run; None if it has not."""
+        """State, reason and progress with which a job has ended; None if it has not."""
         end = self.ends.get(job)
         if end is None and self.starts and self.starts[-1].job == job:
             end = (self.state, self.reason, "")
@@ -118,8 +111,8 @@ def read_record(run_dir: str | Path) -> JobRecord | None:
         return None
 
 
-def goes_on(command: Sequence[str], run_dir: str | Path) -> bool:
-    """Whether a run was begun by this very command, and has not come to its end."""
+def continues_run(command: Sequence[str], run_dir: str | Path) -> bool:
+    """Whether a run was started by this very command and is not finished."""
     record = read_record(run_dir)
     return (
         record is not None
@@ -130,7 +123,7 @@ def goes_on(command: Sequence[str], run_dir: str | Path) -> bool:
 
 
 def failures_folder(run_dir: str | Path, job: str, restart: int, step: int) -> Path:
-    """Where the processes of a start tell why they failed, each in a file; the earliest knows best.
+    """Folder in which each process of a start writes why it failed; the earliest one is the cause.
 
     `step` is SLURM's number of the `srun`: a script may have several.
     """
@@ -161,98 +154,37 @@ def first_failure(
 # --- how far a run is ---
 
 
-@dataclass(frozen=True)
-class RunProgress:
-    """How far a run is.
-
-    Attributes
-    ----------
-    done, total : of `unit`; None where unknown
-    eta_s : seconds that are left at the last known speed
-    note : what is done beyond that
-    """
-
-    done: int
-    total: int | None = None
-    unit: str = ""
-    eta_s: float | None = None
-    note: str = ""
-
-    def __str__(self) -> str:
-        if self.total is None:
-            return f"{self.done} {self.unit}".strip()
-        share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
-        note = f" {self.note}" if self.note else ""
-        return f"{self.done}/{self.total}{share}{note}"
-
-
 def saved_progress(command: Sequence[str], run_dir: str | Path) -> int:
-    """What a new start of the run would not have to do again: steps, iterations or images."""
-    folder = Path(run_dir)
-    kind = command[0] if command else ""
-    if kind == "pretrain":
-        names = [path.name for path in (folder / "ckpt").glob("*")]
-        return max((int(name) + 1 for name in names if name.isdigit()), default=0)
-    if kind == "train":
-        steps = [
-            re.fullmatch(r"step_(\d+)", path.stem) for path in (folder / "checkpoints").glob("*.pt")
-        ]
-        return max((int(match[1]) for match in steps if match), default=0)
-    return count_rows(folder / JOURNAL_NAME)
+    """Steps, iterations or images of a run that a new start would not repeat."""
+    return command_of(command).saved(Path(run_dir))
 
 
 def work_mark(command: Sequence[str], run_dir: str | Path) -> str:
-    """Tells whether a command that shall begin anew has done so: what it replaces is another file then.
+    """Identity of what a command replaces when it starts over: another one afterwards.
 
-    "" where there is nothing yet.  File systems use the numbers of files again, so the time counts too.
+    "" if it does not exist yet.  File systems use the numbers of files again, so the time counts too.
     """
-    names = {"pretrain": "ckpt", "segment": "settings.json"}
+    name = command_of(command).replaced_name
+    if not name:
+        return ""
     try:
-        found = Path(run_dir, names[command[0]]).stat()
+        found = Path(run_dir, name).stat()
         return f"{found.st_ino}-{found.st_mtime_ns}"
-    except (OSError, KeyError, IndexError):
+    except OSError:
         return ""
 
 
 def run_progress(command: Sequence[str], run_dir: str | Path) -> RunProgress | None:
-    """Progress from the run's own files, None before there is any, or if they are others' files."""
+    """Progress from the run's own files; None before they exist, or if they are other files."""
+    known = command_of(command)
     with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
-        return _progress_of_files(command, Path(run_dir))
-    return None
-
-
-def _progress_of_files(command: Sequence[str], folder: Path) -> RunProgress | None:
-    kind = command[0] if command else ""
-    if kind == "pretrain":
-        settings = _yaml(folder / "config.yaml")
-        line = _last_line(folder / "training_metrics.json", "iter_time")
-        if line is None or "optim" not in settings:
-            return None
-        total = settings["optim"]["epochs"] * settings["train"]["OFFICIAL_EPOCH_LENGTH"]
-        # Lines come at intervals, checkpoints when a signal does.
-        done = max(int(line["iteration"]) + 1, saved_progress(command, folder))
-        return RunProgress(done, total, "iterations", line["iter_time"] * (total - done))
-    if kind == "train":
-        settings = _yaml(folder / "config.yaml")
-        line = _last_line(folder / "metrics.jsonl", "crops_per_s")
-        if line is None or "schedule" not in settings:
-            return None
-        total = int(settings["schedule"]["steps"])
-        done = max(int(line["step"]), saved_progress(command, folder))
-        if done >= total and not (folder / "model.safetensors").exists():
-            return RunProgress(done, total, "steps", note="validating")
-        step_s = line.get("global_batch_size", 0) / max(line["crops_per_s"], 1e-9)
-        return RunProgress(done, total, "steps", step_s * (total - done))
-    if kind == "segment" or tuple(command[:2]) == ("shards", "run"):
-        done = count_rows(folder / JOURNAL_NAME)
-        listed = folder / "manifest.csv"
-        total = max(count_rows(listed) - 1, 0) if listed.is_file() else None
-        return _paced(folder, RunProgress(done, total, "images"))
+        progress = known.progress(Path(run_dir))
+        return _paced(Path(run_dir), progress) if progress and known.has_pace else progress
     return None
 
 
 def _paced(folder: Path, progress: RunProgress) -> RunProgress:
-    """The time that is left, from what was done since the job's last start."""
+    """With the time that is left, from what was done since the job's last start."""
     record = read_record(folder)
     if record is None or not record.starts or progress.total is None:
         return progress
@@ -261,35 +193,7 @@ def _paced(folder: Path, progress: RunProgress) -> RunProgress:
     if new <= 0 or record.state != "running":
         return progress
     pace = (time.time() - start.time) / new
-    left = pace * (progress.total - progress.done)
-    return RunProgress(progress.done, progress.total, progress.unit, left)
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
-
-
-def _last_line(path: Path, key: str) -> dict[str, Any] | None:
-    """The last JSON line with a key, from the end of a file that may be long."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 65_536))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue  # cut: the first of the piece, or one that is being written
-        if isinstance(values, dict) and key in values:
-            return values
-    return None
+    return replace(progress, eta_s=pace * (progress.total - progress.done))
 
 
 # --- the user's submissions ---
@@ -333,7 +237,7 @@ def note_submission(submissions: Sequence[Submission]) -> None:
 
 
 def read_submissions() -> list[Submission]:
-    """All submissions, oldest first; lines that cannot be read are passed over."""
+    """All submissions, oldest first; lines that cannot be read are skipped."""
     try:
         lines = _list_path().read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -344,5 +248,7 @@ def read_submissions() -> list[Submission]:
             item = Submission(**json.loads(line))
         except (ValueError, TypeError):
             continue
-        found[item.cluster, item.job] = item  # numbers begin anew when a cluster is set up again
+        found[item.cluster, item.job] = (
+            item  # a cluster that is set up again starts over with its numbers
+        )
     return list(found.values())

@@ -1,4 +1,4 @@
-"""What a cluster wants to be told: partition, account, GPUs, time, set-up; one YAML file a site."""
+"""Settings of a cluster for all its jobs: partition, account, GPUs, time, set-up; one YAML file a site."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DEFAULT_VARIABLE = "DINOCELL_SITE"
 
 @dataclass(frozen=True)
 class SiteProfile:
-    """The wishes of a site; null leaves the cluster's own default.
+    """What jobs of a site ask SLURM for; null leaves the cluster's own default.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class SiteProfile:
     nodes : number of nodes.
     tasks_per_node : null is one a GPU, or one.
     time : limit of a run, such as 24:00:00, 2-00:00:00 or minutes.  Work that takes longer is
-        requeued and goes on.
+        requeued and continues.
     mem : memory of a node, such as 64G; 0 is all of it.
     cpus_per_gpu : CPU cores of a task (there is one a GPU).
     mail_user, mail_type : whom to write to and when (`FAIL`, `END`, ...).
@@ -46,7 +46,7 @@ class SiteProfile:
     environment : variables of the work.
     container : command that runs the rest inside a container: `apptainer exec --nv dinocell.sif`.
     python : interpreter; null is the one that submits, or python3 in a container.
-    signal_ahead_s : seconds before the time limit at which the work is told to save itself.
+    signal_ahead_s : seconds before the time limit at which the work gets the signal to save itself.
     max_stalled_starts : starts of one job without any progress after which it is given up.
     array_parallelism : tasks of an array that run at once.
     nice, comment : as sbatch's options.
@@ -92,8 +92,8 @@ class SiteProfile:
                 f"time must be longer than signal_ahead_s ({self.signal_ahead_s} s), got {self.time}: "
                 "lengthen it"
             )
-        for wish in (self.gres or "").split(","):
-            if wish.split(":")[0] == "gpu" and _GPU.fullmatch(wish) is None:
+        for part in (self.gres or "").split(","):
+            if part.split(":")[0] == "gpu" and _GPU.fullmatch(part) is None:
                 raise ConfigError(
                     f"gres must look like gpu:a100:1, got {self.gres!r}: write type and count per node"
                 )
@@ -156,8 +156,8 @@ class SiteProfile:
             raise ConfigError(f"the number of GPUs must be at least 0, got {count}: 0 is none")
         match = self._gpu()
         kind = "" if match is None or match["type"] is None else f":{match['type']}"
-        wishes = [] if self.gres is None else self.gres.split(",")
-        others = [wish for wish in wishes if match is None or wish != match[0]]
+        parts = [] if self.gres is None else self.gres.split(",")
+        others = [part for part in parts if match is None or part != match[0]]
         gpus = [f"gpu{kind}:{count}"] if count else []
         return dataclasses.replace(self, gres=",".join([*gpus, *others]) or None)
 
@@ -165,7 +165,7 @@ class SiteProfile:
         """The same for a job that reads and writes tables: one core, little memory, no GPU."""
         longest = "2:00:00" if minutes_of(self.time) > 120 else self.time
         without = self.with_gpus(0)
-        # What is said of processors, GPUs and memory is meant for the work itself.
+        # Options about processors, GPUs and memory are meant for the work itself.
         extra = {
             name: value
             for name, value in self.extra.items()
@@ -212,13 +212,15 @@ def minutes_of(text: str) -> float:
 
 
 def find_site(name: str | None) -> Path | None:
-    """The file of a site: a path, or a name looked for in DINOCELL_SITES, slurm/sites here, the user's
-    configuration folder, and slurm/sites of the checkout; None without a name (and DINOCELL_SITE).
+    """The file of a site: a path, or a name in the folders DINOCELL_SITES, slurm/sites below the working
+    folder, and dinocell/sites in the user's configuration; None without a name (and DINOCELL_SITE).
+
+    In a clone its own slurm/sites come last; an installed package has none.
 
     Raises
     ------
     ConfigError
-        There is no such file; the message names those that are there.
+        The file does not exist; the message names those that do.
     """
     name = name or os.environ.get(_DEFAULT_VARIABLE)
     if not name:
@@ -231,16 +233,16 @@ def find_site(name: str | None) -> Path | None:
         folders.insert(0, Path(os.environ[_FOLDERS_VARIABLE]))
     config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     folders.append(config / "dinocell" / "sites")
-    folders.append(Path(__file__).parents[2] / "slurm" / "sites")  # of a checkout
+    folders.append(Path(__file__).parents[2] / "slurm" / "sites")  # of a clone
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     choice = f"one of {', '.join(known)}" if known else "a name (but no site was found)"
-    raise ConfigError(
-        f"--site must be a YAML file or {choice}, got {name!r}: copy slurm/sites/example.yaml and name "
-        "its path"
-    )
+    example = "copy slurm/sites/example.yaml and name its path"
+    if not (folders[-1] / "example.yaml").is_file():
+        example = "write one as docs/cluster.md shows (the examples in slurm/sites need a clone)"
+    raise ConfigError(f"`site` must be a YAML file or {choice}, got {name!r}: {example}")
 
 
 def load_site(name: str | None, overrides: Sequence[str] = ()) -> SiteProfile:

@@ -62,7 +62,7 @@ class JobState:
         forgotten it
     reason : why it waits or ended, "" if SLURM gives none
     restarts : how often it was requeued
-    preempted : it has been told to make room
+    preempted : it has to make room for another job
     run_s, limit_s : seconds that it has run, and its limit; None where unknown
     log : file of its output, "" where unknown
     """

@@ -1,4 +1,4 @@
-"""Handing runs to SLURM through submitit, or running them here in the same way."""
+"""Submit runs to SLURM through submitit, or run them here in the same way."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinocell.cluster.ending import REQUEUE_REQUEST
 from dinocell.cluster.plan import PlannedRun
 from dinocell.cluster.record import Submission, note_submission, read_submissions
 from dinocell.cluster.site import SiteProfile, minutes_of
@@ -27,7 +28,7 @@ from dinocell.cluster.slurm import (
     partitions,
     slurm_is_here,
 )
-from dinocell.cluster.supervisor import REQUEUE_WISH, SupervisedJob, supervise
+from dinocell.cluster.supervisor import SupervisedJob, supervise
 from dinocell.errors import MissingExtraError, StoppedError, UsageError
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def parse_dependency(text: str) -> str:
     one = rf"(?:singleton|(?:{kinds})(?::\d+(?:_\d+)?(?:\+\d+)?)+)"
     if not re.fullmatch(rf"{one}(?:[,?]{one})*", text):
         raise UsageError(
-            f"--dependency must be a job's number or like afterany:123, got {text!r}: SLURM knows "
+            f"`dependency` must be a job's number or like afterany:123, got {text!r}: SLURM knows "
             f"{', '.join(_KINDS)}"
         )
     return text
@@ -126,7 +127,7 @@ def _folder(runs: Sequence[PlannedRun], log_dir: Path | None) -> Path:
     if "%" in str(log_dir.absolute()):
         raise UsageError(
             f"the folder of the log files must be without %, which SLURM replaces, got {log_dir}: "
-            "choose another folder, or --logs"
+            "choose another folder, or set `logs`"
         )
     return log_dir
 
@@ -149,7 +150,7 @@ def _parameters(
             extra[name] = value
     if site.mem is not None:
         extra["mem"] = site.mem
-    wishes = {
+    parameters = {
         "job_name": runs[0].name if len(names) == 1 else runs[0].run_dir.parent.name,
         "nodes": site.nodes,
         "ntasks_per_node": tasks_per_node,
@@ -170,21 +171,21 @@ def _parameters(
         "partition", "account", "qos", "gres", "constraint", "exclude", "mail_user", "mail_type",
         "comment",
     ):  # fmt: skip
-        wishes[name] = getattr(site, name)
-    return {name: value for name, value in wishes.items() if value is not None} | fixed
+        parameters[name] = getattr(site, name)
+    return {name: value for name, value in parameters.items() if value is not None} | fixed
 
 
 def _requeue_lines(folder: Path) -> list[str]:
-    """Shell lines after the work: containers seldom have scontrol, so the job's script asks for them.
+    """Shell lines after the work: containers seldom have scontrol, so the job's script requeues.
 
     A job that was cancelled is no longer RUNNING by then.
     """
     return [
         "job=$SLURM_JOB_ID",
         '[ -z "$SLURM_ARRAY_JOB_ID" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID',
-        f"wish={shlex.quote(str(folder.absolute()))}/{REQUEUE_WISH}$job",
-        'if [ -e "$wish" ]; then',
-        '  rm -f "$wish"',
+        f"request={shlex.quote(str(folder.absolute()))}/{REQUEUE_REQUEST}$job",
+        'if [ -e "$request" ]; then',
+        '  rm -f "$request"',
         '  if scontrol show job -o "$job" | grep -q "JobState=RUNNING"; then',
         '    scontrol requeue "$job" && sleep 120',
         "  fi",
@@ -251,7 +252,7 @@ def submit(
 
     Parameters
     ----------
-    runs, site : what, and with which wishes
+    runs, site : what to run, and what to ask SLURM for
     dependency : as `parse_dependency` gives it
     behind : a dependency of jobs that this one comes after in any case
     log_dir : folder of log files, in place of the runs' own
@@ -260,13 +261,13 @@ def submit(
     Raises
     ------
     UsageError
-        No SLURM here, a job has the run already, or SLURM refuses the wishes; the message has its
+        No SLURM here, a job has the run already, or SLURM refuses the job; the message has its
         reason.
     """
     if not slurm_is_here():
         raise UsageError(
             "submitting must happen where SLURM is (no sbatch was found here): log in to the "
-            "cluster, or add --local or --dry-run"
+            "cluster, or set `local` or `dry_run`"
         )
     _refuse_large_array(runs)
     if look:
@@ -346,8 +347,8 @@ def _refuse_unknown(dependency: str | None) -> None:
     known |= {item.job.split("_")[0] for item in read_submissions() if item.cluster == here}
     if numbers - known:
         raise UsageError(
-            f"--dependency must name jobs that SLURM knows, got {', '.join(sorted(numbers - known))}: "
-            "leave out what has ended long ago, or add --no-look"
+            f"`dependency` must name jobs that SLURM knows, got {', '.join(sorted(numbers - known))}: "
+            "leave out what has ended long ago, or set `look=False`"
         )
 
 
@@ -363,7 +364,7 @@ def refuse_busy(
     below: bool = False,
     may_wait: bool = True,
 ) -> None:
-    """Two jobs in one folder would mix their checkpoints; one may wait for the other.
+    """Refuse a second job in one folder, which would mix checkpoints; it may wait for the first one.
 
     Parameters
     ----------
@@ -402,10 +403,10 @@ def refuse_busy(
         first = busy[0]
         numbers = list(dict.fromkeys(item.job.split("_")[0] for item in busy))
         raise UsageError(
-            f"a run must be in the hands of one job, got {first.run_dir}, which job {first.job} has "
+            f"only one job at a time can use a folder, got {first.run_dir}, which job {first.job} uses "
             f"({states[first.job].state.lower()}): wait for it, "
             + (
-                f"or put yours behind it (--dependency afterany:{':'.join(numbers)}), "
+                f"or submit yours to start after it (`dependency=afterany:{':'.join(numbers)}`), "
                 if may_wait
                 else ""
             )
@@ -430,10 +431,10 @@ def _refusal(error: Exception, site: SiteProfile) -> str:
     reasons = re.findall(r"sbatch: error: (.+)", str(text)) or [
         line.strip() for line in str(text).splitlines() if line.strip()
     ]
-    hint = "change the site profile, or --set key=value"
+    hint = "change the site profile, or `set` one of its keys"
     known = partitions()
     if not known and not cluster_name():
-        hint = "no SLURM answers here; log in to the cluster, or add --local"
+        hint = "no SLURM answers here; log in to the cluster, or set `local`"
     if "partition" in " ".join(reasons).lower() and known:
         hint = f"partitions here are {', '.join(known)}; {hint}"
     return f"SLURM must accept the job, got a refusal ({'; '.join(reasons[-3:])}): {hint}"
@@ -451,7 +452,7 @@ def run_here(runs: Sequence[PlannedRun], site: SiteProfile, *, log_dir: Path | N
         The site wants several nodes.
     """
     if site.nodes > 1:
-        raise UsageError(f"--local must have one node, got nodes {site.nodes}: add --nodes 1")
+        raise UsageError(f"`local` must have one node, got `nodes={site.nodes}`: set `nodes=1`")
     if site.setup or site.container:
         print("dinocell: --local leaves out setup and container of the site", file=sys.stderr)
     worst = 0

@@ -107,7 +107,7 @@ def test_time_limit(cluster, tmp_path, pretraining):
     )  # fmt: skip
     wait_for(lambda: int(cluster.show(job)["Restarts"]) == 1, what="the requeue")
     log = log_of(run)
-    assert "SIGUSR2 (time limit or request): the job goes on" in log
+    assert "SIGUSR2 (time limit or request): the job continues" in log
     saved = max(int(path.name) for path in (run / "ckpt").iterdir() if path.name.isdigit())
     wait_for(lambda: last_iteration(run) > saved, what="iterations after the requeue")
     assert f"going on with iteration {saved + 1}" in log_of(run)
@@ -132,7 +132,7 @@ def test_scancel_saves_and_is_final(cluster, tmp_path, pretraining):
         if row["job"] == job
     ]
     assert row["state"] == "cancelled"
-    assert "submit it again to go on" in row["reason"]
+    assert "submit it again to continue" in row["reason"]
     again = cluster.submit("pretrain", str(pretraining), "-o", "run", cwd=tmp_path)
     cluster.wait(again, "COMPLETED")
     record = read_record(run)
@@ -412,13 +412,13 @@ def test_one_job_a_run(cluster, tmp_path, pretraining):
     job = cluster.submit("pretrain", str(pretraining), "-o", "run", cwd=tmp_path)
     again = cluster.dinocell("submit", "pretrain", str(pretraining), "-o", "run", cwd=tmp_path)
     assert again.returncode == 2
-    assert f"which job {job} has" in again.stderr
+    assert f"which job {job} uses" in again.stderr
     wait_for(lambda: last_iteration(run) >= 1)
     second = cluster.submit(
         "pretrain", str(pretraining), "-o", "run", "--dependency", f"after:{job}", cwd=tmp_path
     )
     cluster.wait(second, "FAILED")
-    assert f"which job {job} has" in (run / "slurm" / f"{second}_0_log.out").read_text()
+    assert f"where job {job} is running" in (run / "slurm" / f"{second}_0_log.out").read_text()
     cluster.wait(job, "COMPLETED")
     assert {start.job for start in read_record(run).starts} == {job}
 
@@ -470,7 +470,7 @@ def test_array_over_images_with_killed_tasks(cluster, tmp_path, plate, alone):
     cluster.wait(merging, "FAILED")  # it says what is missing
     assert "images of shard 0" in log_of(shards / "merge")
     summary = (tmp_path / "out" / "summary.csv").read_text()
-    assert "not done: shard 0 has not come to its end" in summary
+    assert "not done: shard 0 is not finished" in summary
     again = cluster.dinocell(
         "submit", "segment", str(plate), "-o", "out", "--shards", "3",
         "--set", "cpus_per_gpu=1", "--set", "mem=800M", cwd=tmp_path,

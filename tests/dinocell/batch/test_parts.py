@@ -14,7 +14,7 @@ import pytest
 
 from dinocell.batch import parts
 from dinocell.batch.claims import Claimant
-from dinocell.batch.journal import JOURNAL_NAME
+from dinocell.batch.journal import JOURNAL_NAME, shard_folder
 from dinocell.batch.merge import merge_shards
 from dinocell.batch.options import SegmentOptions
 from dinocell.batch.parts import (
@@ -22,7 +22,6 @@ from dinocell.batch.parts import (
     plan_shards,
     read_plan,
     run_shard,
-    shard_folder,
     shard_states,
 )
 from dinocell.batch.run import segment_files

@@ -44,7 +44,7 @@ def only_row():
 
 def test_no_jobs(slurm):
     assert list_jobs() == []
-    assert "`dinocell submit` makes them" in jobs_text([])
+    assert "Submit one with `dinocell submit`" in jobs_text([])
 
 
 def test_a_job_that_waits(slurm, submitted):
@@ -133,20 +133,20 @@ def test_a_job_that_is_lost(slurm, submitted):
     lost, unknown = list_jobs()
     assert (lost.state, lost.reason) == (
         "lost",
-        "SLURM has forgotten it; it was last seen running",
+        "SLURM no longer knows it; its last known state is running",
     )
     assert unknown.state == "unknown"
     assert "see its log" in unknown.reason
 
 
-def test_another_job_has_gone_on_with_the_folder(slurm, submitted):
+def test_another_job_has_continued_in_the_folder(slurm, submitted):
     run = submitted("7", folder="shared")
     submitted("9", folder="shared")
     record(run, "done", "7", "9")
     slurm.answer("sacct", "9|COMPLETED||\n")
     assert [row.job for row in list_jobs()] == ["9"]
     first, second = list_jobs(everything=True)
-    assert (first.state, first.reason) == ("ended", "another job has gone on with its folder")
+    assert (first.state, first.reason) == ("ended", "another job has continued in its folder")
     assert (second.state, second.reason) == ("done", "")
     # What the second has done is not the first one's progress.
     assert first.progress == ""

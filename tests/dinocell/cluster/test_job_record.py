@@ -10,7 +10,6 @@ import pytest
 
 from dinocell.cluster.record import (
     JobRecord,
-    RunProgress,
     Start,
     Submission,
     note_submission,
@@ -20,6 +19,7 @@ from dinocell.cluster.record import (
     saved_progress,
     write_record,
 )
+from dinocell.submitted import RunProgress
 
 
 def start(job: str, progress: int, restart: int = 0, time: float = 0.0) -> Start:

@@ -92,7 +92,7 @@ def test_each_evaluation_is_a_run_of_its_own():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["pretrain", "ssl.yaml"], r"root or index that exists, got root=pictures.*--no-look"),
+        (["pretrain", "ssl.yaml"], r"root or index that exists, got root=pictures.*look=False"),
         (["pretrain", "ssl.yaml", "train.dataset_path=JUMPS3MultiView:index=far.arrow"],
          r"root or index that exists, got index=far\.arrow"),
         (["pretrain", "ssl.yaml", "student.pretrained_weights=far/w.pth",
@@ -134,7 +134,7 @@ def test_models_and_folders_are_looked_for(arguments, message, capsys):
     ("arguments", "message"),
     [
         (["evaluate", "-m", "m", "--data", "d", "--tune", "--metric", "best"], "--metric must be 'ap'"),
-        (["segment", "a.tif", "-o", "out", "--device", "gpu"], "the device must be auto, cpu, cuda"),
+        (["segment", "a.tif", "-o", "out", "--device", "gpu"], "--device must be auto, cpu, cuda"),
         (["segment", "a.tif", "-o", "a.tif"], "where .*a.tif is a file"),
         (["segment", "a.tif", "-o", "a.tif/deeper"], "where .*a.tif is a file"),
     ],
@@ -157,7 +157,7 @@ def test_what_is_finished_is_refused_before(capsys):
     assert "must not hold results of these images, got 1" in err
     for more in ("--resume", "--overwrite", "--no-look"):
         assert submitted(capsys, *command, more, "--dry-run")[0] == 0
-    # What was begun by the same command and cancelled goes on; another command does not.
+    # What the same command has started before it was cancelled continues; another command is refused.
     start = Start("7", 0, 0, 0.0, "node")
     write_record("out", JobRecord(command, "cancelled", "", [start]))
     assert submitted(capsys, *command, "--dry-run")[0] == 0
@@ -449,8 +449,8 @@ def test_values_may_be_quoted():
         ("", "a line for each task, got 0 lines"),
         ("name;optim.lr\na;1e-4\n", "must be divided by commas or tabs, got semicolons"),
         ("name,optim.lr\n", "a line for each task, got 1 lines"),
-        ("name,name\na,b\n", "columns of --array must have names, each its own, got name, name"),
-        ("name,\na,b\n", "columns of --array must have names"),
+        ("name,name\na,b\n", "columns of `array` must have names, each its own, got name, name"),
+        ("name,\na,b\n", "columns of `array` must have names"),
         ("name,optim.lr\na,1\nb,1,2\n", "must have 2 values, got 3 in line 3"),
         ("name,optim.lr\na\n", "must have 2 values, got 1 in line 2"),
         ("name\na/b\n", "must be names of folders, got 'a/b' in line 2"),
@@ -466,7 +466,7 @@ def test_what_is_no_table(text, sentence):
 
 def test_a_table_must_be_a_text_file():
     for path in ("absent.csv", "."):
-        with pytest.raises(UsageError, match="--array must be a table in a text file"):
+        with pytest.raises(UsageError, match="`array` must be a table in a text file"):
             read_table(path)
     Path("binary.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"binary\.csv"):

@@ -126,7 +126,7 @@ def test_wrong_dependency(given):
 
 
 def test_without_slurm_it_is_told_what_else_there_is(no_slurm, tmp_path):
-    with pytest.raises(UsageError, match="add --local or --dry-run"):
+    with pytest.raises(UsageError, match="set `local` or `dry_run`"):
         submit([PlannedRun("a", ("pretrain",), tmp_path / "a")], SiteProfile())
     assert not (tmp_path / "a").exists()
 
@@ -144,7 +144,7 @@ def test_a_run_that_a_job_has_is_refused(slurm, tmp_path):
     folder = str(run.run_dir.resolve())
     note_submission([Submission("7", "a", ["pretrain"], folder, "log", 0.0, "north")])
     slurm.job("7", JobState="PENDING")
-    with pytest.raises(UsageError, match=r"which job 7 has \(pending\).*afterany:7"):
+    with pytest.raises(UsageError, match=r"which job 7 uses \(pending\).*afterany:7"):
         submit([run], SiteProfile())
     slurm.job("7", JobState="COMPLETED")
     slurm.answer("sbatch", "Submitted batch job 8\n")
@@ -158,7 +158,7 @@ def test_a_run_may_wait_for_its_own_job_only(slurm, tmp_path):
     slurm.answer("scontrol show job -o 7", "JobId=9 ArrayJobId=7 ArrayTaskId=2 JobState=RUNNING\n")
     slurm.answer("sbatch", "Submitted batch job 8\n")
     slurm.job("6", JobState="COMPLETED")
-    with pytest.raises(UsageError, match="which job 7_2 has"):
+    with pytest.raises(UsageError, match="which job 7_2 uses"):
         submit([run], SiteProfile(), dependency="afterok:6+7")
     assert submit([run], SiteProfile(), dependency="afterany:7").job == "8"
 
@@ -219,7 +219,7 @@ def test_a_waiting_array_keeps_its_plan(slurm, masks, capsys):
     for more in (["1", "--peak-threshold", "0.9"], ["1", "--overwrite", "--dependency", "7"],
                  ["1", "--local", "--peak-threshold", "0.9"]):  # fmt: skip
         assert exit_code(*command, *more) == 2
-        assert "which job 7 has (pending)" in capsys.readouterr().err
+        assert "which job 7 uses (pending)" in capsys.readouterr().err
         assert Path("out/shards/plan.json").read_text() == plan
     assert exit_code("shards", "plan", "2", "pred", "-o", "out", "--allow-mask") == 2
     assert "or cancel it (scancel 7)" in capsys.readouterr().err

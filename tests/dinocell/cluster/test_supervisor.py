@@ -25,7 +25,7 @@ from dinocell.cluster.record import (
 
 ROOT = Path(__file__).parents[3]
 
-# What the supervisor starts in place of `dinocell`: it does what it is told.
+# What the supervisor starts in place of `dinocell`: it does what the test has written down.
 CHILD = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -41,7 +41,8 @@ class Stand_in(supervisor._Supervisor):
         return [sys.executable, "-u", "child.py", *self._command()]
 supervisor._Supervisor = Stand_in
 if "GROWING_COUNT" in os.environ:
-    supervisor._oom_kills = itertools.count().__next__
+    supervisor.oom_kills = itertools.count().__next__
+supervisor._SURVIVES_S = 0.0
 job = supervisor.SupervisedJob(tuple(sys.argv[1].split()), "run", **eval(sys.argv[2]))
 sys.exit(supervisor.supervise(job))
 """
@@ -54,7 +55,7 @@ def note(number, frame):
 for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
     signal.signal(number, note)
 after("ready")
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -82,7 +83,7 @@ def job(tmp_path, monkeypatch):
         process.communicate()
 
 
-def wait_until(condition, within_s: float = 15) -> None:
+def wait_until(condition, within_s: float = 120) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, condition
@@ -90,7 +91,7 @@ def wait_until(condition, within_s: float = 15) -> None:
 
 
 def end(process) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     return process.returncode, output
 
 
@@ -139,13 +140,13 @@ def test_signal_without_slurm(job, number):
     assert code == 75
     assert Path("got").read_text().split() == [number.name]
     assert the_record().state == "stopped"
-    assert "run the same command to go on" in the_record().reason
+    assert "run the same command to continue" in the_record().reason
 
 
 def test_signal_before_the_child_listens_is_not_lost(job, slurm):
     slurm.job("5")
     slurm.script("scontrol requeue 5", f"kill -TERM $(cat {Path.cwd()}/supervisor)")
-    process = job("after('loading'); time.sleep(60)", SLURM_JOB_ID="5")
+    process = job("after('loading'); time.sleep(600)", SLURM_JOB_ID="5")
     Path("supervisor").write_text(str(process.pid))
     wait_until(Path("loading").exists)
     process.send_signal(signal.SIGUSR2)
@@ -243,13 +244,13 @@ def test_no_requeue_after_a_standstill(job, slurm):
     assert not [call for call in slurm.calls() if "requeue" in call]
 
 
-def test_a_run_in_other_hands_is_left_alone(job, slurm):
+def test_a_folder_in_which_another_job_runs_is_refused(job, slurm):
     slurm.job("4")
     slurm.job("5")
     earlier(3, job="4", state="running")
     code, output = end(job("after('ran')", SLURM_JOB_ID="5"))
     assert code == 1
-    assert "which job 4 has" in output
+    assert "where job 4 is running" in output
     assert [start.job for start in the_record().starts] == ["4"]
     slurm.job("4", JobState="COMPLETED")  # killed before it could write its end
     assert end(job("after('ran')", SLURM_JOB_ID="5"))[0] == 0
@@ -257,7 +258,7 @@ def test_a_run_in_other_hands_is_left_alone(job, slurm):
 
 def test_a_child_that_does_not_save_in_time_is_ended(job, slurm):
     slurm.job("5")
-    behaviour = "signal.signal(signal.SIGUSR2, signal.SIG_IGN); after('ready'); time.sleep(60)"
+    behaviour = "signal.signal(signal.SIGUSR2, signal.SIG_IGN); after('ready'); time.sleep(600)"
     process = job(behaviour, options={"signal_ahead_s": 10}, SLURM_JOB_ID="5")
     requeued(slurm, process)
     wait_until(Path("ready").exists)
@@ -265,7 +266,7 @@ def test_a_child_that_does_not_save_in_time_is_ended(job, slurm):
     process.send_signal(signal.SIGUSR2)
     code, output = end(process)
     assert code == 0, output
-    assert 4 < time.monotonic() - begun < 30
+    assert time.monotonic() - begun > 4
     assert "its last checkpoint counts" in output
     assert the_record().state == "requeued"
 
@@ -282,7 +283,7 @@ def note(number, frame):
     sys.exit(75)
 signal.signal(signal.SIGUSR2, note)
 after("ready")
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -299,7 +300,7 @@ def test_workers_of_the_child_get_no_signal(job):
 
 
 def test_nothing_outlives_a_killed_supervisor(job):
-    process = job("after('ready'); time.sleep(60)")
+    process = job("after('ready'); time.sleep(600)")
     wait_until(lambda: Path("ready").exists() and Path("ready").read_text())
     child = int(Path("ready").read_text())
     process.kill()
@@ -347,7 +348,7 @@ def test_a_process_that_hangs_after_another_failed_is_ended(job, slurm):
     """srun sends TERM; a process in an exchange with the one that is gone does not react."""
     slurm.job("5")
     end(job("sys.exit('dinocell: error: the disk is full')", **of(1)))
-    behaviour = "signal.signal(signal.SIGTERM, signal.SIG_IGN); after('ready'); time.sleep(60)"
+    behaviour = "signal.signal(signal.SIGTERM, signal.SIG_IGN); after('ready'); time.sleep(600)"
     process = job(behaviour, **of(0))
     wait_until(Path("ready").exists)
     process.send_signal(signal.SIGTERM)
@@ -361,7 +362,7 @@ def test_a_process_that_hangs_after_another_failed_is_ended(job, slurm):
 def test_a_process_that_waits_for_one_that_failed_is_ended(job, slurm):
     """Also where nothing ends it: a script whose srun does not kill on a bad exit."""
     slurm.job("5")
-    process = job("after('ready'); time.sleep(60)", **of(0))
+    process = job("after('ready'); time.sleep(600)", **of(0))
     wait_until(Path("ready").exists)
     end(job("sys.exit('dinocell: error: the disk is full')", **of(1)))
     assert end(process)[0] == 137
@@ -469,7 +470,7 @@ def test_a_job_that_runs_again_has_no_end(job, slurm):
     slurm.job("5")
     end(job("sys.exit('dinocell: error: an accident')", SLURM_JOB_ID="5"))
     slurm.job("5", Restarts=1)
-    job("after('ready'); time.sleep(60)", SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1")
+    job("after('ready'); time.sleep(600)", SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1")
     wait_until(Path("ready").exists)
     assert the_record().end_of("5") is None
 
@@ -477,9 +478,9 @@ def test_a_job_that_runs_again_has_no_end(job, slurm):
 @pytest.mark.parametrize(
     ("command", "advice"),
     [
-        ("pretrain c.yaml", "submit it again to go on"),
-        ("pretrain c.yaml --no-resume", "submit it again without --no-resume to go on"),
-        ("segment x -o out --overwrite", "submit it again without --overwrite to go on"),
+        ("pretrain c.yaml", "submit it again to continue"),
+        ("pretrain c.yaml --no-resume", "submit it again without --no-resume to continue"),
+        ("segment x -o out --overwrite", "submit it again without --overwrite to continue"),
     ],
 )
 def test_what_to_do_after_a_cancellation(job, slurm, command, advice):
@@ -510,12 +511,12 @@ if len(Path("starts").read_text()) < 3:
 
 
 def test_of_many_images_one_that_takes_the_memory_costs_no_others(job, slurm):
-    """The part goes on by itself, and knows which images it had in work."""
+    """The part continues by itself, and knows which images it had not finished."""
     slurm.job("5")
     Path("run").mkdir()
     code, output = end(job(HUNGRY, "shards run out 0", SLURM_JOB_ID="5"))
     assert code == 0, output
-    assert output.count("with 1 images in work") == 2
+    assert output.count("with 1 unfinished images") == 2
     assert journal.kills(Path("run")) == {"big": 2}
     assert the_record().state == "done"
     assert not [call for call in slurm.calls() if "requeue" in call]
@@ -595,7 +596,7 @@ def test_an_end_by_our_own_hand_is_not_for_memory(job, slurm):
     """The other one has lost its connection, which is no cause; this one hangs and is killed."""
     slurm.job("5")
     end(job("sys.exit('dinocell: error: NCCL error: unhandled system error')", **of(1)))
-    code, _ = end(job("after('ready'); time.sleep(60)", **of(0)))
+    code, _ = end(job("after('ready'); time.sleep(600)", **of(0)))
     assert code == 137
     assert the_record().state == "failed"
     assert "NCCL error" in the_record().reason
