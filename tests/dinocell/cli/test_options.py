@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from dinocell.batch.run import SegmentOptions
+from dinocell.batch.options import SegmentOptions
 from dinocell.cli import evaluate, jump, main, segment, weights
 from dinocell.cli import inspect as inspecting
 from dinocell.cli.app import app
