@@ -93,10 +93,11 @@ def _search(
     counted_for = np.full(num_cells, -1, np.int64)
     for k in range(num_cells):
         best: Any = _FAR
-        r, c = np.int64(pixel[first[k], 0]), np.int64(pixel[first[k], 1])
+        r: Any = np.int64(pixel[first[k], 0])
+        c: Any = np.int64(pixel[first[k], 1])
         ring = 0
         while best > (ring * square) ** 2 and ring <= max(grid_rows, grid_cols):
-            top, bottom = r // square - ring, r // square + ring
+            top, bottom = int(r // square - ring), int(r // square + ring)
             lead, trail = c // square - ring, c // square + ring
             for sr in range(max(top, 0), min(bottom + 1, grid_rows)):
                 whole = sr in (top, bottom) or ring == 0
@@ -111,7 +112,8 @@ def _search(
             ring += 1
         for p in range(first[k], first[k + 1]):
             r, c = np.int64(pixel[p, 0]), np.int64(pixel[p, 1])
-            span = math.floor(math.sqrt(max(best, reach)))
+            farthest: Any = max(best, reach)
+            span = math.floor(math.sqrt(farthest))
             for sr in range(max(r - span, 0) // square, min((r + span) // square + 1, grid_rows)):
                 for sc in range(
                     max(c - span, 0) // square, min((c + span) // square + 1, grid_cols)
