@@ -35,7 +35,14 @@ TESTS = {
     f"{DINOV3}/loss/koleo_loss.py": ["tests/dinov3/loss"],
     f"{DINOV3}/cells/sinkhorn.py": ["tests/dinov3/loss"],
     f"{DINOV3}/cells/patch_cross_entropy.py": ["tests/dinov3/loss"],
+    f"{DINOV3}/cells/ssl_losses.py": ["tests/dinov3/train/test_ssl_meta_arch.py"],
     f"{DINOV3}/data/augmentations_multiview.py": ["tests/dinov3/data/test_multiview.py"],
+    "dinocell/segmentation/levels.py": ["tests/dinocell/segmentation/test_watershed.py"],
+    "dinocell/segmentation/markers.py": ["tests/dinocell/segmentation/test_watershed.py"],
+    "dinocell/results/convex_hull.py": ["tests/dinocell/results/test_measure.py"],
+    "dinocell/results/runs.py": ["tests/dinocell/results/test_measure.py"],
+    "dinocell/results/shape_kernels.py": ["tests/dinocell/results/test_measure.py"],
+    "dinocell/results/outlines.py": ["tests/dinocell/results/test_exports.py"],
     f"{DINOV3}/cells/photometrics.py": ["tests/dinov3/data/test_multiview.py"],
 }
 SLOWEST = 4.0  # a mutant that takes this many times as long as the tests do is stopped, and killed
