@@ -51,6 +51,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"a training checkpoint must be complete, got {path} ({reason}): delete it to go on "
-            "from the one before"
+            f"a training checkpoint must be complete, got {path} ({reason}): delete it to "
+            "continue from the one before"
         ) from error

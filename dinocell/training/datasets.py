@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 from dinocell.errors import DataSetError
 from dinocell.io import read_image, read_labels
 from dinocell.labels import looks_like_labels
-from dinocell.network.config import ModelConfig
 from dinocell.pairs import Pair, find_pairs
 from dinocell.progress import progress
 from dinocell.segmentation.distance_map import labels_to_distance_map
@@ -29,7 +28,7 @@ from dinocell.training.augment import (
     draw_crop,
     empty_crop,
 )
-from dinocell.training.config import AugmentConfig, DataConfig, DatasetConfig
+from dinocell.training.config import DataConfig, DatasetConfig, TrainConfig
 
 __all__ = ["CropDataset", "read_pair", "split_pairs"]
 
@@ -93,7 +92,7 @@ def read_pair(pair: Pair) -> tuple[NDArray, NDArray[np.uint32]]:
         )
     if image.shape != labels.shape:
         raise DataSetError(
-            f"an image and its labels must have one size, got {image.shape} and {labels.shape} for "
+            f"an image and its labels must have the same size, got {image.shape} and {labels.shape} for "
             f"{pair.image_path.name}: check that the names belong together"
         )
     return image, labels
@@ -107,16 +106,14 @@ class CropDataset(Dataset):
     Parameters
     ----------
     pairs : sequence of Pair
-    datasets : sequence of DatasetConfig
-        For their weights: a set is drawn by `weight` (default: its pixels), an image within it by
-        the square root of its pixels.
-    model, augment : configurations
-    crop_px : int
-    seed : int
+        Of the training images.
+    config : TrainConfig
+        `data.datasets` for their weights: a set is drawn by `weight` (default: its pixels), an image
+        within it by the square root of its pixels.  Also read: `model`, `augment`, `seed`,
+        `schedule.crop_px`, and `data.cache_bytes` (normalised images and labels kept in memory; the
+        rest is read again).
     length : int
         Number of items: steps × batch size.
-    cache_bytes : int
-        Normalised images and labels kept in memory; the rest is read again.
     shown : bool
         Show progress while reading.
     """
@@ -124,23 +121,18 @@ class CropDataset(Dataset):
     def __init__(
         self,
         pairs: Sequence[Pair],
-        datasets: Sequence[DatasetConfig],
+        config: TrainConfig,
         *,
-        model: ModelConfig,
-        augment: AugmentConfig,
-        crop_px: int,
-        seed: int,
         length: int,
-        cache_bytes: int = 2_000_000_000,
         shown: bool = False,
     ) -> None:
         self.pairs = list(pairs)
-        self.model = model
-        self.augment = augment
-        self.crop_px = crop_px
-        self.seed = seed
+        self.model = config.model
+        self.augment = config.augment
+        self.crop_px = config.schedule.crop_px or config.model.window_px
+        self.seed = config.seed
         self.length = length
-        self._margin_px = round(crop_px * _MARGIN_SHARE)
+        self._margin_px = round(self.crop_px * _MARGIN_SHARE)
         self._cache: dict[int, tuple[NDArray[np.float16], NDArray[np.float32]]] = {}
         pixels = np.zeros(len(self.pairs))
         used = 0
@@ -149,10 +141,10 @@ class CropDataset(Dataset):
                 item = self._read(index)
                 pixels[index] = item[0].size
                 used += item[0].nbytes + item[1].nbytes
-                if used <= cache_bytes:
+                if used <= config.data.cache_bytes:
                     self._cache[index] = item
                 bar.advance()
-        self.probabilities = _pair_probabilities(self.pairs, datasets, pixels)
+        self.probabilities = _pair_probabilities(self.pairs, config.data.datasets, pixels)
 
     def __len__(self) -> int:
         return self.length

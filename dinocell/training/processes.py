@@ -1,4 +1,4 @@
-"""The processes of a training run: who they are, and the few things they tell one another.
+"""The processes of a training run: their numbers and devices, and what they exchange.
 
 `torchrun` or `srun` starts them; each holds the whole model.  One process needs no group, and every
 method here then answers at once without one.
@@ -44,7 +44,6 @@ class Processes:
         self.world_size = world_size
         self.device = device
         self.ends_together = False
-        self._agreement: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -63,22 +62,9 @@ class Processes:
         """Whether the flag is up in any process."""
         if self.world_size == 1:
             return flag
-        told = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return bool(told)
-
-    def stops(self, flag: bool, step: int) -> bool:
-        """Whether the flag is up in any process, asked after every step: the same answer for all.
-
-        With several processes the answer comes within about three seconds, or a step.
-        """
-        if self.world_size == 1:
-            return flag
-        if self._agreement is None:
-            from dinov3.cells.interruption import StopAgreement
-
-            self._agreement = StopAgreement(self.device)
-        return bool(self._agreement.agreed(flag, step))
+        highest = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return bool(highest)
 
     def on_main(self, work: Callable[[], Value]) -> Value:
         """Result of `work`, done by process 0 while the others wait.

@@ -59,7 +59,7 @@ class Train(SubmittedCommand):
         weights = config.backbone.weights
         require_weights_file("backbone.weights", find_weights(weights) if weights else None)
         if (run_dir / "config.yaml").exists():
-            from dinocell.training.trainer import refuse_other_run
+            from dinocell.training.run_folder import refuse_other_run
 
             refuse_other_run(config)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,23 +12,30 @@ from dinocell.errors import DataSetError, ImageFileError
 from dinocell.io import write_image, write_labels
 from dinocell.network.config import ModelConfig
 from dinocell.pairs import find_pairs
-from dinocell.training.config import AugmentConfig, DataConfig, DatasetConfig
+from dinocell.training.config import AugmentConfig, DataConfig, DatasetConfig, TrainConfig
 from dinocell.training.datasets import CropDataset, read_pair, split_pairs
 
 MODEL = ModelConfig(size="tiny", patch_size=16, window_px=32, overlap_px=8)
 
 
-def crops(folder, **changes):
+BLOBS = (DatasetConfig("blobs", "", ""),)
+
+
+def config_of(datasets=BLOBS, **changes) -> TrainConfig:
+    config = TrainConfig(
+        model=changes.get("model", MODEL),
+        data=DataConfig(datasets=datasets),
+        augment=changes.get("augment", AugmentConfig()),
+        seed=changes.get("seed", 0),
+    )
+    data = replace(config.data, cache_bytes=changes.get("cache_bytes", config.data.cache_bytes))
+    schedule = replace(config.schedule, crop_px=changes.get("crop_px"))
+    return replace(config, data=data, schedule=schedule)
+
+
+def crops(folder, length=100, **changes):
     pairs = find_pairs(folder / "images", folder / "labels", "blobs")
-    settings = {
-        "model": MODEL,
-        "augment": AugmentConfig(),
-        "crop_px": 32,
-        "seed": 0,
-        "length": 100,
-    }
-    config = [DatasetConfig("blobs", "", "")]
-    return CropDataset(pairs, config, **{**settings, **changes})
+    return CropDataset(pairs, config_of(**changes), length=length)
 
 
 def test_items_depend_on_seed_and_index_only(blob_data):
@@ -53,8 +62,6 @@ def test_shapes_types_and_content(blob_data):
 
 
 def test_target_and_size_options_change_the_map(blob_data):
-    from dataclasses import replace
-
     sqrt, linear = crops(blob_data), crops(blob_data, model=replace(MODEL, target="linear"))
     index = next(i for i in range(20) if sqrt[i][1].max() > 0.5)
     np.testing.assert_allclose(sqrt[index][1].numpy() ** 2, linear[index][1].numpy(), atol=1e-5)
@@ -100,14 +107,10 @@ def test_weights_of_data_sets(blob_data):
     pairs = find_pairs(blob_data / "images", blob_data / "labels", "a")
     pairs += find_pairs(blob_data / "images", blob_data / "labels", "b")
     sets = [DatasetConfig("a", "", "", weight=3.0), DatasetConfig("b", "", "", weight=1.0)]
-    dataset = CropDataset(
-        pairs, sets, model=MODEL, augment=AugmentConfig(), crop_px=32, seed=0, length=1
-    )
+    dataset = CropDataset(pairs, config_of(tuple(sets)), length=1)
     assert dataset.probabilities[:6].sum() == pytest.approx(0.75)
     equal = [DatasetConfig("a", "", ""), DatasetConfig("b", "", "")]
-    dataset = CropDataset(
-        pairs, equal, model=MODEL, augment=AugmentConfig(), crop_px=32, seed=0, length=1
-    )
+    dataset = CropDataset(pairs, config_of(tuple(equal)), length=1)
     assert dataset.probabilities[:6].sum() == pytest.approx(0.5)
 
 
@@ -133,15 +136,7 @@ class TestWrongFolders:
         write_labels(tmp_path / "l" / "a.png", np.ones((64, 80), np.uint8))
         pairs = find_pairs(tmp_path / "i", tmp_path / "l", "a")
         with pytest.raises(ImageFileError):
-            CropDataset(
-                pairs,
-                [DatasetConfig("a", "", "")],
-                model=MODEL,
-                augment=AugmentConfig(),
-                crop_px=32,
-                seed=0,
-                length=1,
-            )
+            CropDataset(pairs, config_of((DatasetConfig("a", "", ""),)), length=1)
 
     def test_a_single_image_cannot_be_split(self, tmp_path):
         write_labels(tmp_path / "a.png", np.ones((9, 8), np.uint8))

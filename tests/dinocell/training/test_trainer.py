@@ -25,16 +25,12 @@ from dinocell.errors import (
 )
 from dinocell.network.model import DINOCell, load_model
 from dinocell.settings import config_from_mapping
-from dinocell.training import trainer
+from dinocell.training import validation
 from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
 from dinocell.training.config import TrainConfig
 from dinocell.training.losses import distance_loss
-from dinocell.training.trainer import (
-    TrainingInterruptedError,
-    learning_rate_factor,
-    parameter_groups,
-    train,
-)
+from dinocell.training.optimizer import average_weights, learning_rate_factor, parameter_groups
+from dinocell.training.trainer import TrainingInterruptedError, train
 
 
 def make_config(data: Path, out: Path, **changes) -> TrainConfig:
@@ -54,6 +50,20 @@ def losses(out: Path) -> list[tuple[int, float]]:
 def finished(blob_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     return out, train(make_config(blob_data, out), shown=False)
+
+
+def train_four_steps(data: Path, out: Path, **changes) -> None:
+    """Four of five steps, without any validation."""
+    schedule = {"schedule__steps": 5, "schedule__eval_every": 5}
+    with pytest.raises(TrainingInterruptedError):
+        train(make_config(data, out, **schedule, **changes), shown=False, stop_after=4)
+
+
+@pytest.fixture(scope="module")
+def four_steps(blob_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("four_steps")
+    train_four_steps(blob_data, out)
+    return out
 
 
 def test_what_a_run_leaves(finished):
@@ -77,7 +87,7 @@ def test_what_a_run_leaves(finished):
     assert len(find_checkpoints(out / "checkpoints")) == 2
 
 
-@pytest.mark.parametrize("cut", [1, 2, 3])
+@pytest.mark.parametrize("cut", [1, 2])
 def test_resume_is_bit_for_bit(blob_data, tmp_path, finished, cut):
     whole, _ = finished
     config = make_config(blob_data, tmp_path)
@@ -91,32 +101,28 @@ def test_resume_is_bit_for_bit(blob_data, tmp_path, finished, cut):
     assert one.config == other.config
 
 
-@pytest.mark.parametrize("image", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("image", [2, 3, 5])
 def test_a_signal_while_it_validates(blob_data, tmp_path, finished, monkeypatch, image):
     """Two images after steps 2 and 4 and at the end: nothing learned is lost, nothing done twice."""
     whole, _ = finished
     config = make_config(blob_data, tmp_path)
-    predict, seen = trainer.predict_distance_map, 0
+    predict, seen = validation.predict_distance_map, 0
 
-    def told(model, picture):
+    def interrupted(model, picture):
         nonlocal seen
         seen += 1
         if seen == image:
             os.kill(os.getpid(), signal.SIGUSR2)
         return predict(model, picture)
 
-    monkeypatch.setattr(trainer, "predict_distance_map", told)
-    # After the last image of a validation there is a step, and after the very last one the end.
-    if image == 6:
+    monkeypatch.setattr(validation, "predict_distance_map", interrupted)
+    expected = 2 if image < 3 else 4
+    with pytest.raises(TrainingInterruptedError, match=f"interrupted at step {expected} of 4"):
         train(config, shown=False)
-    else:
-        expected = 2 if image < 3 else 4
-        with pytest.raises(TrainingInterruptedError, match=f"a signal at step {expected}"):
-            train(config, shown=False)
-        step, path = find_checkpoints(tmp_path / "checkpoints")[-1]
-        assert step == expected
-        assert load_checkpoint(path)["unvalidated"] == (image in (1, 3))
-        train(config, shown=False)
+    step, path = find_checkpoints(tmp_path / "checkpoints")[-1]
+    assert step == expected
+    assert load_checkpoint(path)["unvalidated"] == (image == 3)
+    train(config, shown=False)
     assert losses(tmp_path) == losses(whole)
     scores = [[(r["step"], r["val_ap50_pooled"]) for r in rows(out) if "val_seconds" in r]
               for out in (whole, tmp_path)]  # fmt: skip
@@ -149,7 +155,7 @@ def test_a_signal_writes_a_checkpoint(blob_data, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(TrainingInterruptedError, match="run the same command"):
+    with pytest.raises(TrainingInterruptedError, match="Run the same command"):
         train(config, shown=False)
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == before
@@ -180,23 +186,22 @@ def test_a_signal_writes_a_checkpoint(blob_data, tmp_path):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_options_change_the_run(blob_data, tmp_path, finished, change):
-    whole, _ = finished
-    train(make_config(blob_data, tmp_path, **change), shown=False)
+def test_options_change_the_run(blob_data, tmp_path, four_steps, change):
+    train_four_steps(blob_data, tmp_path, **change)
     one, other = (
         load_checkpoint(folder / "checkpoints" / "step_00000004.pt")["model"]
-        for folder in (whole, tmp_path)
+        for folder in (four_steps, tmp_path)
     )
     same_weights = torch.equal(one["decoder.head.weight"], other["decoder.head.weight"])
-    assert losses(tmp_path) != losses(whole) or not same_weights
+    assert losses(tmp_path) != losses(four_steps) or not same_weights
 
 
-def test_averaging_changes_the_model_but_not_the_losses(blob_data, tmp_path, finished):
-    whole, _ = finished
-    train(make_config(blob_data, tmp_path, schedule__ema_decay=0.0), shown=False)
-    assert losses(tmp_path) == losses(whole)
+def test_averaging_changes_the_model_but_not_the_losses(blob_data, tmp_path, four_steps):
+    train_four_steps(blob_data, tmp_path, schedule__ema_decay=0.0)
+    assert losses(tmp_path) == losses(four_steps)
     one, other = (
-        load_checkpoint(folder / "checkpoints" / "step_00000004.pt") for folder in (whole, tmp_path)
+        load_checkpoint(folder / "checkpoints" / "step_00000004.pt")
+        for folder in (four_steps, tmp_path)
     )
     key = "decoder.head.weight"
     assert torch.equal(one["model"][key], other["model"][key])
@@ -204,15 +209,27 @@ def test_averaging_changes_the_model_but_not_the_losses(blob_data, tmp_path, fin
     assert torch.equal(other["averaged"][key], other["model"][key])
 
 
-def test_loader_processes_change_nothing(blob_data, tmp_path, finished):
-    whole, _ = finished
-    train(make_config(blob_data, tmp_path, data__num_workers=1), shown=False)
-    assert losses(tmp_path) == losses(whole)
+def test_averaged_weights_by_hand():
+    """Decay 0.1 = (1 + 0) / (10 + 0) in the first step, then 2 / 11, then at most 0.15."""
+    model = torch.nn.BatchNorm1d(1)
+    torch.nn.init.zeros_(model.weight)
+    averaged = average_weights(model, 0.15)
+    expected = 0.0
+    for value, decay in ((1.0, 0.1), (3.0, 0.15)):
+        torch.nn.init.constant_(model.weight, value)
+        model.running_mean.fill_(value)
+        model.num_batches_tracked.add_(1)
+        averaged.update_parameters(model)
+        expected = decay * expected + (1 - decay) * value
+        assert float(averaged.module.weight) == pytest.approx(expected)
+        assert float(averaged.module.running_mean) == pytest.approx(expected)
+    assert int(averaged.module.num_batches_tracked) == 2
 
 
-def test_keeping_fewer_checkpoints(blob_data, tmp_path):
+def test_loader_processes_and_kept_checkpoints_change_nothing(blob_data, tmp_path, four_steps):
     changes = {"schedule__keep_checkpoints": 1, "schedule__checkpoint_every": 1}
-    train(make_config(blob_data, tmp_path, **changes), shown=False)
+    train_four_steps(blob_data, tmp_path, data__num_workers=1, **changes)
+    assert losses(tmp_path) == losses(four_steps)
     assert [step for step, _ in find_checkpoints(tmp_path / "checkpoints")] == [4]
 
 
@@ -261,28 +278,10 @@ def test_frozen_backbone_stays(blob_data, tmp_path):
         assert torch.equal(state[f"backbone.vit.{key}"], value), key
 
 
-def test_it_learns(blob_data, tmp_path):
-    config = make_config(
-        blob_data,
-        tmp_path,
-        model__drop_path_rate=0.0,
-        model__patch_size=8,
-        schedule__steps=60,
-        schedule__batch_size=6,
-        schedule__eval_every=60,
-        schedule__checkpoint_every=60,
-        augment__empty_probability=0.0,
-    )
-    result = train(config, shown=False)
-    curve = [loss for _, loss in losses(tmp_path)]
-    assert sum(curve[-5:]) < 0.35 * sum(curve[:5])
-    assert result.val_ap50 > 0.6
-
-
 def test_wandb_is_asked_for_by_name(blob_data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     config = make_config(blob_data, tmp_path, wandb__enabled=True)
-    with pytest.raises(MissingExtraError, match=r"dinocell\[wandb\]"):
+    with pytest.raises(MissingExtraError, match=r"dinocell-segmentation\[wandb\]"):
         train(config, shown=False)
 
 
@@ -295,12 +294,12 @@ def test_wandb_offline(blob_data, tmp_path, monkeypatch):
     config = make_config(blob_data, tmp_path, wandb__enabled=True, wandb__project="cells")
     with pytest.raises(TrainingInterruptedError):
         train(config, shown=False, stop_after=2)
-    identity = (tmp_path / "wandb_id").read_text()
+    identity = (tmp_path / "wandb_run_id.txt").read_text()
     train(config, shown=False)
-    assert (tmp_path / "wandb_id").read_text() == identity
+    assert (tmp_path / "wandb_run_id.txt").read_text() == identity
     runs = list(tmp_path.glob("wandb/offline-run-*"))
     assert runs
-    assert all(run.name.endswith(identity) for run in runs)
+    assert all(run.name.endswith(identity.strip()) for run in runs)
 
 
 class TestWrongRuns:
@@ -319,7 +318,7 @@ class TestWrongRuns:
             train(config, shown=False, stop_after=1)
         path = tmp_path / "checkpoints" / "step_00000001.pt"
         path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises(CheckpointError, match="delete it to go on"):
+        with pytest.raises(CheckpointError, match="delete it to continue"):
             train(config, shown=False)
 
     def test_checkpoint_of_another_model(self, blob_data, tmp_path):

@@ -1,0 +1,105 @@
+"""The end of a training run: final thresholds, model file with its card, curves."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dinocell import __version__
+from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
+from dinocell.network.model import DINOCell, save_model, with_config
+from dinocell.pairs import Pair
+from dinocell.training.curves import draw_curves
+from dinocell.training.run_folder import RunFolder
+from dinocell.training.validation import Sample
+
+__all__ = ["TrainResult", "write_final_model"]
+
+_GRIDS = ThresholdGrids(
+    peak_grid=np.arange(0.30, 0.86, 0.05).round(2).tolist(),
+    fill_grid=np.arange(0.05, 0.61, 0.05).round(2).tolist(),
+    prominence_grid=(0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the model is and how it did on the validation images."""
+
+    model_path: Path
+    step: int
+    val_ap50: float
+    thresholds: dict[str, float]
+    stopped_early: bool
+
+
+def write_final_model(
+    folder: RunFolder,
+    best: DINOCell,
+    samples: Sequence[Sample],
+    pairs: tuple[Sequence[Pair], Sequence[Pair]],
+    *,
+    best_step: int,
+    step: int,
+    stopped_early: bool,
+) -> TrainResult:
+    """Choose the final thresholds, write the model in float16 and draw the curves.
+
+    Parameters
+    ----------
+    best : DINOCell
+        Rounded to float16 already: the thresholds suit the weights that are written.
+    samples : its distance map and the truth of every validation image
+    pairs : training and validation pairs, counted in the model card
+    """
+    config = folder.config
+    tuned = tune_thresholds(samples, _GRIDS, metric="ap", min_area_px=config.model.min_area_px)
+    chosen = tuned_values(tuned.thresholds)
+    final = tune_thresholds(
+        samples,
+        ThresholdGrids(*([value] for value in chosen.values())),
+        metric="ap50",
+        min_area_px=config.model.min_area_px,
+    )
+    model = with_config(best, **chosen)
+    train_pairs, val_pairs = pairs
+    model.card = {
+        "name": config.name,
+        "description": config.description,
+        "licence": config.licence,
+        "dinocell_version": __version__,
+        "torch_version": torch.__version__,
+        "commit": _commit(),
+        "data": {
+            dataset.name: {
+                "train_images": sum(pair.dataset == dataset.name for pair in train_pairs),
+                "val_images": sum(pair.dataset == dataset.name for pair in val_pairs),
+            }
+            for dataset in config.data.datasets
+        },
+        "best_step": best_step,
+        "seed": config.seed,
+        "metrics": {
+            "val_ap50_pooled": final.best.score,
+            "val_ap_mean_pooled": tuned.best.score,
+        },
+    }
+    save_model(folder.model, model, half=True)
+    draw_curves(folder.metrics, folder.curves)
+    return TrainResult(folder.model, step, final.best.score, chosen, stopped_early)
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, where it runs from a git checkout."""
+    command = ["git", "rev-parse", "HEAD"]
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

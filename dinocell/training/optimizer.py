@@ -1,0 +1,127 @@
+"""How the weights learn: parameter groups, learning rate, averaged weights, random numbers of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from dinocell.network.model import DINOCell
+from dinocell.training.config import OptimizerConfig, TrainConfig
+
+__all__ = [
+    "average_weights",
+    "learning_rate_factor",
+    "parameter_groups",
+    "process_factor",
+    "step_seed",
+]
+
+
+def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:
+    """Share of the peak learning rate at 0-based `step`: linear warm-up, cosine to the minimum.
+
+    Loshchilov & Hutter 2017 (SGDR), eq. 5 without restarts.  Warm-up ends at step
+    `warmup_steps - 1` with 1; the last step has `min_lr_ratio`.  `CosineScheduler` of the dinov3 tree
+    gives the same values up to the last binary digit; this formula stays because a run that an
+    earlier version began must continue with exactly its rates.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    span = max(1, total_steps - 1 - config.warmup_steps)
+    share = min(1.0, (step - config.warmup_steps) / span)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * share))
+    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine
+
+
+def process_factor(rule: str, num_processes: int) -> float:
+    """Multiple of `optimizer.lr` for a batch that is `num_processes` times `schedule.batch_size`.
+
+    `linear` (Goyal et al. 2017) suits SGD; `sqrt` (Malladi et al. 2022) suits Adam, whose step does
+    not grow with the gradient; `none` leaves the configured rate.
+    """
+    if rule == "none":
+        return 1.0
+    return float(num_processes) if rule == "linear" else math.sqrt(num_processes)
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Seed of stochastic depth in a step of a process: other crops drop other paths.
+
+    torch's CPU generator keeps the low 32 bits of a seed.  Multiples of an odd number (here 2³² divided
+    by the golden ratio) differ there, and lie far from the seeds of neighbouring steps.
+    """
+    return seed * 1_000_003 + step + rank * 0x9E3779B1
+
+
+def parameter_groups(model: DINOCell, config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW groups: backbone and decoder apart, weight decay on matrices only, layer decay.
+
+    Each group has `lr_scale`, the multiple of the scheduled learning rate, and `params`.  Biases,
+    norms, LayerScale and tokens do not decay.  A frozen backbone has no group.
+    """
+    depth = len(model.backbone.vit.blocks)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = 1.0
+        if name.startswith("backbone."):
+            scale = config.backbone.lr_mult * config.backbone.layer_decay ** _distance_from_top(
+                name, depth
+            )
+        decays = parameter.ndim >= 2 and not name.endswith(("_token", "_tokens"))
+        groups.setdefault((scale, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr_scale": scale,
+            "weight_decay": config.optimizer.weight_decay if decays else 0.0,
+        }
+        for (scale, decays), parameters in groups.items()
+    ]
+
+
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of the model that follows its weights and buffers as an exponential moving average.
+
+    Parameters
+    ----------
+    decay : float in [0, 1)
+        Share of the old average that a step keeps; 0 copies the weights.  It is lower in the first
+        steps, (1 + step) / (10 + step): early averages would otherwise be mostly random weights.
+
+    Returns
+    -------
+    AveragedModel
+        Its `module` is the averaged model, in eval mode.  `n_averaged` counts the start too: set it to
+        1 + step to continue a run.
+    """
+
+    @torch.no_grad()
+    def average(
+        averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor | int
+    ) -> None:
+        step = int(num_averaged) - 1
+        kept = min(decay, (1 + step) / (10 + step))
+        for old, new in zip(averaged, current, strict=True):
+            if old.is_floating_point():
+                old.lerp_(new, 1.0 - kept)
+            else:
+                old.copy_(new)
+
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    averaged.n_averaged.fill_(1)
+    return averaged.eval().requires_grad_(False)
+
+
+def _distance_from_top(name: str, depth: int) -> int:
+    """0 for the final norm, 1 for the last block, ..., depth + 1 for patch embedding and tokens."""
+    parts = name.split(".")
+    if "blocks" in parts:
+        return depth - int(parts[parts.index("blocks") + 1])
+    return 0 if parts[2] == "norm" else depth + 1

@@ -1,0 +1,175 @@
+"""The files of a training run: configuration, metrics, checkpoints and models."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dinocell.errors import ConfigError, MissingExtraError
+from dinocell.files import write_text_atomically
+from dinocell.settings import config_to_mapping
+from dinocell.training.config import TrainConfig
+
+__all__ = ["RunFolder", "refuse_other_run"]
+
+# Keys that may differ between a run and its continuation: they change where and how fast, not what.
+_FREE_KEYS = (
+    ("device",),
+    ("data", "num_workers"),
+    ("data", "cache_bytes"),
+    ("schedule", "log_every"),
+    ("schedule", "keep_checkpoints"),
+    ("schedule", "checkpoint_every"),
+    ("wandb",),
+    ("output_dir",),
+    ("description",),
+    ("licence",),
+)
+# Keys that runs of earlier versions lack; those had one process, where they change nothing.
+_LATER_KEYS = (("optimizer", "scaling_rule"),)
+
+
+class RunFolder:
+    """Names and small files of a run; only process 0 writes here.
+
+    Attributes
+    ----------
+    checkpoints : folder of `step_NNNNNNNN.pt`
+    metrics : `metrics.jsonl`, one JSON object per line with its `step`
+    best, model : the best model so far and the final one, `.safetensors`
+    curves : picture of the metrics
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.path = Path(config.output_dir)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.best = self.path / "best.safetensors"
+        self.model = self.path / "model.safetensors"
+        self.curves = self.path / "curves.png"
+        self._wandb: Any = None
+
+    def claim(self) -> None:
+        """Make the folder; ConfigError if it holds a run of another configuration."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        refuse_other_run(self.config)
+
+    def write_config(self) -> None:
+        """Write `config.yaml`, the resolved configuration."""
+        write_text_atomically(
+            self.path / "config.yaml",
+            yaml.safe_dump(config_to_mapping(self.config), sort_keys=False),
+        )
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append the metrics of a step to `metrics.jsonl` and send them to Weights & Biases."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(row, step=row["step"])
+
+    def drop_metrics(self, step: int, *, unvalidated: bool) -> None:
+        """Drop lines of steps after `step`, and its own validation if that will be repeated."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+                again = step if unvalidated and "val_seconds" in row else step + 1
+                if row["step"] < again:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                continue  # a line cut by a crash
+        write_text_atomically(self.metrics, "".join(line + "\n" for line in kept))
+
+    @contextmanager
+    def wandb(self, *, is_main: bool) -> Iterator[None]:
+        """Send what is logged inside to Weights & Biases too, if the configuration asks for it.
+
+        Raises
+        ------
+        MissingExtraError
+            The package is not installed; in all processes, so that all end alike.
+        """
+        settings = self.config.wandb
+        if settings.enabled and importlib.util.find_spec("wandb") is None:
+            raise MissingExtraError(
+                "wandb.enabled needs the package wandb, which is not installed: install DINOCell with "
+                "its extra wandb (pip install 'dinocell-segmentation[wandb]')"
+            )
+        if not (settings.enabled and is_main):
+            yield
+            return
+        from omegaconf import OmegaConf
+
+        from dinov3.cells.hooks import sections
+        from dinov3.logging.wandb_logger import WandbLogger
+
+        earlier, identity = self.path / "wandb_id", self.path / "wandb_run_id.txt"
+        if earlier.exists() and not identity.exists():  # of a run that an earlier version began
+            write_text_atomically(identity, earlier.read_text(encoding="utf-8"))
+        mapping = config_to_mapping(self.config) | {
+            "wandb": {
+                "enabled": True,
+                "project": settings.project,
+                "name": settings.name or self.config.name,
+            },
+            "train": {"output_dir": str(self.path)},
+        }
+        self._wandb = WandbLogger(sections(OmegaConf.create(mapping)))
+        exit_code = 1
+        try:
+            yield
+            exit_code = 0
+        finally:
+            self._wandb.finish(exit_code)
+            self._wandb = None
+
+
+def refuse_other_run(config: TrainConfig) -> None:
+    """Check that a run continues with its own configuration only.
+
+    Raises
+    ------
+    ConfigError
+        `config.output_dir` holds a run of another configuration.
+    """
+    path = Path(config.output_dir) / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        earlier = None
+    differing = _differing_keys(earlier, config_to_mapping(config))
+    if differing:
+        raise ConfigError(
+            f"a run must continue with its own configuration, got other values of "
+            f"{', '.join(differing[:5])} than {path}: choose another output_dir"
+        )
+
+
+def _differing_keys(earlier: Any, now: dict[str, Any]) -> list[str]:
+    if not isinstance(earlier, dict):
+        return ["config.yaml (unreadable)"]
+    differing = []
+
+    def compare(left: Any, right: Any, path: tuple[str, ...]) -> None:
+        if path in _FREE_KEYS or (path in _LATER_KEYS and left is None):
+            return
+        if isinstance(left, dict) and isinstance(right, dict):
+            for key in sorted(left.keys() | right.keys()):
+                compare(left.get(key), right.get(key), (*path, key))
+        elif left != right:
+            differing.append(".".join(path))
+
+    compare(earlier, now, ())
+    return differing
