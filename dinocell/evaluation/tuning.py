@@ -177,22 +177,15 @@ def tune_thresholds(
     progress : callable, optional
         Receives the number of combinations tried so far and the newest point, after each.
 
-    Returns
-    -------
-    TuningResult
-
     Raises
     ------
     ValueError
-        A grid is empty, no fill value is below a peak value, a value is not allowed as a threshold,
-        an option is unknown, or the two arrays of a sample differ in shape.
+        As `ThresholdGrids.axes` and `Thresholds`; an option is unknown; the arrays of a sample
+        differ in shape.
     DataSetError
         There is no sample, or no true cell in any of them.
     """
-    if to_labels is None:
-        from dinocell.segmentation.watershed import separate_cells
-
-        to_labels = separate_cells
+    to_labels = to_labels or _watershed()
     if average not in ("pooled", "mean"):
         raise ValueError(f"`average` must be 'pooled' or 'mean', got {average!r}: choose one.")
     if search not in ("coordinate", "grid"):
@@ -214,11 +207,10 @@ def tune_thresholds(
         return tried[index].score
 
     everything = _valid_indices(axes, [range(len(axis)) for axis in axes])
-    if search == "grid":
-        for index in everything:
-            try_point(index)
-    else:
+    if search == "coordinate":
         _coordinate_search(axes, everything, try_point)
+    else:
+        list(map(try_point, everything))
     points = tuple(tried[index] for index in sorted(tried))
     return TuningResult(
         best=max(points, key=lambda point: point.score),
@@ -227,6 +219,12 @@ def tune_thresholds(
         num_truth=num_truth,
         points=points,
     )
+
+
+def _watershed() -> Callable[[NDArray[Any], Thresholds], NDArray[Any]]:
+    from dinocell.segmentation.watershed import separate_cells  # loads numba: only where needed
+
+    return separate_cells
 
 
 def tuned_values(thresholds: Thresholds) -> dict[str, float]:
