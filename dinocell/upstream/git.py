@@ -195,7 +195,7 @@ class Scratch:
         if found.returncode:
             raise PatchError(
                 f"the checkout must hold its files, got none for {blob} "
-                f"({_last_line(found.stderr)}): git fetch --refetch in {self.checkout}"
+                f"({_last_line(found.stderr)}): clone {self.checkout} again, without a filter"
             )
         return found.stdout
 
