@@ -258,7 +258,7 @@ def _export(scratch: Scratch, commit: Commit, contents: Mapping[str, bytes], out
     if done.returncode:
         raise PatchError(
             "the checkout must hold all files of the package, got an error "
-            f"({done.stderr.decode(errors='replace').strip()}): git fetch --refetch"
+            f"({done.stderr.decode(errors='replace').strip()}): clone it again, without a filter"
         )
     with atomic_folder(out) as temporary:
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
