@@ -211,7 +211,7 @@ def robust_range(plane: np.ndarray, percentiles: tuple[float, float]) -> tuple[f
 
 
 def is_constant(plane: np.ndarray) -> bool:
-    """Whether all pixels are equal; most planes are told by a few."""
+    """Whether all pixels are equal; a few pixels decide for most planes."""
     few = plane[::_COARSE, ::_COARSE]
     return bool(few.min() == few.max()) and bool(plane.min() == plane.max())
 

@@ -32,7 +32,7 @@ class DatasetWithEnumeratedTargets(Dataset[Any]):
             self._padded_size = -(-self._size // num_replicas) * num_replicas
 
     def _inner(self, index: int) -> int:
-        """Index in the inner data set: the padding begins anew."""
+        """Index in the inner data set: the padding repeats it from the start."""
         return index % self._size
 
     def _number(self, index: int) -> int:

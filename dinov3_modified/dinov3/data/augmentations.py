@@ -175,7 +175,7 @@ class DataAugmentationDINO:
         return image.resize((size, size), InterpolationMode.BICUBIC.filter)
 
     def _cut_from_globals(self, sized: list[Any]) -> tuple[list[Tensor], list[tuple[int, int]]]:
-        """Half of the local crops from each global crop, distorted anew."""
+        """Half of the local crops from each global crop, with new distortions."""
         size, patch = self.local_crops_size, self.patch_size
         room = (self.global_crops_size - size) // patch
         half = self.local_crops_number // 2

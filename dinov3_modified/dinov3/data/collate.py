@@ -105,7 +105,7 @@ def get_batch_subset(collated_data_batch: dict[str, Any], divide_by: int) -> dic
     masked_samples = all_masks.shape[0] // 2  # not `samples` if local_batch_size was given
     masks = part(all_masks, masked_samples)
     while not masks.any() and all_masks.any():
-        # The heads must see a masked patch: deal the masks anew.
+        # The heads must see a masked patch: distribute the masks again.
         rows = list(all_masks)
         random.shuffle(rows)
         masks = part(torch.stack(rows), masked_samples)

@@ -21,7 +21,7 @@ class MaskingGenerator:
 
     Args:
         input_size: grid (h, w), or a number for both.
-        num_masking_patches: told by `repr`, and the cap of a rectangle without `max_num_patches`.
+        num_masking_patches: shown by `repr`, and the limit of a rectangle without `max_num_patches`.
         min_num_patches, max_num_patches: area of a rectangle.
         min_aspect, max_aspect: its height over its width; the latter is 1 / the former by default.
     """

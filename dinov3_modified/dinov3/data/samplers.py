@@ -104,7 +104,7 @@ class EpochSampler(Sampler[int]):
 
     Args:
         size: over all processes.
-        shuffle: draw anew each pass, from `seed` times the epoch (the epoch alone for seed 0).
+        shuffle: draw a new order for each pass, from `seed` times the epoch (the epoch alone for seed 0).
         start, step: this process's share; rank and number of processes by default.
     """
 

@@ -23,7 +23,7 @@ class PatchEmbed(nn.Module):
     """[B, C, H, W] → [B, H/p, W/p, D], or [B, N, D] if `flatten_embedding`.
 
     Args:
-        img_size: the size `num_patches` is told for; other sizes work as well.
+        img_size: the image size that `num_patches` is computed for; other sizes work as well.
         patch_size: edge of a patch; what is left at the right and lower edge is not seen.
         norm_layer: made with the embedding width and applied last.
         flatten_embedding: one axis of patches instead of two.

@@ -246,7 +246,7 @@ class MetricLogger:
             # One write of one line: a run that is killed leaves at most one torn line.
             with open(self.output_file, "a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
-        except OSError as error:  # a full disk: checkpoints decide whether the run can go on
+        except OSError as error:  # a full disk: checkpoints decide whether the run can continue
             logger.warning("a line of metrics could not be written (%s): make room", error)
 
     def log_every(

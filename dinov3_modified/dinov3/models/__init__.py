@@ -25,7 +25,7 @@ def build_model(
     Args:
         args: the section: `arch`, `patch_size`, `drop_path_rate`, ... (facts of `ssl_default_config`).
         only_teacher: without the student, which alone has stochastic depth.
-        img_size: told to the patch embedding.
+        img_size: image size that is passed to the patch embedding.
         device: "meta" leaves the parameters without storage.
 
     Returns:

@@ -196,7 +196,7 @@ def _from_pattern(root: Path, pattern: str, channels_table: str | None) -> list[
         if channel in item.files:
             raise FieldError(
                 f"field {key} must have one file a channel, got {Path(item.files[channel]).name} and "
-                f"{path.name} for {channel}: put what tells them apart into a group of the pattern"
+                f"{path.name} for {channel}: put the part that distinguishes them into a group of the pattern"
             )
         item.files[channel] = str(path)
     if not found:

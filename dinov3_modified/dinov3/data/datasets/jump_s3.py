@@ -460,7 +460,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
             return
         own.reported = now
         assert self._pool is not None
-        # Copies first: threads go on counting.
+        # Copies first: other threads continue to count.
         counts = Counter(dict(own.reader.counts))
         counts.update(dict(own.reader.store.counts))
         counts.update({f"pool.{name}": n for name, n in dict(self._pool.counts).items()})
