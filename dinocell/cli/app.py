@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Annotated
 
 import typer
 
@@ -26,7 +25,7 @@ from dinocell.cli import (
     upstream,
     weights,
 )
-from dinocell.cli.options import Call, in_options
+from dinocell.cli.options import Call, expand_dataclasses, in_options, option
 from dinocell.errors import DINOCellError, StoppedError, UsageError
 
 __all__ = ["app", "main"]
@@ -97,17 +96,13 @@ def _show_version(value: bool) -> None:
 
 
 @app.callback()
+@expand_dataclasses
 def _options(
     context: typer.Context,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Show the traceback when a command fails.")
-    ] = False,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
-        ),
-    ] = False,
+    verbose: bool = option("Show the traceback when a command fails.", False, "--verbose -v"),
+    version: bool = option(
+        "Print the version and exit.", False, callback=_show_version, is_eager=True
+    ),
 ) -> None:
     context.ensure_object(Call).verbose = verbose
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from dinocell.cli.evaluate import check_evaluation
-from dinocell.cli.options import PASSES_ON, App, parameters_of
+from dinocell.cli.options import PASSES_ON, App, argument, option, parameters_of
 from dinocell.cli.segment import segment_options
 from dinocell.errors import StoppedError, UsageError
 
@@ -31,39 +31,23 @@ app = App()
 class Resources:
     """What a job asks the cluster for."""
 
-    site: Annotated[
-        str | None,
-        typer.Option(
-            help="Use this site file, or the one of this name in slurm/sites.  [default: the one that "
-            "the environment variable DINOCELL_SITE names, else the settings of the cluster]"
-        ),
-    ] = None
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Replace a key of the site file. Repeat the option for several keys.",
-        ),
-    ] = None
-    nodes: Annotated[
-        int | None, typer.Option(help="Request this many nodes.  [default: the site's]")
-    ] = None
-    gpus: Annotated[
-        int | None,
-        typer.Option(
-            help="Request this many GPUs on each node; one process runs on each GPU.  [default: the site's]"
-        ),
-    ] = None
-    time: Annotated[
-        str | None,
-        typer.Option(
-            help="Request this time limit for one run of the job, such as 12:00:00.  [default: the site's]"
-        ),
-    ] = None
-    partition: Annotated[
-        str | None, typer.Option(help="Request this partition.  [default: the site's]")
-    ] = None
+    site: str | None = option(
+        "Use this site file, or the one of this name in slurm/sites.  [default: the one that the "
+        "environment variable DINOCELL_SITE names, else the settings of the cluster]"
+    )
+    set_: list[str] | None = option(
+        "Replace a key of the site file. Repeat the option for several keys.",
+        names="--set",
+        metavar="KEY=VALUE",
+    )
+    nodes: int | None = option("Request this many nodes.  [default: the site's]")
+    gpus: int | None = option(
+        "Request this many GPUs on each node; one process runs on each GPU.  [default: the site's]"
+    )
+    time: str | None = option(
+        "Request this time limit for one run of the job, such as 12:00:00.  [default: the site's]"
+    )
+    partition: str | None = option("Request this partition.  [default: the site's]")
 
     def profile(self, command: str) -> SiteProfile:
         """The profile of the site, changed as these options ask."""
@@ -88,55 +72,34 @@ class Resources:
 class Division:
     """How a submission becomes several tasks."""
 
-    array: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="TABLE",
-            help="Submit one task for each row of this CSV file. Its header names the configuration keys "
-            "or options that a row changes.",
-        ),
-    ] = None
-    shards: Annotated[
-        int | None,
-        typer.Option(
-            help="Divide the images of the command segment into this many parts, one task for each; a last job "
-            "merges their tables."
-        ),
-    ] = None
+    array: Path | None = option(
+        "Submit one task for each row of this CSV file. Its header names the configuration keys or "
+        "options that a row changes.",
+        metavar="TABLE",
+    )
+    shards: int | None = option(
+        "Divide the images of the command segment into this many parts, one task for each; a last job "
+        "merges their tables."
+    )
 
 
 @dataclass(frozen=True)
 class Manner:
     """How, and whether, a job is submitted."""
 
-    dependency: Annotated[
-        str | None,
-        typer.Option(
-            help="Start the job only after another one: its number, or a dependency of SLURM such as "
-            "afterany:123."
-        ),
-    ] = None
-    logs: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the log files to this folder.  [default: the folder slurm in that of the run]"
-        ),
-    ] = None
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the sbatch file and submit nothing.")
-    ] = False
-    local: Annotated[
-        bool,
-        typer.Option("--local", help="Run the command on this computer, in the way a job would."),
-    ] = False
-    look: Annotated[
-        bool,
-        typer.Option(
-            "--look/--no-look",
-            help="Test before submitting whether models, weights and data exist. With --dependency the "
-            "test is left out, because the job before may make them.",
-        ),
-    ] = True
+    dependency: str | None = option(
+        "Start the job only after another one: its number, or a dependency of SLURM such as afterany:123."
+    )
+    logs: Path | None = option(
+        "Write the log files to this folder.  [default: the folder slurm in that of the run]"
+    )
+    dry_run: bool = option("Print the sbatch file and submit nothing.", False)
+    local: bool = option("Run the command on this computer, in the way a job would.", False)
+    look: bool = option(
+        "Test before submitting whether models, weights and data exist. With --dependency the test is "
+        "left out, because the job before may make them.",
+        True,
+    )
 
     def checked(self) -> Manner:
         """The same, after options that exclude each other are refused."""
@@ -154,13 +117,11 @@ class Manner:
 @app.command(context_settings=PASSES_ON)
 def submit(
     context: typer.Context,
-    command: Annotated[
-        str,
-        typer.Argument(
-            metavar="pretrain|train|segment|evaluate ...",
-            help="Command to run, with its own arguments and options, as you would type it here.",
-        ),
-    ],
+    *,
+    command: str = argument(
+        "Command to run, with its own arguments and options, as you would type it here.",
+        metavar="pretrain|train|segment|evaluate ...",
+    ),
     resources: Resources,
     division: Division,
     manner: Manner,
@@ -274,21 +235,15 @@ def _hand_over(
 
 @app.command()
 def jobs(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[FOLDER]", help="List only runs in this folder and its subfolders."
-        ),
-    ] = None,
-    everything: Annotated[
-        bool,
-        typer.Option(
-            "--all",
-            help="Include jobs that were submitted more than a week ago and jobs whose runs a later "
-            "job continues.",
-        ),
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+    folder: Path | None = argument(
+        "List only runs in this folder and its subfolders.", default=None, metavar="[FOLDER]"
+    ),
+    everything: bool = option(
+        "Include jobs that were submitted more than a week ago and jobs whose runs a later job continues.",
+        False,
+        "--all",
+    ),
+    json: bool = option("Print the list as JSON.", False),
 ) -> None:
     """List the jobs that you submitted: state, progress and reasons of failure.
 
@@ -312,24 +267,19 @@ def jobs(
 @app.command(context_settings=PASSES_ON)
 def supervise(
     context: typer.Context,
-    command: Annotated[
-        str,
-        typer.Argument(
-            metavar="pretrain|train|segment|evaluate|shards ...",
-            help="Command to run, with its own arguments and options, as you would type it here.",
-        ),
-    ],
-    signal_ahead: Annotated[
-        int,
-        typer.Option(
-            min=10,
-            help="Expect the signal this many seconds before the end of the job, as in the option "
-            "--signal of sbatch.",
-        ),
-    ] = 120,
-    max_stalled_starts: Annotated[
-        int, typer.Option(min=1, help="Stop requeueing after this many starts without progress.")
-    ] = 5,
+    command: str = argument(
+        "Command to run, with its own arguments and options, as you would type it here.",
+        metavar="pretrain|train|segment|evaluate|shards ...",
+    ),
+    signal_ahead: int = option(
+        "Expect the signal this many seconds before the end of the job, as in the option --signal of "
+        "sbatch.",
+        120,
+        min=10,
+    ),
+    max_stalled_starts: int = option(
+        "Stop requeueing after this many starts without progress.", 5, min=1
+    ),
 ) -> None:
     """Run a command inside your own SLURM job; save and requeue it when the job must stop.
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from dinocell.cli.options import App, Device
+from dinocell.cli.options import App, Device, option
 from dinocell.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,47 +22,29 @@ app = App()
 class Inputs:
     """What is compared: label images with the truth, or a model's with that of its data."""
 
-    pred: Annotated[
-        Path | None, typer.Option(help="Score the label images in this folder, against --truth.")
-    ] = None
-    truth: Annotated[
-        Path | None, typer.Option(help="Read the true label images from this folder.")
-    ] = None
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Run this model (a file or a bundled name) on --data and score its result.",
-        ),
-    ] = None
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Run --model on this folder, which has the subfolders images and labels."
-        ),
-    ] = None
+    pred: Path | None = option("Score the label images in this folder, against --truth.")
+    truth: Path | None = option("Read the true label images from this folder.")
+    model: str | None = option(
+        "Run this model (a file or a bundled name) on --data and score its result.",
+        names="--model -m",
+    )
+    data: Path | None = option(
+        "Run --model on this folder, which has the subfolders images and labels."
+    )
 
 
 @dataclass(frozen=True)
 class Scoring:
     """How label images are compared."""
 
-    iou_thresholds: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--iou",
-            help="Compute AP, F1 and PQ at this IoU threshold (above 0, at most 1). Repeat the option "
-            "for several thresholds.  [default: 0.5, 0.75, 0.9]",
-        ),
-    ] = None
-    boundary_tolerance_px: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            help="Count boundaries as equal up to this distance in px in the boundary F score.",
-        ),
-    ] = 2.0
+    iou_thresholds: list[float] | None = option(
+        "Compute AP, F1 and PQ at this IoU threshold (above 0, at most 1). Repeat the option for several "
+        "thresholds.  [default: 0.5, 0.75, 0.9]",
+        names="--iou",
+    )
+    boundary_tolerance_px: float = option(
+        "Count boundaries as equal up to this distance in px in the boundary F score.", 2.0, min=0
+    )
 
     def settings(self) -> dict[str, Any]:
         """The options as arguments of `evaluate_folders` and `evaluate_model`."""
@@ -80,23 +60,15 @@ class Scoring:
 class Tuning:
     """The search for thresholds of a model."""
 
-    tune: Annotated[
-        bool,
-        typer.Option("--tune", help="Search the best thresholds of --model on --data first."),
-    ] = False
-    metric: Annotated[
-        str,
-        typer.Option(
-            help="Maximise this score with --tune: ap (mean over the IoU thresholds), apNN such as ap50, "
-            "seg, det or op_csb."
-        ),
-    ] = "ap"
-    save_to: Annotated[
-        Path | None,
-        typer.Option(
-            "--save-model", help="Write a model file with the thresholds that --tune found."
-        ),
-    ] = None
+    tune: bool = option("Search the best thresholds of --model on --data first.", False)
+    metric: str = option(
+        "Maximise this score with --tune: ap (mean over the IoU thresholds), apNN such as ap50, seg, det "
+        "or op_csb.",
+        "ap",
+    )
+    save_to: Path | None = option(
+        "Write a model file with the thresholds that --tune found.", names="--save-model"
+    )
 
 
 @app.command()
@@ -104,18 +76,14 @@ def evaluate(
     inputs: Inputs,
     scoring: Scoring,
     tuning: Tuning,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Write the scores to this file (.csv or .json)."),
-    ] = None,
-    allow_missing_predictions: Annotated[
-        bool,
-        typer.Option(
-            "--allow-missing", help="Score an image without prediction as one without cells."
-        ),
-    ] = False,
+    out: Path | None = option("Write the scores to this file (.csv or .json).", names="--out -o"),
+    allow_missing_predictions: bool = option(
+        "Score an image without prediction as one without cells.", False, "--allow-missing"
+    ),
     device: Device = "auto",
-    per_image: Annotated[bool, typer.Option(help="Print a row for each image, too.")] = False,
+    per_image: bool = option(
+        "Print a row for each image, too.", False, "--per-image/--no-per-image"
+    ),
 ) -> None:
     """Compare label images with the truth: SEG, DET, OP_CSB, AP, PQ, F1, AJI and boundary F.
 

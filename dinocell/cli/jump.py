@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dinocell.cli.options import App
+from dinocell.cli.options import App, argument, option
 
 if TYPE_CHECKING:
     from dinov3.data.datasets.jump_s3 import StreamOptions
@@ -35,28 +35,17 @@ DrawSeed = Annotated[int, typer.Option(help="Use this random seed to choose the 
 class Store:
     """Where the images are, named as the fields of `StreamOptions`."""
 
-    store: Annotated[
-        str,
-        typer.Option(
-            help="Read from this store: s3://BUCKET or a folder.  [default: the store that the index "
-            "names, or the public bucket]"
-        ),
-    ] = ""
-    endpoint: Annotated[
-        str,
-        typer.Option(help="Use the S3 server at this URL.  [default: the server of Amazon]"),
-    ] = ""
-    region: Annotated[str, typer.Option(help="Expect the bucket in this region.")] = "us-east-1"
-    signed: Annotated[
-        bool,
-        typer.Option(
-            "--signed",
-            help="Sign requests with the credentials of the environment; a public bucket needs none.",
-        ),
-    ] = False
-    transport: Annotated[str, typer.Option(help="Use this library to read: obstore or boto3.")] = (
-        "obstore"
+    store: str = option(
+        "Read from this store: s3://BUCKET or a folder.  [default: the store that the index names, or the "
+        "public bucket]",
+        "",
     )
+    endpoint: str = option("Use the S3 server at this URL.  [default: the server of Amazon]", "")
+    region: str = option("Expect the bucket in this region.", "us-east-1")
+    signed: bool = option(
+        "Sign requests with the credentials of the environment; a public bucket needs none.", False
+    )
+    transport: str = option("Use this library to read: obstore or boto3.", "obstore")
 
     def to_stream(self) -> StreamOptions:
         """The options with which fields are read."""
@@ -69,77 +58,55 @@ class Store:
 class Source:
     """Where an index takes the fields from, named as the fields of `IndexSource`."""
 
-    kind: Annotated[
-        str,
-        typer.Option(
-            "--from",
-            help="Find the fields in: tables (the load_data files of a plate), listing (the names of "
-            "its image files), auto (tables where they exist, else the listing), or jump-lite.",
-        ),
-    ] = "auto"
-    channels_table: Annotated[
-        Path | None,
-        typer.Option(
-            help="Read from this CSV which channel a number in a file name means; it has the columns "
-            "number and channel, and may have source. Only for listings."
-        ),
-    ] = None
-    table: Annotated[
-        Path | None,
-        typer.Option(
-            help="Read the sites of JUMP-Lite from this file.  [default: download it from the store]"
-        ),
-    ] = None
-    codec: Annotated[
-        str,
-        typer.Option(
-            help="Read this version of the images of JUMP-Lite: zstd, jpegxl_lossy_hq, "
-            "jpegxl_lossy_mq or jpegxl_lossy_d20."
-        ),
-    ] = "zstd"
+    kind: str = option(
+        "Find the fields in: tables (the load_data files of a plate), listing (the names of its image "
+        "files), auto (tables where they exist, else the listing), or jump-lite.",
+        "auto",
+        "--from",
+    )
+    channels_table: Path | None = option(
+        "Read from this CSV which channel a number in a file name means; it has the columns number and "
+        "channel, and may have source. Only for listings."
+    )
+    table: Path | None = option(
+        "Read the sites of JUMP-Lite from this file.  [default: download it from the store]"
+    )
+    codec: str = option(
+        "Read this version of the images of JUMP-Lite: zstd, jpegxl_lossy_hq, jpegxl_lossy_mq or "
+        "jpegxl_lossy_d20.",
+        "zstd",
+    )
 
 
 @dataclass(frozen=True)
 class PackFlags:
     """How shards store a field, named as the fields of `PackOptions`."""
 
-    bits: Annotated[
-        int,
-        typer.Option(
-            help="Store pixels with this many bits: 16, or 8 after scaling to the range of the field."
-        ),
-    ] = 16
-    crop_px: Annotated[
-        int,
-        typer.Option(
-            "--crop",
-            help="Keep a square of this edge length in px at the centre; 0 keeps the field.",
-        ),
-    ] = 0
-    scale: Annotated[
-        float,
-        typer.Option(help="Resize fields by this factor (above 0, at most 1), such as 0.5."),
-    ] = 1.0
-    per_file: Annotated[int, typer.Option(help="Store this many fields in each file.")] = 64
-    level: Annotated[int, typer.Option(help="Compress at this level: 1 (fast) to 22 (small).")] = 5
+    bits: int = option(
+        "Store pixels with this many bits: 16, or 8 after scaling to the range of the field.", 16
+    )
+    crop_px: int = option(
+        "Keep a square of this edge length in px at the centre; 0 keeps the field.",
+        0,
+        "--crop",
+    )
+    scale: float = option("Resize fields by this factor (above 0, at most 1), such as 0.5.", 1.0)
+    per_file: int = option("Store this many fields in each file.", 64)
+    level: int = option("Compress at this level: 1 (fast) to 22 (small).", 5)
 
 
 @app.command("index")
 def jump_index(
-    selection: Annotated[
-        str,
-        typer.Argument(
-            metavar="PROJECT/SOURCE/BATCH/PLATE",
-            help="Plates to list. Each part may contain * and ?; the last parts may be left out.",
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Write the index to this file.")],
+    *,
+    selection: str = argument(
+        "Plates to list. Each part may contain * and ?; the last parts may be left out.",
+        metavar="PROJECT/SOURCE/BATCH/PLATE",
+    ),
+    out: Path = option("Write the index to this file.", ..., "--out -o"),
     store: Store,
     source: Source,
-    threads: Annotated[int, typer.Option(min=1, help="List this many plates at once.")] = 16,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the index file if it exists.")
-    ] = False,
+    threads: int = option("List this many plates at once.", 16, min=1),
+    overwrite: bool = option("Replace the index file if it exists.", False),
 ) -> None:
     """List the fields of many plates in one index file, so that training starts at once.
 
@@ -149,24 +116,14 @@ def jump_index(
     """
     from dinocell.pretraining.jump_index import IndexSource, index_plates
 
-    print(
-        index_plates(
-            selection,
-            out,
-            IndexSource(**vars(source)),
-            store=store.to_stream(),
-            threads=threads,
-            overwrite=overwrite,
-        )
-    )
+    taken, stream = IndexSource(**vars(source)), store.to_stream()
+    print(index_plates(selection, out, taken, store=stream, threads=threads, overwrite=overwrite))
 
 
 @app.command("stats")
 def jump_stats(
     index: IndexFile,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Draw the counts into this PNG file, too.")
-    ] = None,
+    out: Path | None = option("Draw the counts into this PNG file, too.", names="--out -o"),
 ) -> None:
     """Count the plates, fields and channels of an index.
 
@@ -185,9 +142,9 @@ def jump_stats(
 def jump_verify(
     index: IndexFile,
     store: Store,
-    fields: Annotated[int, typer.Option(help="Read this many fields, chosen at random.")] = 32,
+    fields: int = option("Read this many fields, chosen at random.", 32),
     seed: DrawSeed = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    json: bool = option("Print the result as JSON.", False),
 ) -> None:
     """Read a random sample of fields and check each; the exit code is 1 if one is bad.
 
@@ -201,30 +158,23 @@ def jump_verify(
         raise typer.Exit(1)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which fields are packed, named as the parameters of `pack_index`."""
+
+    channels: str | None = option(
+        "Copy these channels: names joined by +, such as DNA+ER.  [default: those that most fields have]"
+    )
+    split: str = option("Copy the plates of this part of the data: ALL, TRAIN or VAL.", "ALL")
+    limit: int | None = option("Copy only this many fields.  [default: all]", min=1)
+    max_lost_share: float = option(
+        "Stop if more than this share of the fields (0 to 1) cannot be read.", 0.02
+    )
+
+
 @app.command("pack")
 def jump_pack(
-    index: IndexFile,
-    out: NewFolder,
-    store: Store,
-    options: PackFlags,
-    channels: Annotated[
-        str | None,
-        typer.Option(
-            help="Copy these channels: names joined by +, such as DNA+ER.  [default: those that most "
-            "fields have]"
-        ),
-    ] = None,
-    split: Annotated[
-        str,
-        typer.Option(help="Copy the plates of this part of the data: ALL, TRAIN or VAL."),
-    ] = "ALL",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Copy only this many fields.  [default: all]")
-    ] = None,
-    max_lost_share: Annotated[
-        float,
-        typer.Option(help="Stop if more than this share of the fields (0 to 1) cannot be read."),
-    ] = 0.02,
+    index: IndexFile, out: NewFolder, store: Store, options: PackFlags, selection: Selection
 ) -> None:
     """Copy fields into local files (Zarr shards) with an index of their own, for fast training.
 
@@ -236,39 +186,24 @@ def jump_pack(
 
     with streaming_errors():
         checked = PackOptions(**vars(options))
-    print(
-        pack_index(
-            index,
-            out,
-            checked,
-            store=store.to_stream(),
-            channels=channels,
-            split=split,
-            limit=limit,
-            max_lost_share=max_lost_share,
-        )
+    print(pack_index(index, out, checked, store=store.to_stream(), **vars(selection)))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which labels are fetched, named as the parameters of `export_masks`."""
+
+    kind: str = option("Fetch labels of this kind: nuclei or cell.", "nuclei")
+    channel: str = option("Write images of this channel.", "DNA")
+    fields: int = option("Fetch this many fields that have labels.", 48)
+    masks: str | None = option(
+        "Read the label arrays from this folder of the store, with {kind} in place of nuclei or cell."
     )
+    seed: DrawSeed = 0
 
 
 @app.command("masks")
-def jump_masks(
-    index: IndexFile,
-    out: NewFolder,
-    store: Store,
-    kind: Annotated[
-        str, typer.Option(help="Fetch labels of this kind: nuclei or cell.")
-    ] = "nuclei",
-    channel: Annotated[str, typer.Option(help="Write images of this channel.")] = "DNA",
-    fields: Annotated[int, typer.Option(help="Fetch this many fields that have labels.")] = 48,
-    masks: Annotated[
-        str | None,
-        typer.Option(
-            help="Read the label arrays from this folder of the store, with {kind} in place of nuclei "
-            "or cell."
-        ),
-    ] = None,
-    seed: DrawSeed = 0,
-) -> None:
+def jump_masks(index: IndexFile, out: NewFolder, store: Store, labels: Labels) -> None:
     """Fetch fields with the labels that Cellpose made for JUMP-Lite, to evaluate a pretraining.
 
     The labels are no human annotation: use them to follow a run (`ssl_evaluation.data`), not to
@@ -278,49 +213,32 @@ def jump_masks(
     """
     from dinocell.pretraining.jump_pack import export_masks
 
-    print(
-        export_masks(
-            index,
-            out,
-            store=store.to_stream(),
-            kind=kind,
-            channel=channel,
-            fields=fields,
-            masks=masks,
-            seed=seed,
-        )
+    print(export_masks(index, out, store=store.to_stream(), **vars(labels)))
+
+
+@dataclass(frozen=True)
+class Load:
+    """What training asks of the computer, named as the parameters of `describe_plan`."""
+
+    step_seconds: float = option("Plan for training steps of this duration in seconds.", 0.7)
+    batch: int = option("Plan for this many samples in a step, over all GPUs of the computer.", 64)
+    cores: float = option("Use this many CPU cores to load data.", 8)
+    megabytes_per_s: float = option(
+        "Assume this bandwidth to the store, in megabytes per second.", 200, "--mbps"
+    )
+    field_megabytes: float = option(
+        "Assume this size of the files of a field, in megabytes.", 12.35, "--field-mb"
+    )
+    decode_ms: float = option("Assume this CPU time to decode a field, in milliseconds.", 30.0)
+    augment_ms: float = option(
+        "Assume this CPU time to cut the crops of a sample, in milliseconds; about 2.1 with "
+        "photometrics=device.",
+        16.1,
     )
 
 
 @app.command("plan")
-def jump_plan(
-    step_seconds: Annotated[
-        float, typer.Option(help="Plan for training steps of this duration in seconds.")
-    ] = 0.7,
-    batch: Annotated[
-        int,
-        typer.Option(help="Plan for this many samples in a step, over all GPUs of the computer."),
-    ] = 64,
-    cores: Annotated[float, typer.Option(help="Use this many CPU cores to load data.")] = 8,
-    megabytes_per_s: Annotated[
-        float,
-        typer.Option("--mbps", help="Assume this bandwidth to the store, in megabytes per second."),
-    ] = 200,
-    field_megabytes: Annotated[
-        float,
-        typer.Option("--field-mb", help="Assume this size of the files of a field, in megabytes."),
-    ] = 12.35,
-    decode_ms: Annotated[
-        float, typer.Option(help="Assume this CPU time to decode a field, in milliseconds.")
-    ] = 30.0,
-    augment_ms: Annotated[
-        float,
-        typer.Option(
-            help="Assume this CPU time to cut the crops of a sample, in milliseconds; about 2.1 with "
-            "photometrics=device."
-        ),
-    ] = 16.1,
-) -> None:
+def jump_plan(load: Load) -> None:
     """Compute the bandwidth and the CPU cores that training needs, and name the bottleneck.
 
     The table has a line for each number of visits: how often a field is used each time it is loaded.
@@ -329,14 +247,4 @@ def jump_plan(
     """
     from dinocell.pretraining.jump_plan import describe_plan
 
-    print(
-        describe_plan(
-            step_seconds=step_seconds,
-            batch=batch,
-            cores=cores,
-            megabytes_per_s=megabytes_per_s,
-            field_megabytes=field_megabytes,
-            decode_ms=decode_ms,
-            augment_ms=augment_ms,
-        )
-    )
+    print(describe_plan(**vars(load)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import wraps
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -23,10 +23,43 @@ __all__ = [
     "ModelOption",
     "OutFolder",
     "Which",
+    "argument",
+    "channel_names",
     "expand_dataclasses",
     "in_options",
+    "option",
     "parameters_of",
 ]
+
+# What `submit`, `supervise` and `shards plan` do not know is an option of the command that they run.
+PASSES_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+def option(
+    help: str,
+    default: Any = None,
+    names: str = "",
+    *,
+    kind: Callable[..., Any] = typer.Option,
+    **settings: Any,
+) -> Any:
+    """Declare an option as the default of a parameter of a command or of a field of a dataclass.
+
+    The annotation of the parameter or field is the type of the option.
+
+    Parameters
+    ----------
+    default : `...` makes the option required; None means that it may be left out
+    names : as they are typed, such as "--out -o"; without them --x for the name x, and --x/--no-x for
+        a bool that is True
+    settings : what else `kind` takes, such as `min` and `metavar`
+    """
+    declared = partial(kind, help=help, **settings)
+    given = MISSING if default is ... else default
+    return field(default=given, metadata={"names": names, "declared": declared})
+
+
+argument = partial(option, default=..., kind=typer.Argument)
 
 Device = Annotated[
     str,
@@ -46,9 +79,6 @@ Which = Annotated[
     str,
     typer.Option(help="Take these weights of a training checkpoint: teacher or student."),
 ]
-
-# What `submit`, `supervise` and `shards plan` do not know is an option of the command that they run.
-PASSES_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 @dataclass
@@ -85,31 +115,19 @@ class App(typer.Typer):
 def expand_dataclasses(function: Callable[..., Any]) -> Callable[..., Any]:
     """Replace parameters whose type is a dataclass by one parameter for each of its fields.
 
-    The fields are declared as parameters of typer are: ``name: Annotated[type, typer.Option(...)]``,
-    with a default if the option may be left out.  The function receives one instance.
+    `option` and `argument` declare fields and other parameters alike.  The function receives one
+    instance of each dataclass.
     """
     signature = inspect.signature(function, eval_str=True)
-    bundles: dict[str, type[Any]] = {
-        name: given.annotation
-        for name, given in signature.parameters.items()
-        if isinstance(given.annotation, type) and is_dataclass(given.annotation)
-    }
+    bundles: dict[str, type[Any]] = {}
     expanded = []
     for name, parameter in signature.parameters.items():
-        if name not in bundles:
-            expanded.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
-            continue
-        types = get_type_hints(bundles[name], include_extras=True)
-        for field in fields(bundles[name]):
-            default = parameter.empty if field.default is MISSING else field.default
-            expanded.append(
-                inspect.Parameter(
-                    field.name,
-                    parameter.KEYWORD_ONLY,
-                    default=default,
-                    annotation=types[field.name],
-                )
-            )
+        if isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation):
+            bundles[name] = parameter.annotation
+            types = get_type_hints(parameter.annotation, include_extras=True)
+            expanded += [_parameter(f.name, types[f.name], f) for f in fields(parameter.annotation)]
+        else:
+            expanded.append(_parameter(name, parameter.annotation, parameter.default))
 
     @wraps(function)
     def command(**given: Any) -> Any:
@@ -120,6 +138,28 @@ def expand_dataclasses(function: Callable[..., Any]) -> Callable[..., Any]:
     command.__signature__ = signature.replace(parameters=expanded)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in expanded}
     return command
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    """What typer reads; `default` may be what `option` returned."""
+    if isinstance(default, Field):
+        declared, names = default.metadata.get("declared"), default.metadata.get("names", "")
+        default = inspect.Parameter.empty if default.default is MISSING else default.default
+        if declared is not None:
+            if not names and annotation is bool and default is False:
+                names = "--" + name.replace("_", "-")
+            annotation = Annotated[annotation, declared(*names.split())]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def channel_names(text: str | None, example: str = "DNA,ER") -> list[str] | None:
+    """The names in the text of an option of channels; None if it was left out."""
+    names = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if text is not None and not names:
+        raise UsageError(f"`channels` must name a channel, got nothing: give for example {example}")
+    return names or None
 
 
 def in_options(text: str, context: Any) -> str:

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dinocell.cli.options import App, Device, ModelOption, OutFolder, in_options
-from dinocell.errors import UsageError
+from dinocell.cli.options import (
+    App,
+    Device,
+    ModelOption,
+    OutFolder,
+    argument,
+    channel_names,
+    in_options,
+    option,
+)
 
 if TYPE_CHECKING:
     from dinocell.batch.options import SegmentOptions
@@ -26,119 +34,66 @@ class SegmentFlags:
 
     model: ModelOption = "dinocell-tiny"
     device: Device = "auto"
-    formats: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--format",
-            "-f",
-            help="Write label files in this format: tif, png, geojson, roi or coco. Repeat the option "
-            "for several formats.  [default: tif]",
-        ),
-    ] = None
-    channels: Annotated[
-        str | None,
-        typer.Option(
-            help="Use this channel of multi-channel images: its index, counted from 0, or its name. "
-            "Several, separated by commas, are normalised one by one and then averaged."
-        ),
-    ] = None
-    page: Annotated[
-        int | None, typer.Option(help="Use this plane of image stacks, counted from 0.")
-    ] = None
-    pixel_size_um: Annotated[
-        float | None,
-        typer.Option(help="Use this pixel size in µm in place of the one that the file states."),
-    ] = None
-    peak_threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="Accept a cell only if the distance map (0 to 1) exceeds this value at the cell's peak."
-            "  [default: the model's]"
-        ),
-    ] = None
-    fill_threshold: Annotated[
-        float | None,
-        typer.Option(
-            help="Count a pixel as part of a cell if the distance map exceeds this value there.  "
-            "[default: the model's]"
-        ),
-    ] = None
-    min_prominence: Annotated[
-        float | None,
-        typer.Option(
-            help="Merge a peak of the distance map with a higher one if it rises less than this (0 to 1) "
-            "above the saddle between them.  [default: the model's]"
-        ),
-    ] = None
-    min_area_px: Annotated[
-        int | None,
-        typer.Option(help="Remove cells that have fewer pixels than this.  [default: the model's]"),
-    ] = None
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Run the network on this many image windows at once.")
-    ] = 8
-    tile_px: Annotated[
-        int | None,
-        typer.Option(
-            help="Process large images in regions with this edge length in px. The result is the same."
-        ),
-    ] = None
-    precision: Annotated[
-        str, typer.Option(help="Compute in fp32, or in bf16, which is faster and less exact.")
-    ] = "fp32"
-    workers: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Use this many threads to write results while the network processes the next image.",
-        ),
-    ] = 1
-    overlay: Annotated[
-        bool, typer.Option(help="Write NAME_overlay.png, the image with outlines of the cells.")
-    ] = True
-    report: Annotated[
-        bool,
-        typer.Option("--report", help="Write report.html, a page that shows the results."),
-    ] = False
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Skip images whose results the output folder already has."),
-    ] = False
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace results that the output folder has.")
-    ] = False
-    allow_mask: Annotated[
-        bool,
-        typer.Option("--allow-mask", help="Accept images that look like masks or label images."),
-    ] = False
+    formats: list[str] | None = option(
+        "Write label files in this format: tif, png, geojson, roi or coco. Repeat the option for several "
+        "formats.  [default: tif]",
+        names="--format -f",
+    )
+    channels: str | None = option(
+        "Use this channel of multi-channel images: its index, counted from 0, or its name. Several, "
+        "separated by commas, are normalised one by one and then averaged."
+    )
+    page: int | None = option("Use this plane of image stacks, counted from 0.")
+    pixel_size_um: float | None = option(
+        "Use this pixel size in µm in place of the one that the file states."
+    )
+    peak_threshold: float | None = option(
+        "Accept a cell only if the distance map (0 to 1) exceeds this value at the cell's peak.  "
+        "[default: the model's]"
+    )
+    fill_threshold: float | None = option(
+        "Count a pixel as part of a cell if the distance map exceeds this value there.  [default: the "
+        "model's]"
+    )
+    min_prominence: float | None = option(
+        "Merge a peak of the distance map with a higher one if it rises less than this (0 to 1) above the "
+        "saddle between them.  [default: the model's]"
+    )
+    min_area_px: int | None = option(
+        "Remove cells that have fewer pixels than this.  [default: the model's]"
+    )
+    batch_size: int = option("Run the network on this many image windows at once.", 8, min=1)
+    tile_px: int | None = option(
+        "Process large images in regions with this edge length in px. The result is the same."
+    )
+    precision: str = option("Compute in fp32, or in bf16, which is faster and less exact.", "fp32")
+    workers: int = option(
+        "Use this many threads to write results while the network processes the next image.",
+        1,
+        min=0,
+    )
+    overlay: bool = option("Write NAME_overlay.png, the image with outlines of the cells.", True)
+    report: bool = option("Write report.html, a page that shows the results.", False)
+    resume: bool = option("Skip images whose results the output folder already has.", False)
+    overwrite: bool = option("Replace results that the output folder has.", False)
+    allow_mask: bool = option("Accept images that look like masks or label images.", False)
 
     def for_batch(self) -> SegmentOptions:
         """The options with the types that `segment_files` needs."""
         from dinocell.batch.options import SegmentOptions
 
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SegmentOptions(
-            **given
-            | {"formats": tuple(self.formats or ["tif"]), "channels": _channel_list(self.channels)}
-        )
+        names = channel_names(self.channels, example="0 or DNA,ER")
+        converted = {
+            "formats": tuple(self.formats or ["tif"]),
+            "channels": names and tuple(int(name) if name.isdigit() else name for name in names),
+        }
+        return SegmentOptions(**vars(self) | converted)
 
 
 def segment_options(parameters: Mapping[str, Any]) -> SegmentOptions:
     """The options of `segment` from its parsed parameters."""
-    return SegmentFlags(
-        **{field.name: parameters[field.name] for field in fields(SegmentFlags)}
-    ).for_batch()
-
-
-def _channel_list(text: str | None) -> tuple[int | str, ...] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts:
-        raise UsageError(
-            "`channels` must name a channel, got nothing: give for example 0 or DNA,ER"
-        )
-    return tuple(int(part) if part.isdigit() else part for part in parts)
+    given = {field.name: parameters[field.name] for field in fields(SegmentFlags)}
+    return SegmentFlags(**given).for_batch()
 
 
 @app.command()
@@ -160,16 +115,16 @@ def demo(
 @app.command()
 def segment(
     context: typer.Context,
-    images: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IMAGE|DIR|GLOB...",
-            help="Image files, folders of images, or patterns such as 'plate/*.tif'.",
-        ),
-    ],
+    *,
+    images: list[str] = argument(
+        "Image files, folders of images, or patterns such as 'plate/*.tif'.",
+        metavar="IMAGE|DIR|GLOB...",
+    ),
     out: OutFolder,
     options: SegmentFlags,
-    recursive: Annotated[bool, typer.Option(help="Search subfolders for images, too.")] = False,
+    recursive: bool = option(
+        "Search subfolders for images, too.", False, "--recursive/--no-recursive"
+    ),
 ) -> None:
     """Find the cells in images; write label images, measurements and outlines.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dinocell.cli.cluster import checked_parameters
-from dinocell.cli.options import PASSES_ON, App
+from dinocell.cli.options import PASSES_ON, App, argument
 from dinocell.errors import DINOCellError
 
 __all__ = ["app"]
@@ -27,7 +27,7 @@ ResultsFolder = Annotated[
 @app.command("plan", context_settings=PASSES_ON)
 def shards_plan(
     context: typer.Context,
-    count: Annotated[int, typer.Argument(metavar="COUNT", help="Number of parts to make.")],
+    count: int = argument("Number of parts to make.", metavar="COUNT"),
 ) -> None:
     """Divide images into parts of about the same size in bytes; segment nothing yet.
 
@@ -49,9 +49,7 @@ def shards_plan(
 @app.command("run")
 def shards_run(
     out: ResultsFolder,
-    shard: Annotated[
-        int, typer.Argument(metavar="PART", help="Number of the part, counted from 0.")
-    ],
+    shard: int = argument("Number of the part, counted from 0.", metavar="PART"),
 ) -> None:
     """Segment the images of one part; run it again to continue with the missing ones.
 

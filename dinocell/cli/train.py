@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dinocell.cli.options import App
+from dinocell.cli.options import App, argument, option
 
 __all__ = ["app"]
 
@@ -23,34 +23,22 @@ Overrides = Annotated[
 
 @app.command()
 def pretrain(
-    config: Annotated[
-        Path, typer.Argument(help="YAML configuration file; examples are in configs/ssl.")
-    ],
+    config: Path = argument("YAML configuration file; examples are in configs/ssl."),
     overrides: Overrides = None,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--output-dir",
-            "-o",
-            help="Write checkpoints and logs to this folder.  [default: runs/ssl/NAME, with the name "
-            "of the configuration file]",
-        ),
-    ] = None,
-    no_resume: Annotated[
-        bool,
-        typer.Option(
-            "--no-resume",
-            help="Start over; the checkpoints of the earlier run are moved aside, not deleted.",
-        ),
-    ] = False,
-    seed: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Use this random seed for weight initialisation and dropout. The key train.seed of the "
-            "configuration is the seed of the data order.",
-        ),
-    ] = 0,
+    output_dir: Path | None = option(
+        "Write checkpoints and logs to this folder.  [default: runs/ssl/NAME, with the name of the "
+        "configuration file]",
+        names="--output-dir -o",
+    ),
+    no_resume: bool = option(
+        "Start over; the checkpoints of the earlier run are moved aside, not deleted.", False
+    ),
+    seed: int = option(
+        "Use this random seed for weight initialisation and dropout. The key train.seed of the "
+        "configuration is the seed of the data order.",
+        0,
+        min=0,
+    ),
 ) -> None:
     """Train a backbone on images without labels (DINO, iBOT and KoLeo losses).
 
@@ -70,9 +58,7 @@ def pretrain(
 
 @app.command()
 def train(
-    config: Annotated[
-        Path, typer.Argument(help="YAML configuration file; examples are in configs/finetune.")
-    ],
+    config: Path = argument("YAML configuration file; examples are in configs/finetune."),
     overrides: Overrides = None,
 ) -> None:
     """Train a segmentation model on folders of images and label images.

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dinocell.cli.options import App
+from dinocell.cli.options import App, option
 
 __all__ = ["app"]
 
@@ -50,14 +50,10 @@ def upstream_status(checkout: Checkout, series: SeriesFolder = None) -> None:
 @app.command("apply")
 def upstream_apply(
     checkout: Checkout,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Write a patched copy to this new folder and leave the checkout unchanged.",
-        ),
-    ] = None,
+    out: Path | None = option(
+        "Write a patched copy to this new folder and leave the checkout unchanged.",
+        names="--out -o",
+    ),
     series: SeriesFolder = None,
 ) -> None:
     """Add our files and patches to a clean checkout, either all of them or none.
@@ -88,22 +84,9 @@ def upstream_undo(checkout: Checkout, series: SeriesFolder = None) -> None:
 @app.command("rebase")
 def upstream_rebase(
     checkout: Checkout,
-    onto: Annotated[
-        str,
-        typer.Option(
-            "--onto", help="Move the patches onto this commit, tag or branch of the checkout."
-        ),
-    ],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would happen to each patch; write nothing.")
-    ] = False,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify/--no-verify",
-            help="Run the conformance suite before the new patches are written.",
-        ),
-    ] = True,
+    onto: str = option("Move the patches onto this commit, tag or branch of the checkout.", ...),
+    dry_run: bool = option("Show what would happen to each patch; write nothing.", False),
+    verify: bool = option("Run the conformance suite before the new patches are written.", True),
     series: SeriesFolder = None,
 ) -> None:
     """Move the patches onto another commit of upstream; write them only if every check passes.
@@ -150,11 +133,10 @@ def upstream_refresh(checkout: Checkout, series: SeriesFolder = None) -> None:
 @app.command("verify")
 def upstream_verify(
     context: typer.Context,
-    tree: Annotated[Path, typer.Option("--tree", help="Test the package dinov3 in this folder.")],
-    keyword: Annotated[
-        str,
-        typer.Option("-k", help="Run only tests that match this expression, as with pytest -k."),
-    ] = "",
+    tree: Path = option("Test the package dinov3 in this folder.", ...),
+    keyword: str = option(
+        "Run only tests that match this expression, as with pytest -k.", "", "-k"
+    ),
 ) -> None:
     """Test a DINOv3 tree: names, numbers, a training step, checkpoints and our additions.
 
@@ -171,10 +153,6 @@ def upstream_verify(
         if context.obj.verbose:
             print(result.output, file=sys.stderr)
         raise typer.Exit(1)
-
-
-# What `submit` and `supervise` do not know is an option of the command that they run.
-_PASSES_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 def _series(folder: Path | None) -> Any:

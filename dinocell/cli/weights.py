@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from dinocell.cli.options import App, Which
+from dinocell.cli.options import App, Which, argument, option
 
 __all__ = ["app"]
 
@@ -34,23 +31,14 @@ def weights_list() -> None:
 
 @app.command("info")
 def weights_info(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Model file, name of a bundled model, SIZE/PATCH such as small/8 for an untrained "
-            "architecture, backbone file, or checkpoint folder."
-        ),
-    ],
-    decoder: Annotated[
-        str,
-        typer.Option(help="Use this decoder with SIZE/PATCH: unet, unet_wide or linear."),
-    ] = "unet",
-    image_px: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Count the operations for a square image with this edge length in px."
-        ),
-    ] = 256,
+    model: str = argument(
+        "Model file, name of a bundled model, SIZE/PATCH such as small/8 for an untrained architecture, "
+        "backbone file, or checkpoint folder."
+    ),
+    decoder: str = option("Use this decoder with SIZE/PATCH: unet, unet_wide or linear.", "unet"),
+    image_px: int = option(
+        "Count the operations for a square image with this edge length in px.", 256, min=1
+    ),
     which: Which = "teacher",
 ) -> None:
     """Describe a model (architecture, cost, training, thresholds) or a backbone file.
@@ -70,45 +58,30 @@ def weights_info(
 class Conversion:
     """How a backbone is converted, named as the parameters of `convert_weights`."""
 
-    to: Annotated[
-        str | None,
-        typer.Option(
-            help="Write this format: meta, hf (Hugging Face), timm or dinocell.  [default: the one "
-            "that fits the ending of OUT]"
-        ),
-    ] = None
-    patch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Adapt the patch embedding to this patch size in px."),
-    ] = None
-    patch_method: Annotated[
-        str,
-        typer.Option(
-            help="Resize the patch embedding with this method: nearest (exact), bilinear, "
-            "pseudo_inverse or bicubic."
-        ),
-    ] = "nearest"
-    which: Which = "teacher"
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = (
-        False
+    to: str | None = option(
+        "Write this format: meta, hf (Hugging Face), timm or dinocell.  [default: the one that fits the "
+        "ending of OUT]"
     )
+    patch_size: int | None = option("Adapt the patch embedding to this patch size in px.", min=1)
+    patch_method: str = option(
+        "Resize the patch embedding with this method: nearest (exact), bilinear, pseudo_inverse or "
+        "bicubic.",
+        "nearest",
+    )
+    which: Which = "teacher"
+    overwrite: bool = option("Replace OUT if it exists.", False)
 
 
 @app.command("convert")
 def weights_convert(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="IN",
-            help="Backbone file, checkpoint folder, model file, or name of a downloaded backbone.",
-        ),
-    ],
-    target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT", help="New file (.pth or .safetensors), or new folder for the format hf."
-        ),
-    ],
+    *,
+    source: Path = argument(
+        "Backbone file, checkpoint folder, model file, or name of a downloaded backbone.",
+        metavar="IN",
+    ),
+    target: Path = argument(
+        "New file (.pth or .safetensors), or new folder for the format hf.", metavar="OUT"
+    ),
     options: Conversion,
 ) -> None:
     """Convert the backbone of a DINOv3 file to another format or another patch size.
@@ -125,35 +98,23 @@ def weights_convert(
 
 @app.command("fetch")
 def weights_fetch(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="Name of a released backbone (see `dinocell weights list`), or name of a file."
-        ),
-    ],
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            help="Copy or download from here: a folder, the URL of a mirror, or the whole URL from "
-            "Meta's e-mail.",
-        ),
-    ] = None,
-    offline: Annotated[
-        bool,
-        typer.Option(
-            "--offline",
-            help="Open no network connection. The environment variable DINOCELL_OFFLINE=1 does the same.",
-        ),
-    ] = False,
-    sha256: Annotated[
-        str | None,
-        typer.Option(help="Refuse a file whose SHA-256 checksum does not begin with this text."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Store the file in this folder.  [default: the cache]"),
-    ] = None,
+    name: str = argument(
+        "Name of a released backbone (see `dinocell weights list`), or name of a file."
+    ),
+    source: str | None = option(
+        "Copy or download from here: a folder, the URL of a mirror, or the whole URL from Meta's e-mail.",
+        names="--from",
+    ),
+    offline: bool = option(
+        "Open no network connection. The environment variable DINOCELL_OFFLINE=1 does the same.",
+        False,
+    ),
+    sha256: str | None = option(
+        "Refuse a file whose SHA-256 checksum does not begin with this text."
+    ),
+    out: Path | None = option(
+        "Store the file in this folder.  [default: the cache]", names="--out -o"
+    ),
 ) -> None:
     """Download a backbone file, or copy it from a folder.
 

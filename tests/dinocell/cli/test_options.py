@@ -6,10 +6,8 @@ import inspect
 from dataclasses import MISSING, dataclass, fields
 from importlib import metadata
 from types import SimpleNamespace
-from typing import Annotated
 
 import pytest
-import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -17,13 +15,14 @@ from dinocell.batch.options import SegmentOptions
 from dinocell.cli import evaluate, jump, main, segment, weights
 from dinocell.cli import inspect as inspecting
 from dinocell.cli.app import app
-from dinocell.cli.options import App, in_options
+from dinocell.cli.options import App, in_options, option
 from dinocell.errors import CheckpointError, DINOCellError, StoppedError
 from dinocell.evaluation.evaluate import evaluate_folders
 from dinocell.evaluation.model_evaluation import evaluate_model
 from dinocell.network.weights import convert_weights
 from dinocell.pretraining.jump_index import IndexSource
-from dinocell.probing.inspection import inspect_checkpoints
+from dinocell.probing.fields import FieldOptions
+from dinocell.probing.inspection import InspectOptions
 from dinov3.cells.streaming.shards import PackOptions
 from dinov3.data.datasets.jump_s3 import StreamOptions
 
@@ -32,16 +31,16 @@ ROOT = get_command(app)
 
 @dataclass(frozen=True)
 class Toy:
-    size: Annotated[int, typer.Option(help="Edge.")]
-    name: Annotated[str, typer.Option("--called", "-c", help="Name.")] = "a"
-    bright: Annotated[bool, typer.Option(help="Bright.")] = True
+    size: int = option("Edge.", ...)
+    name: str = option("Name.", "a", names="--called -c")
+    bright: bool = option("Bright.", True)
 
 
 def test_a_dataclass_becomes_options_and_arrives_as_one_object():
     toys, received = App(), []
 
     @toys.command()
-    def play(where: str, toy: Toy, loud: Annotated[bool, typer.Option("--loud")] = False) -> None:
+    def play(where: str, toy: Toy, loud: bool = option("Loud.", False)) -> None:
         received.append((where, toy, loud))
 
     for arguments in (
@@ -60,8 +59,8 @@ def test_a_dataclass_becomes_options_and_arrives_as_one_object():
     ("flags", "target", "other"),
     [
         (segment.SegmentFlags, SegmentOptions, {"formats", "channels"}),
-        (inspecting.Fields, inspect_checkpoints, set()),
-        (inspecting.Inspecting, inspect_checkpoints, set()),
+        (inspecting.Fields, FieldOptions, {"channels"}),
+        (inspecting.Inspecting, InspectOptions, set()),
         (jump.Store, StreamOptions, set()),
         (jump.Source, IndexSource, set()),
         (jump.PackFlags, PackOptions, set()),
