@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -293,6 +294,20 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert list((tmp_path / "results").glob("*_labels.tif"))
+
+
+def test_no_text_installs_the_other_dinocell():
+    """The package index has another project of that name."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    texts = [ROOT / name for name in listed.splitlines()] or [*MODULES, *documents()]
+    pattern = re.compile(r"pip install \S*\bdinocell(?![-/\w])|\bdinocell\[[a-z0-9]+\]")
+    wrong = [
+        named(path)
+        for path in texts
+        if path.suffix in (".py", ".md", ".yaml", ".sh", ".toml") and path != Path(__file__)
+        if path.is_file() and pattern.search(path.read_text(encoding="utf-8"))
+    ]
+    assert wrong == []
 
 
 def test_constraints_pin_what_setup_asks_for():

@@ -209,7 +209,7 @@ def _executor(folder: Path, site: SiteProfile) -> Any:
         from submitit.slurm.slurm import SlurmExecutor
     except ImportError as error:
         raise MissingExtraError(
-            'submitting needs the package submitit, which is not installed: pip install "dinocell[slurm]"'
+            'submitting needs the package submitit, which is not installed: pip install "dinocell-segmentation[slurm]"'
         ) from error
 
     class Executor(SlurmExecutor):

@@ -161,7 +161,7 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
     except ImportError as error:
         raise MissingExtraError(
             "Writing ImageJ ROIs needs the package roifile, which is not installed: run "
-            "`pip install dinocell[formats]`."
+            "`pip install dinocell-segmentation[formats]`."
         ) from error
     polygons = labels_to_polygons(labels)
     with (

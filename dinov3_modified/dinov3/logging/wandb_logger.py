@@ -102,7 +102,7 @@ class WandbLogger:
         except Exception as error:  # not installed, or broken in its own ways
             logger.warning(
                 "wandb.enabled must have the package wandb, got none that imports (%s): pip install "
-                "'dinocell[wandb]'; metrics go to training_metrics.json alone",
+                "'dinocell-segmentation[wandb]'; metrics go to training_metrics.json alone",
                 _line(error),
             )
             self.enabled = False

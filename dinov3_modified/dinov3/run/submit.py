@@ -133,7 +133,7 @@ def submit_jobs(
         import submitit
     except ImportError as error:
         raise RuntimeError(
-            "submitting needs the package submitit, got none: pip install dinocell[slurm]"
+            "submitting needs the package submitit, got none: pip install 'dinocell-segmentation[slurm]'"
         ) from error
     executor = submitit.AutoExecutor(folder=str(output_dir), slurm_max_num_timeout=_MAX_TIMEOUTS)
     options = {

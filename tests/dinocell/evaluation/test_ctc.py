@@ -104,7 +104,8 @@ class Oracle:
 
     def __init__(self, folder: Path) -> None:
         pytest.importorskip(
-            "ctc_metrics", reason="py-ctcmetrics is not installed: pip install 'dinocell[test]'"
+            "ctc_metrics",
+            reason="py-ctcmetrics is not installed: pip install 'dinocell-segmentation[test]'",
         )
         self.paths = folder / "truth.tif", folder / "pred.tif"
 

@@ -76,7 +76,8 @@ def test_dsb2018_thresholds() -> None:
 
 def stardist_matching() -> object:
     return pytest.importorskip(
-        "stardist.matching", reason="stardist is not installed: pip install 'dinocell[test]'"
+        "stardist.matching",
+        reason="stardist is not installed: pip install 'dinocell-segmentation[test]'",
     )
 
 

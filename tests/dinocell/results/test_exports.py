@@ -249,7 +249,7 @@ def test_imagej_rois_give_the_labels_back(name: str, tmp_path: Path) -> None:
 
 def test_imagej_rois_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "roifile", None)
-    with pytest.raises(MissingExtraError, match=r"pip install dinocell\[formats\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install dinocell-segmentation\[formats\]"):
         write_imagej_rois(tmp_path / "RoiSet.zip", [[1]])
     assert list(tmp_path.iterdir()) == []
 

@@ -191,7 +191,7 @@ class FieldIndex:
             import pyarrow as pa
         except ImportError as error:
             raise ValueError(
-                "an index of fields needs the package pyarrow, got none: pip install 'dinocell[s3]'"
+                "an index of fields needs the package pyarrow, got none: pip install 'dinocell-segmentation[s3]'"
             ) from error
         if not Path(self.path).is_file():
             raise FileNotFoundError(

@@ -225,7 +225,7 @@ class ShardReader:
                 from imagecodecs.numcodecs import register_codecs
             except ImportError as error:
                 raise ValueError(
-                    "JPEG XL chunks need the package imagecodecs: pip install 'dinocell[formats]'"
+                    "JPEG XL chunks need the package imagecodecs: pip install 'dinocell-segmentation[formats]'"
                 ) from error
             register_codecs(verbose=False)
         return zarr.open_array(
@@ -310,6 +310,6 @@ def _zarr() -> Any:
         import zarr
     except ImportError as error:
         raise ValueError(
-            "packed fields need the package zarr, got none: pip install 'dinocell[s3]'"
+            "packed fields need the package zarr, got none: pip install 'dinocell-segmentation[s3]'"
         ) from error
     return zarr

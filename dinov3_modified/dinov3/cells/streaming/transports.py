@@ -116,7 +116,7 @@ class _Obstore:
             from obstore.store import S3Store
         except ImportError as error:
             raise StoreError(
-                "reading from S3 needs the package obstore, got none: pip install 'dinocell[s3]'"
+                "reading from S3 needs the package obstore, got none: pip install 'dinocell-segmentation[s3]'"
             ) from error
         if _obstore_pids - {os.getpid()}:
             raise StoreError(
