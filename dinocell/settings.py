@@ -1,19 +1,20 @@
 """Settings of a run: a frozen dataclass, filled from a YAML file and `key=value` overrides.
 
-OmegaConf checks every key and type against the dataclass; this module reads the text, replaces
-`${NAME}` and `${NAME:-default}` by environment variables, and turns what OmegaConf refuses into one
-sentence.
+OmegaConf checks keys and types against the dataclass; this module reads the text, replaces `${NAME}`
+and `${NAME:-default}` by environment variables, refuses the conversions of OmegaConf that hide a
+mistake, and turns every error into one sentence.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
 import os
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,15 +35,39 @@ __all__ = [
 Settings = TypeVar("Settings")
 
 
-class _TextLoader(yaml.SafeLoader):
-    """YAML whose scalars are text or null: the dataclass decides what `24:00:00`, `007` or `no` is."""
+class _Unquoted(str):
+    """The text of an unquoted number or boolean, and in `meaning` what YAML reads."""
+
+    meaning: Any
 
 
-_TextLoader.yaml_implicit_resolvers = {
+class _Loader(yaml.SafeLoader):
+    """YAML that keeps the text of numbers: the dataclass decides what `24:00:00`, `007` or `no` is."""
+
+
+def _unquoted(loader: _Loader, node: yaml.ScalarNode) -> _Unquoted:
+    text = _Unquoted(node.value)
+    text.meaning = yaml.SafeLoader.yaml_constructors[node.tag](loader, node)
+    return text
+
+
+_NUMBERS = tuple(f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "int"))
+_Loader.yaml_implicit_resolvers = {
     first: kept
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    if (kept := [item for item in resolvers if item[0].endswith((":null", ":merge"))])
+    if (
+        kept := [
+            item
+            for item in resolvers
+            if item[0] in _NUMBERS or item[0].endswith((":null", ":merge"))
+        ]
+    )
 }
+for _tag in _NUMBERS:
+    _Loader.add_constructor(_tag, _unquoted)
+
+# What a field of each type takes; float("1e-4"), because YAML reads a number without a dot as text.
+_ACCEPTED: dict[Any, Any] = {bool: bool, int: int, float: (float, int, str), str: str}
 
 
 def load_settings(
@@ -68,41 +93,57 @@ def load_settings(
 
 
 def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The nested keys of a file after its overrides; every value is text, null, a list or a dict.
+    """The nested keys of a file after its overrides; numbers and booleans keep their text.
+
+    An override replaces the whole value at its key: `environment={}` empties a section.
 
     Raises
     ------
     ConfigError
         The file (none: only the overrides) or an override cannot be read.
     """
-    from omegaconf import OmegaConf
-
-    settings = OmegaConf.create(_escaped({} if path is None else _read(Path(path))))
+    settings = {} if path is None else _read(Path(path))
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not key:
+        parts = key.split(".")
+        if not equals or not all(parts):
             raise ConfigError(
                 f"an override must be key=value, got {override!r}: for example optimizer.lr=1e-4"
             )
         try:
-            value = yaml.load(text, Loader=_TextLoader)
-        except yaml.YAMLError as error:
+            value = yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(
                 f"the value of {key} must be YAML, got {text!r}: put quotes around it"
             ) from error
-        try:
-            OmegaConf.update(settings, key, _escaped(value))
-        except (TypeError, ValueError, LookupError) as error:  # a wrong index of a list
-            reason = str(error).split("\n")[0]
-            raise ConfigError(
-                f"the override {key} must lead to a key, got an error ({reason}): count items from 0"
-            ) from error
-    return typing.cast("dict[str, Any]", OmegaConf.to_container(settings, resolve=True))
+        node: Any = settings
+        for part in parts[:-1]:
+            index = _index(node, part, key)
+            inner = node[index] if isinstance(node, list) else node.get(index)
+            # A copy, because a YAML alias may share it with another key.
+            node[index] = {} if inner is None else copy.copy(inner)
+            node = node[index]
+        node[_index(node, parts[-1], key)] = value
+    return settings
+
+
+def _index(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, dict):
+        return part
+    if not isinstance(node, list):
+        raise ConfigError(
+            f"the override {key} must lead to a key, but what stands before {part} is a value: shorten it"
+        )
+    if not (part.isascii() and part.isdecimal() and int(part) < len(node)):
+        raise ConfigError(
+            f"the override {key} must name one of {len(node)} items, got {part}: count from 0"
+        )
+    return int(part)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        mapping = yaml.load(path.read_text(encoding="utf-8"), Loader=_TextLoader)
+        mapping = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(
             f"the configuration must be a readable file, got {path} ({error.strerror}): check the path"
@@ -111,7 +152,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"the configuration must be UTF-8 text, got {path}: is it a YAML file?"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).replace('"<unicode string>"', path.name).split())
         raise ConfigError(
             f"the configuration must be YAML, got {path} ({reason}): correct that line"
@@ -124,13 +165,37 @@ def _read(path: Path) -> dict[str, Any]:
     return mapping or {}
 
 
-def _escaped(value: Any, change: Callable[[str], str] = str) -> Any:
-    """`value` with every text changed, and written so that OmegaConf sees no reference in it."""
+def _fitted(value: Any, hint: Any, where: str) -> Any:
+    """`value` with unquoted scalars read as the type `hint` needs, and text ready for OmegaConf.
+
+    Refuses what OmegaConf converts or does not check: text for a number, a number for a boolean, and
+    the items of a list or section.
+    """
+    arguments = [item for item in typing.get_args(hint) if item is not ...]
+    if type(None) in arguments:
+        return None if value is None else _fitted(value, arguments[0], where)
+    if isinstance(value, _Unquoted):
+        is_text = hint is str and value.lower() not in ("true", "false")
+        value = str(value) if is_text else value.meaning
+    require(value != "???", f"{where} must be a value, got '???': replace this placeholder")
+    if hint in _ACCEPTED and (
+        not isinstance(value, _ACCEPTED[hint]) or isinstance(value, bool) != (hint is bool)
+    ):
+        raise ConfigError(
+            f"{where} must be of type {hint.__name__}, got {value!r}: write a value of that type"
+        )
+    if isinstance(value, str):  # without a reference in it, as OmegaConf sees it
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", _expand_environment(value))
+    inner = arguments[-1] if arguments else None
     if isinstance(value, Mapping):
-        return {str(key): _escaped(item, change) for key, item in value.items()}
+        hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+        return {
+            str(key): _fitted(item, hints.get(key, inner), f"{where}.{key}" if where else str(key))
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [_escaped(item, change) for item in value]
-    return change(value).replace("${", "\\${") if isinstance(value, str) else value
+        return [_fitted(item, inner, f"{where}[{index}]") for index, item in enumerate(value)]
+    return value
 
 
 def _expand_environment(text: str) -> str:
@@ -149,6 +214,10 @@ def _expand_environment(text: str) -> str:
 def config_from_mapping(kind: type[Settings], mapping: Mapping[str, Any]) -> Settings:
     """Build a configuration dataclass from nested mappings, checking keys and types.
 
+    A field of type `str` takes an unquoted number of a file or override as its text (`name=3` is "3",
+    `time=24:00:00`), also `yes`, `no`, `on` and `off`, but neither `true` nor `false`.  Fields of other
+    types take what YAML 1.1 reads (`seed=010` is 8), and no quoted number.
+
     Raises
     ------
     ConfigError
@@ -162,7 +231,7 @@ def config_from_mapping(kind: type[Settings], mapping: Mapping[str, Any]) -> Set
         raise ConfigError(
             f"the configuration must be a mapping of keys, got {mapping!r}: write `key: value` lines"
         )
-    settings = _merged(OmegaConf.structured(kind), kind, (), _escaped(mapping, _expand_environment))
+    settings = _merged(OmegaConf.structured(kind), kind, (), _fitted(mapping, kind, ""))
     try:
         return typing.cast("Settings", OmegaConf.to_object(settings))
     except MissingMandatoryValue as error:

@@ -262,9 +262,12 @@ def load_site(name: str | None, overrides: Sequence[str] = ()) -> SiteProfile:
     """
     path = find_site(name)
     try:
-        # Null is the default, and a variable or option without a value is empty.
+        # Null is the default; a variable or option is its text (`true` too), or empty without a value.
         given = {
-            key: {inner: "" if item is None else item for inner, item in value.items()}
+            key: {
+                name: "" if item is None else str(item) if isinstance(item, str) else item
+                for name, item in value.items()
+            }
             if isinstance(value, dict)
             else value
             for key, value in read_settings(path, overrides).items()

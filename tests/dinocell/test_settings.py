@@ -70,19 +70,72 @@ def test_overrides_reach_nested_keys_and_lists(tmp_path):
         ("optimizer.lr=fast", "of type float"),
         ("optimizer.lr=-1", "above 0"),
         ("optimizer.nothing=1", "must be known"),
-        ("data.datasets.7.name=x", "list index out of range"),
-        ("name.x=3", "name must be of type str"),
+        ("data.datasets.7.name=x", "one of 1 items, got 7"),
+        ("name.x=3", "must lead to a key"),
+        ("licence.x=3", "licence must be of type str"),
         ("seed=true", "of type int"),
         ("augment.scale=[1]", r"augment.scale must be of type tuple\[float, float\]"),
-        ("augment.scale=3", r"of type tuple\[float, float\], got '3'"),
+        ("augment.scale=3", r"of type tuple\[float, float\], got 3"),
         ("model=3", "model must be of type ModelConfig"),
         ("name=[unclosed", "must be YAML"),
+        ("seed=0b_", "must be YAML"),
+        (".name=x", "key=value"),
+        ("data..weight=2", "key=value"),
+        ("name=???", "name must be a value, got"),
+        ("model=???", "model must be a value, got"),
+        ("name=true", "name must be of type str, got True"),
+        ("wandb.enabled=2", "wandb.enabled must be of type bool, got 2"),
+        ("wandb.enabled='true'", "wandb.enabled must be of type bool, got 'true'"),
+        ('seed="3"', "seed must be of type int, got '3'"),
+        ("seed=1.0", "seed must be of type int, got 1.0"),
+        ("optimizer.lr=true", "optimizer.lr must be of type float, got True"),
+        ("augment.scale=[1, true]", r"augment.scale\[1\] must be of type float, got True"),
+        ("data.datasets.-1.weight=2", "one of 1 items, got -1"),
+        ("data.datasets[0].weight=2", r"must be known, got data.datasets\[0\]"),
+        ("data.datasets.0={name: q}", r"must have the key data.datasets\[0\].images"),
     ],
 )
 def test_wrong_overrides(tmp_path, override, message):
     path = write(tmp_path / "c.yaml", {"data": DATA, "name": "n"})
     with pytest.raises(ConfigError, match=message):
         load_settings(TrainConfig, path, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        # Text stays as it is written, for a number too; YAML reads the numbers and booleans.
+        ("3", "name", "3"),
+        ("010", "name", "010"),
+        ("off", "name", "off"),
+        ("'true'", "name", "true"),
+        ("010", "seed", 8),
+        ("0x10", "seed", 16),
+        ("1_000", "seed", 1000),
+    ],
+)
+def test_the_field_decides_what_a_scalar_is(tmp_path, text, key, value):
+    path = write(tmp_path / "c.yaml", {"data": DATA})
+    assert getattr(load_settings(TrainConfig, path, [f"{key}={text}"]), key) == value
+    path.write_text(f"{path.read_text()}{key}: {text}\n")
+    assert getattr(load_settings(TrainConfig, path), key) == value
+
+
+def test_an_override_replaces_and_leaves_an_alias(tmp_path):
+    path = write(tmp_path / "c.yaml", {"data": DATA})
+    augment = "augment: {scale: &range [0.5, 2], gamma: *range, flip: no}\n"
+    path.write_text(path.read_text() + augment)
+    config = load_settings(TrainConfig, path, ["augment.scale.0=0.25"])
+    assert (config.augment.scale, config.augment.gamma) == ((0.25, 2.0), (0.5, 2.0))
+    assert not config.augment.flip
+    assert load_settings(TrainConfig, path, ["augment={}"]).augment == AugmentConfig()
+
+
+@pytest.mark.parametrize("text", [r"C:\d\${1}", r"\\${", "${", "a$${b.c}\\", r"${x:y}\${"])
+def test_text_that_looks_like_a_reference_stays(text):
+    values = {"name": text, "data": {"datasets": [{"name": text, "images": "i", "labels": text}]}}
+    config = config_from_mapping(TrainConfig, values)
+    assert (config.name, config.data.datasets[0].labels) == (text, text)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +188,9 @@ def test_environment_variables(tmp_path, monkeypatch):
     monkeypatch.delenv("NO_SUCH_VARIABLE", raising=False)
     path = write(tmp_path / "c.yaml", {"data": DATA, "output_dir": "${CELL_DATA}/x"})
     assert load_settings(TrainConfig, path).output_dir == "/there/x"
+    assert load_settings(TrainConfig, path, [r"output_dir=C:\d\${CELL_DATA}"]).output_dir == (
+        r"C:\d\/there"
+    )
     path = write(tmp_path / "c.yaml", {"data": DATA, "output_dir": "${NO_SUCH_VARIABLE:-here}/x"})
     assert load_settings(TrainConfig, path).output_dir == "here/x"
     path = write(tmp_path / "c.yaml", {"data": DATA, "output_dir": "${NO_SUCH_VARIABLE}/x"})

@@ -141,9 +141,13 @@ def test_an_empty_value_in_a_section_is_empty(key):
         (["setup=module load cuda"], "setup must be of type tuple[str, ...]"),
         (["environment=5"], "environment must be of type dict[str, str]"),
         (["partition=[true]"], "partition must be of type str"),
+        (["partition=true"], "partition must be of type str, got True"),
+        (["setup=[{export MSG: hello}]"], "setup[0] must be of type str, got {'export MSG': 'hello'}"),
+        (["environment.X.Y=3"], "environment.X must be of type str, got {'Y': '3'}"),
+        (["extra.licenses=[a,b]"], "extra.licenses must be of type str, got ['a', 'b']"),
         (["partition"], "an override must be key=value, got 'partition'"),
         (["=gpu"], "an override must be key=value"),
-        (["nodes=2", "nodes.more=1"], "nodes must be of type int"),
+        (["nodes=2", "nodes.more=1"], "nodes.more must lead to a key"),
     ],
     ids=lambda item: " ".join(item) if isinstance(item, list) else "",
 )  # fmt: skip
@@ -297,6 +301,8 @@ def test_overrides_replace_and_empty(tmp_path):
     assert site.extra == {"licenses": "m"}
     assert site.setup == ("echo a", "echo b")
     assert site.time == "12:00:00"
+    assert load_site(name, ["environment={}"]).environment == {}
+    assert load_site(name, ["environment={Z: 1}"]).environment == {"Z": "1"}
 
 
 @pytest.mark.parametrize(
