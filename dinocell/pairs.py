@@ -150,8 +150,8 @@ def pair_folders(
     if problems:
         raise DataSetError(
             f"File names of '{pred_dir}' and '{truth_dir}' must match, but {' and '.join(problems)}: "
-            f"give both files the same name before the suffix (the endings {_ENDINGS} do not count), or "
-            "set `allow_missing` to count missing predictions as empty."
+            f"give both files of a pair the same name before the suffix (the endings {_ENDINGS} do "
+            "not count), or set `allow_missing_predictions` to score a missing prediction as an image without cells."
         )
     return [(name, preds.get(name), truths[name]) for name in sorted(truths)]
 
