@@ -275,7 +275,7 @@ class DINOCellPipeline:
         if not allow_mask and looks_like_labels(pixels):
             raise failure(
                 f"an image of intensities is needed, got what looks like a mask or label image{where}: "
-                "give the raw image, or set `allow_mask` if this is one"
+                "give the raw image, or set `allow_mask` if it is the raw image"
             )
         return pixels, pixel_size_um, stem
 

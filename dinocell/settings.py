@@ -266,7 +266,7 @@ def _merged(settings: Any, kind: Any, path: tuple[str, ...], value: Any) -> Any:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {where.removesuffix(key)}{near[0]}?" if near else "remove it"
             raise ConfigError(
-                f"every configuration key must be known, got {where}: {hint} "
+                f"each key of the configuration must be known, got '{where}': {hint} "
                 f"(known: {', '.join(known)})"
             ) from error
         raise ConfigError(

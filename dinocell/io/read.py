@@ -270,5 +270,5 @@ def _unknown_content_message(path: Path, head: bytes) -> str:
         text = text and err.start > 28  # the last letter has several bytes and is cut
     return (
         f"'{path}' must be an image, but its content is {'text' if text else 'of an unknown kind'}: "
-        f"give a file of kind {', '.join(IMAGE_SUFFIXES)}."
+        f"give an image file ({', '.join(IMAGE_SUFFIXES)})."
     )

@@ -68,7 +68,7 @@ class ModelConfig:
         require(
             0.0 <= self.fill_threshold < self.peak_threshold < 1.0,
             "model thresholds must hold 0 <= fill_threshold < peak_threshold < 1, got fill "
-            f"{self.fill_threshold} and peak {self.peak_threshold}: lower fill or raise peak",
+            f"{self.fill_threshold} and peak {self.peak_threshold}: change fill or peak",
         )
         require(
             0.0 <= self.low_percentile < self.high_percentile <= 100.0,

@@ -50,8 +50,8 @@ class Thresholds:
         if not 0.0 <= self.fill_threshold < self.peak_threshold < 1.0:
             raise ValueError(
                 "thresholds must hold 0 <= `fill_threshold` < `peak_threshold` < 1, got fill "
-                f"{self.fill_threshold} and peak {self.peak_threshold}: lower `fill_threshold` or "
-                "raise `peak_threshold`."
+                f"{self.fill_threshold} and peak {self.peak_threshold}: change "
+                "`fill_threshold` or `peak_threshold`."
             )
         if not 0.0 <= self.min_prominence <= 1.0:
             raise ValueError(
