@@ -5,16 +5,18 @@ that says "labels" (`LABEL_NAME_ENDINGS`): `a.tif` goes with `a.png`, `a_labels.
 In the layout of the Cell Tracking Challenge the number of the frame counts: `t007.tif` goes with
 `man_seg007.tif`, `man_track007.tif` or `mask007.tif`.
 
-When some label file of a folder has an ending, those without one are taken for images, overlays or maps
-and left aside: results often lie beside their images.  Whatever still leaves a choice is refused with the
-names of the files, because a wrong pair trains or scores without a sign.
+Images and labels may lie in one folder: then the files with an ending are the labels, the others the
+images.  In a folder of labels alone each image decides for itself: `a.tif` may lie beside `b_masks.tif`.
+Two label files for one image are refused with their names, because a wrong pair trains or scores without
+a sign.  When results are compared (`pair_folders`), no image is known: if some file of a folder has an
+ending, those without one are taken for images, overlays or maps and left aside.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,7 @@ OUTPUT_ENDINGS: tuple[str, ...] = ("_labels", "_overlay", "_distance_map")
 """Endings of the names of the images that DINOCell itself writes."""
 
 _CHALLENGE_NAME = re.compile(r"(?:man_seg|man_track|mask|t)(\d{3,})")
+_CHALLENGE_LABELS = re.compile(r"(?:man_seg|man_track|mask)\d{3,}")
 _NAMES_SHOWN = 5
 
 
@@ -60,13 +63,14 @@ class Pair:
 def find_pairs(
     images: str | os.PathLike[str], labels: str | os.PathLike[str], dataset: str = ""
 ) -> list[Pair]:
-    """Pair the images of one folder with the label files of another, by name.
+    """Pair the images of a folder with the label files of another, or of the same one, by name.
 
     Parameters
     ----------
     images, labels : path
         Folders.  Images whose name is that of a result of DINOCell (`OUTPUT_ENDINGS`) count only if a
-        label file has the same name.
+        label file has the same name.  If both are the same folder, a name with an ending says which
+        files are labels.
     dataset : str
         Kept in the pairs and named in errors.
 
@@ -79,23 +83,23 @@ def find_pairs(
     ------
     DataSetError
         A folder is missing or empty; an image has no label file or a label file no image (up to five are
-        named); two files claim to be the same image or its labels.
+        named); two files claim to be the same image or its labels; an image is its own label file.
     """
     of = f" of data set {dataset!r}" if dataset else ""
     label_paths = _files_in(labels, LABEL_SUFFIXES, f"labels{of}")
+    image_paths = _files_in(images, IMAGE_SUFFIXES, f"images{of}")
     label_stems = {_stem(path) for path in label_paths}
+    if os.path.samefile(images, labels):
+        label_paths = [path for path in label_paths if _says_labels(path)]
+        image_paths = [path for path in image_paths if not _says_labels(path)]
+        label_stems = set()
     image_by_stem = _one_per_stem(
         path
-        for path in _files_in(images, IMAGE_SUFFIXES, f"images{of}")
+        for path in image_paths
         if not path.stem.endswith(OUTPUT_ENDINGS) or _stem(path) in label_stems
     )
-    labels_by_name = _labels_by_name(label_paths, image_by_stem.keys())
-    # The label file of `t007.tif` may have the name 007; a plain `007.tif` comes first.
-    stem_of = {_image_name(stem): stem for stem in sorted(image_by_stem)}
-    stem_of |= {stem: stem for stem in image_by_stem}
-    found = {stem_of[name]: path for name, path in labels_by_name.items() if name in stem_of}
-    alone = sorted(image_by_stem.keys() - found.keys())
-    alone += sorted(labels_by_name.keys() - stem_of.keys())
+    found, unknown = _labels_of_images(label_paths, sorted(image_by_stem))
+    alone = sorted(image_by_stem.keys() - found.keys()) + unknown
     if alone:
         raise DataSetError(
             f"every image{of} must have one label file of its name and every label file an image, got "
@@ -103,6 +107,12 @@ def find_pairs(
             f"remove them; the labels of a.tif may be named a.png, or a with {_ENDINGS} before the suffix"
         )
     pairs = [Pair(dataset, image_by_stem[stem], path) for stem, path in found.items()]
+    for pair in pairs:
+        if os.path.samefile(pair.image_path, pair.labels_path):
+            raise DataSetError(
+                f"an image{of} and its labels must be two files, got '{pair.image_path}' for both: name "
+                "the folder that holds the label images"
+            )
     return sorted(pairs, key=lambda pair: pair.image_path.stem)
 
 
@@ -131,10 +141,10 @@ def pair_folders(
     Raises
     ------
     DataSetError
-        A folder is missing or holds no label file; two files claim to be the labels of one image; a
-        truth has no prediction (unless allowed) or a prediction no truth.
+        A folder is missing or holds no label file; two files claim to be the labels of one image, but for
+        a prediction that `segment` wrote in several formats (`a_labels.tif`, `a_labels.png`); a truth has no prediction (unless allowed) or a prediction no truth.
     """
-    preds = _labels_by_name(_label_files(pred_dir, "predictions"))
+    preds = _labels_by_name(_label_files(pred_dir, "predictions"), several_formats=True)
     truths = _labels_by_name(_label_files(truth_dir, "true labels"))
     without_pred = sorted(truths.keys() - preds.keys())
     without_truth = sorted(preds.keys() - truths.keys())
@@ -198,26 +208,52 @@ def _one_per_stem(paths: Iterable[Path]) -> dict[str, Path]:
     return by_stem
 
 
-def _labels_by_name(
-    paths: Sequence[Path], image_stems: Collection[str] = frozenset()
-) -> dict[str, Path]:
-    """Name of the image → label file; the stem of a known image is a name, whatever its ending."""
-    stems = {path: _stem(path) for path in paths}
-    ending = {path for path, stem in stems.items() if stem.endswith(LABEL_NAME_ENDINGS)}
-    if any(stems[path] not in image_stems for path in ending):
-        stems = {path: stem for path, stem in stems.items() if path in ending}
-    by_stem: dict[str, Path] = {}
-    # `segment` writes a_labels in several formats at a time: they hold the same.
-    for path in sorted(stems, key=lambda p: (LABEL_SUFFIXES.index(p.suffix.lower()), p.name)):
-        if not stems[path].endswith("_labels"):
-            _refuse_second(by_stem, stems[path], path)
-        by_stem.setdefault(stems[path], path)
+def _labels_of_images(
+    paths: Sequence[Path], image_stems: Sequence[str]
+) -> tuple[dict[str, Path], list[str]]:
+    """Stem of the image → label file, and the names of the label files that belong to no image."""
+    # The label file of `t007.tif` may have the name 007; a plain `007.tif` comes first.
+    stem_of = {_image_name(stem): stem for stem in image_stems}
+    stem_of |= {stem: stem for stem in image_stems}
+    found: dict[str, Path] = {}
+    unknown = []
+    for path in paths:
+        stem = _stem(path)  # that of a known image is a name, whatever its ending
+        image = stem_of.get(stem if stem in stem_of else _image_name(stem))
+        if image is None:
+            unknown.append(path)
+            continue
+        _refuse_second(found, image, path)
+        found[image] = path
+    # Beside files with an ending lie overlays and maps.
+    if any(_has_ending(path) and _stem(path) not in stem_of for path in paths):
+        unknown = [path for path in unknown if _has_ending(path)]
+    return found, sorted({_image_name(_stem(path)) for path in unknown})
+
+
+def _labels_by_name(paths: Sequence[Path], *, several_formats: bool = False) -> dict[str, Path]:
+    """Name of the image → label file, where no image is known."""
     by_name: dict[str, Path] = {}
-    for stem, path in sorted(by_stem.items()):
-        name = stem if stem in image_stems else _image_name(stem)
+    for path in sorted(
+        filter(_has_ending, paths) if any(map(_has_ending, paths)) else paths,
+        key=lambda p: (_stem(p), LABEL_SUFFIXES.index(p.suffix.lower()), p.name),
+    ):
+        name, stem = _image_name(_stem(path)), _stem(path)
+        # `segment` writes a_labels in several formats at a time: they hold the same.
+        known = by_name.get(name)
+        if several_formats and known and _stem(known) == stem and stem.endswith("_labels"):
+            continue
         _refuse_second(by_name, name, path)
         by_name[name] = path
     return by_name
+
+
+def _has_ending(path: Path) -> bool:
+    return _stem(path).endswith(LABEL_NAME_ENDINGS)
+
+
+def _says_labels(path: Path) -> bool:
+    return _has_ending(path) or _CHALLENGE_LABELS.fullmatch(_stem(path)) is not None
 
 
 def _refuse_second(by_name: dict[str, Path], name: str, path: Path) -> None:

@@ -103,7 +103,56 @@ def test_results_beside_their_images_are_found(tmp_path):
     touch(pred, "b_labels.tif", "b_overlay.png", "report.html", ".a_labels.tif", "b.png")
     truth = touch(tmp_path / "t", "a.png", "b.png", "README.md")
     assert paired(pred, truth) == {"a": ("a_labels.tif", "a.png"), "b": ("b_labels.tif", "b.png")}
+    with pytest.raises(DataSetError, match=r"'a_labels.png' and 'a_labels.tif' for 'a'"):
+        find_pairs(truth, pred)  # one of them may have been corrected
+    with pytest.raises(DataSetError, match=r"'a_labels.tif' and 'a_labels.png' for 'a'"):
+        pair_folders(truth, pred)
+    (pred / "a_labels.png").unlink()
+    with pytest.raises(DataSetError, match=r"'b.png' and 'b_labels.tif' for 'b'"):
+        find_pairs(truth, pred)
+    (pred / "b.png").unlink()
     assert with_images(truth, pred) == {"a.png": "a_labels.tif", "b.png": "b_labels.tif"}
+
+
+def test_images_and_labels_may_lie_in_one_folder(tmp_path):
+    data = touch(tmp_path / "d", "a.tif", "a_masks.tif", "b.jpg", "b_seg.png", "b_overlay.png")
+    touch(data, "a_seg.npy", "t007.tif", "man_seg007.tif")
+    (tmp_path / "link").symlink_to(data)
+    for labels in (data, tmp_path / "link"):
+        assert with_images(data, labels) == {
+            "a.tif": "a_masks.tif",
+            "b.jpg": "b_seg.png",
+            "t007.tif": "man_seg007.tif",
+        }
+    touch(data, "c.tif")
+    with pytest.raises(DataSetError, match=r"1 without a partner \(c\)"):
+        find_pairs(data, data)
+    touch(data, "c_masks.png", "c_labels.png")
+    with pytest.raises(DataSetError, match=r"'c_labels.png' and 'c_masks.png' for 'c'"):
+        find_pairs(data, data)
+
+
+def test_no_image_is_its_own_label_file(tmp_path):
+    from dinocell.training.config import DataConfig, DatasetConfig
+    from dinocell.training.datasets import split_pairs
+
+    images = touch(tmp_path / "i", "a.tif", "b.tif")
+    config = DataConfig(datasets=(DatasetConfig("set", str(images), str(images)),))
+    with pytest.raises(DataSetError, match=r"2 without a partner \(a, b\)"):
+        split_pairs(config, seed=0)
+    labels = touch(tmp_path / "l", "b.tif")
+    (labels / "a.tif").symlink_to(images / "a.tif")
+    with pytest.raises(DataSetError, match=r"must be two files, got '.*a\.tif' for both"):
+        find_pairs(images, labels)
+
+
+def test_each_image_of_a_mixed_folder_decides_for_itself(tmp_path):
+    images = touch(tmp_path / "i", "a.tif", "b.tif")
+    labels = touch(tmp_path / "l", "a.tif", "b_masks.tif", "b_overlay.png")
+    assert with_images(images, labels) == {"a.tif": "a.tif", "b.tif": "b_masks.tif"}
+    touch(labels, "a_masks.tif")
+    with pytest.raises(DataSetError, match=r"'a.tif' and 'a_masks.tif' for 'a'"):
+        find_pairs(images, labels)
 
 
 def test_results_of_dinocell_are_no_images(tmp_path):
