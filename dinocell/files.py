@@ -9,6 +9,7 @@ never a half.  At the end the folder is flushed too, because the new name is par
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -117,25 +118,40 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     _flush_folder(final.parent)
 
 
-def move_into_place(temporary: Path, final: Path) -> None:
-    """Give a finished file its name, replacing a file that has it; both lie on one file system.
+def move_into_place(temporary: Path, final: Path, *, flush: bool = True) -> None:
+    """Give a finished file or folder its name, replacing a file that has it; both lie on one file system.
 
-    For files that outlive a failure under their temporary name, such as a partial download; everything
-    else is written with `atomic_path`.
+    For what outlives a failure under its temporary name, such as a partial download; everything else is
+    written with `atomic_path`.  A folder is not flushed with its files, and replaces an empty one only.
+    Without `flush` a power cut may leave a damaged file: for caches, whose readers check what they read.
     """
-    _flush_file(temporary)
+    if flush and temporary.is_file():
+        _flush_file(temporary)
+    elif flush:
+        _flush_folder(temporary)
     os.replace(temporary, final)
-    _flush_folder(final.parent)
+    if flush:
+        _flush_folder(final.parent)
 
 
 def remove_temporary_files(folder: Path, *, before: float) -> None:
-    """Delete files that `atomic_path` left in `folder` because its process was killed.
+    """Delete what `atomic_path` and `atomic_folder` left in `folder` when their process was killed.
 
-    `before` is in seconds since 1970: younger files stay, another process may be writing them.
+    `before` is in seconds since 1970: what is younger stays, another process may be writing it.
     """
     for path in folder.glob(".tmp-*"):
-        if _TEMPORARY.fullmatch(path.name) and path.stat().st_mtime < before:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            if not _TEMPORARY.fullmatch(path.name) or _last_change(path) >= before:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _last_change(path: Path) -> float:
+    """Seconds since 1970, of a folder with all that it holds."""
+    return max(inner.lstat().st_mtime for inner in (path, *path.rglob("*")))
 
 
 def _temporary_beside(final: Path, suffix: str) -> Path:
@@ -145,7 +161,12 @@ def _temporary_beside(final: Path, suffix: str) -> Path:
 def _flush_file(path: Path) -> None:
     """Errors count: a network file system reports a full disk here at the earliest."""
     with open(path, "rb+" if os.access(path, os.W_OK) else "rb") as file:
-        os.fsync(file.fileno())
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            # Some mounted file systems cannot flush a file; what was written is complete all the same.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
 
 
 def _flush_folder(folder: Path) -> None:

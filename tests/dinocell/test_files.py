@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -103,14 +105,30 @@ def test_a_folder_that_cannot_be_flushed_is_no_failure(tmp_path, monkeypatch):
     assert (tmp_path / "a.txt").read_text() == "x"
 
 
-def test_a_full_disk_seen_at_the_flush_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_flush_keeps_the_output(tmp_path, monkeypatch, code):
+    """Some FUSE and SMB mounts."""
+
+    def refuse(handle):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_text_atomically(tmp_path / "a.txt", "x")
+    assert (tmp_path / "a.txt").read_text() == "x"
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("1")
+    assert (tmp_path / "out" / "a").read_text() == "1"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_full_disk_seen_at_the_flush_leaves_the_old_file(tmp_path, monkeypatch, code):
     (tmp_path / "a.txt").write_text("old")
 
     def full(handle):
-        raise OSError(28, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=os.strerror(code)):
         write_text_atomically(tmp_path / "a.txt", "new")
     assert os.listdir(tmp_path) == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
@@ -143,3 +161,31 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path):
     remove_temporary_files(tmp_path, before=2000)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [".tmp-fedcba9876543210.csv", ".tmp-mine.tif", "a_labels.tif"]
+
+
+def test_folders_of_killed_processes_are_removed(tmp_path):
+    """A folder is as young as the youngest file in it."""
+    killed, used = tmp_path / ".tmp-0123456789abcdef", tmp_path / ".tmp-fedcba9876543210"
+    for folder in (killed, used):
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "a").touch()
+        for path in (folder / "deep" / "a", folder / "deep", folder):
+            os.utime(path, (1000, 1000))
+    os.utime(used / "deep" / "a", (3000, 3000))
+    remove_temporary_files(tmp_path, before=2000)
+    assert list(tmp_path.iterdir()) == [used]
+
+
+def test_leftovers_that_another_process_removed_first_are_no_failure(tmp_path, monkeypatch):
+    gone = tmp_path / ".tmp-0123456789abcdef.tif"
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([gone]))
+    remove_temporary_files(tmp_path, before=2000)
+
+
+def test_a_cache_is_renamed_without_a_flush_and_folders_are_moved(tmp_path, monkeypatch):
+    (tmp_path / "part").mkdir()
+    move_into_place(tmp_path / "part", tmp_path / "whole")
+    monkeypatch.setattr(os, "fsync", None)  # a call would fail
+    (tmp_path / "entry.part").write_text("x")
+    move_into_place(tmp_path / "entry.part", tmp_path / "entry", flush=False)
+    assert sorted(os.listdir(tmp_path)) == ["entry", "whole"]

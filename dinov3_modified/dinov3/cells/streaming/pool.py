@@ -126,7 +126,7 @@ class SharedFolder:
             with part_path.open("wb") as stream:
                 for part in parts:
                     stream.write(part if isinstance(part, bytes) else part.data)
-            move_into_place(part_path, path)
+            move_into_place(part_path, path, flush=False)
         except OSError as error:
             logger.warning("%s cannot be written (%s): not kept", path, error.strerror)
             return False
@@ -173,10 +173,6 @@ class SharedFolder:
                     break
                 path.unlink(missing_ok=True)
                 total[0] -= size
-
-    def used_bytes(self) -> int:
-        """Of all entries."""
-        return sum(size for _, size, _ in self._entries())
 
     def _entries(self) -> list[tuple[float, int, Path]]:
         found = []
