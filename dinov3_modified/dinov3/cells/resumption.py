@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import dinov3.distributed as distributed
-from dinov3.cells.files import write_text_atomically
+from dinov3.cells.files import move_into_place, write_text_atomically
 from dinov3.cells.validation import compare_configs
 from dinov3.checkpointer import find_latest_checkpoint
 from dinov3.configs import get_default_config
@@ -36,7 +36,7 @@ def check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
     if not resume:
         if distributed.TorchDistributedEnvironment().rank == 0:  # earlier work is kept
             number = next(n for n in range(1, 10_000) if not (output_dir / f"ckpt_{n}").exists())
-            ckpt_dir.rename(output_dir / f"ckpt_{number}")
+            move_into_place(ckpt_dir, output_dir / f"ckpt_{number}")
         return
     path = output_dir / "config.yaml"
     if not path.is_file():

@@ -31,6 +31,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from dinov3.cells.files import move_into_place, write_text_atomically
+
 __all__ = [
     "CheckpointRetentionPolicy",
     "cleanup_checkpoint",
@@ -144,12 +146,7 @@ def _write_manifest(folder: Path) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-    manifest = folder / _MANIFEST
-    with manifest.open("w", encoding="utf-8") as stream:
-        json.dump({"files": files}, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    _sync_folder(folder)
+    write_text_atomically(folder / _MANIFEST, json.dumps({"files": files}, indent=1))
 
 
 def _replace_folder(part: Path, target: Path) -> None:
@@ -157,19 +154,9 @@ def _replace_folder(part: Path, target: Path) -> None:
     aside = target.with_name(f".{target.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
-        target.rename(aside)
-    part.rename(target)
-    _sync_folder(target.parent)
+        move_into_place(target, aside, flush=False)
+    move_into_place(part, target)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _crc32(path: Path) -> int:
