@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dinov3.distributed as distributed
-from dinov3.cells.hooks import Watched
+from dinov3.cells.hooks import Watched, empty_teacher
 from dinov3.cells.monitors import CollapseMonitor, module_statistics
 from dinov3.cells.strategy import full_state_dict
 from dinov3.cells.visuals import VisualLogger
-from dinov3.models import build_model
 
 __all__ = ["Diagnostics"]
 
@@ -45,7 +44,7 @@ class Diagnostics:
         self.monitor = CollapseMonitor(cfg)
         wandb = isinstance(metric_logger, Watched)
         self.visuals = VisualLogger(
-            self._cpu_vit,
+            lambda: empty_teacher(self.cfg, "cpu"),
             cfg.train.output_dir,
             metric_logger.log_pictures if wandb else None,
             mean=cfg.crops.rgb_mean,
@@ -53,11 +52,6 @@ class Diagnostics:
         )
         if wandb:  # the last picture must arrive before wandb is closed
             metric_logger.before_finish.append(self.visuals.close)
-
-    def _cpu_vit(self) -> nn.Module:
-        """A network of the teacher's architecture, without values."""
-        vit: nn.Module = build_model(self.cfg.student, only_teacher=True, device="meta")[0]
-        return vit.to_empty(device="cpu").eval()
 
     def after_step(
         self,

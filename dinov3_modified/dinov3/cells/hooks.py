@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 __all__ = [
     "Watched",
+    "empty_teacher",
     "evaluate",
     "find_dataset",
     "fit_patch_size",
@@ -363,12 +364,20 @@ def _evaluation(cfg: Any) -> Callable[..., Mapping[str, float]] | None:
     return _evaluations[key]
 
 
+def empty_teacher(cfg: Any, device: str | torch.device) -> nn.Module:
+    """A network of the teacher's architecture, without values."""
+    from dinov3.models import build_model
+
+    vit: nn.Module = build_model(cfg.student, only_teacher=True, device="meta")[0]
+    return vit.to_empty(device=device).eval()
+
+
 def evaluate(cfg: Any, model: Any, iteration: int, metric_logger: Any) -> None:
     """After each step, in all processes: score the teacher every `ssl_evaluation.period_iterations`.
 
     The first process evaluates a copy of the teacher, gathered if it is sharded.  The scores become a
     line of the metrics file, or meters where the logger writes no lines of its own (upstream's).
-    This is the one place that catches what an evaluation raises: it is logged with its traceback, and
+    This is the one place that catches what an evaluation, or the record of its scores, raises: it is logged with its traceback, and
     the training continues.
 
     Raises:
@@ -378,7 +387,6 @@ def evaluate(cfg: Any, model: Any, iteration: int, metric_logger: Any) -> None:
     if evaluation is None or (iteration + 1) % cfg.ssl_evaluation.period_iterations:
         return
     import dinov3.distributed as distributed
-    from dinov3.models import build_model
 
     state = {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -389,19 +397,15 @@ def evaluate(cfg: Any, model: Any, iteration: int, metric_logger: Any) -> None:
     try:
         device = next(iter(state.values())).device
         with torch.random.fork_rng(devices=[]):
-            vit: Any = build_model(cfg.student, only_teacher=True, device="meta")[0]
-            vit = vit.to_empty(device=device).eval()
+            vit = empty_teacher(cfg, device)
         vit.load_state_dict(state)
         found = evaluation(vit, iteration, Path(cfg.train.output_dir))
         scores = {name: float(value) for name, value in found.items()}
+        if scores and hasattr(metric_logger, "record"):
+            metric_logger.record(iteration, scores)
+        elif scores:
+            metric_logger.update(**scores)
     except Exception:
         logger.exception(
             "The evaluation of iteration %d failed.  The training continues without it.", iteration
         )
-        return
-    if not scores:
-        return
-    if hasattr(metric_logger, "record"):
-        metric_logger.record(iteration, scores)
-    else:
-        metric_logger.update(**scores)

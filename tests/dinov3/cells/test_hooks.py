@@ -419,6 +419,17 @@ def test_the_teacher_is_scored_when_it_is_due(model, scorer, caplog):
     assert "The evaluation of iteration 11 failed" in caplog.text
 
 
+def test_scores_that_cannot_be_recorded_stop_no_training(model, scorer, caplog):
+    class Full(Metrics):
+        def record(self, iteration, figures):
+            raise OSError(28, "No space left on device")
+
+    cfg = evaluation("ssl_evaluation.hook=scorer:make", "ssl_evaluation.period_iterations=2")
+    evaluate(cfg, model, 1, Full())
+    assert scorer.calls[-1] == (1, "/o", False)
+    assert "The evaluation of iteration 1 failed" in caplog.text
+
+
 def test_nothing_is_scored_by_default(model, scorer):
     evaluate(evaluation("ssl_evaluation.hook=scorer:make"), model, 1, Metrics())
     evaluate(evaluation("ssl_evaluation.period_iterations=1"), model, 1, Metrics())
