@@ -84,7 +84,8 @@ def _seconds(work: Callable[[], Any], repeats: int) -> list[float]:
     return taken
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """Name of this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -154,7 +155,7 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/measure.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
-            "processor": _processor(),
+            "processor": processor_name(),
             "cores": os.cpu_count(),
             "system": platform.system(),
             "python": platform.python_version(),

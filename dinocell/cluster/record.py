@@ -26,7 +26,6 @@ __all__ = [
     "read_record",
     "read_submissions",
     "run_progress",
-    "saved_progress",
     "work_mark",
     "write_record",
 ]
@@ -43,7 +42,7 @@ class Start:
     ----------
     job : number; "" without a cluster
     restart : how often SLURM had requeued it
-    progress : what was saved then, see `saved_progress`
+    progress : steps, iterations or images that a new start would not repeat
     time : seconds since 1970
     host : first node
     mark : see `work_mark`, before this start
@@ -152,11 +151,6 @@ def first_failure(
 
 
 # --- how far a run is ---
-
-
-def saved_progress(command: Sequence[str], run_dir: str | Path) -> int:
-    """Steps, iterations or images of a run that a new start would not repeat."""
-    return command_of(command).saved(Path(run_dir))
 
 
 def work_mark(command: Sequence[str], run_dir: str | Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dinocell.cluster.commands import command_of
 from dinocell.cluster.record import (
     JobRecord,
     Start,
@@ -16,7 +17,6 @@ from dinocell.cluster.record import (
     read_record,
     read_submissions,
     run_progress,
-    saved_progress,
     write_record,
 )
 from dinocell.submitted import RunProgress
@@ -71,31 +71,31 @@ def test_stalled_starts_are_those_since_the_best_progress():
 
 def test_saved_progress_of_a_pretraining(tmp_path):
     command = ("pretrain", "c.yaml")
-    assert saved_progress(command, tmp_path / "absent") == 0
+    assert command_of(command).saved(tmp_path / "absent") == 0
     for name in ("9", "29", "29.tmp", "best", "tmp_99"):
         (tmp_path / "ckpt" / name).mkdir(parents=True)
-    assert saved_progress(command, tmp_path) == 30  # iterations 0 to 29 are done
+    assert command_of(command).saved(tmp_path) == 30  # iterations 0 to 29 are done
 
 
 def test_saved_progress_of_a_fine_tuning(tmp_path):
     command = ("train", "c.yaml")
-    assert saved_progress(command, tmp_path) == 0
+    assert command_of(command).saved(tmp_path) == 0
     (tmp_path / "checkpoints").mkdir()
     for name in ("step_00000090.pt", "step_00000100.pt", "best.pt", "step_x.pt", ".tmp-1.pt"):
         (tmp_path / "checkpoints" / name).touch()
-    assert saved_progress(command, tmp_path) == 100
+    assert command_of(command).saved(tmp_path) == 100
 
 
 @pytest.mark.parametrize("command", [("segment", "p"), ("shards", "run", "out", "1")])
 def test_saved_progress_of_images_is_their_whole_lines(tmp_path, command):
-    assert saved_progress(command, tmp_path) == 0
+    assert command_of(command).saved(tmp_path) == 0
     (tmp_path / "images.jsonl").write_text('{"name": "a"}\n{"name": "b"}\n{"na')
-    assert saved_progress(command, tmp_path) == 2
+    assert command_of(command).saved(tmp_path) == 2
 
 
 def test_saved_progress_of_what_saves_nothing(tmp_path):
-    assert saved_progress(("evaluate",), tmp_path) == 0
-    assert saved_progress((), tmp_path) == 0
+    assert command_of(("evaluate",)).saved(tmp_path) == 0
+    assert command_of(()).saved(tmp_path) == 0
 
 
 # --- how far ---
