@@ -139,7 +139,8 @@ class TestWrongFolders:
             CropDataset(pairs, config_of((DatasetConfig("a", "", ""),)), length=1)
 
     def test_a_single_image_cannot_be_split(self, tmp_path):
-        write_labels(tmp_path / "a.png", np.ones((9, 8), np.uint8))
+        for name in ("a.png", "a_masks.png"):
+            write_labels(tmp_path / name, np.ones((9, 8), np.uint8))
         config = DataConfig(datasets=(DatasetConfig("a", str(tmp_path), str(tmp_path)),))
         with pytest.raises(DataSetError, match="at least two images"):
             split_pairs(config, seed=0)
