@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +91,14 @@ def run(images: Path, out: Path, *changes: str) -> None:
     main(arguments(f"ImageFolder:root={images}", out, *changes))
 
 
-def start(data: str, out: Path, *changes: str) -> subprocess.Popen:
-    """A run in a process of its own."""
+def start(
+    data: str, out: Path, *changes: str, command: Sequence[str] = ("dinov3.train.train",)
+) -> subprocess.Popen:
+    """A run in a process of its own; `command` is a module and its first arguments."""
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", "dinov3.train.train", *arguments(data, out, *changes)],
+        [sys.executable, "-u", "-m", *command, *arguments(data, out, *changes)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -192,6 +195,41 @@ def test_signal_saves_and_stops(images, whole_run, tmp_path, monkeypatch):
     run(images, tmp_path, "checkpointing.period=1000")
     assert "continuing with iteration 3" in (tmp_path / "logs" / "log.txt").read_text()
     assert same(teacher(tmp_path), teacher(whole_run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "program", "expected"),
+    [
+        (signal.SIGUSR2, "dinov3.train.train", 1),
+        (signal.SIGINT, "dinov3.train.train", 1),
+        (signal.SIGUSR2, "dinocell", 75),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_signal_ends_a_process_with_one_sentence(
+    images, whole_run, tmp_path, number, program, expected
+):
+    """Upstream's entry ends with 1, `dinocell pretrain` with the code that asks for another start."""
+    data, out = f"ImageFolder:root={images}", tmp_path / "out"
+    changes = ["checkpointing.period=1000"]
+    command = [program]
+    if program == "dinocell":
+        (tmp_path / "empty.yaml").write_text("{}\n")
+        command += ["pretrain", str(tmp_path / "empty.yaml")]
+    process = start(data, out, *changes, command=command)
+    seen = wait_for(process, "Training [0/6]")
+    process.send_signal(number)
+    code, output = finish(process)
+    assert code == expected, output
+    assert f"stopped by {number.name} after iteration" in output
+    assert "Traceback" not in seen + output
+    saved = int(next((out / "ckpt").iterdir()).name)
+    assert saved < 5
+    code, output = finish(start(data, out, *changes, command=command))
+    assert code == 0, output
+    assert f"continuing with iteration {saved + 1}" in output
+    assert same(teacher(out), teacher(whole_run))
 
 
 @pytest.mark.slow
@@ -418,6 +456,33 @@ def test_start_from_a_patch_16_file_is_remembered(images, tmp_path, whole_run):
     run(images, tmp_path / "b", *changes)
     assert same(teacher(tmp_path / "a"), teacher(tmp_path / "b"))
     assert not same(teacher(tmp_path / "a"), teacher(whole_run))
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_files_of_one(images, tmp_path):
+    """Both strategies start with torchrun and leave one set of files with the same weights."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
+    for strategy in ("ddp", "fsdp"):
+        out = tmp_path / strategy
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            "-m", "dinov3.train.train",
+            *arguments(f"ImageFolder:root={images}", out, f"accelerator.strategy={strategy}",
+                       "student.drop_path_rate=0.0"),
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=600, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        line = json.loads((out / "training_metrics.json").read_text().splitlines()[-1])
+        assert line["global_batch_size"] == 6
+        assert sorted(p.name for p in (out / "ckpt").iterdir()) == ["1", "3", "5"]
+    expected = teacher(tmp_path / "ddp")
+    found = teacher(tmp_path / "fsdp")
+    assert found.keys() == expected.keys()
+    for name, value in found.items():  # equal up to rounding
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
 
 
 def on_two(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
