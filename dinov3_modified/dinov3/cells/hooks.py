@@ -34,6 +34,11 @@ __all__ = [
 
 logger = logging.getLogger("dinov3")
 
+_MOVED_HOOKS = {
+    "dinocell.training.ssl_evaluation:make_evaluation": (
+        "dinocell.pretraining.teacher_evaluation:make_evaluation"
+    ),
+}
 _LOG_EVERY = 10  # iterations, as upstream's log lines
 
 
@@ -339,6 +344,9 @@ def load_hook(address: str) -> Callable[..., Any]:
     Raises:
         ValueError: no such module or function.
     """
+    if address in _MOVED_HOOKS:  # a run that an earlier version started
+        logger.warning("ssl_evaluation.hook %s has moved: write %s", address, _MOVED_HOOKS[address])
+        address = _MOVED_HOOKS[address]
     module, _, name = address.partition(":")
     try:
         return getattr(importlib.import_module(module), name)

@@ -442,3 +442,11 @@ def test_a_wrong_hook_stops_the_run(model):
     with pytest.raises(ValueError, match=r"must be package\.module:function, got 'scorer:none'"):
         evaluate(cfg, model, 0, Metrics())
     assert load_hook("json:dumps") is json.dumps
+
+
+def test_the_old_address_of_a_hook_still_loads(caplog):
+    """A run that an earlier version started has it in its configuration."""
+    from dinocell.pretraining.teacher_evaluation import make_evaluation
+
+    assert load_hook("dinocell.training.ssl_evaluation:make_evaluation") is make_evaluation
+    assert "has moved: write dinocell.pretraining.teacher_evaluation:make_" in caplog.text
