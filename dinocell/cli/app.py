@@ -27,6 +27,7 @@ from dinocell.cli import (
 )
 from dinocell.cli.options import Call, expand_dataclasses, in_options, option
 from dinocell.errors import DINOCellError, StoppedError, UsageError
+from dinocell.tree import tree_imports
 
 __all__ = ["app", "main"]
 
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     call = Call()
     try:
-        app(args=arguments, prog_name="dinocell", obj=call)
+        with tree_imports():
+            app(args=arguments, prog_name="dinocell", obj=call)
     except StoppedError as error:
         print(f"dinocell: {in_options(str(error), call.context)}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dinocell.errors import CheckpointError, UsageError
 from dinocell.network.weights import find_weights
+from dinocell.tree import tree_imports
 
 __all__ = [
     "BACKBONE_SIZES",
@@ -87,7 +88,8 @@ class DINOv3Backbone(nn.Module):
         self.patch_size = patch_size
         self.embed_dim = shape.embed_dim
         self.blocks_read = feature_blocks(shape.depth)
-        from dinov3.models.vision_transformer import DinoVisionTransformer
+        with tree_imports():
+            from dinov3.models.vision_transformer import DinoVisionTransformer
 
         self.vit: Any = DinoVisionTransformer(
             patch_size=patch_size,
@@ -134,7 +136,8 @@ def load_backbone_weights(backbone: DINOv3Backbone, path: str | Path) -> str:
     CheckpointError
         It holds no backbone, or keys are missing, unexpected or misshapen; all are listed.
     """
-    from dinov3.cells import weights as formats
+    with tree_imports():
+        from dinov3.cells import weights as formats
 
     try:
         return str(formats.load_backbone(backbone.vit, find_weights(path)))

@@ -21,6 +21,7 @@ from dinocell.network.backbone import BACKBONE_SIZES, DINOv3Backbone
 from dinocell.network.config import ModelConfig
 from dinocell.network.decoder import create_decoder
 from dinocell.settings import config_from_mapping, config_to_mapping
+from dinocell.tree import tree_imports
 
 __all__ = [
     "DINOCell",
@@ -220,8 +221,6 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
     """
     from safetensors.torch import load_file
 
-    from dinov3.cells.weights.fit import WeightsError, refuse_differences
-
     header = read_model_header(name)
     path = _model_path(name)
     try:
@@ -239,18 +238,29 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
         ) from error
     model = DINOCell(config, card=header.get("card"))
     expected = model.state_dict()
+    _refuse_other_weights(path, state, expected, config)
+    model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
+    return model.eval().to(resolve_device(device))
+
+
+def _refuse_other_weights(
+    path: Path, state: dict[str, Tensor], expected: dict[str, Tensor], config: ModelConfig
+) -> None:
+    shapes = {key: tuple(value.shape) for key, value in expected.items()}
+    if {key: tuple(value.shape) for key, value in state.items()} == shapes:
+        return  # without our part of the tree, so that upstream's own tree segments too
+    with tree_imports():
+        from dinov3.cells.weights.fit import WeightsError, refuse_differences
     try:
         refuse_differences(
             state,
-            {key: tuple(value.shape) for key, value in expected.items()},
+            shapes,
             f"the weights of '{path}' must fit its header ({config.size}/{config.patch_size}, "
             f"{config.decoder})",
             "the file is damaged or was made by another program, so fetch it again",
         )
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
-    model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
-    return model.eval().to(resolve_device(device))
 
 
 def bundled_models() -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dinocell.errors import CheckpointError, UsageError
+from dinocell.tree import tree_imports
 
 __all__ = [
     "RELEASED",
@@ -210,7 +211,8 @@ def how_to_get(name: str, file: str, folder: Path) -> str:
 
 
 def _formats() -> Any:
-    from dinov3.cells import weights
+    with tree_imports():
+        from dinov3.cells import weights
 
     return weights
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -353,6 +354,42 @@ class TestWeights:
         assert "dinocell-tiny" in out
 
 
+def in_a_process(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A call of Python that finds this clone."""
+    path = f"{ROOT}:{ROOT / 'dinov3_modified'}"
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin", **variables},
+    )
+
+
+@pytest.mark.parametrize("module", ["dinocell", "dinocell.cli"])
+def test_modules_that_are_the_command(module):
+    done = in_a_process("-m", module, "--version")
+    assert (done.returncode, done.stdout) == (0, f"dinocell {__version__}\n"), done.stderr
+
+
+def test_a_tree_without_our_part_segments_and_says_what_it_lacks(model_path, two, tmp_path):
+    """Upstream's tree as Meta releases it."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "dinov3_modified", tree, ignore=shutil.ignore_patterns("cells"))
+    command = ("-m", "dinocell", "segment", two / "images", "-o", tmp_path / "out", "--model")
+    done = in_a_process(*command, model_path, DINOCELL_DINOV3=str(tree))
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("*_labels.tif"))) == 2
+    (tmp_path / "b.pth").write_bytes(b"")
+    done = in_a_process(
+        "-m", "dinocell", "weights", "info", tmp_path / "b.pth", DINOCELL_DINOV3=str(tree)
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("dinocell: error: the package dinov3 must be DINOCell's or a ")
+    assert f"got {tree / 'dinov3' / '__init__.py'} (No module named 'dinov3.cells')" in done.stderr
+
+
 def test_a_process_of_its_own_and_light_import():
     code = (
         "import sys, dinocell\n"
@@ -362,13 +399,6 @@ def test_a_process_of_its_own_and_light_import():
         "from dinocell.cli import main\n"
         "main(['--version'])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'dinov3_modified'}", "PATH": "/usr/bin:/bin"},
-    )
+    done = in_a_process("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"dinocell {__version__}\n"
