@@ -222,7 +222,7 @@ def test_busy_thread_is_not_waited_for(tmp_path, caplog):
     assert not visuals.submit(state, images(), 10)
     assert visuals.skipped == 1
     assert not visuals.close(timeout_s=0.01)
-    assert "not done within 0.01 s" in caplog.text
+    assert "not finished within 0.01 s" in caplog.text
     gate.set()
     assert visuals.close()
     assert visuals.submit(state, images(), 20)
