@@ -330,6 +330,12 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     assert list((tmp_path / "results").glob("*_labels.tif"))
 
 
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_no_text_installs_the_other_dinocell():
     """The package index has another project of that name."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout

@@ -40,7 +40,7 @@ def _ask(tree: Path, name: str, folder: Path) -> Any:
     }
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(PROBE), name, str(folder)],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+        env=environment, cwd=folder, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     if done.returncode:
         lines = done.stderr.strip().splitlines()

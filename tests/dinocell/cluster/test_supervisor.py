@@ -91,7 +91,7 @@ def wait_until(condition, within_s: float = 120) -> None:
 
 
 def end(process) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=900)
     return process.returncode, output
 
 

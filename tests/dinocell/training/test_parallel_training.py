@@ -55,7 +55,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=300,
+        timeout=900,
         check=False,
     )
 
@@ -197,7 +197,7 @@ def test_a_signal_to_one_stops_both_and_the_run_goes_on_exactly(blob_data, tmp_p
             assert started.poll() is None, started.stdout.read()  # type: ignore[union-attr]
             time.sleep(0.02)
         os.kill(int((tmp_path / "pid1").read_text()), signal.SIGUSR2)
-        output, _ = started.communicate(timeout=300)
+        output, _ = started.communicate(timeout=900)
     finally:
         started.kill()
     assert started.returncode != 0

@@ -288,7 +288,7 @@ def test_signals_to_the_whole_group_spare_workers_and_a_killed_process_takes_the
         stderr=subprocess.DEVNULL,
         text=True,
         check=False,
-        timeout=90,
+        timeout=900,
         env=ENVIRONMENT,
     )
     assert done.stdout.strip() == f"True [True, True] {batches(31)[-1][0]}"

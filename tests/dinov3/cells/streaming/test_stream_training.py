@@ -76,7 +76,7 @@ def test_a_run_that_began_over_the_network_goes_on_from_a_copy(
         if "Training [0/6]" in line:
             process.send_signal(signal.SIGTERM)
             break
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=900)
     assert "stopped by SIGTERM" in output
     main(arguments(index_file, tmp_path, f"streaming.store={bucket[0]}", "train.num_workers=0"))
     assert same(tmp_path, local_run)
@@ -88,7 +88,7 @@ def test_lost_fields_end_a_run_in_one_sentence(index_file, tmp_path):
         [sys.executable, "-m", "dinov3.train.train",
          *arguments(index_file, tmp_path / "o", f"streaming.store={tmp_path / 'empty'}",
                     "train.num_workers=1")],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=900, check=False,
         env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT / 'dinov3_modified'}"),
     )  # fmt: skip
     assert done.returncode == 1
