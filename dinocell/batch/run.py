@@ -128,10 +128,20 @@ def segment_files(
     out = Path(out)
     check_call(paths, options)
     loaded = model if model is not None else load_model(options.model, device=options.device)
+    pipeline = DINOCellPipeline(  # refuses wrong thresholds before a folder is made
+        loaded,
+        batch_size=options.batch_size,
+        tile_px=options.tile_px,
+        precision=options.precision,
+        peak_threshold=options.peak_threshold,
+        fill_threshold=options.fill_threshold,
+        min_prominence=options.min_prominence,
+        min_area_px=options.min_area_px,
+    )
     settings = settings_of(options, loaded)
     journal = (part or out) / JOURNAL_NAME
     done = open_folder(out, journal, paths, settings, options, is_part=part is not None)
-    batch = _Batch(loaded, out, options, part, done)
+    batch = _Batch(pipeline, out, options, part, done)
     batch.segment([path for path in paths if path.stem not in done], shown=shown)
     places = {path: place for place, path in enumerate(paths)}
     batch.failures.sort(key=lambda item: places[item[0]])
@@ -155,22 +165,13 @@ class _Batch:
 
     def __init__(
         self,
-        model: DINOCell,
+        pipeline: DINOCellPipeline,
         out: Path,
         options: SegmentOptions,
         part: Path | None,
         done: dict[str, dict[str, Any]],
     ) -> None:
-        self.pipeline = DINOCellPipeline(
-            model,
-            batch_size=options.batch_size,
-            tile_px=options.tile_px,
-            precision=options.precision,
-            peak_threshold=options.peak_threshold,
-            fill_threshold=options.fill_threshold,
-            min_prominence=options.min_prominence,
-            min_area_px=options.min_area_px,
-        )
+        self.pipeline = pipeline
         self.out, self.options, self.part = out, options, part
         self.rows = dict(done)
         self.failures: list[tuple[Path, str]] = []
