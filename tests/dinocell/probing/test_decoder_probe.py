@@ -112,6 +112,7 @@ def test_same_seed_same_scores_and_the_callers_generators_stay(vit, windows):
     assert again.train_loss == first.train_loss
 
 
+@pytest.mark.slow
 def test_every_setting_changes_the_result(vit, windows):
     changes = (
         {},
@@ -144,6 +145,7 @@ def test_time_limit_cuts_the_training_and_says_so(vit, windows, monkeypatch):
         probe_features(vit, *windows, dataclasses.replace(QUICK, max_seconds=2))
 
 
+@pytest.mark.slow
 def test_a_channel_without_cells_scores_less(vit, labelled_fields):
     config = ProbeConfig(window_px=64, windows_per_image=2, steps=60, batch_size=4)
     scores = channel_scores(vit, labelled_fields, config)

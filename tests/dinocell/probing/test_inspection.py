@@ -113,6 +113,7 @@ def test_report_has_every_number_for_both_features(model_path, source, tmp_path)
         assert len(picture.convert("L").getcolors()) > 50
 
 
+@pytest.mark.slow
 def test_several_checkpoints_stand_side_by_side(model_path, small_model, source, tmp_path):
     import copy
 
@@ -199,6 +200,7 @@ def test_bundled_model_by_name():
     assert not any(parameter.requires_grad for parameter in loaded.vit.parameters())
 
 
+@pytest.mark.slow
 def test_backbone_files_and_their_networks(small_model, source, tmp_path):
     state = small_model.backbone.vit.state_dict()
     torch.save(state, tmp_path / "meta.pth")

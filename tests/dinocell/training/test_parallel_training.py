@@ -146,6 +146,7 @@ def test_another_number_of_processes_is_refused(blob_data, pair_run):
         train(config_from_mapping(TrainConfig, mapping), shown=False)
 
 
+@pytest.mark.slow
 def test_a_folder_of_an_earlier_version_counts_as_one_process(blob_data, tmp_path):
     config = config_from_mapping(TrainConfig, settings(blob_data, tmp_path))
     before = train(config, shown=False)
@@ -171,6 +172,7 @@ main(["train", sys.argv[2]])
 """
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_and_the_run_goes_on_exactly(blob_data, tmp_path):
     """Stochastic depth is on; evaluation only at the end, checkpoints by the signal only."""
     changes = {
@@ -363,6 +365,7 @@ main(["-v", "train", sys.argv[2]])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [

@@ -27,6 +27,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_tree_that_differs_fails(tmp_path):
     """Five faults in one tree: each fails the check of its subject and no other."""
     tree = tmp_path / "tree"

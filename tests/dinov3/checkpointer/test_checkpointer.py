@@ -180,6 +180,7 @@ def start(mode: str, folder: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     """The system really refuses to write on: a file may have 200 kB only."""
     model, _ = trained()
@@ -195,6 +196,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert equal(loaded, model)
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path):
     """A save that is cut off leaves the checkpoint before it whole."""
     process = start("loop", tmp_path)

@@ -98,6 +98,7 @@ def batches(count: int, dataset=None, **options):
         return list(itertools.islice(made, count))
 
 
+@pytest.mark.slow
 def test_workers_and_their_start_change_nothing():
     expected = batches(9)
     assert len({tuple(draws) for _, samples, _ in expected for draws in samples}) == 27
@@ -277,6 +278,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_signals_to_the_whole_group_spare_workers_and_a_killed_process_takes_them_along(tmp_path):
     """Ctrl-C, `scancel` and `timeout` reach every process; only the main one may act."""
     script = tmp_path / "signals.py"
@@ -300,6 +302,7 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads Linux's figure")
 def test_memory_does_not_grow_over_2000_batches():
     """Upstream loses about 3.4 MB an iteration when garbage collection is off (its issue 150)."""

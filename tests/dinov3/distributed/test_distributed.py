@@ -118,6 +118,7 @@ def clean_environment(**added: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_edges_of_collectives_and_subgroups(tmp_path):
     script = tmp_path / "collectives.py"
     script.write_text(COLLECTIVES)

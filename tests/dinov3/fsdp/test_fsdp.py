@@ -164,6 +164,7 @@ distributed.disable()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     script = tmp_path / "shards.py"
     script.write_text(SCRIPT)

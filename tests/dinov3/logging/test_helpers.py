@@ -271,6 +271,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Means over processes; sharded weights; metrics that one process alone has do not hang."""
     env = os.environ | {

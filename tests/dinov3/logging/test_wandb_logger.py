@@ -441,6 +441,7 @@ def run_real(folder: Path, how: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_offline_files_read_back(tmp_path, read_history):
     done = run_real(tmp_path, "twice")
     assert done.returncode == 0, done.stderr

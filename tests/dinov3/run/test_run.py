@@ -237,6 +237,7 @@ def test_job_in_a_process_of_its_own(submitit, monkeypatch, script, tmp_path):
     assert list(folder.glob("*.out")), "its log is beside it"
 
 
+@pytest.mark.slow
 def test_failure_of_a_job_is_told(submitit, monkeypatch, script, tmp_path):
     job = _submit_here(submitit, monkeypatch, script, tmp_path / "%j", "fail")
     with pytest.raises(submitit.core.utils.FailedJobError, match="as told"):
@@ -287,6 +288,7 @@ print(f"enabled {distributed.is_enabled()}")
 """
 
 
+@pytest.mark.slow
 def test_job_of_two_processes(tmp_path):
     """Each has its own seed and log file; one prints."""
     script = tmp_path / "two.py"

@@ -309,6 +309,7 @@ def test_changed_number_of_processes_is_refused(images, whole_run, tmp_path):
         run(images, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_no_resume_sets_the_old_run_aside(images, whole_run, tmp_path):
     import shutil
 
@@ -329,6 +330,7 @@ def test_eval_only_writes_the_teacher(images, whole_run, tmp_path):
         main(["--eval-only", *arguments(f"ImageFolder:root={images}", tmp_path / "none")])
 
 
+@pytest.mark.slow
 def test_seed_and_data_seed_change_the_run(images, whole_run, tmp_path):
     main(["--seed", "1", *arguments(f"ImageFolder:root={images}", tmp_path / "a")])
     run(images, tmp_path / "b", "train.seed=1")
@@ -355,6 +357,7 @@ def test_nan_stops_with_names_and_state(images, tmp_path):
     assert names == [f"{index}.png" for index in indices]
 
 
+@pytest.mark.slow
 def test_multi_resolution_run_resumes(images, tmp_path):
     changes = [
         "monitor.enabled=false",
@@ -405,6 +408,7 @@ def test_multiview_run(fields, tmp_path, photometrics):
     assert np.isfinite(list(losses(tmp_path).values())).all()
 
 
+@pytest.mark.slow
 def test_evaluation_hook_and_its_failure(images, tmp_path, monkeypatch):
     calls = []
 
@@ -430,6 +434,7 @@ def test_evaluation_hook_and_its_failure(images, tmp_path, monkeypatch):
             "ssl_evaluation.period_iterations=1")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_start_from_a_patch_16_file_is_remembered(images, tmp_path, whole_run):
     """The multiplier of the adapted patch embedding holds after a resumption without the file."""
     from dinov3.models.vision_transformer import vit_tiny
@@ -522,6 +527,7 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(images, tmp_path):
     """Replicas and FSDP2, each with half of the batch: the losses of one process with all of it."""
     script = tmp_path / "as_one.py"
@@ -620,6 +626,7 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_nan_of_one_process_stops_all(images, tmp_path):
     """The process whose loss is a number does not wait for ever for the other."""
     script = tmp_path / "broken.py"

@@ -51,6 +51,7 @@ def local_run(bucket, index_file, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_over_a_faulty_network_is_that_from_a_folder(proxy, index_file, local_run, tmp_path):
     proxy.share = 0.1
     network = [f"streaming.endpoint={proxy.url}", "train.num_workers=2"]
@@ -61,6 +62,7 @@ def test_a_run_over_a_faulty_network_is_that_from_a_folder(proxy, index_file, lo
     assert any("stream/requests" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_run_that_began_over_the_network_goes_on_from_a_copy(
     rclone, bucket, index_file, local_run, tmp_path
 ):
@@ -82,6 +84,7 @@ def test_a_run_that_began_over_the_network_goes_on_from_a_copy(
     assert same(tmp_path, local_run)
 
 
+@pytest.mark.slow
 def test_lost_fields_end_a_run_in_one_sentence(index_file, tmp_path):
     (tmp_path / "empty").mkdir()
     done = subprocess.run(
