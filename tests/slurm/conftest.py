@@ -84,6 +84,15 @@ def two_nodes(tmp_path_factory) -> Iterator[Cluster]:
         yield it
 
 
+@pytest.fixture(autouse=True)
+def _no_job_is_left(request) -> Iterator[None]:
+    """Jobs of a test that fails would take the cores of the next tests."""
+    yield
+    for name in ("cluster", "term_cluster", "two_nodes"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name).run("scancel", "-u", "root")
+
+
 @pytest.fixture
 def pretraining(tmp_path, pictures) -> Path:
     """A configuration of `dinocell pretrain`."""

@@ -52,7 +52,7 @@ def test_pretraining_with_two_processes_is_requeued(cluster, tmp_path, pretraini
     wait_for(lambda: cluster.show(job)["Restarts"] == "1", what="the requeue")
     cluster.wait(job, "COMPLETED")
     log = (tmp_path / f"dinocell-pretrain-{job}.out").read_text()
-    assert log.count("SIGUSR2 (preemption): the job goes on") == 1
+    assert log.count("SIGUSR2 (preemption): the job continues") == 1
     assert "90 iterations of 6 samples (3 x 2 processes" in log
     assert (run / "eval" / "training_89" / "teacher_checkpoint.pth").is_file()
     assert 0 < read_record(run).starts[1].progress < 90
