@@ -215,7 +215,7 @@ def test_names_without_a_partner_are_named(tmp_path):
     message = str(error.value)
     assert "7 true label images have no prediction (b0, b1, b2, b3, b4, ...)" in message
     assert "2 predictions have no true label image (x, y)" in message
-    assert "give both files the same name" in message
+    assert "give both files of a pair the same name" in message
     with pytest.raises(DataSetError, match=r"9 without a partner \(x, y, b0, b1, b2, \.\.\.\)"):
         find_pairs(pred, truth, "mine")
 

@@ -91,7 +91,7 @@ def test_overrides_reach_nested_keys_and_lists(tmp_path):
         ("optimizer.lr=true", "optimizer.lr must be of type float, got True"),
         ("augment.scale=[1, true]", r"augment.scale\[1\] must be of type float, got True"),
         ("data.datasets.-1.weight=2", "one of 1 items, got -1"),
-        ("data.datasets[0].weight=2", r"must be known, got data.datasets\[0\]"),
+        ("data.datasets[0].weight=2", r"must be known, got 'data.datasets\[0\]'"),
         ("data.datasets.0={name: q}", r"must have the key data.datasets\[0\].images"),
     ],
 )

@@ -381,7 +381,7 @@ def test_a_tree_without_our_part_segments_and_says_what_it_lacks(model_path, two
     done = in_a_process(*command, model_path, DINOCELL_DINOV3=str(tree))
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*_labels.tif"))) == 2
-    (tmp_path / "b.pth").write_bytes(b"")
+    (tmp_path / "b.pth").write_bytes(b"weights")
     done = in_a_process(
         "-m", "dinocell", "weights", "info", tmp_path / "b.pth", DINOCELL_DINOV3=str(tree)
     )
