@@ -15,8 +15,6 @@ from dinocell.evaluation.report import EvaluationReport
 from dinocell.io import read_labels
 from dinocell.pipeline import DEFAULT_MODEL
 
-__all__ = ["DemoResult", "run_demo", "sample_paths"]
-
 _MARKER = ".dinocell_demo"
 
 

@@ -11,17 +11,6 @@ stopped after its state was saved, so that the same command continues it.
 
 from __future__ import annotations
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DINOCellError",
-    "DataSetError",
-    "ImageFileError",
-    "MissingExtraError",
-    "StoppedError",
-    "UsageError",
-]
-
 
 class DINOCellError(Exception):
     """Base class of all errors that a user can cause or meet.

@@ -19,14 +19,6 @@ from pathlib import Path
 
 from dinocell.errors import DINOCellError
 
-__all__ = [
-    "atomic_folder",
-    "atomic_path",
-    "move_into_place",
-    "remove_temporary_files",
-    "write_text_atomically",
-]
-
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}(\..*)?")
 
 

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["all_whole", "as_labels", "cell_borders", "check_labels", "looks_like_labels"]
-
 _UINT32_MAX = 2**32 - 1
 
 

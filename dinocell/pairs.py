@@ -22,16 +22,6 @@ from pathlib import Path
 
 from dinocell.errors import DataSetError
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "LABEL_NAME_ENDINGS",
-    "LABEL_SUFFIXES",
-    "OUTPUT_ENDINGS",
-    "Pair",
-    "find_pairs",
-    "pair_folders",
-]
-
 IMAGE_SUFFIXES: tuple[str, ...] = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".npy")
 """Suffixes of the image files that can be read, in lower case."""
 

@@ -23,8 +23,6 @@ from dinocell.segmentation.watershed import separate_cells
 if TYPE_CHECKING:
     from dinocell.results.table import CellTable
 
-__all__ = ["DINOCellPipeline", "Segmentation", "segment"]
-
 DEFAULT_MODEL = "dinocell-tiny"
 
 _CHANNEL_HINT = "choose one with `channels`, or several, which are averaged"

@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Progress", "progress"]
-
 _LINE_EVERY_S = 10.0
 
 

@@ -22,16 +22,6 @@ import yaml
 
 from dinocell.errors import ConfigError
 
-__all__ = [
-    "config_from_mapping",
-    "config_to_mapping",
-    "load_settings",
-    "read_settings",
-    "require",
-    "require_at_least",
-    "require_choice",
-]
-
 Settings = TypeVar("Settings")
 
 

@@ -17,14 +17,6 @@ import yaml
 
 from dinocell.errors import UsageError
 
-__all__ = [
-    "RunProgress",
-    "SubmittedCommand",
-    "last_line_with",
-    "read_yaml",
-    "require_weights_file",
-]
-
 _ON_BY_DEFAULT = ("overlay",)
 
 

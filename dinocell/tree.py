@@ -19,8 +19,6 @@ from types import ModuleType
 
 from dinocell.errors import UsageError
 
-__all__ = ["TREE_VARIABLE", "TreeError", "install_finder", "tree_imports", "tree_is_bundled"]
-
 TREE_VARIABLE = "DINOCELL_DINOV3"
 _BUNDLED_MARK = "DINOCELL_TREE"
 

@@ -24,8 +24,6 @@ from typing import Any
 
 from dinocell.errors import DINOCellError
 
-__all__ = ["CLAIM_NAME", "Claimant", "claimed", "owner_of", "read_claim"]
-
 CLAIM_NAME = "claim.json"
 _YOUNG_S = 60.0  # of a claim that is still being written
 

@@ -19,17 +19,6 @@ from dinocell.network.model import DINOCell
 from dinocell.results.exports import EXPORT_FORMATS
 from dinocell.results.report import ReportEntry, write_report
 
-__all__ = [
-    "REPORT_LIMIT",
-    "SETTINGS_NAME",
-    "open_folder",
-    "present_results",
-    "refuse_results",
-    "settings_of",
-    "write_report_page",
-    "write_summary",
-]
-
 SETTINGS_NAME = "settings.json"
 REPORT_LIMIT = 500
 """Images that a report shows."""

@@ -14,23 +14,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "FAILURES_NAME",
-    "JOURNAL_NAME",
-    "MAX_KILLS",
-    "begin_part",
-    "clear_suspicion",
-    "complete_last_line",
-    "count_rows",
-    "kills",
-    "merging_folder",
-    "note_failure",
-    "note_start",
-    "read_journal",
-    "shard_folder",
-    "suspect_unfinished_images",
-]
-
 JOURNAL_NAME = "images.jsonl"
 """One JSON line per image that is done."""
 

@@ -17,8 +17,6 @@ from dinocell.batch.parts import ShardState, part_state, read_plan
 from dinocell.files import atomic_path, remove_temporary_files, write_text_atomically
 from dinocell.progress import progress
 
-__all__ = ["MergedShards", "merge_shards"]
-
 
 @dataclass(frozen=True)
 class MergedShards:

@@ -11,8 +11,6 @@ from dinocell.errors import UsageError
 from dinocell.pipeline import DEFAULT_MODEL
 from dinocell.results.exports import EXPORT_FORMATS
 
-__all__ = ["FREE_OPTIONS", "SegmentOptions", "check_call", "check_options"]
-
 # Not part of what an image's result depends on, so a resumed run may change them (the model is known
 # by the hash of its weights).
 FREE_OPTIONS = (

@@ -34,18 +34,6 @@ from dinocell.batch.run import BatchResult, segment_files
 from dinocell.errors import UsageError
 from dinocell.files import write_text_atomically
 
-__all__ = [
-    "ShardPlan",
-    "ShardState",
-    "has_begun",
-    "open_shards",
-    "part_state",
-    "plan_shards",
-    "read_plan",
-    "run_shard",
-    "shard_states",
-]
-
 _PLAN_NAME = "plan.json"
 _MANIFEST_NAME = "manifest.csv"
 

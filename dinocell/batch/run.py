@@ -41,8 +41,6 @@ from dinocell.pipeline import DINOCellPipeline, Segmentation
 from dinocell.progress import Progress, progress
 from dinocell.results.report import ReportEntry, make_entry
 
-__all__ = ["BatchResult", "segment_files"]
-
 # Of a full disk, a used-up quota, a folder that has become read-only.
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _GIVEN_UP = (

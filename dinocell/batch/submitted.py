@@ -9,8 +9,6 @@ from typing import Any
 from dinocell.batch.journal import JOURNAL_NAME, count_rows
 from dinocell.submitted import RunProgress, SubmittedCommand
 
-__all__ = ["Segment", "Shards"]
-
 
 class Shards(SubmittedCommand):
     """`shards run` and `shards merge`, which continue by themselves."""

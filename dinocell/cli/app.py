@@ -29,8 +29,6 @@ from dinocell.cli.options import Call, expand_dataclasses, in_options, option
 from dinocell.errors import DINOCellError, StoppedError, UsageError
 from dinocell.tree import tree_imports
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     name="dinocell",
     help="Segment cells in microscopy images; train and evaluate the networks that do it.",

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from dinocell.cluster.plan import PlannedRun
     from dinocell.cluster.site import SiteProfile
 
-__all__ = ["app", "checked_parameters"]
-
 app = App()
 
 

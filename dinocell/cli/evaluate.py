@@ -13,8 +13,6 @@ from dinocell.errors import UsageError
 if TYPE_CHECKING:
     from dinocell.evaluation.report import EvaluationReport
 
-__all__ = ["app", "check_evaluation"]
-
 app = App()
 
 

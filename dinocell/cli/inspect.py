@@ -9,8 +9,6 @@ from typing import Any
 
 from dinocell.cli.options import App, Device, Which, argument, channel_names, option
 
-__all__ = ["Fields", "Inspecting", "PerChannel", "app"]
-
 app = App()
 
 

@@ -14,8 +14,6 @@ from dinocell.cli.options import App, argument, option
 if TYPE_CHECKING:
     from dinov3.data.datasets.jump_s3 import StreamOptions
 
-__all__ = ["PackFlags", "Source", "Store", "app"]
-
 app = App(
     name="jump",
     help="Index, check and copy the Cell Painting fields of a public bucket, to train on them.",

@@ -15,22 +15,6 @@ from typer.core import TyperCommand
 
 from dinocell.errors import UsageError
 
-__all__ = [
-    "PASSES_ON",
-    "App",
-    "Call",
-    "Device",
-    "ModelOption",
-    "OutFolder",
-    "Which",
-    "argument",
-    "channel_names",
-    "expand_dataclasses",
-    "in_options",
-    "option",
-    "parameters_of",
-]
-
 # What `submit`, `supervise` and `shards plan` do not know is an option of the command that they run.
 PASSES_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 

@@ -23,8 +23,6 @@ from dinocell.cli.options import (
 if TYPE_CHECKING:
     from dinocell.batch.options import SegmentOptions
 
-__all__ = ["SegmentFlags", "app", "segment_options"]
-
 app = App()
 
 

@@ -11,8 +11,6 @@ from dinocell.cli.cluster import checked_parameters
 from dinocell.cli.options import PASSES_ON, App, argument
 from dinocell.errors import DINOCellError
 
-__all__ = ["app"]
-
 app = App(
     name="shards",
     help="Divide a large batch of images into parts, which many processes segment at once.",

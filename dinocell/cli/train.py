@@ -9,8 +9,6 @@ import typer
 
 from dinocell.cli.options import App, argument, option
 
-__all__ = ["app"]
-
 app = App()
 
 Overrides = Annotated[

@@ -10,8 +10,6 @@ import typer
 
 from dinocell.cli.options import App, option
 
-__all__ = ["app"]
-
 app = App(
     name="upstream",
     help="Apply our additions to a checkout of Meta's DINOv3, undo, rebase and verify them.",

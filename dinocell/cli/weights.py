@@ -7,8 +7,6 @@ from pathlib import Path
 
 from dinocell.cli.options import App, Which, argument, option
 
-__all__ = ["app"]
-
 app = App(
     name="weights",
     help="List, describe, convert and download model files and backbones.",

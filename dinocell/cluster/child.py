@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["Child", "oom_kills"]
-
 _LINES_KEPT = 200
 
 

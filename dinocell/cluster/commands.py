@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from dinocell.submitted import SubmittedCommand
 
-__all__ = ["COMMANDS", "command_of"]
-
 COMMANDS = ("pretrain", "train", "segment", "evaluate")
 """Commands that `dinocell submit` takes."""
 

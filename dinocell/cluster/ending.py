@@ -15,15 +15,6 @@ from dinocell.cluster.processes import Processes
 from dinocell.cluster.slurm import JobState
 from dinocell.errors import UsageError
 
-__all__ = [
-    "REQUEUE_REQUEST",
-    "StopCause",
-    "failure_of",
-    "request_requeue",
-    "script_requeues",
-    "wait_for_end",
-]
-
 REQUEUE_REQUEST = "requeue_"
 """Beginning of the name of the file that asks a job's script to requeue it, before its number."""
 

@@ -17,8 +17,6 @@ from dinocell.cluster.record import (
 )
 from dinocell.cluster.slurm import JobState, cluster_name, job_states, slurm_is_here
 
-__all__ = ["JobRow", "jobs_text", "list_jobs"]
-
 _RECENT_S = 7 * 86_400
 _SLURM_ENDS = {
     "TIMEOUT": "the time limit was reached before the work could save itself",

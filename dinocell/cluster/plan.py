@@ -19,16 +19,6 @@ from dinocell.submitted import SubmittedCommand
 if TYPE_CHECKING:
     from dinocell.batch.parts import ShardPlan
 
-__all__ = [
-    "PlannedRun",
-    "look_for_inputs",
-    "look_once",
-    "plan_runs",
-    "plan_shard_runs",
-    "read_table",
-    "run_dir_of",
-]
-
 Parse = Callable[[Sequence[str]], Mapping[str, Any]]
 Look = Callable[[str, Mapping[str, Any]], None]
 

@@ -17,8 +17,6 @@ from dinocell.cluster.record import failures_folder, first_failure
 from dinocell.cluster.slurm import own_job
 from dinocell.files import atomic_path, write_text_atomically
 
-__all__ = ["Processes"]
-
 
 class Processes:
     """This process among those of its job.

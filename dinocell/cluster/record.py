@@ -15,21 +15,6 @@ from dinocell.cluster.commands import command_of
 from dinocell.files import write_text_atomically
 from dinocell.submitted import RunProgress
 
-__all__ = [
-    "JobRecord",
-    "Start",
-    "Submission",
-    "continues_run",
-    "failures_folder",
-    "first_failure",
-    "note_submission",
-    "read_record",
-    "read_submissions",
-    "run_progress",
-    "work_mark",
-    "write_record",
-]
-
 _RECORD_NAME = "job.json"
 _LOST_CONNECTION = r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed out waiting"
 

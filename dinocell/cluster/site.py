@@ -12,8 +12,6 @@ from pathlib import Path
 from dinocell.errors import ConfigError
 from dinocell.settings import config_from_mapping, read_settings
 
-__all__ = ["SiteProfile", "find_site", "load_site", "minutes_of"]
-
 _GPU = re.compile(r"gpu(?::(?P<type>[\w.-]*[A-Za-z_.-][\w.-]*|\d+(?=:)))?(?::(?P<count>\d+))?")
 # Options of sbatch that the profile's keys or the submission itself decide.
 _OWNED = {

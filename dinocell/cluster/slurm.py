@@ -11,19 +11,6 @@ from dataclasses import dataclass, replace
 
 from dinocell.batch.claims import Claimant
 
-__all__ = [
-    "JobState",
-    "claimant",
-    "cluster_name",
-    "job_states",
-    "largest_array",
-    "objection",
-    "own_job",
-    "partitions",
-    "requeue",
-    "slurm_is_here",
-]
-
 _TIMEOUT_S = 30
 
 

@@ -34,16 +34,6 @@ from dinocell.errors import MissingExtraError, StoppedError, UsageError
 if TYPE_CHECKING:
     from dinocell.batch.parts import ShardPlan
 
-__all__ = [
-    "Submitted",
-    "parse_dependency",
-    "plan_batch",
-    "refuse_busy",
-    "run_here",
-    "sbatch_text",
-    "submit",
-]
-
 _KINDS = [
     "after",
     "afterany",

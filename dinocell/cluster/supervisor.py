@@ -50,8 +50,6 @@ from dinocell.cluster.record import (
 from dinocell.cluster.slurm import cluster_name, job_states, requeue
 from dinocell.errors import StoppedError
 
-__all__ = ["SupervisedJob", "supervise"]
-
 _STOPPED = StoppedError.exit_code
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 _FRUITLESS_KILLS = 2 * MAX_KILLS  # in a row, with no image done: none of them fits into the memory

@@ -32,8 +32,6 @@ import numpy as np
 
 from dinocell.evaluation.matching import OverlapTable
 
-__all__ = ["CtcCounts", "ctc_counts"]
-
 _SPLIT_COST = 5.0
 _MISSED_COST = 10.0
 _EXTRA_COST = 1.0

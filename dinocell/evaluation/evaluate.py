@@ -24,8 +24,6 @@ from dinocell.evaluation.scores import (
 from dinocell.io import read_labels
 from dinocell.pairs import pair_folders
 
-__all__ = ["evaluate_folders", "evaluate_pairs"]
-
 
 def evaluate_pairs(
     pairs: Iterable[tuple[str, ArrayLike, ArrayLike]],

@@ -20,8 +20,6 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from dinocell.labels import check_labels
 
-__all__ = ["OverlapTable", "match", "match_total_iou", "overlap_table"]
-
 _IOU_STEPS = 2**26
 """IoU is weighed in whole steps of 2⁻²⁶ when a matching is contested: whole numbers below 2⁵³ are
 exact in float64, so the solver never meets a rounding error."""

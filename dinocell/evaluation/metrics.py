@@ -21,20 +21,6 @@ from numpy.typing import ArrayLike, NDArray
 from dinocell.evaluation.matching import OverlapTable, match, match_total_iou
 from dinocell.labels import cell_borders
 
-__all__ = [
-    "DSB2018_IOU_THRESHOLDS",
-    "AreaSums",
-    "BoundaryCounts",
-    "CountError",
-    "MatchCounts",
-    "aji",
-    "aji_plus",
-    "boundary_counts",
-    "count_error",
-    "match_counts",
-    "pixel_sums",
-]
-
 DSB2018_IOU_THRESHOLDS: tuple[float, ...] = tuple(percent / 100 for percent in range(50, 100, 5))
 """0.50, 0.55, ..., 0.95: the thresholds whose mean AP ranked the 2018 Data Science Bowl."""
 

@@ -23,8 +23,6 @@ from dinocell.pipeline import DINOCellPipeline
 from dinocell.progress import progress
 from dinocell.segmentation.thresholds import Thresholds
 
-__all__ = ["ModelEvaluation", "check_data_folder", "evaluate_model"]
-
 
 @dataclass(frozen=True)
 class ModelEvaluation:

@@ -24,8 +24,6 @@ from dinocell.evaluation.scores import DEFAULT_IOU_THRESHOLDS, ImageScores, thre
 from dinocell.files import atomic_path, write_text_atomically
 from dinocell.results.table import align_columns
 
-__all__ = ["EvaluationReport", "write_csv"]
-
 
 @dataclass(frozen=True)
 class EvaluationReport:

@@ -23,15 +23,6 @@ from dinocell.evaluation.metrics import (
     pixel_sums,
 )
 
-__all__ = [
-    "DEFAULT_BOUNDARY_TOLERANCE_PX",
-    "DEFAULT_IOU_THRESHOLDS",
-    "ImageScores",
-    "check_iou_thresholds",
-    "evaluate_pair",
-    "threshold_name",
-]
-
 DEFAULT_IOU_THRESHOLDS: tuple[float, ...] = (0.5, 0.75, 0.9)
 DEFAULT_BOUNDARY_TOLERANCE_PX: float = 2.0
 

@@ -10,8 +10,6 @@ from typing import Any
 from dinocell.errors import UsageError
 from dinocell.submitted import SubmittedCommand
 
-__all__ = ["Evaluate"]
-
 
 class Evaluate(SubmittedCommand):
     """`evaluate`: short, so that it starts over and reports no progress."""

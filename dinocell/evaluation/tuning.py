@@ -26,15 +26,6 @@ from dinocell.evaluation.metrics import DSB2018_IOU_THRESHOLDS, match_counts
 from dinocell.evaluation.report import write_csv
 from dinocell.segmentation.thresholds import Thresholds
 
-__all__ = [
-    "ThresholdGrids",
-    "TuningPoint",
-    "TuningResult",
-    "check_metric",
-    "tune_thresholds",
-    "tuned_values",
-]
-
 _CTC_METRICS = ("seg", "det", "op_csb")
 _AP_METRIC = re.compile(r"ap(\d{2,3}(?:\.\d+)?)")
 _Index = tuple[int, int, int]

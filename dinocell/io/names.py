@@ -14,8 +14,6 @@ from pathlib import Path
 from dinocell.errors import UsageError
 from dinocell.pairs import IMAGE_SUFFIXES, OUTPUT_ENDINGS
 
-__all__ = ["UNREADABLE_KINDS", "find_images", "natural_key"]
-
 UNREADABLE_KINDS: dict[str, str] = {
     ".czi": "Zeiss CZI",
     ".nd2": "Nikon ND2",

@@ -11,18 +11,6 @@ import numpy as np
 
 from dinocell.errors import ImageFileError, UsageError
 
-__all__ = [
-    "MAX_PIXELS",
-    "RGB_NAMES",
-    "RawImage",
-    "Selection",
-    "channel_positions",
-    "check_page",
-    "check_size",
-    "num_planes",
-    "select_channels",
-]
-
 MAX_PIXELS: int = 2**30
 """Largest height times width that is read: 32,768 × 32,768."""
 

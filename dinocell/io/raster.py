@@ -12,8 +12,6 @@ import numpy as np
 from dinocell.errors import ImageFileError, UsageError
 from dinocell.io.planes import RGB_NAMES, RawImage, Selection, check_page, check_size
 
-__all__ = ["read_npy", "read_picture"]
-
 _HEADER_LOCK = threading.Lock()
 
 

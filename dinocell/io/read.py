@@ -29,8 +29,6 @@ from dinocell.io.tiff import read_tiff
 from dinocell.labels import all_whole
 from dinocell.pairs import IMAGE_SUFFIXES
 
-__all__ = ["Image", "read_image", "read_labels"]
-
 
 @dataclass(frozen=True)
 class Image:

@@ -26,8 +26,6 @@ from dinocell.io.planes import (
     num_planes,
 )
 
-__all__ = ["read_tiff"]
-
 _UM_PER_UNIT: dict[str, float] = {
     "m": 1e6,
     "cm": 1e4,

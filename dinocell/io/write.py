@@ -14,8 +14,6 @@ from dinocell.errors import ImageFileError
 from dinocell.files import atomic_path
 from dinocell.labels import as_labels
 
-__all__ = ["write_image", "write_labels"]
-
 
 def write_labels(
     path: str | os.PathLike[str],

@@ -13,14 +13,6 @@ from dinocell.errors import CheckpointError, UsageError
 from dinocell.network.weights import find_weights
 from dinocell.tree import tree_imports
 
-__all__ = [
-    "BACKBONE_SIZES",
-    "BackboneSize",
-    "DINOv3Backbone",
-    "feature_blocks",
-    "load_backbone_weights",
-]
-
 
 @dataclass(frozen=True)
 class BackboneSize:

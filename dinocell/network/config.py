@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from dinocell.settings import require, require_at_least, require_choice
 
-__all__ = ["BackboneConfig", "ModelConfig"]
-
 
 @dataclass(frozen=True)
 class ModelConfig:

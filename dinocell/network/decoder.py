@@ -14,15 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = [
-    "DECODERS",
-    "LinearDecoder",
-    "UNetDecoder",
-    "UNetWidths",
-    "create_decoder",
-    "unet_widths",
-]
-
 DECODERS = ("unet", "unet_wide", "linear")
 
 _PRIOR_LOGIT = -2.0  # most pixels are background: start near sigmoid(-2) = 0.12

@@ -20,8 +20,6 @@ from dinocell.files import move_into_place, write_text_atomically
 from dinocell.network.weights import RELEASED, cache_folder, how_to_get
 from dinocell.progress import progress
 
-__all__ = ["fetch_weights"]
-
 _TRIES = 6
 _BACKOFF_S = 0.2  # before the second try, then twice as long each time
 _BLOCK = 2**16  # up to so many bytes are lost when a connection breaks

@@ -17,8 +17,6 @@ from torch import nn
 
 from dinocell.network.model import DINOCell
 
-__all__ = ["ModelCost", "count_macs", "model_cost"]
-
 _ATTENTION_OPS = (
     "aten::scaled_dot_product_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",

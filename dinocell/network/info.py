@@ -16,8 +16,6 @@ from dinocell.network.model import (
     read_model_header,
 )
 
-__all__ = ["describe_bundled", "describe_model"]
-
 
 def describe_bundled() -> str:
     """One line per bundled model: name, architecture, validation score, licence."""

@@ -23,17 +23,6 @@ from dinocell.network.decoder import create_decoder
 from dinocell.settings import config_from_mapping, config_to_mapping
 from dinocell.tree import tree_imports
 
-__all__ = [
-    "DINOCell",
-    "bundled_models",
-    "create_dinocell_model",
-    "load_model",
-    "read_model_header",
-    "resolve_device",
-    "save_model",
-    "with_config",
-]
-
 _HEADER_KEY = "dinocell"
 _FORMAT_VERSION = 1
 _BUNDLED_FOLDER = Path(__file__).parents[1] / "models"

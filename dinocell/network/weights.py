@@ -9,17 +9,6 @@ from typing import Any
 from dinocell.errors import CheckpointError, UsageError
 from dinocell.tree import tree_imports
 
-__all__ = [
-    "RELEASED",
-    "cache_folder",
-    "convert_weights",
-    "describe_weights",
-    "find_weights",
-    "how_to_get",
-    "is_backbone_file",
-    "list_weights",
-]
-
 # Meta's released ViTs: name → file.  Eight digits of the SHA-256 are part of the file's name.
 RELEASED: dict[str, str] = {
     "dinov3_vits16": "dinov3_vits16_pretrain_lvd1689m-08c60483.pth",

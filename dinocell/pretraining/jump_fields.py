@@ -17,8 +17,6 @@ from dinocell.progress import progress
 if TYPE_CHECKING:
     from dinov3.data.datasets.jump_s3 import JUMPS3Dataset, StreamOptions
 
-__all__ = ["VerifyReport", "fields_of_index", "first_line", "streaming_errors", "verify_index"]
-
 
 @contextlib.contextmanager
 def streaming_errors() -> Iterator[None]:

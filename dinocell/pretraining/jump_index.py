@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from dinov3.cells.streaming.stores import ObjectStore
     from dinov3.data.datasets.jump_s3 import StreamOptions
 
-__all__ = ["BUCKET", "IndexSource", "IndexStats", "draw_stats", "index_plates", "index_stats"]
-
 BUCKET = "s3://cellpainting-gallery"
 """The Cell Painting Gallery: public, in us-east-1."""
 

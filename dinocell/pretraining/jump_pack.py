@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from dinov3.cells.streaming.shards import PackOptions
     from dinov3.data.datasets.jump_s3 import JUMPS3Dataset, StreamOptions
 
-__all__ = ["export_masks", "pack_index"]
-
 
 def pack_index(
     index: str | Path,

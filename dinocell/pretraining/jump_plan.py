@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dinocell.pretraining.jump_fields import streaming_errors
 
-__all__ = ["describe_plan"]
-
 
 def describe_plan(
     *,

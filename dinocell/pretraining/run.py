@@ -11,8 +11,6 @@ from dinocell.errors import DINOCellError, StoppedError, UsageError
 from dinocell.network.weights import find_weights
 from dinocell.tree import tree_is_bundled
 
-__all__ = ["pretrain"]
-
 
 def pretrain(
     config: str | Path,

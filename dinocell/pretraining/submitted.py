@@ -16,8 +16,6 @@ from dinocell.submitted import (
     require_weights_file,
 )
 
-__all__ = ["Pretrain"]
-
 
 class Pretrain(SubmittedCommand):
     """`pretrain`: one process for each GPU; continues from its newest checkpoint by itself."""

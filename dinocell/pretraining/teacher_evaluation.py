@@ -30,8 +30,6 @@ from dinocell.pairs import find_pairs
 from dinocell.probing.decoder_probe import ProbeConfig, ProbeResult, probe_features
 from dinocell.probing.labelled_windows import LabelledWindow, read_windows
 
-__all__ = ["RESULTS_NAME", "Evaluation", "make_evaluation"]
-
 RESULTS_NAME = "evaluation.jsonl"
 """In the output folder of the run: one line per evaluation."""
 

@@ -13,8 +13,6 @@ from torch import nn
 from dinocell.errors import CheckpointError, UsageError
 from dinocell.network.weights import find_weights
 
-__all__ = ["InspectedBackbone", "load_backbone_of"]
-
 
 @dataclass(frozen=True)
 class InspectedBackbone:

@@ -27,8 +27,6 @@ from dinocell.probing.views import (
     unit_rows,
 )
 
-__all__ = ["channel_consistency"]
-
 _QUERIES_AT_ONCE = 1024
 
 

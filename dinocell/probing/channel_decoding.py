@@ -11,8 +11,6 @@ from numpy.typing import ArrayLike, NDArray
 from dinocell.probing.consistency_report import Estimate
 from dinocell.probing.views import Views, draw_fields, estimate_by_field, unit_rows
 
-__all__ = ["channel_decodability", "decode_channels", "retrieval_credit"]
-
 # Two similarities nearer than this are a tie.  Rounding of float32 features moves a cosine near 1 by
 # about 1e-12, so that collapsed features tie whatever their last bits are.
 _TIE = 1e-9

@@ -26,13 +26,6 @@ from dinocell.segmentation.preprocess import to_model_input
 from dinocell.segmentation.thresholds import Thresholds
 from dinocell.segmentation.watershed import separate_cells
 
-__all__ = [
-    "ProbeConfig",
-    "ProbeResult",
-    "ProbeTimeError",
-    "probe_features",
-]
-
 # Few values: the decoder is small and early, and the search must not take longer than its training.
 _GRIDS = ThresholdGrids(
     peak_grid=(0.3, 0.45, 0.6), fill_grid=(0.1, 0.2, 0.3), prominence_grid=(0.1,)

@@ -19,15 +19,6 @@ from dinocell.errors import CheckpointError, DataSetError
 from dinocell.probing.views import MEAN_VIEW
 from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
 
-__all__ = [
-    "FieldImage",
-    "ViewExample",
-    "ViewFeatures",
-    "choose_windows",
-    "extract_views",
-    "normalize_channels",
-]
-
 
 @dataclass(frozen=True)
 class FieldImage:

@@ -9,8 +9,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from dinocell.probing.views import unit_rows
 
-__all__ = ["effective_rank", "feature_std", "standardize_attention"]
-
 # Variation of float32 features below this share of their size is rounding.
 _RELATIVE_ROUNDING = 1e-6
 

@@ -13,8 +13,6 @@ import numpy as np
 from dinocell.errors import DataSetError
 from dinocell.probing.feature_extraction import FieldImage
 
-__all__ = ["FieldOptions", "FieldSource", "open_fields"]
-
 
 @dataclass(frozen=True)
 class FieldSource:

@@ -26,8 +26,6 @@ from dinocell.probing.inspection_report import FEATURES, Inspection, InspectionR
 from dinocell.probing.labelled_channels import ChannelScores, channel_scores
 from dinocell.progress import Progress, progress
 
-__all__ = ["InspectOptions", "PerChannelOptions", "inspect_checkpoints", "write_inspection"]
-
 
 @dataclass(frozen=True)
 class InspectOptions:

@@ -15,8 +15,6 @@ from dinocell.probing.consistency_report import ConsistencyReport
 from dinocell.probing.feature_extraction import ViewExample
 from dinocell.probing.inspection_report import TITLES, InspectionReport, number_text
 
-__all__ = ["draw_inspection"]
-
 _MAX_CHANNELS_DRAWN = 7
 
 

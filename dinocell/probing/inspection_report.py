@@ -14,8 +14,6 @@ from dinocell.probing.feature_extraction import ViewExample
 from dinocell.probing.labelled_channels import ChannelScores
 from dinocell.results.table import align_columns
 
-__all__ = ["FEATURES", "TITLES", "Inspection", "InspectionReport", "number_text"]
-
 FEATURES = ("cls", "patch_mean")
 """The two kinds of features that are scored: CLS token, mean of the patch tokens."""
 

@@ -24,8 +24,6 @@ from dinocell.probing.labelled_windows import LabelledWindow, cut_windows, requi
 from dinocell.progress import progress
 from dinocell.training.datasets import read_pair
 
-__all__ = ["ChannelScores", "channel_scores", "find_channel_pairs"]
-
 
 @dataclass(frozen=True)
 class ChannelScores:

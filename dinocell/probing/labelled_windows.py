@@ -15,8 +15,6 @@ from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.segmentation.preprocess import normalize_intensity
 from dinocell.training.datasets import read_pair
 
-__all__ = ["LabelledWindow", "cut_windows", "inside_image", "read_windows", "require_cells"]
-
 
 @dataclass(frozen=True)
 class LabelledWindow:

@@ -15,15 +15,6 @@ from numpy.typing import NDArray
 
 from dinocell.probing.consistency_report import Estimate
 
-__all__ = [
-    "MEAN_VIEW",
-    "Views",
-    "draw_fields",
-    "estimate_between_fields",
-    "estimate_by_field",
-    "unit_rows",
-]
-
 MEAN_VIEW = "mean"
 """The name of the view that is no single channel but the mean of them."""
 

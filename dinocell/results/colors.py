@@ -12,8 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from dinocell.labels import as_labels
 
-__all__ = ["CELL_COLORS", "color_distance_map", "color_labels", "number_cells"]
-
 CELL_COLORS: tuple[tuple[int, int, int], ...] = (
     (230, 159, 0),  # orange
     (86, 180, 233),  # sky blue

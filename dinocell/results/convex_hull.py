@@ -9,8 +9,6 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-__all__ = ["hull_area_and_feret"]
-
 _FAR = np.int64(2**60)  # stands for "no pixel in this row"
 
 

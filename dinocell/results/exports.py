@@ -25,16 +25,6 @@ from dinocell.labels import as_labels
 from dinocell.results.outlines import Ring, labels_to_polygons
 from dinocell.results.table import CellTable, writing
 
-__all__ = [
-    "EXPORT_FORMATS",
-    "Exporter",
-    "compress_rle",
-    "labels_to_rle",
-    "write_coco_rle",
-    "write_geojson",
-    "write_imagej_rois",
-]
-
 _OBJECT_TYPES = ("detection", "annotation", "cell")
 
 

@@ -70,12 +70,6 @@ from dinocell.results.shape_kernels import (
 )
 from dinocell.results.table import CellTable
 
-__all__ = [
-    "SCIKIT_IMAGE_NAMES",
-    "measure_labels",
-    "summarize",
-]
-
 SCIKIT_IMAGE_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "label": "label",

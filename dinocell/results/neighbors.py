@@ -9,8 +9,6 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-__all__ = ["count_neighbors"]
-
 _FAR = np.int64(2**60)
 
 

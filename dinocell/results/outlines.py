@@ -16,8 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from dinocell.labels import as_labels
 
-__all__ = ["Ring", "labels_to_polygons"]
-
 Ring = NDArray[np.int64]
 """(N, 2) corners (row, col) of a closed line, the first one not repeated."""
 

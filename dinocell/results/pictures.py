@@ -18,16 +18,6 @@ from dinocell.files import atomic_path
 from dinocell.labels import as_labels, cell_borders
 from dinocell.results.colors import color_distance_map, color_labels, number_cells
 
-__all__ = [
-    "CONTOUR_COLOR",
-    "draw_contours",
-    "mean_blocks",
-    "overlay_panel",
-    "shrink_labels",
-    "to_display",
-    "write_png",
-]
-
 CONTOUR_COLOR = (255, 96, 0)
 """Default colour of contours: visible on black, gray and white."""
 

@@ -24,8 +24,6 @@ from dinocell.results.report_numbers import area_histogram, count_text, number_t
 from dinocell.results.report_pictures import Thumbnails, embedded_pictures
 from dinocell.results.table import CellTable
 
-__all__ = ["ReportEntry", "make_entry", "write_report"]
-
 _OPEN_CARDS = 12
 _MAX_ROWS = 50
 _ROW_BUDGET = 3000  # rows of all tables together

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["area_histogram", "count_text", "number_text"]
-
 
 def area_histogram(areas: NDArray[np.float64], unit: str, what: str) -> dict[str, Any] | None:
     """Bars, ticks and description of a histogram of cell areas, in SVG units; None without a cell."""

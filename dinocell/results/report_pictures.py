@@ -19,8 +19,6 @@ from dinocell.results.pictures import (
     to_display,
 )
 
-__all__ = ["Thumbnails", "embedded_pictures"]
-
 
 class Thumbnails(NamedTuple):
     """Image (RGB), labels and distance map of one image, those that exist, for a page."""

@@ -13,15 +13,6 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-__all__ = [
-    "CROFTON_WEIGHTS",
-    "EULER_WEIGHTS",
-    "border_pixels",
-    "hole_area",
-    "index_image",
-    "quad_histogram",
-]
-
 # A 2x2 window is numbered 1·bottom right + 2·top right + 4·bottom left + 8·top left.
 EULER_WEIGHTS = np.zeros(16, np.int64)
 EULER_WEIGHTS[[6, 14]] = -1  # anti-diagonal pair; all but the bottom right

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from dinocell.errors import DINOCellError
 from dinocell.files import atomic_path
 
-__all__ = ["CellTable", "align_columns", "writing"]
-
 
 def align_columns(
     rows: Sequence[Sequence[str]],

@@ -29,8 +29,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from dinocell.labels import check_labels
 
-__all__ = ["DEFAULT_TARGET", "TARGETS", "labels_to_distance_map"]
-
 TARGETS: tuple[str, ...] = ("linear", "sqrt")
 """Known values of `target`."""
 

@@ -13,8 +13,6 @@ from dinocell.network.model import DINOCell
 from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
 from dinocell.segmentation.tiles import predict_windows
 
-__all__ = ["predict_distance_map"]
-
 
 def predict_distance_map(
     model: DINOCell,

@@ -8,8 +8,6 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["NUM_LEVELS", "checked_map", "framed_levels", "quantize"]
-
 NUM_LEVELS = 4096
 """Levels of the quantised map: finer than what a network knows, and few enough to count and queue by."""
 

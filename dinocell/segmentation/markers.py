@@ -19,8 +19,6 @@ from numpy.typing import ArrayLike, NDArray
 from dinocell.segmentation.levels import NUM_LEVELS, checked_map, framed_levels
 from dinocell.segmentation.thresholds import Thresholds
 
-__all__ = ["find_markers", "merge_basins"]
-
 
 def find_markers(distance_map: ArrayLike, thresholds: Thresholds) -> NDArray[np.int32]:
     """The first half of `separate_cells`: one pixel per cell, its highest.

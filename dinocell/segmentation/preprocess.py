@@ -10,14 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "estimate_noise",
-    "normalize_intensity",
-    "to_model_input",
-]
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

@@ -7,8 +7,6 @@ from typing import TypedDict
 
 from dinocell.network.config import ModelConfig
 
-__all__ = ["ThresholdChanges", "Thresholds"]
-
 
 class ThresholdChanges(TypedDict, total=False):
     """New values for some fields of `Thresholds`, as keyword arguments; None keeps the old value."""

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["WindowPlan", "plan_windows", "predict_windows", "window_weights"]
-
 
 @dataclass(frozen=True)
 class WindowPlan:

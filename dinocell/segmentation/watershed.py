@@ -20,12 +20,6 @@ from dinocell.segmentation.levels import NUM_LEVELS, checked_map, framed_levels,
 from dinocell.segmentation.markers import merge_basins
 from dinocell.segmentation.thresholds import Thresholds
 
-__all__ = [
-    "distance_map_to_labels",
-    "flood",
-    "separate_cells",
-]
-
 
 def distance_map_to_labels(
     distance_map: ArrayLike,

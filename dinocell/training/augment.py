@@ -14,15 +14,6 @@ from numpy.typing import NDArray
 
 from dinocell.training.config import AugmentConfig
 
-__all__ = [
-    "CropParameters",
-    "apply_intensity",
-    "crop_image",
-    "crop_labels",
-    "draw_crop",
-    "empty_crop",
-]
-
 cv2.setNumThreads(0)  # loader processes are the parallelism; OpenCV's own pool deadlocks after fork
 
 

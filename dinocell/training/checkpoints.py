@@ -11,8 +11,6 @@ import torch
 from dinocell.errors import CheckpointError
 from dinocell.files import atomic_path
 
-__all__ = ["find_checkpoints", "load_checkpoint", "save_checkpoint"]
-
 _NAME = re.compile(r"step_(\d+)\.pt")
 
 

@@ -7,16 +7,6 @@ from dataclasses import dataclass, field
 from dinocell.network.config import BackboneConfig, ModelConfig
 from dinocell.settings import require, require_at_least, require_choice
 
-__all__ = [
-    "AugmentConfig",
-    "DataConfig",
-    "DatasetConfig",
-    "OptimizerConfig",
-    "ScheduleConfig",
-    "TrainConfig",
-    "WandbConfig",
-]
-
 
 @dataclass(frozen=True)
 class DatasetConfig:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from dinocell.files import atomic_path
 
-__all__ = ["draw_curves"]
-
 
 def draw_curves(log_path: str | Path, out_path: str | Path) -> None:
     """Loss (logarithmic) and validation AP over steps → PNG.

@@ -30,8 +30,6 @@ from dinocell.training.augment import (
 )
 from dinocell.training.config import DataConfig, DatasetConfig, TrainConfig
 
-__all__ = ["CropDataset", "read_pair", "split_pairs"]
-
 _MARGIN_SHARE = 0.25  # of the crop, on each side, so that cut cells keep their true distances
 
 

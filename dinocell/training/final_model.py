@@ -18,8 +18,6 @@ from dinocell.training.curves import draw_curves
 from dinocell.training.run_folder import RunFolder
 from dinocell.training.validation import Sample
 
-__all__ = ["TrainResult", "write_final_model"]
-
 _GRIDS = ThresholdGrids(
     peak_grid=np.arange(0.30, 0.86, 0.05).round(2).tolist(),
     fill_grid=np.arange(0.05, 0.61, 0.05).round(2).tolist(),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["distance_loss"]
-
 
 def distance_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean squared error between distance maps, over all pixels and crops.

@@ -13,14 +13,6 @@ from torch.optim.swa_utils import AveragedModel
 from dinocell.network.model import DINOCell
 from dinocell.training.config import OptimizerConfig, TrainConfig
 
-__all__ = [
-    "average_weights",
-    "learning_rate_factor",
-    "parameter_groups",
-    "process_factor",
-    "step_seed",
-]
-
 
 def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:
     """Share of the peak learning rate at 0-based `step`: linear warm-up, cosine to the minimum.

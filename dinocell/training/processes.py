@@ -18,8 +18,6 @@ from torch import nn
 from dinocell.errors import ConfigError, DINOCellError
 from dinocell.network.model import resolve_device
 
-__all__ = ["Processes", "is_main_process", "processes_of_run"]
-
 # Process 0 tunes thresholds while the others wait in a collective.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 

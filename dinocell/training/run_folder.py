@@ -16,8 +16,6 @@ from dinocell.files import write_text_atomically
 from dinocell.settings import config_to_mapping
 from dinocell.training.config import TrainConfig
 
-__all__ = ["RunFolder", "refuse_other_run"]
-
 # Keys that may differ between a run and its continuation: they change where and how fast, not what.
 _FREE_KEYS = (
     ("device",),

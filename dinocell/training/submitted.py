@@ -15,8 +15,6 @@ from dinocell.submitted import (
     require_weights_file,
 )
 
-__all__ = ["Train"]
-
 
 class Train(SubmittedCommand):
     """`train`: one process for each GPU; continues from its newest checkpoint by itself."""

@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["SynchronizedBatchNorm2d", "synchronize_batch_norm"]
-
 
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` over the batches of all processes, on any device that can all-reduce.

@@ -40,8 +40,6 @@ from dinocell.training.run_folder import RunFolder
 from dinocell.training.synchronized_norm import synchronize_batch_norm
 from dinocell.training.validation import Sample, ValidationImages
 
-__all__ = ["TrainingInterruptedError", "train"]
-
 _VALIDATION_GRIDS = ThresholdGrids(
     peak_grid=(0.4, 0.5, 0.6, 0.7), fill_grid=(0.1, 0.2, 0.3, 0.4), prominence_grid=(0.05, 0.15)
 )

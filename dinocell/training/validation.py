@@ -16,8 +16,6 @@ from dinocell.segmentation.inference import predict_distance_map
 from dinocell.training.datasets import read_pair
 from dinocell.training.processes import Processes
 
-__all__ = ["Sample", "ValidationImages"]
-
 Sample = tuple[NDArray[np.float32], NDArray[np.uint32]]
 """Distance map and true labels of an image, (H, W) each."""
 

@@ -18,8 +18,6 @@ from types import TracebackType
 from dinocell.errors import UsageError
 from dinocell.upstream.series import PatchError, marked_name
 
-__all__ = ["Commit", "Scratch", "ThreeSides", "run_git"]
-
 _OLDEST_GIT = (2, 32)  # before it, --3way tried the line numbers first
 _SETTINGS = (
     "core.autocrlf=false",

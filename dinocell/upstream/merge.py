@@ -9,8 +9,6 @@ from dinocell.upstream.git import Commit, Scratch, ThreeSides
 from dinocell.upstream.placement import additions_in, misplaced
 from dinocell.upstream.series import Addition, Patch, Series
 
-__all__ = ["Merged", "Outcome", "merge_patch", "merge_series"]
-
 
 @dataclass(frozen=True)
 class Outcome:

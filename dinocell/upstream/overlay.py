@@ -23,8 +23,6 @@ from dinocell.upstream.merge import Merged, Outcome, merge_series
 from dinocell.upstream.placement import additions_in, misplaced, without_additions
 from dinocell.upstream.series import PatchError, Series, blob_id
 
-__all__ = ["Status", "apply_series", "conflict_text", "recover", "status_of", "undo"]
-
 _STAGING = "dinocell-upstream"  # in git's folder: on the same disk, and git status ignores it
 _JOURNAL = "journal.json"
 _RECORD = "dinocell-upstream.json"  # the files that were written, and their blobs

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dinocell.upstream.series import Addition, Hook, Patch, marked_name
 
-__all__ = ["additions_in", "find_function", "misplaced", "without_additions"]
-
 
 def without_additions(text: str) -> str:
     """The text without our lines."""

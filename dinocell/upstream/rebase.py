@@ -25,8 +25,6 @@ from dinocell.upstream.series import (
     write_series,
 )
 
-__all__ = ["conflicts", "rebase", "refresh"]
-
 
 def rebase(
     checkout: str | Path,

@@ -9,8 +9,6 @@ from dinocell.upstream.merge import Merged, Outcome
 from dinocell.upstream.overlay import Status
 from dinocell.upstream.rebase import conflicts
 
-__all__ = ["merged_text", "outcome_lines", "status_text"]
-
 # As the two commands name the same states.
 _REBASED = {
     "clean": "applied",

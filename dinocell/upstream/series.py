@@ -18,21 +18,6 @@ import yaml
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.files import write_text_atomically
 
-__all__ = [
-    "Addition",
-    "Hook",
-    "Patch",
-    "PatchError",
-    "Pin",
-    "Series",
-    "blob_id",
-    "default_series_folder",
-    "marked_name",
-    "patch_text",
-    "read_series",
-    "write_series",
-]
-
 _MARK = re.compile(r"  # dinocell: ([a-z0-9-]+)$")
 _HUNK = re.compile(r"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
 _INDEX = re.compile(r"^index ([0-9a-f]{40,64})\.\.([0-9a-f]{40,64})(?: (\d+))?$")

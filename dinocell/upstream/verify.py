@@ -12,8 +12,6 @@ from xml.etree import ElementTree
 
 from dinocell.errors import UsageError
 
-__all__ = ["Check", "Verification", "verify_tree"]
-
 _SUITE = Path(__file__).resolve().parents[2] / "tests" / "conformance"
 
 

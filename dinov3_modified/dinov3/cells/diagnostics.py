@@ -14,8 +14,6 @@ from dinov3.cells.monitors import CollapseMonitor, module_statistics
 from dinov3.cells.strategy import full_state_dict
 from dinov3.cells.visuals import VisualLogger
 
-__all__ = ["Diagnostics"]
-
 _COUNTS_EVERY = 10  # steps
 
 

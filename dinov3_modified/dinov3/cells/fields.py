@@ -14,19 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = [
-    "TIFF_STARTS",
-    "ChannelField",
-    "FieldError",
-    "decode_planes",
-    "is_constant",
-    "listed",
-    "make_field",
-    "read_illumination",
-    "robust_range",
-    "split_channels",
-]
-
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BITS, _PHOTOMETRIC, _STRIPS, _SAMPLES, _STRIP_BYTES, _FORMAT = 258, 262, 273, 277, 279, 339
 _LAYOUT_TAGS = (_BITS, _PHOTOMETRIC, _STRIPS, _SAMPLES, _STRIP_BYTES, _FORMAT)

@@ -17,14 +17,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = [
-    "atomic_folder",
-    "atomic_path",
-    "move_into_place",
-    "remove_temporary_files",
-    "write_text_atomically",
-]
-
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}(\..*)?")
 
 

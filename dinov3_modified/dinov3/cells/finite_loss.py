@@ -15,8 +15,6 @@ import dinov3.distributed as distributed
 from dinov3.cells.run_data import sample_names
 from dinov3.checkpointer import save_checkpoint
 
-__all__ = ["FiniteGuard", "NonFiniteLossError", "save_non_finite"]
-
 
 class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; the message names iteration, samples and the saved state."""

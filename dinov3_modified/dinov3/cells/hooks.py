@@ -18,20 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
-__all__ = [
-    "Watched",
-    "empty_teacher",
-    "evaluate",
-    "find_dataset",
-    "fit_patch_size",
-    "load_hook",
-    "load_pretrained",
-    "sections",
-    "start_from_backbone",
-    "watched",
-    "with_views",
-]
-
 logger = logging.getLogger("dinov3")
 
 _MOVED_HOOKS = {

@@ -11,8 +11,6 @@ from PIL import Image
 from dinov3.data.datasets.decoders import ImageDataDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 
-__all__ = ["ImageFolder"]
-
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 
 

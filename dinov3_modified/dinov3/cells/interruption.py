@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["STOP_SIGNALS", "StopAgreement", "StopRequest", "Stopped"]
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 

@@ -17,18 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = [
-    "CollapseMonitor",
-    "assignment_statistics",
-    "attention_entropy",
-    "effective_rank",
-    "feature_spread",
-    "feature_std",
-    "kl_divergence",
-    "module_norms",
-    "module_statistics",
-]
-
 logger = logging.getLogger("dinov3")
 
 _TINY = 1e-30

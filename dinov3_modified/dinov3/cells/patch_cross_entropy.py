@@ -15,8 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from dinov3.cells.sinkhorn import Assignment
 
-__all__ = ["prototype_cross_entropy"]
-
 
 def prototype_cross_entropy(
     bottleneck: Tensor,

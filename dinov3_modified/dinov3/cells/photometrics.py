@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["FluorescencePhotometrics", "photometrics_from_config", "photometrics_on_batch"]
-
 _KERNEL = 11  # edge of the largest blur, in pixels
 
 

@@ -9,15 +9,6 @@ import importlib
 import inspect
 from typing import Any
 
-__all__ = [
-    "DATASETS",
-    "DatasetKeyError",
-    "DatasetSplitError",
-    "check_needed",
-    "parse_dataset_str",
-    "register_dataset",
-]
-
 # Name in a dataset string → "module:class", imported on first use.
 DATASETS: dict[str, str] = {
     "ImageFolder": "dinov3.cells.image_folder:ImageFolder",

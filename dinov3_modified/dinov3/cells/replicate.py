@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["average_gradients"]
-
 _BUCKET_BYTES = 2**25
 
 

@@ -15,8 +15,6 @@ from dinov3.cells.validation import compare_configs
 from dinov3.checkpointer import find_latest_checkpoint
 from dinov3.configs import get_default_config
 
-__all__ = ["apply_start_record", "check_resumption", "start_record"]
-
 logger = logging.getLogger("dinov3")
 
 _START_FILE = "start.json"

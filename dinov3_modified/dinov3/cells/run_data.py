@@ -20,8 +20,6 @@ from dinov3.data import (
 )
 from dinov3.data.samplers import sample_order
 
-__all__ = ["data_loader", "grouped", "photometrics_on_device", "sample_names"]
-
 
 def data_loader(cfg: DictConfig, model: Any, batches_done: int, seed_offset: int) -> Any:
     """Batches of one resolution after the first `batches_done`.

@@ -11,14 +11,6 @@ from omegaconf import DictConfig
 from dinov3.cells.step import global_batch_size
 from dinov3.train.cosine_lr_scheduler import CosineScheduler, linear_warmup_cosine_decay
 
-__all__ = [
-    "apply_optim_scheduler",
-    "build_optimizer",
-    "build_schedulers",
-    "build_schedulers_v2",
-    "lr_scale",
-]
-
 
 def build_optimizer(cfg: DictConfig, params_groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     """AdamW; rates and weight decay are set every iteration by `apply_optim_scheduler`."""

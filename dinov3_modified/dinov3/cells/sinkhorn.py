@@ -17,8 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Assignment", "sinkhorn_knopp", "softmax_assignment"]
-
 _TINY = torch.finfo(torch.float32).tiny
 
 

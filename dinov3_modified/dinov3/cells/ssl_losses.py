@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from dinov3.cells.sinkhorn import Assignment
 from dinov3.cells.strategy import full_state_dict, load_full_state_dict
 
-__all__ = ["Metrics", "SSLLosses", "move_towards"]
-
 Metrics = dict[str, Tensor | float]
 
 

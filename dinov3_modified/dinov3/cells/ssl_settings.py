@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-__all__ = ["PRECISIONS", "check_ssl_settings"]
-
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -12,8 +12,6 @@ from torch import nn
 
 from dinov3.cells.weights import LoadReport, load_backbone
 
-__all__ = ["fill_student"]
-
 logger = logging.getLogger("dinov3")
 
 

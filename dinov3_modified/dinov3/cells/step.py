@@ -14,15 +14,6 @@ from torch import Tensor
 import dinov3.distributed as distributed
 from dinov3.cells.run_data import photometrics_on_device
 
-__all__ = [
-    "clip_gradients",
-    "forward_backward_all",
-    "global_batch_size",
-    "gram_is_ready",
-    "seed_step",
-    "update_gram",
-]
-
 logger = logging.getLogger("dinov3")
 
 

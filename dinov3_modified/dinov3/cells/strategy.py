@@ -9,14 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = [
-    "STRATEGIES",
-    "full_state_dict",
-    "load_full_state_dict",
-    "resolve_device",
-    "resolve_strategy",
-]
-
 STRATEGIES = ("none", "ddp", "fsdp")
 
 

@@ -10,15 +10,6 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-__all__ = [
-    "IGNORED_KEYS",
-    "Difference",
-    "check_keys",
-    "compare_configs",
-    "leaves",
-    "warn_of_ignored_keys",
-]
-
 logger = logging.getLogger("dinov3")
 
 # Keys of upstream's schema that act neither there nor here; a value other than the default warns.

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from dinov3.cells.files import atomic_path
 
-__all__ = ["VisualLogger", "attention_picture", "pca_colors", "pca_picture"]
-
 logger = logging.getLogger("dinov3")
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -33,21 +33,6 @@ from torch.distributed.checkpoint.state_dict import (
 
 from dinov3.cells.files import move_into_place, write_text_atomically
 
-__all__ = [
-    "CheckpointRetentionPolicy",
-    "cleanup_checkpoint",
-    "find_all_checkpoints",
-    "find_latest_checkpoint",
-    "find_latest_valid_checkpoint",
-    "init_fsdp_model_from_checkpoint",
-    "init_model_from_checkpoint_for_evals",
-    "keep_checkpoint_copy",
-    "keep_last_n_checkpoints",
-    "load_checkpoint",
-    "register_dont_save_hooks",
-    "save_checkpoint",
-]
-
 logger = logging.getLogger("dinov3")
 
 _MANIFEST = "COMPLETE.json"

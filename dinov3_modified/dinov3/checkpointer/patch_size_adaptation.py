@@ -16,14 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = [
-    "METHODS",
-    "PatchAdaptation",
-    "adapt_patch_embedding",
-    "adapt_state_dict",
-    "patch_size_of",
-]
-
 logger = logging.getLogger("dinov3")
 
 METHODS = ("nearest", "bilinear", "pseudo_inverse", "bicubic")

@@ -17,18 +17,6 @@ import dinov3.distributed as distributed
 from dinov3.cells.files import atomic_path
 from dinov3.cells.validation import check_keys, warn_of_ignored_keys
 
-__all__ = [
-    "DinoV3SetupArgs",
-    "apply_scaling_rules_to_cfg",
-    "exit_job",
-    "get_cfg_from_args",
-    "get_default_config",
-    "setup_config",
-    "setup_job",
-    "setup_multidistillation",
-    "write_config",
-]
-
 logger = logging.getLogger("dinov3")
 
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-__all__ = ["DatasetWithEnumeratedTargets", "extend_samples_with_index"]
-
 
 class DatasetWithEnumeratedTargets(Dataset[Any]):
     """Targets become (index, target); padded to a multiple with targets (-1, ...).

@@ -25,8 +25,6 @@ from dinov3.data.transforms import (
     to_pil,
 )
 
-__all__ = ["DataAugmentationDINO", "GaussianBlur", "make_normalize_transform"]
-
 
 class DataAugmentationDINO:
     """Two global and some local crops, with upstream's distortions.

@@ -20,16 +20,10 @@ from dinov3.cells.fields import ChannelField
 from dinov3.cells.photometrics import (
     FluorescencePhotometrics,
     photometrics_from_config,
-    photometrics_on_batch,
 )
-
-__all__ = [
-    "STRATEGIES",
-    "DataAugmentationMultiView",
-    "FluorescencePhotometrics",
-    "build_multiview_augmentation",
-    "photometrics_on_batch",
-]
+from dinov3.cells.photometrics import (
+    photometrics_on_batch as photometrics_on_batch,
+)
 
 STRATEGIES = ("multiview", "average", "single", "pairwise")
 _WINDOWS = ("overlapping", "same", "independent")

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["collate_data_and_cast", "get_batch_subset"]
-
 
 def collate_data_and_cast(
     samples_list: Sequence[tuple[dict[str, Any], Any]],

@@ -48,26 +48,6 @@ from dinov3.data.samplers import (
     ShardedInfiniteSampler,
 )
 
-__all__ = [
-    "DATASETS",
-    "DatasetKeyError",
-    "DatasetSplitError",
-    "EpochSampler",
-    "ImageNet",
-    "InfiniteSampler",
-    "SamplerType",
-    "SeededCollate",
-    "SeededDataset",
-    "ShardedInfiniteSampler",
-    "make_data_loader",
-    "make_dataset",
-    "make_seeded_data_loader",
-    "plain_message",
-    "register_dataset",
-    "seed_everything",
-    "seeded",
-]
-
 logger = logging.getLogger("dinov3")
 
 # Upstream's that serve evaluation only, or have no public file list.

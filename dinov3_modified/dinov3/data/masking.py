@@ -11,8 +11,6 @@ import random
 
 import numpy as np
 
-__all__ = ["MaskingGenerator"]
-
 _TRIES = 10
 
 

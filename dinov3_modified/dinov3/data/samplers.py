@@ -16,18 +16,6 @@ from torch.utils.data.sampler import Sampler
 
 from dinov3.distributed import get_rank, get_world_size
 
-__all__ = [
-    "CountingSampler",
-    "EpochSampler",
-    "InfiniteSampler",
-    "PositionedSampler",
-    "SamplePosition",
-    "ShardedInfiniteSampler",
-    "get_rank",
-    "get_world_size",
-    "sample_order",
-]
-
 _CHUNK = 1 << 16
 
 

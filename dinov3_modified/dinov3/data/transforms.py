@@ -18,32 +18,6 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = [
-    "CROP_DEFAULT_SIZE",
-    "IMAGENET_DEFAULT_MEAN",
-    "IMAGENET_DEFAULT_STD",
-    "RESIZE_DEFAULT_SIZE",
-    "CenterCrop",
-    "ColorJitter",
-    "Compose",
-    "GaussianBlur",
-    "InterpolationMode",
-    "RandomGrayscale",
-    "RandomHorizontalFlip",
-    "RandomResizedCrop",
-    "RandomSolarize",
-    "Resize",
-    "ToNormalizedTensor",
-    "make_base_transform",
-    "make_classification_eval_transform",
-    "make_classification_train_transform",
-    "make_eval_transform",
-    "make_interpolation_mode",
-    "make_normalize_transform",
-    "make_resize_transform",
-    "to_pil",
-]
-
 IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
 RESIZE_DEFAULT_SIZE = 256

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from dinov3.distributed.torch_distributed_wrapper import get_world_size, is_enabled
 
-__all__ = ["gather_all_tensors", "reduce_dict"]
-
 
 def gather_all_tensors(result: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """The tensors of all processes, in rank order; their sizes may differ, not their rank.

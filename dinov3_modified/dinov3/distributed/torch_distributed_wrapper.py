@@ -18,24 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = [
-    "TorchDistributedEnvironment",
-    "compute_on",
-    "disable",
-    "enable",
-    "get_default_process_group",
-    "get_process_subgroup",
-    "get_rank",
-    "get_subgroup_rank",
-    "get_subgroup_size",
-    "get_world_size",
-    "is_enabled",
-    "is_main_process",
-    "is_subgroup_main_process",
-    "new_subgroups",
-    "save_in_main_process",
-]
-
 _subgroup: dist.ProcessGroup | None = None
 _device_type: str | None = None
 _plain_print = builtins.print

@@ -18,15 +18,6 @@ from torch import nn
 from dinov3.cells.strategy import resolve_device, resolve_strategy
 from dinov3.utils import as_torch_dtype
 
-__all__ = [
-    "ac_compile_parallelize",
-    "activation_checkpoint_transformer",
-    "compile_transformer",
-    "fsdp_transformer",
-    "get_activation_checkpoint_wrapper",
-    "wrap_compile_block",
-]
-
 logger = logging.getLogger("dinov3")
 
 

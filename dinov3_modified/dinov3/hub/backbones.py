@@ -18,19 +18,6 @@ from dinov3.cells.weights import load_backbone, sha256
 from dinov3.hub.utils import DINOV3_BASE_URL
 from dinov3.models.vision_transformer import DinoVisionTransformer
 
-__all__ = [
-    "Weights",
-    "convert_path_or_url_to_url",
-    "dinov3_vit7b16",
-    "dinov3_vitb16",
-    "dinov3_vith16plus",
-    "dinov3_vitl16",
-    "dinov3_vitl16plus",
-    "dinov3_vits16",
-    "dinov3_vits16plus",
-    "is_url",
-]
-
 
 class Weights(Enum):
     """Released weights by pretraining data: 1.7 B web images, or 493 M satellite images."""

@@ -11,15 +11,6 @@ from torch.nn import functional
 
 from dinov3.utils.utils import cat_keep_shapes, uncat_with_shapes
 
-__all__ = [
-    "LinearKMaskedBias",
-    "SelfAttention",
-    "cat_keep_shapes",
-    "rope_apply",
-    "rope_rotate_half",
-    "uncat_with_shapes",
-]
-
 
 def rope_rotate_half(x: Tensor) -> Tensor:
     """(a, b) → (−b, a) on the two halves of the last axis."""

@@ -12,8 +12,6 @@ from dinov3.layers.ffn_layers import Mlp
 from dinov3.layers.layer_scale import LayerScale
 from dinov3.utils.utils import cat_keep_shapes, uncat_with_shapes
 
-__all__ = ["SelfAttentionBlock", "cat_keep_shapes", "uncat_with_shapes"]
-
 Rope = tuple[Tensor, Tensor]
 
 

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["DINOHead"]
-
 
 class DINOHead(nn.Module):
     """MLP to a bottleneck, L2 normalisation, then one logit a prototype.

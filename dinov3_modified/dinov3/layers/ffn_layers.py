@@ -10,8 +10,6 @@ from torch.nn import functional
 
 from dinov3.utils.utils import cat_keep_shapes, uncat_with_shapes
 
-__all__ = ["ListForwardMixin", "Mlp", "SwiGLUFFN"]
-
 
 class ListForwardMixin:
     """`forward_list`: run a list of token tensors through `forward` as one matrix."""

@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-__all__ = ["PatchEmbed", "make_2tuple"]
-
 
 def make_2tuple(x: int | tuple[int, int]) -> tuple[int, int]:
     """A number stands for both axes."""

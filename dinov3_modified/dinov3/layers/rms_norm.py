@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RMSNorm"]
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) · weight; the statistics are taken in float32 whatever the input's type.

@@ -12,8 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RopePositionEmbedding"]
-
 
 class RopePositionEmbedding(nn.Module):
     """Sine and cosine of the angles of every patch.

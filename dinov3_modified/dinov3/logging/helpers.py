@@ -24,8 +24,6 @@ from torch import Tensor
 from dinov3.cells.files import move_into_place, write_text_atomically
 from dinov3.distributed import get_world_size, is_enabled, is_main_process
 
-__all__ = ["MetricLogger", "SmoothedValue"]
-
 logger = logging.getLogger("dinov3")
 
 _NAN = float("nan")

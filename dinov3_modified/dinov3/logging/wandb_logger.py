@@ -29,8 +29,6 @@ from torch import Tensor
 from dinov3.cells.files import write_text_atomically
 from dinov3.distributed import is_main_process
 
-__all__ = ["WandbLogger", "create_wandb_logger"]
-
 logger = logging.getLogger("dinov3")
 
 _MODES = ("auto", "online", "offline", "disabled")

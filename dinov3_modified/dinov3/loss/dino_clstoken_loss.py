@@ -10,8 +10,6 @@ from torch.nn import functional
 from dinov3.cells.sinkhorn import sinkhorn_knopp
 from dinov3.distributed import get_process_subgroup
 
-__all__ = ["DINOLoss"]
-
 
 class DINOLoss(nn.Module):
     """Cross-entropy between the teacher's assignment and the student's, over pairs of crops.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["GramLoss"]
-
 
 class GramLoss(nn.Module):
     """Mean squared difference of the patch similarities of student and Gram teacher.

@@ -11,8 +11,6 @@ from dinov3.cells.patch_cross_entropy import prototype_cross_entropy
 from dinov3.cells.sinkhorn import Assignment, sinkhorn_knopp, softmax_assignment
 from dinov3.distributed import get_process_subgroup
 
-__all__ = ["SinkhornKnoppTeacher", "iBOTPatchLoss", "lossfunc"]
-
 
 def lossfunc(t: Tensor, s: Tensor, temp: float) -> Tensor:
     """Sum over the last axis of t * log_softmax(s / temp): [..., K] twice → [...], float32."""

@@ -7,8 +7,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["KoLeoLoss", "KoLeoLossDistributed"]
-
 _EPS = 1e-8
 
 

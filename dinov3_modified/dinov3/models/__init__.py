@@ -31,7 +31,7 @@ def build_model(
     Returns:
         (teacher, width) or (student, teacher, width).
     """
-    factories = [name for name in vits.__all__ if name.startswith("vit_")]
+    factories = [name for name in vars(vits) if name.startswith("vit_")]
     if args.arch not in factories:
         raise ValueError(
             f"student.arch must be one of {', '.join(factories)}, got {args.arch!r}: choose one"

@@ -19,22 +19,6 @@ from dinov3.layers.rms_norm import RMSNorm
 from dinov3.layers.rope_position_encoding import RopePositionEmbedding
 from dinov3.utils.utils import named_apply
 
-__all__ = [
-    "DinoVisionTransformer",
-    "dtype_dict",
-    "ffn_layer_dict",
-    "init_weights_vit",
-    "norm_layer_dict",
-    "vit_7b",
-    "vit_base",
-    "vit_giant2",
-    "vit_huge2",
-    "vit_large",
-    "vit_small",
-    "vit_so400m",
-    "vit_tiny",
-]
-
 logger = logging.getLogger("dinov3")
 
 ffn_layer_dict: dict[str, Callable[..., nn.Module]] = {

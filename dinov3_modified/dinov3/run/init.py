@@ -8,8 +8,6 @@ from datetime import timedelta
 
 from dinov3.configs import exit_job, setup_job
 
-__all__ = ["exit_job", "job_context", "setup_job"]
-
 
 @contextmanager
 def job_context(

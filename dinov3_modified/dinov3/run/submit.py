@@ -23,22 +23,6 @@ from dinov3.utils.cluster import (
 )
 from dinov3.utils.custom_callable import load_custom_callable
 
-__all__ = [
-    "CheckpointableSubmitter",
-    "get_run_parser",
-    "get_shared_folder",
-    "get_slurm_account",
-    "get_slurm_executor_parameters",
-    "get_slurm_partition",
-    "get_slurm_qos",
-    "get_submitit_parser",
-    "get_user_checkpoint_path",
-    "load_custom_callable",
-    "main",
-    "setup_logging",
-    "submit_jobs",
-]
-
 logger = logging.getLogger("dinov3")
 
 _SIGNAL_AHEAD_S = 120

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["CosineScheduler", "linear_warmup_cosine_decay"]
-
 
 class CosineScheduler:
     """Zero while frozen, linear warm-up, then a half cosine from `base_value` to `final_value`.

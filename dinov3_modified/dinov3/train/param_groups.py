@@ -11,14 +11,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = [
-    "fuse_params_groups",
-    "get_params_groups_with_decay",
-    "get_params_groups_with_decay_fsdp",
-    "get_vit_lr_decay_rate",
-    "remove_fsdp_compile_names",
-]
-
 _WRAPPERS = (
     "_fsdp_wrapped_module.",
     "_checkpoint_wrapped_module.",

@@ -38,8 +38,6 @@ from dinov3.train.cosine_lr_scheduler import linear_warmup_cosine_decay
 from dinov3.train.param_groups import fuse_params_groups, get_params_groups_with_decay_fsdp
 from dinov3.utils import count_parameters
 
-__all__ = ["SSLMetaArch"]
-
 logger = logging.getLogger("dinov3")
 
 _GLOBAL_CROPS = 2

@@ -48,7 +48,7 @@ from dinov3.cells.step import (
 )
 from dinov3.cells.strategy import full_state_dict
 from dinov3.checkpointer import (
-    find_latest_checkpoint,  # noqa: F401  # as the other unused names: upstream's module has them
+    find_latest_checkpoint,
     find_latest_valid_checkpoint,
     keep_checkpoint_copy,
     keep_last_n_checkpoints,
@@ -65,42 +65,21 @@ from dinov3.configs import (
 )
 from dinov3.data import (
     CombinedDataLoader,
-    MaskingGenerator,  # noqa: F401
-    SamplerType,  # noqa: F401
-    collate_data_and_cast,  # noqa: F401
-    make_data_loader,  # noqa: F401
-    make_dataset,  # noqa: F401
+    MaskingGenerator,
+    SamplerType,
+    collate_data_and_cast,
+    make_data_loader,
+    make_dataset,
 )
 from dinov3.data.loaders import plain_message
 from dinov3.distributed.torch_distributed_wrapper import compute_on
 from dinov3.logging import MetricLogger, setup_logging
 from dinov3.train.cosine_lr_scheduler import (
-    CosineScheduler,  # noqa: F401
-    linear_warmup_cosine_decay,  # noqa: F401
+    CosineScheduler,
+    linear_warmup_cosine_decay,
 )
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.utils import get_sha
-
-__all__ = [
-    "NonFiniteLossError",
-    "Stopped",
-    "apply_optim_scheduler",
-    "build_data_loader_from_cfg",
-    "build_multi_resolution_data_loader_from_cfg",
-    "build_optimizer",
-    "build_schedulers",
-    "build_schedulers_v2",
-    "check_resumption",
-    "clip_gradients",
-    "do_test",
-    "do_train",
-    "get_args_parser",
-    "global_batch_size",
-    "main",
-    "sample_names",
-    "seed_step",
-    "setup_logging",
-]
 
 logger = logging.getLogger("dinov3")
 

@@ -10,15 +10,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "get_checkpoint_path",
-    "get_slurm_account",
-    "get_slurm_executor_parameters",
-    "get_slurm_partition",
-    "get_slurm_qos",
-    "get_user_checkpoint_path",
-]
-
 
 def get_checkpoint_path(cluster_type: str | None = None) -> Path | None:
     """Folder of all experiments, None if unset."""

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load_custom_callable"]
-
 
 def load_custom_callable(module_path: str | Path, callable_name: str) -> Callable[..., Any]:
     """Import a Python file and return one of its functions.

@@ -12,19 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "as_torch_dtype",
-    "cat_keep_shapes",
-    "count_parameters",
-    "fix_random_seeds",
-    "get_conda_env",
-    "get_sha",
-    "has_batchnorms",
-    "named_apply",
-    "named_replace",
-    "uncat_with_shapes",
-]
-
 
 def cat_keep_shapes(x_list: Sequence[Tensor]) -> tuple[Tensor, list[torch.Size], list[int]]:
     """Stack the rows of differently shaped tensors, so that one linear layer serves all.

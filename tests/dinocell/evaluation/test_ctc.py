@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinocell.evaluation import ctc
 from dinocell.evaluation.ctc import CtcCounts, ctc_counts
 from dinocell.evaluation.matching import overlap_table
 
@@ -181,8 +180,3 @@ def test_recorded_values_between_two_experts(expert_labels: tuple) -> None:
     first, second = expert_labels
     assert counts_of(first, second).seg == pytest.approx(0.272, abs=5e-4)
     assert counts_of(second, first).seg == pytest.approx(0.447, abs=5e-4)
-
-
-def test_all_is_exact() -> None:
-    own = {n for n, v in vars(ctc).items() if getattr(v, "__module__", "") == ctc.__name__}
-    assert sorted(n for n in own if not n.startswith("_")) == sorted(ctc.__all__)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
-from dinocell.evaluation import matching
 from dinocell.evaluation.matching import OverlapTable, match, match_total_iou, overlap_table
 
 TWO_BY_FOUR_TRUTH = np.array([[1, 1, 0, 2], [1, 1, 0, 2]])
@@ -226,13 +225,3 @@ def test_match_equals_dense_assignment_on_random_pairs(random_pairs: list) -> No
 def test_thresholds_outside_0_1_are_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
         match(overlap_table([[1]], [[1]]), threshold)
-
-
-def test_all_is_exact() -> None:
-    public = {name for name in vars(matching) if not name.startswith("_")}
-    own = {
-        name
-        for name in public
-        if getattr(vars(matching)[name], "__module__", "") == matching.__name__
-    }
-    assert sorted(own) == sorted(matching.__all__)

@@ -84,7 +84,11 @@ def test_every_hook_function_is_called_by_a_patch(real):
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
     ]
     used = [name for name in public if f"import {name}  #" in text]
-    assert sorted(set(public) - set(used)) == ["empty_teacher", "load_hook", "sections"]  # used by others there
+    assert sorted(set(public) - set(used)) == [
+        "empty_teacher",
+        "load_hook",
+        "sections",
+    ]  # used by others there
 
 
 def test_listed_files_import_what_goes_with_them(real):

@@ -37,7 +37,6 @@ def small_architecture(monkeypatch):
         )
 
     monkeypatch.setattr(vits, "vit_test", vit_test, raising=False)
-    monkeypatch.setattr(vits, "__all__", [*vits.__all__, "vit_test"])
 
 
 @pytest.fixture

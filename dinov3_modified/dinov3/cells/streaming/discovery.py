@@ -28,16 +28,6 @@ from dinov3.data.datasets.jump_cellpainting import PATTERNS
 
 logger = logging.getLogger("dinov3")
 
-__all__ = [
-    "JUMP_LITE",
-    "PlateFolder",
-    "find_plates",
-    "make_index",
-    "records_of_jump_lite",
-    "records_of_listing",
-    "records_of_table",
-]
-
 _TABLES = (
     "load_data_with_illum.parquet",
     "load_data.parquet",

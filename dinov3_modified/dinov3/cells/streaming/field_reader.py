@@ -24,8 +24,6 @@ from dinov3.cells.streaming.shards import ShardReader
 from dinov3.cells.streaming.stores import ObjectStore
 from dinov3.cells.streaming.threads import RequestThreads
 
-__all__ = ["FieldReader", "entry_to_field", "field_to_entry"]
-
 
 class FieldReader:
     """Reads fields for one process; for many threads at once.

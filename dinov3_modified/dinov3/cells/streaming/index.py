@@ -18,8 +18,6 @@ import numpy as np
 
 from dinov3.cells.files import atomic_path
 
-__all__ = ["FieldIndex", "FieldRecord", "IndexWriter", "RowRanges", "side_of_plate", "split_url"]
-
 _VERSION = 1
 _VAL_SHARE = 0.1
 

@@ -7,8 +7,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["LostFields", "append_lost", "lost_names"]
-
 
 class LostFields:
     """What one process has read of the list so far; each call reads only the new lines.

@@ -13,8 +13,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-__all__ = ["FieldOrder", "Permutation", "Visit"]
-
 _ROUNDS = 6
 _MIX = 0x9E3779B97F4A7C15
 _MASK64 = 2**64 - 1

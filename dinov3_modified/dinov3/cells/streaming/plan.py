@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from dinov3.cells.streaming.order import FieldOrder
 
-__all__ = ["Need", "Plan", "Workload", "make_plan"]
-
 _VISITS = (1, 2, 4, 8, 16, 32, 64)
 _AHEAD = 48  # as StreamOptions.ahead
 _NETWORK_SHARE = 0.8  # of a line that a single program gets in practice

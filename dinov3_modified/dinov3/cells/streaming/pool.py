@@ -28,8 +28,6 @@ import numpy as np
 
 from dinov3.cells.files import move_into_place
 
-__all__ = ["ByteCache", "FieldPool", "SharedFolder", "shared_memory_folder"]
-
 logger = logging.getLogger("dinov3")
 
 _SUFFIX = ".entry"

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from dinov3.cells.files import write_text_atomically
 
-__all__ = ["sum_of_counts", "write_counts"]
-
 logger = logging.getLogger("dinov3")
 
 

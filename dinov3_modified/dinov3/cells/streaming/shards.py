@@ -21,8 +21,6 @@ from dinov3.cells.files import atomic_folder
 from dinov3.cells.streaming.index import FieldRecord, IndexWriter
 from dinov3.cells.streaming.stores import ObjectMissing, ObjectStore, Range, StoreError
 
-__all__ = ["PackOptions", "ShardReader", "pack_fields"]
-
 _INDEX = "fields.arrow"
 _TABLES_KEPT = 4096  # of shards, about 1 kB each
 _GROUP = "fields.zarr"

@@ -8,18 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-__all__ = [
-    "ObjectDamaged",
-    "ObjectMissing",
-    "ObjectUnreadable",
-    "RequestOptions",
-    "StoreError",
-    "StoreMisconfigured",
-    "StoreOptions",
-    "StoreUnreachable",
-    "StreamOptions",
-]
-
 TRANSPORTS = ("obstore", "boto3")
 _ENDPOINT = re.compile(r"https?://[\w.\-\[\]:]+/?")
 

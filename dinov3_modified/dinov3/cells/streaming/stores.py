@@ -14,27 +14,20 @@ from typing import Any, TypeVar
 
 from dinov3.cells.streaming.store_options import (
     ObjectDamaged,
-    ObjectMissing,
     ObjectUnreadable,
-    StoreError,
-    StoreMisconfigured,
     StoreOptions,
     StoreUnreachable,
 )
+from dinov3.cells.streaming.store_options import (
+    ObjectMissing as ObjectMissing,
+)
+from dinov3.cells.streaming.store_options import (
+    StoreError as StoreError,
+)
+from dinov3.cells.streaming.store_options import (
+    StoreMisconfigured as StoreMisconfigured,
+)
 from dinov3.cells.streaming.transports import OPENERS, Body, Range, Transient, Transport
-
-__all__ = [
-    "Body",
-    "ObjectDamaged",
-    "ObjectMissing",
-    "ObjectStore",
-    "ObjectUnreadable",
-    "Range",
-    "StoreError",
-    "StoreMisconfigured",
-    "StoreOptions",
-    "StoreUnreachable",
-]
 
 logger = logging.getLogger("dinov3")
 

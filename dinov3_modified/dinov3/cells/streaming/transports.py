@@ -23,8 +23,6 @@ from dinov3.cells.streaming.store_options import (
     StoreOptions,
 )
 
-__all__ = ["OPENERS", "Body", "Range", "Transient", "Transport"]
-
 
 class Transient(Exception):
     """A request that may succeed when it is repeated; `kind` is counted."""

@@ -17,20 +17,6 @@ from torch import Tensor
 from dinov3.cells.weights.fit import State, WeightsError
 from dinov3.checkpointer.patch_size_adaptation import patch_size_of
 
-__all__ = [
-    "KERNEL",
-    "ROPE_BASE",
-    "WeightsDescription",
-    "described",
-    "expected_shapes",
-    "has_k_bias",
-    "joined_bias",
-    "k_bias_mask",
-    "refuse_foreign_flags",
-    "rope_periods",
-    "vit_arguments",
-]
-
 KERNEL = "patch_embed.proj.weight"
 
 ROPE_BASE = 100.0

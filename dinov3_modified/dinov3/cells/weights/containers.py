@@ -23,16 +23,6 @@ from dinov3.cells.weights.architecture import KERNEL
 from dinov3.cells.weights.fit import State, WeightsError
 from dinov3.cells.weights.huggingface import HF_KERNEL, hf_facts
 
-__all__ = [
-    "HEADER",
-    "NETWORKS",
-    "CheckpointReader",
-    "FoundNetwork",
-    "read_network",
-    "read_pickled",
-    "read_teacher",
-]
-
 HEADER = "dinov3_backbone"
 
 # The kernel of the patch embedding in Meta's and timm's files, and in Hugging Face's.

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-__all__ = ["State", "WeightsError", "listed", "refuse_differences"]
-
 State = dict[str, Tensor]
 
 _SHOWN = 12  # keys of each kind in a message

@@ -20,8 +20,6 @@ from dinov3.cells.weights.architecture import (
 )
 from dinov3.cells.weights.fit import State, WeightsError
 
-__all__ = ["HF_KERNEL", "from_hf", "hf_config", "hf_facts", "to_hf"]
-
 HF_KERNEL = "embeddings.patch_embeddings.weight"
 _HF_FIXED = {
     "embeddings.cls_token": "cls_token",

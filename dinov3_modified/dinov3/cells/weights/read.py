@@ -26,8 +26,6 @@ from dinov3.cells.weights.huggingface import HF_KERNEL, from_hf
 from dinov3.cells.weights.timm import from_timm
 from dinov3.checkpointer.patch_size_adaptation import adapt_state_dict
 
-__all__ = ["LoadReport", "describe", "fit_backbone", "load_backbone", "read_backbone", "sha256"]
-
 # Number of heads by width, for files that do not contain it.  Other widths have heads of 64 channels, as
 # all smaller released networks.
 _HEADS = {1536: 24, 4096: 32}

@@ -16,8 +16,6 @@ from dinov3.cells.weights.architecture import (
 )
 from dinov3.cells.weights.fit import State, WeightsError
 
-__all__ = ["from_timm", "to_timm"]
-
 _TIMM_SWIGLU = {"mlp.w1": "mlp.fc1_g", "mlp.w2": "mlp.fc1_x", "mlp.w3": "mlp.fc2"}
 
 

@@ -27,8 +27,6 @@ from dinov3.cells.weights.fit import State, WeightsError, listed, refuse_differe
 from dinov3.cells.weights.huggingface import hf_config, to_hf
 from dinov3.cells.weights.timm import to_timm
 
-__all__ = ["FORMATS", "write_backbone"]
-
 logger = logging.getLogger("dinov3")
 
 FORMATS = ("meta", "hf", "timm", "dinocell")

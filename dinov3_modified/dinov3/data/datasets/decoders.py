@@ -7,8 +7,6 @@ from typing import Any
 
 from PIL import Image
 
-__all__ = ["Decoder", "DenseTargetDecoder", "ImageDataDecoder", "TargetDecoder"]
-
 
 class Decoder:
     """Something with `decode()`."""

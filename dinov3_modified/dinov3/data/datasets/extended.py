@@ -9,8 +9,6 @@ from torch.utils.data import Dataset
 
 from dinov3.data.datasets.decoders import Decoder, ImageDataDecoder, TargetDecoder
 
-__all__ = ["Decoder", "ExtendedVisionDataset", "ImageDataDecoder", "TargetDecoder"]
-
 
 class ExtendedVisionDataset(Dataset[Any]):
     """Subclasses give `get_image_data`, `get_target` and `__len__`.

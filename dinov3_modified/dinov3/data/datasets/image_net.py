@@ -15,8 +15,6 @@ import numpy as np
 
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 
-__all__ = ["ImageNet"]
-
 _ENTRY = np.dtype(
     [("actual_index", "<u4"), ("class_index", "<u4"), ("class_id", "U9"), ("class_name", "U64")]
 )

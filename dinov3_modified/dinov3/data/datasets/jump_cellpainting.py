@@ -28,8 +28,6 @@ from dinov3.cells.fields import (
 )
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 
-__all__ = ["PATTERNS", "FieldFiles", "JUMPCellPainting", "JUMPCellPaintingMultiView", "find_fields"]
-
 # File names of the microscopes behind JUMP: what makes a field, and the channel's number.
 PATTERNS = {
     "harmony": r"(?P<well>r\d+c\d+)(?P<site>f\d+)(?P<plane>p\d+)-(?P<channel>ch\d+)\w*\.tiff?",

@@ -40,8 +40,6 @@ from dinov3.cells.streaming.threads import RequestThreads
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 from dinov3.data.datasets.jump_cellpainting import _LEFT_OUT, _Split
 
-__all__ = ["JUMPS3Dataset", "JUMPS3MultiView", "StreamOptions", "TooManyLost"]
-
 logger = logging.getLogger("dinov3")
 
 USUAL_FIELD_BYTES = 5 * 1080 * 1080 * 2
