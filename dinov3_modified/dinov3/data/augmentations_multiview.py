@@ -17,13 +17,8 @@ import torch
 from torch import Tensor
 
 from dinov3.cells.fields import ChannelField
-from dinov3.cells.photometrics import (
-    FluorescencePhotometrics,
-    photometrics_from_config,
-)
-from dinov3.cells.photometrics import (
-    photometrics_on_batch as photometrics_on_batch,
-)
+from dinov3.cells.photometrics import FluorescencePhotometrics, photometrics_from_config
+from dinov3.cells.photometrics import photometrics_on_batch as photometrics_on_batch
 
 STRATEGIES = ("multiview", "average", "single", "pairwise")
 _WINDOWS = ("overlapping", "same", "independent")

@@ -239,13 +239,7 @@ def _start_helpers(context: str) -> None:
 
 
 def _make_sampler(
-    *,
-    dataset: Any,
-    type: SamplerType | None,
-    shuffle: bool,
-    seed: int,
-    size: int,
-    advance: int,
+    *, dataset: Any, type: SamplerType | None, shuffle: bool, seed: int, size: int, advance: int
 ) -> Any:
     if getattr(dataset, "orders_itself", False):
         if type not in (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE):

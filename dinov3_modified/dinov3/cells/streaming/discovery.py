@@ -396,10 +396,7 @@ class _WithoutChannels(ValueError):
 
 
 def _records(
-    store: ObjectStore,
-    plate: PlateFolder,
-    source: str,
-    channels: Mapping[str, Mapping[str, str]],
+    store: ObjectStore, plate: PlateFolder, source: str, channels: Mapping[str, Mapping[str, str]]
 ) -> Iterator[FieldRecord]:
     if source in ("auto", "tables") and plate.tables:
         table = _read_table(store, plate.tables)

@@ -85,10 +85,7 @@ class FieldReader:
         begun = time.perf_counter()
         try:
             made = make_field(
-                record.name,
-                planes,
-                pixel_size_um=self.pixel_size_um,
-                percentiles=self.percentiles,
+                record.name, planes, pixel_size_um=self.pixel_size_um, percentiles=self.percentiles
             )
         except FieldError:
             raise

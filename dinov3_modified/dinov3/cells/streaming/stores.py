@@ -18,15 +18,9 @@ from dinov3.cells.streaming.store_options import (
     StoreOptions,
     StoreUnreachable,
 )
-from dinov3.cells.streaming.store_options import (
-    ObjectMissing as ObjectMissing,
-)
-from dinov3.cells.streaming.store_options import (
-    StoreError as StoreError,
-)
-from dinov3.cells.streaming.store_options import (
-    StoreMisconfigured as StoreMisconfigured,
-)
+from dinov3.cells.streaming.store_options import ObjectMissing as ObjectMissing
+from dinov3.cells.streaming.store_options import StoreError as StoreError
+from dinov3.cells.streaming.store_options import StoreMisconfigured as StoreMisconfigured
 from dinov3.cells.streaming.transports import OPENERS, Body, Range, Transient, Transport
 
 logger = logging.getLogger("dinov3")
@@ -71,11 +65,7 @@ class ObjectStore:
         self._start()
 
     def get(
-        self,
-        key: str,
-        accept: Callable[[bytes], T] | None = None,
-        *,
-        part: Range | None = None,
+        self, key: str, accept: Callable[[bytes], T] | None = None, *, part: Range | None = None
     ) -> T | bytes:
         """An object's bytes, or what `accept` makes of them.
 

@@ -96,10 +96,7 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
         )
     notes, heads_known = _fill_in(state, found)
     description = replace(
-        described(state, path, kind),
-        which=found.which,
-        heads_known=heads_known,
-        notes=tuple(notes),
+        described(state, path, kind), which=found.which, heads_known=heads_known, notes=tuple(notes)
     )
     refuse_differences(
         state,
@@ -151,11 +148,7 @@ def sha256(path: str | Path) -> str:
 
 
 def load_backbone(
-    vit: nn.Module,
-    path: str | Path,
-    *,
-    which: str = "teacher",
-    patch_method: str = "nearest",
+    vit: nn.Module, path: str | Path, *, which: str = "teacher", patch_method: str = "nearest"
 ) -> LoadReport:
     """Fill a `DinoVisionTransformer` from any file that `read_backbone` reads.
 

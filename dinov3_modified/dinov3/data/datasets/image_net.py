@@ -66,10 +66,7 @@ class ImageNet(ExtendedVisionDataset):
         target_transform: Any = None,
     ) -> None:
         super().__init__(
-            root=root,
-            transforms=transforms,
-            transform=transform,
-            target_transform=target_transform,
+            root=root, transforms=transforms, transform=transform, target_transform=target_transform
         )
         self._extra_root = extra
         self._split = split
