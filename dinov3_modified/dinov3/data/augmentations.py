@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,15 @@ from dinov3.data.transforms import (
     to_pil,
 )
 
+# The keys of `crops` that are arguments of the same name.
+_KEYS = (
+    "global_crops_scale", "local_crops_scale", "local_crops_number", "global_crops_size",
+    "local_crops_size", "gram_teacher_crops_size", "gram_teacher_no_distortions",
+    "share_color_jitter", "horizontal_flips",
+)  # fmt: skip
 
+
+@dataclass(eq=False)
 class DataAugmentationDINO:
     """Two global and some local crops, with upstream's distortions.
 
@@ -46,84 +55,66 @@ class DataAugmentationDINO:
         mean, std: of the normalisation.
 
     Raises:
-        ValueError: a size or a number of crops below 1, a scale that is not 0 < low <= high <= 1, local
-            crops that do not fit into the global ones they are to be cut from.
+        ValueError: a size, number or scale out of range; local crops larger than their global ones.
     """
 
-    def __init__(
-        self,
-        global_crops_scale: Sequence[float],
-        local_crops_scale: Sequence[float],
-        local_crops_number: int,
-        global_crops_size: int = 224,
-        local_crops_size: int = 96,
-        gram_teacher_crops_size: int | None = None,
-        gram_teacher_no_distortions: bool = False,
-        teacher_no_color_jitter: bool = False,
-        local_crops_subset_of_global_crops: bool = False,
-        patch_size: int = 16,
-        share_color_jitter: bool = False,
-        horizontal_flips: bool = True,
-        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-        std: Sequence[float] = IMAGENET_DEFAULT_STD,
-    ) -> None:
-        _check(
-            scales=(global_crops_scale, local_crops_scale),
-            counts={
-                "global_crops_size": global_crops_size,
-                "local_crops_size": local_crops_size,
-                "local_crops_number": local_crops_number,
-                "patch_size": patch_size,
-                "gram_teacher_crops_size": gram_teacher_crops_size or 1,
-            },
-        )
-        if local_crops_subset_of_global_crops and local_crops_size > global_crops_size:
-            raise ValueError(
-                f"local crops cut from global ones must not be larger, got {local_crops_size} and "
-                f"{global_crops_size}: change crops.local_crops_size or the subset option"
-            )
-        self.local_crops_number = local_crops_number
-        self.global_crops_size = global_crops_size
-        self.local_crops_size = local_crops_size
-        self.gram_teacher_crops_size = gram_teacher_crops_size
-        self.gram_teacher_no_distortions = gram_teacher_no_distortions
-        self.teacher_no_color_jitter = teacher_no_color_jitter
-        self.local_crops_subset_of_global_crops = local_crops_subset_of_global_crops
-        self.patch_size = patch_size
-        self.share_color_jitter = share_color_jitter
+    global_crops_scale: Sequence[float]
+    local_crops_scale: Sequence[float]
+    local_crops_number: int
+    global_crops_size: int = 224
+    local_crops_size: int = 96
+    gram_teacher_crops_size: int | None = None
+    gram_teacher_no_distortions: bool = False
+    teacher_no_color_jitter: bool = False
+    local_crops_subset_of_global_crops: bool = False
+    patch_size: int = 16
+    share_color_jitter: bool = False
+    horizontal_flips: bool = True
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = IMAGENET_DEFAULT_STD
 
-        flips = [RandomHorizontalFlip(0.5)] if horizontal_flips else []
+    def __post_init__(self) -> None:
+        sizes = ("global_crops_size", "local_crops_size", "local_crops_number", "patch_size")
+        counts = {name: getattr(self, name) for name in sizes}
+        counts["gram_teacher_crops_size"] = self.gram_teacher_crops_size or 1
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}: change it")
+        for low, high in (self.global_crops_scale, self.local_crops_scale):
+            if not 0 < low <= high <= 1:
+                raise ValueError(
+                    f"a crop scale must be 0 < low <= high <= 1, got {low} and {high}: change crops.*_scale"
+                )
+        small, large = self.local_crops_size, self.global_crops_size
+        if self.local_crops_subset_of_global_crops and small > large:
+            raise ValueError(
+                f"local crops cut from global ones must not be larger, got {small} and {large}: change "
+                "crops.local_crops_size"
+            )
+        flips = [RandomHorizontalFlip(0.5)] if self.horizontal_flips else []
         # Global crops are made at the larger of the two sizes that are wanted of them.
-        largest = max(global_crops_size, gram_teacher_crops_size or 0)
-        self.geometric_global = Compose([RandomResizedCrop(largest, global_crops_scale), *flips])
-        self.geometric_local = Compose(
-            [RandomResizedCrop(local_crops_size, local_crops_scale), *flips]
+        large = max(large, self.gram_teacher_crops_size or 0)
+        self.geometric_global, self.geometric_local = (
+            Compose([RandomResizedCrop(size, tuple(scale)), *flips])
+            for size, scale in ((large, self.global_crops_scale), (small, self.local_crops_scale))
         )
         self.color = Compose([ColorJitter(p=0.8), RandomGrayscale(0.2)])
-        own_color = [] if share_color_jitter else [self.color]
+        own_color = [] if self.share_color_jitter else [self.color]
         self.distort = (
             Compose([*own_color, GaussianBlur(p=1.0)]),
             Compose([*own_color, GaussianBlur(p=0.1), RandomSolarize(128, 0.2)]),
         )
         self.distort_local = Compose([*own_color, GaussianBlur(p=0.5)])
-        self.normalize = make_base_transform(mean, std)
+        self.normalize = make_base_transform(self.mean, self.std)
 
     @classmethod
     def from_config(cls, cfg: Any) -> DataAugmentationDINO:
         """As the section `crops` of a configuration says."""
         crops = cfg.crops
         return cls(
-            crops.global_crops_scale,
-            crops.local_crops_scale,
-            crops.local_crops_number,
-            global_crops_size=crops.global_crops_size,
-            local_crops_size=crops.local_crops_size,
-            gram_teacher_crops_size=crops.gram_teacher_crops_size,
-            gram_teacher_no_distortions=crops.gram_teacher_no_distortions,
+            **{name: crops[name] for name in _KEYS},
             local_crops_subset_of_global_crops=crops.localcrops_subset_of_globalcrops,
             patch_size=cfg.student.patch_size,
-            share_color_jitter=crops.share_color_jitter,
-            horizontal_flips=crops.horizontal_flips,
             mean=crops.rgb_mean,
             std=crops.rgb_std,
         )
@@ -149,10 +140,8 @@ class DataAugmentationDINO:
         ]
         crops = [_resized_tensor(crop, self.global_crops_size) for crop in distorted]
         output: dict[str, Any] = {"weak_flag": True, "global_crops": crops}
-        if self.teacher_no_color_jitter:
-            output["global_crops_teacher"] = [self.normalize(base) for base in sized]
-        else:
-            output["global_crops_teacher"] = crops
+        plain = self.teacher_no_color_jitter
+        output["global_crops_teacher"] = [self.normalize(b) for b in sized] if plain else crops
         if gram_size is not None:
             source = distorted if keep_large else [self.normalize(base) for base in bases]
             output["gram_teacher_crops"] = [_resized_tensor(crop, gram_size) for crop in source]
@@ -184,17 +173,6 @@ class DataAugmentationDINO:
             crops.append(whole[:, row : row + size, column : column + size].contiguous())
             offsets.append((row, column))
         return crops, offsets
-
-
-def _check(*, scales: Sequence[Sequence[float]], counts: dict[str, int]) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}: change it")
-    for low, high in scales:
-        if not 0 < low <= high <= 1:
-            raise ValueError(
-                f"a crop scale must be 0 < low <= high <= 1, got {low} and {high}: change crops.*_scale"
-            )
 
 
 def _resized_tensor(crop: Tensor, size: int) -> Tensor:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,19 @@ _WINDOWS = ("overlapping", "same", "independent")
 _LOCAL_VIEWS = ("random", "mean", "single")
 _PHOTOMETRICS = ("worker", "device", "none")
 
+# The keys of `crops` and `multiview` that are arguments of the same name.
+_CROP_KEYS = (
+    "global_crops_size", "local_crops_size", "local_crops_number", "gram_teacher_crops_size",
+)  # fmt: skip
+_VIEW_KEYS = (
+    "strategy", "random_roles", "window", "min_overlap", "zoom", "pixel_size_um", "local_view",
+    "local_inside", "min_foreground", "foreground_tries", "rotate",
+)  # fmt: skip
+
 Window = tuple[int, int, int, int]  # top, left, height, width
 
 
+@dataclass(kw_only=True, eq=False)
 class DataAugmentationMultiView:
     """Two global and some local crops of a field, each a view of its channels.
 
@@ -45,85 +56,68 @@ class DataAugmentationMultiView:
         min_foreground, foreground_tries: windows are drawn again, so often, until that share is
             bright; the best of them counts.
         rotate: turn by multiples of 90° and mirror.
-        photometrics: of the fluorescence, see `FluorescencePhotometrics`; None leaves crops as gray
-            [1, s, s] for `photometrics_on_batch`.
-        photometrics_on: `worker`, `device` or `none`.
+        photometrics: of the fluorescence, see `FluorescencePhotometrics`.
+        photometrics_on: `worker`; `device` leaves crops as gray [1, s, s] for
+            `photometrics_on_batch`; `none`.
     """
 
-    def __init__(
-        self,
-        *,
-        strategy: str = "multiview",
-        global_crops_size: int = 224,
-        local_crops_size: int = 96,
-        local_crops_number: int = 8,
-        gram_teacher_crops_size: int | None = None,
-        random_roles: bool = True,
-        window: str = "overlapping",
-        min_overlap: float = 0.4,
-        zoom: Sequence[float] = (0.7, 1.4),
-        pixel_size_um: float | None = None,
-        local_view: str = "random",
-        local_inside: bool = True,
-        min_foreground: float = 0.05,
-        foreground_tries: int = 8,
-        rotate: bool = True,
-        photometrics: FluorescencePhotometrics | None = None,
-        photometrics_on: str = "worker",
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
-    ) -> None:
-        _one_of("strategy", strategy, STRATEGIES)
-        _one_of("window", window, _WINDOWS)
-        _one_of("local_view", local_view, _LOCAL_VIEWS)
-        _one_of("photometrics", photometrics_on, _PHOTOMETRICS)
-        low, high = (float(value) for value in zoom)
+    strategy: str = "multiview"
+    global_crops_size: int = 224
+    local_crops_size: int = 96
+    local_crops_number: int = 8
+    gram_teacher_crops_size: int | None = None
+    random_roles: bool = True
+    window: str = "overlapping"
+    min_overlap: float = 0.4
+    zoom: Sequence[float] = (0.7, 1.4)
+    pixel_size_um: float | None = None
+    local_view: str = "random"
+    local_inside: bool = True
+    min_foreground: float = 0.05
+    foreground_tries: int = 8
+    rotate: bool = True
+    photometrics: FluorescencePhotometrics = field(default_factory=FluorescencePhotometrics)
+    photometrics_on: str = "worker"
+    mean: Any = (0.485, 0.456, 0.406)
+    std: Any = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("strategy", self.strategy, STRATEGIES),
+            ("window", self.window, _WINDOWS),
+            ("local_view", self.local_view, _LOCAL_VIEWS),
+            ("photometrics", self.photometrics_on, _PHOTOMETRICS),
+        ):
+            if value not in known:
+                raise ValueError(
+                    f"multiview.{name} must be one of {', '.join(known)}, got {value!r}: choose one"
+                )
+        low, high = self.zoom = tuple(float(value) for value in self.zoom)
         if not 0 < low <= high:
             raise ValueError(
                 f"multiview.zoom must be 0 < low <= high, got {low} and {high}: correct it"
             )
-        if not 0 <= min_overlap <= 1:
+        if not 0 <= self.min_overlap <= 1:
             raise ValueError(
-                f"multiview.min_overlap must be 0 to 1, got {min_overlap}: 0.4 is usual"
+                f"multiview.min_overlap must be 0 to 1, got {self.min_overlap}: 0.4 is usual"
             )
-        self.strategy = strategy
-        self.global_crops_size = global_crops_size
-        self.local_crops_size = local_crops_size
-        self.local_crops_number = local_crops_number
-        self.gram_teacher_crops_size = gram_teacher_crops_size
-        self.random_roles = random_roles
-        self.window = window
-        self.min_overlap = min_overlap
-        self.zoom = (low, high)
-        self.pixel_size_um = pixel_size_um
-        self.local_view = local_view
-        self.local_inside = local_inside
-        self.min_foreground = min_foreground
-        self.foreground_tries = foreground_tries
-        self.rotate = rotate
-        self.photometrics = photometrics or FluorescencePhotometrics()
-        self.photometrics_on = photometrics_on
-        self.mean = torch.tensor(list(mean))[:, None, None]
-        self.std = torch.tensor(list(std))[:, None, None]
+        self.mean = torch.tensor(list(self.mean))[:, None, None]
+        self.std = torch.tensor(list(self.std))[:, None, None]
 
     # --- draws ---
 
     def draw_views(self, channels: int) -> tuple[int | None, int | None]:
         """Channels of the two global crops; None is the mean of all."""
-
-        def one() -> int:
-            return random.randrange(channels)
-
         if self.strategy == "average":
             return None, None
         if self.strategy == "single":
-            return one(), one()
+            return random.randrange(channels), random.randrange(channels)
         if self.strategy == "pairwise":
             if channels == 1:
                 return 0, 0
             first, second = random.sample(range(channels), 2)
             return first, second
-        views: list[int | None] = [None, one()]
+        views: list[int | None] = [None, random.randrange(channels)]
         if self.random_roles:
             random.shuffle(views)
         return views[0], views[1]
@@ -132,28 +126,33 @@ class DataAugmentationMultiView:
         """A square window of random zoom and place, on cells if they are found."""
         height, width = field.planes.shape[1:]
         top, left, box_height, box_width = box or (0, 0, height, width)
-        best: tuple[float, Window] | None = None
-        for _ in range(max(self.foreground_tries, 1)):
+        # Pixels of the field per pixel of a crop at zoom 1.
+        native = 1.0
+        if self.pixel_size_um is not None and field.pixel_size_um is not None:
+            native = self.pixel_size_um / field.pixel_size_um
+
+        def draw() -> Window:
             zoom = math.exp(random.uniform(math.log(self.zoom[0]), math.log(self.zoom[1])))
-            edge = round(crop_size * zoom * self._native(field))
-            edge = max(min(edge, height, width), 1)
+            edge = max(min(round(crop_size * zoom * native), height, width), 1)
             # A box smaller than the window is covered by it as well as may be.
             y = random.randint(*_range(top, box_height, edge, height))
             x = random.randint(*_range(left, box_width, edge, width))
-            window = (y, x, edge, edge)
+            return y, x, edge, edge
+
+        return self._on_cells(field, draw)
+
+    def _on_cells(self, field: ChannelField, draw: Callable[[], Window]) -> Window:
+        """The first window with enough foreground, or the best of all tries."""
+        best, best_share = None, -1.0
+        for _ in range(max(self.foreground_tries, 1)):
+            window = draw()
             share = field.foreground_share(*window)
-            if best is None or share > best[0]:
-                best = (share, window)
+            if share > best_share:
+                best, best_share = window, share
             if share >= self.min_foreground:
                 break
         assert best is not None
-        return best[1]
-
-    def _native(self, field: ChannelField) -> float:
-        """Pixels of the field per pixel of a crop at zoom 1."""
-        if self.pixel_size_um is None or field.pixel_size_um is None:
-            return 1.0
-        return self.pixel_size_um / field.pixel_size_um
+        return best
 
     def draw_second_window(self, field: ChannelField, first: Window) -> Window:
         """The other global crop's window."""
@@ -162,16 +161,7 @@ class DataAugmentationMultiView:
         if self.window == "independent":
             return self.draw_window(field, self.global_crops_size)
         height, width = field.planes.shape[1:]
-        best: tuple[float, Window] | None = None
-        for _ in range(max(self.foreground_tries, 1)):
-            candidate = self._overlapping(first, height, width)
-            share = field.foreground_share(*candidate)
-            if best is None or share > best[0]:
-                best = (share, candidate)
-            if share >= self.min_foreground:
-                break
-        assert best is not None
-        return best[1]
+        return self._on_cells(field, lambda: self._overlapping(first, height, width))
 
     def _overlapping(self, first: Window, height: int, width: int) -> Window:
         """A window of another zoom that shares `min_overlap` of the smaller one's area."""
@@ -226,11 +216,14 @@ class DataAugmentationMultiView:
         first = self.draw_window(field, self.global_crops_size)
         windows = (first, self.draw_second_window(field, first))
         turns = [random.randrange(8) if self.rotate else 0 for _ in range(2)]
-        crops = [
-            self._turned(self.cut(field, view, window, self.global_crops_size), turn)
-            for view, window, turn in zip(views, windows, turns, strict=True)
-        ]
-        global_crops = self._finished(crops)
+
+        def crops(size: int) -> list[np.ndarray]:
+            return [
+                self._turned(self.cut(field, view, window, size), turn)
+                for view, window, turn in zip(views, windows, turns, strict=True)
+            ]
+
+        global_crops = self._finished(crops(self.global_crops_size))
         output: dict[str, Any] = {
             "weak_flag": True,
             "global_crops": global_crops,
@@ -238,10 +231,7 @@ class DataAugmentationMultiView:
             "offsets": (),
         }
         if self.gram_teacher_crops_size is not None:
-            gram = [
-                self._turned(self.cut(field, view, window, self.gram_teacher_crops_size), turn)
-                for view, window, turn in zip(views, windows, turns, strict=True)
-            ]
+            gram = crops(self.gram_teacher_crops_size)
             output["gram_teacher_crops"] = self._finished(gram, plain=True)
         box = _around(*windows) if self.local_inside else None
         local = []
@@ -269,21 +259,8 @@ def build_multiview_augmentation(cfg: Any) -> DataAugmentationMultiView:
             f"multiview.strategy must be one of {', '.join(STRATEGIES)}, got '': set it for fields"
         )
     return DataAugmentationMultiView(
-        strategy=view.strategy,
-        global_crops_size=crops.global_crops_size,
-        local_crops_size=crops.local_crops_size,
-        local_crops_number=crops.local_crops_number,
-        gram_teacher_crops_size=crops.gram_teacher_crops_size,
-        random_roles=view.random_roles,
-        window=view.window,
-        min_overlap=view.min_overlap,
-        zoom=view.zoom,
-        pixel_size_um=view.pixel_size_um,
-        local_view=view.local_view,
-        local_inside=view.local_inside,
-        min_foreground=view.min_foreground,
-        foreground_tries=view.foreground_tries,
-        rotate=view.rotate,
+        **{name: crops[name] for name in _CROP_KEYS},
+        **{name: view[name] for name in _VIEW_KEYS},
         photometrics=photometrics_from_config(cfg),
         photometrics_on=view.photometrics,
         mean=crops.rgb_mean,
@@ -305,10 +282,3 @@ def _around(first: Window, second: Window) -> Window:
     bottom = max(first[0] + first[2], second[0] + second[2])
     right = max(first[1] + first[3], second[1] + second[3])
     return top, left, bottom - top, right - left
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(
-            f"multiview.{name} must be one of {', '.join(known)}, got {value!r}: choose one"
-        )

@@ -21,6 +21,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
@@ -94,11 +95,8 @@ def make_dataset(
     )
     logger.info("data set %s: %d samples", dataset_str, len(dataset))
     # Loaders ask for these whatever the dataset is.
-    for attribute, value in (
-        ("transform", transform),
-        ("target_transform", target_transform),
-        ("transforms", transforms),
-    ):
+    given = {"transform": transform, "target_transform": target_transform, "transforms": transforms}
+    for attribute, value in given.items():
         if not hasattr(dataset, attribute):
             setattr(dataset, attribute, value)
     return dataset
@@ -130,17 +128,12 @@ def seeded(*place: object) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
+@dataclass(eq=False)
 class SeededDataset(Dataset[Any]):
-    """Seeds the generators from (seed, position) for each sample.
+    """Seeds the generators from (seed, position) for each sample."""
 
-    Args:
-        dataset: what is read.
-        seed: of the run's data.
-    """
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
+    dataset: Any
+    seed: int
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -175,22 +168,16 @@ def _start_worker(worker_id: int, inner: Callable[[int], None] | None = None) ->
     """The main process saves and ends its workers; a signal to the whole group must not."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    _end_with_the_main_process()
+    # A worker of a fork server outlives a main process that was killed, unless it looks itself.
+    if (main_process := multiprocessing.parent_process()) is not None:
+
+        def watch() -> None:
+            multiprocessing.connection.wait([main_process.sentinel])
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True, name="main process").start()
     if inner is not None:
         inner(worker_id)
-
-
-def _end_with_the_main_process() -> None:
-    """A worker of a fork server outlives a main process that was killed, unless it looks itself."""
-    main_process = multiprocessing.parent_process()
-    if main_process is None:
-        return
-
-    def watch() -> None:
-        multiprocessing.connection.wait([main_process.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="main process").start()
 
 
 _exit_is_arranged = False
@@ -207,8 +194,7 @@ def plain_message(error: BaseException) -> str:
     text = str(error)
     if not text.startswith("Caught ") or "Original Traceback" not in text:
         return text
-    last = text.strip().splitlines()[-1]
-    return re.sub(r"^[\w.]+: ", "", last)
+    return re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
 
 
 def _start_helpers(context: str) -> None:
@@ -244,8 +230,7 @@ def _make_sampler(
     if getattr(dataset, "orders_itself", False):
         if type not in (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE):
             raise ValueError(
-                f"a data set with an order of its own must have an infinite sampler, got {type}: use "
-                "SamplerType.INFINITE"
+                f"data with its own order must have an infinite sampler, got {type}: use INFINITE"
             )
         return CountingSampler(advance=advance)
     count = len(dataset)
@@ -254,24 +239,18 @@ def _make_sampler(
             f"sampler_size must be given for SamplerType.EPOCH only, got {size} for {type.name}: "
             "leave it out or use EPOCH"
         )
+    order: dict[str, Any] = {"sample_count": count, "shuffle": shuffle, "seed": seed}
     if type is SamplerType.INFINITE:
-        return InfiniteSampler(sample_count=count, shuffle=shuffle, seed=seed, advance=advance)
+        return InfiniteSampler(**order, advance=advance)
     if type in (SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW):
-        return ShardedInfiniteSampler(
-            sample_count=count,
-            shuffle=shuffle,
-            seed=seed,
-            advance=advance,
-            use_new_shuffle_tensor_slice=type is SamplerType.SHARDED_INFINITE_NEW,
-        )
+        new = type is SamplerType.SHARDED_INFINITE_NEW
+        return ShardedInfiniteSampler(**order, advance=advance, use_new_shuffle_tensor_slice=new)
     if advance:
         raise ValueError(
             f"sampler_advance must be 0 for finite samplers, got {advance}: use SamplerType.INFINITE"
         )
     if type is SamplerType.EPOCH:
-        return EpochSampler(
-            size=size if size > 0 else count, sample_count=count, shuffle=shuffle, seed=seed
-        )
+        return EpochSampler(**order, size=size if size > 0 else count)
     if type is SamplerType.DISTRIBUTED:
         from dinov3.distributed import get_rank, get_world_size
 
@@ -297,20 +276,7 @@ def make_data_loader(
     worker_init_fn: Callable[[int], None] | None = None,
 ) -> DataLoader[Any]:
     """`make_seeded_data_loader` with upstream's arguments alone."""
-    return make_seeded_data_loader(
-        dataset=dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        shuffle=shuffle,
-        seed=seed,
-        sampler_type=sampler_type,
-        sampler_size=sampler_size,
-        sampler_advance=sampler_advance,
-        drop_last=drop_last,
-        persistent_workers=persistent_workers,
-        collate_fn=collate_fn,
-        worker_init_fn=worker_init_fn,
-    )
+    return make_seeded_data_loader(**locals())
 
 
 def make_seeded_data_loader(
@@ -344,11 +310,11 @@ def make_seeded_data_loader(
             a process that has used CUDA or threads.
         pin_memory: None: if CUDA is in use in this process.
     """
-    if multiprocessing_context not in multiprocessing.get_all_start_methods():
+    known = multiprocessing.get_all_start_methods()
+    if multiprocessing_context not in known:
         raise ValueError(
-            "multiprocessing_context must be one of "
-            f"{', '.join(multiprocessing.get_all_start_methods())}, got {multiprocessing_context!r}: "
-            "choose one"
+            f"multiprocessing_context must be one of {', '.join(known)}, got "
+            f"{multiprocessing_context!r}: choose one"
         )
     sampler = _make_sampler(
         dataset=dataset,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,12 +66,10 @@ class PositionedSampler(Sampler[SamplePosition]):
 
 def sample_order(loader: Any, start: int) -> Iterator[int]:
     """This process's indices from its `start`-th sample on, of a loader's infinite sampler."""
-    positioned = loader.sampler
-    inner = positioned.sampler
-    fresh = type(inner)(**{**inner.arguments, "advance": start})
-    return iter(fresh)
+    return iter(replace(loader.sampler.sampler, advance=start))
 
 
+@dataclass(kw_only=True, eq=False)
 class CountingSampler(Sampler[int]):
     """Positions themselves, for data sets that know their own order (ours).
 
@@ -78,15 +77,19 @@ class CountingSampler(Sampler[int]):
         advance: samples of this process that are done.
     """
 
-    def __init__(self, *, advance: int = 0) -> None:
-        self.arguments = {"advance": advance}
-        self._advance = advance
-        self._start, self._step = get_rank(), get_world_size()
+    advance: int = 0
 
     def __iter__(self) -> Iterator[int]:
-        yield from itertools.count(self._start + self._advance * self._step, self._step)
+        world = get_world_size()
+        return itertools.count(get_rank() + self.advance * world, world)
 
 
+def _share(start: int | None, step: int | None) -> tuple[int, int]:
+    """This process's first place and its stride: rank and number of processes unless given."""
+    return get_rank() if start is None else start, get_world_size() if step is None else step
+
+
+@dataclass(kw_only=True, eq=False)
 class EpochSampler(Sampler[int]):
     """`size` samples a pass, each of `sample_count` as often as the other, give or take one.
 
@@ -96,42 +99,33 @@ class EpochSampler(Sampler[int]):
         start, step: this process's share; rank and number of processes by default.
     """
 
-    def __init__(
-        self,
-        *,
-        size: int,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-    ) -> None:
-        self._size = size
-        self._sample_count = sample_count
-        self._shuffle = shuffle
-        self._seed = seed
-        self._start = get_rank() if start is None else start
-        self._step = get_world_size() if step is None else step
+    size: int
+    sample_count: int
+    shuffle: bool = False
+    seed: int = 0
+    start: int | None = None
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        self._start, self._step = _share(self.start, self.step)
         self._epoch = 0
 
     def __iter__(self) -> Iterator[int]:
-        repeats = -(-self._size // self._sample_count)
-        tiled = np.tile(np.arange(self._sample_count), repeats)
-        if self._shuffle:
-            seed = (self._seed or 1) * self._epoch
-            chosen = np.random.default_rng(seed).choice(tiled, self._size, replace=False)
-        else:
-            chosen = tiled[: self._size]
-        yield from (int(index) for index in chosen[self._start :: self._step])
+        chosen = np.tile(np.arange(self.sample_count), -(-self.size // self.sample_count))
+        if self.shuffle:
+            rng = np.random.default_rng((self.seed or 1) * self._epoch)
+            chosen = rng.choice(chosen, self.size, replace=False)
+        yield from chosen[self._start : self.size : self._step].tolist()
 
     def __len__(self) -> int:
-        return len(range(self._start, self._size, self._step))
+        return len(range(self._start, self.size, self._step))
 
     def set_epoch(self, epoch: int) -> None:
         """Number of the pass."""
         self._epoch = epoch
 
 
+@dataclass(kw_only=True, eq=False)
 class InfiniteSampler(Sampler[int]):
     """All samples, again and again, each pass in an order of its own.
 
@@ -140,47 +134,35 @@ class InfiniteSampler(Sampler[int]):
         sample_count, shuffle, seed, start, step: as in `EpochSampler`.
     """
 
-    def __init__(
-        self,
-        *,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        advance: int = 0,
-    ) -> None:
-        self._sample_count = sample_count
-        self._shuffle = shuffle
-        self._seed = seed
-        self._start = get_rank() if start is None else start
-        self._step = get_world_size() if step is None else step
-        self._advance = advance
-        self.arguments = {
-            "sample_count": sample_count,
-            "shuffle": shuffle,
-            "seed": seed,
-            "start": self._start,
-            "step": self._step,
-            "advance": advance,
-        }
+    sample_count: int
+    shuffle: bool = False
+    seed: int = 0
+    start: int | None = None
+    step: int | None = None
+    advance: int = 0
+
+    def __post_init__(self) -> None:
+        self._start, self._step = _share(self.start, self.step)
+
+    def _passes(self, per_pass: int) -> tuple[int, int]:
+        """Whole passes and samples of the next one that `advance` skips."""
+        if per_pass == 0:
+            raise ValueError(
+                f"a data set must have a sample for every process, got {self.sample_count} for "
+                f"{self._step}: use fewer processes"
+            )
+        return divmod(self.advance, per_pass)
 
     def __iter__(self) -> Iterator[int]:
         # Every process walks through the same permutations and takes each step-th sample.
-        per_pass = len(range(self._start, self._sample_count, self._step))
-        if per_pass == 0:
-            raise ValueError(
-                f"a data set must have a sample for every process, got {self._sample_count} for "
-                f"{self._step}: use fewer processes"
-            )
-        passes, rest = divmod(self._advance, per_pass)
-        numbers = _random_numbers(self._seed)
-        if self._shuffle:
-            numbers.random_raw(passes * self._sample_count, output=False)
+        passes, rest = self._passes(len(range(self._start, self.sample_count, self._step)))
+        numbers = _random_numbers(self.seed)
+        if self.shuffle:
+            numbers.random_raw(passes * self.sample_count, output=False)
         while True:
-            order: Iterator[int] = iter(range(self._sample_count))
-            if self._shuffle:
-                order = _permutation(self._sample_count, numbers)
+            order: Iterator[int] = iter(range(self.sample_count))
+            if self.shuffle:
+                order = _permutation(self.sample_count, numbers)
             # To the end, so that the next pass finds its numbers.
             yield from itertools.islice(order, self._start + rest * self._step, None, self._step)
             rest = 0
@@ -209,68 +191,29 @@ def _permutation(size: int, numbers: np.random.MT19937) -> Iterator[int]:
             yield value
 
 
-class ShardedInfiniteSampler(Sampler[int]):
+@dataclass(kw_only=True, eq=False)
+class ShardedInfiniteSampler(InfiniteSampler):
     """As `InfiniteSampler`, but each process keeps its own part of the data set (for caches).
 
     Args:
         use_new_shuffle_tensor_slice: shuffle a part at once instead of sample by sample.
     """
 
-    def __init__(
-        self,
-        *,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        advance: int = 0,
-        use_new_shuffle_tensor_slice: bool = False,
-    ) -> None:
-        self._sample_count = sample_count
-        self._shuffle = shuffle
-        self._seed = seed
-        self._start = get_rank() if start is None else start
-        self._step = get_world_size() if step is None else step
-        self._advance = advance
-        self._use_new = use_new_shuffle_tensor_slice
-        self.arguments = {
-            "sample_count": sample_count,
-            "shuffle": shuffle,
-            "seed": seed,
-            "start": self._start,
-            "step": self._step,
-            "advance": advance,
-            "use_new_shuffle_tensor_slice": use_new_shuffle_tensor_slice,
-        }
+    use_new_shuffle_tensor_slice: bool = False
 
     def __iter__(self) -> Iterator[int]:
-        if not self._shuffle:
-            yield from InfiniteSampler(
-                sample_count=self._sample_count,
-                seed=self._seed,
-                start=self._start,
-                step=self._step,
-                advance=self._advance,
-            )
+        if not self.shuffle:
+            yield from super().__iter__()
             return
-        generator = torch.Generator().manual_seed(self._seed)
-        everything = torch.randperm(self._sample_count, generator=generator)
-        part = everything[self._start :: self._step]
         # The remainder is dropped, so that all processes have passes of one length.
-        per_pass = self._sample_count // self._step
-        if per_pass == 0:
-            raise ValueError(
-                f"a data set must have a sample for every process, got {self._sample_count} for "
-                f"{self._step}: use fewer processes"
-            )
-        number, rest = divmod(self._advance, per_pass)
+        per_pass = self.sample_count // self._step
+        number, rest = self._passes(per_pass)
+        everything = _shuffled_at_once(torch.arange(self.sample_count), self.seed)
+        part = everything[self._start :: self._step][:per_pass]
+        shuffle = _shuffled_at_once if self.use_new_shuffle_tensor_slice else _shuffled_one_by_one
         while True:
             # Each pass has a seed of its own: earlier ones need not be walked through.
-            seed = self._seed + self._start + (number << 24)
-            shuffle = _shuffled_at_once if self._use_new else _shuffled_one_by_one
-            order = shuffle(part[:per_pass], seed)
-            yield from order[rest:].tolist()
+            yield from shuffle(part, self.seed + self._start + (number << 24))[rest:].tolist()
             rest = 0
             number += 1
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -38,11 +39,7 @@ class InterpolationMode(Enum):
 
 
 def make_interpolation_mode(mode_str: str) -> InterpolationMode:
-    """A filter by its name.
-
-    Raises:
-        ValueError: unknown.
-    """
+    """A filter by its name; ValueError for an unknown one."""
     known = {mode.value: mode for mode in InterpolationMode}
     if mode_str not in known:
         raise ValueError(
@@ -73,11 +70,11 @@ def to_pil(image: Any) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 
+@dataclass(eq=False)
 class Compose:
     """One transform after the other."""
 
-    def __init__(self, transforms: Sequence[Callable[[Any], Any]]) -> None:
-        self.transforms = list(transforms)
+    transforms: Sequence[Callable[[Any], Any]]
 
     def __call__(self, image: Any) -> Any:
         for transform in self.transforms:
@@ -85,6 +82,7 @@ class Compose:
         return image
 
 
+@dataclass(eq=False)
 class RandomResizedCrop:
     """A window of random area and aspect, resized (Szegedy et al. 2015, section 6).
 
@@ -94,17 +92,10 @@ class RandomResizedCrop:
         ratio: width over height, drawn on a logarithmic scale.
     """
 
-    def __init__(
-        self,
-        size: int,
-        scale: Sequence[float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        interpolation: InterpolationMode = InterpolationMode.BICUBIC,
-    ) -> None:
-        self.size = size
-        self.scale = (float(scale[0]), float(scale[1]))
-        self.ratio = ratio
-        self.interpolation = interpolation
+    size: int
+    scale: Sequence[float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC
 
     def draw(self, height: int, width: int) -> tuple[int, int, int, int]:
         """(top, left, height, width) of a window; after ten misfits the largest central one."""
@@ -133,14 +124,21 @@ class RandomResizedCrop:
         return self.apply(image, self.draw(image.height, image.width))
 
 
+@dataclass(eq=False)
 class RandomHorizontalFlip:
     """Mirror left and right with probability `p`."""
 
-    def __init__(self, p: float = 0.5) -> None:
-        self.p = p
+    p: float = 0.5
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return ImageOps.mirror(image) if random.random() < self.p else image
+
+
+_ENHANCERS: dict[str, Any] = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "saturation": ImageEnhance.Color,
+}
 
 
 class ColorJitter:
@@ -160,14 +158,8 @@ class ColorJitter:
         hue: float = 0.1,
         p: float = 0.8,
     ) -> None:
-        self.ranges = {
-            name: (max(0.0, 1 - value), 1 + value)
-            for name, value in (
-                ("brightness", brightness),
-                ("contrast", contrast),
-                ("saturation", saturation),
-            )
-        }
+        scales = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+        self.ranges = {name: (max(0.0, 1 - value), 1 + value) for name, value in scales.items()}
         self.ranges["hue"] = (-hue, hue)
         self.p = p
 
@@ -183,12 +175,8 @@ class ColorJitter:
         """Brightness scales values, contrast their distance to the mean gray, saturation the
         distance to the pixel's gray, hue turns the colour circle."""
         for name, value in steps:
-            if name == "brightness":
-                image = ImageEnhance.Brightness(image).enhance(value)
-            elif name == "contrast":
-                image = ImageEnhance.Contrast(image).enhance(value)
-            elif name == "saturation":
-                image = ImageEnhance.Color(image).enhance(value)
+            if name in _ENHANCERS:
+                image = _ENHANCERS[name](image).enhance(value)
             else:
                 hue, saturation, lightness = image.convert("HSV").split()
                 turned = np.asarray(hue).astype(np.int16) + int(value * 255)
@@ -200,16 +188,17 @@ class ColorJitter:
         return self.apply(image, self.draw())
 
 
+@dataclass(eq=False)
 class RandomGrayscale:
     """Luma in all three channels with probability `p`."""
 
-    def __init__(self, p: float = 0.2) -> None:
-        self.p = p
+    p: float = 0.2
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return image.convert("L").convert("RGB") if random.random() < self.p else image
 
 
+@dataclass(eq=False, kw_only=True)
 class GaussianBlur:
     """Gaussian blur of a 9 x 9 window, reflected at the edges.
 
@@ -219,10 +208,9 @@ class GaussianBlur:
         radius_min, radius_max: range of the standard deviation in pixels.
     """
 
-    def __init__(self, *, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0) -> None:
-        self.p = p
-        self.radius_min = radius_min
-        self.radius_max = radius_max
+    p: float = 0.5
+    radius_min: float = 0.1
+    radius_max: float = 2.0
 
     def draw(self) -> float | None:
         """Standard deviation, None for no blur."""
@@ -247,12 +235,12 @@ class GaussianBlur:
         return self.apply(image, self.draw())
 
 
+@dataclass(eq=False)
 class RandomSolarize:
     """Invert values of at least `threshold` with probability `p`."""
 
-    def __init__(self, threshold: int = 128, p: float = 0.2) -> None:
-        self.threshold = threshold
-        self.p = p
+    threshold: int = 128
+    p: float = 0.2
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return ImageOps.solarize(image, self.threshold) if random.random() < self.p else image
@@ -271,6 +259,7 @@ class ToNormalizedTensor:
         return tensor.sub_(self.mean).div_(self.std).contiguous()
 
 
+@dataclass(eq=False)
 class Resize:
     """Resize the shorter side (or the longer one, or both) to `size` pixels.
 
@@ -281,18 +270,10 @@ class Resize:
         large_side: the longer side.
     """
 
-    def __init__(
-        self,
-        size: int,
-        *,
-        square: bool = False,
-        large_side: bool = False,
-        interpolation: InterpolationMode = InterpolationMode.BICUBIC,
-    ) -> None:
-        self.size = size
-        self.square = square
-        self.large_side = large_side
-        self.interpolation = interpolation
+    size: int
+    square: bool = False
+    large_side: bool = False
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC
 
     def new_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the result for an image's."""
@@ -309,24 +290,20 @@ class Resize:
             return image
         if 0 in new:
             raise ValueError(
-                f"a resized image must keep a pixel, got {old} to {new}: the image is too narrow for "
-                f"resize_size {self.size}"
+                f"a resized image must keep a pixel, got {old} to {new}: raise resize_size {self.size}"
             )
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W] uint8
-        if self.interpolation is InterpolationMode.NEAREST:
-            pixels = functional.interpolate(pixels, new, mode="nearest")
-        else:
-            pixels = functional.interpolate(
-                pixels, new, mode=self.interpolation.value, align_corners=False, antialias=True
-            )
-        return to_pil(pixels[0])
+        mode = self.interpolation
+        smooth = mode is not InterpolationMode.NEAREST
+        how: dict[str, Any] = {"align_corners": False, "antialias": True} if smooth else {}
+        return to_pil(functional.interpolate(pixels, new, mode=mode.value, **how)[0])
 
 
+@dataclass(eq=False)
 class CenterCrop:
     """The central `size` x `size` pixels; smaller images are padded with black."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    size: int
 
     def _first(self, edge: int) -> int:
         """First row or column; an odd pixel of padding goes to the end."""
@@ -343,10 +320,8 @@ def make_normalize_transform(
     """Float tensor [3, H, W] minus mean, over std."""
 
     def normalize(tensor: Tensor) -> Tensor:
-        shape = (-1, 1, 1)
-        return (tensor - tensor.new_tensor(list(mean)).view(shape)) / tensor.new_tensor(
-            list(std)
-        ).view(shape)
+        center, scale = (tensor.new_tensor(list(v))[:, None, None] for v in (mean, std))
+        return (tensor - center) / scale
 
     return normalize
 
@@ -380,18 +355,12 @@ def make_resize_transform(
     resize_large_side: bool = False,
     interpolation: InterpolationMode = InterpolationMode.BICUBIC,
 ) -> Resize:
-    """See `Resize`.
-
-    Raises:
-        ValueError: square and large side at once.
-    """
+    """See `Resize`; ValueError for square and large side at once."""
     if resize_square and resize_large_side:
         raise ValueError(
             "resize_square and resize_large_side must not both be true, got both: choose one"
         )
-    return Resize(
-        resize_size, square=resize_square, large_side=resize_large_side, interpolation=interpolation
-    )
+    return Resize(resize_size, resize_square, resize_large_side, interpolation)
 
 
 def make_eval_transform(
@@ -405,17 +374,14 @@ def make_eval_transform(
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> Compose:
     """Resize, centre crop (None or 0: none), normalised."""
-    steps: list[Any] = [
-        make_resize_transform(
-            resize_size=resize_size,
-            resize_square=resize_square,
-            resize_large_side=resize_large_side,
-            interpolation=interpolation,
-        )
-    ]
-    if crop_size:
-        steps.append(CenterCrop(crop_size))
-    return Compose([*steps, make_base_transform(mean, std)])
+    resize = make_resize_transform(
+        resize_size=resize_size,
+        resize_square=resize_square,
+        resize_large_side=resize_large_side,
+        interpolation=interpolation,
+    )
+    crop = [CenterCrop(crop_size)] if crop_size else []
+    return Compose([resize, *crop, make_base_transform(mean, std)])
 
 
 def make_classification_eval_transform(
@@ -427,10 +393,4 @@ def make_classification_eval_transform(
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> Compose:
     """`make_eval_transform` with ImageNet's usual sizes."""
-    return make_eval_transform(
-        resize_size=resize_size,
-        crop_size=crop_size,
-        interpolation=interpolation,
-        mean=mean,
-        std=std,
-    )
+    return make_eval_transform(**locals())

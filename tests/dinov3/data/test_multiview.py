@@ -194,7 +194,7 @@ def test_two_files_of_one_channel(harmony):
 
 def test_missing_channel(harmony):
     (harmony / "P2" / "r01c02f01p01-ch3sk1fk1fl1.tiff").unlink()
-    with pytest.raises(FieldError, match=r"got 1 with fewer: P2/r01c02"):
+    with pytest.raises(FieldError, match=r"got 1 without: P2/r01c02"):
         call(harmony, pattern="harmony")
     assert len(call(harmony, pattern="harmony", missing="skip")) == 3
     allowed = call(harmony, pattern="harmony", missing="allow")

@@ -11,6 +11,7 @@ pass is K samples of each field.  A position costs O(K) time at most, so resumpt
 from __future__ import annotations
 
 import hashlib
+import struct
 from dataclasses import dataclass
 
 _ROUNDS = 6
@@ -40,16 +41,10 @@ class Permutation:
         self._mask = (1 << self._half) - 1
         text = "/".join(str(part) for part in key)
         digest = hashlib.blake2b(text.encode(), digest_size=8 * _ROUNDS).digest()
-        self._keys = [
-            int.from_bytes(digest[8 * place : 8 * place + 8], "big") for place in range(_ROUNDS)
-        ]
+        self._keys = struct.unpack(f">{_ROUNDS}Q", digest)
 
     def __call__(self, index: int) -> int:
-        """The element at a place.
-
-        Raises:
-            IndexError: outside range(count).
-        """
+        """The element at a place; IndexError outside range(count)."""
         if not 0 <= index < self.count:
             raise IndexError(f"a place must lie below {self.count}, got {index}")
         value = index
@@ -81,6 +76,7 @@ class Visit:
     place: int
 
 
+@dataclass(eq=False)
 class FieldOrder:
     """Positions of all processes → fields.
 
@@ -96,22 +92,21 @@ class FieldOrder:
         ValueError: a number below 1; fewer fields than processes.
     """
 
-    def __init__(
-        self, count: int, *, visits: int = 16, spread: int = 8, seed: int = 0, world: int = 1
-    ) -> None:
-        for name, value in (("visits", visits), ("spread", spread), ("world", world)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}: raise it")
-        if count < world:
+    count: int
+    visits: int = 16
+    spread: int = 8
+    seed: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("visits", "spread", "world"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}: raise it")
+        if self.count < self.world:
             raise ValueError(
-                f"there must be a field for each of {world} processes, got {count}: use fewer "
+                f"there must be a field for each of {self.world} processes, got {self.count}: use fewer "
                 "processes, or more plates"
             )
-        self.count = count
-        self.visits = visits
-        self.spread = spread
-        self.seed = seed
-        self.world = world
         self._permutations: dict[int, Permutation] = {}
 
     @property
@@ -142,7 +137,8 @@ class FieldOrder:
         owned = self.owned(rank)
         epoch, place = divmod(local, owned * self.visits)
         step, number = divmod(place, self.visits)
-        return self._made(epoch, (step - number * self.spread) % owned, number, rank)
+        place = (step - number * self.spread) % owned
+        return Visit(self._field(epoch, place, rank), epoch, number, place)
 
     def step_of(self, position: int) -> tuple[int, int]:
         """(time step since the run began, rank) of a position."""
@@ -161,18 +157,12 @@ class FieldOrder:
             attempt: 1 for the first stand-in, 2 for that of a stand-in that is unreadable too.
         """
         shift = Permutation(self.count, self.seed, visit.epoch, "stand-in", attempt)
-        return shift(self._permutation(visit.epoch)(self._global(visit.place, rank)))
+        return shift(self._field(visit.epoch, visit.place, rank))
 
-    def _made(self, epoch: int, place: int, number: int, rank: int) -> Visit:
-        field = self._permutation(epoch)(self._global(place, rank))
-        return Visit(field, epoch, number, place)
-
-    def _global(self, place: int, rank: int) -> int:
-        return place * self.world + rank
-
-    def _permutation(self, epoch: int) -> Permutation:
+    def _field(self, epoch: int, place: int, rank: int) -> int:
+        """The field at a process's place of a pass."""
         if epoch not in self._permutations:
             if len(self._permutations) > 3:
                 self._permutations.pop(next(iter(self._permutations)))
             self._permutations[epoch] = Permutation(self.count, self.seed, epoch, "fields")
-        return self._permutations[epoch]
+        return self._permutations[epoch](place * self.world + rank)

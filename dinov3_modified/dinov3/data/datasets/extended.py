@@ -66,7 +66,9 @@ class ExtendedVisionDataset(Dataset[Any]):
             raise RuntimeError(
                 f"{self.get_sample_name(index)} must be readable, got an error ({error}): repair or remove it"
             ) from error
-        target = self.target_decoder(self.get_target(index)).decode()
+        return self._transformed(image, self.target_decoder(self.get_target(index)).decode())
+
+    def _transformed(self, image: Any, target: Any) -> tuple[Any, Any]:
         if self.transforms is not None:
             return self.transforms(image, target)
         if self.transform is not None:

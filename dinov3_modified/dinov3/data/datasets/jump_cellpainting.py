@@ -114,8 +114,7 @@ def _rows(path: Path, wanted: tuple[str, ...]) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream)
         names = reader.fieldnames or []
-        missing = [name for name in wanted if name not in names]
-        if missing:
+        if missing := [name for name in wanted if name not in names]:
             raise FieldError(
                 f"{path} must have the columns {', '.join(wanted)}, got {', '.join(names) or 'none'}: add "
                 f"{', '.join(missing)}"
@@ -205,8 +204,13 @@ def _from_pattern(root: Path, pattern: str, channels_table: str | None) -> list[
     return list(found.values())
 
 
-def _number(text: str) -> float:
-    return float(text)
+def checked_percentiles(low: float, high: float) -> tuple[float, float]:
+    """Both, if they are 0 <= low < high <= 100; else ValueError."""
+    if not 0 <= low < high <= 100:
+        raise ValueError(
+            f"percentiles must be 0 <= low < high <= 100, got {low} and {high}: 0.1 and 99.9 are usual"
+        )
+    return low, high
 
 
 class JUMPCellPaintingMultiView(ExtendedVisionDataset):
@@ -239,9 +243,9 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
         "channels_table": str,
         "channels": str,
         "missing": str,
-        "percentile_low": _number,
-        "percentile_high": _number,
-        "pixel_size_um": _number,
+        "percentile_low": float,
+        "percentile_high": float,
+        "pixel_size_um": float,
         "cache_mb": int,
         "limit": int,
     }
@@ -267,21 +271,15 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
         super().__init__(root=root, **kwargs)
         if missing not in ("error", "skip", "allow"):
             raise ValueError(f"missing must be error, skip or allow, got {missing!r}: choose one")
-        if not 0 <= percentile_low < percentile_high <= 100:
-            raise ValueError(
-                "percentiles must be 0 <= low < high <= 100, got "
-                f"{percentile_low} and {percentile_high}: 0.1 and 99.9 are usual"
-            )
         split = _Split[split] if isinstance(split, str) else split
-        self.percentiles = (percentile_low, percentile_high)
+        self.percentiles = checked_percentiles(percentile_low, percentile_high)
         self.pixel_size_um = pixel_size_um
         self.illumination_folder = extra
         self.cache_bytes = cache_mb * 2**20
         self._cache: OrderedDict[tuple[tuple[str, str], ...], ChannelField] = OrderedDict()
         found = find_fields(root, index=index, pattern=pattern, channels_table=channels_table)
-        found = [
-            item for item in found if _side(item) in (split.value, "all") or split is _Split.ALL
-        ]
+        if split is not _Split.ALL:
+            found = [item for item in found if _side(item) in (split.value, "all")]
         if not found:
             raise FieldError(
                 f"split {split.name} of {root} must hold fields, got none: use ALL, or give the index a "
@@ -293,38 +291,26 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
     def _chosen(self, found: list[FieldFiles], missing: str) -> list[FieldFiles]:
         """Fields with the wanted channels."""
         known = sorted({channel for item in found for channel in item.files})
-        if self.channels is not None:
-            wanted = self.channels
-            absent = [c for c in wanted if _stem(c) not in known and c not in known]
-            if absent:
-                raise FieldError(
-                    f"channels must be among {', '.join(known)}, got {', '.join(absent)}: correct channels="
-                )
-        else:
-            wanted = tuple(c for c in known if c.lower() not in _LEFT_OUT)
+        wanted = self.channels or tuple(c for c in known if c.lower() not in _LEFT_OUT)
+        if absent := [c for c in wanted if _stem(c) not in known and c not in known]:
+            raise FieldError(
+                f"channels must be among {', '.join(known)}, got {', '.join(absent)}: correct channels="
+            )
         chosen, lacking = [], []
         for item in found:
             files = {c: item.files[c] for c in wanted if c in item.files}
-            files |= {
-                _stem(c): item.files[_stem(c)]
-                for c in wanted
-                if c not in item.files and _stem(c) in item.files
-            }
+            stems = [_stem(c) for c in wanted if c not in item.files]
+            files |= {stem: item.files[stem] for stem in stems if stem in item.files}
             complete = all(c in files or _stem(c) in files for c in wanted)
             if not complete and missing != "allow":
                 lacking.append(item.name)
                 continue
             if files:
                 chosen.append(FieldFiles(**{**vars(item), "files": files}))
-        if lacking and missing == "error" and self.channels is not None:
+        if lacking and missing == "error":
             raise FieldError(
                 f"all fields must have the channels {', '.join(wanted)}, got {len(lacking)} without: "
-                f"{listed(lacking)}; set missing=skip or missing=allow"
-            )
-        if lacking and missing == "error" and self.channels is None:
-            raise FieldError(
-                f"fields must have the same channels ({', '.join(wanted)}), got {len(lacking)} with fewer: "
-                f"{listed(lacking)}; name channels=, or set missing=skip or missing=allow"
+                f"{listed(lacking)}; name other channels=, or set missing=skip or missing=allow"
             )
         if not chosen:
             raise FieldError(
@@ -353,30 +339,22 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
         item = self.fields[index]
         # By file, so that a field that an index lists often (to be seen often) is held once.
         key = tuple(item.files.items())
-        cached = self._cache.get(key)
-        if cached is not None:
+        if key in self._cache:
             self._cache.move_to_end(key)
-            return cached
+            return self._cache[key]
         planes: dict[str, np.ndarray] = {}
         for channel, data in self.get_image_data(index).items():
             read = decode_planes(data, f"{item.name} ({channel})")
             planes |= split_channels(item.name, read, channel)
-        if self.channels is not None:
-            planes = {
-                c: plane
-                for c, plane in planes.items()
-                if c in self.channels or _stem(c) in self.channels
-            }
-        illumination = None
+        if wanted := self.channels:
+            planes = {c: p for c, p in planes.items() if c in wanted or _stem(c) in wanted}
         paths = item.illumination
         if self.illumination_folder is not None:
             paths = {c: str(Path(self.illumination_folder) / f"{c}.npy") for c in planes}
-        if paths:
-            illumination = read_illumination(paths)
         made = make_field(
             item.name,
             planes,
-            illumination=illumination,
+            illumination=read_illumination(paths) if paths else None,
             pixel_size_um=item.pixel_size_um or self.pixel_size_um,
             percentiles=self.percentiles,
         )
@@ -390,15 +368,7 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
         return self.load_field(index)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image = self._image(index)
-        target: Any = self.get_target(index)
-        if self.transforms is not None:
-            return self.transforms(image, target)
-        if self.transform is not None:
-            image = self.transform(image)
-        if self.target_transform is not None:
-            target = self.target_transform(target)
-        return image, target
+        return self._transformed(self._image(index), self.get_target(index))
 
     def __getstate__(self) -> dict[str, Any]:
         # Each process fills its own cache.

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import Counter
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from dinov3.cells.streaming.stores import (
 )
 from dinov3.cells.streaming.threads import RequestThreads
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.jump_cellpainting import _LEFT_OUT, _Split
+from dinov3.data.datasets.jump_cellpainting import _LEFT_OUT, _Split, checked_percentiles
 
 logger = logging.getLogger("dinov3")
 
@@ -130,14 +130,9 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         super().__init__(root=root, **kwargs)
         if missing not in ("error", "skip"):
             raise ValueError(f"missing must be error or skip, got {missing!r}: choose one")
-        if not 0 <= percentile_low < percentile_high <= 100:
-            raise ValueError(
-                "percentiles must be 0 <= low < high <= 100, got "
-                f"{percentile_low} and {percentile_high}: 0.1 and 99.9 are usual"
-            )
         split = _Split[split] if isinstance(split, str) else split
         self.index = FieldIndex(index)
-        self.percentiles = (percentile_low, percentile_high)
+        self.percentiles = checked_percentiles(percentile_low, percentile_high)
         self.pixel_size_um = pixel_size_um
         self.channels = self._channels(channels)
         self.rows = self.index.rows(split=split.value, channels=self.channels)
@@ -169,20 +164,14 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         known = self.index.channels()
         if wanted:
             names = tuple(wanted.split("+"))
-            absent = [name for name in names if name not in known]
-            if absent:
+            if absent := [name for name in names if name not in known]:
                 raise ValueError(
-                    f"channels must be among {', '.join(known)}, got {', '.join(absent)}: correct "
-                    "channels="
+                    f"channels must be among {', '.join(known)}, got {', '.join(absent)}: correct channels="
                 )
             return names
         # Those of the layout that most fields have; surplus ones of other sources are left out.
-        most = int(np.bincount(self.index.column("layout")).argmax())
-        return tuple(
-            channel
-            for channel, _ in self.index.layouts[most]
-            if not channel.lower().startswith(_LEFT_OUT)
-        )
+        most = self.index.layouts[int(np.bincount(self.index.column("layout")).argmax())]
+        return tuple(c for c, _ in most if not c.lower().startswith(_LEFT_OUT))
 
     # --- how it is set up ---
 
@@ -204,19 +193,14 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         self.options = options
         self._report_folder = None if report_folder is None else Path(report_folder)
         if seed is not None:
-            self.order = FieldOrder(
-                self.order.count,
-                visits=self.order.visits,
-                spread=self.order.spread,
-                seed=seed,
-                world=self.world,
-            )
-        if batch_size > self.order.visits * self.order.spread or self.order.fields_in_use > (
-            self.order.owned(self.world - 1)
+            self.order = replace(self.order, seed=seed)
+        order = self.order
+        if batch_size > order.visits * order.spread or (
+            order.fields_in_use > order.owned(self.world - 1)
         ):
             logger.warning(
                 "a batch of %d can hold a field more than once: raise spread (%d), or take more fields "
-                "(%d)", batch_size, self.order.spread, len(self.rows),
+                "(%d)", batch_size, order.spread, len(self.rows),
             )  # fmt: skip
 
     def prepare(self, field_bytes: int = 0) -> None:
@@ -260,10 +244,13 @@ class JUMPS3Dataset(ExtendedVisionDataset):
 
     def _machinery(self) -> _Machinery:
         self.prepare()
-        own = self._own
-        if own is None or own.pid != os.getpid():
-            own = self._own = self._new_machinery()
-        return own
+        return self._opened()
+
+    def _opened(self) -> _Machinery:
+        """That of this process, perhaps without a pool."""
+        if self._own is None or self._own.pid != os.getpid():
+            self._own = self._new_machinery()
+        return self._own
 
     def _new_machinery(self) -> _Machinery:
         threads = self.options.threads
@@ -285,18 +272,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         return len(self.rows) * self.order.visits
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image: Any = self._image(index)
-        if self.transforms is not None:
-            return self.transforms(image, ())
-        if self.transform is not None:
-            image = self.transform(image)
-        target: Any = ()
-        if self.target_transform is not None:
-            target = self.target_transform(target)
-        return image, target
-
-    def _image(self, position: int) -> Any:
-        return self.load_field(position)
+        return self._transformed(self.load_field(index), ())
 
     def get_target(self, index: int) -> tuple[()]:
         """There is none."""
@@ -320,7 +296,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         Raises:
             One of `LOSSES`: the field cannot be used.  StoreUnreachable: nothing answers.
         """
-        return self._reader().field(self.record(number))
+        return self._opened().reader.field(self.record(number))
 
     def read_array(self, path: str) -> np.ndarray:
         """A Zarr array of the store that holds one field, such as its labels: (C, H, W).
@@ -328,13 +304,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         Raises:
             One of `LOSSES`: there is none.  StoreUnreachable: nothing answers.
         """
-        return self._reader().array(path)
-
-    def _reader(self) -> FieldReader:
-        """That of this process, without a pool."""
-        if self._own is None or self._own.pid != os.getpid():
-            self._own = self._new_machinery()
-        return self._own.reader
+        return self._opened().reader.array(path)
 
     def megabytes_read(self) -> float:
         """By this process from its store."""
@@ -373,17 +343,16 @@ class JUMPS3Dataset(ExtendedVisionDataset):
     def _pooled(self, number: int) -> ChannelField:
         """A field from the pool, from the threads that are fetching it, or fetched now."""
         own = self._machinery()
-        running = own.running.get(number)
-        if running is not None:
+        if (running := own.running.get(number)) is not None:
             running.result()
             own.running.pop(number, None)
-        record = self.record(number)
-        assert self._pool is not None
-        facts, arrays = self._pool.get(record.name, partial(self._entry, record))
-        return entry_to_field(facts, arrays)
+        return entry_to_field(*self._entry(self.record(number)))
 
     def _entry(self, record: FieldRecord) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        return field_to_entry(self._machinery().reader.field(record))
+        """What the pool holds of a field, made if need be."""
+        assert self._pool is not None
+        reader = self._machinery().reader
+        return self._pool.get(record.name, lambda: field_to_entry(reader.field(record)))
 
     # --- ahead of the samples ---
 
@@ -413,9 +382,8 @@ class JUMPS3Dataset(ExtendedVisionDataset):
     def _fetch_ahead(self, number: int) -> None:
         """Fill the pool; what fails is met again, and counted, when the sample needs it."""
         record = self.record(number)
-        assert self._pool is not None
         try:
-            self._pool.get(record.name, partial(self._entry, record))
+            self._entry(record)
         except _LOSSES as error:
             logger.debug("%s: %s", record.name, error)
 
@@ -442,8 +410,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         logger.warning("field %s is lost and replaced (%s)", name, reason)
         lost = len(self._lost())
         step, _ = self.order.step_of(position)
-        reached = (step + self.order.fields_in_use) * self.world + lost
-        reached = min(self.order.count, reached)
+        reached = min(self.order.count, (step + self.order.fields_in_use) * self.world + lost)
         if lost >= _FEWEST_LOST and lost > self.options.max_lost_share * reached:
             raise TooManyLost(
                 f"at most {self.options.max_lost_share:.1%} of the fields may be lost, got {lost} of "
@@ -474,9 +441,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         total = Counter[str]() if self._pool is None else sum_of_counts(self._pool.folder)
         hits, misses = total["pool.hits"], total["pool.misses"]
         found = {f"stream/{name}": float(value) for name, value in sorted(total.items())}
-        found["stream/lost"] = float(
-            0 if self._pool is None else len(lost_names(self._lost_file()))
-        )
+        found["stream/lost"] = float((self._pool and len(lost_names(self._lost_file()))) or 0)
         if hits + misses:
             found["stream/pool_hit_rate"] = hits / (hits + misses)
         return found
