@@ -28,12 +28,7 @@ def load_backbone_of(
 ) -> InspectedBackbone:
     """The ViT of a checkpoint file or folder, or of a DINOCell model (also a bundled one).
 
-    Parameters
-    ----------
-    path : path, or name of a bundled model or a fetched file
-    which : `teacher` or `student`
-    patch_size : int, optional
-        Adapt the patch embedding to this patch size.
+    `which` is `teacher` or `student`; the patch embedding is adapted to `patch_size` if it is given.
 
     Raises
     ------

@@ -11,13 +11,15 @@ The view called ``mean`` is the mean of the channels and is compared with the si
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.probing.channel_decoding import decode_channels, retrieval_credit
-from dinocell.probing.consistency_report import ConsistencyReport, Estimate
+from dinocell.probing.consistency_report import ConsistencyReport, Estimate, Floats
 from dinocell.probing.feature_spread import effective_rank, feature_std, standardize_attention
 from dinocell.probing.views import (
     Views,
@@ -44,22 +46,16 @@ def channel_consistency(
 
     Parameters
     ----------
-    features : (M, D) array of float
-        One row per view, for example CLS tokens; finite.  Their length does not matter for cosine,
-        retrieval, spread and decoding.
+    features : (M, D) array of float, finite
+        One row per view, for example CLS tokens.  Their length does not matter for cosine, retrieval,
+        spread and decoding.
     fields, locations, channels : M items each
         Where each view comes from.  A location lies in one field and has a channel at most once;
         channels may be missing.  Views of channel `MEAN_VIEW` are means of channels.
     attention : (M, heads, N) array, optional
         Attention of CLS to the patches, in the order of `features`.
-    num_bootstrap : int
-        Draws of fields with replacement for the 95 % intervals; 0 leaves them out.
-    seed : int
-        Of these draws and of the folds of the decoder.
-
-    Returns
-    -------
-    ConsistencyReport
+    num_bootstrap : draws of fields with replacement for the 95 % intervals; 0 leaves them out
+    seed : of these draws and of the folds of the decoder
 
     Raises
     ------
@@ -79,22 +75,47 @@ def channel_consistency(
     Effective rank: Roy & Vetterli, EUSIPCO 2007, eq. 4; of features: Garrido et al., RankMe, 2023.
     """
     views = Views.checked(features, fields, locations, channels)
-    single = views.where(views.channel != views.mean_channel)
-    mean = views.where(views.channel == views.mean_channel)
+    is_mean = views.channel == views.mean_channel
+    raw = views.where(~is_mean)
     draws = draw_fields(views.num_fields, num_bootstrap, seed)
-    if not any(len(rows) > 1 for rows in single.rows_by_location().values()):
+    if not any(len(rows) > 1 for rows in raw.rows_by_location()):
         raise ValueError(
             "some location must be seen through two channels, got one channel each: choose fields "
             "with several channels"
         )
 
-    unit = unit_rows(single.features)
-    retrieval, retrieval_matrix = _retrieval(single, single, unit, unit, draws)
-    estimates = _single_channel_estimates(single, unit, retrieval, draws, seed)
-    if len(mean.features):
-        estimates |= _mean_view_estimates(single, mean, unit, draws)
+    single = replace(raw, features=unit_rows(raw.features))
+    retrieval, retrieval_matrix = _retrieval(single, single, draws)
+    same, other = _other_fields(single, draws)
+    estimates = {
+        "cosine_same_field": _same_location(single, draws),
+        "cosine_other_field_same_channel": same,
+        "cosine_other_field_other_channel": other,
+        "retrieval_top1": retrieval,
+        "effective_rank": Estimate(effective_rank(raw.features)),
+        "effective_rank_centered": Estimate(effective_rank(raw.features, centered=True)),
+        "feature_std": Estimate(feature_std(raw.features)),
+        "channel_decodability": decode_channels(single, draws, seed),
+    }
+    if is_mean.any():
+        mean = views.where(is_mean)
+        mean = replace(mean, features=unit_rows(mean.features))
+        within, between = _against_mean(single, mean, draws)
+        estimates["mean_view_cosine_same_field"] = within
+        estimates["mean_view_cosine_other_field"] = between
+        estimates["mean_view_retrieval_top1"] = _retrieval(single, mean, draws)[0]
     if attention is not None:
-        estimates |= _attention_estimates(views, attention, draws)
+        maps = standardize_attention(attention)
+        if len(maps) != len(views.features):
+            raise ValueError(
+                f"`attention` must have a map per view ({len(views.features)}), got {len(maps)}: "
+                "give them in the order of the features"
+            )
+        seen = replace(views, features=maps).where(~is_mean)
+        estimates["attention_same_field"] = _same_location(seen, draws)
+        # Unlike a feature, a map of another channel and field is the fair comparison: it shares
+        # only what every map of this network shares.
+        estimates["attention_other_field"] = _other_fields(seen, draws)[1]
     return ConsistencyReport(
         num_fields=views.num_fields,
         num_locations=len(single.rows_by_location()),
@@ -102,63 +123,12 @@ def channel_consistency(
         embed_dim=single.features.shape[1],
         channels=single.names,
         estimates=estimates,
-        cosine_by_channel=_cosine_matrix(single, unit),
+        cosine_by_channel=_cosine_matrix(single),
         retrieval_by_channel=retrieval_matrix,
     )
 
 
-def _single_channel_estimates(
-    single: Views,
-    unit: NDArray[np.float64],
-    retrieval: Estimate,
-    draws: NDArray[np.float64],
-    seed: int,
-) -> dict[str, Estimate]:
-    same, other = _other_fields(single, unit, draws)
-    return {
-        "cosine_same_field": _same_location(single, unit, draws),
-        "cosine_other_field_same_channel": same,
-        "cosine_other_field_other_channel": other,
-        "retrieval_top1": retrieval,
-        "effective_rank": Estimate(effective_rank(single.features)),
-        "effective_rank_centered": Estimate(effective_rank(single.features, centered=True)),
-        "feature_std": Estimate(feature_std(single.features)),
-        "channel_decodability": decode_channels(single, unit, draws, seed),
-    }
-
-
-def _mean_view_estimates(
-    single: Views, mean: Views, unit: NDArray[np.float64], draws: NDArray[np.float64]
-) -> dict[str, Estimate]:
-    unit_mean = unit_rows(mean.features)
-    within, between = _against_mean(single, mean, unit, unit_mean, draws)
-    return {
-        "mean_view_cosine_same_field": within,
-        "mean_view_cosine_other_field": between,
-        "mean_view_retrieval_top1": _retrieval(single, mean, unit, unit_mean, draws)[0],
-    }
-
-
-def _attention_estimates(
-    views: Views, attention: ArrayLike, draws: NDArray[np.float64]
-) -> dict[str, Estimate]:
-    maps = standardize_attention(attention)
-    if len(maps) != len(views.features):
-        raise ValueError(
-            f"`attention` must have a map per view ({len(views.features)}), got {len(maps)}: "
-            "give them in the order of the features"
-        )
-    kept = views.channel != views.mean_channel
-    single, maps = views.where(kept), maps[kept]
-    return {
-        "attention_same_field": _same_location(single, maps, draws),
-        # Unlike a feature, a map of another channel and field is the fair comparison: it shares
-        # only what every map of this network shares.
-        "attention_other_field": _other_fields(single, maps, draws)[1],
-    }
-
-
-def _cosine_matrix(single: Views, unit: NDArray[np.float64]) -> NDArray[np.float64]:
+def _cosine_matrix(single: Views) -> Floats:
     """(C, C) mean cosine of one location through two channels; nan for channels that never meet."""
     size = len(single.names)
     matrix = np.full((size, size), np.nan)
@@ -167,17 +137,15 @@ def _cosine_matrix(single: Views, unit: NDArray[np.float64]) -> NDArray[np.float
         for second in range(first):
             left, right = _pairs(single, single, first, second)
             if len(left):
-                value = float(np.einsum("nd,nd->n", unit[left], unit[right]).mean())
-                matrix[first, second] = matrix[second, first] = value
+                products = np.einsum("nd,nd->n", single.features[left], single.features[right])
+                matrix[first, second] = matrix[second, first] = float(products.mean())
     return matrix
 
 
-def _same_location(views: Views, unit: NDArray[np.float64], draws: NDArray[np.float64]) -> Estimate:
+def _same_location(views: Views, draws: Floats) -> Estimate:
     sums, counts = np.zeros(views.num_fields), np.zeros(views.num_fields)
-    for rows in views.rows_by_location().values():
-        if len(rows) < 2:
-            continue
-        block = unit[rows] @ unit[rows].T
+    for rows in views.rows_by_location():
+        block = views.features[rows] @ views.features[rows].T
         above = np.triu_indices(len(rows), k=1)
         field = views.field[rows[0]]
         sums[field] += block[above].sum()
@@ -185,29 +153,26 @@ def _same_location(views: Views, unit: NDArray[np.float64], draws: NDArray[np.fl
     return estimate_by_field(sums, counts, draws)
 
 
-def _sums_by_field(views: Views, unit: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
+def _sums_by_field(views: Views) -> tuple[Floats, Floats]:
     """Sum of the rows of every (field, channel) (F, C, D) and their number (F, C)."""
     num_channels = int(views.channel.max(initial=0)) + 1
-    sums = np.zeros((views.num_fields, num_channels, unit.shape[1]))
+    sums = np.zeros((views.num_fields, num_channels, views.features.shape[1]))
     counts = np.zeros((views.num_fields, num_channels))
-    np.add.at(sums, (views.field, views.channel), unit)
+    np.add.at(sums, (views.field, views.channel), views.features)
     np.add.at(counts, (views.field, views.channel), 1.0)
     return sums, counts
 
 
-def _other_fields(
-    views: Views, unit: NDArray[np.float64], draws: NDArray[np.float64]
-) -> tuple[Estimate, Estimate]:
+def _other_fields(views: Views, draws: Floats) -> tuple[Estimate, Estimate]:
     """Pairs from two fields: of one channel, and of two.
 
     The sum of all dot products of two groups is the dot product of their sums, so no matrix of all
     pairs is needed.
     """
-    sums, counts = _sums_by_field(views, unit)
+    sums, counts = _sums_by_field(views)
     same = sum(sums[:, c] @ sums[:, c].T for c in range(sums.shape[1]))
     same_counts = counts @ counts.T
-    total = sums.sum(axis=1)
-    number = counts.sum(axis=1)
+    total, number = sums.sum(axis=1), counts.sum(axis=1)
     every, every_counts = total @ total.T, np.outer(number, number)
     return (
         estimate_between_fields(np.asarray(same), same_counts, draws),
@@ -215,23 +180,17 @@ def _other_fields(
     )
 
 
-def _against_mean(
-    single: Views,
-    mean: Views,
-    unit: NDArray[np.float64],
-    unit_mean: NDArray[np.float64],
-    draws: NDArray[np.float64],
-) -> tuple[Estimate, Estimate]:
+def _against_mean(single: Views, mean: Views, draws: Floats) -> tuple[Estimate, Estimate]:
     """Single channels against the mean view: of one location, and of other fields."""
     row_of = {location: row for row, location in enumerate(mean.location.tolist())}
     sums, counts = np.zeros(single.num_fields), np.zeros(single.num_fields)
     for row, location in enumerate(single.location.tolist()):
         if location in row_of:
-            sums[single.field[row]] += unit[row] @ unit_mean[row_of[location]]
+            sums[single.field[row]] += single.features[row] @ mean.features[row_of[location]]
             counts[single.field[row]] += 1
     within = estimate_by_field(sums, counts, draws)
-    single_sums, single_counts = _sums_by_field(single, unit)
-    mean_sums, mean_counts = _sums_by_field(mean, unit_mean)
+    single_sums, single_counts = _sums_by_field(single)
+    mean_sums, mean_counts = _sums_by_field(mean)
     table = single_sums.sum(axis=1) @ mean_sums.sum(axis=1).T
     number = np.outer(single_counts.sum(axis=1), mean_counts.sum(axis=1))
     return within, estimate_between_fields(table, number, draws)
@@ -249,39 +208,30 @@ def _pairs(
     return rows_left[first], rows_right[second]
 
 
-def _retrieval(
-    queries: Views,
-    gallery: Views,
-    unit_queries: NDArray[np.float64],
-    unit_gallery: NDArray[np.float64],
-    draws: NDArray[np.float64],
-) -> tuple[Estimate, NDArray[np.float64]]:
+def _retrieval(queries: Views, gallery: Views, draws: Floats) -> tuple[Estimate, Floats]:
     """Top-1 over all ordered pairs of two different channels, and its table by channel."""
-    num_channels = len(queries.names) + 1
-    sums, counts, chances = (np.zeros(queries.num_fields) for _ in range(3))
-    table = np.full((num_channels, num_channels), np.nan)
-    for asked in np.unique(queries.channel):
-        for answering in np.unique(gallery.channel):
-            if asked == answering:
-                continue
-            rows, right_rows = _pairs(queries, gallery, int(asked), int(answering))
-            if not len(rows):
-                continue
-            candidates = np.flatnonzero(gallery.channel == answering)
-            right = np.searchsorted(candidates, right_rows)
-            credit = np.concatenate(
-                [
-                    retrieval_credit(
-                        unit_queries[rows[start : start + _QUERIES_AT_ONCE]]
-                        @ unit_gallery[candidates].T,
-                        right[start : start + _QUERIES_AT_ONCE],
-                    )
-                    for start in range(0, len(rows), _QUERIES_AT_ONCE)
-                ]
-            )
-            np.add.at(sums, queries.field[rows], credit)
-            np.add.at(counts, queries.field[rows], 1.0)
-            np.add.at(chances, queries.field[rows], 1.0 / len(candidates))
-            table[asked, answering] = credit.mean()
     size = len(queries.names)
+    sums, counts, chances = (np.zeros(queries.num_fields) for _ in range(3))
+    table = np.full((size + 1, size + 1), np.nan)
+    for asked, answering in product(np.unique(queries.channel), np.unique(gallery.channel)):
+        rows, right_rows = _pairs(queries, gallery, int(asked), int(answering))
+        if asked == answering or not len(rows):
+            continue
+        candidates = np.flatnonzero(gallery.channel == answering)
+        right = np.searchsorted(candidates, right_rows)
+        answers = gallery.features[candidates].T
+        parts = [
+            slice(start, start + _QUERIES_AT_ONCE)
+            for start in range(0, len(rows), _QUERIES_AT_ONCE)
+        ]
+        credit = np.concatenate(
+            [
+                retrieval_credit(queries.features[rows[part]] @ answers, right[part])
+                for part in parts
+            ]
+        )
+        np.add.at(sums, queries.field[rows], credit)
+        np.add.at(counts, queries.field[rows], 1.0)
+        np.add.at(chances, queries.field[rows], 1.0 / len(candidates))
+        table[asked, answering] = credit.mean()
     return estimate_by_field(sums, counts, draws, chances), table[:size, :size]

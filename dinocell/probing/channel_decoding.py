@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from dinocell.probing.consistency_report import Estimate
-from dinocell.probing.views import Views, draw_fields, estimate_by_field, unit_rows
+from dinocell.probing.consistency_report import Estimate, Floats
+from dinocell.probing.views import Views, estimate_by_field
 
 # Two similarities nearer than this are a tie.  Rounding of float32 features moves a cosine near 1 by
 # about 1e-12, so that collapsed features tie whatever their last bits are.
@@ -20,17 +19,13 @@ _RIDGE = 0.1
 _NUM_FOLDS = 10
 
 
-def channel_decodability(
-    features: ArrayLike,
-    fields: NDArray[Any],
-    locations: NDArray[Any],
-    channels: NDArray[Any],
-    *,
-    seed: int = 0,
-) -> Estimate:
+def decode_channels(views: Views, draws: Floats, seed: int) -> Estimate:
     """How often a linear probe names the channel of a view in a field it was not fitted on.
 
-    Parameters and errors as `channel_consistency`.
+    Parameters
+    ----------
+    views : of single channels, with features of length 1
+    draws : from `draw_fields`
 
     Returns
     -------
@@ -43,67 +38,44 @@ def channel_decodability(
 
     Notes
     -----
-    Ridge regression on standardised features of length 1 to one-hot channels, channels weighted
-    alike; folds by field (leave one field out up to ten fields, then ten folds).
+    Ridge regression on standardised features to one-hot channels, channels weighted alike; folds by
+    field (leave one field out up to ten fields, then ten folds).
     """
-    views = Views.checked(features, fields, locations, channels)
-    single = views.where(views.channel != views.mean_channel)
-    return decode_channels(single, unit_rows(single.features), draw_fields(0, 0, seed), seed)
-
-
-def decode_channels(
-    views: Views, unit: NDArray[np.float64], draws: NDArray[np.float64], seed: int
-) -> Estimate:
     seen_in = np.zeros((views.num_fields, len(views.names)), dtype=bool)
     seen_in[views.field, views.channel] = True
     usable = seen_in.sum(axis=0) >= 2  # a channel of one field is unknown when that is held out
-    kept = np.flatnonzero(usable[views.channel])
-    if usable.sum() < 2 or not len(kept):
+    views = views.where(usable[views.channel])
+    if usable.sum() < 2 or not len(views.features):
         return Estimate(math.nan)
     order = np.random.default_rng([seed, 2]).permutation(views.num_fields)
     fold_of_field = np.empty(views.num_fields, dtype=np.intp)
     fold_of_field[order] = np.arange(views.num_fields) % min(views.num_fields, _NUM_FOLDS)
-    fold = fold_of_field[views.field[kept]]
-    channel = views.channel[kept]
-    scores = np.full((len(kept), len(views.names)), -np.inf)
+    fold = fold_of_field[views.field]
+    scores = np.full((len(fold), len(views.names)), -np.inf)
     for held_out in np.unique(fold):
-        train, test = fold != held_out, fold == held_out
-        known = np.unique(channel[train])
-        if not len(known):
-            continue
-        fitted = _ridge_scores(unit[kept[train]], channel[train], unit[kept[test]], known)
-        scores[np.ix_(test, known)] = fitted
+        train, test = views.where(fold != held_out), fold == held_out
+        known = np.unique(train.channel)
+        if len(known):
+            fitted = _ridge_scores(train.features, train.channel, views.features[test], known)
+            scores[np.ix_(test, known)] = fitted
 
     sums, counts, chances = (np.zeros(views.num_fields) for _ in range(3))
-    rows_at: dict[int, list[int]] = {}
-    for row, location in enumerate(views.location[kept].tolist()):
-        rows_at.setdefault(location, []).append(row)
-    for found in rows_at.values():
-        rows = np.array(found)
-        present = channel[rows]
-        answers = scores[np.ix_(rows, present)]  # choose among the channels of this location
+    for rows in views.rows_by_location():
+        answers = scores[np.ix_(rows, views.channel[rows])]  # only the channels of this location
         if len(rows) < 2 or not np.isfinite(answers).all():
             continue
-        field = views.field[kept[rows[0]]]
+        field = views.field[rows[0]]
         sums[field] += retrieval_credit(answers, np.arange(len(rows))).mean()
         counts[field] += 1
         chances[field] += 1 / len(rows)
     return estimate_by_field(sums, counts, draws, chances)
 
 
-def retrieval_credit(similarities: NDArray[np.float64], right: NDArray[np.intp]) -> NDArray:
+def retrieval_credit(similarities: Floats, right: NDArray[np.intp]) -> Floats:
     """Top-1 of each row: 1, 0, or 1/k where the right answer is one of k equal best ones.
 
-    Parameters
-    ----------
-    similarities : (Q, N) float64 ndarray
-    right : (Q,) integer ndarray
-        Column of the right answer.
-
-    Returns
-    -------
-    (Q,) float64 ndarray
-        Equal means within 1e-9; the mean over random order of the ties.
+    `similarities` is (Q, N); `right` (Q,) is the column of the right answer.  Equal means within 1e-9;
+    1/k is the mean over the orders of the ties.
     """
     true = similarities[np.arange(len(right)), right][:, None]
     beaten = (similarities > true + _TIE).any(axis=1)
@@ -112,11 +84,8 @@ def retrieval_credit(similarities: NDArray[np.float64], right: NDArray[np.intp])
 
 
 def _ridge_scores(
-    train: NDArray[np.float64],
-    train_channel: NDArray[np.intp],
-    test: NDArray[np.float64],
-    known: NDArray[np.intp],
-) -> NDArray[np.float64]:
+    train: Floats, train_channel: NDArray[np.intp], test: Floats, known: NDArray[np.intp]
+) -> Floats:
     """Scores (T, known) of a ridge regression to one-hot channels."""
     one_hot = (train_channel[:, None] == known[None, :]).astype(np.float64)
     weight = (one_hot / one_hot.sum(axis=0)).sum(axis=1)

@@ -9,19 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its 95 % interval from fields drawn again, and what chance gives.
+    """A number, its 95 % interval from fields drawn again, and the value of features that know nothing.
 
-    Attributes
-    ----------
-    value : float
-        nan where the data cannot tell, for example between fields when there is one.
-    low, high : float
-        Bounds of the interval; nan where there is none.
-    chance : float
-        Value of features that know nothing; nan where there is no such value.
+    nan stands for what does not exist or cannot be known, for example between fields if there is one.
     """
 
     value: float
@@ -31,7 +26,7 @@ class Estimate:
 
     def to_mapping(self) -> dict[str, float | None]:
         """The four numbers for JSON, nan as null."""
-        return {name: _or_none(getattr(self, name)) for name in ("value", "low", "high", "chance")}
+        return {name: or_none(value) for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -40,11 +35,8 @@ class ConsistencyReport:
 
     Attributes
     ----------
-    num_fields, num_locations, num_views : int
-        What it was measured on, mean views not counted.
-    embed_dim : int
-        Numbers per feature; an effective rank is at most this and at most `num_views`.
-    channels : tuple of str
+    num_fields, num_locations, num_views : what it was measured on, mean views not counted
+    embed_dim : numbers per feature; an effective rank is at most this and at most `num_views`
     estimates : dict of Estimate
         ``cosine_same_field`` (one location through two channels),
         ``cosine_other_field_same_channel``, ``cosine_other_field_other_channel``,
@@ -52,10 +44,10 @@ class ConsistencyReport:
         ``channel_decodability``; with mean views ``mean_view_cosine_same_field``,
         ``mean_view_cosine_other_field``, ``mean_view_retrieval_top1``; with attention maps
         ``attention_same_field``, ``attention_other_field``.
-    cosine_by_channel : (C, C) float64 ndarray
+    cosine_by_channel : (C, C)
         Mean cosine of one location through two channels; 1 on the diagonal, nan for channels that
         never meet.
-    retrieval_by_channel : (C, C) float64 ndarray
+    retrieval_by_channel : (C, C)
         Retrieval from the channel of the row to that of the column; nan on the diagonal.
     """
 
@@ -65,8 +57,8 @@ class ConsistencyReport:
     embed_dim: int
     channels: tuple[str, ...]
     estimates: dict[str, Estimate]
-    cosine_by_channel: NDArray[np.float64]
-    retrieval_by_channel: NDArray[np.float64]
+    cosine_by_channel: Floats
+    retrieval_by_channel: Floats
 
     def __getitem__(self, name: str) -> Estimate:
         return self.estimates[name]
@@ -96,11 +88,7 @@ class ConsistencyReport:
 
     def to_mapping(self) -> dict[str, Any]:
         """Everything for JSON, nan as null."""
-        return {
-            "num_fields": self.num_fields,
-            "num_locations": self.num_locations,
-            "num_views": self.num_views,
-            "embed_dim": self.embed_dim,
+        return vars(self) | {
             "channels": list(self.channels),
             "estimates": {name: item.to_mapping() for name, item in self.estimates.items()},
             "cosine_by_channel": _nested(self.cosine_by_channel),
@@ -109,9 +97,10 @@ class ConsistencyReport:
         }
 
 
-def _or_none(value: float) -> float | None:
+def or_none(value: float) -> float | None:
+    """A number for JSON: null where it is not finite."""
     return float(value) if math.isfinite(value) else None
 
 
-def _nested(matrix: NDArray[np.float64]) -> list[list[float | None]]:
-    return [[_or_none(value) for value in row] for row in matrix]
+def _nested(matrix: Floats) -> list[list[float | None]]:
+    return [[or_none(value) for value in row] for row in matrix]

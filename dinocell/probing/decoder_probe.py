@@ -21,10 +21,11 @@ from dinocell.evaluation.evaluate import evaluate_pairs
 from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
 from dinocell.network.backbone import feature_blocks
 from dinocell.network.decoder import DECODERS, create_decoder
+from dinocell.probing.feature_extraction import check_window, to_batch
 from dinocell.probing.labelled_windows import LabelledWindow, inside_image
-from dinocell.segmentation.preprocess import to_model_input
 from dinocell.segmentation.thresholds import Thresholds
 from dinocell.segmentation.watershed import separate_cells
+from dinocell.training.datasets import spread_evenly
 
 # Few values: the decoder is small and early, and the search must not take longer than its training.
 _GRIDS = ThresholdGrids(
@@ -42,16 +43,11 @@ class ProbeTimeError(DINOCellError):
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """How the small decoder is trained.
+    """How the small decoder is trained: AdamW with linear warm-up and cosine to 0.
 
-    Attributes
-    ----------
-    window_px : edge of the square windows, a multiple of the patch size.
-    windows_per_image : at most so many windows of an image, those with the most cell pixels.
-    decoder : `unet`, `unet_wide` or `linear`.
-    steps, batch_size, lr : AdamW with linear warm-up and cosine to 0.
-    max_seconds : bound of the whole probe; a training that takes more than 0.7 of it is cut short.
-    seed : start values of the decoder and order of the windows.
+    `window_px` is a multiple of the patch size.  Of an image at most `windows_per_image` windows are
+    used, those with the most cell pixels.  `max_seconds` bounds the whole probe; a training that takes
+    more than 0.7 of it is cut short.  `seed` is that of the decoder's weights and the order of windows.
     """
 
     window_px: int = 192
@@ -65,13 +61,11 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         for name in ("window_px", "windows_per_image", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`{name}` must be at least 1, got {getattr(self, name)}: raise it"
-                )
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}: raise it")
         for name in ("lr", "max_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}: raise it")
+            if not (value := getattr(self, name)) > 0:
+                raise ValueError(f"`{name}` must be above 0, got {value}: raise it")
         if self.decoder not in DECODERS:
             raise ValueError(
                 f"`decoder` must be one of {', '.join(DECODERS)}, got {self.decoder!r}: choose one"
@@ -84,17 +78,11 @@ class ProbeResult:
 
     Attributes
     ----------
-    scores : dict
-        ``op_csb seg det ap50 ap75 f1_50``, pooled, and ``mse`` of the distance map.
-    thresholds : dict
-        Chosen on training windows.
-    steps : int
-        Steps done; fewer than configured when the time was over.
-    train_loss : float
-        Mean of the last tenth of the steps.
-    seconds : float
-    num_train, num_val : int
-        Windows.
+    scores : ``op_csb seg det ap50 ap75 f1_50``, pooled, and ``mse`` of the distance map
+    thresholds : chosen on training windows
+    steps : done; fewer than configured when the time was over
+    train_loss : mean of the last tenth of the steps
+    num_train, num_val : windows
     """
 
     scores: dict[str, float]
@@ -116,21 +104,14 @@ def probe_features(
 ) -> ProbeResult:
     """Train a decoder on frozen features of `train`, score it on `val`.
 
+    The result is the same for the same weights, windows and config, as long as the time suffices.  The
+    random generators of the caller are left as they were.
+
     Parameters
     ----------
-    vit : DinoVisionTransformer
-        In eval mode; read only.
-    train, val : sequences of LabelledWindow
-        All of `config.window_px`.
-    config : ProbeConfig
-    advance : callable, optional
-        Called with the loss after every step.
-
-    Returns
-    -------
-    ProbeResult
-        The same for the same weights, windows and config, as long as the time suffices.  The
-        generators of the caller are as before.
+    vit : DinoVisionTransformer in eval mode; read only
+    train, val : windows, all of `config.window_px`
+    advance : called with the loss after every step
 
     Raises
     ------
@@ -140,12 +121,7 @@ def probe_features(
         The window does not fit the patch size.
     """
     started = time.monotonic()
-    patch: int = vit.patch_size  # type: ignore[assignment]
-    if config.window_px % patch:
-        raise ValueError(
-            f"`window_px` must be a multiple of the patch size {patch}, got {config.window_px}: "
-            f"{max(1, round(config.window_px / patch)) * patch} is next"
-        )
+    check_window(config.window_px, vit)
     device = next(vit.parameters()).device
     cuda = [device] if device.type == "cuda" else []
     with (
@@ -172,23 +148,15 @@ def probe_features(
 
 
 def _scores_of(
-    maps: Sequence[NDArray[np.float32]],
-    windows: Sequence[LabelledWindow],
-    thresholds: Thresholds,
+    maps: Sequence[NDArray[np.float32]], windows: Sequence[LabelledWindow], thresholds: Thresholds
 ) -> dict[str, float]:
     """Pooled scores of the labels that distance maps give, and the mean squared error of the maps."""
-    inside = [inside_image(found, window) for found, window in zip(maps, windows, strict=True)]
-    squared = [
-        float(np.mean((found - inside_image(window.target, window)) ** 2))
-        for found, window in zip(inside, windows, strict=True)
-    ]
-    report = evaluate_pairs(
-        (
-            (window.name, window.labels, separate_cells(found, thresholds))
-            for found, window in zip(inside, windows, strict=True)
-        ),
-        iou_thresholds=(0.5, 0.75),
-    )
+    pairs, squared = [], []
+    for found, window in zip(maps, windows, strict=True):
+        inside = inside_image(found, window)
+        squared.append(float(np.mean((inside - inside_image(window.target, window)) ** 2)))
+        pairs.append((window.name, window.labels, separate_cells(inside, thresholds)))
+    report = evaluate_pairs(pairs, iou_thresholds=(0.5, 0.75))
     scores = {name: report.pooled[f"{name}_pooled"] for name in _SCORES}
     return scores | {"mse": float(np.mean(squared))}
 
@@ -221,9 +189,10 @@ class _Probe:
         for start in range(0, len(windows), self.config.batch_size):
             self._require_time("computing features")
             part = windows[start : start + self.config.batch_size]
+            batch = to_batch([window.image for window in part], self.device)
             with torch.no_grad():
                 maps = self.vit.get_intermediate_layers(  # type: ignore[operator]
-                    _batch(part, self.device), n=self.blocks, reshape=True, norm=True
+                    batch, n=self.blocks, reshape=True, norm=True
                 )
                 stacked = torch.stack(list(maps), dim=1)  # [B, L, D, h, w]
             found += list(stacked.to("cpu", torch.float16))
@@ -288,18 +257,13 @@ class _Probe:
 
     def tune(self, windows: Sequence[LabelledWindow], features: Sequence[Tensor]) -> Thresholds:
         """The thresholds of the post-processing that suit some training windows best."""
-        picked = np.linspace(0, len(windows) - 1, min(len(windows), _TUNING_WINDOWS)).round()
-        chosen = [int(place) for place in picked]
+        chosen = spread_evenly(range(len(windows)), _TUNING_WINDOWS)
         maps = self.predict(windows, features, chosen)
-        tuned = tune_thresholds(
-            [
-                (inside_image(found, windows[place]), windows[place].labels)
-                for place, found in zip(chosen, maps, strict=True)
-            ],
-            _GRIDS,
-            metric="ap50",
-        )
-        return tuned.thresholds
+        samples = [
+            (inside_image(found, windows[place]), windows[place].labels)
+            for place, found in zip(chosen, maps, strict=True)
+        ]
+        return tune_thresholds(samples, _GRIDS, metric="ap50").thresholds
 
     def _require_time(self, what: str) -> None:
         if time.monotonic() > self.deadline:
@@ -307,11 +271,6 @@ class _Probe:
                 f"the evaluation must finish in max_seconds, got {self.config.max_seconds:g} s over "
                 f"while {what}: raise max_seconds, or take fewer or smaller windows"
             )
-
-
-def _batch(windows: Sequence[LabelledWindow], device: torch.device) -> Tensor:
-    arrays = np.stack([to_model_input(window.image) for window in windows])
-    return torch.from_numpy(arrays).to(device)  # [B, 3, window, window]
 
 
 def _turned(x: Tensor, turns: int, flip: bool) -> Tensor:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress, product
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from dinocell.errors import CheckpointError, DataSetError
 from dinocell.probing.views import MEAN_VIEW
@@ -22,15 +23,7 @@ from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
 
 @dataclass(frozen=True)
 class FieldImage:
-    """One field: co-registered planes and their names.
-
-    Attributes
-    ----------
-    name : str
-    channels : tuple of str
-    planes : (C, H, W) ndarray
-        Raw intensities.
-    """
+    """One field: co-registered planes (C, H, W) of raw intensities, and their names."""
 
     name: str
     channels: tuple[str, ...]
@@ -43,13 +36,10 @@ class ViewExample:
 
     Attributes
     ----------
-    field : str
     origin : (row, column) of the window in px
-    channels : tuple of str
-    images : (C, H, W) float32 ndarray in [0, 1]
-    attention : (C, h, w) float32 ndarray or None
-        Attention of CLS to the patches, mean over heads; sums to at most 1.
-    patches : (C, h, w, D) float32 ndarray
+    images : (C, H, W) in [0, 1]
+    attention : (C, h, w) of CLS to the patches, mean over heads; sums to at most 1
+    patches : (C, h, w, D)
     """
 
     field: str
@@ -66,17 +56,12 @@ class ViewFeatures:
 
     Attributes
     ----------
-    fields, channels : lists of M names; the mean views are called ``mean``
-    locations : (M,) int ndarray
-        Number of the window, counted over all fields.
-    cls, patch_mean : (M, D) float32 ndarrays
-        CLS token and mean of the patch tokens after the final norm.
-    attention : (M, heads, N) float32 ndarray or None
-        Attention of CLS to the patches in the last block.
-    example : ViewExample
-        Of the field with the most channels, the first of such.
-    left_out : list of str
-        Sentences: channels without signal, fields with fewer windows than asked for.
+    fields, channels : M names; the mean views are called ``mean``
+    locations : (M,), number of the window, counted over all fields
+    cls, patch_mean : (M, D), CLS token and mean of the patch tokens after the final norm
+    attention : (M, heads, N) of CLS to the patches in the last block
+    example : of the field with the most channels, the first of such
+    left_out : sentences: channels without signal, fields with fewer windows than asked for
     """
 
     fields: list[str]
@@ -95,33 +80,26 @@ def normalize_channels(planes: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def choose_windows(image: NDArray[np.float32], window_px: int, count: int) -> list[tuple[int, int]]:
-    """Upper left corners of at most `count` windows that do not overlap, richest first.
+    """(row, column) of the upper left corners of at most `count` windows of `window_corners`.
 
-    Parameters
-    ----------
-    image : (H, W) float ndarray
-        The mean view.
-    window_px, count : int
-
-    Returns
-    -------
-    list of (row, column)
-        From a centred grid; those with the largest standard deviation, because nothing can be found
-        again in empty background.  Fewer than `count` where the grid has fewer.
+    Those with the largest standard deviation in the mean view `image` (H, W) come first, because nothing
+    can be found again in empty background.
     """
-    height, width = image.shape
-    rows, columns = height // window_px, width // window_px
-    top, left = (height - rows * window_px) // 2, (width - columns * window_px) // 2
-    corners = [
-        (top + row * window_px, left + column * window_px)
-        for row in range(rows)
-        for column in range(columns)
-    ]
-    spread = {
-        (row, column): float(image[row : row + window_px, column : column + window_px].std())
-        for row, column in corners
-    }
-    return sorted(corners, key=lambda corner: (-spread[corner], corner))[:count]
+
+    def rank(corner: tuple[int, int]) -> tuple[float, tuple[int, int]]:
+        row, column = corner
+        window = image[row : row + window_px, column : column + window_px]
+        return -float(window.std()), corner
+
+    return sorted(window_corners(image.shape, window_px), key=rank)[:count]
+
+
+def window_corners(shape: tuple[int, ...], window_px: int) -> list[tuple[int, int]]:
+    """Upper left corners of the windows of a centred grid, row by row; they do not overlap."""
+    tops, lefts = (
+        range(length % window_px // 2, length - window_px + 1, window_px) for length in shape
+    )
+    return list(product(tops, lefts))
 
 
 def extract_views(
@@ -141,21 +119,13 @@ def extract_views(
 
     Parameters
     ----------
-    vit : DinoVisionTransformer
-        Used where it is, in eval mode; its mode is restored.
-    fields : iterable of FieldImage
-        Names must differ.
-    window_px : int
-        A multiple of the patch size.
-    windows_per_field : int
-    channels : sequence of str, optional
-        Use these only, in any case of letters; default all.
-    batch_size : int
-        Views per network call.
-    attention : bool
-        Also the attention of CLS in the last block (a second pass).
-    advance : callable, optional
-        Called with the name of every finished field.
+    vit : DinoVisionTransformer, used where it is, in eval mode; its mode is restored
+    fields : their names must differ
+    window_px : a multiple of the patch size
+    channels : use these only, in any case of letters; default all
+    batch_size : views per network call
+    attention : also the attention of CLS in the last block (a second pass)
+    advance : called with the name of every finished field
 
     Raises
     ------
@@ -167,7 +137,12 @@ def extract_views(
     ValueError
         `window_px` does not fit the patch size, or the network cannot give attention maps.
     """
-    _check_network(vit, window_px, attention)
+    check_window(window_px, vit)
+    if attention and not hasattr(vit, "get_last_selfattention"):
+        raise ValueError(
+            "`vit` must have get_last_selfattention for attention maps, got "
+            f"{type(vit).__name__} without it: leave them out with `attention=False`"
+        )
     collected = _Collected()
     seen: set[str] = set()
     was_training = vit.training
@@ -186,13 +161,11 @@ def extract_views(
                 collected.left_out.append(f"{item.name} has one channel, left out")
             else:
                 stack = np.concatenate([stack, stack.mean(axis=0, keepdims=True)])
-                for corner in _corners(
-                    item.name, stack[-1], window_px, windows_per_field, collected
-                ):
-                    row, column = corner
+                corners = _corners(item.name, stack[-1], window_px, windows_per_field, collected)
+                for row, column in corners:
                     views = stack[:, row : row + window_px, column : column + window_px]
                     found = _run(vit, views, batch_size=batch_size, attention=attention)
-                    collected.add(item.name, corner, (*names, MEAN_VIEW), views, found)
+                    collected.add(item.name, (row, column), (*names, MEAN_VIEW), views, found)
             if advance is not None:
                 advance(item.name)
     finally:
@@ -205,18 +178,19 @@ def extract_views(
     return collected.features(collected.example)
 
 
-def _check_network(vit: nn.Module, window_px: int, attention: bool) -> None:
+def check_window(window_px: int, vit: nn.Module) -> None:
+    """Raise a ValueError, which names the next good size, if windows do not fit the patches of `vit`."""
     patch: int = vit.patch_size  # type: ignore[assignment]
     if window_px < patch or window_px % patch:
         raise ValueError(
             f"`window_px` must be a multiple of the patch size {patch}, got {window_px}: "
             f"{max(1, round(window_px / patch)) * patch} is next"
         )
-    if attention and not hasattr(vit, "get_last_selfattention"):
-        raise ValueError(
-            "`vit` must have get_last_selfattention for attention maps, got "
-            f"{type(vit).__name__} without it: leave them out with `attention=False`"
-        )
+
+
+def to_batch(images: Iterable[NDArray[np.float32]], device: torch.device) -> Tensor:
+    """(H, W) images in [0, 1] → [B, 3, H, W] input of a network."""
+    return torch.from_numpy(np.stack([to_model_input(image) for image in images])).to(device)
 
 
 def _corners(
@@ -266,7 +240,10 @@ class _Collected:
         if "attention" in found:
             self.parts.setdefault("attention", []).append(found["attention"])
         if self.example is None or len(channels) > len(self.example.channels):
-            self.example = _example(name, corner, channels, views, found)
+            patches, maps = found["patches"], found.get("attention")
+            if maps is not None:
+                maps = maps.mean(axis=1).reshape(patches.shape[:3])
+            self.example = ViewExample(name, corner, channels, views.copy(), maps, patches)
 
     def features(self, example: ViewExample) -> ViewFeatures:
         whole = {name: np.concatenate(arrays) for name, arrays in self.parts.items()}
@@ -286,30 +263,23 @@ def _usable_planes(
     item: FieldImage, channels: Sequence[str] | None
 ) -> tuple[tuple[str, ...], NDArray[np.float32], list[str]]:
     """Names and normalised planes that are asked for and hold a signal; sentences on the others."""
-    wanted = None if channels is None else [name.lower() for name in channels]
-    positions = [
-        index
-        for index, name in enumerate(item.channels)
-        if wanted is None or name.lower() in wanted
-    ]
+    wanted = [name.lower() for name in (item.channels if channels is None else channels)]
+    positions = [index for index, name in enumerate(item.channels) if name.lower() in wanted]
     if not positions:
         raise DataSetError(
             f"a field must have one of the channels {', '.join(channels or ())}, got "
             f"{', '.join(item.channels)} in {item.name}: correct `channels`"
         )
     stack = normalize_channels(item.planes[positions])
-    missing = []
-    kept = []
-    for place, index in enumerate(positions):
-        if stack[place].any():
-            kept.append(place)
-        else:
-            missing.append(f"{item.name}: channel {item.channels[index]} is constant, left out")
-    if not kept:
+    names = [item.channels[index] for index in positions]
+    has_signal = np.array([plane.any() for plane in stack])
+    if not has_signal.any():
         raise DataSetError(
             f"a field must hold a signal, got constant planes in {item.name}: remove it"
         )
-    return tuple(item.channels[positions[place]] for place in kept), stack[kept], missing
+    constant = compress(names, ~has_signal)
+    missing = [f"{item.name}: channel {name} is constant, left out" for name in constant]
+    return tuple(compress(names, has_signal)), stack[has_signal], missing
 
 
 def _run(
@@ -322,8 +292,7 @@ def _run(
     collected: dict[str, list[NDArray[np.float32]]] = {"cls": [], "patches": []}
     with torch.inference_mode():
         for start in range(0, len(views), batch_size):
-            arrays = [to_model_input(view) for view in views[start : start + batch_size]]
-            batch = torch.from_numpy(np.stack(arrays)).to(device)  # [B, 3, H, W]
+            batch = to_batch(views[start : start + batch_size], device)
             tokens = vit.forward_features(batch)  # type: ignore[operator]
             patches = tokens["x_norm_patchtokens"].unflatten(1, grid)  # [B, h, w, D]
             collected["cls"].append(tokens["x_norm_clstoken"].float().cpu().numpy())
@@ -341,17 +310,3 @@ def _run(
                 "checkpoint is damaged or of a run that diverged"
             )
     return found
-
-
-def _example(
-    name: str,
-    origin: tuple[int, int],
-    channels: tuple[str, ...],
-    views: NDArray[np.float32],
-    found: dict[str, NDArray[np.float32]],
-) -> ViewExample:
-    patches = found["patches"]
-    maps = None
-    if "attention" in found:
-        maps = found["attention"].mean(axis=1).reshape(patches.shape[:3])
-    return ViewExample(name, origin, channels, views.copy(), maps, patches)

@@ -14,21 +14,11 @@ _RELATIVE_ROUNDING = 1e-6
 
 
 def effective_rank(features: ArrayLike, *, centered: bool = False) -> float:
-    """exp of the entropy of the singular values that are scaled to sum to 1.
+    """exp of the entropy of the singular values of (M, D) features, scaled to sum to 1.
 
-    Parameters
-    ----------
-    features : (M, D) array of float
-    centered : bool
-        Subtract the mean row first: directions of variation only.
+    In [1, min(M, D)].  `centered` subtracts the mean row first, to see directions of variation only; 0 if
+    then nothing but rounding varies, and for features that are all zero.
 
-    Returns
-    -------
-    float in [1, min(M, D)]
-        0 with `centered` when nothing but rounding varies, and for features that are all zero.
-
-    References
-    ----------
     Roy & Vetterli, The effective rank, EUSIPCO 2007, eq. 4.
     """
     matrix = np.asarray(features, dtype=np.float64)
@@ -54,16 +44,9 @@ def feature_std(features: ArrayLike) -> float:
 
 
 def standardize_attention(attention: ArrayLike) -> NDArray[np.float64]:
-    """Maps → rows whose dot product is the correlation of two maps, averaged over heads.
+    """(M, heads, N) maps → (M, heads·N) rows whose dot product is their correlation, mean over heads.
 
-    Parameters
-    ----------
-    attention : (M, heads, N) array of float
-
-    Returns
-    -------
-    (M, heads·N) float64 ndarray
-        A map without structure becomes zeros: it agrees with nothing, not with everything.
+    A map without structure becomes zeros: it agrees with nothing, not with everything.
 
     Raises
     ------

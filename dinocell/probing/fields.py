@@ -8,21 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dinocell.errors import DataSetError
 from dinocell.probing.feature_extraction import FieldImage
+from dinocell.training.datasets import spread_evenly
 
 
 @dataclass(frozen=True)
 class FieldSource:
-    """Fields that are read one at a time.
-
-    Attributes
-    ----------
-    names : list of str
-    read : callable (index) → FieldImage
-    """
+    """Fields that are read one at a time, by their place among the names."""
 
     names: list[str]
     read: Callable[[int], FieldImage]
@@ -35,12 +28,8 @@ class FieldSource:
 
     def spread(self, count: int | None) -> FieldSource:
         """At most `count` of these fields, spread evenly over the names; None keeps all."""
-        if count is None or len(self) <= count:
-            return self
-        kept = np.linspace(0, len(self) - 1, count).round().astype(int).tolist()
-        return FieldSource(
-            [self.names[place] for place in kept], lambda place: self.read(kept[place])
-        )
+        kept = spread_evenly(range(len(self)), count)
+        return FieldSource([self.names[place] for place in kept], lambda i: self.read(kept[i]))
 
 
 @dataclass(frozen=True)
@@ -49,14 +38,10 @@ class FieldOptions:
 
     Attributes
     ----------
-    index : path, optional
-        CSV with the columns field, file, channel.
-    pattern : str, optional
-        `harmony`, `cellvoyager`, `imagexpress`, or a regular expression with the group `channel`.
-    channels_table : path, optional
-        CSV with the columns number, channel: names for the numbers that a pattern finds.
-    channels : sequence of str, optional
-        Only these channels, in any case of letters; by default all but bright field and masks.
+    index : CSV with the columns field, file, channel
+    pattern : `harmony`, `cellvoyager`, `imagexpress`, or a regular expression with the group `channel`
+    channels_table : CSV with the columns number, channel: names for the numbers that a pattern finds
+    channels : only these, in any case of letters; by default all but bright field and masks
     """
 
     index: str | os.PathLike[str] | None = None

@@ -26,6 +26,8 @@ from dinocell.probing.inspection_report import FEATURES, Inspection, InspectionR
 from dinocell.probing.labelled_channels import ChannelScores, channel_scores
 from dinocell.progress import Progress, progress
 
+_SETTINGS_WRITTEN = ("windows_per_field", "window_px", "which", "patch_size", "attention", "seed")
+
 
 @dataclass(frozen=True)
 class InspectOptions:
@@ -33,21 +35,13 @@ class InspectOptions:
 
     Attributes
     ----------
-    windows_per_field, window_px : int
-        Number of square windows of a field, and their edge in px.
-    max_fields : int, optional
-        At most so many fields, spread evenly over the names.
-    which : str
-        `teacher` or `student` of a training checkpoint that holds both.
-    patch_size : int, optional
-        Adapt weights of another patch size to this one.
-    attention : bool
-        Also compare attention maps; this takes a second pass.
-    device : str
-    batch_size : int
-        Views per network call.
-    seed : int
-        Random seed of the confidence intervals and the cross-validation.
+    windows_per_field, window_px : number of square windows of a field, and their edge in px
+    max_fields : at most so many fields, spread evenly over the names
+    which : `teacher` or `student` of a training checkpoint that holds both
+    patch_size : adapt weights of another patch size to this one
+    attention : also compare attention maps; this takes a second pass
+    batch_size : views per network call
+    seed : random seed of the confidence intervals and the cross-validation
     """
 
     windows_per_field: int = 4
@@ -73,14 +67,7 @@ class InspectOptions:
 class PerChannelOptions:
     """A small decoder that is trained on each channel of labelled fields.
 
-    Attributes
-    ----------
-    data : path
-        Labelled channels, as `find_channel_pairs` reads them.
-    labels : str
-        Name of the label image of a field.
-    probe : ProbeConfig
-        How the decoders are trained.
+    `data` and `labels`, the name of the label image of a field, are those of `find_channel_pairs`.
     """
 
     data: str | os.PathLike[str]
@@ -101,16 +88,11 @@ def inspect_checkpoints(
 
     Parameters
     ----------
-    checkpoints : paths, or names of bundled models or fetched files
-        Any backbone file that `dinocell weights info` knows, or a DINOCell model.
+    checkpoints : backbone files that `dinocell weights info` knows, DINOCell models, or bundled names
     data : folder of fields, or a FieldSource
-    options : InspectOptions, optional
-    reading : FieldOptions, optional
-        How the files of the folder become fields, and which channels are used.
-    per_channel : PerChannelOptions, optional
-        Also train a small decoder on each channel of labelled fields.
-    shown : bool
-        Show progress.
+    reading : how the files of the folder become fields, and which channels are used
+    per_channel : also train a small decoder on each channel of labelled fields
+    shown : show progress
 
     Raises
     ------
@@ -147,24 +129,34 @@ def inspect_checkpoints(
         reports = _score(features, options.seed)
         scores: ChannelScores | None = None
         if per_channel is not None:
-            scores = channel_scores(
-                vit,
-                per_channel.data,
-                per_channel.probe,
-                labels_name=per_channel.labels,
-                channels=reading.channels,
-                shown=shown,
-            )
+            which: dict[str, Any] = {
+                "labels_name": per_channel.labels,
+                "channels": reading.channels,
+            }
+            scores = channel_scores(vit, per_channel.data, per_channel.probe, shown=shown, **which)
         seconds = time.monotonic() - started
         inspections.append(
             Inspection(name, loaded.facts, reports, features.example, scores, seconds)
         )
     settings = {
         "data": None if isinstance(data, FieldSource) else os.fspath(data),
-        **_settings(source, options, reading, per_channel),
+        "index": _text(reading.index),
+        "pattern": reading.pattern,
+        "channels_table": _text(reading.channels_table),
+        "fields": source.names,
+        "channels": None if reading.channels is None else list(reading.channels),
+        **{name: getattr(options, name) for name in _SETTINGS_WRITTEN},
         "device": str(where),
+        "per_channel": None,
     }
+    if per_channel is not None:
+        given = {"data": os.fspath(per_channel.data), "labels": per_channel.labels}
+        settings["per_channel"] = given | asdict(per_channel.probe)
     return InspectionReport(inspections, settings, left_out)
+
+
+def _text(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path)
 
 
 def _features(
@@ -192,40 +184,6 @@ def _features(
         )
 
 
-def _settings(
-    source: FieldSource,
-    options: InspectOptions,
-    reading: FieldOptions,
-    per_channel: PerChannelOptions | None,
-) -> dict[str, Any]:
-    """For `inspect.json`."""
-    return {
-        "index": None if reading.index is None else os.fspath(reading.index),
-        "pattern": reading.pattern,
-        "channels_table": (
-            None if reading.channels_table is None else os.fspath(reading.channels_table)
-        ),
-        "fields": source.names,
-        "channels": None if reading.channels is None else list(reading.channels),
-        "windows_per_field": options.windows_per_field,
-        "window_px": options.window_px,
-        "which": options.which,
-        "patch_size": options.patch_size,
-        "attention": options.attention,
-        "seed": options.seed,
-        "device": options.device,
-        "per_channel": (
-            None
-            if per_channel is None
-            else {
-                "data": os.fspath(per_channel.data),
-                "labels": per_channel.labels,
-                **asdict(per_channel.probe),
-            }
-        ),
-    }
-
-
 def write_inspection(report: InspectionReport, out: str | os.PathLike[str]) -> list[Path]:
     """Write `inspect.json` and `inspect.png` into a folder; each appears whole or not at all."""
     folder = Path(out)
@@ -236,14 +194,11 @@ def write_inspection(report: InspectionReport, out: str | os.PathLike[str]) -> l
 
 
 def _score(features: ViewFeatures, seed: int) -> dict[str, ConsistencyReport]:
+    places = (features.fields, features.locations, features.channels)
+    attention = {FEATURES[0]: features.attention}
     return {
         kind: channel_consistency(
-            getattr(features, kind),
-            features.fields,
-            features.locations,
-            features.channels,
-            attention=features.attention if kind == FEATURES[0] else None,
-            seed=seed,
+            getattr(features, kind), *places, attention=attention.get(kind), seed=seed
         )
         for kind in FEATURES
     }

@@ -16,6 +16,11 @@ from dinocell.probing.feature_extraction import ViewExample
 from dinocell.probing.inspection_report import TITLES, InspectionReport, number_text
 
 _MAX_CHANNELS_DRAWN = 7
+_NUMBERS_WRITTEN = (
+    *("cosine_same_field", "cosine_other_field_other_channel", "retrieval_top1"),
+    *("channel_decodability", "effective_rank_centered", "feature_std"),
+    *("attention_same_field", "attention_other_field"),
+)
 
 
 def draw_inspection(report: InspectionReport, path: str | os.PathLike[str]) -> None:
@@ -39,18 +44,12 @@ def draw_inspection(report: InspectionReport, path: str | os.PathLike[str]) -> N
         example = item.example
         scores = item.reports["cls"]
         top = 3 * block
-        _draw_matrix(
-            figure.add_subplot(grid[top, 0]),
-            scores.cosine_by_channel,
-            scores.channels,
-            f"{item.name}\ncosine (CLS), one place",
+        tables = (
+            (scores.cosine_by_channel, f"{item.name}\ncosine (CLS), one place"),
+            (scores.retrieval_by_channel, "retrieval (CLS), row → column"),
         )
-        _draw_matrix(
-            figure.add_subplot(grid[top + 1, 0]),
-            scores.retrieval_by_channel,
-            scores.channels,
-            "retrieval (CLS), row → column",
-        )
+        for row, (matrix, title) in enumerate(tables):
+            _draw_matrix(figure.add_subplot(grid[top + row, 0]), matrix, scores.channels, title)
         _write_numbers(figure.add_subplot(grid[top + 2, 0]), scores)
         colours = _principal_colours(example.patches)
         for column, place in enumerate(places, start=1):
@@ -60,13 +59,11 @@ def draw_inspection(report: InspectionReport, path: str | os.PathLike[str]) -> N
             if example.attention is not None:
                 axes[1].imshow(example.attention[place], cmap="magma")
             axes[2].imshow(colours[place])
-            for axis in axes:
+            labels = (example.field, "attention of CLS", "PCA of patches")
+            for axis, label in zip(axes, labels, strict=True):
                 axis.set_xticks([])
                 axis.set_yticks([])
-            if column == 1:
-                for axis, label in zip(
-                    axes, (example.field, "attention of CLS", "PCA of patches"), strict=True
-                ):
+                if column == 1:
                     axis.set_ylabel(label, fontsize=8)
             if example.attention is None:
                 axes[1].set_axis_off()
@@ -77,10 +74,8 @@ def draw_inspection(report: InspectionReport, path: str | os.PathLike[str]) -> N
 
 def _drawn_channels(example: ViewExample) -> list[int]:
     """Places of the channels that fit; the mean view is always the last."""
-    places = list(range(len(example.channels)))
-    if len(places) <= _MAX_CHANNELS_DRAWN:
-        return places
-    return [*places[: _MAX_CHANNELS_DRAWN - 1], places[-1]]
+    *single, mean = range(len(example.channels))
+    return [*single[: _MAX_CHANNELS_DRAWN - 1], mean]
 
 
 def _principal_colours(patches: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -105,32 +100,17 @@ def _draw_matrix(
     axis.set_xticks(ticks, channels, rotation=60, fontsize=6)
     axis.set_yticks(ticks, channels, fontsize=6)
     axis.set_title(title, fontsize=8)
-    if len(channels) <= 8:
-        for row in ticks:
-            for column in ticks:
-                value = matrix[row, column]
-                if math.isfinite(value):
-                    colour = "black" if value > 0.6 else "white"
-                    axis.text(
-                        column, row, f"{value:.2f}", ha="center", va="center", fontsize=5,
-                        color=colour,
-                    )  # fmt: skip
+    style = {"ha": "center", "va": "center", "fontsize": 5}
+    for (row, column), value in np.ndenumerate(matrix):
+        if math.isfinite(value) and len(channels) <= 8:
+            colour = "black" if value > 0.6 else "white"
+            axis.text(column, row, f"{value:.2f}", color=colour, **style)
 
 
 def _write_numbers(axis: Any, scores: ConsistencyReport) -> None:
     axis.set_axis_off()
-    names = (
-        "cosine_same_field",
-        "cosine_other_field_other_channel",
-        "retrieval_top1",
-        "channel_decodability",
-        "effective_rank_centered",
-        "feature_std",
-        "attention_same_field",
-        "attention_other_field",
-    )
     lines = []
-    for name in names:
+    for name in _NUMBERS_WRITTEN:
         if name in scores.estimates:
             estimate = scores.estimates[name]
             text = f"{TITLES[name]}: {number_text(estimate.value)}"

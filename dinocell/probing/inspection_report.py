@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from dinocell import __version__
@@ -37,17 +37,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Inspection:
-    """Result of one checkpoint.
-
-    Attributes
-    ----------
-    name : str
-    facts : dict
-    reports : dict of ConsistencyReport, by `FEATURES`
-    example : ViewExample
-    channel_scores : ChannelScores or None
-    seconds : float
-    """
+    """Result of one checkpoint; `reports` are by `FEATURES`."""
 
     name: str
     facts: dict[str, Any]
@@ -59,15 +49,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class InspectionReport:
-    """Results of all checkpoints of a call.
-
-    Attributes
-    ----------
-    inspections : list of Inspection
-    settings : dict
-    left_out : list of str
-        Channels and windows that could not be used.
-    """
+    """Results of all checkpoints of a call; `left_out` are channels and windows that were not used."""
 
     inspections: list[Inspection]
     settings: dict[str, Any]
@@ -84,13 +66,8 @@ class InspectionReport:
             f"{', '.join(first.channels)}"
         ]
         for kind in FEATURES:
-            rows: list[list[str]] = [
-                [
-                    {"cls": "CLS token", "patch_mean": "mean patch token"}[kind],
-                    *(item.name for item in self.inspections),
-                    "chance",
-                ]
-            ]
+            title = {"cls": "CLS token", "patch_mean": "mean patch token"}[kind]
+            rows = [[title, *(item.name for item in self.inspections), "chance"]]
             for name, title in TITLES.items():
                 found = [item.reports[kind].estimates.get(name) for item in self.inspections]
                 if not any(found) or (name.startswith("attention") and kind != FEATURES[0]):
@@ -98,14 +75,18 @@ class InspectionReport:
                 chance = next((item.chance for item in found if item), math.nan)
                 rows.append([title, *map(_estimate_text, found), number_text(chance)])
             lines += ["", *align_columns(rows, width_of=cell_len)]
-        scored = [item for item in self.inspections if item.channel_scores is not None]
-        if scored:
-            lines += ["", *self._channel_lines(scored, cell_len)]
-        for item in self.inspections:
-            for kind in FEATURES:
-                lines += [
-                    f"note ({item.name}, {kind}): {text}" for text in item.reports[kind].warnings()
-                ]
+        scored = {
+            i.name: i.channel_scores for i in self.inspections if i.channel_scores is not None
+        }
+        lines += [""] if scored else []
+        for item_name, scores in scored.items():
+            lines += [
+                *align_columns(_channel_rows(item_name, scores), width_of=cell_len),
+                scores.split,
+            ]
+        for item, kind in product(self.inspections, FEATURES):
+            found_notes = item.reports[kind].warnings()
+            lines += [f"note ({item.name}, {kind}): {text}" for text in found_notes]
         lines += [f"left out: {text}" for text in self.left_out[:5]]
         if len(self.left_out) > 5:
             lines.append(f"left out: {len(self.left_out) - 5} more, see inspect.json")
@@ -113,42 +94,36 @@ class InspectionReport:
 
     def to_mapping(self) -> dict[str, Any]:
         """Everything for JSON, nan as null."""
+        checkpoints = [
+            {
+                "name": item.name,
+                "facts": item.facts,
+                "seconds": round(item.seconds, 3),
+                "features": {kind: item.reports[kind].to_mapping() for kind in FEATURES},
+                "channel_scores": item.channel_scores and item.channel_scores.to_mapping(),
+            }
+            for item in self.inspections
+        ]
         return {
             "dinocell_version": __version__,
             "settings": self.settings,
             "left_out": self.left_out,
-            "checkpoints": [
-                {
-                    "name": item.name,
-                    "facts": item.facts,
-                    "seconds": round(item.seconds, 3),
-                    "features": {kind: item.reports[kind].to_mapping() for kind in FEATURES},
-                    "channel_scores": (
-                        None if item.channel_scores is None else item.channel_scores.to_mapping()
-                    ),
-                }
-                for item in self.inspections
-            ],
+            "checkpoints": checkpoints,
         }
 
     def json_text(self) -> str:
         """`to_mapping` as JSON."""
         return json.dumps(self.to_mapping(), indent=2, ensure_ascii=False, allow_nan=False)
 
-    @staticmethod
-    def _channel_lines(scored: list[Inspection], cell_len: Callable[[str], int]) -> list[str]:
-        lines = []
-        for item in scored:
-            scores = item.channel_scores
-            assert scores is not None
-            names = list(scores.mean)
-            rows = [[f"decoder per channel ({item.name})", *names]]
-            for channel, result in scores.results.items():
-                rows.append([channel, *(number_text(result.scores[name]) for name in names)])
-            rows.append(["mean", *(number_text(scores.mean[name]) for name in names)])
-            rows.append(["std over channels", *(number_text(scores.std[name]) for name in names)])
-            lines += [*align_columns(rows, width_of=cell_len), scores.split]
-        return lines
+
+def _channel_rows(name: str, scores: ChannelScores) -> list[list[str]]:
+    lines = {channel: result.scores for channel, result in scores.results.items()}
+    lines |= {"mean": scores.mean, "std over channels": scores.std}
+    rows = [[f"decoder per channel ({name})", *scores.mean]]
+    rows += [
+        [first, *(number_text(line[key]) for key in scores.mean)] for first, line in lines.items()
+    ]
+    return rows
 
 
 def number_text(value: float) -> str:

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import numpy as np
 from torch import nn
 
 from dinocell.errors import DataSetError
-from dinocell.io import find_images
+from dinocell.io import find_images, read_image
+from dinocell.labels import looks_like_labels
 from dinocell.pairs import Pair, find_pairs
+from dinocell.probing.consistency_report import or_none
 from dinocell.probing.decoder_probe import ProbeConfig, ProbeResult, probe_features
 from dinocell.probing.labelled_windows import LabelledWindow, cut_windows, require_cells
 from dinocell.progress import progress
@@ -27,14 +30,7 @@ from dinocell.training.datasets import read_pair
 
 @dataclass(frozen=True)
 class ChannelScores:
-    """A probe per channel.
-
-    Attributes
-    ----------
-    results : dict of ProbeResult by channel
-    split : str
-        How training and held-out windows were divided, as a sentence.
-    """
+    """A probe per channel, and how training and held-out windows were divided, as a sentence."""
 
     results: dict[str, ProbeResult]
     split: str
@@ -56,24 +52,21 @@ class ChannelScores:
         """Everything for JSON, nan as null."""
 
         def plain(scores: dict[str, float]) -> dict[str, float | None]:
-            return {key: value if math.isfinite(value) else None for key, value in scores.items()}
+            return {key: or_none(value) for key, value in scores.items()}
 
-        return {
-            "split": self.split,
-            "channels": {
-                channel: {
-                    "scores": plain(result.scores),
-                    "thresholds": result.thresholds,
-                    "steps": result.steps,
-                    "train_loss": result.train_loss,
-                    "num_train_windows": result.num_train,
-                    "num_val_windows": result.num_val,
-                }
-                for channel, result in self.results.items()
-            },
-            "mean": plain(self.mean),
-            "std": plain(self.std),
+        channels = {
+            channel: {
+                "scores": plain(result.scores),
+                "thresholds": result.thresholds,
+                "steps": result.steps,
+                "train_loss": result.train_loss,
+                "num_train_windows": result.num_train,
+                "num_val_windows": result.num_val,
+            }
+            for channel, result in self.results.items()
         }
+        mean, std = plain(self.mean), plain(self.std)
+        return {"split": self.split, "channels": channels, "mean": mean, "std": std}
 
     def _columns(self) -> dict[str, list[float]]:
         names = next(iter(self.results.values())).scores
@@ -83,15 +76,10 @@ class ChannelScores:
 def find_channel_pairs(
     data: str | os.PathLike[str], *, labels_name: str = "labels"
 ) -> dict[str, list[Pair]]:
-    """Labelled images by channel.
+    """Labelled images by channel, from a folder of one of two layouts.
 
-    Parameters
-    ----------
-    data : folder, one of two layouts
-        ``CHANNEL/images`` and ``CHANNEL/labels``, paired by name; or a folder per field
-        (``FIELD/CHANNEL.tif``) with a label image ``FIELD/<labels_name>.png`` for all its channels.
-    labels_name : str
-        Name without suffix of that label image.
+    ``CHANNEL/images`` and ``CHANNEL/labels``, paired by name; or a folder per field
+    (``FIELD/CHANNEL.tif``) with a label image ``FIELD/<labels_name>.png`` for all its channels.
 
     Raises
     ------
@@ -117,7 +105,7 @@ def find_channel_pairs(
                     "`per_channel_labels`"
                 )
             for stem, path in files.items():
-                if not _holds_labels(path):
+                if not looks_like_labels(read_image(path).pixels):
                     found.setdefault(stem, []).append(Pair(part.name, path, labels))
     if not found or not all(found.values()):
         raise DataSetError(
@@ -141,17 +129,13 @@ def channel_scores(
 
     Parameters
     ----------
-    vit : DinoVisionTransformer
-        In eval mode.
-    data, labels_name
-        As `find_channel_pairs`.
-    config : ProbeConfig
-        `max_seconds` holds for each channel.
-    channels : sequence of str, optional
-        Of these only, in any case of letters.
-    val_fraction : float
-        Share of the images held out, at least one, the same fields for every channel.  Of a single
-        image the left half trains and the right half is held out.
+    vit : DinoVisionTransformer in eval mode
+    data, labels_name : as `find_channel_pairs`
+    config : `max_seconds` holds for each channel
+    channels : of these only, in any case of letters
+    val_fraction : share of the images held out
+        At least one, the same fields for every channel.  Of a single image the left half trains and the
+        right half is held out.
 
     Raises
     ------
@@ -170,7 +154,11 @@ def channel_scores(
         by_channel = kept
     # Fields are known by the folder that holds them, or by file name where channels have folders.
     by_place = {
-        channel: {_place(pair): pair for pair in pairs} for channel, pairs in by_channel.items()
+        channel: {
+            pair.image_path.stem if pair.image_path.parent.name == "images" else pair.dataset: pair
+            for pair in pairs
+        }
+        for channel, pairs in by_channel.items()
     }
     places = sorted(set().union(*by_place.values()))
     held_out = _held_out(places, val_fraction, config.seed)
@@ -185,11 +173,9 @@ def channel_scores(
                 bar.advance(note=f"{channel} loss {loss:.4f}")
 
             results[channel] = probe_features(vit, train, val, config, advance=note)
-    split = (
-        f"{len(held_out)} of {len(places)} fields are held out"
-        if held_out
-        else "one field: its left half trains, its right half is held out"
-    )
+    split = "one field: its left half trains, its right half is held out"
+    if held_out:
+        split = f"{len(held_out)} of {len(places)} fields are held out"
     return ChannelScores(results=results, split=split)
 
 
@@ -208,32 +194,14 @@ def _divided(
     """Training and held-out windows; without held-out places, of the two halves of each image."""
     train: list[LabelledWindow] = []
     val: list[LabelledWindow] = []
+    cut = partial(cut_windows, window_px=config.window_px, count=config.windows_per_image)
     for place, pair in sorted(pairs.items()):
         image, labels = read_pair(pair)
-        middle = image.shape[1] // 2
-        parts: list[tuple[list[LabelledWindow], tuple[int, int] | None]]
+        width = image.shape[1]
         if held_out:
-            parts = [(val if place in held_out else train, None)]
+            part = val if place in held_out else train
+            part += cut(place, image, labels)
         else:
-            parts = [(train, (0, middle)), (val, (middle, image.shape[1]))]
-        for into, columns in parts:
-            into += cut_windows(
-                place,
-                image,
-                labels,
-                window_px=config.window_px,
-                count=config.windows_per_image,
-                columns=columns,
-            )
+            train += cut(place, image, labels, columns=(0, width // 2))
+            val += cut(place, image, labels, columns=(width // 2, width))
     return train, val
-
-
-def _holds_labels(path: Path) -> bool:
-    from dinocell.io import read_image
-    from dinocell.labels import looks_like_labels
-
-    return looks_like_labels(read_image(path).pixels)
-
-
-def _place(pair: Pair) -> str:
-    return pair.dataset if pair.image_path.parent.name != "images" else pair.image_path.stem

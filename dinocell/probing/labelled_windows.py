@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from dinocell.errors import DataSetError
 from dinocell.pairs import Pair
+from dinocell.probing.feature_extraction import window_corners
 from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.segmentation.preprocess import normalize_intensity
-from dinocell.training.datasets import read_pair
+from dinocell.training.datasets import read_pair, spread_evenly
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,9 @@ class LabelledWindow:
 
     Attributes
     ----------
-    name : str
-    image : (window, window) float32 ndarray in [0, 1]
-    labels : (h, w) integer ndarray
-        Smaller than the window where the image is: the rest of the window is reflection.
-    target : (window, window) float32 ndarray
-        Distance map made from the whole image, so that cut cells keep their true distances.
+    image : (window, window) in [0, 1]
+    labels : (h, w), smaller than the window where the image is: the rest of the window is reflection
+    target : (window, window) distance map made from the whole image: cut cells keep true distances
     """
 
     name: str
@@ -47,20 +45,8 @@ def cut_windows(
 ) -> list[LabelledWindow]:
     """At most `count` windows of a centred grid, those with the most cell pixels first.
 
-    Parameters
-    ----------
-    name : str
-    image : (H, W) ndarray
-        Raw; normalised as a whole before it is cut.
-    labels : (H, W) integer ndarray
-    window_px, count : int
-    columns : (first, last + 1), optional
-        Cut from these columns only.
-
-    Returns
-    -------
-    list of LabelledWindow
-        An image smaller than the window is padded by reflection.
+    The raw `image` (H, W) is normalised as a whole before it is cut, only from `columns` (first,
+    last + 1) if they are given.  An image smaller than the window is padded by reflection.
     """
     normalized = normalize_intensity(image)
     target = labels_to_distance_map(labels, target="sqrt")
@@ -72,26 +58,12 @@ def cut_windows(
     if any(after for _, after in padding):
         normalized = np.pad(normalized, padding, mode="symmetric")
         target = np.pad(target, padding, mode="symmetric")
-    rows, columns_of_grid = normalized.shape[0] // window_px, normalized.shape[1] // window_px
-    top = (normalized.shape[0] - rows * window_px) // 2
-    left = (normalized.shape[1] - columns_of_grid * window_px) // 2
     found = []
-    for row in range(rows):
-        for column in range(columns_of_grid):
-            y, x = top + row * window_px, left + column * window_px
-            window = (slice(y, y + window_px), slice(x, x + window_px))
-            found.append(
-                LabelledWindow(
-                    name=f"{name}@{y},{x}",
-                    image=np.ascontiguousarray(normalized[window]),
-                    labels=np.ascontiguousarray(labels[window]),
-                    target=np.ascontiguousarray(target[window]),
-                )
-            )
-    order = sorted(
-        range(len(found)), key=lambda index: (-np.count_nonzero(found[index].labels), index)
-    )
-    return [found[index] for index in order[:count]]
+    for row, column in window_corners(normalized.shape, window_px):
+        window = (slice(row, row + window_px), slice(column, column + window_px))
+        parts = [np.ascontiguousarray(whole[window]) for whole in (normalized, labels, target)]
+        found.append(LabelledWindow(f"{name}@{row},{column}", *parts))
+    return sorted(found, key=lambda window: -np.count_nonzero(window.labels))[:count]
 
 
 def read_windows(
@@ -104,12 +76,8 @@ def read_windows(
     DataSetError, ImageFileError
         A file does not fit; or no window holds a cell.
     """
-    chosen = list(pairs)
-    if max_images is not None and len(chosen) > max_images:
-        places = np.linspace(0, len(chosen) - 1, max_images).round().astype(int)
-        chosen = [chosen[place] for place in places]
     windows = []
-    for pair in chosen:
+    for pair in spread_evenly(pairs, max_images):
         image, labels = read_pair(pair)
         windows += cut_windows(
             pair.image_path.stem, image, labels, window_px=window_px, count=windows_per_image

@@ -7,13 +7,13 @@ kept per field, because the 95 % intervals draw whole fields: windows of one fie
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.probing.consistency_report import Estimate
+from dinocell.probing.consistency_report import Estimate, Floats
 
 MEAN_VIEW = "mean"
 """The name of the view that is no single channel but the mean of them."""
@@ -21,24 +21,22 @@ MEAN_VIEW = "mean"
 
 @dataclass(frozen=True)
 class Views:
-    """Features of views, with field, location and channel of each view as numbers from 0.
+    """(M, D) features of M views, with field, location and channel of each as numbers from 0.
 
-    Attributes
-    ----------
-    features : (M, D) float64 ndarray
-    field, location, channel : (M,) integer ndarrays
-    names : tuple of str
-        Channels in the order of their numbers; the mean view, which has the next number, is left out.
-    num_fields, mean_channel : int
+    `names` are the channels in the order of their numbers, without the mean view, which comes next.
     """
 
-    features: NDArray[np.float64]
+    features: Floats
     field: NDArray[np.intp]
     location: NDArray[np.intp]
     channel: NDArray[np.intp]
     names: tuple[str, ...]
     num_fields: int
-    mean_channel: int
+
+    @property
+    def mean_channel(self) -> int:
+        """Number of the mean view."""
+        return len(self.names)
 
     @classmethod
     def checked(cls, features: Any, fields: Any, locations: Any, channels: Any) -> Views:
@@ -72,35 +70,28 @@ class Views:
                 "a location must lie in one field, got one in two: number the windows of all "
                 "fields differently"
             )
-        return cls(matrix, field, location, channel, tuple(order), len(field_names), len(order))
+        return cls(matrix, field, location, channel, tuple(order), len(field_names))
 
     def where(self, kept: NDArray[np.bool_]) -> Views:
         """The views that a mask keeps."""
-        return Views(
-            self.features[kept],
-            self.field[kept],
-            self.location[kept],
-            self.channel[kept],
-            self.names,
-            self.num_fields,
-            self.mean_channel,
-        )
+        names = ("features", "field", "location", "channel")
+        return replace(self, **{name: getattr(self, name)[kept] for name in names})
 
-    def rows_by_location(self) -> dict[int, list[int]]:
-        """Location → its rows."""
+    def rows_by_location(self) -> list[NDArray[np.intp]]:
+        """The rows of each location, in the order of their first one."""
         rows: dict[int, list[int]] = {}
         for row, location in enumerate(self.location.tolist()):
             rows.setdefault(location, []).append(row)
-        return rows
+        return [np.array(found) for found in rows.values()]
 
 
-def unit_rows(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+def unit_rows(matrix: Floats) -> Floats:
     """Rows scaled to length 1; zero rows stay zero."""
     norms = np.linalg.norm(matrix, axis=1, keepdims=True)
     return matrix / np.where(norms > 0, norms, 1.0)
 
 
-def draw_fields(num_fields: int, num_bootstrap: int, seed: int) -> NDArray[np.float64]:
+def draw_fields(num_fields: int, num_bootstrap: int, seed: int) -> Floats:
     """(num_bootstrap, F): how often each field is drawn."""
     if num_fields < 2 or num_bootstrap < 1:
         return np.zeros((0, num_fields))
@@ -110,35 +101,28 @@ def draw_fields(num_fields: int, num_bootstrap: int, seed: int) -> NDArray[np.fl
 
 
 def estimate_by_field(
-    sums: NDArray[np.float64],
-    counts: NDArray[np.float64],
-    draws: NDArray[np.float64],
-    chances: NDArray[np.float64] | None = None,
+    sums: Floats, counts: Floats, draws: Floats, chances: Floats | None = None
 ) -> Estimate:
     """Sum over counts, both per field, with fields drawn again."""
     value = float(_ratio(sums.sum(), counts.sum()))
-    low, high = _interval(_ratio(draws @ sums, draws @ counts)) if len(draws) else (math.nan,) * 2
+    low, high = _interval(_ratio(draws @ sums, draws @ counts))
     chance = math.nan if chances is None else float(_ratio(chances.sum(), counts.sum()))
     return Estimate(value, low, high, chance)
 
 
-def estimate_between_fields(
-    sums: NDArray[np.float64], counts: NDArray[np.float64], draws: NDArray[np.float64]
-) -> Estimate:
+def estimate_between_fields(sums: Floats, counts: Floats, draws: Floats) -> Estimate:
     """As `estimate_by_field` for (F, F) tables of pairs; a field is no partner of its own copy."""
     sums, counts = sums.copy(), counts.copy()
     np.fill_diagonal(sums, 0.0)
     np.fill_diagonal(counts, 0.0)
     value = float(_ratio(sums.sum(), counts.sum()))
-    low, high = math.nan, math.nan
-    if len(draws):
-        low, high = _interval(
-            _ratio(((draws @ sums) * draws).sum(axis=1), ((draws @ counts) * draws).sum(axis=1))
-        )
+    low, high = _interval(
+        _ratio(((draws @ sums) * draws).sum(axis=1), ((draws @ counts) * draws).sum(axis=1))
+    )
     return Estimate(value, low, high)
 
 
-def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
+def _interval(values: Floats) -> tuple[float, float]:
     values = values[np.isfinite(values)]
     if not len(values):
         return math.nan, math.nan
@@ -146,6 +130,6 @@ def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _ratio(sums: Any, counts: Any) -> NDArray[np.float64]:
+def _ratio(sums: Any, counts: Any) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(sums, dtype=np.float64) / np.asarray(counts, dtype=np.float64)

@@ -7,6 +7,7 @@ a resumed run sees exactly what the uninterrupted one would have seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from dinocell.training.augment import (
 from dinocell.training.config import DataConfig, DatasetConfig, TrainConfig
 
 _MARGIN_SHARE = 0.25  # of the crop, on each side, so that cut cells keep their true distances
+
+Item = TypeVar("Item")
 
 
 def split_pairs(config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -62,10 +65,14 @@ def split_pairs(config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
         chosen = set(order[:held_out].tolist())
         train += [pair for position, pair in enumerate(pairs) if position not in chosen]
         val += [pair for position, pair in enumerate(pairs) if position in chosen]
-    if config.max_val_images is not None and len(val) > config.max_val_images:
-        picked = np.linspace(0, len(val) - 1, config.max_val_images).round().astype(int)
-        val = [val[position] for position in picked]
-    return train, val
+    return train, spread_evenly(val, config.max_val_images)
+
+
+def spread_evenly(items: Sequence[Item], count: int | None) -> list[Item]:
+    """At most `count` of `items`, spread evenly over them with both ends; None keeps all."""
+    if count is None or len(items) <= count:
+        return list(items)
+    return [items[place] for place in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
 def read_pair(pair: Pair) -> tuple[NDArray, NDArray[np.uint32]]:
@@ -101,28 +108,13 @@ class CropDataset(Dataset):
 
     Every file is read once at the start, so that a bad one is met before the first step.
 
-    Parameters
-    ----------
-    pairs : sequence of Pair
-        Of the training images.
-    config : TrainConfig
-        `data.datasets` for their weights: a set is drawn by `weight` (default: its pixels), an image
-        within it by the square root of its pixels.  Also read: `model`, `augment`, `seed`,
-        `schedule.crop_px`, and `data.cache_bytes` (normalised images and labels kept in memory; the
-        rest is read again).
-    length : int
-        Number of items: steps × batch size.
-    shown : bool
-        Show progress while reading.
+    A set of `data.datasets` is drawn by its `weight` (default: its pixels), an image within it by the
+    square root of its pixels.  Normalised images and labels of up to `data.cache_bytes` are kept in
+    memory, the rest is read again.  `length` is steps × batch size.
     """
 
     def __init__(
-        self,
-        pairs: Sequence[Pair],
-        config: TrainConfig,
-        *,
-        length: int,
-        shown: bool = False,
+        self, pairs: Sequence[Pair], config: TrainConfig, *, length: int, shown: bool = False
     ) -> None:
         self.pairs = list(pairs)
         self.model = config.model
