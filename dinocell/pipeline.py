@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,18 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "dinocell-tiny"
 
+_LARGEST_VALUE = float(np.finfo(np.float32).max)
+
 _CHANNEL_HINT = "choose one with `channels`, or several, which are averaged"
+
+
+class LoadedImage(NamedTuple):
+    """The gray plane (H, W) to segment, its pixel size in µm, its name, and what was noted on it."""
+
+    plane: NDArray
+    pixel_size_um: float | None
+    name: str
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -211,11 +222,17 @@ class DINOCellPipeline:
         ValueError
             The array does not fit: several channels and no choice, NaN, a mask.
         """
-        plane, size_um, stem = self.load(
+        loaded = self.load(
             image, channels=channels, page=page, pixel_size_um=pixel_size_um, allow_mask=allow_mask
         )
-        distance_map = self.predict(plane, progress=progress)
-        return self.finish(plane, distance_map, pixel_size_um=size_um, name=name or stem)
+        distance_map = self.predict(loaded.plane, progress=progress)
+        return self.finish(
+            loaded.plane,
+            distance_map,
+            pixel_size_um=loaded.pixel_size_um,
+            name=name or loaded.name,
+            warnings=loaded.warnings,
+        )
 
     def load(
         self,
@@ -225,16 +242,24 @@ class DINOCellPipeline:
         page: int | None = None,
         pixel_size_um: float | None = None,
         allow_mask: bool = False,
-    ) -> tuple[NDArray, float | None, str]:
-        """First third of `run`: the gray plane (H, W), its pixel size and its name."""
+    ) -> LoadedImage:
+        """First third of `run`: the gray plane (H, W), its pixel size, its name and notes."""
         chosen = [channels] if isinstance(channels, (int, str)) else channels
         names: tuple[str, ...] | None = None
-        stem = "image"
+        stem, notes = "image", ()
         failure: type[Exception] = ValueError
         if isinstance(image, (str, os.PathLike)):
-            file = read_image(image, page=page)
-            pixels, names, stem = file.pixels, file.channel_names, Path(image).stem
-            pixel_size_um = file.pixel_size_um if pixel_size_um is None else pixel_size_um
+            file = read_image(image, page=page, channels=chosen)
+            pixels, names, stem, notes = (
+                file.pixels,
+                file.channel_names,
+                Path(image).stem,
+                file.notes,
+            )
+            if pixel_size_um is None:
+                pixel_size_um = file.pixel_size_um
+            else:  # the note says to do what was done
+                notes = tuple(note for note in notes if "`pixel_size_um`" not in note)
             failure = ImageFileError
         else:
             pixels = np.asarray(image)
@@ -248,34 +273,26 @@ class DINOCellPipeline:
             raise failure(
                 f"the image must hold real numbers, got dtype {pixels.dtype}{where}: convert it first"
             )
-        if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-            raise failure(
-                f"the image must be finite, got NaN or infinite pixels{where}: replace them first, for "
-                "example by 0"
-            )
+        if pixels.dtype.kind == "f":
+            _check_values(pixels, where, failure)
+        if chosen is not None and failure is ValueError:
+            pixels = select_channels(pixels, None, chosen)
         if pixels.ndim == 3 and pixels.shape[2] == 1:
             pixels = pixels[:, :, 0]
-        if pixels.ndim == 3:
-            if chosen is None:
-                described = f" ({', '.join(names)})" if names else ""
-                raise UsageError(
-                    f"the image must be gray, got {pixels.shape[2]} channels{described}{where}: "
-                    f"{_CHANNEL_HINT}"
-                )
-            pixels = select_channels(pixels, names, chosen)
-            if pixels.ndim == 3:
-                pixels = self._average(pixels)
-        elif chosen is not None and any(channel not in (0, "0") for channel in chosen):
+        if pixels.ndim == 3 and chosen is None:
+            described = f" ({', '.join(names)})" if names else ""
             raise UsageError(
-                f"`channels` must exist in the image, got {list(chosen)} for a gray image{where}: leave "
-                "it out"
+                f"the image must be gray, got {pixels.shape[2]} channels{described}{where}: "
+                f"{_CHANNEL_HINT}"
             )
+        if pixels.ndim == 3:
+            pixels = self._average(pixels)
         if not allow_mask and looks_like_labels(pixels):
             raise failure(
                 f"an image of intensities is needed, got what looks like a mask or label image{where}: "
                 "give the raw image, or set `allow_mask` if it is the raw image"
             )
-        return pixels, pixel_size_um, stem
+        return LoadedImage(pixels, pixel_size_um, stem, notes)
 
     def predict(
         self, plane: NDArray, *, progress: Callable[[int, int], None] | None = None
@@ -297,19 +314,20 @@ class DINOCellPipeline:
         *,
         pixel_size_um: float | None = None,
         name: str = "image",
+        warnings: Sequence[str] = (),
     ) -> Segmentation:
         """Last third of `run`: distance map → labels.  Needs no network and no GPU."""
         labels = separate_cells(distance_map, self.thresholds)
-        warnings = []
+        found = list(warnings)
         if plane.size and plane.min() == plane.max():
-            warnings.append("constant image: no cells can be found")
+            found.append("constant image: no cells can be found")
         return Segmentation(
             labels=labels,
             distance_map=distance_map,
             image=plane,
             pixel_size_um=pixel_size_um,
             name=name,
-            warnings=tuple(warnings),
+            warnings=tuple(found),
         )
 
     def _average(self, pixels: NDArray) -> NDArray[np.float32]:
@@ -324,6 +342,21 @@ class DINOCellPipeline:
             for channel in range(pixels.shape[2])
         ]
         return np.mean(normalized, axis=0, dtype=np.float32)
+
+
+def _check_values(pixels: NDArray, where: str, failure: type[Exception]) -> None:
+    """Refuse floating-point pixels that a network, which computes in float32, cannot take."""
+    if not np.isfinite(pixels).all():
+        raise failure(
+            f"the image must be finite, got NaN or infinite pixels{where}: replace them first, for "
+            "example by 0"
+        )
+    low, high = float(pixels.min()), float(pixels.max())
+    if max(-low, high) > _LARGEST_VALUE:
+        raise failure(
+            f"pixels must lie within ±{_LARGEST_VALUE:.2g}, got {low:g} to {high:g}{where}: divide them by "
+            "a constant, or replace the values that stand for missing pixels"
+        )
 
 
 def segment(

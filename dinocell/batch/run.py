@@ -37,7 +37,7 @@ from dinocell.batch.options import SegmentOptions, check_call
 from dinocell.errors import DINOCellError
 from dinocell.files import remove_temporary_files, write_text_atomically
 from dinocell.network.model import DINOCell, load_model
-from dinocell.pipeline import DINOCellPipeline, Segmentation
+from dinocell.pipeline import DINOCellPipeline, LoadedImage, Segmentation
 from dinocell.progress import Progress, progress
 from dinocell.results.report import ReportEntry, make_entry
 
@@ -193,37 +193,41 @@ class _Batch:
                     continue
                 if alone:
                     self._collect(0, bar)  # so that none is blamed for another
-                loaded = self._predict(path)
-                if loaded is None:
+                predicted = self._predict(path)
+                if predicted is None:
                     bar.advance(note=path.name)
                     continue
-                self.pending.append((path, pool.submit(self._finish, path, *loaded)))
+                self.pending.append((path, pool.submit(self._finish, path, *predicted)))
                 # Bounded, so that slow disks do not fill the memory with finished maps.
                 self._collect(0 if alone else 2 * self.options.workers, bar)
             self._collect(0, bar)
 
-    def _predict(self, path: Path) -> tuple[NDArray, NDArray, float | None] | None:
-        """Plane, distance map and pixel size of a file; None if the image has failed."""
+    def _predict(self, path: Path) -> tuple[LoadedImage, NDArray] | None:
+        """What was read of a file, and its distance map; None if the image has failed."""
         if self.part is not None:
             note_start(self.part, path.stem)
         try:
-            plane, size_um, _ = self.pipeline.load(
+            loaded = self.pipeline.load(
                 path,
                 channels=self.options.channels,
                 page=self.options.page,
                 pixel_size_um=self.options.pixel_size_um,
                 allow_mask=self.options.allow_mask,
             )
-            return plane, self.pipeline.predict(plane), size_um
+            return loaded, self.pipeline.predict(loaded.plane)
         except _IMAGE_ERRORS as error:
             self._fail(path, error)
             return None
 
-    def _finish(
-        self, path: Path, plane: NDArray, distance_map: NDArray, size_um: float | None
-    ) -> None:
+    def _finish(self, path: Path, loaded: LoadedImage, distance_map: NDArray) -> None:
         """Separate, measure and write the cells; the line in the journal says that all is written."""
-        result = self.pipeline.finish(plane, distance_map, pixel_size_um=size_um, name=path.stem)
+        result = self.pipeline.finish(
+            loaded.plane,
+            distance_map,
+            pixel_size_um=loaded.pixel_size_um,
+            name=path.stem,
+            warnings=loaded.warnings,
+        )
         self.rows[path.stem] = row = self._write(path, result)
         with ((self.part or self.out) / JOURNAL_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -162,7 +162,7 @@ def _predict(pipeline: DINOCellPipeline, folder: Path, *, shown: bool) -> list[_
     predictions = []
     with progress("predicting", len(pairs), shown=shown) as bar:
         for pair in pairs:
-            plane, _, name = pipeline.load(pair.image_path)
+            plane, _, name, _ = pipeline.load(pair.image_path)
             truth = read_labels(pair.labels_path)
             if truth.shape != plane.shape:
                 raise DataSetError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,17 @@ MAX_PIXELS: int = 2**30
 """Largest height times width that is read: 32,768 × 32,768."""
 
 RGB_NAMES = ("red", "green", "blue")
+
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: stored[::-1].swapaxes(0, 1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: stored[:, ::-1].swapaxes(0, 1),
+}
+"""Orientation tag → what turns the stored rows upright (TIFF 6.0, tag 274; EXIF has the same)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,18 @@ class RawImage:
     is_selected: bool = False  # only the wanted channels were read
     pixel_size_um: float | None = None
     channel_names: tuple[str, ...] | None = None
+    orientation: int = 1  # the EXIF and TIFF tag 274 of the file
+    notes: tuple[str, ...] = ()
+
+    def turn_upright(self) -> None:
+        """Apply the orientation that the file states, and note it."""
+        if self.orientation in _UPRIGHT:
+            self.pixels = _UPRIGHT[self.orientation](self.pixels)
+            self.notes += (
+                f"the file states that its picture is turned (orientation {self.orientation}): it was "
+                "turned upright",
+            )
+            self.orientation = 1
 
 
 def channel_positions(
@@ -52,20 +75,21 @@ def channel_positions(
         raise UsageError(
             "`channels` must name at least one channel, got none: leave it out for all."
         )
-    known = [name.casefold() for name in names] if names else []
+    known = [name.casefold().strip() for name in names] if names else []
     existing = f"channels 0 … {num_channels - 1}" if num_channels > 1 else "one channel, 0"
     if names:
         existing += f" ({', '.join(names)})"
     positions: list[int] = []
     for channel in channels:
-        position = None
-        if not isinstance(channel, str):
-            position = int(channel)
-        elif channel.casefold() in known:
-            position = known.index(channel.casefold())
-        elif channel.strip().isdecimal():
-            position = int(channel)
-        if position is None or not 0 <= position < num_channels:
+        text = str(channel).casefold().strip()
+        same = [place for place, name in enumerate(known) if name == text]
+        if len(same) > 1:
+            raise UsageError(
+                f"`channels` must name one channel each, got {channel!r}, which is the name of the "
+                f"channels {' and '.join(map(str, same))}: give the position."
+            )
+        position = same[0] if same else int(text) if text.isdecimal() else -1
+        if not 0 <= position < num_channels:
             raise UsageError(f"There is no channel {channel!r}: the image has {existing}.")
         positions.append(position)
     if len(set(positions)) != len(positions):
@@ -84,8 +108,9 @@ def select_channels(
     names : sequence of str, or None
         One name per channel.
     channels : sequence of int or str
-        Positions from 0, names (case does not matter), or positions as text ("0"); a name wins over
-        a position.
+        Names (case does not matter) or positions from 0; both may be text or a number.  A channel
+        of that name comes first: where channels are named 405, 488 and 561, 488 is the second one,
+        and 1, which no channel is named, as well.
 
     Returns
     -------

@@ -89,8 +89,11 @@ def read_picture(path: Path, head: bytes, wanted: Selection) -> RawImage:
             picture = opener(file)
         check_size(path, picture.height, picture.width, wanted.max_pixels)
         picture.load()
+        orientation = _orientation(picture)
         if bits == 16 and colour_type in (2, 4, 6):
-            return _read_png_16_bit_colour(path)
+            raw = _read_png_16_bit_colour(path)
+            raw.orientation = orientation
+            return raw
         mode = picture.mode
         if mode == "P" and not wanted.as_labels:
             picture, mode = picture.convert("RGBA"), "RGBA"
@@ -106,7 +109,19 @@ def read_picture(path: Path, head: bytes, wanted: Selection) -> RawImage:
     if wanted.as_labels and colour_type == 0 and bits in (2, 4):
         pixels = pixels // (255 // (2**bits - 1))  # gray PNGs of 2 and 4 bit arrive stretched to 8
     is_rgb = pixels.ndim == 3
-    return RawImage(pixels, is_rgb, channel_names=RGB_NAMES if is_rgb else None)
+    return RawImage(
+        pixels, is_rgb, channel_names=RGB_NAMES if is_rgb else None, orientation=orientation
+    )
+
+
+def _orientation(picture: Any) -> int:
+    """The EXIF orientation of a loaded picture; 1 (upright) where there is none that can be read."""
+    with _HEADER_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return int(picture.getexif().get(274, 1))
+        except Exception:  # a damaged EXIF block raises anything; the pixels are whole
+            return 1
 
 
 def _read_png_16_bit_colour(path: Path) -> RawImage:

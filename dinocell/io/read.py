@@ -47,12 +47,15 @@ class Image:
         printing defaults, or the camera's pixel without the objective's magnification.
     channel_names : tuple of str, or None
         One name per channel when the file has them (and for RGB: red, green, blue), else None.
+    notes : tuple of str
+        What a careful user should know: the picture was turned upright, a pixel size was not used.
     """
 
     pixels: np.ndarray
     path: Path
     pixel_size_um: float | None = None
     channel_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_image(
@@ -71,8 +74,8 @@ def read_image(
     path : path
         The file.
     channels : sequence of int or str, optional
-        Channels to keep, in this order: positions from 0 or names (case does not matter).  One
-        channel gives `(H, W)`.  A stack of planes whose meaning the file does not say (a plain
+        Channels to keep, in this order: names (case does not matter) or positions from 0, see
+        `select_channels`.  One channel gives `(H, W)`.  A stack of planes whose meaning the file does not say (a plain
         multi-page TIFF, a `.npy` of shape `(n, H, W)`) is taken as channels when this is given.
     page : int, optional
         Which plane of a stack to read, counted from 0 through all series and all axes other than
@@ -86,7 +89,8 @@ def read_image(
         Pixels keep the data type of the file.  Alpha is dropped; PNG and BMP palettes become
         colours; a colour image with three equal channels becomes `(H, W)`; 1-bit becomes uint8 0 and
         255; TIFF "white is zero" is inverted.  TIFF palettes are display tables and are ignored: the
-        stored numbers are the intensities.  Orientation tags are ignored: rows stay the file's rows.
+        stored numbers are the intensities.  A picture with an orientation tag (EXIF, TIFF) is turned
+        upright, as viewers show it; `notes` says so.
 
     Raises
     ------
@@ -97,11 +101,6 @@ def read_image(
         `page` is not given; pixels are NaN, infinite or complex; a side is 0; it is too large.
     MissingExtraError
         The compression needs the optional package `imagecodecs`.
-
-    Warns
-    -----
-    UserWarning
-        The file gives pixels of unequal sides: no pixel size is used.
     """
     wanted = Selection(channels, page, max_pixels)
     path = _existing_file(path)
@@ -121,7 +120,7 @@ def read_image(
             f"Pixels of '{path}' must be finite numbers, {bad:,} of {pixels.size:,} are NaN or "
             "infinite: replace them (for example by the background value) before segmenting."
         )
-    return Image(np.ascontiguousarray(pixels), path, raw.pixel_size_um, names)
+    return Image(np.ascontiguousarray(pixels), path, raw.pixel_size_um, names, raw.notes)
 
 
 def read_labels(
@@ -143,7 +142,7 @@ def read_labels(
     Returns
     -------
     labels : (H, W) uint32 ndarray
-        The numbers as stored: gaps and unconnected parts stay.
+        The numbers as stored: gaps and unconnected parts stay.  Turned upright, as images are.
 
     Raises
     ------
@@ -246,6 +245,7 @@ def _read_raw(path: Path, wanted: Selection) -> RawImage:
         )
     if not pixels.dtype.isnative:
         raw.pixels = pixels.astype(pixels.dtype.newbyteorder("="))
+    raw.turn_upright()
     return raw
 
 

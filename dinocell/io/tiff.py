@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import threading
-import warnings
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,20 @@ from dinocell.io.planes import (
     num_planes,
 )
 
+_METRIC = (
+    *(("", "", 1e6), ("d", "deci", 1e5), ("c", "centi", 1e4), ("m", "milli", 1e3)),
+    *(("u", "micro", 1.0), ("n", "nano", 1e-3), ("p", "pico", 1e-6)),
+)
 _UM_PER_UNIT: dict[str, float] = {
-    "m": 1e6,
-    "cm": 1e4,
-    "mm": 1e3,
-    "um": 1.0,
-    "micron": 1.0,
-    "microns": 1.0,
-    "micrometer": 1.0,
-    "micrometre": 1.0,
-    "nm": 1e-3,
-    "inch": 25_400.0,
-    "in": 25_400.0,
+    **{f"{short}m": factor for short, _, factor in _METRIC},
+    **{f"{long}meter": factor for _, long, factor in _METRIC},
+    **dict.fromkeys(("umeter", "u", "micron"), 1.0),
+    **dict.fromkeys(("å", "angstrom", "ångstrom"), 1e-4),
+    **dict.fromkeys(("in", "inch", "inche", '"'), 25_400.0),
 }
+"""µm in a unit of length, as `_unit_key` writes it."""
 
+_NO_LENGTH = ("", "none", "pixel", "px", "referenceframe")  # of a picture without calibration
 _COARSEST_UM = 20.0  # an ImageJ scale in inch or cm coarser than this is a printing default
 
 
@@ -96,7 +96,8 @@ def read_tiff(path: Path, wanted: Selection) -> RawImage:
         sizes = dict(zip(axes, shape, strict=True))
         check_size(path, sizes["Y"], sizes["X"], wanted.max_pixels)
         keyframe = series.keyframe
-        size_um, names = _tiff_metadata(tif, tif.series.index(series), sizes.get("C", 1))
+        notes: list[str] = []
+        size_um, names = _tiff_metadata(tif, tif.series.index(series), sizes.get("C", 1), notes)
         positions = None
         if wanted.channels is not None and "C" in axes:
             positions = channel_positions(sizes["C"], names, wanted.channels)
@@ -118,7 +119,16 @@ def read_tiff(path: Path, wanted: Selection) -> RawImage:
                 pixels = pixels[..., 0]
         if int(keyframe.photometric) == 0 and not wanted.as_labels:  # white is zero
             pixels = _inverted(pixels, keyframe.bitspersample)
-    return RawImage(pixels, is_rgb, positions is not None, size_um, names)
+        orientation = keyframe.tags.valueof(274, 1)
+    return RawImage(
+        pixels,
+        is_rgb,
+        positions is not None,
+        size_um,
+        names,
+        orientation=int(orientation) if isinstance(orientation, int) else 1,
+        notes=tuple(notes),
+    )
 
 
 def _inverted(pixels: np.ndarray, bits: int) -> np.ndarray:
@@ -206,10 +216,10 @@ def _check_bytes_present(page: Any) -> None:
 
 
 def _tiff_metadata(
-    tif: Any, series_index: int, num_channels: int
+    tif: Any, series_index: int, num_channels: int, notes: list[str]
 ) -> tuple[float | None, tuple[str, ...] | None]:
     if tif.is_ome and tif.ome_metadata:
-        return _ome_metadata(tif.ome_metadata, series_index, num_channels, tif.filename)
+        return _ome_metadata(tif.ome_metadata, series_index, num_channels, notes)
     described = tif.imagej_metadata if tif.is_imagej else None
     if not described:
         return None, None
@@ -221,11 +231,13 @@ def _tiff_metadata(
         edges = [float(f"{1.0 / float(value):.9g}") for value in tif.pages[0].resolution]
     except (ZeroDivisionError, ValueError, TypeError):
         return None, names
-    return _pixel_size_um(edges, [str(described.get("unit", ""))] * 2, tif.filename), names
+    unit = str(described.get("unit", ""))
+    units = [unit, str(described.get("yunit", unit))]  # ImageJ writes the second where it differs
+    return _pixel_size_um(edges, units, notes), names
 
 
 def _ome_metadata(
-    xml: str, series_index: int, num_channels: int, where: str
+    xml: str, series_index: int, num_channels: int, notes: list[str]
 ) -> tuple[float | None, tuple[str, ...] | None]:
     try:
         images = ElementTree.fromstring(xml).findall("{*}Image")
@@ -243,26 +255,44 @@ def _ome_metadata(
     except (KeyError, ValueError):
         return None, names
     units = [pixels.get(f"PhysicalSize{axis}Unit", "µm") for axis in "XY"]
-    return _pixel_size_um(edges, units, where), names
+    return _pixel_size_um(edges, units, notes), names
 
 
-def _pixel_size_um(edges: Sequence[float], units: Sequence[str], where: str) -> float | None:
+def _unit_key(unit: str) -> str:
+    """A unit of length in one spelling: `Micrometres`, `µm` and `\\u00B5m` → `micrometer`, `um`, `um`."""
+    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda code: chr(int(code[1], 16)), unit)
+    text = unicodedata.normalize("NFKC", text).lower().replace("μ", "u")
+    text = re.sub(r"[\s._-]", "", text).replace("metre", "meter").replace("ström", "strom")
+    return text.removesuffix("s")
+
+
+def _pixel_size_um(edges: Sequence[float], units: Sequence[str], notes: list[str]) -> float | None:
+    """The edge of a square pixel in µm; None, and why in `notes`, where the file does not give it."""
     sizes: list[float] = []
     for edge, unit in zip(edges, units, strict=True):
-        unit = unit.replace("\\u00B5", "u").replace("µ", "u").replace("μ", "u").strip().lower()
-        factor = _UM_PER_UNIT.get(unit)
-        if factor is None or not math.isfinite(edge) or edge <= 0:
+        key = _unit_key(unit)
+        if key in _NO_LENGTH:
             return None
-        size = edge * factor
-        if unit in ("inch", "in", "cm") and size > _COARSEST_UM:
+        if key not in _UM_PER_UNIT:
+            notes.append(
+                f"the file gives the size of a pixel in {unit!r}, which is not a known unit of length: no "
+                "pixel size is used; set `pixel_size_um`"
+            )
+            return None
+        size = edge * _UM_PER_UNIT[key]
+        if not math.isfinite(size) or size <= 0:
+            notes.append(
+                f"the file gives {edge:g} {unit} as the size of a pixel, which cannot be: no pixel size is "
+                "used; set `pixel_size_um`"
+            )
+            return None
+        if key in ("inch", "inche", "in", '"', "cm", "centimeter") and size > _COARSEST_UM:
             return None
         sizes.append(size)
     if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
-        warnings.warn(
-            f"Pixels must be square for measurements in µm, '{where}' gives {sizes[0]:g} × "
-            f"{sizes[1]:g} µm: no pixel size is used, give it yourself.",
-            UserWarning,
-            stacklevel=2,
+        notes.append(
+            f"pixels must be square for measurements in µm, the file gives {sizes[0]:g} × {sizes[1]:g} "
+            "µm: no pixel size is used; set `pixel_size_um`"
         )
         return None
     return sizes[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tifffile
 
 from dinocell.errors import ConfigError, ImageFileError, UsageError
 from dinocell.io import read_labels, write_image
@@ -120,9 +121,22 @@ class TestChannels:
         image = np.stack([field(seed=s) for s in range(3)], axis=-1)
         with pytest.raises((UsageError, ValueError), match="channel"):
             segment(image, model=small_model, channels=7)
-        with pytest.raises(UsageError, match="gray image"):
+        with pytest.raises(UsageError, match="one channel, 0"):
             segment(field(), model=small_model, channels=2)
         assert segment(field(), model=small_model, channels=0).labels.shape == (70, 90)
+
+    def test_the_name_of_the_one_channel_of_a_gray_file(self, small_model, tmp_path):
+        path = tmp_path / "a.ome.tif"
+        tifffile.imwrite(path, field(), metadata={"axes": "YX", "Channel": {"Name": ["488"]}})
+        assert segment(path, model=small_model, channels=488).labels.shape == (70, 90)
+        with pytest.raises(UsageError, match=r"channel, 0 \(488\)"):
+            segment(path, model=small_model, channels="561")
+
+    def test_planes_without_a_meaning_are_channels_on_request(self, small_model, tmp_path):
+        stack = np.stack([field(seed=s) for s in range(2)])
+        np.save(tmp_path / "a.npy", stack)
+        result = segment(tmp_path / "a.npy", model=small_model, channels=1)
+        np.testing.assert_array_equal(result.image, stack[1])
 
     def test_names_from_the_file(self, small_model, tmp_path):
         image = np.stack([field(seed=s) for s in range(2)], axis=-1)
@@ -136,6 +150,26 @@ class TestChannels:
         assert result.name == "two"
         assert "area_um2" in result.measure().columns
         assert segment(path, model=small_model, channels="ER", pixel_size_um=2.0).pixel_size_um == 2
+
+
+def test_notes_on_a_file_are_warnings_of_the_result(small_model, tmp_path):
+    path = tmp_path / "a.ome.tif"
+    sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.7}
+    tifffile.imwrite(path, field(), metadata={"axes": "YX", **sizes})
+    (warning,) = segment(path, model=small_model).warnings
+    assert "must be square" in warning
+    assert segment(path, model=small_model, pixel_size_um=0.6).warnings == ()
+
+
+@pytest.mark.parametrize("value", [1e300, -1e300, 1.1 * float(np.finfo(np.float32).max)])
+def test_values_beyond_float32_are_refused(small_model, tmp_path, value):
+    image = field().astype(np.float64)
+    image[3, 4] = value
+    np.save(tmp_path / "a.npy", image)
+    with pytest.raises(ValueError, match=r"pixels must lie within ±3\.4e\+38"):
+        segment(image, model=small_model)
+    with pytest.raises(ImageFileError, match="in a: divide them"):
+        segment(tmp_path / "a.npy", model=small_model)
 
 
 class TestWrongImages:

@@ -105,6 +105,24 @@ def test_select_channels_on_arrays():
     )
 
 
+@pytest.mark.parametrize(
+    ("channel", "position"), [(488, 1), ("488", 1), (1, 1), ("2", 2), (405, 0), ("0", 0)]
+)
+def test_a_name_comes_before_a_position(channel, position):
+    pixels = textured((4, 5, 3))
+    chosen = select_channels(pixels, ["405", "488", "561"], [channel])
+    np.testing.assert_array_equal(chosen, pixels[..., position])
+
+
+def test_two_channels_of_one_name_are_chosen_by_position():
+    pixels = textured((4, 5, 3))
+    with pytest.raises(UsageError, match="name of the channels 0 and 2: give the position"):
+        select_channels(pixels, ["DAPI", "ER", "dapi"], ["DAPI"])
+    np.testing.assert_array_equal(
+        select_channels(pixels, ["DAPI", "ER", "dapi"], ["2"]), pixels[..., 2]
+    )
+
+
 def test_only_the_wanted_channels_are_decoded(ome_channels, monkeypatch):
     path, _ = ome_channels
     decoded = []

@@ -118,3 +118,67 @@ def test_pictures_have_page_0_only(tmp_path):
     assert read_image(tmp_path / "a.png", page=0).pixels.shape == (4, 5)
     with pytest.raises(UsageError, match="one plane"):
         read_image(tmp_path / "a.png", page=1)
+
+
+# What a viewer shows of the stored rows [[1, 2, 3], [4, 5, 6]], by orientation (EXIF 2.3, tag 274).
+UPRIGHT = {
+    1: [[1, 2, 3], [4, 5, 6]],
+    2: [[3, 2, 1], [6, 5, 4]],
+    3: [[6, 5, 4], [3, 2, 1]],
+    4: [[4, 5, 6], [1, 2, 3]],
+    5: [[1, 4], [2, 5], [3, 6]],
+    6: [[4, 1], [5, 2], [6, 3]],
+    7: [[6, 3], [5, 2], [4, 1]],
+    8: [[3, 6], [2, 5], [1, 4]],
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_pictures_are_turned_upright_as_their_file_states(tmp_path, orientation, suffix):
+    path = tmp_path / f"a{suffix}"
+    exif = PillowImage.Exif()
+    exif[274] = orientation
+    stored = np.array(UPRIGHT[1], np.uint8)
+    PillowImage.fromarray(stored).save(path, exif=exif)
+    image = read_image(path)
+    np.testing.assert_array_equal(image.pixels, UPRIGHT[orientation])
+    np.testing.assert_array_equal(read_labels(path), UPRIGHT[orientation])
+    assert image.pixels.flags.c_contiguous
+    stated = f"(orientation {orientation}): it was turned upright"
+    assert [stated in note for note in image.notes] == [True] * (orientation != 1)
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    stored = np.zeros((16, 24, 3), np.uint8)
+    stored[:8, :8] = 250, 20, 20  # upper left as stored: upper right when turned to the right
+    exif = PillowImage.Exif()
+    exif[274] = 6
+    PillowImage.fromarray(stored).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    pixels = read_image(tmp_path / "a.jpg").pixels
+    assert pixels.shape == (24, 16, 3)
+    assert pixels[4, 12, 0] > 200 > pixels[4, 4, 0]
+
+
+def test_16_bit_colour_png_is_turned_upright(tmp_path):
+    import struct
+    import zlib
+
+    import cv2
+
+    rgb = textured((4, 6, 3), "uint16")
+    cv2.imwrite(str(tmp_path / "a.png"), rgb[..., ::-1])
+    block = b"eXIf" + b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHH", 274, 3, 1, 3, 0) + b"\0" * 4
+    chunk = struct.pack(">I", len(block) - 4) + block + struct.pack(">I", zlib.crc32(block))
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels, rgb[::-1, ::-1])
+
+
+def test_damaged_exif_leaves_a_picture_as_it_is(tmp_path, capfd):
+    pixels = textured((4, 6), "uint8")
+    PillowImage.fromarray(pixels).save(
+        tmp_path / "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01"
+    )
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels, pixels)
+    assert capfd.readouterr().err == ""

@@ -114,21 +114,42 @@ def test_colour_stack_with_channels_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("unit", "factor"),
-    [("micron", 1), ("\\u00B5m", 1), ("um", 1), ("nm", 1e-3), ("mm", 1e3)],
+    [
+        *(("micron", 1), ("\\u00B5m", 1), ("um", 1), ("nm", 1e-3), ("mm", 1e3), ("Microns", 1)),
+        *(("micrometers", 1), ("Micrometre", 1), ("nanometers", 1e-3), ("millimetres", 1e3)),
+        *(("inches", 25_400), ("\\u00C5", 1e-4), ("\\u212B", 1e-4), ("\\u00E5ngstr\\u00F6m", 1e-4)),
+        *(("angstroms", 1e-4), ("meter", 1e6)),
+    ],
 )
 def test_imagej_units(tmp_path, unit, factor):
     tifffile.imwrite(
         tmp_path / "a.tif",
         textured((4, 5)),
         imagej=True,
-        resolution=(4.0, 4.0),
+        resolution=(4.0 * factor, 4.0 * factor),
         metadata={"unit": unit},
     )
-    assert read_image(tmp_path / "a.tif").pixel_size_um == pytest.approx(0.25 * factor)
+    image = read_image(tmp_path / "a.tif")
+    assert image.pixel_size_um == pytest.approx(0.25)
+    assert image.notes == ()
 
 
-@pytest.mark.parametrize("unit", ["pixel", "furlong", ""])
-def test_imagej_without_a_unit_of_length(tmp_path, unit):
+@pytest.mark.parametrize(("y_unit", "expected"), [("nm", 0.5), ("um", None), ("parsec", None)])
+def test_imagej_may_give_the_rows_another_unit(tmp_path, y_unit, expected):
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        textured((4, 5)),
+        imagej=True,
+        resolution=(2.0, 0.002),
+        metadata={"unit": "micron", "yunit": y_unit},
+    )
+    image = read_image(tmp_path / "a.tif")
+    assert image.pixel_size_um == (expected and pytest.approx(expected))
+    assert len(image.notes) == (expected is None)
+
+
+@pytest.mark.parametrize(("unit", "notes"), [("pixels", 0), ("", 0), ("furlong", 1), ("sec", 1)])
+def test_imagej_without_a_unit_of_length(tmp_path, unit, notes):
     tifffile.imwrite(
         tmp_path / "a.tif",
         textured((4, 5)),
@@ -136,7 +157,25 @@ def test_imagej_without_a_unit_of_length(tmp_path, unit):
         resolution=(4.0, 4.0),
         metadata={"unit": unit},
     )
-    assert read_image(tmp_path / "a.tif").pixel_size_um is None
+    image = read_image(tmp_path / "a.tif")
+    assert image.pixel_size_um is None
+    assert [f"in {unit!r}, which is not a known unit" in note for note in image.notes] == [
+        True
+    ] * notes
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+def test_impossible_sizes_give_no_size_and_a_note(tmp_path, size):
+    tifffile.imwrite(
+        tmp_path / "a.ome.tif",
+        textured((4, 5)),
+        metadata={"axes": "YX", "PhysicalSizeX": 1.5, "PhysicalSizeY": 1.5},
+    )
+    content = (tmp_path / "a.ome.tif").read_bytes()
+    (tmp_path / "a.ome.tif").write_bytes(content.replace(b'"1.5"', f'"{size}"'.encode().ljust(5)))
+    image = read_image(tmp_path / "a.ome.tif")
+    assert image.pixel_size_um is None
+    assert len(image.notes) == 1
 
 
 @pytest.mark.parametrize("unit", ["inch", "centimeter"])
@@ -159,14 +198,16 @@ def test_printing_default_of_imagej_is_not_a_pixel_size(tmp_path):
         assert read_image(tmp_path / "a.tif").pixel_size_um == pytest.approx(expected)
 
 
-def test_oblong_pixels_give_no_size_and_a_warning(tmp_path):
+def test_oblong_pixels_give_no_size_and_a_note(tmp_path):
     tifffile.imwrite(
         tmp_path / "a.ome.tif",
         textured((4, 5)),
         metadata={"axes": "YX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.7},
     )
-    with pytest.warns(UserWarning, match="square"):
-        assert read_image(tmp_path / "a.ome.tif").pixel_size_um is None
+    image = read_image(tmp_path / "a.ome.tif")
+    assert image.pixel_size_um is None
+    (note,) = image.notes
+    assert "the file gives 0.5 × 0.7 µm: no pixel size is used" in note
 
 
 def test_multi_file_ome_with_a_missing_part(tmp_path):
