@@ -193,10 +193,10 @@ def _hand_over(
         for run in runs:
             print(f"{run.run_dir}: dinocell {shlex.join(run.command)}", file=sys.stderr)
         if runs:
-            print(sbatch_text(runs, profile, dependency=dependency, log_dir=logs))
+            print(sbatch_text(runs, profile, dependency, logs))
         if merging is not None:
             after = "afterany:JOB_ABOVE" if runs else None
-            print(sbatch_text([merging], alone, dependency=after, log_dir=logs))
+            print(sbatch_text([merging], alone, after, logs))
         return
     if manner.local:
         code = run_here(runs, profile, log_dir=logs) if runs else 0

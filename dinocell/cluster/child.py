@@ -20,13 +20,9 @@ _LINES_KEPT = 200
 
 
 class Child:
-    """A command in a process of its own, whose output is passed on line by line.
+    """A command in a process of its own, whose output is passed on line by line, also to `log_path`.
 
-    Parameters
-    ----------
-    command : words of the command
-    environment : all its variables
-    log_path : also gets what the command prints; None if nothing else does
+    `environment` holds all its variables.
     """
 
     def __init__(
@@ -48,20 +44,12 @@ class Child:
         if log_path is not None:
             log_path.parent.mkdir(parents=True, exist_ok=True)
             self._log = log_path.open("ab")
+        streams = ((self.process.stdout, sys.stdout), (self.process.stderr, sys.stderr))
         self._readers = [
-            threading.Thread(target=self._pass_on, args=(source, target), daemon=True)
-            for source, target in (
-                (self.process.stdout, sys.stdout),
-                (self.process.stderr, sys.stderr),
-            )
+            threading.Thread(target=self._pass_on, args=pair, daemon=True) for pair in streams
         ]
         for reader in self._readers:
             reader.start()
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the process is gone."""
-        return self.process.poll() is not None
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if the process still exists."""
@@ -93,7 +81,7 @@ class Child:
 
         The control group may be shared with others, so that the command's own words count too.
         """
-        return kills and re.search("kill|memory", self.last_sentence(), re.IGNORECASE) is not None
+        return kills and re.search("(?i)kill|memory", self.last_sentence()) is not None
 
     def _pass_on(self, source: IO[bytes] | None, target: Any) -> None:
         assert source is not None
@@ -119,20 +107,16 @@ def _die_with_parent(parent: int) -> None:
 
 def oom_kills() -> int:
     """Processes that the kernel has killed for memory in this job's control group, 0 if unknown."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    for line in lines:
+    groups = ""
+    with contextlib.suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8")
+    for line in groups.splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            candidate = Path("/sys/fs/cgroup") / path.lstrip("/") / "memory.events"
-        elif "memory" in controllers.split(","):
-            candidate = Path("/sys/fs/cgroup/memory") / path.lstrip("/") / "memory.oom_control"
-        else:
+        if controllers and "memory" not in controllers.split(","):
             continue
+        top, name = ("", "memory.events") if controllers == "" else ("memory", "memory.oom_control")
         with contextlib.suppress(OSError, ValueError):
-            for entry in candidate.read_text(encoding="utf-8").splitlines():
-                if entry.startswith("oom_kill "):
-                    return int(entry.split()[1])
+            text = Path("/sys/fs/cgroup", top, path.lstrip("/"), name).read_text(encoding="utf-8")
+            if found := re.search(r"^oom_kill (\d+)", text, re.MULTILINE):
+                return int(found[1])
     return 0

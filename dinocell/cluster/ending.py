@@ -23,22 +23,13 @@ _WAIT_FOR_END_S = 90.0  # for SLURM to end a job that it has requeued
 
 @dataclass(frozen=True)
 class StopCause:
-    """What SLURM says about a job that has got a signal.
+    """What SLURM says about a job that has got a signal."""
 
-    Attributes
-    ----------
-    known : whether SLURM answered
-    requeued : it has requeued the job itself
-    ran_out : the time limit was reached
-    preempted : the job had to make room
-    cancelled : the job was cancelled
-    """
-
-    known: bool = False
-    requeued: bool = False
-    ran_out: bool = False
-    preempted: bool = False
-    cancelled: bool = False
+    known: bool = False  # whether SLURM answered
+    requeued: bool = False  # it has requeued the job itself
+    ran_out: bool = False  # the time limit was reached
+    preempted: bool = False  # the job had to make room
+    cancelled: bool = False  # the job was cancelled
 
     @classmethod
     def of(cls, state: JobState | None, restart: int) -> StopCause:
@@ -49,30 +40,17 @@ class StopCause:
         ran_out = run_s is not None and limit_s is not None and run_s >= limit_s
         # A job that is preempted without grace is being ended, too.
         ending = state.state in ("COMPLETING", "CANCELLED")
-        return cls(
-            known=True,
-            requeued=state.restarts > restart,
-            ran_out=ran_out,
-            preempted=state.preempted,
-            cancelled=ending and not ran_out and not state.preempted,
-        )
-
-    def why(self) -> str:
-        """For the record of a job that is requeued."""
-        return "preemption" if self.preempted else "time limit or request"
+        cancelled = ending and not ran_out and not state.preempted
+        return cls(True, state.restarts > restart, ran_out, state.preempted, cancelled)
 
 
 def failure_of(
     code: int, child: Child, who: Processes, *, killed_here: bool, kills: bool
 ) -> tuple[str, str]:
-    """State and sentence of a command that ended by itself.
+    """State and sentence of a command that ended by itself with exit code `code`, negative for a signal.
 
-    Parameters
-    ----------
-    code : its exit code, negative for a signal
-    child, who : the command, and the process that ran it
-    killed_here : whether the supervisor killed it, because it did not end
-    kills : whether the kernel has killed processes of the job for their memory
+    `killed_here`: the supervisor killed it, because it did not end.  `kills`: the kernel has killed
+    processes of the job for their memory.
     """
     if killed_here and not kills:
         return "failed", (

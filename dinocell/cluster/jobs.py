@@ -43,25 +43,16 @@ _WAITS = {
 
 @dataclass(frozen=True)
 class JobRow:
-    """One job or task.
+    """One job or task."""
 
-    Attributes
-    ----------
-    job, name, run_dir, log : as submitted
-    state : SLURM's while it waits or runs, else how it ended, in lower case
-    progress : such as 120/500 (24 %), "" before there is any
-    eta_s : seconds left at the last known speed, None where unknown
-    restarts : how often it was requeued
-    reason : why it waits, or why it ended so
-    """
-
+    # job, name, run_dir, log: as submitted
     job: str
     name: str
-    state: str
-    progress: str
-    eta_s: float | None
-    restarts: int
-    reason: str
+    state: str  # SLURM's while it waits or runs, else how it ended, in lower case
+    progress: str  # such as 120/500 (24 %), "" before there is any
+    eta_s: float | None  # seconds left at the last known speed, None where unknown
+    restarts: int  # how often it was requeued
+    reason: str  # why it waits, or why it ended so
     run_dir: str
     log: str
 
@@ -69,25 +60,26 @@ class JobRow:
 def list_jobs(*, folder: str | Path | None = None, everything: bool = False) -> list[JobRow]:
     """Jobs of this account that `dinocell submit` made, newest last.
 
-    Parameters
-    ----------
-    folder : path, optional
-        Only those with runs in it or below it.
-    everything : bool
-        Also those that were submitted more than a week ago and have ended, and those after which
-        another job has continued in the same folder.
+    With a `folder` only those with runs in it or below it.  With `everything` also those that were
+    submitted more than a week ago and have ended, and those after which another job has continued in
+    the same folder.
     """
     here = cluster_name() if slurm_is_here() else ""
-    submissions = [item for item in read_submissions() if item.cluster == here or not here]
-    if folder is not None:
-        wanted = Path(folder).resolve()
-        submissions = [
-            item for item in submissions if wanted in (path := Path(item.run_dir), *path.parents)
-        ]
+    wanted = None if folder is None else Path(folder).resolve()
+    submissions = [
+        item
+        for item in read_submissions()
+        if item.cluster == here or not here
+        if wanted is None or wanted in (path := Path(item.run_dir), *path.parents)
+    ]
     newest = {item.run_dir: item.job for item in submissions}
     # What has its end on record need not be asked for: lists grow long.
     records = {item.run_dir: read_record(item.run_dir) for item in submissions}
-    open_jobs = [item.job for item in submissions if _end(item, records[item.run_dir]) is None]
+    open_jobs = [
+        item.job
+        for item in submissions
+        if (record := records[item.run_dir]) is None or record.end_of(item.job) is None
+    ]
     states = job_states(open_jobs) if here else {}
     oldest = 0.0 if everything else time.time() - _RECENT_S
     return [
@@ -98,23 +90,19 @@ def list_jobs(*, folder: str | Path | None = None, everything: bool = False) -> 
     ]
 
 
-def _end(item: Submission, record: JobRecord | None) -> tuple[str, str, str] | None:
-    return None if record is None else record.end_of(item.job)
-
-
 def _row(item: Submission, record: JobRecord | None, state: JobState | None) -> JobRow:
+    record = record or JobRecord([])
     # A folder may have had other jobs since.
-    ours = record is not None and any(start.job == item.job for start in record.starts)
-    latest = ours and record is not None and record.starts[-1].job == item.job
+    ours = [start for start in record.starts if start.job == item.job]
+    latest = bool(ours) and record.starts[-1] is ours[-1]
     restarts = state.restarts if state is not None else 0
-    if not restarts and record is not None and ours:
-        restarts = max(start.restart for start in record.starts if start.job == item.job)
-    end, shown = _end(item, record), ""
+    restarts = restarts or max((start.restart for start in ours), default=0)
+    end, shown = record.end_of(item.job), ""
     name, reason = "unknown", "SLURM no longer knows it, and it left no record: see its log"
     if state is not None and state.waits_or_runs:
         name = state.state.lower()
         reason = _WAITS.get(state.reason, state.reason)
-        if state.state == "PENDING" and latest and record is not None and record.reason:
+        if state.state == "PENDING" and latest and record.reason:
             reason = "; ".join(part for part in (record.reason, reason) if part)
     elif end is not None:
         name, reason, shown = end
@@ -123,23 +111,15 @@ def _row(item: Submission, record: JobRecord | None, state: JobState | None) -> 
         name = state.state.lower()
         by_slurm = _SLURM_ENDS.get(state.state, "" if name == "completed" else state.reason)
         reason = first_failure(item.run_dir, item.job, restarts)[1] or by_slurm
-    elif latest and record is not None:
+    elif latest:
         name, reason = "lost", f"SLURM no longer knows it; its last known state is {record.state}"
     elif ours:
         name, reason = "ended", "another job has continued in its folder"
     progress = run_progress(item.command, item.run_dir) if latest else None
     running = state is not None and state.state == "RUNNING"
-    return JobRow(
-        item.job,
-        item.name,
-        name,
-        shown if progress is None else str(progress),
-        progress.eta_s if progress is not None and running else None,
-        restarts,
-        reason,
-        item.run_dir,
-        item.log,
-    )
+    shown = shown if progress is None else str(progress)
+    eta_s = progress.eta_s if progress is not None and running else None
+    return JobRow(item.job, item.name, name, shown, eta_s, restarts, reason, item.run_dir, item.log)
 
 
 def jobs_text(rows: Sequence[JobRow]) -> str:
@@ -154,20 +134,14 @@ def jobs_text(rows: Sequence[JobRow]) -> str:
          _near(row.run_dir))
         for row in rows
     ]  # fmt: skip
-    lines = []
-    aligned = align_columns([header, *cells], numbers=False)
-    for line, row in zip(aligned, [None, *rows], strict=True):
-        lines.append(line)
-        if row is not None and row.reason:
-            lines.append(f"    {row.reason}")
-    return "\n".join(lines)
+    head, *aligned = align_columns([header, *cells], numbers=False)
+    reasons = [f"\n    {row.reason}" if row.reason else "" for row in rows]
+    return "\n".join([head, *(a + b for a, b in zip(aligned, reasons, strict=True))])
 
 
 def _near(path: str) -> str:
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
-        return path
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _duration(seconds: float | None) -> str:

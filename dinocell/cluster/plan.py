@@ -25,18 +25,11 @@ Look = Callable[[str, Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One job, or one task of an array.
+    """One job, or one task of an array."""
 
-    Attributes
-    ----------
-    name : of the job
-    command : arguments of `dinocell`
-    run_dir : folder of the run; its log files go to a folder `slurm` in it
-    """
-
-    name: str
-    command: tuple[str, ...]
-    run_dir: Path
+    name: str  # of the job
+    command: tuple[str, ...]  # arguments of `dinocell`
+    run_dir: Path  # folder of the run; its log files go to a folder `slurm` in it
 
 
 def plan_runs(
@@ -60,10 +53,7 @@ def plan_runs(
     look : called with the command's name and parameters, refuses missing inputs; if given, the data,
         weights, results and runs that the folder has are checked here, too
 
-    Raises
-    ------
-    DINOCellError
-        The configuration, a row of the table, or what it names is wrong.
+    Raises DINOCellError (the configuration, a row of the table, or what it names is wrong).
     """
     command = command_of([name])
     if not table:
@@ -101,31 +91,18 @@ def plan_shard_runs(plan: ShardPlan) -> tuple[list[PlannedRun], PlannedRun]:
     """The incomplete parts of a divided batch, and the merging that follows them."""
     from dinocell.batch.parts import open_shards
 
-    name = f"segment-{plan.out.name}"
+    out, name = str(plan.out), plan.out.name
     parts = [
-        PlannedRun(
-            name, ("shards", "run", str(plan.out), str(index)), shard_folder(plan.out, index)
-        )
-        for index in open_shards(plan)
+        PlannedRun(f"segment-{name}", ("shards", "run", out, str(k)), shard_folder(out, k))
+        for k in open_shards(plan)
     ]
-    merging = PlannedRun(
-        f"merge-{plan.out.name}", ("shards", "merge", str(plan.out)), merging_folder(plan.out)
-    )
-    return parts, merging
+    return parts, PlannedRun(f"merge-{name}", ("shards", "merge", out), merging_folder(out))
 
 
 def run_dir_of(name: str, parameters: Mapping[str, Any]) -> Path:
     """Folder of a command's run: its own output folder, or one below runs/ for what has none.
 
-    Parameters
-    ----------
-    name : one of `COMMANDS`
-    parameters : of the command, parsed
-
-    Raises
-    ------
-    ConfigError
-        The configuration of `train` is wrong.
+    Raises ConfigError (the configuration of `train` is wrong).
     """
     command = command_of([name])
     return command.run_dir(command.read(parameters))
@@ -142,8 +119,7 @@ def _checked(
     above = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not above.is_dir():
         raise UsageError(
-            f"the folder of a run must be one that can be made, got {run_dir} where {above} is a file: "
-            "choose another one"
+            f"a run needs a folder, got {run_dir} where {above} is a file: choose another one"
         )
     if look is not None:
         look(command.name, parameters)
@@ -156,10 +132,8 @@ def _checked(
 def read_table(path: str | Path) -> list[dict[str, str]]:
     """Rows of a table of tasks: CSV or TSV with a header, one line a task.
 
-    Raises
-    ------
-    UsageError
-        Not a file, no rows, a row of another length, an empty or repeated column name.
+    Raises UsageError (not a file, no rows, a row of another length, an empty or repeated column
+    name).
     """
     path = Path(path)
     try:
@@ -169,49 +143,42 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
             f"`array` must be a table in a text file, got {path} ({error}): write a CSV with a header"
         ) from error
     separator = "\t" if path.suffix == ".tsv" or "\t" in text.split("\n", 1)[0] else ","
-    lines = [
-        [cell.strip() for cell in line]
-        for line in csv.reader(text.splitlines(), delimiter=separator)
-        if any(cell.strip() for cell in line)
-    ]
+    table = csv.reader(text.splitlines(), delimiter=separator)
+    lines = [line for line in ([cell.strip() for cell in row] for row in table) if any(line)]
     if len(lines) < 2:
         raise UsageError(
-            f"`array` must have a header and a line for each task, got {len(lines)} lines in {path}: "
-            "write for example optim.lr and below it 1e-4"
+            f"`array` must have a header and a line for each task, got {len(lines)} lines in {path}"
         )
     header, *rows = lines
     if len(set(header)) < len(header) or not all(header):
         raise UsageError(
-            f"columns of `array` must have names, each its own, got {', '.join(header)} in {path}: "
-            "rename them"
+            f"columns of `array` must have different names, got {', '.join(header)} in {path}"
         )
     if len(header) == 1 and ";" in header[0]:
         raise UsageError(
-            f"columns of `array` must be divided by commas or tabs, got semicolons in {path}: save it "
-            "as CSV with commas"
+            f"columns of `array` must be divided by commas or tabs, got semicolons in {path}"
         )
+    found = []
     for number, row in enumerate(rows, start=2):
+        where = f"in line {number} of {path}"
         if len(row) != len(header):
             raise UsageError(
-                f"lines of `array` must have {len(header)} values, got {len(row)} in line {number} of "
-                f"{path}: quote values with commas"
+                f"lines of `array` must have {len(header)} values, got {len(row)} {where}: quote values "
+                "with commas"
             )
-    for number, row in enumerate(rows, start=2):
-        label = dict(zip(header, row, strict=True)).get("name", "")
+        found.append(dict(zip(header, row, strict=True)))
+        label = found[-1].get("name", "")
         if "/" in label or label in (".", ".."):
-            raise UsageError(
-                f"names of tasks must be names of folders, got {label!r} in line {number} of {path}: "
-                "leave out /"
-            )
-    return [dict(zip(header, row, strict=True)) for row in rows]
+            raise UsageError(f"names of tasks must be names of folders, got {label!r} {where}")
+    return found
 
 
 def look_once() -> Callable[[str, Mapping[str, Any]], None]:
     """`look_for_inputs`, once for all rows of a table with the same inputs."""
     seen = set()
+    inputs = ("images", "recursive", "model", "pred", "truth", "data")
 
     def look(name: str, parameters: Mapping[str, Any]) -> None:
-        inputs = ("images", "recursive", "model", "pred", "truth", "data")
         key = tuple(str(parameters.get(option)) for option in inputs)
         if key not in seen:
             seen.add(key)

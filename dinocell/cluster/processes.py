@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import time
-from pathlib import Path
 
 from dinocell.cluster.record import failures_folder, first_failure
 from dinocell.cluster.slurm import own_job
@@ -21,16 +20,9 @@ from dinocell.files import atomic_path, write_text_atomically
 class Processes:
     """This process among those of its job.
 
-    Parameters
-    ----------
-    run_dir : folder of the run
-    in_slurm : whether the SLURM job around this process, if there is one, is the run's own
-
-    Attributes
-    ----------
-    job : number of the job, "" without a cluster
-    rank, world : number of this process, and how many there are
-    restart, step : how often SLURM has requeued the job, and the number of the srun
+    `in_slurm`: the SLURM job around this process, if there is one, is the run's own.  `job` is its
+    number, "" without a cluster; `rank` and `world` number and count the processes; `restart` counts the
+    requeues, and `step` is the number of the srun.
     """
 
     def __init__(self, run_dir: str, *, in_slurm: bool) -> None:
@@ -41,14 +33,10 @@ class Processes:
         self.job = (own_job() or "") if in_slurm else ""
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         self.step = int(os.environ["SLURM_STEP_ID"]) if in_step else 0
+        self.folder = failures_folder(run_dir, self.job, self.restart, self.step)
 
     def __str__(self) -> str:
         return f"process {self.rank} of {self.world} on {socket.gethostname()}"
-
-    @property
-    def folder(self) -> Path:
-        """Where the processes of this start write why they failed."""
-        return failures_folder(self.run_dir, self.job, self.restart, self.step)
 
     def note_failure(self, state: str, reason: str) -> None:
         """For the first process, which fails next and would otherwise report a wrong reason."""

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -16,49 +16,32 @@ from dinocell.files import write_text_atomically
 from dinocell.submitted import RunProgress
 
 _RECORD_NAME = "job.json"
-_LOST_CONNECTION = r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed out waiting"
+_LOST_CONNECTION = r"(?i)connection (closed|reset|refused)|broken pipe|gloo|nccl|timed out waiting"
 
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a job.
+    """One start of a job."""
 
-    Attributes
-    ----------
-    job : number; "" without a cluster
-    restart : how often SLURM had requeued it
-    progress : steps, iterations or images that a new start would not repeat
-    time : seconds since 1970
-    host : first node
-    mark : see `work_mark`, before this start
-    """
-
-    job: str
-    restart: int
-    progress: int
-    time: float
-    host: str
-    mark: str = ""
+    job: str  # number; "" without a cluster
+    restart: int  # how often SLURM had requeued it
+    progress: int  # steps, iterations or images that a new start would not repeat
+    time: float  # seconds since 1970
+    host: str  # first node
+    mark: str = ""  # see `work_mark`, before this start
 
 
 @dataclass
 class JobRecord:
-    """The history of a run: its starts and ends; written by the first process only.
+    """The history of a run: its starts and ends; written by the first process only."""
 
-    Attributes
-    ----------
-    command : arguments of `dinocell`
-    state : running, stopping, requeued, done, stopped, cancelled, stalled, refused (a wrong call),
-        failed or out_of_memory
-    reason : one sentence for everything but running and done
-    starts : all of them, oldest first
-    ends : state, reason and progress of each job of the run that has ended, by its number
-    """
-
-    command: list[str]
+    command: list[str]  # arguments of `dinocell`
+    # running, stopping, requeued, done, stopped, cancelled, stalled, refused (a wrong call), failed
+    # or out_of_memory
     state: str = "running"
-    reason: str = ""
-    starts: list[Start] = field(default_factory=list)
+    reason: str = ""  # one sentence for everything but running and done
+    starts: list[Start] = field(default_factory=list)  # all of them, oldest first
+    # state, reason and progress of each job of the run that has ended, by its number
     ends: dict[str, tuple[str, str, str]] = field(default_factory=dict)
 
     def end_of(self, job: str) -> tuple[str, str, str] | None:
@@ -98,12 +81,9 @@ def read_record(run_dir: str | Path) -> JobRecord | None:
 def continues_run(command: Sequence[str], run_dir: str | Path) -> bool:
     """Whether a run was started by this very command and is not finished."""
     record = read_record(run_dir)
-    return (
-        record is not None
-        and bool(record.starts)
-        and record.command == list(command)
-        and record.state not in ("done", "refused")
-    )
+    if record is None or not record.starts or record.command != list(command):
+        return False
+    return record.state not in ("done", "refused")
 
 
 def failures_folder(run_dir: str | Path, job: str, restart: int, step: int) -> Path:
@@ -131,7 +111,7 @@ def first_failure(
         with contextlib.suppress(OSError, ValueError, KeyError):
             note = json.loads(path.read_text(encoding="utf-8"))
             notes.append((str(note["state"]), str(note["reason"])))
-    causes = [note for note in notes if not re.search(_LOST_CONNECTION, note[1], re.IGNORECASE)]
+    causes = [note for note in notes if not re.search(_LOST_CONNECTION, note[1])]
     return (causes or notes or [("", "")])[0]
 
 
@@ -143,14 +123,11 @@ def work_mark(command: Sequence[str], run_dir: str | Path) -> str:
 
     "" if it does not exist yet.  File systems use the numbers of files again, so the time counts too.
     """
-    name = command_of(command).replaced_name
-    if not name:
-        return ""
-    try:
-        found = Path(run_dir, name).stat()
-        return f"{found.st_ino}-{found.st_mtime_ns}"
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError):
+        if name := command_of(command).replaced_name:
+            found = Path(run_dir, name).stat()
+            return f"{found.st_ino}-{found.st_mtime_ns}"
+    return ""
 
 
 def run_progress(command: Sequence[str], run_dir: str | Path) -> RunProgress | None:
@@ -165,13 +142,12 @@ def run_progress(command: Sequence[str], run_dir: str | Path) -> RunProgress | N
 def _paced(folder: Path, progress: RunProgress) -> RunProgress:
     """With the time that is left, from what was done since the job's last start."""
     record = read_record(folder)
-    if record is None or not record.starts or progress.total is None:
+    if record is None or not record.starts or progress.total is None or record.state != "running":
         return progress
-    start = record.starts[-1]
-    new = progress.done - start.progress
-    if new <= 0 or record.state != "running":
+    new = progress.done - record.starts[-1].progress
+    if new <= 0:
         return progress
-    pace = (time.time() - start.time) / new
+    pace = (time.time() - record.starts[-1].time) / new
     return replace(progress, eta_s=pace * (progress.total - progress.done))
 
 
@@ -191,18 +167,15 @@ class Submission:
     cluster: str = ""
 
 
-def _list_path(environment: Mapping[str, str] = os.environ) -> Path:
-    state = environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+def _list_path() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "dinocell" / "jobs.jsonl"
 
 
 def note_submission(submissions: Sequence[Submission]) -> None:
     """Add to the list that `dinocell jobs` reads.
 
-    Raises
-    ------
-    OSError
-        It cannot be written.
+    Raises OSError (it cannot be written).
     """
     path = _list_path()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,11 +196,8 @@ def read_submissions() -> list[Submission]:
         return []
     found = {}
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError, TypeError):
             item = Submission(**json.loads(line))
-        except (ValueError, TypeError):
-            continue
-        found[item.cluster, item.job] = (
-            item  # a cluster that is set up again starts over with its numbers
-        )
+            # A cluster that is set up again starts over with its numbers: the newest counts.
+            found[item.cluster, item.job] = item
     return list(found.values())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dinocell.errors import ConfigError
 from dinocell.settings import config_from_mapping, read_settings
@@ -26,106 +27,79 @@ _DEFAULT_VARIABLE = "DINOCELL_SITE"
 
 @dataclass(frozen=True)
 class SiteProfile:
-    """What jobs of a site ask SLURM for; null leaves the cluster's own default.
+    """What jobs of a site ask SLURM for; null leaves the cluster's own default."""
 
-    Attributes
-    ----------
-    partition, account, qos, constraint, exclude, reservation : as sbatch's options.
-    gres : as sbatch's option; a GPU job has `gpu:TYPE:COUNT`, per node.  One task a GPU is started
-        (of `segment` and `evaluate`, which are one process, one for one GPU).
-    nodes : number of nodes.
-    tasks_per_node : null is one a GPU, or one.
-    time : limit of a run, such as 24:00:00, 2-00:00:00 or minutes.  Work that takes longer is
-        requeued and continues.
-    mem : memory of a node, such as 64G; 0 is all of it.
-    cpus_per_gpu : CPU cores of a task (there is one a GPU).
-    mail_user, mail_type : whom to write to and when (`FAIL`, `END`, ...).
-    setup : shell commands before the work (`module load cuda`, `source .venv/bin/activate`).
-    environment : variables of the work.
-    container : command that runs the rest inside a container: `apptainer exec --nv dinocell.sif`.
-    python : interpreter; null is the one that submits, or python3 in a container.
-    signal_ahead_s : seconds before the time limit at which the work gets the signal to save itself.
-    max_stalled_starts : starts of one job without any progress after which it is given up.
-    array_parallelism : tasks of an array that run at once.
-    nice, comment : as sbatch's options.
-    extra : further options of sbatch, by name without dashes.
-    """
-
+    # partition, account, qos, constraint, exclude, reservation: as sbatch's options
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
+    # as sbatch's option; a GPU job has `gpu:TYPE:COUNT`, per node.  One task a GPU is started (of
+    # `segment` and `evaluate`, which are one process, one for one GPU)
     gres: str | None = None
     constraint: str | None = None
     exclude: str | None = None
     reservation: str | None = None
-    nodes: int = 1
-    tasks_per_node: int | None = None
+    nodes: int = 1  # number of nodes
+    tasks_per_node: int | None = None  # null is one a GPU, or one
+    # limit of a run, such as 24:00:00, 2-00:00:00 or minutes.  Work that takes longer is requeued
+    # and continues
     time: str = "24:00:00"
-    mem: str | None = None
-    cpus_per_gpu: int = 8
+    mem: str | None = None  # memory of a node, such as 64G; 0 is all of it
+    cpus_per_gpu: int = 8  # CPU cores of a task (there is one a GPU)
+    # mail_user, mail_type: whom to write to and when (`FAIL`, `END`, ...)
     mail_user: str | None = None
     mail_type: str | None = None
+    # shell commands before the work (`module load cuda`, `source .venv/bin/activate`)
     setup: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)  # variables of the work
+    # command that runs the rest inside a container: `apptainer exec --nv dinocell.sif`
     container: str | None = None
+    # interpreter; null is the one that submits, or python3 in a container
     python: str | None = None
+    # seconds before the time limit at which the work gets the signal to save itself
     signal_ahead_s: int = 120
-    max_stalled_starts: int = 5
-    array_parallelism: int = 16
+    max_stalled_starts: int = 5  # starts of one job without any progress after which it is given up
+    array_parallelism: int = 16  # tasks of an array that run at once
+    # nice, comment: as sbatch's options
     nice: int | None = None
     comment: str | None = None
+    # further options of sbatch, by name without dashes
     extra: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "cpus_per_gpu", "max_stalled_starts", "array_parallelism"):
-            _at_least_one(name, getattr(self, name))
-        if self.tasks_per_node is not None:
-            _at_least_one("tasks_per_node", self.tasks_per_node)
-        if self.signal_ahead_s < 10:
-            raise ConfigError(
-                f"signal_ahead_s must be at least 10, got {self.signal_ahead_s}: saving takes a while"
-            )
-        if minutes_of(self.time) * 60 <= self.signal_ahead_s:
-            raise ConfigError(
-                f"time must be longer than signal_ahead_s ({self.signal_ahead_s} s), got {self.time}: "
-                "lengthen it"
-            )
+        for fault in self._faults():
+            raise ConfigError(fault)
+
+    def _faults(self) -> Iterator[str]:
+        counts = "nodes cpus_per_gpu max_stalled_starts array_parallelism tasks_per_node"
+        for name in counts.split():
+            if (value := getattr(self, name)) is not None and value < 1:
+                yield f"{name} must be at least 1, got {value}: raise it"
+        ahead = self.signal_ahead_s
+        if ahead < 10:
+            yield f"signal_ahead_s must be at least 10, got {ahead}: saving takes a while"
+        if minutes_of(self.time) * 60 <= ahead:
+            yield f"time must be longer than signal_ahead_s ({ahead} s), got {self.time}: lengthen it"
         for part in (self.gres or "").split(","):
             if part.split(":")[0] == "gpu" and _GPU.fullmatch(part) is None:
-                raise ConfigError(
-                    f"gres must look like gpu:a100:1, got {self.gres!r}: write type and count per node"
-                )
+                yield f"gres must look like gpu:a100:1, got {self.gres!r}: write type and count per node"
         if self.mem is not None and not re.fullmatch(r"\d+[KMGT]?", self.mem):
-            raise ConfigError(
-                f"mem must be a number with K, M, G or T, got {self.mem!r}: write 64G, for example"
-            )
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
+            yield f"mem must be a number with K, M, G or T, got {self.mem!r}: write 64G, for example"
+        texts = {**dataclasses.asdict(self), **{f"extra.{k}": v for k, v in self.extra.items()}}
+        for name, value in texts.items():
             if isinstance(value, str) and not value.isprintable():
-                raise ConfigError(f"{item.name} must be one line, got {value!r}: join its lines")
+                yield f"{name} must be one line, got {value!r}: join its lines"
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                raise ConfigError(
-                    f"environment must have names of variables, got {name!r}: use letters, digits, _"
-                )
+                yield f"environment must have names of variables, got {name!r}: use letters, digits, _"
         per_cpu = [name for name in self.extra if name.replace("_", "-").startswith("mem-per-")]
         if self.mem is not None and per_cpu:
-            raise ConfigError(
-                f"memory must be given once, got mem and {per_cpu[0]}: take one of them"
-            )
-        for name, value in self.extra.items():
-            if not value.isprintable():
-                raise ConfigError(f"extra.{name} must be one line, got {value!r}: join its lines")
+            yield f"memory must be given once, got mem and {per_cpu[0]}: take one of them"
+        for name in self.extra:
             if name.replace("-", "_") in _OWNED:
-                raise ConfigError(
-                    f"extra must have options that the profile and dinocell do not set, got {name!r}: "
-                    "use the profile's own key, or leave it out"
-                )
+                yield f"extra must have options that the profile does not set, got {name!r}: use its key"
             if not re.fullmatch(r"[a-z][a-z-]*", name):
-                raise ConfigError(
-                    f"extra must have names of sbatch's options without dashes before them, got "
-                    f"{name!r}: write for example licenses: matlab"
-                )
+                yield f"extra must have names such as licenses, without dashes before them, got {name!r}"
 
     def _gpu(self) -> re.Match[str] | None:
         found = map(_GPU.fullmatch, (self.gres or "").split(","))
@@ -143,13 +117,7 @@ class SiteProfile:
         return self.nodes * (self.tasks_per_node or max(self.gpus_per_node, 1))
 
     def with_gpus(self, count: int) -> SiteProfile:
-        """The same with another number of GPUs per node; 0 is none.
-
-        Raises
-        ------
-        ConfigError
-            `count` is negative.
-        """
+        """The same with another number of GPUs per node; 0 is none, a negative one a ConfigError."""
         if count < 0:
             raise ConfigError(f"the number of GPUs must be at least 0, got {count}: 0 is none")
         match = self._gpu()
@@ -162,23 +130,17 @@ class SiteProfile:
     def for_merging(self) -> SiteProfile:
         """The same for a job that reads and writes tables: one core, little memory, no GPU."""
         longest = "2:00:00" if minutes_of(self.time) > 120 else self.time
-        without = self.with_gpus(0)
         # Options about processors, GPUs and memory are meant for the work itself.
-        extra = {
-            name: value
-            for name, value in self.extra.items()
-            if not name.startswith(("mem", "cpu", "gpu", "core", "ntasks", "exclusive", "tres"))
+        of_work = ("mem", "cpu", "gpu", "core", "ntasks", "exclusive", "tres")
+        extra = {name: value for name, value in self.extra.items() if not name.startswith(of_work)}
+        one: dict[str, Any] = {
+            "nodes": 1,
+            "tasks_per_node": 1,
+            "cpus_per_gpu": 1,
+            "mem": "4G",
+            "constraint": None,
         }
-        return dataclasses.replace(
-            without,
-            extra=extra,
-            nodes=1,
-            tasks_per_node=1,
-            cpus_per_gpu=1,
-            mem="4G",
-            time=longest,
-            constraint=None,
-        )
+        return dataclasses.replace(self.with_gpus(0), extra=extra, time=longest, **one)
 
     def for_one_process(self) -> SiteProfile:
         """The same for work that is one process: one node and at most one GPU."""
@@ -189,16 +151,11 @@ class SiteProfile:
 def minutes_of(text: str) -> float:
     """Minutes of a SLURM time: `90`, `30:00`, `24:00:00`, `2-12`, `2-12:30`, `2-12:30:00`.
 
-    Raises
-    ------
-    ConfigError
-        It is none of these.
+    Raises ConfigError (it is none of these).
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if match is None:
-        raise ConfigError(
-            f"time must be like 24:00:00, 2-00:00:00 or a number of minutes, got {text!r}: write it so"
-        )
+        raise ConfigError(f"time must be like 24:00:00, 2-00:00:00 or minutes, got {text!r}")
     days, *rest = match.groups()
     numbers = [int(part) for part in rest if part is not None]
     if days is not None:  # days-hours[:minutes[:seconds]]
@@ -215,10 +172,7 @@ def find_site(name: str | None) -> Path | None:
 
     In a clone its own slurm/sites come last; an installed package has none.
 
-    Raises
-    ------
-    ConfigError
-        The file does not exist; the message names those that do.
+    Raises ConfigError (the file does not exist; the message names those that do).
     """
     name = name or os.environ.get(_DEFAULT_VARIABLE)
     if not name:
@@ -226,12 +180,11 @@ def find_site(name: str | None) -> Path | None:
     direct = Path(name)
     if direct.suffix in (".yaml", ".yml") and direct.is_file():
         return direct
-    folders = [Path("slurm/sites")]
-    if os.environ.get(_FOLDERS_VARIABLE):
-        folders.insert(0, Path(os.environ[_FOLDERS_VARIABLE]))
+    given = os.environ.get(_FOLDERS_VARIABLE)
     config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    folders.append(config / "dinocell" / "sites")
-    folders.append(Path(__file__).parents[2] / "slurm" / "sites")  # of a clone
+    clone = Path(__file__).parents[2]
+    folders = [Path(given)] if given else []
+    folders += [Path("slurm/sites"), config / "dinocell" / "sites", clone / "slurm" / "sites"]
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
@@ -244,19 +197,10 @@ def find_site(name: str | None) -> Path | None:
 
 
 def load_site(name: str | None, overrides: Sequence[str] = ()) -> SiteProfile:
-    """Read a site's file and apply `key=value` overrides.
+    """Read a site's file (see `find_site`; without a name the cluster's defaults), apply overrides.
 
-    Parameters
-    ----------
-    name : str or None
-        See `find_site`; without one, the cluster's defaults.
-    overrides : sequence of str
-        `partition=long`, `environment.OMP_NUM_THREADS=8`, `gres=` (nothing: null).
-
-    Raises
-    ------
-    ConfigError
-        No such file, not YAML, an unknown key (the message lists the known ones), a wrong value.
+    Overrides are `partition=long`, `environment.OMP_NUM_THREADS=8`, `gres=` (nothing: null).  Raises
+    ConfigError (no such file, not YAML, an unknown key or a wrong value; the message lists the keys).
     """
     path = find_site(name)
     try:
@@ -274,8 +218,3 @@ def load_site(name: str | None, overrides: Sequence[str] = ()) -> SiteProfile:
         return config_from_mapping(SiteProfile, given)
     except ConfigError as error:
         raise ConfigError(f"{f'site {path}' if path else 'site'}: {error}") from error
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{name} must be at least 1, got {value}: raise it")

@@ -6,8 +6,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dinocell.batch.claims import Claimant
 
@@ -29,39 +29,30 @@ def _ask(command: Sequence[str]) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr.strip()
 
 
-def own_job(environment: Mapping[str, str] = os.environ) -> str | None:
+def own_job() -> str | None:
     """The job this process runs in, as SLURM's commands name it (`12`, `12_3`); None outside."""
-    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     if array and task:
         # The plain number of one of the tasks is that of the whole array.
         return f"{array}_{task}"
-    return environment.get("SLURM_JOB_ID")
+    return os.environ.get("SLURM_JOB_ID")
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What SLURM says of a job.
+    """What SLURM says of a job."""
 
-    Attributes
-    ----------
-    job : number, `12_3` for a task of an array
-    state : RUNNING, PENDING, COMPLETING, CANCELLED, TIMEOUT, PREEMPTED, ...; UNKNOWN if SLURM has
-        forgotten it
-    reason : why it waits or ended, "" if SLURM gives none
-    restarts : how often it was requeued
-    preempted : it has to make room for another job
-    run_s, limit_s : seconds that it has run, and its limit; None where unknown
-    log : file of its output, "" where unknown
-    """
-
-    job: str
+    job: str  # number, `12_3` for a task of an array
+    # RUNNING, PENDING, COMPLETING, CANCELLED, TIMEOUT, PREEMPTED, ...; UNKNOWN if SLURM has
+    # forgotten it
     state: str = "UNKNOWN"
-    reason: str = ""
-    restarts: int = 0
-    preempted: bool = False
+    reason: str = ""  # why it waits or ended, "" if SLURM gives none
+    restarts: int = 0  # how often it was requeued
+    preempted: bool = False  # it has to make room for another job
+    # run_s, limit_s: seconds that it has run, and its limit; None where unknown
     run_s: int | None = None
     limit_s: int | None = None
-    log: str = ""
+    log: str = ""  # file of its output, "" where unknown
 
     @property
     def waits_or_runs(self) -> bool:
@@ -77,23 +68,17 @@ def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
     found: dict[str, JobState] = {}
     for job in dict.fromkeys(name.split("_")[0] for name in jobs):
         code, text, _ = _ask(["scontrol", "show", "job", "-o", job])
-        if code == 0:
-            for line in text.splitlines():
-                found |= {state.job: state for state in _parse(line)}
+        for line in text.splitlines() if code == 0 else ():
+            found |= {state.job: state for state in _parse(line)}
     missing = [job for job in jobs if job not in found]
     if missing and shutil.which("sacct"):
         # No field that older releases lack: sacct refuses the whole question.
         columns = "JobID,State,Reason"
         code, text, _ = _ask(["sacct", "-X", "-n", "-P", "-o", columns, "-j", ",".join(missing)])
-        if code == 0:
-            for line in text.splitlines():
-                job, words, reason = [*line.split("|"), "", ""][:3]
-                if words:
-                    found[job] = JobState(
-                        job,
-                        words.split()[0],  # CANCELLED by 0
-                        "" if reason == "None" else reason,
-                    )
+        for line in text.splitlines() if code == 0 else ():
+            job, words, reason = [*line.split("|"), "", ""][:3]
+            if words:  # such as CANCELLED by 0
+                found[job] = JobState(job, words.split()[0], "" if reason == "None" else reason)
     return found
 
 
@@ -110,18 +95,13 @@ def _parse(line: str) -> list[JobState]:
     if "ArrayJobId" in values and "ArrayTaskId" in values:
         jobs = [f"{values['ArrayJobId']}_{task}" for task in _tasks(values["ArrayTaskId"])]
     reason = values.get("Reason", "")
-    preempt_time = values.get("PreemptTime", "None")
-    state = JobState(
-        "",
-        values.get("JobState", "UNKNOWN"),
-        "" if reason == "None" else reason,
-        int(values.get("Restarts", 0)),
-        preempt_time not in ("None", "Unknown", ""),
-        _seconds(values.get("RunTime", "")),
-        _seconds(values.get("TimeLimit", "")),
-        "" if log is None else log[1],
-    )
-    return [replace(state, job=job) for job in jobs]
+    preempted = values.get("PreemptTime", "None") not in ("None", "Unknown", "")
+    run_s, limit_s = (_seconds(values.get(key, "")) for key in ("RunTime", "TimeLimit"))
+    state, reason = values.get("JobState", "UNKNOWN"), "" if reason == "None" else reason
+    restarts, shown = int(values.get("Restarts", 0)), "" if log is None else log[1]
+    return [
+        JobState(job, state, reason, restarts, preempted, run_s, limit_s, shown) for job in jobs
+    ]
 
 
 def _tasks(text: str) -> list[int]:

@@ -34,52 +34,30 @@ from dinocell.errors import MissingExtraError, StoppedError, UsageError
 if TYPE_CHECKING:
     from dinocell.batch.parts import ShardPlan
 
-_KINDS = [
-    "after",
-    "afterany",
-    "afterburstbuffer",
-    "aftercorr",
-    "afternotok",
-    "afterok",
-    "singleton",
-]
+_KINDS = (
+    "after", "afterany", "afterburstbuffer", "aftercorr", "afternotok", "afterok", "singleton",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """What SLURM has accepted.
+    """What SLURM has accepted."""
 
-    Attributes
-    ----------
-    job : number of the job or array
-    tasks : (number, run, log file) of each
-    notice : why SLURM would not start it as it is, or ""
-    """
-
-    job: str
-    tasks: list[tuple[str, PlannedRun, Path]]
-    notice: str
+    job: str  # number of the job or array
+    tasks: list[tuple[str, PlannedRun, Path]]  # (number, run, log file) of each
+    notice: str  # why SLURM would not start it as it is, or ""
 
     def text(self, *, cancel: Sequence[str] | None = None) -> str:
-        """Numbers, logs, and how to follow and to cancel.
-
-        Parameters
-        ----------
-        cancel : sequence of str, optional
-            Jobs that belong together; [] says nothing of it.
-        """
+        """Numbers, logs, how to follow, and how to cancel the jobs `cancel` that belong together."""
         several = len(self.tasks) > 1
         lines = [f"job {self.job}: {len(self.tasks)} tasks" if several else f"job {self.job}"]
         lines += [f"  {number}  {run.run_dir}  log {log}" for number, run, log in self.tasks[:10]]
         if len(self.tasks) > 10:
             lines.append(f"  ... {len(self.tasks) - 10} more")
         lines += [self.notice] if self.notice else []
-        lines += [
-            f"follow: tail -F {shlex.quote(str(self.tasks[0][2]))}",
-            "watch:  dinocell jobs",
-        ]
-        numbers = [self.job] if cancel is None else cancel
-        if numbers:
+        log = shlex.quote(str(self.tasks[0][2]))
+        lines += [f"follow: tail -F {log}", "watch:  dinocell jobs"]
+        if numbers := [self.job] if cancel is None else cancel:
             lines.append(f"cancel: scancel {' '.join(numbers)}")
         return "\n".join(lines)
 
@@ -87,10 +65,7 @@ class Submitted:
 def parse_dependency(text: str) -> str:
     """A dependency as sbatch wants it; a bare number waits for that job's success.
 
-    Raises
-    ------
-    UsageError
-        Not of SLURM's form.
+    Raises UsageError (not of SLURM's form).
     """
     if re.fullmatch(r"\d+(_\d+)?", text):
         return f"afterok:{text}"
@@ -105,19 +80,12 @@ def parse_dependency(text: str) -> str:
 
 
 def _folder(runs: Sequence[PlannedRun], log_dir: Path | None) -> Path:
-    """Where logs and submitit's files go: in the run, or for several above them.
-
-    Raises
-    ------
-    UsageError
-        SLURM would put something in place of a % in its name.
-    """
+    """Where logs and submitit's files go: in the run, or for several above them."""
     if log_dir is None:
         log_dir = (runs[0].run_dir if len(runs) == 1 else runs[0].run_dir.parent) / "slurm"
     if "%" in str(log_dir.absolute()):
         raise UsageError(
-            f"the folder of the log files must be without %, which SLURM replaces, got {log_dir}: "
-            "choose another folder, or set `logs`"
+            f"the folder of logs must be without %, which SLURM replaces, got {log_dir}: set `logs`"
         )
     return log_dir
 
@@ -127,23 +95,16 @@ def _parameters(
 ) -> dict[str, Any]:
     """The arguments of submitit's `_make_sbatch_string`, see SlurmExecutor.update_parameters."""
     lines = [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
-    tasks_per_node = site.tasks_per_node or max(site.gpus_per_node, 1)
     names = {run.name for run in runs}
-    extra: dict[str, Any] = {
-        "requeue": True,
-        "time": site.time,
-        **{name: True if value in ("", "true") else value for name, value in site.extra.items()},
-    }
-    for name in ("reservation", "nice"):
-        value = getattr(site, name)
-        if value is not None:
+    extra: dict[str, Any] = {"requeue": True, "time": site.time}
+    extra |= {name: True if value in ("", "true") else value for name, value in site.extra.items()}
+    for name in ("reservation", "nice", "mem"):
+        if (value := getattr(site, name)) is not None:
             extra[name] = value
-    if site.mem is not None:
-        extra["mem"] = site.mem
     parameters = {
         "job_name": runs[0].name if len(names) == 1 else runs[0].run_dir.parent.name,
         "nodes": site.nodes,
-        "ntasks_per_node": tasks_per_node,
+        "ntasks_per_node": site.tasks_per_node or max(site.gpus_per_node, 1),
         "cpus_per_task": site.cpus_per_gpu,
         # In the argument's place the exact text: submitit counts whole minutes.
         "time": max(1, int(minutes_of(site.time))),
@@ -157,11 +118,8 @@ def _parameters(
     }
     # submitit's wckey would be refused where such keys are checked; one log file is easier to follow.
     fixed = {"wckey": None, "stderr_to_stdout": True}
-    for name in (
-        "partition", "account", "qos", "gres", "constraint", "exclude", "mail_user", "mail_type",
-        "comment",
-    ):  # fmt: skip
-        parameters[name] = getattr(site, name)
+    same = "partition account qos gres constraint exclude mail_user mail_type comment"
+    parameters |= {name: getattr(site, name) for name in same.split()}
     return {name: value for name, value in parameters.items() if value is not None} | fixed
 
 
@@ -213,11 +171,7 @@ def _executor(folder: Path, site: SiteProfile) -> Any:
 
 
 def sbatch_text(
-    runs: Sequence[PlannedRun],
-    site: SiteProfile,
-    *,
-    dependency: str | None = None,
-    log_dir: Path | None = None,
+    runs: Sequence[PlannedRun], site: SiteProfile, dependency: str | None, log_dir: Path | None
 ) -> str:
     """The file that `submit` would hand to sbatch; nothing is written."""
     folder = _folder(runs, log_dir)
@@ -242,24 +196,26 @@ def submit(
 
     Parameters
     ----------
-    runs, site : what to run, and what to ask SLURM for
     dependency : as `parse_dependency` gives it
     behind : a dependency of jobs that this one comes after in any case
     log_dir : folder of log files, in place of the runs' own
     look : whether jobs of a dependency must be known
 
-    Raises
-    ------
-    UsageError
-        No SLURM here, a job has the run already, or SLURM refuses the job; the message has its
-        reason.
+    Raises UsageError (no SLURM here, a job has the run already, or SLURM refuses the job; the
+    message has its reason).
     """
     if not slurm_is_here():
         raise UsageError(
-            "submitting must happen where SLURM is (no sbatch was found here): log in to the "
-            "cluster, or set `local` or `dry_run`"
+            "submitting needs SLURM, but this machine has no sbatch: log in to the cluster, or set "
+            "`local` or `dry_run`"
         )
-    _refuse_large_array(runs)
+    # SLURM's own words for it, "Invalid job array specification", do not say how many it takes.
+    largest = largest_array() if len(runs) > 1 else None
+    if largest is not None and len(runs) > largest:
+        raise UsageError(
+            f"an array must have at most {largest} tasks on this cluster (MaxArraySize), got "
+            f"{len(runs)}: take fewer shards, or divide the table"
+        )
     if look:
         _refuse_unknown(dependency)
     refuse_busy([run.run_dir for run in runs], f"{dependency or ''},{behind or ''}")
@@ -267,10 +223,7 @@ def submit(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(
-            f"the folder of a run must be one that can be made, got {folder} ({error.strerror}): choose "
-            "another one"
-        ) from error
+        raise UsageError(f"a run needs a folder, got {folder} ({error.strerror})") from error
     executor = _executor(folder, site)
     executor.update_parameters(**_parameters(site, runs, dependency, folder))
     jobs = [
@@ -279,52 +232,31 @@ def submit(
     ]
     kept = set(folder.glob("*"))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of submitit, about what has no effect here
-            # What sbatch prints is in the error, too.
-            with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # of one: a plain job
-                accepted = [executor.submit(job) for job in jobs]
+        with (
+            warnings.catch_warnings(action="ignore"),  # of submitit, about what has no effect here
+            contextlib.redirect_stderr(io.StringIO()),  # what sbatch prints is in the error, too
+            executor.batch(),  # of one: a plain job
+        ):
+            accepted = [executor.submit(job) for job in jobs]
     except Exception as error:
         _clear(folder, kept)
         raise UsageError(_refusal(error, site)) from error
-    tasks = [
-        (str(job.job_id), run, Path(str(job.paths.stdout)))
-        for job, run in zip(accepted, runs, strict=True)
-    ]
+    tasks, noted = [], []
     now, cluster = time.time(), cluster_name()
+    for job, run in zip(accepted, runs, strict=True):
+        number, log = str(job.job_id), Path(str(job.paths.stdout))
+        tasks.append((number, run, log))
+        run_dir, shown = str(run.run_dir.resolve()), str(log.resolve())
+        noted.append(Submission(number, run.name, [*run.command], run_dir, shown, now, cluster))
     try:
-        note_submission(
-            [
-                Submission(
-                    number, run.name, list(run.command), str(run.run_dir.resolve()),
-                    str(log.resolve()), now, cluster,
-                )
-                for number, run, log in tasks
-            ]
-        )  # fmt: skip
+        note_submission(noted)
     except OSError as error:
         print(f"dinocell: `dinocell jobs` will not know this job ({error})", file=sys.stderr)
-    number = str(accepted[0].job_id).split("_")[0]
-    return Submitted(
-        number, tasks, "" if dependency else _notice(folder / f"{number}_submission.sh")
-    )
-
-
-def _notice(script: Path) -> str:
-    text = objection(str(script))
-    if not text:
-        return ""
-    return f"note:   as things are, SLURM would not start it ({text}): compare the site profile with sinfo"
-
-
-def _refuse_large_array(runs: Sequence[PlannedRun]) -> None:
-    """SLURM's own words for it, "Invalid job array specification", do not say how many it takes."""
-    largest = largest_array() if len(runs) > 1 else None
-    if largest is not None and len(runs) > largest:
-        raise UsageError(
-            f"an array must have at most {largest} tasks on this cluster (MaxArraySize), got "
-            f"{len(runs)}: take fewer shards, or divide the table"
-        )
+    number = tasks[0][0].split("_")[0]
+    notice = "" if dependency else objection(str(folder / f"{number}_submission.sh"))
+    if notice:
+        notice = f"note:   SLURM would not start it now ({notice}): compare the site with sinfo"
+    return Submitted(number, tasks, notice)
 
 
 def _refuse_unknown(dependency: str | None) -> None:
@@ -356,51 +288,33 @@ def refuse_busy(
 ) -> None:
     """Refuse a second job in one folder, which would mix checkpoints; it may wait for the first one.
 
-    Parameters
-    ----------
-    folders : of runs
-    dependency : of the job that is to be submitted
-    below : also runs in folders of these
-    may_wait : whether the dependency helps; not where something is written at once
-
-    Raises
-    ------
-    UsageError
-        A job that waits or runs, and that the dependency does not name, has one of them.
+    `dependency` is of the job that is to be submitted, and helps unless something is written at once
+    (not `may_wait`).  `below`: also runs in folders of these.  Raises UsageError (a job that waits or
+    runs, and that the dependency does not name, has one of the folders).
     """
     here = cluster_name()
     ours = {folder.resolve() for folder in folders}
     awaited = _jobs_named(dependency) if may_wait else set()
-
-    def is_ours(item: Submission) -> bool:
-        path = Path(item.run_dir)
-        return path in ours or (below and not ours.isdisjoint(path.parents))
-
-    earlier = [
-        item
+    earlier = {
+        item.job: path
         for item in read_submissions()
-        if item.cluster == here and item.job.split("_")[0] not in awaited and is_ours(item)
-    ]
-    states = job_states([item.job for item in earlier]) if earlier else {}
+        if item.cluster == here and item.job.split("_")[0] not in awaited
+        if (path := Path(item.run_dir)) in ours or (below and not ours.isdisjoint(path.parents))
+    }
+    states = job_states([*earlier]) if earlier else {}
     busy = [
-        item
-        for item in earlier
-        if (state := states.get(item.job)) is not None
-        and state.waits_or_runs
-        and state.state != "COMPLETING"
+        job
+        for job in earlier
+        if job in states and states[job].waits_or_runs and states[job].state != "COMPLETING"
     ]
     if busy:
         first = busy[0]
-        numbers = list(dict.fromkeys(item.job.split("_")[0] for item in busy))
+        numbers = list(dict.fromkeys(job.split("_")[0] for job in busy))
+        after = f"or submit yours to start after it (`dependency=afterany:{':'.join(numbers)}`), "
         raise UsageError(
-            f"only one job at a time can use a folder, got {first.run_dir}, which job {first.job} uses "
-            f"({states[first.job].state.lower()}): wait for it, "
-            + (
-                f"or submit yours to start after it (`dependency=afterany:{':'.join(numbers)}`), "
-                if may_wait
-                else ""
-            )
-            + f"or cancel it (scancel {' '.join(numbers)})"
+            f"only one job at a time can use a folder, got {earlier[first]}, which job {first} uses "
+            f"({states[first].state.lower()}): wait for it, {after if may_wait else ''}or cancel it "
+            f"(scancel {' '.join(numbers)})"
         )
 
 
@@ -415,12 +329,10 @@ def _clear(folder: Path, kept: set[Path]) -> None:
 
 
 def _refusal(error: Exception, site: SiteProfile) -> str:
-    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", "replace")
-    reasons = re.findall(r"sbatch: error: (.+)", str(text)) or [
-        line.strip() for line in str(text).splitlines() if line.strip()
-    ]
+    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
+    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    reasons = re.findall(r"sbatch: error: (.+)", text) or lines
     hint = "change the site profile, or `set` one of its keys"
     known = partitions()
     if not known and not cluster_name():
@@ -434,12 +346,7 @@ def run_here(runs: Sequence[PlannedRun], site: SiteProfile, *, log_dir: Path | N
     """Run jobs one after the other on this machine, as a cluster would; the highest exit code.
 
     The site's environment holds here too; its set-up lines and container are of its nodes.  An
-    interrupted run leaves those after it alone.
-
-    Raises
-    ------
-    UsageError
-        The site wants several nodes.
+    interrupted run leaves those after it alone.  Raises UsageError (the site wants several nodes).
     """
     if site.nodes > 1:
         raise UsageError(f"`local` must have one node, got `nodes={site.nodes}`: set `nodes=1`")

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -61,22 +62,16 @@ _LEFT_ALONE_S = 10.0  # for a process to end by itself when another of its job h
 
 @dataclass(frozen=True)
 class SupervisedJob:
-    """A `dinocell` command as a job; calling it runs the command in this process's place.
+    """A `dinocell` command as a job; calling it runs the command in this process's place."""
 
-    Attributes
-    ----------
-    command : arguments of `dinocell`, such as ("pretrain", "config.yaml", "-o", "runs/a")
-    run_dir : folder of the run; gets `job.json`
-    signal_ahead_s : seconds between the signal and the end; a child that is not done saving by then
-        is killed, and its last checkpoint counts
-    max_stalled_starts : see `SiteProfile`
-    processes : of one machine, started here through torchrun; under SLURM srun starts them
-    """
-
+    # arguments of `dinocell`, such as ("pretrain", "config.yaml", "-o", "runs/a")
     command: tuple[str, ...]
-    run_dir: str
+    run_dir: str  # folder of the run; gets `job.json`
+    # seconds between the signal and the end; a child that is not done saving by then is killed, and
+    # its last checkpoint counts
     signal_ahead_s: int = 120
-    max_stalled_starts: int = 5
+    max_stalled_starts: int = 5  # see `SiteProfile`
+    # of one machine, started here through torchrun; under SLURM srun starts them
     processes: int = 1
 
     def __call__(self) -> None:
@@ -94,38 +89,25 @@ class SupervisedJob:
 def supervise(
     job: SupervisedJob,
     *,
-    log: str | Path | None = None,
+    log: Path | None = None,
     in_slurm: bool = True,
     environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Run a job's command and deal with its end.
+    """Run a job's command and deal with its end; the exit code: 0 done, 75 stopped, or the command's own.
 
     Parameters
     ----------
-    job : SupervisedJob
-    log : file, optional
-        Also gets what the command prints; otherwise SLURM keeps it.
-    in_slurm : bool
-        Whether the SLURM job around this process, if there is one, is this job's own.  A run that is
-        started by hand inside an interactive job must not requeue that job.
-    environment : mapping, optional
-        Variables of the command beyond those of this process.
-
-    Returns
-    -------
-    int
-        Exit code of this process: 0 done, 75 stopped, otherwise the command's own.
+    log : also gets what the command prints; otherwise SLURM keeps it
+    in_slurm : whether the SLURM job around this process, if there is one, is this job's own.  A run
+        that is started by hand inside an interactive job must not requeue that job
+    environment : variables of the command beyond those of this process
     """
     return _Supervisor(job, log, in_slurm, environment or {}).run()
 
 
 class _Supervisor:
     def __init__(
-        self,
-        job: SupervisedJob,
-        log: str | Path | None,
-        in_slurm: bool,
-        environment: Mapping[str, str],
+        self, job: SupervisedJob, log: Path | None, in_slurm: bool, environment: Mapping[str, str]
     ) -> None:
         self.job = job
         self.kind = command_of(job.command)
@@ -135,7 +117,7 @@ class _Supervisor:
         if not in_slurm:
             # What runs beside a job of SLURM's is no task of it.
             self.environment.pop("SLURM_STEP_ID", None)
-        self.log_path = None if log is None else Path(log)
+        self.log_path = log
         self.received: signal.Signals | None = None
         self.must_end = False
         self.killed_it = False
@@ -147,8 +129,8 @@ class _Supervisor:
         self.continues = continues_run(job.command, job.run_dir)
         self.record.command = list(job.command)
         self.earlier = self._earlier_starts()
-        mark = self._mark()
-        self.first_mark = self.earlier[0].mark if self.earlier else mark
+        self.mark = partial(work_mark, job.command, job.run_dir)
+        self.first_mark = self.earlier[0].mark if self.earlier else self.mark()
 
     # --- starts: the first may start over, later ones continue ---
 
@@ -157,21 +139,17 @@ class _Supervisor:
         found: list[Start] = []
         limit = self.me.restart
         for start in reversed(self.record.starts):
-            if not self.me.job or start.job != self.me.job or start.restart > limit:
+            other = not self.me.job or start.job != self.me.job or start.restart > limit
+            if other or (found and start.restart == limit):
                 break
             if start.restart < limit:
                 found.insert(0, start)
                 limit = start.restart
-            elif found:
-                break
         return found
-
-    def _mark(self) -> str:
-        return work_mark(self.job.command, self.job.run_dir)
 
     def _starts_over(self) -> bool:
         """Whether the command must replace what the folder has, and no start has done so yet."""
-        return self.kind.start_over_flag in self.job.command and self._mark() == self.first_mark
+        return self.kind.start_over_flag in self.job.command and self.mark() == self.first_mark
 
     def _saved(self) -> int:
         """What a new start would not repeat."""
@@ -183,9 +161,8 @@ class _Supervisor:
         again = bool(self.earlier) or (self.continues and flag not in command)
         if not again or self._starts_over():
             return command
-        flags = [name for name in (flag, self.kind.resume_flag) if name]
-        kept = [item for item in command if item not in flags]
-        return [*kept, self.kind.resume_flag] if self.kind.resume_flag else kept
+        resume = [self.kind.resume_flag] if self.kind.resume_flag else []
+        return [item for item in command if item not in (flag, *resume)] + resume
 
     def _child_command(self) -> list[str]:
         python = [sys.executable, "-u"]
@@ -200,19 +177,17 @@ class _Supervisor:
         if self.me.world > 1 and not self.kind.many_processes:
             if self.me.rank:
                 return 0
-            _say(
-                f"{self.kind.name} is one process: the other {self.me.world - 1} have nothing to do"
-            )
+            idle = self.me.world - 1
+            _say(f"{self.kind.name} is one process: the other {idle} have nothing to do")
             self.me.world = 1
-        before: dict[signal.Signals, Any] = {
-            number: signal.signal(number, self._receive) for number in _PASSED_ON
-        }
-        before[signal.SIGCONT] = signal.signal(signal.SIGCONT, _ignore)  # comes with every TERM
+        before: dict[signal.Signals, Any] = {k: signal.signal(k, self._receive) for k in _PASSED_ON}
+        before[signal.SIGCONT] = signal.signal(signal.SIGCONT, lambda *_: None)  # with every TERM
         try:
             # The first process decides for all: srun ends the others when it ends.
-            if self.me.rank == 0 and (self._is_busy() or self._gives_up_at_once()):
+            if self.me.rank == 0 and (self._is_busy() or self._gives_up()):
                 return 1
-            self._begin()
+            if self.me.rank == 0:
+                self._begin()
             while True:
                 kills_before = oom_kills()
                 code = self._run_child()
@@ -224,7 +199,7 @@ class _Supervisor:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.child is not None and self.child.has_ended:
+        if self.child is not None and self.child.process.poll() is not None:
             self.must_end = True  # SLURM ends what it has requeued
             return
         self.received = self.received or signal.Signals(number)
@@ -237,56 +212,44 @@ class _Supervisor:
 
     def _is_busy(self) -> bool:
         """Whether another job runs in this folder; its record stays as it is."""
-        last = self.record.starts[-1] if self.record.starts else None
-        if last is None or not last.job or last.job == self.me.job:
+        job = self.record.starts[-1].job if self.record.starts else ""
+        if job in ("", self.me.job) or self.record.state not in ("running", "stopping"):
             return False
-        if self.record.state not in ("running", "stopping"):
-            return False
-        state = job_states([last.job]).get(last.job)
+        state = job_states([job]).get(job)
         if state is None or state.state not in ("RUNNING", "SUSPENDED"):
             return False
         _say(
-            f"only one job at a time can use a folder, got {self.job.run_dir}, where job {last.job} is "
+            f"only one job at a time can use a folder, got {self.job.run_dir}, where job {job} is "
             "running: wait for it, or cancel it"
         )
         return True
 
     def _begin(self) -> None:
-        if self.me.rank:
-            return
-        self.record.starts.append(
-            Start(
-                self.me.job, self.me.restart, self._saved(), time.time(), socket.gethostname(),
-                self._mark(),
-            )
-        )  # fmt: skip
+        me, host = self.me, socket.gethostname()
+        start = Start(me.job, me.restart, self._saved(), time.time(), host, self.mark())
+        self.record.starts.append(start)
         self.record.state, self.record.reason = "running", ""
         self.record.ends.pop(self.me.job, None)
         write_record(self.job.run_dir, self.record)
         if self.me.job and not self.me.restart:
             self._enlist()
-        again = f", requeued {self.me.restart} times" if self.me.restart else ""
-        _say(
-            f"start {len(self.record.starts)} of {' '.join(self.job.command)}"
-            + (f" (job {self.me.job}{again})" if self.me.job else "")
-        )
+        again = f", requeued {me.restart} times" if me.restart else ""
+        job = f" (job {me.job}{again})" if me.job else ""
+        _say(f"start {len(self.record.starts)} of {' '.join(self.job.command)}{job}")
 
     def _enlist(self) -> None:
         """For `dinocell jobs`: a script that was submitted with sbatch itself is not in its list."""
         cluster = cluster_name()
         if any((item.cluster, item.job) == (cluster, self.me.job) for item in read_submissions()):
             return
-        state = job_states([self.me.job]).get(self.me.job)
-        run_dir = Path(self.job.run_dir).resolve()
-        item = Submission(
-            self.me.job,
-            os.environ.get("SLURM_JOB_NAME", run_dir.name),
-            list(self.job.command),
-            str(run_dir),
+        job, folder = self.me.job, Path(self.job.run_dir).resolve()
+        state = job_states([job]).get(job)
+        log, name = (
             "" if state is None else state.log,
-            time.time(),
-            cluster,
+            os.environ.get("SLURM_JOB_NAME", folder.name),
         )
+        now = time.time()
+        item = Submission(job, name, [*self.job.command], str(folder), log, now, cluster)
         with contextlib.suppress(OSError):  # a home that nodes cannot write to
             note_submission([item])
 
@@ -295,9 +258,7 @@ class _Supervisor:
         self.child = child = Child(self._child_command(), self.environment, self.log_path)
         if self.received is not None:  # between the handlers and the child
             self._pass_on(child, self.received)
-        deadline = math.inf
-        signalled = False
-        next_look = 0.0
+        deadline, next_look, signalled = math.inf, 0.0, False
         while (code := child.wait(0.2)) is None:
             now = time.monotonic()
             if self.received is not None and self.me.job and not signalled:
@@ -321,8 +282,7 @@ class _Supervisor:
         if self.me.rank == 0:
             name = "" if self.received is None else f"{self.received.name}: saving"
             failed = self.me.first_failure()
-            self.record.state = "stopping"
-            self.record.reason = failed[1] if failed else name
+            self.record.state, self.record.reason = "stopping", failed[1] if failed else name
             write_record(self.job.run_dir, self.record)
 
     def _continues_without_suspects(self, code: int, kills: bool) -> bool:
@@ -353,23 +313,18 @@ class _Supervisor:
 
     # --- jobs that make no progress ---
 
-    def _gives_up_at_once(self) -> bool:
-        """After requeues that SLURM made itself (a node died) there was no decision yet."""
-        if not self._is_stalled(self._saved()):
+    def _gives_up(self) -> bool:
+        """Also before a start: after requeues that SLURM made itself (a node died) nobody has decided."""
+        count = self.record.stalled_starts(self.me.job, self._saved())
+        if not self.me.job or count < self.job.max_stalled_starts:
             return False
-        self._close("stalled", self._stalled_sentence())
-        return True
-
-    def _is_stalled(self, progress: int) -> bool:
-        count = self.record.stalled_starts(self.me.job, progress)
-        return bool(self.me.job) and count >= self.job.max_stalled_starts
-
-    def _stalled_sentence(self) -> str:
-        return (
+        self._close(
+            "stalled",
             f"a requeued job must make progress between its starts, got {self.job.max_stalled_starts} "
             f"starts of job {self.me.job} without a new checkpoint: lengthen the time limit, save more "
-            f"often, or look at its log, and {self._again()}"
+            f"often, or look at its log, and {self._again()}",
         )
+        return True
 
     def _again(self) -> str:
         flag = self.kind.start_over_flag
@@ -380,9 +335,9 @@ class _Supervisor:
 
     def _end(self, code: int, kills: bool) -> int:
         assert self.child is not None
+        if code == 0 and self.me.rank == 0:
+            self._close("done", "")
         if code == 0:
-            if self.me.rank == 0:
-                self._close("done", "")
             return 0
         if code == _STOPPED or (self.received is not None and code != 2):
             # After a signal, an end by error is as good: the next start shows whether it remains.
@@ -422,17 +377,13 @@ class _Supervisor:
             wait_for_end(lambda: self.must_end)
             return 0
         if cause.cancelled:
-            self._close(
-                "cancelled",
-                f"{name}: job {self.me.job} was cancelled; what it had is saved, {self._again()}",
-            )
+            what = f"job {self.me.job} was cancelled; what it had is saved, {self._again()}"
+            self._close("cancelled", f"{name}: {what}")
             return 128 + signal.SIGTERM
-        if self._was_ended_by_srun(cause):
+        if self._was_ended_by_srun(cause) or self._gives_up():
             return 1
-        if self._is_stalled(self._saved()):
-            self._close("stalled", self._stalled_sentence())
-            return 1
-        return self._requeue(f"{name} ({cause.why()})", name)
+        why = "preemption" if cause.preempted else "time limit or request"
+        return self._requeue(f"{name} ({why})", name)
 
     def _was_ended_by_srun(self, cause: StopCause) -> bool:
         """Without a reason of SLURM's own, srun ends this process because another one has ended."""
@@ -442,12 +393,8 @@ class _Supervisor:
         failed = self.me.wait_for_failure(_FAR_OTHERS_NOTE_S)
         if failed is None and not cause.known:
             return False
-        unknown = (
-            "failed",
-            "the processes of a job must end together, got the end of another one than the first: see "
-            "the logs of all",
-        )
-        self._close(*(failed or unknown))
+        unknown = "the processes of a job must end together, but another one has ended: see the logs of all"
+        self._close(*(failed or ("failed", unknown)))
         return True
 
     def _requeue(self, why: str, name: str) -> int:
@@ -455,13 +402,9 @@ class _Supervisor:
         if script_requeues():
             request_requeue(self.me.job)
             return 0
-        problem = requeue(self.me.job)
-        if problem:
-            self._close(
-                "stopped",
-                f"{name}: everything is saved, but SLURM does not requeue job {self.me.job} "
-                f"({problem}): {self._again()}",
-            )
+        if problem := requeue(self.me.job):
+            what = f"everything is saved, but SLURM does not requeue job {self.me.job} ({problem})"
+            self._close("stopped", f"{name}: {what}: {self._again()}")
             return _STOPPED
         wait_for_end(lambda: self.must_end)
         return 0
@@ -469,16 +412,11 @@ class _Supervisor:
     def _close(self, state: str, reason: str) -> None:
         self.record.state, self.record.reason = state, reason
         progress = run_progress(self.job.command, self.job.run_dir)
-        shown = "" if progress is None else str(progress)
-        self.record.ends[self.me.job] = (state, reason, shown)
+        self.record.ends[self.me.job] = (state, reason, "" if progress is None else str(progress))
         write_record(self.job.run_dir, self.record)
         # The command itself may have printed the reason.
         printed = self.child is not None and reason == self.child.last_sentence()
         _say(state if printed else reason or state)
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    pass
 
 
 def _say(sentence: str) -> None:

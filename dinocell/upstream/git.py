@@ -13,53 +13,35 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from dinocell.errors import UsageError
 from dinocell.upstream.series import PatchError, marked_name
 
 _OLDEST_GIT = (2, 32)  # before it, --3way tried the line numbers first
 _SETTINGS = (
-    "core.autocrlf=false",
-    "core.quotepath=false",
-    "apply.whitespace=nowarn",
-    "apply.ignorewhitespace=no",
-    "merge.conflictstyle=merge",
-    "core.fsmonitor=false",
-)
+    "core.autocrlf=false", "core.quotepath=false", "apply.whitespace=nowarn",
+    "apply.ignorewhitespace=no", "merge.conflictstyle=merge", "core.fsmonitor=false",
+)  # fmt: skip
 
 
 def run_git(
-    folder: Path,
-    *arguments: str,
-    stdin: bytes | None = None,
-    environment: dict[str, str] | None = None,
+    folder: Path, *arguments: str, stdin: bytes | None = None, **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
     """Run git in a folder, with fixed values of the settings that change merges.
 
-    Raises
-    ------
-    UsageError
-        Git is not installed.
+    Raises UsageError (git is not installed).
     """
-    command = ["git", "-C", str(folder)]
-    for setting in _SETTINGS:
-        command += ["-c", setting]
+    command = ["git", "-C", str(folder), *(x for setting in _SETTINGS for x in ("-c", setting))]
     variables = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     variables |= {"LC_ALL": "C", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
     variables["GIT_OPTIONAL_LOCKS"] = "0"  # looking does not refresh the index
+    variables |= environment
     try:
         return subprocess.run(
-            [*command, *arguments],
-            input=stdin,
-            capture_output=True,
-            env={**variables, **(environment or {})},
-            check=False,
+            [*command, *arguments], input=stdin, capture_output=True, env=variables, check=False
         )
     except FileNotFoundError as error:
-        raise UsageError(
-            "git must be installed, but no folder of PATH holds it: install it"
-        ) from error
+        raise UsageError("git must be installed, but no folder of PATH holds it") from error
 
 
 def _check_version() -> None:
@@ -95,10 +77,7 @@ class Scratch:
 
     Use it as a context manager; what it wrote is deleted afterwards.
 
-    Raises
-    ------
-    UsageError
-        `checkout` is not a git checkout, or git is too old.
+    Raises UsageError (`checkout` is not a git checkout, or git is too old).
     """
 
     def __init__(self, checkout: str | Path) -> None:
@@ -127,32 +106,20 @@ class Scratch:
     def __enter__(self) -> Scratch:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(
         self, *arguments: str, stdin: bytes | None = None
     ) -> subprocess.CompletedProcess[bytes]:
-        return run_git(self._folder, *arguments, stdin=stdin, environment=self._environment)
+        return run_git(self._folder, *arguments, stdin=stdin, **self._environment)
 
     def commit(self, reference: str) -> Commit:
-        """The commit that a reference names.
-
-        Raises
-        ------
-        UsageError
-            The repository does not know it.
-        """
+        """The commit that a reference names; UsageError if the repository does not know it."""
         found = self.run("log", "-1", "--format=%H%n%cs%n%s", f"{reference}^{{commit}}", "--")
         if found.returncode:
             raise UsageError(
-                f"a commit must be known to the checkout, got {reference}: git fetch it in "
-                f"{self.checkout}"
+                f"{self.checkout} must know the commit, got {reference}: git fetch it there"
             )
         name, date, subject = found.stdout.decode("utf-8", "replace").split("\n")[:3]
         return Commit(name, date, subject)
@@ -182,13 +149,7 @@ class Scratch:
         return self.run("cat-file", "-e", blob).returncode == 0
 
     def read(self, blob: str) -> bytes:
-        """Contents of an object.
-
-        Raises
-        ------
-        PatchError
-            The repository lacks it, as partial clones do.
-        """
+        """Contents of an object; PatchError if the repository lacks it, as partial clones do."""
         found = self.run("cat-file", "blob", blob)
         if found.returncode:
             raise PatchError(
@@ -209,19 +170,11 @@ class Scratch:
     # --- merging ---
 
     def begin(self, commit: str) -> None:
-        """An index with the files of a commit.
-
-        Raises
-        ------
-        PatchError
-            Git cannot read it.
-        """
+        """An index with the files of a commit; PatchError if git cannot read it."""
         done = self.run("read-tree", commit)
         if done.returncode:
-            raise PatchError(
-                f"the checkout must hold commit {commit}, got an error ({_last_line(done.stderr)}): git "
-                "fetch it"
-            )
+            reason = _last_line(done.stderr)
+            raise PatchError(f"the checkout must hold commit {commit} ({reason}): git fetch it")
 
     def apply(self, patch: str) -> bool:
         """Merge a patch into the index; true if every hunk found its place."""
@@ -235,26 +188,21 @@ class Scratch:
 
     def sides(self, path: str) -> list[ThreeSides]:
         """The places of a file where the last merge met a conflict."""
-        versions = [self.staged(path, stage) for stage in (1, 2, 3)]
-        if any(version is None for version in versions):
-            return []
-        names = [self._folder / f"side-{number}" for number in range(3)]
-        for name, version in zip(names, versions, strict=True):
-            name.write_bytes(version or b"")
-        base, upstream, ours = names
-        merged = self.run(
-            "merge-file", "-p", "-L", "upstream", "-L", "base", "-L", "ours",
-            str(upstream), str(base), str(ours),
-        )  # fmt: skip
+        names = []
+        for stage in (2, 1, 3):  # upstream's, the base, ours
+            version = self.staged(path, stage)
+            if version is None:
+                return []
+            names.append(str(self._folder / f"side-{stage}"))
+            Path(names[-1]).write_bytes(version)
+        labels = ["-L", "upstream", "-L", "base", "-L", "ours"]
+        merged = self.run("merge-file", "-p", *labels, *names)
         return _conflicts(merged.stdout.decode("utf-8", "replace"))
 
 
 def _conflicts(text: str) -> list[ThreeSides]:
     found = []
-    upstream: list[str] = []
-    ours: list[str] = []
-    side: list[str] | None = None
-    line = start = 0
+    upstream, ours, side, line, start = list[str](), list[str](), None, 0, 0
     for item in text.splitlines():
         if item.startswith("<<<<<<< upstream"):
             upstream, ours, start = [], [], line + 1

@@ -12,22 +12,18 @@ from dinocell.upstream.series import Addition, Patch, Series
 
 @dataclass(frozen=True)
 class Outcome:
-    """One patch on one commit.
-
-    Attributes:
-        state: "clean" (upstream's files are those of the pin, or all lines are at their numbers),
-            "offset" (merged at other lines), "there" (the commit already has it), "conflict".
-        offsets: by path and function, how far each addition moved, in lines.
-        reasons: of a conflict, one sentence each.
-        sides: of a conflict, by path, upstream's lines and ours.
-        places: of a patch that applies, by path, its additions numbered on the commit's files.
-    """
+    """One patch on one commit."""
 
     name: str
+    # "clean" (upstream's files are those of the pin, or all lines are at their numbers), "offset"
+    # (merged at other lines), "there" (the commit already has it), "conflict"
     state: str
+    # by path and function, how far each addition moved, in lines
     offsets: Mapping[str, int] = field(default_factory=dict)
-    reasons: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()  # of a conflict, one sentence each
+    # of a conflict, by path, upstream's lines and ours
     sides: Mapping[str, tuple[ThreeSides, ...]] = field(default_factory=dict)
+    # of a patch that applies, by path, its additions numbered on the commit's files
     places: Mapping[str, tuple[Addition, ...]] = field(default_factory=dict)
 
     @property
@@ -37,18 +33,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Merged:
-    """The whole series on one commit.
-
-    Attributes:
-        outcomes: one a patch, in the order of the series.
-        texts: path → contents of the patched files, if everything applies.
-        bases: path → contents of these files in the commit.
-    """
+    """The whole series on one commit."""
 
     commit: Commit
-    outcomes: tuple[Outcome, ...]
-    texts: Mapping[str, bytes]
-    bases: Mapping[str, bytes]
+    outcomes: tuple[Outcome, ...]  # one a patch, in the order of the series
+    texts: Mapping[str, bytes]  # path → contents of the patched files, if everything applies
+    bases: Mapping[str, bytes]  # path → contents of these files in the commit
 
     @property
     def applies(self) -> bool:
@@ -56,40 +46,26 @@ class Merged:
 
 
 def merge_patch(scratch: Scratch, commit: Commit, patch: Patch, pin_commit: str = "") -> Outcome:
-    """One patch alone on a commit.
-
-    Parameters
-    ----------
-    pin_commit : str
-        The commit that the patch was made on, to find files that were renamed since.
-    """
+    """One patch alone on a commit; files that were renamed since `pin_commit` are named."""
     entries = scratch.entries(commit.id, sorted(patch.additions))
     reasons = []
     for path in patch.additions:
         if path not in entries:
             new = scratch.renamed(pin_commit, commit.id, path) if pin_commit else ""
-            where = (
+            now = (
                 f"it is {new} now: change 'Hook:' and the paths of the patch"
                 if new
                 else "it is gone"
             )
-            reasons.append(f"{path} must exist, got a commit without it; {where}")
+            reasons.append(f"{path} must exist, got a commit without it; {now}")
     if reasons:
-        return Outcome(patch.name, "conflict", reasons=tuple(reasons))
+        return _conflict(patch, reasons)
     texts = {path: scratch.read(entries[path]) for path in patch.additions}
-    present = {
-        path: list(additions_in(text.decode("utf-8", "replace")).get(patch.name, []))
-        for path, text in texts.items()
-    }
+    present = _places(texts, patch)
     if any(present.values()):
-        trouble = _trouble(texts, [patch])
-        if trouble:
-            return Outcome(
-                patch.name,
-                "conflict",
-                reasons=("the commit has a part of it, or in another form", *trouble),
-            )
-        return Outcome(patch.name, "there", places={k: tuple(v) for k, v in present.items()})
+        if trouble := _trouble(texts, patch):
+            return _conflict(patch, ["the commit has a part of it, or in another form", *trouble])
+        return Outcome(patch.name, "there", places=present)
     for path, base in patch.bases.items():
         if entries[path] != base and not scratch.has(base):
             reasons.append(
@@ -97,7 +73,7 @@ def merge_patch(scratch: Scratch, commit: Commit, patch: Patch, pin_commit: str 
                 f"without blob {base[:12]}: git fetch origin {pin_commit or 'the commit in UPSTREAM'}"
             )
     if reasons:
-        return Outcome(patch.name, "conflict", reasons=tuple(reasons))
+        return _conflict(patch, reasons)
     scratch.begin(commit.id)
     if not scratch.apply(patch.text):
         sides = {path: tuple(scratch.sides(path)) for path in patch.additions}
@@ -107,15 +83,11 @@ def merge_patch(scratch: Scratch, commit: Commit, patch: Patch, pin_commit: str 
             for path, found in sides.items()
             for side in found
         ]
-        return Outcome(
-            patch.name,
-            "conflict",
-            reasons=tuple(reasons) or ("git could not merge it",),
-            sides={path: found for path, found in sides.items() if found},
-        )
+        sides = {path: found for path, found in sides.items() if found}
+        return _conflict(patch, reasons or ["git could not merge it"], sides)
     merged = {path: scratch.staged(path) or b"" for path in patch.additions}
-    if trouble := _trouble(merged, [patch]):
-        return Outcome(patch.name, "conflict", reasons=tuple(trouble))
+    if trouble := _trouble(merged, patch):
+        return _conflict(patch, trouble)
     places = _places(merged, patch)
     offsets = {
         f"{path} {hook.function}": new.after - old.after
@@ -138,34 +110,37 @@ def merge_series(scratch: Scratch, commit: Commit, series: Series) -> Merged:
         if outcome.state == "there":
             continue
         if not scratch.apply(patch.text):
-            outcomes[number] = Outcome(
-                patch.name,
-                "conflict",
-                reasons=("it applies alone, but not after the patches before it",),
+            outcomes[number] = _conflict(
+                patch, ["it applies alone, but not after the patches before it"]
             )
             return Merged(commit, tuple(outcomes), {}, bases)
     texts = {path: scratch.staged(path) or b"" for path in series.paths}
     for path, text in texts.items():
         trouble = misplaced(text.decode("utf-8", "replace"), path, series.patches)
-        for number, outcome in enumerate(outcomes):
-            if outcome.name in trouble:
-                outcomes[number] = Outcome(
-                    outcome.name, "conflict", reasons=tuple(trouble[outcome.name])
-                )
+        for number, patch in enumerate(series.patches):
+            if patch.name in trouble:
+                outcomes[number] = _conflict(patch, trouble[patch.name])
     return Merged(commit, tuple(outcomes), texts, bases)
 
 
-def _trouble(texts: Mapping[str, bytes], patches: Sequence[Patch]) -> list[str]:
+def _conflict(
+    patch: Patch, reasons: Sequence[str], sides: Mapping[str, tuple[ThreeSides, ...]] | None = None
+) -> Outcome:
+    return Outcome(patch.name, "conflict", reasons=tuple(reasons), sides=sides or {})
+
+
+def _trouble(texts: Mapping[str, bytes], patch: Patch) -> list[str]:
     return [
         sentence
         for path, text in texts.items()
-        for sentences in misplaced(text.decode("utf-8", "replace"), path, patches).values()
-        for sentence in sentences
+        for sentence in misplaced(text.decode("utf-8", "replace"), path, [patch]).get(
+            patch.name, ()
+        )
     ]
 
 
 def _places(texts: Mapping[str, bytes], patch: Patch) -> dict[str, tuple[Addition, ...]]:
     return {
-        path: tuple(additions_in(text.decode("utf-8")).get(patch.name, []))
+        path: tuple(additions_in(text.decode("utf-8", "replace")).get(patch.name, []))
         for path, text in texts.items()
     }

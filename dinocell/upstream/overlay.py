@@ -30,25 +30,15 @@ _RECORD = "dinocell-upstream.json"  # the files that were written, and their blo
 
 @dataclass(frozen=True)
 class Status:
-    """State of a checkout with respect to the series.
+    """State of a checkout with respect to the series."""
 
-    Attributes:
-        commit: what is checked out.
-        described: nearest tag or branch.
-        relation: of the commit to the pin and the known range, in words.
-        changed: files with changes that are not ours.
-        in_place: patches whose lines the checkout has.
-        files: path → "there", "missing" or "other" of our files.
-        outcomes: of each patch on the commit.
-    """
-
-    commit: Commit
-    described: str
-    relation: str
-    changed: tuple[str, ...]
-    in_place: tuple[str, ...]
-    files: Mapping[str, str]
-    outcomes: tuple[Outcome, ...]
+    commit: Commit  # what is checked out
+    described: str  # nearest tag or branch
+    relation: str  # of the commit to the pin and the known range, in words
+    changed: tuple[str, ...]  # files with changes that are not ours
+    in_place: tuple[str, ...]  # patches whose lines the checkout has
+    files: Mapping[str, str]  # path → "there", "missing" or "other" of our files
+    outcomes: tuple[Outcome, ...]  # of each patch on the commit
 
     @property
     def applied(self) -> bool:
@@ -66,18 +56,15 @@ def status_of(checkout: str | Path, series: Series) -> Status:
         commit = scratch.commit("HEAD")
         merged = merge_series(scratch, commit, series)
         top = _top(scratch)
-        texts = {path: _read(top / path) for path in series.paths}
-        marked = {
-            path: additions_in((text or b"").decode("utf-8", "replace"))
-            for path, text in texts.items()
+        texts = {
+            path: (_read(top / path) or b"").decode("utf-8", "replace") for path in series.paths
         }
         in_place = tuple(
             patch.name
             for patch in series.patches
-            if all(patch.name in marked[path] for path in patch.additions)
-            and not any(
-                patch.name
-                in misplaced((texts[path] or b"").decode("utf-8", "replace"), path, [patch])
+            if all(
+                patch.name in additions_in(texts[path])
+                and not misplaced(texts[path], path, [patch])
                 for path in patch.additions
             )
         )
@@ -128,29 +115,27 @@ def _compared(path: Path, source: Path) -> str:
     return "there" if content == source.read_bytes() else "other"
 
 
-def _changed_paths(scratch: Scratch) -> tuple[list[str], list[str]]:
-    """Tracked files that differ from the commit, and untracked ones."""
+def _plain(text: bytes) -> bytes:
+    """The contents without our lines."""
+    return without_additions(text.decode("utf-8", "surrogateescape")).encode(
+        "utf-8", "surrogateescape"
+    )
+
+
+def _foreign_changes(scratch: Scratch, series: Series) -> list[str]:
+    """Changes in the checkout that are not our additions."""
     listing = run_git(
         scratch.checkout, "status", "--porcelain=v1", "-z", "--untracked-files=all", "--no-renames"
     ).stdout.decode("utf-8", "surrogateescape")
     items = [item for item in listing.split("\0") if item]
     tracked = [item[3:] for item in items if not item.startswith("??")]
-    return tracked, [item[3:] for item in items if item.startswith("??")]
-
-
-def _foreign_changes(scratch: Scratch, series: Series) -> list[str]:
-    """Changes in the checkout that are not our additions."""
-    tracked, untracked = _changed_paths(scratch)
+    untracked = [item[3:] for item in items if item.startswith("??")]
     entries = scratch.entries("HEAD", tracked) if tracked else {}
     top = _top(scratch)
     foreign = []
     for path in tracked:
-        text = _read(top / path)
-        plain = without_additions((text or b"").decode("utf-8", "surrogateescape"))
         staged = run_git(scratch.checkout, "diff", "--cached", "--quiet", "--", str(top / path))
-        same = (
-            path in entries and blob_id(plain.encode("utf-8", "surrogateescape")) == entries[path]
-        )
+        same = blob_id(_plain(_read(top / path) or b"")) == entries.get(path)
         if path not in series.paths or not same or staged.returncode:
             foreign.append(path)
     written = _written(scratch)
@@ -182,23 +167,11 @@ def apply_series(
 ) -> tuple[Merged, Path]:
     """Add the series to a checkout, or to a copy of its commit.
 
-    Parameters
-    ----------
-    out : path, optional
-        A new folder that gets the package `dinov3` and the files of the top folder; the checkout
-        itself is left alone.
+    With `out`, a new folder gets the package `dinov3` and the files of the top folder, and the checkout
+    is left alone.  Returns the state of each patch, and the root of the tree.
 
-    Returns
-    -------
-    Merged, Path
-        State of each patch, and the root of the tree.
-
-    Raises
-    ------
-    UsageError
-        The checkout has changes, or the new folder exists.
-    PatchError
-        A patch does not apply; nothing was done.
+    Raises UsageError (the checkout has changes, or the new folder exists), or PatchError (a patch
+    does not apply; nothing was done).
     """
     with Scratch(checkout) as scratch:
         recover(scratch)
@@ -213,19 +186,14 @@ def apply_series(
         if not merged.applies:
             raise PatchError(conflict_text(merged))
         new = {path: source.read_bytes() for path, source in series.files.items()}
-        clash = [
-            path
-            for path, blob in scratch.entries(commit.id, sorted(new)).items()
-            if blob != blob_id(new[path])
-        ]
-        if clash:
+        theirs = scratch.entries(commit.id, sorted(new))
+        if clash := [path for path, blob in theirs.items() if blob != blob_id(new[path])]:
             raise PatchError(
-                f"files of ours must be new to upstream, got {', '.join(clash[:3])}, which it has in "
-                "another form: rename ours"
+                f"files of ours must be new to upstream, got {', '.join(clash[:3])} in another form"
             )
         contents = {**merged.texts, **new}
         if out is not None:
-            return merged, _export(scratch, commit, contents, Path(out).resolve())
+            return merged, export_tree(scratch, commit, contents, Path(out).resolve())
         top = _top(scratch)
         # Files of an earlier version that are no longer ours are removed.
         stale = dict.fromkeys(path for path in _written(scratch) if path not in contents)
@@ -237,26 +205,24 @@ def apply_series(
 
 def conflict_text(merged: Merged) -> str:
     """One sentence for all patches that do not apply."""
-    failed = [outcome for outcome in merged.outcomes if not outcome.applies]
-    reasons = "; ".join(f"{one.name}: {one.reasons[0]}" for one in failed)
+    failed = [f"{one.name}: {one.reasons[0]}" for one in merged.outcomes if not one.applies]
     return (
-        f"all patches must apply to {merged.commit.id[:12]}, got {len(failed)} that do not ({reasons}): see "
-        "dinocell upstream rebase"
+        f"all patches must apply to {merged.commit.id[:12]}, got {len(failed)} that do not "
+        f"({'; '.join(failed)}): see dinocell upstream rebase"
     )
 
 
-def _export(scratch: Scratch, commit: Commit, contents: Mapping[str, bytes], out: Path) -> Path:
+def export_tree(scratch: Scratch, commit: Commit, contents: Mapping[str, bytes], out: Path) -> Path:
+    """Write the package of a commit, the files of its top folder and `contents` to a new folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(
-            f"`out` must be a new folder, got {out}, which has contents: choose another"
-        )
+        raise UsageError(f"`out` must be a new folder, got {out}, which has contents")
     listed = scratch.run("ls-tree", "-z", commit.id).stdout.decode().split("\0")
     top = [item.partition("\t")[2] for item in listed if item.split(" ", 2)[1:2] == ["blob"]]
     done = scratch.run("archive", "--format=tar", commit.id, "--", "dinov3", *top)
     if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip()
         raise PatchError(
-            "the checkout must hold all files of the package, got an error "
-            f"({done.stderr.decode(errors='replace').strip()}): clone it again, without a filter"
+            f"the checkout must hold the whole package ({reason}): clone it again, without a filter"
         )
     with atomic_folder(out) as temporary:
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
@@ -268,14 +234,9 @@ def _export(scratch: Scratch, commit: Commit, contents: Mapping[str, bytes], out
 
 
 def undo(checkout: str | Path, series: Series) -> list[str]:
-    """Remove our lines and files again; returns the paths that changed.
+    """Remove our lines and files again, touching nothing else; returns the paths that changed.
 
-    Only files that are ours, or upstream's with our lines, are touched.
-
-    Raises
-    ------
-    UsageError
-        A file has other changes beside ours.
+    Raises UsageError (a file has other changes beside ours).
     """
     with Scratch(checkout) as scratch:
         recovered = recover(scratch)
@@ -288,9 +249,8 @@ def undo(checkout: str | Path, series: Series) -> list[str]:
         contents: dict[str, bytes | None] = {}
         for path in series.paths:
             text = _read(top / path)
-            plain = without_additions((text or b"").decode("utf-8", "surrogateescape"))
-            if text is not None and plain.encode("utf-8", "surrogateescape") != text:
-                contents[path] = plain.encode("utf-8", "surrogateescape")
+            if text is not None and (plain := _plain(text)) != text:
+                contents[path] = plain
         ours = {p for p, source in series.files.items() if _compared(top / p, source) == "there"}
         ours |= set(_written(scratch))
         tracked = scratch.entries("HEAD", sorted(ours)) if ours else {}

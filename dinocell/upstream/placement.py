@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dinocell.upstream.series import Addition, Hook, Patch, marked_name
 
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
 
 def without_additions(text: str) -> str:
     """The text without our lines."""
-    return "".join(line for line in text.splitlines(keepends=True) if not _name(line))
-
-
-def _name(line: str) -> str | None:
-    return marked_name(line.rstrip("\r\n"))
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if not marked_name(line.rstrip("\r\n")))
 
 
 def additions_in(text: str) -> dict[str, list[Addition]]:
@@ -41,31 +40,21 @@ def additions_in(text: str) -> dict[str, list[Addition]]:
     return found
 
 
-def find_function(tree: ast.Module, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+def find_function(tree: ast.Module, name: str) -> _Function | None:
     """A function of a module, or a method given as `Class.name`."""
     scope: Sequence[ast.stmt] = tree.body
     *classes, last = name.split(".")
     for part in classes:
-        inner = next((n for n in scope if isinstance(n, ast.ClassDef) and n.name == part), None)
-        if inner is None:
-            return None
-        scope = inner.body
-    for node in scope:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == last:
-            return node
-    return None
+        inner = (n for n in scope if isinstance(n, ast.ClassDef) and n.name == part)
+        scope = next((node.body for node in inner), [])
+    return next((n for n in scope if isinstance(n, _Function) and n.name == last), None)
 
 
 def misplaced(text: str, path: str, patches: Sequence[Patch]) -> Mapping[str, list[str]]:
-    """Faults of the additions in one file, as sentences by the name of the patch.
+    """Faults of the additions in one file, as sentences by the name of the patch; empty if none.
 
     The file must compile, and hold every addition of these patches once, complete, in its function and
     at its place.
-
-    Returns
-    -------
-    dict
-        Empty if nothing is wrong.
     """
     wanted = [patch for patch in patches if path in patch.additions]
     problems: dict[str, list[str]] = {}
@@ -94,8 +83,7 @@ def misplaced(text: str, path: str, patches: Sequence[Patch]) -> Mapping[str, li
         ]
         for hook, start, block in zip(patch.hooks_of(path), starts, expected, strict=True):
             last = start + len(block) - 1
-            trouble = _trouble(tree, hook, start, last) or _unknown(tree, hook, start, last)
-            if trouble:
+            if trouble := _trouble(tree, hook, start, last):
                 sentences.append(f"{path}:{start} {trouble}")
     return {name: sentences for name, sentences in problems.items() if sentences}
 
@@ -113,43 +101,37 @@ def _trouble(tree: ast.Module, hook: Hook, line: int, last: int) -> str:
         if index is None:
             continue
         if hook.place == "first":
-            right = body is function.body and index == (
-                1 if ast.get_docstring(function, clean=False) is not None else 0
-            )
-            return "" if right else f"must be the first statement of {hook.function}"
+            documented = ast.get_docstring(function, clean=False) is not None
+            right = body is function.body and index == int(documented)
+            wrong = "" if right else f"must be the first statement of {hook.function}"
+            return wrong or _unknown(tree, function, line, last)
         if hook.place == "after":
             near = body[index - 1] if index else None
         else:
             near = next((node for node in body if node.lineno > last), None)
         if near is not None and hook.landmark in _names(near):
-            return ""
+            return _unknown(tree, function, line, last)
         return f"must stand {hook.place} the statement with {hook.landmark} in {hook.function}"
     return f"must be a statement of {hook.function}, got a part of another"
 
 
-def _unknown(tree: ast.Module, hook: Hook, line: int, last: int) -> str:
+def _unknown(tree: ast.Module, function: _Function, line: int, last: int) -> str:
     """Names that a block uses and its function does not have, such as a renamed parameter."""
-    function = find_function(tree, hook.function)
-    assert function is not None
-    known = set(dir(builtins))
-    for scope in (tree, function):
-        for node in ast.walk(scope) if scope is function else tree.body:
-            known |= _bound(node)
+    known = set(dir(builtins)).union(*map(_bound, [*tree.body, *ast.walk(function)]))
     used = {
         node.id
         for node in ast.walk(function)
         if isinstance(node, ast.Name) and line <= node.lineno <= last
     }
-    if unknown := sorted(used - known):
-        return f"must use names that {hook.function} has, got {', '.join(unknown)}"
-    return ""
+    unknown = ", ".join(sorted(used - known))
+    return unknown and f"must use names that {function.name} has, got {unknown}"
 
 
 def _bound(node: ast.AST) -> set[str]:
     """Names that one node binds: a definition, imports, parameters, targets."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+    if isinstance(node, _Function | ast.ClassDef):
         return {node.name}
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
+    if isinstance(node, ast.Import | ast.ImportFrom):
         return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
     if isinstance(node, ast.arg):
         return {node.arg}
@@ -169,13 +151,6 @@ def _bodies(node: ast.AST) -> Iterator[list[ast.stmt]]:
 
 
 def _names(node: ast.AST) -> set[str]:
-    """Names that a statement uses or binds."""
-    found = set()
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Name):
-            found.add(inner.id)
-        elif isinstance(inner, ast.Attribute):
-            found.add(inner.attr)
-        elif isinstance(inner, (ast.arg, ast.keyword)) and inner.arg:
-            found.add(inner.arg)
-    return found
+    """Names that a statement uses or binds: of variables, attributes, parameters and keywords."""
+    attributes = ("id", "attr", "arg")
+    return {getattr(inner, name, None) or "" for inner in ast.walk(node) for name in attributes}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from dinocell.errors import UsageError
 from dinocell.upstream.git import Commit, Scratch, run_git
 from dinocell.upstream.merge import Merged, merge_series
-from dinocell.upstream.overlay import conflict_text, recover
+from dinocell.upstream.overlay import conflict_text, export_tree, recover
 from dinocell.upstream.placement import additions_in, misplaced, without_additions
 from dinocell.upstream.series import (
     Addition,
@@ -38,19 +37,12 @@ def rebase(
 
     Parameters
     ----------
-    onto : str
-        Commit, tag or branch that the checkout knows.
-    check : function, optional
-        Receives the root of the tree with our additions; the series is written only if it returns
-        true.
-    dry_run : bool
-        Only report the state that each patch would get.
+    onto : commit, tag or branch that the checkout knows
+    check : receives the root of the tree with our additions; the series is written only if it returns
+        true
+    dry_run : only report the state that each patch would get
 
-    Returns
-    -------
-    Merged, list of str
-        State of each patch, and the files of the series that were written: none after a
-        conflict.
+    Returns the state of each patch, and the files of the series that were written: none after a conflict.
     """
     with Scratch(checkout) as scratch:
         commit = scratch.commit(onto)
@@ -58,33 +50,25 @@ def rebase(
         if not merged.applies or dry_run:
             return merged, []
         if check is not None:
-            tree = Path(tempfile.mkdtemp(prefix="dinocell-rebase-"))
-            try:
-                _write_tree(scratch, commit, merged, series, tree)
-                if not check(tree):
+            ours = {path: source.read_bytes() for path, source in series.files.items()}
+            with tempfile.TemporaryDirectory(prefix="dinocell-rebase-") as folder:
+                tree = Path(folder).resolve() / "tree"
+                if not check(export_tree(scratch, commit, {**merged.texts, **ours}, tree)):
                     raise PatchError(
                         "the tree with our additions must pass its verification, got checks that failed "
                         "or did not run: see the table; the series was not changed"
                     )
-            finally:
-                shutil.rmtree(tree, ignore_errors=True)
-        there = [outcome.name for outcome in merged.outcomes if outcome.state == "there"]
-        if there:
+        if there := [outcome.name for outcome in merged.outcomes if outcome.state == "there"]:
             raise PatchError(
                 f"upstream must not have our lines yet, got {', '.join(there)} in {commit.id[:12]}: take "
                 "them out of the series, or name a commit of upstream's own"
             )
         places = {outcome.name: outcome.places for outcome in merged.outcomes}
         written = write_series(series, merged.bases, places, _moved(scratch, series.pin, commit))
-        read_series(series.folder, files_root=_files_root(series))
+        # Folder that the listed files lie in.
+        roots = [Path(str(source)[: -len(path)]) for path, source in series.files.items()]
+        read_series(series.folder, files_root=roots[0] if roots else None)
         return merged, written
-
-
-def _files_root(series: Series) -> Path | None:
-    """Folder that the listed files lie in."""
-    for path, source in series.files.items():
-        return Path(str(source)[: -len(path)])
-    return None
 
 
 def _moved(scratch: Scratch, pin: Pin, commit: Commit) -> Pin:
@@ -97,37 +81,13 @@ def _moved(scratch: Scratch, pin: Pin, commit: Commit) -> Pin:
     return replace(pin, commit=commit.id, date=commit.date, oldest=oldest, newest=newest)
 
 
-def _write_tree(
-    scratch: Scratch, commit: Commit, merged: Merged, series: Series, tree: Path
-) -> None:
-    """The package of a commit with our additions."""
-    for path, blob in scratch.entries(commit.id, ["dinov3"]).items():
-        target = tree / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(scratch.read(blob))
-    for path, text in merged.texts.items():
-        (tree / path).write_bytes(text)
-    for path, source in series.files.items():
-        (tree / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, tree / path)
-
-
 def refresh(checkout: str | Path, series: Series) -> list[str]:
-    """Make the series from the marked lines of a checkout that somebody edited.
+    """Make the series from the marked lines of a checkout that somebody edited; the files written.
 
     The lines are read from the work tree and counted on the commit that is checked out.
 
-    Returns
-    -------
-    list of str
-        Files of the series that were written.
-
-    Raises
-    ------
-    UsageError
-        A file has other changes than marked lines.
-    PatchError
-        Lines are marked with an unknown name, or stand elsewhere than their header says.
+    Raises UsageError (a file has other changes than marked lines), or PatchError (lines are marked
+    with an unknown name, or stand elsewhere than their header says).
     """
     with Scratch(checkout) as scratch:
         recover(scratch)
@@ -154,10 +114,10 @@ def refresh(checkout: str | Path, series: Series) -> list[str]:
     problems = []
     for path, text in texts.items():
         for patch in edited:
-            if len(patch.hooks_of(path)) != len(patch.additions.get(path, ())):
+            hooks, count = len(patch.hooks_of(path)), len(patch.additions.get(path, ()))
+            if hooks != count:
                 problems.append(
-                    f"{patch.name}.patch has {len(patch.hooks_of(path))} lines 'Hook:' for {path}, the "
-                    f"checkout {len(patch.additions.get(path, ()))} additions"
+                    f"{patch.name} has {hooks} hooks for {path}, the checkout {count} additions"
                 )
         if not problems:
             problems += chain.from_iterable(misplaced(text, path, edited).values())
@@ -173,13 +133,7 @@ def refresh(checkout: str | Path, series: Series) -> list[str]:
 def _edited_files(
     scratch: Scratch, commit: Commit, series: Series
 ) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Path → contents in the commit, path → text in the checkout, of all patched or changed files.
-
-    Raises
-    ------
-    UsageError
-        A file differs from the commit by more than marked lines.
-    """
+    """Path → contents in the commit, path → text in the checkout, of all patched or changed files."""
     top = Path(run_git(scratch.checkout, "rev-parse", "--show-toplevel").stdout.decode().strip())
     listing = run_git(scratch.checkout, "diff", "--name-only", "-z", "HEAD").stdout.decode()
     paths = sorted({*filter(None, listing.split("\0")), *series.paths})
@@ -209,8 +163,7 @@ def conflicts(merged: Merged) -> str:
     for outcome in merged.outcomes:
         if outcome.applies:
             continue
-        lines.append(f"{outcome.name}:")
-        lines += [f"  {reason}" for reason in outcome.reasons]
+        lines += [f"{outcome.name}:", *(f"  {reason}" for reason in outcome.reasons)]
         for path, sides in outcome.sides.items():
             for side in sides:
                 where = _function_at(merged.bases.get(path, b""), side.line)
@@ -225,10 +178,7 @@ def _function_at(text: bytes, line: int) -> str:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return ""
-    names = [
-        node.name
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        and node.lineno <= line <= (node.end_lineno or 0)
-    ]
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    found = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    names = [node.name for node in found if node.lineno <= line <= (node.end_lineno or 0)]
     return f" in {names[-1]}" if names else ""

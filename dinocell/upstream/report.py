@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -10,18 +11,13 @@ from dinocell.upstream.overlay import Status
 from dinocell.upstream.rebase import conflicts
 
 # As the two commands name the same states.
-_REBASED = {
-    "clean": "applied",
-    "offset": "merged",
-    "there": "already there",
-    "conflict": "CONFLICT",
-}
 _SHOWN = {
     "clean": "clean",
     "offset": "with offset",
     "there": "already there",
     "conflict": "CONFLICT",
 }
+_REBASED = {**_SHOWN, "clean": "applied", "offset": "merged"}
 
 
 def outcome_lines(outcomes: Iterable[Outcome], words: dict[str, str]) -> list[str]:
@@ -38,22 +34,18 @@ def status_text(status: Status) -> str:
     """Commit, patches, files, and what to do next."""
     commit = status.commit
     named = f" ({status.described})" if status.described else ""
+    shown = [
+        replace(one, state="there", offsets={}) if one.name in status.in_place else one
+        for one in status.outcomes
+    ]
     lines = [
         f"commit   {commit.id}{named}",
         f"         {commit.date}  {commit.subject}",
         f"         {status.relation}",
         "patches",
-        *outcome_lines(
-            [
-                replace(one, state="there", offsets={}) if one.name in status.in_place else one
-                for one in status.outcomes
-            ],
-            _SHOWN,
-        ),
+        *outcome_lines(shown, _SHOWN),
     ]
-    counts = {
-        kind: list(status.files.values()).count(kind) for kind in ("there", "missing", "other")
-    }
+    counts = Counter(status.files.values())
     lines.append(
         f"in place {len(status.in_place)} of {len(status.outcomes)} patches, {counts['there']} of "
         f"{len(status.files)} files of ours ({counts['missing']} missing, {counts['other']} different)"
@@ -76,11 +68,9 @@ def status_text(status: Status) -> str:
 
 def merged_text(merged: Merged) -> str:
     """Each patch on a commit, and its conflicts."""
-    lines = [
-        f"onto {merged.commit.id}",
-        f"     {merged.commit.date}  {merged.commit.subject}",
-        *outcome_lines(merged.outcomes, _REBASED),
-    ]
+    commit = merged.commit
+    lines = [f"onto {commit.id}", f"     {commit.date}  {commit.subject}"]
+    lines += outcome_lines(merged.outcomes, _REBASED)
     if not merged.applies:
         lines += ["", conflicts(merged)]
     return "\n".join(lines)

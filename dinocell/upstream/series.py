@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,32 +32,19 @@ class PatchError(DINOCellError):
 
 @dataclass(frozen=True)
 class Hook:
-    """Where an addition belongs.
+    """Where an addition belongs."""
 
-    Attributes:
-        path: file, from the root of the tree.
-        function: `name` or `Class.name`.
-        place: "first" (statement of the function), "after" or "before".
-        landmark: a name that the statement before, or after, uses; empty for "first".
-    """
-
-    path: str
-    function: str
-    place: str
-    landmark: str = ""
+    path: str  # file, from the root of the tree
+    function: str  # `name` or `Class.name`
+    place: str  # "first" (statement of the function), "after" or "before"
+    landmark: str = ""  # a name that the statement before, or after, uses; empty for "first"
 
     def __str__(self) -> str:
         return f"{self.path} {self.function} {self.place} {self.landmark}".rstrip()
 
     @classmethod
     def parse(cls, text: str, source: str) -> Hook:
-        """From a line of a patch's header.
-
-        Raises
-        ------
-        PatchError
-            The line is not `FILE FUNCTION first|after NAME|before NAME`.
-        """
+        """From a line of a patch's header: `FILE FUNCTION first|after NAME|before NAME`."""
         path, function, place, landmark = [*text.split(), "", "", "", ""][:4]
         right = place in _PLACES and bool(landmark) == (place != "first")
         if not right or len(text.split()) > 4:
@@ -69,40 +57,22 @@ class Hook:
 
 @dataclass(frozen=True)
 class Addition:
-    """Lines that a patch adds after a line of the base.
+    """Lines that a patch adds after a line of the base."""
 
-    Attributes:
-        after: number of that line, from 1; 0 is the top of the file.
-        lines: without line ends.
-    """
-
-    after: int
-    lines: tuple[str, ...]
+    after: int  # number of that line, from 1; 0 is the top of the file
+    lines: tuple[str, ...]  # without line ends
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One reason to touch upstream's code.
+    """One reason to touch upstream's code."""
 
-    Attributes:
-        name: of the file, without suffix; marks its lines.
-        header: fields `What`, `Why`, `Why not a new file`, `Updated`.
-        hooks: in the order of the additions.
-        additions: by path, in the order of the file.
-        bases: by path, the blob that the line numbers count.
-        text: what git reads.
-    """
-
-    name: str
-    header: Mapping[str, str]
-    hooks: tuple[Hook, ...]
-    additions: Mapping[str, tuple[Addition, ...]]
-    bases: Mapping[str, str]
-    text: str
-
-    @property
-    def added_lines(self) -> int:
-        return sum(len(a.lines) for items in self.additions.values() for a in items)
+    name: str  # of the file, without suffix; marks its lines
+    header: Mapping[str, str]  # fields `What`, `Why`, `Why not a new file`, `Updated`
+    hooks: tuple[Hook, ...]  # in the order of the additions
+    additions: Mapping[str, tuple[Addition, ...]]  # by path, in the order of the file
+    bases: Mapping[str, str]  # by path, the blob that the line numbers count
+    text: str  # what git reads
 
     def hooks_of(self, path: str) -> list[Hook]:
         return [hook for hook in self.hooks if hook.path == path]
@@ -110,34 +80,24 @@ class Patch:
 
 @dataclass(frozen=True)
 class Pin:
-    """The release that the series was made on.
+    """The release that the series was made on."""
 
-    Attributes:
-        address: of the repository.
-        commit: 40 digits.
-        date: of the commit.
-        oldest, newest: commits between which the series is known to apply.
-    """
-
-    address: str
-    commit: str
-    date: str
+    address: str  # of the repository
+    commit: str  # 40 digits
+    date: str  # of the commit
+    # oldest, newest: commits between which the series is known to apply
     oldest: str
     newest: str
 
 
 @dataclass(frozen=True)
 class Series:
-    """Everything in the folder of patches.
+    """Everything in the folder of patches."""
 
-    Attributes:
-        folder: where it was read from.
-        files: our files that go with the patches, path in the tree → path on the disk.
-    """
-
-    folder: Path
+    folder: Path  # where it was read from
     pin: Pin
     patches: tuple[Patch, ...]
+    # our files that go with the patches, path in the tree → path on the disk
     files: Mapping[str, Path] = field(default_factory=dict)
 
     @property
@@ -152,10 +112,7 @@ class Series:
 def default_series_folder() -> Path:
     """`patches/` of the clone that the package runs from.
 
-    Raises
-    ------
-    UsageError
-        The package was installed from a wheel, which has no patches.
+    Raises UsageError (the package was installed from a wheel, which has no patches).
     """
     folder = Path(__file__).resolve().parents[2] / "patches"
     if not (folder / "series").is_file():
@@ -182,19 +139,11 @@ def blob_id(data: bytes) -> str:
 
 
 def read_series(folder: str | Path, *, files_root: str | Path | None = None) -> Series:
-    """Read `UPSTREAM`, `series`, `files` and the patches.
+    """Read `UPSTREAM`, `series`, `files` and the patches of a folder such as `patches`.
 
-    Parameters
-    ----------
-    folder : path
-        Such as `patches`.
-    files_root : path, optional
-        Where the listed files lie; `dinov3_modified` beside the folder by default.
+    The listed files lie in `files_root`, by default `dinov3_modified` beside the folder.
 
-    Raises
-    ------
-    PatchError
-        A file is missing or malformed.
+    Raises PatchError (a file is missing or malformed).
     """
     folder = Path(folder)
     root = Path(files_root) if files_root is not None else folder.parent / "dinov3_modified"
@@ -204,8 +153,7 @@ def read_series(folder: str | Path, *, files_root: str | Path | None = None) -> 
         found = _files_of(root, name)
         if not found:
             raise PatchError(
-                f"entries of {folder / 'files'} must exist, got {name}, which is not in {root}: correct "
-                "the list"
+                f"entries of {folder / 'files'} must exist in {root}, got {name}: correct the list"
             )
         files |= {path.relative_to(root).as_posix(): path for path in found}
     patches = tuple(_read_patch(folder / name) for name in _lines(folder / "series"))
@@ -248,9 +196,7 @@ def _read_pin(path: Path) -> Pin:
         ) from error
     for commit in (pin.commit, pin.oldest, pin.newest):
         if not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise PatchError(
-                f"commits in {path} must have 40 digits, got {commit}: write it in full"
-            )
+            raise PatchError(f"commits in {path} must have 40 digits, got {commit}")
     return pin
 
 
@@ -337,12 +283,7 @@ def patch_text(
 ) -> str:
     """A patch's file, with its line numbers counted on other bases.
 
-    Parameters
-    ----------
-    bases : path → bytes
-        Upstream's files without any addition.
-    places : path → additions
-        Where the lines belong in them.
+    By path, `bases` are upstream's files without any addition, `places` where the lines belong in them.
     """
     parts = [f"{name}: {_wrapped(patch.header[name])}" for name in _FIELDS]
     parts += [f"Hook: {hook}" for hook in patch.hooks]
@@ -370,15 +311,10 @@ def patch_text(
     return "\n".join(parts) + "\n"
 
 
-def _wrapped(text: str, width: int = 96) -> str:
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + len(word) + 1 > width:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    return "\n  ".join([*lines, line])
+def _wrapped(text: str) -> str:
+    return "\n  ".join(
+        textwrap.wrap(" ".join(text.split()), 96, break_long_words=False, break_on_hyphens=False)
+    )
 
 
 def write_series(
@@ -387,37 +323,17 @@ def write_series(
     places: Mapping[str, Mapping[str, Sequence[Addition]]],
     pin: Pin,
 ) -> list[str]:
-    """Write the patches that have changed, and `UPSTREAM`; all of them or none.
+    """Write the patches that have changed, and `UPSTREAM`; returns the names of the files written.
 
-    Parameters
-    ----------
-    bases : path → bytes
-        Upstream's files that the new line numbers count.
-    places : name of a patch → path → additions
-
-    Returns
-    -------
-    list of str
-        Names of the files that were written.
+    The line numbers count `bases`, upstream's files by path; `places` are by patch and path.
     """
     today = datetime.date.today().isoformat()
     texts: dict[str, str] = {}
     for patch in series.patches:
-        same = patch_text(patch, bases, places[patch.name])
-        if same == patch.text:
-            continue
-        dated = replace(patch, header={**patch.header, "Updated": today})
-        texts[f"{patch.name}.patch"] = patch_text(dated, bases, places[patch.name])
-    upstream = _pin_text(pin)
-    if upstream != _text(series.folder / "UPSTREAM"):
-        texts["UPSTREAM"] = upstream
-    for name, text in texts.items():
-        write_text_atomically(series.folder / name, text)
-    return sorted(texts)
-
-
-def _pin_text(pin: Pin) -> str:
-    return (
+        if patch_text(patch, bases, places[patch.name]) != patch.text:
+            dated = replace(patch, header={**patch.header, "Updated": today})
+            texts[f"{patch.name}.patch"] = patch_text(dated, bases, places[patch.name])
+    upstream = (
         "# What the series was made on.  `dinocell upstream rebase` and `refresh` write this file.\n"
         f"address: {pin.address}\n"
         f"commit: {pin.commit}\n"
@@ -426,3 +342,8 @@ def _pin_text(pin: Pin) -> str:
         f"oldest: {pin.oldest}\n"
         f"newest: {pin.newest}\n"
     )
+    if upstream != _text(series.folder / "UPSTREAM"):
+        texts["UPSTREAM"] = upstream
+    for name, text in texts.items():
+        write_text_atomically(series.folder / name, text)
+    return sorted(texts)

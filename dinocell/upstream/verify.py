@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -40,43 +41,37 @@ class Verification:
 
     def text(self) -> str:
         """One line per subject with its counts, then everything that failed or was skipped."""
-        subjects: dict[str, list[Check]] = {}
-        for check in self.checks:
-            subjects.setdefault(check.subject, []).append(check)
+
+        def counts(checks: Iterable[Check]) -> list[int]:
+            states = [check.state for check in checks]
+            return [states.count(state) for state in ("passed", "failed", "skipped")]
+
         lines = [f"tree {self.tree}", f"{'subject':<24}{'passed':>8}{'failed':>8}{'skipped':>9}"]
-        for subject, checks in subjects.items():
-            counts = [sum(c.state == s for c in checks) for s in ("passed", "failed", "skipped")]
-            lines.append(f"{subject:<24}{counts[0]:>8}{counts[1]:>8}{counts[2]:>9}")
+        for subject in dict.fromkeys(check.subject for check in self.checks):
+            passed, failed, skipped = counts(c for c in self.checks if c.subject == subject)
+            lines.append(f"{subject:<24}{passed:>8}{failed:>8}{skipped:>9}")
         for state in ("failed", "skipped"):
             chosen = [check for check in self.checks if check.state == state]
             lines += [f"{state}: {check.subject} {check.name}: {check.reason}" for check in chosen]
-        total = [sum(c.state == s for c in self.checks) for s in ("passed", "failed", "skipped")]
-        lines.append(f"{total[0]} passed, {total[1]} failed, {total[2]} skipped")
-        if total[2]:
-            lines.append(f"not verified: {total[2]} checks did not run")
+        passed, failed, skipped = counts(self.checks)
+        lines.append(f"{passed} passed, {failed} failed, {skipped} skipped")
+        if skipped:
+            lines.append(f"not verified: {skipped} checks did not run")
         return "\n".join(lines)
 
 
 def verify_tree(tree: str | Path, *, keyword: str = "") -> Verification:
     """Run `tests/conformance` on a tree, in a process of its own.
 
-    Parameters
-    ----------
-    tree : path
-        Folder that holds the package `dinov3`.
-    keyword : str
-        As pytest's -k.
+    `tree` is the folder that holds the package `dinov3`; `keyword` is as pytest's -k.
 
-    Raises
-    ------
-    UsageError
-        The tree, the suite (if the package was installed from a wheel) or pytest is missing.
+    Raises UsageError (the tree, the suite (if the package was installed from a wheel) or pytest is
+    missing).
     """
     tree = Path(tree).resolve()
     if not (tree / "dinov3" / "models").is_dir():
         raise UsageError(
-            f"`tree` must be a folder that holds the package dinov3, got {tree}: name the root of a "
-            "checkout"
+            f"`tree` must be the root of a checkout, with the package dinov3 in it, got {tree}"
         )
     if not _SUITE.is_dir():
         raise UsageError(
@@ -92,10 +87,11 @@ def verify_tree(tree: str | Path, *, keyword: str = "") -> Verification:
         ]  # fmt: skip
         if keyword:
             command += ["-k", keyword]
+        environment = {**os.environ, "DINOCELL_DINOV3": str(tree)}
         done = subprocess.run(
             command,
             cwd=_SUITE.parents[1],
-            env={**os.environ, "DINOCELL_DINOV3": str(tree)},
+            env=environment,
             capture_output=True,
             text=True,
             check=False,
@@ -122,14 +118,9 @@ def _read_report(path: Path) -> tuple[Check, ...]:
         name = case.get("name", "").removeprefix("test_").replace("_", " ")
         state, reason = "passed", ""
         for inner in case:
-            if inner.tag in ("failure", "error"):
-                state, reason = "failed", _line(inner.get("message") or inner.text or "")
-            elif inner.tag == "skipped":
-                state, reason = "skipped", _line(inner.get("message") or "")
+            if inner.tag in ("failure", "error", "skipped"):
+                state = "skipped" if inner.tag == "skipped" else "failed"
+                text = inner.get("message") or inner.text or ""
+                reason = text.strip().partition("\n")[0][:300]
         checks.append(Check(subject.replace("_", " "), name, state, reason))
     return tuple(checks)
-
-
-def _line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[0][:300] if lines else ""

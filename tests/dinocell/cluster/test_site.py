@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,6 @@ def test_the_example_has_every_key_with_its_default():
         wanted = {None: "null", (): []}.get(value, str(value)) if value != {} else {}
         assert text == wanted, key
     assert load_site(str(SITES / "example.yaml")) == defaults == load_site(None)
-
-
-def test_the_example_and_the_docstring_say_something_about_every_key():
-    documented = SiteProfile.__doc__ or ""
-    for name in FIELDS:
-        assert re.search(rf"\b{name}\b", documented), name
 
 
 def test_the_site_with_a100s():
@@ -128,11 +121,11 @@ def test_an_empty_value_in_a_section_is_empty(key):
         (["tasks_per_node=0"], "tasks_per_node must be at least 1"),
         (["signal_ahead_s=9"], "signal_ahead_s must be at least 10, got 9"),
         (["time=2"], "time must be longer than signal_ahead_s (120 s), got 2"),
-        (["time=soon"], "time must be like 24:00:00, 2-00:00:00 or a number of minutes"),
+        (["time=soon"], "time must be like 24:00:00, 2-00:00:00 or minutes"),
         (["gres=gpu:a100:many"], "gres must look like gpu:a100:1, got 'gpu:a100:many'"),
         (["mem=64GB"], "mem must be a number with K, M, G or T, got '64GB'"),
         (["environment.A-B=1"], "environment must have names of variables, got 'A-B'"),
-        (["extra.--licenses=matlab"], "names of sbatch's options without dashes"),
+        (["extra.--licenses=matlab"], "without dashes before them"),
         (['comment="a\\nrm b"'], "comment must be one line"),
         (['extra.licenses="a\\nb"'], "extra.licenses must be one line"),
         (["mem=4G", "extra.mem-per-cpu=1G"], "memory must be given once, got mem and mem-per-cpu"),

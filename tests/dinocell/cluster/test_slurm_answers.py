@@ -130,8 +130,10 @@ def test_without_slurm(no_slurm):
         ({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0"}, "12_0"),
     ],
 )
-def test_the_job_of_this_process(environment, job):
-    assert own_job(environment) == job
+def test_the_job_of_this_process(monkeypatch, environment, job):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert own_job() == job
 
 
 def test_requeue(slurm):

@@ -21,8 +21,8 @@ from dinocell.io import write_labels
 RUN = PlannedRun("ssl-a", ("pretrain", "c.yaml"), Path("runs/a"))
 
 
-def text(site: SiteProfile | None = None, *runs: PlannedRun, **options) -> str:
-    return sbatch_text(runs or [RUN], site or SiteProfile(), **options)
+def text(site: SiteProfile | None = None, *runs: PlannedRun, dependency=None, log_dir=None) -> str:
+    return sbatch_text(runs or [RUN], site or SiteProfile(), dependency, log_dir)
 
 
 def options_of(script: str) -> set[str]:
@@ -192,7 +192,7 @@ def test_sbatch_says_nothing_beside_the_sentence(slurm, tmp_path, capfd):
 
 def test_a_folder_that_cannot_be_made(slurm, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"must be one that can be made, got .*file"):
+    with pytest.raises(UsageError, match=r"a run needs a folder, got .*file"):
         submit([PlannedRun("a", ("pretrain",), tmp_path / "file")], SiteProfile())
     assert not any(call.startswith("sbatch") for call in slurm.calls())
 
@@ -333,7 +333,7 @@ def test_local_inside_of_a_job_is_not_that_job(masks, slurm, monkeypatch):
          "must have one process"),
         (["evaluate", "--wrong", "x"], "No such option: --wrong"),
         (["evaluate", "--pred", "p", "--truth", "t", "--set", "partion=x"], "did you mean partition"),
-        (["evaluate", "--pred", "p", "--truth", "t", "--set", "extra.output=x"], "use the profile's own"),
+        (["evaluate", "--pred", "p", "--truth", "t", "--set", "extra.output=x"], "that the profile does not set"),
     ],
 )  # fmt: skip
 def test_wrong_calls_are_told_at_once(masks, capsys, arguments, message):

@@ -99,7 +99,7 @@ def test_a_commit_with_our_lines_is_no_base(upstream, folder):
 
 
 def test_an_unknown_commit(upstream, folder):
-    with pytest.raises(UsageError, match="a commit must be known to the checkout, got nowhere"):
+    with pytest.raises(UsageError, match="must know the commit, got nowhere"):
         rebase(upstream.folder, "nowhere", read_series(folder))
 
 

@@ -24,6 +24,10 @@ from dinocell.upstream.series import (
 ROOT = Path(__file__).resolve().parents[3]
 
 
+def added_lines(patch) -> int:
+    return sum(len(item.lines) for items in patch.additions.values() for item in items)
+
+
 # --- the real one ---
 
 
@@ -50,7 +54,7 @@ def test_an_installed_package_asks_for_a_clone(tmp_path, monkeypatch):
 
 
 def test_hooks_are_few_and_call_our_files_alone(real):
-    assert sum(patch.added_lines for patch in real.patches) <= 40
+    assert sum(map(added_lines, real.patches)) <= 40
     for patch in real.patches:
         for additions in patch.additions.values():
             for item in additions:
@@ -112,7 +116,7 @@ def test_what_refresh_writes_is_read_again(series, folder):
     loading, loop = series.patches
     assert loading.additions["dinov3/core.py"][0].after == 7
     assert [item.after for item in loop.additions["dinov3/core.py"]] == [21, 23]
-    assert (loading.added_lines, loop.added_lines) == (2, 2)
+    assert (added_lines(loading), added_lines(loop)) == (2, 2)
     assert loop.hooks[1] == Hook("dinov3/core.py", "Trainer.run", "after", "step")
     assert "total = 0" not in (folder / "loop.patch").read_text()
     assert loading.header["Updated"] != "2026-01-02"
@@ -137,7 +141,7 @@ def test_blob_names_are_those_of_git(upstream):
         (
             "files",
             ("dinov3/ours.py", "dinov3/theirs.py"),
-            "entries of .* must exist, got dinov3/theirs",
+            "entries of .* must exist in .*, got dinov3/theirs",
         ),
         ("UPSTREAM", ("address", "adress"), "must hold address, commit"),
         ("UPSTREAM", ("commit: ", "commit: abc"), "must have 40 digits"),

@@ -61,7 +61,7 @@ def test_a_skipped_check_is_not_a_verification():
 
 
 def test_wrong_calls(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="`tree` must be a folder that holds the package dinov3"):
+    with pytest.raises(UsageError, match="`tree` must be the root of a checkout"):
         verify_tree(tmp_path)
     with pytest.raises(UsageError, match="`keyword` must match a test of the suite"):
         verify_tree(BUNDLED, keyword="no_such_test")
@@ -126,8 +126,8 @@ def test_wrong_commands_are_one_sentence(upstream, folder, tmp_path, monkeypatch
     for arguments, message in (
         (["status", "--checkout", tmp_path / "none"], "--checkout must be a folder"),
         (["status", "--checkout", tmp_path], "must be a git checkout of DINOv3"),
-        (["rebase", "--checkout", upstream.folder, "--onto", "x"], "a commit must be known"),
-        (["verify", "--tree", tmp_path], "--tree must be a folder"),
+        (["rebase", "--checkout", upstream.folder, "--onto", "x"], "must know the commit, got x"),
+        (["verify", "--tree", tmp_path], "--tree must be the root of a checkout"),
     ):
         code, text = run("upstream", *arguments)
         assert code == 2, text
