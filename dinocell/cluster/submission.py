@@ -255,7 +255,7 @@ def submit(
     number = tasks[0][0].split("_")[0]
     notice = "" if dependency else objection(str(folder / f"{number}_submission.sh"))
     if notice:
-        notice = f"note:   SLURM would not start it now ({notice}): compare the site with sinfo"
+        notice = f"note:   as things are, SLURM would not start it ({notice}): compare the site with sinfo"
     return Submitted(number, tasks, notice)
 
 

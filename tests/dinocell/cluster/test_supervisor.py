@@ -1,8 +1,13 @@
-"""One process of a job: what it makes of signals, failures and SLURM's answers, with real children."""
+"""One process of a job: what it makes of signals, failures and SLURM's answers, with real children.
+
+The supervisor runs in the process of the test, and its clock is a fake one: five seconds pass with each
+look at it, and waiting takes no time.  A child sends the signals itself as soon as it is ready for them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -14,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from dinocell.batch import journal
+from dinocell.cluster import ending, processes, supervisor
 from dinocell.cluster.record import (
     JobRecord,
     Start,
@@ -30,21 +36,9 @@ CHILD = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 Path("child").write_text(" ".join(sys.argv[1:]))
-def after(name): Path(name).write_text(str(os.getpid()))
+def tell(name): os.kill(os.getppid(), getattr(signal, name))
+def hang(): time.sleep(600)
 exec(Path("behaviour.py").read_text())
-"""
-START = """
-import itertools, os, sys
-from dinocell.cluster import supervisor
-class Stand_in(supervisor._Supervisor):
-    def _child_command(self):
-        return [sys.executable, "-u", "child.py", *self._command()]
-supervisor._Supervisor = Stand_in
-if "GROWING_COUNT" in os.environ:
-    supervisor.oom_kills = itertools.count().__next__
-supervisor._SURVIVES_S = 0.0
-job = supervisor.SupervisedJob(tuple(sys.argv[1].split()), "run", **eval(sys.argv[2]))
-sys.exit(supervisor.supervise(job))
 """
 SAVES = """
 def note(number, frame):
@@ -54,45 +48,63 @@ def note(number, frame):
     sys.exit(75)
 for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
     signal.signal(number, note)
-after("ready")
-time.sleep(600)
 """
 
 
+class Clock:
+    """Stands in for the module `time`: `on_look` and `on_sleep` are what happens meanwhile."""
+
+    time = staticmethod(time.time)
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.on_look = self.on_sleep = lambda: None
+
+    def monotonic(self) -> float:
+        self.now += 5
+        self.on_look()
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.on_sleep()
+
+
 @pytest.fixture
-def job(tmp_path, monkeypatch):
-    """Starts a supervisor over a child of the given behaviour."""
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    for module in (supervisor, ending, processes):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch, clock, capsys):
+    """Runs a supervisor over a child of the given behaviour; its exit code and what it printed."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     Path("child.py").write_text(CHILD)
-    Path("start.py").write_text(START)
-    started = []
+    monkeypatch.setattr(
+        supervisor._Supervisor,
+        "_child_command",
+        lambda self: [sys.executable, "-u", "child.py", *self._command()],
+    )
 
-    def begin(behaviour: str, command: str = "pretrain c.yaml", *, options=None, **environment):
+    def run(behaviour: str, command: str = "pretrain c.yaml", *, options=None, **environment):
         Path("behaviour.py").write_text(behaviour)
-        process = subprocess.Popen(
-            [sys.executable, "start.py", command, repr(options or {})],
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        started.append(process)
-        return process
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            made = supervisor.SupervisedJob(tuple(command.split()), "run", **(options or {}))
+            code = supervisor.supervise(made)
+        return code, "".join(capsys.readouterr())
 
-    yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
+    return run
 
 
-def wait_until(condition, within_s: float = 120) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, condition
-        time.sleep(0.05)
-
-
-def end(process) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=900)
-    return process.returncode, output
+def saves(name: str) -> str:
+    """Behaviour of a child that gets a signal when it listens, and saves itself."""
+    return f"{SAVES}tell({name!r}); hang()"
 
 
 def the_record() -> JobRecord:
@@ -102,7 +114,7 @@ def the_record() -> JobRecord:
 
 
 def test_done(job):
-    code, output = end(job("print('hello')"))
+    code, output = job("print('hello')")
     assert code == 0
     assert "hello" in output
     assert Path("child").read_text() == "pretrain c.yaml"
@@ -122,42 +134,38 @@ def test_done(job):
     ],
 )  # fmt: skip
 def test_ends_by_itself(job, slurm, behaviour, code, state, reason):
-    """Whatever it was, it is told and not requeued."""
+    """Whatever it was, it is reported and not requeued."""
     slurm.job("5")
-    found, output = end(job(behaviour, SLURM_JOB_ID="5"))
+    found, output = job(behaviour, SLURM_JOB_ID="5")
     assert found == code, output
     assert the_record().state == state
     assert reason in the_record().reason
-    assert not [call for call in slurm.calls() if "requeue" in call]
+    assert not requests(slurm)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_signal_without_slurm(job, number):
-    process = job(SAVES)
-    wait_until(Path("ready").exists)
-    process.send_signal(number)
-    code, _ = end(process)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGINT"])
+def test_signal_without_slurm(job, name):
+    code, _ = job(saves(name))
     assert code == 75
-    assert Path("got").read_text().split() == [number.name]
+    assert Path("got").read_text().split() == [name]
     assert the_record().state == "stopped"
     assert "run the same command to continue" in the_record().reason
 
 
+def requeues(slurm, number: str = "5") -> None:
+    """SLURM ends a job that it was asked to requeue."""
+    slurm.script(f"scontrol requeue {number}", "kill -TERM $PPID")
+
+
+def requests(slurm) -> list[str]:
+    return [call for call in slurm.calls() if "requeue" in call]
+
+
 def test_signal_before_the_child_listens_is_not_lost(job, slurm):
     slurm.job("5")
-    slurm.script("scontrol requeue 5", f"kill -TERM $(cat {Path.cwd()}/supervisor)")
-    process = job("after('loading'); time.sleep(600)", SLURM_JOB_ID="5")
-    Path("supervisor").write_text(str(process.pid))
-    wait_until(Path("loading").exists)
-    process.send_signal(signal.SIGUSR2)
-    assert end(process)[0] == 0
+    requeues(slurm)
+    assert job("tell('SIGUSR2'); hang()", SLURM_JOB_ID="5")[0] == 0
     assert the_record().state == "requeued"
-
-
-def requeued(slurm, process) -> None:
-    """SLURM ends a job that it was asked to requeue."""
-    Path("supervisor").write_text(str(process.pid))
-    slurm.script("scontrol requeue 5", f"kill -TERM $(cat {Path.cwd()}/supervisor)")
 
 
 @pytest.mark.parametrize(
@@ -172,16 +180,12 @@ def requeued(slurm, process) -> None:
     ],
     ids=["request", "preemption", "scancel", "time is over", "requeued already", "no grace"],
 )  # fmt: skip
-def test_what_slurm_says_decides(job, slurm, shown, state, code, asks):
+def test_what_slurm_says_decides(job, slurm, clock, shown, state, code, asks):
     slurm.job("5", **shown)
-    process = job(SAVES, SLURM_JOB_ID="5")
-    requeued(slurm, process)
-    wait_until(Path("ready").exists)
-    process.send_signal(signal.SIGTERM)
-    if state == "requeued" and not asks:
-        wait_until(lambda: the_record().state == "requeued")
-        process.send_signal(signal.SIGTERM)
-    found, output = end(process)
+    requeues(slurm)
+    if not asks:  # SLURM ends the job while the supervisor waits for that
+        clock.on_sleep = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    found, output = job(saves("SIGTERM"), SLURM_JOB_ID="5")
     assert found == code, output
     assert the_record().state == state
     assert ("scontrol requeue 5" in slurm.calls()) == asks
@@ -189,22 +193,16 @@ def test_what_slurm_says_decides(job, slurm, shown, state, code, asks):
 
 def test_tasks_of_an_array_are_requeued_by_their_own_number(job, slurm):
     slurm.answer("scontrol show job -o 5", "JobId=8 ArrayJobId=5 ArrayTaskId=3 JobState=RUNNING\n")
-    process = job(SAVES, SLURM_JOB_ID="8", SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="3")
-    Path("supervisor").write_text(str(process.pid))
-    slurm.script("scontrol requeue 5_3", f"kill -TERM $(cat {Path.cwd()}/supervisor)")
-    wait_until(Path("ready").exists)
-    process.send_signal(signal.SIGUSR2)
-    assert end(process)[0] == 0
+    requeues(slurm, "5_3")
+    of_array = {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
+    assert job(saves("SIGUSR2"), **of_array)[0] == 0
     assert slurm.calls()[-1] == "scontrol requeue 5_3"
 
 
-def test_requeueing_that_is_refused_is_told(job, slurm):
+def test_a_refused_requeue_is_reported(job, slurm):
     slurm.job("5")
     slurm.answer("scontrol requeue 5", error="Requested operation is disabled", code=1)
-    process = job(SAVES, SLURM_JOB_ID="5")
-    wait_until(Path("ready").exists)
-    process.send_signal(signal.SIGUSR2)
-    assert end(process)[0] == 75
+    assert job(saves("SIGUSR2"), SLURM_JOB_ID="5")[0] == 75
     assert the_record().state == "stopped"
     assert "(Requested operation is disabled): submit it again" in the_record().reason
 
@@ -217,16 +215,16 @@ def earlier(*progress: int, job: str = "5", state: str = "requeued") -> None:
 def test_starts_without_progress_are_bounded(job, slurm):
     slurm.job("5", Restarts=2)
     earlier(0, 0)
-    code, _ = end(job("after('ran')", options={"max_stalled_starts": 2}, SLURM_JOB_ID="5",
-                      SLURM_RESTART_COUNT="2"))  # fmt: skip
+    code, _ = job("Path('ran').touch()", options={"max_stalled_starts": 2}, SLURM_JOB_ID="5",
+                      SLURM_RESTART_COUNT="2")  # fmt: skip
     assert code == 1
     assert not Path("ran").exists()
     assert the_record().state == "stalled"
     assert "got 2 starts of job 5 without a new checkpoint" in the_record().reason
     assert len(the_record().starts) == 2
-    # Another submission begins to count anew.
+    # Another submission starts to count from zero.
     slurm.job("6")
-    code, _ = end(job("after('ran')", options={"max_stalled_starts": 2}, SLURM_JOB_ID="6"))
+    code, _ = job("Path('ran').touch()", options={"max_stalled_starts": 2}, SLURM_JOB_ID="6")
     assert code == 0
     assert Path("ran").exists()
 
@@ -234,39 +232,31 @@ def test_starts_without_progress_are_bounded(job, slurm):
 def test_no_requeue_after_a_standstill(job, slurm):
     slurm.job("5", Restarts=1)
     earlier(0)
-    process = job(
-        SAVES, options={"max_stalled_starts": 2}, SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1"
-    )
-    wait_until(Path("ready").exists)
-    process.send_signal(signal.SIGUSR2)
-    assert end(process)[0] == 1
+    two = {"max_stalled_starts": 2}
+    assert job(saves("SIGUSR2"), options=two, SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1")[0] == 1
     assert the_record().state == "stalled"
-    assert not [call for call in slurm.calls() if "requeue" in call]
+    assert not requests(slurm)
 
 
 def test_a_folder_in_which_another_job_runs_is_refused(job, slurm):
     slurm.job("4")
     slurm.job("5")
     earlier(3, job="4", state="running")
-    code, output = end(job("after('ran')", SLURM_JOB_ID="5"))
+    code, output = job("Path('ran').touch()", SLURM_JOB_ID="5")
     assert code == 1
     assert "where job 4 is running" in output
     assert [start.job for start in the_record().starts] == ["4"]
     slurm.job("4", JobState="COMPLETED")  # killed before it could write its end
-    assert end(job("after('ran')", SLURM_JOB_ID="5"))[0] == 0
+    assert job("Path('ran').touch()", SLURM_JOB_ID="5")[0] == 0
 
 
-def test_a_child_that_does_not_save_in_time_is_ended(job, slurm):
+def test_a_child_that_does_not_save_in_time_is_ended(job, slurm, clock):
     slurm.job("5")
-    behaviour = "signal.signal(signal.SIGUSR2, signal.SIG_IGN); after('ready'); time.sleep(600)"
-    process = job(behaviour, options={"signal_ahead_s": 10}, SLURM_JOB_ID="5")
-    requeued(slurm, process)
-    wait_until(Path("ready").exists)
-    begun = time.monotonic()
-    process.send_signal(signal.SIGUSR2)
-    code, output = end(process)
+    requeues(slurm)
+    behaviour = "signal.signal(signal.SIGUSR2, signal.SIG_IGN); tell('SIGUSR2'); hang()"
+    code, output = job(behaviour, options={"signal_ahead_s": 60}, SLURM_JOB_ID="5")
     assert code == 0, output
-    assert time.monotonic() - begun > 4
+    assert clock.now > 45, "it may save itself until fifteen seconds before the end"
     assert "its last checkpoint counts" in output
     assert the_record().state == "requeued"
 
@@ -275,35 +265,43 @@ WITH_WORKER = """
 worker = subprocess.Popen([sys.executable, "-c",
     "import signal, time; from pathlib import Path\\n"
     "for n in (signal.SIGTERM, signal.SIGUSR2): signal.signal(n, lambda *a: Path('worker_got').touch())\\n"
-    "Path('worker').write_text('x'); time.sleep(20)"])
+    "Path('worker').write_text('x'); time.sleep(600)"])
 while not Path("worker").exists():
-    time.sleep(0.05)
+    time.sleep(0.01)
 def note(number, frame):
     worker.kill()
     sys.exit(75)
 signal.signal(signal.SIGUSR2, note)
-after("ready")
-time.sleep(600)
+Path("group").write_text(str(os.getpgid(0)))
+tell("SIGUSR2")
+hang()
 """
 
 
 def test_workers_of_the_child_get_no_signal(job):
     """SLURM signals whole process groups."""
-    process = job(WITH_WORKER)
-    wait_until(Path("ready").exists)
-    group = os.getpgid(process.pid)
-    child = int(Path("ready").read_text())
-    assert os.getpgid(child) != group
-    process.send_signal(signal.SIGUSR2)
-    assert end(process)[0] == 75
+    assert job(WITH_WORKER)[0] == 75
+    assert int(Path("group").read_text()) != os.getpgid(0)
     assert not Path("worker_got").exists()
 
 
-def test_nothing_outlives_a_killed_supervisor(job):
-    process = job("after('ready'); time.sleep(600)")
-    wait_until(lambda: Path("ready").exists() and Path("ready").read_text())
-    child = int(Path("ready").read_text())
+START = """
+import os, sys
+from dinocell.cluster import supervisor
+wait = "from pathlib import Path; import os, time; Path('ready').write_text(str(os.getpid())); time.sleep(600)"
+supervisor._Supervisor._child_command = lambda self: [sys.executable, "-c", wait]
+supervisor.supervise(supervisor.SupervisedJob(("pretrain", "c.yaml"), "run"))
+"""
+
+
+def test_nothing_outlives_a_killed_supervisor(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", START], env=environment, cwd=tmp_path)
+    ready = tmp_path / "ready"
+    wait_until(lambda: process.poll() is not None or (ready.exists() and ready.read_text()))
+    child = int(ready.read_text())
     process.kill()
+    process.wait()
 
     def gone() -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -311,6 +309,14 @@ def test_nothing_outlives_a_killed_supervisor(job):
         return True
 
     wait_until(gone)
+
+
+def wait_until(condition) -> None:
+    for _ in range(12_000):  # ten minutes, as a last guard
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError(condition)
 
 
 # --- several processes ---
@@ -323,10 +329,10 @@ def of(rank: int, world: int = 2) -> dict[str, str]:
 
 def test_the_first_process_tells_why_another_failed(job, slurm):
     slurm.job("5")
-    code, _ = end(job("sys.exit('dinocell: error: the disk is full')", **of(1)))
+    code, _ = job("sys.exit('dinocell: error: the disk is full')", **of(1))
     assert code == 1
     assert not (Path("run") / "job.json").exists()  # of the first process only
-    code, _ = end(job("sys.exit('RuntimeError: Connection closed by peer')", **of(0)))
+    code, _ = job("sys.exit('RuntimeError: Connection closed by peer')", **of(0))
     assert the_record().reason == "process 1 of 2: the disk is full"
 
 
@@ -344,37 +350,41 @@ def test_lost_connections_are_consequences(slurm, tmp_path):
     assert first_failure(tmp_path, "5", 0, 2) == ("", "")
 
 
-def test_a_process_that_hangs_after_another_failed_is_ended(job, slurm):
+def seen(clock) -> list[tuple[str, str]]:
+    """State and reason of the record, whenever the supervisor looks at the clock."""
+    states: list[tuple[str, str]] = []
+    clock.on_look = lambda: states.append((the_record().state, the_record().reason))
+    return states
+
+
+def test_a_process_that_hangs_after_another_failed_is_ended(job, slurm, clock):
     """srun sends TERM; a process in an exchange with the one that is gone does not react."""
     slurm.job("5")
-    end(job("sys.exit('dinocell: error: the disk is full')", **of(1)))
-    behaviour = "signal.signal(signal.SIGTERM, signal.SIG_IGN); after('ready'); time.sleep(600)"
-    process = job(behaviour, **of(0))
-    wait_until(Path("ready").exists)
-    process.send_signal(signal.SIGTERM)
-    wait_until(lambda: the_record().state == "stopping", 10)  # should SLURM end it now
-    assert "the disk is full" in the_record().reason
-    assert end(process)[0] == 1
+    job("sys.exit('dinocell: error: the disk is full')", **of(1))
+    states = seen(clock)
+    behaviour = "signal.signal(signal.SIGTERM, signal.SIG_IGN); tell('SIGTERM'); hang()"
+    assert job(behaviour, **of(0))[0] == 1
+    assert ("stopping", "process 1 of 2: the disk is full") in states  # should SLURM end it then
     assert the_record().state == "failed"
-    assert not [call for call in slurm.calls() if "requeue" in call]
+    assert not requests(slurm)
 
 
 def test_a_process_that_waits_for_one_that_failed_is_ended(job, slurm):
     """Also where nothing ends it: a script whose srun does not kill on a bad exit."""
     slurm.job("5")
-    process = job("after('ready'); time.sleep(600)", **of(0))
-    wait_until(Path("ready").exists)
-    end(job("sys.exit('dinocell: error: the disk is full')", **of(1)))
-    assert end(process)[0] == 137
+    note = {"state": "failed", "reason": "process 1 of 2: the disk is full"}
+    folder = failures_folder("run", "5", 0, 0)
+    fails = f"os.makedirs({str(folder)!r}); Path({str(folder / '1.json')!r}).write_text({json.dumps(note)!r})"
+    assert job(f"{fails}; hang()", **of(0))[0] == 137
     assert the_record().reason == "process 1 of 2: the disk is full"
     assert the_record().state == "failed"
 
 
 def test_work_of_one_process_runs_once(job, slurm):
     slurm.job("5")
-    assert end(job("after('ran')", "segment x -o out", **of(1)))[0] == 0
+    assert job("Path('ran').touch()", "segment x -o out", **of(1))[0] == 0
     assert not Path("ran").exists()
-    assert end(job("after('ran')", "segment x -o out", **of(0)))[0] == 0
+    assert job("Path('ran').touch()", "segment x -o out", **of(0))[0] == 0
     assert Path("ran").exists()
 
 
@@ -396,42 +406,42 @@ def settle(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("there", [True, False], ids=["with earlier results", "new"])
-def test_what_begins_anew_does_so_once(job, slurm, command, flag, name, later, there):
+def test_what_starts_over_does_so_once(job, slurm, command, flag, name, later, there):
     """Also if a job is cut before it came to that."""
     if there:
         settle(name)
     for restart in (0, 1):
         slurm.job("5", Restarts=restart)
-        end(job("", f"{command} {flag}", SLURM_JOB_ID="5", SLURM_RESTART_COUNT=str(restart)))
+        job("", f"{command} {flag}", SLURM_JOB_ID="5", SLURM_RESTART_COUNT=str(restart))
         assert Path("child").read_text() == f"{command} {flag}"
     for restart in (2, 3, 4):
-        settle(name)  # written anew by every start
-        end(job("", f"{command} {flag}", SLURM_JOB_ID="5", SLURM_RESTART_COUNT=str(restart)))
+        settle(name)  # written again by every start
+        job("", f"{command} {flag}", SLURM_JOB_ID="5", SLURM_RESTART_COUNT=str(restart))
         assert Path("child").read_text() == later
     slurm.job("6")
-    end(job("", f"{command} {flag}", SLURM_JOB_ID="6"))
+    job("", f"{command} {flag}", SLURM_JOB_ID="6")
     assert Path("child").read_text() == f"{command} {flag}"
 
 
 def test_what_is_left_aside_is_no_progress(job, slurm):
-    """An earlier run of 900 iterations; this one begins anew and gets on with each start."""
+    """An earlier run of 900 iterations; this one starts over and gets on with each start."""
     put_aside = "import shutil; shutil.rmtree('run/ckpt'); Path('run/ckpt').mkdir()"
     for restart, (saved, behaviour) in enumerate([(899, put_aside), (9, ""), (19, "")]):
         (Path("run/ckpt") / str(saved)).mkdir(parents=True)
         slurm.job("5", Restarts=restart)
-        code, output = end(
-            job(behaviour, "pretrain c.yaml --no-resume", options={"max_stalled_starts": 2},
-                SLURM_JOB_ID="5", SLURM_RESTART_COUNT=str(restart))
+        code, output = job(
+            behaviour, "pretrain c.yaml --no-resume", options={"max_stalled_starts": 2},
+            SLURM_JOB_ID="5", SLURM_RESTART_COUNT=str(restart),
         )  # fmt: skip
         assert code == 0, output
     assert [start.progress for start in the_record().starts] == [0, 10, 20]
 
 
-def test_later_starts_of_a_segmentation_go_on(job, slurm):
+def test_later_starts_of_a_segmentation_continue(job, slurm):
     slurm.job("5", Restarts=1)
     earlier(0)
     settle("settings.json")
-    end(job("", "segment x -o out --overwrite", SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1"))
+    job("", "segment x -o out --overwrite", SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1")
     assert Path("child").read_text() == "segment x -o out --resume"
 
 
@@ -446,33 +456,35 @@ def test_later_starts_of_a_segmentation_go_on(job, slurm):
         ("segment x -o out --overwrite", "cancelled", "segment x -o out --overwrite"),
     ],
 )
-def test_the_same_submission_goes_on_after_a_cancellation(job, slurm, command, state, expected):
+def test_the_same_submission_continues_after_a_cancellation(job, slurm, command, state, expected):
     """Only the very same; what was finished is not touched."""
     before = command if "y" not in command.split() else "segment x -o out"
     starts = [Start("4", 0, 0, 0.0, "node")]
     write_record("run", JobRecord(before.split(), state, "", starts))
     slurm.job("4", JobState="CANCELLED")
     slurm.job("5")
-    end(job("", command, SLURM_JOB_ID="5"))
+    job("", command, SLURM_JOB_ID="5")
     assert Path("child").read_text() == expected
 
 
 def test_the_end_of_each_job_is_kept(job, slurm):
     slurm.job("5")
     slurm.job("6")
-    end(job("sys.exit('dinocell: error: an accident')", SLURM_JOB_ID="5"))
-    end(job("", SLURM_JOB_ID="6"))
+    job("sys.exit('dinocell: error: an accident')", SLURM_JOB_ID="5")
+    job("", SLURM_JOB_ID="6")
     assert the_record().ends == {"5": ("failed", "an accident", ""), "6": ("done", "", "")}
     assert the_record().end_of("5") == ("failed", "an accident", "")
 
 
-def test_a_job_that_runs_again_has_no_end(job, slurm):
+def test_a_job_that_runs_again_has_no_end(job, slurm, clock):
     slurm.job("5")
-    end(job("sys.exit('dinocell: error: an accident')", SLURM_JOB_ID="5"))
+    job("sys.exit('dinocell: error: an accident')", SLURM_JOB_ID="5")
     slurm.job("5", Restarts=1)
-    job("after('ready'); time.sleep(600)", SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1")
-    wait_until(Path("ready").exists)
-    assert the_record().end_of("5") is None
+    ends: list = []
+    wait = "while not Path('go').exists(): time.sleep(0.01)"
+    clock.on_look = lambda: (ends.append(the_record().end_of("5")), Path("go").touch())
+    job(wait, SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1")
+    assert set(ends) == {None}
 
 
 @pytest.mark.parametrize(
@@ -485,16 +497,13 @@ def test_a_job_that_runs_again_has_no_end(job, slurm):
 )
 def test_what_to_do_after_a_cancellation(job, slurm, command, advice):
     slurm.job("5", JobState="COMPLETING")
-    process = job(SAVES, command, SLURM_JOB_ID="5")
-    wait_until(Path("ready").exists)
-    process.send_signal(signal.SIGTERM)
-    end(process)
+    job(saves("SIGTERM"), command, SLURM_JOB_ID="5")
     assert the_record().state == "cancelled"
     assert the_record().reason.endswith(advice)
 
 
-def test_a_sentence_is_said_once(job):
-    _, output = end(job("sys.exit('dinocell: error: an accident')"))
+def test_a_sentence_is_printed_once(job):
+    _, output = job("sys.exit('dinocell: error: an accident')")
     assert output.count("an accident") == 1
     assert output.endswith("dinocell: failed\n")
 
@@ -514,12 +523,12 @@ def test_of_many_images_one_that_takes_the_memory_costs_no_others(job, slurm):
     """The part continues by itself, and knows which images it had not finished."""
     slurm.job("5")
     Path("run").mkdir()
-    code, output = end(job(HUNGRY, "shards run out 0", SLURM_JOB_ID="5"))
+    code, output = job(HUNGRY, "shards run out 0", SLURM_JOB_ID="5")
     assert code == 0, output
     assert output.count("with 1 unfinished images") == 2
     assert journal.kills(Path("run")) == {"big": 2}
     assert the_record().state == "done"
-    assert not [call for call in slurm.calls() if "requeue" in call]
+    assert not requests(slurm)
 
 
 def test_memory_that_suits_no_image_ends_the_part(job, slurm):
@@ -533,7 +542,7 @@ seen = kills(Path("run"))
 note_start(Path("run"), min("abcdefghijkl", key=lambda name: seen[name]))
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    code, _ = end(job(behaviour, "shards run out 0", SLURM_JOB_ID="5"))
+    code, _ = job(behaviour, "shards run out 0", SLURM_JOB_ID="5")
     assert code == 137
     assert len(Path("starts").read_text()) == 2 * journal.MAX_KILLS
     assert the_record().state == "out_of_memory"
@@ -542,7 +551,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_part_that_is_killed_without_an_image_ends(job, slurm):
     slurm.job("5")
-    code, _ = end(job("os.kill(os.getpid(), signal.SIGKILL)", "shards run out 0", SLURM_JOB_ID="5"))
+    code, _ = job("os.kill(os.getpid(), signal.SIGKILL)", "shards run out 0", SLURM_JOB_ID="5")
     assert code == 137
     assert the_record().state == "out_of_memory"
 
@@ -555,10 +564,11 @@ def test_a_part_that_is_killed_without_an_image_ends(job, slurm):
          "out_of_memory"),
     ],
 )  # fmt: skip
-def test_ends_for_memory_of_others_are_not_ours(job, slurm, behaviour, state):
+def test_ends_for_memory_of_others_are_not_ours(job, slurm, monkeypatch, behaviour, state):
     """The count of the control group grows; the work itself says something else, or the same."""
+    monkeypatch.setattr(supervisor, "oom_kills", itertools.count().__next__)
     slurm.job("5")
-    end(job(behaviour, SLURM_JOB_ID="5", GROWING_COUNT="1"))
+    job(behaviour, SLURM_JOB_ID="5")
     assert the_record().state == state
 
 
@@ -568,63 +578,52 @@ def test_ends_for_memory_of_others_are_not_ours(job, slurm, behaviour, state):
 def test_srun_ends_the_first_when_another_ends_without_a_word(job, slurm):
     """TERM, and SLURM knows of nothing: such a job is not run again."""
     slurm.job("5")
-    process = job(SAVES, **of(0))
-    wait_until(Path("ready").exists)
-    process.send_signal(signal.SIGTERM)
-    assert end(process)[0] == 1
+    assert job(saves("SIGTERM"), **of(0))[0] == 1
     assert the_record().state == "failed"
     assert "see the logs of all" in the_record().reason
-    assert not [call for call in slurm.calls() if "requeue" in call]
+    assert not requests(slurm)
 
 
-def test_a_note_may_be_seen_late(job, slurm):
+def test_a_note_may_be_seen_late(job, slurm, clock):
     slurm.job("5")
-    process = job(SAVES, **of(0))
-    wait_until(Path("ready").exists)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(2)
-    assert process.poll() is None
     folder = failures_folder("run", "5", 0, 0)
-    folder.mkdir(parents=True, exist_ok=True)
     note = json.dumps({"state": "failed", "reason": "process 1 of 2: the disk is full"})
-    (folder / "1.json").write_text(note)
-    assert end(process)[0] == 1
+
+    def others_write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "1.json").write_text(note)
+
+    clock.on_sleep = others_write
+    assert job(saves("SIGTERM"), **of(0))[0] == 1
     assert the_record().reason == "process 1 of 2: the disk is full"
 
 
 def test_an_end_by_our_own_hand_is_not_for_memory(job, slurm):
     """The other one has lost its connection, which is no cause; this one hangs and is killed."""
     slurm.job("5")
-    end(job("sys.exit('dinocell: error: NCCL error: unhandled system error')", **of(1)))
-    code, _ = end(job("after('ready'); time.sleep(600)", **of(0)))
+    job("sys.exit('dinocell: error: NCCL error: unhandled system error')", **of(1))
+    code, _ = job("hang()", **of(0))
     assert code == 137
     assert the_record().state == "failed"
     assert "NCCL error" in the_record().reason
 
 
-def test_another_srun_of_an_allocation_is_not_blamed(job, slurm):
+def test_another_srun_of_an_allocation_is_not_blamed(job, slurm, clock):
     slurm.job("5")
-    end(job("sys.exit('dinocell: error: the disk is full')", **of(1)))
-    begun = time.monotonic()
-    code, output = end(job("time.sleep(3)", **{**of(0), "SLURM_STEP_ID": "1"}))
+    job("sys.exit('dinocell: error: the disk is full')", **of(1))
+    looks = itertools.count(1)
+    clock.on_look = lambda: Path("go").touch() if next(looks) > 5 else None
+    wait = "while not Path('go').exists(): time.sleep(0.01)"
+    code, output = job(wait, **{**of(0), "SLURM_STEP_ID": "1"})
     assert code == 0, output
-    assert time.monotonic() - begun < 20
 
 
-def test_in_a_container_no_process_waits(job, slurm):
+def test_in_a_container_no_process_waits(job, clock, monkeypatch):
     """The job's script requeues, once all of them have ended."""
-    bare = str(Path(sys.executable).parent)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    clock.on_sleep = lambda: pytest.fail("a process waited")
     folder = Path("submitit")
     folder.mkdir()
-    processes = []
     for rank in (1, 0):
-        Path("ready").unlink(missing_ok=True)
-        processes.append(job(SAVES, **of(rank), PATH=bare, SUBMITIT_FOLDER=str(folder)))
-        wait_until(Path("ready").exists)
-    begun = time.monotonic()
-    for process in processes:
-        process.send_signal(signal.SIGUSR2)
-    for process in processes:
-        assert end(process)[0] == 0
-    assert time.monotonic() - begun < 30
+        assert job(saves("SIGUSR2"), **of(rank), SUBMITIT_FOLDER=str(folder))[0] == 0
     assert [path.name for path in folder.iterdir()] == ["requeue_5"]

@@ -121,9 +121,9 @@ def test_an_edited_line_becomes_the_patch(upstream, folder):
         (("    return checked\n", "    return checked or data\n"), "marked added lines alone"),
         (("    return checked\n", "    print(data)\n    return checked\n"), "marked added lines alone"),
         (("  # dinocell: loop", "  # dinocell: loops"), r"got loops: correct the mark"),
-        (("            added(step, total)  # dinocell: loop\n", ""), "2 lines 'Hook:'"),
+        (("            added(step, total)  # dinocell: loop\n", ""), "loop has 2 hooks"),
         (('    """Read a file."""\n', '    """Read a file."""\n    pass  # dinocell: loop\n'),
-         "2 lines 'Hook:'"),
+         "loop has 2 hooks"),
     ],
 )  # fmt: skip
 def test_other_edits_are_refused(upstream, folder, change, message):
