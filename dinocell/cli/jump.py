@@ -216,7 +216,7 @@ def jump_masks(index: IndexFile, out: NewFolder, store: Store, labels: Labels) -
 
 @dataclass(frozen=True)
 class Load:
-    """What training asks of the computer, named as the parameters of `describe_plan`."""
+    """What training asks of the computer, named as the parameters of `Workload`."""
 
     step_seconds: float = option("Plan for training steps of this duration in seconds.", 0.7)
     batch: int = option("Plan for this many samples in a step, over all GPUs of the computer.", 64)

@@ -20,16 +20,8 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def streaming_errors() -> Iterator[None]:
-    """Turn errors of `dinov3.cells.streaming` into those that the command line reports.
-
-    Raises
-    ------
-    UsageError
-        For a wrong value, a missing index or an output that exists.
-    DINOCellError
-        For a store that does not answer.
-    """
-    from dinov3.cells.streaming.stores import StoreError
+    """Errors of `dinov3.cells.streaming` as UsageError, those of a store as DINOCellError."""
+    from dinov3.cells.streaming.store_options import StoreError
 
     try:
         yield
@@ -53,18 +45,12 @@ def fields_of_index(
     channels : str, optional
         Names joined by +; by default those that most fields have.
     split : ALL, TRAIN or VAL
-
-    Raises
-    ------
-    UsageError
-        The index, a channel or an option of the store does not exist.
     """
     from dinov3.data.datasets.jump_s3 import JUMPS3Dataset, StreamOptions
 
     with streaming_errors():
-        dataset = JUMPS3Dataset(
-            index=str(index), split=split, channels=channels, visits=1, spread=1
-        )
+        place = str(index)
+        dataset = JUMPS3Dataset(index=place, split=split, channels=channels, visits=1, spread=1)
         options = store or StreamOptions()
         options.of_store(dataset.index.store)  # a wrong option is refused before the first request
         dataset.set_options(options)
@@ -78,24 +64,12 @@ def first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Result of a check.
+    """Result of a check."""
 
-    Attributes
-    ----------
-    checked : int
-        Fields that were read.
-    bad : dict
-        Name of a field → why it cannot be used.
-    megabytes : float
-        Amount that was read.
-    incomplete : int
-        Fields of the index that lack a channel that most fields have; they were not read.
-    """
-
-    checked: int
-    bad: dict[str, str]
-    megabytes: float
-    incomplete: int = 0
+    checked: int  # fields that were read
+    bad: dict[str, str]  # name of a field → why it cannot be used
+    megabytes: float  # that were read
+    incomplete: int = 0  # fields that lack a channel that most fields have; they were not read
 
     def text(self) -> str:
         """One line, and one for each bad field."""
@@ -127,13 +101,6 @@ def verify_index(
         As `fields_of_index`.
     seed : int
         Random seed of the sample.
-
-    Raises
-    ------
-    UsageError
-        The index does not exist, or `fields` is below 1.
-    DINOCellError
-        The store does not answer.
     """
     if fields < 1:
         raise UsageError(f"`fields` must be at least 1, got {fields}: raise it")
@@ -143,18 +110,14 @@ def verify_index(
     bad: dict[str, str] = {}
 
     def read(number: int) -> tuple[str, str]:
-        name = dataset.field_name(number)
         try:
             dataset.read_field(number)
         except dataset.LOSSES as error:
-            return name, first_line(error)
-        return name, ""
+            return dataset.field_name(number), first_line(error)
+        return dataset.field_name(number), ""
 
-    with (
-        streaming_errors(),
-        ThreadPoolExecutor(threads) as pool,
-        progress("fields", len(chosen)) as bar,
-    ):
+    shown = progress("fields", len(chosen))
+    with streaming_errors(), ThreadPoolExecutor(threads) as pool, shown as bar:
         for name, reason in pool.map(read, chosen):
             if reason:
                 bad[name] = reason

@@ -24,26 +24,15 @@ BUCKET = "s3://cellpainting-gallery"
 
 @dataclass(frozen=True)
 class IndexSource:
-    """Where an index takes the fields of a plate from.
-
-    Attributes
-    ----------
-    kind : str
-        `tables` (load_data tables), `listing` (names of the image files), `auto` (tables where a plate
-        has them, else the listing), or `jump-lite`.
-    channels_table : path, optional
-        For listings: CSV with the columns number and channel, and perhaps source, that says which
-        channel a number in a file name means.
-    table : path, optional
-        JUMP-Lite's table of sites; by default it is fetched from the store.
-    codec : str
-        Of JUMP-Lite: zstd, jpegxl_lossy_hq, jpegxl_lossy_mq or jpegxl_lossy_d20.
-    """
+    """Where an index takes the fields of a plate from."""
 
     kind: str = "auto"
+    """`tables` (load_data tables), `listing` (names of the image files), `auto` (tables where a plate
+    has them, else the listing), or `jump-lite`."""
     channels_table: str | Path | None = None
-    table: str | Path | None = None
-    codec: str = "zstd"
+    """For listings: CSV with number and channel, and perhaps source: the channel of a file's number."""
+    table: str | Path | None = None  # JUMP-Lite's table of sites; by default fetched from the store
+    codec: str = "zstd"  # of JUMP-Lite: or jpegxl_lossy_hq, jpegxl_lossy_mq, jpegxl_lossy_d20
 
 
 def index_plates(
@@ -63,7 +52,6 @@ def index_plates(
         `PROJECT/SOURCE/BATCH/PLATE`; * stands for any text, and later parts may be left out.
     out : path
         Index file.  If the call is interrupted, finished plates are kept beside it for the next call.
-    source : IndexSource, optional
     store : StreamOptions, optional
         How the store is read; `BUCKET` by default.
     threads : int
@@ -71,17 +59,12 @@ def index_plates(
     overwrite : bool
         Replace an existing index.
 
-    Returns
-    -------
-    str
-        What was written, and which plates were left out.
+    Returns what was written, and which plates were left out.
 
     Raises
     ------
-    UsageError
-        No plate matches, the tables do not name the channels, or `out` exists.
-    DINOCellError
-        The store cannot be read.
+    UsageError, DINOCellError
+        No plate matches, no table names the channels, or `out` exists; the store cannot be read.
     """
     from dinov3.cells.streaming import discovery, stores
     from dinov3.data.datasets.jump_s3 import StreamOptions
@@ -89,8 +72,7 @@ def index_plates(
     out, source = Path(out), source or IndexSource()
     if out.exists() and not overwrite:
         raise UsageError(
-            f"`overwrite` must be set to replace an existing index, got {out}: set it, or name another "
-            "file"
+            f"`overwrite` must be set to replace an existing index, got {out}: set it, or rename"
         )
     table = source.channels_table
     channels = None if table is None else _channel_numbers(Path(table))
@@ -135,9 +117,8 @@ def _index_jump_lite(reader: ObjectStore, selection: str, out: Path, source: Ind
     writer = IndexWriter(reader.options.url, f"JUMP-Lite, {source.codec}")
     with progress("fields", rows.num_rows) as bar:
         for batch in rows.to_batches(max_chunksize=10_000):
-            for record in discovery.records_of_jump_lite(
-                batch.to_pylist(), source.codec, selection
-            ):
+            sites = batch.to_pylist()
+            for record in discovery.records_of_jump_lite(sites, source.codec, selection):
                 writer.add(record)
             bar.advance(batch.num_rows)
     writer.write(out)
@@ -163,30 +144,16 @@ def _channel_numbers(path: Path) -> dict[str, dict[str, str]]:
 
 @dataclass(frozen=True)
 class IndexStats:
-    """Counts of an index.
-
-    Attributes
-    ----------
-    path, store : str
-    fields, plates : int
-    by_batch : dict
-        `PROJECT/SOURCE/BATCH` → (plates, fields).
-    channels : dict
-        Channel → number of fields that have it.
-    size_bytes : int
-        Of the files whose size is known.
-    val_fields : int
-        On the validation side of the split by plate.
-    """
+    """Counts of an index."""
 
     path: str
     store: str
     fields: int
     plates: int
-    by_batch: dict[str, tuple[int, int]]
-    channels: dict[str, int]
-    size_bytes: int
-    val_fields: int
+    by_batch: dict[str, tuple[int, int]]  # PROJECT/SOURCE/BATCH → (plates, fields)
+    channels: dict[str, int]  # channel → number of fields that have it
+    size_bytes: int  # of the files whose size is known
+    val_fields: int  # on the validation side of the split by plate
 
     def text(self) -> str:
         """A table."""
@@ -203,13 +170,7 @@ class IndexStats:
 
 
 def index_stats(index: str | Path) -> IndexStats:
-    """Count what an index holds.
-
-    Raises
-    ------
-    UsageError
-        The index does not exist or is damaged.
-    """
+    """Count what an index holds; UsageError where it does not exist or is damaged."""
     import numpy as np
 
     from dinov3.cells.streaming.index import FieldIndex

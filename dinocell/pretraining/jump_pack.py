@@ -38,29 +38,19 @@ def pack_index(
     out : folder that does not exist
     options : PackOptions, optional
         How the shards store a field: bits, crop, scale, fields per file, compression.
-    store : StreamOptions, optional
+    store, channels, split
         As `fields_of_index`.
-    channels : str, optional
-        Names joined by +; by default those that most fields have.
-    split : ALL, TRAIN or VAL
     limit : int, optional
         Copy at most the first `limit` fields.
     max_lost_share : float
         Unreadable fields are left out and listed; above this share the copy fails.
 
-    Returns
-    -------
-    str
-        What was written, and which fields were left out.
+    Returns what was written, and which fields were left out.
 
     Raises
     ------
-    UsageError
-        An option is wrong, or `out` exists.
-    DINOCellError
-        The store does not answer.
-    DataSetError
-        Too many fields cannot be read.
+    UsageError, DINOCellError, DataSetError
+        An option is wrong, or `out` exists; the store does not answer; too many fields are unreadable.
     """
     from dinov3.cells.streaming import shards
 
@@ -70,23 +60,17 @@ def pack_index(
     total = len(dataset.rows) if limit is None else min(limit, len(dataset.rows))
     lost: dict[str, str] = {}
     fields = _readable_fields(dataset, total, lost, max_lost_share)
+    options = options or shards.PackOptions()
     with streaming_errors(), progress("fields", total) as bar:
-        count = shards.pack_fields(
-            fields,
-            out,
-            options or shards.PackOptions(),
-            progress=lambda name: bar.advance(note=name),
-        )
-    size = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
-    text = (
-        f"{out}: {count} fields, {size / 1e6:.1f} MB; train with index={Path(out) / 'fields.arrow'}"
-    )
+        count = shards.pack_fields(fields, out, options, lambda name: bar.advance(note=name))
+    size = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file()) / 1e6
+    lines = [f"{out}: {count} fields, {size:.1f} MB; train with index={Path(out) / 'fields.arrow'}"]
     if dataset.left_out:
-        text += (
-            f"\nleft out: {dataset.left_out} fields without {', '.join(dataset.channels)}; name others "
-            "with `channels`"
-        )
-    return "\n".join([text, *(f"left out: {name}: {why}" for name, why in lost.items())])
+        names = ", ".join(dataset.channels)
+        lines += [
+            f"left out: {dataset.left_out} fields without {names}; name others with `channels`"
+        ]
+    return "\n".join([*lines, *(f"left out: {name}: {why}" for name, why in lost.items())])
 
 
 def _readable_fields(
@@ -94,7 +78,6 @@ def _readable_fields(
     total: int,
     lost: dict[str, str],
     max_lost_share: float,
-    *,
     threads: int = 4,
 ) -> Iterator[tuple[Any, Any]]:
     """(record, field) of the first `total` fields; those that cannot be read are noted in `lost`."""
@@ -146,7 +129,7 @@ def export_masks(
 
     Cellpose made these labels for JUMP-Lite.  They are pseudo-truth: good enough to follow a
     pretraining with (`ssl_evaluation.data`), not to report.  Sites of cpg0016 have the same names
-    everywhere, so that an index of the original images works too.
+    everywhere, so that an index of the original images works too.  Returns what was written.
 
     Parameters
     ----------
@@ -165,17 +148,10 @@ def export_masks(
     seed : int
         Random seed of the choice of fields.
 
-    Returns
-    -------
-    str
-        What was written.
-
     Raises
     ------
-    UsageError
-        An option is wrong, or `out` exists.
-    DINOCellError
-        Fewer than two fields have labels, or the store does not answer.
+    UsageError, DINOCellError
+        An option is wrong, or `out` exists; fewer than two fields have labels, no store answers.
     """
     from dinov3.cells.streaming.discovery import JUMP_LITE
 
@@ -216,23 +192,21 @@ def _labelled_fields(
     without = 0
     with progress("fields", min(count, len(numbers))) as bar:
         for number in numbers:
+            if len(found) == count or (without > 20 * count and not found):
+                break
             record = dataset.record(number)
             site = "__".join((*record.plate.split("/")[1:], record.well, record.site))
             try:
                 labels = dataset.read_array(f"{folder}/{site}")[0]
-                planes = dataset.read_field(number).planes
+                image = dataset.read_field(number).planes[0]
             except dataset.LOSSES:
                 without += 1
-                if without > 20 * count and not found:
-                    break
                 continue
-            if labels.shape != planes.shape[1:]:
+            if labels.shape != image.shape:
                 without += 1
                 continue
-            found.append(_LabelledField(record.plate, site, planes[0], labels))
+            found.append(_LabelledField(record.plate, site, image, labels))
             bar.advance(note=site)
-            if len(found) == count:
-                break
     return found, without
 
 

@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dinocell.pretraining.jump_fields import streaming_errors
 
 
-def describe_plan(
-    *,
-    step_seconds: float,
-    batch: int,
-    cores: float,
-    megabytes_per_s: float,
-    field_megabytes: float = 12.35,
-    decode_ms: float = 30.0,
-    augment_ms: float = 16.1,
-) -> str:
+def describe_plan(**load: Any) -> str:
     """The needs of a training step for several numbers of visits as a table, and a recommendation.
 
-    Parameters
-    ----------
-    step_seconds : float
-        Duration of a training step.
-    batch : int
-        Samples of a step on this computer, over all its GPUs.
-    cores : float
-        CPU cores for the data.
-    megabytes_per_s : float
-        Of the line to the store.
-    field_megabytes, decode_ms, augment_ms : float
-        Size of a field's files, time to decode a field, time to cut the crops of a sample.
-
-    Raises
-    ------
-    UsageError
-        A number is not positive.
+    Takes the arguments of `dinov3.cells.streaming.plan.Workload`; UsageError for one out of range.
     """
     from dinov3.cells.streaming.plan import Workload, make_plan
 
     with streaming_errors():
-        plan = make_plan(
-            Workload(
-                step_seconds=step_seconds,
-                batch=batch,
-                cores=cores,
-                megabytes_per_s=megabytes_per_s,
-                field_megabytes=field_megabytes,
-                decode_ms=decode_ms,
-                augment_ms=augment_ms,
-            )
-        )
+        work = Workload(**load)
+    plan = make_plan(work)
     lines = [
-        f"{plan.samples_per_s:.1f} samples/s; {field_megabytes:g} MB a field, {decode_ms:g} ms to decode "
-        f"it, {augment_ms:g} ms to cut a sample's crops",
+        f"{plan.samples_per_s:.1f} samples/s; {work.field_megabytes:g} MB a field, "
+        f"{work.decode_ms:g} ms to decode it, {work.augment_ms:g} ms to cut a sample's crops",
         "visits    MB/s  requests/s  connections  decode cores  crop cores  pool GB  used  bottleneck",
     ]
     for need in plan.needs:

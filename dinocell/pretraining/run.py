@@ -37,19 +37,14 @@ def pretrain(
     seed : int
         Random seed of weight initialisation, dropout and drop path; `train.seed` is that of the data.
 
-    Returns
-    -------
-    Path
-        The teacher file of the last iteration.
+    Returns the teacher file of the last iteration.
 
     Raises
     ------
     UsageError
         The configuration or the data are wrong, or the output folder belongs to another run.
-    StoppedError
-        A signal ended the run; a checkpoint was saved.
-    DINOCellError
-        The loss was not finite; a checkpoint was saved.
+    StoppedError, DINOCellError
+        A signal ended the run; the loss was not finite.  A checkpoint was saved.
     """
     config = Path(config)
     if not config.is_file():

@@ -65,9 +65,8 @@ class Pretrain(SubmittedCommand):
         from dinocell.network.weights import find_weights
 
         weights = settings.student.pretrained_weights
-        require_weights_file(
-            "student.pretrained_weights", find_weights(weights) if weights else None
-        )
+        found = find_weights(weights) if weights else None
+        require_weights_file("student.pretrained_weights", found)
         _require_fields(str(settings.train.dataset_path))
         if (run_dir / "ckpt").is_dir() and not parameters["no_resume"]:
             from dinov3.train import train as program

@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import math
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,25 +39,20 @@ _PARTS = ("train", "val")
 logger = logging.getLogger("dinov3")
 
 
+@dataclass(eq=False)
 class Evaluation:
     """Callable that scores a backbone; `make_evaluation` makes it.
 
-    Attributes
-    ----------
-    config : ProbeConfig
-    train, val : lists of LabelledWindow
-        Read once, at the start of the run.
-    fingerprint : str
-        Of the config and the windows; results with another fingerprint are not reused.
+    The windows are read once, at the start of the run.  Results with another `fingerprint`, which is
+    that of the config and the windows, are not reused.
     """
 
-    def __init__(
-        self, config: ProbeConfig, train: list[LabelledWindow], val: list[LabelledWindow]
-    ) -> None:
-        self.config = config
-        self.train = train
-        self.val = val
-        self.fingerprint = _fingerprint(config, train, val)
+    config: ProbeConfig
+    train: list[LabelledWindow]
+    val: list[LabelledWindow]
+
+    def __post_init__(self) -> None:
+        self.fingerprint = _fingerprint(self.config, self.train, self.val)
 
     def __call__(self, backbone: nn.Module, iteration: int, output_dir: Path) -> dict[str, float]:
         """Score the backbone as it is now.
@@ -67,7 +62,6 @@ class Evaluation:
         backbone : DinoVisionTransformer
             The teacher's, with whole (not sharded) weights.  A copy is evaluated: weights, mode and
             random generators of the training stay as they are.
-        iteration : int
         output_dir : path
             Of the run; holds `evaluation.jsonl`.
 
@@ -77,11 +71,6 @@ class Evaluation:
             ``eval/op_csb``, ``eval/seg``, ``eval/det``, ``eval/ap50``, ``eval/ap75``,
             ``eval/f1_50``, ``eval/mse``, ``eval/train_loss``, ``eval/steps``, ``eval/seconds``.
             Read from `evaluation.jsonl` if this iteration was evaluated before.
-
-        Raises
-        ------
-        Exception
-            Whatever goes wrong.  The training that calls this logs the error and continues.
         """
         path = Path(output_dir) / RESULTS_NAME
         rows = _read_rows(path)
@@ -95,20 +84,14 @@ class Evaluation:
             logger.warning(
                 "The evaluation at iteration %d trained its decoder for %d of %d steps within "
                 "ssl_evaluation.max_seconds = %g: do not compare its scores with those of full trainings.",
-                iteration,
-                result.steps,
-                self.config.steps,
-                self.config.max_seconds,
-            )
+                iteration, result.steps, self.config.steps, self.config.max_seconds,
+            )  # fmt: skip
         metrics = _metrics(result)
         rows = [row for row in rows if row.get("iteration") != iteration]
         rows.append({"iteration": iteration, "fingerprint": self.fingerprint, "metrics": metrics})
         _write_rows(path, rows)
-        logger.info(
-            "Evaluation at iteration %d: %s",
-            iteration,
-            ", ".join(f"{key.removeprefix(_PREFIX)} {value:.4g}" for key, value in metrics.items()),
-        )
+        text = ", ".join(f"{key.removeprefix(_PREFIX)} {v:.4g}" for key, v in metrics.items())
+        logger.info("Evaluation at iteration %d: %s", iteration, text)
         return metrics
 
 
@@ -121,10 +104,6 @@ def make_evaluation(cfg: Any) -> Evaluation:
     ----------
     cfg : OmegaConf config or nested mapping
         Sections `ssl_evaluation` and `student`.
-
-    Returns
-    -------
-    Evaluation
 
     Raises
     ------
@@ -142,8 +121,8 @@ def make_evaluation(cfg: Any) -> Evaluation:
             f"ssl_evaluation.window_px must be a multiple of student.patch_size {patch}, got "
             f"{config.window_px}: {max(1, round(config.window_px / patch)) * patch} is next"
         )
-    counts = {part: section[f"{part}_images"] for part in _PARTS}
-    for part, count in counts.items():
+    for part in _PARTS:
+        count = section[f"{part}_images"]
         if not isinstance(count, int) or count < 1:
             raise ConfigError(
                 f"ssl_evaluation.{part}_images must be at least 1, got {count}: raise it"
@@ -162,7 +141,7 @@ def make_evaluation(cfg: Any) -> Evaluation:
             pairs,
             window_px=config.window_px,
             windows_per_image=config.windows_per_image,
-            max_images=counts[part],
+            max_images=section[f"{part}_images"],
         )
     return Evaluation(config, windows["train"], windows["val"])
 
@@ -170,17 +149,15 @@ def make_evaluation(cfg: Any) -> Evaluation:
 def _probe_config(section: Any) -> ProbeConfig:
     """The keys of the section that describe the decoder, with checked types and ranges."""
     names = [item.name for item in fields(ProbeConfig)]
-    if missing := [
-        name for name in (*names, "data", "train_images", "val_images") if name not in section
-    ]:
+    wanted = (*names, "data", "train_images", "val_images")
+    if missing := [name for name in wanted if name not in section]:
         raise ConfigError(
             f"ssl_evaluation must have the key {missing[0]}, got {', '.join(section)}: copy it from "
             "dinocell.yaml"
         )
+    given = {name: section[name] for name in names}
     try:
-        values = OmegaConf.merge(
-            OmegaConf.structured(ProbeConfig), {name: section[name] for name in names}
-        )
+        values = OmegaConf.merge(OmegaConf.structured(ProbeConfig), given)
         return cast(ProbeConfig, OmegaConf.to_object(values))
     except OmegaConfBaseException as error:
         raise ConfigError(

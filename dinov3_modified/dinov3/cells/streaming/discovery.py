@@ -23,19 +23,16 @@ from typing import Any
 
 from dinov3.cells.files import write_text_atomically
 from dinov3.cells.streaming.index import FieldRecord, IndexWriter, split_url
-from dinov3.cells.streaming.stores import ObjectMissing, ObjectStore
+from dinov3.cells.streaming.store_options import ObjectMissing
+from dinov3.cells.streaming.stores import ObjectStore
 from dinov3.data.datasets.jump_cellpainting import PATTERNS
 
 logger = logging.getLogger("dinov3")
 
 _TABLES = (
-    "load_data_with_illum.parquet",
-    "load_data.parquet",
-    "load_data.csv.gz",
-    "load_data.csv",
-    "load_data_with_illum.csv.gz",
-    "load_data_with_illum.csv",
-)
+    "load_data_with_illum.parquet", "load_data.parquet", "load_data.csv.gz", "load_data.csv",
+    "load_data_with_illum.csv.gz", "load_data_with_illum.csv",
+)  # fmt: skip
 _FILE_COLUMN = re.compile(r"FileName_Orig(?P<channel>\w+)")
 
 
@@ -54,20 +51,14 @@ _JUMP_LITE_CODECS = ("zstd", "jpegxl_lossy_hq", "jpegxl_lossy_mq", "jpegxl_lossy
 
 @dataclass(frozen=True)
 class PlateFolder:
-    """A plate of the store.
-
-    Attributes:
-        project, source, batch, plate: names of the folders; `plate` is the short name of the tables.
-        tables: folder of its load_data files, ends with a slash; empty where there are none.
-        images: folder of its images, ends with a slash; empty where it is not known.
-    """
+    """A plate of the store, by the names of its folders."""
 
     project: str
     source: str
     batch: str
-    plate: str
-    tables: str = ""
-    images: str = ""
+    plate: str  # the short name of the tables
+    tables: str = ""  # folder of its load_data files, ends with a slash; empty where there are none
+    images: str = ""  # folder of its images, ends with a slash; empty where it is not known
 
     @property
     def name(self) -> str:
@@ -87,7 +78,7 @@ def find_plates(store: ObjectStore, selection: str) -> list[PlateFolder]:
             f"a selection must be PROJECT/SOURCE/BATCH/PLATE with * where any will do, got {selection!r}"
         )
     project_p, source_p, batch_p, plate_p = [*parts, *["*"] * (4 - len(parts))]
-    found: dict[tuple[str, str, str, str], PlateFolder] = {}
+    found: list[PlateFolder] = []
     seen: dict[str, list[str]] = {}
 
     def below(prefix: str, pattern: str, level: str) -> list[str]:
@@ -105,47 +96,31 @@ def find_plates(store: ObjectStore, selection: str) -> list[PlateFolder]:
                 with_tables = store.folders(f"{tables}{batch}/")
                 with_images = store.folders(f"{images}{batch}/images/")
                 seen.setdefault("plates", []).extend(with_tables or with_images)
+                folder, names = f"{images}{batch}/images/", (project, source, batch)
                 for plate in with_tables:
                     if fnmatch.fnmatchcase(plate, plate_p):
-                        found[project, source, batch, plate] = PlateFolder(
-                            project,
-                            source,
-                            batch,
-                            plate,
-                            f"{tables}{batch}/{plate}/",
-                            _images_of(plate, with_images, f"{images}{batch}/images/"),
-                        )
+                        own = next((f for f in with_images if plate in (f, _short(f))), None)
+                        where = "" if own is None else f"{folder}{own}/"
+                        found.append(PlateFolder(*names, plate, f"{tables}{batch}/{plate}/", where))
                 for full in with_images:
-                    if full in with_tables or _short(full) in with_tables:
-                        continue
-                    if fnmatch.fnmatchcase(_short(full), plate_p) or fnmatch.fnmatchcase(
-                        full, plate_p
+                    both = (full, _short(full))
+                    if not set(both) & set(with_tables) and any(
+                        fnmatch.fnmatchcase(name, plate_p) for name in both
                     ):
-                        found[project, source, batch, full] = PlateFolder(
-                            project, source, batch, full, "", f"{images}{batch}/images/{full}/"
-                        )
+                        found.append(PlateFolder(*names, full, "", f"{folder}{full}/"))
     if not found:
-        level, names = next(
-            ((level, names) for level, names in reversed(seen.items()) if names), ("nothing", [])
-        )
-        shown = ", ".join(sorted(set(names))[:8]) or "nothing below it"
+        filled = ((level, names) for level, names in reversed(seen.items()) if names)
+        level, there = next(filled, ("nothing", ["nothing below it"]))
         raise ValueError(
             f"a selection must match plates of {store.options.url}, got none for {selection!r}; there is "
-            f"({level}): {shown}"
+            f"({level}): {', '.join(sorted(set(there))[:8])}"
         )
-    return [found[key] for key in sorted(found)]
+    return sorted(found, key=lambda one: (one.project, one.source, one.batch, one.plate))
 
 
 def _short(full: str) -> str:
     """BR00116991 of BR00116991__2020-11-05T19_51_35-Measurement1."""
     return full.partition("__")[0]
-
-
-def _images_of(plate: str, folders: Iterable[str], prefix: str) -> str:
-    for full in folders:
-        if full == plate or _short(full) == plate:
-            return f"{prefix}{full}/"
-    return ""
 
 
 def records_of_table(
@@ -171,12 +146,8 @@ def records_of_table(
             if name:
                 keys[channel] = _key(row, channel, name, plate)
         if keys:
-            yield FieldRecord(
-                plate.name,
-                _text(row.get("Metadata_Well")),
-                _text(row.get("Metadata_Site")),
-                dict(sorted(keys.items())),
-            )
+            well, site = (_text(row.get(f"Metadata_{name}")) for name in ("Well", "Site"))
+            yield FieldRecord(plate.name, well, site, dict(sorted(keys.items())))
 
 
 def _text(value: Any) -> str:
@@ -234,8 +205,7 @@ def records_of_listing(
             unknown += 1
             continue
         groups = match.groupdict()
-        channel = channels.get(groups["channel"])
-        if channel is None:
+        if (channel := channels.get(groups["channel"])) is None:
             continue
         site = _number(groups["site"])
         depth = _number(groups.get("plane") or "1")
@@ -354,23 +324,21 @@ def make_index(
     return writer
 
 
+@dataclass
 class _KeptPlates:
     """Finished plates in a folder, so that an index that was interrupted continues with the others."""
 
-    def __init__(
-        self,
-        folder: Path,
-        store: ObjectStore,
-        source: str,
-        channels: Mapping[str, Mapping[str, str]],
-    ) -> None:
-        self.folder, self.store, self.source, self.channels = folder, store, source, channels
-        folder.mkdir(parents=True, exist_ok=True)
+    folder: Path
+    store: ObjectStore
+    source: str
+    channels: Mapping[str, Mapping[str, str]]
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         # What a plate was made with: one that was kept by another call must not slip in.
-        numbers = {k: dict(v) for k, v in channels.items()}
-        self.made_with = json.dumps(
-            [store.options.url, store.options.endpoint, source, numbers], sort_keys=True
-        )
+        numbers = {k: dict(v) for k, v in self.channels.items()}
+        origin = (self.store.options.url, self.store.options.endpoint, self.source)
+        self.made_with = json.dumps([*origin, numbers], sort_keys=True)
 
     def rows(self, kept: Path) -> list[Any] | None:
         """Fields of a plate's file; None where there is none of this call's settings."""
@@ -405,8 +373,7 @@ def _records(
             return
     if source == "tables":
         raise ValueError(
-            f"{plate.name} must have a load_data table, got none in {plate.tables or 'its workspace'}: choose "
-            "`kind=listing`"
+            f"{plate.name} must have a load_data table, got none: choose `kind=listing`"
         )
     numbers = channels.get(plate.source) or channels.get("")
     if not numbers:
@@ -426,16 +393,13 @@ def records_of_jump_lite(
     *,
     images: str = JUMP_LITE["images"],
 ) -> Iterator[FieldRecord]:
-    """Fields of JUMP-Lite's list of sites.
+    """Fields of JUMP-Lite's list of sites; ValueError for an unknown codec or a missing column.
 
     Args:
         rows: with source, batch, plate, well and site, perhaps with `Metadata_` before.
         codec: zstd (lossless), jpegxl_lossy_hq, jpegxl_lossy_mq or jpegxl_lossy_d20.
         selection: `PROJECT/SOURCE/BATCH/PLATE` with * and ?, later parts may be left out.
         images: folder of the stores.
-
-    Raises:
-        ValueError: unknown codec; a column is missing.
     """
     if codec not in _JUMP_LITE_CODECS:
         raise ValueError(
@@ -448,14 +412,11 @@ def records_of_jump_lite(
         for name in ("source", "batch", "plate", "well", "site"):
             if name not in lower:
                 raise ValueError(
-                    f"JUMP-Lite's list must have the column {name}, got {', '.join(map(str, row))}: "
-                    "check the `table`"
+                    f"JUMP-Lite's list must have the column {name}, got {list(row)}: check the `table`"
                 )
             parts[name] = _text(row[lower[name]])
         plate = "/".join(("cpg0016-jump", parts["source"], parts["batch"], parts["plate"]))
-        if not fnmatch.fnmatchcase(plate, pattern) and not fnmatch.fnmatchcase(
-            plate, f"{pattern}/*"
-        ):
+        if not any(fnmatch.fnmatchcase(plate, p) for p in (pattern, f"{pattern}/*")):
             continue
         array = f"{images}/{codec}.zarr/{'__'.join(parts.values())}"
         keys = {c: f"{array}#:{place}" for place, c in enumerate(_JUMP_LITE_CHANNELS)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from dinov3.cells.streaming.stores import ObjectStore
 from dinov3.cells.streaming.threads import RequestThreads
 
 
+@dataclass(eq=False)
 class FieldReader:
     """Reads fields for one process; for many threads at once.
 
@@ -36,28 +38,21 @@ class FieldReader:
         pixel_size_um: of all fields, if it is known.
         disk: keeps the files that were fetched.
 
-    Attributes:
-        counts: fields, and milliseconds of decoding and preparing.
+    `counts` has the fields, and the milliseconds of decoding and preparing.
     """
 
-    def __init__(
-        self,
-        store: ObjectStore,
-        threads: int,
-        *,
-        channels: tuple[str, ...],
-        percentiles: tuple[float, float],
-        pixel_size_um: float | None = None,
-        disk: ByteCache | None = None,
-    ) -> None:
-        self.store = store
-        self.channels = channels
-        self.percentiles = percentiles
-        self.pixel_size_um = pixel_size_um
+    store: ObjectStore
+    threads: int
+    _: KW_ONLY
+    channels: tuple[str, ...]
+    percentiles: tuple[float, float]
+    pixel_size_um: float | None = None
+    disk: ByteCache | None = None
+
+    def __post_init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self.shards = ShardReader(store)
-        self._disk = disk
-        self._requests = RequestThreads(threads)
+        self.shards = ShardReader(self.store)
+        self._requests = RequestThreads(self.threads)
         self._lock = threading.Lock()
 
     def field(self, record: FieldRecord) -> ChannelField:
@@ -74,11 +69,8 @@ class FieldReader:
             except ValueError as error:
                 raise FieldError(str(error)) from error
             return self._made(record, planes)
-        futures = {
-            channel: self._requests.submit(partial(self._plane, record, channel))
-            for channel in self.channels
-        }
-        planes = {channel: future.result() for channel, future in futures.items()}
+        futures = [self._requests.submit(partial(self._plane, record, c)) for c in self.channels]
+        planes = {c: future.result() for c, future in zip(self.channels, futures, strict=True)}
         return self._made(record, planes)
 
     def _made(self, record: FieldRecord, planes: dict[str, np.ndarray]) -> ChannelField:
@@ -113,10 +105,6 @@ class FieldReader:
                 raise FieldError(f"{name} must have contrast, got {planes[0].flat[0]} everywhere")
             return data, planes[0]
 
-        disk = self._disk
-        if disk is None:
-            found: Any = self.store.get(key, accept)
-            return found[1]
         kept: list[np.ndarray] = []
 
         def fetch() -> bytes:
@@ -125,23 +113,18 @@ class FieldReader:
             return got[0]
 
         entry = f"{self.store.options.endpoint} {self.store.options.url}/{key}"
-        data = disk.get(entry, fetch)
-        if kept:
-            return kept[0]
-        try:
-            return accept(data)[1]
-        except FieldError:
-            disk.drop(entry)  # a disk can fail too
-            fetched: Any = self.store.get(key, accept)
-            return fetched[1]
+        data = fetch() if self.disk is None else self.disk.get(entry, fetch)
+        if not kept:
+            try:
+                return accept(data)[1]
+            except FieldError:
+                assert self.disk is not None
+                self.disk.drop(entry)  # a disk can fail too
+                fetch()
+        return kept[0]
 
     def array(self, path: str) -> np.ndarray:
-        """A Zarr array of the store that holds one field, such as its labels: (C, H, W).
-
-        Raises:
-            FieldError: there is none.
-            StoreError: see `ObjectStore.get`.
-        """
+        """A Zarr array of the store that holds one field, (C, H, W); FieldError: there is none."""
         try:
             return self.shards.planes({"": f"{path}#:0"})[""][None]
         except ValueError as error:
@@ -150,29 +133,14 @@ class FieldReader:
 
 def field_to_entry(made: ChannelField) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Facts and arrays of a field, as `FieldPool` keeps them."""
-    facts = {
-        "name": made.name,
-        "channels": list(made.channels),
-        "pixel_size_um": made.pixel_size_um,
-    }
-    arrays = {
-        "planes": made.planes,
-        "low": made.low,
-        "high": made.high,
-        "foreground": made.foreground.astype(np.uint8),
-    }
-    return facts, arrays
+    facts = {name: getattr(made, name) for name in ("name", "channels", "pixel_size_um")}
+    arrays = {name: getattr(made, name) for name in ("planes", "low", "high")}
+    return facts, arrays | {"foreground": made.foreground.astype(np.uint8)}
 
 
 def entry_to_field(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> ChannelField:
     """The field of `field_to_entry`."""
-    return ChannelField(
-        facts["name"],
-        arrays["planes"],
-        tuple(facts["channels"]),
-        arrays["low"],
-        arrays["high"],
-        None,
-        facts["pixel_size_um"],
-        arrays["foreground"].astype(bool),
-    )
+    known: dict[str, Any] = facts | arrays
+    known["channels"] = tuple(facts["channels"])
+    known["foreground"] = arrays["foreground"].astype(bool)
+    return ChannelField(**known)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +25,13 @@ _VAL_SHARE = 0.1
 
 @dataclass(frozen=True)
 class FieldRecord:
-    """One field.
+    """One field."""
 
-    Attributes:
-        plate: `PROJECT/SOURCE/BATCH/PLATE`; plates of equal names in two batches stay apart.
-        well: such as A01; empty where it is not known.
-        site: number of the field in its well.
-        keys: channel → key of its file in the store.
-        size_bytes: of all files, 0 where it is not known.
-    """
-
-    plate: str
-    well: str
-    site: str
-    keys: Mapping[str, str]
-    size_bytes: int = 0
+    plate: str  # `PROJECT/SOURCE/BATCH/PLATE`; plates of equal names in two batches stay apart
+    well: str  # such as A01; empty where it is not known
+    site: str  # number of the field in its well
+    keys: Mapping[str, str]  # channel → key of its file in the store
+    size_bytes: int = 0  # of all files, 0 where it is not known
 
     @property
     def name(self) -> str:
@@ -86,11 +79,7 @@ class IndexWriter:
         return len(self._rows)
 
     def add(self, record: FieldRecord) -> None:
-        """Take a field.
-
-        Raises:
-            ValueError: it has no channel, or was added before.
-        """
+        """Take a field; ValueError if it has no channel, or was added before."""
         if not record.keys:
             raise ValueError(f"field {record.name} must have a channel, got none: leave it out")
         place = (record.plate, record.well, record.site)
@@ -102,7 +91,7 @@ class IndexWriter:
         self._seen.add(place)
         keys = list(record.keys.values())
         if len(keys) > 1:
-            stem = _common_beginning(keys)
+            stem = os.path.commonprefix(keys)  # noqa: RUF071 (of texts, not of paths)
         else:  # the number of the channel is in the end of the name, the field in its beginning
             stem = keys[0][: max(keys[0].rfind("/") + 1, len(keys[0]) - 24)]
         ends = [key[len(stem) :] for key in keys]
@@ -116,11 +105,7 @@ class IndexWriter:
         self._rows.append((record.plate, record.well, record.site, stem, number, record.size_bytes))
 
     def write(self, path: str | Path) -> None:
-        """Write the index; it appears whole or not at all.
-
-        Raises:
-            ValueError: no field was added.
-        """
+        """Write the index, whole or not at all; ValueError if no field was added."""
         import pyarrow as pa
 
         if not self._rows:
@@ -130,28 +115,17 @@ class IndexWriter:
         plates = sorted({row[0] for row in self._rows})
         numbers = {plate: number for number, plate in enumerate(plates)}
         columns = list(zip(*self._rows, strict=True))
-        layouts = [[list(pair) for pair in layout] for layout in self._layouts]
-        table = pa.table(
-            {
-                "plate": pa.array([numbers[plate] for plate in columns[0]], pa.int32()),
-                "well": pa.array(columns[1]).dictionary_encode(),
-                "site": pa.array(columns[2]).dictionary_encode(),
-                "stem": pa.array(columns[3], pa.large_string()),
-                "layout": pa.array(columns[4], pa.int32()),
-                "bytes": pa.array(columns[5], pa.int64()),
-            },
-            metadata={
-                "dinocell": json.dumps(
-                    {
-                        "version": _VERSION,
-                        "store": self.store,
-                        "source": self.source,
-                        "plates": plates,
-                        "layouts": layouts,
-                    }
-                )
-            },
-        )
+        arrays = {
+            "plate": pa.array([numbers[plate] for plate in columns[0]], pa.int32()),
+            "well": pa.array(columns[1]).dictionary_encode(),
+            "site": pa.array(columns[2]).dictionary_encode(),
+            "stem": pa.array(columns[3], pa.large_string()),
+            "layout": pa.array(columns[4], pa.int32()),
+            "bytes": pa.array(columns[5], pa.int64()),
+        }
+        facts = {"version": _VERSION, "store": self.store, "source": self.source, "plates": plates}
+        facts["layouts"] = list(self._layouts)
+        table = pa.table(arrays, metadata={"dinocell": json.dumps(facts)})
         with (
             atomic_path(path) as temporary,
             pa.OSFile(str(temporary), "wb") as sink,
@@ -167,17 +141,13 @@ _MOST_LAYOUTS = 4096
 class FieldIndex:
     """An index file, memory-mapped.
 
-    Args:
-        path: written by `IndexWriter`.
-
     Attributes:
         store: URL that the keys belong to.
         plates: `PROJECT/SOURCE/BATCH/PLATE` of each plate number.
         layouts: (channel, end of the file name) pairs of each layout number.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an index, or of a later version.
+        FileNotFoundError, ValueError: no such file; not an index, or of a later version.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -225,20 +195,14 @@ class FieldIndex:
         return int(self._batch.num_rows)
 
     def __getitem__(self, row: int) -> FieldRecord:
-        get = self._batch.column
-        stem = get("stem")[row].as_py()
-        layout = self.layouts[get("layout")[row].as_py()]
-        if layout[0][1] == "{line}":
-            keys = dict(zip((c for c, _ in layout), stem.split("\n"), strict=True))
+        names = ("plate", "well", "site", "stem", "layout", "bytes")
+        plate, well, site, stem, layout, size = (self._batch.column(n)[row].as_py() for n in names)
+        pairs = self.layouts[layout]
+        if pairs[0][1] == "{line}":
+            keys = dict(zip((c for c, _ in pairs), stem.split("\n"), strict=True))
         else:
-            keys = {channel: stem + end for channel, end in layout}
-        return FieldRecord(
-            self.plates[get("plate")[row].as_py()],
-            get("well")[row].as_py(),
-            get("site")[row].as_py(),
-            keys,
-            get("bytes")[row].as_py(),
-        )
+            keys = {channel: stem + end for channel, end in pairs}
+        return FieldRecord(self.plates[plate], well, site, keys, size)
 
     def column(self, name: str) -> np.ndarray:
         """plate, layout or bytes of all rows, without a copy."""
@@ -300,12 +264,6 @@ class RowRanges:
         ends = self.ends[: place + 1].copy()
         ends[-1] = count
         return RowRanges(self.starts[: place + 1], ends)
-
-
-def _common_beginning(texts: Sequence[str]) -> str:
-    first, last = min(texts), max(texts)
-    length = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), len(first))  # noqa: B905
-    return first[:length]
 
 
 def _natural(text: str) -> Sequence[Any]:

@@ -9,28 +9,18 @@ from pathlib import Path
 
 
 class LostFields:
-    """What one process has read of the list so far; each call reads only the new lines.
-
-    Attributes:
-        reasons: number of a lost field → why it is lost.
-    """
+    """What one process has read of the list so far; each call reads only the new lines."""
 
     def __init__(self) -> None:
-        self.reasons: dict[int, str] = {}
+        self.reasons: dict[int, str] = {}  # number of a lost field → why it is lost
         self._bytes_read = 0
 
     def read(self, path: Path, is_field: Callable[[int, str], bool]) -> dict[int, str]:
-        """`reasons` with the lines that were added to the file.
+        """`reasons` with the lines that were added to the file, which need not exist.
 
-        Args:
-            path: JSON lines with number, field and reason; it need not exist.
-            is_field: whether a number and a name belong together in this data set.
+        `is_field` says whether a number and a name belong together in this data set.
         """
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            return self.reasons
-        if size != self._bytes_read:
+        if path.exists() and path.stat().st_size != self._bytes_read:
             with path.open("rb") as stream:
                 stream.seek(self._bytes_read)
                 text = stream.read()
@@ -56,8 +46,5 @@ def append_lost(path: Path, number: int, name: str, reason: str) -> None:
 
 def lost_names(path: Path) -> set[str]:
     """Names of all fields in the list; several processes may have added the same one."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return set()
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {json.loads(line)["field"] for line in lines if line.endswith("}")}

@@ -15,87 +15,51 @@ _WINDOWS_PER_FIELD = 16  # disjoint 256 px windows of a 1080 px field
 
 @dataclass(frozen=True)
 class Need:
-    """Of one number of visits per field.
+    """Of one number of visits per field."""
 
-    Attributes:
-        visits: K.
-        megabytes_per_s, requests_per_s: from the store.
-        connections: requests at once.
-        decode_cores, augment_cores: busy CPU cores.
-        pool_gb: memory of decoded fields, of each process (GPU), at its highest.
-        data_share: of the network's or the cores' capacity, whichever is used more; above 1 the step
-            waits.
-        bottleneck: network or cores.
-    """
-
-    visits: int
-    megabytes_per_s: float
+    visits: int  # K
+    megabytes_per_s: float  # from the store
     requests_per_s: float
-    connections: float
-    decode_cores: float
+    connections: float  # requests at once
+    decode_cores: float  # busy CPU cores
     augment_cores: float
-    pool_gb: float
-    data_share: float
-    bottleneck: str
+    pool_gb: float  # memory of decoded fields, of each process (GPU), at its highest
+    data_share: float  # of the network or the cores, whichever is used more; above 1 the step waits
+    bottleneck: str  # network or cores
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All of them and what to take.
+    """The needs by visits, and what to take."""
 
-    Attributes:
-        samples_per_s: that training consumes.
-        needs: by visits.
-        recommended: the fewest visits that keep up, None where none does.
-        advice: one sentence.
-    """
-
-    samples_per_s: float
+    samples_per_s: float  # that training consumes
     needs: list[Need]
-    recommended: int | None
-    advice: str
+    recommended: int | None  # the fewest visits that keep up, None where none does
+    advice: str  # one sentence
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A training step and the machine and line that feed it.
+    """A training step, and the machine and line that feed it; ValueError for a number out of range."""
 
-    Attributes:
-        step_seconds: duration of one iteration.
-        batch: samples of it on this node, over all its GPUs.
-        cores: CPU cores for data.
-        megabytes_per_s: of the line to the store, 10**6 bytes.
-        field_megabytes: of all files of a field; 12.35 in the JUMP pilot.
-        channels: files of a field.
-        decode_ms: CPU time to decode a field.
-        augment_ms: CPU time to make the crops of a sample (`benchmarks/multiview_augmentation.py`).
-        first_byte_s: until a request is answered.
-        spread: time steps between two visits of a field.
-        field_pool_megabytes: of a decoded field.
-
-    Raises:
-        ValueError: a number that is not positive.
-    """
-
-    step_seconds: float
-    batch: int
-    cores: float
-    megabytes_per_s: float
-    field_megabytes: float = 12.35
-    channels: int = 5
-    decode_ms: float = 30.0
-    augment_ms: float = 16.1
-    first_byte_s: float = 0.2
-    spread: int = 8
-    field_pool_megabytes: float = 11.7
+    step_seconds: float  # duration of one iteration
+    batch: int  # samples of it on this node, over all its GPUs
+    cores: float  # CPU cores for data
+    megabytes_per_s: float  # of the line to the store, 10**6 bytes
+    field_megabytes: float = 12.35  # of all files of a field, as in the JUMP pilot
+    channels: int = 5  # files of a field
+    decode_ms: float = 30.0  # CPU time to decode a field
+    augment_ms: float = 16.1  # CPU time of a sample's crops (benchmarks/multiview_augmentation.py)
+    first_byte_s: float = 0.2  # until a request is answered
+    spread: int = 8  # time steps between two visits of a field
+    field_pool_megabytes: float = 11.7  # of a decoded field
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name in ("decode_ms", "augment_ms", "first_byte_s", "field_pool_megabytes"):
-                if not (0 <= value < math.inf):
-                    raise ValueError(f"`{name}` must be 0 or more, got {value}: correct it")
-            elif not (0 < value < math.inf):
-                raise ValueError(f"`{name}` must be positive, got {value}: correct it")
+            zero = name in ("decode_ms", "augment_ms", "first_byte_s", "field_pool_megabytes")
+            if not (0 <= value < math.inf) or (value == 0 and not zero):
+                least = "0 or more" if zero else "positive"
+                raise ValueError(f"`{name}` must be {least}, got {value}: correct it")
 
     @property
     def samples_per_s(self) -> float:
@@ -134,12 +98,11 @@ def make_plan(work: Workload) -> Plan:
         advice = (
             f"take visits={best.visits}: {best.megabytes_per_s:.0f} MB/s, {best.requests_per_s:.0f} "
             f"requests/s, {best.decode_cores + best.augment_cores:.1f} of {work.cores:g} cores; the narrowest "
-            f"is {'the network' if best.bottleneck == 'network' else 'the cores'} at "
-            f"{100 * best.data_share:.0f} %"
+            f"is the {best.bottleneck} at {100 * best.data_share:.0f} %"
         )
         if best.visits > _WINDOWS_PER_FIELD:
             advice += (
-                f"; a field holds {_WINDOWS_PER_FIELD} disjoint 256 px windows, so pixels repeat"
+                f"; a field has {_WINDOWS_PER_FIELD} disjoint 256 px windows, so pixels repeat"
             )
         return Plan(work.samples_per_s, needs, best.visits, advice)
     best = min(needs, key=lambda need: need.data_share)

@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,9 @@ _ALIVE = "alive.lock"
 _TOTAL = "total-bytes"
 _ABANDONED_S = 3600.0
 _CHECKSUM_BYTES = 16
+
+T = TypeVar("T")
+Entry = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 class SharedFolder:
@@ -64,16 +67,10 @@ class SharedFolder:
             self._settle()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "folder": self.folder,
-            "limit_bytes": self.limit_bytes,
-            "keep_first": self.keep_first,
-        }
+        return {**vars(self), "counts": Counter(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.counts = Counter()
-        self._lock = threading.Lock()
+        vars(self).update(state, _lock=threading.Lock())
 
     def path(self, key: str) -> Path:
         """File of an entry, whether it is there or not."""
@@ -199,26 +196,32 @@ class SharedFolder:
         """Remove the folder and all in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _found_or_made(
+        self, key: str, find: Callable[[Path], T | None], make: Callable[[], T]
+    ) -> T:
+        """An entry that `find` reads from its file, or else what `make` stores, by one process alone."""
+        path = self.path(key)
+        if (found := find(path)) is None:
+            with self.locked(key):
+                if (found := find(path)) is None:
+                    self.count("misses")
+                    return make()
+        self.count("hits")
+        return found
+
 
 class ByteCache(SharedFolder):
     """Objects as they came from a store, each behind its checksum: disks fail too."""
 
     def get(self, key: str, fetch: Callable[[], bytes]) -> bytes:
         """The bytes of an entry, fetched if need be."""
-        path = self.path(key)
-        found = self._read(path)
-        if found is not None:
-            self.count("hits")
-            return found
-        with self.locked(key):
-            found = self._read(path)
-            if found is not None:
-                self.count("hits")
-                return found
-            self.count("misses")
+
+        def make() -> bytes:
             data = fetch()
             self.store(key, [_checksum(data), data])
             return data
+
+        return self._found_or_made(key, self._read, make)
 
     def _read(self, path: Path) -> bytes | None:
         try:
@@ -253,21 +256,10 @@ def _checksum(data: bytes) -> bytes:
 class FieldPool(SharedFolder):
     """Decoded fields: a line of JSON, then the planes, memory-mapped when they are read."""
 
-    def get(
-        self, key: str, make: Callable[[], tuple[dict[str, Any], dict[str, np.ndarray]]]
-    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def get(self, key: str, make: Callable[[], Entry]) -> Entry:
         """Facts and arrays of an entry, made if need be; arrays are read-only."""
-        path = self.path(key)
-        found = self._map(path)
-        if found is not None:
-            self.count("hits")
-            return found
-        with self.locked(key):
-            found = self._map(path)
-            if found is not None:
-                self.count("hits")
-                return found
-            self.count("misses")
+
+        def kept() -> Entry:
             facts, arrays = make()
             shapes = {name: [a.dtype.str, list(a.shape)] for name, a in arrays.items()}
             header = json.dumps({"facts": facts, "arrays": shapes}).encode()
@@ -275,7 +267,9 @@ class FieldPool(SharedFolder):
             self.store(key, [header, *(np.ascontiguousarray(a) for a in arrays.values())])
             return facts, arrays
 
-    def _map(self, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        return self._found_or_made(key, self._map, kept)
+
+    def _map(self, path: Path) -> Entry | None:
         if not self.touched(path):
             return None
         try:
@@ -296,33 +290,25 @@ class FieldPool(SharedFolder):
 def shared_memory_folder(limit_bytes: int, folder: str = "") -> Path:
     """A folder of this process for a pool: in shared memory if that has the room, else on disk.
 
-    Folders that killed processes left there are removed.
-
-    Args:
-        folder: where instead.
+    Folders that killed processes left there are removed.  `folder` says where instead.
     """
-    places = [Path(folder)] if folder else [Path("/dev/shm"), Path(tempfile.gettempdir())]
-    for number, place in enumerate(places):
-        if number < len(places) - 1 and (
-            not place.is_dir() or shutil.disk_usage(place).free < 1.1 * limit_bytes
-        ):
-            logger.warning(
-                "%s has no room for %.1f GB of fields: using %s",
-                place, limit_bytes / 1e9, places[number + 1],
-            )  # fmt: skip
-            continue
-        place.mkdir(parents=True, exist_ok=True)
-        for left in place.glob(f"{_PREFIX}*"):
-            if _is_left_behind(left):
-                shutil.rmtree(left, ignore_errors=True)
-        made = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=place))
-        # Open as long as this process lives, wherever it is seen from: a number of a process means
-        # nothing in another container or on another node.
-        descriptor = os.open(made / _ALIVE, os.O_WRONLY | os.O_CREAT, 0o644)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        _alive.append(descriptor)
-        return made
-    raise AssertionError
+    place = Path(folder or "/dev/shm")
+    if not folder and (not place.is_dir() or shutil.disk_usage(place).free < 1.1 * limit_bytes):
+        other = Path(tempfile.gettempdir())
+        gigabytes = limit_bytes / 1e9
+        logger.warning("%s has no room for %.1f GB of fields: using %s", place, gigabytes, other)
+        place = other
+    place.mkdir(parents=True, exist_ok=True)
+    for left in place.glob(f"{_PREFIX}*"):
+        if _is_left_behind(left):
+            shutil.rmtree(left, ignore_errors=True)
+    made = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=place))
+    # Open as long as this process lives, wherever it is seen from: a number of a process means
+    # nothing in another container or on another node.
+    descriptor = os.open(made / _ALIVE, os.O_WRONLY | os.O_CREAT, 0o644)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    _alive.append(descriptor)
+    return made
 
 
 _alive: list[int] = []

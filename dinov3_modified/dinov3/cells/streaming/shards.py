@@ -19,7 +19,9 @@ import numpy as np
 from dinov3.cells.fields import ChannelField
 from dinov3.cells.files import atomic_folder
 from dinov3.cells.streaming.index import FieldRecord, IndexWriter
-from dinov3.cells.streaming.stores import ObjectMissing, ObjectStore, Range, StoreError
+from dinov3.cells.streaming.store_options import ObjectMissing, StoreError
+from dinov3.cells.streaming.stores import ObjectStore
+from dinov3.cells.streaming.transports import Range
 
 _INDEX = "fields.arrow"
 _TABLES_KEPT = 4096  # of shards, about 1 kB each
@@ -28,21 +30,13 @@ _GROUP = "fields.zarr"
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How fields are stored.
+    """How fields are stored."""
 
-    Attributes:
-        bits: 16 as they came, or 8: scaled from the field's percentile range to 0 ... 255.
-        crop_px: of the centre; 0: all.
-        scale: enlargement, such as 0.5, by area averaging.
-        per_file: fields of a file.
-        level: of Zstandard, 1 to 22.
-    """
-
-    bits: int = 16
-    crop_px: int = 0
-    scale: float = 1.0
-    per_file: int = 64
-    level: int = 5
+    bits: int = 16  # as they came; or 8: scaled from the field's percentile range to 0 ... 255
+    crop_px: int = 0  # of the centre; 0: all
+    scale: float = 1.0  # enlargement, such as 0.5, by area averaging
+    per_file: int = 64  # fields of a file
+    level: int = 5  # of Zstandard, 1 to 22
 
     def __post_init__(self) -> None:
         if self.bits not in (8, 16):
@@ -61,7 +55,6 @@ def pack_fields(
     fields: Iterable[tuple[FieldRecord, ChannelField]],
     out: str | Path,
     options: PackOptions,
-    *,
     progress: Callable[[str], None] | None = None,
 ) -> int:
     """Write fields as shards and their index; the folder appears whole or not at all.
@@ -71,19 +64,15 @@ def pack_fields(
         out: folder that does not exist; gets `fields.zarr` and `fields.arrow`.
         progress: called with the name of each field.
 
-    Returns:
-        Number of fields.
+    Returns the number of fields.
 
     Raises:
-        FileExistsError: the folder is there.
-        ValueError: no field; a crop that is larger than a field.
+        FileExistsError, ValueError: the folder exists; no field; a crop that is larger than a field.
     """
     zarr = _zarr()
     out = Path(out)
     if out.exists():
-        raise FileExistsError(
-            f"the output folder must not exist, got {out}: name another, or remove it"
-        )
+        raise FileExistsError(f"the output folder must not exist, got {out}: name another")
     with atomic_folder(out) as part:
         group = zarr.open_group(str(part / _GROUP), mode="w", zarr_format=3)
         writer = IndexWriter(str(out.resolve()), "packed")
@@ -111,8 +100,7 @@ def _shaped(made: ChannelField, options: PackOptions) -> np.ndarray:
         size = options.crop_px
         if size > min(height, width):
             raise ValueError(
-                f"`crop_px` must fit into the fields, got {size} for {made.name} of {height} x {width} px: "
-                "lower it"
+                f"`crop_px` must fit into {made.name} of {height} x {width} px, got {size}: lower it"
             )
         top, left = (height - size) // 2, (width - size) // 2
         planes = planes[:, top : top + size, left : left + size]
@@ -157,10 +145,9 @@ def _append(
     begin = array.shape[0]
     array.resize((begin + len(rows), *shape))
     array[begin:] = np.stack([planes for _, _, planes in rows])
-    for number, (record, channels, planes) in enumerate(rows):
+    for row, (record, channels, planes) in enumerate(rows, begin):
         # Every channel of a field has the same key: they are one chunk.
-        key = f"{_GROUP}/{kind}#{begin + number}"
-        keys = {channel: f"{key}:{place}" for place, channel in enumerate(channels)}
+        keys = {channel: f"{_GROUP}/{kind}#{row}:{n}" for n, channel in enumerate(channels)}
         writer.add(FieldRecord(record.plate, record.well, record.site, keys, int(planes.nbytes)))
 
 
@@ -168,9 +155,6 @@ class ShardReader:
     """Fields in Zarr arrays of a store: packed ones, and JUMP-Lite's with an array a field.
 
     Keys of an index are `ARRAY#ROW:CHANNEL`, without ROW where the array is one field.
-
-    Args:
-        store: a folder, or a bucket, whose retries then hold for chunks too.
     """
 
     def __init__(self, store: ObjectStore) -> None:
@@ -195,12 +179,12 @@ class ShardReader:
         attempts = 1 if self.store.options.is_folder else 1 + self.store.options.damaged_retries
         for attempt in range(1, attempts + 1):
             try:
-                if row:
+                if not row:
+                    planes = self._open(path)[...]
+                else:
                     if path not in self._arrays:
                         self._arrays[path] = self._open(path)
                     planes = self._arrays[path][int(row)]
-                else:
-                    planes = self._open(path)[...]
                 break
             except StoreError:
                 raise
@@ -226,14 +210,14 @@ class ShardReader:
                     "JPEG XL chunks need the package imagecodecs: pip install 'dinocell-segmentation[formats]'"
                 ) from error
             register_codecs(verbose=False)
-        return zarr.open_array(
-            _chunk_store(self.store), path=path, mode="r", zarr_format=2 if lossy else 3
-        )
+        chunks = _chunk_store(self.store)
+        return zarr.open_array(chunks, path=path, mode="r", zarr_format=2 if lossy else 3)
 
 
 def _chunk_store(store: ObjectStore) -> Any:
     """Our store as Zarr sees one: read only; what is missing is None."""
     from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store
+    from zarr.core.buffer import default_buffer_prototype
 
     ends: dict[str, bytes] = {}
 
@@ -274,33 +258,22 @@ def _chunk_store(store: ObjectStore) -> Any:
             return [await self.get(key, prototype, part) for key, part in key_ranges]
 
         async def exists(self, key: str) -> bool:
-            return await self.get(key, _prototype()) is not None
+            return await self.get(key, default_buffer_prototype()) is not None
 
-        async def set(self, key: str, value: Any) -> None:
-            raise PermissionError("fields are read only")
+        async def _refused(self, *_: Any) -> Any:
+            raise PermissionError("stores of fields are read only, and their index lists them")
 
-        async def delete(self, key: str) -> None:
-            raise PermissionError("fields are read only")
-
-        async def list(self) -> Any:
-            raise PermissionError("stores of fields are not listed: their index says what there is")
+        async def _not_listed(self, *_: Any) -> Any:
+            await self._refused()
             yield
 
-        async def list_prefix(self, prefix: str) -> Any:
-            raise PermissionError("stores of fields are not listed: their index says what there is")
-            yield
-
-        async def list_dir(self, prefix: str) -> Any:
-            raise PermissionError("stores of fields are not listed: their index says what there is")
-            yield
+        set: Any = _refused
+        delete: Any = _refused
+        list: Any = _not_listed
+        list_prefix: Any = _not_listed
+        list_dir: Any = _not_listed
 
     return Chunks()
-
-
-def _prototype() -> Any:
-    from zarr.core.buffer import default_buffer_prototype
-
-    return default_buffer_prototype()
 
 
 def _zarr() -> Any:

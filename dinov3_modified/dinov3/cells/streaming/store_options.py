@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 TRANSPORTS = ("obstore", "boto3")
@@ -38,53 +38,33 @@ class StoreMisconfigured(StoreError):
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
-    """How patiently objects are requested, and from which server.
+    """How patiently objects are requested, and from which server."""
 
-    Attributes:
-        endpoint: URL of another server of the S3 protocol; empty for AWS.
-        region: of the bucket.
-        signed: sign requests with the credentials of the environment; a public bucket needs none.
-        transport: obstore or boto3.
-        connect_timeout_s, timeout_s: of a request.
-        retries: of a request that failed.
-        backoff_max_s: longest wait before a retry.
-        outage_s: while no request at all succeeds, retry for so long.
-        requests_per_s: of this process; 0: as many as it can.
-        verify_md5: compare a body with its ETag where that is an MD5.
-    """
-
-    endpoint: str = ""
-    region: str = "us-east-1"
-    signed: bool = False
-    transport: str = "obstore"
+    endpoint: str = ""  # URL of another server of the S3 protocol; empty for AWS
+    region: str = "us-east-1"  # of the bucket
+    signed: bool = False  # with the credentials of the environment; a public bucket needs none
+    transport: str = "obstore"  # or boto3
     connect_timeout_s: float = 5.0
-    timeout_s: float = 30.0
-    retries: int = 8
-    backoff_max_s: float = 20.0
-    outage_s: float = 600.0
-    requests_per_s: float = 0.0
-    verify_md5: bool = True
+    timeout_s: float = 30.0  # of a request
+    retries: int = 8  # of a request that failed
+    backoff_max_s: float = 20.0  # longest wait before a retry
+    outage_s: float = 600.0  # while no request at all succeeds, retry for so long
+    requests_per_s: float = 0.0  # of this process; 0: as many as it can
+    verify_md5: bool = True  # compare a body with its ETag where that is an MD5
 
 
 @dataclass(frozen=True)
 class StoreOptions(RequestOptions):
-    """A store and how patiently its objects are fetched.
+    """A store and how patiently its objects are fetched; ValueError for a wrong address or number.
 
-    Attributes:
-        url: `s3://bucket[/prefix]`, or a folder.
-        damaged_retries: of an object that arrived but is damaged.
-        backoff_s: a retry waits a random time up to backoff_s * 2 ** attempt, at most backoff_max_s
-            (full jitter, Brooker 2015).
-        connections: kept open.
-
-    Raises:
-        ValueError: an address of another form, an unknown transport, a number out of range.
+    A retry waits a random time up to backoff_s * 2 ** attempt, at most backoff_max_s (full jitter,
+    Brooker 2015).
     """
 
-    url: str
-    damaged_retries: int = 4
+    url: str  # `s3://bucket[/prefix]`, or a folder
+    damaged_retries: int = 4  # of an object that arrived but is damaged
     backoff_s: float = 0.1
-    connections: int = 32
+    connections: int = 32  # kept open
 
     def __post_init__(self) -> None:
         if not self.url:
@@ -97,8 +77,7 @@ class StoreOptions(RequestOptions):
             raise ValueError(f"a store must name its bucket, got {self.url!r}: give s3://bucket")
         if self.endpoint and not _ENDPOINT.fullmatch(self.endpoint):
             raise ValueError(
-                f"an endpoint must be http://HOST[:PORT] or https://, got {self.endpoint!r}: write it in "
-                "full"
+                f"an endpoint must be http://HOST[:PORT] or https://, got {self.endpoint!r}: complete it"
             )
         if scheme not in ("s3", "", "file"):
             raise ValueError(
@@ -124,27 +103,18 @@ class StoreOptions(RequestOptions):
 
 @dataclass(frozen=True)
 class StreamOptions(RequestOptions):
-    """How fields arrive; nothing here changes which samples a run sees.
+    """How fields arrive; nothing here changes which samples a run sees."""
 
-    Attributes:
-        store: URL or folder in place of the index's own, for example a local copy.
-        threads: requests at once, of each process.
-        ahead: time steps (new fields) that fetching runs ahead.
-        pool_gb: memory of decoded fields, shared by the workers of a process; 0: what the order needs.
-        pool_folder: where it lies; empty: shared memory.
-        disk_cache: folder of fetched files; empty: none.
-        disk_cache_gb: its limit, over all processes that use it.
-        max_lost_share: of the fields reached; above it the run stops.
-    """
-
-    store: str = ""
-    threads: int = 16
-    ahead: int = 48
-    pool_gb: float = 0.0
-    pool_folder: str = ""
-    disk_cache: str = ""
-    disk_cache_gb: float = 100.0
-    max_lost_share: float = 0.02
+    store: str = ""  # URL or folder in place of the index's own, for example a local copy
+    threads: int = 16  # requests at once, of each process
+    ahead: int = 48  # time steps (new fields) that fetching runs ahead
+    pool_gb: float = (
+        0.0  # of decoded fields, shared by a process's workers; 0: what the order needs
+    )
+    pool_folder: str = ""  # where it lies; empty: shared memory
+    disk_cache: str = ""  # folder of fetched files; empty: none
+    disk_cache_gb: float = 100.0  # its limit, over all processes that use it
+    max_lost_share: float = 0.02  # of the fields reached; above it the run stops
 
     def __post_init__(self) -> None:
         for name, least in (("threads", 1), ("ahead", 1), ("pool_gb", 0), ("max_lost_share", 0)):
@@ -159,11 +129,7 @@ class StreamOptions(RequestOptions):
 
     @classmethod
     def from_config(cls, section: Mapping[str, Any]) -> StreamOptions:
-        """Of the section `streaming` of a configuration, as plain values.
-
-        Raises:
-            ValueError: an unknown key, or a value out of range.
-        """
+        """Of the section `streaming` of a configuration; ValueError for a wrong key or value."""
         known = {item.name for item in fields(cls)}
         if unknown := sorted(set(section) - known):
             raise ValueError(
@@ -176,7 +142,5 @@ class StreamOptions(RequestOptions):
 
     def of_store(self, url: str) -> StoreOptions:
         """Those of the transport."""
-        known = {item.name for item in fields(StoreOptions)}
-        shared = {name: value for name, value in asdict(self).items() if name in known}
-        connections = max(self.threads, 1)
-        return StoreOptions(url=self.store or url, connections=connections, **shared)
+        shared = {item.name: getattr(self, item.name) for item in fields(RequestOptions)}
+        return StoreOptions(self.store or url, connections=max(self.threads, 1), **shared)

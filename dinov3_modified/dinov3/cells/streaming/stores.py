@@ -18,9 +18,6 @@ from dinov3.cells.streaming.store_options import (
     StoreOptions,
     StoreUnreachable,
 )
-from dinov3.cells.streaming.store_options import ObjectMissing as ObjectMissing
-from dinov3.cells.streaming.store_options import StoreError as StoreError
-from dinov3.cells.streaming.store_options import StoreMisconfigured as StoreMisconfigured
 from dinov3.cells.streaming.transports import OPENERS, Body, Range, Transient, Transport
 
 logger = logging.getLogger("dinov3")
@@ -33,11 +30,7 @@ _SILENCE_LOGGED_S = 0.5  # a store that is silent for so long is mentioned in th
 class ObjectStore:
     """Objects of one store; may be copied to other processes.
 
-    Args:
-        options: see `StoreOptions`.
-
-    Attributes:
-        counts: requests, bytes, and retries by kind, of this process.
+    `counts` has the requests, bytes, and retries by kind, of this process.
     """
 
     def __init__(self, options: StoreOptions) -> None:
@@ -57,12 +50,8 @@ class ObjectStore:
         # Not the global generator, whose numbers belong to the samples.
         self._random = random.Random()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"options": self.options}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.options = state["options"]
-        self._start()
+    def __reduce__(self) -> Any:
+        return type(self), (self.options,)
 
     def get(
         self, key: str, accept: Callable[[bytes], T] | None = None, *, part: Range | None = None

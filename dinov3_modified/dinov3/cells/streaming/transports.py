@@ -7,6 +7,7 @@ bytes (boto3) or hangs (obstore).
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import urllib.parse
@@ -57,36 +58,28 @@ class _Folder:
     """A folder in place of a bucket."""
 
     def __init__(self, options: StoreOptions) -> None:
-        self.root = Path(
-            urllib.parse.urlsplit(options.url).path if "://" in options.url else options.url
-        )
+        url = options.url
+        self.root = Path(urllib.parse.urlsplit(url).path if "://" in url else url)
         if not self.root.is_dir():
-            raise ObjectMissing(
-                f"a store must be a folder that exists, got {self.root}: check the path"
-            )
+            raise ObjectMissing(f"a store must be a folder that exists, got {url}: check the path")
 
     def get(self, key: str, part: Range | None = None) -> Body:
         try:
             with (self.root / key).open("rb") as stream:
-                if part is None:
-                    return Body(stream.read(), "")
-                first, end = part
+                first, end = part or (0, None)
                 if first is None:
                     size = stream.seek(0, os.SEEK_END)
-                    stream.seek(max(0, size - (end or 0)))
-                    return Body(stream.read(), "")
+                    first, end = max(0, size - (end or 0)), None
                 stream.seek(first)
-                return Body(stream.read() if end is None else stream.read(end - first), "")
+                return Body(stream.read(-1 if end is None else end - first), "")
         except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-            raise ObjectMissing(
-                f"{key} must be in {self.root}, got none ({error.strerror})"
-            ) from error
+            reason = f"got none ({error.strerror})"
+            raise ObjectMissing(f"{key} must be in {self.root}, {reason}") from error
         except OSError as error:
             raise Transient("reset", str(error)) from error
 
     def keys(self, prefix: str) -> Iterator[tuple[str, int]]:
-        top = self.root / prefix.rpartition("/")[0]
-        for folder, _, names in os.walk(top):
+        for folder, _, names in os.walk(self.root / prefix.rpartition("/")[0]):
             for name in names:
                 path = Path(folder, name)
                 key = path.relative_to(self.root).as_posix()
@@ -125,16 +118,14 @@ class _Obstore:
         place = urllib.parse.urlsplit(options.url)
         self._obstore = obstore
         self._no_parts = False
-        self._prefix = place.path.strip("/")
         config: dict[str, Any] = {"region": options.region}
         if options.endpoint:
-            config["endpoint"] = options.endpoint
-            config["virtual_hosted_style_request"] = False
+            config |= {"endpoint": options.endpoint, "virtual_hosted_style_request": False}
         if not options.signed:
             config["skip_signature"] = True
         self._store = S3Store(
             place.netloc,
-            prefix=self._prefix or None,
+            prefix=place.path.strip("/") or None,
             config=config,  # type: ignore[arg-type]
             client_options={
                 "timeout": f"{options.timeout_s}s",
@@ -143,19 +134,20 @@ class _Obstore:
                 "pool_max_idle_per_host": str(options.connections),
             },
             # Retries, of bodies too, are ours, the same for every transport.
-            retry_config={"max_retries": 0, "retry_timeout": _seconds(options.timeout_s)},
+            retry_config={
+                "max_retries": 0,
+                "retry_timeout": datetime.timedelta(seconds=options.timeout_s),
+            },
         )
 
     def get(self, key: str, part: Range | None = None) -> Body:
         options: Any = None
         if part is not None:
+            if self._no_parts:
+                return _cut(self.get(key), part)
             first, end = part
-            if first is None:
-                options = {"range": {"suffix": end}}
-            else:
-                options = {"range": {"offset": first} if end is None else (first, end)}
-        if self._no_parts and part is not None:
-            return _cut(self.get(key), part)
+            whole_end = {"suffix": end} if first is None else {"offset": first}
+            options = {"range": whole_end if None in part else part}
         with _translated(key):
             try:
                 found = self._obstore.get(self._store, key, options=options)
@@ -235,25 +227,21 @@ class _Boto3:
         body = Body(data, found.get("ETag", ""))
         return _cut(body, part) if part is not None and "ContentRange" not in found else body
 
-    def _pages(self, **how: Any) -> Iterator[dict[str, Any]]:
-        yield from self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self._bucket, **how
-        )
+    def _pages(self, prefix: str, **how: Any) -> Iterator[dict[str, Any]]:
+        pages = self._client.get_paginator("list_objects_v2")
+        return iter(pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix, **how))
 
     def keys(self, prefix: str) -> Iterator[tuple[str, int]]:
         with _translated(prefix):
-            for page in self._pages(Prefix=self._prefix + prefix):
+            for page in self._pages(prefix):
                 for item in page.get("Contents", ()):
                     yield item["Key"].removeprefix(self._prefix), item["Size"]
 
     def folders(self, prefix: str) -> list[str]:
         with _translated(prefix):
-            pages = list(self._pages(Prefix=self._prefix + prefix, Delimiter="/"))
-        return [
-            item["Prefix"].strip("/").rpartition("/")[2]
-            for page in pages
-            for item in page.get("CommonPrefixes", ())
-        ]
+            pages = list(self._pages(prefix, Delimiter="/"))
+        found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
+        return [name.strip("/").rpartition("/")[2] for name in found]
 
     def close(self) -> None:
         """Close idle connections; requests that run finish theirs."""
@@ -265,12 +253,6 @@ OPENERS: dict[str, Callable[[StoreOptions], Transport]] = {
     "boto3": _Boto3,
     "folder": _Folder,
 }
-
-
-def _seconds(value: float) -> Any:
-    from datetime import timedelta
-
-    return timedelta(seconds=value)
 
 
 @contextmanager
@@ -297,11 +279,9 @@ def _translated(key: str) -> Iterator[None]:
 
 
 def _no_credentials(text: str) -> bool:
+    signs = "unable to locate|nocredentials|not loaded|no credentials|missing|instance metadata"
     lower = text.lower()
-    return "credentials" in lower and any(
-        word in lower for word in ("unable to locate", "nocredentials", "not loaded", "no credentials",
-                                   "missing", "instance metadata", "169.254.169.254")
-    )  # fmt: skip
+    return "credentials" in lower and bool(re.search(rf"{signs}|169\.254\.169\.254", lower))
 
 
 def _kind(status: int, text: str) -> str:
@@ -309,11 +289,9 @@ def _kind(status: int, text: str) -> str:
     lower = text.lower().replace("retry_timeout", "")
     if status in (500, 502, 503, 504) or "slowdown" in lower:
         return str(status or 503)
-    if "timed out" in lower or "timeout" in lower or "timedout" in lower:
+    if re.search("timed ?out|timeout", lower):
         return "timeout"
-    if "incomplete" in lower or "end of file" in lower:
-        return "truncated"
-    return "reset"
+    return "truncated" if re.search("incomplete|end of file", lower) else "reset"
 
 
 def _status(error: Exception, text: str) -> int:
@@ -328,9 +306,5 @@ def _status(error: Exception, text: str) -> int:
     if "received redirec" in text.lower():
         return 301
     found = re.search(r"status(?: code)?:? ?(\d{3})\b", text.lower())
-    if found is not None:
-        return int(found[1])
-    for status in (500, 502, 503, 504):
-        if f" {status} " in text:
-            return status
-    return 0
+    found = found or re.search(r" (50[0234]) ", text)
+    return 0 if found is None else int(found[1])

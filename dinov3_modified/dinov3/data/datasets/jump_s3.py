@@ -29,13 +29,13 @@ from dinov3.cells.streaming.lost_fields import LostFields, append_lost, lost_nam
 from dinov3.cells.streaming.order import FieldOrder, Visit
 from dinov3.cells.streaming.pool import ByteCache, FieldPool, shared_memory_folder
 from dinov3.cells.streaming.process_counts import sum_of_counts, write_counts
-from dinov3.cells.streaming.store_options import StreamOptions
-from dinov3.cells.streaming.stores import (
+from dinov3.cells.streaming.store_options import (
     ObjectDamaged,
     ObjectMissing,
-    ObjectStore,
     ObjectUnreadable,
+    StreamOptions,
 )
+from dinov3.cells.streaming.stores import ObjectStore
 from dinov3.cells.streaming.threads import RequestThreads
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 from dinov3.data.datasets.jump_cellpainting import _LEFT_OUT, _Split, checked_percentiles

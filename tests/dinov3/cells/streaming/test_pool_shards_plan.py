@@ -369,7 +369,7 @@ def test_packing_leaves_all_or_nothing(source, tmp_path):
     (tmp_path / "p").mkdir()
     with pytest.raises(FileExistsError, match="must not exist"):
         pack_fields(whole(source, 1), tmp_path / "p", PackOptions())
-    with pytest.raises(ValueError, match="must fit into the fields"):
+    with pytest.raises(ValueError, match=r"must fit into .* of 64 x 64 px, got 65"):
         pack_fields(whole(source, 1), tmp_path / "q", PackOptions(crop_px=65))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dinov3.cells.streaming import stores
-from dinov3.cells.streaming.stores import (
+from dinov3.cells.streaming.store_options import (
     ObjectDamaged,
     ObjectMissing,
     ObjectUnreadable,
@@ -388,7 +388,8 @@ def test_a_store_that_was_used_goes_to_spawned_processes(rclone, names, transpor
 
 FORKED = """
 import hashlib, json, os, sys
-from dinov3.cells.streaming.stores import ObjectStore, StoreError, StoreOptions
+from dinov3.cells.streaming.store_options import StoreError, StoreOptions
+from dinov3.cells.streaming.stores import ObjectStore
 
 url, transport, keys = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 store = ObjectStore(StoreOptions("s3://bucket", endpoint=url, transport=transport, timeout_s=600))
