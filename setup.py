@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "dinocell/__init__.py").
 EXTRAS = {
     "xformers": ["xformers>=0.0.35"],
     "s3": ["boto3>=1.40", "obstore>=0.8", "pyarrow>=18", "zarr>=3"],
-    "wandb": ["wandb>=0.24"],
+    "wandb": ["wandb>=0.31"],
     "slurm": ["submitit>=1.5"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.9"],
     "napari": ["napari>=0.6"],

@@ -23,7 +23,7 @@ logger = logging.getLogger("dinov3")
 _MOVED_HOOKS = {
     "dinocell.training.ssl_evaluation:make_evaluation": (
         "dinocell.pretraining.teacher_evaluation:make_evaluation"
-    ),
+    )
 }
 _LOG_EVERY = 10  # iterations, as upstream's log lines
 

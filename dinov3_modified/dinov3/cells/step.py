@@ -32,11 +32,7 @@ def seed_step(seed: int, rank: int, iteration: int, micro_step: int = 0) -> int:
 
 
 def forward_backward_all(
-    cfg: DictConfig,
-    model: Any,
-    batches: list[dict[str, Any]],
-    teacher_temp: float,
-    iteration: int,
+    cfg: DictConfig, model: Any, batches: list[dict[str, Any]], teacher_temp: float, iteration: int
 ) -> tuple[Tensor, dict[str, Any]]:
     """Forward and backward of all accumulated batches; mean loss and mean metrics."""
     rank = distributed.get_rank()

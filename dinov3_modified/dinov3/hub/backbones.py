@@ -7,6 +7,7 @@ file, and pass `weights=PATH`.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -62,150 +63,63 @@ def convert_path_or_url_to_url(path: str) -> str:
     return path if is_url(path) else Path(path).expanduser().resolve().as_uri()
 
 
-def dinov3_vits16(
-    *,
-    pretrained: bool = True,
-    weights: Weights | str | Path = Weights.LVD1689M,
-    check_hash: bool = False,
-    **kwargs: Any,
-) -> DinoVisionTransformer:
-    """ViT-S/16: width 384, 12 blocks, 6 heads.
+def _released(name: str, **shape: Any) -> Callable[..., DinoVisionTransformer]:
+    """The public function of a released network; see `dinov3_vits16`."""
 
-    Args:
-        pretrained: load `weights`; otherwise start at random.
-        weights: a member of `Weights`, or a path or URL (https, http, file) of any file that
-            `cells.weights` reads; another patch size is adapted.
-        check_hash: compare the file's SHA-256 with the hash in its name.
-        **kwargs: constructor arguments in place of the released ones, `patch_size` among them.
-    """
-    shape = {"embed_dim": 384, "depth": 12, "num_heads": 6, "ffn_ratio": 4}
-    return _make("vits16", shape, pretrained, weights, check_hash, kwargs)
+    def make(
+        *,
+        pretrained: bool = True,
+        weights: Weights | str | Path = Weights.LVD1689M,
+        check_hash: bool = False,
+        **kwargs: Any,
+    ) -> DinoVisionTransformer:
+        """A released network.
 
-
-def dinov3_vits16plus(
-    *,
-    pretrained: bool = True,
-    weights: Weights | str | Path = Weights.LVD1689M,
-    check_hash: bool = False,
-    **kwargs: Any,
-) -> DinoVisionTransformer:
-    """ViT-S+/16: as ViT-S with SwiGLU of ratio 6.  Arguments as `dinov3_vits16`."""
-    shape = {
-        "embed_dim": 384,
-        "depth": 12,
-        "num_heads": 6,
-        "ffn_ratio": 6,
-        "ffn_layer": "swiglu",
-    }
-    return _make("vits16plus", shape, pretrained, weights, check_hash, kwargs)
-
-
-def dinov3_vitb16(
-    *,
-    pretrained: bool = True,
-    weights: Weights | str | Path = Weights.LVD1689M,
-    check_hash: bool = False,
-    **kwargs: Any,
-) -> DinoVisionTransformer:
-    """ViT-B/16: width 768, 12 blocks, 12 heads.  Arguments as `dinov3_vits16`."""
-    shape = {"embed_dim": 768, "depth": 12, "num_heads": 12, "ffn_ratio": 4}
-    return _make("vitb16", shape, pretrained, weights, check_hash, kwargs)
-
-
-def dinov3_vitl16(
-    *,
-    pretrained: bool = True,
-    weights: Weights | str | Path = Weights.LVD1689M,
-    check_hash: bool = False,
-    **kwargs: Any,
-) -> DinoVisionTransformer:
-    """ViT-L/16: width 1024, 24 blocks, 16 heads; the satellite weights untie the local CLS norm.
-
-    Arguments as `dinov3_vits16`.
-    """
-    shape = {
-        "embed_dim": 1024,
-        "depth": 24,
-        "num_heads": 16,
-        "ffn_ratio": 4,
-        "untie_global_and_local_cls_norm": weights == Weights.SAT493M,
-    }
-    return _make("vitl16", shape, pretrained, weights, check_hash, kwargs)
-
-
-def dinov3_vitl16plus(
-    *,
-    pretrained: bool = True,
-    weights: Weights | str | Path = Weights.LVD1689M,
-    check_hash: bool = False,
-    **kwargs: Any,
-) -> DinoVisionTransformer:
-    """ViT-L+/16: as ViT-L with SwiGLU of ratio 6.  Arguments as `dinov3_vits16`."""
-    shape = {
-        "embed_dim": 1024,
-        "depth": 24,
-        "num_heads": 16,
-        "ffn_ratio": 6.0,
-        "ffn_layer": "swiglu",
-    }
-    return _make("vitl16plus", shape, pretrained, weights, check_hash, kwargs)
-
-
-def dinov3_vith16plus(
-    *,
-    pretrained: bool = True,
-    weights: Weights | str | Path = Weights.LVD1689M,
-    check_hash: bool = False,
-    **kwargs: Any,
-) -> DinoVisionTransformer:
-    """ViT-H+/16: width 1280, 32 blocks, 20 heads, SwiGLU of ratio 6.  Arguments as `dinov3_vits16`."""
-    shape = {
-        "embed_dim": 1280,
-        "depth": 32,
-        "num_heads": 20,
-        "ffn_ratio": 6.0,
-        "ffn_layer": "swiglu",
-    }
-    return _make("vith16plus", shape, pretrained, weights, check_hash, kwargs)
-
-
-def dinov3_vit7b16(
-    *,
-    pretrained: bool = True,
-    weights: Weights | str | Path = Weights.LVD1689M,
-    check_hash: bool = False,
-    **kwargs: Any,
-) -> DinoVisionTransformer:
-    """ViT-7B/16: width 4096, 40 blocks, 32 heads, SwiGLU.  Arguments as `dinov3_vits16`."""
-    shape = {
-        "embed_dim": 4096,
-        "depth": 40,
-        "num_heads": 32,
-        "ffn_ratio": 3,
-        "ffn_layer": "swiglu64",
-        "qkv_bias": False,
-        "untie_global_and_local_cls_norm": True,
-    }
-    return _make("vit7b16", shape, pretrained, weights, check_hash, kwargs)
-
-
-def _make(
-    name: str,
-    shape: dict[str, Any],
-    pretrained: bool,
-    weights: Weights | str | Path,
-    check_hash: bool,
-    options: dict[str, Any],
-) -> DinoVisionTransformer:
-    model = DinoVisionTransformer(**{**_COMMON, **shape, **options})
-    if not pretrained:
-        model.init_weights()
+        Args:
+            pretrained: load `weights`; otherwise start at random.
+            weights: a member of `Weights`, or a path or URL (https, http, file) of any file that
+                `cells.weights` reads; another patch size is adapted.
+            check_hash: compare the file's SHA-256 with the hash in its name.
+            **kwargs: constructor arguments in place of the released ones, `patch_size` among them.
+        """
+        options = {**_COMMON, **shape, **kwargs}
+        if (name, weights) == ("vitl16", Weights.SAT493M):
+            options = {"untie_global_and_local_cls_norm": True, **options}
+        model = DinoVisionTransformer(**options)
+        if not pretrained:
+            model.init_weights()
+            return model
+        path = _local_file(name, weights)
+        if check_hash:
+            _check_hash(path)
+        load_backbone(model, path)
         return model
-    path = _local_file(name, weights)
-    if check_hash:
-        _check_hash(path)
-    load_backbone(model, path)
-    return model
+
+    make.__name__ = make.__qualname__ = f"dinov3_{name}"
+    return make
+
+
+_SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
+_BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
+_LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
+_HUGE = {"embed_dim": 1280, "depth": 32, "num_heads": 20}
+_7B = {"embed_dim": 4096, "depth": 40, "num_heads": 32}
+
+# S, B, L, H and 7B; "plus" has SwiGLU of ratio 6.  The satellite weights of L untie the local CLS norm.
+dinov3_vits16 = _released("vits16", **_SMALL, ffn_ratio=4)
+dinov3_vits16plus = _released("vits16plus", **_SMALL, ffn_ratio=6, ffn_layer="swiglu")
+dinov3_vitb16 = _released("vitb16", **_BASE, ffn_ratio=4)
+dinov3_vitl16 = _released("vitl16", **_LARGE, ffn_ratio=4)
+dinov3_vitl16plus = _released("vitl16plus", **_LARGE, ffn_ratio=6.0, ffn_layer="swiglu")
+dinov3_vith16plus = _released("vith16plus", **_HUGE, ffn_ratio=6.0, ffn_layer="swiglu")
+dinov3_vit7b16 = _released(
+    "vit7b16",
+    **_7B,
+    ffn_ratio=3,
+    ffn_layer="swiglu64",
+    qkv_bias=False,
+    untie_global_and_local_cls_norm=True,
+)
 
 
 def _local_file(name: str, weights: Weights | str | Path) -> Path:

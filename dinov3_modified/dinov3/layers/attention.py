@@ -136,10 +136,7 @@ class SelfAttention(nn.Module):
         return x.transpose(1, 2).reshape(batch, num_tokens, triple // 3)
 
     def forward(
-        self,
-        x: Tensor,
-        attn_bias: Tensor | None = None,
-        rope: tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, attn_bias: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """[B, N, D] → [B, N, D]."""
         x = self.compute_attention(self.qkv(x), attn_bias=attn_bias, rope=rope)

@@ -20,11 +20,7 @@ from torch import Tensor, nn
 from dinov3.cells.ssl_losses import Metrics, SSLLosses, move_towards
 from dinov3.cells.ssl_settings import PRECISIONS, check_ssl_settings
 from dinov3.cells.starting_weights import fill_student
-from dinov3.cells.strategy import (
-    load_full_state_dict,
-    resolve_device,
-    resolve_strategy,
-)
+from dinov3.cells.strategy import load_full_state_dict, resolve_device, resolve_strategy
 from dinov3.cells.weights import LoadReport
 from dinov3.checkpointer import init_fsdp_model_from_checkpoint
 from dinov3.configs import get_default_config
@@ -95,8 +91,7 @@ class SSLMetaArch(SSLLosses):
         self.is_koleo_distributed = bool(cfg.dino.koleo_loss_distributed)
         self.koleo_loss: nn.Module = (
             KoLeoLossDistributed(
-                topk=cfg.dino.koleo_topk,
-                loss_group_size=cfg.dino.koleo_distributed_loss_group_size,
+                topk=cfg.dino.koleo_topk, loss_group_size=cfg.dino.koleo_distributed_loss_group_size
             )
             if self.is_koleo_distributed
             else KoLeoLoss()

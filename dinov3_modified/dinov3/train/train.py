@@ -74,10 +74,7 @@ from dinov3.data import (
 from dinov3.data.loaders import plain_message
 from dinov3.distributed.torch_distributed_wrapper import compute_on
 from dinov3.logging import MetricLogger, setup_logging
-from dinov3.train.cosine_lr_scheduler import (
-    CosineScheduler,
-    linear_warmup_cosine_decay,
-)
+from dinov3.train.cosine_lr_scheduler import CosineScheduler, linear_warmup_cosine_decay
 from dinov3.train.ssl_meta_arch import SSLMetaArch
 from dinov3.utils import get_sha
 
