@@ -83,8 +83,8 @@ def _released(name: str, **shape: Any) -> Callable[..., DinoVisionTransformer]:
             **kwargs: constructor arguments in place of the released ones, `patch_size` among them.
         """
         options = {**_COMMON, **shape, **kwargs}
-        if (name, weights) == ("vitl16", Weights.SAT493M):
-            options = {"untie_global_and_local_cls_norm": True, **options}
+        if name == "vitl16":
+            options = {"untie_global_and_local_cls_norm": weights == Weights.SAT493M, **options}
         model = DinoVisionTransformer(**options)
         if not pretrained:
             model.init_weights()
