@@ -62,50 +62,6 @@ def feature_spread(features: Tensor) -> float:
     return feature_std(features) * math.sqrt(features.shape[1])
 
 
-def assignment_statistics(probabilities: Tensor) -> dict[str, float]:
-    """How soft assignments [M, K] use the prototypes.
-
-    Returns:
-        `prototype_entropy`: entropy of the mean row over log K; 1 when all prototypes are used alike.
-        `assignment_entropy`: mean entropy of a row over log K; 1 when each row is undecided.
-        `prototypes_used`: prototypes that are the first of some row, over min(M, K).
-    """
-    sums = _AssignmentSums()
-    sums.add(probabilities)
-    return sums.figures()
-
-
-def kl_divergence(
-    teacher_probs: Tensor, student_logits: Tensor, student_temp: float = _STUDENT_TEMPERATURE
-) -> float:
-    """Mean of sum_k q_k (log q_k - log p_k) in nats, p = softmax(student_logits / student_temp).
-
-    Args:
-        teacher_probs: q [..., K], rows sum to 1.
-        student_logits: [..., K], row by row of the same image.
-    """
-    return float(_kl_rows(teacher_probs, student_logits, student_temp).mean())
-
-
-def attention_entropy(attention: Tensor) -> float:
-    """Mean entropy of the CLS token's attention over log T (1: it looks everywhere alike).
-
-    Args:
-        attention: [B, heads, T, T], rows sum to 1.
-    """
-    return float(_attention_entropies(attention).mean())
-
-
-def module_norms(modules: Mapping[str, nn.Module] | nn.ModuleDict) -> dict[str, Tensor]:
-    """L2 norm of all weights of each module as NAME_weight_norm; on their device.
-
-    With sharded weights all processes must call this.
-    """
-    parts = {name: list(module.parameters()) for name, module in modules.items()}
-    norms = _norms({name: _locals(params) for name, params in parts.items()}, parts)
-    return {f"{name}_weight_norm": norm for name, norm in norms.items()}
-
-
 @torch.no_grad()
 def module_statistics(
     modules: Mapping[str, nn.Module] | nn.ModuleDict,
@@ -226,7 +182,7 @@ class CollapseMonitor:
                     f"student_logits must come with teacher_probs of their shape, got "
                     f"{tuple(student_logits.shape)} and {shape}: give both, row by row"
                 )
-            self._kl.append(_kl_rows(teacher_probs, student_logits, _STUDENT_TEMPERATURE))
+            self._kl.append(_kl_rows(teacher_probs, student_logits))
         if teacher_probs is not None:
             self._assignments.add(teacher_probs)
         if attention is not None:
@@ -328,7 +284,7 @@ class CollapseMonitor:
 
 
 class _AssignmentSums:
-    """Sums over rows of assignments, on their device."""
+    """Sums over rows of soft assignments [M, K], on their device, and how they use the prototypes."""
 
     def __init__(self) -> None:
         self.mass: Tensor | None = None  # [K]
@@ -350,6 +306,12 @@ class _AssignmentSums:
         self.rows += rows.shape[0]
 
     def figures(self) -> dict[str, float]:
+        """Three shares.
+
+        `prototype_entropy`: entropy of the mean row over log K; 1 when all prototypes are used alike.
+        `assignment_entropy`: mean entropy of a row over log K; 1 when each row is undecided.
+        `prototypes_used`: prototypes that are the first of some row, over min(M, K).
+        """
         if self.mass is None or self.used is None or self.entropy is None:
             return {}
         count = self.mass.shape[0]
@@ -362,7 +324,10 @@ class _AssignmentSums:
         }
 
 
-def _kl_rows(teacher_probs: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
+def _kl_rows(
+    teacher_probs: Tensor, student_logits: Tensor, temperature: float = _STUDENT_TEMPERATURE
+) -> Tensor:
+    """Row by row sum_k q_k (log q_k - log p_k) in nats, p = softmax(student_logits / temperature)."""
     q = teacher_probs.detach().flatten(0, -2).float()
     log_p = torch.log_softmax(student_logits.detach().flatten(0, -2).float() / temperature, dim=-1)
     return (q * (q.clamp_min(_TINY).log() - log_p)).sum(dim=-1)  # [M]

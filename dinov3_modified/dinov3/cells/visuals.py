@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +131,6 @@ class VisualLogger:
     Attributes:
         skipped: pictures left out because the one before was unfinished.
         failed: pictures that could not be made.
-        seconds_in_training: time that all calls of `submit` have taken, network included.
     """
 
     def __init__(
@@ -153,7 +151,6 @@ class VisualLogger:
         self._thread: threading.Thread | None = None
         self.skipped = 0
         self.failed = 0
-        self.seconds_in_training = 0.0
 
     @property
     def busy(self) -> bool:
@@ -173,7 +170,6 @@ class VisualLogger:
         if self.busy:
             self.skipped += 1
             return False
-        begin = time.perf_counter()
         try:
             if self._images is None:
                 self._images = self._fixed_images(images)
@@ -188,7 +184,6 @@ class VisualLogger:
             target=self._draw, args=(dict(state), iteration), daemon=True, name="visuals"
         )
         self._thread.start()
-        self.seconds_in_training += time.perf_counter() - begin
         return True
 
     def close(self, timeout_s: float = 60.0) -> bool:

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dinov3.cells.files import move_into_place, write_text_atomically
+from dinov3.distributed import is_enabled, is_main_process
 
 logger = logging.getLogger("dinov3")
 
@@ -89,7 +90,7 @@ def save_checkpoint(
         OSError: it could not be written; an earlier checkpoint is as it was.
     """
     target = Path(ckpt_dir)
-    main_process = _rank(process_group) == 0
+    main_process = is_main_process(process_group)
     if target.exists() and not overwrite:
         raise FileExistsError(
             f"a checkpoint must not exist already, got {target}: set `overwrite`, or remove it"
@@ -108,7 +109,7 @@ def save_checkpoint(
                 state,
                 storage_writer=dcp.FileSystemWriter(part, sync_files=True),
                 process_group=process_group,
-                no_dist=not _is_distributed(),
+                no_dist=not is_enabled(),
             )
         if main_process:
             _write_manifest(part)
@@ -204,7 +205,7 @@ def load_checkpoint(
                 storage_reader=dcp.FileSystemReader(folder),
                 planner=planner,
                 process_group=process_group,
-                no_dist=not _is_distributed(),
+                no_dist=not is_enabled(),
             )
     except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
@@ -261,14 +262,14 @@ def find_latest_valid_checkpoint(ckpt_dir: str | Path) -> Path | None:
     Rank 0 looks, all processes get its answer.
     """
     answer: list[str | None] = [None]
-    if _rank(None) == 0:
+    if is_main_process():
         for path in reversed(find_all_checkpoints(ckpt_dir)):
             problem = _damage(path)
             if problem is None:
                 answer[0] = str(path)
                 break
             logger.warning("checkpoint %s is skipped: %s", path, problem)
-    if _is_distributed():
+    if is_enabled():
         dist.broadcast_object_list(answer, src=0)
     return None if answer[0] is None else Path(answer[0])
 
@@ -278,11 +279,8 @@ def _damage(folder: Path) -> str | None:
     manifest = folder / _MANIFEST
     if not manifest.is_file():
         # Upstream writes no list of files; its folder is renamed when complete, as ours.
-        return (
-            None
-            if (folder / _METADATA).is_file()
-            else f"it has neither {_MANIFEST} nor {_METADATA}"
-        )
+        complete = (folder / _METADATA).is_file()
+        return None if complete else f"it has neither {_MANIFEST} nor {_METADATA}"
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         for name, expected in files.items():
@@ -404,16 +402,8 @@ def init_model_from_checkpoint_for_evals(
     load_backbone(model, pretrained_weights, which=checkpoint_key or "teacher")
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _rank(group: dist.ProcessGroup | None) -> int:
-    return dist.get_rank(group) if _is_distributed() else 0
-
-
 def _barrier(group: dist.ProcessGroup | None) -> None:
-    if _is_distributed():
+    if is_enabled():
         dist.barrier(group=group)
 
 

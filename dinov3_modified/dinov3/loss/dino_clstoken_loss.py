@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from dinov3.cells.center import CentredLoss
 from dinov3.cells.sinkhorn import sinkhorn_knopp
 from dinov3.distributed import get_process_subgroup
 
 
-class DINOLoss(nn.Module):
+class DINOLoss(CentredLoss):
     """Cross-entropy between the teacher's assignment and the student's, over pairs of crops.
 
     Args:
         out_dim: number of prototypes K.
-        student_temp: temperature of the student's softmax.
-        center_momentum: share of the old centre in its running mean (softmax centring).
+        student_temp, center_momentum: as in `CentredLoss`.
     """
-
-    center: Tensor
 
     def __init__(
         self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9
     ) -> None:
-        super().__init__()
-        self.student_temp = student_temp
-        self.center_momentum = center_momentum
-        # NaN until `init_weights`, so that a forgotten start cannot go unnoticed.
-        self.register_buffer("center", torch.full((1, out_dim), torch.nan))
-        self._pending: tuple[Tensor, Tensor] | None = None
-
-    def init_weights(self) -> None:
-        """The centre starts at zero."""
-        self.center.zero_()
+        super().__init__((1, out_dim), student_temp, center_momentum)
 
     @torch.no_grad()
     def softmax_center_teacher(
@@ -62,7 +50,7 @@ class DINOLoss(nn.Module):
         Returns:
             Probabilities [B, K], float32; rows sum to 1.
         """
-        group = get_process_subgroup() if _is_distributed() else None
+        group = get_process_subgroup()
         return sinkhorn_knopp(
             teacher_output, teacher_temp, n_iterations=n_iterations, group=group
         ).probabilities()
@@ -88,33 +76,3 @@ class DINOLoss(nn.Module):
             pairs = pairs.masked_fill(same, 0.0)
             count -= batch * shorter
         return -pairs.sum() / count
-
-    @torch.no_grad()
-    def update_center(self, teacher_output: Tensor) -> None:
-        """Move the centre towards the mean of `teacher_output` [..., K]."""
-        self.reduce_center_update(teacher_output)
-        self.apply_center_update()
-
-    @torch.no_grad()
-    def reduce_center_update(self, teacher_output: Tensor) -> None:
-        """Sum the logits over this batch and over processes."""
-        logits = teacher_output.float().flatten(0, -2)
-        total = logits.sum(dim=0, keepdim=True)
-        count = torch.tensor(float(logits.shape[0]), device=logits.device)
-        if _is_distributed():
-            dist.all_reduce(total, group=get_process_subgroup())
-            dist.all_reduce(count, group=get_process_subgroup())
-        self._pending = (total, count)
-
-    @torch.no_grad()
-    def apply_center_update(self) -> None:
-        """Apply what `reduce_center_update` summed; nothing happens twice."""
-        if self._pending is None:
-            return
-        total, count = self._pending
-        self._pending = None
-        self.center.lerp_((total / count).to(self.center.dtype), 1 - self.center_momentum)
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

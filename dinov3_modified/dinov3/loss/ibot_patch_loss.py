@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dinov3.cells.center import CentredLoss
 from dinov3.cells.patch_cross_entropy import prototype_cross_entropy
 from dinov3.cells.sinkhorn import Assignment, sinkhorn_knopp, softmax_assignment
 from dinov3.distributed import get_process_subgroup
@@ -28,12 +28,11 @@ class SinkhornKnoppTeacher(nn.Module):
         chunk_bytes: int = 2**28,
     ) -> Assignment:
         """As `forward`, without writing the [M, K] matrix."""
-        distributed = dist.is_available() and dist.is_initialized()
         return sinkhorn_knopp(
             teacher_output,
             teacher_temp,
             n_iterations=n_iterations,
-            group=get_process_subgroup() if distributed else None,
+            group=get_process_subgroup(),
             chunk_bytes=chunk_bytes,
         )
 
@@ -54,29 +53,19 @@ class SinkhornKnoppTeacher(nn.Module):
         return self.assign(teacher_output, teacher_temp, n_iterations).probabilities()
 
 
-class iBOTPatchLoss(nn.Module):
+class iBOTPatchLoss(CentredLoss):
     """Cross-entropy between the teacher's view of masked patches and the student's prediction.
 
     Args:
         patch_out_dim: number of prototypes K.
-        student_temp, center_momentum: as in `DINOLoss`.
+        student_temp, center_momentum: as in `CentredLoss`.
     """
-
-    center: Tensor
 
     def __init__(
         self, patch_out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9
     ) -> None:
-        super().__init__()
-        self.student_temp = student_temp
-        self.center_momentum = center_momentum
-        self.register_buffer("center", torch.full((1, 1, patch_out_dim), torch.nan))
-        self._pending: tuple[Tensor, Tensor] | None = None
+        super().__init__((1, 1, patch_out_dim), student_temp, center_momentum)
         self.sinkhorn_knopp_teacher = SinkhornKnoppTeacher()
-
-    def init_weights(self) -> None:
-        """The centre starts at zero."""
-        self.center.zero_()
 
     @torch.no_grad()
     def softmax_center_teacher(
@@ -167,31 +156,3 @@ class iBOTPatchLoss(nn.Module):
     def _row_weights(masks: Tensor) -> Tensor:
         count = masks.sum(dim=-1).clamp(min=1.0)
         return (1.0 / count)[:, None].expand_as(masks)[masks]
-
-    @torch.no_grad()
-    def update_center(self, teacher_patch_tokens: Tensor) -> None:
-        """Move the centre towards the mean of `teacher_patch_tokens` [..., K]."""
-        self.reduce_center_update(teacher_patch_tokens)
-        self.apply_center_update()
-
-    @torch.no_grad()
-    def reduce_center_update(self, teacher_patch_tokens: Tensor) -> None:
-        """Sum the logits over patches and over processes."""
-        logits = teacher_patch_tokens.float().flatten(0, -2)
-        total = logits.sum(dim=0)
-        count = torch.tensor(float(logits.shape[0]), device=logits.device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total, group=get_process_subgroup())
-            dist.all_reduce(count, group=get_process_subgroup())
-        self._pending = (total, count)
-
-    @torch.no_grad()
-    def apply_center_update(self) -> None:
-        """Apply what `reduce_center_update` summed; no masked patch leaves the centre alone."""
-        if self._pending is None:
-            return
-        total, count = self._pending
-        self._pending = None
-        mean = (total / count.clamp(min=1.0)).to(self.center.dtype)
-        moved = torch.lerp(self.center, mean.expand_as(self.center), 1 - self.center_momentum)
-        self.center.copy_(torch.where(count > 0, moved, self.center))

@@ -378,56 +378,28 @@ class DinoVisionTransformer(nn.Module):
         return self.head(features["x_norm_clstoken"])
 
 
-def vit_tiny(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
-    """5.5 M parameters: width 192, 12 blocks, 3 heads (ours; DeiT, Touvron et al. 2021, table 1)."""
-    return _vit(patch_size, 192, 12, 3, 4.0, kwargs)
-
-
-def vit_small(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
-    """21.6 M parameters: width 384, 12 blocks, 6 heads."""
-    return _vit(patch_size, 384, 12, 6, 4.0, kwargs)
-
-
-def vit_base(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
-    """85.7 M parameters: width 768, 12 blocks, 12 heads."""
-    return _vit(patch_size, 768, 12, 12, 4.0, kwargs)
-
-
-def vit_large(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
-    """303 M parameters: width 1024, 24 blocks, 16 heads."""
-    return _vit(patch_size, 1024, 24, 16, 4.0, kwargs)
-
-
-def vit_so400m(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
-    """415 M parameters: width 1152, 27 blocks, 18 heads, feed-forward 3.78 times wider."""
-    return _vit(patch_size, 1152, 27, 18, 3.777777778, kwargs)
-
-
-def vit_huge2(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
-    """631 M parameters: width 1280, 32 blocks, 20 heads."""
-    return _vit(patch_size, 1280, 32, 20, 4.0, kwargs)
-
-
-def vit_giant2(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
-    """1134 M parameters: width 1536, 40 blocks, 24 heads."""
-    return _vit(patch_size, 1536, 40, 24, 4.0, kwargs)
-
-
-def vit_7b(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
-    """6716 M parameters: width 4096, 40 blocks, 32 heads, feed-forward 3 times wider."""
-    return _vit(patch_size, 4096, 40, 32, 3.0, kwargs)
-
-
 def _vit(
-    patch_size: int, width: int, depth: int, heads: int, ratio: float, options: dict[str, Any]
-) -> DinoVisionTransformer:
-    return DinoVisionTransformer(
-        patch_size=patch_size,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        **{"ffn_ratio": ratio, **options},
-    )
+    embed_dim: int, depth: int, num_heads: int, ffn_ratio: float = 4.0
+) -> Callable[..., DinoVisionTransformer]:
+    shape = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+
+    def make(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
+        """A vision transformer of a usual size; `kwargs` are further constructor arguments."""
+        options = {"ffn_ratio": ffn_ratio, **kwargs}
+        return DinoVisionTransformer(patch_size=patch_size, **shape, **options)
+
+    return make
+
+
+# By the number of parameters with patches of 16 pixels; the first is ours (DeiT, Touvron et al. 2021, table 1).
+vit_tiny = _vit(192, 12, 3)  # 5.5 M
+vit_small = _vit(384, 12, 6)  # 21.6 M
+vit_base = _vit(768, 12, 12)  # 85.7 M
+vit_large = _vit(1024, 24, 16)  # 303 M
+vit_so400m = _vit(1152, 27, 18, 3.777777778)  # 415 M
+vit_huge2 = _vit(1280, 32, 20)  # 631 M
+vit_giant2 = _vit(1536, 40, 24)  # 1134 M
+vit_7b = _vit(4096, 40, 32, 3.0)  # 6716 M
 
 
 def _choose(known: dict[str, Any], option: str, value: str) -> Any:

@@ -98,16 +98,8 @@ def get_params_groups_with_decay(
     return groups
 
 
-def get_params_groups_with_decay_fsdp(
-    model: nn.Module,
-    lr_decay_rate: float = 1.0,
-    patch_embed_lr_mult: float = 1.0,
-    dino_head_wd_multiplier: float = 1.0,
-) -> list[dict[str, Any]]:
-    """As `get_params_groups_with_decay`; both see through wrappers, the name is upstream's."""
-    return get_params_groups_with_decay(
-        model, lr_decay_rate, patch_embed_lr_mult, dino_head_wd_multiplier
-    )
+# Upstream's name for sharded networks; wrappers are seen through in both.
+get_params_groups_with_decay_fsdp = get_params_groups_with_decay
 
 
 def fuse_params_groups(
