@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import ImageFileError, UsageError
+from dinocell.files import refuse_long_names
 from dinocell.io import read_image, select_channels
 from dinocell.labels import looks_like_labels
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
@@ -100,24 +101,24 @@ class Segmentation:
         -------
         dict
             Kind → path.
+
+        Raises
+        ------
+        UsageError
+            A format is unknown, or none is given.
+        DINOCellError
+            The name is too long for the file system; nothing was written.
         """
         from dinocell.results.exports import EXPORT_FORMATS
         from dinocell.results.pictures import overlay_panel, write_png
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        unknown = [name for name in formats if name not in EXPORT_FORMATS]
-        if unknown or not formats:
-            raise UsageError(
-                f"formats must be some of {', '.join(EXPORT_FORMATS)}, got {', '.join(unknown) or 'none'}: "
-                "choose among them"
-            )
+        paths = output_paths(folder, self.name, formats, overlay=overlay)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        refuse_long_names(paths.values())
         if table is None:
             table = self.measure()
-        paths: dict[str, Path] = {"csv": folder / f"{self.name}_cells.csv"}
         table.to_csv(paths["csv"])
         if overlay:
-            paths["overlay"] = folder / f"{self.name}_overlay.png"
             panel = overlay_panel(
                 self.image,
                 self.labels,
@@ -126,12 +127,33 @@ class Segmentation:
                 pixel_size_um=self.pixel_size_um,
             )
             write_png(paths["overlay"], panel)
-        for name in sorted(formats, key=lambda item: item in ("tif", "png")):
-            export = EXPORT_FORMATS[name]
-            path = folder / f"{self.name}{export.suffix}"
-            export.write(path, self.labels, table)
-            paths[name] = path
+        for name in list(paths)[1 + overlay :]:
+            EXPORT_FORMATS[name].write(paths[name], self.labels, table)
         return paths
+
+
+def output_paths(
+    folder: str | os.PathLike[str], name: str, formats: Sequence[str], *, overlay: bool
+) -> dict[str, Path]:
+    """Kind → file that `Segmentation.save` writes, in the order in which it does.
+
+    Raises
+    ------
+    UsageError
+        A format is unknown, or none is given.
+    """
+    from dinocell.results.exports import EXPORT_FORMATS
+
+    unknown = [name for name in formats if name not in EXPORT_FORMATS]
+    if unknown or not formats:
+        raise UsageError(
+            f"formats must be some of {', '.join(EXPORT_FORMATS)}, got {', '.join(unknown) or 'none'}: "
+            "choose among them"
+        )
+    endings = {"csv": "_cells.csv"} | ({"overlay": "_overlay.png"} if overlay else {})
+    for kind in sorted(formats, key=lambda item: item in ("tif", "png")):
+        endings[kind] = EXPORT_FORMATS[kind].suffix
+    return {kind: Path(folder) / f"{name}{ending}" for kind, ending in endings.items()}
 
 
 class DINOCellPipeline:

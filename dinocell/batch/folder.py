@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 from dinocell import __version__
 from dinocell.batch.journal import complete_last_line, read_journal
 from dinocell.batch.options import FREE_OPTIONS, SegmentOptions
-from dinocell.errors import ConfigError, UsageError
+from dinocell.errors import ConfigError, DINOCellError, UsageError
 from dinocell.files import atomic_path, write_text_atomically
 from dinocell.network.model import DINOCell
 from dinocell.results.exports import EXPORT_FORMATS
@@ -27,7 +29,9 @@ REPORT_LIMIT = 500
 def present_results(paths: Sequence[Path], out: Path, formats: Sequence[str]) -> list[Path]:
     """Those of the images that have results in a folder."""
     endings = [EXPORT_FORMATS[name].suffix for name in formats if name in EXPORT_FORMATS]
-    return [path for path in paths if any((out / f"{path.stem}{end}").exists() for end in endings)]
+    return [
+        path for path in paths if any(os.path.exists(out / f"{path.stem}{end}") for end in endings)
+    ]
 
 
 def refuse_results(paths: Sequence[Path], out: Path, formats: Sequence[str]) -> None:
@@ -62,6 +66,31 @@ def settings_of(options: SegmentOptions, model: DINOCell) -> dict[str, Any]:
     return json.loads(json.dumps(kept))
 
 
+def make_folder(out: Path) -> None:
+    """Make the folder of the results, if it does not exist.
+
+    Raises
+    ------
+    UsageError
+        A file has that name, or one of a folder above.
+    DINOCellError
+        The system refuses.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(
+            f"`out` must be a folder, got '{out}', which is a file or lies below one: choose another name"
+        ) from error
+    except OSError as error:
+        raise DINOCellError(
+            f"the results cannot be written to '{out}' ({error.strerror or error}): change the rights of the "
+            "folder, or choose another one"
+        ) from error
+
+
 def open_folder(
     out: Path,
     journal_path: Path,
@@ -87,7 +116,7 @@ def open_folder(
             "folder, or set `overwrite`"
         )
     done = _done_rows(out, journal, paths, options) if options.resume else {}
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     complete_last_line(journal_path)
     if options.overwrite and journal:
         stems = {path.stem for path in paths}
@@ -119,7 +148,7 @@ def _done_rows(
     wanted = {path.stem: path.resolve() for path in paths}
     for row in journal:
         name = row["name"]
-        if name not in wanted or not all((out / f"{name}{end}").exists() for end in suffixes):
+        if name not in wanted or not all(os.path.exists(out / f"{name}{end}") for end in suffixes):
             continue
         if Path(row["source"]).resolve() != wanted[name]:
             raise UsageError(
@@ -138,7 +167,10 @@ def write_summary(
     for row in rows:
         columns += [key for key in row if key not in columns]
     columns.append("error")
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)

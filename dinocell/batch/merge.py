@@ -120,7 +120,7 @@ def _merge_cells(out: Path, names: Sequence[str], *, shown: bool) -> None:
                 columns += [name for name in next(csv.reader(file), []) if name not in columns]
     with (
         atomic_path(out / "cells.csv") as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as target,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as target,
         progress("merging tables", len(tables), shown=shown) as bar,
     ):
         writer = csv.DictWriter(target, columns, restval="", lineterminator="\n")

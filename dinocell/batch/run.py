@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dinocell.batch.folder import (
     REPORT_LIMIT,
+    make_folder,
     open_folder,
     settings_of,
     write_report_page,
@@ -35,9 +36,9 @@ from dinocell.batch.journal import (
 )
 from dinocell.batch.options import SegmentOptions, check_call
 from dinocell.errors import DINOCellError
-from dinocell.files import remove_temporary_files, write_text_atomically
+from dinocell.files import refuse_long_names, remove_temporary_files, write_text_atomically
 from dinocell.network.model import DINOCell, load_model
-from dinocell.pipeline import DINOCellPipeline, LoadedImage, Segmentation
+from dinocell.pipeline import DINOCellPipeline, LoadedImage, Segmentation, output_paths
 from dinocell.progress import Progress, progress
 from dinocell.results.report import ReportEntry, make_entry
 
@@ -125,6 +126,8 @@ def segment_files(
     started = time.monotonic()
     out = Path(out)
     check_call(paths, options)
+    if out.exists() and not out.is_dir():
+        make_folder(out)  # refuses, before the model is loaded
     loaded = model if model is not None else load_model(options.model, device=options.device)
     pipeline = DINOCellPipeline(  # refuses wrong thresholds before a folder is made
         loaded,
@@ -207,6 +210,10 @@ class _Batch:
         if self.part is not None:
             note_start(self.part, path.stem)
         try:
+            outputs = output_paths(
+                self.out, path.stem, self.options.formats, overlay=self.options.overlay
+            )
+            refuse_long_names(outputs.values())  # before the work, not after it
             loaded = self.pipeline.load(
                 path,
                 channels=self.options.channels,

@@ -6,6 +6,7 @@ a signal after everything was saved (run the same command again).
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,9 @@ for group in (segment, shards, evaluate, train, inspect, weights, jump, upstream
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     call = Call()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be no UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         with tree_imports():
             app(args=arguments, prog_name="dinocell", obj=call)

@@ -38,8 +38,8 @@ class SegmentFlags:
         names="--format -f",
     )
     channels: str | None = option(
-        "Use this channel of multi-channel images: its index, counted from 0, or its name. Several, "
-        "separated by commas, are normalised one by one and then averaged."
+        "Use this channel of multi-channel images: its name or, if no channel has that name, its index, "
+        "counted from 0. Several, separated by commas, are normalised one by one and then averaged."
     )
     page: int | None = option("Use this plane of image stacks, counted from 0.")
     pixel_size_um: float | None = option(
@@ -83,9 +83,13 @@ class SegmentFlags:
         names = channel_names(self.channels, example="0 or DNA,ER")
         converted = {
             "formats": tuple(self.formats or ["tif"]),
-            "channels": names and tuple(int(name) if name.isdigit() else name for name in names),
+            "channels": names and tuple(int(n) if _is_number(n) else n for n in names),
         }
         return SegmentOptions(**vars(self) | converted)
+
+
+def _is_number(name: str) -> bool:
+    return name.isdecimal() and name == str(int(name))  # 01 can only be a name
 
 
 def segment_options(parameters: Mapping[str, Any]) -> SegmentOptions:
@@ -136,10 +140,11 @@ def segment(
     Example: `dinocell segment images/ -o out --report`
     """
     from dinocell.batch.run import segment_files
-    from dinocell.io import find_images
+    from dinocell.io import search_images
 
-    paths = find_images(images, recursive=recursive)
-    result = segment_files(paths, out, options.for_batch())
-    print(in_options(result.text(), context))
+    found = search_images(images, recursive=recursive)
+    result = segment_files(found.paths, out, options.for_batch())
+    notes = "".join(f"\nnote: {note}" for note in found.notes)
+    print(in_options(result.text() + notes, context))
     if result.failures:
         raise typer.Exit(1)

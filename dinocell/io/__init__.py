@@ -1,16 +1,18 @@
 """Files ↔ arrays: images and label images in, labels, images and maps out."""
 
-from dinocell.io.names import find_images, natural_key
+from dinocell.io.names import FoundImages, find_images, natural_key, search_images
 from dinocell.io.planes import select_channels
 from dinocell.io.read import Image, read_image, read_labels
 from dinocell.io.write import write_image, write_labels
 
 __all__ = [
+    "FoundImages",
     "Image",
     "find_images",
     "natural_key",
     "read_image",
     "read_labels",
+    "search_images",
     "select_channels",
     "write_image",
     "write_labels",

@@ -5,10 +5,13 @@ The suffixes that are read, and the endings of results, stand in `dinocell.pairs
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dinocell.errors import UsageError
@@ -28,13 +31,31 @@ UNREADABLE_KINDS: dict[str, str] = {
 """Suffix → name of formats of microscopes that are recognised but not read; some are folders."""
 
 
+@dataclass(frozen=True)
+class FoundImages:
+    """Image files in their order, and sentences on what was left out of folders and patterns."""
+
+    paths: list[Path]
+    notes: tuple[str, ...] = ()
+
+
 def find_images(
     inputs: Sequence[str | os.PathLike[str]],
     *,
     recursive: bool = False,
     include_outputs: bool = False,
 ) -> list[Path]:
-    """List the image files that files, folders and patterns stand for.
+    """List the image files that files, folders and patterns stand for; see `search_images`."""
+    return search_images(inputs, recursive=recursive, include_outputs=include_outputs).paths
+
+
+def search_images(
+    inputs: Sequence[str | os.PathLike[str]],
+    *,
+    recursive: bool = False,
+    include_outputs: bool = False,
+) -> FoundImages:
+    """Find the image files that files, folders and patterns stand for.
 
     Parameters
     ----------
@@ -43,17 +64,18 @@ def find_images(
         `**` for any depth) that is not itself the name of a file, the files with a suffix of
         `dinocell.pairs.IMAGE_SUFFIXES` (in any case) are taken.
     recursive : bool
-        Look into the folders of folders too.
+        Look into the folders of folders too; a folder that links lead back to is visited once.
     include_outputs : bool
-        Take files whose name ends (before the suffix) in one of `dinocell.pairs.OUTPUT_ENDINGS` also from
-        folders and patterns; by default they are left out, so that a second run does not segment its own
-        results.  Hidden files and folders (the name starts with a dot) are always left out.
+        Take also the results of earlier runs, which are left out by default.  Of files whose name ends
+        (before the suffix) in one of `dinocell.pairs.OUTPUT_ENDINGS` these are results: `a_labels.tif`
+        beside `a_cells.csv`, which every run writes, and, with a note, `a_labels.tif` where an image
+        `a` was found.  Hidden files and folders (the name starts with a dot) are always left out.
 
     Returns
     -------
-    paths : list of Path
-        In the order of `inputs`, within a folder or pattern in natural order (2 before 10), each file
-        once.
+    found : FoundImages
+        Paths in the order of `inputs`, within a folder or pattern in natural order (2 before 10), each
+        file once.  Notes on folders that cannot be opened, and on files that were left out.
 
     Raises
     ------
@@ -62,60 +84,166 @@ def find_images(
     """
     if isinstance(inputs, str | os.PathLike):
         raise TypeError(f"`inputs` must be a sequence of paths, got '{inputs}': put it in a list.")
-    found: dict[str, Path] = {}
-    unreadable: set[str] = set()
+    search = _Search(recursive)
+    named: dict[str, Path] = {}  # given by their names
+    listed: dict[str, Path] = {}
     for given in inputs:
         path = Path(given)
-        if path.exists() and not (path.is_dir() and path.suffix.lower() not in UNREADABLE_KINDS):
-            found.setdefault(os.path.realpath(path), path)
+        if _is_one_file(path):
+            named[os.path.realpath(path)] = path
+            listed.setdefault(os.path.realpath(path), path)
             continue
-        for candidate in sorted(_candidates(given, recursive), key=natural_key):
-            suffix = candidate.suffix.lower()
-            if suffix in UNREADABLE_KINDS:
-                unreadable.add(suffix)
-            elif suffix in IMAGE_SUFFIXES and (
-                include_outputs or not candidate.stem.endswith(OUTPUT_ENDINGS)
-            ):
-                found.setdefault(os.path.realpath(candidate), candidate)
-    if not found:
+        for candidate in sorted(search.candidates(given), key=natural_key):
+            listed.setdefault(os.path.realpath(candidate), candidate)
+    if not include_outputs:
+        results = search.results_among(
+            [path for real, path in listed.items() if real not in named], listed.values()
+        )
+        listed = {real: path for real, path in listed.items() if path not in results}
+    if not listed:
         where = ", ".join(f"'{os.fspath(given)}'" for given in inputs) or "an empty list"
-        hint = f" ({', '.join(sorted(unreadable))} files cannot be read yet)" if unreadable else ""
-        if not recursive and any(Path(given).is_dir() for given in inputs):
+        kinds = ", ".join(sorted(search.unreadable))
+        hint = f" ({kinds} files cannot be read yet)" if kinds else ""
+        hint += "".join(f"; {note}" for note in search.notes)
+        if not recursive and any(map(os.path.isdir, inputs)):
             hint += "; set `recursive` to search the folders inside"
         raise UsageError(
             f"At least one image is needed, but {where} holds none: images end in "
             f"{', '.join(IMAGE_SUFFIXES)}{hint}."
         )
-    return list(found.values())
+    return FoundImages(list(listed.values()), tuple(search.notes))
 
 
-def _candidates(given: str | os.PathLike[str], recursive: bool) -> Iterable[Path]:
-    """All files of a folder or pattern that may be images, in any order."""
-    path = Path(given)
-    if path.is_dir():
-        return _files_below(path, recursive)
-    if not glob.has_magic(str(given)):
-        raise UsageError(f"There is no file or folder '{path}': check the path.")
-    candidates: list[Path] = []
-    for name in glob.glob(os.path.expanduser(str(given)), recursive=True):
-        match = Path(name)
-        if any(parent.suffix.lower() in UNREADABLE_KINDS for parent in match.parents):
-            continue  # inside a Zarr folder
-        if not match.is_dir():
-            candidates.append(match)
-        elif recursive and match.suffix.lower() not in UNREADABLE_KINDS:
-            candidates.extend(_files_below(match, recursive))
-    return candidates
+def _is_one_file(path: Path) -> bool:
+    """Whether a given path exists and is to be read as one image, as a file or a folder of a known kind."""
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as error:
+        if glob.has_magic(str(path)):
+            return False
+        raise UsageError(
+            f"'{path}' cannot be opened ({error.strerror}): check the path and its rights."
+        ) from error
+    return not is_folder or path.suffix.lower() in UNREADABLE_KINDS
 
 
-def _files_below(folder: Path, recursive: bool) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_file() or entry.suffix.lower() in UNREADABLE_KINDS:
-            yield entry
-        elif recursive and entry.is_dir():
-            yield from _files_below(entry, recursive)
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that cannot be followed
+        return False
+
+
+class _Search:
+    """Looks into folders; one that cannot be opened stops nothing and is noted."""
+
+    def __init__(self, recursive: bool) -> None:
+        self.recursive = recursive
+        self.notes: list[str] = []
+        self.unreadable: set[str] = set()
+
+    def candidates(self, given: str | os.PathLike[str]) -> Iterator[Path]:
+        """Files of a folder or pattern that are images by their suffix, in any order."""
+        if os.path.isdir(given):
+            matches: Iterable[Path] = self._files_below(Path(given))
+        elif glob.has_magic(str(given)):
+            parts = Path(os.path.expanduser(given)).parts
+            absolute = bool(parts) and os.path.isabs(parts[0])
+            matches = self._matching(Path(parts[0] if absolute else "."), parts[absolute:])
+        else:
+            raise UsageError(f"There is no file or folder '{given}': check the path.")
+        for path in matches:
+            suffix = path.suffix.lower()
+            if suffix in UNREADABLE_KINDS:
+                self.unreadable.add(suffix)
+            elif suffix not in IMAGE_SUFFIXES:
+                continue
+            elif os.path.isfile(path):
+                yield path
+            elif not os.path.isdir(path):
+                self._note(f"'{path}' was left out: it is no file, or a link to none")
+
+    def results_among(self, paths: Iterable[Path], images: Iterable[Path]) -> set[Path]:
+        """Files that an earlier run wrote, as far as their names and neighbours tell."""
+        stems = {path.stem for path in images if not path.stem.endswith(OUTPUT_ENDINGS)}
+        results, likely = set(), []
+        for path in paths:
+            ending = next((end for end in OUTPUT_ENDINGS if path.stem.endswith(end)), "")
+            name = path.stem.removesuffix(ending)
+            if not ending or not name:
+                continue
+            if os.path.lexists(path.with_name(f"{name}_cells.csv")):
+                results.add(path)
+            elif name in stems:
+                likely.append(path)
+        if likely:
+            shown = ", ".join(path.name for path in likely[:5]) + ", ..." * (len(likely) > 5)
+            count = "1 file was" if len(likely) == 1 else f"{len(likely)} files were"
+            self._note(
+                f"{count} left out, because the names say that they belong to other images ({shown}): "
+                "name a file itself to segment it"
+            )
+        return results.union(likely)
+
+    def _matching(self, base: Path, parts: Sequence[str]) -> Iterator[Path]:
+        """Files (with `recursive` also of folders) whose path below `base` matches a pattern."""
+        if not parts:
+            if os.path.isdir(base) and base.suffix.lower() not in UNREADABLE_KINDS:
+                yield from self._files_below(base) if self.recursive else ()
+            elif os.path.lexists(base):
+                yield base
+        elif parts[0] == "**":
+            for folder, files in self._walk(base, recursive=True):
+                yield from self._matching(folder, parts[1:]) if parts[1:] else files
+        elif not glob.has_magic(parts[0]):
+            yield from self._matching(base / parts[0], parts[1:])
+        elif os.path.isdir(base) and base.suffix.lower() not in UNREADABLE_KINDS:
+            for entry in self._entries(base, hidden=parts[0].startswith(".")):
+                if fnmatch.fnmatchcase(entry.name, parts[0]):
+                    yield from self._matching(base / entry.name, parts[1:])
+
+    def _files_below(self, folder: Path) -> Iterator[Path]:
+        for _, files in self._walk(folder, recursive=self.recursive):
+            yield from files
+
+    def _walk(self, top: Path, *, recursive: bool) -> Iterator[tuple[Path, list[Path]]]:
+        """Folders with what they hold besides folders; real folders first, then those behind links.
+
+        Every real folder is visited once, so links that lead back to a folder above end there.
+        """
+        seen: set[str] = set()
+        waiting, linked = [top], []
+        while waiting or linked:
+            folder = waiting.pop() if waiting else linked.pop(0)
+            real = os.path.realpath(folder)
+            if real in seen:
+                continue
+            seen.add(real)
+            files = []
+            for entry in self._entries(folder):
+                path = folder / entry.name
+                if path.suffix.lower() in UNREADABLE_KINDS or not _is_folder(entry):
+                    files.append(path)
+                elif recursive:
+                    (linked if entry.is_symlink() else waiting).append(path)
+            yield folder, files
+
+    def _entries(self, folder: Path, *, hidden: bool = False) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(folder) as entries:
+                found = [e for e in entries if hidden or not e.name.startswith(".")]
+                return sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            self._note(
+                f"the folder '{folder}' was left out: it cannot be opened ({error.strerror})"
+            )
+            return []
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
 
 def natural_key(path: Path) -> list[tuple[int, int, str]]:

@@ -9,6 +9,7 @@ short, a stack, a text with an image's suffix, not-a-number pixels) ends in one 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,12 +181,23 @@ def read_labels(
 
 def _existing_file(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError) as err:
+        raise UsageError(f"There is no file '{path}': check the path.") from err
+    except OSError as err:
+        raise ImageFileError(
+            f"'{path}' cannot be opened ({err.strerror}): check the path and its rights."
+        ) from err
+    if stat.S_ISDIR(mode):
         if kind := UNREADABLE_KINDS.get(path.suffix.lower()):
             raise ImageFileError(_not_read_message(path, kind))
         raise UsageError(f"An image file is needed, '{path}' is a folder: name the files in it.")
-    if not path.exists():
-        raise UsageError(f"There is no file '{path}': check the path.")
+    if not stat.S_ISREG(mode):  # opening a pipe would wait for its other end
+        raise ImageFileError(
+            f"An image file is needed, '{path}' is a pipe, a socket or a device: save the image to a "
+            "file and give that."
+        )
     return path
 
 

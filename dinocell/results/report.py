@@ -196,7 +196,7 @@ def write_report(
             for number, (entry, fact) in enumerate(zip(all_entries, facts, strict=True), start=1)
         ),
     )
-    write_text_atomically(path, page)
+    write_text_atomically(path, page, errors="backslashreplace")
 
 
 def _template() -> Any:
@@ -429,4 +429,5 @@ def _link(target: str | os.PathLike[str] | None, folder: Path) -> dict[str, str]
     if target is None:
         return None
     relative = os.path.relpath(os.path.abspath(target), folder)
-    return {"target": quote(Path(relative).as_posix()), "name": Path(target).name}
+    address = quote(os.fsencode(Path(relative).as_posix()))  # names may be no UTF-8
+    return {"target": address, "name": Path(target).name}

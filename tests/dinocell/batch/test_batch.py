@@ -16,6 +16,7 @@ from dinocell.batch.options import SegmentOptions
 from dinocell.batch.run import segment_files
 from dinocell.errors import CheckpointError, ConfigError, DINOCellError, UsageError
 from dinocell.io import find_images, read_labels, write_image
+from dinocell.pipeline import segment
 
 OPTIONS = SegmentOptions(device="cpu")
 
@@ -322,3 +323,61 @@ def test_an_image_that_kills_is_given_up(images, tmp_path, small_model):
     result, begun = part_of(images, tmp_path, small_model)
     assert begun == [images[1].stem]
     assert result.failures == []
+
+
+def test_names_that_are_no_utf8_end_no_batch(images, tmp_path, small_model, capsys):
+    (tmp_path / "plate").mkdir()
+    name = os.fsdecode(b"caf\xe9")  # Latin-1
+    good, bad = tmp_path / "plate" / f"{name}.tif", tmp_path / "plate" / f"{name}2.tif"
+    good.write_bytes(images[0].read_bytes())
+    bad.write_bytes(b"no image")
+    out = tmp_path / "out"
+    for options in ({}, {"resume": True}):
+        result = run(find_images([tmp_path / "plate"]), out, small_model, report=True, **options)
+        assert [path for path, _ in result.failures] == [bad]
+        assert read_labels(out / f"{name}_labels.tif").shape == (64, 80)
+        with (out / "summary.csv").open(encoding="utf-8") as file:
+            assert [row["name"] for row in csv.DictReader(file)] == ["caf\\udce9", "caf\\udce92"]
+        page = (out / "report.html").read_text(encoding="utf-8")
+        assert "caf\\udce9" in page
+    assert result.skipped == 1
+
+
+def test_a_name_too_long_for_its_outputs_is_refused_before_any_is_written(
+    images, tmp_path, small_model
+):
+    path = tmp_path / ("x" * 244 + ".tif")
+    path.write_bytes(images[0].read_bytes())
+    result = run([path, images[1]], tmp_path / "out", small_model)
+    ((failed, sentence),) = result.failures
+    assert failed == path
+    assert "up to 255 bytes" in sentence
+    assert "got 256" in sentence
+    assert not list((tmp_path / "out").glob("x*"))
+    result = segment(path, model=small_model)
+    with pytest.raises(DINOCellError, match="_overlay"):
+        result.save(tmp_path / "single")
+    assert not list((tmp_path / "single").iterdir())
+    assert result.save(tmp_path / "single", overlay=False)
+    with pytest.raises(DINOCellError, match=r"got 261 for .*_outlines.geojson"):
+        result.save(tmp_path / "single", overlay=False, formats=("geojson",))
+    assert run([path], tmp_path / "out", small_model, resume=True).failures
+    assert run([path], tmp_path / "out", small_model, overwrite=True).failures
+
+
+def test_a_file_in_place_of_the_folder(images, tmp_path, small_model):
+    (tmp_path / "out").write_text("mine")
+    for out in (tmp_path / "out", tmp_path / "out" / "below"):
+        with pytest.raises(UsageError, match="`out` must be a folder"):
+            run(images, out, small_model)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_takes_no_files(images, tmp_path, small_model, monkeypatch, error):
+    def refuse(*_, **__):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("dinocell.batch.folder.tempfile.TemporaryFile", refuse)
+    with pytest.raises(DINOCellError, match=rf"out' \({os.strerror(error)}\): change the rights"):
+        run(images, tmp_path / "out", small_model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from dinocell import __version__
 from dinocell.cli import main
-from dinocell.io import find_images, read_labels, write_image, write_labels
+from dinocell.io import find_images, read_image, read_labels, write_image, write_labels
 from dinocell.network.model import load_model, save_model
 from dinocell.training.trainer import TrainResult
 
@@ -124,6 +125,34 @@ class TestSegment:
         labels = [read_labels(tmp_path / str(i) / "rgb_labels.tif") for i in range(3)]
         assert not np.array_equal(labels[0], labels[1])
         assert not np.array_equal(labels[0], labels[2])
+        waves = tmp_path / "waves.tif"
+        write_image(waves, read_image(path).pixels, channel_names=("405", "0488", "561"))
+        base = ["segment", waves, "-m", model_path]
+        for channels, same in (
+            ("405", 0),
+            ("0", 0),
+            ("0488", 2),
+            ("1", 2),
+        ):  # names before positions
+            out = tmp_path / f"w{channels}"
+            assert call(capsys, *base, "-o", out, "--channels", channels)[0] == 0
+            assert np.array_equal(read_labels(out / "waves_labels.tif"), labels[same])
+
+    def test_what_was_left_out_and_noted_is_shown(self, capsys, model_path, two, tmp_path):
+        import tifffile
+
+        pixels = read_image(find_images([two / "images"])[0]).pixels
+        sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.7}
+        tifffile.imwrite(tmp_path / "a.tif", pixels, ome=True, metadata={"axes": "YX", **sizes})
+        write_labels(tmp_path / "a_labels.tif", np.ones((3, 4), int))
+        out = tmp_path / os.fsdecode(b"\xe9")  # shown although it is no UTF-8
+        code, text, err = call(capsys, "segment", tmp_path, "-o", out, "-m", model_path)
+        assert code == 0
+        assert err == ""
+        assert re.search(r"^note: a: pixels must be square .*; set --pixel-size-um$", text, re.M)
+        assert re.search(r"^note: 1 file was left out.* \(a_labels.tif\)", text, re.M)
+        with (out / "summary.csv").open() as file:
+            assert "pixels must be square" in next(csv.DictReader(file))["warnings"]
 
     def test_stack_and_page(self, capsys, model_path, tmp_path):
         import tifffile
