@@ -25,11 +25,11 @@ Ulman et al., "An objective comparison of cell-tracking algorithms", Nature Meth
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from dinocell.evaluation.counts import Counts, ratio
 from dinocell.evaluation.matching import OverlapTable
 
 _SPLIT_COST = 5.0
@@ -38,21 +38,16 @@ _EXTRA_COST = 1.0
 
 
 @dataclass(frozen=True)
-class CtcCounts:
+class CtcCounts(Counts):
     """What SEG and DET are made of, for one image or, added up, for many.
 
     Attributes
     ----------
-    num_truth, num_pred : int
-        True and predicted objects.
-    seg_sum : float
-        Sum of the IoU of the matched true objects.
-    ns : int
-        Splits needed: for each predicted object, the true objects matched to it beyond the first.
-    fn : int
-        True objects without a match.
-    fp : int
-        Predicted objects that no true object is matched to.
+    num_truth, num_pred : true and predicted objects
+    seg_sum : sum of the IoU of the matched true objects
+    ns : splits needed: for each predicted object, the true objects matched to it beyond the first
+    fn : true objects without a match
+    fp : predicted objects that no true object is matched to
     """
 
     num_truth: int = 0
@@ -62,29 +57,17 @@ class CtcCounts:
     fn: int = 0
     fp: int = 0
 
-    def __add__(self, other: CtcCounts) -> CtcCounts:
-        return CtcCounts(
-            num_truth=self.num_truth + other.num_truth,
-            num_pred=self.num_pred + other.num_pred,
-            seg_sum=self.seg_sum + other.seg_sum,
-            ns=self.ns + other.ns,
-            fn=self.fn + other.fn,
-            fp=self.fp + other.fp,
-        )
-
     @property
     def seg(self) -> float:
         """SEG in [0, 1]; nan without true objects."""
-        return self.seg_sum / self.num_truth if self.num_truth else math.nan
+        return ratio(self.seg_sum, self.num_truth)
 
     @property
     def det(self) -> float:
         """DET in [0, 1]; nan without true objects."""
-        if not self.num_truth:
-            return math.nan
         from_nothing = _MISSED_COST * self.num_truth
         repair = _SPLIT_COST * self.ns + _MISSED_COST * self.fn + _EXTRA_COST * self.fp
-        return 1.0 - min(repair, from_nothing) / from_nothing
+        return 1.0 - ratio(min(repair, from_nothing), from_nothing)
 
     @property
     def op_csb(self) -> float:
@@ -95,15 +78,7 @@ class CtcCounts:
 def ctc_counts(table: OverlapTable) -> CtcCounts:
     """Count matches, splits, misses and extras of one image by the rule of the challenge.
 
-    Parameters
-    ----------
-    table : OverlapTable
-        From `dinocell.evaluation.matching.overlap_table(truth, pred)`.
-
-    Returns
-    -------
-    CtcCounts
-        ``sum(counts, CtcCounts())`` pools several images.
+    `table` is ``overlap_table(truth, pred)``; ``sum(counts, CtcCounts())`` pools several images.
     """
     covered = 2 * table.intersection > table.truth_areas[table.truth_index]
     matched_truths = np.bincount(table.pred_index[covered], minlength=table.num_pred)

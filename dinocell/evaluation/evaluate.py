@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -38,14 +39,8 @@ def evaluate_pairs(
     ----------
     pairs : iterable of (name, truth, pred)
         May be a generator: one pair is held at a time.
-    iou_thresholds, boundary_tolerance_px
-        As for `evaluate_pair`.
-    progress : callable, optional
-        Receives the scores of each image as soon as they are known.
-
-    Returns
-    -------
-    EvaluationReport
+    iou_thresholds, boundary_tolerance_px : as for `evaluate_pair`
+    progress : receives the scores of each image as soon as they are known
 
     Raises
     ------
@@ -58,21 +53,15 @@ def evaluate_pairs(
     images = []
     for name, truth, pred in pairs:
         if np.shape(truth) != np.shape(pred):
+            sizes = " and ".join(" × ".join(map(str, np.shape(labels))) for labels in (truth, pred))
             raise DataSetError(
-                f"the truth and the prediction of '{name}' must have the same size, got "
-                f"{_size_text(np.shape(truth))} and {_size_text(np.shape(pred))}: "
+                f"the truth and the prediction of '{name}' must have the same size, got {sizes}: "
                 "predict on the image at its original size."
             )
-        scores = evaluate_pair(
-            truth,
-            pred,
-            iou_thresholds=thresholds,
-            boundary_tolerance_px=boundary_tolerance_px,
-            name=name,
-        )
-        images.append(scores)
+        how: dict[str, Any] = {"boundary_tolerance_px": boundary_tolerance_px, "name": name}
+        images.append(evaluate_pair(truth, pred, iou_thresholds=thresholds, **how))
         if progress is not None:
-            progress(scores)
+            progress(images[-1])
     if not images:
         raise DataSetError(
             "an evaluation must have at least one pair of label images, got none: give folders "
@@ -86,20 +75,16 @@ def evaluate_folders(
     truth_dir: str | os.PathLike[str],
     *,
     allow_missing_predictions: bool = False,
-    iou_thresholds: Iterable[float] = DEFAULT_IOU_THRESHOLDS,
-    boundary_tolerance_px: float = DEFAULT_BOUNDARY_TOLERANCE_PX,
-    progress: Callable[[ImageScores], None] | None = None,
+    **how: Any,
 ) -> EvaluationReport:
     """Score a folder of predicted label files against a folder of true ones.
 
+    Files are paired by `dinocell.pairs.pair_folders` and read one pair at a time.
+
     Parameters
     ----------
-    pred_dir, truth_dir : folders
-        Files are paired by `dinocell.pairs.pair_folders` and read one pair at a time.
-    allow_missing_predictions : bool
-        Count a true image without a prediction as one in which no cell was found.
-    iou_thresholds, boundary_tolerance_px, progress
-        As for `evaluate_pairs`.
+    allow_missing_predictions : count a true image without prediction as one in which no cell was found
+    how : keyword arguments of `evaluate_pairs`
 
     Raises
     ------
@@ -115,15 +100,5 @@ def evaluate_folders(
             truth = read_labels(truth_path)
             yield name, truth, np.zeros_like(truth) if pred_path is None else read_labels(pred_path)
 
-    report = evaluate_pairs(
-        read(),
-        iou_thresholds=iou_thresholds,
-        boundary_tolerance_px=boundary_tolerance_px,
-        progress=progress,
-    )
     missing = tuple(name for name, pred_path, _ in paths if pred_path is None)
-    return replace(report, missing_predictions=missing)
-
-
-def _size_text(shape: tuple[int, ...]) -> str:
-    return " × ".join(str(side) for side in shape)
+    return replace(evaluate_pairs(read(), **how), missing_predictions=missing)

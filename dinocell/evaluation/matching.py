@@ -34,15 +34,11 @@ class OverlapTable:
 
     Attributes
     ----------
-    truth_ids, pred_ids : (T,), (P,) integer ndarrays
-        Labels as they stand in the images, without 0; the dtype is that of the image.
-    truth_areas, pred_areas : (T,), (P,) int64 ndarrays
-        Number of pixels of each object.
-    truth_index, pred_index : (K,) int64 ndarrays
-        Positions in `truth_ids` and `pred_ids` of the K overlapping pairs, sorted by the first and
-        then by the second.
-    intersection : (K,) int64 ndarray
-        Shared pixels of each pair, at least 1.
+    truth_ids, pred_ids : (T,), (P,) labels without 0, in the dtype of the image
+    truth_areas, pred_areas : (T,), (P,) number of pixels of each object
+    truth_index, pred_index : (K,) positions in `truth_ids` and `pred_ids`
+        Of the K overlapping pairs, sorted by the first and then by the second.
+    intersection : (K,) shared pixels of each pair, at least 1
     """
 
     truth_ids: NDArray[Any]
@@ -82,12 +78,7 @@ def overlap_table(truth: ArrayLike, pred: ArrayLike) -> OverlapTable:
     ----------
     truth, pred : integer arrays of equal shape
         Label images, 0 is background.  Labels may be any positive integers up to 2⁶⁴ − 1, with
-        gaps; the two dtypes may differ.
-
-    Returns
-    -------
-    OverlapTable
-        Without objects (or without pixels) the arrays are empty.
+        gaps; the two dtypes may differ.  Without objects the arrays of the table are empty.
 
     Raises
     ------
@@ -142,12 +133,6 @@ def match(table: OverlapTable, iou_threshold: float) -> NDArray[np.int64]:
     other by more than half.  Exactly at 0.5, and below, objects can compete (a cell cut into two
     equal halves has IoU 0.5 with either).
 
-    Parameters
-    ----------
-    table : OverlapTable
-    iou_threshold : float in (0, 1]
-        A pair counts when its IoU is *at least* this, as in ``stardist.matching``.
-
     Returns
     -------
     (M,) int64 ndarray
@@ -173,13 +158,7 @@ def match(table: OverlapTable, iou_threshold: float) -> NDArray[np.int64]:
 
 
 def match_total_iou(table: OverlapTable) -> NDArray[np.int64]:
-    """Pair true with predicted objects one to one so that the sum of IoU is as high as it can be.
-
-    Returns
-    -------
-    (M,) int64 ndarray
-        Positions among the pairs of `table`, ascending.
-    """
+    """As `match` with every pair a candidate, so that the sum of IoU is as high as it can be."""
     candidates = np.arange(table.intersection.size)
     return _best_assignment(table, candidates, most_pairs_first=False)
 

@@ -1,9 +1,8 @@
 """Scores of a predicted label image: AP, F1, PQ, AJI, boundary F, pixel Dice, count error.
 
 Each function returns *counts* that add up, and the ratios are properties of the counts.  So the same
-code gives the score of one image and, after ``sum(counts, start)``, the pooled score of many: the sums
-come before the division.  A mean over images is a mean of per-image ratios; the two differ whenever
-images hold unequal numbers of cells, and results must say which one they are.
+code gives the score of one image and, after ``sum(counts, start)``, the pooled score of many.  A mean
+over images differs from it whenever images hold unequal numbers of cells: results must say which it is.
 
 One rule for all edges: a ratio of 0 to 0 is nan.  An image without true and without predicted cells
 therefore has no AP, F1, PQ, AJI, Dice (and is left out of means); an image with cells on one side only
@@ -13,11 +12,12 @@ scores 0; precision is nan where nothing was predicted and recall where nothing 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.evaluation.counts import Counts, ratio
 from dinocell.evaluation.matching import OverlapTable, match, match_total_iou
 from dinocell.labels import cell_borders
 
@@ -25,22 +25,15 @@ DSB2018_IOU_THRESHOLDS: tuple[float, ...] = tuple(percent / 100 for percent in r
 """0.50, 0.55, ..., 0.95: the thresholds whose mean AP ranked the 2018 Data Science Bowl."""
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.nan
-
-
 @dataclass(frozen=True)
-class MatchCounts:
+class MatchCounts(Counts):
     """True positives, false positives and misses at one IoU threshold.
 
     Attributes
     ----------
-    iou_threshold : float
-        A pair counts from this IoU on (≥), as in `dinocell.evaluation.matching.match`.
-    tp, fp, fn : int
-        Matched pairs, predicted objects left over, true objects left over.
-    iou_sum : float
-        Sum of the IoU of the matched pairs.
+    iou_threshold : a pair counts from this IoU on (≥), as in `dinocell.evaluation.matching.match`
+    tp, fp, fn : matched pairs, predicted objects left over, true objects left over
+    iou_sum : sum of the IoU of the matched pairs
     """
 
     iou_threshold: float
@@ -55,70 +48,48 @@ class MatchCounts:
                 f"counts must share one IoU threshold to be added, got {self.iou_threshold} and "
                 f"{other.iou_threshold}: add counts of the same threshold."
             )
-        return MatchCounts(
-            self.iou_threshold,
-            tp=self.tp + other.tp,
-            fp=self.fp + other.fp,
-            fn=self.fn + other.fn,
-            iou_sum=self.iou_sum + other.iou_sum,
-        )
+        return replace(super().__add__(other), iou_threshold=self.iou_threshold)
 
     @property
     def ap(self) -> float:
         """TP / (TP + FP + FN): "average precision" of the 2018 Data Science Bowl and of StarDist."""
-        return _ratio(self.tp, self.tp + self.fp + self.fn)
+        return ratio(self.tp, self.tp + self.fp + self.fn)
 
     @property
     def precision(self) -> float:
         """TP / (TP + FP); nan without predicted objects."""
-        return _ratio(self.tp, self.tp + self.fp)
+        return ratio(self.tp, self.tp + self.fp)
 
     @property
     def recall(self) -> float:
         """TP / (TP + FN); nan without true objects."""
-        return _ratio(self.tp, self.tp + self.fn)
+        return ratio(self.tp, self.tp + self.fn)
 
     @property
     def f1(self) -> float:
         """2·TP / (2·TP + FP + FN)."""
-        return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+        return ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
 
     @property
     def sq(self) -> float:
         """Segmentation quality: mean IoU of the matched pairs; nan without a pair."""
-        return _ratio(self.iou_sum, self.tp)
-
-    @property
-    def rq(self) -> float:
-        """Recognition quality: the same number as `f1`."""
-        return self.f1
+        return ratio(self.iou_sum, self.tp)
 
     @property
     def pq(self) -> float:
         """Panoptic quality of one class, SQ·RQ (Kirillov et al., CVPR 2019, Eq. 1); 0 without a pair."""
-        return _ratio(self.iou_sum, self.tp + 0.5 * self.fp + 0.5 * self.fn)
+        return ratio(self.iou_sum, self.tp + 0.5 * self.fp + 0.5 * self.fn)
 
 
 def match_counts(table: OverlapTable, iou_threshold: float) -> MatchCounts:
-    """Match objects one to one at `iou_threshold` in (0, 1] and count the outcome.
-
-    Raises
-    ------
-    ValueError
-        `iou_threshold` is not in (0, 1].
-    """
+    """Match objects one to one and count the outcome; ValueError if the threshold is not in (0, 1]."""
     pairs = match(table, iou_threshold)
-    return MatchCounts(
-        float(iou_threshold),
-        tp=int(pairs.size),
-        fp=table.num_pred - int(pairs.size),
-        fn=table.num_truth - int(pairs.size),
-        iou_sum=float(table.iou[pairs].sum()),
-    )
+    tp, iou_sum = int(pairs.size), float(table.iou[pairs].sum())
+    return MatchCounts(float(iou_threshold), tp, table.num_pred - tp, table.num_truth - tp, iou_sum)
 
 
 @dataclass(frozen=True)
-class AreaSums:
+class AreaSums(Counts):
     """Pixels of intersections and unions; behind AJI, AJI+ and the pixel scores.
 
     `intersection` and `union` are sums over objects for AJI (a pixel may count more than once) and
@@ -128,18 +99,15 @@ class AreaSums:
     intersection: int = 0
     union: int = 0
 
-    def __add__(self, other: AreaSums) -> AreaSums:
-        return AreaSums(self.intersection + other.intersection, self.union + other.union)
-
     @property
     def iou(self) -> float:
         """intersection / union in [0, 1]; nan when both are 0."""
-        return _ratio(self.intersection, self.union)
+        return ratio(self.intersection, self.union)
 
     @property
     def dice(self) -> float:
         """2·intersection / (intersection + union) in [0, 1]; nan when both are 0."""
-        return _ratio(2 * self.intersection, self.intersection + self.union)
+        return ratio(2 * self.intersection, self.intersection + self.union)
 
 
 def aji(table: OverlapTable) -> AreaSums:
@@ -193,15 +161,10 @@ def pixel_sums(table: OverlapTable) -> AreaSums:
 
 
 @dataclass(frozen=True)
-class BoundaryCounts:
-    """Boundary pixels of truth and prediction, and how many have one of the other side near.
+class BoundaryCounts(Counts):
+    """Boundary pixels of truth and prediction.
 
-    Attributes
-    ----------
-    truth_px, pred_px : int
-        Boundary pixels of either side.
-    truth_hit_px, pred_hit_px : int
-        Those within the tolerance of a boundary pixel of the other side.
+    `truth_hit_px` and `pred_hit_px` are those within the tolerance of one of the other side.
     """
 
     truth_px: int = 0
@@ -209,23 +172,15 @@ class BoundaryCounts:
     pred_px: int = 0
     pred_hit_px: int = 0
 
-    def __add__(self, other: BoundaryCounts) -> BoundaryCounts:
-        return BoundaryCounts(
-            self.truth_px + other.truth_px,
-            self.truth_hit_px + other.truth_hit_px,
-            self.pred_px + other.pred_px,
-            self.pred_hit_px + other.pred_hit_px,
-        )
-
     @property
     def precision(self) -> float:
         """Share of predicted boundary that lies near true boundary; nan without predicted boundary."""
-        return _ratio(self.pred_hit_px, self.pred_px)
+        return ratio(self.pred_hit_px, self.pred_px)
 
     @property
     def recall(self) -> float:
         """Share of true boundary that lies near predicted boundary; nan without true boundary."""
-        return _ratio(self.truth_hit_px, self.truth_px)
+        return ratio(self.truth_hit_px, self.truth_px)
 
     @property
     def f(self) -> float:
@@ -240,16 +195,8 @@ class BoundaryCounts:
 def boundary_counts(truth: ArrayLike, pred: ArrayLike, tolerance_px: float) -> BoundaryCounts:
     """Compare cell boundaries, forgiving displacements of up to `tolerance_px`.
 
-    Parameters
-    ----------
-    truth, pred : (H, W) integer ndarrays of equal shape
-        Label images; boundaries are those of `dinocell.labels.cell_borders`.
-    tolerance_px : float, 0 or more
-        Greatest Euclidean distance, in pixels between pixel centres, that still counts as near (≤).
-
-    Returns
-    -------
-    BoundaryCounts
+    Boundaries are those of `dinocell.labels.cell_borders`, of two (H, W) label images.  The tolerance is
+    the greatest Euclidean distance, in px between pixel centres, that still counts as near (≤).
 
     Raises
     ------
@@ -312,27 +259,15 @@ def _num_near(pixels: NDArray[np.bool_], others: NDArray[np.bool_], tolerance_px
 
 
 @dataclass(frozen=True)
-class CountError:
+class CountError(Counts):
     """How far the number of predicted objects is from the truth.
 
-    Attributes
-    ----------
-    num_truth, num_pred : int
-        Objects of either side.
-    absolute : int
-        |predicted − true|, added up image by image, so that errors of opposite sign do not cancel.
+    `absolute` is |predicted − true|, added up image by image: errors of opposite sign do not cancel.
     """
 
     num_truth: int = 0
     num_pred: int = 0
     absolute: int = 0
-
-    def __add__(self, other: CountError) -> CountError:
-        return CountError(
-            self.num_truth + other.num_truth,
-            self.num_pred + other.num_pred,
-            self.absolute + other.absolute,
-        )
 
     @property
     def signed(self) -> int:
@@ -342,7 +277,7 @@ class CountError:
     @property
     def relative(self) -> float:
         """(predicted − true) / true; nan without true objects."""
-        return _ratio(self.signed, self.num_truth)
+        return ratio(self.signed, self.num_truth)
 
 
 def count_error(table: OverlapTable) -> CountError:

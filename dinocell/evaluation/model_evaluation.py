@@ -28,14 +28,7 @@ from dinocell.segmentation.thresholds import Thresholds
 class ModelEvaluation:
     """Scores of a model and the thresholds behind them.
 
-    Attributes
-    ----------
-    report : EvaluationReport
-    thresholds : Thresholds
-    tuning : TuningResult or None
-        How the thresholds were chosen; None: they are those of the model file.
-    saved_to : Path or None
-        Model file with the tuned thresholds.
+    Without `tuning` these are those of the model file.  `saved_to` is the file with the tuned ones.
     """
 
     report: EvaluationReport
@@ -45,15 +38,14 @@ class ModelEvaluation:
 
     def text(self) -> str:
         """One or two lines before the table."""
-        values = ", ".join(
-            f"{name} {value:g}" for name, value in tuned_values(self.thresholds).items()
-        )
-        origin = "of the model" if self.tuning is None else f"tuned here on {self.tuning.metric}"
-        lines = [f"thresholds ({origin}): {values}"]
+        tuned = tuned_values(self.thresholds)
+        values = ", ".join(f"{name} {value:g}" for name, value in tuned.items())
+        lines = [f"thresholds (of the model): {values}"]
         if self.tuning is not None:
-            lines.append(
-                "the thresholds were chosen on these same images: report the scores of other images"
-            )
+            lines = [
+                f"thresholds (tuned here on {self.tuning.metric}): {values}",
+                "the thresholds were chosen on these same images: report the scores of other images",
+            ]
         if self.saved_to is not None:
             lines.append(f"model with these thresholds: {self.saved_to}")
         return "\n".join(lines)
@@ -95,17 +87,11 @@ def evaluate_model(
     Parameters
     ----------
     model : model file or bundled name
-    data : folder
-        With `images` and `labels`, paired by `dinocell.pairs.find_pairs`.
-    tune_metric : str, optional
-        First search peak, fill and prominence thresholds for the best value of this metric (see
-        `tune_thresholds`) on these images.
-    save_to : path, optional
-        With `tune_metric`: write the model with the found thresholds here.
-    iou_thresholds, boundary_tolerance_px
-        As for `evaluate_pair`.
-    shown : bool
-        Show progress on standard error.
+    data : folder with `images` and `labels`, paired by `dinocell.pairs.find_pairs`
+    tune_metric : first search the thresholds for the best value of this metric on these images
+    save_to : with `tune_metric`: write the model with the found thresholds here
+    iou_thresholds, boundary_tolerance_px : as for `evaluate_pair`
+    shown : show progress on standard error
 
     Raises
     ------
@@ -123,12 +109,10 @@ def evaluate_model(
     predictions = _predict(pipeline, folder, shown=shown)
     tuning = None
     if tune_metric is not None:
+        samples = [(image.distance_map, image.truth) for image in predictions]
+        min_area_px = pipeline.thresholds.min_area_px
         try:
-            tuning = tune_thresholds(
-                [(image.distance_map, image.truth) for image in predictions],
-                metric=tune_metric,
-                min_area_px=pipeline.thresholds.min_area_px,
-            )
+            tuning = tune_thresholds(samples, metric=tune_metric, min_area_px=min_area_px)
         except ValueError as error:
             raise UsageError(str(error)) from error
         pipeline = DINOCellPipeline(with_config(pipeline.model, **tuned_values(tuning.thresholds)))

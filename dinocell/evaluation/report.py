@@ -27,16 +27,9 @@ from dinocell.results.table import align_columns
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Scores of many images: per image, pooled, and as means over images.
+    """Scores of many images, at least one: per image, pooled, and as means over images.
 
-    Attributes
-    ----------
-    images : tuple of ImageScores
-        In the order they were given, at least one.
-    iou_thresholds : tuple of float
-    boundary_tolerance_px : float
-    missing_predictions : tuple of str
-        Names of images without a prediction that were scored as if nothing had been found.
+    `missing_predictions` names images without one, which were scored as if nothing had been found.
     """
 
     images: tuple[ImageScores, ...]
@@ -69,42 +62,18 @@ class EvaluationReport:
             means[f"{name}_mean"] = math.fsum(values) / len(values) if values else math.nan
         return means
 
-    def summary_rows(self) -> list[tuple[str, float, float]]:
-        """(score, pooled, mean over images) for every score."""
-        return [
-            (name, self.pooled[f"{name}_pooled"], self.mean[f"{name}_mean"])
-            for name in self.total.scores()
-        ]
-
     def image_rows(self) -> list[dict[str, str | int | float]]:
         """One row per image: `name`, the counts, the scores."""
         return [{"name": image.name} | image.counts() | image.scores() for image in self.images]
 
-    def table(
-        self,
-        *,
-        per_image: bool = False,
-        image_columns: Sequence[str] | None = None,
-    ) -> list[str]:
+    def table(self, *, per_image: bool = False) -> list[str]:
         """The report as aligned lines of plain text.
 
-        Parameters
-        ----------
-        per_image : bool
-            Put one line per image before the summary.
-        image_columns : sequence of str, optional
-            Columns of `image_rows` shown per image.  Default: counts of cells, SEG, DET, OP_CSB, AP at
-            those of 0.5, 0.75 and 0.9 that were evaluated (else at the first three thresholds), F1
-            and PQ at the first of them, AJI, boundary F.
-
-        Raises
-        ------
-        ValueError
-            A column is unknown.
+        With `per_image` one line per image comes before the summary: counts of cells, SEG, DET, OP_CSB,
+        AP at those of 0.5, 0.75 and 0.9 that were evaluated (else at the first three thresholds), F1
+        and PQ at the first of them, AJI, boundary F.
         """
-        lines: list[str] = []
-        if per_image:
-            lines += [*self._image_lines(image_columns), ""]
+        lines = [*self._image_lines(), ""] if per_image else []
         total, skipped, missing = self.total, self.num_empty_images, len(self.missing_predictions)
         lines.append(
             f"{len(self.images)} images, {total.num_truth} true cells, "
@@ -115,7 +84,8 @@ class EvaluationReport:
                 f"{missing} images have no prediction: they count as images without any found cell"
             )
         rows = [("score", "pooled", "mean over images")]
-        for name, pooled, mean in self.summary_rows():
+        for name in total.scores():
+            pooled, mean = self.pooled[f"{name}_pooled"], self.mean[f"{name}_mean"]
             rows.append((name, _as_text(name, pooled), _as_text(name, mean)))
         lines += align_columns(rows)
         if skipped:
@@ -126,18 +96,11 @@ class EvaluationReport:
         return lines
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write one row per image (counts and scores, "nan" where a score does not exist).
-
-        Pooled scores and means are not rows of this table; `to_json` holds them.  The file appears
-        whole or not at all.
-        """
+        """Write `image_rows` atomically ("nan" where a score does not exist), without the summary."""
         write_csv(path, self.image_rows())
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write settings, pooled scores, means and the rows of all images.
-
-        A score that does not exist is null.  The file appears whole or not at all.
-        """
+        """Write settings, pooled scores, means and all rows atomically; null where no score exists."""
         document = {
             "iou_thresholds": list(self.iou_thresholds),
             "boundary_tolerance_px": self.boundary_tolerance_px,
@@ -152,35 +115,24 @@ class EvaluationReport:
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
         write_text_atomically(path, text + "\n")
 
-    def _image_lines(self, columns: Sequence[str] | None) -> list[str]:
-        rows = self.image_rows()
-        if columns is None:
-            usual = [iou for iou in self.iou_thresholds if iou in DEFAULT_IOU_THRESHOLDS]
-            shown = usual or self.iou_thresholds[:3]
-            columns = [
-                *("num_truth", "num_pred", "seg", "det", "op_csb"),
-                *(threshold_name("ap", iou) for iou in shown),
-                *(threshold_name("f1", shown[0]), threshold_name("pq", shown[0])),
-                *("aji", "boundary_f"),
-            ]
-        unknown = [name for name in columns if name not in rows[0]]
-        if unknown:
-            raise ValueError(
-                f"`image_columns` must be columns of the image rows, got {', '.join(unknown)}: "
-                f"choose among {', '.join(rows[0])}."
-            )
+    def _image_lines(self) -> list[str]:
+        usual = [iou for iou in self.iou_thresholds if iou in DEFAULT_IOU_THRESHOLDS]
+        shown = usual or self.iou_thresholds[:3]
+        columns = [
+            *("num_truth", "num_pred", "seg", "det", "op_csb"),
+            *(threshold_name("ap", iou) for iou in shown),
+            *(threshold_name("f1", shown[0]), threshold_name("pq", shown[0])),
+            *("aji", "boundary_f"),
+        ]
         cells = [("name", *columns)]
-        for row in rows:
+        for row in self.image_rows():
             cells.append((str(row["name"]), *(_as_text(name, row[name]) for name in columns)))
         return align_columns(cells)
 
 
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows with the same columns, at least one; the file appears whole or not at all."""
-    with (
-        atomic_path(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

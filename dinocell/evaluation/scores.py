@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from numpy.typing import ArrayLike
 
+from dinocell.evaluation.counts import Counts
 from dinocell.evaluation.ctc import CtcCounts, ctc_counts
 from dinocell.evaluation.matching import overlap_table
 from dinocell.evaluation.metrics import (
@@ -34,19 +35,11 @@ def threshold_name(score: str, iou_threshold: float) -> str:
 
 
 @dataclass(frozen=True)
-class ImageScores:
+class ImageScores(Counts):
     """Counts of one image (or, added up, of several) and the scores they give.
 
-    Attributes
-    ----------
-    name : str
-        Name of the image; of a sum, that of the first term.
-    matches : tuple of MatchCounts
-        One per IoU threshold.
-    ctc : CtcCounts
-    aji_sums, aji_plus_sums, pixels : AreaSums
-    boundary : BoundaryCounts
-    count : CountError
+    `name` is that of the image; of a sum, that of the first term.  `matches` has one item per IoU
+    threshold.
     """
 
     name: str
@@ -59,16 +52,8 @@ class ImageScores:
     count: CountError
 
     def __add__(self, other: ImageScores) -> ImageScores:
-        return ImageScores(
-            name=self.name,
-            matches=tuple(a + b for a, b in zip(self.matches, other.matches, strict=True)),
-            ctc=self.ctc + other.ctc,
-            aji_sums=self.aji_sums + other.aji_sums,
-            aji_plus_sums=self.aji_plus_sums + other.aji_plus_sums,
-            pixels=self.pixels + other.pixels,
-            boundary=self.boundary + other.boundary,
-            count=self.count + other.count,
-        )
+        matches = tuple(a + b for a, b in zip(self.matches, other.matches, strict=True))
+        return replace(super().__add__(other), name=self.name, matches=matches)
 
     @property
     def num_truth(self) -> int:
@@ -91,11 +76,8 @@ class ImageScores:
         for match in self.matches:
             for name in ("tp", "fp", "fn"):
                 row[threshold_name(name, match.iou_threshold)] = getattr(match, name)
-        return row | {
-            "det_splits": self.ctc.ns,
-            "det_missed": self.ctc.fn,
-            "det_extra": self.ctc.fp,
-        }
+        ctc = self.ctc
+        return row | {"det_splits": ctc.ns, "det_missed": ctc.fn, "det_extra": ctc.fp}
 
     def scores(self) -> dict[str, float]:
         """All scores by column name; nan where a score does not exist.
@@ -136,14 +118,10 @@ def evaluate_pair(
 
     Parameters
     ----------
-    truth, pred : (H, W) integer ndarrays
-        Label images, 0 is background; the numbering does not matter.
-    iou_thresholds : floats in (0, 1]
-        At which AP, precision, recall, F1, PQ and SQ are computed.
-    boundary_tolerance_px : float
-        Distance that the boundary F forgives, see `dinocell.evaluation.metrics.boundary_counts`.
-    name : str
-        Kept in the result.
+    truth, pred : (H, W) integer label images, 0 is background; the numbering does not matter
+    iou_thresholds : in (0, 1], at which AP, precision, recall, F1, PQ and SQ are computed
+    boundary_tolerance_px : distance that the boundary F forgives, see `boundary_counts`
+    name : kept in the result
 
     Returns
     -------

@@ -33,13 +33,7 @@ _Index = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ThresholdGrids:
-    """The values that a search tries.
-
-    Attributes
-    ----------
-    peak_grid, fill_grid, prominence_grid : sequences of float in [0, 1]
-        In any order; repeated values count once.  Combinations with fill ≥ peak are skipped.
-    """
+    """The values in [0, 1] that a search tries, in any order; those with fill ≥ peak are skipped."""
 
     peak_grid: Sequence[float] = (0.2, 0.3, 0.4, 0.47, 0.55, 0.62, 0.69, 0.76, 0.83)
     fill_grid: Sequence[float] = (0.05, 0.09, 0.13, 0.17, 0.22, 0.27, 0.32, 0.37, 0.43, 0.5)
@@ -74,16 +68,7 @@ class ThresholdGrids:
 
 @dataclass(frozen=True)
 class TuningPoint:
-    """One tried combination of thresholds.
-
-    Attributes
-    ----------
-    thresholds : Thresholds
-    score : float
-        Value of the metric in [0, 1].
-    num_pred : int
-        Cells found in all images.
-    """
+    """One tried combination, its value of the metric in [0, 1], and the cells found in all images."""
 
     thresholds: Thresholds
     score: float
@@ -96,16 +81,10 @@ class TuningResult:
 
     Attributes
     ----------
-    best : TuningPoint
-        Of equal scores the first in the order of `points`.
-    metric : str
-        What was maximised, with its averaging: ``ap50_pooled``, ``op_csb_mean``, ...
-    num_samples : int
-        Images.
-    num_truth : int
-        True cells in all images.
-    points : tuple of TuningPoint
-        All tried combinations, sorted by peak, fill, prominence.
+    best : of equal scores the first in the order of `points`
+    metric : what was maximised, with its averaging: ``ap50_pooled``, ``op_csb_mean``, ...
+    num_samples, num_truth : images, and true cells in all of them
+    points : all tried combinations, sorted by peak, fill, prominence
     """
 
     best: TuningPoint
@@ -148,10 +127,7 @@ def tune_thresholds(
     ----------
     samples : iterable of (distance_map, truth)
         (H, W) float32 in [0, 1] and (H, W) integer labels.  All are kept in memory.
-    grids : ThresholdGrids, optional
-        The values to try.
-    min_area_px : int
-        Cells with fewer pixels are dropped before scoring; not tuned.
+    min_area_px : cells with fewer pixels are dropped before scoring; not tuned
     metric : str
         ``ap50`` (any ``apNN``: AP at that IoU in percent), ``ap`` (mean AP over IoU 0.50, 0.55, ...,
         0.95), ``seg``, ``det`` or ``op_csb``.
@@ -163,10 +139,9 @@ def tune_thresholds(
         the best one all values along one axis at a time (fill, peak, prominence in turn) until no axis
         brings a gain.  It needs some tens of combinations where the full default grid has 462, and
         finds a maximum that no single threshold can improve, which is not always the highest.
-    to_labels : callable (distance_map, Thresholds) → (H, W) integer labels, optional
-        The post-processing.  Default: `dinocell.segmentation.watershed.separate_cells`.
-    progress : callable, optional
-        Receives the number of combinations tried so far and the newest point, after each.
+    to_labels : the post-processing: (distance_map, Thresholds) → (H, W) integer labels
+        Default: `dinocell.segmentation.watershed.separate_cells`.
+    progress : receives the number of combinations tried so far and the newest point, after each
 
     Raises
     ------
@@ -176,7 +151,10 @@ def tune_thresholds(
     DataSetError
         There is no sample, or no true cell in any of them.
     """
-    to_labels = to_labels or _watershed()
+    if to_labels is None:
+        from dinocell.segmentation.watershed import separate_cells  # loads numba: only where needed
+
+        to_labels = separate_cells
     if average not in ("pooled", "mean"):
         raise ValueError(f"`average` must be 'pooled' or 'mean', got {average!r}: choose one.")
     if search not in ("coordinate", "grid"):
@@ -203,19 +181,8 @@ def tune_thresholds(
     else:
         list(map(try_point, everything))
     points = tuple(tried[index] for index in sorted(tried))
-    return TuningResult(
-        best=max(points, key=lambda point: point.score),
-        metric=f"{metric}_{average}",
-        num_samples=len(pairs),
-        num_truth=num_truth,
-        points=points,
-    )
-
-
-def _watershed() -> Callable[[NDArray[Any], Thresholds], NDArray[Any]]:
-    from dinocell.segmentation.watershed import separate_cells  # loads numba: only where needed
-
-    return separate_cells
+    best = max(points, key=lambda point: point.score)
+    return TuningResult(best, f"{metric}_{average}", len(pairs), num_truth, points)
 
 
 def tuned_values(thresholds: Thresholds) -> dict[str, float]:

@@ -42,16 +42,16 @@ def test_match_counts_of_a_small_picture() -> None:
     assert counts.ap == 2 / 3
     assert counts.precision == 1.0
     assert counts.recall == 2 / 3
-    assert counts.f1 == counts.rq == 4 / 5
+    assert counts.f1 == 4 / 5
     assert counts.sq == 1.75 / 2
-    assert counts.pq == 1.75 / 2.5 == pytest.approx(counts.sq * counts.rq)
+    assert counts.pq == 1.75 / 2.5 == pytest.approx(counts.sq * counts.f1)
     assert match_counts(table_of(truth, pred), 0.8).tp == 1
 
 
 def test_ratios_of_nothing() -> None:
     nothing, one = [[0, 0]], [[1, 0]]
     both = match_counts(table_of(nothing, nothing), 0.5)
-    for score in ("ap", "precision", "recall", "f1", "sq", "rq", "pq"):
+    for score in ("ap", "precision", "recall", "f1", "sq", "pq"):
         assert math.isnan(getattr(both, score))
     missed = match_counts(table_of(one, nothing), 0.5)
     assert (missed.ap, missed.f1, missed.pq, missed.recall) == (0, 0, 0, 0)
