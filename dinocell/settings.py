@@ -281,6 +281,7 @@ def require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     require(value in choices, f"{name} must be one of {known}, got {value!r}: choose one of them")
 
 
-def require_at_least(name: str, value: float, least: float) -> None:
-    """Raise ConfigError unless the value of key `name` is at least `least`."""
-    require(value >= least, f"{name} must be at least {least}, got {value}: raise it")
+def require_at_least(name: str, value: float | None, least: float) -> None:
+    """Raise ConfigError unless the value of key `name` is at least `least`, or None."""
+    fits = value is None or value >= least
+    require(fits, f"{name} must be at least {least}, got {value}: raise it")

@@ -7,6 +7,7 @@ around the crop, so that a cell cut by the crop's edge keeps the values it has i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -93,14 +94,7 @@ def crop_image(
     image: NDArray[np.floating], parameters: CropParameters, crop_px: int
 ) -> NDArray[np.float32]:
     """(H, W) floats → (crop_px, crop_px) float32, bilinear, reflected beyond the border."""
-    warped = cv2.warpAffine(
-        np.asarray(image, dtype=np.float32),
-        _crop_to_source(parameters, crop_px),
-        (crop_px, crop_px),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REFLECT_101,
-    )
-    return np.asarray(warped, dtype=np.float32)
+    return _warp(image, parameters, crop_px, cv2.INTER_LINEAR)
 
 
 def crop_labels(labels: NDArray, parameters: CropParameters, crop_px: int) -> NDArray[np.int32]:
@@ -108,14 +102,19 @@ def crop_labels(labels: NDArray, parameters: CropParameters, crop_px: int) -> ND
 
     Labels pass through float32 and must stay below 2**24.
     """
-    warped = cv2.warpAffine(
-        np.asarray(labels, dtype=np.float32),
-        _crop_to_source(parameters, crop_px),
-        (crop_px, crop_px),
-        flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REFLECT_101,
-    )
-    return warped.astype(np.int32)
+    return _warp(labels, parameters, crop_px, cv2.INTER_NEAREST).astype(np.int32)
+
+
+def _warp(
+    source: NDArray, parameters: CropParameters, crop_px: int, interpolation: int
+) -> NDArray[np.float32]:
+    matrix, size = _crop_to_source(parameters, crop_px), (crop_px, crop_px)
+    settings: dict[str, Any] = {
+        "flags": interpolation | cv2.WARP_INVERSE_MAP,
+        "borderMode": cv2.BORDER_REFLECT_101,
+    }
+    warped = cv2.warpAffine(np.asarray(source, dtype=np.float32), matrix, size, **settings)
+    return np.asarray(warped, dtype=np.float32)
 
 
 def apply_intensity(image: NDArray[np.float32], parameters: CropParameters) -> NDArray[np.float32]:

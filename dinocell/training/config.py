@@ -30,12 +30,11 @@ class DatasetConfig:
             f"data set {self.name!r} must give both val_images and val_labels or neither, got one: "
             "add the other",
         )
-        if self.weight is not None:
-            require(
-                self.weight > 0,
-                f"data set {self.name!r} must have a weight above 0, got {self.weight}: leave it "
-                "out to weigh by pixels",
-            )
+        require(
+            self.weight is None or self.weight > 0,
+            f"data set {self.name!r} must have a weight above 0, got {self.weight}: leave it out to "
+            "weigh by pixels",
+        )
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class DataConfig:
 
     Attributes
     ----------
-    datasets : the data sets; crops are drawn from all of them.
     val_fraction : share of every set held out where no split is given (stratified by set).
     max_val_images : at most so many validation images, evenly spread; null takes all.
     num_workers : loader processes; 0 loads in the training process.  Does not change any crop.
@@ -60,17 +58,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         names = [dataset.name for dataset in self.datasets]
         require(
-            len(set(names)) == len(names),
-            f"data set names must differ, got {names}: rename one",
+            len(set(names)) == len(names), f"data set names must differ, got {names}: rename one"
         )
         require(
             0.0 < self.val_fraction < 1.0,
             f"data.val_fraction must be in (0, 1), got {self.val_fraction}: 0.1 is usual",
         )
-        for name in ("num_workers", "cache_bytes"):
-            require_at_least(f"data.{name}", getattr(self, name), 0)
-        if self.max_val_images is not None:
-            require_at_least("data.max_val_images", self.max_val_images, 1)
+        for name, least in {"num_workers": 0, "cache_bytes": 0, "max_val_images": 1}.items():
+            require_at_least(f"data.{name}", getattr(self, name), least)
 
 
 @dataclass(frozen=True)
@@ -80,10 +75,8 @@ class AugmentConfig:
     Attributes
     ----------
     scale : enlargement of the image, log-uniform in [low, high].
-    rotate : rotate by any angle.
-    flip : mirror with probability one half.
-    gamma : exponent of intensities, log-uniform.
-    contrast : factor on intensities around their mean, log-uniform.
+    rotate, flip : rotate by any angle, mirror with probability one half.
+    gamma, contrast : exponent of intensities, and factor around their mean, log-uniform.
     brightness : offset added, uniform in ±brightness.
     noise_std : standard deviation of Gaussian noise, uniform in [0, noise_std].
     blur_sigma_px : Gaussian blur, uniform in [0, blur_sigma_px], for every second crop.
@@ -157,13 +150,11 @@ class ScheduleConfig:
 
     Attributes
     ----------
-    steps : optimizer steps in all.
     batch_size : crops per step of each process; a step of W processes has W times as many.
     crop_px : edge of a training crop; null takes the model's window.
     precision : `bf16` (autocast) or `fp32`.
     ema_decay : decay per step of the averaged weights that are validated and shipped; 0: off.
     eval_every, checkpoint_every, log_every : in steps.
-    keep_checkpoints : how many of the newest are kept.
     patience : stop after so many validations without a better AP; null never stops early.
     """
 
@@ -182,13 +173,12 @@ class ScheduleConfig:
         require_choice("schedule.precision", self.precision, ("bf16", "fp32"))
         for name in ("steps", "batch_size", "eval_every", "checkpoint_every", "log_every"):
             require_at_least(f"schedule.{name}", getattr(self, name), 1)
-        require_at_least("schedule.keep_checkpoints", self.keep_checkpoints, 1)
+        for name in ("keep_checkpoints", "patience"):
+            require_at_least(f"schedule.{name}", getattr(self, name), 1)
         require(
             0 <= self.ema_decay < 1,
             f"schedule.ema_decay must be in [0, 1), got {self.ema_decay}: 0.999 is usual",
         )
-        if self.patience is not None:
-            require_at_least("schedule.patience", self.patience, 1)
 
 
 @dataclass(frozen=True)
@@ -229,10 +219,9 @@ class TrainConfig:
             "data.datasets must name at least one data set, got none: add one with name, images "
             "and labels",
         )
-        crop_px = self.schedule.crop_px
-        if crop_px is not None:
-            require(
-                crop_px > 0 and crop_px % self.model.patch_size == 0,
-                f"schedule.crop_px must be a multiple of patch_size {self.model.patch_size}, got "
-                f"{crop_px}: leave it out to take the window",
-            )
+        crop_px, patch_size = self.schedule.crop_px, self.model.patch_size
+        require(
+            crop_px is None or (crop_px > 0 and crop_px % patch_size == 0),
+            f"schedule.crop_px must be a multiple of patch_size {patch_size}, got {crop_px}: leave it "
+            "out to take the window",
+        )

@@ -9,23 +9,14 @@ from dinocell.files import atomic_path
 
 
 def draw_curves(log_path: str | Path, out_path: str | Path) -> None:
-    """Loss (logarithmic) and validation AP over steps → PNG.
-
-    Parameters
-    ----------
-    log_path : file
-        JSON lines with `step` and `loss`, or `step` and `val_ap50_pooled`.
-    out_path : file
-        Written under a temporary name first.
-    """
+    """Loss (logarithmic) and validation AP over steps → PNG, from JSON lines that have `step`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [
-        json.loads(line) for line in Path(log_path).read_text(encoding="utf-8").splitlines() if line
-    ]
+    lines = Path(log_path).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if line]
     losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     scores = [(row["step"], row["val_ap50_pooled"]) for row in rows if "val_ap50_pooled" in row]
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")

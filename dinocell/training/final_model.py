@@ -48,22 +48,16 @@ def write_final_model(
 ) -> TrainResult:
     """Choose the final thresholds, write the model in float16 and draw the curves.
 
-    Parameters
-    ----------
-    best : DINOCell
-        Rounded to float16 already: the thresholds suit the weights that are written.
-    samples : its distance map and the truth of every validation image
-    pairs : training and validation pairs, counted in the model card
+    `best` is rounded to float16 already: the thresholds suit the weights that are written.  `samples` are
+    its distance map and the truth of every validation image; the training and validation `pairs` are
+    counted in the model card.
     """
     config = folder.config
-    tuned = tune_thresholds(samples, _GRIDS, metric="ap", min_area_px=config.model.min_area_px)
+    min_area_px = config.model.min_area_px
+    tuned = tune_thresholds(samples, _GRIDS, metric="ap", min_area_px=min_area_px)
     chosen = tuned_values(tuned.thresholds)
-    final = tune_thresholds(
-        samples,
-        ThresholdGrids(*([value] for value in chosen.values())),
-        metric="ap50",
-        min_area_px=config.model.min_area_px,
-    )
+    grids = ThresholdGrids(*([value] for value in chosen.values()))
+    final = tune_thresholds(samples, grids, metric="ap50", min_area_px=min_area_px)
     model = with_config(best, **chosen)
     train_pairs, val_pairs = pairs
     model.card = {
@@ -82,10 +76,7 @@ def write_final_model(
         },
         "best_step": best_step,
         "seed": config.seed,
-        "metrics": {
-            "val_ap50_pooled": final.best.score,
-            "val_ap_mean_pooled": tuned.best.score,
-        },
+        "metrics": {"val_ap50_pooled": final.best.score, "val_ap_mean_pooled": tuned.best.score},
     }
     save_model(folder.model, model, half=True)
     draw_curves(folder.metrics, folder.curves)

@@ -7,20 +7,9 @@ from torch.nn import functional
 
 
 def distance_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error between distance maps, over all pixels and crops.
+    """Mean squared error between (B, 1, H, W) distance maps in [0, 1], over all pixels and crops.
 
-    Parameters
-    ----------
-    predicted, target : (B, 1, H, W) float tensors in [0, 1]
-
-    Returns
-    -------
-    scalar tensor
-
-    Raises
-    ------
-    ValueError
-        The shapes differ (broadcasting would hide it).
+    Raises ValueError if the shapes differ, which broadcasting would hide.
     """
     if predicted.shape != target.shape:
         raise ValueError(

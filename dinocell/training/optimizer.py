@@ -63,17 +63,13 @@ def parameter_groups(model: DINOCell, config: TrainConfig) -> list[dict[str, Any
             continue
         scale = 1.0
         if name.startswith("backbone."):
-            scale = config.backbone.lr_mult * config.backbone.layer_decay ** _distance_from_top(
-                name, depth
-            )
+            distance = _distance_from_top(name, depth)
+            scale = config.backbone.lr_mult * config.backbone.layer_decay**distance
         decays = parameter.ndim >= 2 and not name.endswith(("_token", "_tokens"))
         groups.setdefault((scale, decays), []).append(parameter)
+    decay = {True: config.optimizer.weight_decay, False: 0.0}
     return [
-        {
-            "params": parameters,
-            "lr_scale": scale,
-            "weight_decay": config.optimizer.weight_decay if decays else 0.0,
-        }
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay[decays]}
         for (scale, decays), parameters in groups.items()
     ]
 
@@ -81,17 +77,10 @@ def parameter_groups(model: DINOCell, config: TrainConfig) -> list[dict[str, Any
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """A copy of the model that follows its weights and buffers as an exponential moving average.
 
-    Parameters
-    ----------
-    decay : float in [0, 1)
-        Share of the old average that a step keeps; 0 copies the weights.  It is lower in the first
-        steps, (1 + step) / (10 + step): early averages would otherwise be mostly random weights.
-
-    Returns
-    -------
-    AveragedModel
-        Its `module` is the averaged model, in eval mode.  `n_averaged` counts the start too: set it to
-        1 + step to continue a run.
+    `decay` in [0, 1) is the share of the old average that a step keeps; 0 copies the weights.  It is lower
+    in the first steps, (1 + step) / (10 + step): early averages would otherwise be mostly random weights.
+    The result's `module` is the averaged model, in eval mode.  Its `n_averaged` counts the start too: set
+    it to 1 + step to continue a run.
     """
 
     @torch.no_grad()

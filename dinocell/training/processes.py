@@ -27,14 +27,8 @@ Value = TypeVar("Value")
 class Processes:
     """Number, count and device of this process, and the exchanges of a run.
 
-    Every method but the constructor is a collective: all processes call it, in the same order.
-
-    Attributes
-    ----------
-    rank : 0-based number of this process; process 0 writes the files.
-    world_size : how many there are.
-    device : torch.device of this process.
-    ends_together : the error under way is met by all processes alike.
+    Every method but the constructor is a collective: all processes call it, in the same order.  Process
+    0 writes the files.  `ends_together` says that all processes meet the error under way alike.
     """
 
     def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
@@ -90,10 +84,7 @@ class Processes:
     def gather(self, own: Sequence[Value], total: int) -> list[Value] | None:
         """Put items together that were dealt out like cards: item i lies in process i mod count.
 
-        Returns
-        -------
-        list or None
-            All `total` items in order in process 0, None in the others.
+        Process 0 returns all `total` items in order, the others None.
         """
         if self.world_size == 1:
             return list(own)
@@ -131,13 +122,9 @@ def is_main_process() -> bool:
 def processes_of_run(device: str) -> Iterator[Processes]:
     """Make the process group of a run, and take it down after it; nothing of it for one process.
 
-    A group that the caller made before is used and left in place.
-
-    Parameters
-    ----------
-    device : str
-        As `TrainConfig.device`.  With several processes `auto` and `cuda` are the GPU of this
-        process's number on its machine, `auto` the CPU where there is none.
+    A group that the caller made before is used and left in place.  `device` is that of `TrainConfig`:
+    with several processes `auto` and `cuda` are the GPU of this process's number on its machine, `auto`
+    the CPU where there is none.
 
     Raises
     ------
@@ -151,9 +138,8 @@ def processes_of_run(device: str) -> Iterator[Processes]:
     if distributed.is_enabled():
         world_size = distributed.get_world_size()
         local_rank = torch.cuda.current_device() if torch.cuda.is_available() else 0
-        yield Processes(
-            distributed.get_rank(), world_size, _device_of_process(device, local_rank, world_size)
-        )
+        own = _device_of_process(device, local_rank, world_size)
+        yield Processes(distributed.get_rank(), world_size, own)
         return
     environment = distributed.TorchDistributedEnvironment()
     if environment.world_size == 1:

@@ -18,19 +18,12 @@ from dinocell.training.config import TrainConfig
 
 # Keys that may differ between a run and its continuation: they change where and how fast, not what.
 _FREE_KEYS = (
-    ("device",),
-    ("data", "num_workers"),
-    ("data", "cache_bytes"),
-    ("schedule", "log_every"),
-    ("schedule", "keep_checkpoints"),
-    ("schedule", "checkpoint_every"),
-    ("wandb",),
-    ("output_dir",),
-    ("description",),
-    ("licence",),
+    *("device", "wandb", "output_dir", "description", "licence"),
+    *("data.num_workers", "data.cache_bytes"),
+    *("schedule.log_every", "schedule.keep_checkpoints", "schedule.checkpoint_every"),
 )
-# Keys that runs of earlier versions lack; those had one process, where they change nothing.
-_LATER_KEYS = (("optimizer", "scaling_rule"),)
+# A key that runs of earlier versions lack; those had one process, where it changes nothing.
+_LATER_KEY = "optimizer.scaling_rule"
 
 
 class RunFolder:
@@ -61,10 +54,8 @@ class RunFolder:
 
     def write_config(self) -> None:
         """Write `config.yaml`, the resolved configuration."""
-        write_text_atomically(
-            self.path / "config.yaml",
-            yaml.safe_dump(config_to_mapping(self.config), sort_keys=False),
-        )
+        text = yaml.safe_dump(config_to_mapping(self.config), sort_keys=False)
+        write_text_atomically(self.path / "config.yaml", text)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append the metrics of a step to `metrics.jsonl` and send them to Weights & Biases."""
@@ -114,12 +105,9 @@ class RunFolder:
         earlier, identity = self.path / "wandb_id", self.path / "wandb_run_id.txt"
         if earlier.exists() and not identity.exists():  # of a run that an earlier version began
             write_text_atomically(identity, earlier.read_text(encoding="utf-8"))
+        name = settings.name or self.config.name
         mapping = config_to_mapping(self.config) | {
-            "wandb": {
-                "enabled": True,
-                "project": settings.project,
-                "name": settings.name or self.config.name,
-            },
+            "wandb": {"enabled": True, "project": settings.project, "name": name},
             "train": {"output_dir": str(self.path)},
         }
         self._wandb = WandbLogger(sections(OmegaConf.create(mapping)))
@@ -133,13 +121,7 @@ class RunFolder:
 
 
 def refuse_other_run(config: TrainConfig) -> None:
-    """Check that a run continues with its own configuration only.
-
-    Raises
-    ------
-    ConfigError
-        `config.output_dir` holds a run of another configuration.
-    """
+    """Raise ConfigError if `config.output_dir` holds a run of another configuration."""
     path = Path(config.output_dir) / "config.yaml"
     if not path.exists():
         return
@@ -160,14 +142,14 @@ def _differing_keys(earlier: Any, now: dict[str, Any]) -> list[str]:
         return ["config.yaml (unreadable)"]
     differing = []
 
-    def compare(left: Any, right: Any, path: tuple[str, ...]) -> None:
-        if path in _FREE_KEYS or (path in _LATER_KEYS and left is None):
+    def compare(left: Any, right: Any, path: str) -> None:
+        if path in _FREE_KEYS or (path == _LATER_KEY and left is None):
             return
         if isinstance(left, dict) and isinstance(right, dict):
             for key in sorted(left.keys() | right.keys()):
-                compare(left.get(key), right.get(key), (*path, key))
+                compare(left.get(key), right.get(key), f"{path}.{key}" if path else key)
         elif left != right:
-            differing.append(".".join(path))
+            differing.append(path)
 
-    compare(earlier, now, ())
+    compare(earlier, now, "")
     return differing

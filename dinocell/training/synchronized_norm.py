@@ -113,21 +113,9 @@ def synchronize_batch_norm(module: nn.Module) -> nn.Module:
     if parameter is not None and parameter.is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     if type(module) is nn.BatchNorm2d:
-        return _synchronized(module)
+        made = SynchronizedBatchNorm2d(module.num_features)
+        vars(made).update(vars(module))  # its settings, mode, parameters and buffers
+        return made
     for name, child in module.named_children():
         setattr(module, name, synchronize_batch_norm(child))
     return module
-
-
-def _synchronized(norm: nn.BatchNorm2d) -> SynchronizedBatchNorm2d:
-    made = SynchronizedBatchNorm2d(
-        norm.num_features,
-        eps=norm.eps,
-        momentum=norm.momentum,
-        affine=norm.affine,
-        track_running_stats=norm.track_running_stats,
-    )
-    made.weight, made.bias = norm.weight, norm.bias
-    made.running_mean, made.running_var = norm.running_mean, norm.running_var
-    made.num_batches_tracked = norm.num_batches_tracked
-    return made.train(norm.training)

@@ -57,13 +57,8 @@ def train(config: TrainConfig, *, shown: bool = True, stop_after: int | None = N
     with tuned thresholds) and `curves.png`.  Processes that torchrun or srun started train one
     model together; only process 0 writes, and all return the same result.
 
-    Parameters
-    ----------
-    config : TrainConfig
-    shown : bool
-        Show progress on standard error.
-    stop_after : int, optional
-        Stop with a checkpoint after this step as if by a signal.
+    `shown` shows progress on standard error; `stop_after` is a step after which the run stops with a
+    checkpoint as if by a signal.
 
     Raises
     ------
@@ -94,9 +89,8 @@ class _Trainer:
         self.folder = RunFolder(config)
         self.device = processes.device
         self.global_batch_size = config.schedule.batch_size * processes.world_size
-        self.learning_rate = config.optimizer.lr * process_factor(
-            config.optimizer.scaling_rule, processes.world_size
-        )
+        factor = process_factor(config.optimizer.scaling_rule, processes.world_size)
+        self.learning_rate = config.optimizer.lr * factor
         self.step = 0
         self.best_ap = -1.0
         self.best_step = 0
@@ -113,12 +107,8 @@ class _Trainer:
         # Random numbers may differ in the last digit between kinds of CPU, replicas must not.
         self.processes.share_weights(self.model)
         self.processes.share_weights(self.averaged.module)
-        dataset = CropDataset(
-            pairs[0],
-            config,
-            length=config.schedule.steps * self.global_batch_size,
-            shown=self.shown,
-        )
+        num_crops = config.schedule.steps * self.global_batch_size
+        dataset = CropDataset(pairs[0], config, length=num_crops, shown=self.shown)
         self.validation = ValidationImages(pairs[1], self.processes)
         self.processes.on_main(self.folder.write_config)
         with self.stop_request, self.folder.wandb(is_main=self.processes.is_main):
@@ -136,6 +126,11 @@ class _Trainer:
                 )
             )
 
+    @property
+    def average(self) -> DINOCell:
+        """The model with the averaged weights."""
+        return cast(DINOCell, self.averaged.module)
+
     def _build(self) -> None:
         """The model with its first weights, their average, and the optimizer."""
         config = self.config
@@ -150,27 +145,18 @@ class _Trainer:
         if self.processes.world_size > 1:
             # After the copy: what is validated and saved stays a plain model.
             self.model.decoder = synchronize_batch_norm(self.model.decoder)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config),
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-        )
+        rates: dict[str, Any] = {"lr": config.optimizer.lr, "betas": config.optimizer.betas}
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config), **rates)
 
     def _loop(self, dataset: CropDataset) -> bool:
         """Train to the last step; True if the run ended early for lack of progress."""
         schedule = self.config.schedule
         if self._patience_is_over():
             return True  # it stopped early before: a second call must not train further
+        steps = range(self.step, schedule.steps)
+        sampler = _StepSampler(steps, schedule.batch_size, self.processes)
         loader = DataLoader(
-            dataset,
-            batch_sampler=_StepSampler(
-                self.step,
-                schedule.steps,
-                schedule.batch_size,
-                rank=self.processes.rank,
-                world_size=self.processes.world_size,
-            ),
-            num_workers=self.config.data.num_workers,
+            dataset, batch_sampler=sampler, num_workers=self.config.data.num_workers
         )
         speed = _Speed()
         with progress("training", schedule.steps, shown=self.shown, done=self.step) as bar:
@@ -294,8 +280,7 @@ class _Trainer:
     def _validate(self, bar: Progress) -> None:
         """Validate this step, and save the checkpoint that knows the outcome."""
         started = time.monotonic()
-        model = cast(DINOCell, self.averaged.module)
-        samples = self.validation.predict(model, bar, self._check_stop)
+        samples = self.validation.predict(self.average, bar, self._check_stop)
         self.best_ap, self.best_step, self.validations_without_gain = self.processes.on_main(
             lambda: self._judge(samples, started, bar)
         )
@@ -313,24 +298,15 @@ class _Trainer:
         ap, chosen = tuned.best.score, tuned_values(tuned.thresholds)
         if ap > best_ap:
             best_ap, best_step, without_gain = ap, self.step, 0
-            model = cast(DINOCell, self.averaged.module)
-            save_model(self.folder.best, with_config(model, **chosen))
-        self._log(
-            {
-                "step": self.step,
-                "val_ap50_pooled": ap,
-                "val_seconds": time.monotonic() - started,
-                **chosen,
-            }
-        )
+            save_model(self.folder.best, with_config(self.average, **chosen))
+        seconds = time.monotonic() - started
+        self._log({"step": self.step, "val_ap50_pooled": ap, "val_seconds": seconds, **chosen})
         bar.write(f"step {self.step}: validation AP@0.5 {ap:.4f} (best {best_ap:.4f})")
         return best_ap, best_step, without_gain
 
     def _final_validation(self) -> tuple[DINOCell, list[Sample]]:
         """The best model, rounded to the float16 weights of the model file, and its maps."""
-        best = cast(
-            DINOCell, self.averaged.module
-        )  # its weights are overwritten and needed no more
+        best = self.average  # its weights are overwritten and needed no more
         if self.processes.is_main:
             best = DINOCell.from_pretrained(self.folder.best, device=self.device)
         self.processes.share_weights(best)
@@ -345,22 +321,21 @@ class _Trainer:
             self.folder.log(row)
 
     def _save(self) -> None:
-        save_checkpoint(
-            self.folder.checkpoints,
-            self.step,
-            {
-                "step": self.step,
-                "model": self.model.state_dict(),
-                "averaged": self.averaged.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "best_ap": self.best_ap,
-                "best_step": self.best_step,
-                "validations_without_gain": self.validations_without_gain,
-                "unvalidated": self.unvalidated,
-                "processes": self.processes.world_size,
-            },
-            keep=self.config.schedule.keep_checkpoints,
-        )
+        state = {
+            "step": self.step,
+            **{name: module.state_dict() for name, module in self._parts().items()},
+            "best_ap": self.best_ap,
+            "best_step": self.best_step,
+            "validations_without_gain": self.validations_without_gain,
+            "unvalidated": self.unvalidated,
+            "processes": self.processes.world_size,
+        }
+        keep = self.config.schedule.keep_checkpoints
+        save_checkpoint(self.folder.checkpoints, self.step, state, keep=keep)
+
+    def _parts(self) -> dict[str, Any]:
+        """What a checkpoint holds the state of."""
+        return {"model": self.model, "averaged": self.average, "optimizer": self.optimizer}
 
     def _resume(self) -> None:
         """Load the newest checkpoint, if one exists, and drop the metrics of later steps."""
@@ -378,9 +353,8 @@ class _Trainer:
                     "processes, or choose another output_dir"
                 )
             try:
-                self.model.load_state_dict(state["model"])
-                self.averaged.module.load_state_dict(state["averaged"])
-                self.optimizer.load_state_dict(state["optimizer"])
+                for name, part in self._parts().items():
+                    part.load_state_dict(state[name])
                 self.step = int(state["step"])
                 self.best_ap = float(state["best_ap"])
                 self.best_step = int(state["best_step"])
@@ -417,28 +391,22 @@ class _Speed:
         """`crops_per_s` and `wait_share`; starts over."""
         now = time.monotonic()
         elapsed_s = now - self._logged_at
-        row = {
-            "crops_per_s": len(self.losses) * batch_size / elapsed_s,
-            "wait_share": self._waited_s / elapsed_s,
-        }
+        crops_per_s = len(self.losses) * batch_size / elapsed_s
+        row = {"crops_per_s": crops_per_s, "wait_share": self._waited_s / elapsed_s}
         self.losses, self._waited_s, self._logged_at = [], 0.0, now
         return row
 
 
 class _StepSampler(Sampler[list[int]]):
-    """Batches of item indices from `first_step` on.
+    """Batches of item indices for `steps`.
 
     Step s of W processes with batches of b is items s·W·b ... (s + 1)·W·b − 1, of which process r
     takes b from s·W·b + r·b on.
     """
 
-    def __init__(
-        self, first_step: int, num_steps: int, batch_size: int, *, rank: int, world_size: int
-    ) -> None:
-        self.steps = range(first_step, num_steps)
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
+    def __init__(self, steps: range, batch_size: int, processes: Processes) -> None:
+        self.steps, self.batch_size = steps, batch_size
+        self.rank, self.world_size = processes.rank, processes.world_size
 
     def __len__(self) -> int:
         return len(self.steps)
