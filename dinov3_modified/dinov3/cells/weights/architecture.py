@@ -20,36 +20,26 @@ from dinov3.checkpointer.patch_size_adaptation import patch_size_of
 KERNEL = "patch_embed.proj.weight"
 
 ROPE_BASE = 100.0
+# The facts that are arguments of `DinoVisionTransformer` under the same name.
+_ARGUMENTS = (
+    "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "qkv_bias", "proj_bias",
+    "ffn_bias", "mask_k_bias", "n_storage_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class WeightsDescription:
-    """Facts of a backbone file.
-
-    Attributes:
-        path, format: of the file; files and folders of a training run have the format "checkpoint".
-        which: "teacher", "ema" or "student" of a file with several networks, else None.
-        embed_dim, depth, num_heads, patch_size, in_chans, ffn, ffn_hidden: the shape; `ffn` is "mlp"
-            or "swiglu".
-        n_storage_tokens, mask_k_bias, layerscale, untied_norms, qkv_bias, proj_bias, ffn_bias, norm:
-            the flags; `norm` is "layernorm" or "rmsnorm".
-        rope_base: of the periods; None where they are of another form.
-        num_parameters: without buffers.
-        dtype: of the patch embedding.
-        heads_known: whether the file contains the number of heads; otherwise it is an assumption.
-        notes: what the file lacks, and what it was filled with.
-        sha256: of a single file, if requested.
-    """
+    """Facts of a backbone file."""
 
     path: str
-    format: str
-    which: str | None
+    format: str  # "checkpoint" for files and folders of a training run
+    which: str | None  # "teacher", "ema" or "student" of a file with several networks
     embed_dim: int
     depth: int
     num_heads: int
     patch_size: int
     in_chans: int
-    ffn: str
+    ffn: str  # "mlp" or "swiglu"
     ffn_hidden: int
     n_storage_tokens: int
     mask_k_bias: bool
@@ -58,13 +48,13 @@ class WeightsDescription:
     qkv_bias: bool
     proj_bias: bool
     ffn_bias: bool
-    norm: str
-    rope_base: float | None
-    num_parameters: int
-    dtype: str
-    heads_known: bool = True
-    notes: tuple[str, ...] = ()
-    sha256: str | None = None
+    norm: str  # "layernorm" or "rmsnorm"
+    rope_base: float | None  # of the periods; None where they are of another form
+    num_parameters: int  # without buffers
+    dtype: str  # of the patch embedding
+    heads_known: bool = True  # whether the file contains the number of heads, or it is assumed
+    notes: tuple[str, ...] = ()  # what the file lacks, and what it was filled with
+    sha256: str | None = None  # of a single file, if requested
 
     @property
     def name(self) -> str:
@@ -166,46 +156,32 @@ def expected_shapes(d: WeightsDescription) -> dict[str, tuple[int, ...]]:
             out[f"{block}attn.qkv.bias_mask"] = (3 * width,)
         if d.layerscale:
             out |= {f"{block}ls1.gamma": (width,), f"{block}ls2.gamma": (width,)}
-        if d.ffn == "swiglu":
-            out |= linear(f"{block}mlp.w1", hidden, width, d.ffn_bias)
-            out |= linear(f"{block}mlp.w2", hidden, width, d.ffn_bias)
-            out |= linear(f"{block}mlp.w3", width, hidden, d.ffn_bias)
-        else:
-            out |= linear(f"{block}mlp.fc1", hidden, width, d.ffn_bias)
-            out |= linear(f"{block}mlp.fc2", width, hidden, d.ffn_bias)
+        *inner, outer = ("w1", "w2", "w3") if d.ffn == "swiglu" else ("fc1", "fc2")
+        for name in inner:
+            out |= linear(f"{block}mlp.{name}", hidden, width, d.ffn_bias)
+        out |= linear(f"{block}mlp.{outer}", width, hidden, d.ffn_bias)
     for name in ("norm", *d.untied_norms):
         out |= norm(name)
     return out
 
 
 def vit_arguments(description: WeightsDescription) -> dict[str, Any]:
-    """Arguments of `DinoVisionTransformer` for a described backbone, with the released settings.
+    """Arguments of `DinoVisionTransformer` for a described backbone.
 
     What a file does not contain is taken from the released ViTs: RoPE in float32, norm eps 1e-5.
     """
     d = description
-    arguments: dict[str, Any] = {
-        "patch_size": d.patch_size,
-        "in_chans": d.in_chans,
-        "embed_dim": d.embed_dim,
-        "depth": d.depth,
-        "num_heads": d.num_heads,
-        "qkv_bias": d.qkv_bias,
-        "proj_bias": d.proj_bias,
-        "ffn_bias": d.ffn_bias,
-        "mask_k_bias": d.mask_k_bias,
+    arguments: dict[str, Any] = {name: getattr(d, name) for name in _ARGUMENTS} | {
         "layerscale_init": 1e-5 if d.layerscale else None,
-        "n_storage_tokens": d.n_storage_tokens,
         "norm_layer": "rmsnorm" if d.norm == "rmsnorm" else "layernormbf16",
         "pos_embed_rope_base": d.rope_base or ROPE_BASE,
         "pos_embed_rope_dtype": "fp32",
         "untie_cls_and_patch_norms": "cls_norm" in d.untied_norms,
         "untie_global_and_local_cls_norm": "local_cls_norm" in d.untied_norms,
     }
-    if d.ffn == "swiglu":
-        # Any ratio whose two thirds, rounded up to eights, give this width.
-        return arguments | {"ffn_layer": "swiglu", "ffn_ratio": d.ffn_hidden * 1.5 / d.embed_dim}
-    return arguments | {"ffn_layer": "mlp", "ffn_ratio": d.ffn_hidden / d.embed_dim}
+    # Of SwiGLU any ratio whose two thirds, rounded up to eights, give this width.
+    hidden = d.ffn_hidden * 1.5 if d.ffn == "swiglu" else d.ffn_hidden
+    return arguments | {"ffn_layer": d.ffn, "ffn_ratio": hidden / d.embed_dim}
 
 
 def k_bias_mask(width: int) -> Tensor:

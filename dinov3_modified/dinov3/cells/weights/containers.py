@@ -10,7 +10,7 @@ import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,8 @@ HEADER = "dinov3_backbone"
 _ANCHORS = (KERNEL, HF_KERNEL)
 
 # A file may hold several networks: part of the entries' names → network.
-_NETWORK_OF = {
-    "teacher": "teacher",
-    "model_ema": "ema",
-    "ema": "ema",
-    "averaged": "ema",
-    "student": "student",
-    "gram_teacher": "gram",
-}
+_NETWORK_OF = {"teacher": "teacher", "student": "student", "gram_teacher": "gram"}
+_NETWORK_OF |= dict.fromkeys(("model_ema", "ema", "averaged"), "ema")
 
 # The networks that answer a request, best first.  None: the file holds one network.
 NETWORKS: dict[str, tuple[str | None, ...]] = {
@@ -59,15 +53,38 @@ class FoundNetwork:
 
 
 def read_network(path: Path, which: str) -> FoundNetwork:
-    """The backbone of a file or folder.
-
-    Args:
-        which: a key of `NETWORKS`.
+    """The backbone of a file or folder; `which` is a key of `NETWORKS`.
 
     Raises:
         WeightsError: the content is damaged, or holds no such backbone.
     """
-    return _read_folder(path, which) if path.is_dir() else _read_file(path, which)
+    if path.is_dir():
+        return _read_folder(path, which)
+    with path.open("rb") as stream:
+        start = stream.read(64)
+    page = start.lstrip()[:1] == b"<" or start.startswith(b"version https://git-lfs")
+    named = path.suffix == ".safetensors" and start and start[:2] != b"PK"
+    kind = "meta"
+    if not page and (named or start[8:9] == b"{"):
+        tensors, metadata = _open_safetensors(path)
+        if HEADER in metadata or "dinocell" in metadata:
+            kind = "dinocell"
+        return _network(tensors, which, path, kind)
+    content = read_pickled(path)
+    if not isinstance(content, Mapping):
+        raise WeightsError(
+            f"weights must be a state dict, got {path} with a {type(content).__name__}: save the "
+            "state dict alone"
+        )
+    found = _network(dict(_flat(content)), which, path, kind)
+    return found if found.which is None else replace(found, format="checkpoint")
+
+
+def _network(tensors: Mapping[str, Tensor], which: str, path: Path, kind: str) -> FoundNetwork:
+    """The requested network among the tensors of a file, or of a folder of Hugging Face."""
+    prefix, network = _network_prefix(tensors, which, path)
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    return FoundNetwork(_under(tensors, prefix), kind, network, *hf_facts(config))
 
 
 def read_teacher(path: Path) -> State:
@@ -78,9 +95,7 @@ def read_teacher(path: Path) -> State:
         WeightsError: the content is damaged, or holds no teacher.
     """
     if not path.exists():
-        raise FileNotFoundError(
-            f"a teacher must be a file or a DCP folder, got {path}: check the path"
-        )
+        raise FileNotFoundError(f"a teacher must be a file or a DCP folder, got {path}: check it")
     if path.is_file():
         content = read_pickled(path)
         if not isinstance(content, Mapping) or not isinstance(content.get("teacher"), Mapping):
@@ -93,11 +108,10 @@ def read_teacher(path: Path) -> State:
         raise FileNotFoundError(f"a DCP folder must have .metadata, got {path}: check the path")
     with _complete(path):
         reader, entries = _dcp_entries(path)
-        prefixes = ("model.teacher.", "model.model_ema.", "model.")
-        prefix = next(
-            (p for p in prefixes if any(k.startswith(f"{p}backbone.") for k in entries)), None
-        )
-        if prefix is None:
+        for prefix in ("model.teacher.", "model.model_ema.", "model."):
+            if any(key.startswith(f"{prefix}backbone.") for key in entries):
+                break
+        else:
             raise WeightsError(
                 f"{path} must hold a teacher, got entries such as {next(iter(entries), None)}: give "
                 "OUT/eval/training_N/sharded_teacher_checkpoint or a checkpoint of a run"
@@ -106,31 +120,10 @@ def read_teacher(path: Path) -> State:
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
-def _read_file(path: Path, which: str) -> FoundNetwork:
-    with path.open("rb") as stream:
-        start = stream.read(64)
-    page = start.lstrip()[:1] == b"<" or start.startswith(b"version https://git-lfs")
-    named = path.suffix == ".safetensors" and start and start[:2] != b"PK"
-    if not page and (named or start[8:9] == b"{"):
-        return _read_safetensors(path, which)
-    content = read_pickled(path)
-    if not isinstance(content, Mapping):
-        raise WeightsError(
-            f"weights must be a state dict, got {path} with a {type(content).__name__}: save the "
-            "state dict alone"
-        )
-    tensors = dict(_flat(content))
-    prefix, network = _network_prefix(tensors, which, path)
-    heads, base = hf_facts(path.with_name("config.json"))
-    kind = "meta" if network is None else "checkpoint"
-    return FoundNetwork(_under(tensors, prefix), kind, network, heads, base)
-
-
 def read_pickled(path: Path) -> Any:
     """The content of a file of `torch.save` with tensors and plain containers alone.
 
-    Raises:
-        WeightsError: it is something else, damaged, or holds other objects.
+    Anything else, such as a damaged file or one with other objects, raises WeightsError.
     """
     with path.open("rb") as stream:
         start = stream.read(64)
@@ -179,9 +172,7 @@ def _plain_name(name: str) -> str:
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> State:
     """The entries below a prefix, by their names without it."""
     plain = {_plain_name(name): value for name, value in tensors.items()}
-    return {
-        name.removeprefix(prefix): value for name, value in plain.items() if name.startswith(prefix)
-    }
+    return {k.removeprefix(prefix): v for k, v in plain.items() if k.startswith(prefix)}
 
 
 def _network_prefix(names: Iterable[str], which: str, path: Path) -> tuple[str, str | None]:
@@ -210,14 +201,6 @@ def _network_prefix(names: Iterable[str], which: str, path: Path) -> tuple[str, 
     )
 
 
-def _read_safetensors(path: Path, which: str) -> FoundNetwork:
-    tensors, metadata = _open_safetensors(path)
-    prefix, network = _network_prefix(tensors, which, path)
-    heads, base = hf_facts(path.with_name("config.json"))
-    kind = "dinocell" if HEADER in metadata or "dinocell" in metadata else "meta"
-    return FoundNetwork(_under(tensors, prefix), kind, network, heads, base)
-
-
 def _open_safetensors(path: Path) -> tuple[State, dict[str, str]]:
     from safetensors import safe_open
 
@@ -241,14 +224,8 @@ def _read_folder(path: Path, which: str) -> FoundNetwork:
         )
     tensors: State = {}
     for file in files:
-        if file.stat().st_size == 0:
-            raise WeightsError(
-                f"weights must be complete, got the empty file {file}: fetch it again"
-            )
         tensors |= _open_safetensors(file)[0]
-    prefix, network = _network_prefix(tensors, which, path)
-    heads, base = hf_facts(path / "config.json")
-    return FoundNetwork(_under(tensors, prefix), "meta", network, heads, base)
+    return _network(tensors, which, path, "meta")
 
 
 def _folder_hint(path: Path) -> str:
@@ -291,11 +268,7 @@ class CheckpointReader(dcp.FileSystemReader):
     """torch's reader of DCP folders, which unpickles the table of contents without foreign code."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The table of contents.
-
-        Raises:
-            pickle.UnpicklingError: it holds other objects.
-        """
+        """The table of contents; pickle.UnpicklingError if it holds other objects."""
         with Path(self._get_metadata_path(kwargs.get("rank"))).open("rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
         if not isinstance(metadata, Metadata):
@@ -345,5 +318,5 @@ def _complete(path: Path) -> Iterator[None]:
             reason = next(iter(error.failures.values()))[0]
         text = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
         raise WeightsError(
-            f"a checkpoint must be complete, got {path} ({text}): use an earlier one"
+            f"a checkpoint must be complete, got {path} ({text}): use another"
         ) from error

@@ -12,12 +12,7 @@ _SHOWN = 12  # keys of each kind in a message
 
 
 class WeightsError(ValueError):
-    """A file that is no backbone, or does not fit.
-
-    Attributes:
-        problems: all keys by kind ("missing", "unexpected", "misshapen"), of which the message shows
-            the first.
-    """
+    """A file that is no backbone, or does not fit; `problems` has all keys by kind."""
 
     def __init__(self, message: str, problems: Mapping[str, list[str]] | None = None) -> None:
         super().__init__(message)
@@ -27,15 +22,10 @@ class WeightsError(ValueError):
 def refuse_differences(
     state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], fact: str, advice: str
 ) -> None:
-    """Compare the names and shapes of entries with those that a network has.
+    """Raise WeightsError where the entries of a file have other names and shapes than a network.
 
-    Args:
-        state: the entries of a file.
-        expected: names and shapes of the network.
-        fact, advice: what the message says before and after the differences.
-
-    Raises:
-        WeightsError: an entry is missing, unexpected or has another shape; all are in `problems`.
+    `fact` and `advice` are what the message says before and after the differences, which are all in
+    `problems`.
     """
     problems = {
         "missing": [key for key in expected if key not in state],

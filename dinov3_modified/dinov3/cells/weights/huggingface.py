@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,8 @@ _HF_LAYER = re.compile(r"^(?:model\.)?layer\.(\d+)\.(.+)$")
 def from_hf(state: Mapping[str, Tensor]) -> State:
     """The entries in Meta's names; unknown names stay, so that the check reports them."""
     gated = any(key.endswith("mlp.gate_proj.weight") for key in state)
-    modules = {
-        theirs: ours
-        for ours, theirs in {**_HF_BLOCK, **_HF_FFN["swiglu" if gated else "mlp"]}.items()
-    }
+    ffn = _HF_FFN["swiglu" if gated else "mlp"]
+    modules = {theirs: ours for ours, theirs in (_HF_BLOCK | ffn).items()}
     out: State = {}
     attention: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
@@ -104,10 +103,9 @@ def to_hf(state: Mapping[str, Tensor], d: WeightsDescription) -> tuple[State, li
     if d.n_storage_tokens == 0:
         out["embeddings.register_tokens"] = state["cls_token"].new_zeros(1, 0, d.embed_dim)
     if not d.layerscale:
-        for block in range(d.depth):
-            for number in (1, 2):
-                one = state["cls_token"].new_ones(d.embed_dim)
-                out[f"layer.{block}.layer_scale{number}.lambda1"] = one
+        for block, number in product(range(d.depth), (1, 2)):
+            one = state["cls_token"].new_ones(d.embed_dim)
+            out[f"layer.{block}.layer_scale{number}.lambda1"] = one
         notes.append("LayerScale absent: ones")
     return out, notes
 

@@ -33,18 +33,12 @@ _HEADS = {1536: 24, 4096: 32}
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `fit_backbone` found and changed.
+    """What `fit_backbone` found and changed."""
 
-    Attributes:
-        description: of the file.
-        patch_size_before, patch_size: of the file and of the network.
-        notes: what was filled in, left out or adapted.
-    """
-
-    description: WeightsDescription
-    patch_size_before: int
-    patch_size: int
-    notes: tuple[str, ...]
+    description: WeightsDescription  # of the file
+    patch_size_before: int  # of the file
+    patch_size: int  # of the network
+    notes: tuple[str, ...]  # what was filled in, left out or adapted
 
     def __str__(self) -> str:
         d = self.description
@@ -86,10 +80,8 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
         state, kind = from_hf(state), "hf"
     elif any(re.search(r"(^reg_token|attn\.[qv]_bias|\.gamma_[12])$", name) for name in state):
         state, kind = from_timm(state), "timm"
-    broken = [
-        key for key, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()
-    ]
-    if broken:
+    numbers = {key: value for key, value in state.items() if value.is_floating_point()}
+    if broken := [key for key, value in numbers.items() if not torch.isfinite(value).all()]:
         raise WeightsError(
             f"weights must be finite numbers, got NaN or infinity in {listed(broken)} of {path}: the "
             "run diverged, take an earlier checkpoint"
@@ -127,11 +119,7 @@ def _fill_in(state: State, found: FoundNetwork) -> tuple[list[str], bool]:
 def describe(
     path: str | Path, *, which: str = "teacher", checksum: bool = False
 ) -> WeightsDescription:
-    """Facts of a file; see `read_backbone`.
-
-    Args:
-        checksum: add the SHA-256 of the file; folders have none.
-    """
+    """Facts of a file, see `read_backbone`; `checksum` adds the SHA-256, which folders do not have."""
     description = read_backbone(path, which=which)[1]
     if checksum and Path(path).is_file():
         return replace(description, sha256=sha256(path))
@@ -140,24 +128,17 @@ def describe(
 
 def sha256(path: str | Path) -> str:
     """Checksum of a file, in hexadecimal."""
-    value = hashlib.sha256()
     with Path(path).open("rb") as stream:
-        while block := stream.read(2**20):
-            value.update(block)
-    return value.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_backbone(
     vit: nn.Module, path: str | Path, *, which: str = "teacher", patch_method: str = "nearest"
 ) -> LoadReport:
-    """Fill a `DinoVisionTransformer` from any file that `read_backbone` reads.
+    """Fill a `DinoVisionTransformer` from any file; arguments and errors as `fit_backbone`.
 
     Args:
         vit: with storage, on any device, not sharded; values are copied in its types.
-        which, patch_method: see `fit_backbone`.
-
-    Raises:
-        FileNotFoundError, WeightsError: as `fit_backbone`.
     """
     state, report = fit_backbone(vit.state_dict(), path, which=which, patch_method=patch_method)
     vit.load_state_dict(state)
@@ -191,8 +172,7 @@ def fit_backbone(
     """
     if any(value.is_meta for value in expected.values()):
         raise WeightsError(
-            "a network must have storage before weights are loaded, got one on the meta device: call "
-            "to_empty first"
+            "a network must have storage for weights, got one on the meta device: call to_empty first"
         )
     state, description = read_backbone(path, which=which)
     notes = list(description.notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import product
 
 from torch import Tensor
 
@@ -50,15 +51,13 @@ def to_timm(state: Mapping[str, Tensor], d: WeightsDescription) -> tuple[State, 
         )
     if has_k_bias(state):
         raise WeightsError(
-            f"timm's DINOv3 must have no bias on k, got one in {d.path}: keep another format"
+            f"timm's DINOv3 must have no bias on k, got one in {d.path}: keep another"
         )
     if state["mask_token"].any():
         notes.append("timm has no mask token: left out")
     out: State = {}
     for key, value in state.items():
-        if key in ("mask_token", "rope_embed.periods"):
-            continue
-        if key.endswith("bias_mask") or key.startswith("local_cls_norm."):
+        if re.fullmatch(r"mask_token|rope_embed\.periods|.*bias_mask|local_cls_norm\..*", key):
             continue
         if key == "storage_tokens":
             out["reg_token"] = value
@@ -73,8 +72,7 @@ def to_timm(state: Mapping[str, Tensor], d: WeightsDescription) -> tuple[State, 
                 key = key.replace(ours + ".", theirs + ".")
             out[key] = value
     if not d.layerscale:
-        for index in range(d.depth):
-            for number in (1, 2):
-                out[f"blocks.{index}.gamma_{number}"] = state["cls_token"].new_ones(d.embed_dim)
+        for index, number in product(range(d.depth), (1, 2)):
+            out[f"blocks.{index}.gamma_{number}"] = state["cls_token"].new_ones(d.embed_dim)
         notes.append("LayerScale absent: ones")
     return out, notes

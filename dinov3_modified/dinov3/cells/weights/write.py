@@ -84,8 +84,7 @@ def write_backbone(
     )
     key_bias = has_k_bias(plain)
     plain, losses = _in_names_of(format, plain, description)
-    lone = format == "hf" and len(targets) == 1
-    if lone and description.rope_base != ROPE_BASE:
+    if format == "hf" and len(targets) == 1 and description.rope_base != ROPE_BASE:
         raise WeightsError(
             f"a lone .safetensors must have a RoPE base of {ROPE_BASE:g}, got "
             f"{description.rope_base}: write a folder, whose config.json holds the base"
@@ -100,8 +99,9 @@ def write_backbone(
             torch.save(plain, temporary)
     if notes is not None:
         notes += losses
-    for loss in losses if notes is None else ():
-        logger.warning("%s: %s", path, loss)
+    else:
+        for loss in losses:
+            logger.warning("%s: %s", path, loss)
     return path
 
 
@@ -109,7 +109,7 @@ def _targets(path: Path, format: str, overwrite: bool) -> list[Path]:
     """The files to write: one, or the weights and the configuration of a Hugging Face folder."""
     if format not in FORMATS:
         raise WeightsError(
-            f"the format must be one of {', '.join(FORMATS)}, got {format!r}: choose one"
+            f"the format must be one of {', '.join(FORMATS)}, got {format!r}: choose"
         )
     suffixes = _SUFFIXES[format]
     if path.suffix not in suffixes:
@@ -156,9 +156,8 @@ def _save_safetensors(
 
     metadata = {"format": "pt"}
     if ours:
-        facts = asdict(description)
-        for key in ("path", "notes", "which", "sha256", "heads_known"):
-            facts.pop(key)
+        left_out = ("path", "notes", "which", "sha256", "heads_known")
+        facts = {key: value for key, value in asdict(description).items() if key not in left_out}
         metadata[HEADER] = json.dumps(facts)
     save_file(state, path, metadata=metadata)
     mask = os.umask(0)
