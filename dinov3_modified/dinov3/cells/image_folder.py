@@ -21,7 +21,7 @@ class _EightBitDecoder(ImageDataDecoder):
     """Refuses what a conversion to RGB would clip."""
 
     def decode(self) -> Image.Image:
-        with Image.open(BytesIO(self._image_data)) as image:
+        with Image.open(BytesIO(self.image_data)) as image:
             if image.mode not in _EIGHT_BITS:
                 raise ValueError(
                     f"an image must have 8 bits a channel, got PIL mode {image.mode!r}: use "

@@ -24,8 +24,7 @@ class DatasetWithEnumeratedTargets(Dataset[Any]):
         if pad_dataset:
             if num_replicas is None:
                 raise ValueError(
-                    "num_replicas must be given for a padded data set, got None: give the number of "
-                    "processes"
+                    "num_replicas must be given for a padded data set, got None: give it"
                 )
             self._padded_size = -(-self._size // num_replicas) * num_replicas
 

@@ -73,26 +73,26 @@ def collate_data_and_cast(
     masks += [torch.from_numpy(mask_generator(0)) for _ in range(images - n_masked)]
     random.shuffle(masks)
     collated = torch.stack(masks).flatten(1)  # [G·B, N]
-    indices = collated.flatten().nonzero().flatten()
-    per_image = 1 / collated.sum(-1).clamp(min=1.0)
-    out |= {
-        "collated_masks": collated,
-        "mask_indices_list": indices,
-        "masks_weight": per_image[:, None].expand_as(collated)[collated],
-        "upperbound": upperbound,
-        "n_masked_patches": torch.full((1,), indices.shape[0], dtype=torch.long),
-    }
+    out |= _facts_of_masks(collated) | {"upperbound": upperbound}
     if "gram_teacher_crops" in crops[0]:
         out["collated_gram_teacher_crops"] = stacked("gram_teacher_crops")
     return out
 
 
-def get_batch_subset(collated_data_batch: dict[str, Any], divide_by: int) -> dict[str, Any]:
-    """The first of `divide_by` equal parts of a batch's samples, rounded up.
+def _facts_of_masks(masks: Tensor) -> dict[str, Tensor]:
+    """The masks [G·B, N] and what the losses need of them."""
+    indices = masks.flatten().nonzero().flatten()
+    per_image = 1 / masks.sum(-1).clamp(min=1.0)
+    return {
+        "collated_masks": masks,
+        "mask_indices_list": indices,
+        "masks_weight": per_image[:, None].expand_as(masks)[masks],
+        "n_masked_patches": torch.full((1,), indices.shape[0], dtype=torch.long),
+    }
 
-    Args:
-        collated_data_batch: as `collate_data_and_cast` gives; two global crops a sample.
-    """
+
+def get_batch_subset(collated_data_batch: dict[str, Any], divide_by: int) -> dict[str, Any]:
+    """The first of `divide_by` equal parts of a batch's samples (two global crops each), rounded up."""
     samples = collated_data_batch["collated_global_crops"].shape[0] // 2
 
     def part(value: Tensor, count: int) -> Tensor:
@@ -107,21 +107,9 @@ def get_batch_subset(collated_data_batch: dict[str, Any], divide_by: int) -> dic
         rows = list(all_masks)
         random.shuffle(rows)
         masks = part(torch.stack(rows), masked_samples)
-    indices = masks.flatten().nonzero().flatten()
-    per_image = 1 / masks.sum(-1).clamp(min=1.0)
-    subset = dict(collated_data_batch)
-    subset |= {
-        name: part(collated_data_batch[name], samples)
-        for name in collated_data_batch
-        if name.endswith("_crops")
-    }
-    subset |= {
-        "collated_masks": masks,
-        "mask_indices_list": indices,
-        "masks_weight": per_image[:, None].expand_as(masks)[masks],
-        "upperbound": collated_data_batch["upperbound"],
-        "n_masked_patches": torch.full((1,), indices.shape[0], dtype=torch.long),
-    }
+    crops = {n: value for n, value in collated_data_batch.items() if n.endswith("_crops")}
+    subset = collated_data_batch | {name: part(value, samples) for name, value in crops.items()}
+    subset |= _facts_of_masks(masks)
     if "global_batch_size" in collated_data_batch:
         subset["global_batch_size"] = collated_data_batch["global_batch_size"] // divide_by
     return subset

@@ -55,11 +55,7 @@ class MaskingGenerator:
         return self.height, self.width
 
     def __call__(self, num_masking_patches: int = 0) -> np.ndarray:
-        """A mask [h, w], booleans, with `num_masking_patches` true ones.
-
-        Raises:
-            ValueError: more than the grid has.
-        """
+        """A mask [h, w], booleans, with `num_masking_patches` true ones; ValueError for too many."""
         if num_masking_patches > self.num_patches:
             raise ValueError(
                 f"masked patches must be at most {self.num_patches}, got {num_masking_patches}: lower "

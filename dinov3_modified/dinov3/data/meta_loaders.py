@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from dinov3 import distributed
 
 logger = logging.getLogger("dinov3")
 
@@ -20,9 +23,6 @@ class CombinedDataLoader:
         combining_mode: GLOBAL_HOMOGENEOUS: all processes draw alike, from `seed`;
             LOCAL_HOMOGENEOUS: each for itself, from `seed` and its rank.
         logging_period: batches between two notes of the ratios reached.
-
-    Raises:
-        ValueError: unknown mode, ratios that do not sum to 1, batch sizes that differ.
     """
 
     GLOBAL_HOMOGENEOUS = 0
@@ -51,14 +51,12 @@ class CombinedDataLoader:
             )
         self.batch_size = batch_size
         self.combining_mode = combining_mode
-        self.seed = seed
+        self.seed = seed + (
+            distributed.get_rank() if combining_mode == self.LOCAL_HOMOGENEOUS else 0
+        )
         self.name = name or ""
         self.logging_period = logging_period
         self.loader_count = np.zeros(len(self.loaders))
-        if combining_mode == self.LOCAL_HOMOGENEOUS:
-            from dinov3.distributed import get_rank
-
-            self.seed = seed + get_rank()
         self.rng = np.random.default_rng(self.seed)
 
     @staticmethod
@@ -75,9 +73,7 @@ class CombinedDataLoader:
 
     def __iter__(self) -> Iterator[Any]:
         iterators = [iter(loader) for loader in self.loaders]
-        step = 0
-        while True:
-            step += 1
+        for step in itertools.count(1):
             index = int(self.rng.choice(len(self.loaders), p=self.ratios))
             self.loader_count[index] += 1
             if step % self.logging_period == 0:

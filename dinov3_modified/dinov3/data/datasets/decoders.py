@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -16,34 +17,34 @@ class Decoder:
         raise NotImplementedError
 
 
+@dataclass
 class ImageDataDecoder(Decoder):
     """Bytes of an image file → PIL image in RGB."""
 
-    def __init__(self, image_data: bytes) -> None:
-        self._image_data = image_data
+    image_data: bytes
 
     def decode(self) -> Image.Image:
         """Opened and converted."""
-        return Image.open(BytesIO(self._image_data)).convert("RGB")
+        return Image.open(BytesIO(self.image_data)).convert("RGB")
 
 
+@dataclass
 class TargetDecoder(Decoder):
     """A target as it is."""
 
-    def __init__(self, target: Any) -> None:
-        self._target = target
+    target: Any
 
     def decode(self) -> Any:
         """The target."""
-        return self._target
+        return self.target
 
 
+@dataclass
 class DenseTargetDecoder(Decoder):
     """Bytes of an image file → PIL image in its own mode, for label images."""
 
-    def __init__(self, image_data: bytes) -> None:
-        self._image_data = image_data
+    image_data: bytes
 
     def decode(self) -> Image.Image:
         """Opened, not converted."""
-        return Image.open(BytesIO(self._image_data))
+        return Image.open(BytesIO(self.image_data))

@@ -7,6 +7,7 @@ actual_index), `class-ids-SPLIT.npy` and `class-names-SPLIT.npy` in `extra`; `du
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -96,15 +97,15 @@ class ImageNet(ExtendedVisionDataset):
         """Bytes of the file."""
         return (Path(self.root or "") / self.get_image_relpath(index)).read_bytes()
 
-    def get_sample_name(self, index: int) -> str:
-        """Its path below root."""
-        return self.get_image_relpath(index)
+    get_sample_name = get_image_relpath
+
+    def _entry(self, index: int, column: str, kind: Callable[[Any], Any]) -> Any:
+        """A value of the table, None for the test part."""
+        return None if self._split is _Split.TEST else kind(self._table()[index][column])
 
     def get_target(self, index: int) -> int | None:
         """Class number, None for the test part."""
-        if self._split is _Split.TEST:
-            return None
-        return int(self._table()[index]["class_index"])
+        return self._entry(index, "class_index", int)
 
     def get_targets(self) -> np.ndarray | None:
         """Class numbers of all images."""
@@ -112,15 +113,11 @@ class ImageNet(ExtendedVisionDataset):
 
     def get_class_id(self, index: int) -> str | None:
         """WordNet number."""
-        if self._split is _Split.TEST:
-            return None
-        return str(self._table()[index]["class_id"])
+        return self._entry(index, "class_id", str)
 
     def get_class_name(self, index: int) -> str | None:
         """Name of the class."""
-        if self._split is _Split.TEST:
-            return None
-        return str(self._table()[index]["class_name"])
+        return self._entry(index, "class_name", str)
 
     def __len__(self) -> int:
         return len(self._table())
@@ -128,12 +125,10 @@ class ImageNet(ExtendedVisionDataset):
     def dump_extra(self) -> None:
         """Scan root once and write the tables; class names come from root/labels.txt."""
         root = Path(self.root or "")
-        names = {}
         labels = root / "labels.txt"
-        if labels.is_file():
-            for line in labels.read_text(encoding="utf-8").splitlines():
-                class_id, _, class_name = line.partition(",")
-                names[class_id.strip()] = class_name.strip()
+        lines = labels.read_text(encoding="utf-8").splitlines() if labels.is_file() else []
+        pairs = (line.partition(",") for line in lines)
+        names = {class_id.strip(): class_name.strip() for class_id, _, class_name in pairs}
         folder = root / self._split.value
         paths = sorted(folder.rglob("*.JPEG"))
         if not paths:
@@ -142,12 +137,9 @@ class ImageNet(ExtendedVisionDataset):
         rows = []
         for path in paths:
             class_id, number = self._split.parse_image_relpath(str(path.relative_to(root)))
-            if self._split is _Split.TEST:
-                rows.append((number, np.iinfo(np.uint32).max, "", ""))
-            else:
-                rows.append(
-                    (number, classes.index(class_id), class_id, names.get(class_id, class_id))
-                )
+            row = (classes.index(class_id), class_id, names.get(class_id, class_id))
+            none = (np.iinfo(np.uint32).max, "", "")
+            rows.append((number, *(none if self._split is _Split.TEST else row)))
         extra = Path(self._extra_root)
         extra.mkdir(parents=True, exist_ok=True)
         part = self._split.value.upper()

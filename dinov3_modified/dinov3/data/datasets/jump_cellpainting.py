@@ -49,23 +49,14 @@ class _Split(Enum):
 
 @dataclass
 class FieldFiles:
-    """Files of one field.
+    """Files of one field."""
 
-    Attributes:
-        name: key of the field; holds plate, well and site where they are known.
-        files: channel → path below the root.
-        plate: fields of one plate stay on one side of a split.
-        split: "train", "val" or "" where the index says nothing.
-        pixel_size_um: or None.
-        illumination: channel → path of a .npy.
-    """
-
-    name: str
-    files: dict[str, str]
-    plate: str = ""
-    split: str = ""
+    name: str  # key of the field; holds plate, well and site where they are known
+    files: dict[str, str]  # channel → path below the root
+    plate: str = ""  # fields of one plate stay on one side of a split
+    split: str = ""  # "train", "val" or "" where the index says nothing
     pixel_size_um: float | None = None
-    illumination: dict[str, str] = field(default_factory=dict)
+    illumination: dict[str, str] = field(default_factory=dict)  # channel → path of a .npy
 
 
 def find_fields(
@@ -87,8 +78,7 @@ def find_fields(
             channels of a pattern; without it they keep the names in the pattern.
 
     Raises:
-        FileNotFoundError: no such folder or table.
-        FieldError: nothing is found, or a table lacks a column.
+        FileNotFoundError, FieldError: no folder or table; nothing is found, a table lacks a column.
     """
     folder = Path(root)
     if not folder.is_dir():
@@ -127,15 +117,15 @@ def _from_index(path: Path, root: Path) -> list[FieldFiles]:
     several: dict[tuple[str, str], list[str]] = {}
     base = path.parent
     for row in _rows(path, ("field", "file", "channel")):
-        several.setdefault((row["field"], row["channel"]), []).append(row["file"])
-        name = row["field"]
-        plate = row.get("plate") or ""
-        item = found.setdefault(name, FieldFiles(name, {}, plate, (row.get("split") or "").lower()))
+        name, channel = row["field"], row["channel"]
+        several.setdefault((name, channel), []).append(row["file"])
+        side = (row.get("split") or "").lower()
+        item = found.setdefault(name, FieldFiles(name, {}, row.get("plate") or "", side))
         if row.get("pixel_size_um"):
             item.pixel_size_um = float(row["pixel_size_um"])
         if row.get("illumination"):
-            item.illumination[row["channel"]] = str(base / row["illumination"])
-        item.files.setdefault(row["channel"], str(base / row["file"]))
+            item.illumination[channel] = str(base / row["illumination"])
+        item.files.setdefault(channel, str(base / row["file"]))
     # A "field" that lists one channel many times is a folder of single-channel fields.
     for (name, channel), files in several.items():
         if len(files) > 1 and channel.lower() not in _LEFT_OUT:
@@ -193,7 +183,7 @@ def _from_pattern(root: Path, pattern: str, channels_table: str | None) -> list[
         if channel in item.files:
             raise FieldError(
                 f"field {key} must have one file a channel, got {Path(item.files[channel]).name} and "
-                f"{path.name} for {channel}: put the part that distinguishes them into a group of the pattern"
+                f"{path.name} for {channel}: add a group to the pattern that tells them apart"
             )
         item.files[channel] = str(path)
     if not found:
@@ -238,17 +228,10 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
     # Images are `ChannelField`s, for `DataAugmentationMultiView`.
     gives_fields = True
     STRING_OPTIONS = {  # noqa: RUF012
-        "index": str,
-        "pattern": str,
-        "channels_table": str,
-        "channels": str,
-        "missing": str,
-        "percentile_low": float,
-        "percentile_high": float,
-        "pixel_size_um": float,
-        "cache_mb": int,
-        "limit": int,
-    }
+        "index": str, "pattern": str, "channels_table": str, "channels": str, "missing": str,
+        "percentile_low": float, "percentile_high": float, "pixel_size_um": float,
+        "cache_mb": int, "limit": int,
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -333,8 +316,7 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
     def load_field(self, index: int) -> ChannelField:
         """Read a field, or take it from this process's cache.
 
-        Raises:
-            FieldError: a plane is unreadable, constant, or of another size than the others.
+        A plane that is unreadable, constant, or of another size than the others raises FieldError.
         """
         item = self.fields[index]
         # By file, so that a field that an index lists often (to be seen often) is held once.
@@ -379,10 +361,7 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
 
 
 class JUMPCellPainting(JUMPCellPaintingMultiView):
-    """The mean of a field's channels as an RGB picture, for upstream's augmentation.
-
-    Arguments as `JUMPCellPaintingMultiView`.
-    """
+    """The mean of a field's channels as an RGB picture, for upstream's augmentation."""
 
     gives_fields = False
 

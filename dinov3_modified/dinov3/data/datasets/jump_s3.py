@@ -92,16 +92,9 @@ class JUMPS3Dataset(ExtendedVisionDataset):
 
     Split = _Split
     STRING_OPTIONS = {  # noqa: RUF012
-        "index": str,
-        "channels": str,
-        "missing": str,
-        "visits": int,
-        "spread": int,
-        "percentile_low": float,
-        "percentile_high": float,
-        "pixel_size_um": float,
-        "limit": int,
-    }
+        "index": str, "channels": str, "missing": str, "visits": int, "spread": int,
+        "percentile_low": float, "percentile_high": float, "pixel_size_um": float, "limit": int,
+    }  # fmt: skip
     LOSSES = _LOSSES
     gives_fields = True
     # Loaders then count positions in place of drawing indices.
@@ -206,9 +199,8 @@ class JUMPS3Dataset(ExtendedVisionDataset):
     def prepare(self, field_bytes: int = 0) -> None:
         """Make the pool that workers share; called in the main process, before they start.
 
-        Args:
-            field_bytes: of a decoded field, for the pool's size; 0: fetch one and see.  A process
-                that will fork its workers must not fetch.
+        `field_bytes` is that of a decoded field, for the pool's size; 0: fetch one and see, which a
+        process that will fork its workers must not do.
         """
         if self._pool is not None:
             return
@@ -293,17 +285,12 @@ class JUMPS3Dataset(ExtendedVisionDataset):
     def read_field(self, number: int) -> ChannelField:
         """A field by its number, read now, without pool and stand-in; for many threads at once.
 
-        Raises:
-            One of `LOSSES`: the field cannot be used.  StoreUnreachable: nothing answers.
+        One that cannot be used raises one of `LOSSES`, a store that does not answer StoreUnreachable.
         """
         return self._opened().reader.field(self.record(number))
 
     def read_array(self, path: str) -> np.ndarray:
-        """A Zarr array of the store that holds one field, such as its labels: (C, H, W).
-
-        Raises:
-            One of `LOSSES`: there is none.  StoreUnreachable: nothing answers.
-        """
+        """A Zarr array of the store that holds one field, such as its labels: (C, H, W); see above."""
         return self._opened().reader.array(path)
 
     def megabytes_read(self) -> float:
@@ -311,11 +298,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         return 0.0 if self._own is None else self._own.reader.store.counts["bytes"] / 1e6
 
     def load_field(self, position: int) -> ChannelField:
-        """The field of a position; of a lost one its stand-in.
-
-        Raises:
-            TooManyLost, StoreUnreachable.
-        """
+        """The field of a position; of a lost one its stand-in, or TooManyLost."""
         self._run_ahead(position)
         made = self._load(self.order.visit(position), position)
         self._report(self._machinery())
@@ -434,10 +417,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         write_counts(self._pool.folder, counts)
 
     def counts(self) -> dict[str, float]:
-        """Sums over this process and its workers: requests, bytes, retries, hits; lost fields.
-
-        Lost are those of the whole run, each once, before its resumption too.
-        """
+        """Sums over this process and its workers, and the lost fields of the whole run, each once."""
         total = Counter[str]() if self._pool is None else sum_of_counts(self._pool.folder)
         hits, misses = total["pool.hits"], total["pool.misses"]
         found = {f"stream/{name}": float(value) for name, value in sorted(total.items())}
