@@ -62,17 +62,9 @@ class DemoResult:
 
 
 def sample_paths() -> list[tuple[Path, Path]]:
-    """List the sample images that come with the package; their README names the sources.
+    """List (image file, file of its true labels) of the bundled samples; their README names the sources.
 
-    Returns
-    -------
-    list of (Path, Path)
-        Image file and file of its true labels (uint16 PNG), sorted by name.
-
-    Raises
-    ------
-    FileNotFoundError
-        The installed package lacks its sample files.
+    Raises FileNotFoundError if the installed package lacks them.
     """
     folder = Path(__file__).parent / "samples"
     labels = sorted((folder / "labels").glob("*.png"))

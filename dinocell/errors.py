@@ -13,10 +13,7 @@ from __future__ import annotations
 
 
 class DINOCellError(Exception):
-    """Base class of all errors that a user can cause or meet.
-
-    `exit_code` is the exit code of the command line: 1 means that the work failed.
-    """
+    """Base class of all errors that a user can cause or meet."""
 
     exit_code: int = 1
 
@@ -48,9 +45,6 @@ class MissingExtraError(DINOCellError):
 
 
 class StoppedError(DINOCellError):
-    """A signal ended the work after its state was saved; the same command continues from there.
+    """A signal ended the work after its state was saved; the same command continues from there."""
 
-    The exit code is `EX_TEMPFAIL` of sysexits.h, which asks to try again.
-    """
-
-    exit_code = 75
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h, which asks to try again

@@ -14,13 +14,7 @@ _UINT32_MAX = 2**32 - 1
 
 
 def check_labels(labels: ArrayLike, name: str = "labels") -> NDArray[Any]:
-    """Check that an array holds labels and return it in its own data type.
-
-    Parameters
-    ----------
-    labels : integer array_like of any shape
-    name : str
-        The parameter that errors name.
+    """Check that an array holds labels and return it in its own data type; errors call it `name`.
 
     Raises
     ------
@@ -46,24 +40,13 @@ def check_labels(labels: ArrayLike, name: str = "labels") -> NDArray[Any]:
 def as_labels(labels: ArrayLike, name: str = "labels") -> NDArray[np.uint32]:
     """Check one label image and return it as C-contiguous uint32.
 
-    Parameters
-    ----------
-    labels : (H, W) integer array_like
-        0 is background; any other value up to 4,294,967,295 is a cell.
-    name : str
-        The parameter that errors name.
-
-    Returns
-    -------
-    (H, W) uint32 ndarray
-        The input itself when it has this form already.
+    In `labels` (H, W) 0 is background; any other value up to 4,294,967,295 is a cell.  The input itself is
+    returned when it has the right form already.
 
     Raises
     ------
-    TypeError
-        `labels` is boolean or not of integer type.
-    ValueError
-        `labels` is not 2-D, or holds values outside 0..4,294,967,295.
+    TypeError, ValueError
+        As for `check_labels`; or `labels` is not 2-D, or holds values above 4,294,967,295.
     """
     array = _one_plane(check_labels(labels, name), name)
     if array.dtype.itemsize > 4 and array.size and array.max() > _UINT32_MAX:
@@ -74,20 +57,11 @@ def as_labels(labels: ArrayLike, name: str = "labels") -> NDArray[np.uint32]:
 
 
 def cell_borders(labels: ArrayLike, *, thickness_px: int = 1) -> NDArray[np.bool_]:
-    """Find the pixels of each cell that lie on its border.
+    """Find the pixels of each cell of (H, W) `labels` that lie on its border.
 
-    Parameters
-    ----------
-    labels : (H, W) integer array_like
-        0 background, other values cells.
-    thickness_px : int
-        1: pixels with a pixel of another value above, below, left or right; n: n such layers.
-
-    Returns
-    -------
-    (H, W) bool ndarray
-        True on borders, which always lie inside the cell, so that two touching cells have a border of
-        two pixels.  The edge of the image is no border.  All False when there is no cell.
+    Borders are pixels with a pixel of another value above, below, left or right; `thickness_px` is the
+    number of such layers.  They always lie inside the cell, so that two touching cells have a border of
+    two pixels.  The edge of the image is no border.
 
     Raises
     ------
@@ -115,15 +89,8 @@ def cell_borders(labels: ArrayLike, *, thickness_px: int = 1) -> NDArray[np.bool
 def looks_like_labels(pixels: NDArray[Any]) -> bool:
     """Whether an image is rather a mask or a label image: flat areas with hard edges.
 
-    Parameters
-    ----------
-    pixels : (H, W) or (H, W, 3) ndarray
-        Coloured label pictures are recognised when they are uint8.
-
-    Returns
-    -------
-    is_labels : bool
-        False for constant images, fractional numbers and other channel counts.
+    `pixels` are (H, W), or (H, W, 3) uint8 for coloured label pictures.  False for constant images,
+    fractional numbers and other channel counts.
 
     Notes
     -----

@@ -55,19 +55,9 @@ def find_pairs(
 ) -> list[Pair]:
     """Pair the images of a folder with the label files of another, or of the same one, by name.
 
-    Parameters
-    ----------
-    images, labels : path
-        Folders.  Images whose name is that of a result of DINOCell (`OUTPUT_ENDINGS`) count only if a
-        label file has the same name.  If both are the same folder, a name with an ending says which
-        files are labels.
-    dataset : str
-        Kept in the pairs and named in errors.
-
-    Returns
-    -------
-    list of Pair
-        Sorted by the names of the images.
+    Images whose name is that of a result of DINOCell (`OUTPUT_ENDINGS`) count only if a label file has
+    the same name.  If both are the same folder, a name with an ending says which files are labels.  The
+    pairs are sorted by the names of the images; `dataset` is kept in them and named in errors.
 
     Raises
     ------
@@ -116,37 +106,31 @@ def pair_folders(
 
     Parameters
     ----------
-    pred_dir, truth_dir : path
-        Folders with label files.  A folder without any, but with a folder ``labels`` in it, stands for
-        that one.
+    pred_dir, truth_dir : folders with label files
+        A folder without any, but with a folder ``labels`` in it, stands for that one.
     allow_missing_predictions : bool
         Keep a truth without prediction, with None in place of the path (to be counted as a
         prediction without cells).  Otherwise it is an error.
 
     Returns
     -------
-    list of (name, pred_path, truth_path)
-        Sorted by name.
+    list of (name, pred_path, truth_path), sorted by name
 
     Raises
     ------
     DataSetError
-        A folder is missing or holds no label file; two files claim to be the labels of one image, but for
-        a prediction that `segment` wrote in several formats (`a_labels.tif`, `a_labels.png`); a truth has no prediction (unless allowed) or a prediction no truth.
+        A folder is missing or holds no label file; two files claim to be the labels of one image, but
+        for a prediction that `segment` wrote in several formats (`a_labels.tif`, `a_labels.png`); a
+        truth has no prediction (unless allowed) or a prediction no truth.
     """
     preds = _labels_by_name(_label_files(pred_dir, "predictions"), several_formats=True)
     truths = _labels_by_name(_label_files(truth_dir, "true labels"))
-    without_pred = sorted(truths.keys() - preds.keys())
-    without_truth = sorted(preds.keys() - truths.keys())
-    problems = []
-    if without_pred and not allow_missing_predictions:
-        problems.append(
-            f"{len(without_pred)} true label images have no prediction ({_some(without_pred)})"
-        )
-    if without_truth:
-        problems.append(
-            f"{len(without_truth)} predictions have no true label image ({_some(without_truth)})"
-        )
+    missing = [] if allow_missing_predictions else sorted(truths.keys() - preds.keys())
+    alone = {
+        "true label images have no prediction": missing,
+        "predictions have no true label image": sorted(preds.keys() - truths.keys()),
+    }
+    problems = [f"{len(names)} {what} ({_some(names)})" for what, names in alone.items() if names]
     if problems:
         raise DataSetError(
             f"File names of '{pred_dir}' and '{truth_dir}' must match, but {' and '.join(problems)}: "

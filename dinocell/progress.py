@@ -23,23 +23,16 @@ class Progress:
         self._shown = shown
         self._plain = shown and not sys.stderr.isatty()
         if shown and not self._plain:
+            from rich import progress as bars
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
-            from rich.progress import Progress as RichProgress
 
-            self._bar = RichProgress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+            self._bar = bars.Progress(
+                "{task.description}",
+                bars.BarColumn(),
+                bars.MofNCompleteColumn(),
+                bars.TimeElapsedColumn(),
+                bars.TimeRemainingColumn(),
+                "{task.fields[note]}",
                 console=Console(stderr=True),
             )
             self._task = self._bar.add_task(description, total=total, completed=done, note="")

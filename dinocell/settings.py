@@ -41,20 +41,14 @@ def _unquoted(loader: _Loader, node: yaml.ScalarNode) -> _Unquoted:
     return text
 
 
-_NUMBERS = tuple(f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "int"))
+_NUMBERS = (":bool", ":float", ":int")
+_RESOLVED = (*_NUMBERS, ":null", ":merge")
 _Loader.yaml_implicit_resolvers = {
-    first: kept
+    first: [item for item in resolvers if item[0].endswith(_RESOLVED)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    if (
-        kept := [
-            item
-            for item in resolvers
-            if item[0] in _NUMBERS or item[0].endswith((":null", ":merge"))
-        ]
-    )
 }
 for _tag in _NUMBERS:
-    _Loader.add_constructor(_tag, _unquoted)
+    _Loader.add_constructor(f"tag:yaml.org,2002{_tag}", _unquoted)
 
 # What a field of each type takes; float("1e-4"), because YAML reads a number without a dot as text.
 _ACCEPTED: dict[Any, Any] = {bool: bool, int: int, float: (float, int, str), str: str}
@@ -63,16 +57,10 @@ _ACCEPTED: dict[Any, Any] = {bool: bool, int: int, float: (float, int, str), str
 def load_settings(
     kind: type[Settings], path: str | Path, overrides: Sequence[str] = ()
 ) -> Settings:
-    """Read a settings file, change single keys, and build the dataclass.
+    """Read a YAML file with the keys of the frozen dataclass `kind`, change single keys, and build it.
 
-    Parameters
-    ----------
-    kind : frozen dataclass
-    path : file
-        YAML with the keys of `kind`.
-    overrides : sequence of str
-        `key=value` with dotted keys, the value in YAML: `optimizer.lr=1e-4`,
-        `data.datasets.0.weight=2`.
+    Overrides are `key=value` with dotted keys, the value in YAML: `optimizer.lr=1e-4`,
+    `data.datasets.0.weight=2`.
 
     Raises
     ------

@@ -22,14 +22,7 @@ _ON_BY_DEFAULT = ("overlay",)
 
 @dataclass(frozen=True)
 class RunProgress:
-    """How far a run is.
-
-    Attributes
-    ----------
-    done, total : of `unit`; None where unknown
-    eta_s : seconds that are left at the last known speed
-    note : what is done beyond that
-    """
+    """How far a run is: `done` of `total`, and the seconds that are left at the last known speed."""
 
     done: int
     total: int | None = None
@@ -98,12 +91,8 @@ class SubmittedCommand:
     ) -> None:
         """Refuse what the job would refuse.
 
-        Parameters
-        ----------
-        parameters : from `read`
-        run_dir : folder of the run
-        look : whether the files that the configuration names must exist
-        continues : whether the run was started by this very command and is not finished
+        `look` says whether the files that the configuration names must exist, `continues` whether the
+        run was started by this very command and is not finished.
         """
 
     def saved(self, run_dir: Path) -> int:
@@ -116,12 +105,7 @@ class SubmittedCommand:
 
 
 def require_weights_file(key: str, path: Path | None) -> None:
-    """Refuse weights that are named by `key` of a configuration and do not exist.
-
-    Raises
-    ------
-    UsageError
-    """
+    """Raise UsageError for weights that are named by `key` of a configuration and do not exist."""
     if path is not None and not path.exists():
         raise UsageError(
             f"{key} must be a file that exists, got {path}: correct the path, or use `look=False` if it "

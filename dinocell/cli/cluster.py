@@ -7,7 +7,8 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from dinocell.cluster.site import SiteProfile
 
 app = App()
+
+_COMMAND = "Command to run, with its own arguments and options, as you would type it here."
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,7 @@ class Manner:
 def submit(
     context: typer.Context,
     *,
-    command: str = argument(
-        "Command to run, with its own arguments and options, as you would type it here.",
-        metavar="pretrain|train|segment|evaluate ...",
-    ),
+    command: str = argument(_COMMAND, metavar="pretrain|train|segment|evaluate ..."),
     resources: Resources,
     division: Division,
     manner: Manner,
@@ -215,14 +215,8 @@ def _hand_over(
     if merging is not None:
         print("then, when all of them have ended, the merged table:")
         try:
-            last = hand_in(
-                [merging],
-                alone,
-                dependency=after,
-                behind=dependency,
-                log_dir=logs,
-                look=manner.look,
-            )
+            order = {"dependency": after, "behind": dependency}
+            last = hand_in([merging], alone, log_dir=logs, look=manner.look, **order)
             print(last.text(cancel=[*together, last.job]))
         except UsageError as error:
             raise UsageError(
@@ -253,22 +247,13 @@ def jobs(
     from dinocell.cluster.jobs import jobs_text, list_jobs
 
     rows = list_jobs(folder=folder, everything=everything)
-    if json:
-        import dataclasses
-        from json import dumps
-
-        print(dumps([dataclasses.asdict(row) for row in rows], indent=1))
-        return
-    print(jobs_text(rows))
+    print(dumps([asdict(row) for row in rows], indent=1) if json else jobs_text(rows))
 
 
 @app.command(context_settings=PASSES_ON)
 def supervise(
     context: typer.Context,
-    command: str = argument(
-        "Command to run, with its own arguments and options, as you would type it here.",
-        metavar="pretrain|train|segment|evaluate|shards ...",
-    ),
+    command: str = argument(_COMMAND, metavar="pretrain|train|segment|evaluate|shards ..."),
     signal_ahead: int = option(
         "Expect the signal this many seconds before the end of the job, as in the option --signal of "
         "sbatch.",
@@ -298,9 +283,8 @@ def supervise(
     elif command == "shards" and len(arguments) == 2 and arguments[0] == "merge":
         run_dir = merging_folder(arguments[1])
     elif command in COMMANDS:
-        run_dir = run_dir_of(
-            command, parameters_of(context.find_root().command, command, arguments)
-        )
+        given = parameters_of(context.find_root().command, command, arguments)
+        run_dir = run_dir_of(command, given)
     else:
         raise UsageError(
             f"supervise must get one of {', '.join(COMMANDS)} or shards run OUT PART, shards merge OUT, got "
@@ -313,10 +297,7 @@ def supervise(
 
 
 def checked_parameters(commands: Any, name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """`parameters_of`, and what the command itself would refuse at once, whatever its files.
-
-    Those of `segment` have its `SegmentOptions`, too, as `options`.
-    """
+    """`parameters_of`, checked as the command does at once; with `options` of `segment` as one object."""
     parameters = parameters_of(commands, name, arguments)
     if name == "segment":
         from dinocell.batch.options import check_options

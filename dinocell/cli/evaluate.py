@@ -93,10 +93,21 @@ def evaluate(
     Example: `dinocell evaluate --pred out --truth data/test/labels`
     """
     check_evaluation(vars(inputs) | vars(scoring) | vars(tuning) | {"out": out})
-    if inputs.model is None:
-        scores = _scores_of_folders(inputs, scoring, allow_missing_predictions)
+    pred, truth, model, data = vars(inputs).values()
+    scores: EvaluationReport
+    if model is None:
+        from dinocell.evaluation.evaluate import evaluate_folders
+
+        how = scoring.settings() | {"allow_missing_predictions": allow_missing_predictions}
+        scores = evaluate_folders(pred, truth, **how)
     else:
-        scores = _scores_of_model(inputs, scoring, tuning, device)
+        from dinocell.evaluation.model_evaluation import evaluate_model
+
+        tune_metric = tuning.metric if tuning.tune else None
+        how = scoring.settings() | {"tune_metric": tune_metric, "save_to": tuning.save_to}
+        result = evaluate_model(model, data, device=device, **how)
+        print(result.text())
+        scores = result.report
     print("\n".join(scores.table(per_image=per_image)))
     if out is not None:
         write = scores.to_csv if out.suffix == ".csv" else scores.to_json
@@ -104,46 +115,8 @@ def evaluate(
         print(f"written: {out}")
 
 
-def _scores_of_folders(inputs: Inputs, scoring: Scoring, allow_missing: bool) -> EvaluationReport:
-    from dinocell.evaluation.evaluate import evaluate_folders
-
-    assert inputs.pred is not None
-    assert inputs.truth is not None
-    return evaluate_folders(
-        inputs.pred, inputs.truth, allow_missing_predictions=allow_missing, **scoring.settings()
-    )
-
-
-def _scores_of_model(
-    inputs: Inputs, scoring: Scoring, tuning: Tuning, device: str
-) -> EvaluationReport:
-    from dinocell.evaluation.model_evaluation import evaluate_model
-
-    assert inputs.model is not None
-    assert inputs.data is not None
-    result = evaluate_model(
-        inputs.model,
-        inputs.data,
-        device=device,
-        tune_metric=tuning.metric if tuning.tune else None,
-        save_to=tuning.save_to,
-        **scoring.settings(),
-    )
-    print(result.text())
-    return result.report
-
-
 def check_evaluation(given: Mapping[str, Any]) -> None:
-    """Refuse options of `evaluate` that do not go together.
-
-    Parameters
-    ----------
-    given : all parameters of the command, by name
-
-    Raises
-    ------
-    UsageError
-    """
+    """Raise UsageError if options of `evaluate`, all its parameters by name, do not go together."""
     pred, truth, model, data = (given[name] for name in ("pred", "truth", "model", "data"))
     tune, save_to, out = (given[name] for name in ("tune", "save_to", "out"))
     if (pred is None) != (truth is None) or (model is None) != (data is None):

@@ -60,8 +60,7 @@ ModelOption = Annotated[
 ]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Write the results to this folder.")]
 Which = Annotated[
-    str,
-    typer.Option(help="Take these weights of a training checkpoint: teacher or student."),
+    str, typer.Option(help="Take these weights of a training checkpoint: teacher or student.")
 ]
 
 
@@ -69,10 +68,7 @@ Which = Annotated[
 class Call:
     """What `main` must know of a call when it failed; each context has it as `obj`.
 
-    Attributes
-    ----------
-    verbose : whether a failure shows its traceback
-    context : of the command that ran; None before
+    `verbose` shows the traceback of a failure; `context` is that of the command that ran, None before.
     """
 
     verbose: bool = False
@@ -150,11 +146,8 @@ def in_options(text: str, context: Any) -> str:
     """Spell the parameters that a message names as the user of a command knows them.
 
     A message of the packages below names a parameter in backticks: `overwrite` becomes --overwrite,
-    `overlay=False` --no-overlay, `source` of `weights convert` IN.  Other words stay as they are.
-
-    Parameters
-    ----------
-    context : of the command that ran, or None
+    `overlay=False` --no-overlay, `source` of `weights convert` IN.  Other words stay as they are, and all
+    if `context`, that of the command that ran, is None.
     """
     if context is None:
         return text
@@ -194,18 +187,10 @@ def _spellings(command: Any) -> Mapping[str, tuple[str, str]]:
 
 
 def parameters_of(commands: Any, name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Parameters of a command, by name, from its arguments.
+    """Parameters of a command, by name, from its arguments as they were typed.
 
-    Parameters
-    ----------
-    commands : group that has the command: `context.find_root().command`
-    name : of the command
-    arguments : as they were typed
-
-    Raises
-    ------
-    UsageError
-        The arguments are wrong; the text is that of the command itself.
+    `commands` is the group that has the command: `context.find_root().command`.  Raises UsageError with
+    the text of the command itself if the arguments are wrong.
     """
     try:
         with commands.commands[name].make_context(f"dinocell {name}", list(arguments)) as context:

@@ -62,7 +62,7 @@ def test_every_command_agrees(tmp_path, monkeypatch):
             self.model, self.thresholds = model, {}
 
         def load(self, path):
-            return read_image(path).pixels, None, None
+            return read_image(path).pixels, None, None, ()
 
         def predict(self, plane):
             return np.zeros(plane.shape, np.float32)
