@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 # Test processes share the cores, and numbers that are compared bit for bit want equal threads in this
@@ -22,6 +24,31 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real images are not at {folder}: set DINOCELL_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable], Path]:
+    """Makes a folder once for all processes of a test run: the first one fills it, the others wait.
+
+    Tests must only read it.
+    """
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder = base / "made_once" / name
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.with_suffix(".done").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                folder.with_suffix(".done").touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

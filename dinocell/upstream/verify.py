@@ -83,7 +83,7 @@ def verify_tree(tree: str | Path, *, keyword: str = "") -> Verification:
         report = Path(folder) / "report.xml"
         command = [
             sys.executable, "-m", "pytest", str(_SUITE), "-q", "--no-header", "--tb=short",
-            "-p", "no:cacheprovider", "-p", "no:xdist", f"--junitxml={report}",
+            "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "", f"--junitxml={report}",
         ]  # fmt: skip
         if keyword:
             command += ["-k", keyword]

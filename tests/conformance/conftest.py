@@ -21,13 +21,25 @@ PROBE = Path(__file__).with_name("probe.py")
 
 Probe = Callable[[str, Path], Any]
 
+MAKE_FILES = {"weights", "fields", "start", "save", "program"}
+"""Questions whose answers are files in the folder, too."""
+
 
 @pytest.fixture(scope="session")
 def tree() -> Path:
-    return Path(os.environ.get("DINOCELL_DINOV3") or BUNDLED)
+    return Path(os.environ.get("DINOCELL_DINOV3") or BUNDLED).resolve()
 
 
-def _ask(tree: Path, name: str, folder: Path) -> Any:
+def _ask(tree: Path, name: str, folder: Path, answers: dict[Any, Any]) -> Any:
+    """The answer of a tree; the same question is asked once, as where the tree is the bundled one."""
+    notes = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt"))
+    question = (tree, name, *((path.name, path.read_text()) for path in notes))
+    if question not in answers or name in MAKE_FILES:
+        answers[question] = _answer(tree, name, folder)
+    return answers[question]
+
+
+def _answer(tree: Path, name: str, folder: Path) -> Any:
     paths = [str(tree), str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {
         **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
@@ -52,15 +64,20 @@ def _ask(tree: Path, name: str, folder: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def ask(tree: Path) -> Probe:
-    """Ask the tree under test."""
-    return lambda name, folder: _ask(tree, name, folder)
+def answers() -> dict[Any, Any]:
+    return {}
 
 
 @pytest.fixture(scope="session")
-def ask_bundled() -> Probe:
+def ask(tree: Path, answers: dict[Any, Any]) -> Probe:
+    """Ask the tree under test."""
+    return lambda name, folder: _ask(tree, name, folder, answers)
+
+
+@pytest.fixture(scope="session")
+def ask_bundled(answers: dict[Any, Any]) -> Probe:
     """Ask the bundled tree."""
-    return lambda name, folder: _ask(BUNDLED, name, folder)
+    return lambda name, folder: _ask(BUNDLED, name, folder, answers)
 
 
 @pytest.fixture(scope="session")

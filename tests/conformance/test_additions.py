@@ -76,6 +76,7 @@ def test_an_unknown_key_of_ours_is_refused(batches, tree):
     assert by in batches["wrong key"]
 
 
+@pytest.mark.slow
 def test_a_store_is_read_in_its_own_order(ask, ask_bundled, given):
     found = {}
     for name, one in (("tree", ask), ("bundled", ask_bundled)):
@@ -105,6 +106,7 @@ def test_a_resumed_run_continues_where_the_order_stopped(ask, given):
     assert asked == list(range(3 * found["batch"], 5 * found["batch"]))
 
 
+@pytest.mark.slow
 def test_the_training_program_with_all_additions(ask, given, tree):
     folder = given("weights", "fields", "start")
     state = torch.load(folder / "start.pt")

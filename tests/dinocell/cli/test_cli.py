@@ -402,6 +402,7 @@ def test_modules_that_are_the_command(module):
     assert (done.returncode, done.stdout) == (0, f"dinocell {__version__}\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_a_tree_without_our_part_segments_and_says_what_it_lacks(model_path, two, tmp_path):
     """Upstream's tree as Meta releases it."""
     tree = tmp_path / "tree"

@@ -244,6 +244,7 @@ def test_a_wrong_configuration_is_told_before(command, sentence):
     assert sentence in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_wrong_pretraining_is_told_by_a_new_process():
     command = [sys.executable, "-m", "dinocell", "submit", "pretrain", "ssl.yaml", "--no-look",
                "--dry-run"]  # fmt: skip

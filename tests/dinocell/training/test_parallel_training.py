@@ -98,6 +98,7 @@ def pair_run(blob_data, tmp_path_factory):
     return out, done
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(blob_data, tmp_path, pair_run):
     out, _ = pair_run
     mapping = settings(blob_data, tmp_path, **LEARNING, schedule__batch_size=4)
@@ -125,6 +126,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(blob_data, tmp_path, pa
     assert type(shipped.decoder.convolve[0][0][1]) is nn.BatchNorm2d
 
 
+@pytest.mark.slow
 def test_one_process_writes_and_speaks(pair_run):
     out, done = pair_run
     names = {path.name for path in out.iterdir()}
@@ -139,6 +141,7 @@ def test_one_process_writes_and_speaks(pair_run):
     assert newest_state(out)["processes"] == 2
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_refused(blob_data, pair_run):
     out, _ = pair_run
     mapping = settings(blob_data, out, **LEARNING)

@@ -285,6 +285,7 @@ def test_wandb_is_asked_for_by_name(blob_data, tmp_path, monkeypatch):
         train(config, shown=False)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_wandb_offline(blob_data, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="the extra wandb is not installed")

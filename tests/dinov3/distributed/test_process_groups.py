@@ -245,6 +245,7 @@ print(f"after the end {rank}\\n", end="")
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)

@@ -137,12 +137,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole_run(images, tmp_path_factory) -> Path:
+def whole_run(images, made_once) -> Path:
     """An uninterrupted run, to compare with."""
-    out = tmp_path_factory.mktemp("whole")
-    code, output = finish(start(f"ImageFolder:root={images}", out))
-    assert code == 0, output
-    return out
+    return made_once("whole_run", lambda out: run(images, out))
 
 
 def test_what_a_run_leaves(whole_run):
@@ -158,6 +155,7 @@ def test_what_a_run_leaves(whole_run):
     assert OmegaConf.load(whole_run / "config.yaml").optim.lr == 0.001, "before scaling"
 
 
+@pytest.mark.slow
 def test_killed_run_continues_bit_for_bit(images, whole_run, tmp_path):
     """kill -9 at some moment after a checkpoint; the number of workers changes nothing either."""
     data = f"ImageFolder:root={images}"
