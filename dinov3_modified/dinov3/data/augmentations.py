@@ -41,35 +41,22 @@ class DataAugmentationDINO:
     Colour jitter 0.8 and grayscale 0.2 everywhere; blur at rates 0 (global 1), 0.9 (global 2) and 0.5
     (local), see `GaussianBlur`; solarisation 0.2 (global 2).
 
-    Args:
-        global_crops_scale, local_crops_scale: area of a crop over the image's.
-        local_crops_number: how many.
-        global_crops_size, local_crops_size: edges in pixels.
-        gram_teacher_crops_size: also the global crops at this size, for a Gram teacher.
-        gram_teacher_no_distortions: those before, not after, the distortions.
-        teacher_no_color_jitter: the teacher's global crops without distortions.
-        local_crops_subset_of_global_crops: local crops are cut from distorted global ones, at
-            multiples of `patch_size`.
-        share_color_jitter: distort the colours once for all crops.
-        horizontal_flips: mirror each crop with probability 0.5.
-        mean, std: of the normalisation.
-
-    Raises:
-        ValueError: a size, number or scale out of range; local crops larger than their global ones.
+    With `local_crops_subset_of_global_crops`, local crops are cut from distorted global ones, at
+    multiples of `patch_size`.  A size, number or scale out of range raises ValueError.
     """
 
-    global_crops_scale: Sequence[float]
+    global_crops_scale: Sequence[float]  # area of a crop over the image's
     local_crops_scale: Sequence[float]
     local_crops_number: int
-    global_crops_size: int = 224
+    global_crops_size: int = 224  # edge in pixels
     local_crops_size: int = 96
-    gram_teacher_crops_size: int | None = None
-    gram_teacher_no_distortions: bool = False
-    teacher_no_color_jitter: bool = False
+    gram_teacher_crops_size: int | None = None  # also global crops of this size, for a Gram teacher
+    gram_teacher_no_distortions: bool = False  # those before, not after, the distortions
+    teacher_no_color_jitter: bool = False  # the teacher's global crops without distortions
     local_crops_subset_of_global_crops: bool = False
     patch_size: int = 16
-    share_color_jitter: bool = False
-    horizontal_flips: bool = True
+    share_color_jitter: bool = False  # distort the colours once for all crops
+    horizontal_flips: bool = True  # mirror each crop with probability 0.5
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
     std: Sequence[float] = IMAGENET_DEFAULT_STD
 

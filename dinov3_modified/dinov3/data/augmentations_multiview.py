@@ -45,17 +45,12 @@ class DataAugmentationMultiView:
     Args:
         strategy: `multiview` (mean and one random channel), `average` (mean twice), `single` (two
             channels drawn apart), `pairwise` (two different channels).
-        random_roles: which global crop is which is drawn; otherwise the first is the mean.
         window: of the two global crops: `same`, `overlapping` (by `min_overlap` of the area at
             least), or `independent`.
-        zoom: range of source pixels over crop pixels, drawn on a logarithmic scale.
         pixel_size_um: what a crop's pixel at zoom 1 shows, for fields whose pixel size is known;
             None: one pixel of the field.
-        local_view: `random` (mean or channel, evenly), `mean`, `single`.
-        local_inside: local crops lie within the box around the global ones; otherwise anywhere.
         min_foreground, foreground_tries: windows are drawn again, so often, until that share is
             bright; the best of them counts.
-        rotate: turn by multiples of 90° and mirror.
         photometrics: of the fluorescence, see `FluorescencePhotometrics`.
         photometrics_on: `worker`; `device` leaves crops as gray [1, s, s] for
             `photometrics_on_batch`; `none`.
@@ -66,16 +61,16 @@ class DataAugmentationMultiView:
     local_crops_size: int = 96
     local_crops_number: int = 8
     gram_teacher_crops_size: int | None = None
-    random_roles: bool = True
+    random_roles: bool = True  # which global crop is which is drawn; else the first is the mean
     window: str = "overlapping"
     min_overlap: float = 0.4
-    zoom: Sequence[float] = (0.7, 1.4)
+    zoom: Sequence[float] = (0.7, 1.4)  # source over crop pixels, drawn on a logarithmic scale
     pixel_size_um: float | None = None
-    local_view: str = "random"
-    local_inside: bool = True
+    local_view: str = "random"  # mean or channel, evenly; `mean`, `single`
+    local_inside: bool = True  # local crops lie in the box around the global ones; else anywhere
     min_foreground: float = 0.05
     foreground_tries: int = 8
-    rotate: bool = True
+    rotate: bool = True  # turn by multiples of 90° and mirror
     photometrics: FluorescencePhotometrics = field(default_factory=FluorescencePhotometrics)
     photometrics_on: str = "worker"
     mean: Any = (0.485, 0.456, 0.406)

@@ -83,11 +83,7 @@ def make_dataset(
     target_transform: Callable[..., Any] | None = None,
     transforms: Callable[..., Any] | None = None,
 ) -> Any:
-    """The dataset that a string names, such as `ImageFolder:root=images`.
-
-    Raises:
-        ValueError: unknown name, key, split or type; a key that the dataset needs is missing.
-    """
+    """The dataset that a string names, such as `ImageFolder:root=images`; ValueError for a wrong one."""
     class_, kwargs = _parse_dataset_str(dataset_str)
     check_needed(dataset_str, class_, kwargs)
     dataset = class_(
@@ -149,16 +145,16 @@ class SeededDataset(Dataset[Any]):
         return name(int(index)) if name is not None else f"sample {int(index)}"
 
 
+@dataclass
 class SeededCollate:
     """Seeds the generators from (seed, position of the last sample) while a batch is made."""
 
-    def __init__(self, collate_fn: Callable[[Sequence[Any]], Any] | None, seed: int) -> None:
-        self.collate_fn = collate_fn or default_collate
-        self.seed = seed
+    collate_fn: Callable[[Sequence[Any]], Any] | None
+    seed: int
 
     def __call__(self, samples: Sequence[tuple[int, Any]]) -> Any:
         with seeded(self.seed, samples[-1][0], "collate"):
-            return self.collate_fn([sample for _, sample in samples])
+            return (self.collate_fn or default_collate)([sample for _, sample in samples])
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)

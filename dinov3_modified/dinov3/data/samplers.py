@@ -21,13 +21,9 @@ _CHUNK = 1 << 16
 
 
 class SamplePosition(int):
-    """A dataset index that knows its place in the order of all processes (ours).
+    """A dataset index that knows its place in the order of all processes (ours)."""
 
-    Attributes:
-        position: 0 for the first sample of a run; random numbers are drawn from it.
-    """
-
-    position: int
+    position: int  # 0 for the first sample of a run; random numbers are drawn from it
 
     def __new__(cls, index: int, position: int) -> SamplePosition:
         made = super().__new__(cls, index)
@@ -71,13 +67,9 @@ def sample_order(loader: Any, start: int) -> Iterator[int]:
 
 @dataclass(kw_only=True, eq=False)
 class CountingSampler(Sampler[int]):
-    """Positions themselves, for data sets that know their own order (ours).
+    """Positions themselves, for data sets that know their own order (ours)."""
 
-    Args:
-        advance: samples of this process that are done.
-    """
-
-    advance: int = 0
+    advance: int = 0  # samples of this process that are done
 
     def __iter__(self) -> Iterator[int]:
         world = get_world_size()
@@ -91,19 +83,13 @@ def _share(start: int | None, step: int | None) -> tuple[int, int]:
 
 @dataclass(kw_only=True, eq=False)
 class EpochSampler(Sampler[int]):
-    """`size` samples a pass, each of `sample_count` as often as the other, give or take one.
+    """`size` samples a pass, each of `sample_count` as often as the other, give or take one."""
 
-    Args:
-        size: over all processes.
-        shuffle: draw a new order for each pass, from `seed` times the epoch (the epoch alone for seed 0).
-        start, step: this process's share; rank and number of processes by default.
-    """
-
-    size: int
+    size: int  # over all processes
     sample_count: int
-    shuffle: bool = False
+    shuffle: bool = False  # a new order for each pass, from seed times epoch (epoch for seed 0)
     seed: int = 0
-    start: int | None = None
+    start: int | None = None  # this process's share: rank and number of processes by default
     step: int | None = None
 
     def __post_init__(self) -> None:
@@ -127,19 +113,14 @@ class EpochSampler(Sampler[int]):
 
 @dataclass(kw_only=True, eq=False)
 class InfiniteSampler(Sampler[int]):
-    """All samples, again and again, each pass in an order of its own.
-
-    Args:
-        advance: samples of this process to skip; cheap, also for many passes.
-        sample_count, shuffle, seed, start, step: as in `EpochSampler`.
-    """
+    """All samples, again and again, each pass in an order of its own; see `EpochSampler`."""
 
     sample_count: int
     shuffle: bool = False
     seed: int = 0
     start: int | None = None
     step: int | None = None
-    advance: int = 0
+    advance: int = 0  # samples of this process to skip; cheap, also for many passes
 
     def __post_init__(self) -> None:
         self._start, self._step = _share(self.start, self.step)
@@ -193,13 +174,9 @@ def _permutation(size: int, numbers: np.random.MT19937) -> Iterator[int]:
 
 @dataclass(kw_only=True, eq=False)
 class ShardedInfiniteSampler(InfiniteSampler):
-    """As `InfiniteSampler`, but each process keeps its own part of the data set (for caches).
+    """As `InfiniteSampler`, but each process keeps its own part of the data set (for caches)."""
 
-    Args:
-        use_new_shuffle_tensor_slice: shuffle a part at once instead of sample by sample.
-    """
-
-    use_new_shuffle_tensor_slice: bool = False
+    use_new_shuffle_tensor_slice: bool = False  # shuffle a part at once, not sample by sample
 
     def __iter__(self) -> Iterator[int]:
         if not self.shuffle:

@@ -84,17 +84,11 @@ class Compose:
 
 @dataclass(eq=False)
 class RandomResizedCrop:
-    """A window of random area and aspect, resized (Szegedy et al. 2015, section 6).
+    """A window of random area and aspect, resized (Szegedy et al. 2015, section 6)."""
 
-    Args:
-        size: edge of the result.
-        scale: area over the image's.
-        ratio: width over height, drawn on a logarithmic scale.
-    """
-
-    size: int
-    scale: Sequence[float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    size: int  # edge of the result
+    scale: Sequence[float] = (0.08, 1.0)  # area over the image's
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height, drawn on a logarithmic scale
     interpolation: InterpolationMode = InterpolationMode.BICUBIC
 
     def draw(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -264,15 +258,11 @@ class Resize:
     """Resize the shorter side (or the longer one, or both) to `size` pixels.
 
     torch does it, not PIL (1 or 2 grey levels apart), as upstream's evaluation did.
-
-    Args:
-        square: both sides, whatever the aspect.
-        large_side: the longer side.
     """
 
     size: int
-    square: bool = False
-    large_side: bool = False
+    square: bool = False  # both sides, whatever the aspect
+    large_side: bool = False  # the longer side
     interpolation: InterpolationMode = InterpolationMode.BICUBIC
 
     def new_size(self, height: int, width: int) -> tuple[int, int]:

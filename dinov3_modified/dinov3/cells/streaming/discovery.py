@@ -69,8 +69,7 @@ class PlateFolder:
 def find_plates(store: ObjectStore, selection: str) -> list[PlateFolder]:
     """Plates that match `PROJECT/SOURCE/BATCH/PLATE`, each a name or a pattern with * and ?.
 
-    Raises:
-        ValueError: not of that form, or no plate matches; the message names what there is.
+    Another form, or no such plate, raises ValueError, which names what there is.
     """
     parts = selection.strip("/").split("/")
     if len(parts) > 4 or not all(parts):
@@ -126,12 +125,9 @@ def _short(full: str) -> str:
 def records_of_table(
     rows: Iterable[Mapping[str, Any]], plate: PlateFolder
 ) -> Iterator[FieldRecord]:
-    """Fields of a load_data table.
+    """Fields of a load_data table; ValueError if it does not name files, or where they are.
 
     A channel without a file name is left out of its field; a field without any is skipped.
-
-    Raises:
-        ValueError: the table has no file names, or does not say where files are.
     """
     for row in rows:
         keys = {}
@@ -174,8 +170,8 @@ def _key(row: Mapping[str, Any], channel: str, name: str, plate: PlateFolder) ->
         below = parts[parts.index(full) + 1 :] if full in parts else ["Images"]
         return plate.images + "/".join([*below, name])
     raise ValueError(
-        f"a load_data table must say where {name} is, got neither URL_Orig{channel} nor an image folder "
-        f"of {plate.name}: choose `kind=listing`"
+        f"a load_data table must say where {name} is, got no URL_Orig{channel} and no image folder of "
+        f"{plate.name}: choose `kind=listing`"
     )
 
 
@@ -187,10 +183,7 @@ def records_of_listing(
     Args:
         keys: (key, bytes).
         channels: number in the file name, such as ch1, C01 or w1 → channel.  Files of other numbers
-            are left out.
-
-    Raises:
-        ValueError: no file has a known name; two files of a field have one channel.
+            are left out.  No file of a known name, or two for one channel, raise ValueError.
     """
     expressions = [re.compile(pattern) for pattern in PATTERNS.values()]
     fields: dict[tuple[str, str], tuple[dict[str, str], int]] = {}
@@ -281,11 +274,7 @@ def make_index(
         channels: source (or "") → number in file names → channel, for listings.
         progress: called with each finished plate and its number of fields.
 
-    Returns:
-        What was written.
-
-    Raises:
-        ValueError: a plate has no table and no channels are known for a listing; no field.
+    Returns what was written.  ValueError: no field; no table, and no channels for a listing.
     """
     if kind not in ("auto", "tables", "listing"):
         raise ValueError(f"`kind` must be auto, tables or listing, got {kind!r}: choose one")

@@ -30,24 +30,16 @@ from dinov3.cells.streaming.threads import RequestThreads
 class FieldReader:
     """Reads fields for one process; for many threads at once.
 
-    Args:
-        store: where the keys of the records are.
-        threads: requests at once.
-        channels: of each field, in this order.
-        percentiles: intensities that become 0 and 1.
-        pixel_size_um: of all fields, if it is known.
-        disk: keeps the files that were fetched.
-
     `counts` has the fields, and the milliseconds of decoding and preparing.
     """
 
-    store: ObjectStore
-    threads: int
+    store: ObjectStore  # where the keys of the records are
+    threads: int  # requests at once
     _: KW_ONLY
-    channels: tuple[str, ...]
-    percentiles: tuple[float, float]
-    pixel_size_um: float | None = None
-    disk: ByteCache | None = None
+    channels: tuple[str, ...]  # of each field, in this order
+    percentiles: tuple[float, float]  # intensities that become 0 and 1
+    pixel_size_um: float | None = None  # of all fields, if it is known
+    disk: ByteCache | None = None  # keeps the files that were fetched
 
     def __post_init__(self) -> None:
         self.counts: Counter[str] = Counter()

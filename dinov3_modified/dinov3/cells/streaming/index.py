@@ -58,19 +58,15 @@ def side_of_plate(plate: str, val_share: float = _VAL_SHARE) -> str:
     return "val" if value / 2**64 < val_share else "train"
 
 
+@dataclass(eq=False)
 class IndexWriter:
-    """Collects fields and writes their index.
+    """Collects fields and writes their index."""
 
-    Args:
-        store: URL that the keys belong to; kept for those who read the index.
-        source: what it was made from, in words.
-    """
+    store: str  # URL that the keys belong to; kept for those who read the index
+    source: str = ""  # what it was made from, in words
 
-    def __init__(self, store: str, source: str = "") -> None:
-        self.store = store
-        self.source = source
-        # Plates that were left out, by name.
-        self.skipped: list[str] = []
+    def __post_init__(self) -> None:
+        self.skipped: list[str] = []  # plates that were left out, by name
         self._seen: set[tuple[str, str, str]] = set()
         self._rows: list[tuple[str, str, str, str, int, int]] = []
         self._layouts: dict[tuple[tuple[str, str], ...], int] = {}
@@ -213,11 +209,7 @@ class FieldIndex:
         return sorted({channel for layout in self.layouts for channel, _ in layout})
 
     def rows(self, *, split: str = "all", channels: Iterable[str] = ()) -> RowRanges:
-        """Rows of a side of the split that have all of these channels.
-
-        Args:
-            split: all, train or val; plates are divided, see `side_of_plate`.
-        """
+        """Rows with all of these channels; `split` is all, train or val, see `side_of_plate`."""
         plate = self.column("plate")
         wanted = set(channels)
         complete = np.array([wanted <= {c for c, _ in layout} for layout in self.layouts])
@@ -227,15 +219,10 @@ class FieldIndex:
 
 @dataclass(frozen=True)
 class RowRanges:
-    """Chosen rows as ranges: a few numbers, not one a row.
+    """Chosen rows as ranges: a few numbers, not one a row."""
 
-    Attributes:
-        starts: first row of each range.
-        ends: number of chosen rows up to the end of each range.
-    """
-
-    starts: np.ndarray
-    ends: np.ndarray
+    starts: np.ndarray  # first row of each range
+    ends: np.ndarray  # number of chosen rows up to the end of each range
 
     @classmethod
     def of_mask(cls, mask: np.ndarray) -> RowRanges:

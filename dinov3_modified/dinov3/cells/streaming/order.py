@@ -61,42 +61,27 @@ class Permutation:
 
 @dataclass(frozen=True)
 class Visit:
-    """What a position stands for.
+    """What a position stands for."""
 
-    Attributes:
-        field: number of the field in the data set.
-        epoch: pass over all fields.
-        number: 0 for the first visit of the field in this pass.
-        place: of the field in the pass's permutation.
-    """
-
-    field: int
-    epoch: int
-    number: int
-    place: int
+    field: int  # number of the field in the data set
+    epoch: int  # pass over all fields
+    number: int  # 0 for the first visit of the field in this pass
+    place: int  # of the field in the pass's permutation
 
 
 @dataclass(eq=False)
 class FieldOrder:
-    """Positions of all processes → fields.
+    """Positions of all processes → fields; ValueError for a number below 1, or too few fields.
 
-    Args:
-        count: fields of the data set.
-        visits: samples of each fetched field (K).
-        spread: time steps between two visits of a field (S).
-        seed: of the permutations.
-        world: processes; the one of rank w owns the places w, w + world, ... of each permutation,
-            so that no field is fetched by two of them.
-
-    Raises:
-        ValueError: a number below 1; fewer fields than processes.
+    The process of rank w owns the places w, w + world, ... of each permutation, so that no field is
+    fetched by two of them.
     """
 
-    count: int
-    visits: int = 16
-    spread: int = 8
-    seed: int = 0
-    world: int = 1
+    count: int  # fields of the data set
+    visits: int = 16  # samples of each fetched field (K)
+    spread: int = 8  # time steps between two visits of a field (S)
+    seed: int = 0  # of the permutations
+    world: int = 1  # processes
 
     def __post_init__(self) -> None:
         for name in ("visits", "spread", "world"):

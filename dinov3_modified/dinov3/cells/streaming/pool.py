@@ -50,8 +50,7 @@ class SharedFolder:
         keep_first: once full, take nothing new instead of dropping what is oldest.  With shuffled
             passes over more data than the limit this hits more often than LRU does.
 
-    Attributes:
-        counts: hits, misses and evictions of this process.
+    `counts` has the hits, misses and evictions of this process.
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int, *, keep_first: bool = False) -> None:

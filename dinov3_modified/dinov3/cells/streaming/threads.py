@@ -16,12 +16,9 @@ _Tasks = queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class RequestThreads:
-    """Like `ThreadPoolExecutor`, of daemon threads.
+    """Like `ThreadPoolExecutor`, of `count` daemon threads, which start with the first calls.
 
     A request that waits for a silent server would otherwise hold up a worker that is to end.
-
-    Args:
-        count: of threads; they start with the first call.
     """
 
     def __init__(self, count: int) -> None:

@@ -53,11 +53,7 @@ class FoundNetwork:
 
 
 def read_network(path: Path, which: str) -> FoundNetwork:
-    """The backbone of a file or folder; `which` is a key of `NETWORKS`.
-
-    Raises:
-        WeightsError: the content is damaged, or holds no such backbone.
-    """
+    """The backbone of a file or folder; `which` is a key of `NETWORKS`.  WeightsError: it has none."""
     if path.is_dir():
         return _read_folder(path, which)
     with path.open("rb") as stream:
@@ -91,8 +87,7 @@ def read_teacher(path: Path) -> State:
     """The backbone and heads of a teacher: `teacher_checkpoint.pth`, a DCP folder of it or of a run.
 
     Raises:
-        FileNotFoundError: there is no such file, or the folder has no .metadata.
-        WeightsError: the content is damaged, or holds no teacher.
+        FileNotFoundError, WeightsError: there is none; the content is damaged, or holds no teacher.
     """
     if not path.exists():
         raise FileNotFoundError(f"a teacher must be a file or a DCP folder, got {path}: check it")

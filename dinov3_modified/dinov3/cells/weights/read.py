@@ -57,8 +57,7 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
         path: `.pth`, `.safetensors`, a folder of Hugging Face, or a DCP folder of a run.
         which: "teacher" or "student", of a file that holds both.
 
-    Returns:
-        State dict on the CPU in the types of the file, and its description.
+    Returns the state dict on the CPU in the types of the file, and its description.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -163,8 +162,7 @@ def fit_backbone(
         which: "teacher" or "student".
         patch_method: one of `patch_size_adaptation.METHODS`.
 
-    Returns:
-        Whole tensors on the CPU in the types of the file, and what was done.
+    Returns whole tensors on the CPU in the types of the file, and what was done.
 
     Raises:
         FileNotFoundError, WeightsError: as `read_backbone`; also for missing, unexpected and misshapen

@@ -59,8 +59,7 @@ def write_backbone(
         overwrite: replace an existing output; in a folder, only its two files.
         notes: a list to which what the format has no place for is added; without one it is logged.
 
-    Returns:
-        The path that was written.
+    Returns the path that was written.
 
     Raises:
         FileExistsError: the output exists, and `overwrite` is false.
