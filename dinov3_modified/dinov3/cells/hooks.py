@@ -371,8 +371,8 @@ def evaluate(cfg: Any, model: Any, iteration: int, metric_logger: Any) -> None:
 
     The first process evaluates a copy of the teacher, gathered if it is sharded.  The scores become a
     line of the metrics file, or meters where the logger writes no lines of its own (upstream's).
-    This is the one place that catches what an evaluation, or the record of its scores, raises: it is logged with its traceback, and
-    the training continues.
+    This is the one place that catches what an evaluation, or the record of its scores, raises: it is
+    logged with its traceback, and the training continues.
 
     Raises:
         ValueError: a setting of `ssl_evaluation` is wrong, unless `watched` has found that before.

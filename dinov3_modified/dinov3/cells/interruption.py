@@ -42,9 +42,7 @@ class StopAgreement:
             step_s = (now - self._asked[1]) / max(step - self._asked[0], 1)
         shared = torch.tensor([float(requested), step_s], device=self.device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        stop, slowest_s = (
-            shared.tolist()
-        )  # the same everywhere, so all ask after the same step again
+        stop, slowest_s = shared.tolist()  # the same in all processes, and so is the next step
         steps = int(self.period_s / slowest_s) if slowest_s > 0 else 1
         self._asked, self._next_step = (step, now), step + max(1, min(steps, 10))
         return bool(stop)

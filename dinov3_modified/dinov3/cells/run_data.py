@@ -45,7 +45,8 @@ def data_loader(cfg: DictConfig, model: Any, batches_done: int, seed_offset: int
         collate_data_and_cast,
         mask_ratio_tuple=tuple(cfg.ibot.mask_ratio_min_max),
         mask_probability=cfg.ibot.mask_sample_probability,
-        dtype=_crop_dtype(cfg, model),
+        # Crops that the device augments keep full precision.
+        dtype=torch.float32 if photometrics_on_device(cfg) else model.param_dtype,
         n_tokens=grid**2,
         mask_generator=MaskingGenerator(
             input_size=(grid, grid), max_num_patches=int(0.5 * mask_px // patch * mask_px // patch)
@@ -92,23 +93,10 @@ def photometrics_on_device(cfg: DictConfig) -> bool:
     return bool(cfg.multiview.strategy) and cfg.multiview.photometrics == "device"
 
 
-def _crop_dtype(cfg: DictConfig, model: Any) -> torch.dtype:
-    """Type of crops in a batch; crops that the device augments keep full precision."""
-    if photometrics_on_device(cfg):
-        return torch.float32
-    return model.param_dtype
-
-
 def grouped(loader: Any, count: int) -> Iterator[list[dict[str, Any]]]:
     """`count` batches at a time."""
     batches = iter(loader)
-    while True:
-        group = []
-        for _ in range(count):
-            try:
-                group.append(next(batches))
-            except StopIteration:
-                return
+    while len(group := list(islice(batches, count))) == count:
         yield group
 
 

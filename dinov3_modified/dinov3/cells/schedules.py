@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
@@ -65,28 +66,28 @@ def build_schedulers_v2(cfg: DictConfig) -> tuple[Any, Any, Any, Any, Any]:
     epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
     total = cfg.optim.epochs * epoch
 
-    def values(section: DictConfig, scale: float = 1.0) -> Any:
-        cosine = section.get("cosine_epochs")
-        return linear_warmup_cosine_decay(
-            start=section.start,
-            peak=section.peak * scale,
-            end=section.end * scale,
-            warmup_iterations=section.warmup_epochs * epoch,
-            total_iterations=total,
-            cosine_iterations=None if cosine is None else cosine * epoch,
-        )
-
     schedules = cfg.schedules
-    lr = values(schedules.lr, lr_scale(cfg))
+    lr = values_of_section(schedules.lr, epoch, total, lr_scale(cfg))
     last_layer_lr = lr.copy()
     frozen = schedules.lr.get("freeze_last_layer_epochs", cfg.optim.freeze_last_layer_epochs)
     last_layer_lr[: frozen * epoch] = 0
-    return (
-        lr,
-        values(schedules.weight_decay),
-        values(schedules.momentum),
-        values(schedules.teacher_temp),
-        last_layer_lr,
+    others = (schedules.weight_decay, schedules.momentum, schedules.teacher_temp)
+    wd, momentum, teacher_temp = (values_of_section(section, epoch, total) for section in others)
+    return lr, wd, momentum, teacher_temp, last_layer_lr
+
+
+def values_of_section(
+    section: DictConfig, epoch_length: int, total: int, scale: float = 1.0
+) -> np.ndarray:
+    """Values of a start/peak/end section, one an iteration; `scale` multiplies peak and end."""
+    cosine = section.get("cosine_epochs")
+    return linear_warmup_cosine_decay(
+        start=section.start,
+        peak=section.peak * scale,
+        end=section.end * scale,
+        warmup_iterations=section.warmup_epochs * epoch_length,
+        total_iterations=total,
+        cosine_iterations=None if cosine is None else cosine * epoch_length,
     )
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dinov3.distributed import is_enabled
+
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -64,9 +66,7 @@ def sinkhorn_knopp(
     temperature: float,
     *,
     n_iterations: int = 3,
-    num_samples: Tensor | int | None = None,
     group: dist.ProcessGroup | None = None,
-    reduce: bool | None = None,
     chunk_bytes: int = 2**28,
 ) -> Assignment:
     """Assign samples to prototypes so that every prototype gets an equal share.
@@ -75,17 +75,13 @@ def sinkhorn_knopp(
         logits: [M, K] of this process; M may be 0.
         temperature: of the teacher.
         n_iterations: rescalings of columns, then rows.
-        num_samples: M of all processes together, counted when None.  Only ratios of the rows
-            matter in the end, so it cancels; it is taken for the common signature.
-        group: processes that share the assignment, None for all.
-        reduce: whether to sum over processes; None: if a process group exists.
+        group: processes that share the assignment, None for all that a process group has.
         chunk_bytes: float32 memory that may be held for exponentials at once.
 
     Returns:
         An `Assignment` whose rows sum to 1.
     """
-    if reduce is None:
-        reduce = dist.is_available() and dist.is_initialized()
+    reduce = is_enabled()
     rows, prototypes = logits.shape
     chunk = max(1, chunk_bytes // (4 * prototypes))
     # Each row is shifted by its own maximum; the difference to the common maximum goes into the

@@ -67,9 +67,3 @@ class PatchEmbed(nn.Module):
         if self.flatten_embedding:
             return x
         return x.unflatten(1, (height, width))  # [B, h, w, D]
-
-    def flops(self) -> float:
-        """Multiply-accumulates for `img_size`."""
-        per_patch = self.embed_dim * self.in_chans * self.patch_size[0] * self.patch_size[1]
-        norm = 0 if isinstance(self.norm, nn.Identity) else self.num_patches * self.embed_dim
-        return float(self.num_patches * per_patch + norm)

@@ -14,6 +14,15 @@ from dinov3.models import vision_transformer as vits
 __all__ = ["build_model", "build_model_for_eval", "build_model_from_cfg"]
 
 
+# Keys of the section that are constructor arguments.
+_SAME_NAMES = """
+patch_size pos_embed_rope_base pos_embed_rope_min_period pos_embed_rope_max_period
+pos_embed_rope_normalize_coords pos_embed_rope_shift_coords pos_embed_rope_jitter_coords
+pos_embed_rope_rescale_coords qkv_bias norm_layer ffn_layer ffn_bias proj_bias n_storage_tokens
+mask_k_bias untie_cls_and_patch_norms untie_global_and_local_cls_norm
+""".split()  # noqa: SIM905
+
+
 def build_model(
     args: Any,
     only_teacher: bool = False,
@@ -38,28 +47,8 @@ def build_model(
         )
     if getattr(args, "fp8_enabled", False):
         raise ValueError("student.fp8_enabled must be false, got true: this tree has no fp8 layers")
-    options = {
-        "img_size": img_size,
-        "patch_size": args.patch_size,
-        "pos_embed_rope_base": args.pos_embed_rope_base,
-        "pos_embed_rope_min_period": args.pos_embed_rope_min_period,
-        "pos_embed_rope_max_period": args.pos_embed_rope_max_period,
-        "pos_embed_rope_normalize_coords": args.pos_embed_rope_normalize_coords,
-        "pos_embed_rope_shift_coords": args.pos_embed_rope_shift_coords,
-        "pos_embed_rope_jitter_coords": args.pos_embed_rope_jitter_coords,
-        "pos_embed_rope_rescale_coords": args.pos_embed_rope_rescale_coords,
-        "qkv_bias": args.qkv_bias,
-        "layerscale_init": args.layerscale,
-        "norm_layer": args.norm_layer,
-        "ffn_layer": args.ffn_layer,
-        "ffn_bias": args.ffn_bias,
-        "proj_bias": args.proj_bias,
-        "n_storage_tokens": args.n_storage_tokens,
-        "mask_k_bias": args.mask_k_bias,
-        "untie_cls_and_patch_norms": args.untie_cls_and_patch_norms,
-        "untie_global_and_local_cls_norm": args.untie_global_and_local_cls_norm,
-        "device": device,
-    }
+    options = {name: getattr(args, name) for name in _SAME_NAMES}
+    options |= {"img_size": img_size, "layerscale_init": args.layerscale, "device": device}
     make = getattr(vits, args.arch)
     # Parts that take no device are made there too: on "meta" nothing is drawn at random.
     with torch.device(device) if device is not None else nullcontext():

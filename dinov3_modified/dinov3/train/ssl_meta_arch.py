@@ -17,6 +17,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from dinov3.cells.schedules import values_of_section
 from dinov3.cells.ssl_losses import Metrics, SSLLosses, move_towards
 from dinov3.cells.ssl_settings import PRECISIONS, check_ssl_settings
 from dinov3.cells.starting_weights import fill_student
@@ -25,12 +26,12 @@ from dinov3.cells.weights import LoadReport
 from dinov3.checkpointer import init_fsdp_model_from_checkpoint
 from dinov3.configs import get_default_config
 from dinov3.data import DataAugmentationDINO
-from dinov3.distributed import get_process_subgroup, get_subgroup_size, get_world_size
+from dinov3.distributed import get_process_subgroup
 from dinov3.fsdp.ac_compile_parallelize import ac_compile_parallelize
 from dinov3.layers.dino_head import DINOHead
 from dinov3.loss import DINOLoss, GramLoss, KoLeoLoss, KoLeoLossDistributed, iBOTPatchLoss
 from dinov3.models import build_model_from_cfg
-from dinov3.train.cosine_lr_scheduler import linear_warmup_cosine_decay
+from dinov3.train.cosine_lr_scheduler import linear_warmup_cosine_decay  # noqa: F401 (upstream has it here)
 from dinov3.train.param_groups import fuse_params_groups, get_params_groups_with_decay_fsdp
 from dinov3.utils import count_parameters
 
@@ -99,7 +100,9 @@ class SSLMetaArch(SSLLosses):
         self._make_gram(cfg)
         total = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
         self.dino_local_loss_schedule = (
-            _schedule(cfg.dino.local_loss_weight_schedule, cfg.train.OFFICIAL_EPOCH_LENGTH, total)
+            values_of_section(
+                cfg.dino.local_loss_weight_schedule, cfg.train.OFFICIAL_EPOCH_LENGTH, total
+            )
             if cfg.dino.reweight_dino_local_loss
             else None
         )
@@ -162,7 +165,7 @@ class SSLMetaArch(SSLLosses):
         )
         if gram.loss_weight_schedule is not None:
             length = cfg.train.OFFICIAL_EPOCH_LENGTH
-            self.gram_loss_schedule = _schedule(
+            self.gram_loss_schedule = values_of_section(
                 gram.loss_weight_schedule, length, cfg.optim.epochs * length
             )
         if self.has_gram_teacher:
@@ -446,30 +449,3 @@ class SSLMetaArch(SSLLosses):
 
             return build_multiview_augmentation(cfg)
         return DataAugmentationDINO.from_config(cfg)
-
-    def broadcast_to_subgroups(
-        self, tensor: Tensor, over_dim: int, global_batch_size: int
-    ) -> Tensor:
-        """Rows of all processes, cut to `global_batch_size` (multi-distillation only).
-
-        With one subgroup, the only case of this tree, every process has its rows already.
-        """
-        if get_subgroup_size() != get_world_size():
-            raise NotImplementedError(
-                "this tree must have one group of processes, got subgroups: multi-distillation is "
-                "not part of it"
-            )
-        return tensor.narrow(over_dim, 0, min(tensor.shape[over_dim], global_batch_size))
-
-
-def _schedule(section: DictConfig, epoch_length: int, total: int) -> Any:
-    """Values of a start/peak/end section, one an iteration."""
-    cosine = section.get("cosine_epochs")
-    return linear_warmup_cosine_decay(
-        start=section.start,
-        peak=section.peak,
-        end=section.end,
-        warmup_iterations=section.warmup_epochs * epoch_length,
-        total_iterations=total,
-        cosine_iterations=None if cosine is None else cosine * epoch_length,
-    )

@@ -152,19 +152,17 @@ def build_multi_resolution_data_loader_from_cfg(
             "crop sizes and crops.global_local_crop_pairs_ratios must have one length, got "
             f"{sorted(lengths)}: give one of each for every resolution"
         )
+
+    def of_resolution(index: int) -> DictConfig:
+        one = copy.deepcopy(cfg)
+        one.crops.update({key: values[index] for key, values in lists.items()})
+        return one
+
     if count == 1:
-        single = copy.deepcopy(cfg)
-        for key, values in lists.items():
-            single.crops[key] = values[0]
-        return build_data_loader_from_cfg(single, model, start_iter)
+        return build_data_loader_from_cfg(of_resolution(0), model, start_iter)
     steps = cfg.accelerator.accumulation_steps
     done = CombinedDataLoader.draws(ratios, start_iter * steps, seed=seed)
-    loaders = []
-    for index in range(count):
-        one = copy.deepcopy(cfg)
-        for key, values in lists.items():
-            one.crops[key] = values[index]
-        loaders.append(data_loader(one, model, done[index], index + 1))
+    loaders = [data_loader(of_resolution(i), model, done[i], i + 1) for i in range(count)]
     combined = CombinedDataLoader(
         list(zip(loaders, ratios, strict=True)),
         batch_size=cfg.train.batch_size_per_gpu,
