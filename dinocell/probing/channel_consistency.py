@@ -86,17 +86,8 @@ def channel_consistency(
 
     single = replace(raw, features=unit_rows(raw.features))
     retrieval, retrieval_matrix = _retrieval(single, single, draws)
-    same, other = _other_fields(single, draws)
-    estimates = {
-        "cosine_same_field": _same_location(single, draws),
-        "cosine_other_field_same_channel": same,
-        "cosine_other_field_other_channel": other,
-        "retrieval_top1": retrieval,
-        "effective_rank": Estimate(effective_rank(raw.features)),
-        "effective_rank_centered": Estimate(effective_rank(raw.features, centered=True)),
-        "feature_std": Estimate(feature_std(raw.features)),
-        "channel_decodability": decode_channels(single, draws, seed),
-    }
+    estimates = _estimates(raw, single, retrieval, draws)
+    estimates["channel_decodability"] = decode_channels(single, draws, seed)
     if is_mean.any():
         mean = views.where(is_mean)
         mean = replace(mean, features=unit_rows(mean.features))
@@ -105,13 +96,7 @@ def channel_consistency(
         estimates["mean_view_cosine_other_field"] = between
         estimates["mean_view_retrieval_top1"] = _retrieval(single, mean, draws)[0]
     if attention is not None:
-        maps = standardize_attention(attention)
-        if len(maps) != len(views.features):
-            raise ValueError(
-                f"`attention` must have a map per view ({len(views.features)}), got {len(maps)}: "
-                "give them in the order of the features"
-            )
-        seen = replace(views, features=maps).where(~is_mean)
+        seen = _with_attention(views, attention).where(~is_mean)
         estimates["attention_same_field"] = _same_location(seen, draws)
         # Unlike a feature, a map of another channel and field is the fair comparison: it shares
         # only what every map of this network shares.
@@ -126,6 +111,31 @@ def channel_consistency(
         cosine_by_channel=_cosine_matrix(single),
         retrieval_by_channel=retrieval_matrix,
     )
+
+
+def _estimates(
+    raw: Views, single: Views, retrieval: Estimate, draws: Floats
+) -> dict[str, Estimate]:
+    same, other = _other_fields(single, draws)
+    return {
+        "cosine_same_field": _same_location(single, draws),
+        "cosine_other_field_same_channel": same,
+        "cosine_other_field_other_channel": other,
+        "retrieval_top1": retrieval,
+        "effective_rank": Estimate(effective_rank(raw.features)),
+        "effective_rank_centered": Estimate(effective_rank(raw.features, centered=True)),
+        "feature_std": Estimate(feature_std(raw.features)),
+    }
+
+
+def _with_attention(views: Views, attention: ArrayLike) -> Views:
+    maps = standardize_attention(attention)
+    if len(maps) != len(views.features):
+        raise ValueError(
+            f"`attention` must have a map per view ({len(views.features)}), got {len(maps)}: "
+            "give them in the order of the features"
+        )
+    return replace(views, features=maps)
 
 
 def _cosine_matrix(single: Views) -> Floats:
