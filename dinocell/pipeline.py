@@ -268,7 +268,8 @@ class DINOCellPipeline:
         """First third of `run`: the gray plane (H, W), its pixel size, its name and notes."""
         chosen = [channels] if isinstance(channels, (int, str)) else channels
         names: tuple[str, ...] | None = None
-        stem, notes = "image", ()
+        stem = "image"
+        notes: tuple[str, ...] = ()
         failure: type[Exception] = ValueError
         if isinstance(image, (str, os.PathLike)):
             file = read_image(image, page=page, channels=chosen)

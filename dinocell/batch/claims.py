@@ -1,4 +1,4 @@
-"""One process at a time works on a part of a batch: it holds the part's `claim.json`.
+"""One process at a time works on a batch or a part of one: it holds the `claim.json` of the folder.
 
 A claim names the job, machine and process that made it.  Making one is a hard link to a finished file,
 which fails if the claim exists; taking over the claim of a dead process is a rename, which succeeds for
@@ -73,8 +73,8 @@ class Claimant:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, claimant: Claimant) -> Iterator[None]:
-    """Hold the part in `folder`; the claim of a process that was killed is taken over.
+def claimed(folder: Path, claimant: Claimant, what: str = "a shard") -> Iterator[None]:
+    """Hold `what` is in `folder`; the claim of a process that was killed is taken over.
 
     Raises
     ------
@@ -89,16 +89,13 @@ def claimed(folder: Path, claimant: Claimant) -> Iterator[None]:
     except FileExistsError:
         other = read_claim(path)
         if claimant.finds_running(other) if other else _is_young(path):
-            raise DINOCellError(
-                f"a shard must be run by one process at a time, got {folder}, which {owner_of(other)} on "
-                f"{other.get('host')} is running: wait for it, or delete {path} if it is gone"
-            ) from None
+            raise _in_use(folder, other, what) from None
         try:
             _take_away(path, other)
             _make_claim(path, text)
         except (FileNotFoundError, FileExistsError):
             raise DINOCellError(
-                f"a shard must be run by one process at a time, got two that started {folder}: the other "
+                f"{what} must be run by one process at a time, got two that started {folder}: the other "
                 "one continues, so nothing needs to be done"
             ) from None
     try:
@@ -106,6 +103,20 @@ def claimed(folder: Path, claimant: Claimant) -> Iterator[None]:
     finally:
         if read_claim(path) == mine:
             path.unlink(missing_ok=True)
+
+
+def refuse_running(folder: Path, claimant: Claimant, what: str = "a shard") -> None:
+    """Raise the error of `claimed` if another process holds the claim of a folder."""
+    other = read_claim(folder / CLAIM_NAME)
+    if other and claimant.finds_running(other):
+        raise _in_use(folder, other, what)
+
+
+def _in_use(folder: Path, claim: dict[str, Any], what: str) -> DINOCellError:
+    return DINOCellError(
+        f"{what} must be run by one process at a time, got {folder}, which {owner_of(claim)} on "
+        f"{claim.get('host')} is running: wait for it, or delete {folder / CLAIM_NAME} if it is gone"
+    )
 
 
 def _began(pid: int) -> str:

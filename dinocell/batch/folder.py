@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from dinocell import __version__
+from dinocell.batch.inputs import is_unchanged, refuse_other_options
 from dinocell.batch.journal import complete_last_line, read_journal
-from dinocell.batch.options import FREE_OPTIONS, SegmentOptions
+from dinocell.batch.options import FREE_OPTIONS, IMAGE_OPTIONS, SegmentOptions
 from dinocell.errors import ConfigError, DINOCellError, UsageError
 from dinocell.files import atomic_path, write_text_atomically
 from dinocell.network.model import DINOCell
 from dinocell.results.exports import EXPORT_FORMATS
-from dinocell.results.report import ReportEntry, write_report
 
 SETTINGS_NAME = "settings.json"
-REPORT_LIMIT = 500
-"""Images that a report shows."""
 
 
 def present_results(paths: Sequence[Path], out: Path, formats: Sequence[str]) -> list[Path]:
@@ -51,12 +49,13 @@ def refuse_results(paths: Sequence[Path], out: Path, formats: Sequence[str]) -> 
 
 
 def settings_of(options: SegmentOptions, model: DINOCell) -> dict[str, Any]:
-    """Everything that the results depend on, as JSON values; kept beside them in `settings.json`."""
+    """Everything that all results depend on, as JSON values; kept beside them in `settings.json`."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
-    kept = {key: value for key, value in asdict(options).items() if key not in FREE_OPTIONS}
+    own = (*FREE_OPTIONS, *IMAGE_OPTIONS)
+    kept = {key: value for key, value in asdict(options).items() if key not in own}
     config = model.config
     for key in ("peak_threshold", "fill_threshold", "min_prominence", "min_area_px"):
         if kept[key] is None:
@@ -99,10 +98,15 @@ def open_folder(
     options: SegmentOptions,
     *,
     is_part: bool,
-) -> dict[str, dict[str, Any]]:
-    """Check the folder, make it, and return the rows of images that need not be repeated, by name.
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Check a folder that exists, and prepare its journal and settings.
 
     For a part of a batch, `plan_shards` has checked already whether results may be present.
+
+    Returns
+    -------
+    done : rows of the images that need not be repeated, by name
+    changed : names of images whose files have changed since they were segmented
     """
     if not (options.resume or options.overwrite):
         refuse_results(paths, out, options.formats)
@@ -115,15 +119,14 @@ def open_folder(
             f"`resume` must find the settings of the results, got no {settings_path}: choose another "
             "folder, or set `overwrite`"
         )
-    done = _done_rows(out, journal, paths, options) if options.resume else {}
-    make_folder(out)
+    done, changed = _done_rows(out, journal, paths, options) if options.resume else ({}, [])
     complete_last_line(journal_path)
     if options.overwrite and journal:
         stems = {path.stem for path in paths}
         kept = [row for row in journal if row["name"] not in stems]
         write_text_atomically(journal_path, "".join(json.dumps(row) + "\n" for row in kept))
     write_text_atomically(settings_path, json.dumps(settings, indent=1, sort_keys=True))
-    return done
+    return done, changed
 
 
 def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -141,22 +144,27 @@ def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def _done_rows(
     out: Path, journal: Sequence[dict[str, Any]], paths: Sequence[Path], options: SegmentOptions
-) -> dict[str, dict[str, Any]]:
-    """Rows of the images whose label files all exist."""
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Images whose label files all exist: rows of the unchanged ones, names of the others."""
     done: dict[str, dict[str, Any]] = {}
+    changed = []
     suffixes = [EXPORT_FORMATS[name].suffix for name in options.formats]
-    wanted = {path.stem: path.resolve() for path in paths}
-    for row in journal:
-        name = row["name"]
-        if name not in wanted or not all(os.path.exists(out / f"{name}{end}") for end in suffixes):
+    rows = {row["name"]: row for row in journal}  # the last one counts
+    for path in paths:
+        name, row = path.stem, rows.get(path.stem)
+        if row is None or not all(os.path.exists(out / f"{name}{end}") for end in suffixes):
             continue
-        if Path(row["source"]).resolve() != wanted[name]:
+        if Path(row["source"]).resolve() != path.resolve():
             raise UsageError(
-                f"`resume` must continue the same images, got {wanted[name]} where {out} holds "
+                f"`resume` must continue the same images, got {path.resolve()} where {out} holds "
                 f"results of {row['source']}: choose another folder"
             )
-        done[name] = row
-    return done
+        if is_unchanged(path, row):
+            refuse_other_options(row, options)
+            done[name] = row
+        else:
+            changed.append(name)
+    return done, changed
 
 
 def write_summary(
@@ -164,6 +172,7 @@ def write_summary(
 ) -> None:
     """One line per image; failed ones have their sentence in the last column `error`."""
     columns = ["name", "source"]
+    rows = [{key: value for key, value in row.items() if key != "input"} for row in rows]
     for row in rows:
         columns += [key for key in row if key not in columns]
     columns.append("error")
@@ -176,34 +185,3 @@ def write_summary(
         writer.writerows(rows)
         for failed, sentence in failures:
             writer.writerow({"name": failed.stem, "source": str(failed), "error": sentence})
-
-
-def write_report_page(
-    out: Path,
-    paths: Sequence[Path],
-    entries: dict[str, ReportEntry],
-    failures: Sequence[tuple[Path, str]],
-    options: SegmentOptions,
-) -> None:
-    """`report.html` over the images of this run, in input order."""
-    errors = {path.stem: sentence for path, sentence in failures}
-    listed = []
-    for path in paths:
-        if path.stem in entries:
-            listed.append(entries[path.stem])
-        elif path.stem in errors:
-            listed.append(ReportEntry(name=path.stem, error=errors[path.stem]))
-    notes = []
-    left_out = len(paths) - len(listed)
-    if left_out:
-        notes.append(
-            f"{left_out} images are not shown: done in an earlier run, or beyond the first "
-            f"{REPORT_LIMIT}. All are in summary.csv."
-        )
-    write_report(
-        out / "report.html",
-        listed,
-        title="DINOCell: segmented cells",
-        summary={"model": options.model, "images": len(paths)},
-        notes=notes,
-    )

@@ -24,6 +24,9 @@ FREE_OPTIONS = (
     "overwrite",
 )
 
+IMAGE_OPTIONS = ("channels", "page", "pixel_size_um", "allow_mask")
+"""Options that say how a file is read: images of one folder may differ in them."""
+
 
 @dataclass(frozen=True)
 class SegmentOptions:

@@ -20,7 +20,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dinocell.batch.claims import CLAIM_NAME, Claimant, claimed, owner_of, read_claim
+from dinocell.batch.claims import (
+    CLAIM_NAME,
+    Claimant,
+    claimed,
+    owner_of,
+    read_claim,
+    refuse_running,
+)
 from dinocell.batch.folder import SETTINGS_NAME, present_results
 from dinocell.batch.journal import (
     FAILURES_NAME,
@@ -30,7 +37,7 @@ from dinocell.batch.journal import (
     shard_folder,
 )
 from dinocell.batch.options import FREE_OPTIONS, SegmentOptions, check_call
-from dinocell.batch.run import BatchResult, segment_files
+from dinocell.batch.run import WHOLE_BATCH, BatchResult, segment_files
 from dinocell.errors import UsageError
 from dinocell.files import write_text_atomically
 
@@ -328,6 +335,7 @@ def run_shard(
             f"the shard must be one of 0 to {plan.count - 1}, got {index}: see `dinocell shards status`"
         )
     folder = shard_folder(plan.out, index)
+    refuse_running(plan.out, claimant, WHOLE_BATCH)
     with claimed(folder, claimant):
         (folder / FAILURES_NAME).unlink(missing_ok=True)  # they are tried again
         return segment_files(

@@ -7,22 +7,23 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
+from dinocell.batch.claims import Claimant, claimed, refuse_running
 from dinocell.batch.folder import (
-    REPORT_LIMIT,
     make_folder,
     open_folder,
     settings_of,
-    write_report_page,
     write_summary,
 )
+from dinocell.batch.inputs import mark_input
 from dinocell.batch.journal import (
     FAILURES_NAME,
     JOURNAL_NAME,
@@ -33,14 +34,23 @@ from dinocell.batch.journal import (
     note_failure,
     note_start,
     read_journal,
+    shard_folder,
 )
-from dinocell.batch.options import SegmentOptions, check_call
+from dinocell.batch.library_warnings import LibraryWarnings
+from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions, check_call
+from dinocell.batch.report import REPORT_LIMIT, write_report_page
 from dinocell.errors import DINOCellError
 from dinocell.files import refuse_long_names, remove_temporary_files, write_text_atomically
 from dinocell.network.model import DINOCell, load_model
 from dinocell.pipeline import DINOCellPipeline, LoadedImage, Segmentation, output_paths
 from dinocell.progress import Progress, progress
 from dinocell.results.report import ReportEntry, make_entry
+
+WHOLE_BATCH = "the batch of a folder"
+"""What the claim of an output folder stands for, in messages."""
+
+_MAX_WAITING_BYTES = 2**29
+"""Of images that wait for their results to be written, beside at most two for each worker."""
 
 # Of a full disk, a used-up quota, a folder that has become read-only.
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -63,6 +73,7 @@ class BatchResult:
     failures : (path, sentence) per image that failed
     skipped : images that were done before
     seconds : wall time of this run
+    notes : what a careful user should know of the whole run
     """
 
     out: Path
@@ -70,6 +81,7 @@ class BatchResult:
     failures: list[tuple[Path, str]]
     skipped: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """A few lines for the terminal."""
@@ -81,6 +93,7 @@ class BatchResult:
         for row in self.rows:
             if row["warnings"]:
                 lines.append(f"note: {row['name']}: {row['warnings']}")
+        lines += [f"note: {note}" for note in self.notes]
         for path, sentence in self.failures:
             lines.append(f"failed: {path}: {sentence}")
         return "\n".join(lines)
@@ -94,6 +107,7 @@ def segment_files(
     model: DINOCell | None = None,
     shown: bool = True,
     part: Path | None = None,
+    claimant: Claimant = Claimant(),  # noqa: B008
 ) -> BatchResult:
     """Segment files into one folder.
 
@@ -112,6 +126,8 @@ def segment_files(
     part : folder, optional
         The files are a part of a batch whose other parts other processes may segment now: journal
         and failures go there, and no summary is written.
+    claimant : Claimant
+        What is known here of jobs that may be writing to the folder.
 
     Raises
     ------
@@ -119,9 +135,10 @@ def segment_files(
         Nothing to do, two inputs of one name, an unknown format, results already present and
         neither `resume` nor `overwrite`, or both.
     ConfigError
-        `resume` with other settings than those of the folder.
+        `resume` with other settings than those of the folder, or of one of its images.
     DINOCellError
-        The GPU has failed, or the folder takes no files; finished images are kept.
+        The GPU has failed, or the folder takes no files; finished images are kept.  Another process
+        writes to the folder.
     """
     started = time.monotonic()
     out = Path(out)
@@ -139,9 +156,38 @@ def segment_files(
         min_prominence=options.min_prominence,
         min_area_px=options.min_area_px,
     )
-    settings = settings_of(options, loaded)
+    make_folder(out)
+    with _claimed_folder(out, part, claimant):
+        result = _segment_claimed(paths, out, options, pipeline, part=part, shown=shown)
+    return replace(result, seconds=time.monotonic() - started)
+
+
+@contextmanager
+def _claimed_folder(out: Path, part: Path | None, claimant: Claimant) -> Iterator[None]:
+    """Hold the folder of a whole batch; who runs a part holds that part already."""
+    if part is not None:
+        yield
+        return
+    for folder in sorted(shard_folder(out, 0).parent.glob("[0-9]*")):
+        refuse_running(folder, claimant)
+    with claimed(out, claimant, WHOLE_BATCH):
+        yield
+
+
+def _segment_claimed(
+    paths: Sequence[Path],
+    out: Path,
+    options: SegmentOptions,
+    pipeline: DINOCellPipeline,
+    *,
+    part: Path | None,
+    shown: bool,
+) -> BatchResult:
+    """`segment_files` after all checks of the call."""
+    started = time.monotonic()
+    settings = settings_of(options, pipeline.model)
     journal = (part or out) / JOURNAL_NAME
-    done = open_folder(out, journal, paths, settings, options, is_part=part is not None)
+    done, changed = open_folder(out, journal, paths, settings, options, is_part=part is not None)
     batch = _Batch(pipeline, out, options, part, done)
     batch.segment([path for path in paths if path.stem not in done], shown=shown)
     places = {path: place for place, path in enumerate(paths)}
@@ -154,11 +200,15 @@ def segment_files(
         stems = {path.stem for path in paths}
         earlier = {row["name"]: row for row in read_journal(journal)}
         others = [row for name, row in earlier.items() if name not in stems]
-        write_summary(out / "summary.csv", [*others, *ordered], batch.failures)
+        rows = [*others, *ordered]
+        write_summary(out / "summary.csv", rows, batch.failures)
         if options.report:
-            write_report_page(out, paths, batch.entries, batch.failures, options)
+            write_report_page(out, rows, batch.entries, batch.failures, pipeline, options)
         remove_temporary_files(out, before=time.time() - (time.monotonic() - started))
-    return BatchResult(out, ordered, batch.failures, len(done), time.monotonic() - started)
+    some = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
+    note = f"segmented again, because files have changed: {some}"
+    seconds = time.monotonic() - started
+    return BatchResult(out, ordered, batch.failures, len(done), seconds, (note,) if changed else ())
 
 
 class _Batch:
@@ -177,7 +227,8 @@ class _Batch:
         self.rows = dict(done)
         self.failures: list[tuple[Path, str]] = []
         self.entries: dict[str, ReportEntry] = {}
-        self.pending: list[tuple[Path, Future[None]]] = []
+        self.pending: list[tuple[Path, int, Future[None]]] = []  # file, bytes, its work
+        self.warned = LibraryWarnings()
 
     def segment(self, paths: Sequence[Path], *, shown: bool) -> None:
         """Fill `rows`, `failures` and `entries`; images under suspicion come last and alone."""
@@ -185,6 +236,7 @@ class _Batch:
         if self.part is not None:
             begin_part(self.part)
         with (
+            self.warned.watched(),
             progress("segmenting", len(paths), shown=shown) as bar,
             ThreadPoolExecutor(max(1, self.options.workers)) as pool,
         ):
@@ -200,13 +252,15 @@ class _Batch:
                 if predicted is None:
                     bar.advance(note=path.name)
                     continue
-                self.pending.append((path, pool.submit(self._finish, path, *predicted)))
+                size = predicted[0].plane.nbytes + predicted[1].nbytes
+                self.pending.append((path, size, pool.submit(self._finish, path, *predicted)))
+                del predicted  # held by the other thread alone, until it is done
                 # Bounded, so that slow disks do not fill the memory with finished maps.
                 self._collect(0 if alone else 2 * self.options.workers, bar)
             self._collect(0, bar)
 
-    def _predict(self, path: Path) -> tuple[LoadedImage, NDArray] | None:
-        """What was read of a file, and its distance map; None if the image has failed."""
+    def _predict(self, path: Path) -> tuple[LoadedImage, NDArray, dict[str, Any]] | None:
+        """What was read of a file, its distance map, its mark; None if the image has failed."""
         if self.part is not None:
             note_start(self.part, path.stem)
         try:
@@ -214,32 +268,36 @@ class _Batch:
                 self.out, path.stem, self.options.formats, overlay=self.options.overlay
             )
             refuse_long_names(outputs.values())  # before the work, not after it
-            loaded = self.pipeline.load(
-                path,
-                channels=self.options.channels,
-                page=self.options.page,
-                pixel_size_um=self.options.pixel_size_um,
-                allow_mask=self.options.allow_mask,
-            )
-            return loaded, self.pipeline.predict(loaded.plane)
+            mark = mark_input(path, self.options)
+            with self.warned.of_image() as kept:
+                loaded = self.pipeline.load(
+                    path, **{name: getattr(self.options, name) for name in IMAGE_OPTIONS}
+                )
+                distance_map = self.pipeline.predict(loaded.plane)
+            return loaded._replace(warnings=(*loaded.warnings, *kept)), distance_map, mark
         except _IMAGE_ERRORS as error:
             self._fail(path, error)
             return None
 
-    def _finish(self, path: Path, loaded: LoadedImage, distance_map: NDArray) -> None:
+    def _finish(
+        self, path: Path, loaded: LoadedImage, distance_map: NDArray, mark: dict[str, Any]
+    ) -> None:
         """Separate, measure and write the cells; the line in the journal says that all is written."""
-        result = self.pipeline.finish(
-            loaded.plane,
-            distance_map,
-            pixel_size_um=loaded.pixel_size_um,
-            name=path.stem,
-            warnings=loaded.warnings,
-        )
-        self.rows[path.stem] = row = self._write(path, result)
+        with self.warned.of_image() as kept:
+            result = self.pipeline.finish(
+                loaded.plane,
+                distance_map,
+                pixel_size_um=loaded.pixel_size_um,
+                name=path.stem,
+                warnings=loaded.warnings,
+            )
+            row = self._write(path, result, kept) | {"input": mark}
+        self.rows[path.stem] = row
         with ((self.part or self.out) / JOURNAL_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def _write(self, path: Path, result: Segmentation) -> dict[str, Any]:
+    def _write(self, path: Path, result: Segmentation, warned: Sequence[str]) -> dict[str, Any]:
+        """Write the files of an image; `warned` may grow meanwhile."""
         from dinocell.results.measure import summarize
 
         table = result.measure()
@@ -247,6 +305,7 @@ class _Batch:
             self.out, formats=self.options.formats, table=table, overlay=self.options.overlay
         )
         summary = summarize(result.labels, table)
+        result = replace(result, warnings=(*result.warnings, *warned))
         if self.options.report and len(self.entries) < REPORT_LIMIT:
             self.entries[result.name] = make_entry(result, table, summary, files)
         return {
@@ -257,9 +316,11 @@ class _Batch:
         }
 
     def _collect(self, limit: int, bar: Progress) -> None:
-        """Wait until at most `limit` images are being written."""
-        while len(self.pending) > limit:
-            path, future = self.pending.pop(0)
+        """Wait until at most `limit` images are being written, which do not hold too many bytes."""
+        while len(self.pending) > limit or (
+            sum(size for _, size, _ in self.pending) > _MAX_WAITING_BYTES
+        ):
+            path, _, future = self.pending.pop(0)
             try:
                 future.result()
             except _IMAGE_ERRORS as error:

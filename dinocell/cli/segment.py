@@ -140,10 +140,11 @@ def segment(
     Example: `dinocell segment images/ -o out --report`
     """
     from dinocell.batch.run import segment_files
+    from dinocell.cluster.slurm import claimant
     from dinocell.io import search_images
 
     found = search_images(images, recursive=recursive)
-    result = segment_files(found.paths, out, options.for_batch())
+    result = segment_files(found.paths, out, options.for_batch(), claimant=claimant())
     notes = "".join(f"\nnote: {note}" for note in found.notes)
     print(in_options(result.text() + notes, context))
     if result.failures:

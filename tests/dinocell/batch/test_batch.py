@@ -6,16 +6,20 @@ import csv
 import errno
 import json
 import os
+import re
+import socket
+import warnings
 
 import numpy as np
 import pytest
 
 from dinocell.batch import journal
 from dinocell.batch import run as batch
+from dinocell.batch.claims import Claimant, claimed
 from dinocell.batch.options import SegmentOptions
 from dinocell.batch.run import segment_files
 from dinocell.errors import CheckpointError, ConfigError, DINOCellError, UsageError
-from dinocell.io import find_images, read_labels, write_image
+from dinocell.io import find_images, read_image, read_labels, write_image
 from dinocell.pipeline import segment
 
 OPTIONS = SegmentOptions(device="cpu")
@@ -381,3 +385,149 @@ def test_a_folder_that_takes_no_files(images, tmp_path, small_model, monkeypatch
     monkeypatch.setattr("dinocell.batch.folder.tempfile.TemporaryFile", refuse)
     with pytest.raises(DINOCellError, match=rf"out' \({os.strerror(error)}\): change the rights"):
         run(images, tmp_path / "out", small_model)
+
+
+@pytest.fixture
+def own(images, tmp_path):
+    """Copies that a test may change."""
+    (tmp_path / "own").mkdir()
+    for path in images:
+        (tmp_path / "own" / path.name).write_bytes(path.read_bytes())
+    return find_images([tmp_path / "own"])
+
+
+def test_resume_repeats_an_image_whose_file_was_replaced(own, tmp_path, small_model):
+    out = tmp_path / "out"
+    pixels = read_image(own[0]).pixels
+    write_image(own[0], pixels, compression="none")
+    run(own, out, small_model)
+    labels = [read_labels(out / f"{path.stem}_labels.tif") for path in own]
+    size = own[0].stat().st_size
+    write_image(own[0], np.ascontiguousarray(pixels[::-1]), compression="none")
+    assert own[0].stat().st_size == size
+    os.utime(own[1], (1.0, 1.0))  # touched, but of the same content
+    result = run(own, out, small_model, resume=True)
+    assert result.skipped == 2
+    assert "segmented again, because files have changed: blob0\n" in f"{result.text()}\n"
+    assert result.text().count("again") == 1 == len(result.notes)
+    assert not np.array_equal(read_labels(out / "blob0_labels.tif"), labels[0])
+    np.testing.assert_array_equal(read_labels(out / "blob1_labels.tif"), labels[1])
+    again = run(own, out, small_model, resume=True)
+    assert (again.skipped, again.notes) == (3, ())
+    own[2].unlink()  # nothing else can be read of it
+    assert run(own, out, small_model, resume=True).skipped == 3
+
+
+def test_rows_without_a_mark_are_repeated(own, tmp_path, small_model):
+    out = tmp_path / "out"
+    run(own[:1], out, small_model)
+    row = json.loads((out / "images.jsonl").read_text())
+    row.pop("input")
+    (out / "images.jsonl").write_text(json.dumps(row) + "\n")
+    assert run(own[:1], out, small_model, resume=True).skipped == 0
+
+
+def test_gray_and_colour_images_share_a_folder(own, tmp_path, small_model):
+    out = tmp_path / "out"
+    colour = tmp_path / "colour.tif"
+    gray = read_image(own[0]).pixels
+    write_image(colour, np.stack([gray, gray[::-1]], axis=-1))
+    run(own[:1], out, small_model)
+    result = run([colour], out, small_model, channels=(1,), resume=True)
+    assert result.failures == []
+    assert run([colour], out, small_model, channels=(1,), resume=True).skipped == 1
+    with pytest.raises(ConfigError, match=r"got channels \[0\] for 'colour', .* with \[1\]"):
+        run([colour], out, small_model, channels=(0,), resume=True)
+    with (out / "summary.csv").open() as file:
+        reader = csv.DictReader(file)
+        assert [row["name"] for row in reader] == ["blob0", "colour"]
+        assert "input" not in reader.fieldnames
+
+
+def test_a_report_of_a_finished_folder_shows_all_images(own, tmp_path, small_model):
+    out = tmp_path / "out"
+    run(own[:2], out, small_model, report=True)
+    full = (out / "report.html").read_text()
+    run(own[:2], out, small_model, report=True, resume=True)
+    page = (out / "report.html").read_text()
+    pictures = [text.count("data:image") for text in (full, page)]
+    assert pictures[0] - pictures[1] == 2  # the distance maps are in no file
+    table = re.compile(r"<table.*?</table>", re.S)
+    assert table.findall(full) == table.findall(page)
+    run(own[2:], out, small_model, report=True)  # images of another call
+    page = (out / "report.html").read_text()
+    assert [page.count(f"{path.stem}_overlay.png") > 0 for path in own] == [True] * 3
+    # What is gone is left out, what is damaged too.
+    own[0].unlink()
+    (out / "blob1_labels.tif").write_bytes(b"no labels")
+    (out / "blob2_cells.csv").unlink()
+    run(own[2:], out, small_model, report=True, resume=True)
+    page = (out / "report.html").read_text()
+    assert [page.count(f"{path.stem}_overlay.png") > 0 for path in own] == [True] * 3
+
+
+def test_a_second_run_into_a_folder_is_refused(own, tmp_path, small_model, monkeypatch):
+    out = tmp_path / "out"
+    predict = batch.DINOCellPipeline.predict
+    refused = []
+
+    def meanwhile(self, plane, **options):
+        with pytest.raises(DINOCellError, match=f"which process {os.getpid()} on .* is running"):
+            run(own[1:], out, small_model)
+        refused.append(plane)
+        return predict(self, plane, **options)
+
+    monkeypatch.setattr(batch.DINOCellPipeline, "predict", meanwhile)
+    assert len(run(own[:1], out, small_model).rows) == len(refused) == 1
+    monkeypatch.undo()
+    assert not (out / "claim.json").exists()
+    (out / "claim.json").write_text(
+        json.dumps({"job": "", "host": socket.gethostname(), "pid": 2**30, "began": "1"})
+    )  # of a process that was killed
+    assert run(own[1:], out, small_model).skipped == 0
+    part = out / "shards" / "0003"
+    part.mkdir(parents=True)
+    with claimed(part, Claimant()), pytest.raises(DINOCellError, match="0003, which process"):
+        run(own, out, small_model, resume=True)
+
+
+@pytest.mark.parametrize(("limit", "most"), [(2**29, 2), (1, 0)])
+def test_what_waits_between_the_stages_is_bounded(
+    own, tmp_path, small_model, monkeypatch, limit, most
+):
+    waiting = []
+    predict = batch._Batch._predict
+
+    def count(self, path):
+        waiting.append(len(self.pending))
+        return predict(self, path)
+
+    monkeypatch.setattr(batch, "_MAX_WAITING_BYTES", limit)
+    monkeypatch.setattr(batch._Batch, "_predict", count)
+    run(own, tmp_path / "out", small_model, workers=1)
+    assert waiting == [min(place, most) for place in range(3)]
+
+
+def test_warnings_of_libraries_belong_to_their_image(
+    own, tmp_path, small_model, monkeypatch, capfd
+):
+    def warn(method, *texts):
+        def warned(self, *arguments, **options):
+            for text in texts:
+                warnings.warn(text, RuntimeWarning, stacklevel=1)
+            warnings.warn("for programmers", DeprecationWarning, stacklevel=1)
+            return method(self, *arguments, **options)
+
+        return warned
+
+    pipeline = batch.DINOCellPipeline
+    monkeypatch.setattr(pipeline, "predict", warn(pipeline.predict, "overflow", "overflow"))
+    monkeypatch.setattr(pipeline, "finish", warn(pipeline.finish, "invalid value"))
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        warnings.simplefilter("ignore", DeprecationWarning)
+        result = run(own, tmp_path / "out", small_model, report=True)
+    text = "RuntimeWarning of Python: overflow; RuntimeWarning of Python: invalid value"
+    assert [row["warnings"] for row in result.rows] == [text] * 3
+    assert "invalid value" in (tmp_path / "out" / "report.html").read_text()
+    assert capfd.readouterr().err == ""

@@ -1,0 +1,70 @@
+"""What the journal keeps of each input, so that `resume` repeats an image whose file has changed.
+
+The mark of a file is its size, its time of change and a hash of its bytes.  As in make, rsync and git,
+equal size and time count as unchanged, which costs one question to the file system for each image.  Only if the
+times differ is the file read and its hash decides: a copied or touched plate is not segmented again.
+The hash is of all bytes, because a changed plane of a stack may lie anywhere; it costs about a second
+per gigabyte, beside minutes of segmentation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions
+from dinocell.errors import ConfigError
+
+
+def mark_input(path: Path, options: SegmentOptions) -> dict[str, Any]:
+    """Size, time and hash of a file, and the options that say how it is read; JSON values.
+
+    Made before the file is read: a file that is replaced meanwhile then counts as changed.
+    """
+    mark: dict[str, Any] = {name: getattr(options, name) for name in IMAGE_OPTIONS}
+    if options.channels is not None:
+        mark["channels"] = list(options.channels)
+    if path.is_file():  # reading refuses everything else, and a pipe would wait
+        state = path.stat()
+        mark |= {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "blake2b": _hash(path)}
+    return mark
+
+
+def is_unchanged(path: Path, row: dict[str, Any]) -> bool:
+    """Whether a file still has the content that a row of the journal was made from.
+
+    A file that is gone cannot be read again, so its results count as those of an unchanged file.
+    """
+    mark = row.get("input", {})
+    try:
+        state = path.stat()
+        if state.st_size != mark.get("bytes"):
+            return False
+        return state.st_mtime_ns == mark.get("mtime_ns") or _hash(path) == mark.get("blake2b")
+    except OSError:
+        return True
+
+
+def refuse_other_options(row: dict[str, Any], options: SegmentOptions) -> None:
+    """Refuse to keep a result that other options gave.
+
+    Raises
+    ------
+    ConfigError
+        An option that says how an image is read differs.
+    """
+    mark = row.get("input", {})
+    for name in IMAGE_OPTIONS:
+        value = getattr(options, name)
+        value = list(value) if isinstance(value, tuple) else value
+        if name in mark and mark[name] != value:
+            raise ConfigError(
+                f"`resume` must keep the options of an image, got {name} {value} for '{row['name']}', "
+                f"which was segmented with {mark[name]}: undo that, or set `overwrite`"
+            )
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

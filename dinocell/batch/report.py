@@ -1,0 +1,118 @@
+"""`report.html` over all images of a folder, those of earlier runs included."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocell.batch.inputs import is_unchanged
+from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions
+from dinocell.errors import DINOCellError
+from dinocell.io import read_labels
+from dinocell.pipeline import DINOCellPipeline, output_paths
+from dinocell.results.report import ReportEntry, make_entry, write_report
+
+REPORT_LIMIT = 500
+"""Images that a report shows."""
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """What the files of a folder say about an image; the distance map is not among them."""
+
+    name: str
+    image: Any
+    labels: Any
+    warnings: tuple[str, ...]
+    distance_map: Any = None
+
+
+def write_report_page(
+    out: Path,
+    rows: Sequence[Mapping[str, Any]],
+    entries: Mapping[str, ReportEntry],
+    failures: Sequence[tuple[Path, str]],
+    pipeline: DINOCellPipeline,
+    options: SegmentOptions,
+) -> None:
+    """Write `report.html`.
+
+    Parameters
+    ----------
+    out : folder of the results
+    rows : of all images that are done, in their order
+    entries : by name, of images of this run; those of other images are made from their files
+    failures : path and sentence of each image that failed
+    pipeline : reads the images again
+    """
+    listed = []
+    for row in rows[:REPORT_LIMIT]:
+        entry = entries.get(row["name"])
+        listed.append(entry or _entry_from_files(out, row, pipeline, options))
+    listed += [ReportEntry(name=path.stem, error=sentence) for path, sentence in failures]
+    notes = []
+    if len(rows) > REPORT_LIMIT:
+        notes.append(
+            f"{len(rows) - REPORT_LIMIT} images beyond the first {REPORT_LIMIT} are not shown. All are "
+            "in summary.csv."
+        )
+    write_report(
+        out / "report.html",
+        listed,
+        title="DINOCell: segmented cells",
+        summary={"model": options.model, "images": len(rows) + len(failures)},
+        notes=notes,
+    )
+
+
+def _entry_from_files(
+    out: Path, row: Mapping[str, Any], pipeline: DINOCellPipeline, options: SegmentOptions
+) -> ReportEntry:
+    """Entry of an image of an earlier run, without what cannot be read any more."""
+    files = output_paths(out, row["name"], options.formats, overlay=True)
+    files = {kind: path for kind, path in files.items() if path.exists()}
+    labels = image = None
+    try:
+        label_file = files.get("tif", files.get("png"))
+        labels = None if label_file is None else read_labels(label_file)
+        source = Path(row["source"])
+        if is_unchanged(source, dict(row)):
+            mark = row.get("input", {})
+            how = {name: mark[name] for name in IMAGE_OPTIONS if name in mark}
+            image = pipeline.load(source, **how).plane
+    except (DINOCellError, ValueError, OSError):
+        pass  # the page shows what is left
+    if image is not None and labels is not None and image.shape != labels.shape:
+        image = None
+    left_out = ("name", "source", "warnings", "input")
+    return make_entry(
+        StoredResult(row["name"], image, labels, (row["warnings"],) if row["warnings"] else ()),
+        _columns(files["csv"]) if "csv" in files else {},
+        {key: value for key, value in row.items() if key not in left_out},
+        files,
+    )
+
+
+def _columns(path: Path) -> dict[str, NDArray[Any]]:
+    """Columns of a table of cells; an empty field is NaN."""
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *lines = csv.reader(file)
+    values = list(zip(*lines, strict=True)) or [()] * len(header)
+    return {name: _numbers(column) for name, column in zip(header, values, strict=True)}
+
+
+def _numbers(column: Sequence[str]) -> NDArray[Any]:
+    if set(column) <= {"true", "false"}:
+        return np.array([value == "true" for value in column])
+    for kind in (int, float):
+        try:
+            return np.array([kind(value or "nan") for value in column])
+        except ValueError:
+            continue
+    return np.array(column)
