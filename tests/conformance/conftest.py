@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,54 +30,64 @@ def tree() -> Path:
     return Path(os.environ.get("DINOCELL_DINOV3") or BUNDLED).resolve()
 
 
-def _ask(tree: Path, name: str, folder: Path, answers: dict[Any, Any]) -> Any:
-    """The answer of a tree; the same question is asked once, as where the tree is the bundled one."""
-    notes = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt"))
-    question = (tree, name, *((path.name, path.read_text()) for path in notes))
-    if question not in answers or name in MAKE_FILES:
-        answers[question] = _answer(tree, name, folder)
-    return answers[question]
+class Respondent:
+    """A tree that answers questions; the same one is asked once, as where the tree is the bundled one."""
 
+    def __init__(self, tree: Path) -> None:
+        paths = [str(tree), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "WANDB_MODE": "offline",
+            "WANDB_SILENT": "true",
+            "DINOCELL_DINOV3": str(tree),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(PROBE)],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.answers: dict[Any, Any] = {}
 
-def _answer(tree: Path, name: str, folder: Path) -> Any:
-    paths = [str(tree), str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-        "WANDB_MODE": "offline",
-        "WANDB_SILENT": "true",
-        "DINOCELL_DINOV3": str(tree),
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(PROBE), name, str(folder)],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        pytest.fail(f"{name}: {lines[-1] if lines else done.returncode}\n{done.stderr[-3000:]}")
-    result = torch.load(folder / f"{name}.pt", weights_only=False)
-    if set(result) == {"absent"}:
-        pytest.skip(f"this part of the tree cannot be imported here: {result['absent']}")
-    return result
+    def __call__(self, name: str, folder: Path) -> Any:
+        notes = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt"))
+        question = (name, *((path.name, path.read_text()) for path in notes))
+        if question not in self.answers or name in MAKE_FILES:
+            self.answers[question] = self._answer(name, folder)
+        return self.answers[question]
+
+    def _answer(self, name: str, folder: Path) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{name} {folder}\n")
+        self.process.stdin.flush()
+        code = self.process.stdout.readline().strip()
+        if code != "0":
+            errors = folder / f"{name}.err"
+            text = errors.read_text() if errors.exists() else f"the tree does not start ({code})"
+            pytest.fail(f"{name}: {text.strip().splitlines()[-1]}\n{text[-3000:]}")
+        result = torch.load(folder / f"{name}.pt", weights_only=False)
+        if set(result) == {"absent"}:
+            pytest.skip(f"this part of the tree cannot be imported here: {result['absent']}")
+        return result
 
 
 @pytest.fixture(scope="session")
-def answers() -> dict[Any, Any]:
-    return {}
-
-
-@pytest.fixture(scope="session")
-def ask(tree: Path, answers: dict[Any, Any]) -> Probe:
-    """Ask the tree under test."""
-    return lambda name, folder: _ask(tree, name, folder, answers)
-
-
-@pytest.fixture(scope="session")
-def ask_bundled(answers: dict[Any, Any]) -> Probe:
+def ask_bundled() -> Iterator[Probe]:
     """Ask the bundled tree."""
-    return lambda name, folder: _ask(BUNDLED, name, folder, answers)
+    respondent = Respondent(BUNDLED)
+    yield respondent
+    respondent.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def ask(tree: Path, ask_bundled: Probe) -> Iterator[Probe]:
+    """Ask the tree under test."""
+    respondent = ask_bundled if tree == BUNDLED else Respondent(tree)
+    yield respondent
+    if tree != BUNDLED:
+        respondent.process.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,18 @@
-"""Questions to a tree, each answered in a process of its own: `probe.py NAME FOLDER`.
+"""Questions to a tree, each answered in a process of its own.
 
-Writes FOLDER/NAME.pt with plain values and tensors, or {"absent": reason} if a part of the tree
+An answer is FOLDER/NAME.pt with plain values and tensors, or {"absent": reason} if a part of the tree
 cannot be imported.  The tree is the first `dinov3` on the path.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -566,9 +568,8 @@ def _note_resume(train: Any) -> list[Any]:
     return handed
 
 
-def main() -> None:
-    name, folder = sys.argv[1], Path(sys.argv[2])
-    sys.path.insert(0, str(Path(__file__).parent))
+def answer(name: str, folder: Path) -> None:
+    sys.path[:0] = [str(folder), str(Path(__file__).parent)]
     if not _is_ours():
         import stand_ins
 
@@ -582,6 +583,37 @@ def main() -> None:
             raise
         result = {"absent": str(error)}
     torch.save(result, folder / f"{name}.pt")
+
+
+def main() -> None:
+    """Answer one question a line, `NAME FOLDER`, each in a fork of this process: imports take seconds.
+
+    Prints the exit code of each; what it wrote to standard error is in FOLDER/NAME.err.
+    """
+    with contextlib.suppress(ImportError):  # the question that needs it reports it
+        if _is_ours():
+            importlib.import_module("dinov3.train.train")
+    for line in sys.stdin:
+        name, folder = line.rstrip("\n").split(" ", 1)
+        child = os.fork()
+        if child:
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            print(code, flush=True)
+            continue
+        code = 1
+        try:
+            os.chdir(folder)
+            with open(f"{name}.err", "w") as errors:
+                os.dup2(errors.fileno(), 1)  # standard output is for the exit codes
+                os.dup2(errors.fileno(), 2)
+            answer(name, Path(folder))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 if __name__ == "__main__":
