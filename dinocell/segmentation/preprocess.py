@@ -8,40 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+
+from dinocell.segmentation.intensity import find_range
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# Second difference along both axes: zero on planes and straight edges, so what is left is noise.
-_NOISE_KERNEL = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=np.float32)
-_NOISE_KERNEL_NORM = 6.0  # root of the sum of squares: white noise of std 1 gives std 6
-_MEDIAN_TO_STD = 0.6745  # median of |x| for x ~ N(0, 1)
-_QUANTISATION_STD = 12**-0.5  # rounding to integers is uniform noise of width 1
-
-
-def estimate_noise(image: NDArray) -> float:
-    """Standard deviation of the pixel noise, in units of the image.
-
-    Median absolute response to a Laplacian difference, hence insensitive to cells that cover less
-    than half of the image.
-
-    Parameters
-    ----------
-    image : (H, W) ndarray
-        Any real dtype.  Integer images have at least the noise of their rounding, 0.29.
-
-    References
-    ----------
-    J. Immerkær, Fast noise variance estimation, CVIU 64 (1996), eq. 2; the median in place of the
-    mean is our change.
-    """
-    response = ndimage.convolve(image.astype(np.float32), _NOISE_KERNEL, mode="reflect")
-    noise = float(np.median(np.abs(response))) / _MEDIAN_TO_STD / _NOISE_KERNEL_NORM
-    if np.issubdtype(image.dtype, np.integer):
-        noise = max(noise, _QUANTISATION_STD)
-    return noise
-
 
 def normalize_intensity(
     image: NDArray,
@@ -75,26 +46,12 @@ def normalize_intensity(
     ValueError
         `image` is not 2-D, is empty, or holds NaN or infinite values.
     """
-    if image.ndim != 2 or image.size == 0:
-        raise ValueError(
-            f"`image` must be 2-D (H, W) and not empty, got shape {image.shape}: choose one channel"
-        )
-    if image.dtype == np.bool_:
-        image = image.astype(np.uint8)
-    if np.issubdtype(image.dtype, np.floating) and not np.isfinite(image).all():
-        raise ValueError(
-            "`image` must be finite, got NaN or infinite pixels: replace them, for example with "
-            "numpy.nan_to_num"
-        )
-    low, high = np.percentile(image, [low_percentile, high_percentile])
-    if high <= low:
-        # More than high_percentile of the pixels are alike: what differs is the signal.
-        low, high = float(image.min()), float(image.max())
-        if high <= low:
-            return np.zeros(image.shape, dtype=np.float32)
-    contrast = max(high - low, min_contrast_sigma * estimate_noise(image))
-    scaled = (image.astype(np.float32) - np.float32(low)) / np.float32(contrast)
-    return np.clip(scaled, 0.0, 1.0, out=scaled)
+    return find_range(
+        image,
+        low_percentile=low_percentile,
+        high_percentile=high_percentile,
+        min_contrast_sigma=min_contrast_sigma,
+    ).apply(image)
 
 
 def to_model_input(image: NDArray[np.float32]) -> NDArray[np.float32]:
