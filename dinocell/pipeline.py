@@ -17,7 +17,7 @@ from dinocell.io import read_image, select_channels
 from dinocell.labels import looks_like_labels
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
 from dinocell.segmentation.inference import predict_distance_map
-from dinocell.segmentation.preprocess import normalize_intensity
+from dinocell.segmentation.intensity import IntensityRange, find_range
 from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
 from dinocell.segmentation.watershed import separate_cells
 
@@ -32,11 +32,13 @@ _CHANNEL_HINT = "choose one with `channels`, or several, which are averaged"
 
 
 class LoadedImage(NamedTuple):
-    """The gray plane (H, W) to segment, its pixel size in µm, its name, and what was noted on it."""
+    """The gray plane (H, W) to segment, its pixel size in µm, its name, what was noted on it, and how
+    its intensities map to those that a network sees."""
 
     plane: NDArray
     pixel_size_um: float | None
     name: str
+    intensity: IntensityRange
     warnings: tuple[str, ...] = ()
 
 
@@ -247,7 +249,7 @@ class DINOCellPipeline:
         loaded = self.load(
             image, channels=channels, page=page, pixel_size_um=pixel_size_um, allow_mask=allow_mask
         )
-        distance_map = self.predict(loaded.plane, progress=progress)
+        distance_map = self.predict(loaded.plane, intensity=loaded.intensity, progress=progress)
         return self.finish(
             loaded.plane,
             distance_map,
@@ -309,21 +311,31 @@ class DINOCellPipeline:
                 f"{_CHANNEL_HINT}"
             )
         if pixels.ndim == 3:
-            pixels = self._average(pixels)
+            pixels, noted = self._average(pixels, names)
+            notes = (*notes, *noted)
         if not allow_mask and looks_like_labels(pixels):
             raise failure(
                 f"an image of intensities is needed, got what looks like a mask or label image{where}: "
                 "give the raw image, or set `allow_mask` if it is the raw image"
             )
-        return LoadedImage(pixels, pixel_size_um, stem, notes)
+        intensity = find_range(pixels, **self.model.config.intensity)
+        return LoadedImage(pixels, pixel_size_um, stem, intensity, (*notes, *intensity.notes))
 
     def predict(
-        self, plane: NDArray, *, progress: Callable[[int, int], None] | None = None
+        self,
+        plane: NDArray,
+        *,
+        intensity: IntensityRange | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> NDArray[np.float32]:
-        """Second third of `run`: gray plane (H, W) → distance map (H, W) float32."""
+        """Second third of `run`: gray plane (H, W) → distance map (H, W) float32.
+
+        `intensity` as found by `load`; None finds it here.
+        """
         return predict_distance_map(
             self.model,
             plane,
+            intensity=intensity,
             batch_size=self.batch_size,
             tile_px=self.tile_px,
             precision=self.precision,
@@ -353,18 +365,17 @@ class DINOCellPipeline:
             warnings=tuple(found),
         )
 
-    def _average(self, pixels: NDArray) -> NDArray[np.float32]:
-        config = self.model.config
-        normalized = [
-            normalize_intensity(
-                pixels[:, :, channel],
-                low_percentile=config.low_percentile,
-                high_percentile=config.high_percentile,
-                min_contrast_sigma=config.min_contrast_sigma,
-            )
-            for channel in range(pixels.shape[2])
-        ]
-        return np.mean(normalized, axis=0, dtype=np.float32)
+    def _average(
+        self, pixels: NDArray, names: Sequence[str] | None
+    ) -> tuple[NDArray[np.float32], list[str]]:
+        """Mean of the normalised channels, and what was left out of each."""
+        planes, notes = [], []
+        for index, plane in enumerate(np.moveaxis(pixels, 2, 0)):
+            intensity = find_range(plane, **self.model.config.intensity)
+            planes.append(intensity.apply(plane))
+            channel = names[index] if names else index
+            notes += [f"channel {channel}: {note}" for note in intensity.notes]
+        return np.mean(planes, axis=0, dtype=np.float32), notes
 
 
 def _check_values(pixels: NDArray, where: str, failure: type[Exception]) -> None:

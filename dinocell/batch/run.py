@@ -273,7 +273,7 @@ class _Batch:
                 loaded = self.pipeline.load(
                     path, **{name: getattr(self.options, name) for name in IMAGE_OPTIONS}
                 )
-                distance_map = self.pipeline.predict(loaded.plane)
+                distance_map = self.pipeline.predict(loaded.plane, intensity=loaded.intensity)
             return loaded._replace(warnings=(*loaded.warnings, *kept)), distance_map, mark
         except _IMAGE_ERRORS as error:
             self._fail(path, error)

@@ -146,13 +146,16 @@ def _predict(pipeline: DINOCellPipeline, folder: Path, *, shown: bool) -> list[_
     predictions = []
     with progress("predicting", len(pairs), shown=shown) as bar:
         for pair in pairs:
-            plane, _, name, _ = pipeline.load(pair.image_path)
+            loaded = pipeline.load(pair.image_path)
+            plane, name = loaded.plane, loaded.name
             truth = read_labels(pair.labels_path)
             if truth.shape != plane.shape:
                 raise DataSetError(
                     f"an image and its labels must have the same size, got {plane.shape} and "
                     f"{truth.shape} for {name}: check that the names belong together"
                 )
-            predictions.append(_Prediction(name, plane, pipeline.predict(plane), truth))
+            predictions.append(
+                _Prediction(name, plane, pipeline.predict(plane, intensity=loaded.intensity), truth)
+            )
             bar.advance(note=name)
     return predictions

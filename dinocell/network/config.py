@@ -80,6 +80,12 @@ class ModelConfig:
             f"model.drop_path_rate must be in [0, 1), got {self.drop_path_rate}: 0.1 is usual",
         )
 
+    @property
+    def intensity(self) -> dict[str, float]:
+        """The options of `dinocell.segmentation.intensity.find_range`."""
+        names = ("low_percentile", "high_percentile", "min_contrast_sigma")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class BackboneConfig:

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from dinocell.network.model import DINOCell
-from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
+from dinocell.segmentation.intensity import IntensityRange, find_range
+from dinocell.segmentation.preprocess import to_model_input
 from dinocell.segmentation.tiles import predict_windows
 
 
@@ -18,6 +19,7 @@ def predict_distance_map(
     model: DINOCell,
     image: NDArray,
     *,
+    intensity: IntensityRange | None = None,
     batch_size: int = 8,
     tile_px: int | None = None,
     precision: str = "fp32",
@@ -25,7 +27,7 @@ def predict_distance_map(
 ) -> NDArray[np.float32]:
     """Distance map of a gray image of any size.
 
-    The image is normalised as a whole with the model's percentiles, then seen in windows of the
+    The image is normalised as a whole, then seen in windows of the
     model's size that overlap and are blended smoothly.
 
     Parameters
@@ -34,6 +36,8 @@ def predict_distance_map(
         In eval mode.
     image : (H, W) ndarray
         Raw intensities of any real dtype, finite.
+    intensity : IntensityRange, optional
+        Of this image, where it is known; None finds it with the model's percentiles.
     batch_size : int
         Windows per network call; changes speed and memory, not the result.
     tile_px : int, optional
@@ -56,12 +60,7 @@ def predict_distance_map(
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"`precision` must be fp32 or bf16, got {precision!r}: choose one")
     config = model.config
-    normalized = normalize_intensity(
-        image,
-        low_percentile=config.low_percentile,
-        high_percentile=config.high_percentile,
-        min_contrast_sigma=config.min_contrast_sigma,
-    )
+    normalized = (intensity or find_range(image, **config.intensity)).apply(image)
     if not normalized.any():
         return np.zeros(image.shape, dtype=np.float32)
     device = model.device

@@ -181,7 +181,7 @@ def estimate_noise(image: NDArray, where: NDArray[np.bool_] | None = None) -> fl
     J. Immerkær, Fast noise variance estimation, CVIU 64 (1996), eq. 2; the median in place of the
     mean is our change.
     """
-    pixels = image.astype(np.float32)
+    pixels = image.astype(np.float32, copy=False)
     response = np.abs(cv2.filter2D(pixels, -1, _NOISE_KERNEL, borderType=cv2.BORDER_REFLECT))
     if where is not None and where.any():
         response = response[where]
@@ -265,7 +265,7 @@ def _clipped(image: NDArray, floor: float, ceiling: float) -> NDArray[np.float32
 
 
 def _median(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    return cv2.medianBlur(pixels, 5)
+    return cv2.medianBlur(pixels, 5).astype(np.float32, copy=False)
 
 
 def _filled(

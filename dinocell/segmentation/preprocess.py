@@ -14,6 +14,7 @@ from dinocell.segmentation.intensity import find_range
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+
 def normalize_intensity(
     image: NDArray,
     *,

@@ -167,12 +167,7 @@ class CropDataset(Dataset):
                 f"training labels must be below 16,777,216, got {labels.max()} in "
                 f"{self.pairs[index].labels_path}: renumber them from 1"
             )
-        normalized = normalize_intensity(
-            image,
-            low_percentile=self.model.low_percentile,
-            high_percentile=self.model.high_percentile,
-            min_contrast_sigma=self.model.min_contrast_sigma,
-        )
+        normalized = normalize_intensity(image, **self.model.intensity)
         return normalized.astype(np.float16), labels.astype(np.float32)
 
 
