@@ -199,7 +199,10 @@ def _cuts(image: NDArray) -> tuple[float, float]:
     kept = values <= ceiling
     floor = -_end_before_gap(-values[kept][::-1], counts[kept][::-1], _BOTTOM_GAP, least)
     kept &= values >= floor
-    return floor, min(ceiling, _end_before_gap(values[kept], counts[kept], _TOP_GAP, least))
+    ceiling = min(ceiling, _end_before_gap(values[kept], counts[kept], _TOP_GAP, least))
+    if np.count_nonzero(kept & (values <= ceiling)) < 2:
+        return -np.inf, np.inf  # a drawing: what differs from the constant rest is the signal
+    return floor, ceiling
 
 
 def _end_before_gap(
@@ -247,7 +250,7 @@ def _cut_notes(image: NDArray, floor: float, ceiling: float) -> list[str]:
 
 def _bright_end(smooth: NDArray[np.float32], low: float, faintest: float) -> float | None:
     """The 99th percentile of most tiles that show signal; None where none does."""
-    side = max(16, min(_TILE_PX, min(smooth.shape) // 4))
+    side = max(16, min(_TILE_PX, min(smooth.shape) // 8))
     rows, columns = (size // side for size in smooth.shape)
     if not rows * columns:
         return None

@@ -10,7 +10,6 @@ from skimage.io import imread
 from dinocell.segmentation.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    estimate_noise,
     normalize_intensity,
     to_model_input,
 )
@@ -72,13 +71,6 @@ def test_a_spot_smaller_than_the_percentile_survives():
 @pytest.mark.parametrize("value", [0, 7, 65_535])
 def test_constant_image_is_dark(value):
     assert not normalize_intensity(np.full((9, 5), value, np.uint16)).any()
-
-
-def test_noise_of_known_strength():
-    rng = np.random.default_rng(2)
-    image = rng.normal(100, 5, (256, 256)) + np.linspace(0, 400, 256)[:, None]
-    assert estimate_noise(image) == pytest.approx(5, rel=0.03)
-    assert estimate_noise(np.zeros((8, 8), np.uint8)) == pytest.approx(12**-0.5)
 
 
 def test_pure_noise_is_not_stretched():
