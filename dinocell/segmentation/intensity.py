@@ -79,7 +79,7 @@ class IntensityRange:
             mask = (image < self.floor) | (image > self.ceiling)
             pixels = _filled(pixels, mask, self.low)
         if np.isfinite(self.spike):
-            pixels = _filled(pixels, pixels - _median(pixels) > self.spike, self.low)
+            pixels = _filled(pixels, _spikes(pixels, _median(pixels), self.spike, self.low), self.low)
         pixels -= np.float32(self.low)
         pixels /= np.float32(self.high - self.low)
         return np.clip(pixels, 0.0, 1.0, out=pixels)
@@ -145,7 +145,7 @@ def find_range(
         smooth = _median(filled)
         faintest = _SIGNAL_SIGMA * noise
         reach = max(float(np.percentile(smooth, high_percentile)) - low, faintest)
-        spikes = filled - smooth > _SPIKE * reach
+        spikes = _spikes(filled, smooth, _SPIKE * reach, low)
         if count := int(spikes.sum()):
             spike = _SPIKE * reach
             high = float(np.percentile(filled[~spikes], high_percentile))
@@ -269,6 +269,17 @@ def _clipped(image: NDArray, floor: float, ceiling: float) -> NDArray[np.float32
 
 def _median(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     return cv2.medianBlur(pixels, 5).astype(np.float32, copy=False)
+
+
+def _spikes(
+    pixels: NDArray[np.float32], smooth: NDArray[np.float32], excess: float, low: float
+) -> NDArray[np.bool_]:
+    """Pixels far above the median of their neighbourhood, or far below it and darker than the ground.
+
+    A gap between two cells is dark, too, but not darker than what lies outside all cells.
+    """
+    difference = pixels - smooth
+    return (difference > excess) | ((difference < -excess) & (pixels < low))
 
 
 def _filled(
