@@ -79,7 +79,9 @@ class IntensityRange:
             mask = (image < self.floor) | (image > self.ceiling)
             pixels = _filled(pixels, mask, self.low)
         if np.isfinite(self.spike):
-            pixels = _filled(pixels, _spikes(pixels, _median(pixels), self.spike, self.low), self.low)
+            pixels = _filled(
+                pixels, _spikes(pixels, _median(pixels), self.spike, self.low), self.low
+            )
         pixels -= np.float32(self.low)
         pixels /= np.float32(self.high - self.low)
         return np.clip(pixels, 0.0, 1.0, out=pixels)
@@ -274,12 +276,15 @@ def _median(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
 def _spikes(
     pixels: NDArray[np.float32], smooth: NDArray[np.float32], excess: float, low: float
 ) -> NDArray[np.bool_]:
-    """Pixels far above the median of their neighbourhood, or far below it and darker than the ground.
+    """Pixels far above their neighbourhood's median and all signal, or far below it and the ground.
 
-    A gap between two cells is dark, too, but not darker than what lies outside all cells.
+    The corner of a cell may exceed the median, but not the brightest cells; a gap between two cells
+    is dark, but not darker than what lies outside all cells.
     """
     difference = pixels - smooth
-    return (difference > excess) | ((difference < -excess) & (pixels < low))
+    return ((difference > excess) & (pixels > low + 1.3 / _SPIKE * excess)) | (
+        (difference < -excess) & (pixels < low)
+    )
 
 
 def _filled(

@@ -114,13 +114,14 @@ def test_compiled_parts(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # from the tracing of torch
 def test_compiled_block_gives_the_same():
     model = network().eval()
     image = torch.randn(2, 3, 32, 32)
     expected = model["backbone"](image)
     for block in model["backbone"].blocks:
         assert wrap_compile_block(block, False, is_backbone_block=True) is block
-    torch.testing.assert_close(model["backbone"](image), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model["backbone"](image), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_devices():
