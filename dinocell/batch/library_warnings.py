@@ -38,7 +38,8 @@ class LibraryWarnings:
     @contextmanager
     def of_image(self) -> Iterator[list[str]]:
         """Around work on one image in one thread; the list gets a sentence for each warning."""
-        self._local.kept = kept = []
+        kept: list[str] = []
+        self._local.kept = kept
         try:
             yield kept
         finally:

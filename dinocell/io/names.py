@@ -214,7 +214,8 @@ class _Search:
         Every real folder is visited once, so links that lead back to a folder above end there.
         """
         seen: set[str] = set()
-        waiting, linked = [top], []
+        waiting = [top]
+        linked: list[Path] = []
         while waiting or linked:
             folder = waiting.pop() if waiting else linked.pop(0)
             real = os.path.realpath(folder)

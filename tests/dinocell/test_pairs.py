@@ -51,6 +51,7 @@ def test_every_command_agrees(tmp_path, monkeypatch):
     from dinocell.evaluation.evaluate import evaluate_folders
     from dinocell.io import read_image, write_image, write_labels
     from dinocell.network.config import ModelConfig
+    from dinocell.pipeline import LoadedImage
     from dinocell.probing.labelled_channels import find_channel_pairs
     from dinocell.training.config import DataConfig, DatasetConfig
     from dinocell.training.datasets import split_pairs
@@ -62,12 +63,12 @@ def test_every_command_agrees(tmp_path, monkeypatch):
             self.model, self.thresholds = model, {}
 
         def load(self, path):
-            return read_image(path).pixels, None, None, ()
+            return LoadedImage(read_image(path).pixels, None, None, None)
 
-        def predict(self, plane):
+        def predict(self, plane, intensity):
             return np.zeros(plane.shape, np.float32)
 
-        def finish(self, plane, distance_map):
+        def finish(self, plane, distance_map, **_):
             return SimpleNamespace(labels=np.zeros(plane.shape, np.int32))
 
     monkeypatch.setattr(model_evaluation, "DINOCellPipeline", Pipeline)

@@ -79,7 +79,7 @@ class WandbLogger:
         self._wandb: Any = None
         self._run: Any = None
         active = enabled and settings.mode != "disabled" and is_main_process()
-        self.mode = _resolve_mode(str(settings.mode)) if active else "disabled"
+        self.mode: Any = _resolve_mode(str(settings.mode)) if active else "disabled"
         self.enabled = self.mode != "disabled"
         if self.enabled:
             self._try("it could not start", lambda: self._start(cfg, resume))

@@ -381,7 +381,7 @@ class DinoVisionTransformer(nn.Module):
 def _vit(
     embed_dim: int, depth: int, num_heads: int, ffn_ratio: float = 4.0
 ) -> Callable[..., DinoVisionTransformer]:
-    shape = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    shape: dict[str, Any] = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
 
     def make(patch_size: int = 16, **kwargs: Any) -> DinoVisionTransformer:
         """A vision transformer of a usual size; `kwargs` are further constructor arguments."""

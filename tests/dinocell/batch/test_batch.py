@@ -252,7 +252,7 @@ def test_a_full_disk_is_no_fault_of_the_images(images, tmp_path, small_model, mo
     "text", ["CUDA error: an illegal memory access", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"]
 )
 def test_a_broken_gpu_is_no_fault_of_the_images(images, tmp_path, small_model, monkeypatch, text):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError(text)
 
     monkeypatch.setattr(batch.DINOCellPipeline, "predict", broken)
