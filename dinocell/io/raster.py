@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,7 @@ def _read_png_16_bit_colour(path: Path) -> RawImage:
     import cv2
 
     content = path.read_bytes()
-    if b"IEND\xaeB`\x82" not in content:
-        raise ValueError("the end of the file is missing")  # libpng would complain on the screen
+    _check_png_chunks(content)  # of what is damaged, libpng would complain on the screen
     pixels = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise ValueError("the 16-bit colour PNG cannot be decoded")
@@ -138,3 +138,15 @@ def _read_png_16_bit_colour(path: Path) -> RawImage:
         pixels = pixels[..., 0] if pixels.shape[2] == 2 else pixels[..., 2::-1]
     is_rgb = pixels.ndim == 3
     return RawImage(pixels, is_rgb, channel_names=RGB_NAMES if is_rgb else None)
+
+
+def _check_png_chunks(content: bytes) -> None:
+    """Raise unless every chunk to the end of the picture is whole (PNG, section 5.3)."""
+    place, kind = 8, b""
+    while kind != b"IEND":
+        length = int.from_bytes(content[place : place + 4], "big")
+        body = content[place + 4 : place + 8 + length]
+        check = content[place + 8 + length : place + 12 + length]
+        if len(check) < 4 or zlib.crc32(body) != int.from_bytes(check, "big"):
+            raise ValueError("the end of the file is missing or a chunk is damaged")
+        kind, place = body[:4], place + 12 + length

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from dinocell.settings import require, require_at_least, require_choice
 
+_MAX_IMAGE_CHANNELS = 1024  # a damaged header must not ask for all memory
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -73,7 +75,12 @@ class ModelConfig:
             "model percentiles must hold 0 <= low_percentile < high_percentile <= 100, got "
             f"{self.low_percentile} and {self.high_percentile}: 1 and 99.8 are usual",
         )
-        for name in ("image_channels", "min_area_px", "min_contrast_sigma", "min_prominence"):
+        require(
+            0 <= self.image_channels <= _MAX_IMAGE_CHANNELS,
+            f"model.image_channels must be between 0 and {_MAX_IMAGE_CHANNELS}, got "
+            f"{self.image_channels}: 16 is usual",
+        )
+        for name in ("min_area_px", "min_contrast_sigma", "min_prominence"):
             require_at_least(f"model.{name}", getattr(self, name), 0)
         require(
             0.0 <= self.drop_path_rate < 1.0,

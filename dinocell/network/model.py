@@ -188,10 +188,15 @@ def read_model_header(name: str | Path) -> dict[str, Any]:
         )
     try:
         header = json.loads(metadata[_HEADER_KEY])
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(
             f"the header of a model file must be JSON, got something else in {path}: fetch it again"
         ) from error
+    if not isinstance(header, dict) or not isinstance(header.get("card", {}), dict | None):
+        raise CheckpointError(
+            f"the header of a model file must hold keys and values, also its card, got others in {path}: "
+            "fetch it again"
+        )
     if header.get("format") != _FORMAT_VERSION:
         raise CheckpointError(
             f"a model file must have format {_FORMAT_VERSION}, got {header.get('format')} in "

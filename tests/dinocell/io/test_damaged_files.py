@@ -1,0 +1,136 @@
+"""Damaged files of every kind: pixels or one sentence of `DINOCellError`, nothing on the screen.
+
+`test_longer` runs the same for minutes (`-m slow`).  What it finds becomes a test of its own.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from io_doubles import textured, two_discs
+from mutations import damaged
+from PIL import Image as PillowImage
+
+from dinocell.errors import DINOCellError
+from dinocell.io import read_image, read_labels, write_labels
+
+MAX_PIXELS = 10**6
+CHECKS = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow)
+
+
+def picture(kind: str, pixels: np.ndarray, **options) -> bytes:
+    target = io.BytesIO()
+    PillowImage.fromarray(pixels).save(target, format=kind, **options)
+    return target.getvalue()
+
+
+def tiff(pixels: np.ndarray, **options) -> bytes:
+    target = io.BytesIO()
+    tifffile.imwrite(target, pixels, **options)
+    return target.getvalue()
+
+
+def array(pixels: np.ndarray) -> bytes:
+    target = io.BytesIO()
+    np.save(target, pixels)
+    return target.getvalue()
+
+
+def labels(suffix: str, folder: Path) -> bytes:
+    write_labels(folder / f"a{suffix}", two_discs())
+    return (folder / f"a{suffix}").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory) -> list[bytes]:
+    import cv2
+
+    folder = tmp_path_factory.mktemp("valid")
+    gray, deep, colour = (
+        *(textured((12, 14), "uint8"), textured((12, 14))),
+        textured((12, 14, 3), "uint8"),
+    )
+    exif = PillowImage.Exif()
+    exif[274] = 6
+    channels = {"axes": "CYX", "Channel": {"Name": ["x", "y"]}, "PhysicalSizeX": 0.5}
+    return [
+        picture("PNG", gray, exif=exif),
+        picture("PNG", gray > 99),
+        cv2.imencode(".png", textured((12, 14, 3)))[1].tobytes(),
+        picture("JPEG", colour, exif=exif),
+        picture("BMP", colour),
+        picture("TIFF", colour, compression="tiff_deflate"),
+        array(deep),
+        array(textured((5, 12, 14), "float32")),
+        tiff(deep),
+        tiff(deep, compression="zlib", rowsperstrip=4, predictor=2, byteorder=">"),
+        tiff(textured((32, 32), "uint8"), tile=(16, 16), bigtiff=True),
+        tiff(np.stack([deep, deep]), imagej=True, metadata={"axes": "CYX", "Labels": ["a", "b"]}),
+        tiff(np.stack([deep, deep]), ome=True, metadata=channels),
+        labels(".tif", folder),
+        labels(".png", folder),
+    ]
+
+
+def check(path: Path, content: bytes) -> None:
+    """Every way of reading ends well or in one sentence."""
+    path.write_bytes(content)
+    readings: tuple[tuple[Callable, dict], ...] = (
+        (read_image, {}),
+        (read_image, {"page": 0}),
+        (read_image, {"channels": [0]}),
+        (read_labels, {"page": 0}),
+    )
+    for read, options in readings:
+        try:
+            got = read(path, max_pixels=MAX_PIXELS, **options)
+        except DINOCellError as error:
+            sentences = str(error).splitlines()
+            got = np.zeros((1, len(sentences) == 1))
+        pixels = got if isinstance(got, np.ndarray) else got.pixels
+        assert 0 < pixels.shape[0] * pixels.shape[1] <= MAX_PIXELS
+
+
+def examples(valid: list[bytes], path: Path, count: int) -> None:
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=CHECKS,
+    )
+    @given(st.sampled_from(valid).flatmap(damaged))
+    def run(content: bytes) -> None:
+        check(path, content)
+
+    run()
+
+
+@pytest.mark.timeout(300)
+def test_short(valid, tmp_path, capfd):
+    examples(valid, tmp_path / "a.tif", 150)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_longer(valid, tmp_path, capfd):
+    examples(valid, tmp_path / "a.tif", 20_000)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("place", [8, 30, 60, -20])
+def test_16_bit_colour_png_of_damaged_chunks(valid, tmp_path, capfd, place):
+    """libpng printed "CRC error" and "unsigned integer out of range"."""
+    content = bytearray(valid[2])
+    content[place] ^= 0xFF
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DINOCellError, match="damaged"):
+        read_image(tmp_path / "a.png")
+    assert capfd.readouterr().err == ""

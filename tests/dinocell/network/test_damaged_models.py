@@ -1,0 +1,96 @@
+"""Damaged model files: a model or one sentence of `DINOCellError`."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dinocell.errors import CheckpointError, DINOCellError
+from dinocell.network.model import load_model, read_model_header, save_model
+
+WEIRD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.text(max_size=3),
+    st.sampled_from([[], {}, [1], {"a": 1}, 0, -1, 2**31, 2**63, 10**30, 0.5, 1e308]),
+    st.just(float("nan")),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, small_model):
+    """Keys and values of the start of a model file, DINOCell's header, and the bytes of the weights."""
+    path = tmp_path_factory.mktemp("model") / "m.safetensors"
+    save_model(path, small_model)
+    content = path.read_bytes()
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    start = json.loads(content[8:end])
+    return start, json.loads(start["__metadata__"]["dinocell"]), content[end:]
+
+
+def write(path, whole, text: str):
+    """A model file with another header of DINOCell."""
+    start, _, weights = whole
+    content = json.dumps(start | {"__metadata__": {"dinocell": text}}).encode()
+    path.write_bytes(struct.pack("<Q", len(content)) + content + weights)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"card": 1}, "must hold keys and values, also its card"),
+        ({"card": "x"}, "must hold keys and values, also its card"),
+        ({"model": {"image_channels": 2**63}}, "image_channels must be between 0 and 1024"),
+        ({"model": {"image_channels": 2**31}}, "image_channels must be between 0 and 1024"),
+        ({"model": []}, "known architecture"),
+        ({"format": []}, "must have format 1"),
+    ],
+)
+def test_values_that_fuzzing_found(whole, tmp_path, change, sentence):
+    header = whole[1] | change
+    if isinstance(change.get("model"), dict):
+        header["model"] = whole[1]["model"] | change["model"]
+    path = write(tmp_path / "m.safetensors", whole, json.dumps(header))
+    with pytest.raises(CheckpointError, match=sentence):
+        load_model(path)
+
+
+@pytest.mark.parametrize("text", ["7", "[]", "null", '"x"', "{", "[" * 100_000])
+def test_headers_that_hold_no_keys(whole, tmp_path, text):
+    with pytest.raises(CheckpointError, match="header of a model file"):
+        read_model_header(write(tmp_path / "m.safetensors", whole, text))
+
+
+def test_headers_with_other_values(whole, tmp_path):
+    header = whole[1]
+    keys = [(key,) for key in header] + [("model", key) for key in header["model"]]
+
+    @settings(
+        max_examples=25,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(st.dictionaries(st.sampled_from(keys), WEIRD, min_size=1, max_size=2))
+    def run(changes) -> None:
+        changed = json.loads(json.dumps(header))
+        for key, value in sorted(changes.items(), key=lambda item: -len(item[0])):
+            if len(key) == 1:
+                changed[key[0]] = value
+            else:
+                changed["model"][key[1]] = value
+        path = write(tmp_path / "m.safetensors", whole, json.dumps(changed))
+        sentences = ["none"]
+        try:
+            load_model(path)
+        except DINOCellError as error:
+            sentences = str(error).splitlines()
+        assert len(sentences) == 1
+
+    run()
