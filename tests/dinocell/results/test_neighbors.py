@@ -22,9 +22,25 @@ def boxes(seed: int) -> np.ndarray:
     return labels
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
-def test_neighbors_equal_brute_force(seed: int) -> None:
-    labels = boxes(seed)
+def comb() -> np.ndarray:
+    """Two combs whose teeth, one pixel wide, stand in each other's gaps: all pixels are border pixels."""
+    labels = np.ones((40, 60), np.int64)
+    labels[1:, ::2] = 2
+    return labels
+
+
+def dust() -> np.ndarray:
+    """Two ragged clouds far apart, and one pixel of a third cell between them."""
+    labels = np.zeros((60, 300), np.int64)
+    scattered = np.random.default_rng(0).random(labels.shape) < 0.3
+    labels[:, :30][scattered[:, :30]] = 1
+    labels[:, -30:][scattered[:, -30:]] = 2
+    labels[30, 140] = 3
+    return labels
+
+
+@pytest.mark.parametrize("labels", [*map(boxes, range(4)), comb(), dust()])
+def test_neighbors_equal_brute_force(labels: np.ndarray) -> None:
     pixels = [np.argwhere(labels == label) for label in np.unique(labels[labels > 0])]
     closest = np.full((len(pixels), len(pixels)), np.inf)
     for a, first in enumerate(pixels):
