@@ -88,10 +88,7 @@ def run_demo(
     Results of an earlier demo are replaced, nothing else in its folder is touched; any other folder
     with files in it is refused.
 
-    Raises
-    ------
-    UsageError
-        `out` is a file, or a folder that holds something else.
+    Raises UsageError (`out` is a file, or a folder that holds something else).
     """
     out = Path(out)
     if out.exists() and not out.is_dir():

@@ -37,12 +37,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         A hidden name in the same folder with the same suffix (`.ome.tif` and `.tar.gz` whole).  The
         block must write it, as a file.
 
-    Raises
-    ------
-    DINOCellError
-        `path` is a folder.
-    RuntimeError
-        The block ended without writing the temporary file.
+    Raises DINOCellError (`path` is a folder); RuntimeError (the block ended without writing the
+    temporary file).
 
     Notes
     -----
@@ -89,10 +85,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path : path
         The folder to make: it must not exist, or be empty.
 
-    Raises
-    ------
-    OSError
-        `path` is a file or a folder with contents by the time the block ends.
+    Raises OSError (`path` is a file or a folder with contents by the time the block ends).
     """
     final = Path(os.path.realpath(path))
     temporary = _temporary_beside(final, "")
@@ -130,10 +123,7 @@ def move_into_place(temporary: Path, final: Path, *, flush: bool = True) -> None
 def refuse_long_names(paths: Iterable[Path]) -> None:
     """Refuse files, all for one folder, whose names are longer than its file system allows.
 
-    Raises
-    ------
-    DINOCellError
-        Names the longest.
+    Raises DINOCellError (names the longest).
     """
     longest = max(paths, key=lambda path: len(os.fsencode(path.name)))
     try:

@@ -16,12 +16,8 @@ _UINT32_MAX = 2**32 - 1
 def check_labels(labels: ArrayLike, name: str = "labels") -> NDArray[Any]:
     """Check that an array holds labels and return it in its own data type; errors call it `name`.
 
-    Raises
-    ------
-    TypeError
-        The array is boolean or not of integer type.
-    ValueError
-        A number is negative.
+    Raises TypeError (the array is boolean or not of integer type); ValueError (a number is
+    negative).
     """
     array = np.asarray(labels)
     if array.dtype.kind not in "iu":
@@ -43,10 +39,8 @@ def as_labels(labels: ArrayLike, name: str = "labels") -> NDArray[np.uint32]:
     In `labels` (H, W) 0 is background; any other value up to 4,294,967,295 is a cell.  The input itself is
     returned when it has the right form already.
 
-    Raises
-    ------
-    TypeError, ValueError
-        As for `check_labels`; or `labels` is not 2-D, or holds values above 4,294,967,295.
+    Raises TypeError, ValueError (as for `check_labels`; or `labels` is not 2-D, or holds values
+    above 4,294,967,295).
     """
     array = _one_plane(check_labels(labels, name), name)
     if array.dtype.itemsize > 4 and array.size and array.max() > _UINT32_MAX:
@@ -63,10 +57,8 @@ def cell_borders(labels: ArrayLike, *, thickness_px: int = 1) -> NDArray[np.bool
     number of such layers.  They always lie inside the cell, so that two touching cells have a border of
     two pixels.  The edge of the image is no border.
 
-    Raises
-    ------
-    TypeError, ValueError
-        As for `check_labels`; or `labels` is not 2-D, or `thickness_px` no integer above 0.
+    Raises TypeError, ValueError (as for `check_labels`; or `labels` is not 2-D, or `thickness_px`
+    no integer above 0).
     """
     array = _one_plane(check_labels(labels), "labels")
     if isinstance(thickness_px, bool) or not isinstance(thickness_px, (int, np.integer)):

@@ -59,11 +59,9 @@ def find_pairs(
     the same name.  If both are the same folder, a name with an ending says which files are labels.  The
     pairs are sorted by the names of the images; `dataset` is kept in them and named in errors.
 
-    Raises
-    ------
-    DataSetError
-        A folder is missing or empty; an image has no label file or a label file no image (up to five are
-        named); two files claim to be the same image or its labels; an image is its own label file.
+    Raises DataSetError (a folder is missing or empty; an image has no label file or a label file no
+    image (up to five are named); two files claim to be the same image or its labels; an image is
+    its own label file).
     """
     of = f" of data set {dataset!r}" if dataset else ""
     label_paths = _files_in(labels, LABEL_SUFFIXES, f"labels{of}")
@@ -116,12 +114,10 @@ def pair_folders(
     -------
     list of (name, pred_path, truth_path), sorted by name
 
-    Raises
-    ------
-    DataSetError
-        A folder is missing or holds no label file; two files claim to be the labels of one image, but
-        for a prediction that `segment` wrote in several formats (`a_labels.tif`, `a_labels.png`); a
-        truth has no prediction (unless allowed) or a prediction no truth.
+    Raises DataSetError (a folder is missing or holds no label file; two files claim to be the
+    labels of one image, but for a prediction that `segment` wrote in several formats
+    (`a_labels.tif`, `a_labels.png`); a truth has no prediction (unless allowed) or a prediction no
+    truth).
     """
     preds = _labels_by_name(_label_files(pred_dir, "predictions"), several_formats=True)
     truths = _labels_by_name(_label_files(truth_dir, "true labels"))

@@ -62,10 +62,8 @@ def load_settings(
     Overrides are `key=value` with dotted keys, the value in YAML: `optimizer.lr=1e-4`,
     `data.datasets.0.weight=2`.
 
-    Raises
-    ------
-    ConfigError
-        The file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
+    Raises ConfigError (the file is missing or not YAML, a key is unknown, or a value has the wrong
+    type or range).
     """
     return config_from_mapping(kind, read_settings(path, overrides))
 
@@ -75,10 +73,7 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> dic
 
     An override replaces the whole value at its key: `environment={}` empties a section.
 
-    Raises
-    ------
-    ConfigError
-        The file (none: only the overrides) or an override cannot be read.
+    Raises ConfigError (the file (none: only the overrides) or an override cannot be read).
     """
     settings = {} if path is None else _read(Path(path))
     for override in overrides:
@@ -196,11 +191,8 @@ def config_from_mapping(kind: type[Settings], mapping: Mapping[str, Any]) -> Set
     `time=24:00:00`), also `yes`, `no`, `on` and `off`, but neither `true` nor `false`.  Fields of other
     types take what YAML 1.1 reads (`seed=010` is 8), and no quoted number.
 
-    Raises
-    ------
-    ConfigError
-        An unknown key (the message names the nearest known one and all of them), a missing key,
-        or a value of another type.
+    Raises ConfigError (an unknown key (the message names the nearest known one and all of them), a
+    missing key, or a value of another type).
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue

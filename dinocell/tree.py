@@ -111,11 +111,8 @@ def install_finder() -> None:
 def tree_imports() -> Iterator[None]:
     """Around imports of `dinov3`: a tree that lacks what they need is a `TreeError`.
 
-    Raises
-    ------
-    TreeError
-        The `dinov3` in memory is not the tree to use, or a module or name of it does not exist, or the
-        tree that `DINOCELL_DINOV3` names needs a package that is not installed.
+    Raises TreeError (the `dinov3` in memory is not the tree to use, or a module or name of it does
+    not exist, or the tree that `DINOCELL_DINOV3` names needs a package that is not installed).
     """
     _check_loaded_tree()
     try:
@@ -140,10 +137,8 @@ def tree_imports() -> Iterator[None]:
 def tree_is_bundled() -> bool:
     """Whether `dinov3` is the tree that comes with DINOCell; imports it.
 
-    Raises
-    ------
-    TreeError
-        `DINOCELL_DINOV3` names no DINOv3 tree, or another package `dinov3` is installed.
+    Raises TreeError (`DINOCELL_DINOV3` names no DINOv3 tree, or another package `dinov3` is
+    installed).
     """
     import dinov3
 

@@ -42,12 +42,8 @@ def evaluate_pairs(
     iou_thresholds, boundary_tolerance_px : as for `evaluate_pair`
     progress : receives the scores of each image as soon as they are known
 
-    Raises
-    ------
-    DataSetError
-        The two label images of a pair differ in shape (the message has the name), or there is no pair.
-    TypeError, ValueError
-        As for `evaluate_pair`.
+    Raises DataSetError (the two label images of a pair differ in shape (the message has the name),
+    or there is no pair); TypeError, ValueError (as for `evaluate_pair`).
     """
     thresholds = check_iou_thresholds(iou_thresholds)
     images = []
@@ -86,12 +82,8 @@ def evaluate_folders(
     allow_missing_predictions : count a true image without prediction as one in which no cell was found
     how : keyword arguments of `evaluate_pairs`
 
-    Raises
-    ------
-    DataSetError
-        The names or the sizes do not match.
-    ImageFileError
-        A file is unreadable or holds no label image.
+    Raises DataSetError (the names or the sizes do not match); ImageFileError (a file is unreadable
+    or holds no label image).
     """
     paths = pair_folders(pred_dir, truth_dir, allow_missing_predictions=allow_missing_predictions)
 

@@ -80,12 +80,8 @@ def overlap_table(truth: ArrayLike, pred: ArrayLike) -> OverlapTable:
         Label images, 0 is background.  Labels may be any positive integers up to 2⁶⁴ − 1, with
         gaps; the two dtypes may differ.  Without objects the arrays of the table are empty.
 
-    Raises
-    ------
-    TypeError
-        An array is not of an integer type (a boolean mask is none: label it first).
-    ValueError
-        The shapes differ or a label is negative.
+    Raises TypeError (an array is not of an integer type (a boolean mask is none: label it first));
+    ValueError (the shapes differ or a label is negative).
 
     Notes
     -----
@@ -138,10 +134,7 @@ def match(table: OverlapTable, iou_threshold: float) -> NDArray[np.int64]:
     (M,) int64 ndarray
         Positions among the pairs of `table`, ascending: ``table.iou[match(table, 0.5)]``.
 
-    Raises
-    ------
-    ValueError
-        `iou_threshold` is not in (0, 1].
+    Raises ValueError (`iou_threshold` is not in (0, 1]).
 
     Notes
     -----

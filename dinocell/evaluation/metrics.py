@@ -198,10 +198,8 @@ def boundary_counts(truth: ArrayLike, pred: ArrayLike, tolerance_px: float) -> B
     Boundaries are those of `dinocell.labels.cell_borders`, of two (H, W) label images.  The tolerance is
     the greatest Euclidean distance, in px between pixel centres, that still counts as near (≤).
 
-    Raises
-    ------
-    ValueError
-        An image is not 2-D, the shapes differ, or the tolerance is negative or not finite.
+    Raises ValueError (an image is not 2-D, the shapes differ, or the tolerance is negative or not
+    finite).
 
     Notes
     -----

@@ -93,12 +93,8 @@ def evaluate_model(
     iou_thresholds, boundary_tolerance_px : as for `evaluate_pair`
     shown : show progress on standard error
 
-    Raises
-    ------
-    DataSetError
-        The folders are missing or do not fit together.
-    UsageError
-        The metric is unknown, or `save_to` is the model itself or no `.safetensors`.
+    Raises DataSetError (the folders are missing or do not fit together); UsageError (the metric is
+    unknown, or `save_to` is the model itself or no `.safetensors`).
     """
     folder = Path(data)
     check_data_folder(folder)

@@ -129,13 +129,9 @@ def evaluate_pair(
         ``.scores()["ap50"]`` and so on.  Both images empty: all ratios nan.  One image empty: AP, F1,
         PQ, AJI, Dice 0.
 
-    Raises
-    ------
-    TypeError
-        An image is not of an integer type.
-    ValueError
-        The shapes differ, an image is not 2-D, labels are negative, thresholds are not distinct
-        fractions, or the tolerance is negative.
+    Raises TypeError (an image is not of an integer type); ValueError (the shapes differ, an image
+    is not 2-D, labels are negative, thresholds are not distinct fractions, or the tolerance is
+    negative).
     """
     thresholds = check_iou_thresholds(iou_thresholds)
     table = overlap_table(truth, pred)

@@ -42,11 +42,8 @@ class ThresholdGrids:
     def axes(self) -> list[list[float]]:
         """The three grids in ascending order.
 
-        Raises
-        ------
-        ValueError
-            A grid is empty or holds a number that is not finite, or no fill value is below a peak
-            value.
+        Raises ValueError (a grid is empty or holds a number that is not finite, or no fill value is
+        below a peak value).
         """
         axes = []
         for name, grid in vars(self).items():
@@ -143,13 +140,8 @@ def tune_thresholds(
         Default: `dinocell.segmentation.watershed.separate_cells`.
     progress : receives the number of combinations tried so far and the newest point, after each
 
-    Raises
-    ------
-    ValueError
-        As `ThresholdGrids.axes` and `Thresholds`; an option is unknown; the arrays of a sample
-        differ in shape.
-    DataSetError
-        There is no sample, or no true cell in any of them.
+    Raises ValueError (as `ThresholdGrids.axes` and `Thresholds`; an option is unknown; the arrays
+    of a sample differ in shape); DataSetError (there is no sample, or no true cell in any of them).
     """
     if to_labels is None:
         from dinocell.segmentation.watershed import separate_cells  # loads numba: only where needed

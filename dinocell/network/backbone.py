@@ -121,12 +121,8 @@ def load_backbone_weights(backbone: DINOv3Backbone, path: str | Path) -> str:
     str
         What was loaded and what was adapted, for the log.
 
-    Raises
-    ------
-    UsageError
-        The file does not exist.
-    CheckpointError
-        It holds no backbone, or keys are missing, unexpected or misshapen; all are listed.
+    Raises UsageError (the file does not exist); CheckpointError (it holds no backbone, or keys are
+    missing, unexpected or misshapen; all are listed).
     """
     with tree_imports():
         from dinov3.cells import weights as formats

@@ -169,10 +169,7 @@ def create_decoder(
 ) -> nn.Module:
     """The decoder called `name`: `unet`, `unet_wide` or `linear`.
 
-    Raises
-    ------
-    ValueError
-        Unknown name, or `image_channels` for a decoder without an image skip.
+    Raises ValueError (unknown name, or `image_channels` for a decoder without an image skip).
     """
     if name not in DECODERS:
         raise ValueError(

@@ -56,14 +56,9 @@ def fetch_weights(
     Path
         The complete, checked file.
 
-    Raises
-    ------
-    UsageError
-        The file is not in the cache and cannot be fetched; the message says how to get it.
-    DINOCellError
-        The connection failed several times; the part that came is kept and continued next time.
-    CheckpointError
-        The checksum differs.
+    Raises UsageError (the file is not in the cache and cannot be fetched; the message says how to
+    get it); DINOCellError (the connection failed several times; the part that came is kept and
+    continued next time); CheckpointError (the checksum differs).
     """
     file = RELEASED.get(name, name)
     if "/" in file or file in ("", ".", ".."):

@@ -42,10 +42,7 @@ class ModelCost:
 def model_cost(model: DINOCell, image_px: int = 256) -> ModelCost:
     """Cost of one forward pass of a square image, without training anything.
 
-    Raises
-    ------
-    ValueError
-        `image_px` is no multiple of the patch size.
+    Raises ValueError (`image_px` is no multiple of the patch size).
     """
     patch = model.config.patch_size
     if image_px < patch or image_px % patch:

@@ -44,10 +44,8 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
     image_px : int
         The cost is counted for a square image of this edge, rounded down to a whole patch.
 
-    Raises
-    ------
-    UsageError, CheckpointError, ConfigError
-        The model does not exist, or the file is no model file.
+    Raises UsageError, CheckpointError, ConfigError (the model does not exist, or the file is no
+    model file).
     """
     architecture = re.fullmatch(r"([a-z]+)/(\d+)", name)
     if architecture and not Path(name).exists():

@@ -74,10 +74,8 @@ class DINOCell(nn.Module):
         -------
         (B, 1, H, W) float tensor in [0, 1]
 
-        Raises
-        ------
-        ValueError
-            The image has another shape, or a side that is no multiple of the patch size.
+        Raises ValueError (the image has another shape, or a side that is no multiple of the patch
+        size).
         """
         patch = self.config.patch_size
         if image.ndim != 4 or image.shape[1] != 3:
@@ -121,10 +119,7 @@ def create_dinocell_model(
     `options` are further fields of `dinocell.network.config.ModelConfig`: `image_channels`, `target`,
     `window_px`, ...
 
-    Raises
-    ------
-    ConfigError
-        An unknown option or a value out of range.
+    Raises ConfigError (an unknown option or a value out of range).
     """
     config = config_from_mapping(
         ModelConfig, {"size": size, "patch_size": patch_size, "decoder": decoder, **options}
@@ -162,12 +157,8 @@ def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None
 def read_model_header(name: str | Path) -> dict[str, Any]:
     """The JSON header of a model file: keys `format`, `model`, `card`.
 
-    Raises
-    ------
-    UsageError
-        The file or bundled model does not exist.
-    CheckpointError
-        The file is no model file: truncated, pickled, or without the header of DINOCell.
+    Raises UsageError (the file or bundled model does not exist); CheckpointError (the file is no
+    model file: truncated, pickled, or without the header of DINOCell).
     """
     path = _model_path(name)
     from safetensors import safe_open
@@ -208,10 +199,8 @@ def read_model_header(name: str | Path) -> dict[str, Any]:
 def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOCell:
     """Load a model file or a bundled model, in eval mode, in float32.
 
-    Raises
-    ------
-    UsageError, CheckpointError
-        As `read_model_header`; also when the weights do not fit the header's architecture.
+    Raises UsageError, CheckpointError (as `read_model_header`; also when the weights do not fit the
+    header's architecture).
     """
     from safetensors.torch import load_file
 
@@ -265,10 +254,8 @@ def bundled_models() -> list[str]:
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """`auto` (CUDA, else MPS, else CPU), `cpu`, `cuda`, `cuda:1`, `mps` → a usable device.
 
-    Raises
-    ------
-    UsageError
-        The name is unknown, or this machine or the installed torch has no such device.
+    Raises UsageError (the name is unknown, or this machine or the installed torch has no such
+    device).
     """
     if isinstance(device, str) and device == "auto":
         if torch.cuda.is_available():
@@ -294,10 +281,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def with_config(model: DINOCell, **changes: Any) -> DINOCell:
     """The same network (shared weights) under a changed configuration, for example thresholds.
 
-    Raises
-    ------
-    ConfigError
-        The new values do not fit together.
+    Raises ConfigError (the new values do not fit together).
     """
     other = object.__new__(DINOCell)
     other.__dict__.update(model.__dict__)

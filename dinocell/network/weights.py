@@ -37,10 +37,8 @@ def find_weights(name: str | Path) -> Path:
     name : path or str
         A file or folder, a name of `RELEASED`, or the name of a file in the cache.
 
-    Raises
-    ------
-    UsageError
-        A released backbone that has not been fetched; the message says how to get it.
+    Raises UsageError (a released backbone that has not been fetched; the message says how to get
+    it).
     """
     path = Path(name)
     if path.exists() or path.name != str(name):
@@ -90,10 +88,7 @@ def describe_weights(path: str | Path, *, which: str = "teacher") -> str:
         Any file that `convert_weights` reads.
     which : `teacher` or `student`
 
-    Raises
-    ------
-    UsageError, CheckpointError
-        The file does not exist, or holds no backbone.
+    Raises UsageError, CheckpointError (the file does not exist, or holds no backbone).
     """
     formats = _formats()
     path = find_weights(path)
@@ -146,10 +141,8 @@ def convert_weights(
     str
         What was written, adapted, filled in and left out.
 
-    Raises
-    ------
-    UsageError, CheckpointError
-        The file does not exist, or holds no backbone; an option is wrong; the target exists.
+    Raises UsageError, CheckpointError (the file does not exist, or holds no backbone; an option is
+    wrong; the target exists).
     """
     formats = _formats()
     source, target = find_weights(source), Path(target)

@@ -61,10 +61,8 @@ def index_plates(
 
     Returns what was written, and which plates were left out.
 
-    Raises
-    ------
-    UsageError, DINOCellError
-        No plate matches, no table names the channels, or `out` exists; the store cannot be read.
+    Raises UsageError, DINOCellError (no plate matches, no table names the channels, or `out`
+    exists; the store cannot be read).
     """
     from dinov3.cells.streaming import discovery, stores
     from dinov3.data.datasets.jump_s3 import StreamOptions

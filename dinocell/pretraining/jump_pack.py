@@ -47,10 +47,8 @@ def pack_index(
 
     Returns what was written, and which fields were left out.
 
-    Raises
-    ------
-    UsageError, DINOCellError, DataSetError
-        An option is wrong, or `out` exists; the store does not answer; too many fields are unreadable.
+    Raises UsageError, DINOCellError, DataSetError (an option is wrong, or `out` exists; the store
+    does not answer; too many fields are unreadable).
     """
     from dinov3.cells.streaming import shards
 
@@ -148,10 +146,8 @@ def export_masks(
     seed : int
         Random seed of the choice of fields.
 
-    Raises
-    ------
-    UsageError, DINOCellError
-        An option is wrong, or `out` exists; fewer than two fields have labels, no store answers.
+    Raises UsageError, DINOCellError (an option is wrong, or `out` exists; fewer than two fields
+    have labels, no store answers).
     """
     from dinov3.cells.streaming.discovery import JUMP_LITE
 

@@ -39,12 +39,9 @@ def pretrain(
 
     Returns the teacher file of the last iteration.
 
-    Raises
-    ------
-    UsageError
-        The configuration or the data are wrong, or the output folder belongs to another run.
-    StoppedError, DINOCellError
-        A signal ended the run; the loss was not finite.  A checkpoint was saved.
+    Raises UsageError (the configuration or the data are wrong, or the output folder belongs to
+    another run); StoppedError, DINOCellError (a signal ended the run; the loss was not finite.  A
+    checkpoint was saved).
     """
     config = Path(config)
     if not config.is_file():

@@ -105,13 +105,9 @@ def make_evaluation(cfg: Any) -> Evaluation:
     cfg : OmegaConf config or nested mapping
         Sections `ssl_evaluation` and `student`.
 
-    Raises
-    ------
-    ConfigError
-        A value is missing or out of range, or the window does not fit `student.patch_size`.
-    DataSetError, ImageFileError
-        The folder does not hold `train` and `val`, each with `images` and `labels` that are paired
-        by name and hold cells.
+    Raises ConfigError (a value is missing or out of range, or the window does not fit
+    `student.patch_size`); DataSetError, ImageFileError (the folder does not hold `train` and `val`,
+    each with `images` and `labels` that are paired by name and hold cells).
     """
     section = cfg["ssl_evaluation"]
     config = _probe_config(section)

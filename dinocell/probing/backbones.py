@@ -30,10 +30,8 @@ def load_backbone_of(
 
     `which` is `teacher` or `student`; the patch embedding is adapted to `patch_size` if it is given.
 
-    Raises
-    ------
-    UsageError, CheckpointError
-        The file does not exist, or it holds no backbone, or none that fits.
+    Raises UsageError, CheckpointError (the file does not exist, or it holds no backbone, or none
+    that fits).
     """
     from dinocell.network.model import bundled_models, load_model, read_model_header
 

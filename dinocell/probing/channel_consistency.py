@@ -57,11 +57,8 @@ def channel_consistency(
     num_bootstrap : draws of fields with replacement for the 95 % intervals; 0 leaves them out
     seed : of these draws and of the folds of the decoder
 
-    Raises
-    ------
-    ValueError
-        The shapes do not fit, values are not finite, a location has a channel twice or lies in two
-        fields, or no location has two channels.
+    Raises ValueError (the shapes do not fit, values are not finite, a location has a channel twice
+    or lies in two fields, or no location has two channels).
 
     Notes
     -----

@@ -113,12 +113,8 @@ def probe_features(
     train, val : windows, all of `config.window_px`
     advance : called with the loss after every step
 
-    Raises
-    ------
-    ProbeTimeError
-        `max_seconds` were over before training could start or before all windows were scored.
-    ValueError
-        The window does not fit the patch size.
+    Raises ProbeTimeError (`max_seconds` were over before training could start or before all windows
+    were scored); ValueError (the window does not fit the patch size).
     """
     started = time.monotonic()
     check_window(config.window_px, vit)

@@ -127,15 +127,9 @@ def extract_views(
     attention : also the attention of CLS in the last block (a second pass)
     advance : called with the name of every finished field
 
-    Raises
-    ------
-    DataSetError
-        A field is smaller than a window or lacks all asked channels, two have one name, or there
-        is no field with two channels.
-    CheckpointError
-        The network answers with NaN.
-    ValueError
-        `window_px` does not fit the patch size, or the network cannot give attention maps.
+    Raises DataSetError (a field is smaller than a window or lacks all asked channels, two have one
+    name, or there is no field with two channels); CheckpointError (the network answers with NaN);
+    ValueError (`window_px` does not fit the patch size, or the network cannot give attention maps).
     """
     check_window(window_px, vit)
     if attention and not hasattr(vit, "get_last_selfattention"):

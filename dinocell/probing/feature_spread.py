@@ -48,10 +48,7 @@ def standardize_attention(attention: ArrayLike) -> NDArray[np.float64]:
 
     A map without structure becomes zeros: it agrees with nothing, not with everything.
 
-    Raises
-    ------
-    ValueError
-        Not three axes.
+    Raises ValueError (not three axes).
     """
     maps = np.asarray(attention, dtype=np.float64)
     if maps.ndim != 3:

@@ -53,10 +53,8 @@ class FieldOptions:
 def open_fields(data: str | os.PathLike[str], options: FieldOptions | None = None) -> FieldSource:
     """Fields of a folder: by an index file, by its own `channels.csv`, or by a pattern of names.
 
-    Raises
-    ------
-    DataSetError
-        The folder or a table does not exist, or no field is found; later, a field cannot be read.
+    Raises DataSetError (the folder or a table does not exist, or no field is found; later, a field
+    cannot be read).
     """
     options = options or FieldOptions()
     index, channels_table, channels = options.index, options.channels_table, options.channels

@@ -94,11 +94,8 @@ def inspect_checkpoints(
     per_channel : also train a small decoder on each channel of labelled fields
     shown : show progress
 
-    Raises
-    ------
-    UsageError, DataSetError, ImageFileError, CheckpointError
-        An option, the fields or a checkpoint do not fit; every checkpoint is read before the first
-        feature is computed.
+    Raises UsageError, DataSetError, ImageFileError, CheckpointError (an option, the fields or a
+    checkpoint do not fit; every checkpoint is read before the first feature is computed).
     """
     from dinocell.network.model import resolve_device
 

@@ -81,10 +81,7 @@ def find_channel_pairs(
     ``CHANNEL/images`` and ``CHANNEL/labels``, paired by name; or a folder per field
     (``FIELD/CHANNEL.tif``) with a label image ``FIELD/<labels_name>.png`` for all its channels.
 
-    Raises
-    ------
-    DataSetError
-        Neither layout, or no channel.
+    Raises DataSetError (neither layout, or no channel).
     """
     folder = Path(data)
     if not folder.is_dir():
@@ -137,10 +134,8 @@ def channel_scores(
         At least one, the same fields for every channel.  Of a single image the left half trains and the
         right half is held out.
 
-    Raises
-    ------
-    DataSetError, ImageFileError, ProbeTimeError, ValueError
-        As `find_channel_pairs`, `read_windows` and `probe_features`.
+    Raises DataSetError, ImageFileError, ProbeTimeError, ValueError (as `find_channel_pairs`,
+    `read_windows` and `probe_features`).
     """
     by_channel = find_channel_pairs(data, labels_name=labels_name)
     if channels is not None:

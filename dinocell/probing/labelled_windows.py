@@ -71,10 +71,7 @@ def read_windows(
 ) -> list[LabelledWindow]:
     """Windows of at most `max_images` image files, spread evenly over the sorted names.
 
-    Raises
-    ------
-    DataSetError, ImageFileError
-        A file does not fit; or no window holds a cell.
+    Raises DataSetError, ImageFileError (a file does not fit; or no window holds a cell).
     """
     windows = []
     for pair in spread_evenly(pairs, max_images):

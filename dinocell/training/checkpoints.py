@@ -39,10 +39,8 @@ def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any], *, kee
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The dictionary that `save_checkpoint` was given, tensors on the CPU.
 
-    Raises
-    ------
-    CheckpointError
-        Truncated, or with objects other than tensors, numbers, text, lists and dicts.
+    Raises CheckpointError (truncated, or with objects other than tensors, numbers, text, lists and
+    dicts).
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -42,10 +42,7 @@ def split_pairs(config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
     A given validation split is taken as it is; otherwise `val_fraction` of each set (at least one
     image) is held out, drawn by `seed`.
 
-    Raises
-    ------
-    DataSetError
-        As `find_pairs`; or a set of a single image without a given split.
+    Raises DataSetError (as `find_pairs`; or a set of a single image without a given split).
     """
     train: list[Pair] = []
     val: list[Pair] = []
@@ -78,10 +75,7 @@ def spread_evenly(items: Sequence[Item], count: int | None) -> list[Item]:
 def read_pair(pair: Pair) -> tuple[NDArray, NDArray[np.uint32]]:
     """Raw gray image (H, W) and labels (H, W) of a pair.
 
-    Raises
-    ------
-    DataSetError
-        The image has several channels, or the sizes differ.
+    Raises DataSetError (the image has several channels, or the sizes differ).
     """
     image = read_image(pair.image_path).pixels
     labels = read_labels(pair.labels_path)

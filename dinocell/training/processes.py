@@ -126,12 +126,8 @@ def processes_of_run(device: str) -> Iterator[Processes]:
     with several processes `auto` and `cuda` are the GPU of this process's number on its machine, `auto`
     the CPU where there is none.
 
-    Raises
-    ------
-    ConfigError
-        Several processes shall run on one GPU, or on a kind of device that cannot exchange.
-    UsageError
-        As `resolve_device`.
+    Raises ConfigError (several processes shall run on one GPU, or on a kind of device that cannot
+    exchange); UsageError (as `resolve_device`).
     """
     from dinov3 import distributed
 

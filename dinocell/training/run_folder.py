@@ -83,10 +83,8 @@ class RunFolder:
     def wandb(self, *, is_main: bool) -> Iterator[None]:
         """Send what is logged inside to Weights & Biases too, if the configuration asks for it.
 
-        Raises
-        ------
-        MissingExtraError
-            The package is not installed; in all processes, so that all end alike.
+        Raises MissingExtraError (the package is not installed; in all processes, so that all end
+        alike).
         """
         settings = self.config.wandb
         if settings.enabled and importlib.util.find_spec("wandb") is None:

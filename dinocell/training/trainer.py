@@ -60,17 +60,11 @@ def train(config: TrainConfig, *, shown: bool = True, stop_after: int | None = N
     `shown` shows progress on standard error; `stop_after` is a step after which the run stops with a
     checkpoint as if by a signal.
 
-    Raises
-    ------
-    ConfigError
-        The output folder holds a run of another configuration or of another number of processes,
-        or the device does not suit several processes.
-    DataSetError, ImageFileError
-        The images, the labels or their folders cannot be used.
-    CheckpointError
-        A checkpoint or weight file cannot be read, or the loss is not finite.
-    TrainingInterruptedError
-        SIGINT, SIGTERM or SIGUSR2 arrived, or `stop_after` was reached; a checkpoint was saved.
+    Raises ConfigError (the output folder holds a run of another configuration or of another number
+    of processes, or the device does not suit several processes); DataSetError, ImageFileError (the
+    images, the labels or their folders cannot be used); CheckpointError (a checkpoint or weight
+    file cannot be read, or the loss is not finite); TrainingInterruptedError (SIGINT, SIGTERM or
+    SIGUSR2 arrived, or `stop_after` was reached; a checkpoint was saved).
     """
     with processes_of_run(config.device) as processes:
         return _Trainer(config, processes, shown=shown, stop_after=stop_after).run()
@@ -191,10 +185,7 @@ class _Trainer:
     def _validate_or_save(self, bar: Progress) -> bool:
         """What is due after a step; True if the run ends early.
 
-        Raises
-        ------
-        TrainingInterruptedError
-            A signal arrived; the checkpoint was saved.
+        Raises TrainingInterruptedError (a signal arrived; the checkpoint was saved).
         """
         schedule = self.config.schedule
         validated = self.step % schedule.eval_every == 0 or self.step == schedule.steps

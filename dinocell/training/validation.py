@@ -25,10 +25,8 @@ class ValidationImages:
 
     Process 0 holds all of them and predicts its share; the others hold their share only.
 
-    Raises
-    ------
-    DataSetError, ImageFileError
-        An image or its labels cannot be used, or no image has a cell.
+    Raises DataSetError, ImageFileError (an image or its labels cannot be used, or no image has a
+    cell).
     """
 
     def __init__(self, pairs: Sequence[Pair], processes: Processes) -> None:
