@@ -28,8 +28,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Parameters
     ----------
-    path : path
-        The file to write.  Missing folders above it are made.  A symbolic link is followed.
+    path : the file to write.  Missing folders above it are made.  A symbolic link is followed.
 
     Yields
     ------
@@ -82,8 +81,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Parameters
     ----------
-    path : path
-        The folder to make: it must not exist, or be empty.
+    path : the folder to make: it must not exist, or be empty
 
     Raises OSError (`path` is a file or a folder with contents by the time the block ends).
     """

@@ -106,13 +106,10 @@ def pair_folders(
     ----------
     pred_dir, truth_dir : folders with label files
         A folder without any, but with a folder ``labels`` in it, stands for that one.
-    allow_missing_predictions : bool
-        Keep a truth without prediction, with None in place of the path (to be counted as a
-        prediction without cells).  Otherwise it is an error.
+    allow_missing_predictions : keep a truth without prediction, with None in place of the path (to
+        be counted as a prediction without cells).  Otherwise it is an error.
 
-    Returns
-    -------
-    list of (name, pred_path, truth_path), sorted by name
+    Returns a list of (name, pred_path, truth_path), sorted by name.
 
     Raises DataSetError (a folder is missing or holds no label file; two files claim to be the
     labels of one image, but for a prediction that `segment` wrote in several formats

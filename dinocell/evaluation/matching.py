@@ -129,10 +129,8 @@ def match(table: OverlapTable, iou_threshold: float) -> NDArray[np.int64]:
     other by more than half.  Exactly at 0.5, and below, objects can compete (a cell cut into two
     equal halves has IoU 0.5 with either).
 
-    Returns
-    -------
-    (M,) int64 ndarray
-        Positions among the pairs of `table`, ascending: ``table.iou[match(table, 0.5)]``.
+    Returns (M,) int64 ndarray: positions among the pairs of `table`, ascending:
+    ``table.iou[match(table, 0.5)]``.
 
     Raises ValueError (`iou_threshold` is not in (0, 1]).
 

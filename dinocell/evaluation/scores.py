@@ -123,11 +123,8 @@ def evaluate_pair(
     boundary_tolerance_px : distance that the boundary F forgives, see `boundary_counts`
     name : kept in the result
 
-    Returns
-    -------
-    ImageScores
-        ``.scores()["ap50"]`` and so on.  Both images empty: all ratios nan.  One image empty: AP, F1,
-        PQ, AJI, Dice 0.
+    Returns ImageScores: ``.scores()["ap50"]`` and so on.  Both images empty: all ratios nan.  One
+    image empty: AP, F1, PQ, AJI, Dice 0.
 
     Raises TypeError (an image is not of an integer type); ValueError (the shapes differ, an image
     is not 2-D, labels are negative, thresholds are not distinct fractions, or the tolerance is

@@ -125,9 +125,8 @@ def tune_thresholds(
     samples : iterable of (distance_map, truth)
         (H, W) float32 in [0, 1] and (H, W) integer labels.  All are kept in memory.
     min_area_px : cells with fewer pixels are dropped before scoring; not tuned
-    metric : str
-        ``ap50`` (any ``apNN``: AP at that IoU in percent), ``ap`` (mean AP over IoU 0.50, 0.55, ...,
-        0.95), ``seg``, ``det`` or ``op_csb``.
+    metric : ``ap50`` (any ``apNN``: AP at that IoU in percent), ``ap`` (mean AP over IoU 0.50,
+        0.55, ..., 0.95), ``seg``, ``det`` or ``op_csb``
     average : {"pooled", "mean"}
         Sum the counts of all images before dividing, or take the mean of per-image scores (images
         for which the score does not exist are left out).

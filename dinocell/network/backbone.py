@@ -55,11 +55,9 @@ class DINOv3Backbone(nn.Module):
     ----------
     size : `tiny`, `small`, `base` or `large`
     patch_size : int
-    layerscale_init : float
-        1e-5 as released, for pretrained weights; a network that starts at random learns sooner
-        from 0.1 or 1.
-    drop_path_rate : float
-        Stochastic depth in training.
+    layerscale_init : 1e-5 as released, for pretrained weights; a network that starts at random
+        learns sooner from 0.1 or 1
+    drop_path_rate : stochastic depth in training
     """
 
     def __init__(
@@ -116,10 +114,7 @@ def load_backbone_weights(backbone: DINOv3Backbone, path: str | Path) -> str:
 
     `path` may also be the name of a fetched backbone, such as `dinov3_vits16`.
 
-    Returns
-    -------
-    str
-        What was loaded and what was adapted, for the log.
+    Returns what was loaded and what was adapted, for the log.
 
     Raises UsageError (the file does not exist); CheckpointError (it holds no backbone, or keys are
     missing, unexpected or misshapen; all are listed).

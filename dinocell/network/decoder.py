@@ -53,18 +53,15 @@ class UNetDecoder(nn.Module):
 
     Parameters
     ----------
-    embed_dim : int
-        Channels of each feature map.
+    embed_dim : channels of each feature map
     patch_size : int
-    num_features : int
-        Feature maps given to `forward`, shallowest first.
+    num_features : feature maps given to `forward`, shallowest first
     stages : sequence of int
         Channels of each stage, at least ceil(log2(patch_size)).
     skip_channels : int or None
         Channels a skip is projected to; None keeps all `embed_dim` without a projection.
-    image_channels : int
-        Channels of a 3×3 convolution of the input image, concatenated in the last stage, so that
-        edges need not pass through the patch embedding; 0 leaves it out.
+    image_channels : channels of a 3×3 convolution of the input image, concatenated in the last
+        stage, so that edges need not pass through the patch embedding; 0 leaves it out
     """
 
     def __init__(
@@ -121,9 +118,7 @@ class UNetDecoder(nn.Module):
         features : sequence of (B, D, h, w)
         image : (B, 3, H, W), H = h * patch_size, W = w * patch_size
 
-        Returns
-        -------
-        (B, 1, H, W) logits
+        Returns (B, 1, H, W) logits.
         """
         size = image.shape[-2:]
         x = features[-1]  # [B, D, h, w]

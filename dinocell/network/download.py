@@ -39,22 +39,14 @@ def fetch_weights(
 
     Parameters
     ----------
-    name : str
-        A name of `RELEASED`, or the name of a file below `source`.
-    source : str, optional
-        Folder or base URL of a mirror; `DINOCELL_WEIGHTS_MIRROR` by default.  For a released file
-        also the whole personal URL from Meta's e-mail.
-    offline : bool
-        Open no connection; `DINOCELL_OFFLINE=1` does the same.
-    sha256 : str, optional
-        Expected checksum, or its beginning; of released files the beginning is known.
-    out : path, optional
-        Folder in place of the cache.
+    name : a name of `RELEASED`, or the name of a file below `source`
+    source : folder or base URL of a mirror; `DINOCELL_WEIGHTS_MIRROR` by default.  For a released
+        file also the whole personal URL from Meta's e-mail.
+    offline : open no connection; `DINOCELL_OFFLINE=1` does the same
+    sha256 : expected checksum, or its beginning; of released files the beginning is known
+    out : folder in place of the cache
 
-    Returns
-    -------
-    Path
-        The complete, checked file.
+    Returns the complete, checked file.
 
     Raises UsageError (the file is not in the cache and cannot be fetched; the message says how to
     get it); DINOCellError (the connection failed several times; the part that came is kept and

@@ -37,12 +37,9 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
 
     Parameters
     ----------
-    name : str
-        `dinocell-tiny`, a path, or `small/8` for an untrained architecture.
-    decoder : str
-        Decoder of an untrained architecture.
-    image_px : int
-        The cost is counted for a square image of this edge, rounded down to a whole patch.
+    name : `dinocell-tiny`, a path, or `small/8` for an untrained architecture
+    decoder : decoder of an untrained architecture
+    image_px : the cost is counted for a square image of this edge, rounded down to a whole patch
 
     Raises UsageError, CheckpointError, ConfigError (the model does not exist, or the file is no
     model file).

@@ -33,10 +33,8 @@ class DINOCell(nn.Module):
 
     Parameters
     ----------
-    config : ModelConfig
-        Architecture and everything needed to run it.
-    card : dict, optional
-        What is known about its training (data, licence, metrics); stored in the model file.
+    config : architecture and everything needed to run it
+    card : what is known about its training (data, licence, metrics); stored in the model file
 
     Notes
     -----
@@ -70,9 +68,7 @@ class DINOCell(nn.Module):
             ImageNet-normalised (`dinocell.segmentation.preprocess.to_model_input`); H and W are multiples of
             the patch size.
 
-        Returns
-        -------
-        (B, 1, H, W) float tensor in [0, 1]
+        Returns (B, 1, H, W) float tensor in [0, 1].
 
         Raises ValueError (the image has another shape, or a side that is no multiple of the patch
         size).

@@ -34,8 +34,7 @@ def find_weights(name: str | Path) -> Path:
 
     Parameters
     ----------
-    name : path or str
-        A file or folder, a name of `RELEASED`, or the name of a file in the cache.
+    name : a file or folder, a name of `RELEASED`, or the name of a file in the cache
 
     Raises UsageError (a released backbone that has not been fetched; the message says how to get
     it).
@@ -84,8 +83,7 @@ def describe_weights(path: str | Path, *, which: str = "teacher") -> str:
 
     Parameters
     ----------
-    path : path or str
-        Any file that `convert_weights` reads.
+    path : any file that `convert_weights` reads
     which : `teacher` or `student`
 
     Raises UsageError, CheckpointError (the file does not exist, or holds no backbone).
@@ -127,19 +125,14 @@ def convert_weights(
     source, target : path
     to : `meta`, `hf`, `timm` or `dinocell`, optional
         By the target's suffix by default: `.pth` meta, `.safetensors` dinocell, a folder hf.
-    patch_size : int, optional
-        Of the new backbone; the source's by default.
+    patch_size : of the new backbone; the source's by default
     patch_method : `nearest`, `bilinear`, `pseudo_inverse` or `bicubic`
         See `docs/weights.md`.
     which : `teacher` or `student`
         Of a checkpoint with both.
-    overwrite : bool
-        Replace the target if it exists.
+    overwrite : replace the target if it exists
 
-    Returns
-    -------
-    str
-        What was written, adapted, filled in and left out.
+    Returns what was written, adapted, filled in and left out.
 
     Raises UsageError, CheckpointError (the file does not exist, or holds no backbone; an option is
     wrong; the target exists).

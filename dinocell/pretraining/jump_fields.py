@@ -40,10 +40,8 @@ def fields_of_index(
 
     Parameters
     ----------
-    store : StreamOptions, optional
-        How the store is read; by default the index names the store, without signed requests.
-    channels : str, optional
-        Names joined by +; by default those that most fields have.
+    store : how the store is read; by default the index names the store, without signed requests
+    channels : names joined by +; by default those that most fields have
     split : ALL, TRAIN or VAL
     """
     from dinov3.data.datasets.jump_s3 import JUMPS3Dataset, StreamOptions
@@ -95,12 +93,9 @@ def verify_index(
 
     Parameters
     ----------
-    fields : int
-        Size of the sample; all fields if the index has fewer.
-    store : StreamOptions, optional
-        As `fields_of_index`.
-    seed : int
-        Random seed of the sample.
+    fields : size of the sample; all fields if the index has fewer
+    store : as `fields_of_index`
+    seed : random seed of the sample
     """
     if fields < 1:
         raise UsageError(f"`fields` must be at least 1, got {fields}: raise it")

@@ -48,16 +48,12 @@ def index_plates(
 
     Parameters
     ----------
-    selection : str
-        `PROJECT/SOURCE/BATCH/PLATE`; * stands for any text, and later parts may be left out.
-    out : path
-        Index file.  If the call is interrupted, finished plates are kept beside it for the next call.
-    store : StreamOptions, optional
-        How the store is read; `BUCKET` by default.
-    threads : int
-        Plates that are read at the same time.
-    overwrite : bool
-        Replace an existing index.
+    selection : `PROJECT/SOURCE/BATCH/PLATE`; * stands for any text, and later parts may be left out
+    out : index file.  If the call is interrupted, finished plates are kept beside it for the next
+        call.
+    store : how the store is read; `BUCKET` by default
+    threads : plates that are read at the same time
+    overwrite : replace an existing index
 
     Returns what was written, and which plates were left out.
 

@@ -36,14 +36,11 @@ def pack_index(
     Parameters
     ----------
     out : folder that does not exist
-    options : PackOptions, optional
-        How the shards store a field: bits, crop, scale, fields per file, compression.
+    options : how the shards store a field: bits, crop, scale, fields per file, compression
     store, channels, split
         As `fields_of_index`.
-    limit : int, optional
-        Copy at most the first `limit` fields.
-    max_lost_share : float
-        Unreadable fields are left out and listed; above this share the copy fails.
+    limit : copy at most the first `limit` fields
+    max_lost_share : unreadable fields are left out and listed; above this share the copy fails
 
     Returns what was written, and which fields were left out.
 
@@ -134,17 +131,12 @@ def export_masks(
     out : folder that does not exist
         Gets `train` and `val`, each with `images` and `labels`.  A third of the plates goes to `val`;
         of a single plate, a third of the fields.
-    store : StreamOptions, optional
-        As `fields_of_index`.
+    store : as `fields_of_index`
     kind : nuclei or cell
-    channel : str
-        Channel that the images show.
-    fields : int
-        Number of labelled fields; fields without labels are passed over.
-    masks : str, optional
-        Folder of the label arrays in the store, with `{kind}` for nuclei or cell.
-    seed : int
-        Random seed of the choice of fields.
+    channel : channel that the images show
+    fields : number of labelled fields; fields without labels are passed over
+    masks : folder of the label arrays in the store, with `{kind}` for nuclei or cell
+    seed : random seed of the choice of fields
 
     Raises UsageError, DINOCellError (an option is wrong, or `out` exists; fewer than two fields
     have labels, no store answers).

@@ -24,18 +24,14 @@ def pretrain(
 
     Parameters
     ----------
-    config : path
-        YAML with keys of `ssl_default_config.yaml` and `dinocell.yaml`.
-    overrides : sequence of str
-        `key=value`, which replace values of the file.  `student.pretrained_weights` may be the name of
-        a fetched backbone.
-    output_dir : path, optional
-        `runs/ssl/NAME` of the configuration's file name by default.
-    resume : bool
-        Continue from the newest complete checkpoint.  Otherwise start over; earlier checkpoints are
-        moved aside.
-    seed : int
-        Random seed of weight initialisation, dropout and drop path; `train.seed` is that of the data.
+    config : YAML with keys of `ssl_default_config.yaml` and `dinocell.yaml`
+    overrides : `key=value`, which replace values of the file.  `student.pretrained_weights` may be
+        the name of a fetched backbone.
+    output_dir : `runs/ssl/NAME` of the configuration's file name by default
+    resume : continue from the newest complete checkpoint.  Otherwise start over; earlier
+        checkpoints are moved aside.
+    seed : random seed of weight initialisation, dropout and drop path; `train.seed` is that of the
+        data
 
     Returns the teacher file of the last iteration.
 

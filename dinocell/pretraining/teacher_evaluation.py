@@ -62,15 +62,11 @@ class Evaluation:
         backbone : DinoVisionTransformer
             The teacher's, with whole (not sharded) weights.  A copy is evaluated: weights, mode and
             random generators of the training stay as they are.
-        output_dir : path
-            Of the run; holds `evaluation.jsonl`.
+        output_dir : of the run; holds `evaluation.jsonl`
 
-        Returns
-        -------
-        dict of float
-            ``eval/op_csb``, ``eval/seg``, ``eval/det``, ``eval/ap50``, ``eval/ap75``,
-            ``eval/f1_50``, ``eval/mse``, ``eval/train_loss``, ``eval/steps``, ``eval/seconds``.
-            Read from `evaluation.jsonl` if this iteration was evaluated before.
+        Returns dict of float: ``eval/op_csb``, ``eval/seg``, ``eval/det``, ``eval/ap50``,
+        ``eval/ap75``, ``eval/f1_50``, ``eval/mse``, ``eval/train_loss``, ``eval/steps``,
+        ``eval/seconds``. Read from `evaluation.jsonl` if this iteration was evaluated before.
         """
         path = Path(output_dir) / RESULTS_NAME
         rows = _read_rows(path)
