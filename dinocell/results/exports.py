@@ -7,7 +7,6 @@ missing folders are made.  A label image without cells gives a valid file withou
 from __future__ import annotations
 
 import json
-import math
 import os
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,12 +16,13 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.errors import MissingExtraError
 from dinocell.io import write_labels
 from dinocell.labels import as_labels
-from dinocell.results.outlines import Ring, labels_to_polygons
+from dinocell.results.outlines import Ring, labels_to_polygons, xy_texts
 from dinocell.results.table import CellTable, writing
 
 _OBJECT_TYPES = ("detection", "annotation", "cell")
@@ -74,56 +74,56 @@ def write_geojson(
             "choose one of them."
         )
     polygons = labels_to_polygons(labels)
-    rows = _rows_by_label(table, list(polygons))
+    measured = _measurement_texts(table, list(polygons))
+    texts = iter(_ring_texts([ring for pieces in polygons.values() for p in pieces for ring in p]))
     features = []
-    for label, pieces in polygons.items():
-        coordinates = [[_closed_xy(ring) for ring in piece] for piece in pieces]
-        one = len(coordinates) == 1
-        properties: dict[str, Any] = {
-            "objectType": object_type,
-            "name": str(label),
-            "label": label,
-        }
-        if rows is not None:
-            properties["measurements"] = rows[label]
-        feature = {
-            "type": "Feature",
-            "geometry": {
-                "type": "Polygon" if one else "MultiPolygon",
-                "coordinates": coordinates[0] if one else coordinates,
-            },
-            "properties": properties,
-        }
-        features.append(json.dumps(feature, separators=(",", ":"), allow_nan=False))
+    for (label, pieces), measurements in zip(polygons.items(), measured, strict=True):
+        parts = [f"[{','.join([next(texts) for _ in piece])}]" for piece in pieces]
+        one = len(parts) == 1
+        kind, coordinates = (
+            ("Polygon", parts[0]) if one else ("MultiPolygon", f"[{','.join(parts)}]")
+        )
+        features.append(
+            f'{{"type":"Feature","geometry":{{"type":"{kind}","coordinates":{coordinates}}},'
+            f'"properties":{{"objectType":"{object_type}","name":"{label}","label":{label}'
+            f"{measurements}}}}}"
+        )
     _write_text(
         path, '{"type":"FeatureCollection","features":[\n' + ",\n".join(features) + "\n]}\n"
     )
 
 
-def _closed_xy(ring: Ring) -> list[list[int]]:
-    points: list[list[int]] = ring[:, ::-1].tolist()
-    points.append(points[0])
-    return points
+def _ring_texts(rings: list[Ring]) -> list[str]:
+    """Each closed ring as JSON, ``[[x,y],...]``: one compiled pass writes the digits of all of them."""
+    if not rings:
+        return []
+    stops = np.cumsum([len(ring) for ring in rings])
+    letters, ends = xy_texts(np.concatenate(rings), stops)
+    text, stop = letters.tobytes().decode("ascii"), ends.tolist()
+    return [text[begin:end] for begin, end in zip([0, *stop], stop, strict=False)]
 
 
-def _rows_by_label(
-    table: CellTable | None, labels: list[int]
-) -> dict[int, dict[str, float]] | None:
+def _measurement_texts(table: CellTable | None, labels: list[int]) -> list[str]:
+    """Each cell's measurements as JSON, to follow the other properties; empty without a table."""
     if table is None:
-        return None
+        return [""] * len(labels)
     if table["label"].tolist() != labels:
         raise ValueError(
             f"`table` must hold the same labels as the image, got {len(table)} rows for "
             f"{len(labels)} cells: call `measure_labels` on these labels."
         )
-    return {
-        row["label"]: {
-            name: int(value) if isinstance(value, bool) else value
-            for name, value in row.items()
-            if value is not None and math.isfinite(value)
-        }
-        for row in table.rows()
-    }
+    columns = []
+    for name, column in table.data.items():
+        start = json.dumps(name) + ":"
+        values = column.astype(int) if column.dtype.kind == "b" else column
+        texts = [start + text for text in map(repr, values.tolist())]
+        if column.dtype.kind == "f":
+            for missing in np.flatnonzero(~np.isfinite(column)).tolist():
+                texts[missing] = ""
+        columns.append(texts)
+    return [
+        f',"measurements":{{{",".join(filter(None, row))}}}' for row in zip(*columns, strict=True)
+    ]
 
 
 def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
@@ -206,7 +206,14 @@ def labels_to_rle(labels: ArrayLike) -> dict[int, NDArray[np.int64]]:
     TypeError, ValueError
         See `dinocell.labels.as_labels`.
     """
-    columns = as_labels(labels).T.reshape(-1)
+    values, begin, end, first = _column_runs(as_labels(labels))
+    counts, stops = _run_lengths(begin, end, first, np.size(labels))
+    return dict(zip(values.tolist(), np.split(counts, stops[:-1]), strict=False))
+
+
+def _column_runs(labels: NDArray[np.uint32]) -> tuple[NDArray[Any], ...]:
+    """Labels, ascending; begin and end of the runs of each, in column order; each label's first run."""
+    columns = labels.T.reshape(-1)
     change = np.flatnonzero(columns[1:] != columns[:-1]) + 1
     begin = np.append(0, change)[: len(columns)]
     end = np.append(change, len(columns))[: len(columns)]
@@ -214,13 +221,20 @@ def labels_to_rle(labels: ArrayLike) -> dict[int, NDArray[np.int64]]:
     order = np.argsort(label, kind="stable")
     order = order[np.searchsorted(label[order], 1) :]  # background comes first
     values, first = np.unique(label[order], return_index=True)
-    turns = np.stack([begin[order], end[order]], axis=1)
-    encoded = {}
-    for value, part in zip(values.tolist(), np.split(turns, first[1:]), strict=False):
-        counts = np.diff(part.reshape(-1), prepend=0)
-        rest = len(columns) - int(part[-1, 1])
-        encoded[value] = np.append(counts, rest) if rest else counts
-    return encoded
+    return values, begin[order], end[order], first
+
+
+def _run_lengths(
+    begin: NDArray[Any], end: NDArray[Any], first: NDArray[Any], num_pixels: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Lengths outside and inside in turn, of all labels one after the other, and where each ends."""
+    before = np.append(0, end)[:-1]
+    before[first] = 0
+    counts = np.stack([begin - before, end - begin], axis=1).reshape(-1)
+    stops = 2 * np.append(first, len(begin))[1:]
+    rest = num_pixels - end[stops // 2 - 1]
+    counts = np.insert(counts, stops[rest > 0], rest[rest > 0])
+    return counts, stops + np.cumsum(rest > 0)
 
 
 def compress_rle(counts: ArrayLike) -> str:
@@ -239,18 +253,36 @@ def compress_rle(counts: ArrayLike) -> str:
         48 is added, and the sign is that of the last group's top bit.
     """
     lengths = np.asarray(counts, dtype=np.int64)
-    stored = lengths.copy()
-    stored[3:] -= lengths[1:-2]
-    letters = bytearray()
-    for number in stored.tolist():
-        while True:
-            group = number & 31
-            number >>= 5
-            if number == (-1 if group & 16 else 0):
-                letters.append(group + 48)
-                break
-            letters.append((group | 32) + 48)
-    return letters.decode("ascii")
+    return _compressed(lengths, np.array([len(lengths)]))[0]
+
+
+def _compressed(counts: NDArray[Any], stops: NDArray[Any]) -> list[str]:
+    letters, ends = _rle_letters(counts, stops)
+    text, stop = letters.tobytes().decode("ascii"), ends.tolist()
+    return [text[begin:end] for begin, end in zip([0, *stop], stop, strict=False)]
+
+
+@njit(cache=True)
+def _rle_letters(counts: NDArray[Any], stops: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """`compress_rle` for many lists one after the other: their letters, and where each list's end."""
+    letters = np.empty(13 * len(counts), np.uint8)  # 64 bits in groups of 5
+    ends = np.empty(len(stops), np.int64)
+    at = 0
+    begin = 0
+    for k in range(len(stops)):
+        for i in range(begin, stops[k]):
+            number = counts[i] - (counts[i - 2] if i > begin + 2 else 0)
+            while True:
+                group = number & 31
+                number >>= 5
+                last = number == (-1 if group & 16 else 0)
+                letters[at] = (group if last else group | 32) + 48
+                at += 1
+                if last:
+                    break
+        begin = stops[k]
+        ends[k] = at
+    return letters[:at], ends
 
 
 def write_coco_rle(
@@ -292,35 +324,43 @@ def write_coco_rle(
     """
     labels = as_labels(labels)
     height, width = labels.shape
-    annotations = []
-    for label, counts in labels_to_rle(labels).items():
-        # where the cell's runs begin and end in column order; a run may continue in the next column
-        ends = np.cumsum(counts)
-        begin, last = ends[0:-1:2] if len(ends) % 2 else ends[0::2], ends[1::2] - 1
-        min_col, max_col = int(begin[0]) // height, int(last[-1]) // height
-        wraps = bool(np.any(begin // height != last // height))
-        min_row = 0 if wraps else int(np.min(begin % height))
-        max_row = height - 1 if wraps else int(np.max(last % height))
-        annotations.append(
-            {
-                "id": label,
-                "image_id": image_id,
-                "category_id": 1,
-                "segmentation": {
-                    "size": [height, width],
-                    "counts": compress_rle(counts) if compressed else counts.tolist(),
-                },
-                "area": int(counts[1::2].sum()),
-                "bbox": [min_col, min_row, max_col - min_col + 1, max_row - min_row + 1],
-                "iscrowd": 0,
-            }
-        )
-    document = {
-        "images": [{"id": image_id, "file_name": file_name, "height": height, "width": width}],
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": category}],
-    }
-    _write_text(path, json.dumps(document, separators=(",", ":")) + "\n")
+    values, begin, end, first = _column_runs(labels)
+    counts, stops = _run_lengths(begin, end, first, labels.size)
+    if compressed:
+        masks = [json.dumps(text) for text in _compressed(counts, stops)]
+    else:
+        parts = np.split(counts, stops[:-1]) if len(stops) else []
+        masks = [json.dumps(part.tolist(), separators=(",", ":")) for part in parts]
+    numbers = zip(
+        values.tolist(), _areas_and_boxes(begin, end, first, height).tolist(), masks, strict=True
+    )
+    texts = [
+        f'{{"id":{label},"image_id":{image_id},"category_id":1,"segmentation":{{"size":[{height},'
+        f'{width}],"counts":{mask}}},"area":{area},"bbox":[{x},{y},{w},{h}],"iscrowd":0}}'
+        for label, (area, x, y, w, h), mask in numbers
+    ]
+    image = {"id": image_id, "file_name": file_name, "height": height, "width": width}
+    head, tail = (
+        json.dumps(part, separators=(",", ":"))
+        for part in ({"images": [image]}, {"categories": [{"id": 1, "name": category}]})
+    )
+    _write_text(path, f'{head[:-1]},"annotations":[{",".join(texts)}],{tail[1:]}\n')
+
+
+def _areas_and_boxes(
+    begin: NDArray[Any], end: NDArray[Any], first: NDArray[Any], height: int
+) -> NDArray[np.int64]:
+    """(area, x, y, width, height) of each cell in px, from its runs in column order."""
+    if not len(first):
+        return np.empty((0, 5), np.int64)
+    last = end - 1
+    wraps = np.logical_or.reduceat(begin // height != last // height, first)  # into the next column
+    min_col = begin[first] // height
+    max_col = last[np.append(first, len(end))[1:] - 1] // height
+    min_row = np.where(wraps, 0, np.minimum.reduceat(begin % height, first))
+    max_row = np.where(wraps, height - 1, np.maximum.reduceat(last % height, first))
+    area = np.add.reduceat(end - begin, first)
+    return np.stack([area, min_col, min_row, max_col - min_col + 1, max_row - min_row + 1], axis=1)
 
 
 @dataclass(frozen=True)

@@ -46,14 +46,19 @@ def labels_to_polygons(labels: ArrayLike) -> dict[int, list[list[Ring]]]:
     corners, stops, ring_labels, pinched = _trace_rings(padded)
     polygons: dict[int, list[list[Ring]]] = {}
     holes: list[tuple[int, Ring]] = []
+    areas = _signed_areas(corners, stops).tolist()
     begin = 0
-    for stop, label, is_pinched in zip(
-        stops.tolist(), ring_labels.tolist(), pinched.tolist(), strict=True
+    for stop, label, is_pinched, area in zip(
+        stops.tolist(), ring_labels.tolist(), pinched.tolist(), areas, strict=True
     ):
         ring = corners[begin:stop]
         begin = stop
-        for simple in _split_ring(ring) if is_pinched else [ring]:
-            if _signed_area(simple) > 0:
+        parts = [(ring, area)]
+        if is_pinched:
+            rings = _split_ring(ring)
+            parts = [(part, _signed_areas(part, np.array([len(part)]))[0]) for part in rings]
+        for simple, signed_area in parts:
+            if signed_area > 0:
                 polygons.setdefault(label, []).append([simple])
             else:
                 holes.append((label, simple))
@@ -66,12 +71,14 @@ def labels_to_polygons(labels: ArrayLike) -> dict[int, list[list[Ring]]]:
     return dict(sorted(polygons.items()))
 
 
-def _signed_area(ring: Ring) -> float:
-    """Shoelace formula with x = col, y = row."""
-    row, col = ring[:, 0], ring[:, 1]
-    following_row = np.append(row[1:], row[0])
-    following_col = np.append(col[1:], col[0])
-    return float(np.sum(col * following_row - following_col * row)) / 2
+def _signed_areas(corners: NDArray[Any], stops: NDArray[Any]) -> NDArray[Any]:
+    """Twice the area of each ring by the shoelace formula with x = col, y = row."""
+    begin = np.append(0, stops)[:-1]
+    following = np.arange(1, len(corners) + 1)
+    following[stops - 1] = begin
+    row, col = corners[:, 0], corners[:, 1]
+    terms = col * row[following] - col[following] * row
+    return np.add.reduceat(terms, begin) if len(begin) else terms
 
 
 def _split_ring(ring: Ring) -> list[Ring]:
@@ -177,3 +184,47 @@ def _trace_rings(
             labels[rings] = label
             rings += 1
     return corners[:count], stops[:rings], labels[:rings], pinched[:rings]
+
+
+@njit(cache=True)
+def xy_texts(
+    corners: NDArray[Any], stops: NDArray[Any]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Rings as the text of JSON, ``[[x,y],[x,y],...]`` with the first corner repeated at the end.
+
+    Returns the ASCII letters of all rings one after the other, and where each ring's letters end.
+    """
+    places = 1
+    largest = corners.max() if len(corners) else 0
+    while largest >= 10:
+        largest //= 10
+        places += 1
+    letters = np.empty((len(corners) + len(stops)) * (2 * places + 4) + 2 * len(stops), np.uint8)
+    ends = np.empty(len(stops), np.int64)
+    at = 0
+    begin = 0
+    for k in range(len(stops)):
+        letters[at] = 91  # [
+        at += 1
+        for i in range(begin, stops[k] + 1):
+            corner = corners[i if i < stops[k] else begin]
+            letters[at] = 91
+            at += 1
+            for axis in (1, 0):
+                number = corner[axis]
+                width = 1
+                power = 10
+                while number >= power:
+                    width += 1
+                    power *= 10
+                for place in range(width - 1, -1, -1):
+                    letters[at + place] = 48 + number % 10
+                    number //= 10
+                letters[at + width] = 44 if axis else 93  # , or ]
+                at += width + 1
+            letters[at] = 44
+            at += 1
+        letters[at - 1] = 93
+        ends[k] = at
+        begin = stops[k]
+    return letters[:at], ends
