@@ -170,8 +170,10 @@ class DINOCellPipeline:
         Windows per network call.
     tile_px : int, optional
         Visit the windows region by region of this size; the result is the same.
-    precision : `fp32` or `bf16`
-        bf16 is faster and differs in the third digit.
+    precision : `auto`, `fp32` or `bf16`
+        bf16 differs in the third digit; `auto` takes it where the processor has the unit for it.
+    percentiles : (low, high), optional
+        Intensities that become black and white, in place of the model's percentiles.
     peak_threshold, fill_threshold, min_prominence, min_area_px : optional
         In place of the model's own: see `dinocell.segmentation.thresholds.Thresholds`.
 
@@ -188,7 +190,8 @@ class DINOCellPipeline:
         device: str | None = None,
         batch_size: int = 8,
         tile_px: int | None = None,
-        precision: str = "fp32",
+        precision: str = "auto",
+        percentiles: tuple[float, float] | None = None,
         **thresholds: Unpack[ThresholdChanges],
     ) -> None:
         unknown = thresholds.keys() - ThresholdChanges.__annotations__.keys()
@@ -201,7 +204,9 @@ class DINOCellPipeline:
             model = load_model(os.fspath(model), device=device or "cpu")
         elif device is not None:
             model = model.to(resolve_device(device))
-        given = {name: value for name, value in thresholds.items() if value is not None}
+        given: dict[str, Any] = {k: value for k, value in thresholds.items() if value is not None}
+        if percentiles is not None:
+            given["low_percentile"], given["high_percentile"] = percentiles
         self.model = with_config(model, **given).eval()
         self.thresholds = Thresholds.of(self.model.config)
         if batch_size < 1:

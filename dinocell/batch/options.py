@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinocell.errors import UsageError
+from dinocell.network.precision import PRECISIONS
 from dinocell.pipeline import DEFAULT_MODEL
 from dinocell.results.exports import EXPORT_FORMATS
 
@@ -42,7 +43,8 @@ class SegmentOptions:
     peak_threshold, fill_threshold, min_prominence, min_area_px : see `Thresholds`
     batch_size : windows per call of the network
     tile_px : edge of the regions that are processed one after the other; changes no result
-    precision : `fp32` or `bf16`
+    precision : `auto`, `fp32` or `bf16`
+    percentiles : intensities that become black and white, in % of the pixels
     workers : threads that finish and write results
     overlay, report : also write outlines as a picture, and one HTML page
     resume, overwrite : keep or replace results that the folder has; without either they are refused
@@ -61,7 +63,8 @@ class SegmentOptions:
     min_area_px: int | None = None
     batch_size: int = 8
     tile_px: int | None = None
-    precision: str = "fp32"
+    precision: str = "auto"
+    percentiles: tuple[float, float] | None = None
     workers: int = 1
     overlay: bool = True
     report: bool = False
@@ -109,8 +112,15 @@ def check_options(options: SegmentOptions) -> None:
             f"`formats` must be one of {', '.join(EXPORT_FORMATS)}, got "
             f"{', '.join(unknown) or 'none'}: choose one of them"
         )
-    if options.precision not in ("fp32", "bf16"):
-        raise UsageError(f"`precision` must be fp32 or bf16, got {options.precision!r}: choose one")
+    if options.precision not in PRECISIONS:
+        raise UsageError(
+            f"`precision` must be one of {', '.join(PRECISIONS)}, got {options.precision!r}: choose one"
+        )
+    if options.percentiles and not 0 <= options.percentiles[0] < options.percentiles[1] <= 100:
+        raise UsageError(
+            f"`percentiles` must hold 0 <= low < high <= 100, got {options.percentiles}: 1 and 99.8 are "
+            "usual"
+        )
     if options.tile_px is not None and options.tile_px < 1:
         raise UsageError(f"`tile_px` must be at least 1, got {options.tile_px}: leave it out")
     if options.page is not None and options.page < 0:

@@ -265,7 +265,7 @@ def read_plan(out: str | Path) -> ShardPlan:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         options = values["options"]
-        for name in ("formats", "channels"):
+        for name in ("formats", "channels", "percentiles"):
             options[name] = None if options[name] is None else tuple(options[name])
         return ShardPlan(
             Path(out), values["count"], values["images"], values["bytes"], SegmentOptions(**options)

@@ -151,6 +151,7 @@ def segment_files(
         batch_size=options.batch_size,
         tile_px=options.tile_px,
         precision=options.precision,
+        percentiles=options.percentiles,
         peak_threshold=options.peak_threshold,
         fill_threshold=options.fill_threshold,
         min_prominence=options.min_prominence,

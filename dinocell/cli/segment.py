@@ -19,6 +19,7 @@ from dinocell.cli.options import (
     in_options,
     option,
 )
+from dinocell.errors import UsageError
 
 if TYPE_CHECKING:
     from dinocell.batch.options import SegmentOptions
@@ -64,7 +65,15 @@ class SegmentFlags:
     tile_px: int | None = option(
         "Process large images in regions with this edge length in px. The result is the same."
     )
-    precision: str = option("Compute in fp32, or in bf16, which is faster and less exact.", "fp32")
+    precision: str = option(
+        "Compute in fp32, or in bf16, which differs in the third digit; auto takes bf16 where the "
+        "processor is fast at it.",
+        "auto",
+    )
+    percentiles: str | None = option(
+        "Show the network intensities between these two percentiles of the image, for example 1,99; "
+        "pixels without signal (borders, scale bars, hot pixels) never count.  [default: the model's]"
+    )
     workers: int = option(
         "Use this many threads to write results while the network processes the next image.",
         1,
@@ -84,8 +93,19 @@ class SegmentFlags:
         converted = {
             "formats": tuple(self.formats or ["tif"]),
             "channels": names and tuple(int(n) if _is_number(n) else n for n in names),
+            "percentiles": self.percentiles and _two_numbers(self.percentiles),
         }
         return SegmentOptions(**vars(self) | converted)
+
+
+def _two_numbers(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"`percentiles` must be two numbers with a comma between, got {text!r}: 1,99.8 is usual"
+        ) from error
+    return low, high
 
 
 def _is_number(name: str) -> bool:

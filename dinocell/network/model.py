@@ -279,7 +279,7 @@ def with_config(model: DINOCell, **changes: Any) -> DINOCell:
 
     Raises ConfigError (the new values do not fit together).
     """
-    other = object.__new__(DINOCell)
+    other = object.__new__(type(model))
     other.__dict__.update(model.__dict__)
     other.config = dataclasses.replace(model.config, **changes)
     return other

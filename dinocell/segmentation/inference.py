@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import numpy as np
@@ -10,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from dinocell.network.model import DINOCell
+from dinocell.network.precision import autocast
 from dinocell.segmentation.intensity import IntensityRange, find_range
-from dinocell.segmentation.preprocess import to_model_input
+from dinocell.segmentation.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dinocell.segmentation.tiles import predict_windows
 
 
@@ -22,7 +22,7 @@ def predict_distance_map(
     intensity: IntensityRange | None = None,
     batch_size: int = 8,
     tile_px: int | None = None,
-    precision: str = "fp32",
+    precision: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.float32]:
     """Distance map of a gray image of any size.
@@ -42,8 +42,8 @@ def predict_distance_map(
         Windows per network call; changes speed and memory, not the result.
     tile_px : int, optional
         Visit the windows region by region of this size, no batch across two; the result is the same.
-    precision : `fp32` or `bf16`
-        bf16 autocast is faster and differs in the third digit.
+    precision : `auto`, `fp32` or `bf16`
+        See `dinocell.network.precision.autocast`; bf16 differs in the third digit.
     progress : callable (done, total), optional
         Called after every batch of windows.
 
@@ -57,24 +57,25 @@ def predict_distance_map(
     ValueError
         The image is not 2-D or not finite, the precision is unknown, or the network answers NaN.
     """
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"`precision` must be fp32 or bf16, got {precision!r}: choose one")
+    context = autocast(precision, model.device)
     config = model.config
     normalized = (intensity or find_range(image, **config.intensity)).apply(image)
     if not normalized.any():
         return np.zeros(image.shape, dtype=np.float32)
     device = model.device
-    autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if precision == "bf16":
-        autocast = torch.autocast(device.type, torch.bfloat16)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    mean, std = (
+        torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
+    )
 
     def predict(windows: NDArray[np.float32]) -> NDArray[np.float32]:
-        batch = torch.from_numpy(windows).to(device)  # [B, 3, window, window]
-        with torch.inference_mode(), autocast:
+        gray = torch.from_numpy(windows).to(device)  # [B, 1, window, window]
+        batch = ((gray - mean) / std).contiguous(memory_format=torch.channels_last)  # [B, 3, ...]
+        with torch.inference_mode(), context:
             return model(batch)[:, 0].float().cpu().numpy()  # [B, window, window]
 
     distance_map = predict_windows(
-        to_model_input(normalized),
+        normalized[None],
         predict,
         window_px=config.window_px,
         overlap_px=config.overlap_px,

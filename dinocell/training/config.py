@@ -152,7 +152,7 @@ class ScheduleConfig:
     ----------
     batch_size : crops per step of each process; a step of W processes has W times as many.
     crop_px : edge of a training crop; null takes the model's window.
-    precision : `bf16` (autocast) or `fp32`.
+    precision : `auto` (bf16 where the processor is fast at it), `bf16` (autocast) or `fp32`.
     ema_decay : decay per step of the averaged weights that are validated and shipped; 0: off.
     eval_every, checkpoint_every, log_every : in steps.
     patience : stop after so many validations without a better AP; null never stops early.
@@ -161,7 +161,7 @@ class ScheduleConfig:
     steps: int = 10_000
     batch_size: int = 8
     crop_px: int | None = None
-    precision: str = "bf16"
+    precision: str = "auto"
     ema_decay: float = 0.999
     eval_every: int = 500
     checkpoint_every: int = 500
@@ -170,7 +170,7 @@ class ScheduleConfig:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        require_choice("schedule.precision", self.precision, ("bf16", "fp32"))
+        require_choice("schedule.precision", self.precision, ("auto", "bf16", "fp32"))
         for name in ("steps", "batch_size", "eval_every", "checkpoint_every", "log_every"):
             require_at_least(f"schedule.{name}", getattr(self, name), 1)
         for name in ("keep_checkpoints", "patience"):

@@ -7,7 +7,6 @@ the crops of a step: they see the samples that one process with the whole batch 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from dinocell.errors import CheckpointError, ConfigError, StoppedError
 from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
 from dinocell.network.backbone import load_backbone_weights
 from dinocell.network.model import DINOCell, save_model, with_config
+from dinocell.network.precision import autocast
 from dinocell.progress import Progress, progress
 from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
 from dinocell.training.config import TrainConfig
@@ -243,10 +243,7 @@ class _Trainer:
         factor = learning_rate_factor(self.step, config.optimizer, config.schedule.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group["lr_scale"] * factor
-        autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if config.schedule.precision == "bf16":
-            autocast = torch.autocast(self.device.type, torch.bfloat16)
-        with autocast:
+        with autocast(config.schedule.precision, self.device):
             predicted = self.model(image.to(self.device, non_blocking=True))
         loss = distance_loss(predicted, target.to(self.device, non_blocking=True))
         # One loss that is not finite spoils the mean, so all processes meet it here together.

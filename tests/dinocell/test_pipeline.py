@@ -96,8 +96,32 @@ def test_precision(small_model):
     full = predict_distance_map(small_model, image)
     half = predict_distance_map(small_model, image, precision="bf16")
     assert 0 < np.abs(full - half).max() < 0.1
-    with pytest.raises(ValueError, match="fp32 or bf16"):
+    with pytest.raises(ValueError, match="one of auto, fp32, bf16"):
         predict_distance_map(small_model, image, precision="fp8")
+
+
+def test_percentiles_change_the_result(small_model):
+    image = field()
+    base = segment(image, model=small_model).distance_map
+    assert (
+        np.abs(segment(image, model=small_model, percentiles=(1, 70)).distance_map - base).max()
+        > 1e-4
+    )
+    assert np.array_equal(
+        segment(image, model=small_model, percentiles=(1, 99.8)).distance_map, base
+    )
+    with pytest.raises(ConfigError, match="0 <= low_percentile < high_percentile"):
+        segment(image, model=small_model, percentiles=(99, 1))
+
+
+def test_what_holds_no_signal_is_a_warning(small_model):
+    image = field()
+    image[60:63, 5:60] = 65_535
+    (warning,) = segment(image, model=small_model).warnings
+    assert "165 pixels (2.6%) above" in warning
+    two = np.stack([field(seed=1), image], axis=2)
+    (warning,) = segment(two, model=small_model, channels=[0, 1]).warnings
+    assert warning.startswith("channel 1: 165 pixels")
 
 
 def test_progress_is_reported(small_model):

@@ -111,7 +111,12 @@ def test_resume_does_the_rest(images, tmp_path, small_model):
 def test_resume_needs_the_same_settings(images, tmp_path, small_model):
     out = tmp_path / "out"
     run(images[:1], out, small_model)
-    for change in ({"peak_threshold": 0.9}, {"min_area_px": 3}, {"precision": "bf16"}):
+    for change in (
+        {"peak_threshold": 0.9},
+        {"min_area_px": 3},
+        {"precision": "bf16"},
+        {"percentiles": (1, 90)},
+    ):
         with pytest.raises(ConfigError, match=next(iter(change))):
             run(images, out, small_model, resume=True, **change)
     from dinocell.network.model import create_dinocell_model
@@ -144,7 +149,8 @@ def test_options_reach_the_files(images, tmp_path, small_model):
     [
         ({"formats": ("svg",)}, "tif, png"),
         ({"formats": ()}, "got none"),
-        ({"precision": "fp8"}, "fp32 or bf16"),
+        ({"precision": "fp8"}, "one of auto, fp32, bf16"),
+        ({"percentiles": (99, 1)}, "0 <= low < high <= 100"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"tile_px": 0}, "at least 1"),
         ({"page": -1}, "count from 0"),

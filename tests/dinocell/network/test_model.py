@@ -100,6 +100,14 @@ def test_half_is_half_the_size_and_loads_as_float32(small_model, tmp_path):
     assert 0 < difference < 0.02
 
 
+def test_with_config_keeps_a_subclass(small_model):
+    class Mine(DINOCell):
+        pass
+
+    mine = Mine(small_model.config)
+    assert type(with_config(mine, peak_threshold=0.8)) is Mine
+
+
 def test_with_config_shares_weights_and_leaves_the_original(small_model):
     other = with_config(small_model, peak_threshold=0.8)
     assert other.config.peak_threshold == 0.8
