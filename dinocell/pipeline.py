@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "dinocell-tiny"
 
 _LARGEST_VALUE = float(np.finfo(np.float32).max)
+_SMALLEST_SPAN = 1e-30  # far above the smallest float32, 1e-38
 
 _CHANNEL_HINT = "choose one with `channels`, or several, which are averaged"
 
@@ -395,6 +396,11 @@ def _check_values(pixels: NDArray, where: str, failure: type[Exception]) -> None
         raise failure(
             f"pixels must lie within ±{_LARGEST_VALUE:.2g}, got {low:g} to {high:g}{where}: divide them by "
             "a constant, or replace the values that stand for missing pixels"
+        )
+    if 0 < high - low < _SMALLEST_SPAN:
+        raise failure(
+            f"pixels must differ by {_SMALLEST_SPAN:g} or more, got {low:g} to {high:g}{where}: multiply "
+            "them by a constant"
         )
 
 

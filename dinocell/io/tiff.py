@@ -39,6 +39,7 @@ _UM_PER_UNIT: dict[str, float] = {
 }
 """µm in a unit of length, as `_unit_key` writes it."""
 
+_LARGE_TILE_PX = 2**26  # a larger tile needs a larger image: damage must not ask for all memory
 _NO_LENGTH = ("", "none", "pixel", "px", "referenceframe")  # of a picture without calibration
 _COARSEST_UM = 20.0  # an ImageJ scale in inch or cm coarser than this is a printing default
 
@@ -96,6 +97,9 @@ def read_tiff(path: Path, wanted: Selection) -> RawImage:
         sizes = dict(zip(axes, shape, strict=True))
         check_size(path, sizes["Y"], sizes["X"], wanted.max_pixels)
         keyframe = series.keyframe
+        tile = keyframe.tilewidth * keyframe.tilelength * keyframe.tiledepth
+        if tile > max(_LARGE_TILE_PX, 4 * sizes["Y"] * sizes["X"]):
+            raise ValueError(f"its tiles should have {tile:,} pixels, more than the image")
         notes: list[str] = []
         size_um, names = _tiff_metadata(tif, tif.series.index(series), sizes.get("C", 1), notes)
         positions = None

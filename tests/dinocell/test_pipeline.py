@@ -196,6 +196,15 @@ def test_values_beyond_float32_are_refused(small_model, tmp_path, value):
         segment(tmp_path / "a.npy", model=small_model)
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e34])
+def test_any_scale_within_float32_gives_the_same_cells(small_model, scale):
+    image = field().astype(np.float64)
+    expected = segment(image, model=small_model).labels
+    np.testing.assert_array_equal(segment(image * scale, model=small_model).labels, expected)
+    with pytest.raises(ValueError, match=r"differ by 1e-30 or more, got .*: multiply"):
+        segment(image * 1e-300, model=small_model)
+
+
 class TestWrongImages:
     @pytest.mark.parametrize(
         ("image", "message"),

@@ -133,3 +133,14 @@ def test_16_bit_colour_png_of_damaged_chunks(valid, tmp_path, capfd, place):
     with pytest.raises(DINOCellError, match="damaged"):
         read_image(tmp_path / "a.png")
     assert capfd.readouterr().err == ""
+
+
+def test_tiles_of_absurd_size_are_refused(tmp_path):
+    """One changed number of a file of 2 kB asked for 300 GB."""
+    tifffile.imwrite(
+        tmp_path / "a.tif", textured((32, 32), "uint8"), tile=(16, 16), compression="zlib"
+    )
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tif:
+        tif.pages[0].tags["TileWidth"].overwrite(4_294_901_776, dtype="I")
+    with pytest.raises(DINOCellError, match="its tiles should have 68,718,428,416 pixels"):
+        read_image(tmp_path / "a.tif")
