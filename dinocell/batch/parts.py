@@ -29,6 +29,7 @@ from dinocell.batch.claims import (
     refuse_running,
 )
 from dinocell.batch.folder import SETTINGS_NAME, present_results
+from dinocell.batch.inputs import is_unchanged
 from dinocell.batch.journal import (
     FAILURES_NAME,
     JOURNAL_NAME,
@@ -285,10 +286,17 @@ def _listed(out: Path, index: int) -> list[tuple[int, Path]]:
 
 
 def open_shards(plan: ShardPlan) -> list[int]:
-    """Parts with images that are not done."""
+    """Parts with images that are not done, or whose files have changed since."""
     if plan.fresh:
         return list(range(plan.count))
-    return [state.index for state in shard_states(plan) if state.done < state.images]
+    found = []
+    for index in range(plan.count):
+        state, rows, _, listed = part_state(plan.out, index)
+        if state.done < state.images or not all(
+            is_unchanged(path, rows[path.stem]) for _, path in listed
+        ):
+            found.append(index)
+    return found
 
 
 def shard_states(plan: ShardPlan) -> list[ShardState]:

@@ -35,7 +35,8 @@ class StoredResult:
 
 def write_report_page(
     out: Path,
-    rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    rows: Mapping[str, Mapping[str, Any]],
     entries: Mapping[str, ReportEntry],
     failures: Sequence[tuple[Path, str]],
     pipeline: DINOCellPipeline,
@@ -46,27 +47,32 @@ def write_report_page(
     Parameters
     ----------
     out : folder of the results
-    rows : of all images that are done, in their order
+    names : of all images, in the order of the page
+    rows : by name, of images that are done
     entries : by name, of images of this run; those of other images are made from their files
     failures : path and sentence of each image that failed
     pipeline : reads the images again
     """
+    errors = {path.stem: sentence for path, sentence in failures}
+    shown = set([name for name in names if name in rows][:REPORT_LIMIT])
     listed = []
-    for row in rows[:REPORT_LIMIT]:
-        entry = entries.get(row["name"])
-        listed.append(entry or _entry_from_files(out, row, pipeline, options))
-    listed += [ReportEntry(name=path.stem, error=sentence) for path, sentence in failures]
+    for name in names:
+        if name in errors:
+            listed.append(ReportEntry(name=name, error=errors[name]))
+        elif name in shown:
+            entry = entries.get(name)
+            listed.append(entry or _entry_from_files(out, rows[name], pipeline, options))
     notes = []
-    if len(rows) > REPORT_LIMIT:
+    if len(shown) < len(rows):
         notes.append(
-            f"{len(rows) - REPORT_LIMIT} images beyond the first {REPORT_LIMIT} are not shown. All are "
-            "in summary.csv."
+            f"{len(rows) - len(shown)} images beyond the first {REPORT_LIMIT} are not shown. All are in "
+            "summary.csv."
         )
     write_report(
         out / "report.html",
         listed,
         title="DINOCell: segmented cells",
-        summary={"model": options.model, "images": len(rows) + len(failures)},
+        summary={"model": options.model, "images": len(names)},
         notes=notes,
     )
 

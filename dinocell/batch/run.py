@@ -201,10 +201,11 @@ def _segment_claimed(
         stems = {path.stem for path in paths}
         earlier = {row["name"]: row for row in read_journal(journal)}
         others = [row for name, row in earlier.items() if name not in stems]
-        rows = [*others, *ordered]
-        write_summary(out / "summary.csv", rows, batch.failures)
+        write_summary(out / "summary.csv", [*others, *ordered], batch.failures)
         if options.report:
-            write_report_page(out, rows, batch.entries, batch.failures, pipeline, options)
+            rows = {row["name"]: row for row in (*others, *ordered)}
+            names = [row["name"] for row in others] + [path.stem for path in paths]
+            write_report_page(out, names, rows, batch.entries, batch.failures, pipeline, options)
         remove_temporary_files(out, before=time.time() - (time.monotonic() - started))
     some = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
     note = f"segmented again, because files have changed: {some}"

@@ -81,7 +81,9 @@ class SegmentFlags:
     )
     overlay: bool = option("Write NAME_overlay.png, the image with outlines of the cells.", True)
     report: bool = option("Write report.html, a page that shows the results.", False)
-    resume: bool = option("Skip images whose results the output folder already has.", False)
+    resume: bool = option(
+        "Skip unchanged images whose results the output folder already has.", False
+    )
     overwrite: bool = option("Replace results that the output folder has.", False)
     allow_mask: bool = option("Accept images that look like masks or label images.", False)
 

@@ -186,6 +186,23 @@ def test_overwriting_starts_over_with_all_images(plate, options, tmp_path, alone
         assert found["settings.json"] != alone["settings.json"]
 
 
+def test_a_part_is_open_again_when_one_of_its_files_changes(options, tmp_path):
+    rng = np.random.default_rng(3)
+    for index in range(2):
+        image = rng.integers(100, 4000, (40, 48)).astype(np.uint16)
+        write_image(tmp_path / "plate" / f"{index}.tif", image)
+    paths, out = find_images([tmp_path / "plate"]), tmp_path / "out"
+    plan = plan_shards(paths, out, options, 2)
+    run_all(plan)
+    plan = plan_shards(paths, out, options, 2)
+    assert open_shards(plan) == []
+    write_image(paths[1], image[::-1].copy())
+    (changed,) = open_shards(plan)
+    result = run_shard(out, changed, shown=False)
+    assert "segmented again, because files have changed: 1" in result.text()
+    assert open_shards(plan) == []
+
+
 def test_other_images_of_a_folder_keep_their_settings(plate, options, tmp_path):
     """Results in one folder share them, also when a batch in parts joins later."""
     from dataclasses import replace
