@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from dinocell.errors import DataSetError
 from dinocell.evaluation.report import EvaluationReport
@@ -23,6 +24,7 @@ from dinocell.evaluation.scores import (
     evaluate_pair,
 )
 from dinocell.io import read_labels
+from dinocell.labels import require_cells
 from dinocell.pairs import pair_folders
 
 
@@ -82,15 +84,21 @@ def evaluate_folders(
     allow_missing_predictions : count a true image without prediction as one in which no cell was found
     how : keyword arguments of `evaluate_pairs`
 
-    Raises DataSetError (the names or the sizes do not match); ImageFileError (a file is unreadable
-    or holds no label image).
+    Raises DataSetError (the names or the sizes do not match, or a file looks like no label image:
+    see `require_cells`); ImageFileError (a file is unreadable or holds no integers).
     """
     paths = pair_folders(pred_dir, truth_dir, allow_missing_predictions=allow_missing_predictions)
 
     def read() -> Iterator[tuple[str, ArrayLike, ArrayLike]]:
         for name, pred_path, truth_path in paths:
-            truth = read_labels(truth_path)
-            yield name, truth, np.zeros_like(truth) if pred_path is None else read_labels(pred_path)
+            truth = _read(truth_path)
+            yield name, truth, np.zeros_like(truth) if pred_path is None else _read(pred_path)
 
     missing = tuple(name for name, pred_path, _ in paths if pred_path is None)
     return replace(evaluate_pairs(read(), **how), missing_predictions=missing)
+
+
+def _read(path: Path) -> NDArray[np.uint32]:
+    labels = read_labels(path)
+    require_cells(labels, path)
+    return labels

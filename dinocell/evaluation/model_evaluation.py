@@ -17,6 +17,7 @@ from dinocell.evaluation.report import EvaluationReport
 from dinocell.evaluation.scores import DEFAULT_BOUNDARY_TOLERANCE_PX, DEFAULT_IOU_THRESHOLDS
 from dinocell.evaluation.tuning import TuningResult, tune_thresholds, tuned_values
 from dinocell.io import natural_key, read_labels
+from dinocell.labels import require_cells
 from dinocell.network.model import load_model, save_model, with_config
 from dinocell.pairs import find_pairs
 from dinocell.pipeline import DINOCellPipeline
@@ -145,6 +146,7 @@ def _predict(pipeline: DINOCellPipeline, folder: Path, *, shown: bool) -> list[_
             loaded = pipeline.load(pair.image_path)
             plane, name = loaded.plane, loaded.name
             truth = read_labels(pair.labels_path)
+            require_cells(truth, pair.labels_path)
             if truth.shape != plane.shape:
                 raise DataSetError(
                     f"an image and its labels must have the same size, got {plane.shape} and "

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from dinocell.errors import DataSetError
 from dinocell.io import read_image, read_labels
-from dinocell.labels import looks_like_labels
+from dinocell.labels import looks_like_labels, require_cells
 from dinocell.pairs import Pair, find_pairs
 from dinocell.progress import progress
 from dinocell.segmentation.distance_map import labels_to_distance_map
@@ -94,6 +94,7 @@ def read_pair(pair: Pair) -> tuple[NDArray, NDArray[np.uint32]]:
             f"an image and its labels must have the same size, got {image.shape} and {labels.shape} for "
             f"{pair.image_path.name}: check that the names belong together"
         )
+    require_cells(labels, pair.labels_path)
     return image, labels
 
 

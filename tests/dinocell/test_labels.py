@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from dinocell.labels import as_labels, cell_borders, check_labels, looks_like_labels
+from dinocell.errors import DataSetError
+from dinocell.io import read_labels
+from dinocell.labels import (
+    as_labels,
+    cell_borders,
+    check_labels,
+    looks_like_labels,
+    require_cells,
+)
 
 TOUCHING = np.repeat([[1, 1, 1, 2, 2, 2]], 3, axis=0)
 
@@ -127,3 +139,72 @@ def test_real_images_and_labels_are_told_apart(data_dir):
                 if np.ptp(pixels) > 0 and looks_like_labels(pixels) != expected:
                     wrong.append(path)
     assert wrong == []
+
+
+def cells() -> np.ndarray:
+    """Twelve discs of 9 px radius in (90, 120)."""
+    rows, columns = np.mgrid[:90, :120]
+    image = np.zeros((90, 120), np.uint8)
+    for label in range(12):
+        row, column = 15 + 30 * (label // 4), 15 + 30 * (label % 4)
+        image[np.hypot(rows - row, columns - column) < 9] = label + 1
+    return image
+
+
+def as_jpeg(image: np.ndarray) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(image * 20).save(buffer, "JPEG")
+    return np.asarray(Image.open(buffer))
+
+
+def resized(image: np.ndarray, order: Image.Resampling) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((240, 180), order))
+
+
+NO_LABELS = {
+    "mask": (lambda x: (x > 0).astype(np.uint8), "a mask: its 12 separate objects"),
+    "mask of 255": (lambda x: 255 * (x > 0).astype(np.uint8), "a mask: its 12 separate objects"),
+    "JPEG": (as_jpeg, "saved as JPEG"),
+    "interpolated": (lambda x: resized(x, Image.Resampling.BILINEAR), "resized with interpolation"),
+    "background 1": (lambda x: x + 1, "labelled background"),
+    "ilastik": (lambda x: 1 + (x > 0).astype(np.uint8), "labelled background"),
+    "inverted": (lambda x: (x == 0).astype(np.uint8), "labelled background"),
+    "intensities": (
+        lambda x: (30 + 9 * x + np.random.default_rng(0).integers(0, 9, x.shape)).astype(np.uint8),
+        "intensities",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LABELS)
+def test_what_has_the_form_of_labels_but_is_none_is_refused(kind: str) -> None:
+    change, reason = NO_LABELS[kind]
+    with pytest.raises(DataSetError, match=reason) as error:
+        require_cells(change(cells()), "set/a.png")
+    assert "'set/a.png'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        cells(),
+        np.zeros((9, 9), np.uint8),
+        np.pad(np.ones((9, 9), np.uint8), 6),  # one cell
+        resized(cells(), Image.Resampling.NEAREST),
+        np.where(np.arange(120) % 30 < 2, 0, cells()),  # a line parts four cells
+        cells()[:20, :20],  # a cell that fills most of the image
+    ],
+)
+def test_labels_are_labels(labels: np.ndarray) -> None:
+    require_cells(labels, "a.png")
+
+
+def test_real_labels_are_labels(data_dir: Path) -> None:
+    paths = [
+        path
+        for path in sorted(data_dir.glob("*/*/labels/*"))[::9]
+        if path.suffix in (".png", ".tif")
+    ]
+    assert len(paths) > 50
+    for path in paths:
+        require_cells(read_labels(path), path)

@@ -365,6 +365,15 @@ def test_files_of_other_size_or_kind(tmp_path: Path) -> None:
         evaluate_folders(tmp_path / "p", tmp_path / "t")
 
 
+@pytest.mark.parametrize("wrong", ["pred", "truth"])
+def test_masks_in_place_of_labels(tmp_path: Path, wrong: str) -> None:
+    labels = np.kron(np.arange(12).reshape(3, 4) + 1, np.pad(np.ones((6, 6), int), 2))
+    for folder in ("pred", "truth"):
+        write_labels(tmp_path / folder / "a.png", labels > 0 if folder == wrong else labels)
+    with pytest.raises(DataSetError, match=rf"{wrong}/a\.png' looks like a mask: its 12 separate"):
+        evaluate_folders(tmp_path / "pred", tmp_path / "truth")
+
+
 def test_real_labels_against_themselves(data_dir: Path) -> None:
     folder = data_dir / "bbbc039" / "edge_cases"
     report = evaluate_folders(folder, folder)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinocell.errors import DataSetError, ImageFileError
-from dinocell.io import write_image, write_labels
+from dinocell.io import read_image, read_labels, write_image, write_labels
 from dinocell.network.config import ModelConfig
 from dinocell.pairs import find_pairs
 from dinocell.training.config import AugmentConfig, DataConfig, DatasetConfig, TrainConfig
@@ -120,6 +120,15 @@ class TestWrongFolders:
         write_image(tmp_path / "i" / "a.png", rng.integers(0, 255, (9, 9)).astype(np.uint8))
         write_labels(tmp_path / "l" / "a.png", np.ones((9, 8), np.uint8))
         with pytest.raises(DataSetError, match=r"\(9, 9\) and \(9, 8\)"):
+            read_pair(find_pairs(tmp_path / "i", tmp_path / "l")[0])
+
+    def test_masks(self, blob_data, tmp_path):
+        labels = read_labels(blob_data / "labels" / "blob0.png")
+        tiled = np.tile(labels > 0, (2, 2)).astype(np.uint8)
+        image = np.tile(read_image(blob_data / "images" / "blob0.tif").pixels, (2, 2))
+        write_image(tmp_path / "i" / "a.tif", image)
+        write_labels(tmp_path / "l" / "a.png", tiled)
+        with pytest.raises(DataSetError, match=r"l/a\.png' looks like a mask: its 16 separate"):
             read_pair(find_pairs(tmp_path / "i", tmp_path / "l")[0])
 
     def test_colour_images(self, tmp_path):
