@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from dinocell.errors import DINOCellError
@@ -116,23 +116,6 @@ def move_into_place(temporary: Path, final: Path, *, flush: bool = True) -> None
     os.replace(temporary, final)
     if flush:
         _flush_folder(final.parent)
-
-
-def refuse_long_names(paths: Iterable[Path]) -> None:
-    """Refuse files, all for one folder, whose names are longer than its file system allows.
-
-    Raises DINOCellError (names the longest).
-    """
-    longest = max(paths, key=lambda path: len(os.fsencode(path.name)))
-    try:
-        allowed = os.pathconf(longest.parent, "PC_NAME_MAX")
-    except (AttributeError, OSError, ValueError):  # not on Windows
-        allowed = 255
-    if len(os.fsencode(longest.name)) > allowed:
-        raise DINOCellError(
-            f"a file name may have up to {allowed} bytes in '{longest.parent}', got "
-            f"{len(os.fsencode(longest.name))} for '{longest.name}': shorten the name of the image"
-        )
 
 
 def remove_temporary_files(folder: Path, *, before: float) -> None:

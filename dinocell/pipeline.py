@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import ImageFileError, UsageError
-from dinocell.files import refuse_long_names
-from dinocell.io import read_image, select_channels
+from dinocell.io import read_image, refuse_long_names, select_channels
 from dinocell.labels import looks_like_labels
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
 from dinocell.segmentation.inference import predict_distance_map

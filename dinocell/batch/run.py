@@ -40,7 +40,8 @@ from dinocell.batch.library_warnings import LibraryWarnings
 from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions, check_call
 from dinocell.batch.report import REPORT_LIMIT, write_report_page
 from dinocell.errors import DINOCellError
-from dinocell.files import refuse_long_names, remove_temporary_files, write_text_atomically
+from dinocell.files import remove_temporary_files, write_text_atomically
+from dinocell.io import refuse_long_names
 from dinocell.network.model import DINOCell, load_model
 from dinocell.pipeline import DINOCellPipeline, LoadedImage, Segmentation, output_paths
 from dinocell.progress import Progress, progress

@@ -1,6 +1,12 @@
 """Files ↔ arrays: images and label images in, labels, images and maps out."""
 
-from dinocell.io.names import FoundImages, find_images, natural_key, search_images
+from dinocell.io.names import (
+    FoundImages,
+    find_images,
+    natural_key,
+    refuse_long_names,
+    search_images,
+)
 from dinocell.io.planes import select_channels
 from dinocell.io.read import Image, read_image, read_labels
 from dinocell.io.write import write_image, write_labels
@@ -12,6 +18,7 @@ __all__ = [
     "natural_key",
     "read_image",
     "read_labels",
+    "refuse_long_names",
     "search_images",
     "select_channels",
     "write_image",

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinocell.errors import UsageError
+from dinocell.errors import DINOCellError, UsageError
 from dinocell.pairs import IMAGE_SUFFIXES, OUTPUT_ENDINGS
 
 UNREADABLE_KINDS: dict[str, str] = {
@@ -253,3 +253,20 @@ def natural_key(path: Path) -> list[tuple[int, int, str]]:
     return [(0, int(p), p) if p.isdecimal() else (1, 0, p.casefold()) for p in parts] + [
         (2, 0, path.as_posix())
     ]
+
+
+def refuse_long_names(paths: Iterable[Path]) -> None:
+    """Refuse files, all for one folder, whose names are longer than its file system allows.
+
+    Raises DINOCellError (names the longest).
+    """
+    longest = max(paths, key=lambda path: len(os.fsencode(path.name)))
+    try:
+        allowed = os.pathconf(longest.parent, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # not on Windows
+        allowed = 255
+    if len(os.fsencode(longest.name)) > allowed:
+        raise DINOCellError(
+            f"a file name may have up to {allowed} bytes in '{longest.parent}', got "
+            f"{len(os.fsencode(longest.name))} for '{longest.name}': shorten the name of the image"
+        )

@@ -26,8 +26,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Parameters
     ----------
-    path : path
-        The file to write.  Missing folders above it are made.  A symbolic link is followed.
+    path : the file to write.  Missing folders above it are made.  A symbolic link is followed.
 
     Yields
     ------
@@ -35,12 +34,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         A hidden name in the same folder with the same suffix (`.ome.tif` and `.tar.gz` whole).  The
         block must write it, as a file.
 
-    Raises
-    ------
-    ValueError
-        `path` is a folder.
-    RuntimeError
-        The block ended without writing the temporary file.
+    Raises ValueError (`path` is a folder); RuntimeError (the block ended without writing the
+    temporary file).
 
     Notes
     -----
@@ -71,7 +66,8 @@ def write_text_atomically(
 ) -> None:
     """Write `text` as UTF-8, line ends as they are; raises as `atomic_path` does.
 
-    `errors="surrogateescape"` keeps file names that are not UTF-8.
+    `errors="surrogateescape"` keeps file names that are not UTF-8 for programs, "backslashreplace" makes
+    them readable.
     """
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=errors, newline="")
@@ -83,13 +79,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Parameters
     ----------
-    path : path
-        The folder to make: it must not exist, or be empty.
+    path : the folder to make: it must not exist, or be empty
 
-    Raises
-    ------
-    OSError
-        `path` is a file or a folder with contents by the time the block ends.
+    Raises OSError (`path` is a file or a folder with contents by the time the block ends).
     """
     final = Path(os.path.realpath(path))
     temporary = _temporary_beside(final, "")

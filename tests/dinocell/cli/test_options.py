@@ -17,7 +17,7 @@ from dinocell.cli import inspect as inspecting
 from dinocell.cli.app import app
 from dinocell.cli.options import App, in_options, option
 from dinocell.errors import CheckpointError, DINOCellError, StoppedError
-from dinocell.evaluation.evaluate import evaluate_folders
+from dinocell.evaluation.evaluate import evaluate_pairs
 from dinocell.evaluation.model_evaluation import evaluate_model
 from dinocell.network.weights import convert_weights
 from dinocell.pretraining.jump_index import IndexSource
@@ -81,21 +81,23 @@ def test_every_option_of_segment_reaches_its_field():
     assert {field.name for field in fields(segment.SegmentFlags)} == {
         field.name for field in fields(SegmentOptions)
     }
+    given = {"formats": ["png", "roi"], "channels": "0, DNA", "percentiles": "2,98"}
     changed = {
         field.name: not field.default
         if isinstance(field.default, bool)
-        else {"formats": ["png", "roi"], "channels": "0, DNA"}.get(field.name, f"new {field.name}")
+        else given.get(field.name, f"new {field.name}")
         for field in fields(segment.SegmentFlags)
     }
     options = segment.segment_options(changed)
-    assert vars(options) == changed | {"formats": ("png", "roi"), "channels": (0, "DNA")}
+    converted = {"formats": ("png", "roi"), "channels": (0, "DNA"), "percentiles": (2.0, 98.0)}
+    assert vars(options) == changed | converted
     assert segment.SegmentFlags().for_batch() == SegmentOptions()
 
 
 def test_scoring_reaches_both_kinds_of_evaluation():
     settings = evaluate.Scoring([0.6], 3.0).settings()
     assert settings == {"iou_thresholds": (0.6,), "boundary_tolerance_px": 3.0}
-    for target in (evaluate_folders, evaluate_model):
+    for target in (evaluate_pairs, evaluate_model):  # `evaluate_folders` passes them on
         assert set(settings) <= set(inspect.signature(target).parameters)
 
 
