@@ -67,8 +67,7 @@ def count_neighbors(
         level_first,
         level_shape,
         square_first,
-        near_cell,
-        border_pixel[by_square],
+        np.column_stack([near_cell, border_pixel[by_square]]),
         # math.sqrt(13) squared is a little less than 13: a distance given as a root means the root.
         math.floor(distance_px**2 + 1e-9),
     )
@@ -120,13 +119,12 @@ def _search(
     level_first: NDArray[Any],
     level_shape: NDArray[Any],
     square_first: NDArray[Any],
-    near_cell: NDArray[Any],
-    near_pixel: NDArray[Any],
+    near: NDArray[Any],
     reach: int,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Count other cells within a squared distance, and find the squared distance of the closest.
 
-    `pixel` holds the border pixels by cell, `near_cell` and `near_pixel` the same by leaf.
+    `pixel` holds the border pixels by cell, `near` their cells, rows and columns by leaf.
     """
     num_cells = len(first) - 1
     top = len(level_shape) - 1
@@ -172,10 +170,10 @@ def _search(
                             num_waiting += 1
                     continue
                 for i in range(square_first[at], square_first[at + 1]):
-                    other = near_cell[i]
+                    other = near[i, 0]
                     if other == k:
                         continue
-                    d_row, d_col = near_pixel[i, 0] - r, near_pixel[i, 1] - c
+                    d_row, d_col = near[i, 1] - r, near[i, 2] - c
                     squared = d_row * d_row + d_col * d_col
                     best = min(best, squared)
                     if squared <= reach and counted_for[other] != k:
