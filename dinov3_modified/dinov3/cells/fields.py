@@ -59,8 +59,7 @@ class ChannelField:
     ) -> np.ndarray:
         """Part of one channel, or of the mean of all, scaled to its range: (h, w) float32 in [0, 1].
 
-        Args:
-            channel: index, None for the mean of the channels, each scaled before.
+        `channel`: index, None for the mean of the channels, each scaled before.
         """
         rows, columns = slice(top, top + height), slice(left, left + width)
         if channel is not None:
@@ -90,10 +89,8 @@ class ChannelField:
 def decode_planes(data: bytes, name: str) -> np.ndarray:
     """Bytes of a TIFF, PNG or other image → planes (S, H, W) in their own type.
 
-    A colour image has three planes, a stack one a page.
-
-    Raises:
-        FieldError: not an image, or of another type than 8 or 16 bits or float.
+    A colour image has three planes, a stack one a page.  Raises FieldError (not an image, or of
+    another type than 8 or 16 bits or float).
     """
     try:
         if data[:4] in TIFF_STARTS:
@@ -219,8 +216,7 @@ def make_field(
         illumination: (H, W) each, positive; divided by.
         ranges: (low, high) of channels whose range is known, for example of their plate.
 
-    Raises:
-        FieldError: no plane, sizes that differ, a constant plane.
+    Raises FieldError (no plane, sizes that differ, a constant plane).
     """
     if not planes:
         raise FieldError(f"field {name} must have a channel, got none: check its files")
@@ -320,8 +316,7 @@ def _foreground(made: ChannelField) -> np.ndarray:
 def split_channels(name: str, planes: np.ndarray, channel: str) -> dict[str, np.ndarray]:
     """Planes of one file by name: the channel itself, or CHANNEL_0, CHANNEL_1, ... of several.
 
-    Args:
-        planes: (S, H, W).
+    `planes`: (S, H, W).
     """
     if len(planes) == 1:
         return {channel: planes[0]}
@@ -329,11 +324,7 @@ def split_channels(name: str, planes: np.ndarray, channel: str) -> dict[str, np.
 
 
 def read_illumination(paths: Mapping[str, str | Path]) -> dict[str, np.ndarray]:
-    """Illumination images (.npy) by channel.
-
-    Raises:
-        FieldError: a file is missing or no array.
-    """
+    """Illumination images (.npy) by channel; raises FieldError (a file is missing or no array)."""
     found = {}
     for channel, path in paths.items():
         try:

@@ -70,9 +70,7 @@ def save_non_finite(
     """Save batch, sample names and state to OUT/nan_logs; all processes call this.
 
     The weights are those before the step; on a GPU, whose flag comes a step late, after it.
-
-    Returns:
-        The error to raise.
+    Returns the error to raise.
     """
     folder = Path(cfg.train.output_dir) / "nan_logs" / f"iteration_{iteration}"
     names = sample_names(cfg, loader, iteration)

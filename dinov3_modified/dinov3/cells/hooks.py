@@ -31,8 +31,7 @@ _LOG_EVERY = 10  # iterations, as upstream's log lines
 def sections(cfg: Any) -> DictConfig:
     """`cfg` with the sections of `dinocell.yaml`, whose values it may replace in part.
 
-    Raises:
-        ValueError: a key in one of these sections that does not exist.
+    Raises ValueError (a key in one of these sections that does not exist).
     """
     defaults = OmegaConf.load(Path(__file__).parent / "dinocell.yaml")
     OmegaConf.set_struct(defaults, True)
@@ -64,11 +63,8 @@ def load_pretrained(model: nn.Module, path: str | Path) -> bool:
         model: with the module `backbone`, and perhaps heads; sharded or not.
         path: file or folder.
 
-    Returns:
-        False where upstream's own loader fits: nothing was changed then.
-
-    Raises:
-        FileNotFoundError, WeightsError: see `weights.read_backbone`.
+    Returns False where upstream's own loader fits: nothing was changed then.  Raises
+    FileNotFoundError, WeightsError (see `weights.read_backbone`).
     """
     from dinov3.cells.weights import fit_backbone
 
@@ -114,8 +110,7 @@ def _set_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 def fit_patch_size(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A backbone's entries with a patch embedding of the network's patch size.
 
-    Args:
-        state_dict: by the names of `model`; without a patch embedding it comes back as it is.
+    `state_dict`: by the names of `model`; without a patch embedding it comes back as it is.
     """
     from dinov3.checkpointer.patch_size_adaptation import adapt_state_dict
 
@@ -133,11 +128,8 @@ def start_from_backbone(cfg: Any, model: Any) -> None:
 
     Fills student and EMA; heads keep their initial values.
 
-    Args:
-        model: the `SSLMetaArch` after `init_weights`.
-
-    Raises:
-        FileNotFoundError, WeightsError: see `weights.read_backbone`.
+    `model`: the `SSLMetaArch` after `init_weights`.  Raises FileNotFoundError, WeightsError (see
+    `weights.read_backbone`).
     """
     from dinov3.cells.weights import fit_backbone
 
@@ -158,8 +150,7 @@ def start_from_backbone(cfg: Any, model: Any) -> None:
 def find_dataset(dataset_str: str) -> tuple[type, dict[str, Any]] | None:
     """Class and arguments of a dataset of ours; None of all others.
 
-    Raises:
-        ValueError: an unknown key, split or type; a missing key.
+    Raises ValueError (an unknown key, split or type; a missing key).
     """
     from dinov3.cells.registry import DATASETS, check_needed, parse_dataset_str
 
@@ -178,8 +169,7 @@ def with_views(dataset: Any, cfg: Any, start_iter: int = 0) -> Any:
         cfg: of the run; its sections `multiview` and `streaming` count.
         start_iter: number of finished iterations.
 
-    Raises:
-        ValueError: fields without `multiview.strategy`, or photometrics on the device.
+    Raises ValueError (fields without `multiview.strategy`, or photometrics on the device).
     """
     if not getattr(dataset, "gives_fields", False):
         return dataset
@@ -309,11 +299,8 @@ def watched(metric_logger: Any, cfg: Any, resume: bool = True) -> Any:
     The evaluation of the teacher is made here too, so that a wrong folder stops the run before its
     first step.
 
-    Args:
-        resume: false starts another wandb run in the same folder.
-
-    Raises:
-        ValueError: a setting of `wandb` or `ssl_evaluation` is wrong.
+    `resume`: false starts another wandb run in the same folder.  Raises ValueError (a setting of
+    `wandb` or `ssl_evaluation` is wrong).
     """
     from dinov3.logging.wandb_logger import create_wandb_logger
 
@@ -325,11 +312,7 @@ def watched(metric_logger: Any, cfg: Any, resume: bool = True) -> Any:
 
 
 def load_hook(address: str) -> Callable[..., Any]:
-    """A function by "package.module:function".
-
-    Raises:
-        ValueError: no such module or function.
-    """
+    """A function by "package.module:function"; raises ValueError (no such module or function)."""
     if address in _MOVED_HOOKS:  # a run that an earlier version started
         logger.warning("ssl_evaluation.hook %s has moved: write %s", address, _MOVED_HOOKS[address])
         address = _MOVED_HOOKS[address]
@@ -369,13 +352,11 @@ def empty_teacher(cfg: Any, device: str | torch.device) -> nn.Module:
 def evaluate(cfg: Any, model: Any, iteration: int, metric_logger: Any) -> None:
     """After each step, in all processes: score the teacher every `ssl_evaluation.period_iterations`.
 
-    The first process evaluates a copy of the teacher, gathered if it is sharded.  The scores become a
-    line of the metrics file, or meters where the logger writes no lines of its own (upstream's).
-    This is the one place that catches what an evaluation, or the record of its scores, raises: it is
-    logged with its traceback, and the training continues.
-
-    Raises:
-        ValueError: a setting of `ssl_evaluation` is wrong, unless `watched` has found that before.
+    The first process evaluates a copy of the teacher, gathered if it is sharded.  The scores become
+    a line of the metrics file, or meters where the logger writes no lines of its own (upstream's).
+    This is the one place that catches what an evaluation, or the record of its scores, raises: it
+    is logged with its traceback, and the training continues.  Raises ValueError (a setting of
+    `ssl_evaluation` is wrong, unless `watched` has found that before).
     """
     evaluation = _evaluation(cfg)
     if evaluation is None or (iteration + 1) % cfg.ssl_evaluation.period_iterations:

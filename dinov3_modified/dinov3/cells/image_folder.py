@@ -38,9 +38,7 @@ class ImageFolder(ExtendedVisionDataset):
         split: name of a subfolder, if only that is wanted.
         extra: without effect, for the common grammar of dataset strings.
 
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no image in it.
+    Raises FileNotFoundError (no such folder); ValueError (no image in it).
     """
 
     def __init__(

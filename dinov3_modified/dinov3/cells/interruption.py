@@ -54,8 +54,7 @@ class StopRequest:
     Schedulers send the signal to the whole process group or to one process only, so the processes
     exchange what they have received.
 
-    Args:
-        device: as of `StopAgreement`.
+    `device`: as of `StopAgreement`.
     """
 
     def __init__(self, device: torch.device) -> None:

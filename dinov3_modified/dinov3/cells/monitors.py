@@ -27,11 +27,8 @@ _ATTENTION_IMAGES = 4
 def effective_rank(features: Tensor) -> float:
     """exp of the entropy of the normalised singular values (RankMe, Garrido et al. 2023, eq. 1).
 
-    Args:
-        features: [M, D], as they are: not centred, not normalised.
-
-    Returns:
-        From 1 (all rows on a line) to min(M, D); 0 when all are 0, NaN when one is not finite.
+    `features`: [M, D], as they are: not centred, not normalised.  Returns from 1 (all rows on a
+    line) to min(M, D); 0 when all are 0, NaN when one is not finite.
     """
     rows = features.detach().cpu().double()
     # Roots of the smaller Gram matrix's eigenvalues.  They are wrong by 1e-8 of the largest, which
@@ -80,10 +77,9 @@ def module_statistics(
             is not AdamW: no updates.
         per_block: divide modules into their parts (patch embedding, tokens, each block, ...).
 
-    Returns:
-        `weight_norm/PART`, `grad_norm/PART` (as the optimiser saw them, hence after clipping) and
-        `update_ratio/PART`, the norm of the update over that of the weights; 0-dim tensors on the
-        device.  Parts without gradient have the first only.
+    Returns `weight_norm/PART`, `grad_norm/PART` (as the optimiser saw them, hence after clipping)
+    and `update_ratio/PART`, the norm of the update over that of the weights; 0-dim tensors on the
+    device.  Parts without gradient have the first only.
     """
     parts = _parts(modules, per_block)
     weights = _norms({part: _locals(params) for part, params in parts.items()}, parts)
@@ -116,12 +112,8 @@ class CollapseMonitor:
     Either `measure` (a forward pass of the teacher), or `update` with tensors of the step, once or
     for each accumulated batch, then `compute`.  Several processes each look at their own images.
 
-    Args:
-        cfg: a configuration; reads its `monitor` section, the number of prototypes and the
-            teacher's temperature.
-
-    Raises:
-        ValueError: a setting of the `monitor` section is out of range.
+    `cfg`: a configuration; reads its `monitor` section, the number of prototypes and the teacher's
+    temperature.  Raises ValueError (a setting of the `monitor` section is out of range).
     """
 
     def __init__(self, cfg: Any) -> None:
@@ -167,8 +159,7 @@ class CollapseMonitor:
                 crops (`flip(0)`) to compare what the loss compares.
             attention: [B, heads, T, T].
 
-        Raises:
-            ValueError: `student_logits` without `teacher_probs`, or of another shape.
+        Raises ValueError (`student_logits` without `teacher_probs`, or of another shape).
         """
         given = {"cls": cls, "patch": patches, "student_cls": student_cls}
         for name, features in given.items():

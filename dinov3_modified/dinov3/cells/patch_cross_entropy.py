@@ -35,8 +35,7 @@ def prototype_cross_entropy(
         student_temp: temperature t.
         chunk_bytes: float32 memory of a chunk of logits.
 
-    Returns:
-        A scalar, float32; gradients flow to `bottleneck` and `prototypes`.
+    Returns a scalar, float32; gradients flow to `bottleneck` and `prototypes`.
     """
     rows = max(1, chunk_bytes // (4 * prototypes.shape[0]))
     return _PrototypeCrossEntropy.apply(

@@ -169,8 +169,7 @@ def photometrics_on_batch(
         data: with `collated_*_crops` [n, 1, s, s] in [0, 1].
         generator: of the crops' device.
 
-    Returns:
-        A copy whose crops are [n, 3, s, s], normalised with crops.rgb_mean and rgb_std.
+    Returns a copy whose crops are [n, 3, s, s], normalised with crops.rgb_mean and rgb_std.
     """
     photometrics = photometrics_from_config(cfg)
     out = dict(data)

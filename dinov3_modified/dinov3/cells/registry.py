@@ -33,12 +33,9 @@ class DatasetSplitError(ValueError, KeyError):
 def register_dataset(name: str, address: str) -> None:
     """Make a class known to dataset strings.
 
-    Args:
-        address: "module:class".  A class may declare `STRING_OPTIONS`, option → type, beyond root,
-            extra and split.
-
-    Raises:
-        ValueError: not of that form, or the name cannot stand in a dataset string.
+    `address`: "module:class".  A class may declare `STRING_OPTIONS`, option → type, beyond root,
+    extra and split.  Raises ValueError (not of that form, or the name cannot stand in a dataset
+    string).
     """
     module, _, attribute = address.partition(":")
     if not module or not attribute.isidentifier() or not name or {":", "="} & set(name):
@@ -52,8 +49,7 @@ def register_dataset(name: str, address: str) -> None:
 def parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
     """`Name:key=value:...` → class and arguments; of a key given twice the last counts.
 
-    Raises:
-        ValueError: unknown name, key, split or type.
+    Raises ValueError (unknown name, key, split or type).
     """
     name, *tokens = dataset_str.split(":")
     if name not in DATASETS:
@@ -90,8 +86,7 @@ def parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
 def check_needed(dataset_str: str, class_: type, kwargs: dict[str, Any]) -> None:
     """Refuse a string without a key that its class cannot do without.
 
-    Raises:
-        ValueError: names the missing keys.
+    Raises ValueError (names the missing keys).
     """
     needed = [
         parameter.name

@@ -18,8 +18,7 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None)
 
     All processes must have gradients for the same parameters, in the same order.
 
-    Args:
-        module: its trainable parameters; those without gradient on this process count as zero.
+    `module`: its trainable parameters; those without gradient on this process count as zero.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return

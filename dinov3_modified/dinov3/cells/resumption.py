@@ -23,10 +23,8 @@ _START_FILE = "start.json"
 def check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
     """Before anything is written: may this configuration continue the run of the folder?
 
-    Without `resume` the checkpoints of an earlier run are kept as ckpt_1, ckpt_2, ...
-
-    Raises:
-        ValueError: a key that makes it another run has changed.
+    Without `resume` the checkpoints of an earlier run are kept as ckpt_1, ckpt_2, ...  Raises
+    ValueError (a key that makes it another run has changed).
     """
     ckpt_dir = output_dir / "ckpt"
     if find_latest_checkpoint(ckpt_dir) is None:
@@ -65,8 +63,7 @@ def start_record(cfg: DictConfig, model: Any, output_dir: Path, *, fresh: bool) 
         model: the `SSLMetaArch`.
         fresh: there is no checkpoint to resume from.
 
-    Raises:
-        ValueError: another number of processes.
+    Raises ValueError (another number of processes).
     """
     path = output_dir / _START_FILE
     world = distributed.get_world_size()

@@ -28,8 +28,7 @@ def data_loader(cfg: DictConfig, model: Any, batches_done: int, seed_offset: int
         model: the `SSLMetaArch`, which makes the augmentation.
         seed_offset: added to `train.seed`: loaders of several resolutions have orders of their own.
 
-    Raises:
-        ValueError: crops that are no whole number of patches, or a data set without samples.
+    Raises ValueError (crops that are no whole number of patches, or a data set without samples).
     """
     size = cfg.crops.global_crops_size
     patch = cfg.student.patch_size

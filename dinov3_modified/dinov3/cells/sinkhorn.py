@@ -78,8 +78,7 @@ def sinkhorn_knopp(
         group: processes that share the assignment, None for all that a process group has.
         chunk_bytes: float32 memory that may be held for exponentials at once.
 
-    Returns:
-        An `Assignment` whose rows sum to 1.
+    Returns an `Assignment` whose rows sum to 1.
     """
     reduce = is_enabled()
     rows, prototypes = logits.shape

@@ -51,11 +51,8 @@ class SSLLosses(nn.Module):
     ) -> dict[str, Any]:
         """Patches that the Gram loss compares: student's and Gram teacher's.
 
-        Args:
-            images: [G, B, 3, H', W'] for a separate Gram teacher, None for the EMA.
-
-        Returns:
-            `teacher_patches` [G·B, N, D], resized to the student's grid where it differs.
+        `images`: [G, B, 3, H', W'] for a separate Gram teacher, None for the EMA.  Returns
+        `teacher_patches` [G·B, N, D], resized to the student's grid where it differs.
         """
         if self.gram_ema_teacher:
             patches = teacher_global["patch_pre_head"].flatten(0, 1)

@@ -11,8 +11,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def check_ssl_settings(cfg: DictConfig) -> None:
     """Refuse settings of a training that contradict one another or that this tree does not have.
 
-    Raises:
-        ValueError: names the key, its value and what to set.
+    Raises ValueError (names the key, its value and what to set).
     """
 
     _one_of(cfg, "train.centering", ("sinkhorn_knopp", "softmax"))

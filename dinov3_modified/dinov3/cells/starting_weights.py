@@ -24,11 +24,8 @@ def fill_student(student: nn.ModuleDict, cfg: DictConfig, *, from_files: bool) -
             `student.resume_from_teacher_chkpt` (backbone and the heads that the file has) after the
             random values were drawn.
 
-    Returns:
-        What the last file filled; None without a file.
-
-    Raises:
-        ValueError: a head of the file has another shape.
+    Returns what the last file filled; None without a file.  Raises ValueError (a head of the file
+    has another shape).
     """
     student.to_empty(device="cpu")
     for module in student.values():

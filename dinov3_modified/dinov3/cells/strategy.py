@@ -15,8 +15,7 @@ STRATEGIES = ("none", "ddp", "fsdp")
 def resolve_device(cfg: Any) -> torch.device:
     """`accelerator.device` of a configuration; "auto" is this process's GPU if there is one.
 
-    Raises:
-        ValueError: no such device here.
+    Raises ValueError (no such device here).
     """
     name = str(cfg.accelerator.device)
     if name == "auto":
@@ -41,8 +40,7 @@ def resolve_strategy(cfg: Any, device: torch.device) -> str:
     """`accelerator.strategy` of a configuration; "auto" is FSDP2 on GPUs, replicas on several
     processes without, and nothing for one process on a CPU.
 
-    Raises:
-        ValueError: unknown, or `none` with several processes.
+    Raises ValueError (unknown, or `none` with several processes).
     """
     name = str(cfg.accelerator.strategy)
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -81,8 +79,7 @@ def full_state_dict(module: nn.Module, strategy: str) -> dict[str, Tensor]:
 def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], strategy: str) -> None:
     """Load a whole state dict; with several processes the first one's `state` goes to all.
 
-    Raises:
-        RuntimeError: keys or shapes differ.
+    Raises RuntimeError (keys or shapes differ).
     """
     if strategy == "fsdp":
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict

@@ -97,11 +97,8 @@ def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def check_keys(cfg: DictConfig, default: DictConfig, source: str) -> None:
     """Refuse keys and types that the default configuration does not have.
 
-    Args:
-        source: where `cfg` comes from, for the message.
-
-    Raises:
-        ValueError: names the nearest known keys.
+    `source`: where `cfg` comes from, for the message.  Raises ValueError (names the nearest known
+    keys).
     """
     # Schedules of the second form are free; gram.loss_weight_schedule is null or such a section.
     known = dict(leaves(default))
@@ -159,8 +156,7 @@ def compare_configs(
 ) -> list[Difference]:
     """Keys that make `new` another run than `old`; harmless ones (workers, logging) are left out.
 
-    Args:
-        default: values of keys that `old` lacks, such as ours in a configuration of upstream's.
+    `default`: values of keys that `old` lacks, such as ours in a configuration of upstream's.
     """
     before, after = dict(leaves(old)), dict(leaves(new))
     if default is not None:

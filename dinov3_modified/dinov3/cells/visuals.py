@@ -49,8 +49,7 @@ def attention_picture(
         attention: [B, heads, T, T], or its CLS rows [B, heads, T]; the last N of T tokens are the
             patches, those before (CLS and storage tokens) are left out.
 
-    Returns:
-        uint8 (B h p, (1 + heads) w p, 3); each map is stretched to its own range.
+    Returns uint8 (B h p, (1 + heads) w p, 3); each map is stretched to its own range.
     """
     h, w = images.shape[-2] // patch_size, images.shape[-1] // patch_size
     rows = attention[:, :, 0] if attention.ndim == 4 else attention  # [B, heads, T]
@@ -71,12 +70,8 @@ def pca_colors(patches: Tensor) -> Tensor:
     The sign of a component, which the decomposition leaves open, is the one with which its third
     moment over the patches is positive: it does not jump when features change a little.
 
-    Args:
-        patches: [B, N, D], D at least 3.
-
-    Returns:
-        [B, N, 3] float32 in [0, 1], from the 1st to the 99th percentile of each component; 0.5
-        throughout in a component that all patches share.
+    `patches`: [B, N, D], D at least 3.  Returns [B, N, 3] float32 in [0, 1], from the 1st to the
+    99th percentile of each component; 0.5 throughout in a component that all patches share.
     """
     rows = patches.detach().flatten(0, 1).double()
     energy = rows.square().sum()
@@ -106,8 +101,7 @@ def pca_picture(
         images: [B, 3, H, W], normalised by `mean` and `std`.
         patches: [B, N, D].
 
-    Returns:
-        uint8 (B h p, 2 w p, 3).
+    Returns uint8 (B h p, 2 w p, 3).
     """
     h, w = images.shape[-2] // patch_size, images.shape[-1] // patch_size
     colors = pca_colors(patches).unflatten(1, (h, w)).permute(3, 0, 1, 2)  # [3, B, h, w]
@@ -164,8 +158,7 @@ class VisualLogger:
             state: state dict of the backbone, not changed any more (`full_state_dict` gives a copy).
             images: [B, 3, H, W] on any device; only those of the first call count.
 
-        Returns:
-            Whether the drawing was started.
+        Returns whether the drawing was started.
         """
         if self.busy:
             self.skipped += 1

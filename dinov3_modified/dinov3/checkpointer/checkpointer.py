@@ -85,9 +85,8 @@ def save_checkpoint(
         overwrite: replace an existing checkpoint.
         **others: further entries.
 
-    Raises:
-        FileExistsError: it exists, and `overwrite` is false.
-        OSError: it could not be written; an earlier checkpoint is as it was.
+    Raises FileExistsError (it exists, and `overwrite` is false); OSError (it could not be written;
+    an earlier checkpoint is as it was).
     """
     target = Path(ckpt_dir)
     main_process = is_main_process(process_group)
@@ -181,11 +180,8 @@ def load_checkpoint(
         strict_loading: every entry that the model has must be in the checkpoint.
         **others: further entries, loaded in place where they are tensors.
 
-    Returns:
-        The iteration it was saved after.
-
-    Raises:
-        ValueError: it is no checkpoint, or does not fit.
+    Returns the iteration it was saved after.  Raises ValueError (it is no checkpoint, or does not
+    fit).
     """
     folder = Path(ckpt_dir)
     if not (folder / _METADATA).is_file():
@@ -221,8 +217,7 @@ def load_checkpoint(
 def register_dont_save_hooks(module: nn.Module, dont_save: Sequence[str]) -> None:
     """Leave entries out of the module's state dict, and load it without them.
 
-    Args:
-        dont_save: full names in the state dict.
+    `dont_save`: full names in the state dict.
     """
     names = set(dont_save)
 
@@ -367,9 +362,8 @@ def init_fsdp_model_from_checkpoint(
         skip_load_keys: entries with one of these parts in their name are left out.
         keys_not_sharded: without effect; what is sharded is seen from the network.
 
-    Raises:
-        FileNotFoundError: no such file or folder.
-        WeightsError: it is no teacher, or keys or shapes differ; all are listed.
+    Raises FileNotFoundError (no such file or folder); WeightsError (it is no teacher, or keys or
+    shapes differ; all are listed).
     """
     from dinov3.cells.weights import read_teacher, refuse_differences
 
@@ -394,8 +388,7 @@ def init_model_from_checkpoint_for_evals(
 ) -> None:
     """Fill a backbone for evaluation, from any file that `cells.weights` reads.
 
-    Args:
-        checkpoint_key: "student" or "teacher" (the default) of a file with both.
+    `checkpoint_key`: "student" or "teacher" (the default) of a file with both.
     """
     from dinov3.cells.weights import load_backbone
 

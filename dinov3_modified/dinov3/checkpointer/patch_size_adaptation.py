@@ -43,8 +43,7 @@ class PatchAdaptation:
 def patch_size_of(state: Mapping[str, Tensor], key: str = _KEY) -> int:
     """Edge of the kernel in a backbone's state dict.
 
-    Raises:
-        ValueError: no such entry, or not a square kernel.
+    Raises ValueError (no such entry, or not a square kernel).
     """
     weight = state.get(key)
     if weight is None or weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
@@ -68,8 +67,7 @@ def adapt_patch_embedding(weight: Tensor, patch_size: int, method: str = "neares
             `bicubic`, resizing the kernel like a picture times (p / q)², for comparison.
             When `nearest` turns into `pseudo_inverse` the log says so.
 
-    Returns:
-        [D, C, q, q] in the type of `weight`.
+    Returns [D, C, q, q] in the type of `weight`.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}: choose one")
@@ -119,8 +117,7 @@ def adapt_state_dict(
         state: of the backbone, in upstream's names.
         key: of the kernel.
 
-    Returns:
-        The new state dict, and what was done (None if the size is right already).
+    Returns the new state dict, and what was done (None if the size is right already).
     """
     before = patch_size_of(state, key)
     adapted = dict(state)

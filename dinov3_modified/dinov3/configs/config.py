@@ -60,9 +60,8 @@ def get_cfg_from_args(
         multidistillation: not in this tree.
         strict: refuse unknown keys and wrong types.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML of keys, unknown keys, wrong types, a change without "=".
+    Raises FileNotFoundError (no such file); ValueError (not YAML of keys, unknown keys, wrong
+    types, a change without "=").
     """
     if multidistillation:
         setup_multidistillation(args)
@@ -164,8 +163,7 @@ def setup_job(
         output_dir: made if need be; the log goes to OUT/logs.
         seed: of Python, NumPy and torch; the rank is added.  None leaves them.
 
-    Raises:
-        ValueError: the folder cannot be made or written.
+    Raises ValueError (the folder cannot be made or written).
     """
     from dinov3.logging import setup_logging
     from dinov3.utils import fix_random_seeds
@@ -208,11 +206,7 @@ def exit_job(distributed_enabled: bool = True, logging_enabled: bool = True) -> 
 
 
 def setup_multidistillation(args: Any) -> Sequence[Any]:
-    """Refuses: one student is trained here.
-
-    Raises:
-        NotImplementedError: always.
-    """
+    """Refuses: one student is trained here; raises NotImplementedError (always)."""
     raise NotImplementedError(
         "--multi-distillation must not be given, got it: this tree trains one student; use "
         "distillation.enabled for a frozen teacher"

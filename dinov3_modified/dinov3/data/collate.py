@@ -35,11 +35,10 @@ def collate_data_and_cast(
         random_circular_shift: roll each mask around the grid.
         local_batch_size: samples that masks are drawn for, if not those of the list.
 
-    Returns:
-        `collated_global_crops` [G·B, C, H, W], `collated_local_crops` [L·B, C, h, w],
-        `collated_masks` [G·B, N], `mask_indices_list` [M], `masks_weight` [M] (one over the masked
-        patches of the image), `upperbound`, `n_masked_patches` [1], perhaps
-        `collated_gram_teacher_crops`.
+    Returns `collated_global_crops` [G·B, C, H, W], `collated_local_crops` [L·B, C, h, w],
+    `collated_masks` [G·B, N], `mask_indices_list` [M], `masks_weight` [M] (one over the masked
+    patches of the image), `upperbound`, `n_masked_patches` [1], perhaps
+    `collated_gram_teacher_crops`.
     """
     if n_tokens is None or mask_generator is None:
         raise ValueError(

@@ -12,8 +12,7 @@ from dinov3.distributed.torch_distributed_wrapper import get_world_size, is_enab
 def gather_all_tensors(result: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """The tensors of all processes, in rank order; their sizes may differ, not their rank.
 
-    Args:
-        result: of any shape, a number too.
+    `result`: of any shape, a number too.
     """
     if not is_enabled():
         return [result]
@@ -39,8 +38,7 @@ def gather_all_tensors(result: Tensor, group: dist.ProcessGroup | None = None) -
 def reduce_dict(input_dict: dict[str, Tensor], average: bool = True) -> dict[str, Tensor]:
     """Sum or mean of each value over processes, all in one call.
 
-    Args:
-        input_dict: tensors of one shape and type; all processes have the same keys.
+    `input_dict`: tensors of one shape and type; all processes have the same keys.
     """
     world = get_world_size()
     if world < 2 or not input_dict:

@@ -71,8 +71,7 @@ def is_subgroup_main_process() -> bool:
 def new_subgroups(all_subgroup_ranks: Sequence[Sequence[int]]) -> None:
     """Divide the processes into groups, each given by its ranks.
 
-    Raises:
-        ValueError: a rank is missing or appears twice.
+    Raises ValueError (a rank is missing or appears twice).
     """
     global _subgroup
     ranks = sorted(rank for group in all_subgroup_ranks for rank in group)
@@ -148,8 +147,7 @@ class TorchDistributedEnvironment:
     def export(self, *, overwrite: bool = False) -> TorchDistributedEnvironment:
         """Write the values into the environment, where `torch.distributed` looks for them.
 
-        Raises:
-            RuntimeError: another value is there and `overwrite` is false.
+        Raises RuntimeError (another value is there and `overwrite` is false).
         """
         values = {
             "MASTER_ADDR": self.master_addr,
@@ -171,8 +169,7 @@ class TorchDistributedEnvironment:
 def compute_on(device_type: str | None) -> None:
     """Tell the next `enable` what the processes compute on (ours; its arguments are upstream's).
 
-    Args:
-        device_type: "cpu" takes Gloo also beside a GPU; None: GPUs where there are some.
+    `device_type`: "cpu" takes Gloo also beside a GPU; None: GPUs where there are some.
     """
     global _device_type
     _device_type = device_type
@@ -195,8 +192,7 @@ def enable(
         restrict_print_to_main_process: `print` of other ranks is silent (`force=True` prints).
         timeout: after which a collective fails.
 
-    Raises:
-        RuntimeError: there is one already.
+    Raises RuntimeError (there is one already).
     """
     if is_enabled():
         raise RuntimeError(

@@ -59,9 +59,8 @@ def wrap_compile_block(
 ) -> nn.Module:
     """Compile a module in place, its parameter names unchanged.
 
-    Args:
-        use_cuda_graphs: record its kernels once and replay them (backbone blocks only: their shapes
-            do not change from step to step).
+    `use_cuda_graphs`: record its kernels once and replay them (backbone blocks only: their shapes
+    do not change from step to step).
     """
     if use_cuda_graphs and is_backbone_block:
         module.compile(fullgraph=True, dynamic=False, options={"triton.cudagraphs": True})
@@ -84,8 +83,7 @@ def compile_transformer(cfg: Any, model: nn.ModuleDict) -> None:
 def fsdp_transformer(fsdp_config: dict[str, Any], model: nn.ModuleDict) -> None:
     """Shard each block, then the rest of the backbone, then each head (FSDP2).
 
-    Args:
-        fsdp_config: arguments of `fully_shard`: mesh, mp_policy, reshard_after_forward.
+    `fsdp_config`: arguments of `fully_shard`: mesh, mp_policy, reshard_after_forward.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 

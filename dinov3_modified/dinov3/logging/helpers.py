@@ -161,9 +161,8 @@ class MetricLogger:
     def update(self, **kwargs: Tensor | float) -> None:
         """Add a value to each meter; new names make meters.
 
-        Args:
-            **kwargs: numbers or tensors with one element, on any device.  Several processes must
-                give the same names.
+        `**kwargs`: numbers or tensors with one element, on any device.  Several processes must give
+        the same names.
         """
         # Tensors of a step are stacked at once: one small kernel instead of one each, and later
         # changes of a tensor in place do not reach the log.

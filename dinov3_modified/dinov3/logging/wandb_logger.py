@@ -62,8 +62,7 @@ class WandbLogger:
         dropped_steps: records of steps that wandb already has.
         last_step: the last step handed to wandb, -1 before.
 
-    Raises:
-        ValueError: a setting of the `wandb` section is out of range.
+    Raises ValueError (a setting of the `wandb` section is out of range).
     """
 
     def __init__(self, cfg: Any, enabled: bool = True, *, resume: bool = True) -> None:
@@ -104,8 +103,7 @@ class WandbLogger:
             step: the iteration that they show.  Pictures come late from their thread, so that they
                 are put at the last step, with theirs beside them as `NAME_iteration`.
 
-        Raises:
-            ValueError: not such an array.
+        Raises ValueError (not such an array).
         """
         for name, picture in images.items():
             if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
@@ -119,8 +117,7 @@ class WandbLogger:
     def finish(self, exit_code: int = 0) -> None:
         """Write what is left, for at most `wandb.finish_timeout_s`; a second call does nothing.
 
-        Args:
-            exit_code: 0 marks the run as finished, others as failed.
+        `exit_code`: 0 marks the run as finished, others as failed.
         """
         self._try("it could not finish", lambda: self._run.finish(exit_code=exit_code))
         if self.enabled and self.dropped_steps:

@@ -44,11 +44,7 @@ class DINOLoss(CentredLoss):
     ) -> Tensor:
         """Equal shares for all prototypes over the batch of all processes.
 
-        Args:
-            teacher_output: logits [B, K].
-
-        Returns:
-            Probabilities [B, K], float32; rows sum to 1.
+        `teacher_output`: logits [B, K].  Returns Probabilities [B, K], float32; rows sum to 1.
         """
         group = get_process_subgroup()
         return sinkhorn_knopp(

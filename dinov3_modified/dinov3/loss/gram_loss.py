@@ -38,8 +38,7 @@ class GramLoss(nn.Module):
             target_feats: the Gram teacher's, same shape.
             img_level: as in the constructor, for this call.
 
-        Raises:
-            ValueError: the shapes differ, or `img_level` meets patches without an image axis.
+        Raises ValueError (the shapes differ, or `img_level` meets patches without an image axis).
         """
         if output_feats.shape != target_feats.shape:
             raise ValueError(

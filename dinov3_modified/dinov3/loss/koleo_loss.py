@@ -30,8 +30,7 @@ class KoLeoLoss(nn.Module):
     def forward(self, student_output: Tensor, eps: float = _EPS) -> Tensor:
         """Features [B, D], B at least 2, → scalar.
 
-        Raises:
-            ValueError: a single sample has no neighbour.
+        Raises ValueError (a single sample has no neighbour).
         """
         if student_output.shape[0] < 2:
             raise ValueError(

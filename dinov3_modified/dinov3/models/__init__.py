@@ -37,8 +37,7 @@ def build_model(
         img_size: image size that is passed to the patch embedding.
         device: "meta" leaves the parameters without storage.
 
-    Returns:
-        (teacher, width) or (student, teacher, width).
+    Returns (teacher, width) or (student, teacher, width).
     """
     factories = [name for name in vars(vits) if name.startswith("vit_")]
     if args.arch not in factories:

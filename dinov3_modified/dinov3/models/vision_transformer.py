@@ -188,8 +188,7 @@ class DinoVisionTransformer(nn.Module):
     ) -> tuple[Tensor, tuple[int, int]]:
         """Image [B, C, H, W] → tokens [B, 1 + R + h·w, D] and the grid (h, w).
 
-        Args:
-            masks: [B, h·w] booleans; true patches are replaced by the mask token.
+        `masks`: [B, h·w] booleans; true patches are replaced by the mask token.
         """
         x = self.patch_embed(x)  # [B, h, w, D]
         batch, height, width, _ = x.shape
@@ -272,9 +271,8 @@ class DinoVisionTransformer(nn.Module):
             x: [B, C, H, W], or a list of such.
             masks: [B, N] booleans, or a list of these or None.
 
-        Returns:
-            A dict (or a list of dicts) with `x_norm_clstoken` [B, D], `x_storage_tokens` [B, R, D],
-            `x_norm_patchtokens` [B, N, D], `x_prenorm` [B, 1 + R + N, D] and `masks`.
+        Returns a dict (or a list of dicts) with `x_norm_clstoken` [B, D], `x_storage_tokens` [B, R,
+        D], `x_norm_patchtokens` [B, N, D], `x_prenorm` [B, 1 + R + N, D] and `masks`.
         """
         if isinstance(x, Tensor):
             return self.forward_features_list([x], [masks])[0]  # type: ignore[list-item]
@@ -299,8 +297,7 @@ class DinoVisionTransformer(nn.Module):
             return_class_token, return_extra_tokens: also CLS [B, D], also storage tokens [B, R, D].
             norm: apply the final norms to each.
 
-        Returns:
-            A tuple of patch tensors, or of tuples (patches[, CLS][, storage]).
+        Returns a tuple of patch tensors, or of tuples (patches[, CLS][, storage]).
         """
         total = len(self.blocks)
         wanted = list(range(total - n, total)) if isinstance(n, int) else list(n)
@@ -339,9 +336,8 @@ class DinoVisionTransformer(nn.Module):
             x: [B, C, H, W].
             masks: [B, N] booleans, as in `forward_features`.
 
-        Returns:
-            [B, heads, T, T] float32 with T = 1 + R + N (CLS, storage tokens, patches); rows are
-            queries and sum to 1.
+        Returns [B, heads, T, T] float32 with T = 1 + R + N (CLS, storage tokens, patches); rows are
+        queries and sum to 1.
         """
         last: Any = self.blocks[-1]
         gathered: list[Any] = [module for module in (self, last) if hasattr(module, "unshard")]

@@ -60,8 +60,7 @@ def get_run_parser() -> argparse.ArgumentParser:
 def get_shared_folder() -> Path:
     """Folder of experiments that all nodes see.
 
-    Raises:
-        RuntimeError: DINOV3_CHECKPOINT_DIR is not set.
+    Raises RuntimeError (DINOV3_CHECKPOINT_DIR is not set).
     """
     folder = get_user_checkpoint_path()
     if folder is None:

@@ -62,11 +62,8 @@ def linear_warmup_cosine_decay(
 ) -> np.ndarray:
     """A linear ramp from `start` (included) to `peak` (excluded), a half cosine to `end`, then `end`.
 
-    Args:
-        cosine_iterations: length of the cosine, both ends included; None: all that is left.
-
-    Returns:
-        float64 [total_iterations].
+    `cosine_iterations`: length of the cosine, both ends included; None: all that is left.  Returns
+    float64 [total_iterations].
     """
     if cosine_iterations is None:
         cosine_iterations = total_iterations - warmup_iterations

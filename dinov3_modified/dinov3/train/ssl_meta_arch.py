@@ -48,11 +48,8 @@ class SSLMetaArch(SSLLosses):
     and `gram_teacher` are ModuleDicts with `backbone`, `dino_head` and `ibot_head`.  They are made
     without storage; `prepare_for_distributed_training` places them, `init_weights` fills them.
 
-    Args:
-        cfg: a whole configuration, see `configs/ssl_default_config.yaml`.
-
-    Raises:
-        ValueError: settings that exclude one another, or that this tree does not have.
+    `cfg`: a whole configuration, see `configs/ssl_default_config.yaml`.  Raises ValueError
+    (settings that exclude one another, or that this tree does not have).
     """
 
     # ModuleDicts, whose entries mypy cannot tell apart.
@@ -202,9 +199,8 @@ class SSLMetaArch(SSLLosses):
         backbone (any format, any patch size), `student.resume_from_teacher_chkpt` the backbone and
         whatever heads the file has.  The EMA starts as the student.
 
-        Args:
-            from_files: false for a run that is resumed: its checkpoint replaces these values, and
-                the files may be gone.
+        `from_files`: false for a run that is resumed: its checkpoint replaces these values, and the
+        files may be gone.
         """
         start = nn.ModuleDict()
         if not dist.is_initialized() or dist.get_rank(get_process_subgroup()) == 0:
@@ -246,9 +242,8 @@ class SSLMetaArch(SSLLosses):
             teacher_temp: temperature of the teacher's assignment.
             iteration: for schedules of loss weights.
 
-        Returns:
-            The loss, detached from no graph, and what is to be logged; nothing is copied to the
-            host.  Gradients are divided by `accelerator.accumulation_steps`.
+        Returns the loss, detached from no graph, and what is to be logged; nothing is copied to the
+        host.  Gradients are divided by `accelerator.accumulation_steps`.
         """
         del ignored
         locals_number = self.cfg.crops.local_crops_number
@@ -324,9 +319,8 @@ class SSLMetaArch(SSLLosses):
             images: [G, B, 3, H, W].
             mask_indices_list: rows of masked patches among [G·B·N].
 
-        Returns:
-            `cls_pre_head` [G, B, D], `cls_centered` [G, B, K], `patch_pre_head` [G, B, N, D] and
-            `masked_patch_centered`, an `Assignment` of M rows.
+        Returns `cls_pre_head` [G, B, D], `cls_centered` [G, B, K], `patch_pre_head` [G, B, N, D]
+        and `masked_patch_centered`, an `Assignment` of M rows.
         """
         crops, batch = images.shape[:2]
         with self._precision():
@@ -368,9 +362,8 @@ class SSLMetaArch(SSLLosses):
             local_crops: [L, B, 3, h, w].
             masks: [G·B, N]; not shown to the student when a frozen network teaches.
 
-        Returns:
-            For globals `cls_pre_head` [G, B, D], `cls_after_head` [G, B, K], `patch_pre_head`
-            [G, B, N, D], `masked_patch_pre_head` [M, D]; for locals the first two.
+        Returns For globals `cls_pre_head` [G, B, D], `cls_after_head` [G, B, K], `patch_pre_head`
+        [G, B, N, D], `masked_patch_pre_head` [M, D]; for locals the first two.
         """
         n_global, batch = global_crops.shape[:2]
         n_local = local_crops.shape[0]

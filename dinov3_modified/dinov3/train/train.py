@@ -132,8 +132,7 @@ def build_multi_resolution_data_loader_from_cfg(
 ) -> Any:
     """One loader a resolution where crop sizes are lists; each step draws one of them.
 
-    Args:
-        seed: of the draws, equal in all processes.
+    `seed`: of the draws, equal in all processes.
     """
     crops = cfg.crops
     lists = {
@@ -239,8 +238,7 @@ class _Run:
     def step(self, iteration: int, batches: list[dict[str, Any]]) -> dict[str, Any]:
         """Train on the batches of an iteration; returns the values to log.
 
-        Raises:
-            NonFiniteLossError: see there.
+        Raises NonFiniteLossError (see there).
         """
         cfg, model = self.cfg, self.model
         lr, wd, momentum, teacher_temp, last_layer_lr = (
@@ -300,13 +298,9 @@ class _Run:
 def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
     """Train until the last epoch, a signal, or a loss that is not finite.
 
-    Args:
-        resume: continue from the newest valid checkpoint of OUT/ckpt.
-
-    Raises:
-        Stopped: a signal came; the state is saved.
-        NonFiniteLossError: see there.
-        ValueError: the checkpoints belong to another configuration.
+    `resume`: continue from the newest valid checkpoint of OUT/ckpt.  Raises Stopped (a signal came;
+    the state is saved); NonFiniteLossError (see there); ValueError (the checkpoints belong to
+    another configuration).
     """
     output_dir = Path(cfg.train.output_dir)
     process_group = distributed.get_process_subgroup() if dist.is_initialized() else None
@@ -397,9 +391,8 @@ def _log_plan(cfg: DictConfig, lr_schedule: Any, max_iter: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says; see `get_args_parser`.
 
-    Raises:
-        ValueError, FileNotFoundError: of arguments and configuration, in one sentence.
-        Stopped, NonFiniteLossError: see `do_train`.
+    Raises ValueError, FileNotFoundError (of arguments and configuration, in one sentence); Stopped,
+    NonFiniteLossError (see `do_train`).
     """
     args = get_args_parser().parse_args(argv)
     if args.multi_distillation:

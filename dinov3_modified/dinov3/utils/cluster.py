@@ -43,8 +43,7 @@ def get_slurm_executor_parameters(
 ) -> dict[str, Any]:
     """Arguments of submitit's executor: one task a GPU (one without), 16 cores each, the node's memory.
 
-    Args:
-        **kwargs: replace or add arguments.
+    `**kwargs`: replace or add arguments.
     """
     return {
         "mem_gb": 0,  # all of it

@@ -12,12 +12,8 @@ from typing import Any
 def load_custom_callable(module_path: str | Path, callable_name: str) -> Callable[..., Any]:
     """Import a Python file and return one of its functions.
 
-    Args:
-        module_path: of the file; its folder can be imported from while it is loaded.
-
-    Raises:
-        FileNotFoundError: no such file.
-        AttributeError: it has no such function.
+    `module_path`: of the file; its folder can be imported from while it is loaded.  Raises
+    FileNotFoundError (no such file); AttributeError (it has no such function).
     """
     path = Path(module_path).resolve()
     if not path.is_file():

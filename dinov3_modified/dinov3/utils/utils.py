@@ -16,11 +16,8 @@ from torch import Tensor, nn
 def cat_keep_shapes(x_list: Sequence[Tensor]) -> tuple[Tensor, list[torch.Size], list[int]]:
     """Stack the rows of differently shaped tensors, so that one linear layer serves all.
 
-    Args:
-        x_list: tensors [..., D] of one width D.
-
-    Returns:
-        rows [sum of rows, D], the shapes, and the number of rows of each tensor.
+    `x_list`: tensors [..., D] of one width D.  Returns rows [sum of rows, D], the shapes, and the
+    number of rows of each tensor.
     """
     shapes = [x.shape for x in x_list]
     num_tokens = [x[..., 0].numel() for x in x_list]
@@ -73,8 +70,7 @@ def named_replace(
 ) -> nn.Module:
     """Replace every submodule by `fn(module=..., name=...)`; returns the (new) root.
 
-    Args:
-        depth_first, include_root: as in `named_apply`.
+    `depth_first`, `include_root`: as in `named_apply`.
     """
     if include_root and not depth_first:
         module = fn(module=module, name=name)
@@ -130,11 +126,7 @@ def get_conda_env() -> tuple[str | None, str | None]:
 
 
 def as_torch_dtype(dtype: str) -> torch.dtype:
-    """fp32, fp16, bf16 or torch's own name → dtype.
-
-    Raises:
-        ValueError: unknown.
-    """
+    """fp32, fp16, bf16 or torch's own name → dtype; raises ValueError (unknown)."""
     short = {
         "fp64": torch.float64,
         "fp32": torch.float32,

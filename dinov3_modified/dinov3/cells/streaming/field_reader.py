@@ -50,9 +50,8 @@ class FieldReader:
     def field(self, record: FieldRecord) -> ChannelField:
         """All channels of a field at once, decoded and checked.
 
-        Raises:
-            ObjectMissing, ObjectDamaged, ObjectUnreadable, FieldError: the field cannot be used.
-            StoreUnreachable, StoreMisconfigured: no field of the store can be read now.
+        Raises ObjectMissing, ObjectDamaged, ObjectUnreadable, FieldError (the field cannot be
+        used); StoreUnreachable, StoreMisconfigured (no field of the store can be read now).
         """
         keys = {channel: record.keys[channel] for channel in self.channels}
         if ShardReader.holds(next(iter(keys.values()))):

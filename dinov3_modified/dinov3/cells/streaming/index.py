@@ -142,8 +142,7 @@ class FieldIndex:
         plates: `PROJECT/SOURCE/BATCH/PLATE` of each plate number.
         layouts: (channel, end of the file name) pairs of each layout number.
 
-    Raises:
-        FileNotFoundError, ValueError: no such file; not an index, or of a later version.
+    Raises FileNotFoundError, ValueError (no such file; not an index, or of a later version).
     """
 
     def __init__(self, path: str | Path) -> None:

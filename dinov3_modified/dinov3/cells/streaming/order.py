@@ -138,8 +138,7 @@ class FieldOrder:
     def replacement(self, visit: Visit, attempt: int, rank: int = 0) -> int:
         """The field that stands in for one that cannot be read: the same for each of its visits.
 
-        Args:
-            attempt: 1 for the first stand-in, 2 for that of a stand-in that is unreadable too.
+        `attempt`: 1 for the first stand-in, 2 for that of a stand-in that is unreadable too.
         """
         shift = Permutation(self.count, self.seed, visit.epoch, "stand-in", attempt)
         return shift(self._field(visit.epoch, visit.place, rank))

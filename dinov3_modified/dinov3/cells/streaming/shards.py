@@ -64,10 +64,8 @@ def pack_fields(
         out: folder that does not exist; gets `fields.zarr` and `fields.arrow`.
         progress: called with the name of each field.
 
-    Returns the number of fields.
-
-    Raises:
-        FileExistsError, ValueError: the folder exists; no field; a crop that is larger than a field.
+    Returns the number of fields.  Raises FileExistsError, ValueError (the folder exists; no field;
+    a crop that is larger than a field).
     """
     zarr = _zarr()
     out = Path(out)
@@ -169,9 +167,8 @@ class ShardReader:
     def planes(self, keys: Mapping[str, str]) -> dict[str, np.ndarray]:
         """Planes by channel of one field.
 
-        Raises:
-            ValueError: the store lacks them, or a chunk is damaged.
-            StoreError: see `ObjectStore.get`.
+        Raises ValueError (the store lacks them, or a chunk is damaged); StoreError (see
+        `ObjectStore.get`).
         """
         first = next(iter(keys.values()))
         path, _, place = first.partition("#")

@@ -63,8 +63,7 @@ class ObjectStore:
             part: (first, end) of the bytes; (first, None) up to the end; (None, n) the last n.  A
                 part has no checksum.
 
-        Raises:
-            ObjectMissing, ObjectDamaged, ObjectUnreadable, StoreUnreachable, StoreMisconfigured.
+        Raises ObjectMissing, ObjectDamaged, ObjectUnreadable, StoreUnreachable, StoreMisconfigured.
         """
         seen: Counter[bytes] = Counter()
 

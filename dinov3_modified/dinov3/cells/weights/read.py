@@ -57,11 +57,9 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
         path: `.pth`, `.safetensors`, a folder of Hugging Face, or a DCP folder of a run.
         which: "teacher" or "student", of a file that holds both.
 
-    Returns the state dict on the CPU in the types of the file, and its description.
-
-    Raises:
-        FileNotFoundError: the path does not exist.
-        WeightsError: it is not the complete backbone of a DINOv3 ViT; the keys are listed.
+    Returns the state dict on the CPU in the types of the file, and its description.  Raises
+    FileNotFoundError (the path does not exist); WeightsError (it is not the complete backbone of a
+    DINOv3 ViT; the keys are listed).
     """
     if which not in NETWORKS:
         raise WeightsError(f"which must be teacher or student, got {which!r}: choose one")
@@ -136,8 +134,7 @@ def load_backbone(
 ) -> LoadReport:
     """Fill a `DinoVisionTransformer` from any file; arguments and errors as `fit_backbone`.
 
-    Args:
-        vit: with storage, on any device, not sharded; values are copied in its types.
+    `vit`: with storage, on any device, not sharded; values are copied in its types.
     """
     state, report = fit_backbone(vit.state_dict(), path, which=which, patch_method=patch_method)
     vit.load_state_dict(state)
@@ -162,11 +159,9 @@ def fit_backbone(
         which: "teacher" or "student".
         patch_method: one of `patch_size_adaptation.METHODS`.
 
-    Returns whole tensors on the CPU in the types of the file, and what was done.
-
-    Raises:
-        FileNotFoundError, WeightsError: as `read_backbone`; also for missing, unexpected and misshapen
-            entries, which are all listed.
+    Returns whole tensors on the CPU in the types of the file, and what was done.  Raises
+    FileNotFoundError, WeightsError (as `read_backbone`; also for missing, unexpected and misshapen
+    entries, which are all listed).
     """
     if any(value.is_meta for value in expected.values()):
         raise WeightsError(

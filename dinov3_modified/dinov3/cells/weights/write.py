@@ -59,12 +59,9 @@ def write_backbone(
         overwrite: replace an existing output; in a folder, only its two files.
         notes: a list to which what the format has no place for is added; without one it is logged.
 
-    Returns the path that was written.
-
-    Raises:
-        FileExistsError: the output exists, and `overwrite` is false.
-        WeightsError: unknown format, wrong suffix, an incomplete backbone, or flags that the format
-            cannot hold.
+    Returns the path that was written.  Raises FileExistsError (the output exists, and `overwrite`
+    is false); WeightsError (unknown format, wrong suffix, an incomplete backbone, or flags that the
+    format cannot hold).
     """
     path = Path(path)
     targets = _targets(path, format, overwrite)

@@ -86,8 +86,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         limit: use the first so many fields.
         options: how fields arrive; the training program sets them by `set_options`.
 
-    Raises:
-        FileNotFoundError, ValueError: no index, no such channel, no field.
+    Raises FileNotFoundError, ValueError (no index, no such channel, no field).
     """
 
     Split = _Split
