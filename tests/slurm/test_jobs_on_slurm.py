@@ -223,7 +223,7 @@ def test_failure_is_reported_and_not_repeated(cluster, tmp_path, pretraining):
     )  # fmt: skip
     assert cluster.wait(job, "FAILED")["ExitCode"] == "2:0"
     listed = cluster.dinocell("jobs", cwd=tmp_path).stdout
-    assert "must have a folder, got /nowhere" in listed
+    assert "must be a folder, got /nowhere" in listed
 
 
 @pytest.mark.slow

@@ -47,9 +47,7 @@ class ImageFolder(ExtendedVisionDataset):
         super().__init__(image_decoder=_EightBitDecoder, root=root, **kwargs)
         folder = Path(root) / split if split else Path(root)
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"ImageFolder must have a folder, got {folder}: check root and split"
-            )
+            raise FileNotFoundError(f"root must be a folder, got {folder}: check root and split")
         self.paths = [
             str(path.relative_to(folder))
             for path in sorted(folder.rglob("*"))

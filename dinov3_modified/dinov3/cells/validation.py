@@ -45,13 +45,8 @@ IGNORED_KEYS: dict[str, str] = {
 
 # Keys that a resumed run may change without becoming another run.
 _FREE_PREFIXES = (
-    "streaming.",
-    "wandb.",
-    "monitor.",
-    "ssl_evaluation.",
-    "checkpointing.",
-    "evaluation.",
-)
+    "streaming.", "wandb.", "monitor.", "ssl_evaluation.", "checkpointing.", "evaluation.",
+)  # fmt: skip
 _FREE_KEYS = frozenset(
     {
         "train.output_dir",

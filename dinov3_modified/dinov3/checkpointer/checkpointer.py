@@ -185,9 +185,7 @@ def load_checkpoint(
     """
     folder = Path(ckpt_dir)
     if not (folder / _METADATA).is_file():
-        raise ValueError(
-            f"a checkpoint must be a folder with {_METADATA}, got {folder}: check the path"
-        )
+        raise ValueError(f"a checkpoint must hold {_METADATA}, got {folder}: check the path")
     state: dict[str, Any] = {"iteration": None, **others, "model": get_model_state_dict(model)}
     if optimizer is not None:
         # torch makes the entries to load into only where there are no gradients.

@@ -14,16 +14,7 @@ from dinov3.configs.config import (
 )
 
 __all__ = [
-    "IGNORED_KEYS",
-    "Difference",
-    "DinoV3SetupArgs",
-    "apply_scaling_rules_to_cfg",
-    "compare_configs",
-    "exit_job",
-    "get_cfg_from_args",
-    "get_default_config",
-    "setup_config",
-    "setup_job",
-    "setup_multidistillation",
-    "write_config",
-]
+    "IGNORED_KEYS", "Difference", "DinoV3SetupArgs", "apply_scaling_rules_to_cfg",
+    "compare_configs", "exit_job", "get_cfg_from_args", "get_default_config", "setup_config",
+    "setup_job", "setup_multidistillation", "write_config",
+]  # fmt: skip

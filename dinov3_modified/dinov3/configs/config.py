@@ -73,9 +73,7 @@ def get_cfg_from_args(
     output_dir = os.path.abspath(args.output_dir or ".")
     for item in opts:
         if not isinstance(item, str) or "=" not in item:
-            raise ValueError(
-                f"changes must be key=value, got {item!r}: for example optim.lr=0.0005"
-            )
+            raise ValueError(f"changes must be key=value, got {item!r}: such as optim.lr=0.0005")
     try:
         parts.append(("the command line", OmegaConf.from_dotlist(opts)))
     except Exception as error:
@@ -101,9 +99,7 @@ def _read(path: Path) -> DictConfig:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} must be YAML, got an error ({reason}): correct it") from error
     if not isinstance(cfg, DictConfig):
-        raise ValueError(
-            f"{path} must hold keys and values, got {type(cfg).__name__}: see configs/ssl"
-        )
+        raise ValueError(f"{path} must hold keys, got {type(cfg).__name__}: see configs/ssl")
     return cfg
 
 
@@ -178,9 +174,7 @@ def setup_job(
                 f"({error.strerror}): choose another"
             ) from error
         if not os.access(output_dir, os.W_OK | os.X_OK):
-            raise ValueError(
-                f"the output folder must be writable, got {output_dir}: choose another"
-            )
+            raise ValueError(f"the output folder must be writable, got {output_dir}: name another")
     if logging_enabled:
         setup_logging(output=output_dir, level=logging.INFO)
         setup_logging(output=output_dir, level=logging.INFO, name="dinov3")

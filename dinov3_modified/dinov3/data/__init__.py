@@ -12,15 +12,8 @@ from dinov3.data.transforms import (
 )
 
 __all__ = [
-    "CombinedDataLoader",
-    "DataAugmentationDINO",
-    "DatasetWithEnumeratedTargets",
-    "MaskingGenerator",
-    "SamplerType",
-    "collate_data_and_cast",
-    "get_batch_subset",
-    "make_classification_eval_transform",
-    "make_classification_train_transform",
-    "make_data_loader",
+    "CombinedDataLoader", "DataAugmentationDINO", "DatasetWithEnumeratedTargets",
+    "MaskingGenerator", "SamplerType", "collate_data_and_cast", "get_batch_subset",
+    "make_classification_eval_transform", "make_classification_train_transform", "make_data_loader",
     "make_dataset",
-]
+]  # fmt: skip

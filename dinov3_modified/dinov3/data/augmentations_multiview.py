@@ -89,9 +89,7 @@ class DataAugmentationMultiView:
                 )
         low, high = self.zoom = tuple(float(value) for value in self.zoom)
         if not 0 < low <= high:
-            raise ValueError(
-                f"multiview.zoom must be 0 < low <= high, got {low} and {high}: correct it"
-            )
+            raise ValueError(f"multiview.zoom must be 0 < low <= high, got {low}, {high}: fix it")
         if not 0 <= self.min_overlap <= 1:
             raise ValueError(
                 f"multiview.min_overlap must be 0 to 1, got {self.min_overlap}: 0.4 is usual"

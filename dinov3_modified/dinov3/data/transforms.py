@@ -347,9 +347,7 @@ def make_resize_transform(
 ) -> Resize:
     """See `Resize`; ValueError for square and large side at once."""
     if resize_square and resize_large_side:
-        raise ValueError(
-            "resize_square and resize_large_side must not both be true, got both: choose one"
-        )
+        raise ValueError("resize_square must be false with resize_large_side, got true: choose one")
     return Resize(resize_size, resize_square, resize_large_side, interpolation)
 
 

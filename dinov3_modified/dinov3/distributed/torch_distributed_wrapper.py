@@ -159,9 +159,7 @@ class TorchDistributedEnvironment:
         }
         for name, value in values.items():
             if not overwrite and os.environ.get(name, value) != value:
-                raise RuntimeError(
-                    f"{name} must be free or {value}, got {os.environ[name]}: unset it"
-                )
+                raise RuntimeError(f"{name} must be {value}, got {os.environ[name]}: unset it")
         os.environ.update(values)
         return self
 

@@ -144,9 +144,7 @@ def _local_file(name: str, weights: Weights | str | Path) -> Path:
     if url.scheme == "file":
         path = Path(unquote(url.path))
         if not path.exists():
-            raise FileNotFoundError(
-                f"weights must be a file or a folder, got {path}: check the path"
-            )
+            raise FileNotFoundError(f"weights must be a file or folder, got {path}: check the path")
         return path
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(url.path).name
     if not target.is_file():

@@ -10,14 +10,6 @@ from dinov3.layers.rms_norm import RMSNorm
 from dinov3.layers.rope_position_encoding import RopePositionEmbedding
 
 __all__ = [
-    "DINOHead",
-    "LayerScale",
-    "LinearKMaskedBias",
-    "Mlp",
-    "PatchEmbed",
-    "RMSNorm",
-    "RopePositionEmbedding",
-    "SelfAttention",
-    "SelfAttentionBlock",
-    "SwiGLUFFN",
-]
+    "DINOHead", "LayerScale", "LinearKMaskedBias", "Mlp", "PatchEmbed", "RMSNorm",
+    "RopePositionEmbedding", "SelfAttention", "SelfAttentionBlock", "SwiGLUFFN",
+]  # fmt: skip

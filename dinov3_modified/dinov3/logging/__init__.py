@@ -10,12 +10,9 @@ from dinov3.distributed import TorchDistributedEnvironment, get_rank, is_enabled
 from dinov3.logging.helpers import MetricLogger, SmoothedValue
 
 __all__ = [
-    "MetricLogger",
-    "SmoothedValue",
-    "TorchDistributedEnvironment",
-    "cleanup_logging",
+    "MetricLogger", "SmoothedValue", "TorchDistributedEnvironment", "cleanup_logging",
     "setup_logging",
-]
+]  # fmt: skip
 
 _MARK = "_dinov3_handler"
 _LINE = "%(levelname).1s%(asctime)s %(process)d %(name)s %(filename)s:%(lineno)d] %(message)s"

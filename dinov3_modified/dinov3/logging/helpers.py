@@ -230,9 +230,7 @@ class MetricLogger:
         if not is_main_process():
             return
         if self.output_file is not None:
-            finite = {
-                name: value if math.isfinite(value) else None for name, value in values.items()
-            }
+            finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
             self._append(json.dumps({"iteration": iteration, **finite}, allow_nan=False))
         for listener in self._listeners:
             listener(iteration, dict(values))
@@ -356,9 +354,7 @@ class MetricLogger:
 
 def _scalar(value: Tensor, name: str = "a metric") -> Tensor:
     if value.numel() != 1:
-        raise ValueError(
-            f"{name} must have one element, got shape {tuple(value.shape)}: log its mean"
-        )
+        raise ValueError(f"{name} must have one element, got {tuple(value.shape)}: log its mean")
     return value.detach().reshape(())
 
 

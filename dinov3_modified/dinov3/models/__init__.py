@@ -82,9 +82,7 @@ def build_model_for_eval(
     from dinov3.cells.weights import load_backbone
 
     if shard_unsharded_model:
-        raise ValueError(
-            "shard_unsharded_model must be false, got true: this tree evaluates on one device"
-        )
+        raise ValueError("shard_unsharded_model must be false, got true: evaluation has one device")
     backbone: Any = build_model_from_cfg(config, only_teacher=True)[0]
     backbone.to_empty(device="cpu")
     backbone.init_weights()

@@ -303,9 +303,7 @@ class DinoVisionTransformer(nn.Module):
         wanted = list(range(total - n, total)) if isinstance(n, int) else list(n)
         known = range(total)
         if not wanted or any(index not in known for index in wanted):
-            raise ValueError(
-                f"blocks must be among 0 to {total - 1}, got {n}: the network has {total}"
-            )
+            raise ValueError(f"blocks must be among 0 to {total - 1}, got {n}: correct n")
         prepared, (height, width) = self.prepare_tokens_with_masks(x)
         _, kept = self._run_blocks([prepared], [(height, width)], wanted)
         count = self.n_storage_tokens + 1

@@ -32,9 +32,7 @@ _MAX_TIMEOUTS = 30
 def get_submitit_parser() -> argparse.ArgumentParser:
     """Options of the job; those of a site come from the environment, see `utils.cluster`."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--ngpus", "--gpus", "--gpus-per-node", default=8, type=int, help="per node"
-    )
+    parser.add_argument("--ngpus", "--gpus", "--gpus-per-node", default=8, type=int, help="a node")
     parser.add_argument("--nodes", default=1, type=int, help="number of nodes")
     parser.add_argument("--timeout", default=2800, type=int, help="minutes")
     parser.add_argument("--slurm-partition", default=get_slurm_partition(), type=str)
@@ -152,10 +150,8 @@ def main() -> None:
         sys.exit(f"error: a script must be a file, got {args.module_path}: check the path")
     try:
         folder = Path(args.output_dir) if args.output_dir else get_shared_folder() / "%j"
-        submitter = CheckpointableSubmitter(
-            args.module_path, args.callable_name, script_args, folder
-        )
-        submit_jobs(submitter, folder, args, name=Path(args.module_path).stem)
+        job = CheckpointableSubmitter(args.module_path, args.callable_name, script_args, folder)
+        submit_jobs(job, folder, args, name=Path(args.module_path).stem)
     except RuntimeError as error:
         sys.exit(f"error: {error}")
 

@@ -12,11 +12,8 @@ from typing import Any
 from torch import nn
 
 _WRAPPERS = (
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-    "_orig_mod.",
-    "parametrizations.",
-)
+    "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "parametrizations.",
+)  # fmt: skip
 _INPUT_TOKENS = ("pos_embed", "patch_embed", "mask_token", "cls_token", "storage_tokens")
 
 

@@ -228,9 +228,7 @@ class SSLMetaArch(SSLLosses):
 
     def forward(self, inputs: Any) -> Any:
         """Not used: a step is `forward_backward`."""
-        raise NotImplementedError(
-            "SSLMetaArch has no forward pass of its own: call forward_backward"
-        )
+        raise NotImplementedError("SSLMetaArch has no own forward pass: call forward_backward")
 
     def forward_backward(
         self, data: dict[str, Any], *, teacher_temp: float, iteration: int = 0, **ignored: Any

@@ -81,15 +81,9 @@ from dinov3.utils import get_sha
 logger = logging.getLogger("dinov3")
 
 _UNUSED_OPTIONS = (
-    "eval",
-    "eval_pretrained_weights",
-    "benchmark_codebase",
-    "test_ibot",
-    "profiling",
-    "dump_fsdp_weights",
-    "record_ref_losses",
-    "ref_losses_path",
-)
+    "eval", "eval_pretrained_weights", "benchmark_codebase", "test_ibot", "profiling",
+    "dump_fsdp_weights", "record_ref_losses", "ref_losses_path",
+)  # fmt: skip
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:

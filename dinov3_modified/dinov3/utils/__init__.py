@@ -14,14 +14,6 @@ from dinov3.utils.utils import (
 )
 
 __all__ = [
-    "as_torch_dtype",
-    "cat_keep_shapes",
-    "count_parameters",
-    "fix_random_seeds",
-    "get_conda_env",
-    "get_sha",
-    "has_batchnorms",
-    "named_apply",
-    "named_replace",
-    "uncat_with_shapes",
-]
+    "as_torch_dtype", "cat_keep_shapes", "count_parameters", "fix_random_seeds", "get_conda_env",
+    "get_sha", "has_batchnorms", "named_apply", "named_replace", "uncat_with_shapes",
+]  # fmt: skip

@@ -141,7 +141,7 @@ def test_upstreams_checkpoint_without_manifest_counts(tmp_path):
 def test_what_does_not_fit(tmp_path):
     model, _ = trained()
     save_checkpoint(tmp_path / "4", iteration=4, model=model)
-    with pytest.raises(ValueError, match=r"must be a folder with .metadata"):
+    with pytest.raises(ValueError, match=r"must hold .metadata"):
         load_checkpoint(tmp_path, model=model)
     with pytest.raises(ValueError, match="must fit this configuration"):
         load_checkpoint(tmp_path / "4", model=nn.Sequential(nn.Linear(4, 9)))

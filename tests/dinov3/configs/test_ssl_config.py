@@ -57,7 +57,7 @@ def test_order_default_file_command_line(tmp_path):
         ("", ("ibot.mask_ratio_min_max=0.3",), "must be a list"),
         ("", ("optim.lr",), "must be key=value, got 'optim.lr'"),
         ("a: [", (), "must be YAML"),
-        ("- 1", (), "must hold keys and values"),
+        ("- 1", (), "must hold keys, got"),
     ],
 )
 def test_wrong_keys_and_values(tmp_path, text, opts, message):

@@ -316,7 +316,7 @@ def test_raw_images_are_refused_not_clipped(tmp_path):
 
 
 def test_a_folder_must_have_images(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must have a folder, got .*nowhere: check root"):
+    with pytest.raises(FileNotFoundError, match=r"must be a folder, got .*nowhere: check root"):
         ImageFolder(root=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"must hold images \(.bmp, .*\), got none in"):
         ImageFolder(root=str(tmp_path))

@@ -141,7 +141,7 @@ def test_padding_repeats_samples_without_a_number():
     assert made[7] == ("c", (-1, None))
     assert made.get_target(5) == (-1, 0)
     assert made.get_image_relpath(6) == "1.png"
-    with pytest.raises(ValueError, match="num_replicas must be given for a padded data set, got"):
+    with pytest.raises(ValueError, match="num_replicas must be set for a padded data set, got"):
         DatasetWithEnumeratedTargets(Letters(), pad_dataset=True)
 
 

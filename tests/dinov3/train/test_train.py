@@ -642,7 +642,7 @@ def test_nan_of_one_process_stops_all(images, tmp_path):
     ("changes", "message"),
     [
         (["train.dataset_path=Nope:root=x"], "must name one of ImageFolder, JUMP"),
-        (["train.dataset_path=ImageFolder:root=/nowhere"], "must have a folder, got /nowhere"),
+        (["train.dataset_path=ImageFolder:root=/nowhere"], "must be a folder, got /nowhere"),
         (["train.dataset_path=ImageFolder:colour=red"], "keys of ImageFolder must be among"),
         (["optim.lrr=1"], "got optim.lrr in the command line; near it: optim.lr"),
         (["optim.lr=fast"], "optim.lr must be a number, got 'fast'"),

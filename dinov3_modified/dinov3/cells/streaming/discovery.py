@@ -361,9 +361,7 @@ def _records(
             yield from records_of_table(table[1], plate)
             return
     if source == "tables":
-        raise ValueError(
-            f"{plate.name} must have a load_data table, got none: choose `kind=listing`"
-        )
+        raise ValueError(f"{plate.name} must have a load_data table, got none: use `kind=listing`")
     numbers = channels.get(plate.source) or channels.get("")
     if not numbers:
         raise _WithoutChannels(

@@ -101,9 +101,7 @@ def make_plan(work: Workload) -> Plan:
             f"is the {best.bottleneck} at {100 * best.data_share:.0f} %"
         )
         if best.visits > _WINDOWS_PER_FIELD:
-            advice += (
-                f"; a field has {_WINDOWS_PER_FIELD} disjoint 256 px windows, so pixels repeat"
-            )
+            advice += f"; a field has {_WINDOWS_PER_FIELD} disjoint 256 px windows: pixels repeat"
         return Plan(work.samples_per_s, needs, best.visits, advice)
     best = min(needs, key=lambda need: need.data_share)
     cure = (

@@ -108,9 +108,7 @@ class StreamOptions(RequestOptions):
     store: str = ""  # URL or folder in place of the index's own, for example a local copy
     threads: int = 16  # requests at once, of each process
     ahead: int = 48  # time steps (new fields) that fetching runs ahead
-    pool_gb: float = (
-        0.0  # of decoded fields, shared by a process's workers; 0: what the order needs
-    )
+    pool_gb: float = 0.0  # of decoded fields, shared by the workers; 0: what the order needs
     pool_folder: str = ""  # where it lies; empty: shared memory
     disk_cache: str = ""  # folder of fetched files; empty: none
     disk_cache_gb: float = 100.0  # its limit, over all processes that use it

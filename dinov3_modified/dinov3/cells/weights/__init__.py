@@ -19,18 +19,7 @@ from dinov3.cells.weights.read import (
 from dinov3.cells.weights.write import FORMATS, write_backbone
 
 __all__ = [
-    "FORMATS",
-    "CheckpointReader",
-    "LoadReport",
-    "WeightsDescription",
-    "WeightsError",
-    "describe",
-    "fit_backbone",
-    "load_backbone",
-    "read_backbone",
-    "read_teacher",
-    "refuse_differences",
-    "sha256",
-    "vit_arguments",
-    "write_backbone",
-]
+    "FORMATS", "CheckpointReader", "LoadReport", "WeightsDescription", "WeightsError", "describe",
+    "fit_backbone", "load_backbone", "read_backbone", "read_teacher", "refuse_differences",
+    "sha256", "vit_arguments", "write_backbone",
+]  # fmt: skip

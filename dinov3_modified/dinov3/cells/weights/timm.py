@@ -50,9 +50,7 @@ def to_timm(state: Mapping[str, Tensor], d: WeightsDescription) -> tuple[State, 
             "keep another format"
         )
     if has_k_bias(state):
-        raise WeightsError(
-            f"timm's DINOv3 must have no bias on k, got one in {d.path}: keep another"
-        )
+        raise WeightsError(f"timm's DINOv3 must have no k bias, got one in {d.path}: keep another")
     if state["mask_token"].any():
         notes.append("timm has no mask token: left out")
     out: State = {}

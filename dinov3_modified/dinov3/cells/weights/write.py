@@ -104,9 +104,7 @@ def write_backbone(
 def _targets(path: Path, format: str, overwrite: bool) -> list[Path]:
     """The files to write: one, or the weights and the configuration of a Hugging Face folder."""
     if format not in FORMATS:
-        raise WeightsError(
-            f"the format must be one of {', '.join(FORMATS)}, got {format!r}: choose"
-        )
+        raise WeightsError(f"format must be one of {', '.join(FORMATS)}, got {format!r}: choose")
     suffixes = _SUFFIXES[format]
     if path.suffix not in suffixes:
         known = " or ".join(suffix or "a folder" for suffix in suffixes)

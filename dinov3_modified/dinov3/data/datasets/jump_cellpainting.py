@@ -296,9 +296,7 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
                 f"{listed(lacking)}; name other channels=, or set missing=skip or missing=allow"
             )
         if not chosen:
-            raise FieldError(
-                f"fields with {', '.join(wanted)} must exist, got none: correct channels="
-            )
+            raise FieldError(f"fields with {', '.join(wanted)} must exist, got none: set channels=")
         return chosen
 
     def get_image_data(self, index: int) -> Any:

@@ -318,9 +318,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
                         self._pool.retire(self.field_name(number))
                     return made
             number = self.order.replacement(visit, attempt, rank)
-        raise TooManyLost(
-            f"a field in {_MOST_STAND_INS} must be readable, got none: see lost.jsonl"
-        )
+        raise TooManyLost(f"a field in {_MOST_STAND_INS} must be usable, got none: see lost.jsonl")
 
     def _pooled(self, number: int) -> ChannelField:
         """A field from the pool, from the threads that are fetching it, or fetched now."""
