@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import io
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BITS, _PHOTOMETRIC, _STRIPS, _SAMPLES, _STRIP_BYTES, _FORMAT = 258, 262, 273, 277, 279, 339
-_LAYOUT_TAGS = (_BITS, _PHOTOMETRIC, _STRIPS, _SAMPLES, _STRIP_BYTES, _FORMAT)
 _SUBSAMPLE = 4  # every fourth pixel of each axis is enough for percentiles
 _COARSE = 8  # pixels of a field per pixel of its foreground map
 
@@ -127,45 +125,26 @@ def decode_planes(data: bytes, name: str) -> np.ndarray:
 def _decode_plain_tiff(data: bytes) -> np.ndarray | None:
     """A single gray page of 8 or 16 bits by OpenCV, which takes half the time; None for all else.
 
-    OpenCV takes the first page of several and what there is of a file that was cut off, so the
-    structure (TIFF 6.0, section 2) is looked at before.
+    OpenCV takes the first page of several and what there is of a file that was cut off, so tifffile
+    looks at the structure before.
     """
-    if data[:4] not in (b"II*\0", b"MM\0*") or len(data) < 16:
+    if data[:4] not in (b"II*\0", b"MM\0*"):
         return None
-    order = "<" if data[:1] == b"I" else ">"
-    tags: dict[int, tuple[int, ...]] = {}
-    try:
-        (start,) = struct.unpack_from(f"{order}I", data, 4)
-        (count,) = struct.unpack_from(f"{order}H", data, start)
-        for number in range(count):
-            place = start + 2 + 12 * number
-            tag, kind, length = struct.unpack_from(f"{order}HHI", data, place)
-            if tag in _LAYOUT_TAGS and kind in (3, 4):
-                size = (2 if kind == 3 else 4) * length
-                at = place + 8
-                if size > 4:
-                    (at,) = struct.unpack_from(f"{order}I", data, at)
-                tags[tag] = struct.unpack_from(
-                    f"{order}{length}{'H' if kind == 3 else 'I'}", data, at
-                )
-        (following,) = struct.unpack_from(f"{order}I", data, start + 2 + 12 * count)
-    except struct.error:
-        return None
-    plain = (
-        following == 0
-        and tags.get(_BITS) in ((8,), (16,))
-        and tags.get(_PHOTOMETRIC) == (1,)
-        and tags.get(_SAMPLES, (1,)) == (1,)
-        and tags.get(_FORMAT, (1,)) == (1,)
-        and _STRIPS in tags
-        and len(tags[_STRIPS]) == len(tags.get(_STRIP_BYTES, ()))
-        and all(a + n <= len(data) for a, n in zip(tags[_STRIPS], tags[_STRIP_BYTES], strict=True))
-    )
+    import cv2
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page: Any = file.pages[0]
+        ends = [a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
+        plain = (
+            len(file.pages) == 1
+            and page.bitspersample in (8, 16)
+            and page.photometric == tifffile.PHOTOMETRIC.MINISBLACK
+            and page.samplesperpixel == page.sampleformat == 1
+            and not page.is_tiled
+            and max(ends, default=0) <= len(data)
+        )
     if not plain:
-        return None
-    try:
-        import cv2
-    except ImportError:
         return None
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # microscopes have own tags
     array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)

@@ -6,6 +6,7 @@ without chance.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,41 +16,27 @@ from torch.nn import functional
 _KERNEL = 11  # edge of the largest blur, in pixels
 
 
+@dataclass(kw_only=True, eq=False)
 class FluorescencePhotometrics:
     """Brightness, contrast, gamma, noise, blur and defocus of gray images in [0, 1], in batches.
 
-    Args:
-        brightness, contrast, gamma: a draws a factor exp(U(-a, a)); contrast is about the image's
-            mean.
-        noise: largest standard deviation of Gaussian noise, and of shot noise at full brightness.
-        blur_sigma: largest standard deviation of a Gaussian blur, in pixels, at most 3.
-        defocus_radius: largest radius of a disc, in pixels, at most 5.
-        p: probability of each.
+    The widths a of the first three draw a factor exp(U(-a, a)).
     """
 
-    def __init__(
-        self,
-        *,
-        brightness: float = 0.3,
-        contrast: float = 0.3,
-        gamma: float = 0.3,
-        noise: float = 0.05,
-        blur_sigma: float = 1.5,
-        defocus_radius: float = 3.0,
-        p: float = 0.5,
-    ) -> None:
-        if blur_sigma > 3 or defocus_radius > 5:
+    brightness: float = 0.3
+    contrast: float = 0.3  # about the image's mean
+    gamma: float = 0.3
+    noise: float = 0.05  # most of Gaussian noise, and of shot noise at full brightness (std)
+    blur_sigma: float = 1.5  # largest standard deviation of a Gaussian blur, in pixels, at most 3
+    defocus_radius: float = 3.0  # largest radius of a disc, in pixels, at most 5
+    p: float = 0.5  # probability of each
+
+    def __post_init__(self) -> None:
+        if self.blur_sigma > 3 or self.defocus_radius > 5:
             raise ValueError(
                 "blur_sigma must be at most 3 and defocus_radius at most 5 pixels, got "
-                f"{blur_sigma} and {defocus_radius}: lower them"
+                f"{self.blur_sigma} and {self.defocus_radius}: lower them"
             )
-        self.brightness = brightness
-        self.contrast = contrast
-        self.gamma = gamma
-        self.noise = noise
-        self.blur_sigma = blur_sigma
-        self.defocus_radius = defocus_radius
-        self.p = p
 
     def draw(
         self, count: int, generator: torch.Generator | None = None, device: Any = "cpu"
@@ -148,16 +135,9 @@ def _convolved(x: Tensor, kernels: Tensor) -> Tensor:
 
 def photometrics_from_config(cfg: Any) -> FluorescencePhotometrics:
     """As the section `multiview` of a configuration says."""
-    view = cfg.multiview
-    return FluorescencePhotometrics(
-        brightness=view.brightness,
-        contrast=view.contrast,
-        gamma=view.gamma,
-        noise=view.noise,
-        blur_sigma=view.blur_sigma,
-        defocus_radius=view.defocus_radius,
-        p=view.photometrics_p,
-    )
+    names = ("brightness", "contrast", "gamma", "noise", "blur_sigma", "defocus_radius")
+    widths = {name: cfg.multiview[name] for name in names}
+    return FluorescencePhotometrics(**widths, p=cfg.multiview.photometrics_p)
 
 
 def photometrics_on_batch(

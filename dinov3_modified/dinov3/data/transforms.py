@@ -362,12 +362,8 @@ def make_eval_transform(
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> Compose:
     """Resize, centre crop (None or 0: none), normalised."""
-    resize = make_resize_transform(
-        resize_size=resize_size,
-        resize_square=resize_square,
-        resize_large_side=resize_large_side,
-        interpolation=interpolation,
-    )
+    sides = {"resize_square": resize_square, "resize_large_side": resize_large_side}
+    resize = make_resize_transform(resize_size=resize_size, **sides, interpolation=interpolation)
     crop = [CenterCrop(crop_size)] if crop_size else []
     return Compose([resize, *crop, make_base_transform(mean, std)])
 

@@ -149,14 +149,7 @@ class TorchDistributedEnvironment:
 
         Raises RuntimeError (another value is there and `overwrite` is false).
         """
-        values = {
-            "MASTER_ADDR": self.master_addr,
-            "MASTER_PORT": str(self.master_port),
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(self.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.local_world_size),
-        }
+        values = {name.upper(): str(value) for name, value in vars(self).items()}
         for name, value in values.items():
             if not overwrite and os.environ.get(name, value) != value:
                 raise RuntimeError(f"{name} must be {value}, got {os.environ[name]}: unset it")

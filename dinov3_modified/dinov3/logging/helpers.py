@@ -44,22 +44,17 @@ class SmoothedValue:
         self.deque: deque[float] = deque(maxlen=window_size)
         self.total = 0.0
         self.count = 0
-        self._pending: list[tuple[Tensor, int]] = []
         self._unshared: list[float] = []  # not yet averaged over processes
 
     def update(self, value: Tensor | float, num: int = 1) -> None:
-        """Add a value that stands for `num` samples; a tensor is copied to the host when needed."""
-        if isinstance(value, Tensor):
-            self._pending.append((_scalar(value).clone(), num))
-            if len(self._pending) >= _MAX_PENDING:
-                self._flush()
-            return
-        self._flush()
-        self._add(float(value), num)
+        """Add a value that stands for `num` samples; a tensor has one element."""
+        value = float(_scalar(value) if isinstance(value, Tensor) else value)
+        self.deque.append(value)
+        self.total += value * num
+        self.count += num
 
     def synchronize_between_processes(self) -> None:
         """Make count and total those of all processes; the window stays this process's."""
-        self._flush()
         if not is_enabled():
             return
         count, total = _all_reduce([float(self.count), self.total])
@@ -68,7 +63,7 @@ class SmoothedValue:
     @property
     def median(self) -> float:
         """Of the window; the lower one of two."""
-        values = self._values()
+        values = self.deque
         if any(math.isnan(value) for value in values):
             return _NAN
         return statistics.median_low(values) if values else _NAN
@@ -76,52 +71,28 @@ class SmoothedValue:
     @property
     def avg(self) -> float:
         """Mean of the window."""
-        values = self._values()
+        values = self.deque
         return statistics.fmean(values) if values else _NAN
 
     @property
     def global_avg(self) -> float:
         """Mean of all values."""
-        self._flush()
         return self.total / self.count if self.count else _NAN
 
     @property
     def max(self) -> float:
         """Largest of the window."""
-        return max(self._values(), default=_NAN)
+        return max(self.deque, default=_NAN)
 
     @property
     def value(self) -> float:
         """The last one."""
-        values = self._values()
+        values = self.deque
         return values[-1] if values else _NAN
 
     def __str__(self) -> str:
-        return self.fmt.format(
-            median=self.median,
-            avg=self.avg,
-            global_avg=self.global_avg,
-            max=self.max,
-            value=self.value,
-        )
-
-    def _add(self, value: float, num: int = 1) -> None:
-        self.deque.append(value)
-        self.total += value * num
-        self.count += num
-
-    def _values(self) -> list[float]:
-        self._flush()
-        return list(self.deque)
-
-    def _flush(self) -> None:
-        """Bring waiting tensors to the host in one copy."""
-        if self._pending:
-            tensors = [value for value, _ in self._pending]
-            numbers = [num for _, num in self._pending]
-            self._pending = []
-            for value, num in zip(_to_host(tensors), numbers, strict=True):
-                self._add(value, num)
+        names = ("median", "avg", "global_avg", "max", "value")
+        return self.fmt.format(**{name: getattr(self, name) for name in names})
 
     def _share(self, means: list[float]) -> None:
         """Replace the newest values by their means over processes."""
@@ -356,12 +327,6 @@ def _scalar(value: Tensor, name: str = "a metric") -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"{name} must have one element, got {tuple(value.shape)}: log its mean")
     return value.detach().reshape(())
-
-
-def _to_host(tensors: list[Tensor]) -> list[float]:
-    if len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1:
-        return [float(number) for number in torch.stack(tensors).tolist()]
-    return [float(tensor) for tensor in tensors]
 
 
 def _all_reduce(values: list[float], op: Any = torch.distributed.ReduceOp.SUM) -> list[float]:

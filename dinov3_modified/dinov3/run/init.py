@@ -19,14 +19,7 @@ def job_context(
     distributed_timeout: timedelta | None = None,
 ) -> Iterator[None]:
     """`setup_job` before, `exit_job` after, also when the job fails."""
-    setup_job(
-        output_dir=output_dir,
-        distributed_enabled=distributed_enabled,
-        logging_enabled=logging_enabled,
-        seed=seed,
-        restrict_print_to_main_process=restrict_print_to_main_process,
-        distributed_timeout=distributed_timeout,
-    )
+    setup_job(**locals())
     try:
         yield
     finally:
