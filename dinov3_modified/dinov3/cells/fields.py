@@ -154,9 +154,7 @@ def _decode_plain_tiff(data: bytes) -> np.ndarray | None:
 def robust_range(plane: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
     """Intensities at two percentiles of a quarter of rows and columns.
 
-    Args:
-        plane: (H, W).
-        percentiles: such as (0.1, 99.9), so that hot pixels do not set the range.
+    `plane`: (H, W); `percentiles`: such as (0.1, 99.9), so that hot pixels do not set the range.
     """
     part = plane[::_SUBSAMPLE, ::_SUBSAMPLE]
     if part.dtype not in (np.uint8, np.uint16):
@@ -190,10 +188,8 @@ def make_field(
 ) -> ChannelField:
     """A field of planes by channel name.
 
-    Args:
-        planes: (H, W) each, of one size and type.
-        illumination: (H, W) each, positive; divided by.
-        ranges: (low, high) of channels whose range is known, for example of their plate.
+    `planes`: (H, W) each, of one size and type.  `illumination`: (H, W) each, positive; divided
+    by.  `ranges`: (low, high) of channels whose range is known, for example of their plate.
 
     Raises FieldError (no plane, sizes that differ, a constant plane).
     """

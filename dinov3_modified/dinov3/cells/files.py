@@ -1,9 +1,6 @@
 """Write a file or a folder so that it appears whole or not at all.
 
-Everything DINOCell writes gets its name here.  The content goes to a temporary name in the same folder
-first, is flushed to the disk, and is then renamed: a rename inside one folder is a single step for the
-file system, so that a reader, a killed process or a power cut meets the old content or the new one and
-never a half.  At the end the folder is flushed too, because the new name is part of the folder.
+These are functions of `dinocell/files.py`, which says why this is safe; this tree may not import it.
 """
 
 from __future__ import annotations
@@ -11,36 +8,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-_TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}(\..*)?")
-
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and vanishes when it does not.
+    """A temporary path that becomes the file `path` when the block ends well, and vanishes when not.
 
-    Parameters
-    ----------
-    path : the file to write.  Missing folders above it are made.  A symbolic link is followed.
-
-    Yields
-    ------
-    temporary : Path
-        A hidden name in the same folder with the same suffix (`.ome.tif` and `.tar.gz` whole).  The
-        block must write it, as a file.
-
-    Raises ValueError (`path` is a folder); RuntimeError (the block ended without writing the
-    temporary file).
-
-    Notes
-    -----
-    Any exception, `KeyboardInterrupt` included, removes the temporary file and leaves an older `path` as
-    it was.
+    Missing folders are made; a symbolic link is followed.  An older file stays as it was until then.
+    Raises ValueError (`path` is a folder); RuntimeError (the block wrote no file).
     """
     final = Path(os.path.realpath(path))
     if final.is_dir():
@@ -64,24 +43,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_text_atomically(
     path: str | os.PathLike[str], text: str, *, errors: str = "strict"
 ) -> None:
-    """Write `text` as UTF-8, line ends as they are; raises as `atomic_path` does.
-
-    `errors="surrogateescape"` keeps file names that are not UTF-8 for programs, "backslashreplace" makes
-    them readable.
-    """
+    """Write `text` as UTF-8, line ends as they are; raises as `atomic_path` does."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=errors, newline="")
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+    """A temporary folder that becomes `path`, new or empty, when the block ends well; else it vanishes.
 
-    Parameters
-    ----------
-    path : the folder to make: it must not exist, or be empty
-
-    Raises OSError (`path` is a file or a folder with contents by the time the block ends).
+    Raises OSError (`path` is a file or a folder with contents by then).
     """
     final = Path(os.path.realpath(path))
     temporary = _temporary_beside(final, "")
@@ -103,9 +74,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def move_into_place(temporary: Path, final: Path, *, flush: bool = True) -> None:
     """Give a finished file or folder its name, replacing a file that has it; both lie on one file system.
 
-    For what outlives a failure under its temporary name, such as a partial download; everything else is
-    written with `atomic_path`.  A folder is not flushed with its files, and replaces an empty one only.
-    Without `flush` a power cut may leave a damaged file: for caches, whose readers check what they read.
+    A folder is not flushed with its files, and replaces an empty one only.  Without `flush` a power cut
+    may leave a damaged file: for caches, whose readers check what they read.
     """
     if flush and temporary.is_file():
         _flush_file(temporary)
@@ -114,26 +84,6 @@ def move_into_place(temporary: Path, final: Path, *, flush: bool = True) -> None
     os.replace(temporary, final)
     if flush:
         _flush_folder(final.parent)
-
-
-def remove_temporary_files(folder: Path, *, before: float) -> None:
-    """Delete what `atomic_path` and `atomic_folder` left in `folder` when their process was killed.
-
-    `before` is in seconds since 1970: what is younger stays, another process may be writing it.
-    """
-    for path in folder.glob(".tmp-*"):
-        with contextlib.suppress(FileNotFoundError):  # another process was first
-            if not _TEMPORARY.fullmatch(path.name) or _last_change(path) >= before:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
-def _last_change(path: Path) -> float:
-    """Seconds since 1970, of a folder with all that it holds."""
-    return max(inner.lstat().st_mtime for inner in (path, *path.rglob("*")))
 
 
 def _temporary_beside(final: Path, suffix: str) -> Path:

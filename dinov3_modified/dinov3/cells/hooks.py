@@ -59,11 +59,8 @@ def load_pretrained(model: nn.Module, path: str | Path) -> bool:
     patch size, or a teacher file without some of its heads.  What the file does not contain keeps its
     initial values.
 
-    Args:
-        model: with the module `backbone`, and perhaps heads; sharded or not.
-        path: file or folder.
-
-    Returns False where upstream's own loader fits: nothing was changed then.  Raises
+    `model`: with the module `backbone`, and perhaps heads; sharded or not.  `path`: file or
+    folder.  Returns False where upstream's own loader fits: nothing was changed then.  Raises
     FileNotFoundError, WeightsError (see `weights.read_backbone`).
     """
     from dinov3.cells.weights import fit_backbone
@@ -164,10 +161,8 @@ def find_dataset(dataset_str: str) -> tuple[type, dict[str, Any]] | None:
 def with_views(dataset: Any, cfg: Any, start_iter: int = 0) -> Any:
     """A dataset of fields with the views that `multiview` asks for; others as they are.
 
-    Args:
-        dataset: just made, with upstream's augmentation.
-        cfg: of the run; its sections `multiview` and `streaming` count.
-        start_iter: number of finished iterations.
+    `dataset`: just made, with upstream's augmentation.  `cfg`: of the run; its sections `multiview`
+    and `streaming` count.  `start_iter`: number of finished iterations.
 
     Raises ValueError (fields without `multiview.strategy`, or photometrics on the device).
     """
@@ -213,9 +208,7 @@ class _Counted(Dataset[Any]):
     A dataset with an order of its own must be read in that order.  Workers get the batches in turn,
     so that each finds the positions of its batches by counting them.
 
-    Args:
-        dataset: with `orders_itself`.
-        advance: number of samples that this process has had.
+    `dataset`: with `orders_itself`; `advance`: number of samples that this process has had.
     """
 
     def __init__(self, dataset: Any, advance: int) -> None:

@@ -33,10 +33,8 @@ class _EightBitDecoder(ImageDataDecoder):
 class ImageFolder(ExtendedVisionDataset):
     """All images below a folder, as 8-bit RGB, in the order of their paths; hidden files are skipped.
 
-    Args:
-        root: the folder.
-        split: name of a subfolder, if only that is wanted.
-        extra: without effect, for the common grammar of dataset strings.
+    `root`: the folder; `split`: name of a subfolder, if only that is wanted; `extra`: without
+    effect, for the common grammar of dataset strings.
 
     Raises FileNotFoundError (no such folder); ValueError (no image in it).
     """

@@ -13,54 +13,24 @@ import torch.distributed as dist
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
-class StopAgreement:
-    """Whether all processes stop; each process calls it after every step.
+class StopRequest:
+    """Context that records SIGTERM, SIGUSR2 and SIGINT; a second SIGINT interrupts as usual.
 
-    Each exchange waits for the slowest process, so there is one in about `period_s`: after a step at
-    least, after ten at most.
+    Schedulers send the signal to the whole process group or to one process only, so the processes
+    exchange what they have received.  Each exchange waits for the slowest process, so there is one in
+    about `period_s`: after a step at least, after ten at most.
 
-    Args:
-        device: of the small tensor that is shared by the processes.
-        period_s: seconds between two exchanges; a preempted job may have thirty in all.
+    `device`: of the small tensor that is shared by the processes.  `period_s`: seconds between two
+    exchanges; a preempted job may have thirty in all.
     """
 
     def __init__(self, device: torch.device, period_s: float = 3.0) -> None:
         self.device = device
         self.period_s = period_s
-        self._asked: tuple[int, float] | None = None  # step and time of the last exchange
-        self._next_step = 0
-
-    def agreed(self, requested: bool, step: int) -> bool:
-        """The same answer in all processes: true in the first exchange after any of them got a request."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return requested
-        if self._asked is not None and step < self._next_step:
-            return False
-        now = time.monotonic()
-        step_s = 0.0
-        if self._asked is not None:
-            step_s = (now - self._asked[1]) / max(step - self._asked[0], 1)
-        shared = torch.tensor([float(requested), step_s], device=self.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        stop, slowest_s = shared.tolist()  # the same in all processes, and so is the next step
-        steps = int(self.period_s / slowest_s) if slowest_s > 0 else 1
-        self._asked, self._next_step = (step, now), step + max(1, min(steps, 10))
-        return bool(stop)
-
-
-class StopRequest:
-    """Context that records SIGTERM, SIGUSR2 and SIGINT; a second SIGINT interrupts as usual.
-
-    Schedulers send the signal to the whole process group or to one process only, so the processes
-    exchange what they have received.
-
-    `device`: as of `StopAgreement`.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._agreement = StopAgreement(device)
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._asked: tuple[int, float] | None = None  # step and time of the last exchange
+        self._next_step = 0
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
@@ -81,8 +51,21 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def agreed(self, step: int) -> bool:
-        """Whether all processes stop after this step."""
-        return self._agreement.agreed(self.received is not None, step)
+        """Whether all processes stop after this step; the same answer in all processes: true in the first exchange after any of them got a request."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return self.received is not None
+        if self._asked is not None and step < self._next_step:
+            return False
+        now = time.monotonic()
+        step_s = 0.0
+        if self._asked is not None:
+            step_s = (now - self._asked[1]) / max(step - self._asked[0], 1)
+        shared = torch.tensor([float(self.received is not None), step_s], device=self.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        stop, slowest_s = shared.tolist()  # the same in all processes, and so is the next step
+        steps = int(self.period_s / slowest_s) if slowest_s > 0 else 1
+        self._asked, self._next_step = (step, now), step + max(1, min(steps, 10))
+        return bool(stop)
 
 
 class Stopped(Exception):

@@ -204,9 +204,8 @@ class CollapseMonitor:
     ) -> dict[str, float]:
         """`update` and `compute` from a forward pass of a network in eval mode.
 
-        Args:
-            images: [B, 3, H, W]; at most `monitor.images` of them are looked at.
-            head: also the statistics of its assignments, by softmax at `teacher.teacher_temp`.
+        `images`: [B, 3, H, W]; at most `monitor.images` of them are looked at.  `head`: also the
+        statistics of its assignments, by softmax at `teacher.teacher_temp`.
         """
         images = images[: self.settings.images]
         look: Any = getattr(vit, "get_last_selfattention", None)
@@ -227,9 +226,8 @@ class CollapseMonitor:
     ) -> list[str]:
         """Warn of what looks collapsed, once until it has been well again; returns the signs.
 
-        Args:
-            figures: of `compute` or `measure`, or of `module_statistics` with monitor/ before.
-            dino_loss: of the global crops; log K is the loss of even assignments.
+        `figures`: of `compute` or `measure`, or of `module_statistics` with monitor/ before.
+        `dino_loss`: of the global crops; log K is the loss of even assignments.
         """
         settings = self.settings
         if iteration < settings.warn_after:

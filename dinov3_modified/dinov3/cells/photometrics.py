@@ -85,9 +85,11 @@ class FluorescencePhotometrics:
         x = (x - mean) * column("contrast") + mean
         x = x * column("brightness")
         spread = (column("gauss") ** 2 + column("shot") ** 2 * x.clamp(min=0)).sqrt()
-        if bool((spread > 0).any()) if x.device.type == "cpu" else True:
-            seed = int(parameters["noise_seed"][0]) if x.device.type == "cpu" else None
-            x = x + spread * _normal_like(x, seed)
+        if x.device.type != "cpu":
+            x = x + spread * torch.randn_like(x)
+        elif bool((spread > 0).any()):
+            generator = torch.Generator().manual_seed(int(parameters["noise_seed"][0]))
+            x = x + spread * torch.randn(x.shape, generator=generator, dtype=x.dtype)
         return x.clamp(0, 1)
 
     def _blurred(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -101,14 +103,6 @@ class FluorescencePhotometrics:
             result[chosen] = _convolved(x[chosen], _kernels(sigma[chosen], radius[chosen]))
             return result
         return _convolved(x, _kernels(sigma, radius))
-
-
-def _normal_like(x: Tensor, seed: int | None) -> Tensor:
-    """Standard normal numbers, on a CPU from a seed."""
-    if seed is None:
-        return torch.randn_like(x)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 def _kernels(sigma: Tensor, radius: Tensor) -> Tensor:
@@ -145,10 +139,7 @@ def photometrics_on_batch(
 ) -> dict[str, Any]:
     """Augment a batch of gray crops on its device, then expand and normalise them.
 
-    Args:
-        data: with `collated_*_crops` [n, 1, s, s] in [0, 1].
-        generator: of the crops' device.
-
+    `data`: with `collated_*_crops` [n, 1, s, s] in [0, 1]; `generator`: of the crops' device.
     Returns a copy whose crops are [n, 3, s, s], normalised with crops.rgb_mean and rgb_std.
     """
     photometrics = photometrics_from_config(cfg)

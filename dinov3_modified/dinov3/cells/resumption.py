@@ -59,9 +59,7 @@ def start_record(cfg: DictConfig, model: Any, output_dir: Path, *, fresh: bool) 
     A resumed run reads the record: the patch embedding keeps its learning rate, and the number of
     processes, which sets the order of the samples, must be the same.
 
-    Args:
-        model: the `SSLMetaArch`.
-        fresh: there is no checkpoint to resume from.
+    `model`: the `SSLMetaArch`; `fresh`: there is no checkpoint to resume from.
 
     Raises ValueError (another number of processes).
     """

@@ -24,9 +24,8 @@ from dinov3.data.samplers import sample_order
 def data_loader(cfg: DictConfig, model: Any, batches_done: int, seed_offset: int) -> Any:
     """Batches of one resolution after the first `batches_done`.
 
-    Args:
-        model: the `SSLMetaArch`, which makes the augmentation.
-        seed_offset: added to `train.seed`: loaders of several resolutions have orders of their own.
+    `model`: the `SSLMetaArch`, which makes the augmentation; `seed_offset`: added to `train.seed`:
+    loaders of several resolutions have orders of their own.
 
     Raises ValueError (crops that are no whole number of patches, or a data set without samples).
     """

@@ -38,17 +38,11 @@ def build_schedulers(cfg: DictConfig) -> tuple[Any, Any, Any, Any, Any]:
     lr = CosineScheduler(**rate)
     last_layer_lr = CosineScheduler(**rate)
     last_layer_lr.schedule[: cfg.optim.freeze_last_layer_epochs * epoch] = 0
-    wd = CosineScheduler(
-        base_value=cfg.optim.weight_decay,
-        final_value=cfg.optim.weight_decay_end,
-        total_iters=total,
-        trunc_extra=cfg.optim.schedule_trunc_extra,
-    )
-    momentum = CosineScheduler(
-        base_value=cfg.teacher.momentum_teacher,
-        final_value=cfg.teacher.final_momentum_teacher,
-        total_iters=total,
-        trunc_extra=cfg.optim.schedule_trunc_extra,
+    decay = (cfg.optim.weight_decay, cfg.optim.weight_decay_end)
+    momenta = (cfg.teacher.momentum_teacher, cfg.teacher.final_momentum_teacher)
+    extra = cfg.optim.schedule_trunc_extra
+    wd, momentum = (
+        CosineScheduler(*ends, total_iters=total, trunc_extra=extra) for ends in (decay, momenta)
     )
     warmup = cfg.teacher.warmup_teacher_temp_epochs * epoch
     teacher_temp = CosineScheduler(

@@ -125,9 +125,7 @@ def sinkhorn_knopp(
 def softmax_assignment(logits: Tensor, center: Tensor, temperature: float) -> Assignment:
     """softmax((logits - center) / temperature) in the same form (DINO, Caron et al. 2021, eq. 4).
 
-    Args:
-        logits: [M, K].
-        center: [1, K], the running mean of the logits.
+    `logits`: [M, K]; `center`: [1, K], the running mean of the logits.
     """
     centred = logits.float() - center
     shift = centred.amax(dim=1, keepdim=True) if centred.shape[0] else centred[:, :1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,20 +15,17 @@ def check_ssl_settings(cfg: DictConfig) -> None:
 
     Raises ValueError (names the key, its value and what to set).
     """
-
     _one_of(cfg, "train.centering", ("sinkhorn_knopp", "softmax"))
     _one_of(cfg, "compute_precision.param_dtype", tuple(PRECISIONS))
     _one_of(cfg, "compute_precision.reduce_dtype", tuple(PRECISIONS))
     _one_of(cfg, "gram.tokens_used", ("all", "masked", "unmasked"))
     _one_of(cfg, "MODEL.META_ARCHITECTURE", ("SSLMetaArch",))
     _one_of(cfg, "optim.optimizer", ("adamw",))
+    _one_of(cfg, "ibot.separate_head", (True,))  # the patch loss has a head of its own
+    _one_of(cfg, "dino.koleo_distributed_replicas", (0,))
     _require(
         cfg.crops.local_crops_number > 0,
         f"crops.local_crops_number must be at least 1, got {cfg.crops.local_crops_number}: 8 is usual",
-    )
-    _require(
-        bool(cfg.ibot.separate_head),
-        "ibot.separate_head must be true, got false: the patch loss has a head of its own",
     )
     _require(
         cfg.accelerator.accumulation_steps >= 1,
@@ -41,11 +40,6 @@ def check_ssl_settings(cfg: DictConfig) -> None:
         cfg.dino.koleo_topk == 1 or cfg.dino.koleo_loss_distributed,
         f"dino.koleo_topk must be 1 without dino.koleo_loss_distributed, got {cfg.dino.koleo_topk}: "
         "set the latter to true",
-    )
-    _require(
-        cfg.dino.koleo_distributed_replicas == 0,
-        f"dino.koleo_distributed_replicas must be 0, got {cfg.dino.koleo_distributed_replicas}: "
-        "group by dino.koleo_distributed_loss_group_size",
     )
     if cfg.gram.use_loss:
         _check_gram(cfg)
@@ -86,6 +80,7 @@ def _require(holds: bool, text: str) -> None:
         raise ValueError(text)
 
 
-def _one_of(cfg: DictConfig, key: str, known: tuple[str, ...]) -> None:
+def _one_of(cfg: DictConfig, key: str, known: tuple[Any, ...]) -> None:
     value = OmegaConf.select(cfg, key)
-    _require(value in known, f"{key} must be one of {', '.join(known)}, got {value!r}: choose one")
+    names = f"{'one of ' if len(known) > 1 else ''}{', '.join(map(str, known))}"
+    _require(value in known, f"{key} must be {names}, got {value!r}: change it")

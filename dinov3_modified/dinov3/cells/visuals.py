@@ -97,11 +97,8 @@ def pca_picture(
 ) -> np.ndarray:
     """Each image beside `pca_colors` of its patches.
 
-    Args:
-        images: [B, 3, H, W], normalised by `mean` and `std`.
-        patches: [B, N, D].
-
-    Returns uint8 (B h p, 2 w p, 3).
+    `images`: [B, 3, H, W], normalised by `mean` and `std`; `patches`: [B, N, D].  Returns uint8 (B
+    h p, 2 w p, 3).
     """
     h, w = images.shape[-2] // patch_size, images.shape[-1] // patch_size
     colors = pca_colors(patches).unflatten(1, (h, w)).permute(3, 0, 1, 2)  # [3, B, h, w]
@@ -154,11 +151,9 @@ class VisualLogger:
     def submit(self, state: Mapping[str, Tensor], images: Tensor, iteration: int) -> bool:
         """Draw from a copy of the teacher's weights; returns at once.
 
-        Args:
-            state: state dict of the backbone, not changed any more (`full_state_dict` gives a copy).
-            images: [B, 3, H, W] on any device; only those of the first call count.
-
-        Returns whether the drawing was started.
+        `state`: state dict of the backbone, not changed any more (`full_state_dict` gives a copy).
+        `images`: [B, 3, H, W] on any device; only those of the first call count.  Returns whether
+        the drawing was started.
         """
         if self.busy:
             self.skipped += 1

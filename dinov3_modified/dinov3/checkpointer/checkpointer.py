@@ -79,11 +79,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint; all processes of the group take part.
 
-    Args:
-        ckpt_dir: the checkpoint's own folder.
-        iteration: the last one that is done, counted from 0.
-        overwrite: replace an existing checkpoint.
-        **others: further entries.
+    `ckpt_dir`: the checkpoint's own folder; `iteration`: the last one that is done, counted from 0;
+    `overwrite`: replace an existing checkpoint; `**others`: further entries.
 
     Raises FileExistsError (it exists, and `overwrite` is false); OSError (it could not be written;
     an earlier checkpoint is as it was).

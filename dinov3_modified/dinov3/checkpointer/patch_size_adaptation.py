@@ -113,11 +113,8 @@ def adapt_state_dict(
 ) -> tuple[dict[str, Tensor], PatchAdaptation | None]:
     """A backbone's state dict for another patch size; the kernel is the only entry that changes.
 
-    Args:
-        state: of the backbone, in upstream's names.
-        key: of the kernel.
-
-    Returns the new state dict, and what was done (None if the size is right already).
+    `state`: of the backbone, in upstream's names; `key`: of the kernel.  Returns the new state
+    dict, and what was done (None if the size is right already).
     """
     before = patch_size_of(state, key)
     adapted = dict(state)

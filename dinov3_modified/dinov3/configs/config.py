@@ -55,10 +55,8 @@ def get_cfg_from_args(
 ) -> DictConfig:
     """Defaults, then the file, then `key=value` changes.
 
-    Args:
-        args: with `config_file`, `output_dir` and `opts`.
-        multidistillation: not in this tree.
-        strict: refuse unknown keys and wrong types.
+    `args`: with `config_file`, `output_dir` and `opts`; `multidistillation`: not in this tree;
+    `strict`: refuse unknown keys and wrong types.
 
     Raises FileNotFoundError (no such file); ValueError (not YAML of keys, unknown keys, wrong
     types, a change without "=").
@@ -155,9 +153,8 @@ def setup_job(
 ) -> None:
     """Folder, log, process group and seeds of a run.
 
-    Args:
-        output_dir: made if need be; the log goes to OUT/logs.
-        seed: of Python, NumPy and torch; the rank is added.  None leaves them.
+    `output_dir`: made if need be; the log goes to OUT/logs.  `seed`: of Python, NumPy and torch;
+    the rank is added.  None leaves them.
 
     Raises ValueError (the folder cannot be made or written).
     """

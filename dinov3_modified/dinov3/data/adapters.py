@@ -10,9 +10,8 @@ from torch.utils.data import Dataset
 class DatasetWithEnumeratedTargets(Dataset[Any]):
     """Targets become (index, target); padded to a multiple with targets (-1, ...).
 
-    Args:
-        pad_dataset: repeat samples up to a multiple of `num_replicas`.
-        num_replicas: number of processes.
+    `pad_dataset`: repeat samples up to a multiple of `num_replicas`; `num_replicas`: number of
+    processes.
     """
 
     def __init__(

@@ -37,9 +37,7 @@ class SamplePosition(int):
 class PositionedSampler(Sampler[SamplePosition]):
     """Another sampler's indices with their positions (ours).
 
-    Args:
-        sampler: yields this process's indices.
-        advance: how many of them it skips at its start.
+    `sampler`: yields this process's indices; `advance`: how many of them it skips at its start.
     """
 
     def __init__(self, sampler: Any, advance: int = 0) -> None:

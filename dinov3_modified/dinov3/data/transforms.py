@@ -138,10 +138,8 @@ _ENHANCERS: dict[str, Any] = {
 class ColorJitter:
     """Brightness, contrast, saturation and hue by random factors, in random order.
 
-    Args:
-        brightness, contrast, saturation: b draws a factor from [1 - b, 1 + b], at least 0.
-        hue: h turns the hue by a share of the circle from [-h, h].
-        p: probability of any of it.
+    `brightness`, `contrast`, `saturation`: b draws a factor from [1 - b, 1 + b], at least 0; `hue`:
+    h turns the hue by a share of the circle from [-h, h]; `p`: probability of any of it.
     """
 
     def __init__(

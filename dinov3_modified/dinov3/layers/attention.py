@@ -99,9 +99,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Rotate the patch tokens of q and k; CLS and storage tokens before them stay.
 
-        Args:
-            q, k: [B, heads, N, head width].
-            rope: sine and cosine, each [patches, head width]; the arithmetic is in their dtype.
+        `q`, `k`: [B, heads, N, head width].  `rope`: sine and cosine, each [patches, head width];
+        the arithmetic is in their dtype.
         """
         sin, cos = rope
         prefix = q.shape[-2] - sin.shape[-2]

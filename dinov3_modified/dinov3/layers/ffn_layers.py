@@ -25,9 +25,8 @@ class ListForwardMixin:
 class Mlp(ListForwardMixin, nn.Module):
     """Linear, activation, linear (Vaswani et al. 2017, eq. 2).
 
-    Args:
-        in_features, hidden_features, out_features: widths; the latter two default to the first.
-        drop: dropout after both linear layers.
+    `in_features`, `hidden_features`, `out_features`: widths; the latter two default to the first.
+    `drop`: dropout after both linear layers.
     """
 
     def __init__(

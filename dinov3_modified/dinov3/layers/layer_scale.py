@@ -9,10 +9,7 @@ from torch import Tensor, nn
 class LayerScale(nn.Module):
     """x · gamma.
 
-    Args:
-        dim: channels.
-        init_values: start value of every factor.
-        inplace: write into the input.
+    `dim`: channels; `init_values`: start value of every factor; `inplace`: write into the input.
     """
 
     def __init__(

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """x / rms(x) · weight; the statistics are taken in float32 whatever the input's type.
 
-    Args:
-        dim: channels.
-        eps: added to the mean square.
+    `dim`: channels; `eps`: added to the mean square.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:

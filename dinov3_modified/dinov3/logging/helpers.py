@@ -34,9 +34,7 @@ _MAX_PENDING = 1000
 class SmoothedValue:
     """The last values of a metric, and its mean over all.
 
-    Args:
-        window_size: how many are kept.
-        fmt: with the fields median, avg, global_avg, max and value.
+    `window_size`: how many are kept; `fmt`: with the fields median, avg, global_avg, max and value.
     """
 
     def __init__(self, window_size: int = 20, fmt: str | None = None) -> None:

@@ -36,9 +36,8 @@ _STATE_FILE = "wandb_state.json"
 def create_wandb_logger(cfg: Any, *, resume: bool = True) -> WandbLogger:
     """The logger of a run; it does nothing when `wandb.enabled` is false.
 
-    Args:
-        cfg: a whole configuration; reads its `wandb` section and `train.output_dir`.
-        resume: false starts another wandb run in the same folder.
+    `cfg`: a whole configuration; reads its `wandb` section and `train.output_dir`.  `resume`: false
+    starts another wandb run in the same folder.
     """
     return WandbLogger(cfg, enabled=bool(cfg.wandb.enabled), resume=resume)
 
@@ -50,10 +49,8 @@ class WandbLogger:
     repeats the iterations after its checkpoint; wandb cannot take a step back, so that steps up to
     the last one are dropped and counted.  Only the first process logs.
 
-    Args:
-        cfg: a whole configuration; wandb gets it as nested plain values.
-        enabled: false: nothing happens, and wandb is not imported.
-        resume: false starts another wandb run.
+    `cfg`: a whole configuration; wandb gets it as nested plain values.  `enabled`: false: nothing
+    happens, and wandb is not imported.  `resume`: false starts another wandb run.
 
     Attributes:
         enabled: whether records are accepted; false for good after wandb was switched off.
@@ -86,9 +83,8 @@ class WandbLogger:
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Record numbers of an iteration.
 
-        Args:
-            metrics: names to numbers or tensors with one element.
-            step: the iteration.  Several calls may have the same step, none an earlier one.
+        `metrics`: names to numbers or tensors with one element; `step`: the iteration.  Several
+        calls may have the same step, none an earlier one.
         """
         self._try("a record failed", lambda: self._log(metrics, int(step)))
 

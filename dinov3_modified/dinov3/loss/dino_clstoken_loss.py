@@ -14,9 +14,7 @@ from dinov3.distributed import get_process_subgroup
 class DINOLoss(CentredLoss):
     """Cross-entropy between the teacher's assignment and the student's, over pairs of crops.
 
-    Args:
-        out_dim: number of prototypes K.
-        student_temp, center_momentum: as in `CentredLoss`.
+    `out_dim`: number of prototypes K; `student_temp`, `center_momentum`: as in `CentredLoss`.
     """
 
     def __init__(
@@ -30,9 +28,8 @@ class DINOLoss(CentredLoss):
     ) -> Tensor:
         """softmax((logits - centre) / temperature) (eq. 4).
 
-        Args:
-            teacher_output: [..., K].
-            update_centers: first apply an update that `reduce_center_update` has summed.
+        `teacher_output`: [..., K]; `update_centers`: first apply an update that
+        `reduce_center_update` has summed.
         """
         if update_centers:
             self.apply_center_update()
@@ -56,10 +53,8 @@ class DINOLoss(CentredLoss):
     ) -> Tensor:
         """Mean cross-entropy over student crops S, teacher crops T and samples B.
 
-        Args:
-            student_logits: [S, B, K].
-            teacher_probs: [T, B, K].
-            ignore_diagonal: leave out crop s against the same crop t = s.
+        `student_logits`: [S, B, K]; `teacher_probs`: [T, B, K]; `ignore_diagonal`: leave out crop s
+        against the same crop t = s.
         """
         num_student, batch, _ = student_logits.shape
         num_teacher = teacher_probs.shape[0]

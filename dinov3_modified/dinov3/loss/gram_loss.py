@@ -33,10 +33,9 @@ class GramLoss(nn.Module):
     def forward(self, output_feats: Tensor, target_feats: Tensor, img_level: bool = True) -> Tensor:
         """Scalar loss.
 
-        Args:
-            output_feats: the student's patches [B, N, D], or [M, D] with `img_level` false.
-            target_feats: the Gram teacher's, same shape.
-            img_level: as in the constructor, for this call.
+        `output_feats`: the student's patches [B, N, D], or [M, D] with `img_level` false;
+        `target_feats`: the Gram teacher's, same shape; `img_level`: as in the constructor, for this
+        call.
 
         Raises ValueError (the shapes differ, or `img_level` meets patches without an image axis).
         """

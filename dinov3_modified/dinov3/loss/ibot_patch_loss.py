@@ -56,9 +56,7 @@ class SinkhornKnoppTeacher(nn.Module):
 class iBOTPatchLoss(CentredLoss):
     """Cross-entropy between the teacher's view of masked patches and the student's prediction.
 
-    Args:
-        patch_out_dim: number of prototypes K.
-        student_temp, center_momentum: as in `CentredLoss`.
+    `patch_out_dim`: number of prototypes K; `student_temp`, `center_momentum`: as in `CentredLoss`.
     """
 
     def __init__(
@@ -90,10 +88,8 @@ class iBOTPatchLoss(CentredLoss):
     ) -> Tensor:
         """Mean over images of the mean over their masked patches.
 
-        Args:
-            student_patch_tokens: logits [B, N, K].
-            teacher_patch_tokens: probabilities [B, N, K].
-            student_masks_flat: [B, N] booleans.
+        `student_patch_tokens`: logits [B, N, K]; `teacher_patch_tokens`: probabilities [B, N, K];
+        `student_masks_flat`: [B, N] booleans.
         """
         loss = lossfunc(teacher_patch_tokens, student_patch_tokens, self.student_temp)
         masks = student_masks_flat.float()
@@ -135,10 +131,7 @@ class iBOTPatchLoss(CentredLoss):
     ) -> Tensor:
         """`forward_masked` of logits = bottleneck prototypesᵀ, chunk by chunk.
 
-        Args:
-            bottleneck: [M, d].
-            prototypes: [K, d].
-            assignment: of the teacher, M rows.
+        `bottleneck`: [M, d]; `prototypes`: [K, d]; `assignment`: of the teacher, M rows.
         """
         if masks_weight is None:
             masks_weight = self._row_weights(student_masks_flat)

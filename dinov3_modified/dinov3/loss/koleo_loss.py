@@ -48,10 +48,8 @@ class KoLeoLoss(nn.Module):
 class KoLeoLossDistributed(nn.Module):
     """KoLeo with neighbours among the samples of all processes.
 
-    Args:
-        topk: neighbours of each sample.
-        loss_group_size: samples are compared within groups of this many (a multiple of the local
-            batch, a divisor of the global one); None: all.
+    `topk`: neighbours of each sample.  `loss_group_size`: samples are compared within groups of
+    this many (a multiple of the local batch, a divisor of the global one); None: all.
     """
 
     def __init__(self, topk: int = 1, loss_group_size: int | None = None) -> None:

@@ -267,10 +267,7 @@ class DinoVisionTransformer(nn.Module):
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """Normalised tokens of images.
 
-        Args:
-            x: [B, C, H, W], or a list of such.
-            masks: [B, N] booleans, or a list of these or None.
-
+        `x`: [B, C, H, W], or a list of such; `masks`: [B, N] booleans, or a list of these or None.
         Returns a dict (or a list of dicts) with `x_norm_clstoken` [B, D], `x_storage_tokens` [B, R,
         D], `x_norm_patchtokens` [B, N, D], `x_prenorm` [B, 1 + R + N, D] and `masks`.
         """
@@ -330,12 +327,9 @@ class DinoVisionTransformer(nn.Module):
         the image in eval mode; in train mode stochastic depth and augmented positions act on the
         blocks before.  With sharded weights all processes must call this.
 
-        Args:
-            x: [B, C, H, W].
-            masks: [B, N] booleans, as in `forward_features`.
-
-        Returns [B, heads, T, T] float32 with T = 1 + R + N (CLS, storage tokens, patches); rows are
-        queries and sum to 1.
+        `x`: [B, C, H, W]; `masks`: [B, N] booleans, as in `forward_features`.  Returns [B, heads,
+        T, T] float32 with T = 1 + R + N (CLS, storage tokens, patches); rows are queries and sum to
+        1.
         """
         last: Any = self.blocks[-1]
         gathered: list[Any] = [module for module in (self, last) if hasattr(module, "unshard")]

@@ -72,10 +72,8 @@ def get_shared_folder() -> Path:
 class CheckpointableSubmitter:
     """What runs on the node: the function with its arguments; submitted again when preempted.
 
-    Args:
-        module_path, callable_name: see `load_custom_callable`.
-        args: of the script.
-        output_dir: given to the script as --output-dir, with %j as the job's number.
+    `module_path`, `callable_name`: see `load_custom_callable`; `args`: of the script; `output_dir`:
+    given to the script as --output-dir, with %j as the job's number.
     """
 
     def __init__(

@@ -235,11 +235,8 @@ class SSLMetaArch(SSLLosses):
     ) -> tuple[Tensor, Metrics]:
         """Losses of one batch and their gradients.
 
-        Args:
-            data: what `collate_data_and_cast` gives, plus `global_batch_size`.
-            teacher_temp: temperature of the teacher's assignment.
-            iteration: for schedules of loss weights.
-
+        `data`: what `collate_data_and_cast` gives, plus `global_batch_size`; `teacher_temp`:
+        temperature of the teacher's assignment; `iteration`: for schedules of loss weights.
         Returns the loss, detached from no graph, and what is to be logged; nothing is copied to the
         host.  Gradients are divided by `accelerator.accumulation_steps`.
         """
@@ -313,10 +310,7 @@ class SSLMetaArch(SSLLosses):
     ) -> dict[str, Any]:
         """The teacher on unmasked global crops.
 
-        Args:
-            images: [G, B, 3, H, W].
-            mask_indices_list: rows of masked patches among [G·B·N].
-
+        `images`: [G, B, 3, H, W]; `mask_indices_list`: rows of masked patches among [G·B·N].
         Returns `cls_pre_head` [G, B, D], `cls_centered` [G, B, K], `patch_pre_head` [G, B, N, D]
         and `masked_patch_centered`, an `Assignment` of M rows.
         """
@@ -355,13 +349,10 @@ class SSLMetaArch(SSLLosses):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The student on masked global crops and on local crops, in one call.
 
-        Args:
-            global_crops: [G, B, 3, H, W].
-            local_crops: [L, B, 3, h, w].
-            masks: [G·B, N]; not shown to the student when a frozen network teaches.
-
-        Returns For globals `cls_pre_head` [G, B, D], `cls_after_head` [G, B, K], `patch_pre_head`
-        [G, B, N, D], `masked_patch_pre_head` [M, D]; for locals the first two.
+        `global_crops`: [G, B, 3, H, W].  `local_crops`: [L, B, 3, h, w].  `masks`: [G·B, N]; not
+        shown to the student when a frozen network teaches.  Returns For globals `cls_pre_head` [G,
+        B, D], `cls_after_head` [G, B, K], `patch_pre_head` [G, B, N, D], `masked_patch_pre_head`
+        [M, D]; for locals the first two.
         """
         n_global, batch = global_crops.shape[:2]
         n_local = local_crops.shape[0]

@@ -179,10 +179,8 @@ def do_test(
 ) -> None:
     """Write the teacher: OUT/eval/ITERATION/teacher_checkpoint.pth, or a sharded folder.
 
-    Args:
-        iteration: name of the folder, such as training_1249.
-        process_group: of the teacher's shards.
-        do_low_freq: without effect; evaluation is apart (`ssl_evaluation`).
+    `iteration`: name of the folder, such as training_1249.  `process_group`: of the teacher's
+    shards.  `do_low_freq`: without effect; evaluation is apart (`ssl_evaluation`).
     """
     folder = Path(cfg.train.output_dir) / "eval" / str(iteration)
     if distributed.is_subgroup_main_process():

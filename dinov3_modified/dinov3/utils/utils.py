@@ -29,9 +29,7 @@ def uncat_with_shapes(
 ) -> list[Tensor]:
     """Undo `cat_keep_shapes`; the width may have changed meanwhile.
 
-    Args:
-        flattened: rows [sum of rows, D'].
-        shapes, num_tokens: as `cat_keep_shapes` returned them.
+    `flattened`: rows [sum of rows, D']; `shapes`, `num_tokens`: as `cat_keep_shapes` returned them.
     """
     parts = flattened.split(list(num_tokens))
     width = flattened.shape[-1]
@@ -47,9 +45,8 @@ def named_apply(
 ) -> nn.Module:
     """Call `fn(module=..., name=...)` on every submodule, with its dotted name.
 
-    Args:
-        depth_first: children before their parent, or after it.
-        include_root: also on `module` itself.
+    `depth_first`: children before their parent, or after it; `include_root`: also on `module`
+    itself.
     """
     if include_root and not depth_first:
         fn(module=module, name=name)

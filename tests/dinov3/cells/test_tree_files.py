@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,22 @@ from dinov3.cells.files import atomic_path
 ROOT = Path(__file__).parents[3]
 
 
-def test_the_twins_have_one_text():
+def functions(path: Path) -> dict[str, str]:
+    """The code of a file's functions, without their docstrings."""
+    found = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            node.body = node.body[1 if ast.get_docstring(node) else 0 :]
+            found[node.name] = ast.unparse(node)
+    return found
+
+
+def test_the_twins_have_one_code():
     """They differ in the class of the error for a folder, which is `dinocell`'s own there."""
-    theirs = (ROOT / "dinocell" / "files.py").read_text(encoding="utf-8")
-    ours = (ROOT / "dinov3_modified" / "dinov3" / "cells" / "files.py").read_text(encoding="utf-8")
-    shared = theirs.replace("\nfrom dinocell.errors import DINOCellError\n", "")
-    assert ours == shared.replace("DINOCellError", "ValueError")
+    theirs = functions(ROOT / "dinocell" / "files.py")
+    ours = functions(ROOT / "dinov3_modified" / "dinov3" / "cells" / "files.py")
+    assert "atomic_path" in ours
+    assert ours == {name: theirs[name].replace("DINOCellError", "ValueError") for name in ours}
 
 
 def test_a_folder_is_refused(tmp_path):

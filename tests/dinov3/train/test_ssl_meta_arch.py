@@ -401,7 +401,7 @@ def test_start_from_a_teacher_file_with_and_without_heads(make_cfg, tmp_path, ca
     ("changes", "message"),
     [
         (["crops.local_crops_number=0"], "local_crops_number must be at least 1"),
-        (["ibot.separate_head=false"], "separate_head must be true"),
+        (["ibot.separate_head=false"], "separate_head must be True"),
         (["train.centering=mean"], "train.centering must be one of sinkhorn_knopp, softmax"),
         (["dino.koleo_topk=2"], "koleo_topk must be 1 without"),
         (["gram.use_loss=true"], "gram_teacher_crops_size must be set"),

@@ -28,9 +28,7 @@ class Permutation:
     returns to a number below `count`, and no two starts share an end.  There are at most four times
     as many codes as elements, so a walk takes at most four steps on average, and no memory.
 
-    Args:
-        count: at least 1.
-        key: equal keys give equal permutations.
+    `count`: at least 1; `key`: equal keys give equal permutations.
     """
 
     def __init__(self, count: int, *key: object) -> None:

@@ -53,13 +53,10 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
     The content decides the format, not the name.  What a format does not have is filled in: a mask
     token of zeros, the RoPE periods, the mask of the k bias.
 
-    Args:
-        path: `.pth`, `.safetensors`, a folder of Hugging Face, or a DCP folder of a run.
-        which: "teacher" or "student", of a file that holds both.
-
-    Returns the state dict on the CPU in the types of the file, and its description.  Raises
-    FileNotFoundError (the path does not exist); WeightsError (it is not the complete backbone of a
-    DINOv3 ViT; the keys are listed).
+    `path`: `.pth`, `.safetensors`, a folder of Hugging Face, or a DCP folder of a run; `which`:
+    "teacher" or "student", of a file that holds both.  Returns the state dict on the CPU in the
+    types of the file, and its description.  Raises FileNotFoundError (the path does not exist);
+    WeightsError (it is not the complete backbone of a DINOv3 ViT; the keys are listed).
     """
     if which not in NETWORKS:
         raise WeightsError(f"which must be teacher or student, got {which!r}: choose one")
@@ -154,14 +151,10 @@ def fit_backbone(
     plain and a masked k bias, and a zero and an absent qkv bias, are exchanged where that is exact;
     the report names each change.  Every other entry must exist with the right shape.
 
-    Args:
-        expected: the network's own state dict, sharded or not; its shapes count.
-        which: "teacher" or "student".
-        patch_method: one of `patch_size_adaptation.METHODS`.
-
-    Returns whole tensors on the CPU in the types of the file, and what was done.  Raises
-    FileNotFoundError, WeightsError (as `read_backbone`; also for missing, unexpected and misshapen
-    entries, which are all listed).
+    `expected`: the network's own state dict, sharded or not; its shapes count.  `which`: "teacher"
+    or "student".  `patch_method`: one of `patch_size_adaptation.METHODS`.  Returns whole tensors on
+    the CPU in the types of the file, and what was done.  Raises FileNotFoundError, WeightsError (as
+    `read_backbone`; also for missing, unexpected and misshapen entries, which are all listed).
     """
     if any(value.is_meta for value in expected.values()):
         raise WeightsError(

@@ -48,10 +48,8 @@ class _Split(Enum):
 class ImageNet(ExtendedVisionDataset):
     """Images with their class numbers.
 
-    Args:
-        split: `ImageNet.Split.TRAIN`, VAL or TEST.
-        root: folder with train/CLASS, val/CLASS and test.
-        extra: folder of the tables.
+    `split`: `ImageNet.Split.TRAIN`, VAL or TEST; `root`: folder with train/CLASS, val/CLASS and
+    test; `extra`: folder of the tables.
     """
 
     Split = _Split

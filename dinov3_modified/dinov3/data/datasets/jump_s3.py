@@ -177,10 +177,8 @@ class JUMPS3Dataset(ExtendedVisionDataset):
     ) -> None:
         """What a run knows beyond the data set's string, before the first sample.
 
-        Args:
-            report_folder: gets `lost.jsonl`; fields listed there are not tried again.
-            seed: of the order.
-            batch_size: of a process; a warning says when a batch will hold a field twice.
+        `report_folder`: gets `lost.jsonl`; fields listed there are not tried again.  `seed`: of the
+        order.  `batch_size`: of a process; a warning says when a batch will hold a field twice.
         """
         self.options = options
         self._report_folder = None if report_folder is None else Path(report_folder)
