@@ -138,6 +138,7 @@ def test_wrong_commands_are_one_sentence(upstream, folder, tmp_path, monkeypatch
     assert (code, "must have no changes" in text) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table():
     code, text = run("upstream", "verify", "--tree", BUNDLED, "-k", "losses")
     assert (code, "1 passed, 0 failed, 0 skipped" in text) == (0, True)

@@ -149,6 +149,7 @@ def _fill(folder: Path, number: int, results) -> None:
     results.put((right, made))
 
 
+@pytest.mark.slow
 def test_many_processes_make_each_entry_once(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
