@@ -120,15 +120,15 @@ def pair_folders(
     truths = _labels_by_name(_label_files(truth_dir, "true labels"))
     missing = [] if allow_missing_predictions else sorted(truths.keys() - preds.keys())
     alone = {
-        "true label images have no prediction": missing,
-        "predictions have no true label image": sorted(preds.keys() - truths.keys()),
+        "true label images without a prediction": missing,
+        "predictions without a true label image": sorted(preds.keys() - truths.keys()),
     }
-    problems = [f"{len(names)} {what} ({_some(names)})" for what, names in alone.items() if names]
+    problems = [f"{what}: {len(names)} ({_some(names)})" for what, names in alone.items() if names]
     if problems:
         raise DataSetError(
-            f"File names of '{pred_dir}' and '{truth_dir}' must match, but {' and '.join(problems)}: "
+            f"file names of '{pred_dir}' and '{truth_dir}' must match, got {', '.join(problems)}: "
             f"give both files of a pair the same name before the suffix (the endings {_ENDINGS} do "
-            "not count), or set `allow_missing_predictions` to score a missing prediction as an image without cells."
+            "not count), or set `allow_missing_predictions` to score a missing prediction as an image without cells"
         )
     return [(name, preds.get(name), truths[name]) for name in sorted(truths)]
 

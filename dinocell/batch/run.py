@@ -87,6 +87,10 @@ class BatchResult:
     def text(self) -> str:
         """A few lines for the terminal."""
         cells = sum(row["num_cells"] for row in self.rows)
+        failed = [f"failed: {path}: {sentence}" for path, sentence in self.failures]
+        if failed and not self.rows:
+            notes = [f"note: {note}" for note in self.notes]
+            return "\n".join([*notes, *failed, "No image was segmented: all of them failed."])
         lines = [
             f"{cells} cells in {len(self.rows)} image{'s' if len(self.rows) != 1 else ''} "
             f"({self.seconds:.1f} s{f', {self.skipped} done before' if self.skipped else ''}) → {self.out}"
@@ -95,9 +99,7 @@ class BatchResult:
             if row["warnings"]:
                 lines.append(f"note: {row['name']}: {row['warnings']}")
         lines += [f"note: {note}" for note in self.notes]
-        for path, sentence in self.failures:
-            lines.append(f"failed: {path}: {sentence}")
-        return "\n".join(lines)
+        return "\n".join(lines + failed)
 
 
 def segment_files(

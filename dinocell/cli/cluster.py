@@ -228,7 +228,7 @@ def _hand_over(
 @app.command()
 def jobs(
     folder: Path | None = argument(
-        "List only runs in this folder and its subfolders.", default=None, metavar="[FOLDER]"
+        "List only runs in this folder and its subfolders.", default=None, metavar="FOLDER"
     ),
     everything: bool = option(
         "Include jobs that were submitted more than a week ago and jobs whose runs a later job continues.",
@@ -237,7 +237,7 @@ def jobs(
     ),
     json: bool = option("Print the list as JSON.", False),
 ) -> None:
-    """List the jobs that you submitted: state, progress and reasons of failure.
+    """List the jobs that you submitted: state, progress and reasons for failure.
 
     The column `left` is the time that the rest of the work needs at its last known speed. It is not
     the time until the limit of the job.

@@ -62,7 +62,8 @@ class PerChannel:
         "the scores differ."
     )
     per_channel_labels: str = option(
-        "Expect the label image of a field of --per-channel-data by this name.", "labels"
+        "Find the label image of each field in --per-channel-data by this name, without its suffix.",
+        "labels",
     )
     per_channel_steps: int = option("Train each small decoder for this many steps.", 200, min=1)
 

@@ -84,7 +84,7 @@ class PackFlags:
         "Store pixels with this many bits: 16, or 8 after scaling to the range of the field.", 16
     )
     crop_px: int = option(
-        "Keep a square of this edge length in px at the centre; 0 keeps the field.",
+        "Keep a square of this edge length in px at the centre; 0 packs the whole field.",
         0,
         "--crop",
     )
@@ -195,7 +195,7 @@ class Labels:
     channel: str = option("Write images of this channel.", "DNA")
     fields: int = option("Fetch this many fields that have labels.", 48)
     masks: str | None = option(
-        "Read the label arrays from this folder of the store, with {kind} in place of nuclei or cell."
+        "Read the label arrays from this folder of the store, where {kind} stands for nuclei or cell."
     )
     seed: DrawSeed = 0
 
@@ -230,7 +230,7 @@ class Load:
     decode_ms: float = option("Assume this CPU time to decode a field, in milliseconds.", 30.0)
     augment_ms: float = option(
         "Assume this CPU time to cut the crops of a sample, in milliseconds; about 2.1 with "
-        "photometrics=device.",
+        "multiview.photometrics=device.",
         16.1,
     )
 

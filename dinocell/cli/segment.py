@@ -63,7 +63,8 @@ class SegmentFlags:
     )
     batch_size: int = option("Run the network on this many image windows at once.", 8, min=1)
     tile_px: int | None = option(
-        "Process large images in regions with this edge length in px. The result is the same."
+        "Process large images in regions with this edge length in px, to save memory. The result does "
+        "not change."
     )
     precision: str = option(
         "Compute in fp32, or in bf16, which differs in the third digit; auto takes bf16 where the "
@@ -71,7 +72,7 @@ class SegmentFlags:
         "auto",
     )
     percentiles: str | None = option(
-        "Show the network intensities between these two percentiles of the image, for example 1,99; "
+        "Scale intensities so that these two percentiles of the image become black and white, such as 1,99; "
         "pixels without signal (borders, scale bars, hot pixels) never count.  [default: the model's]"
     )
     workers: int = option(

@@ -25,11 +25,11 @@ ResultsFolder = Annotated[
 @app.command("plan", context_settings=PASSES_ON)
 def shards_plan(
     context: typer.Context,
-    count: int = argument("Number of parts to make.", metavar="COUNT"),
+    count: int = argument("Number of parts to make.", metavar="COUNT IMAGE|DIR|GLOB... --out OUT"),
 ) -> None:
     """Divide images into parts of about the same size in bytes; segment nothing yet.
 
-    COUNT is followed by the arguments and options of `dinocell segment`. Then run each part with
+    After COUNT, give the arguments and options of `dinocell segment`. Then run each part with
     `dinocell shards run OUT PART`, on any computer that has the same folders.
 
     Example: `dinocell shards plan 16 plate/ -o out --model model.safetensors`

@@ -14,7 +14,7 @@ app = App()
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Values that replace those of the configuration file."
+        metavar="KEY=VALUE", help="Values that replace those of the configuration file."
     ),
 ]
 

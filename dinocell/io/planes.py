@@ -73,10 +73,10 @@ def channel_positions(
     """Turn channel positions and names into positions; see `select_channels`."""
     if len(channels) == 0:
         raise UsageError(
-            "`channels` must name at least one channel, got none: leave it out for all."
+            "`channels` must name at least one channel, got none: leave it out to keep all channels"
         )
     known = [name.casefold().strip() for name in names] if names else []
-    existing = f"channels 0 … {num_channels - 1}" if num_channels > 1 else "one channel, 0"
+    existing = f"channels 0 to {num_channels - 1}" if num_channels > 1 else "one channel, number 0"
     if names:
         existing += f" ({', '.join(names)})"
     positions: list[int] = []
@@ -86,14 +86,19 @@ def channel_positions(
         if len(same) > 1:
             raise UsageError(
                 f"`channels` must name one channel each, got {channel!r}, which is the name of the "
-                f"channels {' and '.join(map(str, same))}: give the position."
+                f"channels {' and '.join(map(str, same))}: give the position, for example {same[0]}"
             )
         position = same[0] if same else int(text) if text.isdecimal() else -1
         if not 0 <= position < num_channels:
-            raise UsageError(f"There is no channel {channel!r}: the image has {existing}.")
+            raise UsageError(
+                f"`channels` must name channels of the image, got {channel!r}: the image has {existing}; "
+                f"give for example {names[0] if names else 0}"
+            )
         positions.append(position)
     if len(set(positions)) != len(positions):
-        raise UsageError(f"`channels` must differ from each other, got {list(channels)}.")
+        raise UsageError(
+            f"`channels` must differ from each other, got {list(channels)}: name each once"
+        )
     return positions
 
 

@@ -51,40 +51,40 @@ class ModelConfig:
     pixel_size_um: float | None = None
 
     def __post_init__(self) -> None:
-        require_choice("model.size", self.size, ("tiny", "small", "base", "large"))
-        require_choice("model.patch_size", self.patch_size, (4, 8, 14, 16))
-        require_choice("model.decoder", self.decoder, ("unet", "unet_wide", "linear"))
-        require_choice("model.target", self.target, ("linear", "sqrt"))
+        require_choice("`model.size`", self.size, ("tiny", "small", "base", "large"))
+        require_choice("`model.patch_size`", self.patch_size, (4, 8, 14, 16))
+        require_choice("`model.decoder`", self.decoder, ("unet", "unet_wide", "linear"))
+        require_choice("`model.target`", self.target, ("linear", "sqrt"))
         require(
             self.window_px >= self.patch_size and self.window_px % self.patch_size == 0,
-            f"model.window_px must be a multiple of patch_size {self.patch_size}, "
+            f"`model.window_px` must be a multiple of `model.patch_size` {self.patch_size}, "
             f"got {self.window_px}: choose {max(1, self.window_px // self.patch_size) * self.patch_size}",
         )
         require(
             0 <= self.overlap_px <= self.window_px // 2,
-            f"model.overlap_px must be between 0 and half of window_px {self.window_px}, "
+            f"`model.overlap_px` must be between 0 and half of `model.window_px` {self.window_px}, "
             f"got {self.overlap_px}: choose {self.window_px // 4}",
         )
         require(
             0.0 <= self.fill_threshold < self.peak_threshold < 1.0,
-            "model thresholds must hold 0 <= fill_threshold < peak_threshold < 1, got fill "
-            f"{self.fill_threshold} and peak {self.peak_threshold}: change fill or peak",
+            "thresholds must hold 0 <= `model.fill_threshold` < `model.peak_threshold` < 1, got fill "
+            f"{self.fill_threshold} and peak {self.peak_threshold}: change one of them",
         )
         require(
             0.0 <= self.low_percentile < self.high_percentile <= 100.0,
-            "model percentiles must hold 0 <= low_percentile < high_percentile <= 100, got "
+            "percentiles must hold 0 <= `model.low_percentile` < `model.high_percentile` <= 100, got "
             f"{self.low_percentile} and {self.high_percentile}: 1 and 99.8 are usual",
         )
         require(
             0 <= self.image_channels <= _MAX_IMAGE_CHANNELS,
-            f"model.image_channels must be between 0 and {_MAX_IMAGE_CHANNELS}, got "
+            f"`model.image_channels` must be between 0 and {_MAX_IMAGE_CHANNELS}, got "
             f"{self.image_channels}: 16 is usual",
         )
         for name in ("min_area_px", "min_contrast_sigma", "min_prominence"):
-            require_at_least(f"model.{name}", getattr(self, name), 0)
+            require_at_least(f"`model.{name}`", getattr(self, name), 0)
         require(
             0.0 <= self.drop_path_rate < 1.0,
-            f"model.drop_path_rate must be in [0, 1), got {self.drop_path_rate}: 0.1 is usual",
+            f"`model.drop_path_rate` must be in [0, 1), got {self.drop_path_rate}: 0.1 is usual",
         )
 
     @property
@@ -112,12 +112,12 @@ class BackboneConfig:
     layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
-        require_at_least("backbone.lr_mult", self.lr_mult, 0)
+        require_at_least("`backbone.lr_mult`", self.lr_mult, 0)
         require(
             0 < self.layer_decay <= 1,
-            f"backbone.layer_decay must be in (0, 1], got {self.layer_decay}: 0.9 is usual",
+            f"`backbone.layer_decay` must be in (0, 1], got {self.layer_decay}: 0.9 is usual",
         )
         require(
             not (self.frozen and self.weights is None),
-            "backbone.frozen needs pretrained weights, got weights: null: name a file or train it",
+            "`backbone.frozen` needs pretrained weights, got `backbone.weights=null`: name a file, or do not freeze the backbone",
         )

@@ -71,7 +71,9 @@ class ConsistencyReport:
             for name in ("cosine_same_field", "cosine_other_field_other_channel")
         )
         if math.isnan(other):
-            found.append("one field only: nothing can be said about different fields")
+            found.append(
+                "there is only one field, so channels of one field cannot be compared with those of different fields"
+            )
         elif cosine - other < 0.05:
             found.append(
                 f"different fields are nearly as alike ({other:.3f}) as channels of one field "

@@ -214,8 +214,8 @@ def test_names_without_a_partner_are_named(tmp_path):
     with pytest.raises(DataSetError) as error:
         pair_folders(pred, truth)
     message = str(error.value)
-    assert "7 true label images have no prediction (b0, b1, b2, b3, b4, ...)" in message
-    assert "2 predictions have no true label image (x, y)" in message
+    assert "true label images without a prediction: 7 (b0, b1, b2, b3, b4, ...)" in message
+    assert "predictions without a true label image: 2 (x, y)" in message
     assert "give both files of a pair the same name" in message
     with pytest.raises(DataSetError, match=r"9 without a partner \(x, y, b0, b1, b2, \.\.\.\)"):
         find_pairs(pred, truth, "mine")
@@ -224,12 +224,12 @@ def test_names_without_a_partner_are_named(tmp_path):
 def test_missing_predictions_may_be_allowed_but_not_extra_ones(tmp_path):
     pred = touch(tmp_path / "p", "a.png")
     truth = touch(tmp_path / "t", "a.png", "b.png")
-    with pytest.raises(DataSetError, match=r"1 true label images have no prediction \(b\)"):
+    with pytest.raises(DataSetError, match=r"true label images without a prediction: 1 \(b\)"):
         pair_folders(pred, truth)
     allowed = paired(pred, truth, allow_missing_predictions=True)
     assert allowed == {"a": ("a.png", "a.png"), "b": (None, "b.png")}
     touch(pred, "z.png")
-    with pytest.raises(DataSetError, match=r"1 predictions have no true label image \(z\)"):
+    with pytest.raises(DataSetError, match=r"predictions without a true label image: 1 \(z\)"):
         pair_folders(pred, truth, allow_missing_predictions=True)
 
 

@@ -62,9 +62,9 @@ def test_channels_by_position_and_name(ome_channels, channels, planes, names):
 @pytest.mark.parametrize(
     ("channels", "sentence"),
     [
-        ([3], r"no channel 3.*0 … 2 \(DNA, ER, Mito\)"),
-        ([-1], "no channel -1"),
-        (["AGP"], "no channel 'AGP'.*DNA, ER, Mito"),
+        ([3], r"got 3.*0 to 2 \(DNA, ER, Mito\)"),
+        ([-1], "got -1: the image has channels"),
+        (["AGP"], "got 'AGP'.*DNA, ER, Mito.*for example DNA"),
         ([0, "DNA"], "must differ"),
         ([], "at least one channel"),
     ],

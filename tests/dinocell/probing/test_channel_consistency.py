@@ -271,7 +271,7 @@ def test_one_field_says_what_it_cannot_say():
     assert math.isnan(report["cosine_other_field_same_channel"].value)
     assert math.isnan(report["channel_decodability"].value)
     assert math.isnan(report["cosine_same_field"].low)
-    assert any("one field only" in text for text in report.warnings())
+    assert any("only one field" in text for text in report.warnings())
     text = json.dumps(report.to_mapping(), allow_nan=False)
     assert json.loads(text)["estimates"]["channel_decodability"]["value"] is None
 
