@@ -113,7 +113,7 @@ def test_with_config_shares_weights_and_leaves_the_original(small_model):
     assert other.config.peak_threshold == 0.8
     assert small_model.config.peak_threshold != 0.8
     assert other.decoder is small_model.decoder
-    with pytest.raises(ConfigError, match="model.fill_threshold. < .model.peak_threshold"):
+    with pytest.raises(ConfigError, match=r"model.fill_threshold. < .model.peak_threshold"):
         with_config(small_model, peak_threshold=0.01)
 
 
