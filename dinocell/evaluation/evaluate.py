@@ -6,7 +6,7 @@ Memory stays small: only counts are kept of each image.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from dinocell.evaluation.report import EvaluationReport
 from dinocell.evaluation.scores import (
     DEFAULT_BOUNDARY_TOLERANCE_PX,
     DEFAULT_IOU_THRESHOLDS,
-    ImageScores,
     check_iou_thresholds,
     evaluate_pair,
 )
@@ -33,7 +32,6 @@ def evaluate_pairs(
     *,
     iou_thresholds: Iterable[float] = DEFAULT_IOU_THRESHOLDS,
     boundary_tolerance_px: float = DEFAULT_BOUNDARY_TOLERANCE_PX,
-    progress: Callable[[ImageScores], None] | None = None,
 ) -> EvaluationReport:
     """Score many predicted label images.
 
@@ -42,7 +40,6 @@ def evaluate_pairs(
     pairs : iterable of (name, truth, pred)
         May be a generator: one pair is held at a time.
     iou_thresholds, boundary_tolerance_px : as for `evaluate_pair`
-    progress : receives the scores of each image as soon as they are known
 
     Raises DataSetError (the two label images of a pair differ in shape (the message has the name),
     or there is no pair); TypeError, ValueError (as for `evaluate_pair`).
@@ -58,8 +55,6 @@ def evaluate_pairs(
             )
         how: dict[str, Any] = {"boundary_tolerance_px": boundary_tolerance_px, "name": name}
         images.append(evaluate_pair(truth, pred, iou_thresholds=thresholds, **how))
-        if progress is not None:
-            progress(images[-1])
     if not images:
         raise DataSetError(
             "an evaluation must have at least one pair of label images, got none: give folders "

@@ -7,7 +7,6 @@ images, never test images: the result is a choice, and its score is optimistic.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from dinocell.errors import DataSetError
 from dinocell.evaluation.ctc import ctc_counts
 from dinocell.evaluation.matching import OverlapTable, overlap_table
 from dinocell.evaluation.metrics import DSB2018_IOU_THRESHOLDS, match_counts
-from dinocell.evaluation.report import write_csv
 from dinocell.segmentation.thresholds import Thresholds
 
 _CTC_METRICS = ("seg", "det", "op_csb")
@@ -79,7 +77,7 @@ class TuningResult:
     Attributes
     ----------
     best : of equal scores the first in the order of `points`
-    metric : what was maximised, with its averaging: ``ap50_pooled``, ``op_csb_mean``, ...
+    metric : what was maximised: ``ap50_pooled``, ``op_csb_pooled``, ...
     num_samples, num_truth : images, and true cells in all of them
     points : all tried combinations, sorted by peak, fill, prominence
     """
@@ -102,10 +100,6 @@ class TuningResult:
             for point in self.points
         ]
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write `rows` as CSV; the file appears whole or not at all."""
-        write_csv(path, self.rows())
-
 
 def tune_thresholds(
     samples: Iterable[tuple[NDArray[Any], NDArray[Any]]],
@@ -113,10 +107,8 @@ def tune_thresholds(
     *,
     min_area_px: int = 0,
     metric: str = "ap50",
-    average: str = "pooled",
     search: str = "coordinate",
     to_labels: Callable[[NDArray[Any], Thresholds], NDArray[Any]] | None = None,
-    progress: Callable[[int, TuningPoint], None] | None = None,
 ) -> TuningResult:
     """Find the thresholds that turn given distance maps into the best labels.
 
@@ -127,17 +119,13 @@ def tune_thresholds(
     min_area_px : cells with fewer pixels are dropped before scoring; not tuned
     metric : ``ap50`` (any ``apNN``: AP at that IoU in percent), ``ap`` (mean AP over IoU 0.50,
         0.55, ..., 0.95), ``seg``, ``det`` or ``op_csb``
-    average : {"pooled", "mean"}
-        Sum the counts of all images before dividing, or take the mean of per-image scores (images
-        for which the score does not exist are left out).
-    search : {"coordinate", "grid"}
-        ``grid`` tries every combination.  ``coordinate`` tries up to 27 spread combinations, then from
-        the best one all values along one axis at a time (fill, peak, prominence in turn) until no axis
-        brings a gain.  It needs some tens of combinations where the full default grid has 462, and
-        finds a maximum that no single threshold can improve, which is not always the highest.
+        The counts of all images are added up before they are divided.
+    search : ``grid`` tries every combination.  ``coordinate`` tries up to 27 spread combinations, then
+        from the best one all values along one axis at a time (fill, peak, prominence in turn) until
+        no axis brings a gain.  It needs some tens of combinations where the full default grid has 462,
+        and finds a maximum that no single threshold can improve, which is not always the highest.
     to_labels : the post-processing: (distance_map, Thresholds) → (H, W) integer labels
         Default: `dinocell.segmentation.watershed.separate_cells`.
-    progress : receives the number of combinations tried so far and the newest point, after each
 
     Raises ValueError (as `ThresholdGrids.axes` and `Thresholds`; an option is unknown; the arrays
     of a sample differ in shape); DataSetError (there is no sample, or no true cell in any of them).
@@ -146,8 +134,6 @@ def tune_thresholds(
         from dinocell.segmentation.watershed import separate_cells  # loads numba: only where needed
 
         to_labels = separate_cells
-    if average not in ("pooled", "mean"):
-        raise ValueError(f"`average` must be 'pooled' or 'mean', got {average!r}: choose one.")
     if search not in ("coordinate", "grid"):
         raise ValueError(f"`search` must be 'coordinate' or 'grid', got {search!r}: choose one.")
     count, attribute = _metric_counter(metric)
@@ -160,10 +146,9 @@ def tune_thresholds(
             peak, fill, prominence = (axis[i] for axis, i in zip(axes, index, strict=True))
             thresholds = Thresholds(peak, fill, prominence, min_area_px)
             tables = [overlap_table(truth, to_labels(found, thresholds)) for found, truth in pairs]
-            score = _score([count(table) for table in tables], attribute, average)
+            counts = [reduce(add, column) for column in zip(*map(count, tables), strict=True)]
+            score = math.fsum(getattr(item, attribute) for item in counts) / len(counts)
             tried[index] = TuningPoint(thresholds, score, sum(table.num_pred for table in tables))
-            if progress is not None:
-                progress(len(tried), tried[index])
         return tried[index].score
 
     everything = _valid_indices(axes, [range(len(axis)) for axis in axes])
@@ -173,7 +158,7 @@ def tune_thresholds(
         list(map(try_point, everything))
     points = tuple(tried[index] for index in sorted(tried))
     best = max(points, key=lambda point: point.score)
-    return TuningResult(best, f"{metric}_{average}", len(pairs), num_truth, points)
+    return TuningResult(best, f"{metric}_pooled", len(pairs), num_truth, points)
 
 
 def tuned_values(thresholds: Thresholds) -> dict[str, float]:
@@ -202,19 +187,6 @@ def _metric_counter(metric: str) -> tuple[Callable[[OverlapTable], list[Any]], s
             f"got {metric!r}: choose one."
         )
     return lambda table: [match_counts(table, iou) for iou in thresholds], "ap"
-
-
-def _score(images: Sequence[Sequence[Any]], attribute: str, average: str) -> float:
-    """Pooled score of all images, or the mean of those per-image scores that exist."""
-    if average == "pooled":
-        return _mean_ratio([reduce(add, column) for column in zip(*images, strict=True)], attribute)
-    scores = [_mean_ratio(counts, attribute) for counts in images]
-    existing = [score for score in scores if not math.isnan(score)]
-    return math.fsum(existing) / len(existing)
-
-
-def _mean_ratio(counts: Sequence[Any], attribute: str) -> float:
-    return math.fsum(getattr(count, attribute) for count in counts) / len(counts)
 
 
 def _checked_samples(

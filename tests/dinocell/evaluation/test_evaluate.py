@@ -14,7 +14,7 @@ from PIL import Image
 
 from dinocell.errors import DataSetError, ImageFileError
 from dinocell.evaluation.evaluate import evaluate_folders, evaluate_pairs
-from dinocell.evaluation.scores import ImageScores, evaluate_pair, threshold_name
+from dinocell.evaluation.scores import evaluate_pair, threshold_name
 
 TRUTH = np.zeros((12, 12), np.uint32)
 TRUTH[1:5, 1:5] = 1
@@ -210,12 +210,6 @@ def test_only_empty_images_give_nan_without_a_warning() -> None:
     assert report.mean["count_error_mean"] == 0
 
 
-def test_progress_sees_each_image_once() -> None:
-    seen: list[ImageScores] = []
-    report = evaluate_pairs(three_images(), progress=seen.append)
-    assert tuple(seen) == report.images
-
-
 def test_options_of_many_pairs_are_used() -> None:
     report = evaluate_pairs(three_images(), iou_thresholds=(0.9, 0.3), boundary_tolerance_px=5)
     assert report.iou_thresholds == (0.3, 0.9)
@@ -343,14 +337,10 @@ def test_missing_predictions_count_as_empty_and_are_reported(tmp_path: Path) -> 
     for name, truth, _ in three_images():
         write_labels(tmp_path / "t" / f"{name}.png", truth)
     write_labels(tmp_path / "p" / "b.png", three_images()[1][2])
-    seen: list[ImageScores] = []
-    report = evaluate_folders(
-        tmp_path / "p", tmp_path / "t", allow_missing_predictions=True, progress=seen.append
-    )
+    report = evaluate_folders(tmp_path / "p", tmp_path / "t", allow_missing_predictions=True)
     assert report.pooled["ap50_pooled"] == 1 / 4
     assert report.missing_predictions == ("a", "c")
     assert any(line.startswith("2 images have no prediction") for line in report.table())
-    assert len(seen) == 3
 
 
 def test_files_of_other_size_or_kind(tmp_path: Path) -> None:
