@@ -200,7 +200,7 @@ def count_flops(size: dict[str, Any]) -> float:
     sys.path.insert(0, str(ROOT))
     from omegaconf import OmegaConf
 
-    from dinocell.network.flops import count_macs
+    from dinocell.network.info import count_macs
     from dinov3.configs import get_default_config
     from dinov3.train.ssl_meta_arch import SSLMetaArch
 

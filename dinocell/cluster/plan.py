@@ -174,7 +174,7 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
 
 
 def look_once() -> Callable[[str, Mapping[str, Any]], None]:
-    """`look_for_inputs`, once for all rows of a table with the same inputs."""
+    """Refuse missing or unusable inputs of a command, once for all rows of a table with the same ones."""
     seen = set()
     inputs = ("images", "recursive", "model", "pred", "truth", "data")
 
@@ -182,11 +182,6 @@ def look_once() -> Callable[[str, Mapping[str, Any]], None]:
         key = tuple(str(parameters.get(option)) for option in inputs)
         if key not in seen:
             seen.add(key)
-            look_for_inputs(name, parameters)
+            command_of([name]).check_inputs(parameters)
 
     return look
-
-
-def look_for_inputs(name: str, parameters: Mapping[str, Any]) -> None:
-    """Refuse inputs of a command that do not exist or cannot be used."""
-    command_of([name]).check_inputs(parameters)

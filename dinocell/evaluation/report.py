@@ -15,7 +15,6 @@ import csv
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
@@ -97,7 +96,14 @@ class EvaluationReport:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write `image_rows` atomically ("nan" where a score does not exist), without the summary."""
-        write_csv(path, self.image_rows())
+        rows = self.image_rows()
+        with (
+            atomic_path(path) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write settings, pooled scores, means and all rows atomically; null where no score exists."""
@@ -128,14 +134,6 @@ class EvaluationReport:
         for row in self.image_rows():
             cells.append((str(row["name"]), *(_as_text(name, row[name]) for name in columns)))
         return align_columns(cells)
-
-
-def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the same columns, at least one; the file appears whole or not at all."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _as_text(name: str, value: Any) -> str:

@@ -8,21 +8,10 @@ from dataclasses import dataclass, replace
 
 from numpy.typing import ArrayLike
 
+from dinocell.evaluation import metrics
 from dinocell.evaluation.counts import Counts
 from dinocell.evaluation.ctc import CtcCounts, ctc_counts
 from dinocell.evaluation.matching import overlap_table
-from dinocell.evaluation.metrics import (
-    AreaSums,
-    BoundaryCounts,
-    CountError,
-    MatchCounts,
-    aji,
-    aji_plus,
-    boundary_counts,
-    count_error,
-    match_counts,
-    pixel_sums,
-)
 
 DEFAULT_IOU_THRESHOLDS: tuple[float, ...] = (0.5, 0.75, 0.9)
 DEFAULT_BOUNDARY_TOLERANCE_PX: float = 2.0
@@ -43,13 +32,13 @@ class ImageScores(Counts):
     """
 
     name: str
-    matches: tuple[MatchCounts, ...]
+    matches: tuple[metrics.MatchCounts, ...]
     ctc: CtcCounts
-    aji_sums: AreaSums
-    aji_plus_sums: AreaSums
-    pixels: AreaSums
-    boundary: BoundaryCounts
-    count: CountError
+    aji_sums: metrics.AreaSums
+    aji_plus_sums: metrics.AreaSums
+    pixels: metrics.AreaSums
+    boundary: metrics.BoundaryCounts
+    count: metrics.CountError
 
     def __add__(self, other: ImageScores) -> ImageScores:
         matches = tuple(a + b for a, b in zip(self.matches, other.matches, strict=True))
@@ -83,7 +72,7 @@ class ImageScores(Counts):
         """All scores by column name; nan where a score does not exist.
 
         Names: ``seg det op_csb``; for each IoU threshold ``ap50 precision50 recall50 f1_50 pq50
-        sq50``; ``ap_avg``, the mean of AP over these thresholds; ``aji aji_plus boundary_f
+        sq50``; ``ap_avg``, the mean of AP over these thresholds; ``aji metrics.aji_plus boundary_f
         boundary_precision boundary_recall pixel_dice pixel_iou``; ``count_error`` (predicted −
         true), ``count_error_abs``, ``count_error_rel``.
         """
@@ -134,13 +123,13 @@ def evaluate_pair(
     table = overlap_table(truth, pred)
     return ImageScores(
         name=name,
-        matches=tuple(match_counts(table, threshold) for threshold in thresholds),
+        matches=tuple(metrics.match_counts(table, threshold) for threshold in thresholds),
         ctc=ctc_counts(table),
-        aji_sums=aji(table),
-        aji_plus_sums=aji_plus(table),
-        pixels=pixel_sums(table),
-        boundary=boundary_counts(truth, pred, boundary_tolerance_px),
-        count=count_error(table),
+        aji_sums=metrics.aji(table),
+        aji_plus_sums=metrics.aji_plus(table),
+        pixels=metrics.pixel_sums(table),
+        boundary=metrics.boundary_counts(truth, pred, boundary_tolerance_px),
+        count=metrics.count_error(table),
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +18,8 @@ DECODERS = ("unet", "unet_wide", "linear")
 _PRIOR_LOGIT = -2.0  # most pixels are background: start near sigmoid(-2) = 0.12
 
 
-@dataclass(frozen=True)
-class UNetWidths:
-    """Channels of a U-Net decoder: one entry a doubling, `skip` per projected skip."""
-
-    stages: tuple[int, ...]
-    skip: int
-
-
-def unet_widths(embed_dim: int, patch_size: int) -> UNetWidths:
-    """Widths of the default decoder, chosen to cost at most a fifth of the backbone.
+def unet_widths(embed_dim: int, patch_size: int) -> tuple[tuple[int, ...], int]:
+    """Channels of each stage and of each skip of the default decoder: at most a fifth of the backbone.
 
     ViT-S/8 gets the design's 128, 64, 32 with 32-channel skips.  A ViT-Ti is a third of that
     backbone and a patch of 16 leaves it a quarter of the tokens, but the decoder works on all
@@ -38,7 +29,7 @@ def unet_widths(embed_dim: int, patch_size: int) -> UNetWidths:
     if patch_size > 8:
         base //= 2
     stages = tuple(max(base // 2**stage, base // 4) for stage in range(_num_doublings(patch_size)))
-    return UNetWidths(stages=stages, skip=base // 4)
+    return stages, base // 4
 
 
 class UNetDecoder(nn.Module):
@@ -54,12 +45,9 @@ class UNetDecoder(nn.Module):
     Parameters
     ----------
     embed_dim : channels of each feature map
-    patch_size : int
     num_features : feature maps given to `forward`, shallowest first
-    stages : sequence of int
-        Channels of each stage, at least ceil(log2(patch_size)).
-    skip_channels : int or None
-        Channels a skip is projected to; None keeps all `embed_dim` without a projection.
+    stages : channels of each stage, at least ceil(log2(patch_size))
+    skip_channels : channels a skip is projected to; None keeps all `embed_dim` without a projection
     image_channels : channels of a 3×3 convolution of the input image, concatenated in the last
         stage, so that edges need not pass through the patch embedding; 0 leaves it out
     """
@@ -111,14 +99,9 @@ class UNetDecoder(nn.Module):
         nn.init.constant_(self.head.bias, _PRIOR_LOGIT)  # type: ignore[arg-type]
 
     def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
-        """Features, shallowest first, and the image they came from → logits.
+        """(B, D, h, w) features, shallowest first, and their image (B, 3, H, W) → (B, 1, H, W) logits.
 
-        Parameters
-        ----------
-        features : sequence of (B, D, h, w)
-        image : (B, 3, H, W), H = h * patch_size, W = w * patch_size
-
-        Returns (B, 1, H, W) logits.
+        H is h * patch_size, W is w * patch_size.
         """
         size = image.shape[-2:]
         x = features[-1]  # [B, D, h, w]
@@ -174,26 +157,16 @@ def create_decoder(
         raise ValueError(
             f"`image_channels` must be 0 for decoder {name}, got {image_channels}: use unet"
         )
+    if name == "linear":
+        return LinearDecoder(embed_dim, patch_size, num_features=num_features)
+    # `unet_wide` is as first drawn: four stages whatever the patch, skips at their full width.
+    stages: tuple[int, ...]
+    skip: int | None
+    stages, skip = (256, 128, 64, 32), None
     if name == "unet":
-        widths = unet_widths(embed_dim, patch_size)
-        return UNetDecoder(
-            embed_dim,
-            patch_size,
-            num_features=num_features,
-            stages=widths.stages,
-            skip_channels=widths.skip,
-            image_channels=image_channels,
-        )
-    if name == "unet_wide":
-        # As first drawn: four stages whatever the patch, skips at their full width.
-        return UNetDecoder(
-            embed_dim,
-            patch_size,
-            num_features=num_features,
-            stages=(256, 128, 64, 32),
-            skip_channels=None,
-        )
-    return LinearDecoder(embed_dim, patch_size, num_features=num_features)
+        stages, skip = unet_widths(embed_dim, patch_size)
+    counts = {"num_features": num_features, "image_channels": image_channels}
+    return UNetDecoder(embed_dim, patch_size, stages=stages, skip_channels=skip, **counts)
 
 
 def _num_doublings(patch_size: int) -> int:

@@ -32,10 +32,6 @@ def cache_folder() -> Path:
 def find_weights(name: str | Path) -> Path:
     """A path as it is, or the file of the cache that a name stands for; fetches nothing.
 
-    Parameters
-    ----------
-    name : a file or folder, a name of `RELEASED`, or the name of a file in the cache
-
     Raises UsageError (a released backbone that has not been fetched; the message says how to get
     it).
     """
@@ -79,18 +75,14 @@ def is_backbone_file(path: str | Path) -> bool:
 
 
 def describe_weights(path: str | Path, *, which: str = "teacher") -> str:
-    """Facts of a backbone file, as text.
-
-    Parameters
-    ----------
-    path : any file that `convert_weights` reads
-    which : `teacher` or `student`
+    """Facts of a backbone file that `convert_weights` reads, as text.
 
     Raises UsageError, CheckpointError (the file does not exist, or holds no backbone).
     """
     formats = _formats()
     path = find_weights(path)
     _, d = _read(path, which)
+    yes = {True: "yes", False: "no"}
     guess = "" if d.heads_known else " (assumed)"
     base = "" if d.rope_base is None else f", RoPE base {d.rope_base:g}"
     lines = [
@@ -99,7 +91,7 @@ def describe_weights(path: str | Path, *, which: str = "teacher") -> str:
         f"width {d.embed_dim}, {d.depth} blocks, {d.num_heads} heads{guess}, patch {d.patch_size}, "
         f"{d.in_chans} channels{base}",
         f"feed-forward: {d.ffn}, {d.ffn_hidden} wide; storage tokens: {d.n_storage_tokens}",
-        f"k bias masked: {_yes(d.mask_k_bias)}; LayerScale: {_yes(d.layerscale)}; "
+        f"k bias masked: {yes[d.mask_k_bias]}; LayerScale: {yes[d.layerscale]}; "
         f"norms of their own: {', '.join(d.untied_norms) or 'none'}",
     ]
     if path.is_file():
@@ -123,13 +115,11 @@ def convert_weights(
     Parameters
     ----------
     source, target : path
-    to : `meta`, `hf`, `timm` or `dinocell`, optional
-        By the target's suffix by default: `.pth` meta, `.safetensors` dinocell, a folder hf.
+    to : `meta`, `hf`, `timm` or `dinocell`; by the target's suffix by default: `.pth` meta,
+        `.safetensors` dinocell, a folder hf
     patch_size : of the new backbone; the source's by default
-    patch_method : `nearest`, `bilinear`, `pseudo_inverse` or `bicubic`
-        See `docs/weights.md`.
-    which : `teacher` or `student`
-        Of a checkpoint with both.
+    patch_method : `nearest`, `bilinear`, `pseudo_inverse` or `bicubic`, see `docs/weights.md`
+    which : `teacher` or `student`, of a checkpoint with both
     overwrite : replace the target if it exists
 
     Returns what was written, adapted, filled in and left out.
@@ -162,9 +152,7 @@ def convert_weights(
     losses: list[str] = []
     try:
         formats.write_backbone(state, target, to, overwrite=overwrite, notes=losses)
-    except FileExistsError as error:
-        raise UsageError(str(error)) from error
-    except formats.WeightsError as error:
+    except (FileExistsError, formats.WeightsError) as error:
         raise UsageError(str(error)) from error
     written = f"{description.name} ({description.format}) → {target} ({to}){note}"
     return "\n".join([written, *(f"note: {text}" for text in (*description.notes, *losses))])
@@ -202,7 +190,3 @@ def _read(path: Path, which: str) -> tuple[dict[str, Any], Any]:
         raise UsageError(str(error)) from error
     except formats.WeightsError as error:
         raise CheckpointError(str(error)) from error
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from dinocell.progress import progress
 if TYPE_CHECKING:
     from dinov3.cells.streaming.shards import PackOptions
     from dinov3.data.datasets.jump_s3 import JUMPS3Dataset, StreamOptions
+
+_LabelledField = tuple[str, str, Any, Any]
 
 
 def pack_index(
@@ -99,16 +101,6 @@ def _readable_fields(
                     )
 
 
-@dataclass(frozen=True)
-class _LabelledField:
-    """One field with the label image that the gallery keeps for it."""
-
-    plate: str
-    site: str
-    image: Any
-    labels: Any
-
-
 def export_masks(
     index: str | Path,
     out: str | Path,
@@ -128,9 +120,8 @@ def export_masks(
 
     Parameters
     ----------
-    out : folder that does not exist
-        Gets `train` and `val`, each with `images` and `labels`.  A third of the plates goes to `val`;
-        of a single plate, a third of the fields.
+    out : folder that does not exist; it gets `train` and `val`, each with `images` and `labels`.  A
+        third of the plates goes to `val`; of a single plate, a third of the fields.
     store : as `fields_of_index`
     kind : nuclei or cell
     channel : channel that the images show
@@ -172,7 +163,7 @@ def export_masks(
 def _labelled_fields(
     dataset: JUMPS3Dataset, folder: str, numbers: list[int], count: int
 ) -> tuple[list[_LabelledField], int]:
-    """The first `count` of `numbers` that have labels, and how many before them have none.
+    """(plate, site, image, labels) of the first `count` that have labels; how many before have none.
 
     Gives up after 20 · `count` fields without any labels.
     """
@@ -184,16 +175,14 @@ def _labelled_fields(
                 break
             record = dataset.record(number)
             site = "__".join((*record.plate.split("/")[1:], record.well, record.site))
-            try:
+            image: Any = None
+            with contextlib.suppress(*dataset.LOSSES):
                 labels = dataset.read_array(f"{folder}/{site}")[0]
                 image = dataset.read_field(number).planes[0]
-            except dataset.LOSSES:
+            if image is None or labels.shape != image.shape:
                 without += 1
                 continue
-            if labels.shape != image.shape:
-                without += 1
-                continue
-            found.append(_LabelledField(record.plate, site, image, labels))
+            found.append((record.plate, site, image, labels))
             bar.advance(note=site)
     return found, without
 
@@ -202,14 +191,14 @@ def _write_masks(folder: Path, found: list[_LabelledField]) -> Counter[str]:
     """Write the fields of every third plate for validation, the others for training."""
     import tifffile
 
-    plates = sorted({item.plate for item in found})
+    plates = sorted({plate for plate, *_ in found})
     third = set(plates[::3]) if len(plates) > 1 else set()
     sides: Counter[str] = Counter()
-    for place, item in enumerate(found):
-        val = item.plate in third if third else place % 3 == 0
+    for place, (plate, site, image, labels) in enumerate(found):
+        val = plate in third if third else place % 3 == 0
         side = folder / ("val" if val else "train")
-        for name, array in (("images", item.image), ("labels", item.labels)):
+        for name, array in (("images", image), ("labels", labels)):
             (side / name).mkdir(parents=True, exist_ok=True)
-            tifffile.imwrite(side / name / f"{item.site}.tif", array, compression="deflate")
+            tifffile.imwrite(side / name / f"{site}.tif", array, compression="deflate")
         sides[side.name] += 1
     return sides

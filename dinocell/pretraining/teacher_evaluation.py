@@ -85,7 +85,8 @@ class Evaluation:
         metrics = _metrics(result)
         rows = [row for row in rows if row.get("iteration") != iteration]
         rows.append({"iteration": iteration, "fingerprint": self.fingerprint, "metrics": metrics})
-        _write_rows(path, rows)
+        rows.sort(key=lambda row: int(row["iteration"]))
+        write_text_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         text = ", ".join(f"{key.removeprefix(_PREFIX)} {v:.4g}" for key, v in metrics.items())
         logger.info("Evaluation at iteration %d: %s", iteration, text)
         return metrics
@@ -198,9 +199,3 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("metrics"), dict):
             rows.append(row)
     return rows
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = sorted(rows, key=lambda row: int(row["iteration"]))
-    write_text_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

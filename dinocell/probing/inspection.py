@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dinocell.errors import UsageError
 from dinocell.files import write_text_atomically
@@ -21,10 +20,14 @@ from dinocell.probing.consistency_report import ConsistencyReport
 from dinocell.probing.decoder_probe import ProbeConfig
 from dinocell.probing.feature_extraction import ViewFeatures, extract_views
 from dinocell.probing.fields import FieldOptions, FieldSource, open_fields
-from dinocell.probing.inspection_pictures import draw_inspection
-from dinocell.probing.inspection_report import FEATURES, Inspection, InspectionReport
+from dinocell.probing.inspection_report import (
+    FEATURES,
+    Inspection,
+    InspectionReport,
+    draw_inspection,
+)
 from dinocell.probing.labelled_channels import ChannelScores, channel_scores
-from dinocell.progress import Progress, progress
+from dinocell.progress import progress
 
 _SETTINGS_WRITTEN = ("windows_per_field", "window_px", "which", "patch_size", "attention", "seed")
 
@@ -126,20 +129,23 @@ def inspect_checkpoints(
         reports = _score(features, options.seed)
         scores: ChannelScores | None = None
         if per_channel is not None:
-            which: dict[str, Any] = {
-                "labels_name": per_channel.labels,
-                "channels": reading.channels,
-            }
-            scores = channel_scores(vit, per_channel.data, per_channel.probe, shown=shown, **which)
+            scores = channel_scores(
+                vit,
+                per_channel.data,
+                per_channel.probe,
+                labels_name=per_channel.labels,
+                channels=reading.channels,
+                shown=shown,
+            )
         seconds = time.monotonic() - started
         inspections.append(
             Inspection(name, loaded.facts, reports, features.example, scores, seconds)
         )
     settings = {
         "data": None if isinstance(data, FieldSource) else os.fspath(data),
-        "index": _text(reading.index),
+        "index": reading.index and os.fspath(reading.index),
         "pattern": reading.pattern,
-        "channels_table": _text(reading.channels_table),
+        "channels_table": reading.channels_table and os.fspath(reading.channels_table),
         "fields": source.names,
         "channels": None if reading.channels is None else list(reading.channels),
         **{name: getattr(options, name) for name in _SETTINGS_WRITTEN},
@@ -152,10 +158,6 @@ def inspect_checkpoints(
     return InspectionReport(inspections, settings, left_out)
 
 
-def _text(path: str | os.PathLike[str] | None) -> str | None:
-    return None if path is None else os.fspath(path)
-
-
 def _features(
     name: str,
     loaded: InspectedBackbone,
@@ -165,10 +167,6 @@ def _features(
     shown: bool,
 ) -> ViewFeatures:
     with progress(f"inspecting {name}", len(source), shown=shown) as bar:
-
-        def note(field_name: str, bar: Progress = bar) -> None:
-            bar.advance(note=field_name)
-
         return extract_views(
             loaded.vit,
             source,
@@ -177,7 +175,7 @@ def _features(
             channels=channels,
             batch_size=options.batch_size,
             attention=options.attention,
-            advance=note,
+            advance=lambda field_name: bar.advance(note=field_name),
         )
 
 

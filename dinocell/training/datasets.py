@@ -22,13 +22,7 @@ from dinocell.pairs import Pair, find_pairs
 from dinocell.progress import progress
 from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
-from dinocell.training.augment import (
-    apply_intensity,
-    crop_image,
-    crop_labels,
-    draw_crop,
-    empty_crop,
-)
+from dinocell.training import augment
 from dinocell.training.config import DataConfig, DatasetConfig, TrainConfig
 
 _MARGIN_SHARE = 0.25  # of the crop, on each side, so that cut cells keep their true distances
@@ -140,14 +134,16 @@ class CropDataset(Dataset):
         pair = int(rng.choice(len(self.pairs), p=self.probabilities))
         image, labels = self._cache.get(pair) or self._read(pair)
         height, width = image.shape
-        parameters = draw_crop(rng, self.augment, height, width, self.crop_px)
+        parameters = augment.draw_crop(rng, self.augment, height, width, self.crop_px)
         if parameters.empty:
-            crop = empty_crop(parameters, self.crop_px)
+            crop = augment.empty_crop(parameters, self.crop_px)
             distance_map = np.zeros_like(crop)
         else:
-            crop = apply_intensity(crop_image(image, parameters, self.crop_px), parameters)
+            crop = augment.apply_intensity(
+                augment.crop_image(image, parameters, self.crop_px), parameters
+            )
             margin = self._margin_px
-            cells = crop_labels(labels, parameters, self.crop_px + 2 * margin)
+            cells = augment.crop_labels(labels, parameters, self.crop_px + 2 * margin)
             inner = slice(margin, margin + self.crop_px)
             distance_map = labels_to_distance_map(cells, target=self.model.target)[inner, inner]
         return (

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from dinocell.errors import ConfigError, MissingExtraError
-from dinocell.files import write_text_atomically
+from dinocell.errors import CheckpointError, ConfigError, MissingExtraError
+from dinocell.files import atomic_path, write_text_atomically
 from dinocell.settings import config_to_mapping
 from dinocell.training.config import TrainConfig
 
@@ -24,6 +26,7 @@ _FREE_KEYS = (
 )
 # A key that runs of earlier versions lack; those had one process, where it changes nothing.
 _LATER_KEY = "optimizer.scaling_rule"
+_CHECKPOINT = re.compile(r"step_(\d+)\.pt")
 
 
 class RunFolder:
@@ -151,3 +154,38 @@ def _differing_keys(earlier: Any, now: dict[str, Any]) -> list[str]:
 
     compare(earlier, now, "")
     return differing
+
+
+def find_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint in `folder`, oldest first; empty when there is none."""
+    paths = Path(folder).glob("step_*.pt")
+    named = ((_CHECKPOINT.fullmatch(path.name), path) for path in paths)
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
+    """Write `step_NNNNNNNN.pt` under a temporary name, rename, then drop all but the newest `keep`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:08d}.pt"
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+    for _, old in find_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The dictionary that `save_checkpoint` was given, tensors on the CPU.
+
+    Raises CheckpointError (truncated, or with objects other than tensors, numbers, text, lists and
+    dicts).
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"a training checkpoint must be complete, got {path} ({reason}): delete it to "
+            "continue from the one before"
+        ) from error

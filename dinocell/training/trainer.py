@@ -15,7 +15,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.nn import functional
+from torch.utils.data import DataLoader
 
 from dinocell.errors import CheckpointError, ConfigError, StoppedError
 from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
@@ -23,11 +24,9 @@ from dinocell.network.backbone import load_backbone_weights
 from dinocell.network.model import DINOCell, save_model, with_config
 from dinocell.network.precision import autocast
 from dinocell.progress import Progress, progress
-from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
 from dinocell.training.config import TrainConfig
 from dinocell.training.datasets import CropDataset, split_pairs
 from dinocell.training.final_model import TrainResult, write_final_model
-from dinocell.training.losses import distance_loss
 from dinocell.training.optimizer import (
     average_weights,
     learning_rate_factor,
@@ -36,7 +35,12 @@ from dinocell.training.optimizer import (
     step_seed,
 )
 from dinocell.training.processes import Processes, processes_of_run
-from dinocell.training.run_folder import RunFolder
+from dinocell.training.run_folder import (
+    RunFolder,
+    find_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from dinocell.training.synchronized_norm import synchronize_batch_norm
 from dinocell.training.validation import Sample, ValidationImages
 
@@ -148,10 +152,9 @@ class _Trainer:
         if self._patience_is_over():
             return True  # it stopped early before: a second call must not train further
         steps = range(self.step, schedule.steps)
-        sampler = _StepSampler(steps, schedule.batch_size, self.processes)
-        loader = DataLoader(
-            dataset, batch_sampler=sampler, num_workers=self.config.data.num_workers
-        )
+        batches = _batches(steps, schedule.batch_size, self.processes)
+        workers = self.config.data.num_workers
+        loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
         speed = _Speed()
         with progress("training", schedule.steps, shown=self.shown, done=self.step) as bar:
             bar.write(self._plan())
@@ -385,21 +388,25 @@ class _Speed:
         return row
 
 
-class _StepSampler(Sampler[list[int]]):
-    """Batches of item indices for `steps`.
+def _batches(steps: range, batch_size: int, processes: Processes) -> Iterator[list[int]]:
+    """Item indices of this process for each step.
 
     Step s of W processes with batches of b is items s·W·b ... (s + 1)·W·b − 1, of which process r
     takes b from s·W·b + r·b on.
     """
+    for step in steps:
+        first = (step * processes.world_size + processes.rank) * batch_size
+        yield list(range(first, first + batch_size))
 
-    def __init__(self, steps: range, batch_size: int, processes: Processes) -> None:
-        self.steps, self.batch_size = steps, batch_size
-        self.rank, self.world_size = processes.rank, processes.world_size
 
-    def __len__(self) -> int:
-        return len(self.steps)
+def distance_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error between (B, 1, H, W) distance maps in [0, 1], over all pixels and crops.
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            first = (step * self.world_size + self.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
+    Raises ValueError if the shapes differ, which broadcasting would hide.
+    """
+    if predicted.shape != target.shape:
+        raise ValueError(
+            f"`predicted` and `target` must have one shape, got {tuple(predicted.shape)} and "
+            f"{tuple(target.shape)}: the decoder must return the input's size"
+        )
+    return functional.mse_loss(predicted.float(), target.float())

@@ -18,7 +18,7 @@ from typer.main import get_command
 
 from dinocell.cli.app import app, main
 from dinocell.cli.cluster import checked_parameters
-from dinocell.cluster.plan import look_for_inputs, plan_runs, read_table, run_dir_of
+from dinocell.cluster.plan import look_once, plan_runs, read_table, run_dir_of
 from dinocell.cluster.record import JobRecord, Start, write_record
 from dinocell.errors import ConfigError, DINOCellError, UsageError
 from dinocell.io import write_image
@@ -46,7 +46,7 @@ def parsed(command: str, arguments):
 
 
 def planned(command: str, *arguments: str, table=(), look=False):
-    look_at = look_for_inputs if look else None
+    look_at = look_once() if look else None
     return plan_runs(command, arguments, partial(parsed, command), table=table, look=look_at)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinocell.network.decoder import UNetDecoder, create_decoder, unet_widths
-from dinocell.network.flops import count_macs, model_cost
+from dinocell.network.info import count_macs, model_cost
 from dinocell.network.model import create_dinocell_model
 
 
@@ -28,10 +28,9 @@ def test_output_has_the_size_of_the_input(name, patch):
 
 
 def test_widths_of_the_design():
-    assert unet_widths(384, 8).stages == (128, 64, 32)
-    assert unet_widths(384, 8).skip == 32
-    assert len(unet_widths(384, 16).stages) == 4
-    assert len(unet_widths(384, 4).stages) == 2
+    assert unet_widths(384, 8) == ((128, 64, 32), 32)
+    assert len(unet_widths(384, 16)[0]) == 4
+    assert len(unet_widths(384, 4)[0]) == 2
 
 
 @pytest.mark.parametrize("depth", range(4))

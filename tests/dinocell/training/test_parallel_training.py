@@ -22,10 +22,10 @@ from torch import nn
 from dinocell.errors import ConfigError
 from dinocell.network.model import DINOCell, load_model
 from dinocell.settings import config_from_mapping, config_to_mapping
-from dinocell.training.checkpoints import find_checkpoints, load_checkpoint
 from dinocell.training.config import TrainConfig
 from dinocell.training.optimizer import process_factor, step_seed
 from dinocell.training.processes import Processes, is_main_process, processes_of_run
+from dinocell.training.run_folder import find_checkpoints, load_checkpoint
 from dinocell.training.synchronized_norm import SynchronizedBatchNorm2d, synchronize_batch_norm
 from dinocell.training.trainer import train
 

@@ -26,11 +26,10 @@ from dinocell.errors import (
 from dinocell.network.model import DINOCell, load_model
 from dinocell.settings import config_from_mapping
 from dinocell.training import validation
-from dinocell.training.checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
 from dinocell.training.config import TrainConfig
-from dinocell.training.losses import distance_loss
 from dinocell.training.optimizer import average_weights, learning_rate_factor, parameter_groups
-from dinocell.training.trainer import TrainingInterruptedError, train
+from dinocell.training.run_folder import find_checkpoints, load_checkpoint, save_checkpoint
+from dinocell.training.trainer import TrainingInterruptedError, distance_loss, train
 
 
 def make_config(data: Path, out: Path, **changes) -> TrainConfig:
