@@ -121,7 +121,8 @@ def mutate(path: str, sample: int | None, seed: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory(prefix="mutants") as folder:
         tree = copied(Path(folder) / "tree")
         source = (tree / path).read_text(encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider",
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "--assert=plain",
+                   "-p", "no:cacheprovider",
                    *tests_of(path)]  # fmt: skip
         variables = environment(tree, source)
         begun = time.monotonic()

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from dinov3.cells import sinkhorn
 from dinov3.cells.sinkhorn import sinkhorn_knopp
-from dinov3.loss import DINOLoss, GramLoss, KoLeoLoss, KoLeoLossDistributed, iBOTPatchLoss
+from dinov3.loss import (
+    DINOLoss,
+    GramLoss,
+    KoLeoLoss,
+    KoLeoLossDistributed,
+    iBOTPatchLoss,
+    koleo_loss,
+)
 from dinov3.loss.ibot_patch_loss import lossfunc
 
 
@@ -64,11 +72,43 @@ def test_sinkhorn_iterations_matter():
     assert (one - three).abs().max() > 1e-3
 
 
+def test_the_teachers_take_three_iterations():
+    logits = normal(35, 9, 5)
+    expected = reference_sinkhorn(logits.numpy(), 0.1)
+    ibot = iBOTPatchLoss(5).sinkhorn_knopp_teacher
+    for found in (
+        DINOLoss(5).sinkhorn_knopp_teacher(logits, 0.1),
+        ibot(logits, 0.1, torch.tensor(9)),
+        ibot.assign(logits, 0.1).probabilities(),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def test_sinkhorn_survives_large_logits():
     """exp(60 / 0.04) overflows even float64; the shares stay numbers that sum to one."""
     q = sinkhorn_knopp(normal(3, 12, 6) * 60, 0.04).probabilities()
     assert torch.isfinite(q).all()
     np.testing.assert_allclose(q.sum(1), 1.0, rtol=1e-4)
+
+
+def test_sinkhorn_holds_exponentials_of_one_chunk(monkeypatch):
+    """23 rows of 13 float32 in the memory of 7 rows: 7, 7, 7 and 2, twice an iteration."""
+    sizes = []
+    honest = sinkhorn._exponentials
+
+    def noted(logits, *rest):
+        sizes.append(len(logits))
+        return honest(logits, *rest)
+
+    monkeypatch.setattr(sinkhorn, "_exponentials", noted)
+    logits = normal(34, 23, 13)
+    q = sinkhorn_knopp(logits, 0.1, n_iterations=2, chunk_bytes=7 * 4 * 13)
+    assert q.exponentials is None
+    assert sizes == [7, 7, 7, 2] * 4
+    sizes.clear()
+    assert sinkhorn_knopp(logits, 0.1, chunk_bytes=23 * 4 * 13).exponentials is not None
+    sinkhorn_knopp(logits, 0.1)
+    assert sizes == [23, 23], "what fits is calculated once"
 
 
 def test_sinkhorn_of_nothing():
@@ -228,7 +268,11 @@ def test_ibot_centring():
     second = loss.softmax_center_teacher(logits, 0.1, update_centers=False)
     expected = ((logits - kept[0]) / 0.1).softmax(-1)
     np.testing.assert_allclose(second, expected, rtol=1e-4, atol=1e-8)
-    loss.update_center(torch.zeros(0, 5))
+    images = loss.softmax_center_teacher(logits[:6].reshape(2, 3, 5), 0.1, update_centers=False)
+    np.testing.assert_array_equal(images.flatten(0, 1), second[:6])
+    nothing = torch.zeros(0, 5)
+    assert loss.softmax_center_assignment(nothing, 0.1).probabilities().shape == (0, 5)
+    loss.update_center(nothing)
     assert torch.equal(loss.center, kept), "a batch without masks leaves the centre alone"
 
 
@@ -252,6 +296,32 @@ def test_koleo():
     three = KoLeoLossDistributed(topk=3)(x)
     np.testing.assert_allclose(three, reference_koleo(x.numpy(), 3), rtol=1e-4)
     assert float(three) < float(KoLeoLoss()(x)), "farther neighbours: smaller loss"
+
+
+@pytest.mark.parametrize("loss", [KoLeoLoss(), KoLeoLossDistributed()])
+def test_koleo_finds_neighbours_in_full_precision(loss):
+    """Directions at 0, 0.10 and -0.09: bfloat16 cannot tell which of the two is nearer to the first."""
+    angles = torch.tensor([0.0, 0.10, -0.09])
+    with torch.autocast("cpu", torch.bfloat16):
+        result = loss(torch.stack([angles.cos(), angles.sin()], dim=1))
+    distances = [2 * math.sin(angle / 2) for angle in (0.09, 0.10, 0.09)]
+    assert float(result) == pytest.approx(-np.log(distances).mean(), rel=1e-5)
+
+
+def test_koleo_compares_within_a_group_of_processes(monkeypatch):
+    """Six processes with three samples each, in groups of three: this one is amid the second group."""
+    everything = normal(33, 18, 6)
+    x = torch.nn.functional.normalize(everything)
+    monkeypatch.setattr(koleo_loss, "_gather_rows", lambda own: (x, 4))
+    group, own = x[9:], x[12:15]
+    products = own @ group.T
+    products[[0, 1, 2], [3, 4, 5]] = -1  # the samples themselves
+    expected = -np.log(np.linalg.norm(own - group[products.argmax(1)], axis=1)).mean()
+    result = KoLeoLossDistributed(loss_group_size=9)(everything[12:15])
+    np.testing.assert_allclose(result, expected, rtol=1e-5)
+    for size in (4, 12):  # no multiple of the local batch, no divisor of the global one
+        with pytest.raises(ValueError, match=f"got {size} with 3 and 18"):
+            KoLeoLossDistributed(loss_group_size=size)(everything[12:15])
 
 
 def test_koleo_pushes_close_points_apart():
