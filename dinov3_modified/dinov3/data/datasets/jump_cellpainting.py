@@ -100,7 +100,10 @@ def find_fields(
 
 def _rows(path: Path, wanted: tuple[str, ...]) -> list[dict[str, str]]:
     if not path.is_file():
-        raise FileNotFoundError(f"a table must be a CSV file, got {path}: check the path")
+        raise FileNotFoundError(
+            f"a table of fields or channels must be a CSV file that exists, got {path}: check index= "
+            "or channels_table=, which may be relative to the current folder or to root="
+        )
     with path.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream)
         names = reader.fieldnames or []
