@@ -161,6 +161,8 @@ def test_centring():
     expected = ((logits - kept) / 0.07).softmax(-1)
     np.testing.assert_allclose(second, expected, rtol=1e-5, atol=1e-9)
     assert torch.equal(loss.center, kept)
+    views = loss.softmax_center_teacher(logits.reshape(2, 3, 5), 0.07, update_centers=False)
+    np.testing.assert_array_equal(views.flatten(0, 1), second)
     loss.reduce_center_update(logits)
     loss.softmax_center_teacher(logits, 0.07, update_centers=False)
     assert torch.equal(loss.center, kept), "a summed update waits"
@@ -376,7 +378,15 @@ def test_gram(norm, remove, only_teacher, img_level):
     np.testing.assert_allclose(result, expected, rtol=1e-5)
 
 
+def test_gram_clamps_both_sides_by_default():
+    student, teacher = normal(36, 3, 5, 4), normal(37, 3, 5, 4)
+    expected = reference_gram(student, teacher, True, True, True)
+    np.testing.assert_allclose(GramLoss()(student, teacher), expected, rtol=1e-5)
+
+
 def test_gram_bad_shapes():
+    with pytest.raises(ValueError, match=r"must have patches \[B, N, D\], got \(2, 3, 4, 5\)"):
+        GramLoss()(normal(38, 2, 3, 4, 5), normal(39, 2, 3, 4, 5))
     with pytest.raises(ValueError, match="must have one shape"):
         GramLoss()(normal(28, 2, 4, 3), normal(29, 2, 5, 3))
     with pytest.raises(ValueError, match=r"gram\.img_level to false"):

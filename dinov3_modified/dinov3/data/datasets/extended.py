@@ -66,9 +66,7 @@ class ExtendedVisionDataset(Dataset[Any]):
             raise RuntimeError(
                 f"{self.get_sample_name(index)} must be readable, got an error ({error}): repair or remove it"
             ) from error
-        return self._transformed(image, self.target_decoder(self.get_target(index)).decode())
-
-    def _transformed(self, image: Any, target: Any) -> tuple[Any, Any]:
+        target = self.target_decoder(self.get_target(index)).decode()
         if self.transforms is not None:
             return self.transforms(image, target)
         if self.transform is not None:

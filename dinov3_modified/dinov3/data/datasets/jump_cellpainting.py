@@ -206,6 +206,17 @@ def checked_percentiles(low: float, high: float) -> tuple[float, float]:
     return low, high
 
 
+def transformed(data: Any, image: Any, target: Any) -> tuple[Any, Any]:
+    """A sample after the data set's transforms; upstream's base class has no method for it."""
+    if data.transforms is not None:
+        return data.transforms(image, target)
+    if data.transform is not None:
+        image = data.transform(image)
+    if data.target_transform is not None:
+        target = data.target_transform(target)
+    return image, target
+
+
 class JUMPCellPaintingMultiView(ExtendedVisionDataset):
     """Fields with all their channels, for `DataAugmentationMultiView`.
 
@@ -351,7 +362,7 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
         return self.load_field(index)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return self._transformed(self._image(index), self.get_target(index))
+        return transformed(self, self._image(index), self.get_target(index))
 
     def __getstate__(self) -> dict[str, Any]:
         # Each process fills its own cache.

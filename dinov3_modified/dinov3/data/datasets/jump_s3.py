@@ -38,7 +38,12 @@ from dinov3.cells.streaming.store_options import (
 from dinov3.cells.streaming.stores import ObjectStore
 from dinov3.cells.streaming.threads import RequestThreads
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.jump_cellpainting import _LEFT_OUT, _Split, checked_percentiles
+from dinov3.data.datasets.jump_cellpainting import (
+    _LEFT_OUT,
+    _Split,
+    checked_percentiles,
+    transformed,
+)
 
 logger = logging.getLogger("dinov3")
 
@@ -261,7 +266,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         return len(self.rows) * self.order.visits
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return self._transformed(self.load_field(index), ())
+        return transformed(self, self.load_field(index), ())
 
     def get_target(self, index: int) -> tuple[()]:
         """There is none."""
