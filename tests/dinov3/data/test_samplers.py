@@ -11,6 +11,7 @@ import torch
 
 from dinov3.data import samplers
 from dinov3.data.samplers import (
+    CountingSampler,
     EpochSampler,
     InfiniteSampler,
     PositionedSampler,
@@ -133,6 +134,7 @@ def test_rank_and_world_are_the_default(monkeypatch):
     assert take(InfiniteSampler(sample_count=8), 3) == [1, 5, 1]
     assert take(ShardedInfiniteSampler(sample_count=8), 3) == [1, 5, 1]
     assert list(EpochSampler(size=8, sample_count=8)) == [1, 5]
+    assert take(CountingSampler(advance=2), 3) == [9, 13, 17]
     positions = [p.position for p in itertools.islice(PositionedSampler(range(9), advance=2), 3)]
     assert positions == [9, 13, 17]
 
