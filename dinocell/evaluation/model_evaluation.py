@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from dinocell.pairs import find_pairs
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.progress import progress
 from dinocell.segmentation.thresholds import Thresholds
+from dinocell.segmentation.watershed import separate_cells
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,9 @@ def check_data_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Prediction:
-    """One image (H, W), its distance map and its true labels."""
+    """The distance map (H, W) of one image and its true labels."""
 
     name: str
-    plane: NDArray[Any]
     distance_map: NDArray[np.float32]
     truth: NDArray[np.uint32]
 
@@ -106,6 +105,7 @@ def evaluate_model(
     predictions = _predict(pipeline, folder, shown=shown)
     tuning = None
     if tune_metric is not None:
+        predictions = list(predictions)  # to search thresholds, all maps are needed at a time
         samples = [(image.distance_map, image.truth) for image in predictions]
         min_area_px = pipeline.thresholds.min_area_px
         try:
@@ -117,7 +117,7 @@ def evaluate_model(
             save_model(saved_to, pipeline.model, half=True)
     report = evaluate_pairs(
         (
-            (image.name, image.truth, pipeline.finish(image.plane, image.distance_map).labels)
+            (image.name, image.truth, separate_cells(image.distance_map, pipeline.thresholds))
             for image in predictions
         ),
         iou_thresholds=iou_thresholds,
@@ -136,11 +136,10 @@ def _check_target(path: Path, model: Path) -> None:
         )
 
 
-def _predict(pipeline: DINOCellPipeline, folder: Path, *, shown: bool) -> list[_Prediction]:
+def _predict(pipeline: DINOCellPipeline, folder: Path, *, shown: bool) -> Iterable[_Prediction]:
     """Read and predict all images, in natural order of their names (2 before 10)."""
     pairs = find_pairs(folder / "images", folder / "labels")
     pairs.sort(key=lambda pair: natural_key(pair.image_path))
-    predictions = []
     with progress("predicting", len(pairs), shown=shown) as bar:
         for pair in pairs:
             loaded = pipeline.load(pair.image_path)
@@ -152,8 +151,6 @@ def _predict(pipeline: DINOCellPipeline, folder: Path, *, shown: bool) -> list[_
                     f"an image and its labels must have the same size, got {plane.shape} and "
                     f"{truth.shape} for {name}: check that the names belong together"
                 )
-            predictions.append(
-                _Prediction(name, plane, pipeline.predict(plane, intensity=loaded.intensity), truth)
-            )
+            distance_map = pipeline.predict(plane, intensity=loaded.intensity)
+            yield _Prediction(name, distance_map, truth)
             bar.advance(note=name)
-    return predictions

@@ -53,6 +53,7 @@ def test_every_command_agrees(tmp_path, monkeypatch):
     from dinocell.network.config import ModelConfig
     from dinocell.pipeline import LoadedImage
     from dinocell.probing.labelled_channels import find_channel_pairs
+    from dinocell.segmentation.thresholds import Thresholds
     from dinocell.training.config import DataConfig, DatasetConfig
     from dinocell.training.datasets import split_pairs
 
@@ -60,16 +61,13 @@ def test_every_command_agrees(tmp_path, monkeypatch):
         """Finds no cell, without a network."""
 
         def __init__(self, model):
-            self.model, self.thresholds = model, {}
+            self.model, self.thresholds = model, Thresholds.of(ModelConfig())
 
         def load(self, path):
             return LoadedImage(read_image(path).pixels, None, None, None)
 
         def predict(self, plane, intensity):
             return np.zeros(plane.shape, np.float32)
-
-        def finish(self, plane, distance_map, **_):
-            return SimpleNamespace(labels=np.zeros(plane.shape, np.int32))
 
     monkeypatch.setattr(model_evaluation, "DINOCellPipeline", Pipeline)
     model = SimpleNamespace(config=ModelConfig())
