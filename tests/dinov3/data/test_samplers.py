@@ -6,6 +6,7 @@ import itertools
 import pickle
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,11 @@ def test_numbers_are_those_of_torch(size, seed):
         other = int(torch.randint(place, size, (1,), generator=generator))
         expected[place], expected[other] = expected[other], expected[place]
     assert take(InfiniteSampler(sample_count=size, shuffle=True, seed=seed), size) == expected
+
+
+def test_advance_counts_this_process_s_samples():
+    options = {"sample_count": 16, "start": 2, "step": 3}
+    assert take(InfiniteSampler(**options, advance=1), 6) == [5, 8, 11, 14, 2, 5]
 
 
 def test_each_pass_has_all_samples_in_another_order():
@@ -122,6 +128,9 @@ def test_epochs():
         sampler.set_epoch(epoch)
         orders.append(list(sampler))
     assert orders[1] == orders[2] != orders[0]
+    sampler.set_epoch(3)  # the order of the pass is drawn from seed times epoch
+    every = [0, 1, 2, 0, 1, 2, 0, 1, 2]
+    assert list(sampler) == np.random.default_rng(6).choice(every, 7, replace=False).tolist()
     assert set(Counter(orders[0]).values()) <= {1, 2, 3}
     assert list(EpochSampler(size=7, sample_count=3)) == [0, 1, 2, 0, 1, 2, 0]
     shares = [EpochSampler(size=7, sample_count=9, start=r, step=3) for r in range(3)]
