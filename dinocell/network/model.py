@@ -219,6 +219,7 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
     expected = model.state_dict()
     _refuse_other_weights(path, state, expected, config)
     model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.1 times as fast
     return model.eval().to(resolve_device(device))
 
 

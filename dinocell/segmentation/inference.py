@@ -63,14 +63,13 @@ def predict_distance_map(
     if not normalized.any():
         return np.zeros(image.shape, dtype=np.float32)
     device = model.device
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std = (
         torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
     )
 
     def predict(windows: NDArray[np.float32]) -> NDArray[np.float32]:
         gray = torch.from_numpy(windows).to(device)  # [B, 1, window, window]
-        batch = ((gray - mean) / std).contiguous(memory_format=torch.channels_last)  # [B, 3, ...]
+        batch = ((gray - mean) / std).contiguous()  # [B, 3, window, window]
         with torch.inference_mode(), context:
             return model(batch)[:, 0].float().cpu().numpy()  # [B, window, window]
 

@@ -71,7 +71,7 @@ def test_each_threshold_changes_the_labels(small_model):
         {"min_area_px": 10**6},
     ):
         assert (segment(image, model=small_model, **options).labels != base.labels).any(), options
-    with pytest.raises(ConfigError, match="fill_threshold < peak_threshold"):
+    with pytest.raises(ConfigError, match="fill_threshold` < "):
         segment(image, model=small_model, peak_threshold=0.001)
 
 
@@ -110,7 +110,7 @@ def test_percentiles_change_the_result(small_model):
     assert np.array_equal(
         segment(image, model=small_model, percentiles=(1, 99.8)).distance_map, base
     )
-    with pytest.raises(ConfigError, match="0 <= low_percentile < high_percentile"):
+    with pytest.raises(ConfigError, match="percentiles must hold 0 <= "):
         segment(image, model=small_model, percentiles=(99, 1))
 
 
@@ -145,7 +145,7 @@ class TestChannels:
         image = np.stack([field(seed=s) for s in range(3)], axis=-1)
         with pytest.raises((UsageError, ValueError), match="channel"):
             segment(image, model=small_model, channels=7)
-        with pytest.raises(UsageError, match="one channel, 0"):
+        with pytest.raises(UsageError, match="one channel, number 0"):
             segment(field(), model=small_model, channels=2)
         assert segment(field(), model=small_model, channels=0).labels.shape == (70, 90)
 
@@ -153,7 +153,7 @@ class TestChannels:
         path = tmp_path / "a.ome.tif"
         tifffile.imwrite(path, field(), metadata={"axes": "YX", "Channel": {"Name": ["488"]}})
         assert segment(path, model=small_model, channels=488).labels.shape == (70, 90)
-        with pytest.raises(UsageError, match=r"channel, 0 \(488\)"):
+        with pytest.raises(UsageError, match=r"channel, number 0 \(488\)"):
             segment(path, model=small_model, channels="561")
 
     def test_planes_without_a_meaning_are_channels_on_request(self, small_model, tmp_path):
