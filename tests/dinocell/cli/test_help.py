@@ -15,7 +15,7 @@ from dinocell.cli.app import app
 VERBS = """
 Accept Adapt Allow Assume Change Collect Compare Compress Compute Copy Count Cut Divide Download Draw Expect
 Fetch Find Give Include Keep List Look Maximise Merge Move Open Plan Print Process Read Refuse Remove
-Replace Request Resize Run Score Search Show Sign Skip Start Stop Store Submit Take Test Train Use Wait Write
+Replace Request Resize Run Scale Score Search Show Sign Skip Start Stop Store Submit Take Test Train Use Wait Write
 """.split()  # noqa: SIM905
 
 

@@ -45,8 +45,8 @@ def write(path, whole, text: str):
     [
         ({"card": 1}, "must hold keys and values, also its card"),
         ({"card": "x"}, "must hold keys and values, also its card"),
-        ({"model": {"image_channels": 2**63}}, "image_channels must be between 0 and 1024"),
-        ({"model": {"image_channels": 2**31}}, "image_channels must be between 0 and 1024"),
+        ({"model": {"image_channels": 2**63}}, "image_channels` must be between 0 and 1024"),
+        ({"model": {"image_channels": 2**31}}, "image_channels` must be between 0 and 1024"),
         ({"model": []}, "known architecture"),
         ({"format": []}, "must have format 1"),
     ],
