@@ -257,6 +257,7 @@ def test_boundary_precision_and_recall_by_hand() -> None:
     counts = boundary_counts(truth, pred, 0)
     assert counts == BoundaryCounts(truth_px=1, truth_hit_px=1, pred_px=3, pred_hit_px=1)
     assert (counts.precision, counts.recall, counts.f) == (1 / 3, 1.0, 0.5)
+    assert BoundaryCounts() + counts == counts, "counts start at 0"
     pooled = counts + BoundaryCounts(1, 0, 1, 0)
     assert (pooled.precision, pooled.recall) == (1 / 4, 1 / 2)
 
@@ -314,8 +315,9 @@ def test_impossible_tolerances_are_refused(tolerance: float) -> None:
 def test_boundaries_need_two_dimensions_and_one_shape() -> None:
     with pytest.raises(ValueError, match=r"must be 2-D \(H, W\), got shape \(2, 3, 9\)"):
         boundary_counts(np.zeros((2, 3, 9), int), one_pixel_at(1), 1)
-    with pytest.raises(ValueError, match="must have the same shape"):
-        boundary_counts(one_pixel_at(1), one_pixel_at(1).T, 1)
+    for labels in (one_pixel_at(1), one_pixel_at(1).T):
+        with pytest.raises(ValueError, match="must have the same shape"):
+            boundary_counts(labels, labels.T, 1)
 
 
 # ------------------------------------------------------------------ pixels and numbers
