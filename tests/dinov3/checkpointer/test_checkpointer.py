@@ -131,6 +131,27 @@ def test_damaged_checkpoints_are_skipped(tmp_path, caplog, damage):
     assert f"checkpoint {folder} is skipped" in caplog.text
 
 
+@pytest.mark.parametrize("change", [-1, 1])
+def test_another_checksum_is_damage(tmp_path, change):
+    save_checkpoint(tmp_path / "1", iteration=1, model=trained()[0])
+    manifest = tmp_path / "1" / "COMPLETE.json"
+    listed = json.loads(manifest.read_text())
+    listed["files"][".metadata"]["crc32"] += change
+    manifest.write_text(json.dumps(listed))
+    assert find_latest_valid_checkpoint(tmp_path) is None
+
+
+def test_an_optimizer_that_has_gradients_but_made_no_step(tmp_path):
+    model, optimizer = trained()
+    save_checkpoint(tmp_path / "1", iteration=1, model=model, optimizer=optimizer)
+    other, fresh = trained(seed=3, steps=0)
+    other(torch.ones(3, 4)).square().sum().backward()
+    load_checkpoint(tmp_path / "1", model=other, optimizer=fresh)
+    assert equal(model, other)
+    for own, loaded in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(optimizer.state[own]["exp_avg"], fresh.state[loaded]["exp_avg"])
+
+
 def test_upstreams_checkpoint_without_manifest_counts(tmp_path):
     model, _ = trained()
     save_checkpoint(tmp_path / "4", iteration=4, model=model)
