@@ -73,6 +73,10 @@ class DINOCell(nn.Module):
         Raises ValueError (the image has another shape, or a side that is no multiple of the patch
         size).
         """
+        return self.map_and_features(image)[0]
+
+    def map_and_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, and the deepest features beside the map: (B, D, H / p, W / p)."""
         patch = self.config.patch_size
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(
@@ -85,8 +89,9 @@ class DINOCell(nn.Module):
                 f"`image` must have sides that are multiples of the patch size {patch}, got "
                 f"{height}×{width}: pad it, or use `segment`, which does"
             )
-        logits = self.decoder(self.backbone(image), image)
-        return logits.float().sigmoid()  # [B, 1, H, W]
+        features = self.backbone(image)
+        logits = self.decoder(features, image)
+        return logits.float().sigmoid(), features[-1]  # [B, 1, H, W], [B, D, h, w]
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu") -> DINOCell:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dinocell.network.familiarity import Appearance
 from dinocell.network.model import DINOCell
 from dinocell.network.precision import autocast
 from dinocell.segmentation.intensity import IntensityRange, find_range
@@ -24,6 +25,7 @@ def predict_distance_map(
     tile_px: int | None = None,
     precision: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    appearance: Appearance | None = None,
 ) -> NDArray[np.float32]:
     """Distance map of a gray image of any size.
 
@@ -46,6 +48,8 @@ def predict_distance_map(
         See `dinocell.network.precision.autocast`; bf16 differs in the third digit.
     progress : callable (done, total), optional
         Called after every batch of windows.
+    appearance : Appearance, optional
+        Gets what the network saw in every window.
 
     Returns
     -------
@@ -71,7 +75,10 @@ def predict_distance_map(
         gray = torch.from_numpy(windows).to(device)  # [B, 1, window, window]
         batch = ((gray - mean) / std).contiguous()  # [B, 3, window, window]
         with torch.inference_mode(), context:
-            return model(batch)[:, 0].float().cpu().numpy()  # [B, window, window]
+            maps, features = model.map_and_features(batch)
+            if appearance is not None:
+                appearance.add(gray, features, maps)
+            return maps[:, 0].cpu().numpy()  # [B, window, window]
 
     distance_map = predict_windows(
         normalized[None],
