@@ -1,7 +1,5 @@
 """The process that runs a job's command: its output, its signals, and the memory that it lacked."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

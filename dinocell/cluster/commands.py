@@ -1,7 +1,5 @@
 """The commands that can be submitted, each described by the room that owns the files of its runs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from dinocell.submitted import SubmittedCommand

@@ -1,7 +1,5 @@
 """Why a job's command ended: what SLURM or a signal asked for, or what failed."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -9,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from dinocell.cluster.child import Child
 from dinocell.cluster.processes import Processes
@@ -32,7 +31,7 @@ class StopCause:
     cancelled: bool = False  # the job was cancelled
 
     @classmethod
-    def of(cls, state: JobState | None, restart: int) -> StopCause:
+    def of(cls, state: JobState | None, restart: int) -> Self:
         """From the job's state; `restart` counts the requeues that this process knows of."""
         if state is None:
             return cls()

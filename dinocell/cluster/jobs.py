@@ -1,7 +1,5 @@
 """The user's jobs as a table: state, progress, time left, and why a job failed."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ When one of several processes fails, the others lose their connection and fail, 
 The record of the job must name the cause and not its consequences.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Records of jobs: one `job.json` beside each run, and one list of the user's submissions."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,14 +1,12 @@
 """Settings of a cluster for all its jobs: partition, account, GPUs, time, set-up; one YAML file a site."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from dinocell.errors import ConfigError
 from dinocell.settings import config_from_mapping, read_settings
@@ -116,7 +114,7 @@ class SiteProfile:
         """Processes of a job on all nodes."""
         return self.nodes * (self.tasks_per_node or max(self.gpus_per_node, 1))
 
-    def with_gpus(self, count: int) -> SiteProfile:
+    def with_gpus(self, count: int) -> Self:
         """The same with another number of GPUs per node; 0 is none, a negative one a ConfigError."""
         if count < 0:
             raise ConfigError(f"the number of GPUs must be at least 0, got {count}: 0 is none")
@@ -127,7 +125,7 @@ class SiteProfile:
         gpus = [f"gpu{kind}:{count}"] if count else []
         return dataclasses.replace(self, gres=",".join([*gpus, *others]) or None)
 
-    def for_merging(self) -> SiteProfile:
+    def for_merging(self) -> Self:
         """The same for a job that reads and writes tables: one core, little memory, no GPU."""
         longest = "2:00:00" if minutes_of(self.time) > 120 else self.time
         # Options about processors, GPUs and memory are meant for the work itself.
@@ -142,7 +140,7 @@ class SiteProfile:
         }
         return dataclasses.replace(self.with_gpus(0), extra=extra, time=longest, **one)
 
-    def for_one_process(self) -> SiteProfile:
+    def for_one_process(self) -> Self:
         """The same for work that is one process: one node and at most one GPU."""
         one = self.with_gpus(1) if self.gpus_per_node > 1 else self
         return dataclasses.replace(one, nodes=1, tasks_per_node=1)

@@ -1,7 +1,5 @@
 """SLURM's own commands, asked in one place: what a job's state is, and its requeueing."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -9,8 +9,6 @@ requeueing are in one place, for submitit's jobs, plain sbatch scripts and `--lo
 - a child that ends by itself is done or has failed; neither is requeued.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -1,7 +1,5 @@
 """How fast a line, how many cores and how much memory a training step needs: `dinocell jump plan`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from dinocell.pretraining.jump_fields import streaming_errors

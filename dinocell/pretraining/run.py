@@ -1,7 +1,5 @@
 """Self-supervised pretraining: DINOCell runs the training program of the `dinov3` tree."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

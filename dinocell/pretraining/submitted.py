@@ -1,7 +1,5 @@
 """`pretrain` as a job of a cluster."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace

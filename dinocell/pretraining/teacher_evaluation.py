@@ -9,8 +9,6 @@ The decoder and its order of windows start from the same seed every time, so tha
 differ by their features only.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The backbone of any file that DINOCell reads, ready to be inspected."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ rank, spread, agreement of the attention maps, and how well the channel can stil
 The view called ``mean`` is the mean of the channels and is compared with the single channels apart.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product

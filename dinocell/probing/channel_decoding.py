@@ -1,7 +1,5 @@
 """How well a linear probe names the channel that a feature was computed from."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The result of a consistency score: numbers with their intervals and the values of chance."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Measures of how much features vary, and attention maps as rows that can be compared."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

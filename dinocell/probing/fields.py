@@ -1,12 +1,10 @@
 """Fields of a folder, read one at a time."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from dinocell.errors import DataSetError
 from dinocell.probing.feature_extraction import FieldImage
@@ -26,10 +24,11 @@ class FieldSource:
     def __iter__(self) -> Iterator[FieldImage]:
         return (self.read(index) for index in range(len(self.names)))
 
-    def spread(self, count: int | None) -> FieldSource:
+    def spread(self, count: int | None) -> Self:
         """At most `count` of these fields, spread evenly over the names; None keeps all."""
         kept = spread_evenly(range(len(self)), count)
-        return FieldSource([self.names[place] for place in kept], lambda i: self.read(kept[i]))
+        names = [self.names[place] for place in kept]
+        return replace(self, names=names, read=lambda place: self.read(kept[place]))
 
 
 @dataclass(frozen=True)

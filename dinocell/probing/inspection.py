@@ -4,8 +4,6 @@ Reads checkpoints and fields, computes features, and writes the consistency scor
 `inspect.json` and `inspect.png`.  Several checkpoints in one call are compared on the same windows.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Sequence

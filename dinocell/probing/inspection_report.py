@@ -1,7 +1,5 @@
 """The result of an inspection as a table, as JSON and as a picture."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,6 @@ A backbone that is consistent across channels should give features that segment 
 The mean and the standard deviation over channels say so in two numbers.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence

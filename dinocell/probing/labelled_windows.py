@@ -1,7 +1,5 @@
 """Square windows of labelled images, which the small decoder trains and is scored on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -4,11 +4,9 @@ A *view* is one window of one field seen through one channel; a *location* is th
 kept per field, because the 95 % intervals draw whole fields: windows of one field are not independent.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +37,7 @@ class Views:
         return len(self.names)
 
     @classmethod
-    def checked(cls, features: Any, fields: Any, locations: Any, channels: Any) -> Views:
+    def checked(cls, features: Any, fields: Any, locations: Any, channels: Any) -> Self:
         """From arguments as those of `channel_consistency`, which says what is raised."""
         matrix = np.asarray(features, dtype=np.float64)
         lengths = {len(fields), len(locations), len(channels)}
@@ -72,7 +70,7 @@ class Views:
             )
         return cls(matrix, field, location, channel, tuple(order), len(field_names))
 
-    def where(self, kept: NDArray[np.bool_]) -> Views:
+    def where(self, kept: NDArray[np.bool_]) -> Self:
         """The views that a mask keeps."""
         names = ("features", "field", "location", "channel")
         return replace(self, **{name: getattr(self, name)[kept] for name in names})

@@ -3,8 +3,6 @@
 Nothing here writes to a checkout, its index or its objects.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -13,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from dinocell.errors import UsageError
 from dinocell.upstream.series import PatchError, marked_name
@@ -103,7 +102,7 @@ class Scratch:
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(self._objects),
         }
 
-    def __enter__(self) -> Scratch:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,5 @@
 """Merge the series onto a commit of upstream: the state of each patch there."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

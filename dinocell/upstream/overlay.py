@@ -5,8 +5,6 @@ written into git's folder, and the files are renamed into place.  If the program
 next command finds the journal and restores the old files.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -3,8 +3,6 @@
 Git reports success when it places a patch without context wrongly; only the checks here notice it.
 """
 
-from __future__ import annotations
-
 import ast
 import builtins
 from collections.abc import Iterator, Mapping, Sequence

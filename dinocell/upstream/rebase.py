@@ -1,7 +1,5 @@
 """A series for another commit: made by merging, or from a checkout that somebody edited."""
 
-from __future__ import annotations
-
 import ast
 import tempfile
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What `dinocell upstream` prints."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace

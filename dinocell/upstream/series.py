@@ -4,8 +4,6 @@ A patch holds added lines only, with zero context, so that no line of upstream's
 repository.  Each added line ends with `# dinocell: NAME`, the name of its patch.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import re
@@ -13,6 +11,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import yaml
 
@@ -43,7 +42,7 @@ class Hook:
         return f"{self.path} {self.function} {self.place} {self.landmark}".rstrip()
 
     @classmethod
-    def parse(cls, text: str, source: str) -> Hook:
+    def parse(cls, text: str, source: str) -> Self:
         """From a line of a patch's header: `FILE FUNCTION first|after NAME|before NAME`."""
         path, function, place, landmark = [*text.split(), "", "", "", ""][:4]
         right = place in _PLACES and bool(landmark) == (place != "first")

@@ -1,7 +1,5 @@
 """Run the conformance suite on a tree, and show its result as a table."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The running centre of a teacher's logits, which two losses have (ours; DINO, Caron et al. 2021, eq. 4)."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Collapse monitors and pictures of a training run (ours); `hooks` has wandb and the evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Where the bytes come from is not known here, so that folders and object stores share it.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 These are functions of `dinocell/files.py`, which says why this is safe; this tree may not import it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """A loss that is NaN or infinite ends the run, with all that is needed to find out why (ours)."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

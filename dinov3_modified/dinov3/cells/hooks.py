@@ -5,8 +5,6 @@ a checkout.  Everything is imported where it is used, so that a run without DINO
 upstream's own.  `watched` and `evaluate` are called by `dinov3.train.train` of this tree too.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence

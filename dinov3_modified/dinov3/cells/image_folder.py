@@ -1,7 +1,5 @@
 """Any folder of images, as RGB (ours)."""
 
-from __future__ import annotations
-
 from io import BytesIO
 from pathlib import Path
 from typing import Any

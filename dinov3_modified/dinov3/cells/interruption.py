@@ -1,11 +1,9 @@
 """Signals that ask a run to stop (ours): recorded at once, obeyed between two steps."""
 
-from __future__ import annotations
-
 import signal
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -32,7 +30,7 @@ class StopRequest:
         self._asked: tuple[int, float] | None = None  # step and time of the last exchange
         self._next_step = 0
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         for number in STOP_SIGNALS:
             try:
                 self._before[number] = signal.signal(number, self._note)

@@ -5,8 +5,6 @@ few images; what is expensive is cut to `monitor.max_rows` rows.  What each figu
 healthy range, is in docs/monitoring.md.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

@@ -5,8 +5,6 @@ loss and gradients follow at once, and the chunk is dropped.  The [M, K] matrix 
 its gradient are never whole in memory.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

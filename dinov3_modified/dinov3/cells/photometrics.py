@@ -4,8 +4,6 @@ What is random is drawn first (`draw`), then applied (`apply`), so that the seco
 without chance.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

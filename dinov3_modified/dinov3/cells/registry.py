@@ -3,8 +3,6 @@
 `Name:key=value:...` as upstream's, with more names and with more keys than root, extra and split.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from typing import Any

@@ -4,8 +4,6 @@ Buckets are reduced after the backward pass, each while the next is being packed
 networks of the size of ViT-S to ViT-L; FSDP2 (`accelerator.strategy: fsdp`) is for larger ones.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """What a run started from, and whether a folder's run may continue with a configuration (ours)."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The batches of a training run in an order that the configuration sets, and what they hold (ours)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice

@@ -1,7 +1,5 @@
 """Optimiser and schedules of a run from its configuration, as upstream's training program has them."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -7,8 +7,6 @@ is only read, in chunks: two passes an iteration, O(M K) time, memory of one chu
 patches and 65,536 prototypes the whole matrix would have 3.9 GB in float32.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Base class of `dinov3.train.ssl_meta_arch.SSLMetaArch`, which makes the networks and calls them.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

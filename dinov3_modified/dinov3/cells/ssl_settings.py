@@ -1,7 +1,5 @@
 """Which settings of self-supervised training go together (ours)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Starting values of the student: random, or from files that the configuration names (ours)."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

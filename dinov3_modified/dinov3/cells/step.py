@@ -1,7 +1,5 @@
 """One optimiser step: seeds, accumulated batches, gradient norms, the Gram teacher's turns (ours)."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

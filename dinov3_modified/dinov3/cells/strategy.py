@@ -1,7 +1,5 @@
 """Where and how a network is trained (ours): device, strategy, whole state dicts in and out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Unknown, ignored and changed keys of a configuration (ours)."""
 
-from __future__ import annotations
-
 import difflib
 import logging
 from collections.abc import Iterator

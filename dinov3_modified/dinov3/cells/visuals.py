@@ -5,8 +5,6 @@ one core does the rest on a network of its own, so that neither mode nor random 
 of the training networks are touched.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import threading

@@ -5,8 +5,6 @@ A checkpoint is a folder OUT/ckpt/ITERATION of `torch.distributed.checkpoint` wi
 place, with a list of its files and their checksums, and renamed when complete.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -6,8 +6,6 @@ rotary positions depend on the grid alone.  So at the start a patch-8 network *i
 network on the enlarged image, at the same cost.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Reading, checking and writing a run's configuration (matches `dinov3.configs.config`)."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """Datasets around datasets (matches `dinov3.data.adapters`)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch.utils.data import Dataset

@@ -1,10 +1,8 @@
 """Crops of one RGB image for student and teacher (matches `dinov3.data.augmentations`)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
@@ -95,7 +93,7 @@ class DataAugmentationDINO:
         self.normalize = make_base_transform(self.mean, self.std)
 
     @classmethod
-    def from_config(cls, cfg: Any) -> DataAugmentationDINO:
+    def from_config(cls, cfg: Any) -> Self:
         """As the section `crops` of a configuration says."""
         crops = cfg.crops
         return cls(

@@ -5,8 +5,6 @@ network that gives both the same features must find what the channels share: the
 Windows are cut at native scale, before anything is averaged or resized.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Samples → batch, with masks (matches `dinov3.data.collate`)."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -7,8 +7,6 @@ their start method change nothing, neither in the batches nor in the draws of th
 resumes exactly from its position alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import multiprocessing

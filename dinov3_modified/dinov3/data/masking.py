@@ -4,8 +4,6 @@ The draws come from Python's and NumPy's global generators in upstream's order, 
 equal masks.
 """
 
-from __future__ import annotations
-
 import math
 import random
 

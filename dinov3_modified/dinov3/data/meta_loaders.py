@@ -1,7 +1,5 @@
 """Several loaders behind one (matches `dinov3.data.meta_loaders`)."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence

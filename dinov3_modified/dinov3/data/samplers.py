@@ -4,12 +4,10 @@ Each order is a function of its seed: what a sampler yields after `advance` is w
 yielded there without stopping.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ class SamplePosition(int):
 
     position: int  # 0 for the first sample of a run; random numbers are drawn from it
 
-    def __new__(cls, index: int, position: int) -> SamplePosition:
+    def __new__(cls, index: int, position: int) -> Self:
         made = super().__new__(cls, index)
         made.position = position
         return made

@@ -4,8 +4,6 @@ Images are PIL images in RGB, uint8 arrays (H, W, 3), or uint8 tensors (3, H, W)
 Parameters and statistics are upstream's, which used torchvision.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Collectives on tensors of unequal size and on dictionaries (matches `dinov3.distributed`)."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -3,8 +3,6 @@
 Without a process group everything answers for one process, rank 0 of 1.
 """
 
-from __future__ import annotations
-
 import builtins
 import os
 import random
@@ -13,7 +11,7 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -144,7 +142,7 @@ class TorchDistributedEnvironment:
         drawn = random.Random(f"{job}.{step}.{restart}").randint(20_000, 32_000)
         self.master_port = int(os.environ.get("MASTER_PORT") or drawn)
 
-    def export(self, *, overwrite: bool = False) -> TorchDistributedEnvironment:
+    def export(self, *, overwrite: bool = False) -> Self:
         """Write the values into the environment, where `torch.distributed` looks for them.
 
         Raises RuntimeError (another value is there and `overwrite` is false).

@@ -3,8 +3,6 @@
 The order matters: a compiled block must contain its checkpointing, and sharding comes around both.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial

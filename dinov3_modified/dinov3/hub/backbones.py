@@ -4,8 +4,6 @@ Meta gives the weights to those who accept its licence: ask for them on the DINO
 file, and pass `weights=PATH`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from enum import Enum

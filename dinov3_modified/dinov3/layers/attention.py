@@ -1,7 +1,5 @@
 """Multi-head self-attention with rotary positions (Vaswani et al. 2017, eq. 1)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A pre-norm transformer block with LayerScale and stochastic depth by sub-batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

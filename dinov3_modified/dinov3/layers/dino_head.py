@@ -1,7 +1,5 @@
 """Projection head of DINO and iBOT (Caron et al. 2021, section 3.1)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Feed-forward layers of a block, on one tensor or on a list of differently long ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

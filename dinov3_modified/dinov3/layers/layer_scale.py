@@ -1,7 +1,5 @@
 """A learned factor per channel on a residual branch (CaiT, Touvron et al. 2021, eq. 4)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

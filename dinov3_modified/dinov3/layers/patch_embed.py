@@ -1,7 +1,5 @@
 """Image → one vector a patch: a convolution as wide as its stride (Dosovitskiy et al. 2021, eq. 1)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

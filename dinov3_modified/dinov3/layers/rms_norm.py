@@ -1,7 +1,5 @@
 """Root-mean-square normalisation (Zhang & Sennrich 2019, eq. 4)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

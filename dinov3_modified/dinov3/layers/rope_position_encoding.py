@@ -4,8 +4,6 @@ Coordinates run from −1 to 1 over the image whatever its size, so a network me
 at another resolution or patch size.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Log files and metrics of a run (matches `dinov3.logging`)."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -4,8 +4,6 @@ Values may be tensors on a GPU: they stay there until a line is printed, then go
 copy, so that logging does not wait for the device in every step.
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import logging

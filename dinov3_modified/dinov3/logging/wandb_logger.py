@@ -5,8 +5,6 @@ Every call passes `WandbLogger._try`: the first one that fails switches wandb of
 The same metrics are in training_metrics.json.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -31,15 +29,6 @@ logger = logging.getLogger("dinov3")
 _MODES = ("auto", "online", "offline", "disabled")
 _ID_FILE = "wandb_run_id.txt"
 _STATE_FILE = "wandb_state.json"
-
-
-def create_wandb_logger(cfg: Any, *, resume: bool = True) -> WandbLogger:
-    """The logger of a run; it does nothing when `wandb.enabled` is false.
-
-    `cfg`: a whole configuration; reads its `wandb` section and `train.output_dir`.  `resume`: false
-    starts another wandb run in the same folder.
-    """
-    return WandbLogger(cfg, enabled=bool(cfg.wandb.enabled), resume=resume)
 
 
 class WandbLogger:
@@ -236,6 +225,15 @@ class WandbLogger:
                 _line(error),
                 self.run_id,
             )
+
+
+def create_wandb_logger(cfg: Any, *, resume: bool = True) -> WandbLogger:
+    """The logger of a run; it does nothing when `wandb.enabled` is false.
+
+    `cfg`: a whole configuration; reads its `wandb` section and `train.output_dir`.  `resume`: false
+    starts another wandb run in the same folder.
+    """
+    return WandbLogger(cfg, enabled=bool(cfg.wandb.enabled), resume=resume)
 
 
 def _check(settings: Any) -> None:

@@ -1,7 +1,5 @@
 """DINO loss on CLS tokens (matches `dinov3.loss.dino_clstoken_loss`; Caron et al. 2021, eq. 2-4)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional

@@ -1,7 +1,5 @@
 """Gram anchoring (matches `dinov3.loss.gram_loss`; Siméoni et al. 2025, DINOv3, eq. 2)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -1,7 +1,5 @@
 """iBOT loss on masked patches (matches `dinov3.loss.ibot_patch_loss`; Zhou et al. 2022, eq. 3)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

@@ -1,7 +1,5 @@
 """KoLeo: spread the features of a batch (matches `dinov3.loss.koleo_loss`; Sablayrolles et al. 2019, eq. 1)."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Vision transformers by name and from a configuration (matches `dinov3.models`, ViT part)."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any

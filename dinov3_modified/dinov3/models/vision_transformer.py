@@ -1,7 +1,5 @@
 """The DINOv3 vision transformer (Siméoni et al. 2025; matches `dinov3.models.vision_transformer`)."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """A job's set-up and end as a context (matches `dinov3.run.init`)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta

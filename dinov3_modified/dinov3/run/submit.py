@@ -4,8 +4,6 @@
         dinov3/train/train.py --config-file F --output-dir D key=value
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -3,8 +3,6 @@
 Names are imported on first use, so that `python -m dinov3.train.train` loads its module once.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 __all__ = ["SSLMetaArch", "get_args_parser", "main"]

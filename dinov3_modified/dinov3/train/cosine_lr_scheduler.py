@@ -1,7 +1,5 @@
 """Schedules: one value an iteration (matches `dinov3.train.cosine_lr_scheduler`; SGDR, eq. 5)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

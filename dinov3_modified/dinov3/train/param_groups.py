@@ -4,8 +4,6 @@ Layer-wise decay after BEiT (Bao et al. 2022): a block's rate falls by a constan
 away from the output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

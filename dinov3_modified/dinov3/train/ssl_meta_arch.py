@@ -4,13 +4,11 @@ DINO (Caron et al. 2021), iBOT (Zhou et al. 2022), KoLeo and their sum as in DIN
 2023, section 4); Gram anchoring and the single-stage schedule of DINOv3 (Siméoni et al. 2025).
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -396,7 +394,7 @@ class SSLMetaArch(SSLLosses):
 
     # --- training ---
 
-    def train(self, mode: bool = True) -> SSLMetaArch:
+    def train(self, mode: bool = True) -> Self:
         """Teachers stay in eval mode."""
         super().train(mode)
         for module in self._frozen():

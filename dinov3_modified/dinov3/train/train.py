@@ -6,8 +6,6 @@ Every random number is a function of the seed and of the place in the run (sampl
 a run that was cut anywhere continues as if nothing had happened.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import logging

@@ -4,8 +4,6 @@ Upstream has those of its own clusters; here DINOV3_SLURM_PARTITION, DINOV3_SLUR
 DINOV3_SLURM_ACCOUNT and DINOV3_CHECKPOINT_DIR say what a site uses.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A function of a file by its name (matches `dinov3.utils.custom_callable`)."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Functions on lists of token tensors and on module trees (matches `dinov3.utils.utils`)."""
 
-from __future__ import annotations
-
 import os
 import random
 import subprocess

@@ -5,8 +5,6 @@ PROJECT/SOURCE/workspace/load_data_csv/BATCH/PLATE/load_data*.  Channel numbers 
 other sources, so only a table says what a file shows.
 """
 
-from __future__ import annotations
-
 import csv
 import fnmatch
 import gzip

@@ -1,7 +1,5 @@
 """Fields of a store, decoded and checked, by the requests of one process (ours)."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import Counter

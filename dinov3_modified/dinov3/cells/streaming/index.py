@@ -5,15 +5,13 @@ row is a field: plate, well, site, the common beginning of its file names, and t
 holds the channels and the ends of their names.  Keys are put together when they are asked for.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -21,6 +19,7 @@ from dinov3.cells.files import atomic_path
 
 _VERSION = 1
 _VAL_SHARE = 0.1
+_MOST_LAYOUTS = 4096  # beyond these a layout is a row's own
 
 
 @dataclass(frozen=True)
@@ -130,8 +129,40 @@ class IndexWriter:
             writer.write_table(table.combine_chunks(), max_chunksize=len(self._rows))
 
 
-# Beyond these a layout is a row's own.
-_MOST_LAYOUTS = 4096
+@dataclass(frozen=True)
+class RowRanges:
+    """Chosen rows as ranges: a few numbers, not one a row."""
+
+    starts: np.ndarray  # first row of each range
+    ends: np.ndarray  # number of chosen rows up to the end of each range
+
+    @classmethod
+    def of_mask(cls, mask: np.ndarray) -> Self:
+        """Rows where a mask is true."""
+        padded = np.zeros(len(mask) + 2, bool)
+        padded[1:-1] = mask
+        edges = np.flatnonzero(padded[1:] != padded[:-1])
+        starts, stops = edges[::2], edges[1::2]
+        return cls(starts, np.cumsum(stops - starts))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, number: int) -> int:
+        if not 0 <= number < len(self):
+            raise IndexError(f"a number must lie below {len(self)}, got {number}")
+        place = int(np.searchsorted(self.ends, number, side="right"))
+        before = int(self.ends[place - 1]) if place else 0
+        return int(self.starts[place]) + number - before
+
+    def first(self, count: int) -> Self:
+        """The first so many of them."""
+        if count >= len(self):
+            return self
+        place = int(np.searchsorted(self.ends, count, side="left"))
+        ends = self.ends[: place + 1].copy()
+        ends[-1] = count
+        return type(self)(self.starts[: place + 1], ends)
 
 
 class FieldIndex:
@@ -214,42 +245,6 @@ class FieldIndex:
         complete = np.array([wanted <= {c for c, _ in layout} for layout in self.layouts])
         side = np.array([split in ("all", side_of_plate(plate)) for plate in self.plates])
         return RowRanges.of_mask(side[plate] & complete[self.column("layout")])
-
-
-@dataclass(frozen=True)
-class RowRanges:
-    """Chosen rows as ranges: a few numbers, not one a row."""
-
-    starts: np.ndarray  # first row of each range
-    ends: np.ndarray  # number of chosen rows up to the end of each range
-
-    @classmethod
-    def of_mask(cls, mask: np.ndarray) -> RowRanges:
-        """Rows where a mask is true."""
-        padded = np.zeros(len(mask) + 2, bool)
-        padded[1:-1] = mask
-        edges = np.flatnonzero(padded[1:] != padded[:-1])
-        starts, stops = edges[::2], edges[1::2]
-        return cls(starts, np.cumsum(stops - starts))
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def __getitem__(self, number: int) -> int:
-        if not 0 <= number < len(self):
-            raise IndexError(f"a number must lie below {len(self)}, got {number}")
-        place = int(np.searchsorted(self.ends, number, side="right"))
-        before = int(self.ends[place - 1]) if place else 0
-        return int(self.starts[place]) + number - before
-
-    def first(self, count: int) -> RowRanges:
-        """The first so many of them."""
-        if count >= len(self):
-            return self
-        place = int(np.searchsorted(self.ends, count, side="left"))
-        ends = self.ends[: place + 1].copy()
-        ends[-1] = count
-        return RowRanges(self.starts[: place + 1], ends)
 
 
 def _natural(text: str) -> Sequence[Any]:

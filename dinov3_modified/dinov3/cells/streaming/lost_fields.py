@@ -1,7 +1,5 @@
 """The list of fields that cannot be read, which all processes of a run share (ours)."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

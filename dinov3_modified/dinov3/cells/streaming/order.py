@@ -8,8 +8,6 @@ a constant (modulo the fields of a pass), so each visit number meets every field
 pass is K samples of each field.  A position costs O(K) time at most, so resumption is exact and fast.
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What streaming needs, by arithmetic: bytes, requests, cores against visits per field (ours)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

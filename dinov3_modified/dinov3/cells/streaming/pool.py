@@ -7,8 +7,6 @@ time of last use, and the least recently used entries are removed first; a proce
 entry mapped keeps its pages.  A hit costs two system calls, a new entry one scan of the folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

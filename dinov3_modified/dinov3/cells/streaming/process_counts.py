@@ -1,7 +1,5 @@
 """Counters of all processes that read fields, in files that the main process adds up (ours)."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -5,8 +5,6 @@ places of its chunks, so a field costs one read of exactly its bytes, plus one o
 shard, which is kept.  A directory of millions of fields has thousands of files.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

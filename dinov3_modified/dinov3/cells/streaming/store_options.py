@@ -1,12 +1,10 @@
 """Where objects are, how patiently they are fetched, and what can go wrong on the way (ours)."""
 
-from __future__ import annotations
-
 import re
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 TRANSPORTS = ("obstore", "boto3")
 _ENDPOINT = re.compile(r"https?://[\w.\-\[\]:]+/?")
@@ -126,7 +124,7 @@ class StreamOptions(RequestOptions):
             )
 
     @classmethod
-    def from_config(cls, section: Mapping[str, Any]) -> StreamOptions:
+    def from_config(cls, section: Mapping[str, Any]) -> Self:
         """Of the section `streaming` of a configuration; ValueError for a wrong key or value."""
         known = {item.name for item in fields(cls)}
         if unknown := sorted(set(section) - known):

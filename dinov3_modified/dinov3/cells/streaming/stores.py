@@ -1,7 +1,5 @@
 """Objects by key, from S3, any server of its protocol, or a folder, with retries and checks (ours)."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """Threads for requests, which the end of a program does not wait for (ours)."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import queue

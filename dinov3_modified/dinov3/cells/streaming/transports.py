@@ -5,8 +5,6 @@ A client is made in the process that uses it: one that was used before a fork gi
 bytes (boto3) or hangs (obstore).
 """
 
-from __future__ import annotations
-
 import datetime
 import os
 import re

@@ -3,8 +3,6 @@
 A backbone is a complete state dict in Meta's names.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

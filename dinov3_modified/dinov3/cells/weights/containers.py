@@ -4,8 +4,6 @@ Nothing is unpickled but tensors, and the table of contents of a DCP folder by a
 its few classes only.
 """
 
-from __future__ import annotations
-
 import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Mapping

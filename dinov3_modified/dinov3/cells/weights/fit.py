@@ -1,7 +1,5 @@
 """Do the entries of a file fit a network?  The one answer for backbones, teachers and the hub."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The names and the configuration of Hugging Face's DINOv3ViTModel, in both directions."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Backbones of any DINOv3 file: what they are, and how they fill a network."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping

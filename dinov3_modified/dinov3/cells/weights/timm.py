@@ -1,7 +1,5 @@
 """The names of timm's DINOv3, in both directions."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from itertools import product

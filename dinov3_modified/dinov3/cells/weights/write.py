@@ -1,7 +1,5 @@
 """A backbone as a file of Meta's, Hugging Face's, timm's or our format."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

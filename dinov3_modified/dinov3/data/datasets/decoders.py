@@ -1,7 +1,5 @@
 """Bytes → image, target → target (matches `dinov3.data.datasets.decoders`)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any

@@ -1,7 +1,5 @@
 """A dataset of encoded images (matches `dinov3.data.datasets.extended`, without torchvision)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@ Instead of scanning a million files, a table is read: `entries-SPLIT.npy` (class
 actual_index), `class-ids-SPLIT.npy` and `class-names-SPLIT.npy` in `extra`; `dump_extra` makes them.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from enum import Enum

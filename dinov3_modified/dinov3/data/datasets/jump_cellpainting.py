@@ -4,8 +4,6 @@ Which channel a file holds is read from a table or from its name, never assumed:
 mean different stains at different sites.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import re

@@ -5,8 +5,6 @@ was decoded lies in a pool that all workers of a machine share.  The order of th
 function of seed and position (`streaming.order`), whatever arrives when.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time
