@@ -352,6 +352,13 @@ def test_no_text_installs_the_other_dinocell():
     assert wrong == []
 
 
+def test_micrometres_have_one_spelling():
+    """The micro sign (U+00B5), not the Greek letter that looks the same."""
+    sources = [path for path in (ROOT / "dinocell").rglob("*") if path.suffix in (".py", ".j2")]
+    texts = [*sources, *TREE.rglob("*.py"), *documents()]
+    assert [named(path) for path in texts if "\u03bc" in path.read_text("utf-8")] == []
+
+
 def test_constraints_pin_what_setup_asks_for():
     pinned = {
         line.split("==")[0].lower().replace("_", "-")

@@ -265,7 +265,7 @@ def _ome_metadata(
 def _unit_key(unit: str) -> str:
     """A unit of length in one spelling: `Micrometres`, `µm` and `\\u00B5m` → `micrometer`, `um`, `um`."""
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda code: chr(int(code[1], 16)), unit)
-    text = unicodedata.normalize("NFKC", text).lower().replace("μ", "u")
+    text = unicodedata.normalize("NFKC", text).lower().replace("\u03bc", "u")
     text = re.sub(r"[\s._-]", "", text).replace("metre", "meter").replace("ström", "strom")
     return text.removesuffix("s")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from uuid import NAMESPACE_OID, uuid5
 
 import numpy as np
 
@@ -223,6 +225,9 @@ def _write_tiff(
             options["resolution"] = (1.0 / pixel_size_um, 1.0 / pixel_size_um)
             options["resolutionunit"] = "NONE"
     else:
+        # of the content in place of tifffile's random one, so that the same image gives the same bytes
+        content = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
+        metadata["UUID"] = f"urn:uuid:{uuid5(NAMESPACE_OID, content)}"
         if note:
             metadata["Description"] = note
         if channel_names:

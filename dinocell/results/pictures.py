@@ -408,7 +408,7 @@ def _font(size: int) -> Any:
 
 def _plain(text: str) -> str:
     """Text in the characters that Pillow's built-in font has (ASCII)."""
-    text = text.replace("µ", "u").replace("μ", "u").replace("×", "x")
+    text = text.replace("µ", "u").replace("\u03bc", "u").replace("×", "x")
     text = text.replace("–", "-").replace("—", "-")
     parts = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return "".join(c if " " <= c <= "~" else "?" for c in parts)

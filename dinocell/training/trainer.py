@@ -168,7 +168,8 @@ class _Trainer:
                 loss, gradient_norm = self._step(image, target)
                 self.step += 1
                 speed.losses.append(loss)
-                bar.advance(note=f"loss {loss:.4f}  best AP {max(self.best_ap, 0):.3f}")
+                best = f"  best AP {self.best_ap:.3f}" if self.best_ap >= 0 else ""
+                bar.advance(note=f"loss {loss:.4f}{best}")
                 if self.step % schedule.log_every == 0 or self.step == schedule.steps:
                     self._log(
                         {

@@ -116,6 +116,19 @@ def test_label_tiffs_describe_themselves(tmp_path):
         assert read_image(tmp_path / name).pixel_size_um == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("ending", ["tif", "ome.tif", "png", "npy"])
+def test_the_same_image_gives_the_same_bytes(tmp_path, ending):
+    """Also as OME-TIFF, whose identifier follows from the pixels; above 65,535 cells labels are OME."""
+    image = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    for number in range(2):
+        write_image(tmp_path / f"{number}.{ending}", image)
+        write_labels(tmp_path / f"{number}_labels.tif", image * np.uint32(70_000), pixel_size_um=0.5)
+    write_image(tmp_path / f"2.{ending}", image + 1)
+    first, same, other = ((tmp_path / f"{n}.{ending}").read_bytes() for n in range(3))
+    assert first == same != other
+    assert len({(tmp_path / f"{n}_labels.tif").read_bytes() for n in range(2)}) == 1
+
+
 def test_compression_changes_the_file_and_not_the_labels(tmp_path):
     labels = np.kron(two_discs(), np.ones((8, 8), dtype=np.int64))
     write_labels(tmp_path / "a.tif", labels)
