@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
@@ -15,6 +15,7 @@ from dinocell.errors import ImageFileError, UsageError
 from dinocell.io import read_image, refuse_long_names, select_channels
 from dinocell.labels import looks_like_labels
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
+from dinocell.results.confidence import cell_scores
 from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.intensity import IntensityRange, find_range
 from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
@@ -32,14 +33,17 @@ _CHANNEL_HINT = "choose one with `channels`, or several, which are averaged"
 
 
 class LoadedImage(NamedTuple):
-    """The gray plane (H, W) to segment, its pixel size in µm, its name, what was noted on it, and how
-    its intensities map to those that a network sees."""
+    """The gray plane (H, W) to segment, its pixel size in µm, its name, what was noted on it, how its
+    intensities map to those that a network sees, and, where the plane is the mean of several channels,
+    these as they were read (H, W, C) with their names."""
 
     plane: NDArray
     pixel_size_um: float | None
     name: str
     intensity: IntensityRange
     warnings: tuple[str, ...] = ()
+    channels: NDArray | None = None
+    channel_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,19 @@ class Segmentation:
         0 background, cells 1..n.
     distance_map : (H, W) float32 ndarray in [0, 1]
     image : (H, W) ndarray
-        The gray plane the network saw, before normalisation.
+        The gray plane the network saw, before normalisation; of several channels the mean after it.
     pixel_size_um : float or None
         From the file, or as given.
     name : str
         Stem of the file, or "image".
     warnings : tuple of str
         What a careful user should know (constant image, ...).
+    channels : (H, W, C) ndarray or None
+        Where the plane is the mean of several channels: these, as they were read.
+    channel_names : tuple of str
+        One name per channel, its position where the file has no names.
+    scores : (n,) float64 ndarray in [0, 1] or None
+        How well the distance map supports each cell: see `dinocell.results.confidence.cell_scores`.
     """
 
     labels: NDArray[np.uint32]
@@ -67,6 +77,9 @@ class Segmentation:
     pixel_size_um: float | None = None
     name: str = "image"
     warnings: tuple[str, ...] = field(default=())
+    channels: NDArray | None = None
+    channel_names: tuple[str, ...] = ()
+    scores: NDArray[np.float64] | None = None
 
     @property
     def num_cells(self) -> int:
@@ -74,10 +87,23 @@ class Segmentation:
         return int(self.labels.max(initial=0))
 
     def measure(self) -> CellTable:
-        """One row per cell; scikit-image's names, µm columns where the pixel size is known."""
+        """One row per cell; scikit-image's names, µm columns where the pixel size is known.
+
+        Intensities are those of the file; with several channels each has columns of its own, such as
+        `intensity_mean_DNA`.
+        """
         from dinocell.results.measure import measure_labels
 
-        return measure_labels(self.labels, self.image, pixel_size_um=self.pixel_size_um)
+        one = self.channels is None
+        table = measure_labels(
+            self.labels,
+            self.image if one else self.channels,
+            pixel_size_um=self.pixel_size_um,
+            channel_names=None if one else self.channel_names,
+        )
+        if self.scores is None:
+            return table
+        return replace(table, data={**table.data, "score": self.scores})
 
     def summary(self) -> dict[str, Any]:
         """Number of cells, confluency, mean area of this image."""
@@ -174,6 +200,8 @@ class DINOCellPipeline:
         bf16 differs in the third digit; `auto` takes it where the processor has the unit for it.
     percentiles : (low, high), optional
         Intensities that become black and white, in place of the model's percentiles.
+    min_score : float in [0, 1]
+        Leave out cells whose score is lower: see `dinocell.results.confidence.cell_scores`.
     peak_threshold, fill_threshold, min_prominence, min_area_px : optional
         In place of the model's own: see `dinocell.segmentation.thresholds.Thresholds`.
 
@@ -192,6 +220,7 @@ class DINOCellPipeline:
         tile_px: int | None = None,
         precision: str = "auto",
         percentiles: tuple[float, float] | None = None,
+        min_score: float = 0.0,
         **thresholds: Unpack[ThresholdChanges],
     ) -> None:
         unknown = thresholds.keys() - ThresholdChanges.__annotations__.keys()
@@ -214,6 +243,9 @@ class DINOCellPipeline:
         self.batch_size = batch_size
         self.tile_px = tile_px
         self.precision = precision
+        if not 0.0 <= min_score <= 1.0:
+            raise UsageError(f"`min_score` must be in 0 to 1, got {min_score}: 0 keeps all cells")
+        self.min_score = min_score
 
     def run(
         self,
@@ -261,6 +293,8 @@ class DINOCellPipeline:
             pixel_size_um=loaded.pixel_size_um,
             name=name or loaded.name,
             warnings=loaded.warnings,
+            channels=loaded.channels,
+            channel_names=loaded.channel_names,
         )
 
     def load(
@@ -315,7 +349,9 @@ class DINOCellPipeline:
                 f"the image must be gray, got {pixels.shape[2]} channels{described}{where}: "
                 f"{_CHANNEL_HINT}"
             )
+        channels_read, channel_names = None, ()
         if pixels.ndim == 3:
+            channels_read, channel_names = pixels, _different_names(names, chosen)
             pixels, noted = self._average(pixels, names)
             notes = (*notes, *noted)
         if not allow_mask and looks_like_labels(pixels):
@@ -324,7 +360,10 @@ class DINOCellPipeline:
                 "give the raw image, or set `allow_mask` if it is the raw image"
             )
         intensity = find_range(pixels, **self.model.config.intensity)
-        return LoadedImage(pixels, pixel_size_um, stem, intensity, (*notes, *intensity.notes))
+        notes = (*notes, *intensity.notes)
+        return LoadedImage(
+            pixels, pixel_size_um, stem, intensity, notes, channels_read, channel_names
+        )
 
     def predict(
         self,
@@ -355,10 +394,22 @@ class DINOCellPipeline:
         pixel_size_um: float | None = None,
         name: str = "image",
         warnings: Sequence[str] = (),
+        channels: NDArray | None = None,
+        channel_names: tuple[str, ...] = (),
     ) -> Segmentation:
         """Last third of `run`: distance map → labels.  Needs no network and no GPU."""
         labels = separate_cells(distance_map, self.thresholds)
         found = list(warnings)
+        scores = cell_scores(labels, distance_map, target=self.model.config.target)
+        kept = scores >= self.min_score
+        if not kept.all():
+            numbers = np.where(kept, np.cumsum(kept), 0)
+            labels = np.append(0, numbers).astype(np.uint32)[labels]
+            found.append(
+                f"{np.count_nonzero(~kept)} of {len(kept)} cells were left out, because their scores "
+                f"are below {self.min_score:g}"
+            )
+            scores = scores[kept]
         if plane.size and plane.min() == plane.max():
             found.append("constant image: no cells can be found")
         return Segmentation(
@@ -368,6 +419,9 @@ class DINOCellPipeline:
             pixel_size_um=pixel_size_um,
             name=name,
             warnings=tuple(found),
+            channels=channels,
+            channel_names=channel_names,
+            scores=scores,
         )
 
     def _average(
@@ -381,6 +435,18 @@ class DINOCellPipeline:
             channel = names[index] if names else index
             notes += [f"channel {channel}: {note}" for note in intensity.notes]
         return np.mean(planes, axis=0, dtype=np.float32), notes
+
+
+def _different_names(
+    names: Sequence[str] | None, chosen: Sequence[int | str] | None
+) -> tuple[str, ...]:
+    """Names of the channels for columns: those of the file, or the positions that were chosen."""
+    positions = [str(channel).strip() for channel in chosen or ()]
+    if not names:
+        return tuple(positions)
+    return tuple(
+        name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names)
+    )
 
 
 def _check_values(pixels: NDArray, where: str, failure: type[Exception]) -> None:

@@ -41,6 +41,7 @@ class SegmentOptions:
     channels, page : which plane of a file is segmented; several channels are averaged
     pixel_size_um : edge of a pixel in µm, above 0
     peak_threshold, fill_threshold, min_prominence, min_area_px : see `Thresholds`
+    min_score : cells whose score (0 to 1) is lower are left out
     batch_size : windows per call of the network
     tile_px : edge of the regions that are processed one after the other; changes no result
     precision : `auto`, `fp32` or `bf16`
@@ -61,6 +62,7 @@ class SegmentOptions:
     fill_threshold: float | None = None
     min_prominence: float | None = None
     min_area_px: int | None = None
+    min_score: float = 0.0
     batch_size: int = 8
     tile_px: int | None = None
     precision: str = "auto"
@@ -121,6 +123,8 @@ def check_options(options: SegmentOptions) -> None:
             f"`percentiles` must hold 0 <= low < high <= 100, got {options.percentiles}: 1 and 99.8 are "
             "usual"
         )
+    if not 0.0 <= options.min_score <= 1.0:
+        raise UsageError(f"`min_score` must be in 0 to 1, got {options.min_score}: 0 keeps all cells")
     if options.tile_px is not None and options.tile_px < 1:
         raise UsageError(f"`tile_px` must be at least 1, got {options.tile_px}: leave it out")
     if options.page is not None and options.page < 0:

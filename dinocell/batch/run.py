@@ -159,6 +159,7 @@ def segment_files(
         fill_threshold=options.fill_threshold,
         min_prominence=options.min_prominence,
         min_area_px=options.min_area_px,
+        min_score=options.min_score,
     )
     make_folder(out)
     with _claimed_folder(out, part, claimant):
@@ -257,7 +258,8 @@ class _Batch:
                 if predicted is None:
                     bar.advance(note=path.name)
                     continue
-                size = predicted[0].plane.nbytes + predicted[1].nbytes
+                arrays = (predicted[0].plane, predicted[0].channels, predicted[1])
+                size = sum(array.nbytes for array in arrays if array is not None)
                 self.pending.append((path, size, pool.submit(self._finish, path, *predicted)))
                 del predicted  # held by the other thread alone, until it is done
                 # Bounded, so that slow disks do not fill the memory with finished maps.
@@ -295,6 +297,8 @@ class _Batch:
                 pixel_size_um=loaded.pixel_size_um,
                 name=path.stem,
                 warnings=loaded.warnings,
+                channels=loaded.channels,
+                channel_names=loaded.channel_names,
             )
             row = self._write(path, result, kept) | {"input": mark}
         self.rows[path.stem] = row

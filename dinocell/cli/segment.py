@@ -61,6 +61,11 @@ class SegmentFlags:
     min_area_px: int | None = option(
         "Remove cells that have fewer pixels than this.  [default: the model's]"
     )
+    min_score: float = option(
+        "Leave out cells whose score is lower than this. The score (0 to 1, column `score` of the table) "
+        "says how well the distance map supports a cell.",
+        0.0,
+    )
     batch_size: int = option("Run the network on this many image windows at once.", 8, min=1)
     tile_px: int | None = option(
         "Process large images in regions with this edge length in px, to save memory. The result does "

@@ -40,6 +40,8 @@ intensity_mean, intensity_std,         of the image under the cell; with several
 intensity_min, intensity_max,          column each, ``intensity_mean_DNA``
 intensity_median,
 intensity_integrated                   sum over the cell's pixels
+score                                  added by `dinocell.pipeline.Segmentation.measure`: how well the
+                                       distance map supports the cell, 0..1 (see `confidence`)
 =====================================  =============================================================
 
 A cell is all pixels of one label, also where they form several pieces.
@@ -218,7 +220,8 @@ def summarize(labels: ArrayLike, table: CellTable) -> dict[str, Any]:
         (share of image pixels that belong to a cell, 0..100); ``cells_per_megapixel``; mean,
         median and standard deviation (of the population) of ``area``; means of ``perimeter``, ``eccentricity``,
         ``solidity``, ``circularity`` and ``num_neighbors``, over all cells, those at the image's edge included;
-        ``image_height_px``, ``image_width_px``.  With a pixel size also ``pixel_size_um``,
+        ``image_height_px``, ``image_width_px``.  With a column ``score`` also ``quality``, its mean (0..1).
+        With a pixel size also ``pixel_size_um``,
         ``image_area_mm2``, ``cells_per_mm2`` and the ``area_um2`` statistics.  Statistics over
         cells are None when there is no cell, densities None when the image has no pixel.
 
@@ -245,6 +248,8 @@ def summarize(labels: ArrayLike, table: CellTable) -> dict[str, Any]:
         "confluency_percent": _ratio(100.0 * foreground, labels.size),
         "cells_per_megapixel": _ratio(1e6 * num_cells, labels.size),
     }
+    if "score" in table:
+        summary["quality"] = float(table["score"].mean()) if num_cells else None
     summary |= _spread(table["area"], "area")
     for name in ("perimeter", "eccentricity", "solidity", "circularity", "num_neighbors"):
         summary[f"{name}_mean"] = float(table[name].mean()) if num_cells else None
