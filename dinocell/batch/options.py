@@ -124,7 +124,9 @@ def check_options(options: SegmentOptions) -> None:
             "usual"
         )
     if not 0.0 <= options.min_score <= 1.0:
-        raise UsageError(f"`min_score` must be in 0 to 1, got {options.min_score}: 0 keeps all cells")
+        raise UsageError(
+            f"`min_score` must be in 0 to 1, got {options.min_score}: 0 keeps all cells"
+        )
     if options.tile_px is not None and options.tile_px < 1:
         raise UsageError(f"`tile_px` must be at least 1, got {options.tile_px}: leave it out")
     if options.page is not None and options.page < 0:

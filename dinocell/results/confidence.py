@@ -90,6 +90,8 @@ def _sums(
             sums[4, label] = max(sums[4, label], value)
             for d_row, d_col in ((-1, 0), (1, 0), (0, -1), (0, 1)):
                 r, c = row + d_row, col + d_col
-                if 0 <= r < height and 0 <= c < width and labels[r, c] not in (0, label):
-                    sums[5, label] = max(sums[5, label], value)
+                if 0 <= r < height and 0 <= c < width:
+                    other = labels[r, c]
+                    if other and other != label:
+                        sums[5, label] = max(sums[5, label], value)
     return sums

@@ -43,6 +43,23 @@ def test_labels_do_not_depend_on_batch_or_tile(small_model):
         assert (other.labels != reference.labels).mean() < 1e-3
 
 
+def test_cells_of_low_score_are_left_out(small_model):
+    image = field(150, 170)
+    every = segment(image, model=small_model)
+    limit = float(np.median(every.scores))
+    kept = segment(image, model=small_model, min_score=limit)
+    stay = np.flatnonzero(every.scores >= limit) + 1
+    assert 0 < kept.num_cells == len(stay) < every.num_cells
+    np.testing.assert_array_equal(kept.scores, every.scores[stay - 1])
+    for number, label in enumerate(stay, start=1):
+        np.testing.assert_array_equal(kept.labels == number, every.labels == label)
+    assert f"{every.num_cells - len(stay)} of {every.num_cells} cells" in kept.warnings[-1]
+    np.testing.assert_array_equal(kept.measure()["score"], kept.scores)
+    assert kept.summary()["quality"] == pytest.approx(kept.scores.mean())
+    with pytest.raises(UsageError, match="`min_score` must be"):
+        segment(image, model=small_model, min_score=2)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32, np.float64, np.bool_])
 def test_types_of_images(small_model, dtype):
     image = (field() > 500).astype(dtype) if dtype is np.bool_ else (field() // 5).astype(dtype)
@@ -139,6 +156,12 @@ class TestChannels:
         np.testing.assert_array_equal(one.image, image[:, :, 1])
         several = segment(image, model=small_model, channels=[0, 2])
         assert several.image.dtype == np.float32
+        np.testing.assert_array_equal(several.channels, image[..., [0, 2]])
+        assert several.num_cells
+        for channel in (0, 2):  # intensities of the file, under the channel's own name
+            means = several.measure()[f"intensity_mean_{channel}"]
+            assert means[0] == pytest.approx(image[..., channel][several.labels == 1].mean())
+        assert "intensity_mean" in one.measure()
         assert not np.array_equal(several.labels, one.labels)
 
     def test_wrong_channels(self, small_model):
@@ -174,6 +197,8 @@ class TestChannels:
         assert result.name == "two"
         assert "area_um2" in result.measure().columns
         assert segment(path, model=small_model, channels="ER", pixel_size_um=2.0).pixel_size_um == 2
+        both = segment(path, model=small_model, channels=["ER", 0]).measure()
+        assert {"intensity_mean_ER", "intensity_mean_DNA"} <= set(both.columns)
 
 
 def test_notes_on_a_file_are_warnings_of_the_result(small_model, tmp_path):

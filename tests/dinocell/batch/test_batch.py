@@ -116,6 +116,7 @@ def test_resume_needs_the_same_settings(images, tmp_path, small_model):
     for change in (
         {"peak_threshold": 0.9},
         {"min_area_px": 3},
+        {"min_score": 0.1},
         {"precision": "bf16"},
         {"percentiles": (1, 90)},
     ):

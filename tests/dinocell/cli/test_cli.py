@@ -100,7 +100,7 @@ class TestSegment:
             "-f", "png", "-f", "coco", "--no-overlay", "--peak-threshold", "0.97",
             "--fill-threshold", "0.9", "--min-prominence", "0.2", "--min-area-px", "4",
             "--batch-size", "3", "--tile-px", "40", "--precision", "bf16", "--workers", "2",
-            "--pixel-size-um", "0.5",
+            "--pixel-size-um", "0.5", "--min-score", "0.01",
         )  # fmt: skip
         assert code == 0
         names = {path.name for path in out.iterdir()}
@@ -109,6 +109,7 @@ class TestSegment:
         settings = json.loads((out / "settings.json").read_text())
         assert settings["peak_threshold"] == 0.97
         assert settings["min_area_px"] == 4
+        assert settings["min_score"] == 0.01
         with (out / "summary.csv").open() as file:
             assert next(csv.DictReader(file))["pixel_size_um"] == "0.5"
 

@@ -122,7 +122,9 @@ def test_the_same_image_gives_the_same_bytes(tmp_path, ending):
     image = np.arange(12, dtype=np.uint16).reshape(3, 4)
     for number in range(2):
         write_image(tmp_path / f"{number}.{ending}", image)
-        write_labels(tmp_path / f"{number}_labels.tif", image * np.uint32(70_000), pixel_size_um=0.5)
+        write_labels(
+            tmp_path / f"{number}_labels.tif", image * np.uint32(70_000), pixel_size_um=0.5
+        )
     write_image(tmp_path / f"2.{ending}", image + 1)
     first, same, other = ((tmp_path / f"{n}.{ending}").read_bytes() for n in range(3))
     assert first == same != other
