@@ -349,7 +349,8 @@ class DINOCellPipeline:
                 f"the image must be gray, got {pixels.shape[2]} channels{described}{where}: "
                 f"{_CHANNEL_HINT}"
             )
-        channels_read, channel_names = None, ()
+        channels_read: NDArray | None = None
+        channel_names: tuple[str, ...] = ()
         if pixels.ndim == 3:
             channels_read, channel_names = pixels, _different_names(names, chosen)
             pixels, noted = self._average(pixels, names)

@@ -62,7 +62,7 @@ class SegmentFlags:
         "Remove cells that have fewer pixels than this.  [default: the model's]"
     )
     min_score: float = option(
-        "Leave out cells whose score is lower than this. The score (0 to 1, column `score` of the table) "
+        "Remove cells whose score is lower than this. The score (0 to 1, column `score` of the table) "
         "says how well the distance map supports a cell.",
         0.0,
     )

@@ -226,7 +226,7 @@ def _write_tiff(
             options["resolutionunit"] = "NONE"
     else:
         # of the content in place of tifffile's random one, so that the same image gives the same bytes
-        content = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
+        content = hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
         metadata["UUID"] = f"urn:uuid:{uuid5(NAMESPACE_OID, content)}"
         if note:
             metadata["Description"] = note
