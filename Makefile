@@ -16,6 +16,9 @@ JOBS ?= 2
 # The tests on SLURM mostly wait for the cluster.
 SLURM_JOBS ?= 3
 
+# Tests start the program many times: Python must keep the byte code that it has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all test-slow test-slurm test-gpu mutants check check-style bench wheel clean
 
 demo: $(VENV)/.base

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Test processes share the cores, and numbers that are compared bit for bit want equal threads in this
@@ -85,9 +86,47 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def mini_networks() -> Iterator[None]:
+    """In this module and this process, networks of the size `tiny` have 4 blocks of width 48.
+
+    For tests of what is done with a network, whatever it is: such a one trains, is written and is
+    read in a twentieth of the time.
+    """
+    with _tiny_networks(embed_dim=48, depth=4):
+        yield
+
+
+@pytest.fixture
+def true_networks() -> Iterator[None]:
+    """For one test of a module of mini networks, `tiny` is what it is outside of tests."""
+    with _tiny_networks(embed_dim=192, depth=12):
+        yield
+
+
+@pytest.fixture(scope="module")
+def mini_model(mini_networks):  # type: ignore[no-untyped-def]
+    """As `small_model`, in a module of mini networks."""
+    return _random_model()
+
+
 @pytest.fixture(scope="session")
 def small_model():  # type: ignore[no-untyped-def]
     """A network of random weights, small and quick, in eval mode."""
+    with _tiny_networks(embed_dim=192, depth=12):  # whatever module asks for it first
+        return _random_model()
+
+
+@contextlib.contextmanager
+def _tiny_networks(embed_dim: int, depth: int) -> Iterator[None]:
+    from dinocell.network.backbone import BACKBONE_SIZES, BackboneSize
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKBONE_SIZES, "tiny", BackboneSize(embed_dim, depth, num_heads=3))  # type: ignore[arg-type]
+        yield
+
+
+def _random_model():  # type: ignore[no-untyped-def]
     import torch
 
     from dinocell.network.model import create_dinocell_model

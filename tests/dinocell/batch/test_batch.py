@@ -37,8 +37,8 @@ def run(paths, out, model, **options):
     return segment_files(paths, out, replace(OPTIONS, **options), model=model, shown=False)
 
 
-def test_what_a_folder_holds(images, tmp_path, small_model):
-    result = run(images, tmp_path / "out", small_model, report=True)
+def test_what_a_folder_holds(images, tmp_path, mini_model):
+    result = run(images, tmp_path / "out", mini_model, report=True)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     expected = {"summary.csv", "settings.json", "images.jsonl", "report.html"}
     for path in images:
@@ -53,14 +53,14 @@ def test_what_a_folder_holds(images, tmp_path, small_model):
     assert "in 3 images" in result.text()
 
 
-def test_a_bad_file_stops_nothing(images, tmp_path, small_model):
+def test_a_bad_file_stops_nothing(images, tmp_path, mini_model):
     broken = tmp_path / "broken.tif"
     broken.write_bytes(images[0].read_bytes()[:300])
     colour = tmp_path / "colour.png"
     rng = np.random.default_rng(0)
     write_image(colour, rng.integers(0, 255, (40, 40, 3)).astype(np.uint8))
     paths = [broken, images[0], colour, images[1]]
-    result = run(paths, tmp_path / "out", small_model, report=True)
+    result = run(paths, tmp_path / "out", mini_model, report=True)
     assert [path for path, _ in result.failures] == [broken, colour]
     assert len(result.rows) == 2
     assert "failed: " in result.text()
@@ -75,9 +75,9 @@ def test_a_bad_file_stops_nothing(images, tmp_path, small_model):
     assert places == sorted(places)
 
 
-def test_results_do_not_depend_on_workers(images, tmp_path, small_model):
+def test_results_do_not_depend_on_workers(images, tmp_path, mini_model):
     for workers in (0, 1, 3):
-        run(images, tmp_path / str(workers), small_model, workers=workers)
+        run(images, tmp_path / str(workers), mini_model, workers=workers)
     for path in images:
         one, *others = (
             read_labels(tmp_path / str(workers) / f"{path.stem}_labels.tif")
@@ -87,32 +87,32 @@ def test_results_do_not_depend_on_workers(images, tmp_path, small_model):
             np.testing.assert_array_equal(one, other)
 
 
-def test_finished_results_are_not_replaced_unasked(images, tmp_path, small_model):
+def test_finished_results_are_not_replaced_unasked(images, tmp_path, mini_model):
     out = tmp_path / "out"
-    run(images, out, small_model)
+    run(images, out, mini_model)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     with pytest.raises(UsageError, match="set `resume` to keep them, `overwrite`"):
-        run(images, out, small_model)
+        run(images, out, mini_model)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-def test_resume_does_the_rest(images, tmp_path, small_model):
+def test_resume_does_the_rest(images, tmp_path, mini_model):
     out = tmp_path / "out"
-    run(images[:2], out, small_model)
+    run(images[:2], out, mini_model)
     before = (out / f"{images[0].stem}_labels.tif").stat().st_mtime_ns
-    result = run(images, out, small_model, resume=True, batch_size=2, workers=0)
+    result = run(images, out, mini_model, resume=True, batch_size=2, workers=0)
     assert result.skipped == 2
     assert len(result.rows) == 3
     assert (out / f"{images[0].stem}_labels.tif").stat().st_mtime_ns == before
     (out / f"{images[1].stem}_labels.tif").unlink()
     with (out / "images.jsonl").open("a") as file:
         file.write('{"name": "cut')  # as a crash leaves it
-    assert run(images, out, small_model, resume=True).skipped == 2
+    assert run(images, out, mini_model, resume=True).skipped == 2
 
 
-def test_resume_needs_the_same_settings(images, tmp_path, small_model):
+def test_resume_needs_the_same_settings(images, tmp_path, mini_model):
     out = tmp_path / "out"
-    run(images[:1], out, small_model)
+    run(images[:1], out, mini_model)
     for change in (
         {"peak_threshold": 0.9},
         {"min_area_px": 3},
@@ -121,7 +121,7 @@ def test_resume_needs_the_same_settings(images, tmp_path, small_model):
         {"percentiles": (1, 90)},
     ):
         with pytest.raises(ConfigError, match=next(iter(change))):
-            run(images, out, small_model, resume=True, **change)
+            run(images, out, mini_model, resume=True, **change)
     from dinocell.network.model import create_dinocell_model
 
     other = create_dinocell_model("tiny", patch_size=16, window_px=32, overlap_px=8).eval()
@@ -129,21 +129,21 @@ def test_resume_needs_the_same_settings(images, tmp_path, small_model):
         run(images, out, other, resume=True)
 
 
-def test_overwrite_replaces(images, tmp_path, small_model):
+def test_overwrite_replaces(images, tmp_path, mini_model):
     out = tmp_path / "out"
-    run(images, out, small_model)
-    run(images, out, small_model, overwrite=True, peak_threshold=0.95)
+    run(images, out, mini_model)
+    run(images, out, mini_model, overwrite=True, peak_threshold=0.95)
     settings = json.loads((out / "settings.json").read_text())
     assert settings["peak_threshold"] == 0.95
     assert len((out / "images.jsonl").read_text().splitlines()) == len(images)
 
 
-def test_options_reach_the_files(images, tmp_path, small_model):
-    run(images[:1], tmp_path / "a", small_model, overlay=False, formats=("png", "geojson"))
+def test_options_reach_the_files(images, tmp_path, mini_model):
+    run(images[:1], tmp_path / "a", mini_model, overlay=False, formats=("png", "geojson"))
     names = {path.name.removeprefix(images[0].stem) for path in (tmp_path / "a").iterdir()}
     assert {"_labels.png", "_outlines.geojson", "_cells.csv"} <= names
     assert not any(name.endswith(("_overlay.png", ".tif")) for name in names)
-    run(images[:1], tmp_path / "b", small_model, pixel_size_um=0.5)
+    run(images[:1], tmp_path / "b", mini_model, pixel_size_um=0.5)
     assert "area_um2" in (tmp_path / "b" / f"{images[0].stem}_cells.csv").read_text()
 
 
@@ -160,17 +160,17 @@ def test_options_reach_the_files(images, tmp_path, small_model):
         ({"pixel_size_um": -1.0}, "above 0"),
     ],
 )
-def test_wrong_calls_leave_no_folder(images, tmp_path, small_model, change, message):
+def test_wrong_calls_leave_no_folder(images, tmp_path, mini_model, change, message):
     with pytest.raises(UsageError, match=message):
-        run(images, tmp_path / "out", small_model, **change)
+        run(images, tmp_path / "out", mini_model, **change)
     assert not (tmp_path / "out").exists()
 
 
-def test_no_images_and_equal_names(images, tmp_path, small_model):
+def test_no_images_and_equal_names(images, tmp_path, mini_model):
     with pytest.raises(UsageError, match="at least one image"):
-        run([], tmp_path / "out", small_model)
+        run([], tmp_path / "out", mini_model)
     with pytest.raises(UsageError, match="differ in name"):
-        run([images[0], tmp_path / images[0].name], tmp_path / "out", small_model)
+        run([images[0], tmp_path / images[0].name], tmp_path / "out", mini_model)
 
 
 def test_a_wrong_model_is_met_before_the_folder_is_made(images, tmp_path):
@@ -182,48 +182,48 @@ def test_a_wrong_model_is_met_before_the_folder_is_made(images, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_resume_never_replaces_results_of_another_image(images, tmp_path, small_model):
+def test_resume_never_replaces_results_of_another_image(images, tmp_path, mini_model):
     import shutil
 
     out = tmp_path / "out"
-    run(images[:1], out, small_model)
+    run(images[:1], out, mini_model)
     before = (out / f"{images[0].stem}_labels.tif").read_bytes()
     (tmp_path / "other").mkdir()
     other = tmp_path / "other" / images[0].name
     shutil.copy(images[1], other)
     with pytest.raises(UsageError, match="same images"):
-        run([other], out, small_model, resume=True)
+        run([other], out, mini_model, resume=True)
     assert (out / f"{images[0].stem}_labels.tif").read_bytes() == before
     (out / "settings.json").unlink()
     with pytest.raises(UsageError, match="must find the settings"):
-        run(images[:1], out, small_model, resume=True)
+        run(images[:1], out, mini_model, resume=True)
 
 
-def test_one_folder_has_one_setting_and_one_summary(images, tmp_path, small_model):
+def test_one_folder_has_one_setting_and_one_summary(images, tmp_path, mini_model):
     out = tmp_path / "out"
-    run(images[:1], out, small_model)
+    run(images[:1], out, mini_model)
     with pytest.raises(ConfigError, match="peak_threshold"):
-        run(images[1:2], out, small_model, peak_threshold=0.9)
-    run(images[1:2], out, small_model)
+        run(images[1:2], out, mini_model, peak_threshold=0.9)
+    run(images[1:2], out, mini_model)
     with (out / "summary.csv").open() as file:
         assert [row["name"] for row in csv.DictReader(file)] == [p.stem for p in images[:2]]
 
 
-def test_overwriting_with_a_bad_file_keeps_the_old_result(images, tmp_path, small_model):
+def test_overwriting_with_a_bad_file_keeps_the_old_result(images, tmp_path, mini_model):
     import shutil
 
     path = tmp_path / images[0].name
     shutil.copy(images[0], path)
     out = tmp_path / "out"
-    run([path], out, small_model)
+    run([path], out, mini_model)
     before = (out / f"{path.stem}_labels.tif").read_bytes()
     path.write_bytes(path.read_bytes()[:300])
-    result = run([path], out, small_model, overwrite=True)
+    result = run([path], out, mini_model, overwrite=True)
     assert result.failures
     assert (out / f"{path.stem}_labels.tif").read_bytes() == before
 
 
-def test_a_device_out_of_memory_stops_one_image_only(images, tmp_path, small_model, monkeypatch):
+def test_a_device_out_of_memory_stops_one_image_only(images, tmp_path, mini_model, monkeypatch):
     from dinocell.pipeline import DINOCellPipeline
 
     predict = DINOCellPipeline.predict
@@ -236,13 +236,13 @@ def test_a_device_out_of_memory_stops_one_image_only(images, tmp_path, small_mod
         return predict(self, plane, **options)
 
     monkeypatch.setattr(DINOCellPipeline, "predict", once_too_large)
-    result = run(images, tmp_path / "out", small_model)
+    result = run(images, tmp_path / "out", mini_model)
     assert [path for path, _ in result.failures] == [images[0]]
     assert len(result.rows) == 2
 
 
 @pytest.mark.parametrize("ending", ["_labels.tif", "_cells.csv", "_overlay.png"])
-def test_a_full_disk_is_no_fault_of_the_images(images, tmp_path, small_model, monkeypatch, ending):
+def test_a_full_disk_is_no_fault_of_the_images(images, tmp_path, mini_model, monkeypatch, ending):
     """Said by the system when a finished file is to get its name; the writers wrap it."""
     replace = os.replace
 
@@ -253,20 +253,20 @@ def test_a_full_disk_is_no_fault_of_the_images(images, tmp_path, small_model, mo
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(DINOCellError, match=r"could not be written .*No space left.*Free space"):
-        run(images, tmp_path / "out", small_model)
+        run(images, tmp_path / "out", mini_model)
     assert not (tmp_path / "out" / "summary.csv").exists()
 
 
 @pytest.mark.parametrize(
     "text", ["CUDA error: an illegal memory access", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"]
 )
-def test_a_broken_gpu_is_no_fault_of_the_images(images, tmp_path, small_model, monkeypatch, text):
+def test_a_broken_gpu_is_no_fault_of_the_images(images, tmp_path, mini_model, monkeypatch, text):
     def broken(*_, **__):
         raise RuntimeError(text)
 
     monkeypatch.setattr(batch.DINOCellPipeline, "predict", broken)
     with pytest.raises(DINOCellError, match=f"the GPU has failed .{text}"):
-        run(images, tmp_path / "out", small_model)
+        run(images, tmp_path / "out", mini_model)
 
 
 def part_of(images, tmp_path, model, *, workers: int = 2):
@@ -288,7 +288,7 @@ def part_of(images, tmp_path, model, *, workers: int = 2):
     return result, begun
 
 
-def test_suspected_images_come_last_and_alone(images, tmp_path, small_model):
+def test_suspected_images_come_last_and_alone(images, tmp_path, mini_model):
     part = tmp_path / "part"
     part.mkdir()
     first, second, third = (path.stem for path in images)
@@ -299,15 +299,13 @@ def test_suspected_images_come_last_and_alone(images, tmp_path, small_model):
     journal.note_start(part, second)
     journal.note_failure(part, second)  # it failed by itself
     assert journal.suspect_unfinished_images(part) == 1
-    result, begun = part_of(images, tmp_path, small_model)
+    result, begun = part_of(images, tmp_path, mini_model)
     assert begun == [third, second, first]
     assert [row["name"] for row in result.rows] == [first, second, third]
     assert journal.kills(part) == {}  # all were tried: nobody is suspected any more
 
 
-def test_images_that_a_stopped_start_had_not_finished_are_no_suspects(
-    images, tmp_path, small_model
-):
+def test_images_that_a_stopped_start_had_not_finished_are_no_suspects(images, tmp_path, mini_model):
     """The first start was asked to stop; the next one is killed with another image."""
     part = tmp_path / "part"
     part.mkdir()
@@ -317,28 +315,28 @@ def test_images_that_a_stopped_start_had_not_finished_are_no_suspects(
     assert journal.suspect_unfinished_images(part) == 1
     assert journal.kills(part) == {"guilty": 1}
     journal.note_start(part, "innocent")
-    part_of(images, tmp_path, small_model)  # forgets them, too
+    part_of(images, tmp_path, mini_model)  # forgets them, too
     assert journal.suspect_unfinished_images(part) == 0
 
 
-def test_an_image_that_kills_is_given_up(images, tmp_path, small_model):
+def test_an_image_that_kills_is_given_up(images, tmp_path, mini_model):
     part = tmp_path / "part"
     part.mkdir()
     for _ in range(journal.MAX_KILLS):
         journal.note_start(part, images[1].stem)
         journal.suspect_unfinished_images(part)
-    result, begun = part_of(images, tmp_path, small_model)
+    result, begun = part_of(images, tmp_path, mini_model)
     assert begun == [images[0].stem, images[2].stem]
     ((path, sentence),) = result.failures
     assert path == images[1]
     assert "must fit into the memory, got a process killed 3 times" in sentence
     # Asked again, it is tried again.
-    result, begun = part_of(images, tmp_path, small_model)
+    result, begun = part_of(images, tmp_path, mini_model)
     assert begun == [images[1].stem]
     assert result.failures == []
 
 
-def test_names_that_are_no_utf8_end_no_batch(images, tmp_path, small_model, capsys):
+def test_names_that_are_no_utf8_end_no_batch(images, tmp_path, mini_model, capsys):
     (tmp_path / "plate").mkdir()
     name = os.fsdecode(b"caf\xe9")  # Latin-1
     good, bad = tmp_path / "plate" / f"{name}.tif", tmp_path / "plate" / f"{name}2.tif"
@@ -346,7 +344,7 @@ def test_names_that_are_no_utf8_end_no_batch(images, tmp_path, small_model, caps
     bad.write_bytes(b"no image")
     out = tmp_path / "out"
     for options in ({}, {"resume": True}):
-        result = run(find_images([tmp_path / "plate"]), out, small_model, report=True, **options)
+        result = run(find_images([tmp_path / "plate"]), out, mini_model, report=True, **options)
         assert [path for path, _ in result.failures] == [bad]
         assert read_labels(out / f"{name}_labels.tif").shape == (64, 80)
         with (out / "summary.csv").open(encoding="utf-8") as file:
@@ -357,43 +355,43 @@ def test_names_that_are_no_utf8_end_no_batch(images, tmp_path, small_model, caps
 
 
 def test_a_name_too_long_for_its_outputs_is_refused_before_any_is_written(
-    images, tmp_path, small_model
+    images, tmp_path, mini_model
 ):
     path = tmp_path / ("x" * 244 + ".tif")
     path.write_bytes(images[0].read_bytes())
-    result = run([path, images[1]], tmp_path / "out", small_model)
+    result = run([path, images[1]], tmp_path / "out", mini_model)
     ((failed, sentence),) = result.failures
     assert failed == path
     assert "up to 255 bytes" in sentence
     assert "got 256" in sentence
     assert not list((tmp_path / "out").glob("x*"))
-    result = segment(path, model=small_model)
+    result = segment(path, model=mini_model)
     with pytest.raises(DINOCellError, match="_overlay"):
         result.save(tmp_path / "single")
     assert not list((tmp_path / "single").iterdir())
     assert result.save(tmp_path / "single", overlay=False)
     with pytest.raises(DINOCellError, match=r"got 261 for .*_outlines.geojson"):
         result.save(tmp_path / "single", overlay=False, formats=("geojson",))
-    assert run([path], tmp_path / "out", small_model, resume=True).failures
-    assert run([path], tmp_path / "out", small_model, overwrite=True).failures
+    assert run([path], tmp_path / "out", mini_model, resume=True).failures
+    assert run([path], tmp_path / "out", mini_model, overwrite=True).failures
 
 
-def test_a_file_in_place_of_the_folder(images, tmp_path, small_model):
+def test_a_file_in_place_of_the_folder(images, tmp_path, mini_model):
     (tmp_path / "out").write_text("mine")
     for out in (tmp_path / "out", tmp_path / "out" / "below"):
         with pytest.raises(UsageError, match="`out` must be a folder"):
-            run(images, out, small_model)
+            run(images, out, mini_model)
     assert (tmp_path / "out").read_text() == "mine"
 
 
 @pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES])
-def test_a_folder_that_takes_no_files(images, tmp_path, small_model, monkeypatch, error):
+def test_a_folder_that_takes_no_files(images, tmp_path, mini_model, monkeypatch, error):
     def refuse(*_, **__):
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr("dinocell.batch.folder.tempfile.TemporaryFile", refuse)
     with pytest.raises(DINOCellError, match=rf"out' \({os.strerror(error)}\): change the rights"):
-        run(images, tmp_path / "out", small_model)
+        run(images, tmp_path / "out", mini_model)
 
 
 @pytest.fixture
@@ -405,104 +403,104 @@ def own(images, tmp_path):
     return find_images([tmp_path / "own"])
 
 
-def test_resume_repeats_an_image_whose_file_was_replaced(own, tmp_path, small_model):
+def test_resume_repeats_an_image_whose_file_was_replaced(own, tmp_path, mini_model):
     out = tmp_path / "out"
     pixels = read_image(own[0]).pixels
     write_image(own[0], pixels, compression="none")
-    run(own, out, small_model)
+    run(own, out, mini_model)
     labels = [read_labels(out / f"{path.stem}_labels.tif") for path in own]
     size = own[0].stat().st_size
     write_image(own[0], np.ascontiguousarray(pixels[::-1]), compression="none")
     assert own[0].stat().st_size == size
     os.utime(own[1], (1.0, 1.0))  # touched, but of the same content
-    result = run(own, out, small_model, resume=True)
+    result = run(own, out, mini_model, resume=True)
     assert result.skipped == 2
     assert "segmented again, because files have changed: blob0\n" in f"{result.text()}\n"
     assert result.text().count("again") == 1 == len(result.notes)
     assert not np.array_equal(read_labels(out / "blob0_labels.tif"), labels[0])
     np.testing.assert_array_equal(read_labels(out / "blob1_labels.tif"), labels[1])
-    again = run(own, out, small_model, resume=True)
+    again = run(own, out, mini_model, resume=True)
     assert (again.skipped, again.notes) == (3, ())
     own[2].unlink()  # nothing else can be read of it
-    assert run(own, out, small_model, resume=True).skipped == 3
+    assert run(own, out, mini_model, resume=True).skipped == 3
 
 
-def test_rows_without_a_mark_are_repeated(own, tmp_path, small_model):
+def test_rows_without_a_mark_are_repeated(own, tmp_path, mini_model):
     out = tmp_path / "out"
-    run(own[:1], out, small_model)
+    run(own[:1], out, mini_model)
     row = json.loads((out / "images.jsonl").read_text())
     row.pop("input")
     (out / "images.jsonl").write_text(json.dumps(row) + "\n")
-    assert run(own[:1], out, small_model, resume=True).skipped == 0
+    assert run(own[:1], out, mini_model, resume=True).skipped == 0
 
 
-def test_gray_and_colour_images_share_a_folder(own, tmp_path, small_model):
+def test_gray_and_colour_images_share_a_folder(own, tmp_path, mini_model):
     out = tmp_path / "out"
     colour = tmp_path / "colour.tif"
     gray = read_image(own[0]).pixels
     write_image(colour, np.stack([gray, gray[::-1]], axis=-1))
-    run(own[:1], out, small_model)
-    result = run([colour], out, small_model, channels=(1,), resume=True)
+    run(own[:1], out, mini_model)
+    result = run([colour], out, mini_model, channels=(1,), resume=True)
     assert result.failures == []
-    assert run([colour], out, small_model, channels=(1,), resume=True).skipped == 1
+    assert run([colour], out, mini_model, channels=(1,), resume=True).skipped == 1
     with pytest.raises(ConfigError, match=r"got channels \[0\] for 'colour', .* with \[1\]"):
-        run([colour], out, small_model, channels=(0,), resume=True)
+        run([colour], out, mini_model, channels=(0,), resume=True)
     with (out / "summary.csv").open() as file:
         reader = csv.DictReader(file)
         assert [row["name"] for row in reader] == ["blob0", "colour"]
         assert "input" not in reader.fieldnames
 
 
-def test_a_report_of_a_finished_folder_shows_all_images(own, tmp_path, small_model):
+def test_a_report_of_a_finished_folder_shows_all_images(own, tmp_path, mini_model):
     out = tmp_path / "out"
-    run(own[:2], out, small_model, report=True)
+    run(own[:2], out, mini_model, report=True)
     full = (out / "report.html").read_text()
-    run(own[:2], out, small_model, report=True, resume=True)
+    run(own[:2], out, mini_model, report=True, resume=True)
     page = (out / "report.html").read_text()
     pictures = [text.count("data:image") for text in (full, page)]
     assert pictures[0] - pictures[1] == 2  # the distance maps are in no file
     table = re.compile(r"<table.*?</table>", re.S)
     assert table.findall(full) == table.findall(page)
-    run(own[2:], out, small_model, report=True)  # images of another call
+    run(own[2:], out, mini_model, report=True)  # images of another call
     page = (out / "report.html").read_text()
     assert [page.count(f"{path.stem}_overlay.png") > 0 for path in own] == [True] * 3
     # What is gone is left out, what is damaged too.
     own[0].unlink()
     (out / "blob1_labels.tif").write_bytes(b"no labels")
     (out / "blob2_cells.csv").unlink()
-    run(own[2:], out, small_model, report=True, resume=True)
+    run(own[2:], out, mini_model, report=True, resume=True)
     page = (out / "report.html").read_text()
     assert [page.count(f"{path.stem}_overlay.png") > 0 for path in own] == [True] * 3
 
 
-def test_a_second_run_into_a_folder_is_refused(own, tmp_path, small_model, monkeypatch):
+def test_a_second_run_into_a_folder_is_refused(own, tmp_path, mini_model, monkeypatch):
     out = tmp_path / "out"
     predict = batch.DINOCellPipeline.predict
     refused = []
 
     def meanwhile(self, plane, **options):
         with pytest.raises(DINOCellError, match=f"which process {os.getpid()} on .* is running"):
-            run(own[1:], out, small_model)
+            run(own[1:], out, mini_model)
         refused.append(plane)
         return predict(self, plane, **options)
 
     monkeypatch.setattr(batch.DINOCellPipeline, "predict", meanwhile)
-    assert len(run(own[:1], out, small_model).rows) == len(refused) == 1
+    assert len(run(own[:1], out, mini_model).rows) == len(refused) == 1
     monkeypatch.undo()
     assert not (out / "claim.json").exists()
     (out / "claim.json").write_text(
         json.dumps({"job": "", "host": socket.gethostname(), "pid": 2**30, "began": "1"})
     )  # of a process that was killed
-    assert run(own[1:], out, small_model).skipped == 0
+    assert run(own[1:], out, mini_model).skipped == 0
     part = out / "shards" / "0003"
     part.mkdir(parents=True)
     with claimed(part, Claimant()), pytest.raises(DINOCellError, match="0003, which process"):
-        run(own, out, small_model, resume=True)
+        run(own, out, mini_model, resume=True)
 
 
 @pytest.mark.parametrize(("limit", "most"), [(2**29, 2), (1, 0)])
 def test_what_waits_between_the_stages_is_bounded(
-    own, tmp_path, small_model, monkeypatch, limit, most
+    own, tmp_path, mini_model, monkeypatch, limit, most
 ):
     waiting = []
     predict = batch._Batch._predict
@@ -513,13 +511,11 @@ def test_what_waits_between_the_stages_is_bounded(
 
     monkeypatch.setattr(batch, "_MAX_WAITING_BYTES", limit)
     monkeypatch.setattr(batch._Batch, "_predict", count)
-    run(own, tmp_path / "out", small_model, workers=1)
+    run(own, tmp_path / "out", mini_model, workers=1)
     assert waiting == [min(place, most) for place in range(3)]
 
 
-def test_warnings_of_libraries_belong_to_their_image(
-    own, tmp_path, small_model, monkeypatch, capfd
-):
+def test_warnings_of_libraries_belong_to_their_image(own, tmp_path, mini_model, monkeypatch, capfd):
     def warn(method, *texts):
         def warned(self, *arguments, **options):
             for text in texts:
@@ -535,7 +531,7 @@ def test_warnings_of_libraries_belong_to_their_image(
     with warnings.catch_warnings():
         warnings.resetwarnings()
         warnings.simplefilter("ignore", DeprecationWarning)
-        result = run(own, tmp_path / "out", small_model, report=True)
+        result = run(own, tmp_path / "out", mini_model, report=True)
     text = "RuntimeWarning of Python: overflow; RuntimeWarning of Python: invalid value"
     assert [row["warnings"] for row in result.rows] == [text] * 3
     assert "invalid value" in (tmp_path / "out" / "report.html").read_text()

@@ -39,16 +39,16 @@ def plate(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plate")
     rng = np.random.default_rng(2)
     for index in range(9):
-        image = rng.integers(100, 4000, (40 + 8 * index, 48)).astype(np.uint16)
+        image = rng.integers(100, 4000, (40 + 8 * index, 40)).astype(np.uint16)
         write_image(folder / f"f{index}.tif", image)
     (folder / "broken.tif").write_bytes(b"II*\0no image")
     return folder
 
 
 @pytest.fixture(scope="module")
-def options(small_model, tmp_path_factory) -> SegmentOptions:
+def options(mini_model, tmp_path_factory) -> SegmentOptions:
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    save_model(path, small_model)
+    save_model(path, mini_model)
     return SegmentOptions(model=str(path), device="cpu", overlay=False)
 
 
@@ -309,6 +309,8 @@ import os, signal, sys
 from pathlib import Path
 from dinocell.batch import run as batch
 from dinocell.batch.parts import run_shard
+from dinocell.network.backbone import BACKBONE_SIZES, BackboneSize
+BACKBONE_SIZES["tiny"] = BackboneSize(embed_dim=48, depth=4, num_heads=3)  # as `mini_networks`
 count, moment = 0, int(sys.argv[2])
 replace = os.replace
 def counted(*arguments):

@@ -146,12 +146,12 @@ def test_a_batch_killed_at_random_moments_equals_an_undisturbed_one(
     assert len(journals[0]) == COUNT // 10 * len(GOOD)
 
 
-def test_a_batch_leaves_no_file_open(plate, small_model, tmp_path):
+def test_a_batch_leaves_no_file_open(plate, mini_model, tmp_path):
     paths = find_images([plate])[:20]
     options = SegmentOptions(device="cpu", workers=2, report=True)
-    segment_files(paths[:2], tmp_path / "warm", options, model=small_model, shown=False)
+    segment_files(paths[:2], tmp_path / "warm", options, model=mini_model, shown=False)
     before = sorted(os.listdir("/proc/self/fd"))
-    result = segment_files(paths, tmp_path / "out", options, model=small_model, shown=False)
+    result = segment_files(paths, tmp_path / "out", options, model=mini_model, shown=False)
     assert len(result.failures) == 4
     assert sorted(os.listdir("/proc/self/fd")) == before
     assert not list((tmp_path / "out").glob(".tmp-*"))

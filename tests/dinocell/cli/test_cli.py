@@ -35,9 +35,9 @@ def two(blob_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model_path(small_model, tmp_path_factory):
+def model_path(mini_model, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    save_model(path, small_model)
+    save_model(path, mini_model)
     return path
 
 

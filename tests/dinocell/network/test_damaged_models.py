@@ -22,10 +22,10 @@ WEIRD = st.one_of(
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, small_model):
+def whole(tmp_path_factory, mini_model):
     """Keys and values of the start of a model file, DINOCell's header, and the bytes of the weights."""
     path = tmp_path_factory.mktemp("model") / "m.safetensors"
-    save_model(path, small_model)
+    save_model(path, mini_model)
     content = path.read_bytes()
     end = 8 + struct.unpack("<Q", content[:8])[0]
     start = json.loads(content[8:end])

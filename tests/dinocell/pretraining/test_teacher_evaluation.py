@@ -54,8 +54,8 @@ def config(folder, **changes):
 
 
 @pytest.fixture
-def backbone(small_model):
-    return small_model.backbone.vit
+def backbone(mini_model):
+    return mini_model.backbone.vit
 
 
 def test_scores_are_logged_and_kept(data, backbone, tmp_path):

@@ -21,8 +21,8 @@ QUICK = ProbeConfig(window_px=48, windows_per_image=1, steps=12, batch_size=4, s
 
 
 @pytest.fixture(scope="module")
-def vit(small_model):
-    return small_model.backbone.vit
+def vit(mini_model):
+    return mini_model.backbone.vit
 
 
 @pytest.fixture(scope="module")

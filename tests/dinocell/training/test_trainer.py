@@ -31,6 +31,8 @@ from dinocell.training.optimizer import average_weights, learning_rate_factor, p
 from dinocell.training.run_folder import find_checkpoints, load_checkpoint, save_checkpoint
 from dinocell.training.trainer import TrainingInterruptedError, distance_loss, train
 
+pytestmark = pytest.mark.usefixtures("mini_networks")
+
 
 def make_config(data: Path, out: Path, **changes) -> TrainConfig:
     mapping = small_run(data, out, **{"model__drop_path_rate": 0.2, **changes})
@@ -187,12 +189,13 @@ def test_a_signal_writes_a_checkpoint(blob_data, tmp_path):
 )
 def test_options_change_the_run(blob_data, tmp_path, four_steps, change):
     train_four_steps(blob_data, tmp_path, **change)
+    if losses(tmp_path) != losses(four_steps):
+        return
     one, other = (
         load_checkpoint(folder / "checkpoints" / "step_00000004.pt")["model"]
         for folder in (four_steps, tmp_path)
     )
-    same_weights = torch.equal(one["decoder.head.weight"], other["decoder.head.weight"])
-    assert losses(tmp_path) != losses(four_steps) or not same_weights
+    assert not torch.equal(one["decoder.head.weight"], other["decoder.head.weight"])
 
 
 def test_averaging_changes_the_model_but_not_the_losses(blob_data, tmp_path, four_steps):
@@ -361,8 +364,8 @@ def test_parameter_groups_cover_each_parameter_once():
     of = {id(p): group for group in groups for p in group["params"]}
     vit = model.backbone.vit
     assert of[id(vit.norm.weight)]["lr_scale"] == pytest.approx(0.5)
-    assert of[id(vit.blocks[11].mlp.fc1.weight)]["lr_scale"] == pytest.approx(0.5 * 0.8)
-    assert of[id(vit.patch_embed.proj.weight)]["lr_scale"] == pytest.approx(0.5 * 0.8**13)
+    assert of[id(vit.blocks[3].mlp.fc1.weight)]["lr_scale"] == pytest.approx(0.5 * 0.8)
+    assert of[id(vit.patch_embed.proj.weight)]["lr_scale"] == pytest.approx(0.5 * 0.8**5)
     assert of[id(model.decoder.head.weight)]["lr_scale"] == 1.0
     assert of[id(vit.blocks[0].mlp.fc1.weight)]["weight_decay"] == 0.05
     for parameter in (vit.cls_token, vit.blocks[0].mlp.fc1.bias, vit.blocks[0].ls1.gamma):
