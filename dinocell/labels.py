@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.errors import DataSetError
+from dinocell.scratch import all_finite, contiguous, row_bands, sampled_rows
 
 _UINT32_MAX = 2**32 - 1
 
@@ -55,7 +56,7 @@ def as_labels(labels: ArrayLike, name: str = "labels") -> NDArray[np.uint32]:
         raise ValueError(
             f"`{name}` must lie in 0..{_UINT32_MAX}, got {array.max()}: renumber the cells from 1."
         )
-    return np.ascontiguousarray(array, dtype=np.uint32)
+    return contiguous(array, np.uint32)
 
 
 def require_cells(labels: NDArray[Any], path: object) -> None:
@@ -142,8 +143,9 @@ def looks_like_labels(pixels: NDArray[Any]) -> bool:
     follow one another: with four or more values, at least a fifth of the steps must skip a value.
     """
     pixels = np.asarray(pixels)
-    if pixels.dtype.kind not in "buif" or pixels.size == 0:
+    if pixels.dtype.kind not in "buif" or pixels.size == 0 or pixels.ndim not in (2, 3):
         return False
+    pixels = sampled_rows(pixels)
     if pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8:
         pixels = pixels.astype(np.int64) @ np.array([65536, 256, 1])
     elif pixels.ndim != 2:
@@ -179,7 +181,9 @@ def looks_like_labels(pixels: NDArray[Any]) -> bool:
 
 def all_whole(pixels: NDArray[Any]) -> bool:
     """Whether floating-point pixels are finite whole numbers."""
-    return bool(np.isfinite(pixels).all() and (pixels == np.floor(pixels)).all())
+    return all_finite(pixels) and all(
+        bool((pixels[rows] == np.floor(pixels[rows])).all()) for rows in row_bands(pixels.shape)
+    )
 
 
 def _one_plane(array: NDArray[Any], name: str) -> NDArray[Any]:

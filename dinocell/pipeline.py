@@ -16,6 +16,7 @@ from dinocell.io import read_image, refuse_long_names, select_channels
 from dinocell.labels import looks_like_labels
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
 from dinocell.results.confidence import cell_scores
+from dinocell.scratch import all_finite, empty_image, row_bands
 from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.intensity import IntensityRange, find_range
 from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
@@ -195,7 +196,8 @@ class DINOCellPipeline:
     batch_size : int
         Windows per network call.
     tile_px : int, optional
-        Visit the windows region by region of this size; the result is the same.
+        An image of more pixels than a square of this edge (default 4096) is kept in temporary files
+        and segmented band by band, to save memory; the result is the same.
     precision : `auto`, `fp32` or `bf16`
         bf16 differs in the third digit; `auto` takes it where the processor has the unit for it.
     percentiles : (low, high), optional
@@ -313,7 +315,7 @@ class DINOCellPipeline:
         notes: tuple[str, ...] = ()
         failure: type[Exception] = ValueError
         if isinstance(image, (str, os.PathLike)):
-            file = read_image(image, page=page, channels=chosen)
+            file = read_image(image, page=page, channels=chosen, tile_px=self.tile_px)
             pixels, names, stem, notes = (
                 file.pixels,
                 file.channel_names,
@@ -405,7 +407,9 @@ class DINOCellPipeline:
         kept = scores >= self.min_score
         if not kept.all():
             numbers = np.where(kept, np.cumsum(kept), 0)
-            labels = np.append(0, numbers).astype(np.uint32)[labels]
+            table = np.append(0, numbers).astype(np.uint32)
+            for rows in row_bands(labels.shape):
+                labels[rows] = table[labels[rows]]
             found.append(
                 f"{np.count_nonzero(~kept)} of {len(kept)} cells were left out, because their scores "
                 f"are below {self.min_score:g}"
@@ -429,13 +433,18 @@ class DINOCellPipeline:
         self, pixels: NDArray, names: Sequence[str] | None
     ) -> tuple[NDArray[np.float32], list[str]]:
         """Mean of the normalised channels, and what was left out of each."""
-        planes, notes = [], []
-        for index, plane in enumerate(np.moveaxis(pixels, 2, 0)):
-            intensity = find_range(plane, **self.model.config.intensity)
-            planes.append(intensity.apply(plane))
-            channel = names[index] if names else index
-            notes += [f"channel {channel}: {note}" for note in intensity.notes]
-        return np.mean(planes, axis=0, dtype=np.float32), notes
+        planes = list(np.moveaxis(pixels, 2, 0))
+        ranges = [find_range(plane, **self.model.config.intensity) for plane in planes]
+        notes = [
+            f"channel {names[index] if names else index}: {note}"
+            for index, intensity in enumerate(ranges)
+            for note in intensity.notes
+        ]
+        average = empty_image(pixels.shape[:2], np.float32, self.tile_px)
+        for rows in row_bands(average.shape):
+            scaled = [r.apply_rows(plane, rows) for r, plane in zip(ranges, planes, strict=True)]
+            average[rows] = np.mean(scaled, axis=0, dtype=np.float32)
+        return average, notes
 
 
 def _different_names(
@@ -452,7 +461,7 @@ def _different_names(
 
 def _check_values(pixels: NDArray, where: str, failure: type[Exception]) -> None:
     """Refuse floating-point pixels that a network, which computes in float32, cannot take."""
-    if not np.isfinite(pixels).all():
+    if not all_finite(pixels):
         raise failure(
             f"the image must be finite, got NaN or infinite pixels{where}: replace them first, for "
             "example by 0"

@@ -18,11 +18,21 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     "cli", "demo", "cluster", "upstream", "pretraining", "probing", "training", "evaluation", "batch",
     "pipeline", "results", "segmentation", "network", "io",
-    "tree", "settings", "pairs", "labels", "files", "progress", "submitted", "errors",
+    "tree", "settings", "pairs", "labels", "scratch", "files", "progress", "submitted", "errors",
 )  # fmt: skip
 # What stands below this room loads without torch; the ground loads without any heavy package.
 LOWEST_WITH_TORCH = "network"
-GROUND = ("tree", "settings", "pairs", "labels", "files", "progress", "submitted", "errors")
+GROUND = (
+    "tree",
+    "settings",
+    "pairs",
+    "labels",
+    "scratch",
+    "files",
+    "progress",
+    "submitted",
+    "errors",
+)
 
 MODULES = sorted((ROOT / "dinocell").rglob("*.py"))
 TREE = ROOT / "dinov3_modified" / "dinov3"

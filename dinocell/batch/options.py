@@ -43,7 +43,7 @@ class SegmentOptions:
     peak_threshold, fill_threshold, min_prominence, min_area_px : see `Thresholds`
     min_score : cells whose score (0 to 1) is lower are left out
     batch_size : windows per call of the network
-    tile_px : edge of the regions that are processed one after the other; changes no result
+    tile_px : images of more pixels than a square of this edge are kept in files; changes no result
     precision : `auto`, `fp32` or `bf16`
     percentiles : intensities that become black and white, in % of the pixels
     workers : threads that finish and write results

@@ -57,7 +57,7 @@ _MAX_WAITING_BYTES = 2**29
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _GIVEN_UP = (
     f"the image must fit into the memory, got a process killed {MAX_KILLS} times while it read or "
-    "segmented this image: raise mem, take a smaller tile, or check the file"
+    "segmented this image: raise mem, set a smaller `tile_px`, or check the file"
 )
 # Errors that cost one image and not the batch; a GPU out of memory is a RuntimeError.
 _IMAGE_ERRORS = (DINOCellError, ValueError, OSError, MemoryError, RuntimeError)

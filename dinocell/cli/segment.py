@@ -68,8 +68,8 @@ class SegmentFlags:
     )
     batch_size: int = option("Run the network on this many image windows at once.", 8, min=1)
     tile_px: int | None = option(
-        "Process large images in regions with this edge length in px, to save memory. The result does "
-        "not change."
+        "Keep images with more pixels than a square of this edge in temporary files and process them band "
+        "by band, to save memory. The result does not change.  [default: 4096]"
     )
     precision: str = option(
         "Compute in fp32, or in bf16, which differs in the third digit; auto takes bf16 where the "

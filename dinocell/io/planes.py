@@ -11,8 +11,8 @@ import numpy as np
 
 from dinocell.errors import ImageFileError, UsageError
 
-MAX_PIXELS: int = 2**30
-"""Largest height times width that is read: 32,768 × 32,768."""
+MAX_PIXELS: int = 2 * 10**9
+"""Largest height times width that is read: 44,721 × 44,721.  Pixels are numbered by 32-bit integers."""
 
 RGB_NAMES = ("red", "green", "blue")
 
@@ -30,7 +30,7 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a file is wanted; see `dinocell.io.read_image` for the first three.
+    """What of a file is wanted; see `dinocell.io.read_image` for the first four.
 
     `as_labels` keeps the stored numbers: palettes and "white is zero" are not applied.
     """
@@ -38,6 +38,7 @@ class Selection:
     channels: Sequence[int | str] | None = None
     page: int | None = None
     max_pixels: int = MAX_PIXELS
+    tile_px: int | None = None
     as_labels: bool = False
 
     def __post_init__(self) -> None:

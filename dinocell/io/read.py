@@ -29,6 +29,7 @@ from dinocell.io.raster import read_npy, read_picture
 from dinocell.io.tiff import read_tiff
 from dinocell.labels import all_whole
 from dinocell.pairs import IMAGE_SUFFIXES
+from dinocell.scratch import all_finite, contiguous, row_bands
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def read_image(
     channels: Sequence[int | str] | None = None,
     page: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    tile_px: int | None = None,
 ) -> Image:
     """Read one 2-D image from a TIFF, OME-TIFF, ImageJ TIFF, PNG, JPEG, BMP or `.npy` file.
 
@@ -83,6 +85,9 @@ def read_image(
         channel, row and column, in the order of the file.  Needed when there is more than one.
     max_pixels : int
         Refuse images of more pixels (height times width) than this.
+    tile_px : int, optional
+        A TIFF or `.npy` image of more pixels than a square of this edge (default: `scratch.TILE_PX`)
+        is kept in a file, not in memory.
 
     Returns
     -------
@@ -103,7 +108,7 @@ def read_image(
     MissingExtraError
         The compression needs the optional package `imagecodecs`.
     """
-    wanted = Selection(channels, page, max_pixels)
+    wanted = Selection(channels, page, max_pixels, tile_px)
     path = _existing_file(path)
     raw = _read_raw(path, wanted)
     pixels, names = raw.pixels, raw.channel_names
@@ -115,13 +120,15 @@ def read_image(
         names = tuple(names[i] for i in positions) if names else None
     if raw.is_rgb and _all_channels_equal(pixels):
         pixels, names = pixels[..., 0], None
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        bad = int(np.count_nonzero(~np.isfinite(pixels)))
+    if pixels.dtype.kind == "f" and not all_finite(pixels):
+        bad = sum(
+            int(np.count_nonzero(~np.isfinite(pixels[rows]))) for rows in row_bands(pixels.shape)
+        )
         raise ImageFileError(
             f"Pixels of '{path}' must be finite numbers, {bad:,} of {pixels.size:,} are NaN or "
             "infinite: replace them (for example by the background value) before segmenting."
         )
-    return Image(np.ascontiguousarray(pixels), path, raw.pixel_size_um, names, raw.notes)
+    return Image(contiguous(pixels), path, raw.pixel_size_um, names, raw.notes)
 
 
 def read_labels(
@@ -176,7 +183,7 @@ def read_labels(
             f"Labels must lie in 0 … 4,294,967,295, '{path}' holds {low} … {high}: renumber them "
             "from 1 with background 0."
         )
-    return np.ascontiguousarray(pixels.astype(np.uint32))
+    return contiguous(pixels, np.uint32)
 
 
 def _existing_file(path: str | os.PathLike[str]) -> Path:
@@ -256,7 +263,7 @@ def _read_raw(path: Path, wanted: Selection) -> RawImage:
             "store the magnitude or one real part."
         )
     if not pixels.dtype.isnative:
-        raw.pixels = pixels.astype(pixels.dtype.newbyteorder("="))
+        raw.pixels = contiguous(pixels, pixels.dtype.newbyteorder("="))
     raw.turn_upright()
     return raw
 

@@ -25,6 +25,7 @@ from dinocell.io.planes import (
     check_size,
     num_planes,
 )
+from dinocell.scratch import copied, empty_image, is_large, zeros_in_file
 
 _METRIC = (
     *(("", "", 1e6), ("d", "deci", 1e5), ("c", "centi", 1e4), ("m", "milli", 1e3)),
@@ -106,7 +107,7 @@ def read_tiff(path: Path, wanted: Selection) -> RawImage:
         if wanted.channels is not None and "C" in axes:
             positions = channel_positions(sizes["C"], names, wanted.channels)
             names = tuple(names[i] for i in positions) if names else None
-        pixels = _tiff_plane(series, axes, shape, page, positions)
+        pixels = _tiff_plane(series, axes, shape, page, positions, wanted.tile_px)
         if complaints:
             raise ValueError(_without_object_names(complaints[0]))
         is_rgb = "S" in axes
@@ -138,7 +139,7 @@ def read_tiff(path: Path, wanted: Selection) -> RawImage:
 def _inverted(pixels: np.ndarray, bits: int) -> np.ndarray:
     if pixels.dtype == np.bool_:
         return ~pixels
-    return pixels.dtype.type(2**bits - 1) - pixels if pixels.dtype.kind == "u" else pixels
+    return np.subtract(2**bits - 1, pixels, out=pixels) if pixels.dtype.kind == "u" else pixels
 
 
 def _without_object_names(message: str) -> str:
@@ -158,7 +159,12 @@ def _tiff_axes(series: Any, wanted: Selection) -> tuple[str, tuple[int, ...]]:
 
 
 def _tiff_plane(
-    series: Any, axes: str, shape: tuple[int, ...], page: int, positions: list[int] | None
+    series: Any,
+    axes: str,
+    shape: tuple[int, ...],
+    page: int,
+    positions: list[int] | None,
+    tile_px: int | None,
 ) -> np.ndarray:
     """Plane `page` of a series as (H, W) or (H, W, C), reading no more pages than it needs."""
     leading = [(a, n) for a, n in zip(axes, shape, strict=True) if a not in "YXS"]
@@ -172,33 +178,51 @@ def _tiff_plane(
     pages = series.pages
     one_plane_per_page = len(pages) == numbers.size and set(series.keyframe.axes) <= set("YXS")
     if one_plane_per_page:
-        planes = [_channel_last(_page_pixels(pages[i]), series.keyframe.axes) for i in wanted]
+        planes = [
+            _channel_last(_page_pixels(pages[i], tile_px), series.keyframe.axes) for i in wanted
+        ]
     else:
         if any(one_page is None for one_page in pages):
             raise ValueError("some of its planes are in other files, which are missing")
         for one_page in pages:
             _check_bytes_present(one_page)
-        whole = series.asarray().reshape(shape)
+        whole = series.asarray(out=_output(shape, series.dtype, axes, tile_px)).reshape(shape)
         moved = np.moveaxis(whole, [axes.index(a) for a in order], range(len(order)))
         inner = "".join(a for a in axes if a in "YXS")
         moved = moved.reshape(-1, *(shape[axes.index(a)] for a in inner))
         planes = [_channel_last(moved[i], inner) for i in wanted]
-    return planes[0] if len(planes) == 1 else np.stack(planes, axis=-1)
+    if len(planes) == 1:
+        return planes[0]
+    stack = empty_image((*planes[0].shape, len(planes)), planes[0].dtype, tile_px)
+    for channel, plane in enumerate(planes):
+        copied(plane, stack[..., channel])
+    return stack
 
 
-def _page_pixels(page: Any) -> np.ndarray:
+def _output(shape: tuple[int, ...], dtype: Any, axes: str, tile_px: int | None) -> Any:
+    """An array in a file for the pixels of a large image; None lets tifffile make one."""
+    sizes = dict(zip(axes, shape, strict=True))
+    large = is_large((sizes["Y"], sizes["X"]), tile_px)
+    return zeros_in_file(shape, np.dtype(dtype).newbyteorder("=")) if large else None
+
+
+def _page_pixels(page: Any, tile_px: int | None) -> np.ndarray:
     if page is None:
         raise ValueError("some of its planes are in other files, which are missing")
     file = page.parent.filehandle
     if not file.closed:
-        _check_bytes_present(page)
-        return page.asarray()
+        return _decoded(page, tile_px)
     file.open()  # another file of the same multi-file OME image
     try:
-        _check_bytes_present(page)
-        return page.asarray()
+        return _decoded(page, tile_px)
     finally:
         file.close()
+
+
+def _decoded(page: Any, tile_px: int | None) -> np.ndarray:
+    _check_bytes_present(page)
+    pixels: np.ndarray = page.asarray(out=_output(page.shape, page.dtype, page.axes, tile_px))
+    return pixels
 
 
 def _channel_last(plane: np.ndarray, axes: str) -> np.ndarray:

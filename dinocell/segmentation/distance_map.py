@@ -28,6 +28,7 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.labels import check_labels
+from dinocell.scratch import contiguous, zeros_like
 
 TARGETS: tuple[str, ...] = ("linear", "sqrt")
 """Known values of `target`."""
@@ -84,10 +85,12 @@ def labels_to_distance_map(labels: ArrayLike, *, target: str = DEFAULT_TARGET) -
             f"`target` must be one of {', '.join(map(repr, TARGETS))}, got {target!r}: choose one."
         )
     table_index, table_size = _table_index(labels)
-    depth_px = np.empty(table_index.shape, np.float32)
+    depth_px = zeros_like(table_index, table_index.shape, np.float32)
     if depth_px.size:
         deepest_px = np.zeros(table_size, np.float32)
-        _depth_inside_cells(table_index, _column_distance(table_index), depth_px, deepest_px)
+        column_distance = zeros_like(table_index, table_index.shape, np.int32)
+        _column_distance(table_index, column_distance)
+        _depth_inside_cells(table_index, column_distance, depth_px, deepest_px)
         _divide_by_deepest(table_index, deepest_px, target == "sqrt", depth_px)
     return depth_px
 
@@ -105,7 +108,7 @@ def _table_index(labels: ArrayLike) -> tuple[NDArray[np.int32], int]:
     if largest >= _LARGEST_TABLE:
         array, largest = _renumbered(array)
     # Writable, or numba would compile once more for read-only arrays.
-    return np.require(array, np.int32, ["C", "W"]), largest + 1
+    return np.require(contiguous(array, np.int32), requirements="W"), largest + 1
 
 
 def _renumbered(labels: NDArray[Any]) -> tuple[NDArray[Any], int]:
@@ -119,14 +122,13 @@ def _renumbered(labels: NDArray[Any]) -> tuple[NDArray[Any], int]:
 
 
 @njit(cache=True, nogil=True)
-def _column_distance(labels: NDArray[Any]) -> NDArray[Any]:
-    """Distance in px, within the column, to the nearest pixel of another label; 2³⁰ if none.
+def _column_distance(labels: NDArray[Any], distance: NDArray[Any]) -> None:
+    """Write the distance in px, within the column, to the nearest pixel of another label; 2³⁰ if none.
 
     One pass downwards counts from the last change of label above, one upwards from the next below.
     """
     height, width = labels.shape
     none = 1 << 30
-    distance = np.empty((height, width), np.int32)
     for column in range(width):
         distance[0, column] = none
     for row in range(1, height):
@@ -141,7 +143,6 @@ def _column_distance(labels: NDArray[Any]) -> NDArray[Any]:
                 distance[row, column] = 1
             else:
                 distance[row, column] = min(distance[row, column], distance[row + 1, column] + 1)
-    return distance
 
 
 @njit(cache=True, nogil=True)

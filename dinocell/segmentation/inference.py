@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from dinocell.network.familiarity import Appearance
 from dinocell.network.model import DINOCell
 from dinocell.network.precision import autocast
+from dinocell.scratch import all_finite, is_large, row_bands, zeros_in_file
 from dinocell.segmentation.intensity import IntensityRange, find_range
 from dinocell.segmentation.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dinocell.segmentation.tiles import predict_windows
@@ -30,7 +32,8 @@ def predict_distance_map(
     """Distance map of a gray image of any size.
 
     The image is normalised as a whole, then seen in windows of the
-    model's size that overlap and are blended smoothly.
+    model's size that overlap and are blended smoothly.  What windows need of it is normalised row of
+    windows by row of windows, so that no second plane of its size is kept.
 
     Parameters
     ----------
@@ -43,7 +46,8 @@ def predict_distance_map(
     batch_size : int
         Windows per network call; changes speed and memory, not the result.
     tile_px : int, optional
-        Visit the windows region by region of this size, no batch across two; the result is the same.
+        Of an image with more pixels than a square of this edge, the map is kept in a temporary file;
+        the result is the same.
     precision : `auto`, `fp32` or `bf16`
         See `dinocell.network.precision.autocast`; bf16 differs in the third digit.
     progress : callable (done, total), optional
@@ -61,37 +65,92 @@ def predict_distance_map(
     ValueError
         The image is not 2-D or not finite, the precision is unknown, or the network answers NaN.
     """
-    context = autocast(precision, model.device)
+    network = _Network(model, precision, appearance)
     config = model.config
-    normalized = (intensity or find_range(image, **config.intensity)).apply(image)
-    if not normalized.any():
-        return np.zeros(image.shape, dtype=np.float32)
-    device = model.device
-    mean, std = (
-        torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD)
+    normalized = _NormalizedImage(image, intensity or find_range(image, **config.intensity))
+    distance_map = (
+        zeros_in_file(image.shape, np.float32)
+        if is_large(image.shape, tile_px)
+        else np.zeros(image.shape, np.float32)
     )
-
-    def predict(windows: NDArray[np.float32]) -> NDArray[np.float32]:
-        gray = torch.from_numpy(windows).to(device)  # [B, 1, window, window]
-        batch = ((gray - mean) / std).contiguous()  # [B, 3, window, window]
-        with torch.inference_mode(), context:
-            maps, features = model.map_and_features(batch)
-            if appearance is not None:
-                appearance.add(gray, features, maps)
-            return maps[:, 0].cpu().numpy()  # [B, window, window]
-
-    distance_map = predict_windows(
-        normalized[None],
-        predict,
+    if normalized.is_blank():
+        return distance_map
+    predict_windows(
+        normalized,
+        network.predict,
         window_px=config.window_px,
         overlap_px=config.overlap_px,
         batch_size=batch_size,
-        tile_px=tile_px,
+        blended=distance_map,
         progress=progress,
     )
-    if not np.isfinite(distance_map).all():
+    if not all_finite(distance_map):
         raise ValueError(
             "the network must answer with finite values, got NaN: the model file is damaged or "
             "the precision too low for it; try precision fp32"
         )
     return np.clip(distance_map, 0.0, 1.0, out=distance_map)
+
+
+class _Network:
+    """Gray windows to distance maps; windows of zeros get one answer, which is computed once.
+
+    Such windows lie in black borders and between the parts of a mosaic.
+    """
+
+    def __init__(self, model: DINOCell, precision: str, appearance: Appearance | None) -> None:
+        self.model, self.context = model, autocast(precision, model.device)
+        self.appearance = appearance
+        self.mean, self.std = (
+            torch.tensor(v, device=model.device)[:, None, None]
+            for v in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        self._of_zeros: NDArray[np.float32] | None = None
+
+    def predict(self, windows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(B, 1, window, window) in [0, 1] → (B, window, window)."""
+        shown = windows.any(axis=(1, 2, 3))
+        if shown.all():
+            return self._ask(windows, self.appearance)
+        if self._of_zeros is None:
+            self._of_zeros = self._ask(np.zeros_like(windows[:1]), None)
+        maps = np.repeat(self._of_zeros, len(windows), axis=0)
+        if shown.any():
+            maps[shown] = self._ask(windows[shown], self.appearance)
+        return maps
+
+    def _ask(
+        self, windows: NDArray[np.float32], appearance: Appearance | None
+    ) -> NDArray[np.float32]:
+        gray = torch.from_numpy(windows).to(self.model.device)  # [B, 1, window, window]
+        batch = ((gray - self.mean) / self.std).contiguous()  # [B, 3, window, window]
+        with torch.inference_mode(), self.context:
+            maps, features = self.model.map_and_features(batch)
+            if appearance is not None:
+                appearance.add(gray, features, maps)
+            return maps[:, 0].cpu().numpy()  # [B, window, window]
+
+
+class _NormalizedImage:
+    """The (1, H, W) normalised image that windows are read from; holds one row of windows at a time."""
+
+    def __init__(self, image: NDArray, intensity: IntensityRange) -> None:
+        self.image, self.intensity = image, intensity
+        self.shape = (1, *image.shape)
+        self._rows, self._band = slice(0, 0), np.empty((0, image.shape[1]), np.float32)
+
+    def is_blank(self) -> bool:
+        """Whether all of it is 0."""
+        return not any(
+            self.intensity.apply_rows(self.image, rows).any()
+            for rows in row_bands(self.image.shape)
+        )
+
+    def __getitem__(self, key: tuple[slice, Any, Any]) -> NDArray[np.float32]:
+        """Pixels of all channels; rows and columns are two slices, or two arrays that are combined."""
+        _, rows, columns = key
+        whole = rows if isinstance(rows, slice) else slice(int(rows.min()), int(rows.max()) + 1)
+        if whole != self._rows:
+            self._rows, self._band = whole, self.intensity.apply_rows(self.image, whole)
+        inside = slice(None) if rows is whole else rows - whole.start
+        return self._band[None, inside, columns]

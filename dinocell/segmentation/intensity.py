@@ -25,6 +25,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocell.scratch import all_finite, row_bands, sampled_rows
+
 # Second difference along both axes: zero on planes and straight edges, so what is left is noise.
 _NOISE_KERNEL = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=np.float32)
 _NOISE_KERNEL_NORM = 6.0  # root of the sum of squares: white noise of std 1 gives std 6
@@ -45,6 +47,7 @@ _SIGNAL_SIGMA = 20.0  # of the noise that a tile with signal spans
 _FILL_SIGMAS = (1.0, 3.0)
 _FILL_WEIGHT = 0.05
 _NOTED_SHARE = 5e-4  # single hot pixels are common and need no note
+_REACH_PX = 32  # `apply` reads twice the fill's reach and the median's: 12 + 2 + 12
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,13 @@ class IntensityRange:
         pixels /= np.float32(self.high - self.low)
         return np.clip(pixels, 0.0, 1.0, out=pixels)
 
+    def apply_rows(self, image: NDArray, rows: slice) -> NDArray[np.float32]:
+        """`apply(image)[rows]` for rows `start:stop` of the image, from these and few beside them."""
+        first = max(rows.start - _REACH_PX, 0)
+        return self.apply(image[first : rows.stop + _REACH_PX])[
+            rows.start - first : rows.stop - first
+        ]
+
 
 def find_range(
     image: NDArray,
@@ -103,7 +113,8 @@ def find_range(
     Parameters
     ----------
     image : (H, W) ndarray
-        Boolean, integer or float, finite.
+        Boolean, integer or float, finite.  Of an image of more than 4096 x 4096 pixels, bands of rows that
+        lie evenly and have as many pixels are looked at.
     low_percentile, high_percentile : float
         0 <= low < high <= 100.
     min_contrast_sigma : float
@@ -118,21 +129,22 @@ def find_range(
         raise ValueError(
             f"`image` must be 2-D (H, W) and not empty, got shape {image.shape}: choose one channel"
         )
-    if image.dtype == np.bool_:
-        image = image.astype(np.uint8)
-    if np.issubdtype(image.dtype, np.floating) and not np.isfinite(image).all():
+    if np.issubdtype(image.dtype, np.floating) and not all_finite(image):
         raise ValueError(
             "`image` must be finite, got NaN or infinite pixels: replace them, for example with "
             "numpy.nan_to_num"
         )
-    floor, ceiling = _cuts(image)
+    whole, image = image, sampled_rows(image)
+    if image.dtype == np.bool_:
+        image = image.astype(np.uint8)
+    floor, ceiling = _cuts(whole, image)
     kept: NDArray[np.bool_] | None = None
     inside, filled = image.ravel(), _clipped(image, floor, ceiling)
     if np.isfinite([floor, ceiling]).any():
         kept = (image >= floor) & (image <= ceiling)
         inside = image[kept]
         filled = _filled(filled, ~kept, float(np.percentile(inside, low_percentile)))
-    notes = [] if kept is None else _cut_notes(image, floor, ceiling)
+    notes = [] if kept is None else _cut_notes(whole, floor, ceiling)
     noise = estimate_noise(filled, kept)
     if np.issubdtype(image.dtype, np.integer):
         noise = max(noise, _QUANTISATION_STD)
@@ -152,7 +164,8 @@ def find_range(
             spike = _SPIKE * reach
             high = float(np.percentile(filled[~spikes], high_percentile))
             if count > _NOTED_SHARE * image.size:
-                notes.append(f"{count:,} hot pixels were replaced from their neighbours")
+                estimate = round(count * whole.size / image.size)
+                notes.append(f"{estimate:,} hot pixels were replaced from their neighbours")
         bright = _bright_end(smooth, low, faintest)
         if bright is not None and high - low > _OUTLIER * (bright - low):
             high = low + _HEADROOM * (bright - low)
@@ -192,10 +205,10 @@ def estimate_noise(image: NDArray, where: NDArray[np.bool_] | None = None) -> fl
     return max(noise, _QUANTISATION_STD) if np.issubdtype(image.dtype, np.integer) else noise
 
 
-def _cuts(image: NDArray) -> tuple[float, float]:
+def _cuts(image: NDArray, sample: NDArray) -> tuple[float, float]:
     """The floor and the ceiling of the signal; infinite where no gap parts anything from it."""
-    values, counts = _distinct(image)
-    least = _GAP_SIGMA * estimate_noise(image)
+    values, counts = _distinct(image if image.dtype in (np.uint8, np.uint16) else sample)
+    least = _GAP_SIGMA * estimate_noise(sample)
     # A range that a gap is compared with must not hold the outliers of the other side: top again.
     ceiling = _end_before_gap(values, counts, _TOP_GAP, least)
     kept = values <= ceiling
@@ -228,7 +241,9 @@ def _end_before_gap(
 
 def _distinct(image: NDArray) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     if image.dtype in (np.uint8, np.uint16):
-        counts = np.bincount(image.ravel())
+        counts = np.zeros(2 ** (8 * image.dtype.itemsize), np.int64)
+        for rows in row_bands(image.shape):
+            counts += np.bincount(image[rows].ravel(), minlength=len(counts))
         values = np.flatnonzero(counts)
         return values.astype(np.float64), counts[values]
     values, counts = np.unique(image, return_counts=True)
@@ -237,11 +252,11 @@ def _distinct(image: NDArray) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 def _cut_notes(image: NDArray, floor: float, ceiling: float) -> list[str]:
     notes = []
-    for mask, value, word in (
-        (image < floor, floor, "below"),
-        (image > ceiling, ceiling, "above"),
+    bands = [image[rows] for rows in row_bands(image.shape)]
+    for count, value, word in (
+        (sum(np.count_nonzero(band < floor) for band in bands), floor, "below"),
+        (sum(np.count_nonzero(band > ceiling) for band in bands), ceiling, "above"),
     ):
-        count = int(mask.sum())
         if count > _NOTED_SHARE * image.size:
             notes.append(
                 f"{count:,} pixels ({count / image.size:.1%}) {word} {value:.6g} hold no signal (border, "

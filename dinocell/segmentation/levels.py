@@ -8,6 +8,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.scratch import zeros_like
+
 NUM_LEVELS = 4096
 """Levels of the quantised map: finer than what a network knows, and few enough to count and queue by."""
 
@@ -64,7 +66,7 @@ def checked_map(distance_map: ArrayLike) -> NDArray[np.float32]:
         )
     # Writable, or numba would compile once more for read-only arrays.
     with np.errstate(over="ignore"):  # beyond float32 is beyond 1, and clipped all the same
-        array = np.require(array, np.float32, ["C", "W"])
+        array = np.require(array, np.float32, ["C", "W"])  # a map in a file has this form
     _refuse_nan(array)
     return array
 
@@ -79,7 +81,8 @@ def _refuse_nan(array: NDArray[np.float32]) -> None:
 def framed_levels(distance_map: NDArray[np.float32], fill_threshold: float) -> NDArray[np.int16]:
     """Quantised map with −1 outside the mask and in a frame of one pixel, which spares bounds checks."""
     height, width = distance_map.shape
-    levels = np.full((height + 2, width + 2), -1, np.int16)
+    levels = zeros_like(distance_map, (height + 2, width + 2), np.int16)
+    levels -= 1
     _quantize_above(distance_map, np.float32(fill_threshold), levels)
     return levels
 

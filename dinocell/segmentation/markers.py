@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.scratch import zeros_like
 from dinocell.segmentation.levels import NUM_LEVELS, checked_map, framed_levels
 from dinocell.segmentation.thresholds import Thresholds
 
@@ -86,7 +87,8 @@ def merge_basins(
         int(np.floor(thresholds.peak_threshold * top)) + 1
     )  # the lowest above the threshold
     rise = thresholds.min_prominence * top
-    basin_of = np.full(levels.size, -1, np.int32)
+    basin_of = zeros_like(levels, (levels.size,), np.int32)
+    basin_of -= 1
     _ascend(levels, basin_of)
     num_basins = _number_basins(basin_of, np.empty(levels.size, np.int32))
     peak = np.full(num_basins + 1, -1, np.int32)

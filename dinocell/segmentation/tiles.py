@@ -3,16 +3,25 @@
 A network sees windows of one size, which belongs to the model.  Where windows overlap, their
 predictions are averaged with weights that fall smoothly towards the window's edge, and this happens
 on the distance map, before anything is thresholded.  The grid depends on the size of the image, on
-`window_px` and on `overlap_px` alone; how many windows are gathered at once (`batch_size`, `tile_px`)
-only changes the order of the sums.
+`window_px` and on `overlap_px` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
+
+
+class ReadableImage(Protocol):
+    """A (C, H, W) array, or what gives the pixels of `image[:, rows, columns]`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, key: tuple[Any, Any, Any], /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -41,28 +50,6 @@ class WindowPlan:
     def num_windows(self) -> int:
         """Number of windows: one network call each."""
         return len(self.row_starts) * len(self.col_starts)
-
-    def blocks(self, tile_px: int | None = None) -> Iterator[list[tuple[int, int]]]:
-        """Yield the windows as lists of (row number, column number) in the grid.
-
-        Parameters
-        ----------
-        tile_px : int, optional
-            Windows whose starts lie in the same square of this edge make one list; None makes one list
-            of all windows.
-        """
-        for rows in _groups(self.row_starts, tile_px):
-            for cols in _groups(self.col_starts, tile_px):
-                yield [(row, col) for row in rows for col in cols]
-
-
-def _groups(starts: tuple[int, ...], tile_px: int | None) -> list[list[int]]:
-    if tile_px is None:
-        return [list(range(len(starts)))]
-    groups: dict[int, list[int]] = {}
-    for number, start in enumerate(starts):
-        groups.setdefault(max(start, 0) // tile_px, []).append(number)
-    return list(groups.values())
 
 
 def _check_window(window_px: int, overlap_px: int) -> None:
@@ -185,14 +172,13 @@ def _reflected(start: int, window_px: int, size: int) -> np.ndarray:
 
 
 def predict_windows(
-    image: np.ndarray,
+    image: ReadableImage,
     predict: Callable[[np.ndarray], np.ndarray],
     *,
     window_px: int,
     overlap_px: int,
     batch_size: int = 8,
-    tile_px: int | None = None,
-    skip: Callable[[np.ndarray], bool] | None = None,
+    blended: np.ndarray | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Run a network over an image window by window and blend its maps into one.
@@ -200,29 +186,25 @@ def predict_windows(
     Parameters
     ----------
     image : (C, H, W) ndarray, H and W ≥ 1
-        Already normalised as a whole; a memory-mapped array is read window by window.
+        Already normalised as a whole.  Windows are read in reading order, one by one.
     predict : callable
         Takes (B, C, window_px, window_px) float32, 1 ≤ B ≤ `batch_size`, which it may keep or change;
         returns (B, window_px, window_px).
     window_px, overlap_px : int
         The grid, see `plan_windows`.
     batch_size : int
-        Windows per call; the last call of a tile may get fewer.
-    tile_px : int, optional
-        Visit the windows in squares of this edge, square by square, and never mix two squares in one
-        batch (for images read from disk).  By default the image is one square.
-    skip : callable, optional
-        Takes one window (C, window_px, window_px); where it returns True, `predict` is not called and
-        the window counts as 0 everywhere.
+        Windows per call; the last call may get fewer.
+    blended : (H, W) float32 ndarray of zeros, optional
+        Receives the result.
     progress : callable, optional
-        Called as `progress(done, total)`, in windows, after each batch; skipped windows are done too.
+        Called as `progress(done, total)`, in windows, after each batch.
 
     Returns
     -------
     blended : (H, W) float32 ndarray
         At each pixel the weighted mean of the windows over it (`window_weights`).  Equal for every
-        `batch_size` and `tile_px` up to the rounding of float32 sums, as far as `predict` itself treats
-        each window alone.
+        `batch_size` up to the rounding of float32 sums, as far as `predict` itself treats each window
+        alone.
 
     Raises
     ------
@@ -233,37 +215,31 @@ def predict_windows(
     -----
     Beside the result, memory is needed for one batch of windows and what `predict` makes of it.
     """
-    if image.ndim != 3 or image.shape[0] < 1:
+    if len(image.shape) != 3 or image.shape[0] < 1:
         raise ValueError(f"`image` must be (C, H, W), got shape {image.shape}: put channels first.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if tile_px is not None and tile_px < 1:
-        raise ValueError(f"`tile_px` must be at least 1, or None, got {tile_px}.")
     channels, height, width = image.shape
     plan = plan_windows(height, width, window_px=window_px, overlap_px=overlap_px)
-    blend = _Blend(plan)
-    done = 0
-    for block in plan.blocks(tile_px):
-        places: list[tuple[int, int]] = []
-        for remaining, place in zip(range(len(block), 0, -1), block, strict=True):
-            if not places:
-                shape = (min(batch_size, remaining), channels, window_px, window_px)
-                windows = np.empty(shape, dtype=np.float32)
-            window = windows[len(places)]
+    if blended is None:
+        blended = np.zeros((height, width), dtype=np.float32)
+    blend = _Blend(plan, blended)
+    grid = [
+        (row, col) for row in range(len(plan.row_starts)) for col in range(len(plan.col_starts))
+    ]
+    for first in range(0, len(grid), batch_size):
+        places = grid[first : first + batch_size]
+        windows = np.empty((len(places), channels, window_px, window_px), dtype=np.float32)
+        for window, place in zip(windows, places, strict=True):
             _read_window(image, plan, place, window)
-            if skip is None or not skip(window):
-                places.append(place)
-            done += 1
-            if places and (len(places) == batch_size or remaining == 1):
-                blend.add(np.asarray(predict(windows[: len(places)])), places)
-                places = []
-            if progress is not None and (not places or remaining == 1):
-                progress(done, plan.num_windows)
-    return blend.blended
+        blend.add(np.asarray(predict(windows)), places)
+        if progress is not None:
+            progress(first + len(places), len(grid))
+    return blended
 
 
 def _read_window(
-    image: np.ndarray, plan: WindowPlan, place: tuple[int, int], window: np.ndarray
+    image: ReadableImage, plan: WindowPlan, place: tuple[int, int], window: np.ndarray
 ) -> None:
     """Write the pixels of one window, reflected where it reaches over an image smaller than it."""
     rows = _reflected(plan.row_starts[place[0]], plan.window_px, plan.height)
@@ -277,9 +253,9 @@ def _read_window(
 class _Blend:
     """The weighted mean of the windows so far; complete once every window has been added."""
 
-    def __init__(self, plan: WindowPlan) -> None:
+    def __init__(self, plan: WindowPlan, blended: np.ndarray) -> None:
         self.plan = plan
-        self.blended = np.zeros((plan.height, plan.width), dtype=np.float32)
+        self.blended = blended
         self.row_shares = _shares(plan.row_starts, plan.height, plan.window_px, plan.overlap_px)
         self.col_shares = _shares(plan.col_starts, plan.width, plan.window_px, plan.overlap_px)
 

@@ -16,6 +16,7 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from dinocell.scratch import zeros_like
 from dinocell.segmentation.levels import NUM_LEVELS, checked_map, framed_levels, quantize
 from dinocell.segmentation.markers import merge_basins
 from dinocell.segmentation.thresholds import Thresholds
@@ -78,7 +79,7 @@ def separate_cells(distance_map: ArrayLike, thresholds: Thresholds) -> NDArray[n
     _count_pixels(grown, areas)
     kept = areas >= max(thresholds.min_area_px, 1)
     kept[0] = False
-    labels = np.empty(array.shape, np.uint32)
+    labels = zeros_like(array, array.shape, np.uint32)
     _unframe(grown, np.where(kept, kept.cumsum(), 0).astype(np.uint32), labels)
     return labels
 
@@ -153,7 +154,7 @@ def _grow(
     peaks: NDArray[np.int32],
 ) -> NDArray[np.int32]:
     """Framed label image: pixels of the i-th peak's cell are i + 1."""
-    grown = np.zeros(levels.shape, np.int32)
+    grown = zeros_like(levels, levels.shape, np.int32)
     numbers = np.arange(1, peaks.size + 1, dtype=np.int32)
     piece_of_peak = piece_of_basin[-1 - basin_of[peaks]]
     num_peaks = np.bincount(piece_of_peak, minlength=piece_of_basin.size)
@@ -184,7 +185,7 @@ def _flood_by_piece(
         first_of_piece,
         np.full(NUM_LEVELS, -1, np.int32),
         np.empty(NUM_LEVELS, np.int32),
-        np.empty(levels.size, np.int32),
+        zeros_like(levels, (levels.size,), np.int32),
     )
 
 

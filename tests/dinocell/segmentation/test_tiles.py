@@ -62,22 +62,6 @@ def test_grid_covers_everything_with_the_least_overlap_and_no_more_windows(size,
     assert fewer * window_px - (fewer - 1) * overlap_px < size
 
 
-def test_blocks_hold_every_window_once():
-    plan = plan_windows(500, 700, window_px=64, overlap_px=16)
-    everything = {(row, col) for row in range(len(plan.row_starts)) for col in range(15)}
-    assert len(plan.col_starts) == 15
-    for tile_px in (None, 1, 100, 300, 10_000):
-        blocks = list(plan.blocks(tile_px))
-        flat = [window for block in blocks for window in block]
-        assert len(flat) == plan.num_windows
-        assert set(flat) == everything
-    assert len(list(plan.blocks(None))) == 1
-    assert len(list(plan.blocks(300))) == 2 * 3
-    for block in plan.blocks(100):
-        for starts, axis in ((plan.row_starts, 0), (plan.col_starts, 1)):
-            assert len({starts[window[axis]] // 100 for window in block}) == 1
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -157,10 +141,9 @@ def test_identity_model_returns_the_image_at_every_pixel(shape):
     window_px=st.integers(1, 40),
     share=st.floats(0, 0.5),
     batch_size=st.integers(1, 9),
-    tile_px=st.none() | st.integers(1, 100),
 )
 def test_identity_for_any_size_window_overlap_batch_and_tile(
-    height, width, window_px, share, batch_size, tile_px
+    height, width, window_px, share, batch_size
 ):
     image = random_image(height, width, seed=height * 91 + width)
     got = predict_windows(
@@ -169,7 +152,6 @@ def test_identity_for_any_size_window_overlap_batch_and_tile(
         window_px=window_px,
         overlap_px=int(window_px * share),
         batch_size=batch_size,
-        tile_px=tile_px,
     )
     np.testing.assert_allclose(got, image[0], rtol=0, atol=1e-6)
 
@@ -237,16 +219,16 @@ def uneven_model(windows: np.ndarray) -> np.ndarray:
     return windows[:, 0] * ramp + windows.mean(axis=(1, 2, 3))[:, None, None]
 
 
-@pytest.mark.parametrize(("batch_size", "tile_px"), [(1, None), (3, 70), (7, 1), (100, 150)])
-def test_result_is_independent_of_batch_and_tile(batch_size, tile_px):
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_result_is_independent_of_the_batch(batch_size):
     image = random_image(210, 330, channels=3)
     options = {"window_px": 64, "overlap_px": 20}
     reference = blend(image, uneven_model, **options)
-    got = blend(image, uneven_model, batch_size=batch_size, tile_px=tile_px, **options)
+    got = blend(image, uneven_model, batch_size=batch_size, **options)
     np.testing.assert_allclose(got, reference, rtol=0, atol=1e-6)
 
 
-def test_batches_are_as_large_as_allowed_and_stay_in_their_tile():
+def test_batches_are_as_large_as_allowed():
     sizes = []
 
     def count(windows):
@@ -259,9 +241,6 @@ def test_batches_are_as_large_as_allowed_and_stay_in_their_tile():
     got = blend(image, count, window_px=32, overlap_px=8, batch_size=6)
     np.testing.assert_allclose(got, image[1], atol=1e-6)
     assert sizes == [6, 6, 4]
-    sizes.clear()
-    blend(image, count, window_px=32, overlap_px=8, batch_size=6, tile_px=45)  # 2 × 2 tiles of 4
-    assert sizes == [4, 4, 4, 4]
 
 
 def test_overlap_and_window_change_the_result_of_a_model_that_knows_its_window():
@@ -295,41 +274,16 @@ def test_image_of_another_type_arrives_as_float32():
     np.testing.assert_allclose(got, image[0], rtol=1e-6)
 
 
-# ------------------------------------------------------------------------------- skip and progress
+# ---------------------------------------------------------------------------------------- progress
 
 
-def test_skipped_windows_are_zero_and_never_reach_the_network():
-    image = random_image(64, 64) + 1
-    image[:, :, :32] = 0
-    seen = []
-
-    def ones(windows):
-        seen.append(len(windows))
-        return np.ones((len(windows), 16, 16))
-
-    options = {"window_px": 16, "overlap_px": 0, "batch_size": 3}
-    got = blend(image, ones, skip=lambda window: not window.any(), **options)
-    np.testing.assert_array_equal(got[:, :32], 0)
-    np.testing.assert_array_equal(got[:, 32:], 1)
-    assert sum(seen) == 8
-    assert max(seen) == 3
-    assert (blend(image, ones, **options) == 1).all()
-    seen.clear()
-    assert (blend(image, ones, skip=lambda window: True, **options) == 0).all()
-    assert seen == []
-
-
-@pytest.mark.parametrize("skip", [None, lambda window: window[0, 0, 0] < 0.6, lambda window: True])
-@pytest.mark.parametrize("tile_px", [None, 40])
-def test_progress_rises_to_the_total(skip, tile_px):
+def test_progress_rises_to_the_total():
     calls = []
     blend(
         random_image(100, 100),
         window_px=32,
         overlap_px=8,
         batch_size=3,
-        tile_px=tile_px,
-        skip=skip,
         progress=lambda done, total: calls.append((done, total)),
     )
     assert {total for _, total in calls} == {16}
@@ -348,7 +302,6 @@ def test_progress_rises_to_the_total(skip, tile_px):
         (np.zeros((0, 5, 5)), {}, r"\(C, H, W\)"),
         (np.zeros((1, 0, 5)), {}, "at least one pixel"),
         (np.zeros((1, 5, 5)), {"batch_size": 0}, "batch_size"),
-        (np.zeros((1, 5, 5)), {"tile_px": 0}, "tile_px"),
         (np.zeros((1, 5, 5)), {"overlap_px": 97}, "overlap_px"),
     ],
 )
@@ -384,5 +337,4 @@ def test_memory_is_one_batch_beside_the_result():
     result = height * width * 4
     one_window = 64 * 64 * 4
     all_windows = 31 * 31 * one_window
-    for tile_px in (None, 200):
-        assert peak(batch_size=4, tile_px=tile_px) < result + 20 * one_window < all_windows / 2
+    assert peak(batch_size=4) < result + 20 * one_window < all_windows / 2

@@ -1,0 +1,167 @@
+"""Images that are kept in files and segmented band by band give the cells of those kept in memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import tifffile
+
+from dinocell import scratch
+from dinocell.errors import DINOCellError
+from dinocell.io import read_image, read_labels
+from dinocell.pipeline import DINOCellPipeline
+from dinocell.segmentation.inference import predict_distance_map
+from dinocell.segmentation.intensity import IntensityRange, find_range
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Shapes of the arrays that were made in files."""
+    shapes = []
+    original = scratch.zeros_in_file
+
+    def recorded(shape, dtype):
+        shapes.append((tuple(shape), np.dtype(dtype).name))
+        return original(shape, dtype)
+
+    for module in ("dinocell.scratch", "dinocell.segmentation.inference", "dinocell.io.tiff"):
+        monkeypatch.setattr(f"{module}.zeros_in_file", recorded)
+    monkeypatch.setattr(scratch, "_BAND_PX", 5000)
+    return shapes
+
+
+def field(fault: str | None = None) -> np.ndarray:
+    """A 16-bit field of 40 round cells of (200, 230), with a fault of the camera or a drawn bar."""
+    rng = np.random.default_rng(5)
+    rows, cols = np.mgrid[:200, :230]
+    image = np.full((200, 230), 300.0)
+    for number in range(40):
+        row, col = 20 + 40 * (number // 8), 16 + 28 * (number % 8)
+        image += 4000 * np.exp(
+            -((rows - row) ** 2 + (cols - col) ** 2) / (2 * rng.uniform(3, 6) ** 2)
+        )
+    image = rng.poisson(image).astype(np.uint16)
+    if fault == "hot":
+        image[rng.integers(0, 200, 150), rng.integers(0, 230, 150)] = 65535
+    if fault == "bar":
+        image[180:186, 150:220] = 65535
+    return image
+
+
+@pytest.mark.parametrize("fault", [None, "hot", "bar"])
+def test_rows_are_scaled_as_the_whole_image_is(fault):
+    image = field(fault)
+    intensity = find_range(image)
+    assert np.isfinite(intensity.ceiling if fault == "bar" else intensity.low)
+    assert fault != "hot" or np.isfinite([intensity.spike, intensity.ceiling]).any()
+    whole = intensity.apply(image)
+    for rows in (slice(0, 200), slice(0, 40), slice(57, 121), slice(180, 200)):
+        np.testing.assert_array_equal(intensity.apply_rows(image, rows), whole[rows])
+
+
+@pytest.mark.parametrize("fault", [None, "hot", "bar"])
+@pytest.mark.parametrize(
+    "options", [{}, {"compression": "zlib", "rowsperstrip": 16}, {"byteorder": ">"}]
+)
+def test_cells_are_those_of_the_image_in_memory(tmp_path, small_model, made, fault, options):
+    tifffile.imwrite(tmp_path / "field.tif", field(fault), **options)
+    in_memory = DINOCellPipeline(small_model).run(tmp_path / "field.tif")
+    assert not made
+    in_files = DINOCellPipeline(small_model, tile_px=50).run(tmp_path / "field.tif")
+    assert {name for _, name in made} >= {"uint16", "float32", "int16", "int32", "uint32"}
+    assert all(scratch.in_file(a) for a in (in_files.image, in_files.distance_map, in_files.labels))
+    np.testing.assert_array_equal(in_files.distance_map, in_memory.distance_map)
+    np.testing.assert_array_equal(in_files.labels, in_memory.labels)
+    assert in_files.warnings == in_memory.warnings
+
+
+def test_average_of_channels_in_files_is_that_in_memory(tmp_path, small_model, made):
+    channels = np.stack([field(), field("hot"), field("bar")])
+    tifffile.imwrite(tmp_path / "a.ome.tif", channels, metadata={"axes": "CYX"})
+    first, second = (
+        DINOCellPipeline(small_model, tile_px=tile_px).load(tmp_path / "a.ome.tif", channels=[0, 2])
+        for tile_px in (None, 50)
+    )
+    np.testing.assert_array_equal(first.plane, second.plane)
+    assert scratch.in_file(second.plane)
+    assert not scratch.in_file(first.plane)
+    assert first.warnings == second.warnings
+
+
+@pytest.mark.parametrize("name", ["plain", "fractions", "big", "white"])
+def test_files_are_read_into_files_as_into_memory(tmp_path, made, name):
+    image = field()
+    options = {"big": {"byteorder": ">"}, "white": {"photometric": "miniswhite"}}.get(name, {})
+    if name == "fractions":
+        image = image.astype(np.float32) / 7
+    tifffile.imwrite(tmp_path / "a.tif", image, **options)
+    np.save(tmp_path / "a.npy", image)
+    for file in ("a.tif", "a.npy"):
+        small, large = (read_image(tmp_path / file, tile_px=px).pixels for px in (None, 50))
+        assert not scratch.in_file(small)
+        assert scratch.in_file(large)
+        assert large.flags.c_contiguous
+        assert large.dtype == small.dtype
+        np.testing.assert_array_equal(small, large)
+
+
+def test_large_label_images_are_read_from_files(tmp_path, monkeypatch):
+    labels = (field() > 2000).astype(np.uint16) * 7
+    tifffile.imwrite(tmp_path / "labels.tif", labels)
+    monkeypatch.setattr(scratch, "TILE_PX", 50)
+    read = read_labels(tmp_path / "labels.tif")
+    assert scratch.in_file(read)
+    np.testing.assert_array_equal(read, labels)
+
+
+def test_a_full_disk_for_temporary_files_is_one_sentence(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DINOCellError, match=r"needs 4\.0 GB in .*No space left.*TMPDIR"):
+        scratch.zeros_in_file((1000, 1000, 1000), np.float32)
+
+
+def test_large_images_are_judged_by_bands_of_their_rows(monkeypatch):
+    image = field("bar")
+    whole = find_range(image)
+    monkeypatch.setattr(scratch, "TILE_PX", 150)
+    sample = scratch.sampled_rows(image)
+    assert sample.shape == (96, 230)
+    by_bands = find_range(image)
+    assert by_bands.ceiling == whole.ceiling  # histograms are of all pixels
+    assert by_bands.notes == whole.notes
+    assert by_bands.high == pytest.approx(whole.high, rel=0.1)
+
+
+class _Recorder:
+    """A model whose calls are counted; its map is the mean of the window's channels."""
+
+    def __init__(self, model):
+        self.config, self.device, self.seen = model.config, model.device, 0
+
+    def map_and_features(self, batch):
+        self.seen += len(batch)
+        return batch.mean(1, keepdim=True).sigmoid(), None
+
+
+def test_black_windows_are_computed_once(small_model):
+    image = np.zeros(
+        (small_model.config.window_px * 3, small_model.config.window_px * 3), np.float32
+    )
+    image[:24, :24] = field()[:24, :24]
+    recorder = _Recorder(small_model)
+    intensity = IntensityRange(300, 4000)
+    once = predict_distance_map(recorder, image, intensity=intensity, batch_size=5)
+    num_black = recorder.seen
+    recorder.seen = 0
+    every = predict_distance_map(recorder, image + 301, intensity=intensity, batch_size=5)
+    assert num_black < recorder.seen / 2
+    assert (once[-50:, -50:] < every[-50:, -50:]).all()
+    values = np.unique(once[-50:, -50:].round(5))
+    assert len(values) == 1
+    assert values[0] > 0  # what the network says of black, not zero
