@@ -82,7 +82,9 @@ def test_folders_of_others_are_refused(tmp_path):
         run_demo(tmp_path / "thesis.doc", shown=False)
 
 
-def test_an_earlier_demo_is_replaced_and_nothing_else(result):
+def test_an_earlier_demo_is_replaced_and_nothing_else(result, monkeypatch):
+    nuclei = [pair for pair in sample_paths() if pair[0].stem == "nuclei"]
+    monkeypatch.setattr("dinocell.demo.sample_paths", lambda: nuclei)
     mine = result.batch.out / "notes.txt"
     mine.write_text("mine")
     labels = result.batch.out / "nuclei_labels.tif"

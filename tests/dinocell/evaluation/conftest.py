@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation, binary_erosion
 
-NUM_PAIRS = 500
+NUM_PAIRS = 200
 
 
 def _discs(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -81,7 +81,7 @@ def _random_pair(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def random_pairs() -> list[tuple[np.ndarray, np.ndarray]]:
-    """500 (truth, pred) pairs; some without cells on one side, on both, or without background."""
+    """200 (truth, pred) pairs; some without cells on one side, on both, or without background."""
     rng = np.random.default_rng(20240607)
     return [_random_pair(rng) for _ in range(NUM_PAIRS)]
 

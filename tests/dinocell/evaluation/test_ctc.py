@@ -150,7 +150,7 @@ def test_equals_py_ctcmetrics_on_random_pairs(random_pairs: list, tmp_path: Path
         expected = oracle.scores(frames[start : start + 25])
         assert (pooled.seg, pooled.det) == pytest.approx(expected, abs=1e-12)
     seen = sum(all_counts, CtcCounts())
-    assert min(seen.ns, seen.fn, seen.fp) > 100  # every kind of error was met
+    assert min(seen.ns, seen.fn, seen.fp) > 40  # every kind of error was met
 
 
 YEAST = {"01": 0.8138836518620145, "02": 0.7585552326750732}
