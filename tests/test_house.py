@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # entries below it and from nothing else.  `docs/architecture.md` prints the same order.
 ROOMS = (
     "cli", "demo", "cluster", "upstream", "pretraining", "probing", "training", "evaluation", "batch",
-    "pipeline", "results", "segmentation", "network", "io",
+    "pipeline", "results", "segmentation", "network", "io", "compilation",
     "tree", "settings", "pairs", "labels", "scratch", "files", "progress", "submitted", "errors",
 )  # fmt: skip
 # What stands below this room loads without torch; the ground loads without any heavy package.
@@ -156,6 +156,15 @@ def test_files_functions_and_signatures_stay_short():
             count = sum(argument.arg not in ("self", "cls") for argument in arguments)
             if count > MAX_PARAMETERS:
                 wrong.append(f"{function.name} of {named(path)} takes {count} parameters")
+    assert wrong == []
+
+
+def test_numba_comes_from_compilation_py():
+    """Its `njit` works where numba's own stops the program, because it finds no folder for its cache."""
+    wrong = []
+    for path in MODULES:
+        if path != ROOT / "dinocell" / "compilation.py":
+            wrong += [named(path) for module, _ in imports(path) if module.split(".")[0] == "numba"]
     assert wrong == []
 
 

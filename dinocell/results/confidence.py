@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.compilation import njit
 from dinocell.labels import as_labels
 from dinocell.segmentation.distance_map import DEFAULT_TARGET, labels_to_distance_map
 
@@ -68,7 +68,7 @@ def cell_scores(
     return np.where(higher * peak > 0, shares, 0.0)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _sums(
     labels: NDArray[Any], predicted: NDArray[Any], ideal: NDArray[Any], num_cells: int
 ) -> NDArray[Any]:

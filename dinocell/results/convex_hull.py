@@ -6,13 +6,14 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from dinocell.compilation import njit
 
 _FAR = np.int64(2**60)  # stands for "no pixel in this row"
 
 
-@njit(cache=True)
+@njit
 def _lower_chain(values: NDArray[Any], chain_row: NDArray[Any], chain_value: NDArray[Any]) -> int:
     """Lower convex chain of the points (i, values[i]); `_FAR` marks a missing point.
 
@@ -36,7 +37,7 @@ def _lower_chain(values: NDArray[Any], chain_row: NDArray[Any], chain_value: NDA
     return size
 
 
-@njit(cache=True)
+@njit
 def _half_steps(lowest: NDArray[Any], levels: NDArray[Any]) -> None:
     """Lowest column of each row to lowest column of the pixels' edge mid-points.
 
@@ -53,7 +54,7 @@ def _half_steps(lowest: NDArray[Any], levels: NDArray[Any]) -> None:
         levels[2 * i + 2] = 2 * low
 
 
-@njit(cache=True)
+@njit
 def _first_inside(
     chain_row: NDArray[Any], chain_value: NDArray[Any], size: int, first: NDArray[Any]
 ) -> None:
@@ -69,7 +70,7 @@ def _first_inside(
         first[i] = -((-doubled) // (2 * run))
 
 
-@njit(cache=True)
+@njit
 def hull_area_and_feret(
     first: NDArray[Any],
     row: NDArray[Any],

@@ -16,9 +16,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.compilation import njit
 from dinocell.errors import MissingExtraError
 from dinocell.io import write_labels
 from dinocell.labels import as_labels
@@ -262,7 +262,7 @@ def _compressed(counts: NDArray[Any], stops: NDArray[Any]) -> list[str]:
     return [text[begin:end] for begin, end in zip([0, *stop], stop, strict=False)]
 
 
-@njit(cache=True)
+@njit
 def _rle_letters(counts: NDArray[Any], stops: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """`compress_rle` for many lists one after the other: their letters, and where each list's end."""
     letters = np.empty(13 * len(counts), np.uint8)  # 64 bits in groups of 5

@@ -55,9 +55,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.compilation import njit
 from dinocell.labels import as_labels
 from dinocell.results.convex_hull import hull_area_and_feret
 from dinocell.results.neighbors import count_neighbors
@@ -442,7 +442,7 @@ def _intensity_columns(runs: Runs, channel: _Array, suffix: str) -> dict[str, ND
     }
 
 
-@njit(cache=True)
+@njit
 def _statistics(values: _Array, ends: _Array) -> _Array:
     """Mean, standard deviation, minimum, maximum, median and sum of values[ends[k]:ends[k+1]]."""
     result = np.empty((len(ends) - 1, 6), np.float64)

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from dinocell.compilation import njit
 
 _FAR = np.int64(2**60)
 _LEAF_PX = 8
@@ -111,7 +112,7 @@ def _quadtree(
     )
 
 
-@njit(cache=True)
+@njit
 def _search(
     first: NDArray[Any],
     pixel: NDArray[Any],

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.compilation import njit
 from dinocell.labels import as_labels
 
 Ring = NDArray[np.int64]
@@ -109,7 +109,7 @@ def _encloses(ring: Ring, hole: Ring) -> bool:
     return bool(np.count_nonzero(crosses & (ring[:, 1] > col)) % 2)
 
 
-@njit(cache=True)
+@njit
 def _trace_rings(
     padded: NDArray[Any],
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -186,7 +186,7 @@ def _trace_rings(
     return corners[:count], stops[:rings], labels[:rings], pinched[:rings]
 
 
-@njit(cache=True)
+@njit
 def xy_texts(
     corners: NDArray[Any], stops: NDArray[Any]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

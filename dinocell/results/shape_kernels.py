@@ -10,8 +10,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from dinocell.compilation import njit
 
 # A 2x2 window is numbered 1·bottom right + 2·top right + 4·bottom left + 8·top left.
 EULER_WEIGHTS = np.zeros(16, np.int64)
@@ -31,7 +32,7 @@ CROFTON_WEIGHTS = np.array(
 )
 
 
-@njit(cache=True)
+@njit
 def index_image(
     height: int,
     width: int,
@@ -47,7 +48,7 @@ def index_image(
     return index
 
 
-@njit(cache=True)
+@njit
 def quad_histogram(index: NDArray[Any], num_cells: int) -> NDArray[Any]:
     """Count the 2x2 windows of each number (see above) for each cell, full windows left out.
 
@@ -73,7 +74,7 @@ def quad_histogram(index: NDArray[Any], num_cells: int) -> NDArray[Any]:
     return histogram
 
 
-@njit(cache=True)
+@njit
 def border_pixels(
     index: NDArray[Any], num_cells: int
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -129,7 +130,7 @@ def border_pixels(
     return cell, pixel, steps
 
 
-@njit(cache=True)
+@njit
 def hole_area(
     first: NDArray[Any],
     row: NDArray[Any],

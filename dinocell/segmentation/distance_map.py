@@ -24,9 +24,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.compilation import njit
 from dinocell.labels import check_labels
 from dinocell.scratch import contiguous, zeros_like
 
@@ -121,7 +121,7 @@ def _renumbered(labels: NDArray[Any]) -> tuple[NDArray[Any], int]:
     return numbers.reshape(labels.shape), int(number_of_run.max())
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _column_distance(labels: NDArray[Any], distance: NDArray[Any]) -> None:
     """Write the distance in px, within the column, to the nearest pixel of another label; 2³⁰ if none.
 
@@ -145,7 +145,7 @@ def _column_distance(labels: NDArray[Any], distance: NDArray[Any]) -> None:
                 distance[row, column] = min(distance[row, column], distance[row + 1, column] + 1)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _depth_inside_cells(
     labels: NDArray[Any], column_distance: NDArray[Any], depth_px: NDArray[Any], deepest_px: Any
 ) -> None:
@@ -220,7 +220,7 @@ def _depth_inside_cells(
             deepest_px[label] = max(deepest_px[label], deepest)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _divide_by_deepest(labels: Any, deepest_px: Any, square_root: bool, depth_px: Any) -> None:
     height, width = labels.shape
     for row in range(height):

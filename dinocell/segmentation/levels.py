@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.compilation import njit
 from dinocell.scratch import zeros_like
 
 NUM_LEVELS = 4096
@@ -87,7 +87,7 @@ def framed_levels(distance_map: NDArray[np.float32], fill_threshold: float) -> N
     return levels
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _quantize_above(distance_map: Any, fill_threshold: Any, levels: Any) -> None:
     top = np.float32(NUM_LEVELS - 1)
     for row in range(distance_map.shape[0]):

@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.compilation import njit
 from dinocell.scratch import zeros_like
 from dinocell.segmentation.levels import NUM_LEVELS, checked_map, framed_levels
 from dinocell.segmentation.thresholds import Thresholds
@@ -106,7 +106,7 @@ def merge_basins(
     return basin_of, parent, np.sort(peak[is_marker])
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _ascend(levels: Any, above: Any) -> None:
     """Write the flat position of each masked pixel's highest neighbour, its own if it is a peak.
 
@@ -132,7 +132,7 @@ def _ascend(levels: Any, above: Any) -> None:
             above[index] = best
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _number_basins(above: Any, way: Any) -> int:
     """Follow each pixel up to its peak; write −1 − basin over it, basins counted from 1."""
     num_basins = 0
@@ -150,7 +150,7 @@ def _number_basins(above: Any, way: Any) -> int:
     return num_basins
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _find(parent: Any, basin: Any) -> Any:
     while parent[basin] != basin:
         parent[basin] = parent[parent[basin]]
@@ -161,7 +161,7 @@ def _find(parent: Any, basin: Any) -> Any:
 # Two pixels side by side in different basins are a pass between these, as high as the lower pixel.
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _count_passes(levels: Any, basin_of: Any, peak: Any, height_of: Any, num_at_level: Any) -> None:
     """Count the passes of each level; on the way write position and level of each basin's peak."""
     width = levels.shape[1]
@@ -180,7 +180,7 @@ def _count_passes(levels: Any, basin_of: Any, peak: Any, height_of: Any, num_at_
                 num_at_level[min(level, flat[index + step])] += 1
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _sort_passes(levels: Any, basin_of: Any, place: Any, sides: Any, pass_level: Any) -> None:
     """Write the basins on both sides of each pass, those of level i from `place[i]` on."""
     width = levels.shape[1]
@@ -199,7 +199,7 @@ def _sort_passes(levels: Any, basin_of: Any, place: Any, sides: Any, pass_level:
                 pass_level[position] = level
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _join_basins(
     sides: Any,
     pass_level: Any,

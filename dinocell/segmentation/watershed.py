@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from dinocell.compilation import njit
 from dinocell.scratch import zeros_like
 from dinocell.segmentation.levels import NUM_LEVELS, checked_map, framed_levels, quantize
 from dinocell.segmentation.markers import merge_basins
@@ -189,7 +189,7 @@ def _flood_by_piece(
     )
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _paint_basins(basin_of: Any, label_of_basin: Any, labels: Any) -> None:
     flat_labels = labels.ravel()
     for index in range(flat_labels.size):
@@ -197,7 +197,7 @@ def _paint_basins(basin_of: Any, label_of_basin: Any, labels: Any) -> None:
             flat_labels[index] = label_of_basin[-1 - basin_of[index]]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _flood_pieces(
     levels: Any,
     labels: Any,
@@ -256,13 +256,13 @@ def _flood_pieces(
             current = highest
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _count_pixels(labels: Any, areas: Any) -> None:
     for label in labels.ravel():
         areas[label] += 1
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _unframe(labels: Any, numbers: Any, numbered: Any) -> None:
     """Renumber and take off the frame."""
     for row in range(numbered.shape[0]):
