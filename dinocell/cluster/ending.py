@@ -66,10 +66,8 @@ def failure_of(
     if code < 0:
         name = signal.Signals(-code).name
         hint = "; is /dev/shm full?" if name == "SIGBUS" else ""
-        return (
-            "failed",
-            f"the work must end by itself, got {who} ended by {name}{hint}: see the log",
-        )
+        reason = f"the work must end by itself, got {who} ended by {name}{hint}: see the log"
+        return "failed", reason
     state = "refused" if code == UsageError.exit_code else "failed"
     return state, child.last_sentence() or f"{who} ended with exit code {code}: see the log"
 

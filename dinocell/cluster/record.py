@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from dinocell.batch.journal import complete_last_line
 from dinocell.cluster.commands import command_of
 from dinocell.files import write_text_atomically
 from dinocell.submitted import RunProgress
@@ -177,12 +178,9 @@ def note_submission(submissions: Sequence[Submission]) -> None:
     """
     path = _list_path()
     path.parent.mkdir(parents=True, exist_ok=True)
+    complete_last_line(path)  # if it was cut, it must not swallow ours
     text = "".join(json.dumps(asdict(item)) + "\n" for item in submissions)
-    with path.open("ab+") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # the last line was cut: it must not swallow ours
-                text = "\n" + text
+    with path.open("ab") as file:
         file.write(text.encode())  # at once: lines of two commands do not mix
 
 

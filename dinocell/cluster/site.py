@@ -131,14 +131,9 @@ class SiteProfile:
         # Options about processors, GPUs and memory are meant for the work itself.
         of_work = ("mem", "cpu", "gpu", "core", "ntasks", "exclusive", "tres")
         extra = {name: value for name, value in self.extra.items() if not name.startswith(of_work)}
-        one: dict[str, Any] = {
-            "nodes": 1,
-            "tasks_per_node": 1,
-            "cpus_per_gpu": 1,
-            "mem": "4G",
-            "constraint": None,
-        }
-        return dataclasses.replace(self.with_gpus(0), extra=extra, time=longest, **one)
+        one: dict[str, Any] = {"nodes": 1, "tasks_per_node": 1, "cpus_per_gpu": 1, "mem": "4G"}
+        none = self.with_gpus(0)
+        return dataclasses.replace(none, extra=extra, time=longest, constraint=None, **one)
 
     def for_one_process(self) -> Self:
         """The same for work that is one process: one node and at most one GPU."""

@@ -242,12 +242,8 @@ class _Supervisor:
             return
         job, folder = self.me.job, Path(self.job.run_dir).resolve()
         state = job_states([job]).get(job)
-        log, name = (
-            "" if state is None else state.log,
-            os.environ.get("SLURM_JOB_NAME", folder.name),
-        )
-        now = time.time()
-        item = Submission(job, name, [*self.job.command], str(folder), log, now, cluster)
+        log, name = state.log if state else "", os.environ.get("SLURM_JOB_NAME", folder.name)
+        item = Submission(job, name, [*self.job.command], str(folder), log, time.time(), cluster)
         with contextlib.suppress(OSError):  # a home that nodes cannot write to
             note_submission([item])
 
@@ -340,9 +336,8 @@ class _Supervisor:
         if code == _STOPPED or (self.received is not None and code != 2):
             # After a signal, an end by error is as good: the next start shows whether it remains.
             return self._stopped()
-        state, reason = failure_of(
-            code, self.child, self.me, killed_here=self.killed_it, kills=kills
-        )
+        killed = self.killed_it
+        state, reason = failure_of(code, self.child, self.me, killed_here=killed, kills=kills)
         if not self.killed_it:
             self.me.note_failure(state, reason)
         if self.me.rank == 0:

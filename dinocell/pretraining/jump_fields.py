@@ -56,7 +56,6 @@ def fields_of_index(
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
     return str(error).strip().split("\n")[0]
 
 
@@ -77,7 +76,6 @@ class VerifyReport:
         return "\n".join([head, *(f"bad: {name}: {why}" for name, why in self.bad.items())])
 
     def json_text(self) -> str:
-        """The same as JSON."""
         return json.dumps(asdict(self))
 
 

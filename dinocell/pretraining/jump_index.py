@@ -150,7 +150,6 @@ class IndexStats:
     val_fields: int  # on the validation side of the split by plate
 
     def text(self) -> str:
-        """A table."""
         size = f", {self.size_bytes / 1e9:.1f} GB" if self.size_bytes else ""
         lines = [
             f"{self.path}: {self.fields} fields of {self.plates} plates in {self.store}{size}",

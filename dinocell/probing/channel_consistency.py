@@ -225,16 +225,10 @@ def _retrieval(queries: Views, gallery: Views, draws: Floats) -> tuple[Estimate,
         candidates = np.flatnonzero(gallery.channel == answering)
         right = np.searchsorted(candidates, right_rows)
         answers = gallery.features[candidates].T
-        parts = [
-            slice(start, start + _QUERIES_AT_ONCE)
-            for start in range(0, len(rows), _QUERIES_AT_ONCE)
-        ]
-        credit = np.concatenate(
-            [
-                retrieval_credit(queries.features[rows[part]] @ answers, right[part])
-                for part in parts
-            ]
-        )
+        starts = range(0, len(rows), _QUERIES_AT_ONCE)
+        parts = [slice(start, start + _QUERIES_AT_ONCE) for start in starts]
+        asking = queries.features[rows]
+        credit = np.concatenate([retrieval_credit(asking[p] @ answers, right[p]) for p in parts])
         np.add.at(sums, queries.field[rows], credit)
         np.add.at(counts, queries.field[rows], 1.0)
         np.add.at(chances, queries.field[rows], 1.0 / len(candidates))

@@ -1,7 +1,7 @@
 """The result of a consistency score: numbers with their intervals and the values of chance."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -22,40 +22,26 @@ class Estimate:
     high: float = math.nan
     chance: float = math.nan
 
-    def to_mapping(self) -> dict[str, float | None]:
-        """The four numbers for JSON, nan as null."""
-        return {name: or_none(value) for name, value in vars(self).items()}
-
 
 @dataclass(frozen=True)
 class ConsistencyReport:
-    """The score of one kind of feature.
-
-    Attributes
-    ----------
-    num_fields, num_locations, num_views : what it was measured on, mean views not counted
-    embed_dim : numbers per feature; an effective rank is at most this and at most `num_views`
-    estimates : dict of Estimate
-        ``cosine_same_field`` (one location through two channels),
-        ``cosine_other_field_same_channel``, ``cosine_other_field_other_channel``,
-        ``retrieval_top1``, ``effective_rank``, ``effective_rank_centered``, ``feature_std``,
-        ``channel_decodability``; with mean views ``mean_view_cosine_same_field``,
-        ``mean_view_cosine_other_field``, ``mean_view_retrieval_top1``; with attention maps
-        ``attention_same_field``, ``attention_other_field``.
-    cosine_by_channel : (C, C)
-        Mean cosine of one location through two channels; 1 on the diagonal, nan for channels that
-        never meet.
-    retrieval_by_channel : (C, C)
-        Retrieval from the channel of the row to that of the column; nan on the diagonal.
-    """
+    """The score of one kind of feature; the numbers of views do not count mean views."""
 
     num_fields: int
     num_locations: int
     num_views: int
-    embed_dim: int
+    embed_dim: int  # numbers per feature; an effective rank is at most this and `num_views`
     channels: tuple[str, ...]
+    # cosine_same_field (one location through two channels), cosine_other_field_same_channel,
+    # cosine_other_field_other_channel, retrieval_top1, effective_rank, effective_rank_centered,
+    # feature_std, channel_decodability; with mean views mean_view_cosine_same_field,
+    # mean_view_cosine_other_field, mean_view_retrieval_top1; with attention maps
+    # attention_same_field, attention_other_field
     estimates: dict[str, Estimate]
+    # (C, C) mean cosine of one location through two channels; 1 on the diagonal, nan for channels
+    # that never meet
     cosine_by_channel: Floats
+    # (C, C) from the channel of the row to that of the column; nan on the diagonal
     retrieval_by_channel: Floats
 
     def __getitem__(self, name: str) -> Estimate:
@@ -88,19 +74,16 @@ class ConsistencyReport:
 
     def to_mapping(self) -> dict[str, Any]:
         """Everything for JSON, nan as null."""
-        return vars(self) | {
-            "channels": list(self.channels),
-            "estimates": {name: item.to_mapping() for name, item in self.estimates.items()},
-            "cosine_by_channel": _nested(self.cosine_by_channel),
-            "retrieval_by_channel": _nested(self.retrieval_by_channel),
-            "warnings": self.warnings(),
-        }
+        return for_json(self) | {"warnings": self.warnings()}
 
 
-def or_none(value: float) -> float | None:
-    """A number for JSON: null where it is not finite."""
-    return float(value) if math.isfinite(value) else None
-
-
-def _nested(matrix: Floats) -> list[list[float | None]]:
-    return [[or_none(value) for value in row] for row in matrix]
+def for_json(value: Any) -> Any:
+    """Plain values of dataclasses, arrays and containers; null for numbers that are not finite."""
+    value = vars(value) if is_dataclass(value) else value
+    if isinstance(value, dict):
+        return {key: for_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [for_json(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value

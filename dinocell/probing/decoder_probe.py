@@ -74,23 +74,15 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Scores of the decoder on windows it did not see.
+    """Scores of the decoder on windows it did not see."""
 
-    Attributes
-    ----------
-    scores : ``op_csb seg det ap50 ap75 f1_50``, pooled, and ``mse`` of the distance map
-    thresholds : chosen on training windows
-    steps : done; fewer than configured when the time was over
-    train_loss : mean of the last tenth of the steps
-    num_train, num_val : windows
-    """
-
+    # ``op_csb seg det ap50 ap75 f1_50``, pooled, and ``mse`` of the distance map
     scores: dict[str, float]
-    thresholds: dict[str, float]
-    steps: int
-    train_loss: float
+    thresholds: dict[str, float]  # chosen on training windows
+    steps: int  # done; fewer than configured when the time was over
+    train_loss: float  # mean of the last tenth of the steps
     seconds: float
-    num_train: int
+    num_train: int  # windows
     num_val: int
 
 

@@ -32,45 +32,29 @@ class FieldImage:
 
 @dataclass(frozen=True)
 class ViewExample:
-    """One location for the picture, an entry per channel and the mean view last.
-
-    Attributes
-    ----------
-    origin : (row, column) of the window in px
-    images : (C, H, W) in [0, 1]
-    attention : (C, h, w) of CLS to the patches, mean over heads; sums to at most 1
-    patches : (C, h, w, D)
-    """
+    """One location for the picture, an entry per channel and the mean view last."""
 
     field: str
-    origin: tuple[int, int]
+    origin: tuple[int, int]  # (row, column) of the window in px
     channels: tuple[str, ...]
-    images: NDArray[np.float32]
+    images: NDArray[np.float32]  # (C, H, W) in [0, 1]
+    # (C, h, w) of CLS to the patches, mean over heads; sums to at most 1
     attention: NDArray[np.float32] | None
-    patches: NDArray[np.float32]
+    patches: NDArray[np.float32]  # (C, h, w, D)
 
 
 @dataclass(frozen=True)
 class ViewFeatures:
-    """Features of M views.
+    """Features of M views."""
 
-    Attributes
-    ----------
-    fields, channels : M names; the mean views are called ``mean``
-    locations : (M,), number of the window, counted over all fields
-    cls, patch_mean : (M, D), CLS token and mean of the patch tokens after the final norm
-    attention : (M, heads, N) of CLS to the patches in the last block
-    example : of the field with the most channels, the first of such
-    left_out : sentences: channels without signal, fields with fewer windows than asked for
-    """
-
-    fields: list[str]
-    channels: list[str]
-    locations: NDArray[np.int64]
-    cls: NDArray[np.float32]
-    patch_mean: NDArray[np.float32]
-    attention: NDArray[np.float32] | None
-    example: ViewExample
+    fields: list[str]  # M names
+    channels: list[str]  # M names; the mean views are called ``mean``
+    locations: NDArray[np.int64]  # (M,), number of the window, counted over all fields
+    cls: NDArray[np.float32]  # (M, D), CLS token after the final norm
+    patch_mean: NDArray[np.float32]  # (M, D), mean of the patch tokens after the final norm
+    attention: NDArray[np.float32] | None  # (M, heads, N) of CLS to the patches in the last block
+    example: ViewExample  # of the field with the most channels, the first of such
+    # sentences: channels without signal, fields with fewer windows than asked for
     left_out: list[str] = field(default_factory=list)
 
 

@@ -33,19 +33,14 @@ class FieldSource:
 
 @dataclass(frozen=True)
 class FieldOptions:
-    """How files become channels of fields.
+    """How files become channels of fields."""
 
-    Attributes
-    ----------
-    index : CSV with the columns field, file, channel
-    pattern : `harmony`, `cellvoyager`, `imagexpress`, or a regular expression with the group `channel`
-    channels_table : CSV with the columns number, channel: names for the numbers that a pattern finds
-    channels : only these, in any case of letters; by default all but bright field and masks
-    """
-
-    index: str | os.PathLike[str] | None = None
+    index: str | os.PathLike[str] | None = None  # CSV with the columns field, file, channel
+    # `harmony`, `cellvoyager`, `imagexpress`, or a regular expression with the group `channel`
     pattern: str | None = None
+    # CSV with the columns number, channel: names for the numbers that a pattern finds
     channels_table: str | os.PathLike[str] | None = None
+    # only these, in any case of letters; by default all but bright field and masks
     channels: Sequence[str] | None = None
 
 

@@ -8,11 +8,13 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dinocell.errors import UsageError
 from dinocell.files import write_text_atomically
-from dinocell.probing.backbones import InspectedBackbone, load_backbone_of
+from dinocell.probing.backbones import load_backbone_of
 from dinocell.probing.channel_consistency import channel_consistency
 from dinocell.probing.consistency_report import ConsistencyReport
 from dinocell.probing.decoder_probe import ProbeConfig
@@ -27,33 +29,23 @@ from dinocell.probing.inspection_report import (
 from dinocell.probing.labelled_channels import ChannelScores, channel_scores
 from dinocell.progress import progress
 
+_EXTRACTED = ("window_px", "windows_per_field", "batch_size", "attention")
 _SETTINGS_WRITTEN = ("windows_per_field", "window_px", "which", "patch_size", "attention", "seed")
 
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """What is measured, and where.
+    """What is measured, and where."""
 
-    Attributes
-    ----------
-    windows_per_field, window_px : number of square windows of a field, and their edge in px
-    max_fields : at most so many fields, spread evenly over the names
-    which : `teacher` or `student` of a training checkpoint that holds both
-    patch_size : adapt weights of another patch size to this one
-    attention : also compare attention maps; this takes a second pass
-    batch_size : views per network call
-    seed : random seed of the confidence intervals and the cross-validation
-    """
-
-    windows_per_field: int = 4
-    window_px: int = 224
-    max_fields: int | None = None
-    which: str = "teacher"
-    patch_size: int | None = None
-    attention: bool = True
+    windows_per_field: int = 4  # number of square windows of a field
+    window_px: int = 224  # their edge in px
+    max_fields: int | None = None  # at most so many fields, spread evenly over the names
+    which: str = "teacher"  # or `student` of a training checkpoint that holds both
+    patch_size: int | None = None  # adapt weights of another patch size to this one
+    attention: bool = True  # also compare attention maps; this takes a second pass
     device: str = "auto"
-    batch_size: int = 8
-    seed: int = 0
+    batch_size: int = 8  # views per network call
+    seed: int = 0  # random seed of the confidence intervals and the cross-validation
 
     def __post_init__(self) -> None:
         if self.which not in ("teacher", "student"):
@@ -117,12 +109,16 @@ def inspect_checkpoints(
                 f"`window_px` must be a multiple of the patch size {loaded.facts['patch_size']} of "
                 f"{loaded.name}, got {options.window_px}: choose another"
             )
+    how: dict[str, Any] = {name: getattr(options, name) for name in _EXTRACTED}
     inspections = []
     left_out: list[str] = []
     for name, loaded in zip(_short_names(checkpoints), backbones, strict=True):
         started = time.monotonic()
         vit = loaded.vit.to(where)
-        features = _features(name, loaded, source, options, reading.channels, shown)
+        with progress(f"inspecting {name}", len(source), shown=shown) as bar:
+            features = extract_views(
+                vit, source, channels=reading.channels, advance=partial(bar.advance, 1), **how
+            )
         left_out = features.left_out
         reports = _score(features, options.seed)
         scores: ChannelScores | None = None
@@ -135,10 +131,8 @@ def inspect_checkpoints(
                 channels=reading.channels,
                 shown=shown,
             )
-        seconds = time.monotonic() - started
-        inspections.append(
-            Inspection(name, loaded.facts, reports, features.example, scores, seconds)
-        )
+        parts = (name, loaded.facts, reports, features.example, scores)
+        inspections.append(Inspection(*parts, time.monotonic() - started))
     settings = {
         "data": None if isinstance(data, FieldSource) else os.fspath(data),
         "index": reading.index and os.fspath(reading.index),
@@ -154,27 +148,6 @@ def inspect_checkpoints(
         given = {"data": os.fspath(per_channel.data), "labels": per_channel.labels}
         settings["per_channel"] = given | asdict(per_channel.probe)
     return InspectionReport(inspections, settings, left_out)
-
-
-def _features(
-    name: str,
-    loaded: InspectedBackbone,
-    source: FieldSource,
-    options: InspectOptions,
-    channels: Sequence[str] | None,
-    shown: bool,
-) -> ViewFeatures:
-    with progress(f"inspecting {name}", len(source), shown=shown) as bar:
-        return extract_views(
-            loaded.vit,
-            source,
-            window_px=options.window_px,
-            windows_per_field=options.windows_per_field,
-            channels=channels,
-            batch_size=options.batch_size,
-            attention=options.attention,
-            advance=lambda field_name: bar.advance(note=field_name),
-        )
 
 
 def write_inspection(report: InspectionReport, out: str | os.PathLike[str]) -> list[Path]:

@@ -86,15 +86,11 @@ class InspectionReport:
                 chance = next((item.chance for item in found if item), math.nan)
                 rows.append([title, *map(_estimate_text, found), number_text(chance)])
             lines += ["", *align_columns(rows, width_of=cell_len)]
-        scored = {
-            i.name: i.channel_scores for i in self.inspections if i.channel_scores is not None
-        }
+        scored = [(i.name, i.channel_scores) for i in self.inspections if i.channel_scores]
         lines += [""] if scored else []
-        for item_name, scores in scored.items():
-            lines += [
-                *align_columns(_channel_rows(item_name, scores), width_of=cell_len),
-                scores.split,
-            ]
+        for item_name, scores in scored:
+            lines += align_columns(_channel_rows(item_name, scores), width_of=cell_len)
+            lines.append(scores.split)
         for item, kind in product(self.inspections, FEATURES):
             found_notes = item.reports[kind].warnings()
             lines += [f"note ({item.name}, {kind}): {text}" for text in found_notes]
@@ -115,26 +111,18 @@ class InspectionReport:
             }
             for item in self.inspections
         ]
-        return {
-            "dinocell_version": __version__,
-            "settings": self.settings,
-            "left_out": self.left_out,
-            "checkpoints": checkpoints,
-        }
+        whole = {"settings": self.settings, "left_out": self.left_out, "checkpoints": checkpoints}
+        return {"dinocell_version": __version__, **whole}
 
     def json_text(self) -> str:
-        """`to_mapping` as JSON."""
         return json.dumps(self.to_mapping(), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _channel_rows(name: str, scores: ChannelScores) -> list[list[str]]:
     lines = {channel: result.scores for channel, result in scores.results.items()}
     lines |= {"mean": scores.mean, "std over channels": scores.std}
-    rows = [[f"decoder per channel ({name})", *scores.mean]]
-    rows += [
-        [first, *(number_text(line[key]) for key in scores.mean)] for first, line in lines.items()
-    ]
-    return rows
+    head = [f"decoder per channel ({name})", *scores.mean]
+    return [head, *([k, *(number_text(v[key]) for key in scores.mean)] for k, v in lines.items())]
 
 
 def number_text(value: float) -> str:

@@ -19,7 +19,7 @@ from dinocell.errors import DataSetError
 from dinocell.io import find_images, read_image
 from dinocell.labels import looks_like_labels
 from dinocell.pairs import Pair, find_pairs
-from dinocell.probing.consistency_report import or_none
+from dinocell.probing.consistency_report import for_json
 from dinocell.probing.decoder_probe import ProbeConfig, ProbeResult, probe_features
 from dinocell.probing.labelled_windows import LabelledWindow, cut_windows, require_cells
 from dinocell.progress import progress
@@ -35,7 +35,6 @@ class ChannelScores:
 
     @property
     def mean(self) -> dict[str, float]:
-        """Mean over channels of every score."""
         return {name: float(np.mean(values)) for name, values in self._columns().items()}
 
     @property
@@ -48,13 +47,9 @@ class ChannelScores:
 
     def to_mapping(self) -> dict[str, Any]:
         """Everything for JSON, nan as null."""
-
-        def plain(scores: dict[str, float]) -> dict[str, float | None]:
-            return {key: or_none(value) for key, value in scores.items()}
-
         channels = {
             channel: {
-                "scores": plain(result.scores),
+                "scores": result.scores,
                 "thresholds": result.thresholds,
                 "steps": result.steps,
                 "train_loss": result.train_loss,
@@ -63,8 +58,8 @@ class ChannelScores:
             }
             for channel, result in self.results.items()
         }
-        mean, std = plain(self.mean), plain(self.std)
-        return {"split": self.split, "channels": channels, "mean": mean, "std": std}
+        parts = {"split": self.split, "channels": channels, "mean": self.mean, "std": self.std}
+        return for_json(parts)
 
     def _columns(self) -> dict[str, list[float]]:
         names = next(iter(self.results.values())).scores
@@ -117,10 +112,12 @@ def channel_scores(
     *,
     labels_name: str = "labels",
     channels: Sequence[str] | None = None,
-    val_fraction: float = 1 / 3,
     shown: bool = False,
 ) -> ChannelScores:
     """Train and score a decoder per channel on the same places.
+
+    A third of the images is held out, at least one, the same fields for every channel.  Of a single
+    image the left half trains and the right half is held out.
 
     Parameters
     ----------
@@ -128,9 +125,6 @@ def channel_scores(
     data, labels_name : as `find_channel_pairs`
     config : `max_seconds` holds for each channel
     channels : of these only, in any case of letters
-    val_fraction : share of the images held out
-        At least one, the same fields for every channel.  Of a single image the left half trains and the
-        right half is held out.
 
     Raises DataSetError, ImageFileError, ProbeTimeError, ValueError (as `find_channel_pairs`,
     `read_windows` and `probe_features`).
@@ -154,7 +148,7 @@ def channel_scores(
         for channel, pairs in by_channel.items()
     }
     places = sorted(set().union(*by_place.values()))
-    held_out = _held_out(places, val_fraction, config.seed)
+    held_out = _held_out(places, config.seed)
     results = {}
     with progress("per channel", len(by_place) * config.steps, shown=shown) as bar:
         for channel, pairs in by_place.items():
@@ -166,18 +160,17 @@ def channel_scores(
                 bar.advance(note=f"{channel} loss {loss:.4f}")
 
             results[channel] = probe_features(vit, train, val, config, advance=note)
-    split = "one field: its left half trains, its right half is held out"
-    if held_out:
-        split = f"{len(held_out)} of {len(places)} fields are held out"
-    return ChannelScores(results=results, split=split)
+    if not held_out:
+        return ChannelScores(results, "one field: its left half trains, its right half is held out")
+    return ChannelScores(results, f"{len(held_out)} of {len(places)} fields are held out")
 
 
-def _held_out(places: list[str], val_fraction: float, seed: int) -> set[str]:
+def _held_out(places: list[str], seed: int) -> set[str]:
     """Randomly chosen places, at least one and not all; none of a single place."""
     if len(places) == 1:
         return set()
     order = np.random.default_rng([seed, 3]).permutation(len(places))
-    count = max(1, min(len(places) - 1, round(val_fraction * len(places))))
+    count = max(1, min(len(places) - 1, round(len(places) / 3)))
     return {places[index] for index in order[:count]}
 
 

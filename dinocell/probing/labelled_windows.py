@@ -17,18 +17,13 @@ from dinocell.training.datasets import read_pair, spread_evenly
 
 @dataclass(frozen=True)
 class LabelledWindow:
-    """A square window of a normalised image with its truth.
-
-    Attributes
-    ----------
-    image : (window, window) in [0, 1]
-    labels : (h, w), smaller than the window where the image is: the rest of the window is reflection
-    target : (window, window) distance map made from the whole image: cut cells keep true distances
-    """
+    """A square window of a normalised image with its truth."""
 
     name: str
-    image: NDArray[np.float32]
+    image: NDArray[np.float32]  # (window, window) in [0, 1]
+    # (h, w), smaller than the window where the image is: the rest of the window is reflection
     labels: NDArray[Any]
+    # (window, window) distance map made from the whole image: cut cells keep true distances
     target: NDArray[np.float32]
 
 

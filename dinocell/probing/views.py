@@ -33,7 +33,6 @@ class Views:
 
     @property
     def mean_channel(self) -> int:
-        """Number of the mean view."""
         return len(self.names)
 
     @classmethod
@@ -71,7 +70,6 @@ class Views:
         return cls(matrix, field, location, channel, tuple(order), len(field_names))
 
     def where(self, kept: NDArray[np.bool_]) -> Self:
-        """The views that a mask keeps."""
         names = ("features", "field", "location", "channel")
         return replace(self, **{name: getattr(self, name)[kept] for name in names})
 

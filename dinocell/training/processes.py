@@ -100,7 +100,7 @@ class Processes:
     def average_gradients(self, module: nn.Module) -> None:
         """Replace every gradient by its mean over processes."""
         if self.world_size > 1:
-            from dinov3.cells.replicate import average_gradients
+            from dinov3.cells.strategy import average_gradients
 
             average_gradients(module)
 

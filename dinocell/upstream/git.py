@@ -181,7 +181,6 @@ class Scratch:
         return done.returncode == 0
 
     def staged(self, path: str, stage: int = 0) -> bytes | None:
-        """A file of the index."""
         found = self.run("cat-file", "blob", f":{stage}:{path}")
         return found.stdout if found.returncode == 0 else None
 

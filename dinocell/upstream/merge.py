@@ -50,11 +50,8 @@ def merge_patch(scratch: Scratch, commit: Commit, patch: Patch, pin_commit: str 
     for path in patch.additions:
         if path not in entries:
             new = scratch.renamed(pin_commit, commit.id, path) if pin_commit else ""
-            now = (
-                f"it is {new} now: change 'Hook:' and the paths of the patch"
-                if new
-                else "it is gone"
-            )
+            moved = f"it is {new} now: change 'Hook:' and the paths of the patch"
+            now = moved if new else "it is gone"
             reasons.append(f"{path} must exist, got a commit without it; {now}")
     if reasons:
         return _conflict(patch, reasons)
@@ -108,9 +105,8 @@ def merge_series(scratch: Scratch, commit: Commit, series: Series) -> Merged:
         if outcome.state == "there":
             continue
         if not scratch.apply(patch.text):
-            outcomes[number] = _conflict(
-                patch, ["it applies alone, but not after the patches before it"]
-            )
+            reason = "it applies alone, but not after the patches before it"
+            outcomes[number] = _conflict(patch, [reason])
             return Merged(commit, tuple(outcomes), {}, bases)
     texts = {path: scratch.staged(path) or b"" for path in series.paths}
     for path, text in texts.items():
@@ -128,13 +124,8 @@ def _conflict(
 
 
 def _trouble(texts: Mapping[str, bytes], patch: Patch) -> list[str]:
-    return [
-        sentence
-        for path, text in texts.items()
-        for sentence in misplaced(text.decode("utf-8", "replace"), path, [patch]).get(
-            patch.name, ()
-        )
-    ]
+    found = (misplaced(text.decode("utf-8", "replace"), p, [patch]) for p, text in texts.items())
+    return [sentence for faults in found for sentence in faults.get(patch.name, ())]
 
 
 def _places(texts: Mapping[str, bytes], patch: Patch) -> dict[str, tuple[Addition, ...]]:

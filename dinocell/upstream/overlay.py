@@ -19,7 +19,7 @@ from dinocell.files import atomic_folder, move_into_place, write_text_atomically
 from dinocell.upstream.git import Commit, Scratch, run_git
 from dinocell.upstream.merge import Merged, Outcome, merge_series
 from dinocell.upstream.placement import additions_in, misplaced, without_additions
-from dinocell.upstream.series import PatchError, Series, blob_id
+from dinocell.upstream.series import Patch, PatchError, Series, blob_id
 
 _STAGING = "dinocell-upstream"  # in git's folder: on the same disk, and git status ignores it
 _JOURNAL = "journal.json"
@@ -54,18 +54,14 @@ def status_of(checkout: str | Path, series: Series) -> Status:
         commit = scratch.commit("HEAD")
         merged = merge_series(scratch, commit, series)
         top = _top(scratch)
-        texts = {
-            path: (_read(top / path) or b"").decode("utf-8", "replace") for path in series.paths
-        }
-        in_place = tuple(
-            patch.name
-            for patch in series.patches
-            if all(
-                patch.name in additions_in(texts[path])
-                and not misplaced(texts[path], path, [patch])
-                for path in patch.additions
-            )
-        )
+        read = {path: _read(top / path) or b"" for path in series.paths}
+        texts = {path: content.decode("utf-8", "replace") for path, content in read.items()}
+
+        def has(path: str, patch: Patch) -> bool:
+            text = texts[path]
+            return patch.name in additions_in(text) and not misplaced(text, path, [patch])
+
+        in_place = tuple(p.name for p in series.patches if all(has(x, p) for x in p.additions))
         return Status(
             commit,
             scratch.describe(commit.id),
@@ -114,10 +110,8 @@ def _compared(path: Path, source: Path) -> str:
 
 
 def _plain(text: bytes) -> bytes:
-    """The contents without our lines."""
-    return without_additions(text.decode("utf-8", "surrogateescape")).encode(
-        "utf-8", "surrogateescape"
-    )
+    how = ("utf-8", "surrogateescape")
+    return without_additions(text.decode(*how)).encode(*how)
 
 
 def _foreign_changes(scratch: Scratch, series: Series) -> list[str]:
@@ -137,13 +131,8 @@ def _foreign_changes(scratch: Scratch, series: Series) -> list[str]:
         if path not in series.paths or not same or staged.returncode:
             foreign.append(path)
     written = _written(scratch)
-    foreign += [
-        path
-        for path in untracked
-        if path in series.files
-        and path not in written
-        and _compared(top / path, series.files[path]) != "there"
-    ]
+    ours = [path for path in untracked if path in series.files and path not in written]
+    foreign += [path for path in ours if _compared(top / path, series.files[path]) != "there"]
     return sorted(foreign)
 
 
@@ -285,16 +274,7 @@ def _replace_all(scratch: Scratch, top: Path, contents: Mapping[str, bytes | Non
         raise
     try:
         for entry in entries:
-            target = top / str(entry["path"])
-            after = staging / f"{entry['number']}.after"
-            if not after.exists():
-                target.unlink()
-                _remove_empty(target.parent, top)
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                shutil.copymode(target, after)
-            move_into_place(after, target)
+            _put(staging / f"{entry['number']}.after", top / str(entry["path"]), top)
     except BaseException:
         recover(scratch)
         raise
@@ -311,19 +291,25 @@ def recover(scratch: Scratch) -> list[str]:
         return []
     top = Path(journal["top"])
     for entry in journal["entries"]:
-        target = top / entry["path"]
-        before = staging / f"{entry['number']}.before"
-        if entry["new"]:
-            if not (staging / f"{entry['number']}.after").exists():  # it was renamed into place
-                target.unlink(missing_ok=True)
-                _remove_empty(target.parent, top)
-        elif before.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                shutil.copymode(target, before)
-            move_into_place(before, target)
+        before, after = (staging / f"{entry['number']}.{side}" for side in ("before", "after"))
+        # A new file was renamed into place if it is no longer here.
+        moved = not after.exists() if entry["new"] else before.exists()
+        if moved:
+            _put(before, top / entry["path"], top)
     shutil.rmtree(staging)
     return [str(entry["path"]) for entry in journal["entries"]]
+
+
+def _put(prepared: Path, target: Path, top: Path) -> None:
+    """Give a file its prepared contents; without any, remove it and the folders that held it alone."""
+    if not prepared.exists():
+        target.unlink(missing_ok=True)
+        _remove_empty(target.parent, top)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        shutil.copymode(target, prepared)
+    move_into_place(prepared, target)
 
 
 def _write(path: Path, content: bytes) -> None:

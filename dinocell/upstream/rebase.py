@@ -112,10 +112,10 @@ def refresh(checkout: str | Path, series: Series) -> list[str]:
     problems = []
     for path, text in texts.items():
         for patch in edited:
-            hooks, count = len(patch.hooks_of(path)), len(patch.additions.get(path, ()))
-            if hooks != count:
+            hooks, has = len(patch.hooks_of(path)), len(patch.additions.get(path, ()))
+            if hooks != has:
                 problems.append(
-                    f"{patch.name} has {hooks} hooks for {path}, the checkout {count} additions"
+                    f"{patch.name} has {hooks} hooks for {path}, the checkout {has} additions"
                 )
         if not problems:
             problems += chain.from_iterable(misplaced(text, path, edited).values())

@@ -9,13 +9,13 @@ from dinocell.upstream.overlay import Status
 from dinocell.upstream.rebase import conflicts
 
 # As the two commands name the same states.
-_SHOWN = {
-    "clean": "clean",
-    "offset": "with offset",
+_REBASED = {
+    "clean": "applied",
+    "offset": "merged",
     "there": "already there",
     "conflict": "CONFLICT",
 }
-_REBASED = {**_SHOWN, "clean": "applied", "offset": "merged"}
+_SHOWN = {**_REBASED, "clean": "clean", "offset": "with offset"}
 
 
 def outcome_lines(outcomes: Iterable[Outcome], words: dict[str, str]) -> list[str]:

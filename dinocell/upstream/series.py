@@ -237,9 +237,8 @@ def _read_patch(path: Path) -> Patch:
                         f"{path.name}: mark it"
                     )
             additions[current].append(Addition(int(found[1]), block))
-    patch = Patch(
-        path.stem, header, hooks, {k: tuple(v) for k, v in additions.items()}, bases, text
-    )
+    added = {name: tuple(items) for name, items in additions.items()}
+    patch = Patch(path.stem, header, hooks, added, bases, text)
     for name, items in patch.additions.items():
         if len(items) != len(patch.hooks_of(name)) or name not in bases:
             raise PatchError(
@@ -300,13 +299,8 @@ def patch_text(
             done = item.after
         made += lines[done:]
         after = blob_id("".join(made).encode())
-        parts += [
-            f"diff --git a/{path} b/{path}",
-            f"index {blob_id(base)}..{after} 100644",
-            f"--- a/{path}",
-            f"+++ b/{path}",
-            *hunks,
-        ]
+        parts += [f"diff --git a/{path} b/{path}", f"index {blob_id(base)}..{after} 100644"]
+        parts += [f"--- a/{path}", f"+++ b/{path}", *hunks]
     return "\n".join(parts) + "\n"
 
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from dinocell.errors import UsageError
@@ -86,14 +87,8 @@ def verify_tree(tree: str | Path, *, keyword: str = "") -> Verification:
         if keyword:
             command += ["-k", keyword]
         environment = {**os.environ, "DINOCELL_DINOV3": str(tree)}
-        done = subprocess.run(
-            command,
-            cwd=_SUITE.parents[1],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        how: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
+        done = subprocess.run(command, cwd=_SUITE.parents[1], env=environment, **how)
         output = f"{done.stdout}{done.stderr}"
         if "No module named pytest" in output:
             raise UsageError(

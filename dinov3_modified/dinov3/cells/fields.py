@@ -5,7 +5,7 @@ Where the bytes come from is not known here, so that folders and object stores s
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,30 +23,20 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True)
 class ChannelField:
-    """Planes of one field of view.
+    """Planes of one field of view."""
 
-    Attributes:
-        name: unique in its data set.
-        planes: (C, H, W), uint8, uint16 or float32, as read.
-        channels: C names.
-        low, high: (C,) float32, intensities that become 0 and 1.
-        illumination: (C, H, W) float32 to divide by, or None.
-        pixel_size_um: edge of a pixel in the specimen, or None.
-        foreground: (H / 8, W / 8) booleans, where the mean of the channels is bright.
-    """
-
-    name: str
-    planes: np.ndarray
-    channels: tuple[str, ...]
-    low: np.ndarray
-    high: np.ndarray
-    illumination: np.ndarray | None = None
-    pixel_size_um: float | None = None
+    name: str  # unique in its data set
+    planes: np.ndarray  # (C, H, W), uint8, uint16 or float32, as read
+    channels: tuple[str, ...]  # C names
+    low: np.ndarray  # (C,) float32, intensities that become 0
+    high: np.ndarray  # (C,) float32, intensities that become 1
+    illumination: np.ndarray | None = None  # (C, H, W) float32 to divide by
+    pixel_size_um: float | None = None  # edge of a pixel in the specimen
+    # (H / 8, W / 8) booleans, where the mean of the channels is bright
     foreground: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), bool), repr=False)
 
     @property
     def nbytes(self) -> int:
-        """Memory that it holds."""
         extra = 0 if self.illumination is None else self.illumination.nbytes
         return self.planes.nbytes + self.foreground.nbytes + extra
 
@@ -182,12 +172,10 @@ def make_field(
     illumination: Mapping[str, np.ndarray] | None = None,
     pixel_size_um: float | None = None,
     percentiles: tuple[float, float] = (0.1, 99.9),
-    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> ChannelField:
     """A field of planes by channel name.
 
-    `planes`: (H, W) each, of one size and type.  `illumination`: (H, W) each, positive; divided
-    by.  `ranges`: (low, high) of channels whose range is known, for example of their plate.
+    `planes`: (H, W) each, of one size and type.  `illumination`: (H, W) each, positive; divided by.
 
     Raises FieldError (no plane, sizes that differ, a constant plane).
     """
@@ -230,9 +218,6 @@ def make_field(
                 f"channel {channel} of field {name} must have contrast, got {plane.flat[0]} everywhere: "
                 "the file is empty or damaged"
             )
-        if ranges is not None and channel in ranges:
-            low[index], high[index] = ranges[channel]
-            continue
         if flat is not None:
             plane = plane / flat[index]
         low[index], high[index] = robust_range(plane, percentiles)
@@ -266,10 +251,8 @@ def _coarse_mean(made: ChannelField, channel: int) -> np.ndarray:
 
 def _foreground(made: ChannelField) -> np.ndarray:
     """Where the coarse mean of the channels exceeds Otsu's threshold (Otsu 1979, eq. 12-18)."""
-    height, width = made.planes.shape[1:]
-    h, w = -(-height // _COARSE), -(-width // _COARSE)
-    coarse = np.zeros((h, w), np.float32)
-    for index in range(len(made.channels)):
+    coarse = _coarse_mean(made, 0)
+    for index in range(1, len(made.channels)):
         coarse += _coarse_mean(made, index)
     counts, edges = np.histogram(coarse, bins=64)
     centers = (edges[:-1] + edges[1:]) / 2
@@ -307,8 +290,3 @@ def read_illumination(paths: Mapping[str, str | Path]) -> dict[str, np.ndarray]:
                 f"illumination of {channel} must be a .npy array, got {path} ({error}): check the path"
             ) from error
     return found
-
-
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """Names for a message, cut off after some."""
-    return ", ".join(names[:most]) + (f", ... ({len(names)})" if len(names) > most else "")

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import dinov3.distributed as distributed
+from dinov3.cells.checks import listed
 from dinov3.cells.run_data import sample_names
 from dinov3.checkpointer import save_checkpoint
 
@@ -39,10 +40,7 @@ class FiniteGuard:
             finite = shared > 0
         if self.device.type != "cuda":
             return bool(finite)
-        answer = True
-        if self.flag is not None:
-            self.event.synchronize()
-            answer = bool(self.flag)
+        answer = self.last_is_finite()
         self.flag = finite.to("cpu", non_blocking=True)
         self.event = torch.cuda.Event()
         self.event.record()
@@ -79,8 +77,7 @@ def save_non_finite(
     save_checkpoint(
         folder / "state", iteration=iteration - 1, model=model, optimizer=optimizer, overwrite=True
     )
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return NonFiniteLossError(
         f"the loss must be finite, got {float(loss)} in iteration {iteration} with the samples "
-        f"{shown}: batch, names and state are in {folder}; look at these samples, or lower optim.lr"
+        f"{listed(names)}: batch, names and state are in {folder}; look at these samples, or lower optim.lr"
     )

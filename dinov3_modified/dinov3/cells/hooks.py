@@ -237,14 +237,12 @@ class Watched:
 
     The logger of this tree hands over each line that it writes.  Upstream's does not, so that the
     medians of its meters are taken every tenth iteration, as its log lines.
-
-    Attributes:
-        before_finish: called when the loop has ended, before wandb is closed.
     """
 
     def __init__(self, metric_logger: Any, wandb: Any) -> None:
         self._metrics = metric_logger
         self._wandb = wandb
+        # Called when the loop has ended, before wandb is closed.
         self.before_finish: list[Callable[[], Any]] = []
         self._hands_over = hasattr(metric_logger, "add_listener")
         if self._hands_over:

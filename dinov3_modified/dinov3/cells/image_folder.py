@@ -10,8 +10,6 @@ from dinov3.data.datasets.decoders import ImageDataDecoder
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
-
-
 _EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 
 
@@ -49,7 +47,7 @@ class ImageFolder(ExtendedVisionDataset):
             for path in sorted(folder.rglob("*"))
             if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
         ]
-        self.folder = str(folder)
+        self.folder = folder
         if not self.paths:
             raise ValueError(
                 f"ImageFolder must hold images ({', '.join(sorted(_SUFFIXES))}), got none in {folder}: "
@@ -57,15 +55,12 @@ class ImageFolder(ExtendedVisionDataset):
             )
 
     def get_image_data(self, index: int) -> bytes:
-        """Bytes of the file."""
-        return (Path(self.folder) / self.paths[index]).read_bytes()
+        return (self.folder / self.paths[index]).read_bytes()
 
     def get_target(self, index: int) -> None:
         """There is none."""
-        return
 
     def get_sample_name(self, index: int) -> str:
-        """Its path below the folder."""
         return self.paths[index]
 
     def __len__(self) -> int:

@@ -8,6 +8,8 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from dinov3.distributed import get_world_size
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -50,7 +52,7 @@ class StopRequest:
 
     def agreed(self, step: int) -> bool:
         """Whether all processes stop after this step; the same answer in all processes: true in the first exchange after any of them got a request."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if get_world_size() == 1:
             return self.received is not None
         if self._asked is not None and step < self._next_step:
             return False
@@ -67,12 +69,7 @@ class StopRequest:
 
 
 class Stopped(Exception):
-    """A signal ended the run after its state was saved.
-
-    Attributes:
-        signal_name: of the signal.
-        iteration: the last one that is done.
-    """
+    """A signal ended the run after its state was saved; `iteration` is the last one that is done."""
 
     def __init__(self, signal_name: str, iteration: int) -> None:
         super().__init__(

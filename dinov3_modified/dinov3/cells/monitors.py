@@ -248,13 +248,12 @@ class CollapseMonitor:
                     f"monitor.max_update_ratio {limit}: lower optim.lr"
                 )
         margin = settings.flat_loss_margin
-        if dino_loss is not None and margin is not None:
-            flat = abs(dino_loss - self.flat_loss) <= margin * self.flat_loss
-            if flat:
-                signs["flat_loss"] = (
-                    f"the DINO loss {dino_loss:.4f} is that of even assignments, log K = "
-                    f"{self.flat_loss:.4f}: nothing is learned"
-                )
+        near = math.inf if dino_loss is None else abs(dino_loss - self.flat_loss)
+        if margin is not None and near <= margin * self.flat_loss:
+            signs["flat_loss"] = (
+                f"the DINO loss {dino_loss:.4f} is that of even assignments, log K = "
+                f"{self.flat_loss:.4f}: nothing is learned"
+            )
         for name, text in signs.items():
             if name not in self._warned:
                 logger.warning("iteration %d: %s (docs/monitoring.md)", iteration, text)
@@ -274,22 +273,21 @@ class _AssignmentSums:
     """Sums over rows of soft assignments [M, K], on their device, and how they use the prototypes."""
 
     def __init__(self) -> None:
-        self.mass: Tensor | None = None  # [K]
-        self.used: Tensor | None = None  # [K] bool
-        self.entropy: Tensor | None = None
+        # Mass [K], whether used [K], and entropy
+        self.sums: tuple[Tensor, Tensor, Tensor] | None = None
         self.rows = 0
 
     def add(self, probabilities: Tensor) -> None:
         rows = probabilities.detach().flatten(0, -2).float()  # [M, K]
         if rows.shape[0] == 0:
             return
-        if self.mass is None or self.used is None or self.entropy is None:
-            self.mass = rows.new_zeros(rows.shape[1], dtype=torch.float64)
-            self.used = torch.zeros(rows.shape[1], dtype=torch.bool, device=rows.device)
-            self.entropy = rows.new_zeros((), dtype=torch.float64)
-        self.mass += rows.sum(dim=0)
-        self.used[rows.argmax(dim=1)] = True
-        self.entropy += -(rows * rows.clamp_min(_TINY).log()).sum()
+        if self.sums is None:
+            mass = rows.new_zeros(rows.shape[1], dtype=torch.float64)
+            self.sums = mass, torch.zeros_like(mass, dtype=torch.bool), mass.new_zeros(())
+        mass, used, entropy = self.sums
+        mass += rows.sum(dim=0)
+        used[rows.argmax(dim=1)] = True
+        entropy -= (rows * rows.clamp_min(_TINY).log()).sum()
         self.rows += rows.shape[0]
 
     def figures(self) -> dict[str, float]:
@@ -299,15 +297,15 @@ class _AssignmentSums:
         `assignment_entropy`: mean entropy of a row over log K; 1 when each row is undecided.
         `prototypes_used`: prototypes that are the first of some row, over min(M, K).
         """
-        if self.mass is None or self.used is None or self.entropy is None:
+        if self.sums is None:
             return {}
-        count = self.mass.shape[0]
-        scale = math.log(count)
-        mean = self.mass / self.rows
+        mass, used, entropy = self.sums
+        scale = math.log(len(mass))
+        mean = mass / self.rows
         return {
             "prototype_entropy": float(-(mean * mean.clamp_min(_TINY).log()).sum() / scale),
-            "assignment_entropy": float(self.entropy / self.rows / scale),
-            "prototypes_used": float(self.used.sum()) / min(self.rows, count),
+            "assignment_entropy": float(entropy / self.rows / scale),
+            "prototypes_used": float(used.sum()) / min(self.rows, len(mass)),
         }
 
 

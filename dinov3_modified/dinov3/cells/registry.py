@@ -1,4 +1,4 @@
-"""Datasets by name, and the strings that name them (ours).
+"""Datasets by name, the strings that name them, and what all do with a sample (ours).
 
 `Name:key=value:...` as upstream's, with more names and with more keys than root, extra and split.
 """
@@ -6,6 +6,8 @@
 import importlib
 import inspect
 from typing import Any
+
+from dinov3.cells.checks import one_of
 
 # Name in a dataset string → "module:class", imported on first use.
 DATASETS: dict[str, str] = {
@@ -50,10 +52,7 @@ def parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
     Raises ValueError (unknown name, key, split or type).
     """
     name, *tokens = dataset_str.split(":")
-    if name not in DATASETS:
-        raise ValueError(
-            f"a dataset string must name one of {', '.join(DATASETS)}, got {name!r}: choose one"
-        )
+    one_of("the name in a dataset string", name, DATASETS)
     module, _, attribute = DATASETS[name].partition(":")
     class_ = getattr(importlib.import_module(module), attribute)
     known = {**_COMMON_KEYS, **getattr(class_, "STRING_OPTIONS", {})}
@@ -72,13 +71,20 @@ def parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
         kwargs[key] = _typed(name, key, value, known[key])
     splits = getattr(class_, "Split", None)
     if splits is not None and "split" in kwargs:
-        if kwargs["split"] not in splits.__members__:
-            raise DatasetSplitError(
-                f"split of {name} must be one of {', '.join(splits.__members__)}, got "
-                f"{kwargs['split']!r}: choose one"
-            )
+        one_of(f"split of {name}", kwargs["split"], splits.__members__, DatasetSplitError)
         kwargs["split"] = splits[kwargs["split"]]
     return class_, kwargs
+
+
+def transformed(data: Any, image: Any, target: Any) -> tuple[Any, Any]:
+    """A sample after the data set's transforms; upstream's base class has no method for it."""
+    if data.transforms is not None:
+        return data.transforms(image, target)
+    if data.transform is not None:
+        image = data.transform(image)
+    if data.target_transform is not None:
+        target = data.target_transform(target)
+    return image, target
 
 
 def check_needed(dataset_str: str, class_: type, kwargs: dict[str, Any]) -> None:

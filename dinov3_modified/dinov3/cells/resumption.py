@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import dinov3.distributed as distributed
+from dinov3.cells.checks import listed
 from dinov3.cells.files import move_into_place, write_text_atomically
 from dinov3.cells.validation import compare_configs
 from dinov3.checkpointer import find_latest_checkpoint
@@ -42,11 +43,9 @@ def check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
     assert isinstance(old, DictConfig)
     differences = compare_configs(old, cfg, get_default_config())
     if differences and not cfg.accelerator.allow_changed_config:
-        shown = "; ".join(str(item) for item in differences[:10])
-        more = "; ..." if len(differences) > 10 else ""
         raise ValueError(
             f"a resumed run must keep its configuration, got {len(differences)} changes in {output_dir} "
-            f"({shown}{more}): undo them, use another output folder, or set "
+            f"({listed(differences, 10, '; ')}): undo them, use another output folder, or set "
             "accelerator.allow_changed_config=true"
         )
 

@@ -101,7 +101,5 @@ def sample_names(cfg: DictConfig, loader: Any, iteration: int) -> list[str]:
     if isinstance(loader, CombinedDataLoader):
         return [f"several resolutions, iteration {iteration}"]
     per_step = cfg.train.batch_size_per_gpu * cfg.accelerator.accumulation_steps
-    dataset = loader.dataset
     order = sample_order(loader, start=iteration * per_step)
-    name = getattr(dataset, "get_sample_name", None)
-    return [name(index) if name else f"sample {int(index)}" for index in islice(order, per_step)]
+    return [loader.dataset.get_sample_name(index) for index in islice(order, per_step)]

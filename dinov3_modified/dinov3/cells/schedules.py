@@ -1,13 +1,12 @@
 """Optimiser and schedules of a run from its configuration, as upstream's training program has them."""
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from dinov3.cells.step import global_batch_size
+from dinov3.configs.config import lr_scale
 from dinov3.train.cosine_lr_scheduler import CosineScheduler, linear_warmup_cosine_decay
 
 
@@ -81,16 +80,6 @@ def values_of_section(
         total_iterations=total,
         cosine_iterations=None if cosine is None else cosine * epoch_length,
     )
-
-
-def lr_scale(cfg: DictConfig) -> float:
-    """Factor of the rule `optim.scaling_rule` on the peak learning rate."""
-    batch = global_batch_size(cfg)
-    if cfg.optim.scaling_rule == "linear_wrt_256":
-        return batch / 256.0
-    if cfg.optim.scaling_rule == "sqrt_wrt_1024":
-        return 4 * math.sqrt(batch / 1024.0)
-    return 1.0
 
 
 def apply_optim_scheduler(

@@ -1,10 +1,11 @@
-"""Sinkhorn-Knopp assignment by two scaling vectors (ours; Caron et al. 2020, SwAV, eq. 3 and 5).
+"""What teachers' logits become: Sinkhorn-Knopp assignments, and centred softmax (ours).
 
-The assignment is Q = diag(b) exp(Z / t) diag(a).  Sinkhorn's iteration divides columns, then rows, by
+Sinkhorn-Knopp works on two scaling vectors (Caron et al. 2020, SwAV, eq. 3 and 5).  The
+assignment is Q = diag(b) exp(Z / t) diag(a).  Sinkhorn's iteration divides columns, then rows, by
 their sums; a product of such divisions is again a scaling of rows and columns, so it is enough to
-update the vectors a [K] and b [M], and the result is that of rewriting the matrix.  The [M, K] matrix
-is only read, in chunks: two passes an iteration, O(M K) time, memory of one chunk.  At 15,000 masked
-patches and 65,536 prototypes the whole matrix would have 3.9 GB in float32.
+update the vectors a [K] and b [M], and the result is that of rewriting the matrix.  The [M, K]
+matrix is only read, in chunks: two passes an iteration, O(M K) time, memory of one chunk.  At
+15,000 masked patches and 65,536 prototypes the whole matrix would have 3.9 GB in float32.
 """
 
 import math
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from dinov3.distributed import is_enabled
+from dinov3.distributed import get_process_subgroup, is_enabled
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -26,21 +27,14 @@ class Assignment:
 
     Row m is exp((logits[m] - shift[m]) / temperature) * prototype_scale * sample_scale[m], and sums
     to 1.
-
-    Args:
-        logits: [M, K], of any float type.
-        temperature: above 0.
-        shift: [M, 1] float32, keeps the exponential from overflowing.
-        prototype_scale: [K] float32.
-        sample_scale: [M, 1] float32.
-        exponentials: exp((logits - shift) / temperature) where it is small enough to be kept.
     """
 
-    logits: Tensor
-    temperature: float
-    shift: Tensor
-    prototype_scale: Tensor
-    sample_scale: Tensor
+    logits: Tensor  # [M, K], of any float type
+    temperature: float  # above 0
+    shift: Tensor  # [M, 1] float32, keeps the exponential from overflowing
+    prototype_scale: Tensor  # [K] float32
+    sample_scale: Tensor  # [M, 1] float32
+    # exp((logits - shift) / temperature) where it is small enough to be kept
     exponentials: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -135,3 +129,54 @@ def softmax_assignment(logits: Tensor, center: Tensor, temperature: float) -> As
 
 def _exponentials(logits: Tensor, shift: Tensor, temperature: float) -> Tensor:
     return ((logits.float() - shift) / temperature).exp_()
+
+
+class CentredLoss(nn.Module):
+    """A loss with the buffer `center`, the running centre of a teacher's logits (DINO, eq. 4).
+
+    Args:
+        shape: of the centre; its last axis is the number of prototypes K.
+        student_temp: temperature of the student's softmax.
+        center_momentum: share of the old centre in its running mean (softmax centring).
+    """
+
+    center: Tensor
+
+    def __init__(self, shape: tuple[int, ...], student_temp: float, center_momentum: float) -> None:
+        super().__init__()
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        # NaN until `init_weights`, so that a forgotten start cannot go unnoticed.
+        self.register_buffer("center", torch.full(shape, torch.nan))
+        self._pending: tuple[Tensor, Tensor] | None = None
+
+    def init_weights(self) -> None:
+        self.center.zero_()
+
+    @torch.no_grad()
+    def update_center(self, teacher_output: Tensor) -> None:
+        """Move the centre towards the mean of `teacher_output` [..., K]."""
+        self.reduce_center_update(teacher_output)
+        self.apply_center_update()
+
+    @torch.no_grad()
+    def reduce_center_update(self, teacher_output: Tensor) -> None:
+        """Sum the logits [..., K] over this batch and over processes."""
+        logits = teacher_output.float().flatten(0, -2)
+        total = logits.sum(dim=0)
+        count = torch.tensor(float(logits.shape[0]), device=logits.device)
+        if is_enabled():
+            dist.all_reduce(total, group=get_process_subgroup())
+            dist.all_reduce(count, group=get_process_subgroup())
+        self._pending = (total, count)
+
+    @torch.no_grad()
+    def apply_center_update(self) -> None:
+        """Apply what `reduce_center_update` summed, once; without rows the centre stays as it is."""
+        if self._pending is None:
+            return
+        total, count = self._pending
+        self._pending = None
+        mean = (total / count.clamp(min=1.0)).to(self.center.dtype)
+        moved = torch.lerp(self.center, mean.expand_as(self.center), 1 - self.center_momentum)
+        self.center.copy_(torch.where(count > 0, moved, self.center))

@@ -5,7 +5,19 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from dinov3.cells.checks import one_of
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "train.centering": ("sinkhorn_knopp", "softmax"),
+    "compute_precision.param_dtype": tuple(PRECISIONS),
+    "compute_precision.reduce_dtype": tuple(PRECISIONS),
+    "gram.tokens_used": ("all", "masked", "unmasked"),
+    "MODEL.META_ARCHITECTURE": ("SSLMetaArch",),
+    "optim.optimizer": ("adamw",),
+    "ibot.separate_head": (True,),  # the patch loss has a head of its own
+    "dino.koleo_distributed_replicas": (0,),
+}
 
 
 def check_ssl_settings(cfg: DictConfig) -> None:
@@ -13,14 +25,8 @@ def check_ssl_settings(cfg: DictConfig) -> None:
 
     Raises ValueError (names the key, its value and what to set).
     """
-    _one_of(cfg, "train.centering", ("sinkhorn_knopp", "softmax"))
-    _one_of(cfg, "compute_precision.param_dtype", tuple(PRECISIONS))
-    _one_of(cfg, "compute_precision.reduce_dtype", tuple(PRECISIONS))
-    _one_of(cfg, "gram.tokens_used", ("all", "masked", "unmasked"))
-    _one_of(cfg, "MODEL.META_ARCHITECTURE", ("SSLMetaArch",))
-    _one_of(cfg, "optim.optimizer", ("adamw",))
-    _one_of(cfg, "ibot.separate_head", (True,))  # the patch loss has a head of its own
-    _one_of(cfg, "dino.koleo_distributed_replicas", (0,))
+    for key, known in _KNOWN.items():
+        one_of(key, OmegaConf.select(cfg, key), known)
     _require(
         cfg.crops.local_crops_number > 0,
         f"crops.local_crops_number must be at least 1, got {cfg.crops.local_crops_number}: 8 is usual",
@@ -76,9 +82,3 @@ def _check_gram(cfg: DictConfig) -> None:
 def _require(holds: bool, text: str) -> None:
     if not holds:
         raise ValueError(text)
-
-
-def _one_of(cfg: DictConfig, key: str, known: tuple[Any, ...]) -> None:
-    value = OmegaConf.select(cfg, key)
-    names = f"{'one of ' if len(known) > 1 else ''}{', '.join(map(str, known))}"
-    _require(value in known, f"{key} must be {names}, got {value!r}: change it")

@@ -10,15 +10,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import dinov3.distributed as distributed
+from dinov3.cells.photometrics import photometrics_on_batch
 from dinov3.cells.run_data import photometrics_on_device
+from dinov3.configs.config import global_batch_size
 
 logger = logging.getLogger("dinov3")
-
-
-def global_batch_size(cfg: DictConfig) -> int:
-    """Samples of one optimiser step over all processes and accumulated batches."""
-    world = distributed.get_world_size()
-    return int(cfg.train.batch_size_per_gpu) * world * int(cfg.accelerator.accumulation_steps)
 
 
 def seed_step(seed: int, rank: int, iteration: int, micro_step: int = 0) -> int:
@@ -56,8 +52,6 @@ def forward_backward_all(
 
 
 def _photometrics(cfg: DictConfig, model: Any, data: dict[str, Any], seed: int) -> dict[str, Any]:
-    from dinov3.data.augmentations_multiview import photometrics_on_batch
-
     moved = {
         name: value.to(model.device_, non_blocking=True)
         if name.startswith("collated_") and name.endswith("_crops")
@@ -72,8 +66,7 @@ def clip_gradients(model: Any, max_norm: float | None) -> dict[str, Tensor]:
     """Clip each part of the student by its own norm; the norms before, by upstream's names."""
     norms = {}
     for name, module in model.student.items():
-        limit = max_norm if max_norm else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm=limit)
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm=max_norm or math.inf)
         norms[f"{name}_grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return norms
 

@@ -1,4 +1,4 @@
-"""Where and how a network is trained (ours): device, strategy, whole state dicts in and out."""
+"""Where and how a network is trained (ours): device, strategy, replicas, whole state dicts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dinov3.cells.checks import one_of
+from dinov3.distributed import get_rank, get_world_size, is_enabled
+
 STRATEGIES = ("none", "ddp", "fsdp")
+_BUCKET_BYTES = 2**25  # of gradients that are averaged at once
 
 
 def resolve_device(cfg: Any) -> torch.device:
@@ -41,20 +45,17 @@ def resolve_strategy(cfg: Any, device: torch.device) -> str:
     Raises ValueError (unknown, or `none` with several processes).
     """
     name = str(cfg.accelerator.strategy)
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    several = get_world_size() > 1
     if name == "auto":
-        if device.type == "cuda" and dist.is_available() and dist.is_initialized():
+        if device.type == "cuda" and is_enabled():
             return "fsdp"
         return "ddp" if several else "none"
-    if name not in STRATEGIES:
-        raise ValueError(
-            f"accelerator.strategy must be one of auto, {', '.join(STRATEGIES)}, got {name!r}: choose one"
-        )
+    one_of("accelerator.strategy", name, ("auto", *STRATEGIES))
     if name == "none" and several:
         raise ValueError(
-            f"accelerator.strategy none must have one process, got {dist.get_world_size()}: use ddp or fsdp"
+            f"accelerator.strategy none must have one process, got {get_world_size()}: use ddp or fsdp"
         )
-    if name == "fsdp" and not (dist.is_available() and dist.is_initialized()):
+    if name == "fsdp" and not is_enabled():
         raise ValueError(
             "accelerator.strategy fsdp must have a process group, got none: start through the "
             "training program, or use none"
@@ -85,9 +86,50 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor], strateg
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
         set_model_state_dict(module, dict(state), options=options)
         return
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if not several or dist.get_rank() == 0:
+    if get_rank() == 0:
         module.load_state_dict(state)
-    if several:
+    if get_world_size() > 1:
         for value in module.state_dict().values():
             dist.broadcast(value, src=0)
+
+
+def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Replace every gradient by its mean over processes, which each hold all weights.
+
+    Buckets are reduced after the backward pass, each while the next is being packed.  That suits
+    networks of the size of ViT-S to ViT-L; FSDP2 (`accelerator.strategy: fsdp`) is for larger ones.
+
+    All processes must have gradients for the same parameters, in the same order.
+
+    `module`: its trainable parameters; those without gradient on this process count as zero.
+    """
+    world = get_world_size(group)
+    if world == 1:
+        return
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in module.parameters() if p.requires_grad and p.grad is not None]
+    pending = []
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket]).div_(world)
+        pending.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
+    for bucket, flat, work in pending:
+        work.wait()
+        offset = 0
+        for gradient in bucket:
+            gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+            offset += gradient.numel()
+
+
+def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
+    """Groups of one type, of about `_BUCKET_BYTES`."""
+    found: list[list[Tensor]] = []
+    size = 0
+    for gradient in gradients:
+        if not found or found[-1][-1].dtype != gradient.dtype or size >= _BUCKET_BYTES:
+            found.append([])
+            size = 0
+        found[-1].append(gradient)
+        size += gradient.numel() * gradient.element_size()
+    return found

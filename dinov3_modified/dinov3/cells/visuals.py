@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dinov3.cells.files import atomic_path
@@ -116,10 +117,6 @@ class VisualLogger:
         output_dir: pictures go to OUT/visuals/attention_N.png and pca_N.png.
         on_pictures: called with (name → picture, iteration), in the background thread.
         mean, std: the normalisation of the images, for showing them.
-
-    Attributes:
-        skipped: pictures left out because the one before was unfinished.
-        failed: pictures that could not be made.
     """
 
     def __init__(
@@ -138,8 +135,8 @@ class VisualLogger:
         self._on_pictures = on_pictures
         self._colors = {"mean": tuple(mean), "std": tuple(std)}
         self._thread: threading.Thread | None = None
-        self.skipped = 0
-        self.failed = 0
+        self.skipped = 0  # pictures left out because the one before was unfinished
+        self.failed = 0  # pictures that could not be made
 
     @property
     def busy(self) -> bool:
@@ -190,8 +187,7 @@ class VisualLogger:
     def _fixed_images(self, images: Tensor) -> Tensor:
         path = self._folder / "images.pt"
         if path.is_file():
-            kept = torch.load(path, map_location="cpu", weights_only=True)
-            return kept
+            return torch.load(path, map_location="cpu", weights_only=True)
         own = images.detach().to("cpu", torch.float32, copy=True)
         with atomic_path(path) as temporary:
             torch.save(own, temporary)
@@ -215,7 +211,8 @@ class VisualLogger:
                 "pca": pca_picture(images, torch.cat(patches), size, **self._colors),
             }
             for name, picture in pictures.items():
-                _write_png(picture, self._folder / f"{name}_{iteration:07d}.png")
+                with atomic_path(self._folder / f"{name}_{iteration:07d}.png") as temporary:
+                    Image.fromarray(picture).save(temporary, format="PNG")
             if self._on_pictures is not None:
                 self._on_pictures(pictures, iteration)
         except Exception:
@@ -262,10 +259,3 @@ def _shown(images: Tensor, patch: int, mean: Sequence[float], std: Sequence[floa
 
 def _to_bytes(x: Tensor) -> np.ndarray:
     return (x * 255).round().to(torch.uint8).numpy()
-
-
-def _write_png(picture: np.ndarray, path: Path) -> None:
-    from PIL import Image
-
-    with atomic_path(path) as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG")

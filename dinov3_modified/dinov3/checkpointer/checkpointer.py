@@ -106,7 +106,9 @@ def save_checkpoint(
                 no_dist=not is_enabled(),
             )
         if main_process:
-            _write_manifest(part)
+            facts = [(p.name, p.stat().st_size, _crc32(p)) for p in sorted(part.iterdir())]
+            files = {name: {"bytes": size, "crc32": crc} for name, size, crc in facts}
+            write_text_atomically(part / _MANIFEST, json.dumps({"files": files}, indent=1))
             _replace_folder(part, target)
     except BaseException as error:
         if main_process:
@@ -120,13 +122,6 @@ def save_checkpoint(
         raise
     _barrier(process_group)
     logger.info("checkpoint of iteration %s saved to %s", iteration, target)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-    write_text_atomically(folder / _MANIFEST, json.dumps({"files": files}, indent=1))
 
 
 def _replace_folder(part: Path, target: Path) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dinov3.cells.checks import one_of
+
 logger = logging.getLogger("dinov3")
 
 METHODS = ("nearest", "bilinear", "pseudo_inverse", "bicubic")
@@ -22,16 +24,11 @@ _KEY = "patch_embed.proj.weight"
 
 @dataclass(frozen=True)
 class PatchAdaptation:
-    """What `adapt_state_dict` did.
+    """What `adapt_state_dict` did."""
 
-    Attributes:
-        before, after: patch sizes.
-        method: the one that was used, which is `pseudo_inverse` where `nearest` was asked for and
-            the ratio is no whole number.
-    """
-
-    before: int
+    before: int  # patch size
     after: int
+    # the one that was used: `pseudo_inverse` where `nearest` was asked for and the ratio is not whole
     method: str
 
     def __str__(self) -> str:
@@ -67,8 +64,7 @@ def adapt_patch_embedding(weight: Tensor, patch_size: int, method: str = "neares
 
     Returns [D, C, q, q] in the type of `weight`.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}: choose one")
+    one_of("method", method, METHODS)
     if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
         raise ValueError(
             f"a kernel must be [D, C, p, p], got {tuple(weight.shape)}: give patch_embed.proj.weight"
@@ -81,13 +77,8 @@ def adapt_patch_embedding(weight: Tensor, patch_size: int, method: str = "neares
     exact = weight.double()
     used = _used_method(before, patch_size, method)
     if used != method:
-        logger.info(
-            "patch size %d → %d is no whole ratio: %s instead of %s",
-            before,
-            patch_size,
-            used,
-            method,
-        )
+        line = "patch size %d → %d is no whole ratio: %s instead of %s"
+        logger.info(line, before, patch_size, used, method)
     if used == "nearest":
         block = before // patch_size
         result = exact.unflatten(3, (patch_size, block)).unflatten(2, (patch_size, block))

@@ -20,21 +20,14 @@ logger = logging.getLogger("dinov3")
 
 @dataclass
 class DinoV3SetupArgs:
-    """What `setup_config` reads, for callers without a command line.
+    """What `setup_config` reads, for callers without a command line."""
 
-    Args:
-        config_file: YAML with the keys to change, or "".
-        pretrained_weights: for `build_model_for_eval`.
-        shard_unsharded_model: likewise.
-        output_dir: folder of the run.
-        opts: `key=value` changes, which come last.
-    """
-
-    config_file: str
+    config_file: str  # YAML with the keys to change, or ""
+    # pretrained_weights, shard_unsharded_model: for `build_model_for_eval`
     pretrained_weights: str | None = None
     shard_unsharded_model: bool = False
-    output_dir: str = ""
-    opts: list[Any] = field(default_factory=list)
+    output_dir: str = ""  # folder of the run
+    opts: list[Any] = field(default_factory=list)  # `key=value` changes, which come last
 
 
 def get_default_config() -> DictConfig:
@@ -99,6 +92,22 @@ def _read(path: Path) -> DictConfig:
     return cfg
 
 
+def global_batch_size(cfg: DictConfig) -> int:
+    """Samples of one optimiser step over all processes and accumulated batches (ours)."""
+    world = distributed.get_world_size()
+    return int(cfg.train.batch_size_per_gpu) * world * int(cfg.accelerator.accumulation_steps)
+
+
+def lr_scale(cfg: DictConfig) -> float:
+    """Factor of the rule `optim.scaling_rule` on the peak learning rate (ours)."""
+    batch = global_batch_size(cfg)
+    if cfg.optim.scaling_rule == "linear_wrt_256":
+        return batch / 256.0
+    if cfg.optim.scaling_rule == "sqrt_wrt_1024":
+        return 4 * math.sqrt(batch / 1024.0)
+    return 1.0
+
+
 def apply_scaling_rules_to_cfg(cfg: DictConfig) -> DictConfig:
     """Scale `optim.lr` by the batch of all processes, as `optim.scaling_rule` says.
 
@@ -107,20 +116,10 @@ def apply_scaling_rules_to_cfg(cfg: DictConfig) -> DictConfig:
     """
     if "schedules" in cfg:
         return cfg
-    batch = (
-        cfg.train.batch_size_per_gpu
-        * distributed.get_world_size()
-        * cfg.accelerator.accumulation_steps
-    )
-    before = cfg.optim.lr
-    if cfg.optim.scaling_rule == "linear_wrt_256":
-        cfg.optim.lr = before * batch / 256.0
-    elif cfg.optim.scaling_rule == "sqrt_wrt_1024":
-        cfg.optim.lr = before * 4 * math.sqrt(batch / 1024.0)
-    logger.info(
-        "optim.lr: %.4g for a batch of %d (%s, configured %.4g)",
-        cfg.optim.lr, batch, cfg.optim.scaling_rule, before,
-    )  # fmt: skip
+    before, rule = cfg.optim.lr, cfg.optim.scaling_rule
+    cfg.optim.lr = before * lr_scale(cfg)
+    line = "optim.lr: %.4g for a batch of %d (%s, configured %.4g)"
+    logger.info(line, cfg.optim.lr, global_batch_size(cfg), rule, before)
     return cfg
 
 

@@ -31,11 +31,9 @@ class DatasetWithEnumeratedTargets(Dataset[Any]):
         return index if index < self._size else -1
 
     def get_image_relpath(self, index: int) -> str:
-        """As the inner data set's."""
         return self._dataset.get_image_relpath(self._inner(index))
 
     def get_image_data(self, index: int) -> bytes:
-        """As the inner data set's."""
         return self._dataset.get_image_data(self._inner(index))
 
     def get_target(self, index: int) -> tuple[int, Any]:
@@ -43,7 +41,6 @@ class DatasetWithEnumeratedTargets(Dataset[Any]):
         return self._number(index), self._dataset.get_target(self._inner(index))
 
     def get_sample_decoder(self, index: int) -> Any:
-        """As the inner data set's."""
         return self._dataset.get_sample_decoder(self._inner(index))
 
     def __getitem__(self, index: int) -> tuple[Any, tuple[int, Any]]:

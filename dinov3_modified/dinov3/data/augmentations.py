@@ -115,7 +115,8 @@ class DataAugmentationDINO:
         if self.share_color_jitter:
             image = self.color(image)
         bases = [self.geometric_global(image) for _ in range(2)]
-        sized = [self._resized(base, self.global_crops_size) for base in bases]
+        size = (self.global_crops_size,) * 2
+        sized = [base.resize(size, InterpolationMode.BICUBIC.filter) for base in bases]
         gram_size = self.gram_teacher_crops_size
         # Undistorted Gram crops keep their full size while the others are distorted at their own.
         keep_large = gram_size is not None and not self.gram_teacher_no_distortions
@@ -139,12 +140,6 @@ class DataAugmentationDINO:
             ]
             output["offsets"] = ()
         return output
-
-    @staticmethod
-    def _resized(image: Any, size: int) -> Any:
-        if image.size == (size, size):
-            return image
-        return image.resize((size, size), InterpolationMode.BICUBIC.filter)
 
     def _cut_from_globals(self, sized: list[Any]) -> tuple[list[Tensor], list[tuple[int, int]]]:
         """Half of the local crops from each global crop, with new distortions."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov3.cells.checks import one_of
 from dinov3.cells.fields import ChannelField
 from dinov3.cells.photometrics import FluorescencePhotometrics, photometrics_from_config
 from dinov3.cells.photometrics import photometrics_on_batch as photometrics_on_batch
@@ -38,38 +39,33 @@ Window = tuple[int, int, int, int]  # top, left, height, width
 
 @dataclass(kw_only=True, eq=False)
 class DataAugmentationMultiView:
-    """Two global and some local crops of a field, each a view of its channels.
+    """Two global and some local crops of a field, each a view of its channels."""
 
-    Args:
-        strategy: `multiview` (mean and one random channel), `average` (mean twice), `single` (two
-            channels drawn apart), `pairwise` (two different channels).
-        window: of the two global crops: `same`, `overlapping` (by `min_overlap` of the area at
-            least), or `independent`.
-        pixel_size_um: what a crop's pixel at zoom 1 shows, for fields whose pixel size is known;
-            None: one pixel of the field.
-        min_foreground, foreground_tries: windows are drawn again, so often, until that share is
-            bright; the best of them counts.
-        photometrics: of the fluorescence, see `FluorescencePhotometrics`.
-        photometrics_on: `worker`; `device` leaves crops as gray [1, s, s] for
-            `photometrics_on_batch`; `none`.
-    """
-
+    # `multiview` (mean and one random channel), `average` (mean twice), `single` (two channels drawn
+    # apart), `pairwise` (two different channels)
     strategy: str = "multiview"
     global_crops_size: int = 224
     local_crops_size: int = 96
     local_crops_number: int = 8
     gram_teacher_crops_size: int | None = None
     random_roles: bool = True  # which global crop is which is drawn; else the first is the mean
+    # of the two global crops: `same`, `overlapping` (by `min_overlap` of the area at least), or
+    # `independent`
     window: str = "overlapping"
     min_overlap: float = 0.4
     zoom: Sequence[float] = (0.7, 1.4)  # source over crop pixels, drawn on a logarithmic scale
+    # what a crop's pixel at zoom 1 shows, for fields whose pixel size is known; None: one pixel of
+    # the field
     pixel_size_um: float | None = None
     local_view: str = "random"  # mean or channel, evenly; `mean`, `single`
     local_inside: bool = True  # local crops lie in the box around the global ones; else anywhere
+    # min_foreground, foreground_tries: windows are drawn again, so often, until that share is bright;
+    # the best of them counts
     min_foreground: float = 0.05
     foreground_tries: int = 8
     rotate: bool = True  # turn by multiples of 90° and mirror
     photometrics: FluorescencePhotometrics = field(default_factory=FluorescencePhotometrics)
+    # `worker`; `device` leaves crops as gray [1, s, s] for `photometrics_on_batch`; `none`
     photometrics_on: str = "worker"
     mean: Any = (0.485, 0.456, 0.406)
     std: Any = (0.229, 0.224, 0.225)
@@ -81,10 +77,7 @@ class DataAugmentationMultiView:
             ("local_view", self.local_view, _LOCAL_VIEWS),
             ("photometrics", self.photometrics_on, _PHOTOMETRICS),
         ):
-            if value not in known:
-                raise ValueError(
-                    f"multiview.{name} must be one of {', '.join(known)}, got {value!r}: choose one"
-                )
+            one_of(f"multiview.{name}", value, known)
         low, high = self.zoom = tuple(float(value) for value in self.zoom)
         if not 0 < low <= high:
             raise ValueError(f"multiview.zoom must be 0 < low <= high, got {low}, {high}: fix it")
@@ -134,16 +127,13 @@ class DataAugmentationMultiView:
 
     def _on_cells(self, field: ChannelField, draw: Callable[[], Window]) -> Window:
         """The first window with enough foreground, or the best of all tries."""
-        best, best_share = None, -1.0
-        for _ in range(max(self.foreground_tries, 1)):
+        tries: list[tuple[float, Window]] = []
+        while len(tries) < max(self.foreground_tries, 1):
             window = draw()
-            share = field.foreground_share(*window)
-            if share > best_share:
-                best, best_share = window, share
-            if share >= self.min_foreground:
+            tries.append((field.foreground_share(*window), window))
+            if tries[-1][0] >= self.min_foreground:
                 break
-        assert best is not None
-        return best
+        return max(tries, key=lambda one: one[0])[1]
 
     def draw_second_window(self, field: ChannelField, first: Window) -> Window:
         """The other global crop's window."""
@@ -245,10 +235,6 @@ class DataAugmentationMultiView:
 def build_multiview_augmentation(cfg: Any) -> DataAugmentationMultiView:
     """From the sections `multiview` and `crops` of a configuration."""
     view, crops = cfg.multiview, cfg.crops
-    if not view.strategy:
-        raise ValueError(
-            f"multiview.strategy must be one of {', '.join(STRATEGIES)}, got '': set it for fields"
-        )
     return DataAugmentationMultiView(
         **{name: crops[name] for name in _CROP_KEYS},
         **{name: view[name] for name in _VIEW_KEYS},

@@ -138,23 +138,20 @@ class SeededDataset(Dataset[Any]):
             return position, self.dataset[int(index)]
 
     def get_sample_name(self, index: int) -> str:
-        """Name of a sample, for messages."""
         name = getattr(self.dataset, "get_sample_name", None)
         return name(int(index)) if name is not None else f"sample {int(index)}"
 
 
-@dataclass
-class SeededCollate:
-    """Seeds the generators from (seed, position of the last sample) while a batch is made."""
-
-    collate_fn: Callable[[Sequence[Any]], Any] | None
-    seed: int
-
-    def __call__(self, samples: Sequence[tuple[int, Any]]) -> Any:
-        with seeded(self.seed, samples[-1][0], "collate"):
-            return (self.collate_fn or default_collate)([sample for _, sample in samples])
+def _seeded_batch(
+    samples: Sequence[tuple[int, Any]], collate_fn: Callable[[Sequence[Any]], Any], seed: int
+) -> Any:
+    """Make a batch with generators seeded from (seed, position of the last sample)."""
+    with seeded(seed, samples[-1][0], "collate"):
+        return collate_fn([sample for _, sample in samples])
 
 
+# Of workers; a fork would not be safe in a process that has used CUDA or threads.
+_START_METHOD = "forkserver"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
@@ -191,7 +188,7 @@ def plain_message(error: BaseException) -> str:
     return re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
 
 
-def _start_helpers(context: str) -> None:
+def _start_helpers() -> None:
     """Start multiprocessing's own processes with those signals blocked: their end is the workers'.
 
     The fork server imports torch and this module first, so that each worker is ready at once.
@@ -205,11 +202,10 @@ def _start_helpers(context: str) -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if in_main_thread else None
     try:
         resource_tracker.ensure_running()
-        if context == "forkserver":
-            if in_main_thread:  # the tracker's start has let two of them through again
-                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-            multiprocessing.set_forkserver_preload(["__main__", "torch", __name__])
-            forkserver.ensure_running()
+        if in_main_thread:  # the tracker's start has let two of them through again
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        multiprocessing.set_forkserver_preload(["__main__", "torch", __name__])
+        forkserver.ensure_running()
     finally:
         if before is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -219,7 +215,7 @@ def _start_helpers(context: str) -> None:
 
 
 def _make_sampler(
-    *, dataset: Any, type: SamplerType | None, shuffle: bool, seed: int, size: int, advance: int
+    dataset: Any, type: SamplerType | None, size: int, advance: int, order: dict[str, Any]
 ) -> Any:
     if getattr(dataset, "orders_itself", False):
         if type not in (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE):
@@ -233,23 +229,24 @@ def _make_sampler(
             f"sampler_size must be given for SamplerType.EPOCH only, got {size} for {type.name}: "
             "leave it out or use EPOCH"
         )
-    order: dict[str, Any] = {"sample_count": count, "shuffle": shuffle, "seed": seed}
     if type is SamplerType.INFINITE:
-        return InfiniteSampler(**order, advance=advance)
+        return InfiniteSampler(sample_count=count, **order, advance=advance)
     if type in (SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW):
         new = type is SamplerType.SHARDED_INFINITE_NEW
-        return ShardedInfiniteSampler(**order, advance=advance, use_new_shuffle_tensor_slice=new)
+        return ShardedInfiniteSampler(
+            sample_count=count, **order, advance=advance, use_new_shuffle_tensor_slice=new
+        )
     if advance:
         raise ValueError(
             f"sampler_advance must be 0 for finite samplers, got {advance}: use SamplerType.INFINITE"
         )
     if type is SamplerType.EPOCH:
-        return EpochSampler(**order, size=size if size > 0 else count)
+        return EpochSampler(sample_count=count, **order, size=size if size > 0 else count)
     if type is SamplerType.DISTRIBUTED:
         from dinov3.distributed import get_rank, get_world_size
 
         return torch.utils.data.DistributedSampler(
-            dataset, num_replicas=get_world_size(), rank=get_rank(), shuffle=shuffle, seed=seed
+            dataset, num_replicas=get_world_size(), rank=get_rank(), **order
         )
     return None
 
@@ -269,28 +266,7 @@ def make_data_loader(
     collate_fn: Callable[[Sequence[Any]], Any] | None = None,
     worker_init_fn: Callable[[int], None] | None = None,
 ) -> DataLoader[Any]:
-    """`make_seeded_data_loader` with upstream's arguments alone."""
-    return make_seeded_data_loader(**locals())
-
-
-def make_seeded_data_loader(
-    *,
-    dataset: Any,
-    batch_size: int,
-    num_workers: int,
-    shuffle: bool = True,
-    seed: int = 0,
-    sampler_type: SamplerType | None = SamplerType.INFINITE,
-    sampler_size: int = -1,
-    sampler_advance: int = 0,
-    drop_last: bool = True,
-    persistent_workers: bool = False,
-    collate_fn: Callable[[Sequence[Any]], Any] | None = None,
-    worker_init_fn: Callable[[int], None] | None = None,
-    multiprocessing_context: str = "forkserver",
-    pin_memory: bool | None = None,
-) -> DataLoader[Any]:
-    """A loader whose batches are a function of seed and position (ours).
+    """A loader whose batches are a function of seed and position.
 
     Args:
         shuffle: has no meaning for `sampler_type` None.
@@ -300,37 +276,22 @@ def make_seeded_data_loader(
         sampler_advance: samples of this process that are done (infinite samplers).
         collate_fn: list of samples → batch.
         worker_init_fn: called in each worker with its number.
-        multiprocessing_context: how workers start: forkserver, spawn, or fork, which is not safe in
-            a process that has used CUDA or threads.
-        pin_memory: None: if CUDA is in use in this process.
     """
-    known = multiprocessing.get_all_start_methods()
-    if multiprocessing_context not in known:
-        raise ValueError(
-            f"multiprocessing_context must be one of {', '.join(known)}, got "
-            f"{multiprocessing_context!r}: choose one"
-        )
-    sampler = _make_sampler(
-        dataset=dataset,
-        type=sampler_type,
-        shuffle=shuffle,
-        seed=seed,
-        size=sampler_size,
-        advance=sampler_advance,
-    )
+    order = {"shuffle": shuffle, "seed": seed}
+    sampler = _make_sampler(dataset, sampler_type, sampler_size, sampler_advance, order)
     if num_workers:
-        _start_helpers(multiprocessing_context)
+        _start_helpers()
     return DataLoader(
         SeededDataset(dataset, seed),
         sampler=None if sampler is None else PositionedSampler(sampler, sampler_advance),
         batch_size=batch_size,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_initialized() if pin_memory is None else pin_memory,
+        pin_memory=torch.cuda.is_initialized(),
         drop_last=drop_last,
         persistent_workers=persistent_workers and num_workers > 0,
-        collate_fn=SeededCollate(collate_fn, seed),
+        collate_fn=partial(_seeded_batch, collate_fn=collate_fn or default_collate, seed=seed),
         worker_init_fn=partial(_start_worker, inner=worker_init_fn) if num_workers else None,
-        multiprocessing_context=multiprocessing_context if num_workers else None,
+        multiprocessing_context=_START_METHOD if num_workers else None,
         # Else each pass would take a number from torch's global generator.
         generator=torch.Generator().manual_seed(seed),
     )

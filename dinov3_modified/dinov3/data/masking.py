@@ -49,7 +49,6 @@ class MaskingGenerator:
         )
 
     def get_shape(self) -> tuple[int, int]:
-        """The grid (h, w)."""
         return self.height, self.width
 
     def __call__(self, num_masking_patches: int = 0) -> np.ndarray:

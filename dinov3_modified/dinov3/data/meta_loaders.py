@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dinov3 import distributed
+from dinov3.cells.checks import one_of
 
 logger = logging.getLogger("dinov3")
 
@@ -38,8 +39,7 @@ class CombinedDataLoader:
         pairs = list(loaders_with_ratios)
         self.loaders = [loader for loader, _ in pairs]
         self.ratios = [float(ratio) for _, ratio in pairs]
-        if combining_mode not in (self.GLOBAL_HOMOGENEOUS, self.LOCAL_HOMOGENEOUS):
-            raise ValueError(f"combining_mode must be 0 or 1, got {combining_mode}: choose one")
+        one_of("combining_mode", combining_mode, (0, 1))
         if abs(sum(self.ratios) - 1) > 1e-6:
             raise ValueError(f"ratios must sum to 1, got {self.ratios}: divide them by their sum")
         sizes = {loader.batch_size for loader in self.loaders}
@@ -49,9 +49,8 @@ class CombinedDataLoader:
             )
         self.batch_size = batch_size
         self.combining_mode = combining_mode
-        self.seed = seed + (
-            distributed.get_rank() if combining_mode == self.LOCAL_HOMOGENEOUS else 0
-        )
+        alike = combining_mode == self.GLOBAL_HOMOGENEOUS
+        self.seed = seed + (0 if alike else distributed.get_rank())
         self.name = name or ""
         self.logging_period = logging_period
         self.loader_count = np.zeros(len(self.loaders))

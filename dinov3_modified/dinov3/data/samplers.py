@@ -103,7 +103,6 @@ class EpochSampler(Sampler[int]):
         return len(range(self._start, self.size, self._step))
 
     def set_epoch(self, epoch: int) -> None:
-        """Number of the pass."""
         self._epoch = epoch
 
 

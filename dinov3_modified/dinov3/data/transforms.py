@@ -17,6 +17,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
+from dinov3.cells.checks import one_of
+
 IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
 RESIZE_DEFAULT_SIZE = 256
@@ -32,17 +34,13 @@ class InterpolationMode(Enum):
 
     @property
     def filter(self) -> Image.Resampling:
-        """PIL's."""
         return Image.Resampling[self.name]
 
 
 def make_interpolation_mode(mode_str: str) -> InterpolationMode:
     """A filter by its name; ValueError for an unknown one."""
     known = {mode.value: mode for mode in InterpolationMode}
-    if mode_str not in known:
-        raise ValueError(
-            f"interpolation must be one of {', '.join(known)}, got {mode_str!r}: choose one"
-        )
+    one_of("interpolation", mode_str, known)
     return known[mode_str]
 
 

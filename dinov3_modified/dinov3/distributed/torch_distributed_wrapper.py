@@ -91,11 +91,7 @@ def save_in_main_process(*args: Any, **kwargs: Any) -> None:
 
 
 class TorchDistributedEnvironment:
-    """Addresses and ranks, from torchrun's variables, else SLURM's, else for one process.
-
-    Attributes:
-        master_addr, master_port, rank, world_size, local_rank, local_world_size.
-    """
+    """Addresses and ranks, from torchrun's variables, else SLURM's, else for one process."""
 
     def __init__(self) -> None:
         self.master_addr = "127.0.0.1"

@@ -24,7 +24,6 @@ class LayerScale(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Back to `init_values`."""
         with torch.no_grad():
             self.gamma.copy_(torch.as_tensor(self.init_values).expand_as(self.gamma))
 

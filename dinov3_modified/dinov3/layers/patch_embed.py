@@ -58,7 +58,6 @@ class PatchEmbed(nn.Module):
             nn.init.uniform_(self.proj.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         x = self.proj(x)  # [B, D, h, w]
         height, width = x.shape[-2:]
         x = self.norm(x.flatten(2).transpose(1, 2))  # [B, N, D]

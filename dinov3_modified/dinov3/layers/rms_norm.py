@@ -16,7 +16,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def reset_parameters(self) -> None:
-        """Weights back to 1."""
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dinov3.cells.checks import one_of
+
 
 class RopePositionEmbedding(nn.Module):
     """Sine and cosine of the angles of every patch.
@@ -55,10 +57,7 @@ class RopePositionEmbedding(nn.Module):
                 "either base or both min_period and max_period must be given, got base "
                 f"{base}, min_period {min_period}, max_period {max_period}: drop one kind"
             )
-        if normalize_coords not in ("min", "max", "separate"):
-            raise ValueError(
-                f"normalize_coords must be min, max or separate, got {normalize_coords!r}: choose one"
-            )
+        one_of("normalize_coords", normalize_coords, ("min", "max", "separate"))
         self.base = base
         self.min_period = min_period
         self.max_period = max_period

@@ -56,7 +56,13 @@ def setup_logging(
         stream.setFormatter((_Colored if on_terminal else logging.Formatter)(_LINE, _DATE))
         handlers.append(stream)
     if output is not None:
-        handlers.append(_file_handler(output, rank))
+        whole = output.endswith((".txt", ".log"))
+        path = output if whole else os.path.join(output, "logs", "log.txt")
+        path = f"{path}.rank{rank}" if rank > 0 else path
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter(_LINE, _DATE))
+        handlers.append(file)
     for handler in handlers:
         setattr(handler, _MARK, True)
         handler.setLevel(level)
@@ -81,16 +87,6 @@ def cleanup_logging(*, name: str | None = None) -> None:
         level, propagate = _before.pop(known, (log.level, log.propagate))
         log.setLevel(level)
         log.propagate = propagate
-
-
-def _file_handler(output: str, rank: int) -> logging.Handler:
-    path = output if output.endswith((".txt", ".log")) else os.path.join(output, "logs", "log.txt")
-    if rank > 0:
-        path = f"{path}.rank{rank}"
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(_LINE, _DATE))
-    return handler
 
 
 class _Colored(logging.Formatter):

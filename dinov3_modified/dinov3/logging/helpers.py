@@ -198,18 +198,15 @@ class MetricLogger:
             return
         if self.output_file is not None:
             finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-            self._append(json.dumps({"iteration": iteration, **finite}, allow_nan=False))
+            line = json.dumps({"iteration": iteration, **finite}, allow_nan=False)
+            try:
+                # One write of one line: a run that is killed leaves at most one torn line.
+                with open(self.output_file, "a", encoding="utf-8") as stream:
+                    stream.write(line + "\n")
+            except OSError as error:  # a full disk: checkpoints decide whether the run can continue
+                logger.warning("a line of metrics could not be written (%s): make room", error)
         for listener in self._listeners:
             listener(iteration, dict(values))
-
-    def _append(self, line: str) -> None:
-        assert self.output_file is not None
-        try:
-            # One write of one line: a run that is killed leaves at most one torn line.
-            with open(self.output_file, "a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
-        except OSError as error:  # a full disk: checkpoints decide whether the run can continue
-            logger.warning("a line of metrics could not be written (%s): make room", error)
 
     def log_every(
         self,
@@ -262,12 +259,8 @@ class MetricLogger:
             end = time.perf_counter()
         took = time.perf_counter() - begin
         done = max(iteration - start_iteration, 1)
-        logger.info(
-            "%s total time: %s (%.6f s / it)",
-            header or "",
-            datetime.timedelta(seconds=int(took)),
-            took / done,
-        )
+        total = datetime.timedelta(seconds=int(took))
+        logger.info("%s total time: %s (%.6f s / it)", header or "", total, took / done)
 
     def _flush(self) -> None:
         """Bring all waiting values to the host: one copy a device and type."""
@@ -367,9 +360,5 @@ def _cut_back(path: Path, start_iteration: int) -> None:
             dropped += 1
     if dropped or not path.read_bytes().endswith(b"\n"):
         write_text_atomically(path, "".join(f"{line}\n" for line in kept))
-        logger.info(
-            "%s: %d lines removed, those from iteration %d on and torn ones",
-            path.name,
-            dropped,
-            start_iteration,
-        )
+        line = "%s: %d lines removed, those from iteration %d on and torn ones"
+        logger.info(line, path.name, dropped, start_iteration)

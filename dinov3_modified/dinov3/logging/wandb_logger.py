@@ -21,6 +21,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from dinov3.cells.checks import one_of
 from dinov3.cells.files import write_text_atomically
 from dinov3.distributed import is_main_process
 
@@ -41,29 +42,26 @@ class WandbLogger:
     `cfg`: a whole configuration; wandb gets it as nested plain values.  `enabled`: false: nothing
     happens, and wandb is not imported.  `resume`: false starts another wandb run.
 
-    Attributes:
-        enabled: whether records are accepted; false for good after wandb was switched off.
-        mode: online, offline or disabled, after `auto` is resolved.
-        run_id: of wandb.
-        dropped_steps: records of steps that wandb already has.
-        last_step: the last step handed to wandb, -1 before.
-
     Raises ValueError (a setting of the `wandb` section is out of range).
     """
 
     def __init__(self, cfg: Any, enabled: bool = True, *, resume: bool = True) -> None:
         settings = cfg.wandb
-        _check(settings)
+        one_of("wandb.mode", settings.mode, _MODES)
+        for name in ("timeout_s", "finish_timeout_s"):
+            if not settings[name] > 0:
+                raise ValueError(f"wandb.{name} must be above 0, got {settings[name]}: raise it")
         self.output_dir = Path(cfg.train.output_dir)
         self.run_id: str | None = None
-        self.dropped_steps = 0
-        self.last_step = -1
+        self.dropped_steps = 0  # records of steps that wandb already has
+        self.last_step = -1  # the last step handed to wandb
         self._floor = -1  # last step of the run before this process
         self._images = bool(settings.images)
         self._lock = threading.Lock()  # pictures come from a thread of their own
         self._wandb: Any = None
         self._run: Any = None
         active = enabled and settings.mode != "disabled" and is_main_process()
+        # online, offline or disabled; `enabled` is false for good after wandb was switched off
         self.mode: Any = _resolve_mode(str(settings.mode)) if active else "disabled"
         self.enabled = self.mode != "disabled"
         if self.enabled:
@@ -120,10 +118,8 @@ class WandbLogger:
                 self.enabled = False
                 logger.warning(
                     "wandb is switched off: %s (%s).  The training continues, and "
-                    "training_metrics.json has all metrics.",
-                    what,
-                    _line(error),
-                )
+                    "training_metrics.json has all metrics.", what, _line(error),
+                )  # fmt: skip
                 if self._wandb is not None:
                     # Now, because wandb would print a traceback for a dead service at exit.
                     with contextlib.suppress(Exception, SystemExit):
@@ -169,9 +165,8 @@ class WandbLogger:
                 raise
             logger.warning(
                 "wandb could not start online (%s).  The run is written offline: send it later with "
-                "`wandb sync`",
-                _line(error),
-            )
+                "`wandb sync`", _line(error),
+            )  # fmt: skip
             self.mode = "offline"
             self._run = wandb.init(**arguments, mode=self.mode)
 
@@ -234,16 +229,6 @@ def create_wandb_logger(cfg: Any, *, resume: bool = True) -> WandbLogger:
     starts another wandb run in the same folder.
     """
     return WandbLogger(cfg, enabled=bool(cfg.wandb.enabled), resume=resume)
-
-
-def _check(settings: Any) -> None:
-    if settings.mode not in _MODES:
-        raise ValueError(
-            f"wandb.mode must be one of {', '.join(_MODES)}, got {settings.mode!r}: choose one"
-        )
-    for name in ("timeout_s", "finish_timeout_s"):
-        if not settings[name] > 0:
-            raise ValueError(f"wandb.{name} must be above 0, got {settings[name]}: raise it")
 
 
 def _resolve_mode(mode: str) -> str:

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dinov3.cells.center import CentredLoss
-from dinov3.cells.sinkhorn import sinkhorn_knopp
+from dinov3.cells.sinkhorn import CentredLoss, sinkhorn_knopp
 from dinov3.distributed import get_process_subgroup
 
 

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dinov3.cells.center import CentredLoss
 from dinov3.cells.patch_cross_entropy import prototype_cross_entropy
-from dinov3.cells.sinkhorn import Assignment, sinkhorn_knopp, softmax_assignment
+from dinov3.cells.sinkhorn import Assignment, CentredLoss, sinkhorn_knopp, softmax_assignment
 from dinov3.distributed import get_process_subgroup
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dinov3.cells.checks import one_of
 from dinov3.models import vision_transformer as vits
 
 __all__ = ["build_model", "build_model_for_eval", "build_model_from_cfg"]
@@ -38,10 +39,7 @@ def build_model(
     Returns (teacher, width) or (student, teacher, width).
     """
     factories = [name for name in vars(vits) if name.startswith("vit_")]
-    if args.arch not in factories:
-        raise ValueError(
-            f"student.arch must be one of {', '.join(factories)}, got {args.arch!r}: choose one"
-        )
+    one_of("student.arch", args.arch, factories)
     if getattr(args, "fp8_enabled", False):
         raise ValueError("student.fp8_enabled must be false, got true: this tree has no fp8 layers")
     options = {name: getattr(args, name) for name in _SAME_NAMES}

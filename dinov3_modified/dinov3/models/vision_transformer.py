@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dinov3.cells.checks import one_of
 from dinov3.layers.attention import LinearKMaskedBias
 from dinov3.layers.block import SelfAttentionBlock
 from dinov3.layers.ffn_layers import Mlp, SwiGLUFFN
@@ -389,6 +390,5 @@ vit_7b = _vit(4096, 40, 32, 3.0)  # 6716 M
 
 
 def _choose(known: dict[str, Any], option: str, value: str) -> Any:
-    if value not in known:
-        raise ValueError(f"{option} must be one of {', '.join(known)}, got {value!r}: choose one")
+    one_of(option, value, known)
     return known[value]

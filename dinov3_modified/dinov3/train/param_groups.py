@@ -60,22 +60,14 @@ def get_params_groups_with_decay(
         patch_embed_lr_mult: on top, for the patch embedding.
         dino_head_wd_multiplier: weight decay of parameters with "dino_head" in their name.
     """
-    layers, chunked, is_backbone = _depth(model)
+    depth = _depth(model)
     groups = []
     for raw_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         name = remove_fsdp_compile_names(raw_name)
-        rate = get_vit_lr_decay_rate(
-            name,
-            lr_decay_rate,
-            num_layers=layers,
-            force_is_backbone=is_backbone,
-            chunked_blocks=chunked,
-        )
-        decay = 1.0
-        if "dino_head" in name:
-            decay = dino_head_wd_multiplier
+        rate = get_vit_lr_decay_rate(name, lr_decay_rate, **depth)
+        decay = dino_head_wd_multiplier if "dino_head" in name else 1.0
         # Biases, norms and LayerScale are not pulled to zero.
         if name.endswith("bias") or any(part in name for part in ("norm", "gamma", "fourier_w")):
             decay = 0.0
@@ -110,14 +102,13 @@ def fuse_params_groups(
     return list(fused.values())
 
 
-def _depth(model: nn.Module) -> tuple[int, bool, bool]:
-    """Number of blocks, whether they are chunked, and whether `model` is a backbone."""
-    if hasattr(model, "n_blocks"):
-        return int(model.n_blocks), bool(getattr(model, "chunked_blocks", False)), True  # type: ignore[arg-type]
-    if hasattr(model, "blocks"):
-        return len(model.blocks), False, True  # type: ignore[arg-type]
-    backbone = getattr(model, "backbone", None)
-    if backbone is not None:
-        layers, chunked, _ = _depth(backbone)
-        return layers, chunked, False
-    return 0, False, False
+def _depth(model: Any) -> dict[str, Any]:
+    """Arguments of `get_vit_lr_decay_rate` on the blocks of a backbone, or of what contains one."""
+    if (backbone := getattr(model, "backbone", None)) is not None:
+        return _depth(backbone) | {"force_is_backbone": False}
+    count = getattr(model, "n_blocks", len(getattr(model, "blocks", ())))
+    return {
+        "num_layers": int(count),
+        "chunked_blocks": bool(getattr(model, "chunked_blocks", False)),
+        "force_is_backbone": hasattr(model, "n_blocks") or hasattr(model, "blocks"),
+    }

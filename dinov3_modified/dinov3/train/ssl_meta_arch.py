@@ -238,7 +238,6 @@ class SSLMetaArch(SSLLosses):
         Returns the loss, detached from no graph, and what is to be logged; nothing is copied to the
         host.  Gradients are divided by `accelerator.accumulation_steps`.
         """
-        del ignored
         locals_number = self.cfg.crops.local_crops_number
         batch = data["collated_local_crops"].shape[0] // locals_number
         metrics: Metrics = {"local_batch_size": float(batch)}

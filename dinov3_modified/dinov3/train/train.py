@@ -26,7 +26,6 @@ from dinov3.cells.files import atomic_path
 from dinov3.cells.finite_loss import FiniteGuard, NonFiniteLossError, save_non_finite
 from dinov3.cells.hooks import evaluate, watched
 from dinov3.cells.interruption import Stopped, StopRequest
-from dinov3.cells.replicate import average_gradients
 from dinov3.cells.resumption import apply_start_record, check_resumption, start_record
 from dinov3.cells.run_data import data_loader, grouped, sample_names
 from dinov3.cells.schedules import (
@@ -34,17 +33,15 @@ from dinov3.cells.schedules import (
     build_optimizer,
     build_schedulers,
     build_schedulers_v2,
-    lr_scale,
 )
 from dinov3.cells.step import (
     clip_gradients,
     forward_backward_all,
-    global_batch_size,
     gram_is_ready,
     seed_step,
     update_gram,
 )
-from dinov3.cells.strategy import full_state_dict
+from dinov3.cells.strategy import average_gradients, full_state_dict
 from dinov3.checkpointer import (
     find_latest_checkpoint,
     find_latest_valid_checkpoint,
@@ -61,6 +58,7 @@ from dinov3.configs import (
     setup_job,
     setup_multidistillation,
 )
+from dinov3.configs.config import global_batch_size, lr_scale
 from dinov3.data import (
     CombinedDataLoader,
     MaskingGenerator,
@@ -78,10 +76,12 @@ from dinov3.utils import get_sha
 
 logger = logging.getLogger("dinov3")
 
-_UNUSED_OPTIONS = (
-    "eval", "eval_pretrained_weights", "benchmark_codebase", "test_ibot", "profiling",
-    "dump_fsdp_weights", "record_ref_losses", "ref_losses_path",
-)  # fmt: skip
+# Option of upstream's without effect → whether it takes no value.
+_UNUSED_OPTIONS = {
+    "--eval": False, "--eval_pretrained_weights": False, "--benchmark-codebase": True,
+    "--test-ibot": True, "--profiling": True, "--dump-fsdp-weights": True,
+    "--record_ref_losses": True, "--ref_losses_path": False,
+}  # fmt: skip
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
@@ -89,24 +89,15 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("DINOv3 self-supervised training", add_help=add_help)
     parser.add_argument("--config-file", default="", help="YAML with the keys to change")
     parser.add_argument("--no-resume", action="store_true", help="start over in the output folder")
-    parser.add_argument(
-        "--eval-only",
-        action="store_true",
-        help="write the teacher file of the newest checkpoint, then stop",
-    )
-    parser.add_argument("--eval", type=str, default="", help="without effect")
-    parser.add_argument("--eval_pretrained_weights", type=str, default="", help="without effect")
+    only = "write the teacher file of the newest checkpoint, then stop"
+    parser.add_argument("--eval-only", action="store_true", help=only)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="key=value ...")
     parser.add_argument("--output-dir", default="./local_dino", help="folder of the run")
-    parser.add_argument(
-        "--seed", default=0, type=int, help="random seed of initial weights, dropout and crops"
-    )
-    parser.add_argument("--benchmark-codebase", action="store_true", help="without effect")
-    parser.add_argument("--test-ibot", action="store_true", help="without effect")
-    parser.add_argument("--profiling", action="store_true", help="without effect")
-    parser.add_argument("--dump-fsdp-weights", action="store_true", help="without effect")
-    parser.add_argument("--record_ref_losses", action="store_true", help="without effect")
-    parser.add_argument("--ref_losses_path", default="", type=str, help="without effect")
+    seeded = "random seed of initial weights, dropout and crops"
+    parser.add_argument("--seed", default=0, type=int, help=seeded)
+    for option, is_flag in _UNUSED_OPTIONS.items():
+        how: dict[str, Any] = {"action": "store_true"} if is_flag else {"type": str, "default": ""}
+        parser.add_argument(option, help="without effect", **how)
     parser.add_argument("--multi-distillation", action="store_true", help="not in this tree")
     return parser
 
@@ -207,16 +198,12 @@ def do_test(
 
 @dataclass(frozen=True)
 class _Run:
-    """What every step of a run needs.
-
-    Attributes:
-        schedules: of `build_schedulers`, one value an iteration each.
-    """
+    """What every step of a run needs."""
 
     cfg: DictConfig
     model: SSLMetaArch
     optimizer: torch.optim.Optimizer
-    schedules: tuple[Any, Any, Any, Any, Any]
+    schedules: tuple[Any, Any, Any, Any, Any]  # of `build_schedulers`, one value an iteration each
     loader: Any
     guard: FiniteGuard
     process_group: dist.ProcessGroup | None
@@ -248,15 +235,8 @@ class _Run:
         self.optimizer.step()
         model.update_ema(momentum)
         update_gram(cfg, model, iteration)
-        return {
-            "lr": lr,
-            "wd": wd,
-            "mom": momentum,
-            "last_layer_lr": last_layer_lr,
-            "total_loss": total_loss,
-            **metrics,
-            **norms,
-        }
+        rates = {"lr": lr, "wd": wd, "mom": momentum, "last_layer_lr": last_layer_lr}
+        return rates | {"total_loss": total_loss} | metrics | norms
 
     def save(self, iteration: int, batches: list[dict[str, Any]], loss: torch.Tensor) -> None:
         """Write the checkpoint of an iteration, and remove those that are not kept."""
@@ -402,9 +382,9 @@ def main(argv: list[str] | None = None) -> None:
         distributed_timeout=_timeout(cfg),
     )
     try:
-        for name in _UNUSED_OPTIONS:
-            if getattr(args, name):
-                logger.warning("--%s has no effect, as upstream", name.replace("_", "-"))
+        for option in _UNUSED_OPTIONS:
+            if getattr(args, option.strip("-").replace("-", "_")):
+                logger.warning("%s has no effect, as upstream", option.replace("_", "-"))
         cfg = setup_config(args, strict_cfg=True)
         logger.info("%s; torch %s", get_sha(), torch.__version__)
         model = SSLMetaArch(cfg)

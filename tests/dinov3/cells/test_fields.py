@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -66,7 +68,8 @@ def test_each_channel_is_scaled_by_its_own_range():
     planes = {"DNA": np.full((16, 16), 20, np.uint16), "ER": np.full((16, 16), 2500, np.uint16)}
     for plane in planes.values():
         plane[15, 15] += 1  # contrast
-    made = make_field("x", planes, ranges={"DNA": (0, 100), "ER": (1000, 3000)})
+    low, high = np.array([[0, 1000], [100, 3000]], np.float32)
+    made = replace(make_field("x", planes), low=low, high=high)
     for channel, value in enumerate((0.2, 0.75)):
         np.testing.assert_allclose(made.window(channel, 0, 0, 8, 8), value, rtol=1e-6)
         assert fields._coarse_mean(made, channel)[0, 0] == pytest.approx(value)

@@ -45,7 +45,7 @@ def test_the_longer_the_steps_the_more_often_processes_ask(monkeypatch, step_s, 
         asked.append(step)
 
     monkeypatch.setattr(interruption.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(interruption.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(interruption.dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(interruption.dist, "all_reduce", shared)
     monkeypatch.setattr(interruption.time, "monotonic", lambda: now)
     stop = StopRequest(torch.device("cpu"))
@@ -57,6 +57,6 @@ def test_the_longer_the_steps_the_more_often_processes_ask(monkeypatch, step_s, 
 
 def test_the_signal_of_another_process_stops_this_one(monkeypatch):
     monkeypatch.setattr(interruption.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(interruption.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(interruption.dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(interruption.dist, "all_reduce", lambda shared, op: shared[0].fill_(1.0))
     assert StopRequest(torch.device("cpu")).agreed(7)

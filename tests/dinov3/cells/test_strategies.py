@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dinov3.cells.replicate import _buckets, average_gradients
 from dinov3.cells.strategy import (
+    _buckets,
+    average_gradients,
     full_state_dict,
     load_full_state_dict,
     resolve_device,
@@ -158,7 +159,7 @@ def test_whole_state_dict_is_a_copy():
 
 
 def test_buckets_hold_one_type_and_have_a_size(monkeypatch):
-    monkeypatch.setattr("dinov3.cells.replicate._BUCKET_BYTES", 32)
+    monkeypatch.setattr("dinov3.cells.strategy._BUCKET_BYTES", 32)
     a, b, c = torch.zeros(4), torch.zeros(4), torch.zeros(1)
     half = torch.zeros(1, dtype=torch.float16)
     assert [len(bucket) for bucket in _buckets([a, b, c, half, c])] == [2, 1, 1, 1]

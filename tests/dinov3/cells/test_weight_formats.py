@@ -298,7 +298,7 @@ def test_other_wrong_input(tmp_path):
     torch.save([1, 2], tmp_path / "l.pth")
     with pytest.raises(WeightsError, match="must be a state dict"):
         read_backbone(tmp_path / "l.pth")
-    with pytest.raises(WeightsError, match="must be teacher or student"):
+    with pytest.raises(WeightsError, match="must be one of teacher, student"):
         read_backbone(tmp_path / "a.pth", which="parent")
     state = vit().state_dict()
     with pytest.raises(WeightsError, match="must be one of meta, hf"):

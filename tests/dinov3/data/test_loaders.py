@@ -24,10 +24,11 @@ from dinov3.data import (
     MaskingGenerator,
     SamplerType,
     collate_data_and_cast,
+    loaders,
     make_data_loader,
     samplers,
 )
-from dinov3.data.loaders import make_seeded_data_loader, seed_everything, seeded
+from dinov3.data.loaders import seed_everything, seeded
 
 TREE = Path(__file__).parents[3] / "dinov3_modified"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{TREE}{os.pathsep}{Path(__file__).parent}"}
@@ -91,7 +92,7 @@ def collate(grid: int = 4):
 
 def batches(count: int, dataset=None, **options):
     options = {"batch_size": 3, "num_workers": 0, "seed": 5, "collate_fn": gathered} | options
-    made = make_seeded_data_loader(dataset=dataset or Numbers(), **options)
+    made = make_data_loader(dataset=dataset or Numbers(), **options)
     with warnings.catch_warnings():
         # Python 3.12 warns of a fork in a process with threads, which a test of fork has to make.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -99,11 +100,12 @@ def batches(count: int, dataset=None, **options):
 
 
 @pytest.mark.slow
-def test_workers_and_their_start_change_nothing():
+def test_workers_and_their_start_change_nothing(monkeypatch):
     expected = batches(9)
     assert len({tuple(draws) for _, samples, _ in expected for draws in samples}) == 27
     for workers, context in ((1, "forkserver"), (2, "forkserver"), (2, "fork"), (1, "spawn")):
-        assert batches(9, num_workers=workers, multiprocessing_context=context) == expected
+        monkeypatch.setattr(loaders, "_START_METHOD", context)
+        assert batches(9, num_workers=workers) == expected
 
 
 def test_crops_and_masks_are_equal_bit_for_bit_with_workers():
@@ -210,7 +212,6 @@ def test_memory_is_pinned_only_when_a_gpu_is_in_use(monkeypatch):
     assert make_data_loader(**options).pin_memory is torch.cuda.is_initialized()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     assert make_data_loader(**options).pin_memory
-    assert not make_seeded_data_loader(**options, pin_memory=False).pin_memory
 
 
 def tell(folder: str, worker: int) -> None:
@@ -240,10 +241,6 @@ def test_persistent_workers_need_workers():
             {"sampler_advance": 4, "sampler_type": SamplerType.EPOCH},
             "sampler_advance must be 0 for finite samplers, got 4: use SamplerType.INFINITE",
         ),
-        (
-            {"multiprocessing_context": "thread"},
-            "must be one of .*fork.*, got 'thread': choose one",
-        ),
     ],
 )
 def test_impossible_options(options, message):
@@ -253,7 +250,7 @@ def test_impossible_options(options, message):
 
 SIGNALS = """
 import itertools, os, signal, sys
-from dinov3.data.loaders import make_seeded_data_loader
+from dinov3.data.loaders import make_data_loader
 from test_loaders import Numbers, gathered
 
 def main():
@@ -262,7 +259,7 @@ def main():
     numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
     for number in numbers:
         signal.signal(number, lambda number, frame: caught.append(number))
-    made = iter(make_seeded_data_loader(dataset=Numbers(), batch_size=3, num_workers=2, seed=5,
+    made = iter(make_data_loader(dataset=Numbers(), batch_size=3, num_workers=2, seed=5,
         collate_fn=gathered))
     next(made)
     assert {os.getpgid(w.pid) for w in made._workers} == {os.getpid()}

@@ -90,7 +90,7 @@ def test_the_first_loader_to_end_ends_all():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"combining_mode": 2}, "combining_mode must be 0 or 1, got 2: choose one"),
+        ({"combining_mode": 2}, "combining_mode must be one of 0, 1, got 2: choose one"),
         ({"ratios": (0.5, 0.6)}, r"ratios must sum to 1, got \[0.5, 0.6\]: divide them"),
         ({"batch_size": 3}, r"must have batches of 3, got \[2\]: give them one size"),
     ],

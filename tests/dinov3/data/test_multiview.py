@@ -180,7 +180,7 @@ def test_wrong_folders_and_tables(harmony, tmp_path):
         call(harmony, index="wrong.csv")
     with pytest.raises(FieldError, match="channels must be among"):
         call(harmony, pattern="harmony", channels="GFP")
-    with pytest.raises(ValueError, match="missing must be error, skip or allow"):
+    with pytest.raises(ValueError, match="missing must be one of error, skip, allow"):
         call(harmony, pattern="harmony", missing="guess")
     with pytest.raises(ValueError, match="percentiles must be"):
         call(harmony, pattern="harmony", percentile_low=50, percentile_high=10)
@@ -284,8 +284,6 @@ def test_ranges_windows_and_mean():
     np.testing.assert_allclose(field.window(None, 0, 0, 64, 80), mean, rtol=1e-6)
     wider = make_field("f", {"A": a}, percentiles=(20, 80))
     assert wider.low[0] > low
-    known = make_field("f", {"A": a}, ranges={"A": (0, 100)})
-    assert (known.low[0], known.high[0]) == (0, 100)
 
 
 def test_illumination_is_divided_out(tmp_path):
@@ -471,6 +469,15 @@ def test_windows(field, zoom):
     more = augmentation(window="overlapping", min_overlap=0.9, zoom=zoom)
     first = more.draw_window(field, 64)
     assert all(overlap(first, more.draw_second_window(field, first)) > 0.85 for _ in range(50))
+
+
+def test_the_overlapping_window_is_drawn_from_places_inside_the_field(monkeypatch):
+    """By hand: both have 64 px and share 32 rows, so the rows 4 to 36 = 100 - 64 are possible."""
+    made = augmentation(window="overlapping", min_overlap=0.25, zoom=(1, 1))
+    drawn = []
+    monkeypatch.setattr(random, "randint", lambda first, last: drawn.append((first, last)) or last)
+    assert made._overlapping((36, 36, 64, 64), 100, 100) == (36, 36, 64, 64)
+    assert drawn == [(4, 36), (4, 36)]
 
 
 def test_zoom_and_pixel_size(field):

@@ -163,7 +163,7 @@ from torch import nn
 from dinov3 import distributed
 from dinov3.configs import get_default_config
 from dinov3.fsdp.ac_compile_parallelize import ac_compile_parallelize
-from dinov3.cells.replicate import average_gradients
+from dinov3.cells.strategy import average_gradients
 from dinov3.cells.strategy import full_state_dict, load_full_state_dict, resolve_strategy
 from dinov3.models import build_model
 

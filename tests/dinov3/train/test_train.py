@@ -639,7 +639,7 @@ def test_nan_of_one_process_stops_all(images, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["train.dataset_path=Nope:root=x"], "must name one of ImageFolder, JUMP"),
+        (["train.dataset_path=Nope:root=x"], "must be one of ImageFolder, JUMP"),
         (["train.dataset_path=ImageFolder:root=/nowhere"], "must be a folder, got /nowhere"),
         (["train.dataset_path=ImageFolder:colour=red"], "keys of ImageFolder must be among"),
         (["optim.lrr=1"], "got optim.lrr in the command line; near it: optim.lr"),

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dinov3.cells.checks import one_of
 from dinov3.cells.files import write_text_atomically
 from dinov3.cells.streaming.index import FieldRecord, IndexWriter, split_url
 from dinov3.cells.streaming.store_options import ObjectMissing
@@ -235,7 +236,7 @@ def _well(text: str) -> str:
     return f"{letters}{column:02d}"
 
 
-def _read_table(store: ObjectStore, folder: str) -> tuple[str, list[dict[str, Any]]] | None:
+def _read_table(store: ObjectStore, folder: str) -> list[dict[str, Any]] | None:
     names = {key.rpartition("/")[2] for key, _ in store.keys(folder)}
     for name in _TABLES:
         if name not in names:
@@ -248,9 +249,9 @@ def _read_table(store: ObjectStore, folder: str) -> tuple[str, list[dict[str, An
         if name.endswith(".parquet"):
             import pyarrow.parquet
 
-            return name, pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+            return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
         text = gzip.decompress(data) if name.endswith(".gz") else data
-        return name, list(csv.DictReader(io.StringIO(text.decode("utf-8-sig"))))
+        return list(csv.DictReader(io.StringIO(text.decode("utf-8-sig"))))
     return None
 
 
@@ -274,8 +275,7 @@ def make_index(
 
     Returns what was written.  ValueError: no field; no table, and no channels for a listing.
     """
-    if kind not in ("auto", "tables", "listing"):
-        raise ValueError(f"`kind` must be auto, tables or listing, got {kind!r}: choose one")
+    one_of("`kind`", kind, ("auto", "tables", "listing"))
     out, plates, channels = Path(out), list(plates), channels or {}
     kept = _KeptPlates(out.with_name(f"{out.name}.plates"), store, kind, channels)
     skipped: list[str] = []
@@ -356,7 +356,7 @@ def _records(
     if source in ("auto", "tables") and plate.tables:
         table = _read_table(store, plate.tables)
         if table is not None:
-            yield from records_of_table(table[1], plate)
+            yield from records_of_table(table, plate)
             return
     if source == "tables":
         raise ValueError(f"{plate.name} must have a load_data table, got none: use `kind=listing`")
@@ -386,10 +386,7 @@ def records_of_jump_lite(
         selection: `PROJECT/SOURCE/BATCH/PLATE` with * and ?, later parts may be left out.
         images: folder of the stores.
     """
-    if codec not in _JUMP_LITE_CODECS:
-        raise ValueError(
-            f"`codec` must be one of {', '.join(_JUMP_LITE_CODECS)}, got {codec!r}: choose one"
-        )
+    one_of("`codec`", codec, _JUMP_LITE_CODECS)
     pattern = selection.strip("/")
     for row in rows:
         lower = {str(name).lower().removeprefix("metadata_"): name for name in row}

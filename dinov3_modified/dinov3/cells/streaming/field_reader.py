@@ -64,14 +64,9 @@ class FieldReader:
 
     def _made(self, record: FieldRecord, planes: dict[str, np.ndarray]) -> ChannelField:
         begun = time.perf_counter()
-        try:
-            made = make_field(
-                record.name, planes, pixel_size_um=self.pixel_size_um, percentiles=self.percentiles
-            )
-        except FieldError:
-            raise
-        except ValueError as error:
-            raise FieldError(f"{record.name} must be a field that can be used ({error})") from error
+        made = make_field(
+            record.name, planes, pixel_size_um=self.pixel_size_um, percentiles=self.percentiles
+        )
         with self._lock:
             self.counts["prepare_ms"] += round(1000 * (time.perf_counter() - begun))
             self.counts["fields"] += 1
@@ -108,7 +103,7 @@ class FieldReader:
                 return accept(data)[1]
             except FieldError:
                 assert self.disk is not None
-                self.disk.drop(entry)  # a disk can fail too
+                self.disk.drop(self.disk.path(entry))  # a disk can fail too
                 fetch()
         return kept[0]
 

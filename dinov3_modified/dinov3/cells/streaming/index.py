@@ -138,7 +138,6 @@ class RowRanges:
 
     @classmethod
     def of_mask(cls, mask: np.ndarray) -> Self:
-        """Rows where a mask is true."""
         padded = np.zeros(len(mask) + 2, bool)
         padded[1:-1] = mask
         edges = np.flatnonzero(padded[1:] != padded[:-1])
@@ -156,7 +155,6 @@ class RowRanges:
         return int(self.starts[place]) + number - before
 
     def first(self, count: int) -> Self:
-        """The first so many of them."""
         if count >= len(self):
             return self
         place = int(np.searchsorted(self.ends, count, side="left"))
@@ -167,11 +165,6 @@ class RowRanges:
 
 class FieldIndex:
     """An index file, memory-mapped.
-
-    Attributes:
-        store: URL that the keys belong to.
-        plates: `PROJECT/SOURCE/BATCH/PLATE` of each plate number.
-        layouts: (channel, end of the file name) pairs of each layout number.
 
     Raises FileNotFoundError, ValueError (no such file; not an index, or of a later version).
     """
@@ -203,9 +196,10 @@ class FieldIndex:
             raise ValueError(
                 f"an index must have version {_VERSION} at most, got {facts['version']}: update dinocell"
             )
-        self.store: str = facts["store"]
+        self.store: str = facts["store"]  # URL that the keys belong to
         self.source: str = facts["source"]
-        self.plates: list[str] = facts["plates"]
+        self.plates: list[str] = facts["plates"]  # `PROJECT/SOURCE/BATCH/PLATE` of each number
+        # (channel, end of the file name) pairs of each layout number
         self.layouts: list[list[tuple[str, str]]] = [
             [(channel, end) for channel, end in layout] for layout in facts["layouts"]
         ]

@@ -110,8 +110,11 @@ class SharedFolder:
     def store(self, key: str, parts: Sequence[bytes | np.ndarray]) -> bool:
         """Write an entry; False where it has no room."""
         size = sum(len(p) if isinstance(p, bytes) else p.nbytes for p in parts)
-        if self.keep_first and not self._take_room(size):
-            return False
+        if self.keep_first:
+            with self._total() as total:
+                if total[0] + size > self.limit_bytes:
+                    return False
+                total[0] += size
         path = self.path(key)
         part_path = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
         try:
@@ -140,13 +143,6 @@ class SharedFolder:
             os.pwrite(descriptor, f"{max(value[0], 0):<31d}\n".encode(), 0)
         finally:
             os.close(descriptor)
-
-    def _take_room(self, size: int) -> bool:
-        with self._total() as total:
-            if total[0] + size > self.limit_bytes:
-                return False
-            total[0] += size
-        return True
 
     def _settle(self) -> None:
         """Once, when it is opened: count what is there, drop what is over the limit or left behind."""
@@ -228,16 +224,13 @@ class ByteCache(SharedFolder):
         data = content[_CHECKSUM_BYTES:]
         if content[:_CHECKSUM_BYTES] != _checksum(data):
             self.count("damaged")
-            self._forget(path)
+            self.drop(path)
             return None
         self.touched(path)
         return data
 
-    def drop(self, key: str) -> None:
+    def drop(self, path: Path) -> None:
         """Forget an entry that turned out to be of no use."""
-        self._forget(self.path(key))
-
-    def _forget(self, path: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             size = path.stat().st_size
             path.unlink()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dinov3.cells.checks import one_of
 from dinov3.cells.fields import ChannelField
 from dinov3.cells.files import atomic_folder
 from dinov3.cells.streaming.index import FieldRecord, IndexWriter
@@ -37,8 +38,7 @@ class PackOptions:
     level: int = 5  # of Zstandard, 1 to 22
 
     def __post_init__(self) -> None:
-        if self.bits not in (8, 16):
-            raise ValueError(f"`bits` must be 8 or 16, got {self.bits}: choose one")
+        one_of("`bits`", self.bits, (8, 16))
         if self.crop_px < 0:
             raise ValueError(f"`crop_px` must be 0 or more, got {self.crop_px}: 0 keeps all")
         if not 0 < self.scale <= 1:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from dinov3.cells.checks import one_of
+
 TRANSPORTS = ("obstore", "boto3")
 _ENDPOINT = re.compile(r"https?://[\w.\-\[\]:]+/?")
 
@@ -82,10 +84,7 @@ class StoreOptions(RequestOptions):
                 f"a store must be s3://bucket or a folder, got {self.url!r}: a server of the S3 "
                 "protocol is named by its endpoint"
             )
-        if self.transport not in TRANSPORTS:
-            raise ValueError(
-                f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}: choose one"
-            )
+        one_of("transport", self.transport, TRANSPORTS)
         for name in ("connect_timeout_s", "timeout_s", "backoff_s", "backoff_max_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}: raise it")

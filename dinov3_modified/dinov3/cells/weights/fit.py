@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from dinov3.cells.checks import listed
+
 State = dict[str, Tensor]
 
 _SHOWN = 12  # keys of each kind in a message
@@ -36,11 +38,6 @@ def refuse_differences(
     }
     if any(problems.values()):
         shown = "; ".join(
-            f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in problems.items() if keys
+            f"{len(keys)} {kind}: {listed(keys, _SHOWN)}" for kind, keys in problems.items() if keys
         )
         raise WeightsError(f"{fact} ({shown}): {advice}", problems)
-
-
-def listed(keys: list[str]) -> str:
-    """The first keys, for a message."""
-    return ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dinov3.cells.checks import listed, one_of
 from dinov3.cells.weights.architecture import (
     KERNEL,
     ROPE_BASE,
@@ -19,7 +20,7 @@ from dinov3.cells.weights.architecture import (
     rope_periods,
 )
 from dinov3.cells.weights.containers import NETWORKS, FoundNetwork, read_network
-from dinov3.cells.weights.fit import State, WeightsError, listed, refuse_differences
+from dinov3.cells.weights.fit import State, WeightsError, refuse_differences
 from dinov3.cells.weights.huggingface import HF_KERNEL, from_hf
 from dinov3.cells.weights.timm import from_timm
 from dinov3.checkpointer.patch_size_adaptation import adapt_state_dict
@@ -56,8 +57,7 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
     types of the file, and its description.  Raises FileNotFoundError (the path does not exist);
     WeightsError (it is not the complete backbone of a DINOv3 ViT; the keys are listed).
     """
-    if which not in NETWORKS:
-        raise WeightsError(f"which must be teacher or student, got {which!r}: choose one")
+    one_of("which", which, NETWORKS, WeightsError)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"weights must be a file or a folder, got {path}: check the path")

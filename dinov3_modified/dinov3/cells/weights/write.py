@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dinov3.cells.checks import listed, one_of
 from dinov3.cells.files import atomic_path, write_text_atomically
 from dinov3.cells.weights.architecture import (
     KERNEL,
@@ -21,7 +22,7 @@ from dinov3.cells.weights.architecture import (
     rope_periods,
 )
 from dinov3.cells.weights.containers import HEADER
-from dinov3.cells.weights.fit import State, WeightsError, listed, refuse_differences
+from dinov3.cells.weights.fit import State, WeightsError, refuse_differences
 from dinov3.cells.weights.huggingface import hf_config, to_hf
 from dinov3.cells.weights.timm import to_timm
 
@@ -101,8 +102,7 @@ def write_backbone(
 
 def _targets(path: Path, format: str, overwrite: bool) -> list[Path]:
     """The files to write: one, or the weights and the configuration of a Hugging Face folder."""
-    if format not in FORMATS:
-        raise WeightsError(f"format must be one of {', '.join(FORMATS)}, got {format!r}: choose")
+    one_of("format", format, FORMATS, WeightsError)
     suffixes = _SUFFIXES[format]
     if path.suffix not in suffixes:
         known = " or ".join(suffix or "a folder" for suffix in suffixes)

@@ -11,7 +11,6 @@ class Decoder:
     """Something with `decode()`."""
 
     def decode(self) -> Any:
-        """The decoded thing."""
         raise NotImplementedError
 
 
@@ -22,7 +21,6 @@ class ImageDataDecoder(Decoder):
     image_data: bytes
 
     def decode(self) -> Image.Image:
-        """Opened and converted."""
         return Image.open(BytesIO(self.image_data)).convert("RGB")
 
 
@@ -33,7 +31,6 @@ class TargetDecoder(Decoder):
     target: Any
 
     def decode(self) -> Any:
-        """The target."""
         return self.target
 
 
@@ -44,5 +41,4 @@ class DenseTargetDecoder(Decoder):
     image_data: bytes
 
     def decode(self) -> Image.Image:
-        """Opened, not converted."""
         return Image.open(BytesIO(self.image_data))

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from dinov3.cells.registry import transformed
 from dinov3.data.datasets.decoders import Decoder, ImageDataDecoder, TargetDecoder
 
 
@@ -46,11 +47,9 @@ class ExtendedVisionDataset(Dataset[Any]):
         self.target_transform = target_transform
 
     def get_image_data(self, index: int) -> bytes:
-        """Bytes of an image file."""
         raise NotImplementedError
 
     def get_target(self, index: int) -> Any:
-        """What belongs to the image."""
         raise NotImplementedError
 
     def get_sample_name(self, index: int) -> str:
@@ -65,13 +64,7 @@ class ExtendedVisionDataset(Dataset[Any]):
                 f"{self.get_sample_name(index)} must be readable, got an error ({error}): repair or remove it"
             ) from error
         target = self.target_decoder(self.get_target(index)).decode()
-        if self.transforms is not None:
-            return self.transforms(image, target)
-        if self.transform is not None:
-            image = self.transform(image)
-        if self.target_transform is not None:
-            target = self.target_transform(target)
-        return image, target
+        return transformed(self, image, target)
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -71,7 +71,6 @@ class ImageNet(ExtendedVisionDataset):
 
     @property
     def split(self) -> _Split:
-        """Which part."""
         return self._split
 
     def _table(self) -> np.ndarray:
@@ -85,12 +84,10 @@ class ImageNet(ExtendedVisionDataset):
         return self._entries
 
     def get_image_relpath(self, index: int) -> str:
-        """Path of the image below root."""
         entry = self._table()[index]
         return self._split.get_image_relpath(int(entry["actual_index"]), self.get_class_id(index))
 
     def get_image_data(self, index: int) -> bytes:
-        """Bytes of the file."""
         return (Path(self.root or "") / self.get_image_relpath(index)).read_bytes()
 
     get_sample_name = get_image_relpath
@@ -104,7 +101,6 @@ class ImageNet(ExtendedVisionDataset):
         return self._entry(index, "class_index", int)
 
     def get_targets(self) -> np.ndarray | None:
-        """Class numbers of all images."""
         return None if self._split is _Split.TEST else self._table()["class_index"]
 
     def get_class_id(self, index: int) -> str | None:
@@ -112,7 +108,6 @@ class ImageNet(ExtendedVisionDataset):
         return self._entry(index, "class_id", str)
 
     def get_class_name(self, index: int) -> str | None:
-        """Name of the class."""
         return self._entry(index, "class_name", str)
 
     def __len__(self) -> int:

@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from dinov3.cells.checks import listed, one_of
 from dinov3.cells.fields import (
     ChannelField,
     FieldError,
     decode_planes,
-    listed,
     make_field,
     read_illumination,
     split_channels,
 )
+from dinov3.cells.registry import transformed
 from dinov3.data.datasets.extended import ExtendedVisionDataset
 
 # File names of the microscopes behind JUMP: what makes a field, and the channel's number.
@@ -204,17 +205,6 @@ def checked_percentiles(low: float, high: float) -> tuple[float, float]:
     return low, high
 
 
-def transformed(data: Any, image: Any, target: Any) -> tuple[Any, Any]:
-    """A sample after the data set's transforms; upstream's base class has no method for it."""
-    if data.transforms is not None:
-        return data.transforms(image, target)
-    if data.transform is not None:
-        image = data.transform(image)
-    if data.target_transform is not None:
-        target = data.target_transform(target)
-    return image, target
-
-
 class JUMPCellPaintingMultiView(ExtendedVisionDataset):
     """Fields with all their channels, for `DataAugmentationMultiView`.
 
@@ -264,8 +254,7 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
         **kwargs: Any,
     ) -> None:
         super().__init__(root=root, **kwargs)
-        if missing not in ("error", "skip", "allow"):
-            raise ValueError(f"missing must be error, skip or allow, got {missing!r}: choose one")
+        one_of("missing", missing, ("error", "skip", "allow"))
         split = _Split[split] if isinstance(split, str) else split
         self.percentiles = checked_percentiles(percentile_low, percentile_high)
         self.pixel_size_um = pixel_size_um
@@ -312,15 +301,12 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
         return chosen
 
     def get_image_data(self, index: int) -> Any:
-        """Bytes of each channel's file."""
         return {c: Path(path).read_bytes() for c, path in self.fields[index].files.items()}
 
     def get_target(self, index: int) -> tuple[()]:
-        """There is none."""
         return ()
 
     def get_sample_name(self, index: int) -> str:
-        """Key of the field."""
         return self.fields[index].name
 
     def load_field(self, index: int) -> ChannelField:

@@ -20,13 +20,20 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 import dinov3.distributed as distributed
+from dinov3.cells.checks import one_of
 from dinov3.cells.fields import ChannelField, FieldError
+from dinov3.cells.registry import transformed
 from dinov3.cells.streaming.field_reader import FieldReader, entry_to_field, field_to_entry
 from dinov3.cells.streaming.index import FieldIndex, FieldRecord
-from dinov3.cells.streaming.lost_fields import LostFields, append_lost, lost_names
 from dinov3.cells.streaming.order import FieldOrder, Visit
 from dinov3.cells.streaming.pool import ByteCache, FieldPool, shared_memory_folder
-from dinov3.cells.streaming.process_counts import sum_of_counts, write_counts
+from dinov3.cells.streaming.shared_files import (
+    LostFields,
+    append_lost,
+    lost_names,
+    sum_of_counts,
+    write_counts,
+)
 from dinov3.cells.streaming.store_options import (
     ObjectDamaged,
     ObjectMissing,
@@ -36,12 +43,7 @@ from dinov3.cells.streaming.store_options import (
 from dinov3.cells.streaming.stores import ObjectStore
 from dinov3.cells.streaming.threads import RequestThreads
 from dinov3.data.datasets.extended import ExtendedVisionDataset
-from dinov3.data.datasets.jump_cellpainting import (
-    _LEFT_OUT,
-    _Split,
-    checked_percentiles,
-    transformed,
-)
+from dinov3.data.datasets.jump_cellpainting import _LEFT_OUT, _Split, checked_percentiles
 
 logger = logging.getLogger("dinov3")
 
@@ -121,10 +123,8 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         extra: str | None = None,
         **kwargs: Any,
     ) -> None:
-        del extra
         super().__init__(root=root, **kwargs)
-        if missing not in ("error", "skip"):
-            raise ValueError(f"missing must be error or skip, got {missing!r}: choose one")
+        one_of("missing", missing, ("error", "skip"))
         split = _Split[split] if isinstance(split, str) else split
         self.index = FieldIndex(index)
         self.percentiles = checked_percentiles(percentile_low, percentile_high)
@@ -267,7 +267,6 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         return transformed(self, self.load_field(index), ())
 
     def get_target(self, index: int) -> tuple[()]:
-        """There is none."""
         return ()
 
     def get_sample_name(self, index: int) -> str:

@@ -342,7 +342,7 @@ def test_what_an_index_needs(gallery, tmp_path):
     store, _ = gallery
     plates = find_plates(store, "cpg0000")
     for how, message in (
-        ({"kind": "guess"}, "must be auto, tables or listing"),
+        ({"kind": "guess"}, "must be one of auto, tables, listing"),
         ({"kind": "listing"}, "must know the channels, got no row for source_4"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -392,7 +392,7 @@ def test_missing_channels(bucket, tmp_path):
     ("how", "message"),
     [
         ({"channels": "DNA+GFP"}, "must be among AGP, DNA, ER, Mito, RNA, got GFP"),
-        ({"missing": "allow"}, "error or skip"),
+        ({"missing": "allow"}, "one of error, skip"),
         ({"percentile_low": 99, "percentile_high": 1}, "low < high"),
         ({"visits": 0}, "visits must be at least 1"),
         ({"limit": 0}, "must hold fields"),

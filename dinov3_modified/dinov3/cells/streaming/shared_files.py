@@ -1,9 +1,15 @@
-"""The list of fields that cannot be read, which all processes of a run share (ours)."""
+"""What all processes of a run share in files: lost fields, and counters to add up (ours)."""
 
 import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+
+from dinov3.cells.files import write_text_atomically
+
+logger = logging.getLogger("dinov3")
 
 
 class LostFields:
@@ -46,3 +52,22 @@ def lost_names(path: Path) -> set[str]:
     """Names of all fields in the list; several processes may have added the same one."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {json.loads(line)["field"] for line in lines if line.endswith("}")}
+
+
+def write_counts(folder: Path, counts: Counter[str]) -> None:
+    """Replace this process's counters in a folder; a full disk costs the counters, not the run."""
+    try:
+        write_text_atomically(folder / f"counts-{os.getpid()}.json", json.dumps(counts))
+    except OSError as error:
+        logger.debug("The counters could not be written: %s", error)
+
+
+def sum_of_counts(folder: Path) -> Counter[str]:
+    """The counters of all processes that wrote into a folder, added up."""
+    total: Counter[str] = Counter()
+    for path in folder.glob("counts-*.json"):
+        try:
+            total.update(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # a process that ended takes its folder with it
+            continue
+    return total
