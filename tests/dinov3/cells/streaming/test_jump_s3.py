@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import pickle
 import shutil
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from s3_doubles import CHANNELS, plane, tiff, write_bucket, write_index
+from waiting import wait_until
 
 from dinov3.cells.streaming.stores import StoreUnreachable
 from dinov3.data.datasets.jump_s3 import JUMPS3Dataset, StreamOptions, TooManyLost
 from dinov3.data.loaders import SamplerType, make_data_loader, make_dataset
 
 STREAM_KEYS = {option.name for option in fields(StreamOptions)}
-QUICK = {"timeout_s": 3.0, "backoff_max_s": 0.05, "outage_s": 3.0, "threads": 8, "ahead": 6}
+QUICK = {"timeout_s": 60.0, "backoff_max_s": 0.05, "outage_s": 600.0, "threads": 8, "ahead": 6}
 
 
 def summary(field) -> tuple[str, tuple[int, ...]]:
@@ -55,7 +56,7 @@ def drawn(dataset, batches: int, *, workers: int = 0, advance: int = 0) -> list:
     return [sample for _ in range(batches) for sample in next(batches_of)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def truth(bucket, index_file):
     """Samples of the folder itself, one after the other."""
     dataset = opened(index_file, bucket[0])
@@ -77,29 +78,27 @@ def test_samples_are_the_fields_of_the_order(bucket, index_file, truth):
     assert sorted(names) == sorted(4 * list(records)), "one pass: each field, each visit"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_change_nothing(bucket, index_file, truth, workers):
-    assert drawn(opened(index_file, bucket[0]), 12, workers=workers) == truth[:48]
+def test_workers_change_nothing(bucket, index_file, truth):
+    assert drawn(opened(index_file, bucket[0]), 12, workers=2) == truth[:48]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumption_is_exact(bucket, index_file, truth, workers):
+@pytest.mark.parametrize(("advance", "workers"), [(5, 0), (25, 0), (25, 2)])
+def test_resumption_is_exact(bucket, index_file, truth, advance, workers):
     """In the middle of a field's visits, and in the second pass."""
-    for advance in (5, 25):
-        dataset = opened(index_file, bucket[0])
-        assert drawn(dataset, 4, workers=workers, advance=advance) == truth[4 * advance :][:16]
+    dataset = opened(index_file, bucket[0])
+    assert drawn(dataset, 4, workers=workers, advance=advance) == truth[4 * advance :][:16]
 
 
-@pytest.mark.parametrize(("transport", "workers"), [("obstore", 0), ("obstore", 2), ("boto3", 0)])
+@pytest.mark.parametrize("transport", ["obstore", "boto3"])
 def test_a_tenth_of_all_requests_fails_and_nothing_is_lost(
-    proxy, index_file, truth, tmp_path, transport, workers
+    proxy, index_file, truth, tmp_path, transport
 ):
     pytest.importorskip(transport)
-    proxy.share, proxy.stall_s = 0.10, 1.5
+    proxy.share = 0.10
     dataset = opened(
         index_file, "", tmp_path, endpoint=proxy.url, transport=transport, timeout_s=1.0, threads=16
     )
-    assert drawn(dataset, 30, workers=workers) == truth
+    assert drawn(dataset, 30) == truth
     failed = sum(n for kind, n in proxy.counts.items() if kind != "requests")
     assert failed >= 5, "the faults must have happened"
     assert not (tmp_path / "lost.jsonl").exists()
@@ -119,13 +118,10 @@ def test_the_pool_holds_what_the_order_needs(tmp_path):
     root = tmp_path / "many"
     index = write_index(tmp_path / "i", write_bucket(root, plates=10, per_plate=9), str(root))
     dataset = opened(index, root, visits=4, spread=2, ahead=30)
-    deadline = time.monotonic() + 20
     for position in range(4 * 40):
         dataset.load_field(position)
         # Fetching is as far ahead as it may be: what it brought waits longest for its first use.
-        while any(not one.done() for one in dataset._own.running.values()):
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        concurrent.futures.wait(list(dataset._own.running.values()))
     planned = {dataset.order.visit(position).field for position in range(4 * 70)}
     assert dataset._own.reader.counts["fields"] == len(planned)
 
@@ -195,14 +191,13 @@ def test_fetching_runs_ahead(proxy, index_file):
     """While the first sample is looked at, the fields of the next steps arrive."""
     dataset = opened(index_file, "", endpoint=proxy.url, ahead=4)
     assert dataset[0]
-    deadline = time.monotonic() + 20
     wanted = {v.field for step in range(5) for v in dataset.order.of_step(step, 0)}
-    while time.monotonic() < deadline:
-        there = {n for n in range(24) if dataset.index[dataset.rows[n]].name in dataset._pool}
-        if there >= wanted:
-            break
-        time.sleep(0.02)
-    assert there == wanted
+
+    def there() -> set[int]:
+        return {n for n in range(24) if dataset.index[dataset.rows[n]].name in dataset._pool}
+
+    wait_until(lambda: there() >= wanted)
+    assert there() == wanted
 
 
 def test_a_small_pool_costs_requests_not_samples(proxy, index_file, truth):
@@ -435,10 +430,7 @@ def test_the_pool_goes_with_its_data_set(bucket, index_file):
     del copy
     assert folder.is_dir(), "a worker's copy leaves it"
     del dataset
-    deadline = time.monotonic() + 20
-    while folder.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)  # what is being fetched ends first
-    assert not folder.exists()
+    wait_until(lambda: not folder.exists())  # what is being fetched ends first
 
 
 def test_orders_of_their_own_need_an_endless_sampler(bucket, index_file):
