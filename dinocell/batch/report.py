@@ -51,7 +51,7 @@ def write_report_page(
     rows : by name, of images that are done
     entries : by name, of images of this run; those of other images are made from their files
     failures : path and sentence of each image that failed
-    pipeline : reads the images again
+    pipeline : reads the images again, and holds the thresholds that the page names
     """
     errors = {path.stem: sentence for path, sentence in failures}
     shown = set([name for name in names if name in rows][:REPORT_LIMIT])
@@ -72,7 +72,12 @@ def write_report_page(
         out / "report.html",
         listed,
         title="DINOCell: segmented cells",
-        summary={"model": options.model, "images": len(names)},
+        summary={
+            "model": options.model,
+            "images": len(names),
+            **vars(pipeline.thresholds),
+            "min_score": options.min_score,
+        },
         notes=notes,
     )
 

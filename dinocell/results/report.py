@@ -50,6 +50,8 @@ class ReportEntry:
         without them they are counted from `labels`.
     overlay_path, csv_path : path, or None
         Files to link to.
+    label_paths : sequence of path
+        Label files to link to, in every format that was written.
     truth_scores : mapping of metric name to number, or None
         Scores against truth.
     error : str, or None
@@ -69,6 +71,7 @@ class ReportEntry:
     summary: Mapping[str, Any] | None = None
     overlay_path: str | os.PathLike[str] | None = None
     csv_path: str | os.PathLike[str] | None = None
+    label_paths: Sequence[str | os.PathLike[str]] = ()
     truth_scores: Mapping[str, float] | None = None
     error: str | None = None
     warnings: tuple[str, ...] = ()
@@ -107,7 +110,7 @@ def make_entry(
         Its image, labels, distance map, name and warnings.
     table, summary : see `ReportEntry`
     files : mapping of kind to path
-        "csv" and "overlay" become links.
+        All become links; those other than "csv" and "overlay" are label files.
     truth_scores : mapping, optional
 
     Returns
@@ -125,6 +128,7 @@ def make_entry(
         summary=summary,
         overlay_path=files.get("overlay"),
         csv_path=files.get("csv"),
+        label_paths=[path for kind, path in files.items() if kind not in ("overlay", "csv")],
         truth_scores=truth_scores,
         warnings=tuple(result.warnings),
     )
@@ -396,7 +400,7 @@ def _card(
         ),
         "has_areas": bool(fact.columns) or len(fact.areas) > 0,
         "histogram": area_histogram(fact.areas, fact.area_unit, entry.name),
-        "overlay": _link(entry.overlay_path, folder),
+        "links": _links(entry, folder),
         "csv": _link(entry.csv_path, folder),
         "scores": entry.truth_scores,
         "summary": entry.summary,
@@ -422,6 +426,17 @@ def _table(fact: _Facts, rows: int) -> dict[str, Any]:
         "caption": caption,
         "is_cut": is_cut,
     }
+
+
+def _links(entry: ReportEntry, folder: Path) -> list[dict[str, str]]:
+    """Address and text of each file of an image."""
+    files = [
+        (entry.overlay_path, "overlay in full size"),
+        (entry.csv_path, "all measurements (CSV)"),
+    ]
+    files += [(path, f"labels ({Path(path).name})") for path in entry.label_paths]
+    found = [(_link(path, folder), text) for path, text in files]
+    return [link | {"text": text} for link, text in found if link]
 
 
 def _link(target: str | os.PathLike[str] | None, folder: Path) -> dict[str, str] | None:

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -81,9 +82,10 @@ def test_a_full_disk_and_damaged_files_cost_time_only(temporary_folder, monkeypa
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory):
+def stranger():
     """Runs Python as a user without a home, on a copy of the program that this user cannot write."""
-    folder = tmp_path_factory.mktemp("stranger")
+    folder = Path(tempfile.mkdtemp())  # the folders of pytest are closed to other users
+    folder.chmod(0o755)
     for name in ("dinocell", "dinov3_modified"):
         shutil.copytree(
             ROOT / name, folder / "program" / name, ignore=shutil.ignore_patterns("__pycache__")
@@ -122,6 +124,7 @@ def stranger(tmp_path_factory):
     yield folder, run
     for path in closed:
         path.chmod(0o755)
+    shutil.rmtree(folder)
 
 
 def test_kernels_run_for_a_user_without_a_home(stranger):

@@ -53,6 +53,18 @@ def test_what_a_folder_holds(images, tmp_path, mini_model):
     assert "in 3 images" in result.text()
 
 
+def test_the_report_names_thresholds_and_links_labels(images, tmp_path, mini_model):
+    options = {"min_area_px": 3, "min_score": 0.125, "formats": ("png", "coco")}
+    run(images[:1], tmp_path / "out", mini_model, report=True, **options)
+    page = (tmp_path / "out" / "report.html").read_text()
+    for name, value in (("min_area_px", "3"), ("min_score", "0.125")):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+    for name in ("peak_threshold", "fill_threshold", "min_prominence"):
+        assert f"<dt>{name}</dt>" in page
+    for end in ("_labels.png", "_coco.json"):
+        assert f'href="{images[0].stem}{end}"' in page
+
+
 def test_a_bad_file_stops_nothing(images, tmp_path, mini_model):
     broken = tmp_path / "broken.tif"
     broken.write_bytes(images[0].read_bytes()[:300])

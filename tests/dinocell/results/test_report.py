@@ -138,21 +138,28 @@ def test_layers_show_the_labels(tmp_path):
 
 def test_page_is_self_contained(tmp_path):
     item = entry(
-        overlay_path=tmp_path / "sub" / "a overlay#1.png", csv_path=tmp_path / "a_cells.csv"
+        overlay_path=tmp_path / "sub" / "a overlay#1.png",
+        csv_path=tmp_path / "a_cells.csv",
+        label_paths=[tmp_path / "a_labels.tif", tmp_path / "a_coco.json"],
     )
     parsed = page(tmp_path, [item])
     assert not re.search(r"(https?:)?//[a-z0-9.-]+\.[a-z]", parsed.source, re.IGNORECASE)
     assert "url(" not in parsed.source
     assert "@import" not in parsed.source
+    links = []
     for name, attrs in parsed.tags:
         assert name not in ("link", "iframe", "object", "embed")
         assert name != "script" or "src" not in attrs
         for key in ("src", "href", "action", "data", "poster", "srcset"):
             value = attrs.get(key)
             if value and key == "href":
-                assert re.match(r"#|a_cells\.csv$|sub/a%20overlay%231\.png$", value)
+                links.append(value)
             elif value:
                 assert value.startswith("data:image/")
+    files = ["sub/a%20overlay%231.png", "a_cells.csv", "a_labels.tif", "a_coco.json"]
+    assert sorted(set(links) - set(files)) == ["#image-1"]
+    assert set(files) <= set(links)
+    assert "labels (a_coco.json)" in parsed.text("a")
 
 
 def test_names_are_escaped_everywhere(tmp_path):
@@ -368,6 +375,7 @@ def test_make_entry_keeps_what_the_page_shows(tmp_path):
         summary,
         overlay_path=files["overlay"],
         csv_path=files["csv"],
+        label_paths=[files["tif"]],
         truth_scores=scores,
         warnings=("careful",),
     )
