@@ -190,14 +190,15 @@ def make(cfg):
         def explode(*rest):
             raise RuntimeError("this process has an accident")
         import dinov3.train.train as train
-        train._forward_backward_all = explode
+        assert train.forward_backward_all
+        train.forward_backward_all = explode
     return lambda *rest: {}
 """
 HOOK = ("ssl_evaluation.period_iterations=1000", "ssl_evaluation.hook=accident:make")
 
 
-def with_module(cluster, folder: Path, text: str) -> str:
-    (folder / "accident.py").write_text(text)
+def with_module(cluster, folder: Path, text: str, name: str = "accident") -> str:
+    (folder / f"{name}.py").write_text(text)
     path = f"{folder}:{cluster.environment['PYTHONPATH']}"
     return f"environment.PYTHONPATH={path}"
 
@@ -445,11 +446,32 @@ def test_container_without_scontrol(cluster, tmp_path, pretraining):
     assert not list((run / "slurm").glob("requeue_*"))
 
 
+# The first start of task 0 comes to its third image and no further.
+IN_THE_MIDDLE = """
+import os, sys
+from pathlib import Path
+middle = Path(__file__).with_name("middle")
+shard = sys.orig_argv[-4:-2] == ["shards", "run"]
+if shard and os.environ.get("SLURM_ARRAY_TASK_ID") == "0" and not middle.exists():
+    import threading
+    import dinocell.batch.run as batch
+    note_start, names = batch.note_start, []
+    def stop_at_the_third(folder, name):
+        names.append(name)
+        if len(names) == 3:
+            middle.touch()
+            threading.Event().wait()
+        note_start(folder, name)
+    batch.note_start = stop_at_the_third
+"""
+
+
 def test_array_over_images_with_killed_tasks(cluster, tmp_path, plate, alone):
     """Tasks that are killed and run again: every file is what one process alone would have written."""
     done = cluster.dinocell(
         "submit", "segment", str(plate), "-o", "out", "--shards", "3",
-        "--set", "cpus_per_gpu=1", "--set", "mem=800M", cwd=tmp_path,
+        "--set", "cpus_per_gpu=1", "--set", "mem=800M",
+        "--set", with_module(cluster, tmp_path, IN_THE_MIDDLE, "sitecustomize"), cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     waiting = json.loads(cluster.dinocell("jobs", "--json", cwd=tmp_path).stdout)
@@ -459,11 +481,8 @@ def test_array_over_images_with_killed_tasks(cluster, tmp_path, plate, alone):
         line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job ")
     )
     shards = tmp_path / "out" / "shards"
-    task = cluster.wait(f"{job}_0", "RUNNING")["JobId"]
-    wait_for(lambda: (shards / "0000" / "images.jsonl").read_text().count("\n") >= 1, every_s=0.05)
-    # Frozen in the middle, before SLURM's commands have taken their time.
-    for number in processes_of(task):
-        os.kill(number, signal.SIGSTOP)
+    wait_for(lambda: (tmp_path / "middle").exists())
+    wait_for(lambda: (shards / "0000" / "images.jsonl").read_text().count("\n") >= 1)
     wait_for(lambda: (shards / "0001" / "images.jsonl").read_text().count("\n") >= 1)
     cluster.run("scontrol", "requeue", f"{job}_1")
     cluster.run("scancel", "--signal=KILL", f"{job}_0")
