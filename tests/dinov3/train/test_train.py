@@ -18,6 +18,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from dinov3.models import vision_transformer
 from dinov3.train.train import (
     NonFiniteLossError,
     Stopped,
@@ -137,10 +138,22 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.fixture(scope="module")
-def whole_run(images, made_once) -> Path:
+def is_slow(test: pytest.Item) -> bool:
+    return test.get_closest_marker("slow") is not None
+
+
+@pytest.fixture(autouse=True)
+def mini_vit(request, monkeypatch) -> None:
+    """Quick tests train two blocks of width 48; slow ones compare with processes of their own."""
+    if not is_slow(request.node):
+        monkeypatch.setattr(vision_transformer, "vit_tiny", vision_transformer._vit(48, 2, 3))
+
+
+@pytest.fixture
+def whole_run(images, made_once, request) -> Path:
     """An uninterrupted run, to compare with."""
-    return made_once("whole_run", lambda out: run(images, out))
+    name = "whole_run_of_vit_tiny" if is_slow(request.node) else "whole_run"
+    return made_once(name, lambda out: run(images, out))
 
 
 @pytest.fixture
