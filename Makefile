@@ -66,6 +66,7 @@ $(VENV)/.base: setup.py constraints.txt | $(BIN)/python
 
 $(VENV)/.test: setup.py constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e ".[test]"
+	$(BIN)/dinocell demo -o $(VENV)/demo >$(VENV)/demo.log  # compiles functions once, not in each test process
 	@touch $(VENV)/.base $@
 
 $(VENV)/.dev: setup.py constraints.txt | $(BIN)/python

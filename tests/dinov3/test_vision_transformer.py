@@ -73,12 +73,10 @@ def from_transformers(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]
 @pytest.mark.parametrize(
     ("patch", "width", "heads", "size"),
     [
-        (16, 384, 6, (224, 224)),
+        (16, 192, 3, (224, 224)),
         (16, 384, 6, (96, 160)),
-        (8, 384, 6, (96, 96)),
-        (8, 384, 6, (64, 112)),
-        (8, 192, 3, (128, 128)),
-        (16, 192, 3, (160, 64)),
+        (8, 192, 3, (96, 96)),
+        (8, 192, 3, (64, 112)),
     ],
 )
 def test_equals_transformers(patch, width, heads, size):

@@ -28,9 +28,9 @@ def call(capsys, *arguments) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-@pytest.fixture
-def backbone(tmp_path):
-    path = tmp_path / "b16.pth"
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    path = tmp_path_factory.mktemp("backbone") / "b16.pth"
     torch.manual_seed(0)
     torch.save(DINOv3Backbone("tiny", patch_size=16).vit.state_dict(), path)
     return path
