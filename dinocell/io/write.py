@@ -15,6 +15,10 @@ import numpy as np
 from dinocell.errors import ImageFileError
 from dinocell.files import atomic_path
 from dinocell.labels import as_labels
+from dinocell.scratch import contiguous, is_large
+
+_TILE_EDGE_PX = 512
+_CLASSIC_BYTES = 2**32 - 2**25  # what a TIFF with 32-bit offsets holds beside its header
 
 
 def write_labels(
@@ -52,7 +56,8 @@ def write_labels(
     Notes
     -----
     16-bit TIFFs carry an ImageJ description with the display range 0 … n, so that Fiji does not show
-    them black; 32-bit TIFFs, which ImageJ's own description cannot state, carry an OME description.
+    them black; 32-bit TIFFs, which ImageJ's own description cannot state, carry an OME description, and so
+    do images of more than 4096 × 4096 pixels, which are stored in tiles (BigTIFF above 4 GB).
     """
     path = Path(path)
     array = np.asarray(labels)
@@ -67,7 +72,7 @@ def write_labels(
         )
     _write_array(
         path,
-        labels.astype(dtype),
+        contiguous(labels, dtype),
         compression=compression,
         pixel_size_um=pixel_size_um,
         note=f"Label image: 0 is background, 1 to {high} are cells. Stretch the contrast to see it.",
@@ -208,8 +213,16 @@ def _write_tiff(
         "software": "DINOCell",
     }
     metadata: dict[str, Any] = {"axes": axes}
+    height, width = pixels.shape[-2:] if axes != "YXS" else pixels.shape[:2]
+    tiled = is_large((height, width))
+    if tiled:  # so that viewers open a part of it
+        options |= {
+            "tile": (_TILE_EDGE_PX, _TILE_EDGE_PX),
+            "bigtiff": pixels.nbytes > _CLASSIC_BYTES,
+        }
     for_imagej = (
-        pixels.dtype in (np.uint8, np.uint16, np.float32)
+        not tiled
+        and pixels.dtype in (np.uint8, np.uint16, np.float32)
         and not path.name.lower().endswith((".ome.tif", ".ome.tiff"))
         and not (axes == "CYX" and 1 in pixels.shape)  # tifffile would fold the channels into rows
     )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.labels import as_labels
+from dinocell.scratch import row_bands
 
 CELL_COLORS: tuple[tuple[int, int, int], ...] = (
     (230, 159, 0),  # orange
@@ -129,19 +130,27 @@ def color_distance_map(distance_map: ArrayLike) -> NDArray[np.uint8]:
     return np.rint(table).astype(np.uint8)[index]
 
 
+def cell_values(labels: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The values of the cells in rising order."""
+    highest = int(labels.max(initial=0))
+    if highest > 4 * labels.size + 1024:
+        values = np.unique(labels)
+        return values[values > 0]
+    present = np.zeros(highest + 1, bool)
+    for rows in row_bands(labels.shape):
+        present[labels[rows].ravel()] = True
+    present[0] = False
+    return np.flatnonzero(present).astype(np.uint32)
+
+
 def number_cells(labels: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.intp]]:
     """Cell values in rising order, and an image with 1 + their position (0 background)."""
-    highest = int(labels.max(initial=0))
+    values = cell_values(labels)
+    highest = int(values.max(initial=0))
     if highest <= 4 * labels.size + 1024:
-        present = np.zeros(highest + 1, bool)
-        present[labels.ravel()] = True
-        present[0] = False
-        values = np.flatnonzero(present).astype(np.uint32)
         table = np.zeros(highest + 1, np.intp)
         table[values] = np.arange(1, len(values) + 1)
         return values, table[labels]
-    values = np.unique(labels)
-    values = values[values > 0]
     indices = np.searchsorted(values, labels).astype(np.intp) + 1
     indices[labels == 0] = 0
     return values, indices

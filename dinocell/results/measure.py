@@ -65,10 +65,8 @@ from dinocell.results.runs import Runs
 from dinocell.results.shape_kernels import (
     CROFTON_WEIGHTS,
     EULER_WEIGHTS,
-    border_pixels,
+    border_counts,
     hole_area,
-    index_image,
-    quad_histogram,
 )
 from dinocell.results.table import CellTable
 
@@ -116,6 +114,8 @@ _LENGTHS = (
     "nearest_border_distance",
 )
 _AREAS = ("area", "area_convex", "area_filled")
+_GATHERED_PX = 2**22
+"""Pixels under cells whose values are gathered at a time."""
 _STATISTICS = ("mean", "std", "min", "max", "median", "integrated")
 
 _Array = NDArray[Any]
@@ -356,12 +356,10 @@ def _shape_columns(
     min_col, max_col = position["bbox_min_col"], position["bbox_max_col"]
     box = (max_row - min_row) * (max_col - min_col)
 
-    index = index_image(runs.shape[0], runs.shape[1], runs.row, runs.start, runs.stop, runs.cell)
     num_cells = len(runs.label)
-    quads = quad_histogram(index, num_cells)[1:]
+    quads, steps, border_cell, border_pixel = border_counts(runs)
     perimeter_crofton = quads @ CROFTON_WEIGHTS
-    border_cell, border_pixel, steps = border_pixels(index, num_cells)
-    perimeter = steps[1:] @ np.array([1.0, math.sqrt(2), (1 + math.sqrt(2)) / 2])
+    perimeter = steps @ np.array([1.0, math.sqrt(2), (1 + math.sqrt(2)) / 2])
     neighbors, nearest = count_neighbors(
         num_cells, runs.shape, border_cell, border_pixel, neighbor_distance_px
     )
@@ -429,13 +427,20 @@ def _moment_columns(runs: Runs, position: Mapping[str, _Array]) -> dict[str, NDA
 
 def _intensity_columns(runs: Runs, channel: _Array, suffix: str) -> dict[str, NDArray[np.float64]]:
     length = runs.stop - runs.start
-    begin = np.cumsum(length) - length  # where a run's pixels start in the gathered values
-    pixel = np.arange(int(length.sum())) + np.repeat(
-        runs.row * runs.shape[1] + runs.start - begin, length
-    )
-    values = np.ascontiguousarray(channel).reshape(-1)[pixel].astype(np.float64)
-    ends = np.append(begin, len(values))[runs.first]
-    statistics = _statistics(values, ends)
+    end = np.cumsum(length)
+    flat = np.ascontiguousarray(channel).reshape(-1)
+    statistics = np.empty((len(runs.label), len(_STATISTICS)))
+    ends = np.append(0, end)[runs.first]  # where a cell's pixels end among those of all cells
+    first = 0
+    while first < len(runs.label):  # some cells at a time, or one that is larger
+        stop = max(first + 1, int(np.searchsorted(ends, ends[first] + _GATHERED_PX)) - 1)
+        part = slice(runs.first[first], runs.first[stop])
+        begin = end[part] - length[part] - ends[first]
+        offset = runs.row[part] * runs.shape[1] + runs.start[part] - begin
+        pixel = np.arange(ends[stop] - ends[first]) + np.repeat(offset, length[part])
+        values = flat[pixel].astype(np.float64)
+        statistics[first:stop] = _statistics(values, ends[first : stop + 1] - ends[first])
+        first = stop
     return {
         f"intensity_{name}{suffix}": statistics[:, position].copy()
         for position, name in enumerate(_STATISTICS)

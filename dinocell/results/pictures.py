@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 import os
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from dinocell.files import atomic_path
 from dinocell.labels import as_labels, cell_borders
-from dinocell.results.colors import color_distance_map, color_labels, number_cells
+from dinocell.results.captions import draw_scale_bar, fitted, load_font, plain_text
+from dinocell.results.colors import cell_values, color_distance_map, color_labels
+from dinocell.scratch import row_bands
 
 CONTOUR_COLOR = (255, 96, 0)
 """Default colour of contours: visible on black, gray and white."""
@@ -31,9 +32,10 @@ _CHANNEL_COLORS = (
 )
 
 _LOW_PERCENT, _HIGH_PERCENT = 0.1, 99.8
-_SAMPLED_PIXELS = 1 << 20
+_SAMPLED_PIXELS = _BAND_PX = 1 << 20
 _PANEL_GAP_PX = 8
 _MIN_PANEL_PX = 256
+_DETAIL_FACTOR, _DETAIL_PX = 3, 512
 _BACKGROUND, _INK, _FAINT_INK = (16, 18, 22), (235, 235, 235), (160, 165, 172)
 
 RGBImage = NDArray[np.uint8]
@@ -145,7 +147,7 @@ def shrink_labels(labels: ArrayLike, factor: int) -> NDArray[np.uint32]:
     labels = as_labels(labels)
     if _factor(factor) == 1:
         return labels
-    return _blocks(labels, factor, np.maximum).astype(np.uint32, copy=False)
+    return _blocks(labels, factor, np.maximum, np.uint32)
 
 
 def mean_blocks(array: NDArray[Any], factor: int) -> NDArray[Any]:
@@ -165,11 +167,17 @@ def mean_blocks(array: NDArray[Any], factor: int) -> NDArray[Any]:
     """
     if _factor(factor) == 1:
         return array
-    total = _blocks(array.astype(np.float64), factor, np.add)
+    total = _blocks(array, factor, np.add, np.float64)
     rows = np.minimum(factor, array.shape[0] - np.arange(0, array.shape[0], factor))
     cols = np.minimum(factor, array.shape[1] - np.arange(0, array.shape[1], factor))
     counts = rows[:, None] * cols[None, :]
     return total / (counts if array.ndim == 2 else counts[..., None])
+
+
+def shrunk_display(image: ArrayLike, factor: int) -> RGBImage:
+    """`to_display` of an image that is shrunk by `mean_blocks`, with the limits of the whole image."""
+    array = _image_array(image)
+    return _compose(mean_blocks(array, factor), _limits(array, _LOW_PERCENT, _HIGH_PERCENT))
 
 
 def overlay_panel(
@@ -197,8 +205,9 @@ def overlay_panel(
         Adds a scale bar to the first picture.
     max_panel_px : int >= 64
         An image with a longer side is shrunk by a whole factor, which the caption states; contours
-        are drawn after shrinking, so they stay one pixel wide, and no cell vanishes.  An image below
-        256 pixels is enlarged by a whole factor, stated too.
+        are drawn after shrinking, so they stay one pixel wide, and no cell vanishes; from a factor of 3
+        on, a second row shows some places at full size.  An image below 256 pixels is enlarged by a
+        whole factor, stated too.
 
     Returns
     -------
@@ -227,35 +236,62 @@ def overlay_panel(
         colored_map = color_distance_map(mean_blocks(map_array, factor))
         panels.append(("distance map", _enlarge(colored_map, repeat)))
 
-    font, title_font = _font(14), _font(16)
+    font, title_font = load_font(14), load_font(16)
     height, width = panels[0][1].shape[:2]
     column = max(width, math.ceil(max(font.getlength(text) for text, _ in panels)))
     gap, line = _PANEL_GAP_PX, 22
     top = gap + (line + 4 if title else 0)
-    canvas_size = (gap + len(panels) * (column + gap), top + line + height + gap)
+    details = _details(array, labels, len(panels), column) if factor >= _DETAIL_FACTOR else []
+    detail_top = top + line + height + gap
+    detail_height = line + max(picture.shape[0] for _, picture in details) + gap if details else 0
+    canvas_size = (gap + len(panels) * (column + gap), detail_top + detail_height)
     canvas = Image.new("RGB", canvas_size, _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     if title:
-        text = _fit(_plain(title), title_font, canvas_size[0] - 2 * gap)
+        text = fitted(plain_text(title), title_font, canvas_size[0] - 2 * gap)
         draw.text((gap, gap), text, font=title_font, fill=_INK)
-    for number, (text, picture) in enumerate(panels):
-        left = gap + number * (column + gap)
-        draw.text((left, top), text, font=font, fill=_FAINT_INK)
-        canvas.paste(Image.fromarray(picture), (left, top + line))
+    for row_top, pictures in ((top, panels), (detail_top, details)):
+        for number, (text, picture) in enumerate(pictures):
+            left = gap + number * (column + gap)
+            draw.text((left, row_top), text, font=font, fill=_FAINT_INK)
+            canvas.paste(Image.fromarray(picture), (left, row_top + line))
     if pixel_size_um is not None:
         step_um = pixel_size_um * factor / repeat
-        _draw_scale_bar(draw, (gap, top + line, gap + width, top + line + height), step_um)
+        draw_scale_bar(draw, (gap, top + line, gap + width, top + line + height), step_um)
     return np.asarray(canvas).copy()
+
+
+def _details(
+    array: NDArray[np.generic], labels: NDArray[np.uint32], count: int, side_px: int
+) -> list[tuple[str, RGBImage]]:
+    """Captions and contours at full size of squares from the fullest part to one of few cells."""
+    side_px = min(side_px, _DETAIL_PX, *labels.shape)
+    rows = row_bands(labels.shape, side_px)
+    covered = np.concatenate([mean_blocks(labels[band] != 0, side_px) for band in rows])
+    covered = covered[: labels.shape[0] // side_px, : labels.shape[1] // side_px]
+    order = np.argsort(-covered, axis=None, kind="stable")[: max(1, np.count_nonzero(covered))]
+    limits = _limits(array, _LOW_PERCENT, _HIGH_PERCENT)
+    details = []
+    for place in order[np.linspace(0, len(order) - 1, count).astype(int)]:
+        row, col = (int(at) * side_px for at in np.unravel_index(place, covered.shape))
+        square = np.s_[row : row + side_px, col : col + side_px]
+        picture = _compose(array[square], limits)
+        details.append(
+            (
+                f"1:1 at row {row}, column {col}",
+                draw_contours(picture, np.ascontiguousarray(labels[square]), stretch=False),
+            )
+        )
+    return details
 
 
 def _panels(
     array: NDArray[np.generic], labels: NDArray[np.uint32], factor: int, repeat: int
 ) -> list[tuple[str, RGBImage]]:
     """Captions and pictures of image, contours and labels, shrunk by `factor` or enlarged by `repeat`."""
-    num_cells = len(number_cells(labels)[0])
-    limits = _limits(array, _LOW_PERCENT, _HIGH_PERCENT)
+    num_cells = len(cell_values(labels))
     small_labels = shrink_labels(labels, factor)
-    shown = _enlarge(_compose(mean_blocks(array, factor), limits), repeat)
+    shown = _enlarge(shrunk_display(array, factor), repeat)
     outlined = draw_contours(
         shown,
         _enlarge(small_labels, repeat),
@@ -367,10 +403,16 @@ def _compose(array: NDArray[np.generic], limits: Sequence[tuple[float, float]]) 
     return np.stack([np.rint(255.0 * plane).astype(np.uint8) for plane in stretched], axis=-1)
 
 
-def _blocks(array: NDArray, factor: int, combine: np.ufunc) -> NDArray:
+def _blocks(array: NDArray, factor: int, combine: np.ufunc, dtype: DTypeLike) -> NDArray:
     """Combine blocks of factor × factor pixels with a ufunc; the last ones may be smaller."""
-    rows = combine.reduceat(array, np.arange(0, array.shape[0], factor), axis=0)
-    return combine.reduceat(rows, np.arange(0, array.shape[1], factor), axis=1)
+    rows_px = max(1, _BAND_PX // (factor * array[0].size)) * factor
+    columns = np.arange(0, array.shape[1], factor)
+    bands = []
+    for rows in row_bands(array.shape, rows_px):
+        band = array[rows].astype(dtype, copy=False)
+        band = combine.reduceat(band, np.arange(0, len(band), factor), axis=0)
+        bands.append(combine.reduceat(band, columns, axis=1))
+    return np.concatenate(bands)
 
 
 def _factor(factor: int) -> int:
@@ -394,67 +436,3 @@ def _color(color: Sequence[int]) -> NDArray[np.uint8]:
     ):
         raise ValueError(f"`color` must be three whole numbers 0..255, got {color!r}.")
     return values.astype(np.uint8)
-
-
-# ---------------------------------------------------------------------------------------------- text
-
-
-def _font(size: int) -> Any:
-    """Pillow's built-in font: the same on every machine."""
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size=size)
-
-
-def _plain(text: str) -> str:
-    """Text in the characters that Pillow's built-in font has (ASCII)."""
-    text = text.replace("µ", "u").replace("\u03bc", "u").replace("×", "x")
-    text = text.replace("–", "-").replace("—", "-")
-    parts = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return "".join(c if " " <= c <= "~" else "?" for c in parts)
-
-
-def _fit(text: str, font: Any, width_px: float) -> str:
-    """Shorten a text in its middle until it fits."""
-    if font.getlength(text) <= width_px:
-        return text
-
-    def cut(keep: int) -> str:
-        return text[: (keep + 1) // 2] + "..." + text[len(text) - keep // 2 :]
-
-    fits, too_long = 0, len(text)
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        if font.getlength(cut(middle)) <= width_px:
-            fits = middle
-        else:
-            too_long = middle
-    return cut(fits) if fits else ""
-
-
-def _draw_scale_bar(draw: Any, box: tuple[int, int, int, int], step_um: float) -> None:
-    """A bar of 1, 2 or 5 times a power of ten µm, near a fifth of the width, in the lower right."""
-    left, _, right, bottom = box
-    length_um = _round_length(step_um * (right - left) / 5.0)
-    length_px = max(1, round(length_um / step_um))
-    text = f"{length_um:g} um" if length_um < 1000 else f"{length_um / 1000:g} mm"
-    font = _font(13)
-    x1, y1 = right - 10, bottom - 10
-    draw.rectangle((x1 - length_px - 1, y1 - 4, x1, y1 + 1), fill=(0, 0, 0))
-    draw.rectangle((x1 - length_px, y1 - 3, x1 - 1, y1), fill=(255, 255, 255))
-    anchor = (x1 - length_px / 2, y1 - 6)
-    draw.text(
-        anchor,
-        text,
-        font=font,
-        fill=(255, 255, 255),
-        anchor="mb",
-        stroke_width=1,
-        stroke_fill=(0, 0, 0),
-    )
-
-
-def _round_length(wanted_um: float) -> float:
-    """The largest of 1, 2, 5 × 10^k that is not above the wanted length."""
-    power = 10.0 ** math.floor(math.log10(wanted_um))
-    return max(f * power for f in (1.0, 2.0, 5.0) if f * power <= wanted_um * (1 + 1e-9))

@@ -16,7 +16,7 @@ from dinocell.results.pictures import (
     CONTOUR_COLOR,
     mean_blocks,
     shrink_labels,
-    to_display,
+    shrunk_display,
 )
 
 
@@ -41,9 +41,12 @@ class Thumbnails(NamedTuple):
         small_map: NDArray[np.float32] | None = None
         if image is not None and np.size(image):
             ready = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-            picture = image if ready else to_display(image)
-            factor = math.ceil(max(picture.shape[:2]) / side_px)
-            small_image = np.rint(mean_blocks(picture, factor)).astype(np.uint8)
+            factor = math.ceil(max(image.shape[:2]) / side_px)
+            small_image = (
+                np.rint(mean_blocks(image, factor)).astype(np.uint8)
+                if ready
+                else shrunk_display(image, factor)
+            )
         if labels is not None and np.size(labels):
             small_labels = shrink_labels(labels, math.ceil(max(labels.shape) / side_px))
         if distance_map is not None and np.size(distance_map):

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocell.scratch import row_bands
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -28,15 +30,12 @@ class Runs:
     @classmethod
     def of(cls, labels: NDArray[np.uint32]) -> Runs:
         height, width = labels.shape
-        cells = labels != 0
-        change = labels[:, 1:] != labels[:, :-1]
-        begins = cells.copy()
-        begins[:, 1:] &= change
-        ends = cells
-        ends[:, :-1] &= change
-        begin = np.flatnonzero(begins)
-        end = np.flatnonzero(ends)
-        label, cell = np.unique(labels.reshape(-1)[begin], return_inverse=True)
+        bands = [_runs_of_rows(labels, rows) for rows in row_bands(labels.shape)]
+        begin, end, value = (
+            np.concatenate([band[part] for band in bands] or [np.empty(0, np.int64)])
+            for part in range(3)
+        )
+        label, cell = np.unique(value, return_inverse=True)
         order = np.argsort(cell, kind="stable")
         begin, end, cell = begin[order], end[order], cell[order]
         row = begin // max(width, 1)
@@ -56,3 +55,17 @@ class Runs:
             return values[:0]
         folded: NDArray[Any] = ufunc.reduceat(values, self.first[:-1])
         return folded
+
+
+def _runs_of_rows(labels: NDArray[np.uint32], rows: slice) -> tuple[NDArray[Any], ...]:
+    """First and last pixel of each run in these rows, counted through the whole image, and its label."""
+    band = labels[rows]
+    cells = band != 0
+    change = band[:, 1:] != band[:, :-1]
+    begins = cells.copy()
+    begins[:, 1:] &= change
+    ends = cells
+    ends[:, :-1] &= change
+    begin, end = np.flatnonzero(begins), np.flatnonzero(ends)
+    before = rows.start * labels.shape[1]
+    return begin + before, end + before, band.reshape(-1)[begin]

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.compilation import njit
+from dinocell.results.runs import Runs
+from dinocell.scratch import row_bands
 
 # A 2x2 window is numbered 1·bottom right + 2·top right + 4·bottom left + 8·top left.
 EULER_WEIGHTS = np.zeros(16, np.int64)
@@ -30,6 +32,32 @@ CROFTON_WEIGHTS = np.array(
         for code in range(16)
     ]
 )
+
+
+def border_counts(runs: Runs) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """`quad_histogram` and `border_pixels` of all cells, from one band of rows after the other."""
+    num_cells = len(runs.label)
+    quads, steps = np.zeros((num_cells, 16), np.int64), np.zeros((num_cells, 3), np.int64)
+    cells, pixels = [np.empty(0, np.int32)], [np.empty((0, 2), np.int32)]
+    for rows in row_bands(runs.shape):
+        # The corners above the first row belong to this band, those below the last row to the next one.
+        top, bottom = rows.start - 2, rows.stop + 2
+        near = (runs.row >= top) & (runs.row < bottom)
+        index = index_image(
+            bottom - top - 2,
+            runs.shape[1],
+            runs.row[near] - top - 1,
+            runs.start[near],
+            runs.stop[near],
+            runs.cell[near],
+        )
+        last = rows.stop == runs.shape[0]
+        quads += quad_histogram(index[1 : -1 if last else -2], num_cells)[1:]
+        cell, pixel, step = border_pixels(index, num_cells)
+        steps += step[1:]
+        cells.append(cell)
+        pixels.append(pixel + np.array([rows.start, 0], np.int32))
+    return quads, steps, np.concatenate(cells), np.concatenate(pixels)
 
 
 @njit
@@ -80,7 +108,7 @@ def border_pixels(
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """List the pixels with a side on another label, and count their configurations.
 
-    Returns the cell and the position (row, column) of each border pixel in raster order, and per
+    `index` has a second row above and below, whose pixels decide but are not listed.  Returns the cell and the position (row, column) of each border pixel in raster order, and per
     cell the number of border pixels that stand for a straight step, a diagonal step and half of
     each.  How many of a border pixel's four sides and four corners are border pixels of the same
     cell decides which (the table of Benkrid & Crookes 2000, as scikit-image reads it).
@@ -98,18 +126,18 @@ def border_pixels(
                 or index[row, col + 1] != k
             ):
                 border[row, col] = True
-                total += 1
+                total += 1 < row < height - 2
     cell = np.empty(total, np.int32)
     pixel = np.empty((total, 2), np.int32)
     steps = np.zeros((num_cells + 1, 3), np.int64)
     i = 0
-    for row in range(1, height - 1):
+    for row in range(2, height - 2):
         for col in range(1, width - 1):
             if not border[row, col]:
                 continue
             k = index[row, col]
             cell[i] = k
-            pixel[i, 0] = row - 1
+            pixel[i, 0] = row - 2
             pixel[i, 1] = col - 1
             i += 1
             sides = 0

@@ -367,3 +367,19 @@ def test_summary_refuses_a_foreign_table() -> None:
 def test_wrong_arguments(labels, options, kind, message) -> None:
     with pytest.raises(kind, match=message):
         measure_labels(labels, **options)
+
+
+@pytest.mark.parametrize("band_px", [1, 300, 1000])
+def test_measuring_band_by_band_gives_the_same_table(monkeypatch, band_px):
+    rng = np.random.default_rng(3)
+    labels = np.kron(rng.integers(0, 9, (13, 11)), np.ones((5, 7), int)).astype(np.uint32)
+    labels[rng.random(labels.shape) < 0.2] = 0
+    labels[labels == 4] = 70_000
+    image = rng.normal(size=labels.shape)
+    whole = measure_labels(labels, image)
+    monkeypatch.setattr("dinocell.scratch._BAND_PX", band_px)
+    monkeypatch.setattr("dinocell.results.measure._GATHERED_PX", band_px)
+    parts = measure_labels(labels, image)
+    assert whole.columns == parts.columns
+    for name in whole.columns:
+        np.testing.assert_array_equal(whole[name], parts[name], err_msg=name)

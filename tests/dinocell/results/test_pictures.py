@@ -467,3 +467,18 @@ def test_png_takes_8_bit_pictures_alone(tmp_path):
     with pytest.raises(DINOCellError, match="is a folder"):
         write_png(tmp_path, np.zeros((2, 2, 3), np.uint8))
     assert os.listdir(tmp_path) == []
+
+
+def test_large_images_show_details_at_full_size_and_shrink_in_bands(monkeypatch):
+    labels = np.zeros((330, 300), np.uint32)
+    labels[200:220, 100:130] = 3
+    image = np.where(labels, 200, 20).astype(np.uint8)
+
+    def contour_rows(picture):
+        return np.flatnonzero((picture == CONTOUR_COLOR).all(axis=-1).any(axis=1))
+
+    assert len(contour_rows(overlay_panel(image, labels, max_panel_px=200))) == 10
+    panel = overlay_panel(image, labels, max_panel_px=100)
+    assert len(contour_rows(panel)) == 5 + 20  # shrunk by 4, and below that as they are
+    monkeypatch.setattr("dinocell.results.pictures._BAND_PX", 700)
+    np.testing.assert_array_equal(overlay_panel(image, labels, max_panel_px=100), panel)
