@@ -203,3 +203,22 @@ def test_path_below_a_file_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ImageFileError, match="cannot be written"):
         write_labels(tmp_path / "file" / "a.tif", two_discs())
+
+
+@pytest.mark.parametrize("high", [60_000, 70_000])
+def test_large_label_images_are_written_in_tiles(tmp_path, monkeypatch, high):
+    labels = np.random.default_rng(0).integers(0, high + 1, (700, 530)).astype(np.uint32)
+    monkeypatch.setattr("dinocell.scratch.TILE_PX", 600)
+    write_labels(tmp_path / "a.tif", labels, pixel_size_um=0.5)
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        assert file.pages[0].tile == (512, 512)
+        assert file.is_ome
+        assert not file.is_bigtiff
+        assert file.pages[0].dtype == (np.uint16 if high < 65_536 else np.uint32)
+    np.testing.assert_array_equal(read_labels(tmp_path / "a.tif"), labels)
+    assert read_image(tmp_path / "a.tif").pixel_size_um == 0.5
+    monkeypatch.setattr("dinocell.io.write._CLASSIC_BYTES", 1000)
+    write_labels(tmp_path / "b.tif", labels)
+    with tifffile.TiffFile(tmp_path / "b.tif") as file:
+        assert file.is_bigtiff
+    np.testing.assert_array_equal(read_labels(tmp_path / "b.tif"), labels)
