@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinocell.cli.options import App, Device, option
+from dinocell.cli.options import App, Device, channel_choice, option
 from dinocell.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +29,12 @@ class Inputs:
     data: Path | None = option(
         "Run --model on this folder, which has the subfolders images and labels."
     )
+    channels: str | None = option(
+        "Use this channel of multi-channel images, by name or by index from 0. Several, separated by "
+        "commas, are averaged."
+    )
+    page: int | None = option("Use this plane of image stacks, counted from 0.", min=0)
+    precision: str = option("Run --model in fp32, bf16, or auto, as in `segment`.", "auto")
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def evaluate(
     Example: `dinocell evaluate --pred out --truth data/test/labels`
     """
     check_evaluation(vars(inputs) | vars(scoring) | vars(tuning) | {"out": out})
-    pred, truth, model, data = vars(inputs).values()
+    pred, truth, model, data = inputs.pred, inputs.truth, inputs.model, inputs.data
     scores: EvaluationReport
     if model is None:
         from dinocell.evaluation.evaluate import evaluate_folders
@@ -101,11 +107,13 @@ def evaluate(
         how = scoring.settings() | {"allow_missing_predictions": allow_missing_predictions}
         scores = evaluate_folders(pred, truth, **how)
     else:
-        from dinocell.evaluation.model_evaluation import evaluate_model
+        from dinocell.evaluation.model_evaluation import Reading, evaluate_model
 
+        channels = channel_choice(inputs.channels)
+        reading = Reading(device, inputs.precision, channels, inputs.page)
         tune_metric = tuning.metric if tuning.tune else None
         how = scoring.settings() | {"tune_metric": tune_metric, "save_to": tuning.save_to}
-        result = evaluate_model(model, data, device=device, **how)
+        result = evaluate_model(model, data, reading=reading, **how)
         print(result.text())
         scores = result.report
     print("\n".join(scores.table(per_image=per_image)))
@@ -131,6 +139,16 @@ def check_evaluation(given: Mapping[str, Any]) -> None:
         )
     if model is None and (tune or save_to):
         raise UsageError("--tune must have --model and --data, got --pred: give a model to tune")
+    if model is None and (given["channels"] is not None or given["page"] is not None):
+        raise UsageError(
+            "--channels and --page must have --model and --data, got --pred: label images have one plane"
+        )
+    from dinocell.network.precision import PRECISIONS
+
+    if given["precision"] not in PRECISIONS:
+        raise UsageError(
+            f"--precision must be one of {', '.join(PRECISIONS)}, got {given['precision']!r}: choose one"
+        )
     if save_to is not None and not tune:
         raise UsageError("--save-model must come with --tune, got it alone: add --tune")
     if out is not None and out.suffix not in (".csv", ".json"):

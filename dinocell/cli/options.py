@@ -142,6 +142,14 @@ def channel_names(text: str | None, example: str = "DNA,ER") -> list[str] | None
     return names or None
 
 
+def channel_choice(text: str | None) -> tuple[int | str, ...] | None:
+    """`channel_names` with numbers where a name can be a position: 0 but not 01."""
+    names = channel_names(text, example="0 or DNA,ER")
+    return names and tuple(
+        int(name) if name.isdecimal() and name == str(int(name)) else name for name in names
+    )
+
+
 def in_options(text: str, context: Any) -> str:
     """Spell the parameters that a message names as the user of a command knows them.
 

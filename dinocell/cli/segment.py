@@ -15,7 +15,7 @@ from dinocell.cli.options import (
     ModelOption,
     OutFolder,
     argument,
-    channel_names,
+    channel_choice,
     in_options,
     option,
 )
@@ -97,10 +97,9 @@ class SegmentFlags:
         """The options with the types that `segment_files` needs."""
         from dinocell.batch.options import SegmentOptions
 
-        names = channel_names(self.channels, example="0 or DNA,ER")
         converted = {
             "formats": tuple(self.formats or ["tif"]),
-            "channels": names and tuple(int(n) if _is_number(n) else n for n in names),
+            "channels": channel_choice(self.channels),
             "percentiles": self.percentiles and _two_numbers(self.percentiles),
         }
         return SegmentOptions(**vars(self) | converted)
@@ -114,10 +113,6 @@ def _two_numbers(text: str) -> tuple[float, float]:
             f"`percentiles` must be two numbers with a comma between, got {text!r}: 1,99.8 is usual"
         ) from error
     return low, high
-
-
-def _is_number(name: str) -> bool:
-    return name.isdecimal() and name == str(int(name))  # 01 can only be a name
 
 
 def segment_options(parameters: Mapping[str, Any]) -> SegmentOptions:

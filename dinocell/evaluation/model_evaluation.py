@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,16 @@ def check_data_folder(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How images are read and predicted: see `DINOCellPipeline` and its `run`."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    channels: Sequence[int | str] | None = None
+    page: int | None = None
+
+
+@dataclass(frozen=True)
 class _Prediction:
     """The distance map (H, W) of one image and its true labels."""
 
@@ -75,7 +85,7 @@ def evaluate_model(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str],
     *,
-    device: str = "auto",
+    reading: Reading = Reading(),
     tune_metric: str | None = None,
     save_to: str | os.PathLike[str] | None = None,
     iou_thresholds: Iterable[float] = DEFAULT_IOU_THRESHOLDS,
@@ -88,6 +98,7 @@ def evaluate_model(
     ----------
     model : model file or bundled name
     data : folder with `images` and `labels`, paired by `dinocell.pairs.find_pairs`
+    reading : device, precision, channels, and page
     tune_metric : first search the thresholds for the best value of this metric on these images
     save_to : with `tune_metric`: write the model with the found thresholds here
     iou_thresholds, boundary_tolerance_px : as for `evaluate_pair`
@@ -101,8 +112,9 @@ def evaluate_model(
     saved_to = None if save_to is None or tune_metric is None else Path(save_to)
     if saved_to is not None:
         _check_target(saved_to, Path(model))
-    pipeline = DINOCellPipeline(load_model(os.fspath(model), device=device))
-    predictions = _predict(pipeline, folder, shown=shown)
+    network = load_model(os.fspath(model), device=reading.device)
+    pipeline = DINOCellPipeline(network, precision=reading.precision)
+    predictions = _predict(pipeline, folder, reading, shown=shown)
     tuning = None
     if tune_metric is not None:
         predictions = list(predictions)  # to search thresholds, all maps are needed at a time
@@ -112,7 +124,10 @@ def evaluate_model(
             tuning = tune_thresholds(samples, metric=tune_metric, min_area_px=min_area_px)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        pipeline = DINOCellPipeline(with_config(pipeline.model, **tuned_values(tuning.thresholds)))
+        pipeline = DINOCellPipeline(
+            with_config(pipeline.model, **tuned_values(tuning.thresholds)),
+            precision=reading.precision,
+        )
         if saved_to is not None:
             save_model(saved_to, pipeline.model, half=True)
     report = evaluate_pairs(
@@ -136,13 +151,15 @@ def _check_target(path: Path, model: Path) -> None:
         )
 
 
-def _predict(pipeline: DINOCellPipeline, folder: Path, *, shown: bool) -> Iterable[_Prediction]:
+def _predict(
+    pipeline: DINOCellPipeline, folder: Path, reading: Reading, *, shown: bool
+) -> Iterable[_Prediction]:
     """Read and predict all images, in natural order of their names (2 before 10)."""
     pairs = find_pairs(folder / "images", folder / "labels")
     pairs.sort(key=lambda pair: natural_key(pair.image_path))
     with progress("predicting", len(pairs), shown=shown) as bar:
         for pair in pairs:
-            loaded = pipeline.load(pair.image_path)
+            loaded = pipeline.load(pair.image_path, channels=reading.channels, page=reading.page)
             plane, name = loaded.plane, loaded.name
             truth = read_labels(pair.labels_path)
             require_cells(truth, pair.labels_path)

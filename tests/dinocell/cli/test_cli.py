@@ -292,6 +292,8 @@ class TestEvaluate:
             ("--model m --data d --save-model x", "--tune"),
             ("--pred x --truth x -o x.xls", ".csv or .json"),
             ("--pred x --truth x --iou 2", "at most 1"),
+            ("--pred x --truth x --page 0", "--page must"),
+            ("--model m --data d --precision fp8", "auto, fp32, bf16"),
             ("--pred no --truth no", "no"),
         ):
             code, _, err = call(capsys, "evaluate", *line.split())
@@ -318,6 +320,32 @@ class TestEvaluate:
         code, _, err = call(capsys, *base, "--tune", "--save-model", tmp_path / "m.pt")
         assert code == 2
         assert ".safetensors" in err
+
+    def test_channel_plane_and_precision_of_the_images(self, capsys, two, model_path, tmp_path):
+        for part in ("images", "labels"):
+            (tmp_path / part).mkdir()
+        for path in (two / "images").iterdir():
+            image = read_image(path).pixels
+            stack = np.stack([np.zeros_like(image), image])
+            tifffile.imwrite(
+                tmp_path / "images" / f"{path.stem}.tif", stack, metadata={"axes": "CYX"}
+            )
+        for path in (two / "labels").iterdir():
+            shutil.copy(path, tmp_path / "labels")
+        base = ["evaluate", "--model", model_path, "--device", "cpu", "--data"]
+        _, plain, _ = call(capsys, *base, two)
+        code, _, err = call(capsys, *base, tmp_path)
+        assert code
+        assert "2 channels" in err
+        assert call(capsys, *base, tmp_path, "--channels", "1")[1] == plain
+        assert call(capsys, *base, tmp_path, "--channels", "0")[1] != plain
+        rounded = call(capsys, *base, two, "--precision", "bf16")
+        assert rounded[0] == 0
+        assert rounded[1] != plain
+        for path in (tmp_path / "images").iterdir():
+            stack = read_image(path).pixels.transpose(2, 0, 1)
+            tifffile.imwrite(path, stack, metadata={"axes": "ZYX"})
+        assert call(capsys, *base, tmp_path, "--page", "1")[1] == plain
 
     def test_data_folder_without_labels(self, capsys, model_path, tmp_path):
         code, _, err = call(capsys, "evaluate", "--model", model_path, "--data", tmp_path)
