@@ -99,21 +99,20 @@ def evaluate(
     Example: `dinocell evaluate --pred out --truth data/test/labels`
     """
     check_evaluation(vars(inputs) | vars(scoring) | vars(tuning) | {"out": out})
-    pred, truth, model, data = inputs.pred, inputs.truth, inputs.model, inputs.data
     scores: EvaluationReport
-    if model is None:
+    if inputs.pred is not None and inputs.truth is not None:
         from dinocell.evaluation.evaluate import evaluate_folders
 
         how = scoring.settings() | {"allow_missing_predictions": allow_missing_predictions}
-        scores = evaluate_folders(pred, truth, **how)
-    else:
+        scores = evaluate_folders(inputs.pred, inputs.truth, **how)
+    elif inputs.model is not None and inputs.data is not None:
         from dinocell.evaluation.model_evaluation import Reading, evaluate_model
 
         channels = channel_choice(inputs.channels)
         reading = Reading(device, inputs.precision, channels, inputs.page)
         tune_metric = tuning.metric if tuning.tune else None
         how = scoring.settings() | {"tune_metric": tune_metric, "save_to": tuning.save_to}
-        result = evaluate_model(model, data, reading=reading, **how)
+        result = evaluate_model(inputs.model, inputs.data, reading=reading, **how)
         print(result.text())
         scores = result.report
     print("\n".join(scores.table(per_image=per_image)))

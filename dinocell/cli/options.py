@@ -145,7 +145,9 @@ def channel_names(text: str | None, example: str = "DNA,ER") -> list[str] | None
 def channel_choice(text: str | None) -> tuple[int | str, ...] | None:
     """`channel_names` with numbers where a name can be a position: 0 but not 01."""
     names = channel_names(text, example="0 or DNA,ER")
-    return names and tuple(
+    if names is None:
+        return None
+    return tuple(
         int(name) if name.isdecimal() and name == str(int(name)) else name for name in names
     )
 

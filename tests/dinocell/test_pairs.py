@@ -60,10 +60,10 @@ def test_every_command_agrees(tmp_path, monkeypatch):
     class Pipeline:
         """Finds no cell, without a network."""
 
-        def __init__(self, model):
+        def __init__(self, model, precision):
             self.model, self.thresholds = model, Thresholds.of(ModelConfig())
 
-        def load(self, path):
+        def load(self, path, **_):
             return LoadedImage(read_image(path).pixels, None, None, None)
 
         def predict(self, plane, intensity):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
 from dinocell import __version__
 from dinocell.cli import main
@@ -328,7 +329,10 @@ class TestEvaluate:
             image = read_image(path).pixels
             stack = np.stack([np.zeros_like(image), image])
             tifffile.imwrite(
-                tmp_path / "images" / f"{path.stem}.tif", stack, metadata={"axes": "CYX"}
+                tmp_path / "images" / f"{path.stem}.tif",
+                stack,
+                imagej=True,
+                metadata={"axes": "CYX"},
             )
         for path in (two / "labels").iterdir():
             shutil.copy(path, tmp_path / "labels")
@@ -344,7 +348,7 @@ class TestEvaluate:
         assert rounded[1] != plain
         for path in (tmp_path / "images").iterdir():
             stack = read_image(path).pixels.transpose(2, 0, 1)
-            tifffile.imwrite(path, stack, metadata={"axes": "ZYX"})
+            tifffile.imwrite(path, stack, imagej=True, metadata={"axes": "ZYX"})
         assert call(capsys, *base, tmp_path, "--page", "1")[1] == plain
 
     def test_data_folder_without_labels(self, capsys, model_path, tmp_path):
