@@ -301,7 +301,7 @@ def recover(scratch: Scratch) -> list[str]:
 
 
 def _put(prepared: Path, target: Path, top: Path) -> None:
-    """Give a file its prepared contents; without any, remove it and the folders that held it alone."""
+    """Give a file its prepared contents, or remove it and the folders that held it alone."""
     if not prepared.exists():
         target.unlink(missing_ok=True)
         _remove_empty(target.parent, top)

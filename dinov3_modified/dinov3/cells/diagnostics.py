@@ -1,6 +1,7 @@
 """Collapse monitors and pictures of a training run (ours); `hooks` has wandb and the evaluation."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,39 +16,29 @@ from dinov3.cells.visuals import VisualLogger
 _COUNTS_EVERY = 10  # steps
 
 
+@dataclass(eq=False)
 class Diagnostics:
-    """Called after every step; changes no weights, modes or random numbers of the run.
+    """Called after every step; changes no weights, modes or random numbers of the run."""
 
-    Args:
-        cfg: of the run.
-        model: the `SSLMetaArch` of the run.
-        metric_logger: gets a line at the intervals of each figure; after `hooks.watched` also pictures.
-        counts: of a data set that fetches: requests, retries, lost fields.
-    """
+    cfg: Any  # of the run
+    model: Any  # the `SSLMetaArch` of the run
+    metrics: Any  # gets a line at the intervals of each figure; after `hooks.watched` also pictures
+    # of a data set that fetches: requests, retries, lost fields
+    counts: Callable[[], dict[str, float]] | None = None
 
-    def __init__(
-        self,
-        cfg: Any,
-        model: Any,
-        metric_logger: Any,
-        counts: Callable[[], dict[str, float]] | None = None,
-    ) -> None:
-        self.cfg = cfg
-        self.model = model
-        self.metrics = metric_logger
-        self.counts = counts
+    def __post_init__(self) -> None:
         self.main = distributed.is_main_process()
-        self.monitor = CollapseMonitor(cfg)
-        wandb = isinstance(metric_logger, Watched)
+        self.monitor = CollapseMonitor(self.cfg)
+        wandb = isinstance(self.metrics, Watched)
         self.visuals = VisualLogger(
             lambda: empty_teacher(self.cfg, "cpu"),
-            cfg.train.output_dir,
-            metric_logger.log_pictures if wandb else None,
-            mean=cfg.crops.rgb_mean,
-            std=cfg.crops.rgb_std,
+            self.cfg.train.output_dir,
+            self.metrics.log_pictures if wandb else None,
+            mean=self.cfg.crops.rgb_mean,
+            std=self.cfg.crops.rgb_std,
         )
         if wandb:  # the last picture must arrive before wandb is closed
-            metric_logger.before_finish.append(self.visuals.close)
+            self.metrics.before_finish.append(self.visuals.close)
 
     def after_step(
         self,

@@ -1,6 +1,7 @@
 """A loss that is NaN or infinite ends the run, with all that is needed to find out why (ours)."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; the message names iteration, samples and the saved state."""
 
 
+@dataclass
 class FiniteGuard:
     """Whether the loss is a number, without waiting for a GPU.
 
@@ -26,10 +28,9 @@ class FiniteGuard:
     copied to the host while the next step was being launched.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.flag: Tensor | None = None
-        self.event: Any = None
+    device: torch.device
+    flag: Tensor | None = None
+    event: Any = None
 
     def is_finite(self, loss: Tensor) -> bool:
         finite = torch.isfinite(loss)
@@ -79,5 +80,6 @@ def save_non_finite(
     )
     return NonFiniteLossError(
         f"the loss must be finite, got {float(loss)} in iteration {iteration} with the samples "
-        f"{listed(names)}: batch, names and state are in {folder}; look at these samples, or lower optim.lr"
+        f"{listed(names)}: batch, names and state are in {folder}; look at these samples, or lower "
+        "optim.lr"
     )

@@ -8,6 +8,7 @@ upstream's own.  `watched` and `evaluate` are called by `dinov3.train.train` of 
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -200,19 +201,17 @@ def with_views(dataset: Any, cfg: Any, start_iter: int = 0) -> Any:
     return _Counted(dataset, start_iter * whole.train.batch_size_per_gpu)
 
 
+@dataclass(eq=False)
 class _Counted(Dataset[Any]):
     """Positions in place of the indices that upstream's sampler draws.
 
     A dataset with an order of its own must be read in that order.  Workers get the batches in turn,
     so that each finds the positions of its batches by counting them.
-
-    `dataset`: with `orders_itself`; `advance`: number of samples that this process has had.
     """
 
-    def __init__(self, dataset: Any, advance: int) -> None:
-        self.dataset = dataset
-        self.advance = advance
-        self.batches = 0
+    dataset: Any  # with `orders_itself`
+    advance: int  # number of samples that this process has had
+    batches: int = 0
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -69,7 +69,7 @@ class StopRequest:
 
 
 class Stopped(Exception):
-    """A signal ended the run after its state was saved; `iteration` is the last one that is done."""
+    """A signal ended the run after its state was saved; `iteration` is the last one done."""
 
     def __init__(self, signal_name: str, iteration: int) -> None:
         super().__init__(

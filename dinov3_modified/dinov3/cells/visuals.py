@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,34 +107,28 @@ def pca_picture(
     return _to_bytes(torch.cat([shown, colors], dim=2).flatten(0, 1))
 
 
+@dataclass(eq=False)
 class VisualLogger:
     """Draws at intervals in a thread of its own, and skips a picture while the one before is unfinished.
 
     The same images are drawn each time: the first that are handed in, kept in OUT/visuals/images.pt
     for the resumption of the run.
-
-    Args:
-        make_vit: gives a network of the teacher's architecture on the CPU; any weights.
-        output_dir: pictures go to OUT/visuals/attention_N.png and pca_N.png.
-        on_pictures: called with (name → picture, iteration), in the background thread.
-        mean, std: the normalisation of the images, for showing them.
     """
 
-    def __init__(
-        self,
-        make_vit: Callable[[], nn.Module],
-        output_dir: str | Path,
-        on_pictures: Callable[[dict[str, np.ndarray], int], None] | None = None,
-        *,
-        mean: Sequence[float] = _IMAGENET_MEAN,
-        std: Sequence[float] = _IMAGENET_STD,
-    ) -> None:
-        self._make_vit = make_vit
+    make_vit: Callable[[], nn.Module]  # of the teacher's architecture, on the CPU, with any weights
+    output_dir: str | Path  # pictures go to OUT/visuals/attention_N.png and pca_N.png
+    # called with (name → picture, iteration), in the background thread
+    on_pictures: Callable[[dict[str, np.ndarray], int], None] | None = None
+    _: KW_ONLY
+    # mean, std: the normalisation of the images, for showing them
+    mean: Sequence[float] = _IMAGENET_MEAN
+    std: Sequence[float] = _IMAGENET_STD
+
+    def __post_init__(self) -> None:
         self._vit: nn.Module | None = None
         self._images: Tensor | None = None
-        self._folder = Path(output_dir) / "visuals"
-        self._on_pictures = on_pictures
-        self._colors = {"mean": tuple(mean), "std": tuple(std)}
+        self._folder = Path(self.output_dir) / "visuals"
+        self._colors = {"mean": tuple(self.mean), "std": tuple(self.std)}
         self._thread: threading.Thread | None = None
         self.skipped = 0  # pictures left out because the one before was unfinished
         self.failed = 0  # pictures that could not be made
@@ -159,7 +154,7 @@ class VisualLogger:
             if self._vit is None:
                 # Here and not in the thread: making a network draws random numbers.
                 with torch.random.fork_rng(devices=[]):
-                    self._vit = self._make_vit().eval().requires_grad_(False)
+                    self._vit = self.make_vit().eval().requires_grad_(False)
         except Exception:
             self._fail(iteration)
             return False
@@ -213,8 +208,8 @@ class VisualLogger:
             for name, picture in pictures.items():
                 with atomic_path(self._folder / f"{name}_{iteration:07d}.png") as temporary:
                     Image.fromarray(picture).save(temporary, format="PNG")
-            if self._on_pictures is not None:
-                self._on_pictures(pictures, iteration)
+            if self.on_pictures is not None:
+                self.on_pictures(pictures, iteration)
         except Exception:
             self._fail(iteration)
 

@@ -28,7 +28,7 @@ class PatchAdaptation:
 
     before: int  # patch size
     after: int
-    # the one that was used: `pseudo_inverse` where `nearest` was asked for and the ratio is not whole
+    # the one used, which is `pseudo_inverse` where `nearest` was requested and the ratio is not whole
     method: str
 
     def __str__(self) -> str:

@@ -41,8 +41,8 @@ Window = tuple[int, int, int, int]  # top, left, height, width
 class DataAugmentationMultiView:
     """Two global and some local crops of a field, each a view of its channels."""
 
-    # `multiview` (mean and one random channel), `average` (mean twice), `single` (two channels drawn
-    # apart), `pairwise` (two different channels)
+    # `multiview` (mean and one random channel), `average` (mean twice), `single` (two channels
+    # drawn apart), `pairwise` (two different channels)
     strategy: str = "multiview"
     global_crops_size: int = 224
     local_crops_size: int = 96
@@ -59,8 +59,8 @@ class DataAugmentationMultiView:
     pixel_size_um: float | None = None
     local_view: str = "random"  # mean or channel, evenly; `mean`, `single`
     local_inside: bool = True  # local crops lie in the box around the global ones; else anywhere
-    # min_foreground, foreground_tries: windows are drawn again, so often, until that share is bright;
-    # the best of them counts
+    # min_foreground, foreground_tries: windows are drawn again, so often, until that share is
+    # bright; the best of them counts
     min_foreground: float = 0.05
     foreground_tries: int = 8
     rotate: bool = True  # turn by multiples of 90° and mirror

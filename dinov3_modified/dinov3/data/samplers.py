@@ -32,15 +32,14 @@ class SamplePosition(int):
         return SamplePosition, (int(self), self.position)
 
 
+@dataclass(eq=False)
 class PositionedSampler(Sampler[SamplePosition]):
-    """Another sampler's indices with their positions (ours).
+    """Another sampler's indices with their positions (ours)."""
 
-    `sampler`: yields this process's indices; `advance`: how many of them it skips at its start.
-    """
+    sampler: Any  # yields this process's indices
+    advance: int = 0  # how many of them it skips at its start
 
-    def __init__(self, sampler: Any, advance: int = 0) -> None:
-        self.sampler = sampler
-        self.advance = advance
+    def __post_init__(self) -> None:
         self.rank, self.world = get_rank(), get_world_size()
 
     def __iter__(self) -> Iterator[SamplePosition]:
