@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.progress import progress
 
 if TYPE_CHECKING:
     from dinov3.data.datasets.jump_s3 import JUMPS3Dataset, StreamOptions
+
+THREADS = 4
+"""Fields that are read at once."""
 
 
 @contextlib.contextmanager
@@ -55,8 +58,13 @@ def fields_of_index(
     return dataset
 
 
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+def try_field(dataset: JUMPS3Dataset, number: int) -> tuple[Any, Any, str]:
+    """Record and field of a number, and "", or record, None, and why the field cannot be used."""
+    record = dataset.record(number)
+    try:
+        return record, dataset.read_field(number), ""
+    except dataset.LOSSES as error:
+        return record, None, str(error).strip().split("\n")[0]
 
 
 @dataclass(frozen=True)
@@ -80,12 +88,7 @@ class VerifyReport:
 
 
 def verify_index(
-    index: str | Path,
-    *,
-    fields: int = 32,
-    store: StreamOptions | None = None,
-    seed: int = 0,
-    threads: int = 4,
+    index: str | Path, *, fields: int = 32, store: StreamOptions | None = None, seed: int = 0
 ) -> VerifyReport:
     """Read a random sample of fields and check length, image format, size and contrast.
 
@@ -101,18 +104,10 @@ def verify_index(
     total = len(dataset.rows)
     chosen = sorted(random.Random(seed).sample(range(total), min(fields, total)))
     bad: dict[str, str] = {}
-
-    def read(number: int) -> tuple[str, str]:
-        try:
-            dataset.read_field(number)
-        except dataset.LOSSES as error:
-            return dataset.field_name(number), first_line(error)
-        return dataset.field_name(number), ""
-
     shown = progress("fields", len(chosen))
-    with streaming_errors(), ThreadPoolExecutor(threads) as pool, shown as bar:
-        for name, reason in pool.map(read, chosen):
+    with streaming_errors(), ThreadPoolExecutor(THREADS) as pool, shown as bar:
+        for record, reason in pool.map(lambda number: try_field(dataset, number)[::2], chosen):
             if reason:
-                bad[name] = reason
-            bar.advance(note=name)
+                bad[record.name] = reason
+            bar.advance(note=record.name)
     return VerifyReport(len(chosen), bad, dataset.megabytes_read(), dataset.left_out)

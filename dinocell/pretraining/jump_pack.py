@@ -7,12 +7,13 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinocell.errors import DataSetError, DINOCellError, UsageError
 from dinocell.files import atomic_folder
-from dinocell.pretraining.jump_fields import fields_of_index, first_line, streaming_errors
+from dinocell.pretraining.jump_fields import THREADS, fields_of_index, streaming_errors, try_field
 from dinocell.progress import progress
 
 if TYPE_CHECKING:
@@ -71,25 +72,14 @@ def pack_index(
 
 
 def _readable_fields(
-    dataset: JUMPS3Dataset,
-    total: int,
-    lost: dict[str, str],
-    max_lost_share: float,
-    threads: int = 4,
+    dataset: JUMPS3Dataset, total: int, lost: dict[str, str], max_lost_share: float
 ) -> Iterator[tuple[Any, Any]]:
     """(record, field) of the first `total` fields; those that cannot be read are noted in `lost`."""
-
-    def read(number: int) -> tuple[Any, Any, str]:
-        try:
-            return dataset.record(number), dataset.read_field(number), ""
-        except dataset.LOSSES as error:
-            return dataset.record(number), None, first_line(error)
-
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         # A few at a time, because fields that wait to be written fill the memory.
-        for begin in range(0, total, 4 * threads):
-            numbers = range(begin, min(begin + 4 * threads, total))
-            for record, made, reason in pool.map(read, numbers):
+        for begin in range(0, total, 4 * THREADS):
+            numbers = range(begin, min(begin + 4 * THREADS, total))
+            for record, made, reason in pool.map(partial(try_field, dataset), numbers):
                 if made is not None:
                     yield record, made
                     continue

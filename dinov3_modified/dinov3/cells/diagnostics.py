@@ -41,10 +41,7 @@ class Diagnostics:
             self.metrics.before_finish.append(self.visuals.close)
 
     def after_step(
-        self,
-        iteration: int,
-        batches: list[dict[str, Any]],
-        optimizer: torch.optim.Optimizer | None = None,
+        self, iteration: int, batches: list[dict[str, Any]], optimizer: torch.optim.Optimizer
     ) -> None:
         """Measure and draw what is due after an iteration; all processes call this."""
         images = batches[0]["collated_global_crops"]
@@ -63,7 +60,7 @@ class Diagnostics:
             self.metrics.record(iteration, figures)
 
     def _measure(
-        self, iteration: int, images: Tensor, optimizer: torch.optim.Optimizer | None
+        self, iteration: int, images: Tensor, optimizer: torch.optim.Optimizer
     ) -> dict[str, float]:
         """Collapse figures of the teacher; norms and relative updates of the student's weights."""
         with self.model._precision():

@@ -22,8 +22,8 @@ from dinov3.cells.files import atomic_path
 
 logger = logging.getLogger("dinov3")
 
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+_Rgb = Sequence[float]
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 # Dark to bright in even steps of lightness, so that the map also reads in gray.
 _RAMP = (
     (0.05, 0.03, 0.15),
@@ -35,12 +35,7 @@ _RAMP = (
 
 
 def attention_picture(
-    images: Tensor,
-    attention: Tensor,
-    patch_size: int,
-    *,
-    mean: Sequence[float] = _IMAGENET_MEAN,
-    std: Sequence[float] = _IMAGENET_STD,
+    images: Tensor, attention: Tensor, patch_size: int, *, mean: _Rgb = _MEAN, std: _Rgb = _STD
 ) -> np.ndarray:
     """Each image beside the CLS token's attention to its patches, head by head.
 
@@ -88,12 +83,7 @@ def pca_colors(patches: Tensor) -> Tensor:
 
 
 def pca_picture(
-    images: Tensor,
-    patches: Tensor,
-    patch_size: int,
-    *,
-    mean: Sequence[float] = _IMAGENET_MEAN,
-    std: Sequence[float] = _IMAGENET_STD,
+    images: Tensor, patches: Tensor, patch_size: int, *, mean: _Rgb = _MEAN, std: _Rgb = _STD
 ) -> np.ndarray:
     """Each image beside `pca_colors` of its patches.
 
@@ -121,8 +111,8 @@ class VisualLogger:
     on_pictures: Callable[[dict[str, np.ndarray], int], None] | None = None
     _: KW_ONLY
     # mean, std: the normalisation of the images, for showing them
-    mean: Sequence[float] = _IMAGENET_MEAN
-    std: Sequence[float] = _IMAGENET_STD
+    mean: _Rgb = _MEAN
+    std: _Rgb = _STD
 
     def __post_init__(self) -> None:
         self._vit: nn.Module | None = None
@@ -245,7 +235,7 @@ def _ramp(x: Tensor) -> Tensor:
     return ramp[below] * (1 - share) + ramp[below + 1] * share
 
 
-def _shown(images: Tensor, patch: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def _shown(images: Tensor, patch: int, mean: _Rgb, std: _Rgb) -> Tensor:
     """Normalised images → colours [B, h p, w p, 3] in [0, 1]."""
     height, width = (math.floor(size / patch) * patch for size in images.shape[-2:])
     rgb = images[..., :height, :width].detach().float().permute(0, 2, 3, 1)

@@ -101,7 +101,7 @@ _SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
 _BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
 _LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 _HUGE = {"embed_dim": 1280, "depth": 32, "num_heads": 20}
-_7B = {"embed_dim": 4096, "depth": 40, "num_heads": 32}
+_7B = {"embed_dim": 4096, "depth": 40, "num_heads": 32, "qkv_bias": False}
 
 # S, B, L, H and 7B; "plus" has SwiGLU of ratio 6.  The satellite weights of L untie the local CLS norm.
 dinov3_vits16 = _released("vits16", **_SMALL, ffn_ratio=4)
@@ -111,12 +111,7 @@ dinov3_vitl16 = _released("vitl16", **_LARGE, ffn_ratio=4)
 dinov3_vitl16plus = _released("vitl16plus", **_LARGE, ffn_ratio=6.0, ffn_layer="swiglu")
 dinov3_vith16plus = _released("vith16plus", **_HUGE, ffn_ratio=6.0, ffn_layer="swiglu")
 dinov3_vit7b16 = _released(
-    "vit7b16",
-    **_7B,
-    ffn_ratio=3,
-    ffn_layer="swiglu64",
-    qkv_bias=False,
-    untie_global_and_local_cls_norm=True,
+    "vit7b16", **_7B, ffn_ratio=3, ffn_layer="swiglu64", untie_global_and_local_cls_norm=True
 )
 
 

@@ -372,11 +372,7 @@ def _records(
 
 
 def records_of_jump_lite(
-    rows: Iterable[Mapping[str, Any]],
-    codec: str,
-    selection: str = "*",
-    *,
-    images: str = JUMP_LITE["images"],
+    rows: Iterable[Mapping[str, Any]], codec: str, selection: str = "*"
 ) -> Iterator[FieldRecord]:
     """Fields of JUMP-Lite's list of sites; ValueError for an unknown codec or a missing column.
 
@@ -384,7 +380,6 @@ def records_of_jump_lite(
         rows: with source, batch, plate, well and site, perhaps with `Metadata_` before.
         codec: zstd (lossless), jpegxl_lossy_hq, jpegxl_lossy_mq or jpegxl_lossy_d20.
         selection: `PROJECT/SOURCE/BATCH/PLATE` with * and ?, later parts may be left out.
-        images: folder of the stores.
     """
     one_of("`codec`", codec, _JUMP_LITE_CODECS)
     pattern = selection.strip("/")
@@ -400,6 +395,6 @@ def records_of_jump_lite(
         plate = "/".join(("cpg0016-jump", parts["source"], parts["batch"], parts["plate"]))
         if not any(fnmatch.fnmatchcase(plate, p) for p in (pattern, f"{pattern}/*")):
             continue
-        array = f"{images}/{codec}.zarr/{'__'.join(parts.values())}"
+        array = f"{JUMP_LITE['images']}/{codec}.zarr/{'__'.join(parts.values())}"
         keys = {c: f"{array}#:{place}" for place, c in enumerate(_JUMP_LITE_CHANNELS)}
         yield FieldRecord(plate, parts["well"], parts["site"], keys)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from s3_doubles import CHANNELS, write_index
 
 from dinov3.cells.fields import make_field
 from dinov3.cells.streaming import pool as pool_module
-from dinov3.cells.streaming.discovery import records_of_jump_lite
+from dinov3.cells.streaming.discovery import JUMP_LITE, records_of_jump_lite
 from dinov3.cells.streaming.index import FieldIndex, FieldRecord
 from dinov3.cells.streaming.order import FieldOrder
 from dinov3.cells.streaming.plan import Workload, make_plan
@@ -446,7 +447,9 @@ def lite_index(path: Path, lite: dict[str, np.ndarray], codec: str) -> Path:
                   "Metadata_Site"), name.split("__"), strict=True))
         for name in lite
     ]  # fmt: skip
-    return write_index(path, list(records_of_jump_lite(rows, codec, images="lite")), "s3://bucket")
+    with mock.patch.dict(JUMP_LITE, images="lite"):
+        records = list(records_of_jump_lite(rows, codec))
+    return write_index(path, records, "s3://bucket")
 
 
 @pytest.mark.parametrize("codec", ["zstd", "jpegxl_lossy_hq"])
