@@ -72,7 +72,7 @@ def test_rope_wrong_arguments():
         RopePositionEmbedding(32, num_heads=2, base=10.0, min_period=1.0, max_period=2.0)
     with pytest.raises(ValueError, match="either base or both"):
         RopePositionEmbedding(32, num_heads=2, base=None, min_period=1.0)
-    with pytest.raises(ValueError, match="min, max or separate"):
+    with pytest.raises(ValueError, match="one of min, max, separate"):
         RopePositionEmbedding(32, num_heads=2, normalize_coords="mean")
 
 

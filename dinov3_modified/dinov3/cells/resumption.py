@@ -97,9 +97,7 @@ def apply_start_record(cfg: DictConfig, record: dict[str, Any]) -> None:
     logger.info(
         "optim.patch_embed_lr_mult: %s instead of %s, since the patch embedding was adapted "
         "from patch size %s to %s (patch_adaptation.lr_mult)",
-        record["patch_embed_lr_mult"],
-        cfg.optim.patch_embed_lr_mult,
-        record["from_patch_size"],
+        record["patch_embed_lr_mult"], cfg.optim.patch_embed_lr_mult, record["from_patch_size"],
         cfg.student.patch_size,
-    )
+    )  # fmt: skip
     cfg.optim.patch_embed_lr_mult = record["patch_embed_lr_mult"]

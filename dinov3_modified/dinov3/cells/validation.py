@@ -45,24 +45,14 @@ IGNORED_KEYS: dict[str, str] = {
 _FREE_PREFIXES = (
     "streaming.", "wandb.", "monitor.", "ssl_evaluation.", "checkpointing.", "evaluation.",
 )  # fmt: skip
-_FREE_KEYS = frozenset(
-    {
-        "train.output_dir",
-        "train.num_workers",
-        "train.dataset_path",  # the same data from another place
-        "train.compile",
-        "train.cudagraphs",
-        "train.checkpointing",
-        "train.checkpointing_full",
-        "train.sharded_eval_checkpoint",
-        "accelerator.device",
-        "accelerator.allow_changed_config",
-        "accelerator.compile_on_cpu",
-        "accelerator.loss_chunk_mb",
-        "student.pretrained_weights",  # read at the start only
-        "student.resume_from_teacher_chkpt",
-    }
-)
+_FREE_KEYS = {
+    "train.output_dir", "train.num_workers", "train.compile", "train.cudagraphs",
+    "train.checkpointing", "train.checkpointing_full", "train.sharded_eval_checkpoint",
+    "accelerator.device", "accelerator.allow_changed_config", "accelerator.compile_on_cpu",
+    "accelerator.loss_chunk_mb",
+    "train.dataset_path",  # the same data from another place
+    "student.pretrained_weights", "student.resume_from_teacher_chkpt",  # read at the start only
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,8 @@ _Rgb = Sequence[float]
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 # Dark to bright in even steps of lightness, so that the map also reads in gray.
 _RAMP = (
-    (0.05, 0.03, 0.15),
-    (0.35, 0.07, 0.45),
-    (0.75, 0.22, 0.33),
-    (0.97, 0.55, 0.18),
-    (1, 1, 0.8),
-)
+    (0.05, 0.03, 0.15), (0.35, 0.07, 0.45), (0.75, 0.22, 0.33), (0.97, 0.55, 0.18), (1, 1, 0.8),
+)  # fmt: skip
 
 
 def attention_picture(

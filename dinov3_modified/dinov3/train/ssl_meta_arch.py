@@ -72,35 +72,24 @@ class SSLMetaArch(SSLLosses):
         self.ibot_out_dim = cfg.ibot.head_n_prototypes
         self.student = self._with_heads(student_backbone, cfg, width)
         self.model_ema = self._with_heads(teacher_backbone, cfg, width)
-        if cfg.distillation.enabled:
-            self.teacher = self._distillation_teacher()
-        else:
-            self.teacher = self.model_ema
-        logger.info(
-            "student: %.1f M parameters, backbone %.1f M",
-            count_parameters(self.student) / 1e6,
-            count_parameters(student_backbone) / 1e6,
-        )
+        distilled = cfg.distillation.enabled
+        self.teacher = self._distillation_teacher() if distilled else self.model_ema
+        sizes = [count_parameters(part) / 1e6 for part in (self.student, student_backbone)]
+        logger.info("student: %.1f M parameters, backbone %.1f M", *sizes)
 
         self.dino_loss = DINOLoss(self.dino_out_dim)
         self.ibot_patch_loss = iBOTPatchLoss(self.ibot_out_dim)
         self.is_koleo_distributed = bool(cfg.dino.koleo_loss_distributed)
-        self.koleo_loss: nn.Module = (
-            KoLeoLossDistributed(
-                topk=cfg.dino.koleo_topk, loss_group_size=cfg.dino.koleo_distributed_loss_group_size
-            )
-            if self.is_koleo_distributed
-            else KoLeoLoss()
-        )
+        self.koleo_loss: nn.Module = KoLeoLoss()
+        if self.is_koleo_distributed:
+            size = cfg.dino.koleo_distributed_loss_group_size
+            self.koleo_loss = KoLeoLossDistributed(cfg.dino.koleo_topk, size)
         self._make_gram(cfg)
-        total = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
-        self.dino_local_loss_schedule = (
-            values_of_section(
-                cfg.dino.local_loss_weight_schedule, cfg.train.OFFICIAL_EPOCH_LENGTH, total
-            )
-            if cfg.dino.reweight_dino_local_loss
-            else None
-        )
+        self.dino_local_loss_schedule = None
+        if cfg.dino.reweight_dino_local_loss:
+            section, length = cfg.dino.local_loss_weight_schedule, cfg.train.OFFICIAL_EPOCH_LENGTH
+            total = cfg.optim.epochs * length
+            self.dino_local_loss_schedule = values_of_section(section, length, total)
         for module in self._frozen():
             module.requires_grad_(False)
         self.train()
@@ -168,12 +157,10 @@ class SSLMetaArch(SSLLosses):
             self.gram_teacher = nn.ModuleDict({"backbone": backbone})
 
     def _frozen(self) -> list[nn.ModuleDict]:
-        found = [self.model_ema]
-        if self.teacher is not self.model_ema:
-            found.append(self.teacher)
-        if self.has_gram_teacher:
-            found.append(self.gram_teacher)
-        return found
+        found = (
+            [self.model_ema] if self.teacher is self.model_ema else [self.model_ema, self.teacher]
+        )
+        return [*found, self.gram_teacher] if self.has_gram_teacher else found
 
     def prepare_for_distributed_training(self) -> None:
         """Checkpointing, compilation, sharding and storage, as the configuration says."""

@@ -177,20 +177,14 @@ def do_test(
     if cfg.train.sharded_eval_checkpoint:
         if dist.is_initialized():
             dist.barrier(group=process_group)
-        save_checkpoint(
-            folder / "sharded_teacher_checkpoint",
-            iteration=iteration,
-            model=model.model_ema,
-            overwrite=True,
-            process_group=process_group,
-        )
+        target, ema = folder / "sharded_teacher_checkpoint", model.model_ema
+        save_checkpoint(target, iteration=iteration, model=ema, process_group=process_group)
         return
     state = full_state_dict(model.model_ema, model.strategy)
     if distributed.is_subgroup_main_process():
-        target = folder / "teacher_checkpoint.pth"
-        with atomic_path(target) as temporary:
+        with atomic_path(folder / "teacher_checkpoint.pth") as temporary:
             torch.save({"teacher": state}, temporary)
-        logger.info("teacher written to %s", target)
+        logger.info("teacher written to %s", folder / "teacher_checkpoint.pth")
 
 
 # --- training ---
@@ -244,14 +238,8 @@ class _Run:
             raise self._non_finite(iteration, batches, loss)
         ckpt_dir = Path(self.cfg.train.output_dir) / "ckpt"
         folder = ckpt_dir / str(iteration)
-        save_checkpoint(
-            folder,
-            iteration=iteration,
-            model=self.model,
-            optimizer=self.optimizer,
-            overwrite=True,
-            process_group=self.process_group,
-        )
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        save_checkpoint(folder, iteration=iteration, process_group=self.process_group, **parts)
         if distributed.is_subgroup_main_process():
             keep_last_n_checkpoints(ckpt_dir, self.cfg.checkpointing.max_to_keep)
             if (iteration + 1) % self.cfg.checkpointing.keep_every == 0:
@@ -347,15 +335,11 @@ def _log_plan(cfg: DictConfig, lr_schedule: Any, max_iter: int) -> None:
     logger.info(
         "%d iterations of %d samples (%d x %d processes x %d accumulated), learning rate up to %.3g "
         "(rule %s: %.3g x the configured one)",
-        max_iter,
-        global_batch_size(cfg),
-        cfg.train.batch_size_per_gpu,
-        distributed.get_world_size(),
-        cfg.accelerator.accumulation_steps,
+        max_iter, global_batch_size(cfg), cfg.train.batch_size_per_gpu,
+        distributed.get_world_size(), cfg.accelerator.accumulation_steps,
         max(float(lr_schedule[it]) for it in range(0, max_iter + 1, max(max_iter // 1000, 1))),
-        cfg.optim.scaling_rule or "none",
-        lr_scale(cfg),
-    )
+        cfg.optim.scaling_rule or "none", lr_scale(cfg),
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
