@@ -312,7 +312,7 @@ def test_wrong_calls(capsys, tmp_path, monkeypatch, arguments, message):
 def test_wrong_choices(index, capsys):
     for arguments, message in (
         (["pack", index, "out", "--split", "HALF"], "ALL, TRAIN or VAL"),
-        (["pack", index, "out", "--bits", 12], "8 or 16"),
+        (["pack", index, "out", "--bits", 12], "one of 8, 16"),
         (["pack", index, "out", "--channels", "GFP"], "must be among"),
         (["verify", index, "--fields", 0], "must be at least 1, got 0"),
     ):
