@@ -237,8 +237,8 @@ def _read_patch(path: Path) -> Patch:
                         f"{path.name}: mark it"
                     )
             additions[current].append(Addition(int(found[1]), block))
-    added = {name: tuple(items) for name, items in additions.items()}
-    patch = Patch(path.stem, header, hooks, added, bases, text)
+    blocks = {name: tuple(items) for name, items in additions.items()}
+    patch = Patch(path.stem, header, hooks, blocks, bases, text)
     for name, items in patch.additions.items():
         if len(items) != len(patch.hooks_of(name)) or name not in bases:
             raise PatchError(

@@ -143,7 +143,7 @@ class SeededDataset(Dataset[Any]):
 
 
 def _seeded_batch(
-    samples: Sequence[tuple[int, Any]], collate_fn: Callable[[Sequence[Any]], Any], seed: int
+    samples: Sequence[tuple[int, Any]], collate_fn: Callable[[list[Any]], Any], seed: int
 ) -> Any:
     """Make a batch with generators seeded from (seed, position of the last sample)."""
     with seeded(seed, samples[-1][0], "collate"):
