@@ -243,6 +243,9 @@ def jump_plan(load: Load) -> None:
 
     Example: `dinocell jump plan --step-seconds 0.12 --batch 64 --cores 14 --mbps 1000`
     """
-    from dinocell.pretraining.jump_plan import describe_plan
+    from dinocell.pretraining.jump_fields import streaming_errors
+    from dinov3.cells.streaming.plan import Workload, make_plan
 
-    print(describe_plan(**vars(load)))
+    with streaming_errors():
+        work = Workload(**vars(load))
+    print(make_plan(work).text())

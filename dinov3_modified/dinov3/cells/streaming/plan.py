@@ -27,16 +27,6 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The needs by visits, and what to take."""
-
-    samples_per_s: float  # that training consumes
-    needs: list[Need]
-    recommended: int | None  # the fewest visits that keep up, None where none does
-    advice: str  # one sentence
-
-
-@dataclass(frozen=True)
 class Workload:
     """A training step, and the machine and line that feed it; ValueError for a number out of range."""
 
@@ -87,6 +77,32 @@ class Workload:
         )
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The needs of a workload by visits, and what to take."""
+
+    work: Workload
+    needs: list[Need]
+    recommended: int | None  # the fewest visits that keep up, None where none does
+    advice: str  # one sentence
+
+    def text(self) -> str:
+        """The needs as a table, and the advice."""
+        work = self.work
+        lines = [
+            f"{work.samples_per_s:.1f} samples/s; {work.field_megabytes:g} MB a field, "
+            f"{work.decode_ms:g} ms to decode it, {work.augment_ms:g} ms to cut a sample's crops",
+            "visits    MB/s  requests/s  connections  decode cores  crop cores  pool GB  used  bottleneck",
+        ]
+        for need in self.needs:
+            lines.append(
+                f"{need.visits:6} {need.megabytes_per_s:7.0f} {need.requests_per_s:11.0f} "
+                f"{need.connections:12.0f} {need.decode_cores:13.2f} {need.augment_cores:11.2f} "
+                f"{need.pool_gb:8.1f} {100 * need.data_share:4.0f}%  {need.bottleneck}"
+            )
+        return "\n".join([*lines, self.advice])
+
+
 def make_plan(work: Workload) -> Plan:
     """Needs of a training step for several numbers of visits, and the fewest that keep up."""
     needs = [work.need(visits) for visits in _VISITS]
@@ -100,7 +116,7 @@ def make_plan(work: Workload) -> Plan:
         )
         if best.visits > _WINDOWS_PER_FIELD:
             advice += f"; a field has {_WINDOWS_PER_FIELD} disjoint 256 px windows: pixels repeat"
-        return Plan(work.samples_per_s, needs, best.visits, advice)
+        return Plan(work, needs, best.visits, advice)
     best = min(needs, key=lambda need: need.data_share)
     cure = (
         "more cores, or multiview.photometrics=device"
@@ -112,4 +128,4 @@ def make_plan(work: Workload) -> Plan:
         f"{best.data_share * work.step_seconds:.2f} s instead of {work.step_seconds:g} s, held up by the "
         f"{best.bottleneck}; get {cure}"
     )
-    return Plan(work.samples_per_s, needs, None, advice)
+    return Plan(work, needs, None, advice)
