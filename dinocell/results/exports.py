@@ -22,7 +22,7 @@ from dinocell.compilation import njit
 from dinocell.errors import MissingExtraError
 from dinocell.io import write_labels
 from dinocell.labels import as_labels
-from dinocell.results.outlines import Ring, labels_to_polygons, xy_texts
+from dinocell.results.outlines import Ring, labels_to_polygons, trace_polygons, xy_texts
 from dinocell.results.table import CellTable, writing
 
 _OBJECT_TYPES = ("detection", "annotation", "cell")
@@ -73,12 +73,12 @@ def write_geojson(
             f"`object_type` must be one of {', '.join(_OBJECT_TYPES)}, got {object_type!r}: "
             "choose one of them."
         )
-    polygons = labels_to_polygons(labels)
+    corners, stops, polygons = trace_polygons(labels)
     measured = _measurement_texts(table, list(polygons))
-    texts = iter(_ring_texts([ring for pieces in polygons.values() for p in pieces for ring in p]))
+    texts = _split_letters(*xy_texts(corners, stops))
     features = []
     for (label, pieces), measurements in zip(polygons.items(), measured, strict=True):
-        parts = [f"[{','.join([next(texts) for _ in piece])}]" for piece in pieces]
+        parts = [f"[{','.join([texts[ring] for ring in piece])}]" for piece in pieces]
         one = len(parts) == 1
         kind, coordinates = (
             ("Polygon", parts[0]) if one else ("MultiPolygon", f"[{','.join(parts)}]")
@@ -93,12 +93,8 @@ def write_geojson(
     )
 
 
-def _ring_texts(rings: list[Ring]) -> list[str]:
-    """Each closed ring as JSON, ``[[x,y],...]``: one compiled pass writes the digits of all of them."""
-    if not rings:
-        return []
-    stops = np.cumsum([len(ring) for ring in rings])
-    letters, ends = xy_texts(np.concatenate(rings), stops)
+def _split_letters(letters: NDArray[np.uint8], ends: NDArray[np.int64]) -> list[str]:
+    """Texts that follow one another as ASCII letters, and end where `ends` says."""
     text, stop = letters.tobytes().decode("ascii"), ends.tolist()
     return [text[begin:end] for begin, end in zip([0, *stop], stop, strict=False)]
 
@@ -253,13 +249,7 @@ def compress_rle(counts: ArrayLike) -> str:
         48 is added, and the sign is that of the last group's top bit.
     """
     lengths = np.asarray(counts, dtype=np.int64)
-    return _compressed(lengths, np.array([len(lengths)]))[0]
-
-
-def _compressed(counts: NDArray[Any], stops: NDArray[Any]) -> list[str]:
-    letters, ends = _rle_letters(counts, stops)
-    text, stop = letters.tobytes().decode("ascii"), ends.tolist()
-    return [text[begin:end] for begin, end in zip([0, *stop], stop, strict=False)]
+    return _split_letters(*_rle_letters(lengths, np.array([len(lengths)])))[0]
 
 
 @njit
@@ -327,7 +317,7 @@ def write_coco_rle(
     values, begin, end, first = _column_runs(labels)
     counts, stops = _run_lengths(begin, end, first, labels.size)
     if compressed:
-        masks = [json.dumps(text) for text in _compressed(counts, stops)]
+        masks = [json.dumps(text) for text in _split_letters(*_rle_letters(counts, stops))]
     else:
         parts = np.split(counts, stops[:-1]) if len(stops) else []
         masks = [json.dumps(part.tolist(), separators=(",", ":")) for part in parts]

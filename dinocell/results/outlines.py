@@ -8,6 +8,7 @@ pixel centres or between them, cut corners, and handle one cell at a time; hence
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,33 +43,56 @@ def labels_to_polygons(labels: ArrayLike) -> dict[int, list[list[Ring]]]:
     TypeError, ValueError
         See `dinocell.labels.as_labels`.
     """
-    padded = np.pad(as_labels(labels), 1)
-    corners, stops, ring_labels, pinched = _trace_rings(padded)
-    polygons: dict[int, list[list[Ring]]] = {}
-    holes: list[tuple[int, Ring]] = []
-    areas = _signed_areas(corners, stops).tolist()
-    begin = 0
-    for stop, label, is_pinched, area in zip(
-        stops.tolist(), ring_labels.tolist(), pinched.tolist(), areas, strict=True
+    corners, stops, polygons = trace_polygons(labels)
+    rings = _rings(corners, stops)
+    return {
+        label: [[rings(number) for number in piece] for piece in pieces]
+        for label, pieces in polygons.items()
+    }
+
+
+def trace_polygons(
+    labels: ArrayLike,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int, list[list[int]]]]:
+    """`labels_to_polygons` without an array per ring.
+
+    Returns the corners (row, col) of all rings one after the other, where each ring stops, and the
+    polygons with numbers of rings.  Rings that touch themselves are among the corners, but not among
+    the polygons, which hold their simple parts.
+    """
+    corners, stops, label_of, pinched = _trace_rings(np.pad(as_labels(labels), 1))
+    rings = _rings(corners, stops)
+    origin = np.arange(len(stops))
+    parts = [
+        (number, part) for number in np.flatnonzero(pinched) for part in _split_ring(rings(number))
+    ]
+    if parts:
+        corners = np.concatenate([corners, *(part for _, part in parts)])
+        stops = np.append(stops, stops[-1] + np.cumsum([len(part) for _, part in parts]))
+        origin = np.append(origin, [number for number, _ in parts])
+        rings = _rings(corners, stops)
+    label_of, is_hole = label_of[origin], _signed_areas(corners, stops) < 0
+    order = np.lexsort((origin, is_hole, label_of))
+    order = order[~np.append(pinched, np.zeros(len(parts), np.bool_))[order]]
+    polygons: dict[int, list[list[int]]] = {}
+    for number, label, hole in zip(
+        order.tolist(), label_of[order].tolist(), is_hole[order].tolist(), strict=True
     ):
-        ring = corners[begin:stop]
-        begin = stop
-        parts = [(ring, area)]
-        if is_pinched:
-            rings = _split_ring(ring)
-            parts = [(part, _signed_areas(part, np.array([len(part)]))[0]) for part in rings]
-        for simple, signed_area in parts:
-            if signed_area > 0:
-                polygons.setdefault(label, []).append([simple])
-            else:
-                holes.append((label, simple))
-    for label, hole in holes:
-        pieces = polygons[label]
+        pieces = polygons.setdefault(label, [])
+        if not hole:
+            pieces.append([number])
+            continue
         home = pieces[0]
         if len(pieces) > 1:
-            home = next(piece for piece in pieces if _encloses(piece[0], hole))
-        home.append(hole)
-    return dict(sorted(polygons.items()))
+            home = next(p for p in pieces if _encloses(rings(p[0]), rings(number)))
+        home.append(number)
+    return corners, stops, polygons
+
+
+def _rings(corners: NDArray[Any], stops: NDArray[Any]) -> Callable[[int], Ring]:
+    """Number of a ring → its corners."""
+    begin = np.append(0, stops)
+    return lambda number: corners[begin[number] : stops[number]]
 
 
 def _signed_areas(corners: NDArray[Any], stops: NDArray[Any]) -> NDArray[Any]:
