@@ -19,13 +19,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.compilation import njit
-from dinocell.errors import MissingExtraError
+from dinocell.errors import ImageFileError, MissingExtraError
 from dinocell.io import write_labels
 from dinocell.labels import as_labels
 from dinocell.results.outlines import Ring, labels_to_polygons, trace_polygons, xy_texts
 from dinocell.results.table import CellTable, writing
 
 _OBJECT_TYPES = ("detection", "annotation", "cell")
+_MAX_ROI_PX = 60_535
+"""ImageJ's `RoiDecoder` takes 16-bit positions from 0 to this; it reads those above as negative."""
 
 
 def _write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -49,7 +51,7 @@ def write_geojson(
     labels : (H, W) integer array_like
         0 is background.
     table : CellTable, optional
-        `measure_labels(labels, ...)`: every column becomes a measurement of the cell; missing
+        `measure_labels(labels, ...)`: every column becomes a measurement of the cell; missing and infinite
         values are left out, booleans are 0 and 1.
     object_type : {"detection", "annotation", "cell"}
         What QuPath makes of a cell.
@@ -139,9 +141,17 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
         The package `roifile` is not installed.
     TypeError, ValueError
         See `dinocell.labels.as_labels`.
+    ImageFileError
+        A side is longer than 60,535 px, the last position that ImageJ reads.
     DINOCellError
         `path` is a folder, or the disk refuses.
     """
+    labels = as_labels(labels)
+    if max(labels.shape) > _MAX_ROI_PX:
+        raise ImageFileError(
+            f"ImageJ ROIs hold positions up to {_MAX_ROI_PX:,} px, '{path}' would need "
+            f"{max(labels.shape):,}: write geojson or coco instead."
+        )
     try:
         import roifile
     except ImportError as error:

@@ -64,7 +64,9 @@ def trace_polygons(
     rings = _rings(corners, stops)
     origin = np.arange(len(stops))
     parts = [
-        (number, part) for number in np.flatnonzero(pinched) for part in _split_ring(rings(number))
+        (number, part)
+        for number in np.flatnonzero(pinched).tolist()
+        for part in _split_ring(rings(number))
     ]
     if parts:
         corners = np.concatenate([corners, *(part for _, part in parts)])

@@ -9,9 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from export_decoders import (
+    coco_to_labels,
+    expand,
+    fill,
+    geojson_to_labels,
+    read_json,
+    rois_to_labels,
+    signed_area,
+)
 from scipy import ndimage
 
-from dinocell.errors import DINOCellError, MissingExtraError
+from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError
 from dinocell.io import read_labels
 from dinocell.results.exports import (
     EXPORT_FORMATS,
@@ -64,40 +73,6 @@ def scenes() -> dict[str, np.ndarray]:
 SCENES = scenes()
 
 
-def fill(rings: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Pixels inside closed rings of (row, col) corners, even-odd: each upright side flips the rest."""
-    flips = np.zeros((shape[0], shape[1] + 1), bool)
-    for ring in rings:
-        for (row_a, col_a), (row_b, col_b) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
-            if col_a == col_b:
-                flips[min(row_a, row_b) : max(row_a, row_b), col_a] ^= True
-            else:
-                assert row_a == row_b
-    return np.logical_xor.accumulate(flips, axis=1)[:, :-1]
-
-
-def signed_area(ring: np.ndarray) -> float:
-    """Shoelace formula for (row, col) corners with x = col and y = row."""
-    y, x = ring.T
-    return float(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y)) / 2
-
-
-def expand(text: str) -> list[int]:
-    """COCO's string of run lengths back to numbers."""
-    counts: list[int] = []
-    number = shift = 0
-    for letter in text.encode():
-        group = letter - 48
-        number += (group % 32) * 2**shift
-        shift += 5
-        if group < 32:
-            if group >= 16:
-                number -= 2**shift
-            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
-            number = shift = 0
-    return counts
-
-
 @pytest.mark.parametrize("name", SCENES)
 def test_polygons_give_the_labels_back(name: str) -> None:
     labels = SCENES[name]
@@ -143,26 +118,18 @@ def test_geojson_gives_the_labels_back(name: str, tmp_path: Path) -> None:
     labels = SCENES[name]
     table = measure_labels(labels)
     write_geojson(tmp_path / "cells.geojson", labels, table)
-    document = json.loads((tmp_path / "cells.geojson").read_text())
+    np.testing.assert_array_equal(
+        geojson_to_labels(tmp_path / "cells.geojson", labels.shape), labels
+    )
+    document = read_json(tmp_path / "cells.geojson")
     assert document["type"] == "FeatureCollection"
-    again = np.zeros_like(labels)
     for feature, row in zip(document["features"], table.rows(), strict=True):
-        geometry, properties = feature["geometry"], feature["properties"]
-        pieces = geometry["coordinates"]
-        if geometry["type"] == "Polygon":
-            pieces = [pieces]
-        else:
-            assert geometry["type"] == "MultiPolygon"
-            assert len(pieces) > 1
-        rings = [np.array(ring) for piece in pieces for ring in piece]
-        assert all((ring[0] == ring[-1]).all() for ring in rings)
-        again[fill([ring[:-1, ::-1] for ring in rings], labels.shape)] = properties["label"]
+        properties = feature["properties"]
         assert properties["objectType"] == "detection"
         assert properties["name"] == str(row["label"])
         assert properties["measurements"] == {
             name: value for name, value in row.items() if value is not None
         }
-    np.testing.assert_array_equal(again, labels)
 
 
 def test_geojson_options(tmp_path: Path) -> None:
@@ -183,27 +150,11 @@ def test_geojson_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SCENES)
 def test_coco_gives_the_labels_back(name: str, compressed: bool, tmp_path: Path) -> None:
     labels = SCENES[name]
-    table = measure_labels(labels)
     write_coco_rle(tmp_path / "cells.json", labels, compressed=compressed)
-    document = json.loads((tmp_path / "cells.json").read_text())
-    assert document["images"] == [
+    assert read_json(tmp_path / "cells.json")["images"] == [
         {"id": 1, "file_name": "", "height": labels.shape[0], "width": labels.shape[1]}
     ]
-    again = np.zeros_like(labels)
-    for annotation, row in zip(document["annotations"], table.rows(), strict=True):
-        assert annotation["segmentation"]["size"] == list(labels.shape)
-        counts = annotation["segmentation"]["counts"]
-        assert isinstance(counts, str) == compressed
-        counts = expand(counts) if compressed else counts
-        assert sum(counts) == labels.size
-        assert min(counts[1:], default=1) > 0
-        inside = np.repeat(np.arange(len(counts)) % 2, counts).astype(bool)
-        again[inside.reshape(labels.shape, order="F")] = annotation["id"]
-        assert annotation["area"] == row["area"]
-        height = row["bbox_max_row"] - row["bbox_min_row"]
-        width = row["bbox_max_col"] - row["bbox_min_col"]
-        assert annotation["bbox"] == [row["bbox_min_col"], row["bbox_min_row"], width, height]
-    np.testing.assert_array_equal(again, labels)
+    np.testing.assert_array_equal(coco_to_labels(tmp_path / "cells.json", compressed), labels)
 
 
 def test_coco_by_hand(tmp_path: Path) -> None:
@@ -229,22 +180,24 @@ def test_coco_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SCENES)
 def test_imagej_rois_give_the_labels_back(name: str, tmp_path: Path) -> None:
-    roifile = pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
+    pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
     labels = SCENES[name]
     write_imagej_rois(tmp_path / "RoiSet.zip", labels)
     with zipfile.ZipFile(tmp_path / "RoiSet.zip") as archive:
-        names = archive.namelist()
-        rois = [roifile.ImagejRoi.frombytes(archive.read(name)) for name in names]
-    assert names == [f"{label}.roi" for label in np.unique(labels) if label]
-    again = np.zeros_like(labels)
-    for roi, row in zip(rois, measure_labels(labels).rows(), strict=True):
-        assert roi.name == str(row["label"])
-        bounds = [row[f"bbox_{side}"] for side in ("min_row", "min_col", "max_row", "max_col")]
-        assert [roi.top, roi.left, roi.bottom, roi.right] == bounds
-        rings = [np.asarray(ring)[:, ::-1].astype(int) for ring in roi.coordinates(multi=True)]
-        assert (roi.roitype == roifile.ROI_TYPE.TRACED) == (len(rings) == 1)
-        again[fill(rings, labels.shape)] = row["label"]
-    np.testing.assert_array_equal(again, labels)
+        assert archive.namelist() == [f"{label}.roi" for label in np.unique(labels) if label]
+    np.testing.assert_array_equal(rois_to_labels(tmp_path / "RoiSet.zip", labels.shape), labels)
+
+
+def test_imagej_rois_of_long_images(tmp_path: Path) -> None:
+    pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
+    labels = np.zeros((1, 60_536), np.uint32)
+    labels[0, -3:-1] = 1
+    write_imagej_rois(tmp_path / "RoiSet.zip", labels[:, :-1])
+    again = rois_to_labels(tmp_path / "RoiSet.zip", (1, 60_535))
+    np.testing.assert_array_equal(again, labels[:, :-1])
+    for too_long in (labels, labels.T):
+        with pytest.raises(ImageFileError, match="would need 60,536: write geojson or coco"):
+            write_imagej_rois(tmp_path / "RoiSet.zip", too_long)
 
 
 def test_imagej_rois_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
