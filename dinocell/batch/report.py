@@ -61,7 +61,9 @@ def write_report_page(
             listed.append(ReportEntry(name=name, error=errors[name]))
         elif name in shown:
             entry = entries.get(name)
-            listed.append(entry or _entry_from_files(out, rows[name], pipeline, options))
+            listed.append(
+                entry or _entry_from_files(out, rows[name], pipeline, options, len(names))
+            )
     notes = []
     if len(shown) < len(rows):
         notes.append(
@@ -83,7 +85,11 @@ def write_report_page(
 
 
 def _entry_from_files(
-    out: Path, row: Mapping[str, Any], pipeline: DINOCellPipeline, options: SegmentOptions
+    out: Path,
+    row: Mapping[str, Any],
+    pipeline: DINOCellPipeline,
+    options: SegmentOptions,
+    num_images: int,
 ) -> ReportEntry:
     """Entry of an image of an earlier run, without what cannot be read any more."""
     files = output_paths(out, row["name"], options.formats, overlay=True)
@@ -107,6 +113,7 @@ def _entry_from_files(
         _columns(files["csv"]) if "csv" in files else {},
         {key: value for key, value in row.items() if key not in left_out},
         files,
+        num_images=num_images,
     )
 
 

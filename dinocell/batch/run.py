@@ -114,8 +114,8 @@ def segment_files(
 ) -> BatchResult:
     """Segment files into one folder.
 
-    The network runs in this thread; finishing (watershed, measuring, writing) runs behind it in
-    `options.workers` threads and does not change any result.
+    The network runs in this thread.  One thread reads the next image meanwhile, and `options.workers`
+    threads finish those before (watershed, measuring, writing); this does not change any result.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def _segment_claimed(
     settings = settings_of(options, pipeline.model)
     journal = (part or out) / JOURNAL_NAME
     done, changed = open_folder(out, journal, paths, settings, options, is_part=part is not None)
-    batch = _Batch(pipeline, out, options, part, done)
+    batch = _Batch(pipeline, out, options, part, done, len(paths))
     batch.segment([path for path in paths if path.stem not in done], shown=shown)
     places = {path: place for place, path in enumerate(paths)}
     batch.failures.sort(key=lambda item: places[item[0]])
@@ -217,6 +217,17 @@ def _segment_claimed(
     return BatchResult(out, ordered, batch.failures, len(done), seconds, (note,) if changed else ())
 
 
+_Read = tuple[LoadedImage, dict[str, Any]]
+
+
+def _is_small(path: Path) -> bool:
+    """Whether an image may wait in memory for the network."""
+    try:
+        return path.stat().st_size < _MAX_WAITING_BYTES // 8
+    except OSError:
+        return True  # reading it says why
+
+
 class _Batch:
     """The images of one call: what is done, what has failed, and what other threads still write."""
 
@@ -227,11 +238,13 @@ class _Batch:
         options: SegmentOptions,
         part: Path | None,
         done: dict[str, dict[str, Any]],
+        num_images: int,
     ) -> None:
         self.pipeline = pipeline
         self.out, self.options, self.part = out, options, part
         self.rows = dict(done)
         self.failures: list[tuple[Path, str]] = []
+        self.num_images = num_images
         self.entries: dict[str, ReportEntry] = {}
         self.pending: list[tuple[Path, int, Future[None]]] = []  # file, bytes, its work
         self.warned = LibraryWarnings()
@@ -245,8 +258,11 @@ class _Batch:
             self.warned.watched(),
             progress("segmenting", len(paths), shown=shown) as bar,
             ThreadPoolExecutor(max(1, self.options.workers)) as pool,
+            ThreadPoolExecutor(1) as reader,
         ):
-            for path in sorted(paths, key=lambda path: suspects.get(path.stem, 0)):
+            ordered = sorted(paths, key=lambda path: suspects.get(path.stem, 0))
+            ahead: dict[Path, Future[_Read]] = {}
+            for path, following in zip(ordered, [*ordered, None][1:], strict=True):
                 alone = path.stem in suspects
                 if suspects.get(path.stem, 0) >= MAX_KILLS:
                     self.failures.append((path, _GIVEN_UP))
@@ -254,7 +270,10 @@ class _Batch:
                     continue
                 if alone:
                     self._collect(0, bar)  # so that none is blamed for another
-                predicted = self._predict(path)
+                read = ahead.pop(path, None) or reader.submit(self._read, path)
+                if following and following.stem not in suspects and _is_small(following):
+                    ahead[following] = reader.submit(self._read, following)
+                predicted = self._predict(path, read)
                 if predicted is None:
                     bar.advance(note=path.name)
                     continue
@@ -266,20 +285,28 @@ class _Batch:
                 self._collect(0 if alone else 2 * self.options.workers, bar)
             self._collect(0, bar)
 
-    def _predict(self, path: Path) -> tuple[LoadedImage, NDArray, dict[str, Any]] | None:
-        """What was read of a file, its distance map, its mark; None if the image has failed."""
+    def _read(self, path: Path) -> _Read:
+        """An image and the mark of its file; raises one of `_IMAGE_ERRORS` if it cannot be read."""
         if self.part is not None:
             note_start(self.part, path.stem)
-        try:
-            outputs = output_paths(
-                self.out, path.stem, self.options.formats, overlay=self.options.overlay
+        outputs = output_paths(
+            self.out, path.stem, self.options.formats, overlay=self.options.overlay
+        )
+        refuse_long_names(outputs.values())  # before the work, not after it
+        mark = mark_input(path, self.options)
+        with self.warned.of_image() as kept:
+            loaded = self.pipeline.load(
+                path, **{name: getattr(self.options, name) for name in IMAGE_OPTIONS}
             )
-            refuse_long_names(outputs.values())  # before the work, not after it
-            mark = mark_input(path, self.options)
+        return loaded._replace(warnings=(*loaded.warnings, *kept)), mark
+
+    def _predict(
+        self, path: Path, read: Future[_Read]
+    ) -> tuple[LoadedImage, NDArray, dict[str, Any]] | None:
+        """What was read of a file, its distance map, its mark; None if the image has failed."""
+        try:
+            loaded, mark = read.result()
             with self.warned.of_image() as kept:
-                loaded = self.pipeline.load(
-                    path, **{name: getattr(self.options, name) for name in IMAGE_OPTIONS}
-                )
                 distance_map = self.pipeline.predict(loaded.plane, intensity=loaded.intensity)
             return loaded._replace(warnings=(*loaded.warnings, *kept)), distance_map, mark
         except _IMAGE_ERRORS as error:
@@ -316,7 +343,9 @@ class _Batch:
         summary = summarize(result.labels, table)
         result = replace(result, warnings=(*result.warnings, *warned))
         if self.options.report and len(self.entries) < REPORT_LIMIT:
-            self.entries[result.name] = make_entry(result, table, summary, files)
+            self.entries[result.name] = make_entry(
+                result, table, summary, files, num_images=self.num_images
+            )
         return {
             "name": result.name,
             "source": str(path.resolve()),

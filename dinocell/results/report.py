@@ -27,7 +27,6 @@ from dinocell.results.table import CellTable
 _OPEN_CARDS = 12
 _MAX_ROWS = 50
 _ROW_BUDGET = 3000  # rows of all tables together
-_LARGEST_THUMBNAIL_PX = 720
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +60,8 @@ class ReportEntry:
         Cells in the whole table, where `table` holds only its first rows.
     areas : mapping of unit ("px", "µm²") to (N,) array, or None
         All areas for the histogram, where `table` holds only its first rows.
+    pictures : mapping, or None
+        From `embedded_pictures`, in place of `image`, `labels` and `distance_map`.
     """
 
     name: str
@@ -77,6 +78,7 @@ class ReportEntry:
     warnings: tuple[str, ...] = ()
     num_rows: int | None = None
     areas: Mapping[str, ArrayLike] | None = None
+    pictures: Mapping[str, Any] | None = None
 
 
 class _Result(Protocol):
@@ -101,6 +103,7 @@ def make_entry(
     files: Mapping[str, str | os.PathLike[str]],
     *,
     truth_scores: Mapping[str, float] | None = None,
+    num_images: int = 1,
 ) -> ReportEntry:
     """Make an entry that keeps only what the page shows, so that hundreds fit in memory.
 
@@ -112,12 +115,14 @@ def make_entry(
     files : mapping of kind to path
         All become links; those other than "csv" and "overlay" are label files.
     truth_scores : mapping, optional
+    num_images : int
+        Of the page, on which the size of the pictures depends.
 
     Returns
     -------
     ReportEntry
-        With pictures of at most 720 pixels a side and the first rows of the table, which is all that
-        `write_report` shows by default.
+        With compressed pictures and the first rows of the table, which is all that `write_report`
+        shows by default.
     """
     entry = ReportEntry(
         name=result.name,
@@ -132,7 +137,7 @@ def make_entry(
         truth_scores=truth_scores,
         warnings=tuple(result.warnings),
     )
-    return _shrunk(entry, _LARGEST_THUMBNAIL_PX)
+    return _shrunk(entry, _thumbnail_px(num_images))
 
 
 def write_report(
@@ -180,7 +185,7 @@ def write_report(
     all_entries = list(entries)
     count = len(all_entries)
     if thumbnail_px is None:
-        thumbnail_px = _LARGEST_THUMBNAIL_PX if count <= 20 else 512 if count <= 100 else 400
+        thumbnail_px = _thumbnail_px(count)
     if rows is None:
         rows = _MAX_ROWS if count * _MAX_ROWS <= _ROW_BUDGET else max(5, _ROW_BUDGET // count)
     facts = [_Facts.of(entry) for entry in all_entries]
@@ -201,6 +206,10 @@ def write_report(
         ),
     )
     write_text_atomically(path, page, errors="backslashreplace")
+
+
+def _thumbnail_px(num_images: int) -> int:
+    return 720 if num_images <= 20 else 512 if num_images <= 100 else 400
 
 
 def _template() -> Any:
@@ -297,7 +306,6 @@ def _columns(entry: ReportEntry) -> dict[str, NDArray[Any]]:
 def _shrunk(entry: ReportEntry, side_px: int) -> ReportEntry:
     """The same entry with small pictures and the first rows of the table."""
     facts = _Facts.of(entry)
-    thumbnails = Thumbnails.of(entry.image, entry.labels, entry.distance_map, side_px)
     summary = dict(entry.summary or {})
     if facts.num_cells is not None:
         summary.setdefault("num_cells", facts.num_cells)
@@ -305,7 +313,10 @@ def _shrunk(entry: ReportEntry, side_px: int) -> ReportEntry:
         summary.setdefault("confluency_percent", facts.confluency_percent)
     return replace(
         entry,
-        **thumbnails._asdict(),
+        image=None,
+        labels=None,
+        distance_map=None,
+        pictures=_pictures(entry, facts, side_px),
         table={name: values[:_MAX_ROWS].copy() for name, values in facts.columns.items()},
         summary=summary,
         num_rows=facts.num_rows,
@@ -394,10 +405,7 @@ def _card(
         "known": known,
         "error": entry.error,
         "warnings": entry.warnings,
-        "pictures": embedded_pictures(
-            Thumbnails.of(entry.image, entry.labels, entry.distance_map, side_px),
-            f"{count_text(fact.num_cells or 0, 'cell')} in {entry.name}",
-        ),
+        "pictures": entry.pictures or _pictures(entry, fact, side_px),
         "has_areas": bool(fact.columns) or len(fact.areas) > 0,
         "histogram": area_histogram(fact.areas, fact.area_unit, entry.name),
         "links": _links(entry, folder),
@@ -406,6 +414,13 @@ def _card(
         "summary": entry.summary,
         "table": _table(fact, rows) if fact.columns else None,
     }
+
+
+def _pictures(entry: ReportEntry, fact: _Facts, side_px: int) -> dict[str, Any] | None:
+    return embedded_pictures(
+        Thumbnails.of(entry.image, entry.labels, entry.distance_map, side_px),
+        f"{count_text(fact.num_cells or 0, 'cell')} in {entry.name}",
+    )
 
 
 def _table(fact: _Facts, rows: int) -> dict[str, Any]:

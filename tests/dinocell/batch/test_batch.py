@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import threading
 import warnings
 
 import numpy as np
@@ -517,14 +518,42 @@ def test_what_waits_between_the_stages_is_bounded(
     waiting = []
     predict = batch._Batch._predict
 
-    def count(self, path):
+    def count(self, path, read):
         waiting.append(len(self.pending))
-        return predict(self, path)
+        return predict(self, path, read)
 
     monkeypatch.setattr(batch, "_MAX_WAITING_BYTES", limit)
     monkeypatch.setattr(batch._Batch, "_predict", count)
     run(own, tmp_path / "out", mini_model, workers=1)
     assert waiting == [min(place, most) for place in range(3)]
+
+
+@pytest.mark.parametrize("limit", [2**29, 1])
+def test_the_next_image_is_read_while_the_network_runs(
+    own, tmp_path, mini_model, monkeypatch, limit
+):
+    reads, read_at = [], []
+    second_read = threading.Event()
+    load, predict = batch.DINOCellPipeline.load, batch.DINOCellPipeline.predict
+
+    def loaded(self, path, **options):
+        reads.append(path)
+        if len(reads) == 2:
+            second_read.set()
+        return load(self, path, **options)
+
+    def predicted(self, *arguments, **options):
+        if limit > 1:
+            assert second_read.wait(60)
+        read_at.append(len(reads))
+        return predict(self, *arguments, **options)
+
+    monkeypatch.setattr(batch, "_MAX_WAITING_BYTES", limit)
+    monkeypatch.setattr(batch.DINOCellPipeline, "load", loaded)
+    monkeypatch.setattr(batch.DINOCellPipeline, "predict", predicted)
+    run(own, tmp_path / "out", mini_model)
+    assert read_at == [1, 2, 3] if limit == 1 else read_at[0] == 2
+    assert len(set(reads)) == len(reads) == 3
 
 
 def test_warnings_of_libraries_belong_to_their_image(own, tmp_path, mini_model, monkeypatch, capfd):

@@ -396,8 +396,10 @@ def test_make_entry_of_a_large_image_is_small(tmp_path):
 
     table = {"label": np.arange(1, 401), "area": np.arange(400.0)}
     made = make_entry(Result(), table, {"num_cells": 400, "confluency_percent": 100.0}, {})
-    arrays = (made.image, made.labels, made.distance_map)
-    assert sum(array.nbytes for array in arrays) < 6_000_000 < Result.distance_map.nbytes
+    assert made.image is made.labels is made.distance_map is None
+    assert len(str(made.pictures)) < 2_000_000 < Result.distance_map.nbytes
+    of_many = make_entry(Result(), table, {}, {}, num_images=300)
+    assert (made.pictures["width"], of_many.pictures["width"]) == (534, 400)
     parsed = page(tmp_path, [made])
     assert "The first 50 of 400 cells" in parsed.text("caption")
     assert sum(histogram_counts(parsed)) == 400
