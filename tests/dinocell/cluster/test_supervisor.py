@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from dinocell.batch import journal
 from dinocell.cluster import ending, processes, supervisor
@@ -311,14 +312,6 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path):
     wait_until(gone)
 
 
-def wait_until(condition) -> None:
-    for _ in range(12_000):  # ten minutes, as a last guard
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError(condition)
-
-
 # --- several processes ---
 
 
@@ -414,7 +407,7 @@ def test_what_starts_over_does_so_once(job, slurm, command, flag, name, later, t
         slurm.job("5", Restarts=restart)
         job("", f"{command} {flag}", SLURM_JOB_ID="5", SLURM_RESTART_COUNT=str(restart))
         assert Path("child").read_text() == f"{command} {flag}"
-    for restart in (2, 3, 4):
+    for restart in (2, 3):
         settle(name)  # written again by every start
         job("", f"{command} {flag}", SLURM_JOB_ID="5", SLURM_RESTART_COUNT=str(restart))
         assert Path("child").read_text() == later

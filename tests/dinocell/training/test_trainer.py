@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from small_runs import small_run
+from waiting import wait_until
 
 from dinocell.errors import (
     CheckpointError,
@@ -147,14 +148,11 @@ def test_a_signal_writes_a_checkpoint(blob_data, tmp_path):
     config = make_config(blob_data, tmp_path, schedule__steps=400, schedule__eval_every=400)
 
     def interrupt() -> None:
-        for _ in range(600):
-            if (tmp_path / "metrics.jsonl").exists():
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-            threading.Event().wait(0.05)
+        wait_until((tmp_path / "metrics.jsonl").exists)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=interrupt)
+    thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
     with pytest.raises(TrainingInterruptedError, match="Run the same command"):
         train(config, shown=False)

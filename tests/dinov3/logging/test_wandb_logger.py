@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from waiting import wait_until
 
 from dinov3.logging.wandb_logger import WandbLogger, create_wandb_logger
 
@@ -81,13 +81,6 @@ def make(make_cfg):
         return create_wandb_logger(make_cfg("wandb.enabled=true", *changes), **options)
 
     return build
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 # --- what wandb gets ---
@@ -375,9 +368,8 @@ for start, stop in ((0, 50),) if kill else ((0, 50), (30, 80)):
     if not kill:
         log.log_images({"visuals/pca": np.full((8, 8, 3), 200, np.uint8)}, stop - 10)
     else:
-        deadline = time.monotonic() + 30
         step = stop
-        while log.enabled and time.monotonic() < deadline:
+        while log.enabled:
             log.log({"loss": 0.0}, step)
             step += 1
             time.sleep(0.05)
@@ -406,7 +398,7 @@ def test_offline_files_read_back(tmp_path, read_history):
     done = run_real(tmp_path, "twice")
     assert done.returncode == 0, done.stderr
     (pid,) = done.stdout.removeprefix("services ").split()
-    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
     run_id = (tmp_path / "run" / "wandb_run_id.txt").read_text().strip()
     files = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     rows = [row for file in files for row in read_history(file)]

@@ -209,7 +209,7 @@ def test_folders_of_killed_runs_are_removed(tmp_path):
         "import sys, time\n"
         "from dinov3.cells.streaming.pool import shared_memory_folder\n"
         "print(shared_memory_folder(1000, sys.argv[1]), flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(900)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(pool_module.__file__).parents[3])}
     runs = [
