@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 from dinocell.errors import ImageFileError, UsageError
 from dinocell.io import read_image, refuse_long_names, select_channels
+from dinocell.io.planes import distinct_names
 from dinocell.labels import looks_like_labels
+from dinocell.network.familiarity import Appearance
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
 from dinocell.results.confidence import cell_scores
-from dinocell.scratch import all_finite, empty_image, row_bands
-from dinocell.segmentation.inference import predict_distance_map
-from dinocell.segmentation.intensity import IntensityRange, find_range
+from dinocell.scratch import empty_image, row_bands
+from dinocell.segmentation.inference import predict_distance_map, start_appearance
+from dinocell.segmentation.intensity import IntensityRange, check_values, find_range
 from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
 from dinocell.segmentation.watershed import separate_cells
 
@@ -27,16 +29,14 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "dinocell-tiny"
 
-_LARGEST_VALUE = float(np.finfo(np.float32).max)
-_SMALLEST_SPAN = 1e-30  # far above the smallest float32, 1e-38
-
 _CHANNEL_HINT = "choose one with `channels`, or several, which are averaged"
 
 
 class LoadedImage(NamedTuple):
     """The gray plane (H, W) to segment, its pixel size in µm, its name, what was noted on it, how its
-    intensities map to those that a network sees, and, where the plane is the mean of several channels,
-    these as they were read (H, W, C) with their names."""
+    intensities map to those that a network sees; where the plane is the mean of several channels, these
+    as they were read (H, W, C) with their names; and, where the model knows its training images, what
+    collects how this one looks."""
 
     plane: NDArray
     pixel_size_um: float | None
@@ -45,6 +45,7 @@ class LoadedImage(NamedTuple):
     warnings: tuple[str, ...] = ()
     channels: NDArray | None = None
     channel_names: tuple[str, ...] = ()
+    appearance: Appearance | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class Segmentation:
         One name per channel, its position where the file has no names.
     scores : (n,) float64 ndarray in [0, 1] or None
         How well the distance map supports each cell: see `dinocell.results.confidence.cell_scores`.
+    unfamiliar : float or None
+        Distance from the model's training images as a share of the largest that is usual for images of
+        their kind; above 1 a warning says so.  None where the model does not know its training images.
     """
 
     labels: NDArray[np.uint32]
@@ -81,6 +85,7 @@ class Segmentation:
     channels: NDArray | None = None
     channel_names: tuple[str, ...] = ()
     scores: NDArray[np.float64] | None = None
+    unfamiliar: float | None = None
 
     @property
     def num_cells(self) -> int:
@@ -107,10 +112,14 @@ class Segmentation:
         return replace(table, data={**table.data, "score": self.scores})
 
     def summary(self) -> dict[str, Any]:
-        """Number of cells, confluency, mean area of this image."""
+        """Number of cells, confluency, mean area of this image, and how unfamiliar it is."""
         from dinocell.results.measure import summarize
 
-        return summarize(self.labels, self.measure())
+        return summarize(self.labels, self.measure()) | self.familiarity()
+
+    def familiarity(self) -> dict[str, float]:
+        """The column `unfamiliar` of the summary; nothing where that is not known."""
+        return {} if self.unfamiliar is None else {"unfamiliar": round(self.unfamiliar, 3)}
 
     def save(
         self,
@@ -288,7 +297,12 @@ class DINOCellPipeline:
         loaded = self.load(
             image, channels=channels, page=page, pixel_size_um=pixel_size_um, allow_mask=allow_mask
         )
-        distance_map = self.predict(loaded.plane, intensity=loaded.intensity, progress=progress)
+        distance_map = self.predict(
+            loaded.plane,
+            intensity=loaded.intensity,
+            progress=progress,
+            appearance=loaded.appearance,
+        )
         return self.finish(
             loaded.plane,
             distance_map,
@@ -297,6 +311,7 @@ class DINOCellPipeline:
             warnings=loaded.warnings,
             channels=loaded.channels,
             channel_names=loaded.channel_names,
+            appearance=loaded.appearance,
         )
 
     def load(
@@ -340,7 +355,7 @@ class DINOCellPipeline:
                 f"the image must hold real numbers, got dtype {pixels.dtype}{where}: convert it first"
             )
         if pixels.dtype.kind == "f":
-            _check_values(pixels, where, failure)
+            check_values(pixels, where, failure)
         if chosen is not None and failure is ValueError:
             pixels = select_channels(pixels, None, chosen)
         if pixels.ndim == 3 and pixels.shape[2] == 1:
@@ -354,7 +369,7 @@ class DINOCellPipeline:
         channels_read: NDArray | None = None
         channel_names: tuple[str, ...] = ()
         if pixels.ndim == 3:
-            channels_read, channel_names = pixels, _different_names(names, chosen)
+            channels_read, channel_names = pixels, distinct_names(names, chosen)
             pixels, noted = self._average(pixels, names)
             notes = (*notes, *noted)
         if not allow_mask and looks_like_labels(pixels):
@@ -364,9 +379,13 @@ class DINOCellPipeline:
             )
         intensity = find_range(pixels, **self.model.config.intensity)
         notes = (*notes, *intensity.notes)
-        return LoadedImage(
+        loaded = LoadedImage(
             pixels, pixel_size_um, stem, intensity, notes, channels_read, channel_names
         )
+        if self.model.statistics is None:
+            return loaded
+        appearance = start_appearance(intensity, pixels.dtype, self.model.config)
+        return loaded._replace(appearance=appearance)
 
     def predict(
         self,
@@ -374,10 +393,11 @@ class DINOCellPipeline:
         *,
         intensity: IntensityRange | None = None,
         progress: Callable[[int, int], None] | None = None,
+        appearance: Appearance | None = None,
     ) -> NDArray[np.float32]:
         """Second third of `run`: gray plane (H, W) → distance map (H, W) float32.
 
-        `intensity` as found by `load`; None finds it here.
+        `intensity` as found by `load`; None finds it here.  `appearance` of `load` is filled.
         """
         return predict_distance_map(
             self.model,
@@ -387,6 +407,7 @@ class DINOCellPipeline:
             tile_px=self.tile_px,
             precision=self.precision,
             progress=progress,
+            appearance=appearance,
         )
 
     def finish(
@@ -399,8 +420,12 @@ class DINOCellPipeline:
         warnings: Sequence[str] = (),
         channels: NDArray | None = None,
         channel_names: tuple[str, ...] = (),
+        appearance: Appearance | None = None,
     ) -> Segmentation:
-        """Last third of `run`: distance map → labels.  Needs no network and no GPU."""
+        """Last third of `run`: distance map → labels.  Needs no network and no GPU.
+
+        `appearance` as `predict` has filled it.
+        """
         labels = separate_cells(distance_map, self.thresholds)
         found = list(warnings)
         scores = cell_scores(labels, distance_map, target=self.model.config.target)
@@ -417,6 +442,10 @@ class DINOCellPipeline:
             scores = scores[kept]
         if plane.size and plane.min() == plane.max():
             found.append("constant image: no cells can be found")
+        statistics = self.model.statistics
+        compared = None if statistics is None else statistics.compare(appearance)
+        if compared is not None and compared.reasons:
+            found.append(compared.note(self.model.card.get("name") or "this model"))
         return Segmentation(
             labels=labels,
             distance_map=distance_map,
@@ -427,6 +456,7 @@ class DINOCellPipeline:
             channels=channels,
             channel_names=channel_names,
             scores=scores,
+            unfamiliar=None if compared is None else compared.unfamiliar,
         )
 
     def _average(
@@ -445,38 +475,6 @@ class DINOCellPipeline:
             scaled = [r.apply_rows(plane, rows) for r, plane in zip(ranges, planes, strict=True)]
             average[rows] = np.mean(scaled, axis=0, dtype=np.float32)
         return average, notes
-
-
-def _different_names(
-    names: Sequence[str] | None, chosen: Sequence[int | str] | None
-) -> tuple[str, ...]:
-    """Names of the channels for columns: those of the file, or the positions that were chosen."""
-    positions = [str(channel).strip() for channel in chosen or ()]
-    if not names:
-        return tuple(positions)
-    return tuple(
-        name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names)
-    )
-
-
-def _check_values(pixels: NDArray, where: str, failure: type[Exception]) -> None:
-    """Refuse floating-point pixels that a network, which computes in float32, cannot take."""
-    if not all_finite(pixels):
-        raise failure(
-            f"the image must be finite, got NaN or infinite pixels{where}: replace them first, for "
-            "example by 0"
-        )
-    low, high = float(pixels.min()), float(pixels.max())
-    if max(-low, high) > _LARGEST_VALUE:
-        raise failure(
-            f"pixels must lie within ±{_LARGEST_VALUE:.2g}, got {low:g} to {high:g}{where}: divide them by "
-            "a constant, or replace the values that stand for missing pixels"
-        )
-    if 0 < high - low < _SMALLEST_SPAN:
-        raise failure(
-            f"pixels must differ by {_SMALLEST_SPAN:g} or more, got {low:g} to {high:g}{where}: multiply "
-            "them by a constant"
-        )
 
 
 def segment(

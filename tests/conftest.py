@@ -111,6 +111,24 @@ def mini_model(mini_networks):  # type: ignore[no-untyped-def]
 
 
 @pytest.fixture(scope="session")
+def knowing_model(small_model):  # type: ignore[no-untyped-def]
+    """`small_model` with statistics of ten noisy fields, which are far from a smooth gradient."""
+    from dinocell.network.familiarity import Appearance, fit_statistics
+    from dinocell.network.model import with_config
+    from dinocell.segmentation.inference import predict_distance_map
+
+    seen = [Appearance() for _ in range(10)]
+    for seed, appearance in enumerate(seen):
+        rng = np.random.default_rng(seed)
+        field = rng.integers(100, 120, (40, 40)) + 200 * (rng.random((40, 40)) < 0.1)
+        predict_distance_map(small_model, field.astype(np.uint16), appearance=appearance)
+    model = with_config(small_model)
+    model.statistics = fit_statistics(seen)
+    model.card = {"name": "knowing"}
+    return model
+
+
+@pytest.fixture(scope="session")
 def small_model():  # type: ignore[no-untyped-def]
     """A network of random weights, small and quick, in eval mode."""
     with _tiny_networks(embed_dim=192, depth=12):  # whatever module asks for it first

@@ -307,7 +307,9 @@ class _Batch:
         try:
             loaded, mark = read.result()
             with self.warned.of_image() as kept:
-                distance_map = self.pipeline.predict(loaded.plane, intensity=loaded.intensity)
+                distance_map = self.pipeline.predict(
+                    loaded.plane, intensity=loaded.intensity, appearance=loaded.appearance
+                )
             return loaded._replace(warnings=(*loaded.warnings, *kept)), distance_map, mark
         except _IMAGE_ERRORS as error:
             self._fail(path, error)
@@ -326,6 +328,7 @@ class _Batch:
                 warnings=loaded.warnings,
                 channels=loaded.channels,
                 channel_names=loaded.channel_names,
+                appearance=loaded.appearance,
             )
             row = self._write(path, result, kept) | {"input": mark}
         self.rows[path.stem] = row
@@ -340,7 +343,7 @@ class _Batch:
         files = result.save(
             self.out, formats=self.options.formats, table=table, overlay=self.options.overlay
         )
-        summary = summarize(result.labels, table)
+        summary = summarize(result.labels, table) | result.familiarity()
         result = replace(result, warnings=(*result.warnings, *warned))
         if self.options.report and len(self.entries) < REPORT_LIMIT:
             self.entries[result.name] = make_entry(

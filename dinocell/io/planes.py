@@ -180,3 +180,15 @@ def check_page(path: Path, series: Sequence[tuple[str, tuple[int, ...]]], page: 
             f"`page` must be 0 … {total - 1} for '{path}', got {page}: it counts the planes from 0."
         )
     return page
+
+
+def distinct_names(
+    names: Sequence[str] | None, chosen: Sequence[int | str] | None
+) -> tuple[str, ...]:
+    """Names of the channels for columns: those of the file, or the positions that were chosen."""
+    positions = [str(channel).strip() for channel in chosen or ()]
+    if not names:
+        return tuple(positions)
+    return tuple(
+        name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names)
+    )

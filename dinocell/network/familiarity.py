@@ -1,22 +1,78 @@
-"""How an image looks to a network, summed over its windows."""
+"""Does an image look like those that a model was trained on?
+
+A network answers on any image, also on one of a kind that it has never seen.  Its deepest features tell
+the kinds apart: their mean over the patches without cells is alike in all images of one kind (background,
+noise, optics) and far away in another.  A model therefore carries the mean and the covariance of that
+vector over its training images, and an image whose Mahalanobis distance exceeds a limit is flagged.
+
+The distance is that of Lee et al., "A simple unified framework for detecting out-of-distribution
+samples", NeurIPS 2018, with one class.  The covariance of a few hundred images in D dimensions is
+shrunk towards a multiple of the identity (Ledoit & Wolf 2004), and stored as its largest eigenvectors
+and one variance for the rest.  The limit comes from images that a fit has not seen (`fit_statistics`).
+The features are computed anyway; collecting them adds sums over patches.
+
+A field without signal, in which the network sees no cell, has nothing but noise to compare.  It is not
+flagged, unless the noise fills so much of the range of the data type that no camera has made it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional
+
+from dinocell.errors import CheckpointError
+
+_DIRECTIONS = 32  # eigenvectors kept: 16 and all 192 gave the same distances to 1 %
+_SHRINKAGE = 0.1
+_FOLDS = 5
+_MIN_IMAGES = 2 * _FOLDS
+_QUANTILE = 0.95  # of the distances of held-out images: a few odd ones do not set the limit
+_MARGIN = 2.5
+_BINS = 64  # of the histogram of intensities
+_CELL = 0.5  # mean of the map over a patch in which the network sees a cell; 0.05 in empty fields
+_LARGEST_NOISE = 0.5  # 20 standard deviations of the noise against the range of the data type
+_SLACK = 0.1  # of the span in training by which a measure must lie outside to be named as a reason
+
+_WORDS = {
+    "background": ("darker background", "brighter background", "median intensity"),
+    "texture": ("smoother texture", "rougher texture", "mean step between pixels"),
+    "cells": (
+        "fewer pixels that look like cells",
+        "more pixels that look like cells",
+        "their share",
+    ),
+}
+"""Measure → below the training images, above them, what is measured."""
 
 
 class Appearance:
     """Sums over the windows of one image of what the network saw in them.
 
     Feed it each batch of windows once, in any order; it keeps sums and no window.
+
+    Parameters
+    ----------
+    contrast : float
+        Width of the range of intensities that the network sees, as a share of the data type's range
+        (`contrast_of`); 0 where the latter is not known.
+    is_noise : bool
+        Nothing in the image stands out of the noise.
     """
 
-    def __init__(self) -> None:
-        self._weights = 0.0
+    def __init__(self, contrast: float = 0.0, *, is_noise: bool = False) -> None:
+        self.contrast = contrast
+        self.is_noise = is_noise
+        self._largest_cell = 0.0
         self._features: NDArray[np.float64] | None = None
+        self._histogram = np.zeros(_BINS)
+        self._sums = np.zeros(4)  # background, cells, steps, windows
 
     def add(self, gray: Tensor, features: Tensor, maps: Tensor) -> None:
         """Add a batch of windows.
@@ -30,13 +86,205 @@ class Appearance:
         maps : (B, 1, H, W) tensor in [0, 1]
             Distance maps.
         """
-        weights = functional.adaptive_avg_pool2d(maps.float(), features.shape[-2:])  # [B, 1, h, w]
-        summed = (features.float() * weights).sum(dim=(0, 2, 3)).double().cpu().numpy()  # [D]
-        self._weights += float(weights.sum())
+        height, width = features.shape[-2:]
+        cells = functional.adaptive_avg_pool2d(maps.float(), (height, width))  # [B, 1, h, w]
+        self._largest_cell = max(self._largest_cell, float(cells.max()))
+        background = 1.0 - cells
+        summed = (features.float() * background).sum(dim=(0, 2, 3)).double().cpu().numpy()  # [D]
         self._features = summed if self._features is None else self._features + summed
+        self._histogram += torch.histc(gray.float(), _BINS, 0.0, 1.0).cpu().numpy()
+        steps = (gray[..., 1:] - gray[..., :-1]).abs().mean(dim=(1, 2, 3)).sum()
+        sums = (background.sum(), cells.mean(dim=(1, 2, 3)).sum(), steps, len(gray))
+        self._sums += [float(value) for value in sums]
 
-    def signature(self) -> NDArray[np.float64] | None:
-        """Mean feature (D,), weighted by the map; None before the first window."""
-        if self._features is None:
+    @property
+    def features(self) -> NDArray[np.float64] | None:
+        """Mean feature (D,) of the patches, weighted by 1 - map; None before the first window."""
+        return None if self._features is None else self._features / max(self._sums[0], 1e-6)
+
+    @property
+    def has_signal(self) -> bool:
+        """False where nothing stands out of the noise and the network sees no cell."""
+        return not self.is_noise or self._largest_cell > _CELL
+
+    def measures(self) -> dict[str, float]:
+        """The numbers that `_WORDS` describes."""
+        _, cells, steps, windows = self._sums
+        below = np.cumsum(self._histogram)
+        median = (np.searchsorted(below, 0.5 * below[-1]) + 0.5) / _BINS
+        values = (median, steps / windows, cells / windows)
+        return {name: float(value) for name, value in zip(_WORDS, values, strict=True)}
+
+
+def contrast_of(span: float, dtype: np.dtype) -> float:
+    """A span of intensities as a share of the range of an integer type; 0 for other types."""
+    return span / float(np.iinfo(dtype).max) if dtype.kind in "ui" else 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How an image compares with the training images.
+
+    Attributes
+    ----------
+    unfamiliar : float
+        Distance from the training images over the limit: above 1 the image is flagged.
+    reasons : tuple of str
+        In words; empty where it is not flagged.
+    """
+
+    unfamiliar: float
+    reasons: tuple[str, ...] = ()
+
+    def note(self, name: str) -> str:
+        """The sentence for the user of the model `name`, where the image is flagged."""
+        return (
+            f"does not look like what {name} was trained on: {', '.join(self.reasons)}. Check its cells "
+            "before you use them"
+        )
+
+
+@dataclass(frozen=True)
+class TrainingStatistics:
+    """What the training images of a model look like; stored in the header of the model file.
+
+    Attributes
+    ----------
+    mean : D numbers
+        Mean of `Appearance.features` over the images.
+    directions, variances : K lists of D numbers, K numbers
+        The eigenvectors of the shrunk covariance with the largest eigenvalues, and these.
+    rest : float
+        Variance in each direction across them.
+    limit : float
+        Distance above which an image is flagged.
+    ranges : name → (lowest, highest)
+        Of each of `Appearance.measures`.
+    images : int
+        How many images were looked at.
+    """
+
+    mean: Sequence[float]
+    directions: Sequence[Sequence[float]]
+    variances: Sequence[float]
+    rest: float
+    limit: float
+    ranges: Mapping[str, Sequence[float]]
+    images: int
+
+    def distance(self, features: ArrayLike) -> NDArray[np.float64]:
+        """Mahalanobis distance of mean features (N, D) → (N,)."""
+        offset = np.asarray(features, dtype=np.float64) - np.asarray(self.mean)
+        along = offset @ np.reshape(self.directions, (-1, len(self.mean))).T  # [N, K]
+        across = np.maximum((offset**2).sum(axis=1) - (along**2).sum(axis=1), 0.0)
+        squared = (along**2 / np.asarray(self.variances)).sum(axis=1) + across / self.rest
+        return np.sqrt(squared)
+
+    def compare(self, appearance: Appearance | None) -> Comparison | None:
+        """Compare one image; None where the network saw nothing of it (a constant image)."""
+        features = None if appearance is None else appearance.features
+        if appearance is None or features is None:
             return None
-        return self._features / max(self._weights, 1e-6)
+        if not appearance.has_signal:
+            noise = appearance.contrast / _LARGEST_NOISE
+            words = "nothing but noise or fine texture, over much of the range of its data type"
+            return Comparison(noise, (words,) if noise > 1 else ())
+        unfamiliar = float(self.distance(features[None])[0]) / self.limit
+        if unfamiliar <= 1:
+            return Comparison(unfamiliar)
+        reasons = []
+        for name, value in appearance.measures().items():
+            low, high = self.ranges[name]
+            slack = _SLACK * (high - low)
+            if not low - slack <= value <= high + slack:
+                below, above, what = _WORDS[name]
+                word, end = (
+                    (below, f"at least {low:.2g}")
+                    if value < low
+                    else (above, f"at most {high:.2g}")
+                )
+                reasons.append(f"{word} ({what} {value:.2g}, in training {end})")
+        return Comparison(unfamiliar, tuple(reasons) or ("other patterns in its background",))
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON values, numbers with five digits."""
+        return {key: _rounded(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_mapping(cls, values: Any, source: object) -> TrainingStatistics:
+        """Read what `to_mapping` wrote.
+
+        Raises
+        ------
+        CheckpointError
+            Something is missing, or no finite number.
+        """
+        try:
+            found = cls(**values)
+            ranges = [found.ranges[name] for name in _WORDS]
+            numbers = [*found.mean, *found.variances, found.rest, found.limit, *np.ravel(ranges)]
+            found.distance(np.zeros((1, len(found.mean))))
+            valid = bool(np.isfinite(np.asarray(numbers, dtype=np.float64)).all())
+            valid &= np.shape(ranges) == (len(_WORDS), 2) and min(found.rest, found.limit) > 0
+        except (TypeError, ValueError, KeyError, AttributeError):
+            valid = False
+        if not valid:
+            raise CheckpointError(
+                f"the training statistics of a model file must be finite numbers, got others in {source}: "
+                "fetch it again"
+            )
+        return found
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def fit_statistics(images: Sequence[Appearance]) -> TrainingStatistics | None:
+    """Statistics of the training images; None for fewer than ten with signal.
+
+    Every image is measured once by a fit to the other four fifths.  The limit is 2.5 times the 95th
+    percentile of these distances: a new image of the same kind stays below it, and what another
+    kind differs by is several times as much (`benchmarks/unfamiliar.py`).
+    """
+    seen = [image for image in images if image.features is not None and image.has_signal]
+    if len(seen) < _MIN_IMAGES:
+        return None
+    features = np.stack([np.asarray(image.features) for image in seen])  # [N, D]
+    distances = np.empty(len(seen))
+    order = np.random.default_rng(0).permutation(len(seen))
+    for fold in range(_FOLDS):
+        held_out = order[fold::_FOLDS]
+        fitted = _fit(np.delete(features, held_out, axis=0))
+        distances[held_out] = fitted.distance(features[held_out])
+    measures = [image.measures() for image in seen]
+    ranges = {name: [f([row[name] for row in measures]) for f in (min, max)] for name in _WORDS}
+    limit = _MARGIN * float(np.quantile(distances, _QUANTILE))
+    return _fit(features, limit=limit, ranges=ranges)
+
+
+def _fit(
+    features: NDArray[np.float64],
+    *,
+    limit: float = 1.0,
+    ranges: Mapping[str, Sequence[float]] | None = None,
+) -> TrainingStatistics:
+    num_images, width = features.shape
+    mean = features.mean(axis=0)
+    values, vectors = np.linalg.eigh(np.cov(features, rowvar=False, bias=True))  # ascending
+    kept = min(_DIRECTIONS, width)
+    floor = _SHRINKAGE * max(values.mean(), 1e-12)
+    shrunk = (1 - _SHRINKAGE) * np.maximum(values, 0.0) + floor
+    return TrainingStatistics(
+        mean=mean.tolist(),
+        directions=vectors[:, -kept:].T.tolist(),
+        variances=shrunk[-kept:].tolist(),
+        rest=float(shrunk[:-kept].mean()) if kept < width else float(floor),
+        limit=limit,
+        ranges=ranges or {},
+        images=num_images,
+    )

@@ -85,11 +85,18 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
         f"prominence {config.min_prominence:g}, smallest cell {config.min_area_px} px",
         f"pixel size: {config.pixel_size_um or 'not recorded'}",
         f"licence: {card.get('licence') or 'not recorded'}",
+        _describe_statistics(model),
     ]
     for key in ("data", "metrics"):
         for item, value in card.get(key, {}).items():
             lines.append(f"{key}: {item} {value}")
     return "\n".join(lines)
+
+
+def _describe_statistics(model: DINOCell) -> str:
+    if model.statistics is None:
+        return "images of another kind: not flagged (no statistics of the training images)"
+    return f"images of another kind: flagged by statistics of {model.statistics.images} images"
 
 
 def _describe_architecture(model: DINOCell, image_px: int) -> str:

@@ -20,6 +20,7 @@ from dinocell.files import atomic_path
 from dinocell.network.backbone import BACKBONE_SIZES, DINOv3Backbone
 from dinocell.network.config import ModelConfig
 from dinocell.network.decoder import create_decoder
+from dinocell.network.familiarity import TrainingStatistics
 from dinocell.settings import config_from_mapping, config_to_mapping
 from dinocell.tree import tree_imports
 
@@ -36,6 +37,10 @@ class DINOCell(nn.Module):
     config : architecture and everything needed to run it
     card : what is known about its training (data, licence, metrics); stored in the model file
 
+    Attributes
+    ----------
+    statistics : what its training images look like; None where they are not recorded
+
     Notes
     -----
     Starts with random weights; `from_pretrained` loads trained ones.
@@ -45,6 +50,7 @@ class DINOCell(nn.Module):
         super().__init__()
         self.config = config
         self.card: dict[str, Any] = dict(card or {})
+        self.statistics: TrainingStatistics | None = None
         self.backbone = DINOv3Backbone(
             config.size,
             patch_size=config.patch_size,
@@ -141,6 +147,8 @@ def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None
         "model": config_to_mapping(model.config),
         "card": model.card,
     }
+    if model.statistics is not None:
+        header["statistics"] = model.statistics.to_mapping()
     state = {}
     for key, value in model.state_dict().items():
         value = value.detach().to("cpu")
@@ -156,7 +164,7 @@ def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None
 
 
 def read_model_header(name: str | Path) -> dict[str, Any]:
-    """The JSON header of a model file: keys `format`, `model`, `card`.
+    """The JSON header of a model file: keys `format`, `model`, `card`, and mostly `statistics`.
 
     Raises UsageError (the file or bundled model does not exist); CheckpointError (the file is no
     model file: truncated, pickled, or without the header of DINOCell).
@@ -221,6 +229,8 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
             f"a model file must be complete, got {path} ({error}): fetch it again"
         ) from error
     model = DINOCell(config, card=header.get("card"))
+    if header.get("statistics") is not None:
+        model.statistics = TrainingStatistics.from_mapping(header["statistics"], path)
     expected = model.state_dict()
     _refuse_other_weights(path, state, expected, config)
     model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})

@@ -9,13 +9,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dinocell.network.familiarity import Appearance
+from dinocell.network.config import ModelConfig
+from dinocell.network.familiarity import Appearance, contrast_of
 from dinocell.network.model import DINOCell
 from dinocell.network.precision import autocast
 from dinocell.scratch import all_finite, is_large, row_bands, zeros_in_file
 from dinocell.segmentation.intensity import IntensityRange, find_range
 from dinocell.segmentation.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dinocell.segmentation.tiles import predict_windows
+
+_SIGNAL = 1.2
+"""Signal spans more than this multiple of the least range, `min_contrast_sigma`: 24 standard deviations
+of the noise in place of 20; the faintest field of dinocell-tiny's training data spans 30."""
+
+
+def start_appearance(intensity: IntensityRange, dtype: np.dtype, config: ModelConfig) -> Appearance:
+    """What `predict_distance_map` fills for an image of this type and range of intensities."""
+    span = intensity.high - intensity.low
+    is_noise = span < _SIGNAL * config.min_contrast_sigma * intensity.noise
+    return Appearance(contrast_of(span, dtype), is_noise=is_noise)
 
 
 def predict_distance_map(

@@ -48,6 +48,8 @@ _FILL_SIGMAS = (1.0, 3.0)
 _FILL_WEIGHT = 0.05
 _NOTED_SHARE = 5e-4  # single hot pixels are common and need no note
 _REACH_PX = 32  # `apply` reads twice the fill's reach and the median's: 12 + 2 + 12
+_LARGEST_VALUE = float(np.finfo(np.float32).max)
+_SMALLEST_SPAN = 1e-30  # far above the smallest float32, 1e-38
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class IntensityRange:
         A pixel that exceeds the median of its 5 x 5 neighbourhood by more holds no signal.
     notes : tuple of str
         What was left out, in words for the user.
+    noise : float
+        Standard deviation of the pixel noise, in units of the image.
     """
 
     low: float
@@ -72,6 +76,7 @@ class IntensityRange:
     ceiling: float = np.inf
     spike: float = np.inf
     notes: tuple[str, ...] = ()
+    noise: float = 0.0
 
     def apply(self, image: NDArray) -> NDArray[np.float32]:
         """Gray (H, W) image of any real dtype → (H, W) float32 in [0, 1]; zeros for an empty range."""
@@ -95,6 +100,26 @@ class IntensityRange:
         return self.apply(image[first : rows.stop + _REACH_PX])[
             rows.start - first : rows.stop - first
         ]
+
+
+def check_values(pixels: NDArray, where: str, failure: type[Exception]) -> None:
+    """Refuse floating-point pixels that a network, which computes in float32, cannot take."""
+    if not all_finite(pixels):
+        raise failure(
+            f"the image must be finite, got NaN or infinite pixels{where}: replace them first, for "
+            "example by 0"
+        )
+    low, high = float(pixels.min()), float(pixels.max())
+    if max(-low, high) > _LARGEST_VALUE:
+        raise failure(
+            f"pixels must lie within ±{_LARGEST_VALUE:.2g}, got {low:g} to {high:g}{where}: divide them by "
+            "a constant, or replace the values that stand for missing pixels"
+        )
+    if 0 < high - low < _SMALLEST_SPAN:
+        raise failure(
+            f"pixels must differ by {_SMALLEST_SPAN:g} or more, got {low:g} to {high:g}{where}: multiply "
+            "them by a constant"
+        )
 
 
 def find_range(
@@ -173,9 +198,8 @@ def find_range(
                 "a few places are much brighter than the rest: they do not set the contrast "
                 f"(white is {high:.4g})"
             )
-    return IntensityRange(
-        low, low + max(high - low, min_contrast_sigma * noise), floor, ceiling, spike, tuple(notes)
-    )
+    high = low + max(high - low, min_contrast_sigma * noise)
+    return IntensityRange(low, high, floor, ceiling, spike, tuple(notes), noise)
 
 
 def estimate_noise(image: NDArray, where: NDArray[np.bool_] | None = None) -> float:

@@ -16,6 +16,7 @@ from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_va
 from dinocell.files import atomic_path
 from dinocell.network.model import DINOCell, save_model, with_config
 from dinocell.pairs import Pair
+from dinocell.training.appearance import training_statistics
 from dinocell.training.run_folder import RunFolder
 from dinocell.training.validation import Sample
 
@@ -46,12 +47,13 @@ def write_final_model(
     best_step: int,
     step: int,
     stopped_early: bool,
+    shown: bool = False,
 ) -> TrainResult:
-    """Choose the final thresholds, write the model in float16 and draw the curves.
+    """Choose the final thresholds, describe the images, write the model in float16, draw the curves.
 
     `best` is rounded to float16 already: the thresholds suit the weights that are written.  `samples` are
     its distance map and the truth of every validation image; the training and validation `pairs` are
-    counted in the model card.
+    counted in the model card and described together (`dinocell.training.appearance`).
     """
     config = folder.config
     min_area_px = config.model.min_area_px
@@ -79,6 +81,7 @@ def write_final_model(
         "seed": config.seed,
         "metrics": {"val_ap50_pooled": final.best.score, "val_ap_mean_pooled": tuned.best.score},
     }
+    model.statistics = training_statistics(model, [*train_pairs, *val_pairs], shown=shown)
     save_model(folder.model, model, half=True)
     draw_curves(folder.metrics, folder.curves)
     return TrainResult(folder.model, step, final.best.score, chosen, stopped_early)

@@ -121,6 +121,7 @@ class _Trainer:
                     best_step=self.best_step,
                     step=self.step,
                     stopped_early=stopped_early,
+                    shown=self.shown,
                 )
             )
 

@@ -141,6 +141,24 @@ def test_what_holds_no_signal_is_a_warning(mini_model):
     assert warning.startswith("channel 1: 165 pixels")
 
 
+def test_an_image_unlike_the_training_is_a_warning(small_model, knowing_model):
+    gradient = np.add.outer(np.arange(70), np.arange(90)).astype(np.uint16) + 10
+    result = segment(gradient, model=knowing_model)
+    assert result.unfamiliar > 1
+    assert result.summary()["unfamiliar"] == pytest.approx(result.unfamiliar, abs=1e-3)
+    assert any("does not look like what knowing was trained on" in w for w in result.warnings)
+    rng = np.random.default_rng(50)
+    alike = rng.integers(100, 120, (70, 90)) + 200 * (rng.random((70, 90)) < 0.1)
+    known = segment(alike.astype(np.uint16), model=knowing_model)
+    assert 0 < known.unfamiliar < 1
+    assert not any("does not look like" in warning for warning in known.warnings)
+    without = segment(gradient, model=small_model)
+    assert without.unfamiliar is None
+    assert "unfamiliar" not in without.summary()
+    assert not any("does not look like" in warning for warning in without.warnings)
+    np.testing.assert_array_equal(without.labels, result.labels)
+
+
 def test_progress_is_reported(mini_model):
     seen = []
     segment(field(), model=mini_model, progress=lambda done, total: seen.append((done, total)))

@@ -66,6 +66,21 @@ def test_the_report_names_thresholds_and_links_labels(images, tmp_path, mini_mod
         assert f'href="{images[0].stem}{end}"' in page
 
 
+def test_images_unlike_the_training_are_named(tmp_path, knowing_model, small_model):
+    gradient = np.add.outer(np.arange(70), np.arange(90)).astype(np.uint16) + 10
+    write_image(tmp_path / "gradient.tif", gradient)
+    result = run([tmp_path / "gradient.tif"], tmp_path / "out", knowing_model, report=True)
+    sentence = "does not look like what knowing was trained on: "
+    assert f"note: gradient: {sentence}" in result.text()
+    with (tmp_path / "out" / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["unfamiliar"]) > 1
+    assert sentence in row["warnings"]
+    assert sentence in (tmp_path / "out" / "report.html").read_text()
+    run([tmp_path / "gradient.tif"], tmp_path / "without", small_model)
+    assert "unfamiliar" not in (tmp_path / "without" / "summary.csv").read_text()
+
+
 def test_a_bad_file_stops_nothing(images, tmp_path, mini_model):
     broken = tmp_path / "broken.tif"
     broken.write_bytes(images[0].read_bytes()[:300])

@@ -1,39 +1,193 @@
 """What a network saw of an image, and how far that is from its training."""
 
-from __future__ import annotations
+import copy
+import json
 
 import numpy as np
+import pytest
 import torch
 
-from dinocell.network.familiarity import Appearance
-from dinocell.segmentation.inference import predict_distance_map
+from dinocell.errors import CheckpointError
+from dinocell.network.familiarity import (
+    Appearance,
+    TrainingStatistics,
+    contrast_of,
+    fit_statistics,
+)
+from dinocell.network.model import load_model, read_model_header, save_model
+from dinocell.segmentation.inference import predict_distance_map, start_appearance
+from dinocell.segmentation.intensity import IntensityRange, find_range
 
 
 def image(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 1000, (70, 90)).astype(np.uint16)
 
 
-def test_no_window_has_no_signature(small_model):
+def seen(features, *, gray=0.1, contrast=0.0, signal=True, cell=0.0) -> Appearance:
+    """One window of 4 x 4 px in one patch; one corner is bright."""
+    window = torch.full((1, 1, 4, 4), gray)
+    window[..., 0, 0] = 1.0
+    appearance = Appearance(contrast, is_noise=not signal)
+    tokens = torch.as_tensor(np.asarray(features, np.float32)).reshape(1, -1, 1, 1)
+    appearance.add(window, tokens, torch.full((1, 1, 4, 4), cell))
+    return appearance
+
+
+def training_images(count: int = 200, width: int = 6) -> list[Appearance]:
+    """Features that vary by 3 along the first axis, 1 along the others, around 10."""
+    rng = np.random.default_rng(1)
+    spread = np.array([3.0] + [1.0] * (width - 1))
+    return [seen(10 + spread * row) for row in rng.standard_normal((count, width))]
+
+
+@pytest.fixture(scope="module")
+def statistics() -> TrainingStatistics:
+    fitted = fit_statistics(training_images())
+    assert fitted is not None
+    return fitted
+
+
+def test_nothing_is_known_before_the_first_window(small_model, statistics):
     appearance = Appearance()
     predict_distance_map(small_model, np.ones((40, 40)), appearance=appearance)
-    assert appearance.signature() is None
+    assert appearance.features is None
+    assert statistics.compare(appearance) is None
 
 
-def test_features_are_weighted_by_the_map():
-    """Two patches of 2 x 2 px: the mean feature is (3 * 1 + 1 * 5) / 4 where the map is 0.75 and 0.25."""
+def test_features_are_those_of_the_background():
+    """Two patches of 2 x 2 px whose maps are 0.75 and 0.25: (0.25 * 1 + 0.75 * 5) / 1 = 4."""
     appearance = Appearance()
     maps = torch.tensor([[0.75, 0.75, 0.25, 0.25]] * 2)[None, None]
-    features = torch.tensor([[[[1.0, 5.0]]]])
-    appearance.add(maps, features, maps)
-    np.testing.assert_allclose(appearance.signature(), [2.0])
+    appearance.add(maps, torch.tensor([[[[1.0, 5.0]]]]), maps)
+    np.testing.assert_allclose(appearance.features, [4.0])
+    measures = appearance.measures()
+    assert measures["cells"] == 0.5
+    assert measures["texture"] == pytest.approx(0.5 / 3)  # one step of 0.5 among three
+    assert measures["background"] == pytest.approx(0.25, abs=1 / 64)
 
 
-def test_signature_does_not_depend_on_batches(small_model):
-    signatures = []
+def test_sums_do_not_depend_on_batches(small_model):
+    collected = []
     for options in ({"batch_size": 1}, {"batch_size": 64}, {"tile_px": 40}):
         appearance = Appearance()
         observed = predict_distance_map(small_model, image(), appearance=appearance, **options)
         unobserved = predict_distance_map(small_model, image(), **options)
         np.testing.assert_array_equal(observed, unobserved)
-        signatures.append(appearance.signature())
-    np.testing.assert_allclose(signatures[1:], signatures[:1] * 2, rtol=1e-3, atol=1e-4)
+        collected.append([*appearance.features, *appearance.measures().values()])
+    np.testing.assert_allclose(collected[1:], collected[:1] * 2, rtol=1e-3, atol=1e-4)
+
+
+def test_distance_counts_standard_deviations(statistics):
+    """Along the first axis, whose standard deviation is 3, a step counts a third of one across it."""
+    at = np.full(6, 10.0)
+    along, across = np.eye(6)[0], np.eye(6)[1]
+    assert statistics.distance([at + 30 * along])[0] == pytest.approx(10, rel=0.15)
+    assert statistics.distance([at + 30 * across])[0] == pytest.approx(30, rel=0.25)
+
+
+def test_directions_beyond_those_kept_count_too():
+    rng = np.random.default_rng(0)
+    fitted = fit_statistics([seen(row) for row in rng.standard_normal((300, 50))])
+    assert np.shape(fitted.directions) == (32, 50)
+    off = np.linalg.svd(fitted.directions)[2][-1]  # at right angles to all that are kept
+    assert fitted.distance([fitted.mean + 20 * off])[0] == pytest.approx(20, rel=0.3)
+
+
+def test_the_limit_leaves_a_margin_over_images_of_the_same_kind(statistics):
+    rng = np.random.default_rng(2)
+    new = 10 + np.array([3.0, 1, 1, 1, 1, 1]) * rng.standard_normal((200, 6))
+    distances = statistics.distance(new)
+    assert distances.max() < statistics.limit
+    assert statistics.limit == pytest.approx(2.5 * np.quantile(distances, 0.95), rel=0.2)
+    odd = fit_statistics([*training_images(), *(seen(np.full(6, 10.0 + 40 * i)) for i in range(6))])
+    assert odd.limit < 1.2 * statistics.limit, "six odd ones among 206 do not set the limit"
+
+
+def test_fewer_than_ten_images_with_signal_are_not_described():
+    images = training_images(9)
+    assert fit_statistics(images) is None
+    assert fit_statistics([*images, seen(np.zeros(6), signal=False), Appearance()]) is None
+    assert fit_statistics([*images, seen(np.zeros(6))]).images == 10
+
+
+def test_familiar_and_unfamiliar_images(statistics):
+    assert statistics.compare(seen(np.full(6, 10.0))).unfamiliar < 0.3
+    assert statistics.compare(seen(np.full(6, 10.0))).reasons == ()
+    far = np.full(6, 10.0)
+    far[1] += 40
+    compared = statistics.compare(seen(far))
+    assert compared.unfamiliar == pytest.approx(statistics.distance([far])[0] / statistics.limit)
+    assert compared.unfamiliar > 1
+    assert compared.reasons == ("other patterns in its background",)
+    brighter = statistics.compare(seen(far, gray=0.6))
+    assert brighter.reasons[0].startswith("brighter background (median intensity 0.6")
+    assert "smoother texture" in brighter.note("mine")
+    assert brighter.note("mine").startswith("does not look like what mine was trained on: brighter")
+
+
+@pytest.mark.parametrize(("contrast", "flagged"), [(0.0, False), (0.4, False), (0.6, True)])
+def test_a_field_without_signal_is_flagged_for_huge_noise_only(statistics, contrast, flagged):
+    far = np.full(6, 1000.0)
+    compared = statistics.compare(seen(far, signal=False, contrast=contrast))
+    assert bool(compared.reasons) == flagged
+    assert (compared.unfamiliar > 1) == flagged
+    with_cell = statistics.compare(seen(far, signal=False, contrast=contrast, cell=0.6))
+    assert with_cell.unfamiliar > 100, "the network sees a cell: its features count"
+
+
+def test_what_is_known_of_an_image_before_the_network_sees_it(small_model):
+    """White noise of 30 gray values: 20 times that is 2.4 times the range of 8 bits."""
+    config = small_model.config
+    noise = np.random.default_rng(0).normal(128, 30, (70, 90)).clip(0, 255)
+    for dtype, contrast in ((np.uint8, 2.4), (np.uint16, 2.4 * 255 / 65535), (np.float32, 0.0)):
+        pixels = noise.astype(dtype)
+        started = start_appearance(find_range(pixels, **config.intensity), pixels.dtype, config)
+        assert started.contrast == pytest.approx(contrast, rel=0.1)
+        assert started.is_noise
+    for span, is_noise in ((23.0, True), (25.0, False)):  # standard deviations of the noise
+        intensity = IntensityRange(5.0, 5.0 + 3 * span, noise=3.0)
+        assert start_appearance(intensity, np.dtype(np.uint8), config).is_noise == is_noise
+
+
+def test_contrast_is_a_share_of_the_data_type():
+    assert contrast_of(51, np.dtype(np.uint8)) == 0.2
+    assert contrast_of(13107, np.dtype(np.uint16)) == 0.2
+    assert contrast_of(0.5, np.dtype(np.float32)) == 0.0
+
+
+def test_statistics_travel_in_the_header_of_the_model_file(small_model, statistics, tmp_path):
+    model = copy.copy(small_model)
+    model.statistics = statistics
+    save_model(tmp_path / "with.safetensors", model)
+    save_model(tmp_path / "without.safetensors", small_model)
+    loaded = load_model(tmp_path / "with.safetensors")
+    points = np.random.default_rng(0).normal(10, 5, (20, 6))
+    np.testing.assert_allclose(
+        loaded.statistics.distance(points), statistics.distance(points), rtol=1e-3
+    )
+    assert loaded.statistics.limit == pytest.approx(statistics.limit, rel=1e-4)
+    assert load_model(tmp_path / "without.safetensors").statistics is None
+    assert "statistics" not in read_model_header(tmp_path / "without.safetensors")
+    for key, value in small_model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"mean": [1.0, "a"]},
+        {"mean": [1.0] * 5},
+        {"limit": 0.0},
+        {"rest": float("nan")},
+        {"ranges": {}},
+        {"directions": [[1.0]]},
+        {"unknown": 1},
+    ],
+)
+def test_damaged_statistics_are_refused(statistics, damage):
+    values = json.loads(json.dumps(statistics.to_mapping())) | damage
+    with pytest.raises(CheckpointError, match="must be finite numbers"):
+        TrainingStatistics.from_mapping(values, "some.safetensors")
+    for other in (None, 3, [1], {}):
+        with pytest.raises(CheckpointError, match="must be finite numbers"):
+            TrainingStatistics.from_mapping(other, "some.safetensors")

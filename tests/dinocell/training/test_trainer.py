@@ -24,10 +24,15 @@ from dinocell.errors import (
     DINOCellError,
     MissingExtraError,
 )
+from dinocell.network import familiarity
 from dinocell.network.model import DINOCell, load_model
+from dinocell.pairs import find_pairs
+from dinocell.segmentation.inference import predict_distance_map
+from dinocell.segmentation.intensity import find_range
 from dinocell.settings import config_from_mapping
-from dinocell.training import validation
+from dinocell.training import appearance, validation
 from dinocell.training.config import TrainConfig
+from dinocell.training.datasets import read_pair
 from dinocell.training.optimizer import average_weights, learning_rate_factor, parameter_groups
 from dinocell.training.run_folder import find_checkpoints, load_checkpoint, save_checkpoint
 from dinocell.training.trainer import TrainingInterruptedError, distance_loss, train
@@ -52,6 +57,34 @@ def losses(out: Path) -> list[tuple[int, float]]:
 def finished(blob_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     return out, train(make_config(blob_data, out), shown=False)
+
+
+def test_a_model_knows_its_training_images(finished, blob_data, tmp_path, monkeypatch):
+    assert load_model(finished[1].model_path).statistics is None, "six images are too few"
+    monkeypatch.setattr(familiarity, "_MIN_IMAGES", 6)
+    result = train(make_config(blob_data, tmp_path), shown=False)
+    model = load_model(result.model_path)
+    assert model.statistics.images == 6
+    assert len(model.statistics.mean) == model.backbone.embed_dim
+
+
+def test_training_images_are_looked_at_in_the_middle(blob_data, small_model, monkeypatch):
+    """56 of 64 x 80 px are two windows of 32 px that share 8; the intensities are those of the whole."""
+    monkeypatch.setattr(familiarity, "_MIN_IMAGES", 5)
+    pairs = find_pairs(blob_data / "images", blob_data / "labels", "blobs")
+    shapes, bounds = [], []
+
+    def look(model, image, *, intensity, appearance):
+        shapes.append(image.shape)
+        bounds.append((intensity.low, intensity.high))
+        return predict_distance_map(model, image, intensity=intensity, appearance=appearance)
+
+    monkeypatch.setattr(appearance, "predict_distance_map", look)
+    monkeypatch.setattr(appearance, "_MAX_IMAGES", 5)
+    assert appearance.training_statistics(small_model, pairs).images == 5
+    assert shapes == [(56, 56)] * 5
+    whole = find_range(read_pair(pairs[0])[0], **small_model.config.intensity)
+    assert bounds[0] == (whole.low, whole.high)
 
 
 def train_four_steps(data: Path, out: Path, **changes) -> None:

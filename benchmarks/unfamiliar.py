@@ -1,0 +1,229 @@
+"""How often are images of the training's kind flagged (false alarms), and images of other kinds (hits)?
+
+    python benchmarks/unfamiliar.py                                 # rates of dinocell-tiny; writes results/
+    python benchmarks/unfamiliar.py --describe OUT.safetensors      # the model with statistics fitted anew
+
+The statistics come from the training and validation images of `configs/finetune/dsb2018_tiny.yaml`
+alone; every rate is of images that neither the training nor the fit has seen.  Of images larger than
+`--crop` only the middle is segmented.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import skimage
+from scipy.ndimage import gaussian_filter
+
+from dinocell.io import read_image
+from dinocell.network.familiarity import Appearance
+from dinocell.network.model import load_model, save_model
+from dinocell.pipeline import DINOCellPipeline
+
+HERE = Path(__file__).parent
+DATA = Path(os.environ.get("DINOCELL_DATA", HERE / "../../shared/data"))
+PICTURES = Path(skimage.__file__).parent / "data"
+PHOTOGRAPHS = (
+    "astronaut.png", "brick.png", "camera.png", "chelsea.png", "clock_motion.png", "coffee.png",
+    "coins.png", "grass.png", "gravel.png", "moon.png", "motorcycle_left.png", "motorcycle_right.png",
+    "rocket.jpg",
+)  # fmt: skip
+Named = Iterator[tuple[str, np.ndarray]]
+
+
+def files(pattern: str) -> Named:
+    """Images of the data folder."""
+    for path in sorted(DATA.glob(pattern)):
+        if path.suffix in (".png", ".tif", ".tiff") and "Mask" not in path.name:
+            yield str(path.relative_to(DATA)), read_image(path).pixels
+
+
+def gray_pictures(*names: str) -> Named:
+    """Pictures that scikit-image brings along, their colours averaged."""
+    for name in names:
+        pixels = skimage.io.imread(PICTURES / name)
+        yield name, pixels if pixels.ndim == 2 else pixels[..., :3].mean(axis=2).astype(np.uint8)
+
+
+def quarters(images: Named) -> Named:
+    for name, pixels in images:
+        middle = [size // 2 for size in pixels.shape]
+        for row in (slice(middle[0]), slice(middle[0], None)):
+            for column in (slice(middle[1]), slice(middle[1], None)):
+                yield f"{name} {row.start or 0},{column.start or 0}", pixels[row, column]
+
+
+def stretched(values: np.ndarray) -> np.ndarray:
+    return (255 * (values - values.min()) / np.ptp(values)).astype(np.uint8)
+
+
+def noise() -> Named:
+    """Noise over much of its data type's range, and structures made of noise."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        shape = (256, 256) if seed % 2 else (300, 200)
+        white = rng.standard_normal(shape)
+        yield f"white, 8 bit {seed}", (128 + 40 * white).clip(0, 255).astype(np.uint8)
+        yield f"white, 16 bit {seed}", (30000 + 6000 * white).clip(0, 65535).astype(np.uint16)
+        yield f"uniform {seed}", rng.integers(0, 256, shape).astype(np.uint8)
+        yield f"Poisson, mean 60 {seed}", rng.poisson(60, shape).astype(np.uint8)
+        yield f"exponential {seed}", rng.exponential(30, shape).clip(0, 255).astype(np.uint8)
+        frequency = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, shape), indexing="ij"))
+        frequency[0, 0] = 1.0
+        for power in (1, 2):
+            spectrum = np.fft.fft2(white) / frequency**power
+            yield f"1/f^{power} {seed}", stretched(np.fft.ifft2(spectrum).real)
+        for sigma in (1, 2, 4, 8):
+            yield f"white, blurred by {sigma} px {seed}", stretched(gaussian_filter(white, sigma))
+        for share in (0.1, 0.4):
+            pixels = (100 + 3 * white).astype(np.uint8)
+            drawn = rng.random(shape)
+            pixels[drawn < share / 2], pixels[drawn > 1 - share / 2] = 0, 255
+            yield f"salt and pepper, {share:.0%} {seed}", pixels
+
+
+def faint_noise() -> Named:
+    """Noise as a camera makes it without light: an empty field cannot be told from it."""
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        yield f"Poisson, mean 4 {seed}", rng.poisson(4, (256, 256)).astype(np.uint8)
+        yield f"white, 16 bit {seed}", rng.normal(200, 8, (256, 256)).astype(np.uint16)
+
+
+SETS: dict[str, tuple[str, Callable[[], Named]]] = {
+    "fluorescent nuclei: dsb2018/test": ("own", lambda: files("dsb2018/test/images/*")),
+    "fluorescent nuclei: dsb2018/stardist_test": (
+        "own",
+        lambda: files("dsb2018/stardist_test/images/*"),
+    ),
+    "fluorescent nuclei: bbbc039/test": ("own", lambda: files("bbbc039/test/images/*")),
+    "empty fields: bbbc039/edge_cases": ("own", lambda: files("bbbc039/edge_cases/images/*")),
+    "phase contrast: usiigaci_phase/test": (
+        "foreign",
+        lambda: files("usiigaci_phase/test/images/*"),
+    ),
+    "phase contrast: ctc/c2c12_phase": ("foreign", lambda: files("ctc/c2c12_phase/*/t*.tif")),
+    "bright field: ctc/yeast_baby": ("foreign", lambda: files("ctc/yeast_baby/0?/t*.tif")),
+    "H&E and smears: dsb2018_tissue/test": (
+        "foreign",
+        lambda: files("dsb2018_tissue/test/images/*"),
+    ),
+    "noise": ("foreign", noise),
+    "photographs": ("foreign", lambda: gray_pictures(*PHOTOGRAPHS)),
+    "photographs, quarters": ("foreign", lambda: quarters(gray_pictures(*PHOTOGRAPHS))),
+    "text, immunohistochemistry, retina": (
+        "foreign",
+        lambda: gray_pictures("page.png", "text.png", "ihc.png", "retina.jpg"),
+    ),
+    "stars (Hubble deep field)": ("other", lambda: gray_pictures("hubble_deep_field.jpg")),
+    "noise of a dark camera": ("other", faint_noise),
+    "nuclei and micronuclei: mnfinder": ("other", lambda: files("mnfinder/[vt][ae][ls]*/images/*")),
+    "H2B movie: mitocheck": ("other", lambda: files("unlabelled/mitocheck_movie/*")),
+    "Cell Painting: JUMP, all channels": ("other", lambda: files("cellpainting/jump_A/*")),
+    "Cell Painting: CPJUMP1": ("other", lambda: files("cellpainting/cpjump1*/*")),
+    "Cell Painting: paediatric, all channels": ("other", lambda: files("cellpainting/pedi*/*")),
+    "Cell Painting: NF1": ("other", lambda: files("cellpainting/nf1*/*")),
+    "Cell Painting: BBBC022": ("other", lambda: files("cellpainting/bbbc022*/*")),
+    "multiplexed tissue: codex_experts": ("other", lambda: files("codex_experts/[ncm]*.tif")),
+}
+"""Name → kind (`own` must not be flagged, `foreign` must, `other` has no goal), images."""
+
+
+def wilson(flagged: int, count: int) -> list[float]:
+    """95 % interval of a share (Wilson 1927)."""
+    z = 1.96
+    share = flagged / count
+    centre = share + z**2 / (2 * count)
+    half = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return [
+        round(float(max(0.0, (centre + sign * half) / (1 + z**2 / count))), 4) for sign in (-1, 1)
+    ]
+
+
+def look(pipeline: DINOCellPipeline, name: str, pixels: np.ndarray, crop: int) -> dict:
+    """Segment one image and say how unfamiliar it is."""
+    top, left = (max(0, (size - crop) // 2) for size in pixels.shape[:2])
+    pixels = pixels[top : top + crop, left : left + crop]
+    channels = None if pixels.ndim == 2 else [0, 1, 2]
+    result = pipeline.run(np.ascontiguousarray(pixels), channels=channels, allow_mask=True)
+    notes = [note for note in result.warnings if note.startswith("does not look like")]
+    return {
+        "image": name,
+        "unfamiliar": None if result.unfamiliar is None else round(result.unfamiliar, 3),
+        "cells": result.num_cells,
+        "note": notes[0] if notes else None,
+    }
+
+
+def describe(out: Path) -> None:
+    """Write the bundled model with statistics of its training images."""
+    from dinocell.settings import load_settings
+    from dinocell.training.appearance import training_statistics
+    from dinocell.training.config import TrainConfig
+    from dinocell.training.datasets import split_pairs
+
+    config = load_settings(TrainConfig, HERE.parent / "configs/finetune/dsb2018_tiny.yaml")
+    train, val = split_pairs(config.data, config.seed)
+    model = load_model(config.name)
+    model.statistics = training_statistics(model, [*train, *val], shown=True)
+    save_model(out, model, half=True)
+
+
+def cost(pipeline: DINOCellPipeline) -> dict[str, float]:
+    """Processor seconds of a prediction of 512 x 512 px with and without collecting; best of three."""
+    image = np.random.default_rng(0).random((512, 512), np.float32)
+    seconds = {}
+    for name, appearance in (("without", None), ("with", Appearance())):
+        took = []
+        for _ in range(3):
+            started = time.process_time()
+            pipeline.predict(image, appearance=appearance)
+            took.append(time.process_time() - started)
+        seconds[name] = round(min(took), 3)
+    return seconds
+
+
+def main() -> None:
+    """Look at every set and write the rates."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="dinocell-tiny")
+    parser.add_argument("--crop", type=int, default=360)
+    parser.add_argument("--describe", type=Path)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "unfamiliar.json")
+    options = parser.parse_args()
+    if options.describe:
+        describe(options.describe)
+        return
+    pipeline = DINOCellPipeline(options.model)
+    sets, kinds = {}, {}
+    for name, (kind, images) in SETS.items():
+        rows = [look(pipeline, *image, options.crop) for image in images()]
+        flagged = sum(row["note"] is not None for row in rows)
+        interval = wilson(flagged, len(rows))
+        sets[name] = {"kind": kind, "flagged": flagged, "interval": interval, "images": rows}
+        counts = kinds.setdefault(kind, [0, 0])
+        counts[0] += flagged
+        counts[1] += len(rows)
+        print(
+            f"{name:45} {flagged:3} of {len(rows):3}  [{interval[0]:.3f}, {interval[1]:.3f}]",
+            flush=True,
+        )
+        partial = {"model": options.model, "crop_px": options.crop, "sets": sets}
+        options.out.write_text(json.dumps(partial, indent=1) + "\n", encoding="utf-8")
+    rates = {
+        kind: {"flagged": a, "images": n, "share": round(a / n, 4), "interval": wilson(a, n)}
+        for kind, (a, n) in kinds.items()
+    }
+    print(json.dumps(rates, indent=1))
+    result = {**partial, "cost_s": cost(pipeline), "rates": rates}
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
