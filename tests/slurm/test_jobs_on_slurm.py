@@ -358,13 +358,13 @@ def test_gpu_of_the_site(cluster, tmp_path, pretraining):
 
 @pytest.fixture(scope="module")
 def plate(tmp_path_factory) -> Path:
-    """Forty images and one that is none."""
+    """Eighteen images and one that is none."""
     from dinocell.io import write_image
 
     folder = tmp_path_factory.mktemp("plate")
     rng = np.random.default_rng(5)
     rows, columns = np.mgrid[:96, :96]
-    for index in range(40):
+    for index in range(18):
         image = rng.normal(200, 10, (96, 96))
         for row, column in rng.uniform(12, 84, (6, 2)):
             image[np.hypot(rows - row, columns - column) < 8] += 900
