@@ -143,10 +143,10 @@ def is_slow(test: pytest.Item) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def mini_vit(request, monkeypatch) -> None:
-    """Quick tests train two blocks of width 48; slow ones compare with processes of their own."""
+def mini_vit(request, monkeypatch, small_architecture) -> None:
+    """Quick tests train `vit_test`; slow ones compare with processes of their own."""
     if not is_slow(request.node):
-        monkeypatch.setattr(vision_transformer, "vit_tiny", vision_transformer._vit(48, 2, 3))
+        monkeypatch.setattr(vision_transformer, "vit_tiny", vision_transformer.vit_test)
 
 
 @pytest.fixture
