@@ -33,15 +33,24 @@ def njit(function: Callable[..., Any]) -> Any:
 
 def _keep_on_disk(compiled: Any) -> None:
     """Give a compiled function a cache, whose faults then cost time and nothing else."""
-    try:
-        compiled.enable_caching()
-    except RuntimeError:  # numba found no folder that it can write
-        if not _keep_in_temporary_folder(compiled):
-            _warn_of_compiling_again()
-            return
+    if not _keep_where_numba_does(compiled) and not _keep_in_temporary_folder(compiled):
+        _warn_of_compiling_again()
+        return
     kept = compiled._cache
     kept.load_overload = _forgiving(kept.load_overload)
     kept.save_overload = _forgiving(kept.save_overload)
+
+
+def _keep_where_numba_does(compiled: Any) -> bool:
+    """True if numba found a folder that it can write."""
+    settings: Any = numba.config
+    if not settings.CACHE_DIR and os.path.expanduser("~") == "~":
+        return False  # without a home numba would make a folder named ~ wherever the process runs
+    try:
+        compiled.enable_caching()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _keep_in_temporary_folder(compiled: Any) -> bool:

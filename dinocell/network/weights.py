@@ -23,10 +23,13 @@ RELEASED: dict[str, str] = {
 
 
 def cache_folder() -> Path:
-    """`DINOCELL_WEIGHTS`, else `~/.cache/dinocell/weights`."""
-    return Path(
-        os.environ.get("DINOCELL_WEIGHTS") or Path.home() / ".cache" / "dinocell" / "weights"
-    )
+    """`DINOCELL_WEIGHTS`, else `~/.cache/dinocell/weights`; UsageError without a home."""
+    chosen = os.environ.get("DINOCELL_WEIGHTS")
+    if not chosen and os.path.expanduser("~") == "~":
+        raise UsageError(
+            "the home folder of this user is not known: set DINOCELL_WEIGHTS to the folder for weights"
+        )
+    return Path(chosen or Path.home() / ".cache" / "dinocell" / "weights")
 
 
 def find_weights(name: str | Path) -> Path:

@@ -47,6 +47,19 @@ def test_a_private_folder_is_the_next_place(temporary_folder, caplog):
     assert caching.config.CACHE_DIR == ""
 
 
+def test_no_folder_is_named_after_a_missing_home(temporary_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for an unknown user number
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(
+        caching.CacheImpl,
+        "_locator_classes",
+        [caching.UserProvidedCacheLocator, caching.UserWideCacheLocator],
+    )
+    assert njit(double)(3) == 6
+    assert list(tmp_path.iterdir()) == [temporary_folder]
+
+
 @pytest.mark.parametrize("fault", ["others may write", "a link", "another user's", "no folder"])
 def test_what_others_can_write_is_not_run(temporary_folder, monkeypatch, caplog, fault):
     if fault == "others may write":

@@ -11,6 +11,7 @@ from dinocell.network.backbone import DINOv3Backbone
 from dinocell.network.model import bundled_models
 from dinocell.network.weights import (
     RELEASED,
+    cache_folder,
     convert_weights,
     describe_weights,
     find_weights,
@@ -176,3 +177,10 @@ def test_list_names_what_is_here(capsys, tmp_path):
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     assert "not here" in lines["dinov3_vits16"]
     assert "not here" not in lines["dinov3_vitb16"]
+
+
+def test_without_a_home_the_folder_must_be_named(monkeypatch):
+    monkeypatch.delenv("DINOCELL_WEIGHTS")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for an unknown user number
+    with pytest.raises(UsageError, match="set DINOCELL_WEIGHTS"):
+        cache_folder()
