@@ -7,11 +7,13 @@ evenly in lightness, so that they also read well in gray.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.compilation import njit
 from dinocell.labels import as_labels
-from dinocell.scratch import row_bands
 
 CELL_COLORS: tuple[tuple[int, int, int], ...] = (
     (230, 159, 0),  # orange
@@ -137,10 +139,15 @@ def cell_values(labels: NDArray[np.uint32]) -> NDArray[np.uint32]:
         values = np.unique(labels)
         return values[values > 0]
     present = np.zeros(highest + 1, bool)
-    for rows in row_bands(labels.shape):
-        present[labels[rows].ravel()] = True
+    _mark_values(labels, present)
     present[0] = False
     return np.flatnonzero(present).astype(np.uint32)
+
+
+@njit
+def _mark_values(labels: NDArray[Any], present: NDArray[Any]) -> None:
+    for label in labels.flat:
+        present[label] = True
 
 
 def number_cells(labels: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.intp]]:
@@ -158,22 +165,37 @@ def number_cells(labels: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArra
 
 def _neighbours(indices: NDArray[np.intp], count: int, reach_px: int) -> list[set[int]]:
     """For each cell the cells within `reach_px` (the larger of the row and column distances)."""
-    height, width = indices.shape
-    codes = []
-    for drow in range(reach_px + 1):
-        for dcol in range(-reach_px, reach_px + 1):
-            if (drow == 0 and dcol <= 0) or drow >= height or abs(dcol) >= width:
-                continue
-            left, right = max(0, -dcol), max(0, dcol)
-            one = indices[: height - drow, left : width - right]
-            other = indices[drow:, right : width - left]
-            pairs = (one != other) & (one > 0) & (other > 0)
-            first, second = one[pairs] - 1, other[pairs] - 1
-            codes.append(np.unique(np.minimum(first, second) * count + np.maximum(first, second)))
     result: list[set[int]] = [set() for _ in range(count)]
-    if codes:
-        for code in np.unique(np.concatenate(codes)).tolist():
-            first_cell, second_cell = divmod(code, count)
-            result[first_cell].add(second_cell)
-            result[second_cell].add(first_cell)
+    for code in np.unique(_pair_codes(indices, count, reach_px)).tolist():
+        first_cell, second_cell = divmod(code, count)
+        result[first_cell].add(second_cell)
+        result[second_cell].add(first_cell)
     return result
+
+
+@njit
+def _pair_codes(indices: NDArray[Any], count: int, reach: int) -> NDArray[Any]:
+    """The lower cell times `count` plus the higher one, of pixels of two cells that lie close together."""
+    height, width = indices.shape
+    codes = np.empty(1024, np.int64)
+    num = 0
+    for row in range(height):
+        for col in range(width):
+            here = indices[row, col]
+            if here == 0:
+                continue
+            last = np.int64(-1)
+            for r in range(row, min(row + reach + 1, height)):
+                for c in range(max(col - reach, 0), min(col + reach + 1, width)):
+                    there = indices[r, c]
+                    if there in (0, here) or (r == row and c < col):
+                        continue
+                    code = (min(here, there) - 1) * count + max(here, there) - 1
+                    if code == last:
+                        continue
+                    last = code
+                    if num == len(codes):
+                        codes = np.append(codes, np.empty_like(codes))
+                    codes[num] = code
+                    num += 1
+    return codes[:num]

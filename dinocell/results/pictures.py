@@ -334,7 +334,7 @@ def write_png(path: str | os.PathLike[str], rgb: ArrayLike) -> None:
         )
     with atomic_path(path) as temporary:
         picture = Image.fromarray(np.ascontiguousarray(array))
-        picture.save(temporary, format="PNG", compress_level=4)
+        picture.save(temporary, format="PNG", compress_level=2)
 
 
 # ------------------------------------------------------------------------------------- intensities
@@ -406,13 +406,18 @@ def _compose(array: NDArray[np.generic], limits: Sequence[tuple[float, float]]) 
 def _blocks(array: NDArray, factor: int, combine: np.ufunc, dtype: DTypeLike) -> NDArray:
     """Combine blocks of factor × factor pixels with a ufunc; the last ones may be smaller."""
     rows_px = max(1, _BAND_PX // (factor * array[0].size)) * factor
-    columns = np.arange(0, array.shape[1], factor)
     bands = []
     for rows in row_bands(array.shape, rows_px):
-        band = array[rows].astype(dtype, copy=False)
-        band = combine.reduceat(band, np.arange(0, len(band), factor), axis=0)
-        bands.append(combine.reduceat(band, columns, axis=1))
+        band = _combined_rows(array[rows].astype(dtype, copy=False), factor, combine)
+        bands.append(_combined_rows(band.swapaxes(0, 1), factor, combine).swapaxes(0, 1))
     return np.concatenate(bands)
+
+
+def _combined_rows(array: NDArray, factor: int, combine: np.ufunc) -> NDArray:
+    whole = len(array) // factor * factor
+    blocks = array[:whole].reshape(-1, factor, *array.shape[1:])
+    rest = [combine.reduce(array[whole:], axis=0)[None]] if whole < len(array) else []
+    return np.concatenate([combine.reduce(blocks, axis=1), *rest])
 
 
 def _factor(factor: int) -> int:
