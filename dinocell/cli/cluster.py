@@ -33,8 +33,9 @@ class Resources:
     """What a job asks the cluster for."""
 
     site: str | None = option(
-        "Use this site file, or the one of this name in slurm/sites.  [default: the one that the "
-        "environment variable DINOCELL_SITE names, else the settings of the cluster]"
+        "Use this site file, which describes the jobs of your cluster; a name such as a100 means the file "
+        "slurm/sites/a100.yaml.  [default: the one that the environment variable DINOCELL_SITE names, else "
+        "the settings of the cluster]"
     )
     set_: list[str] | None = option(
         "Replace a key of the site file. Repeat the option for several keys.",
@@ -63,8 +64,8 @@ class Resources:
             return profile
         if (self.gpus or 1) > 1 or (self.nodes or 1) > 1:
             raise UsageError(
-                f"{command} must have one process, got --gpus or --nodes above 1: divide images with "
-                "--shards, which run at once"
+                f"{command} must have one process, got --gpus or --nodes above 1: leave them out, "
+                "or use --shards to run several jobs at the same time"
             )
         return profile.for_one_process()
 
@@ -89,16 +90,19 @@ class Manner:
     """How, and whether, a job is submitted."""
 
     dependency: str | None = option(
-        "Start the job only after another one: its number, or a dependency of SLURM such as afterany:123."
+        "Start the job only after job 123 has succeeded (give 123), or has ended in any way (give "
+        "afterany:123; other dependencies of SLURM are possible, too)."
     )
     logs: Path | None = option(
-        "Write the log files to this folder.  [default: the folder slurm in that of the run]"
+        "Write the log files to this folder.  [default: the subfolder slurm of the run's folder]"
     )
     dry_run: bool = option("Print the sbatch file and submit nothing.", False)
-    local: bool = option("Run the command on this computer, in the way a job would.", False)
+    local: bool = option(
+        "Run the command on this computer, as a job would run it; submit nothing.", False
+    )
     look: bool = option(
-        "Test before submitting whether models, weights and data exist. With --dependency the test is "
-        "left out, because the job before may make them.",
+        "Test before submitting whether models, weights and data exist. With --dependency this test is "
+        "left out, because the earlier job may write them.",
         True,
     )
 
@@ -111,7 +115,7 @@ class Manner:
             given = replace(self, dependency=parse_dependency(self.dependency))
         if self.local and (self.dry_run or self.dependency is not None):
             other = "--dry-run" if self.dry_run else "--dependency"
-            raise UsageError(f"--local must be without {other}, got both: choose one")
+            raise UsageError(f"--local must be without {other}, got both: leave out one of them")
         return given
 
 
@@ -152,7 +156,8 @@ def submit(
         if shards is not None:
             if command != "segment" or array is not None:
                 raise UsageError(
-                    "--shards must come with segment and without --array, got it elsewhere: leave it out"
+                    "--shards must come with segment and without --array, got it with another command or with "
+                    "--array: leave out --shards"
                 )
             parameters = parse(context.args)
             if look_at is not None:
@@ -220,7 +225,8 @@ def _hand_over(
             print(last.text(cancel=[*together, last.job]))
         except UsageError as error:
             raise UsageError(
-                f"{error}; the jobs of the images were submitted all the same: when they have ended, run "
+                f"{error}; the jobs that segment the images were submitted, but not the one that merges their "
+                f"tables: when they have ended, run "
                 f"dinocell {shlex.join(merging.command)}"
             ) from error
 

@@ -30,11 +30,16 @@ class Inputs:
         "Run --model on this folder, which has the subfolders images and labels."
     )
     channels: str | None = option(
-        "Use this channel of multi-channel images, by name or by index from 0. Several, separated by "
-        "commas, are averaged."
+        "Run --model on this channel of multi-channel images: a name, or an index counted from 0. If you "
+        "name several, separated by commas, their average is segmented."
     )
-    page: int | None = option("Use this plane of image stacks, counted from 0.", min=0)
-    precision: str = option("Run --model in fp32, bf16, or auto, as in `segment`.", "auto")
+    page: int | None = option(
+        "Run --model on this plane of image stacks (z or time), counted from 0.", min=0
+    )
+    precision: str = option(
+        "Run --model with this precision: auto, fp32 or bf16 (see `dinocell segment --help`).",
+        "auto",
+    )
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class Scoring:
         names="--iou",
     )
     boundary_tolerance_px: float = option(
-        "Count boundaries as equal up to this distance in px in the boundary F score.", 2.0, min=0
+        "Count a boundary as found if it lies at most this many px from the true one (boundary F score).",
+        2.0,
+        min=0,
     )
 
     def settings(self) -> dict[str, Any]:
@@ -64,10 +71,12 @@ class Scoring:
 class Tuning:
     """The search for thresholds of a model."""
 
-    tune: bool = option("Search the best thresholds of --model on --data first.", False)
+    tune: bool = option(
+        "Search the thresholds with which --model scores best on --data, and use them.", False
+    )
     metric: str = option(
-        "Maximise this score with --tune: ap (mean over the IoU thresholds), apNN such as ap50, seg, det "
-        "or op_csb.",
+        "Maximise this score with --tune: ap (AP, mean over the IoU thresholds), apNN such as ap50 (AP at "
+        "IoU 0.5), seg, det or op_csb.",
         "ap",
     )
     save_to: Path | None = option(
@@ -82,7 +91,9 @@ def evaluate(
     tuning: Tuning,
     out: Path | None = option("Write the scores to this file (.csv or .json).", names="--out -o"),
     allow_missing_predictions: bool = option(
-        "Score an image without prediction as one without cells.", False, "--allow-missing"
+        "Score a missing label image in --pred as an image in which no cell was found.",
+        False,
+        "--allow-missing",
     ),
     device: Device = "auto",
     per_image: bool = option(
@@ -91,10 +102,12 @@ def evaluate(
 ) -> None:
     """Compare label images with the truth: SEG, DET, OP_CSB, AP, PQ, F1, AJI and boundary F.
 
+    Give either label images (`--pred` with `--truth`) or a model (`--model` with `--data`).
+
     Every score is printed twice: pooled over the cells of all images, and as the mean over images.
 
-    `--tune` runs the network once on each image and then searches the thresholds. Use validation
-    images for it, never the test set.
+    `--tune` runs the network once on each image and then searches the thresholds. Tune on validation
+    images, never on the images of a final test.
 
     Example: `dinocell evaluate --pred out --truth data/test/labels`
     """
@@ -129,29 +142,36 @@ def check_evaluation(given: Mapping[str, Any]) -> None:
     if (pred is None) != (truth is None) or (model is None) != (data is None):
         raise UsageError(
             "evaluate must get --pred with --truth, or --model with --data, got half a pair: add the "
-            "other option"
+            "option that is missing"
         )
     if (pred is None) == (model is None):
         raise UsageError(
             "evaluate must get either --pred and --truth or --model and --data, got "
-            f"{'neither' if pred is None else 'both'}: choose one pair"
+            f"{'neither' if pred is None else 'both'}: give one of the two pairs"
         )
     if model is None and (tune or save_to):
-        raise UsageError("--tune must have --model and --data, got --pred: give a model to tune")
+        raise UsageError(
+            "--tune must have --model and --data, got --pred: replace --pred and --truth by --model and --data"
+        )
     if model is None and (given["channels"] is not None or given["page"] is not None):
         raise UsageError(
-            "--channels and --page must have --model and --data, got --pred: label images have one plane"
+            "--channels and --page must have --model and --data, got --pred: leave them out, because label images "
+            "have one plane"
         )
     from dinocell.network.precision import PRECISIONS
 
     if given["precision"] not in PRECISIONS:
         raise UsageError(
-            f"--precision must be one of {', '.join(PRECISIONS)}, got {given['precision']!r}: choose one"
+            f"--precision must be one of {', '.join(PRECISIONS)}, got {given['precision']!r}: give one of these"
         )
     if save_to is not None and not tune:
-        raise UsageError("--save-model must come with --tune, got it alone: add --tune")
+        raise UsageError(
+            "--save-model must come with --tune, got it alone: add --tune, or leave out --save-model"
+        )
     if out is not None and out.suffix not in (".csv", ".json"):
-        raise UsageError(f"--out must end in .csv or .json, got {out}: choose one of the two")
+        raise UsageError(
+            f"--out must end in .csv or .json, got {out}: change the ending of the file name"
+        )
     values = given["iou_thresholds"] or []
     if not all(0 < value <= 1 for value in values):
-        raise UsageError(f"--iou must be above 0 and at most 1, got {values}: 0.5 is usual")
+        raise UsageError(f"--iou must be above 0 and at most 1, got {values}: give for example 0.5")

@@ -39,7 +39,7 @@ class Store:
         "",
     )
     endpoint: str = option("Use the S3 server at this URL.  [default: the server of Amazon]", "")
-    region: str = option("Expect the bucket in this region.", "us-east-1")
+    region: str = option("Expect the bucket in this Amazon region.", "us-east-1")
     signed: bool = option(
         "Sign requests with the credentials of the environment; a public bucket needs none.", False
     )
@@ -81,7 +81,8 @@ class PackFlags:
     """How shards store a field, named as the fields of `PackOptions`."""
 
     bits: int = option(
-        "Store pixels with this many bits: 16, or 8 after scaling to the range of the field.", 16
+        "Store pixels with this many bits: 16, or 8 after scaling to the range of the field's intensities.",
+        16,
     )
     crop_px: int = option(
         "Keep a square of this edge length in px at the centre; 0 packs the whole field.",
@@ -97,7 +98,8 @@ class PackFlags:
 def jump_index(
     *,
     selection: str = argument(
-        "Plates to list. Each part may contain * and ?; the last parts may be left out.",
+        "Plates to list, as folders of the bucket. Each part may contain * and ?; the last parts may be left "
+        "out.",
         metavar="PROJECT/SOURCE/BATCH/PLATE",
     ),
     out: Path = option("Write the index to this file.", ..., "--out -o"),
@@ -163,7 +165,10 @@ class Selection:
     channels: str | None = option(
         "Copy these channels: names joined by +, such as DNA+ER.  [default: those that most fields have]"
     )
-    split: str = option("Copy the plates of this part of the data: ALL, TRAIN or VAL.", "ALL")
+    split: str = option(
+        "Copy the plates of this part of the data: ALL, TRAIN (training) or VAL (validation).",
+        "ALL",
+    )
     limit: int | None = option("Copy only this many fields.  [default: all]", min=1)
     max_lost_share: float = option(
         "Stop if more than this share of the fields (0 to 1) cannot be read.", 0.02

@@ -40,9 +40,10 @@ class SegmentFlags:
     )
     channels: str | None = option(
         "Use this channel of multi-channel images: its name or, if no channel has that name, its index, "
-        "counted from 0. Several, separated by commas, are normalised one by one and then averaged."
+        "counted from 0. If you name several, separated by commas, each is normalised, and then their "
+        "average is segmented."
     )
-    page: int | None = option("Use this plane of image stacks, counted from 0.")
+    page: int | None = option("Use this plane of image stacks (z or time), counted from 0.")
     pixel_size_um: float | None = option(
         "Use this pixel size in µm in place of the one that the file states."
     )
@@ -55,42 +56,46 @@ class SegmentFlags:
         "model's]"
     )
     min_prominence: float | None = option(
-        "Merge a peak of the distance map with a higher one if it rises less than this (0 to 1) above the "
-        "saddle between them.  [default: the model's]"
+        "Merge two peaks of the distance map into one cell if the lower peak rises less than this (0 to 1) "
+        "above the lowest point between them.  [default: the model's]"
     )
     min_area_px: int | None = option(
         "Remove cells that have fewer pixels than this.  [default: the model's]"
     )
     min_score: float = option(
-        "Remove cells whose score is lower than this. The score (0 to 1, column `score` of the table) "
-        "says how well the distance map supports a cell.",
+        "Remove cells whose score is lower than this, for example 0.5. The score (0 to 1) says how well "
+        "the distance map supports a cell; it is the column `score` of NAME_cells.csv.",
         0.0,
     )
     batch_size: int = option("Run the network on this many image windows at once.", 8, min=1)
     tile_px: int | None = option(
-        "Keep images with more pixels than a square of this edge in temporary files and process them band "
-        "by band, to save memory. The result does not change.  [default: 4096]"
+        "Keep an image in temporary files, to save memory, if it has more pixels than a square with this "
+        "edge length in px. The files lie in the folder that the environment variable TMPDIR names, else "
+        "in that of the system. The result does not change.  [default: 4096]"
     )
     precision: str = option(
-        "Compute in fp32, or in bf16, which differs in the third digit; auto takes bf16 where the "
-        "processor is fast at it.",
+        "Compute with numbers of 32 bits (fp32) or 16 bits (bf16: faster on some processors, differs in "
+        "the third digit). The value auto takes bf16 where the processor has a unit for it, else fp32.",
         "auto",
     )
     percentiles: str | None = option(
-        "Scale intensities so that these two percentiles of the image become black and white, such as 1,99; "
-        "pixels without signal (borders, scale bars, hot pixels) never count.  [default: the model's]"
+        "Scale intensities so that these two percentiles of the image become black and white, for example "
+        "1,99. Borders, scale bars and hot pixels are left out before.  [default: the model's]"
     )
     workers: int = option(
-        "Use this many threads to write results while the network processes the next image.",
+        "Use this many threads to measure cells and write results while the network processes the next "
+        "image.",
         1,
         min=0,
     )
-    overlay: bool = option("Write NAME_overlay.png, the image with outlines of the cells.", True)
-    report: bool = option("Write report.html, a page that shows the results.", False)
-    resume: bool = option(
-        "Skip unchanged images whose results the output folder already has.", False
+    overlay: bool = option(
+        "Write NAME_overlay.png: image, outlines, coloured labels and distance map.", True
     )
-    overwrite: bool = option("Replace results that the output folder has.", False)
+    report: bool = option("Write report.html, a page that shows the results of all images.", False)
+    resume: bool = option(
+        "Skip images that have not changed and whose results are in the output folder.", False
+    )
+    overwrite: bool = option("Replace the results in the output folder.", False)
     allow_mask: bool = option("Accept images that look like masks or label images.", False)
 
     def for_batch(self) -> SegmentOptions:
@@ -110,7 +115,7 @@ def _two_numbers(text: str) -> tuple[float, float]:
         low, high = map(float, text.split(","))
     except ValueError as error:
         raise UsageError(
-            f"`percentiles` must be two numbers with a comma between, got {text!r}: 1,99.8 is usual"
+            f"`percentiles` must be two numbers with a comma between, got {text!r}: write for example 1,99.8"
         ) from error
     return low, high
 
@@ -154,8 +159,8 @@ def segment(
     """Find the cells in images; write label images, measurements and outlines.
 
     Each image gives `NAME_labels.tif` (0 is background, 1 to n are the cells; 16 bit, or 32 bit for
-    more than 65,535 cells), `NAME_cells.csv` and `NAME_overlay.png`. `summary.csv` has one line for
-    each image.
+    more than 65,535 cells), `NAME_cells.csv` (one row for each cell) and `NAME_overlay.png`. `summary.csv` has one row for
+    each image; its column `quality` is the mean score of the cells.
 
     If an image cannot be read, the others are still segmented; the failed images are listed at the
     end and the exit code is 1.

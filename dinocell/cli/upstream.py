@@ -12,7 +12,7 @@ from dinocell.cli.options import App, option
 
 app = App(
     name="upstream",
-    help="Apply our additions to a checkout of Meta's DINOv3, undo, rebase and verify them.",
+    help="Put DINOCell's additions on a git checkout of Meta's DINOv3; test, move and remove them.",
     no_args_is_help=True,
 )
 
@@ -30,9 +30,9 @@ SeriesFolder = Annotated[
 
 @app.command("status")
 def upstream_status(checkout: Checkout, series: SeriesFolder = None) -> None:
-    """Show the release of a checkout, which patches apply to it and which are applied.
+    """Show the commit of a checkout, which patches can be applied and which are applied.
 
-    The exit code is 1 if a patch does not apply.
+    The exit code is 1 if a patch cannot be applied.
 
     Example: `dinocell upstream status --checkout ../dinov3`
     """
@@ -54,7 +54,7 @@ def upstream_apply(
     ),
     series: SeriesFolder = None,
 ) -> None:
-    """Add our files and patches to a clean checkout, either all of them or none.
+    """Add DINOCell's files and patches to a checkout without changes; add all of them or none.
 
     Example: `dinocell upstream apply --checkout ../dinov3 --out ../dinov3-cells`
     """
@@ -69,7 +69,7 @@ def upstream_apply(
 
 @app.command("undo")
 def upstream_undo(checkout: Checkout, series: SeriesFolder = None) -> None:
-    """Remove our lines and files from a checkout; nothing else changes.
+    """Remove DINOCell's lines and files from a checkout; change nothing else.
 
     Example: `dinocell upstream undo --checkout ../dinov3`
     """
@@ -82,15 +82,18 @@ def upstream_undo(checkout: Checkout, series: SeriesFolder = None) -> None:
 @app.command("rebase")
 def upstream_rebase(
     checkout: Checkout,
-    onto: str = option("Move the patches onto this commit, tag or branch of the checkout.", ...),
+    onto: str = option("Move the patches to this commit, tag or branch of the checkout.", ...),
     dry_run: bool = option("Show what would happen to each patch; write nothing.", False),
-    verify: bool = option("Run the conformance suite before the new patches are written.", True),
+    verify: bool = option(
+        "Run the tests of `dinocell upstream verify` before the new patches are written.", True
+    ),
     series: SeriesFolder = None,
 ) -> None:
-    """Move the patches onto another commit of upstream; write them only if every check passes.
+    """Change the patches so that they fit another commit of Meta's repository.
 
-    The checkout does not change. After a conflict the exit code is 1, and both versions of each place
-    are printed.
+    The patches are written only if every check passes; the checkout does not change. If lines cannot
+    be placed (a conflict), the exit code is 1 and both versions of each place are printed;
+    docs/upstream.md says what to do then.
 
     Example: `dinocell upstream rebase --checkout ../dinov3 --onto origin/main`
     """
@@ -118,7 +121,7 @@ def upstream_rebase(
 
 @app.command("refresh")
 def upstream_refresh(checkout: Checkout, series: SeriesFolder = None) -> None:
-    """Write the patches again from the marked lines of a checkout that you edited.
+    """Write the patches again from the marked lines of a checkout that you edited by hand.
 
     Example: `dinocell upstream refresh --checkout ../dinov3`
     """
@@ -131,15 +134,17 @@ def upstream_refresh(checkout: Checkout, series: SeriesFolder = None) -> None:
 @app.command("verify")
 def upstream_verify(
     context: typer.Context,
-    tree: Path = option("Test the package dinov3 in this folder.", ...),
+    tree: Path = option(
+        "Test the package dinov3 in this folder, for example the one that apply wrote.", ...
+    ),
     keyword: str = option(
         "Run only tests that match this expression, as with pytest -k.", "", "-k"
     ),
 ) -> None:
-    """Test a DINOv3 tree: names, numbers, a training step, checkpoints and our additions.
+    """Test a DINOv3 tree: names, numbers, a training step, checkpoints and DINOCell's additions.
 
-    Where torchvision is not installed, stand-ins replace it.  Exit code 1 if a test failed or did not
-    run.
+    If torchvision is not installed, small replacements of its functions are used. The exit code is 1
+    if a test failed or did not run.
 
     Example: `dinocell upstream verify --tree ../dinov3-cells`
     """

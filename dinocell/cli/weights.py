@@ -16,7 +16,7 @@ app = App(
 
 @app.command("list")
 def weights_list() -> None:
-    """List the bundled models with their scores, and the released DINOv3 backbones.
+    """List the bundled models with their scores, and the DINOv3 backbones that Meta released.
 
     Example: `dinocell weights list`
     """
