@@ -65,7 +65,7 @@ class Resources:
         if (self.gpus or 1) > 1 or (self.nodes or 1) > 1:
             raise UsageError(
                 f"{command} must have one process, got --gpus or --nodes above 1: leave them out, "
-                "or use --shards to run several jobs at the same time"
+                "or divide images with --shards into several jobs"
             )
         return profile.for_one_process()
 
