@@ -51,14 +51,6 @@ def gray_pictures(*names: str) -> Named:
         yield name, pixels if pixels.ndim == 2 else pixels[..., :3].mean(axis=2).astype(np.uint8)
 
 
-def quarters(images: Named) -> Named:
-    for name, pixels in images:
-        middle = [size // 2 for size in pixels.shape]
-        for row in (slice(middle[0]), slice(middle[0], None)):
-            for column in (slice(middle[1]), slice(middle[1], None)):
-                yield f"{name} {row.start or 0},{column.start or 0}", pixels[row, column]
-
-
 def stretched(values: np.ndarray) -> np.ndarray:
     return (255 * (values - values.min()) / np.ptp(values)).astype(np.uint8)
 
@@ -109,14 +101,13 @@ SETS: dict[str, tuple[str, Callable[[], Named]]] = {
         lambda: files("usiigaci_phase/test/images/*"),
     ),
     "phase contrast: ctc/c2c12_phase": ("foreign", lambda: files("ctc/c2c12_phase/*/t*.tif")),
-    "bright field: ctc/yeast_baby": ("foreign", lambda: files("ctc/yeast_baby/0?/t*.tif")),
+    "bright field: ctc/yeast_baby": ("other", lambda: files("ctc/yeast_baby/0?/t*.tif")),
     "H&E and smears: dsb2018_tissue/test": (
         "foreign",
         lambda: files("dsb2018_tissue/test/images/*"),
     ),
     "noise": ("foreign", noise),
     "photographs": ("foreign", lambda: gray_pictures(*PHOTOGRAPHS)),
-    "photographs, quarters": ("foreign", lambda: quarters(gray_pictures(*PHOTOGRAPHS))),
     "text, immunohistochemistry, retina": (
         "foreign",
         lambda: gray_pictures("page.png", "text.png", "ihc.png", "retina.jpg"),
@@ -193,7 +184,7 @@ def main() -> None:
     """Look at every set and write the rates."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="dinocell-tiny")
-    parser.add_argument("--crop", type=int, default=360)
+    parser.add_argument("--crop", type=int, default=224)
     parser.add_argument("--describe", type=Path)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "unfamiliar.json")
     options = parser.parse_args()

@@ -65,6 +65,12 @@ def test_finds_the_nuclei(result):
     assert not read_labels(result.batch.out / "empty_labels.tif").any()
 
 
+def test_samples_of_other_kinds_are_flagged(result):
+    flagged = {row["name"] for row in result.batch.rows if row["unfamiliar"] > 1}
+    assert flagged == {"phase_contrast", "tissue"}
+    assert result.batch.text().count("does not look like what dinocell-tiny was trained on") == 2
+
+
 def test_text(result):
     text = result.text()
     assert "cells found in 6 images" in text

@@ -98,9 +98,11 @@ def test_the_limit_leaves_a_margin_over_images_of_the_same_kind(statistics):
     new = 10 + np.array([3.0, 1, 1, 1, 1, 1]) * rng.standard_normal((200, 6))
     distances = statistics.distance(new)
     assert distances.max() < statistics.limit
-    assert statistics.limit == pytest.approx(2.5 * np.quantile(distances, 0.95), rel=0.2)
+    assert statistics.limit == pytest.approx(3 * np.quantile(distances, 0.95), rel=0.2)
     odd = fit_statistics([*training_images(), *(seen(np.full(6, 10.0 + 40 * i)) for i in range(6))])
     assert odd.limit < 1.2 * statistics.limit, "six odd ones among 206 do not set the limit"
+    far = np.full((1, 6), 200.0)
+    assert odd.distance(far) == pytest.approx(statistics.distance(far), rel=0.2), "nor the spread"
 
 
 def test_fewer_than_ten_images_with_signal_are_not_described():
@@ -191,3 +193,10 @@ def test_damaged_statistics_are_refused(statistics, damage):
     for other in (None, 3, [1], {}):
         with pytest.raises(CheckpointError, match="must be finite numbers"):
             TrainingStatistics.from_mapping(other, "some.safetensors")
+
+
+def test_the_limit_comes_from_images_that_the_fit_has_not_seen():
+    """Twelve images in 50 dimensions: what a fit has seen lies near it, whatever it is."""
+    features = np.random.default_rng(3).standard_normal((12, 50))
+    fitted = fit_statistics([seen(row) for row in features])
+    assert fitted.limit / 3 > 1.1 * fitted.distance(features).max()

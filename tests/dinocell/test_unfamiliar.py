@@ -1,0 +1,30 @@
+"""Images of another kind are flagged, images of the training's kind are not: on real images."""
+
+import numpy as np
+import pytest
+
+from dinocell.io import find_images, read_image
+from dinocell.pipeline import DINOCellPipeline
+
+# Set → least and largest share of flagged images; `benchmarks/unfamiliar.py` looks at more.
+SETS = {
+    "dsb2018/test/images": (0.0, 0.04),
+    "bbbc039/test/images": (0.0, 0.0),
+    "bbbc039/edge_cases/images": (0.0, 0.0),
+    "dsb2018_tissue/test/images": (0.95, 1.0),
+    "usiigaci_phase/test/images": (0.95, 1.0),
+    "ctc/c2c12_phase/01": (0.95, 1.0),
+}
+
+
+@pytest.mark.slow
+def test_shares_of_flagged_images(data_dir):
+    pipeline = DINOCellPipeline()
+    for name, (least, most) in SETS.items():
+        flagged = []
+        for path in find_images([data_dir / name]):
+            middle = read_image(path).pixels[:360, :360]
+            channels = None if middle.ndim == 2 else [0, 1, 2]
+            flagged.append(pipeline.run(middle, channels=channels).unfamiliar > 1)
+        assert len(flagged) >= 3
+        assert least <= np.mean(flagged) <= most, name
