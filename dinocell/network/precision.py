@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -15,6 +17,8 @@ def has_bf16_unit(device: torch.device) -> bool:
     A CPU does so with AMX or AVX512-BF16; elsewhere torch emulates, which took 44 times as long as
     float32.  An NVIDIA GPU does so since Ampere (compute capability 8.0).
     """
+    import torch
+
     if device.type == "cpu":
         flags = torch.cpu.get_capabilities()
         return bool(flags.get("amx_bf16") or flags.get("avx512_bf16"))
@@ -37,6 +41,8 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
         raise ValueError(
             f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}: choose one"
         )
+    import torch
+
     if precision == "fp32" or (precision == "auto" and not has_bf16_unit(device)):
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)

@@ -437,12 +437,13 @@ def test_the_module_is_the_command():
 
 
 @pytest.mark.slow
-def test_a_tree_without_our_part_segments_and_says_what_it_lacks(model_path, two, tmp_path):
+def test_a_tree_without_our_part_segments_and_says_what_it_lacks(small_model, two, tmp_path):
     """Upstream's tree as Meta releases it."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "dinov3_modified", tree, ignore=shutil.ignore_patterns("cells"))
+    save_model(tmp_path / "m.safetensors", small_model)
     command = ("-m", "dinocell", "segment", two / "images", "-o", tmp_path / "out", "--model")
-    done = in_a_process(*command, model_path, DINOCELL_DINOV3=str(tree))
+    done = in_a_process(*command, tmp_path / "m.safetensors", DINOCELL_DINOV3=str(tree))
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*_labels.tif"))) == 2
     (tmp_path / "b.pth").write_bytes(b"weights")
@@ -460,6 +461,8 @@ def test_a_process_of_its_own_and_light_import():
         "heavy = [m for m in ('torch', 'numba', 'skimage', 'cv2', 'matplotlib', 'wandb', 'boto3')"
         " if m in sys.modules]\n"
         "assert not heavy, heavy\n"
+        "import dinocell.evaluation, dinocell.cli.evaluate, dinocell.network.precision\n"
+        "assert 'torch' not in sys.modules\n"
         "from dinocell.cli import main\n"
         "main(['--version'])\n"
     )
