@@ -40,7 +40,7 @@ Named = Iterator[tuple[str, np.ndarray]]
 def files(pattern: str) -> Named:
     """Images of the data folder."""
     for path in sorted(DATA.glob(pattern)):
-        if path.suffix in (".png", ".tif", ".tiff") and "Mask" not in path.name:
+        if path.suffix.lower() in (".png", ".tif", ".tiff") and "Mask" not in path.name:
             yield str(path.relative_to(DATA)), read_image(path).pixels
 
 
@@ -121,7 +121,6 @@ SETS: dict[str, tuple[str, Callable[[], Named]]] = {
     "Cell Painting: paediatric, all channels": ("other", lambda: files("cellpainting/pedi*/*")),
     "Cell Painting: NF1": ("other", lambda: files("cellpainting/nf1*/*")),
     "Cell Painting: BBBC022": ("other", lambda: files("cellpainting/bbbc022*/*")),
-    "multiplexed tissue: codex_experts": ("other", lambda: files("codex_experts/[ncm]*.tif")),
 }
 """Name → kind (`own` must not be flagged, `foreign` must, `other` has no goal), images."""
 
