@@ -27,7 +27,8 @@ logger = logging.getLogger("dinocell")
 def njit(function: Callable[..., Any]) -> Any:
     """Compile a function at its first call, keep the result on disk if possible, and run it without the GIL."""
     compiled = numba.njit(nogil=True)(function)
-    _keep_on_disk(compiled)
+    if hasattr(compiled, "enable_caching"):  # NUMBA_DISABLE_JIT gives the function itself
+        _keep_on_disk(compiled)
     return compiled
 
 
@@ -58,6 +59,8 @@ def _keep_in_temporary_folder(compiled: Any) -> bool:
 
     numba runs what it finds in its cache, so a folder that another user made is not used.
     """
+    if not hasattr(os, "getuid"):
+        return False
     settings: Any = numba.config
     chosen = settings.CACHE_DIR
     try:

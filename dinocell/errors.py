@@ -36,6 +36,10 @@ class ImageFileError(DINOCellError):
     """An image file is missing, unreadable, truncated, or does not hold a 2-D image."""
 
 
+class ScratchSpaceError(DINOCellError):
+    """The folder for temporary files has no room for the planes of a large image."""
+
+
 class CheckpointError(DINOCellError):
     """A model file or checkpoint is truncated, pickled, or of another architecture."""
 

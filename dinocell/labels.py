@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.errors import DataSetError
-from dinocell.scratch import all_finite, contiguous, row_bands, sampled_rows
+from dinocell.scratch import all_finite, contiguous, row_bands, sampled_blocks
 
 _UINT32_MAX = 2**32 - 1
 
@@ -145,7 +145,7 @@ def looks_like_labels(pixels: NDArray[Any]) -> bool:
     pixels = np.asarray(pixels)
     if pixels.dtype.kind not in "buif" or pixels.size == 0 or pixels.ndim not in (2, 3):
         return False
-    pixels = sampled_rows(pixels)
+    pixels = sampled_blocks(pixels)
     if pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8:
         pixels = pixels.astype(np.int64) @ np.array([65536, 256, 1])
     elif pixels.ndim != 2:

@@ -7,22 +7,24 @@ it is itself, so that whoever makes the first array decides for all of them.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from dinocell.errors import DINOCellError
+from dinocell.errors import ScratchSpaceError
 
 TILE_PX = 4096
 """An image with more pixels than a square of this edge is kept in a temporary file."""
 
 _BAND_PX = 2**22
-_SAMPLE_BANDS = 32
+_BLOCK_PX = 64
+_CHUNK = bytes(2**20)
 
 
 def is_large(shape: tuple[int, ...], tile_px: int | None = None) -> bool:
@@ -44,23 +46,35 @@ def zeros_in_file(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
 
     Raises
     ------
-    DINOCellError
+    ScratchSpaceError
         The folder for temporary files (TMPDIR) has no room for it, or cannot be written.
     """
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     try:
         with tempfile.TemporaryFile() as file:
-            # A file with holes would kill the process at the write that finds the disk full.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
+            _reserve(file, size)
             return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
     except OSError as error:
-        raise DINOCellError(
-            f"a large image needs {size / 1e9:.1f} GB in '{tempfile.gettempdir()}', which cannot be written "
-            f"({error.strerror or error}): free space there, or set TMPDIR to a folder that has it"
+        raise ScratchSpaceError(
+            f"a large image needs {size / 1e9:.1f} GB more in the folder for temporary files "
+            f"({os.environ.get('TMPDIR') or '/tmp'}), in all 20 bytes for each pixel, but it cannot be "
+            f"written ({error.strerror or error}): free space there, or set TMPDIR to a folder that has it"
         ) from error
+
+
+def _reserve(file: Any, size: int) -> None:
+    """Give a file its blocks: with holes, the write that finds the disk full would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+        else:
+            return
+    for start in range(0, size, len(_CHUNK)):
+        file.write(_CHUNK[: size - start])
+    file.flush()
 
 
 def zeros_like(array: NDArray[Any], shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -76,7 +90,7 @@ def empty_image(shape: tuple[int, ...], dtype: DTypeLike, tile_px: int | None) -
 def contiguous(array: NDArray[Any], dtype: DTypeLike | None = None) -> NDArray[Any]:
     """The same values, C-contiguous and of `dtype`: `array` itself, or a copy stored as it is."""
     wanted = array.dtype if dtype is None else np.dtype(dtype)
-    if not in_file(array):
+    if not array.size or not in_file(array):
         return np.ascontiguousarray(array, wanted)
     if array.flags.c_contiguous and array.dtype == wanted:
         return array
@@ -105,14 +119,36 @@ def all_finite(array: NDArray[Any]) -> bool:
     return all(bool(np.isfinite(array[rows]).all()) for rows in row_bands(array.shape))
 
 
-def sampled_rows(image: NDArray[Any]) -> NDArray[Any]:
-    """The image itself, or of a large one 32 bands of rows, from the first to the last, one below the other.
+def sampled_blocks(image: NDArray[Any]) -> NDArray[Any]:
+    """The image itself, or of a large one as many pixels as a square of edge `TILE_PX` has.
 
-    The choice depends on the size alone, so that the same image is always seen alike.
+    These are blocks of 64 x 64 px on an even lattice, put side by side.  The choice depends on the size
+    alone, so that the same image is always seen alike.
     """
     if not is_large(image.shape):
         return image
+    sides = [min(_BLOCK_PX, side) for side in image.shape[:2]]
+    count = TILE_PX**2 // (sides[0] * sides[1])
     height, width = image.shape[:2]
-    rows = max(1, TILE_PX**2 // width // _SAMPLE_BANDS)
-    starts = np.linspace(0, height - rows, _SAMPLE_BANDS).astype(int)
-    return np.concatenate([image[start : start + rows] for start in starts])
+    num_rows = min(max(1, round((count * height / width) ** 0.5)), height // sides[0])
+    num_cols = min(max(1, count // num_rows), width // sides[1])
+    tops = np.linspace(0, height - sides[0], num_rows).astype(int)
+    lefts = np.linspace(0, width - sides[1], num_cols).astype(int)
+    return np.concatenate(
+        [
+            np.concatenate(
+                [image[top : top + sides[0], left : left + sides[1]] for left in lefts], 1
+            )
+            for top in tops
+        ]
+    )
+
+
+def picked(array: NDArray[Any], channels: Sequence[int]) -> NDArray[Any]:
+    """`array[..., channels]`, stored as the array is."""
+    if not in_file(array):
+        return array[..., list(channels)]
+    chosen = zeros_in_file((*array.shape[:-1], len(channels)), array.dtype)
+    for place, channel in enumerate(channels):
+        copied(array[..., channel], chosen[..., place])
+    return chosen

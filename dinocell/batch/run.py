@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from dinocell.batch.journal import (
 from dinocell.batch.library_warnings import LibraryWarnings
 from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions, check_call
 from dinocell.batch.report import REPORT_LIMIT, write_report_page
-from dinocell.errors import DINOCellError
+from dinocell.errors import DINOCellError, ScratchSpaceError
 from dinocell.files import remove_temporary_files, write_text_atomically
 from dinocell.io import refuse_long_names
 from dinocell.network.model import DINOCell, load_model
@@ -59,8 +59,8 @@ _GIVEN_UP = (
     f"the image must fit into the memory, got a process killed {MAX_KILLS} times while it read or "
     "segmented this image: raise mem, set a smaller `tile_px`, or check the file"
 )
-# Errors that cost one image and not the batch; a GPU out of memory is a RuntimeError.
-_IMAGE_ERRORS = (DINOCellError, ValueError, OSError, MemoryError, RuntimeError)
+# What costs one image and not the batch: anything, as decoders and OpenCV have errors of their own.
+_IMAGE_ERRORS = (Exception,)
 
 
 @dataclass(frozen=True)
@@ -220,12 +220,13 @@ def _segment_claimed(
 _Read = tuple[LoadedImage, dict[str, Any]]
 
 
-def _is_small(path: Path) -> bool:
-    """Whether an image may wait in memory for the network."""
+def _are_small(read: Future[_Read], following: Path) -> bool:
+    """Whether the next image may wait in memory for the network, judged by its file and the last image."""
     try:
-        return path.stat().st_size < _MAX_WAITING_BYTES // 8
-    except OSError:
-        return True  # reading it says why
+        sizes = [following.stat().st_size, read.result()[0].plane.nbytes]
+    except _IMAGE_ERRORS:
+        return True  # who uses them says why
+    return max(sizes) < _MAX_WAITING_BYTES // 8
 
 
 class _Batch:
@@ -271,7 +272,8 @@ class _Batch:
                 if alone:
                     self._collect(0, bar)  # so that none is blamed for another
                 read = ahead.pop(path, None) or reader.submit(self._read, path)
-                if following and following.stem not in suspects and _is_small(following):
+                wait([read])
+                if following and following.stem not in suspects and _are_small(read, following):
                     ahead[following] = reader.submit(self._read, following)
                 predicted = self._predict(path, read)
                 if predicted is None:
@@ -385,6 +387,8 @@ def _stop_if_all_would_fail(error: Exception) -> None:
     causes: list[BaseException | None] = [error]
     while causes[-1] is not None:  # writers wrap it in sentences of their own
         causes.append(causes[-1].__cause__)
+    if isinstance(error, ScratchSpaceError):
+        return  # a smaller image may fit
     if any(isinstance(cause, OSError) and cause.errno in _LASTING for cause in causes):
         raise DINOCellError(
             f"the results could not be written ({text}); finished images were kept. Free space or "

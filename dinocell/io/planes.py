@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dinocell.errors import ImageFileError, UsageError
+from dinocell.scratch import picked
 
 MAX_PIXELS: int = 2 * 10**9
 """Largest height times width that is read: 44,721 × 44,721.  Pixels are numbered by 32-bit integers."""
@@ -130,7 +131,7 @@ def select_channels(
     _refuse_text(channels)
     stack = pixels[..., None] if pixels.ndim == 2 else pixels
     positions = channel_positions(stack.shape[2], names, channels)
-    return stack[..., positions[0]] if len(positions) == 1 else stack[..., positions]
+    return stack[..., positions[0]] if len(positions) == 1 else picked(stack, positions)
 
 
 def _refuse_text(channels: Sequence[int | str] | None) -> None:

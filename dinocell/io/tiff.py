@@ -25,7 +25,7 @@ from dinocell.io.planes import (
     check_size,
     num_planes,
 )
-from dinocell.scratch import copied, empty_image, is_large, zeros_in_file
+from dinocell.scratch import copied, empty_image, is_large, picked, zeros_in_file
 
 _METRIC = (
     *(("", "", 1e6), ("d", "deci", 1e5), ("c", "centi", 1e4), ("m", "milli", 1e3)),
@@ -117,7 +117,7 @@ def read_tiff(path: Path, wanted: Selection) -> RawImage:
             ]
             if alpha:
                 keep = [i for i in range(pixels.shape[2]) if pixels.shape[2] - 1 - i not in alpha]
-                pixels = pixels[..., keep]
+                pixels = picked(pixels, keep)
             is_rgb = int(keyframe.photometric) in (2, 6) and pixels.shape[2] == 3
             names = RGB_NAMES if is_rgb else None
             if pixels.shape[2] == 1:

@@ -428,17 +428,16 @@ def _moment_columns(runs: Runs, position: Mapping[str, _Array]) -> dict[str, NDA
 def _intensity_columns(runs: Runs, channel: _Array, suffix: str) -> dict[str, NDArray[np.float64]]:
     length = runs.stop - runs.start
     end = np.cumsum(length)
-    flat = np.ascontiguousarray(channel).reshape(-1)
     statistics = np.empty((len(runs.label), len(_STATISTICS)))
     ends = np.append(0, end)[runs.first]  # where a cell's pixels end among those of all cells
     first = 0
     while first < len(runs.label):  # some cells at a time, or one that is larger
         stop = max(first + 1, int(np.searchsorted(ends, ends[first] + _GATHERED_PX)) - 1)
         part = slice(runs.first[first], runs.first[stop])
+        rows = np.repeat(runs.row[part], length[part])
         begin = end[part] - length[part] - ends[first]
-        offset = runs.row[part] * runs.shape[1] + runs.start[part] - begin
-        pixel = np.arange(ends[stop] - ends[first]) + np.repeat(offset, length[part])
-        values = flat[pixel].astype(np.float64)
+        cols = np.arange(len(rows)) + np.repeat(runs.start[part] - begin, length[part])
+        values = channel[rows, cols].astype(np.float64)
         statistics[first:stop] = _statistics(values, ends[first : stop + 1] - ends[first])
         first = stop
     return {

@@ -267,7 +267,9 @@ def _details(
     """Captions and contours at full size of squares from the fullest part to one of few cells."""
     side_px = min(side_px, _DETAIL_PX, *labels.shape)
     rows = row_bands(labels.shape, side_px)
-    covered = np.concatenate([mean_blocks(labels[band] != 0, side_px) for band in rows])
+    covered = np.concatenate(
+        [mean_blocks((labels[band] != 0).astype(np.float32), side_px) for band in rows]
+    )
     covered = covered[: labels.shape[0] // side_px, : labels.shape[1] // side_px]
     order = np.argsort(-covered, axis=None, kind="stable")[: max(1, np.count_nonzero(covered))]
     limits = _limits(array, _LOW_PERCENT, _HIGH_PERCENT)

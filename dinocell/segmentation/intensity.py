@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.scratch import all_finite, row_bands, sampled_rows
+from dinocell.scratch import all_finite, row_bands, sampled_blocks
 
 # Second difference along both axes: zero on planes and straight edges, so what is left is noise.
 _NOISE_KERNEL = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=np.float32)
@@ -138,8 +138,8 @@ def find_range(
     Parameters
     ----------
     image : (H, W) ndarray
-        Boolean, integer or float, finite.  Of an image of more than 4096 x 4096 pixels, bands of rows that
-        lie evenly and have as many pixels are looked at.
+        Boolean, integer or float, finite.  Of an image of more than 4096 x 4096 pixels, blocks of 64 x 64 px
+        that lie evenly and have as many pixels together are looked at.
     low_percentile, high_percentile : float
         0 <= low < high <= 100.
     min_contrast_sigma : float
@@ -159,7 +159,7 @@ def find_range(
             "`image` must be finite, got NaN or infinite pixels: replace them, for example with "
             "numpy.nan_to_num"
         )
-    whole, image = image, sampled_rows(image)
+    whole, image = image, sampled_blocks(image)
     if image.dtype == np.bool_:
         image = image.astype(np.uint8)
     floor, ceiling = _cuts(whole, image)
@@ -177,7 +177,7 @@ def find_range(
     spike = np.inf
     if high <= low:
         # More than high_percentile of the pixels are alike: what differs is the signal.
-        low, high = float(inside.min()), float(inside.max())
+        low, high = max(float(whole.min()), floor), min(float(whole.max()), ceiling)
         if high <= low:
             return IntensityRange(low, low, floor, ceiling, notes=tuple(notes))
     else:

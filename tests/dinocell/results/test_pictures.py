@@ -482,3 +482,9 @@ def test_large_images_show_details_at_full_size_and_shrink_in_bands(monkeypatch)
     assert len(contour_rows(panel)) == 5 + 20  # shrunk by 4, and below that as they are
     monkeypatch.setattr("dinocell.results.pictures._BAND_PX", 700)
     np.testing.assert_array_equal(overlay_panel(image, labels, max_panel_px=100), panel)
+
+
+def test_details_of_an_image_of_one_row():
+    labels = np.zeros((1, 5000), np.uint32)
+    labels[0, 40:60] = 1
+    assert overlay_panel(labels, labels, max_panel_px=1000).ndim == 3

@@ -10,8 +10,10 @@ import pytest
 import tifffile
 
 from dinocell import scratch
-from dinocell.errors import DINOCellError
-from dinocell.io import read_image, read_labels
+from dinocell.batch.options import SegmentOptions
+from dinocell.batch.run import segment_files
+from dinocell.errors import ScratchSpaceError
+from dinocell.io import read_image, read_labels, write_image
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.intensity import IntensityRange, find_range
@@ -117,25 +119,78 @@ def test_large_label_images_are_read_from_files(tmp_path, monkeypatch):
     np.testing.assert_array_equal(read, labels)
 
 
-def test_a_full_disk_for_temporary_files_is_one_sentence(monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(DINOCellError, match=r"needs 4\.0 GB in .*No space left.*TMPDIR"):
+
+def test_a_full_disk_for_temporary_files_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", full_disk)
+    with pytest.raises(ScratchSpaceError, match=r"needs 4\.0 GB more.*No space left.*TMPDIR"):
         scratch.zeros_in_file((1000, 1000, 1000), np.float32)
 
 
-def test_large_images_are_judged_by_bands_of_their_rows(monkeypatch):
+def test_file_systems_that_cannot_reserve_get_zeros(monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    array = scratch.zeros_in_file((1200, 1000), np.float32)
+    assert not array.any()
+    array += 1
+    assert array.sum() == array.size
+    assert scratch.contiguous(array[:0], np.uint8).shape == (0, 1000)
+
+
+def test_an_image_without_room_leaves_the_others(tmp_path, small_model, monkeypatch):
+    for name, size in (("a", 200), ("b", 40)):
+        write_image(tmp_path / "in" / f"{name}.tif", field()[:size, :size])
+    monkeypatch.setattr(os, "posix_fallocate", full_disk)
+    options = SegmentOptions(tile_px=50)
+    result = segment_files(
+        [tmp_path / "in" / "a.tif", tmp_path / "in" / "b.tif"],
+        tmp_path / "out",
+        options,
+        model=small_model,
+        shown=False,
+    )
+    assert [row["name"] for row in result.rows] == ["b"]
+    assert "set TMPDIR" in result.failures[0][1]
+
+
+def test_chosen_channels_of_an_array_in_a_file_stay_there(tmp_path):
+    colours = np.stack([field()] * 3, axis=-1)
+    np.save(tmp_path / "a.npy", colours)
+    read = read_image(tmp_path / "a.npy", channels=[2, 0], tile_px=50).pixels
+    assert scratch.in_file(read)
+    np.testing.assert_array_equal(read, colours[..., [2, 0]])
+
+
+def test_large_images_are_judged_by_blocks(monkeypatch):
     image = field("bar")
     whole = find_range(image)
     monkeypatch.setattr(scratch, "TILE_PX", 150)
-    sample = scratch.sampled_rows(image)
-    assert sample.shape == (96, 230)
-    by_bands = find_range(image)
-    assert by_bands.ceiling == whole.ceiling  # histograms are of all pixels
-    assert by_bands.notes == whole.notes
-    assert by_bands.high == pytest.approx(whole.high, rel=0.1)
+    sample = scratch.sampled_blocks(image)
+    assert sample.shape == (128, 128)
+    by_blocks = find_range(image)
+    assert by_blocks.ceiling == whole.ceiling  # histograms are of all pixels
+    assert by_blocks.notes == whole.notes
+    assert by_blocks.high == pytest.approx(whole.high, rel=0.2)
+
+
+def test_cells_between_the_blocks_are_not_lost(monkeypatch):
+    image = np.zeros((400, 400), np.uint16)
+    image[90:110, 90:110] = 500
+    monkeypatch.setattr(scratch, "TILE_PX", 90)
+    assert not scratch.sampled_blocks(image).any()
+    intensity = find_range(image)
+    assert (intensity.low, intensity.high) == (0, 500)
+
+
+@pytest.mark.parametrize("shape", [(5000, 4000), (70, 300_000), (300_000, 3), (1, 2**24 + 1)])
+def test_samples_are_no_larger_than_a_tile(shape):
+    image = np.broadcast_to(np.uint8(3), shape)
+    sample = scratch.sampled_blocks(image)
+    assert 2**23 / 4 < sample.size <= 2**24 or sample.size == image.size
 
 
 class _Recorder:
