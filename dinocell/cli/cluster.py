@@ -272,7 +272,7 @@ def supervise(
 ) -> None:
     """Run a command inside your own SLURM job; save and requeue it when the job must stop.
 
-    Use it in scripts that you submit with sbatch (see slurm/). `dinocell submit` includes it.
+    Use it in scripts that you submit with sbatch (see slurm/). `dinocell submit` does this by itself.
 
     Example: `srun dinocell supervise pretrain configs/ssl/jump_s3_multiview.yaml`
     """

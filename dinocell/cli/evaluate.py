@@ -104,7 +104,9 @@ def evaluate(
 
     Give either label images (`--pred` with `--truth`) or a model (`--model` with `--data`).
 
-    Every score is printed twice: pooled over the cells of all images, and as the mean over images.
+    SEG, DET and their mean OP_CSB are the scores of the Cell Tracking Challenge, AP is found /
+    (found + missed + invented) cells, PQ panoptic quality, AJI the aggregated Jaccard index.
+    Every score is printed twice: for the cells of all images together, and as the mean over images.
 
     `--tune` runs the network once on each image and then searches the thresholds. Tune on validation
     images, never on the images of a final test.
