@@ -33,11 +33,14 @@ class _TreeFinder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        chosen = os.environ.get(TREE_VARIABLE)
         if name.startswith("dinov3."):
             _check_loaded_tree()
+            if chosen and PathFinder.find_spec(name, path) is None:
+                # The finder of an editable installation would take what is missing from the bundled tree.
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         if name != "dinov3":
             return None
-        chosen = os.environ.get(TREE_VARIABLE)
         if chosen:
             return _spec_of_chosen_tree(chosen)
         spec = _spec_without(self, name)

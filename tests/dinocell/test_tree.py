@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import subprocess
 import sys
@@ -46,6 +47,20 @@ def test_another_one_by_the_variable(other_tree, monkeypatch):
     monkeypatch.setenv(TREE_VARIABLE, str(other_tree))
     assert found() == other_tree
     assert sys.path[0] == str(other_tree), "for the processes that torch starts"
+
+
+def test_no_other_finder_fills_the_gaps_of_the_chosen_one(other_tree, monkeypatch):
+    """That of an editable installation offers every module of the bundled tree."""
+
+    class Editable:
+        def find_spec(self, name, path=None, target=None):
+            return importlib.machinery.ModuleSpec(name, None) if "." in name else None
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Editable()])
+    monkeypatch.setenv(TREE_VARIABLE, str(other_tree))
+    with pytest.raises(TreeError, match=r"No module named 'dinov3\.cells'"), tree_imports():
+        import dinov3.cells  # noqa: F401
+    del sys.modules["dinov3"]
 
 
 WHERE = """
