@@ -57,7 +57,7 @@ def zeros_in_file(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     except OSError as error:
         raise ScratchSpaceError(
             f"a large image needs {size / 1e9:.1f} GB more in the folder for temporary files "
-            f"({os.environ.get('TMPDIR') or '/tmp'}), in all 20 bytes for each pixel, but it cannot be "
+            f"({os.environ.get('TMPDIR') or '/tmp'}), in all about 25 bytes for each pixel, but it cannot be "
             f"written ({error.strerror or error}): free space there, or set TMPDIR to a folder that has it"
         ) from error
 

@@ -155,10 +155,13 @@ def check_evaluation(given: Mapping[str, Any]) -> None:
         raise UsageError(
             "--tune must have --model and --data, got --pred: replace --pred and --truth by --model and --data"
         )
-    if model is None and (given["channels"] is not None or given["page"] is not None):
+    reading = {name: given[name] for name in ("channels", "page")} | {
+        "precision": None if given["precision"] == "auto" else given["precision"]
+    }
+    if model is None and any(value is not None for value in reading.values()):
         raise UsageError(
-            "--channels and --page must have --model and --data, got --pred: leave them out, because label images "
-            "have one plane"
+            "--channels, --page and --precision must have --model and --data, got --pred: leave them out, "
+            "because label images have one plane and no network runs"
         )
     from dinocell.network.precision import PRECISIONS
 

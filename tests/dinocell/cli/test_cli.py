@@ -293,7 +293,8 @@ class TestEvaluate:
             ("--model m --data d --save-model x", "--tune"),
             ("--pred x --truth x -o x.xls", ".csv or .json"),
             ("--pred x --truth x --iou 2", "at most 1"),
-            ("--pred x --truth x --page 0", "--page must"),
+            ("--pred x --truth x --page 0", "--page and --precision must"),
+            ("--pred x --truth x --precision bf16", "no network runs"),
             ("--model m --data d --precision fp8", "auto, fp32, bf16"),
             ("--pred no --truth no", "no"),
         ):
