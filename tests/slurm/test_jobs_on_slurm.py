@@ -419,10 +419,17 @@ def test_one_job_a_run(cluster, tmp_path, pretraining):
     assert again.returncode == 2
     assert f"which job {job} uses" in again.stderr
     wait_for(lambda: last_iteration(run) >= 1)
-    second = cluster.submit(
-        "pretrain", str(pretraining), "-o", "run", "--dependency", f"after:{job}", cwd=tmp_path
-    )
-    cluster.wait(second, "FAILED")
+    frozen = processes_of(job)  # so that it does not end before the second one starts
+    for number in frozen:
+        os.kill(number, signal.SIGSTOP)
+    try:
+        second = cluster.submit(
+            "pretrain", str(pretraining), "-o", "run", "--dependency", f"after:{job}", cwd=tmp_path
+        )
+        cluster.wait(second, "FAILED")
+    finally:
+        for number in frozen:
+            os.kill(number, signal.SIGCONT)
     assert f"where job {job} is running" in (run / "slurm" / f"{second}_0_log.out").read_text()
     cluster.wait(job, "COMPLETED")
     assert {start.job for start in read_record(run).starts} == {job}
