@@ -1,7 +1,7 @@
 """How often are images of the training's kind flagged (false alarms), and images of other kinds (hits)?
 
     python benchmarks/unfamiliar.py                                 # rates of dinocell-tiny; writes results/
-    python benchmarks/unfamiliar.py --describe OUT.safetensors      # the model with statistics fitted anew
+    python benchmarks/unfamiliar.py --describe OUT.safetensors      # the model with newly fitted statistics
 
 The statistics come from the training and validation images of `configs/finetune/dsb2018_tiny.yaml`
 alone; every rate is of images that neither the training nor the fit has seen.  Of images larger than

@@ -18,7 +18,7 @@ from dinocell.labels import looks_like_labels
 from dinocell.network.familiarity import Appearance
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
 from dinocell.results.confidence import cell_scores
-from dinocell.scratch import empty_image, row_bands
+from dinocell.scratch import new_image, row_bands
 from dinocell.segmentation.inference import predict_distance_map, start_appearance
 from dinocell.segmentation.intensity import IntensityRange, check_values, find_range
 from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
@@ -470,7 +470,7 @@ class DINOCellPipeline:
             for index, intensity in enumerate(ranges)
             for note in intensity.notes
         ]
-        average = empty_image(pixels.shape[:2], np.float32, self.tile_px)
+        average = new_image(pixels.shape[:2], np.float32, self.tile_px)
         for rows in row_bands(average.shape):
             scaled = [r.apply_rows(plane, rows) for r, plane in zip(ranges, planes, strict=True)]
             average[rows] = np.mean(scaled, axis=0, dtype=np.float32)

@@ -82,9 +82,9 @@ def zeros_like(array: NDArray[Any], shape: tuple[int, ...], dtype: DTypeLike) ->
     return zeros_in_file(shape, dtype) if in_file(array) else np.zeros(shape, dtype)
 
 
-def empty_image(shape: tuple[int, ...], dtype: DTypeLike, tile_px: int | None) -> NDArray[Any]:
-    """An (H, W, ...) array to write to, in a file where `is_large` says so."""
-    return zeros_in_file(shape, dtype) if is_large(shape, tile_px) else np.empty(shape, dtype)
+def new_image(shape: tuple[int, ...], dtype: DTypeLike, tile_px: int | None) -> NDArray[Any]:
+    """Zeros of shape (H, W, ...), in a file where `is_large` says so."""
+    return zeros_in_file(shape, dtype) if is_large(shape, tile_px) else np.zeros(shape, dtype)
 
 
 def contiguous(array: NDArray[Any], dtype: DTypeLike | None = None) -> NDArray[Any]:

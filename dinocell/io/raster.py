@@ -12,7 +12,7 @@ import numpy as np
 
 from dinocell.errors import ImageFileError, UsageError
 from dinocell.io.planes import RGB_NAMES, RawImage, Selection, check_page, check_size
-from dinocell.scratch import copied, empty_image
+from dinocell.scratch import copied, new_image
 
 _HEADER_LOCK = threading.Lock()
 
@@ -44,7 +44,7 @@ def read_npy(path: Path, wanted: Selection) -> RawImage:
         array = array.reshape(-1, *shape[axes.index("Y") :])[page]
     elif axes[0] == "C":
         array = np.moveaxis(array, 0, -1)
-    return RawImage(copied(array, empty_image(array.shape, array.dtype, wanted.tile_px)))
+    return RawImage(copied(array, new_image(array.shape, array.dtype, wanted.tile_px)))
 
 
 def _npy_axes(

@@ -25,7 +25,7 @@ from dinocell.io.planes import (
     check_size,
     num_planes,
 )
-from dinocell.scratch import copied, empty_image, is_large, picked, zeros_in_file
+from dinocell.scratch import copied, is_large, new_image, picked, zeros_in_file
 
 _METRIC = (
     *(("", "", 1e6), ("d", "deci", 1e5), ("c", "centi", 1e4), ("m", "milli", 1e3)),
@@ -193,7 +193,7 @@ def _tiff_plane(
         planes = [_channel_last(moved[i], inner) for i in wanted]
     if len(planes) == 1:
         return planes[0]
-    stack = empty_image((*planes[0].shape, len(planes)), planes[0].dtype, tile_px)
+    stack = new_image((*planes[0].shape, len(planes)), planes[0].dtype, tile_px)
     for channel, plane in enumerate(planes):
         copied(plane, stack[..., channel])
     return stack

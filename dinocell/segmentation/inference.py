@@ -13,7 +13,7 @@ from dinocell.network.config import ModelConfig
 from dinocell.network.familiarity import Appearance, contrast_of
 from dinocell.network.model import DINOCell
 from dinocell.network.precision import autocast
-from dinocell.scratch import all_finite, is_large, row_bands, zeros_in_file
+from dinocell.scratch import all_finite, new_image, row_bands
 from dinocell.segmentation.intensity import IntensityRange, find_range
 from dinocell.segmentation.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dinocell.segmentation.tiles import predict_windows
@@ -80,11 +80,7 @@ def predict_distance_map(
     network = _Network(model, precision, appearance)
     config = model.config
     normalized = _NormalizedImage(image, intensity or find_range(image, **config.intensity))
-    distance_map = (
-        zeros_in_file(image.shape, np.float32)
-        if is_large(image.shape, tile_px)
-        else np.zeros(image.shape, np.float32)
-    )
+    distance_map = new_image(image.shape, np.float32, tile_px)
     if normalized.is_blank():
         return distance_map
     predict_windows(
@@ -153,16 +149,18 @@ class _NormalizedImage:
 
     def is_blank(self) -> bool:
         """Whether all of it is 0."""
-        return not any(
-            self.intensity.apply_rows(self.image, rows).any()
-            for rows in row_bands(self.image.shape)
-        )
+        return not any(self._read(rows).any() for rows in row_bands(self.image.shape))
 
     def __getitem__(self, key: tuple[slice, Any, Any]) -> NDArray[np.float32]:
         """Pixels of all channels; rows and columns are two slices, or two arrays that are combined."""
         _, rows, columns = key
-        whole = rows if isinstance(rows, slice) else slice(int(rows.min()), int(rows.max()) + 1)
-        if whole != self._rows:
-            self._rows, self._band = whole, self.intensity.apply_rows(self.image, whole)
-        inside = slice(None) if rows is whole else rows - whole.start
-        return self._band[None, inside, columns]
+        if isinstance(rows, slice):
+            return self._read(rows)[None, :, columns]
+        first = int(rows.min())
+        return self._read(slice(first, int(rows.max()) + 1))[None, rows - first, columns]
+
+    def _read(self, rows: slice) -> NDArray[np.float32]:
+        """Rows of the image; those of the last band, all of a small image, are normalised once."""
+        if rows.start < self._rows.start or rows.stop > self._rows.stop:
+            self._rows, self._band = rows, self.intensity.apply_rows(self.image, rows)
+        return self._band[rows.start - self._rows.start : rows.stop - self._rows.start]

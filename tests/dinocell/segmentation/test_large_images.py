@@ -29,7 +29,7 @@ def made(monkeypatch):
         shapes.append((tuple(shape), np.dtype(dtype).name))
         return original(shape, dtype)
 
-    for module in ("dinocell.scratch", "dinocell.segmentation.inference", "dinocell.io.tiff"):
+    for module in ("dinocell.scratch", "dinocell.io.tiff"):
         monkeypatch.setattr(f"{module}.zeros_in_file", recorded)
     monkeypatch.setattr(scratch, "_BAND_PX", 5000)
     return shapes
@@ -191,6 +191,16 @@ def test_samples_are_no_larger_than_a_tile(shape):
     image = np.broadcast_to(np.uint8(3), shape)
     sample = scratch.sampled_blocks(image)
     assert 2**23 / 4 < sample.size <= 2**24 or sample.size == image.size
+
+
+def test_a_small_image_is_normalised_once(small_model, monkeypatch):
+    calls = []
+    apply = IntensityRange.apply
+    monkeypatch.setattr(
+        IntensityRange, "apply", lambda self, image: calls.append(image.shape) or apply(self, image)
+    )
+    predict_distance_map(small_model, field())
+    assert calls == [(200, 230)]
 
 
 class _Recorder:
