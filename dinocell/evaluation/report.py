@@ -37,7 +37,7 @@ class EvaluationReport:
     missing_predictions: tuple[str, ...] = field(default=())
 
     @property
-    def num_new_images(self) -> int:
+    def num_empty_images(self) -> int:
         """Images without true and without predicted cells; the means of most scores skip them."""
         return sum(image.is_empty for image in self.images)
 
@@ -73,7 +73,7 @@ class EvaluationReport:
         and PQ at the first of them, AJI, boundary F.
         """
         lines = [*self._image_lines(), ""] if per_image else []
-        total, skipped, missing = self.total, self.num_new_images, len(self.missing_predictions)
+        total, skipped, missing = self.total, self.num_empty_images, len(self.missing_predictions)
         lines.append(
             f"{len(self.images)} images, {total.num_truth} true cells, "
             f"{total.num_pred} predicted cells"
@@ -111,7 +111,7 @@ class EvaluationReport:
             "iou_thresholds": list(self.iou_thresholds),
             "boundary_tolerance_px": self.boundary_tolerance_px,
             "num_images": len(self.images),
-            "num_new_images": self.num_new_images,
+            "num_empty_images": self.num_empty_images,
             "missing_predictions": list(self.missing_predictions),
             "totals": self.total.counts(),
             "pooled": _without_nan(self.pooled),
