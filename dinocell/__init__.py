@@ -7,8 +7,6 @@
 Torch and the rest arrive when a name is first used, so that `import dinocell` stays light.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

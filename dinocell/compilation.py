@@ -7,8 +7,6 @@ the cache is a help and never a condition: the next place is a private folder fo
 without any place the functions are compiled again in each process.  `NUMBA_CACHE_DIR` comes first.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import pickle

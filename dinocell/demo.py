@@ -1,7 +1,5 @@
 """`dinocell demo`: segment the bundled sample images and score the result against their truth."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass

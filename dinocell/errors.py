@@ -9,8 +9,6 @@ the exit code of the command line: 2 for a wrong call, 1 for work that failed, 7
 stopped after its state was saved, so that the same command continues it.
 """
 
-from __future__ import annotations
-
 
 class DINOCellError(Exception):
     """Base class of all errors that a user can cause or meet."""

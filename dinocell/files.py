@@ -6,8 +6,6 @@ file system, so that a reader, a killed process or a power cut meets the old con
 never a half.  At the end the folder is flushed too, because the new name is part of the folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

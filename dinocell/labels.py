@@ -3,8 +3,6 @@
 A label image holds one whole number per pixel: 0 is background, every other number one cell.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

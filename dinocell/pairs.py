@@ -12,8 +12,6 @@ a sign.  When results are compared (`pair_folders`), no image is known: if some 
 ending, those without one are taken for images, overlays or maps and left aside.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Sequence

@@ -5,8 +5,6 @@ is not, within the memory that a job has.  What is computed from it by the funct
 it is itself, so that whoever makes the first array decides for all of them.
 """
 
-from __future__ import annotations
-
 import errno
 import mmap
 import os

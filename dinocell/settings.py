@@ -5,8 +5,6 @@ and `${NAME:-default}` by environment variables, refuses the conversions of Omeg
 mistake, and turns every error into one sentence.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import difflib

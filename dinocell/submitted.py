@@ -4,8 +4,6 @@ Each room that has such a command describes it by one subclass of `SubmittedComm
 `submitted.py`; `dinocell.cluster.commands` lists them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ Every module imports `dinov3` in the ordinary way.  A finder in front of Python'
 wait until then because `import dinocell` must work (for `dinocell --help`) whatever is installed.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback

@@ -9,8 +9,6 @@ as it is installed and NFS with `nolock` or `local_lock` keep them inside one ma
 both get the lock, without any error.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The folder of a batch: what it may hold before, the files of each image, and the summary after."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

@@ -7,8 +7,6 @@ The hash is of all bytes, because a changed plane of a stack may lie anywhere; i
 per gigabyte, beside minutes of segmentation.
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any

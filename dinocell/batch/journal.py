@@ -6,8 +6,6 @@ again one at a time after all others, and given up after `MAX_KILLS` kills.  An 
 memory can therefore fail by itself, but not stop the batch.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

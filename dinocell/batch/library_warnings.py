@@ -1,7 +1,5 @@
 """Warnings of numpy and other libraries, kept for the image that was being processed."""
 
-from __future__ import annotations
-
 import threading
 import warnings
 from collections.abc import Iterator

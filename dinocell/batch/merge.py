@@ -1,7 +1,5 @@
 """Merge the parts of a batch: one summary, one journal, one table of all cells."""
 
-from __future__ import annotations
-
 import csv
 import json
 import time

@@ -1,7 +1,5 @@
 """The options of a batch, and what is refused before a model is loaded."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

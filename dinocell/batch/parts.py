@@ -8,8 +8,6 @@ journal gets an image's line when all files of the image are written.  So a part
 repeats only the images that it was processing, with the same results.
 """
 
-from __future__ import annotations
-
 import csv
 import heapq
 import io

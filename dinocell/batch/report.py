@@ -1,7 +1,5 @@
 """`report.html` over all images of a folder, those of earlier runs included."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Segment many files with one model: resumable, one bad file stops nothing, each output written once."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """`segment`, and a part of a divided batch, as jobs of a cluster."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Exit codes: 0 done, 1 the work failed (for some files, perhaps), 2 the call was 
 a signal after everything was saved (run the same command again).
 """
 
-from __future__ import annotations
-
 import io
 import os
 import sys

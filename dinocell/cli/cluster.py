@@ -1,7 +1,5 @@
 """`dinocell submit`, `jobs` and `supervise`: runs on a SLURM cluster."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys
@@ -10,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import typer
 
@@ -51,7 +49,7 @@ class Resources:
     )
     partition: str | None = option("Request this partition.  [default: the site's]")
 
-    def profile(self, command: str) -> SiteProfile:
+    def profile(self, command: str) -> "SiteProfile":
         """The profile of the site, changed as these options ask."""
         from dinocell.cluster.site import load_site
 
@@ -106,7 +104,7 @@ class Manner:
         True,
     )
 
-    def checked(self) -> Manner:
+    def checked(self) -> Self:
         """The same, after options that exclude each other are refused."""
         from dinocell.cluster.submission import parse_dependency
 
@@ -186,7 +184,10 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _hand_over(
-    runs: Sequence[PlannedRun], merging: PlannedRun | None, profile: SiteProfile, manner: Manner
+    runs: "Sequence[PlannedRun]",
+    merging: "PlannedRun | None",
+    profile: "SiteProfile",
+    manner: Manner,
 ) -> None:
     """Print, run or submit the tasks, and the merging after them."""
     from dinocell.cluster.submission import run_here, sbatch_text

@@ -1,7 +1,5 @@
 """`dinocell jump`: Cell Painting fields of a public bucket."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +43,7 @@ class Store:
     )
     transport: str = option("Use this library to read: obstore or boto3.", "obstore")
 
-    def to_stream(self) -> StreamOptions:
+    def to_stream(self) -> "StreamOptions":
         """The options with which fields are read."""
         from dinov3.data.datasets.jump_s3 import StreamOptions
 

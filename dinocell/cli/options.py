@@ -1,7 +1,5 @@
 """What the files of commands share: their `App`, common options, and the spelling of parameters."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence

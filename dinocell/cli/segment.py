@@ -1,7 +1,5 @@
 """`dinocell demo` and `dinocell segment`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -98,7 +96,7 @@ class SegmentFlags:
     overwrite: bool = option("Replace the results in the output folder.", False)
     allow_mask: bool = option("Accept images that look like masks or label images.", False)
 
-    def for_batch(self) -> SegmentOptions:
+    def for_batch(self) -> "SegmentOptions":
         """The options with the types that `segment_files` needs."""
         from dinocell.batch.options import SegmentOptions
 
@@ -120,7 +118,7 @@ def _two_numbers(text: str) -> tuple[float, float]:
     return low, high
 
 
-def segment_options(parameters: Mapping[str, Any]) -> SegmentOptions:
+def segment_options(parameters: Mapping[str, Any]) -> "SegmentOptions":
     """The options of `segment` from its parsed parameters."""
     given = {field.name: parameters[field.name] for field in fields(SegmentFlags)}
     return SegmentFlags(**given).for_batch()

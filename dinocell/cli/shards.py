@@ -1,7 +1,5 @@
 """`dinocell shards`: one batch of images in parts for many processes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

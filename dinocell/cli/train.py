@@ -1,7 +1,5 @@
 """`dinocell pretrain` and `dinocell train`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

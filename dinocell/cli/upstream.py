@@ -1,7 +1,5 @@
 """`dinocell upstream`: our additions to a checkout of Meta's DINOv3."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated, Any

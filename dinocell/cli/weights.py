@@ -1,7 +1,5 @@
 """`dinocell weights`: model files and backbones."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Plan a submission: commands with the folders of their runs, checked before they wait in the queue."""
 
-from __future__ import annotations
-
 import csv
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -87,7 +85,7 @@ def plan_runs(
     return runs
 
 
-def plan_shard_runs(plan: ShardPlan) -> tuple[list[PlannedRun], PlannedRun]:
+def plan_shard_runs(plan: "ShardPlan") -> tuple[list[PlannedRun], PlannedRun]:
     """The incomplete parts of a divided batch, and the merging that follows them."""
     from dinocell.batch.parts import open_shards
 

@@ -1,7 +1,5 @@
 """Submit runs to SLURM through submitit, or run them here in the same way."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re
@@ -367,7 +365,7 @@ def run_here(runs: Sequence[PlannedRun], site: SiteProfile, *, log_dir: Path | N
 
 def plan_batch(
     parameters: Mapping[str, Any], count: int, dependency: str | None = None, *, write: bool = True
-) -> ShardPlan:
+) -> "ShardPlan":
     """The plan of a batch in parts; none that a job waits with changes under it."""
     from dinocell.batch.parts import has_begun, plan_shards
     from dinocell.io import find_images

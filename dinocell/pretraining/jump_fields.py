@@ -1,7 +1,5 @@
 """Fields of an index that `dinocell jump index` made: open them, and check a sample of them."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import random
@@ -37,8 +35,8 @@ def streaming_errors() -> Iterator[None]:
 
 
 def fields_of_index(
-    index: str | Path, store: StreamOptions | None, *, channels: str | None, split: str
-) -> JUMPS3Dataset:
+    index: str | Path, store: "StreamOptions | None", *, channels: str | None, split: str
+) -> "JUMPS3Dataset":
     """Fields of an index, each once and in the order of the index.
 
     Parameters
@@ -58,7 +56,7 @@ def fields_of_index(
     return dataset
 
 
-def try_field(dataset: JUMPS3Dataset, number: int) -> tuple[Any, Any, str]:
+def try_field(dataset: "JUMPS3Dataset", number: int) -> tuple[Any, Any, str]:
     """Record and field of a number, and "", or record, None, and why the field cannot be used."""
     record = dataset.record(number)
     try:
@@ -88,7 +86,7 @@ class VerifyReport:
 
 
 def verify_index(
-    index: str | Path, *, fields: int = 32, store: StreamOptions | None = None, seed: int = 0
+    index: str | Path, *, fields: int = 32, store: "StreamOptions | None" = None, seed: int = 0
 ) -> VerifyReport:
     """Read a random sample of fields and check length, image format, size and contrast.
 

@@ -1,7 +1,5 @@
 """Indexes of a Cell Painting bucket: make one from the bucket's tables, and count what it holds."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections import Counter
@@ -40,7 +38,7 @@ def index_plates(
     out: str | Path,
     source: IndexSource | None = None,
     *,
-    store: StreamOptions | None = None,
+    store: "StreamOptions | None" = None,
     threads: int = 16,
     overwrite: bool = False,
 ) -> str:
@@ -95,7 +93,7 @@ def index_plates(
     return text
 
 
-def _index_jump_lite(reader: ObjectStore, selection: str, out: Path, source: IndexSource) -> str:
+def _index_jump_lite(reader: "ObjectStore", selection: str, out: Path, source: IndexSource) -> str:
     import pyarrow.parquet
 
     from dinov3.cells.streaming import discovery

@@ -1,7 +1,5 @@
 """Fields of an index copied to local files: shards to train on, and labelled images to evaluate on."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections import Counter
@@ -26,9 +24,9 @@ _LabelledField = tuple[str, str, Any, Any]
 def pack_index(
     index: str | Path,
     out: str | Path,
-    options: PackOptions | None = None,
+    options: "PackOptions | None" = None,
     *,
-    store: StreamOptions | None = None,
+    store: "StreamOptions | None" = None,
     channels: str | None = None,
     split: str = "ALL",
     limit: int | None = None,
@@ -72,7 +70,7 @@ def pack_index(
 
 
 def _readable_fields(
-    dataset: JUMPS3Dataset, total: int, lost: dict[str, str], max_lost_share: float
+    dataset: "JUMPS3Dataset", total: int, lost: dict[str, str], max_lost_share: float
 ) -> Iterator[tuple[Any, Any]]:
     """(record, field) of the first `total` fields; those that cannot be read are noted in `lost`."""
     with ThreadPoolExecutor(THREADS) as pool:
@@ -95,7 +93,7 @@ def export_masks(
     index: str | Path,
     out: str | Path,
     *,
-    store: StreamOptions | None = None,
+    store: "StreamOptions | None" = None,
     kind: str = "nuclei",
     channel: str = "DNA",
     fields: int = 48,
@@ -151,7 +149,7 @@ def export_masks(
 
 
 def _labelled_fields(
-    dataset: JUMPS3Dataset, folder: str, numbers: list[int], count: int
+    dataset: "JUMPS3Dataset", folder: str, numbers: list[int], count: int
 ) -> tuple[list[_LabelledField], int]:
     """(plate, site, image, labels) of the first `count` that have labels; how many before have none.
 

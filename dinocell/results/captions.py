@@ -1,7 +1,5 @@
 """Text and scale bars on pictures."""
 
-from __future__ import annotations
-
 import math
 import unicodedata
 from typing import Any

@@ -5,8 +5,6 @@ a light gray, which people with colour-blindness can tell apart; the colours of 
 evenly in lightness, so that they also read well in gray.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """How well the distance map supports each cell: a score that needs no truth."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

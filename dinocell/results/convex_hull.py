@@ -1,7 +1,5 @@
 """Convex hulls of cells: their area in pixels, and the longest distance across them."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

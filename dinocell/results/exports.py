@@ -4,8 +4,6 @@ Every file appears under its name when it is complete; a failure leaves the old 
 missing folders are made.  A label image without cells gives a valid file without cells.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import zipfile

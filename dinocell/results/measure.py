@@ -47,8 +47,6 @@ score                                  added by `dinocell.pipeline.Segmentation.
 A cell is all pixels of one label, also where they form several pieces.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """How many other cells lie near each cell, and how far the closest is."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

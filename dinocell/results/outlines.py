@@ -6,8 +6,6 @@ neighbours share their common side.  `skimage.measure.find_contours` and `cv2.fi
 pixel centres or between them, cut corners, and handle one cell at a time; hence our own tracing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Every function returns (H, W, 3) uint8 RGB.  Nothing here needs a display or matplotlib.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence

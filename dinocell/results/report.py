@@ -5,14 +5,12 @@ script stand inside.  Links lead only to files of the same run (CSV tables, over
 the page.  It follows the reader's light or dark setting and works without script.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 from urllib.parse import quote
 
 import numpy as np
@@ -240,7 +238,7 @@ class _Facts:
     num_rows: int
 
     @classmethod
-    def of(cls, entry: ReportEntry) -> _Facts:
+    def of(cls, entry: ReportEntry) -> Self:
         columns = _columns(entry)
         lengths = {len(values) for values in columns.values()}
         if len(lengths) > 1:

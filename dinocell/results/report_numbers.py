@@ -1,7 +1,5 @@
 """Numbers of a report: as text, and as a histogram in SVG units."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,11 +1,9 @@
 """The pictures of a report: shrunk, coloured, and as text that a page can hold."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +32,7 @@ class Thumbnails(NamedTuple):
         labels: NDArray[Any] | None,
         distance_map: NDArray[Any] | None,
         side_px: int,
-    ) -> Thumbnails:
+    ) -> Self:
         """Shrink each by a whole factor to at most `side_px`; 8-bit RGB is not stretched."""
         small_image: NDArray[np.uint8] | None = None
         small_labels: NDArray[np.uint32] | None = None

@@ -1,9 +1,7 @@
 """A label image as horizontal runs: the form in which sums over cells cost least."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +26,7 @@ class Runs:
     cell: NDArray[np.int64]
 
     @classmethod
-    def of(cls, labels: NDArray[np.uint32]) -> Runs:
+    def of(cls, labels: NDArray[np.uint32]) -> Self:
         height, width = labels.shape
         bands = [_runs_of_rows(labels, rows) for rows in row_bands(labels.shape)]
         begin, end, value = (

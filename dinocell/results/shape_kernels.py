@@ -4,8 +4,6 @@
 All functions are compiled once and cached on disk by numba, and take time linear in the image.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tables: measurements with one row per cell, and rows of text with aligned columns."""
 
-from __future__ import annotations
-
 import csv
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
