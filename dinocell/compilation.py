@@ -19,6 +19,8 @@ from typing import Any
 
 import numba
 
+from dinocell.files import home_folder
+
 logger = logging.getLogger("dinocell")
 
 
@@ -43,7 +45,7 @@ def _keep_on_disk(compiled: Any) -> None:
 def _keep_where_numba_does(compiled: Any) -> bool:
     """True if numba found a folder that it can write."""
     settings: Any = numba.config
-    if not settings.CACHE_DIR and os.path.expanduser("~") == "~":
+    if not settings.CACHE_DIR and home_folder() is None:
         return False  # without a home numba would make a folder named ~ wherever the process runs
     try:
         compiled.enable_caching()

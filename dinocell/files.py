@@ -116,6 +116,15 @@ def move_into_place(temporary: Path, final: Path, *, flush: bool = True) -> None
         _flush_folder(final.parent)
 
 
+def home_folder() -> Path | None:
+    """The user's home; None without HOME for a user number that the system does not know.
+
+    `Path.home` raises RuntimeError there.
+    """
+    home = os.path.expanduser("~")
+    return None if home == "~" else Path(home)
+
+
 def remove_temporary_files(folder: Path, *, before: float) -> None:
     """Delete what `atomic_path` and `atomic_folder` left in `folder` when their process was killed.
 

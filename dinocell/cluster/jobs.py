@@ -9,6 +9,7 @@ from dinocell.cluster.record import (
     JobRecord,
     Submission,
     first_failure,
+    list_path,
     read_record,
     read_submissions,
     run_progress,
@@ -61,7 +62,10 @@ def list_jobs(*, folder: str | Path | None = None, everything: bool = False) -> 
     With a `folder` only those with runs in it or below it.  With `everything` also those that were
     submitted more than a week ago and have ended, and those after which another job has continued in
     the same folder.
+
+    Raises UsageError (the user has no home, so nothing can be listed).
     """
+    list_path()
     here = cluster_name() if slurm_is_here() else ""
     wanted = None if folder is None else Path(folder).resolve()
     submissions = [

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dinocell.batch.journal import complete_last_line
 from dinocell.cluster.commands import command_of
-from dinocell.files import write_text_atomically
+from dinocell.errors import UsageError
+from dinocell.files import home_folder, write_text_atomically
 from dinocell.submitted import RunProgress
 
 _RECORD_NAME = "job.json"
@@ -166,17 +167,24 @@ class Submission:
     cluster: str = ""
 
 
-def _list_path() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "dinocell" / "jobs.jsonl"
+def list_path() -> Path:
+    """`XDG_STATE_HOME`/dinocell/jobs.jsonl, else below `~/.local/state`; UsageError without a home."""
+    state = os.environ.get("XDG_STATE_HOME")
+    home = Path(state) if state else home_folder()
+    if home is None:
+        raise UsageError(
+            "The home folder of this user is not known: set XDG_STATE_HOME to the folder for the list of "
+            "submitted jobs."
+        )
+    return (home if state else home / ".local" / "state") / "dinocell" / "jobs.jsonl"
 
 
 def note_submission(submissions: Sequence[Submission]) -> None:
     """Add to the list that `dinocell jobs` reads.
 
-    Raises OSError (it cannot be written).
+    Raises OSError (it cannot be written), UsageError (see `list_path`).
     """
-    path = _list_path()
+    path = list_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     complete_last_line(path)  # if it was cut, it must not swallow ours
     text = "".join(json.dumps(asdict(item)) + "\n" for item in submissions)
@@ -185,10 +193,10 @@ def note_submission(submissions: Sequence[Submission]) -> None:
 
 
 def read_submissions() -> list[Submission]:
-    """All submissions, oldest first; lines that cannot be read are skipped."""
+    """All submissions, oldest first, none without a list; lines that cannot be read are skipped."""
     try:
-        lines = _list_path().read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = list_path().read_text(encoding="utf-8", errors="replace").splitlines()
+    except (OSError, UsageError):
         return []
     found = {}
     for line in lines:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dinocell.errors import ConfigError
+from dinocell.files import home_folder
 from dinocell.settings import config_from_mapping, read_settings
 
 _GPU = re.compile(r"gpu(?::(?P<type>[\w.-]*[A-Za-z_.-][\w.-]*|\d+(?=:)))?(?::(?P<count>\d+))?")
@@ -174,10 +175,12 @@ def find_site(name: str | None) -> Path | None:
     if direct.suffix in (".yaml", ".yml") and direct.is_file():
         return direct
     given = os.environ.get(_FOLDERS_VARIABLE)
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    home, config = home_folder(), os.environ.get("XDG_CONFIG_HOME")
+    configs = [Path(config)] if config else [home / ".config"] if home else []
     clone = Path(__file__).parents[2]
     folders = [Path(given)] if given else []
-    folders += [Path("slurm/sites"), config / "dinocell" / "sites", clone / "slurm" / "sites"]
+    folders += [Path("slurm/sites"), *(path / "dinocell" / "sites" for path in configs)]
+    folders.append(clone / "slurm" / "sites")
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"

@@ -248,7 +248,7 @@ def submit(
         noted.append(Submission(number, run.name, [*run.command], run_dir, shown, now, cluster))
     try:
         note_submission(noted)
-    except OSError as error:
+    except (OSError, UsageError) as error:
         print(f"dinocell: `dinocell jobs` will not know this job ({error})", file=sys.stderr)
     number = tasks[0][0].split("_")[0]
     notice = "" if dependency else objection(str(folder / f"{number}_submission.sh"))

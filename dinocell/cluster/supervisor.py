@@ -47,7 +47,7 @@ from dinocell.cluster.record import (
     write_record,
 )
 from dinocell.cluster.slurm import cluster_name, job_states, requeue
-from dinocell.errors import StoppedError
+from dinocell.errors import StoppedError, UsageError
 
 _STOPPED = StoppedError.exit_code
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
@@ -244,7 +244,7 @@ class _Supervisor:
         state = job_states([job]).get(job)
         log, name = state.log if state else "", os.environ.get("SLURM_JOB_NAME", folder.name)
         item = Submission(job, name, [*self.job.command], str(folder), log, time.time(), cluster)
-        with contextlib.suppress(OSError):  # a home that nodes cannot write to
+        with contextlib.suppress(OSError, UsageError):  # a home that nodes cannot write to, or none
             note_submission([item])
 
     def _run_child(self) -> int:

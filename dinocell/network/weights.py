@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dinocell.errors import CheckpointError, UsageError
+from dinocell.files import home_folder
 from dinocell.tree import tree_imports
 
 # Meta's released ViTs: name → file.  Eight digits of the SHA-256 are part of the file's name.
@@ -25,11 +26,14 @@ RELEASED: dict[str, str] = {
 def cache_folder() -> Path:
     """`DINOCELL_WEIGHTS`, else `~/.cache/dinocell/weights`; UsageError without a home."""
     chosen = os.environ.get("DINOCELL_WEIGHTS")
-    if not chosen and os.path.expanduser("~") == "~":
+    if chosen:
+        return Path(chosen)
+    home = home_folder()
+    if home is None:
         raise UsageError(
-            "the home folder of this user is not known: set DINOCELL_WEIGHTS to the folder for weights"
+            "The home folder of this user is not known: set DINOCELL_WEIGHTS to the folder for weights."
         )
-    return Path(chosen or Path.home() / ".cache" / "dinocell" / "weights")
+    return home / ".cache" / "dinocell" / "weights"
 
 
 def find_weights(name: str | Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -185,6 +186,8 @@ def test_paths_and_urls(tmp_path):
     assert not is_url("a/b.pth")
     assert convert_path_or_url_to_url(str(tmp_path)) == tmp_path.as_uri()
     assert convert_path_or_url_to_url("https://a/b.pth") == "https://a/b.pth"
+    no_user = "~no such user/b.pth"  # a folder may have such a name
+    assert convert_path_or_url_to_url(no_user) == (Path.cwd() / no_user).as_uri()
 
 
 def test_every_entry_has_the_released_flags(monkeypatch):

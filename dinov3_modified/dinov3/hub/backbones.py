@@ -4,6 +4,7 @@ Meta gives the weights to those who accept its licence: ask for them on the DINO
 file, and pass `weights=PATH`.
 """
 
+import os
 import re
 from collections.abc import Callable
 from enum import Enum
@@ -58,7 +59,7 @@ def is_url(path: str) -> bool:
 
 def convert_path_or_url_to_url(path: str) -> str:
     """A local path as a file URL; URLs as they are."""
-    return path if is_url(path) else Path(path).expanduser().resolve().as_uri()
+    return path if is_url(path) else Path(os.path.expanduser(path)).resolve().as_uri()
 
 
 def _released(name: str, **shape: Any) -> Callable[..., DinoVisionTransformer]:

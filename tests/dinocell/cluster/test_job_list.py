@@ -276,3 +276,11 @@ def test_folders_elsewhere_are_told_whole(two, capsys, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert str(tmp_path / "runs/a") in jobs(capsys)
+
+
+def test_without_a_home_a_sentence_replaces_the_list(monkeypatch, capsys):
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for an unknown user number
+    with pytest.raises(SystemExit, match="2"):
+        main(["jobs"])
+    assert "set XDG_STATE_HOME to the folder" in capsys.readouterr().err

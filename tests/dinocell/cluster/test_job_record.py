@@ -19,6 +19,7 @@ from dinocell.cluster.record import (
     run_progress,
     write_record,
 )
+from dinocell.errors import UsageError
 from dinocell.submitted import RunProgress
 
 
@@ -234,6 +235,14 @@ def test_the_list_is_in_the_home_without_the_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     note_submission([submission("1")])
     assert (tmp_path / ".local/state/dinocell/jobs.jsonl").is_file()
+
+
+def test_without_a_home_there_is_no_list(monkeypatch):
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for an unknown user number
+    with pytest.raises(UsageError, match="set XDG_STATE_HOME"):
+        note_submission([submission("1")])
+    assert read_submissions() == []
 
 
 def test_a_number_that_begins_anew_is_the_later_job():

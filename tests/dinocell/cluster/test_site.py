@@ -262,6 +262,14 @@ def test_the_users_folder_without_the_variable(places, tmp_path, monkeypatch):
     assert load_site("homely").nodes == 3
 
 
+def test_without_a_home_the_other_folders_count(places, monkeypatch):
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for an unknown user number
+    assert load_site("of_group").partition
+    with pytest.raises(ConfigError, match="of_group, of_work"):
+        find_site("of_user")
+
+
 @pytest.mark.parametrize("name", ["none_such", "none_such.yaml", "group/none_such.yaml"])
 def test_an_unknown_site_names_the_known_ones(places, name):
     with pytest.raises(ConfigError, match="of_group, of_user, of_work") as caught:

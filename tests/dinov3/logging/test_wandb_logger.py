@@ -231,6 +231,14 @@ def test_key_in_netrc_counts_for_its_host_only(fake, make, monkeypatch, tmp_path
     assert (first.mode, second.mode) == ("offline", "online")
 
 
+def test_without_a_home_there_is_no_key(fake, make, monkeypatch):
+    monkeypatch.delenv("NETRC")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for an unknown user number
+    log = make()
+    log.finish()
+    assert log.mode == "offline"
+
+
 @pytest.mark.parametrize("how", ["enabled", "mode", "variable", "rank"])
 def test_disabled_logger_does_nothing(make_cfg, monkeypatch, tmp_path, how):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would fail
