@@ -2,7 +2,8 @@
 # make test      set up, run the tests that take minutes and change nothing outside this folder
 # make test-all  the same, the slow tests, and the tests on a real SLURM (root on Debian: installs it)
 # make test-gpu  the tests that need a CUDA device, better two
-# make mutants   FILES="dinocell/evaluation/matching.py ...": do the tests notice small faults?
+# make mutants   FILES="dinocell/evaluation/matching.py ..." [SAMPLE=50] [SEED=0]: do the tests notice
+#                small faults?  A seeded sample of SAMPLE faults per file, or SAMPLE=all
 # make check     ruff, mypy, tests
 # make bench     the benchmarks of benchmarks/ (minutes; writes benchmarks/results)
 # make wheel     build the wheel and try it in a clean environment
@@ -15,6 +16,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 JOBS ?= 2
 # The tests on SLURM mostly wait for the cluster.
 SLURM_JOBS ?= 3
+SAMPLE ?= 50
+SEED ?= 0
 
 # Tests start the program many times: Python must keep the byte code that it has compiled.
 unexport PYTHONDONTWRITEBYTECODE
@@ -40,7 +43,7 @@ test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu -rs
 
 mutants: $(VENV)/.dev
-	$(BIN)/python tests/mutants.py $(FILES)
+	$(BIN)/python tests/mutants.py --sample $(SAMPLE) --seed $(SEED) $(FILES)
 
 check: check-style test
 

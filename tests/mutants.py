@@ -2,28 +2,43 @@
 
 `make mutants FILES="dinocell/evaluation/matching.py"` mutates a copy of this clone, runs the module's
 own tests on each mutant, and lists the mutants that survive.  A module has hundreds of mutants; a
-seeded sample of them estimates the share that the tests kill, and `--all` takes every one.
+seeded sample of them (`SAMPLE=150 SEED=1`) estimates the share that the tests kill, and `SAMPLE=all`
+takes every one.
 
 Left out, because no test can see them: mutants of annotations (never evaluated) and removed
 decorators (numba's leave the result as it is; those of dataclasses and contexts break at import).
-Modules with numba kernels are tested without compilation, which would take seconds per mutant.
+
+What makes it quick enough for modules with numba kernels: they run without compilation, which would
+take seconds per mutant; tests that take more than `QUICK_S` so are left out, and the others run from
+the quickest to the slowest until one fails; and each mutant is tested in a copy (fork) of a process
+that has imported all that the tests import, but for what stands in this clone.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import difflib
+import importlib
+import json
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from cosmic_ray.work_db import WorkDB, use_db
-from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResult
+import pytest
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).parents[1]
 DINOV3 = "dinov3_modified/dinov3"
@@ -37,6 +52,7 @@ TESTS = {
     f"{DINOV3}/cells/patch_cross_entropy.py": ["tests/dinov3/loss"],
     f"{DINOV3}/cells/ssl_losses.py": ["tests/dinov3/train/test_ssl_meta_arch.py"],
     f"{DINOV3}/data/augmentations_multiview.py": ["tests/dinov3/data/test_multiview.py"],
+    "dinocell/evaluation/counts.py": ["tests/dinocell/evaluation/test_metrics.py"],
     "dinocell/segmentation/levels.py": ["tests/dinocell/segmentation/test_watershed.py"],
     "dinocell/segmentation/markers.py": ["tests/dinocell/segmentation/test_watershed.py"],
     "dinocell/results/convex_hull.py": ["tests/dinocell/results/test_measure.py"],
@@ -45,7 +61,10 @@ TESTS = {
     "dinocell/results/outlines.py": ["tests/dinocell/results/test_exports.py"],
     f"{DINOV3}/cells/photometrics.py": ["tests/dinov3/data/test_multiview.py"],
 }
-SLOWEST = 4.0  # a mutant that takes this many times as long as the tests do is stopped, and killed
+QUICK_S = 2.0
+"""Tests that take longer are left out."""
+SLOWEST = 4.0
+"""A test that takes this many times as long as it may is stopped, and the mutant counts as killed."""
 
 
 def tests_of(path: str) -> list[str]:
@@ -82,89 +101,158 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-def environment(tree: Path, source: str) -> dict[str, str]:
+def prepare(tree: Path, source: str) -> None:
+    """Let this process, and those it starts, import from the copy, the same way each time."""
     data = os.environ.get("DINOCELL_DATA", str(ROOT / ".." / "shared" / "data"))
-    found = {
-        **os.environ,
-        "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'dinov3_modified'}",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-        "DINOCELL_DATA": str(Path(data).resolve()),
-    }
-    return {**found, "NUMBA_DISABLE_JIT": "1"} if "numba" in source else found
+    folders = [str(tree), str(tree / "dinov3_modified")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(folders)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["DINOCELL_DATA"] = str(Path(data).resolve())
+    if "njit" in source:
+        os.environ["NUMBA_DISABLE_JIT"] = "1"
+    sys.dont_write_bytecode = True
+    sys.path[:0] = folders
+    os.chdir(tree)
 
 
-def leave_out(database: WorkDB, source: str, sample: int | None, seed: int) -> int:
-    """Mark the mutants that are not run; the number of those that are."""
+class Record:
+    """Plugin of pytest that writes the seconds of each test, which failed, and what was imported."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.seconds: dict[str, float] = {}
+        self.failed: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failed[report.nodeid] = report.longreprtext
+
+    def pytest_sessionfinish(self) -> None:
+        modules = [
+            name
+            for name, module in sys.modules.items()
+            if not str(getattr(module, "__file__", "")).startswith(os.getcwd())
+        ]
+        self.file.write_text(json.dumps([self.seconds, self.failed, modules]))
+
+
+class Order:
+    """Plugin of pytest that runs some of the tests, the quickest first."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        chosen = [item for item in items if item.nodeid in self.seconds]
+        items[:] = sorted(chosen, key=lambda item: self.seconds[item.nodeid])
+
+
+def tested(paths: list[str], plugin: Any, limit_s: float, options: list[str]) -> bool:
+    """Whether the tests pass, in a copy of this process."""
+
+    def run() -> None:
+        os.setsid()
+        for descriptor in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        sys.stdout, sys.stderr = (open(os.devnull, "w") for _ in range(2))  # noqa: SIM115
+        arguments = ["-q", "-n0", "--assert=plain", "-p", "no:cacheprovider",
+                     "--hypothesis-seed=0", *options, *paths]  # fmt: skip
+        os._exit(pytest.main(arguments, plugins=[plugin]))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(limit_s)
+    passed = process.exitcode == 0
+    assert process.pid
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # with what the tests have started
+    process.join()
+    return passed
+
+
+def quick_tests(path: str, folder: Path) -> dict[str, float]:
+    """Seconds of each test of a module that is quick; imports what the tests import."""
+    record = Record(folder / "record.json")
+    tested(tests_of(path), record, 3600, [f"--timeout={QUICK_S}"])
+    seconds, failed, modules = json.loads(record.file.read_text())
+    for test, report in failed.items():
+        if "Timeout (>" not in report:
+            raise SystemExit(
+                f"the tests of {path} must pass before it is mutated:\n{test}\n{report}"
+            )
+        del seconds[test]
+    print(f"{path}: {len(seconds)} tests, {sum(seconds.values()):.0f} s", flush=True)
+    print("".join(f"  left out, takes too long: {test}\n" for test in failed), end="", flush=True)
+    for name in modules:
+        with contextlib.suppress(Exception):  # a part that a package imports in its own way
+            importlib.import_module(name)
+    return dict(seconds)
+
+
+def mutants(source: str) -> list[tuple[tuple[int, int], str, int]]:
+    """Place, operator and occurrence of each mutant, but for those that no test can see."""
     spans = annotated(source)
-    items: list[WorkItem] = []
-    for item in database.work_items:
-        (mutation,) = item.mutations
-        start = tuple(mutation.start_pos)
-        equal = "Decorator" in mutation.operator_name or any(a <= start < b for a, b in spans)
-        if equal:
-            database.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
-        else:
-            items.append(item)
-    items.sort(key=lambda item: item.job_id)
-    items.sort(key=lambda item: (item.mutations[0].start_pos, item.mutations[0].operator_name,
-                                 item.mutations[0].occurrence))  # fmt: skip
-    chosen = items if sample is None else random.Random(seed).sample(items, min(sample, len(items)))
-    for item in items:
-        if item not in chosen:
-            database.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
-    return len(chosen)
+    tree = get_ast(source)
+    found = []
+    for name in operator_names():
+        if "Decorator" in name or get_operator(name).arguments():
+            continue
+        operator = get_operator(name)()
+        starts = [
+            start for node in ast_nodes(tree) for start, _ in operator.mutation_positions(node)
+        ]
+        found += [
+            (start, name, occurrence)
+            for occurrence, start in enumerate(starts)
+            if not any(first <= start < last for first, last in spans)
+        ]
+    return sorted(found)
 
 
 def mutate(path: str, sample: int | None, seed: int) -> tuple[int, int]:
     """(killed, run) mutants of one module; prints those that survive."""
     with tempfile.TemporaryDirectory(prefix="mutants") as folder:
-        tree = copied(Path(folder) / "tree")
+        tree = copied(Path(folder).resolve() / "tree")
         source = (tree / path).read_text(encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "--assert=plain",
-                   "-p", "no:cacheprovider",
-                   *tests_of(path)]  # fmt: skip
-        variables = environment(tree, source)
+        prepare(tree, source)
+        seconds = quick_tests(path, Path(folder))
+        found = mutants(source)
+        chosen = found if sample is None else random.Random(seed).sample(
+            found, min(sample, len(found)))  # fmt: skip
+        print(f"{path}: {len(chosen)} of {len(found)} mutants", flush=True)
         begun = time.monotonic()
-        if subprocess.run(command, cwd=tree, env=variables, check=False).returncode:
-            raise SystemExit(f"the tests of {path} must pass before it is mutated: run them")
-        seconds = time.monotonic() - begun
-        (tree / "session.toml").write_text(
-            f'[cosmic-ray]\nmodule-path = "{path}"\ntimeout = {SLOWEST * seconds + 10:.0f}\n'
-            f"excluded-modules = []\ntest-command = '''{' '.join(command)}'''\n"
-            '[cosmic-ray.distributor]\nname = "local"\n'
-        )
-        run = [sys.executable, "-m", "cosmic_ray.cli"]
-        subprocess.run([*run, "init", "session.toml", "session.sqlite"], cwd=tree, env=variables,
-                       check=True)  # fmt: skip
-        with use_db(str(tree / "session.sqlite"), WorkDB.Mode.open) as database:
-            count = leave_out(database, source, sample, seed)
-        print(f"{path}: {count} mutants, about {count * seconds / 60:.0f} minutes", flush=True)
-        subprocess.run([*run, "exec", "session.toml", "session.sqlite"], cwd=tree, env=variables,
-                       check=True)  # fmt: skip
-        with use_db(str(tree / "session.sqlite"), WorkDB.Mode.open) as database:
-            results = dict(database.results)
-            survivors = [
-                item
-                for item in database.work_items
-                if results[item.job_id].test_outcome == TestOutcome.SURVIVED
-            ]
-            for item in survivors:
-                print(f"survived: {item.mutations[0].operator_name}")
-                print(results[item.job_id].diff, flush=True)
-    print(f"{path}: {count - len(survivors)} of {count} killed", flush=True)
-    return count - len(survivors), count
+        limit_s = SLOWEST * sum(seconds.values()) + 30
+        options = ["-x", f"--timeout={SLOWEST * QUICK_S}"]
+        if not tested(tests_of(path), Order(seconds), limit_s, options):
+            raise SystemExit(f"the quick tests of {path} must pass in a copy of the process")
+        survivors = 0
+        for _, name, occurrence in sorted(chosen):
+            code = mutate_code(source, get_operator(name)(), occurrence)
+            (tree / path).write_text(code, encoding="utf-8")
+            if tested(tests_of(path), Order(seconds), limit_s, options):
+                survivors += 1
+                print(f"survived: {name} {occurrence}")
+                lines = difflib.unified_diff(source.split("\n"), code.split("\n"), lineterm="")
+                print("\n".join(list(lines)[2:]), flush=True)
+        killed, minutes = len(chosen) - survivors, (time.monotonic() - begun) / 60
+    print(f"{path}: {killed} of {len(chosen)} killed, {minutes:.0f} minutes", flush=True)
+    return killed, len(chosen)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", help="modules, from the top of the clone")
-    parser.add_argument("--sample", type=int, default=50, help="mutants per module (default: 50)")
+    parser.add_argument("--sample", default="50", help="mutants per module, or all (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
-    parser.add_argument("--all", action="store_true", help="every mutant instead of a sample")
     options = parser.parse_args()
-    totals = [mutate(file, None if options.all else options.sample, options.seed)
-              for file in options.files]  # fmt: skip
+    sample = None if options.sample == "all" else int(options.sample)
+    # Each module gets a process that has imported nothing yet.
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        totals = list(pool.map(mutate, options.files, [sample] * len(options.files),
+                               [options.seed] * len(options.files)))  # fmt: skip
     killed, count = (sum(column) for column in zip(*totals, strict=True))
     print(f"all: {killed} of {count} killed ({killed / count:.0%})")
 

@@ -48,6 +48,21 @@ def test_match_counts_of_a_small_picture() -> None:
     assert match_counts(table_of(truth, pred), 0.8).tp == 1
 
 
+def test_ratios_of_counts() -> None:
+    counts = MatchCounts(0.5, tp=3, fp=5, fn=7, iou_sum=2.0)
+    assert (counts.ap, counts.precision, counts.recall) == (3 / 15, 3 / 8, 3 / 10)
+    assert (counts.f1, counts.sq, counts.pq) == (6 / 18, 2 / 3, 2 / 9)
+    areas = AreaSums(intersection=3, union=5)
+    assert (areas.iou, areas.dice) == (3 / 5, 6 / 8)
+
+
+def test_counts_start_at_zero() -> None:
+    assert MatchCounts(0.5) == MatchCounts(0.5, tp=0, fp=0, fn=0, iou_sum=0.0)
+    assert AreaSums() == AreaSums(intersection=0, union=0)
+    assert BoundaryCounts() == BoundaryCounts(0, 0, 0, 0)
+    assert CountError() == CountError(0, 0, 0)
+
+
 def test_ratios_of_nothing() -> None:
     nothing, one = [[0, 0]], [[1, 0]]
     both = match_counts(table_of(nothing, nothing), 0.5)
@@ -62,7 +77,7 @@ def test_ratios_of_nothing() -> None:
 
 
 def test_adding_counts_pools_them() -> None:
-    one, other = MatchCounts(0.5, 1, 0, 0, 1.0), MatchCounts(0.5, 0, 2, 1, 0.0)
+    one, other = MatchCounts(0.5, 1, 0, 0, 1.0), MatchCounts(float("0.5"), 0, 2, 1, 0.0)
     assert one + other == MatchCounts(0.5, 1, 2, 1, 1.0)
     assert (one + other).ap == 0.25
     with pytest.raises(ValueError, match=r"share one IoU threshold.*0\.5 and 0\.75"):
@@ -172,6 +187,9 @@ def test_aji_ties_go_to_the_larger_intersection_then_to_the_first() -> None:
     assert aji(table_of(truth, pred)) == AreaSums(2, 8 + 1)
     # Two equal halves: either choice leaves 2 px untaken.
     assert aji(table_of([[1, 1, 1, 1]], [[7, 7, 2, 2]])) == AreaSums(2, 4 + 2)
+    # Cell 1 shares 2 px with either prediction and takes the first; cell 2 takes the second.
+    truth, pred = [[0, 0, 1, 1, 1, 1, 2, 2]], [[8, 8, 8, 8, 3, 3, 3, 3]]
+    assert aji(table_of(truth, pred)) == AreaSums(2 + 2, 6 + 4)
 
 
 def test_aji_of_nothing() -> None:
