@@ -61,7 +61,7 @@ TESTS = {
     "dinocell/results/outlines.py": ["tests/dinocell/results/test_exports.py"],
     f"{DINOV3}/cells/photometrics.py": ["tests/dinov3/data/test_multiview.py"],
 }
-QUICK_S = 2.0
+QUICK_S = 1.0
 """Tests that take longer are left out."""
 SLOWEST = 4.0
 """A test that takes this many times as long as it may is stopped, and the mutant counts as killed."""

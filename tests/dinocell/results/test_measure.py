@@ -92,6 +92,11 @@ def test_one_pixel_by_hand() -> None:
     assert row["touches_border"]
 
 
+def test_each_edge_and_corner_of_the_image_is_its_border() -> None:
+    table = measure_labels(picture("1.2.3 ..... 4.9.5 ..... 6.7.8"))
+    assert table["touches_border"].tolist() == [True] * 8 + [False]
+
+
 def test_ring_by_hand() -> None:
     row = one_row(measure_labels(picture("..... .111. .1.1. .111. .....")))
     assert (row["area"], row["area_filled"], row["area_convex"]) == (8, 9, 9)

@@ -688,5 +688,8 @@ def test_wrong_arguments_of_flood_are_refused() -> None:
         flood(good, good, mask)
     with pytest.raises(ValueError, match="from 0 to 2³¹ − 1, got -1 to -1"):
         flood(good, zeros - 1, mask)
+    with pytest.raises(ValueError, match="from 0 to 2³¹ − 1, got 2147483648 to 2147483648"):
+        flood(good, zeros + 2**31, mask)
+    assert (flood(good, zeros + (2**31 - 1), ~mask) == 2**31 - 1).all()
     with pytest.raises(ValueError, match="must not hold NaN"):
         flood(good * np.nan, zeros, mask)
