@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,6 @@ from dinocell.results.report import ReportEntry, make_entry, write_report
 
 REPORT_LIMIT = 500
 """Images that a report shows."""
-
-
-@dataclass(frozen=True)
-class StoredResult:
-    """What the files of a folder say about an image; the distance map is not among them."""
-
-    name: str
-    image: Any
-    labels: Any
-    warnings: tuple[str, ...]
-    distance_map: Any = None
 
 
 def write_report_page(
@@ -107,10 +95,12 @@ def _entry_from_files(
         image = None
     left_out = ("name", "source", "warnings", "input")
     return make_entry(
-        StoredResult(row["name"], image, labels, (row["warnings"],) if row["warnings"] else ()),
+        row["name"],
+        (image, labels, None),
         _columns(files["csv"]) if "csv" in files else {},
         {key: value for key, value in row.items() if key not in left_out},
         files,
+        warnings=(row["warnings"],) if row["warnings"] else (),
         num_images=num_images,
     )
 

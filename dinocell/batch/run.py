@@ -347,7 +347,13 @@ class _Batch:
         result = replace(result, warnings=(*result.warnings, *warned))
         if self.options.report and len(self.entries) < REPORT_LIMIT:
             self.entries[result.name] = make_entry(
-                result, table, summary, files, num_images=self.num_images
+                result.name,
+                (result.image, result.labels, result.distance_map),
+                table.data,
+                summary,
+                files,
+                warnings=result.warnings,
+                num_images=self.num_images,
             )
         return {
             "name": result.name,

@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from dinocell.compilation import njit
 from dinocell.labels import as_labels
+from dinocell.results.runs import Runs
+from dinocell.results.shape_kernels import index_image
 
 CELL_COLORS: tuple[tuple[int, int, int], ...] = (
     (230, 159, 0),  # orange
@@ -44,23 +46,21 @@ _DISTANCE_POINTS = (
 _NEAR_PX = 3
 
 
-def color_labels(labels: ArrayLike, *, seed: int = 0) -> NDArray[np.uint8]:
+def color_labels(labels: ArrayLike) -> NDArray[np.uint8]:
     """Give each cell a colour; neighbours get different ones.
 
     Parameters
     ----------
     labels : (H, W) integer array_like
         0 background, other values cells; they need not be consecutive.
-    seed : int >= 0
-        Another seed gives another choice of colours.
 
     Returns
     -------
     (H, W, 3) uint8 ndarray
         Background black, cells in `CELL_COLORS`.  Cells that touch, also over a corner, always differ;
-        cells with at most two pixels between them differ where eight colours allow it.  A cell that touches so many
-        others that the eight run out gets a darker one of them.  The same labels and seed give the
-        same picture.
+        cells with at most two pixels between them differ where eight colours allow it.  A cell that
+        touches so many others that the eight run out gets a darker one of them.  The same labels give
+        the same picture.
 
     Notes
     -----
@@ -70,15 +70,14 @@ def color_labels(labels: ArrayLike, *, seed: int = 0) -> NDArray[np.uint8]:
     from networkx.algorithms.coloring import strategy_smallest_last
 
     labels = as_labels(labels)
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f"`seed` must be an integer >= 0, got {seed!r}.")
-    picture = np.zeros((*labels.shape, 3), np.uint8)
-    values, indices = number_cells(labels)
+    runs = Runs.of(labels)
+    values = runs.label
     if len(values) == 0:
-        return picture
+        return np.zeros((*labels.shape, 3), np.uint8)
+    indices = index_image(*labels.shape, runs.row, runs.start, runs.stop, runs.cell)[1:-1, 1:-1]
     touching = _neighbours(indices, len(values), 1)
     near = _neighbours(indices, len(values), _NEAR_PX)
-    palette = np.random.default_rng([int(seed), 0xCE11]).permutation(len(CELL_COLORS))
+    palette = np.random.default_rng([0, 0xCE11]).permutation(len(CELL_COLORS))
     colors = np.full(len(values), -1)
     for cell in strategy_smallest_last(Graph(dict(enumerate(touching))), {}):
         taken = {int(colors[other]) for other in touching[cell] if colors[other] >= 0}
@@ -130,38 +129,7 @@ def color_distance_map(distance_map: ArrayLike) -> NDArray[np.uint8]:
     return np.rint(table).astype(np.uint8)[index]
 
 
-def cell_values(labels: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The values of the cells in rising order."""
-    highest = int(labels.max(initial=0))
-    if highest > 4 * labels.size + 1024:
-        values = np.unique(labels)
-        return values[values > 0]
-    present = np.zeros(highest + 1, bool)
-    _mark_values(labels, present)
-    present[0] = False
-    return np.flatnonzero(present).astype(np.uint32)
-
-
-@njit
-def _mark_values(labels: NDArray[Any], present: NDArray[Any]) -> None:
-    for label in labels.flat:
-        present[label] = True
-
-
-def number_cells(labels: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.intp]]:
-    """Cell values in rising order, and an image with 1 + their position (0 background)."""
-    values = cell_values(labels)
-    highest = int(values.max(initial=0))
-    if highest <= 4 * labels.size + 1024:
-        table = np.zeros(highest + 1, np.intp)
-        table[values] = np.arange(1, len(values) + 1)
-        return values, table[labels]
-    indices = np.searchsorted(values, labels).astype(np.intp) + 1
-    indices[labels == 0] = 0
-    return values, indices
-
-
-def _neighbours(indices: NDArray[np.intp], count: int, reach_px: int) -> list[set[int]]:
+def _neighbours(indices: NDArray[np.int32], count: int, reach_px: int) -> list[set[int]]:
     """For each cell the cells within `reach_px` (the larger of the row and column distances)."""
     result: list[set[int]] = [set() for _ in range(count)]
     for code in np.unique(_pair_codes(indices, count, reach_px)).tolist():
@@ -186,7 +154,7 @@ def _pair_codes(indices: NDArray[Any], count: int, reach: int) -> NDArray[Any]:
             for r in range(row, min(row + reach + 1, height)):
                 for c in range(max(col - reach, 0), min(col + reach + 1, width)):
                     there = indices[r, c]
-                    if there in (0, here) or (r == row and c < col):
+                    if there == 0 or there == here or (r == row and c < col):
                         continue
                     code = (min(here, there) - 1) * count + max(here, there) - 1
                     if code == last:

@@ -8,10 +8,9 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,24 +20,14 @@ from dinocell.errors import ImageFileError, MissingExtraError
 from dinocell.io import write_labels
 from dinocell.labels import as_labels
 from dinocell.results.outlines import Ring, labels_to_polygons, trace_polygons, xy_texts
-from dinocell.results.table import CellTable, writing
+from dinocell.results.table import CellTable, write_text, writing
 
-_OBJECT_TYPES = ("detection", "annotation", "cell")
 _MAX_ROI_PX = 60_535
 """ImageJ's `RoiDecoder` takes 16-bit positions from 0 to this; it reads those above as negative."""
 
 
-def _write_text(path: str | os.PathLike[str], text: str) -> None:
-    with writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
-
-
 def write_geojson(
-    path: str | os.PathLike[str],
-    labels: ArrayLike,
-    table: CellTable | None = None,
-    *,
-    object_type: str = "detection",
+    path: str | os.PathLike[str], labels: ArrayLike, table: CellTable | None = None
 ) -> None:
     """Write the cells' outlines as a GeoJSON FeatureCollection that QuPath opens.
 
@@ -51,28 +40,20 @@ def write_geojson(
     table : CellTable, optional
         `measure_labels(labels, ...)`: every column becomes a measurement of the cell; missing and infinite
         values are left out, booleans are 0 and 1.
-    object_type : {"detection", "annotation", "cell"}
-        What QuPath makes of a cell.
 
     Raises
     ------
     ValueError
-        `object_type` is unknown, or `table` does not hold the same labels.  Also see
-        `dinocell.labels.as_labels`.
+        `table` does not hold the same labels.  Also see `dinocell.labels.as_labels`.
     DINOCellError
         `path` is a folder, or the disk refuses.
 
     Notes
     -----
-    One Feature per label: a Polygon, or a MultiPolygon for a cell in pieces (diagonal contact
+    One Feature per label, which becomes a detection: a Polygon, or a MultiPolygon for a cell in pieces (diagonal contact
     separates pieces).  Positions are (x, y) = (col, row) in pixels from the corner of the image;
     rings are closed, outer ones counter-clockwise in (x, y) as RFC 7946 section 3.1.6 asks.
     """
-    if object_type not in _OBJECT_TYPES:
-        raise ValueError(
-            f"`object_type` must be one of {', '.join(_OBJECT_TYPES)}, got {object_type!r}: "
-            "choose one of them."
-        )
     corners, stops, polygons = trace_polygons(labels)
     measured = _measurement_texts(table, list(polygons))
     texts = _split_letters(*xy_texts(corners, stops))
@@ -85,12 +66,10 @@ def write_geojson(
         )
         features.append(
             f'{{"type":"Feature","geometry":{{"type":"{kind}","coordinates":{coordinates}}},'
-            f'"properties":{{"objectType":"{object_type}","name":"{label}","label":{label}'
+            f'"properties":{{"objectType":"detection","name":"{label}","label":{label}'
             f"{measurements}}}}}"
         )
-    _write_text(
-        path, '{"type":"FeatureCollection","features":[\n' + ",\n".join(features) + "\n]}\n"
-    )
+    write_text(path, '{"type":"FeatureCollection","features":[\n' + ",\n".join(features) + "\n]}\n")
 
 
 def _split_letters(letters: NDArray[np.uint8], ends: NDArray[np.int64]) -> list[str]:
@@ -191,30 +170,6 @@ def _shape_path(ring: Ring) -> NDArray[np.float32]:
     return np.append(path.reshape(-1), np.float32(4))
 
 
-def labels_to_rle(labels: ArrayLike) -> dict[int, NDArray[np.int64]]:
-    """Encode every cell as COCO run lengths over the whole image.
-
-    Parameters
-    ----------
-    labels : (H, W) integer array_like
-        0 is background.
-
-    Returns
-    -------
-    dict of int to (N,) int64 ndarray
-        Per label, ascending, the lengths of alternating runs outside and inside the cell,
-        reading the image column by column; the first may be 0, and they add up to H * W.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See `dinocell.labels.as_labels`.
-    """
-    values, begin, end, first = _column_runs(as_labels(labels))
-    counts, stops = _run_lengths(begin, end, first, np.size(labels))
-    return dict(zip(values.tolist(), np.split(counts, stops[:-1]), strict=False))
-
-
 def _column_runs(labels: NDArray[np.uint32]) -> tuple[NDArray[Any], ...]:
     """Labels, ascending; begin and end of the runs of each, in column order; each label's first run."""
     columns = labels.T.reshape(-1)
@@ -241,28 +196,14 @@ def _run_lengths(
     return counts, stops + np.cumsum(rest > 0)
 
 
-def compress_rle(counts: ArrayLike) -> str:
-    """Pack COCO run lengths into the printable string that COCO tools use.
-
-    Parameters
-    ----------
-    counts : (N,) integer array_like
-        Run lengths, as `labels_to_rle` gives them.
-
-    Returns
-    -------
-    str
-        From the fourth on, a length is stored as its difference to the one two before.  A number
-        is written in groups of 5 bits, lowest first; bit 6 of a group says that more follow,
-        48 is added, and the sign is that of the last group's top bit.
-    """
-    lengths = np.asarray(counts, dtype=np.int64)
-    return _split_letters(*_rle_letters(lengths, np.array([len(lengths)])))[0]
-
-
 @njit
 def _rle_letters(counts: NDArray[Any], stops: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """`compress_rle` for many lists one after the other: their letters, and where each list's end."""
+    """Pack run lengths, lists one after the other that end at `stops`, into the letters that COCO tools use.
+
+    From the fourth of a list on, a length is stored as its difference to the one two before.  A number
+    is written in groups of 5 bits, lowest first; bit 6 of a group says that more follow, 48 is added,
+    and the sign is that of the last group's top bit.  Returns the letters, and where each list's end.
+    """
     letters = np.empty(13 * len(counts), np.uint8)  # 64 bits in groups of 5
     ends = np.empty(len(stops), np.int64)
     at = 0
@@ -283,31 +224,15 @@ def _rle_letters(counts: NDArray[Any], stops: NDArray[Any]) -> tuple[NDArray[Any
     return letters[:at], ends
 
 
-def write_coco_rle(
-    path: str | os.PathLike[str],
-    labels: ArrayLike,
-    *,
-    file_name: str = "",
-    image_id: int = 1,
-    category: str = "cell",
-    compressed: bool = True,
-) -> None:
-    """Write the cells of one image as a COCO instance file with run-length masks.
+def write_coco_rle(path: str | os.PathLike[str], labels: ArrayLike) -> None:
+    """Write the cells of one image as a COCO instance file with run-length masks (JSON).
 
     Parameters
     ----------
     path : path
-        File to write (JSON).
+        File to write.
     labels : (H, W) integer array_like
         0 is background.  The label becomes the annotation's id.
-    file_name : str
-        Name of the image the labels belong to, for the ``images`` entry.
-    image_id : int
-        Id of that entry.
-    category : str
-        Name of the only category, id 1.
-    compressed : bool
-        True: run lengths as COCO's string; False: as a list of numbers.
 
     Raises
     ------
@@ -318,31 +243,28 @@ def write_coco_rle(
 
     Notes
     -----
-    ``bbox`` is x, y, width, height in pixels; ``area`` counts pixels; ``iscrowd`` is 0.
+    A mask holds the lengths of alternating runs outside and inside the cell, reading the image column by
+    column, as COCO's string; the first may be 0, and they add up to H * W.  ``bbox`` is x, y, width,
+    height in pixels; ``area`` counts pixels; ``iscrowd`` is 0.
     """
     labels = as_labels(labels)
     height, width = labels.shape
     values, begin, end, first = _column_runs(labels)
     counts, stops = _run_lengths(begin, end, first, labels.size)
-    if compressed:
-        masks = [json.dumps(text) for text in _split_letters(*_rle_letters(counts, stops))]
-    else:
-        parts = np.split(counts, stops[:-1]) if len(stops) else []
-        masks = [json.dumps(part.tolist(), separators=(",", ":")) for part in parts]
+    masks = [json.dumps(text) for text in _split_letters(*_rle_letters(counts, stops))]
     numbers = zip(
         values.tolist(), _areas_and_boxes(begin, end, first, height).tolist(), masks, strict=True
     )
     texts = [
-        f'{{"id":{label},"image_id":{image_id},"category_id":1,"segmentation":{{"size":[{height},'
-        f'{width}],"counts":{mask}}},"area":{area},"bbox":[{x},{y},{w},{h}],"iscrowd":0}}'
+        f'{{"id":{label},"image_id":1,"category_id":1,"segmentation":{{"size":[{height},{width}],'
+        f'"counts":{mask}}},"area":{area},"bbox":[{x},{y},{w},{h}],"iscrowd":0}}'
         for label, (area, x, y, w, h), mask in numbers
     ]
-    image = {"id": image_id, "file_name": file_name, "height": height, "width": width}
-    head, tail = (
-        json.dumps(part, separators=(",", ":"))
-        for part in ({"images": [image]}, {"categories": [{"id": 1, "name": category}]})
+    write_text(
+        path,
+        f'{{"images":[{{"id":1,"file_name":"","height":{height},"width":{width}}}],"annotations":'
+        f'[{",".join(texts)}],"categories":[{{"id":1,"name":"cell"}}]}}\n',
     )
-    _write_text(path, f'{head[:-1]},"annotations":[{",".join(texts)}],{tail[1:]}\n')
 
 
 def _areas_and_boxes(
@@ -361,23 +283,14 @@ def _areas_and_boxes(
     return np.stack([area, min_col, min_row, max_col - min_col + 1, max_row - min_row + 1], axis=1)
 
 
-@dataclass(frozen=True)
-class Exporter:
+class Exporter(NamedTuple):
     """One format of `EXPORT_FORMATS`.
 
-    Attributes
-    ----------
-    suffix : str
-        What follows the image's name in the file name: ``_outlines.geojson``.
-    description : str
-        One line for the help text.
-    write : callable
-        ``write(path, labels, table)``; the table may be None.  Of the table, the outlines take the
-        measurements and TIFF takes the pixel size; the other formats hold neither.
+    `suffix` follows the image's name in the file name: ``_outlines.geojson``.  Of the table, which may
+    be None, the outlines take the measurements and TIFF takes the pixel size.
     """
 
     suffix: str
-    description: str
     write: Callable[[Path, NDArray[Any], CellTable | None], None]
 
 
@@ -385,27 +298,13 @@ def _export_label_image(path: Path, labels: NDArray[Any], table: CellTable | Non
     write_labels(path, labels, pixel_size_um=table.pixel_size_um if table is not None else None)
 
 
-def _export_rois(path: Path, labels: NDArray[Any], table: CellTable | None) -> None:
-    write_imagej_rois(path, labels)
-
-
-def _export_coco(path: Path, labels: NDArray[Any], table: CellTable | None) -> None:
-    write_coco_rle(path, labels)
-
-
 EXPORT_FORMATS: Mapping[str, Exporter] = MappingProxyType(
     {
-        "tif": Exporter(
-            "_labels.tif", "label image, TIFF, 16 bit or above 65,535 cells 32", _export_label_image
-        ),
-        "png": Exporter(
-            "_labels.png", "label image, 16 bit PNG, at most 65,535 cells", _export_label_image
-        ),
-        "geojson": Exporter(
-            "_outlines.geojson", "outlines and measurements, for QuPath", write_geojson
-        ),
-        "roi": Exporter("_RoiSet.zip", "outlines, for the ImageJ ROI manager", _export_rois),
-        "coco": Exporter("_coco.json", "run-length masks, COCO instances", _export_coco),
+        "tif": Exporter("_labels.tif", _export_label_image),  # 16 bit, or 32 above 65,535 cells
+        "png": Exporter("_labels.png", _export_label_image),  # 16 bit, at most 65,535 cells
+        "geojson": Exporter("_outlines.geojson", write_geojson),
+        "roi": Exporter("_RoiSet.zip", lambda path, labels, _: write_imagej_rois(path, labels)),
+        "coco": Exporter("_coco.json", lambda path, labels, _: write_coco_rle(path, labels)),
     }
 )
 """What `dinocell segment` writes, by name."""

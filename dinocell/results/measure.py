@@ -68,35 +68,16 @@ from dinocell.results.shape_kernels import (
 )
 from dinocell.results.table import CellTable
 
+_SAME_NAMES = (
+    "label area area_convex area_filled equivalent_diameter_area perimeter perimeter_crofton "
+    "axis_major_length axis_minor_length orientation feret_diameter_max eccentricity solidity extent "
+    "euler_number intensity_mean intensity_std intensity_min intensity_max intensity_median"
+)
 SCIKIT_IMAGE_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "label": "label",
-        "centroid_row": "centroid-0",
-        "centroid_col": "centroid-1",
-        "bbox_min_row": "bbox-0",
-        "bbox_min_col": "bbox-1",
-        "bbox_max_row": "bbox-2",
-        "bbox_max_col": "bbox-3",
-        "area": "area",
-        "area_convex": "area_convex",
-        "area_filled": "area_filled",
-        "equivalent_diameter_area": "equivalent_diameter_area",
-        "perimeter": "perimeter",
-        "perimeter_crofton": "perimeter_crofton",
-        "axis_major_length": "axis_major_length",
-        "axis_minor_length": "axis_minor_length",
-        "orientation": "orientation",
-        "feret_diameter_max": "feret_diameter_max",
-        "eccentricity": "eccentricity",
-        "solidity": "solidity",
-        "extent": "extent",
-        "euler_number": "euler_number",
-        "intensity_mean": "intensity_mean",
-        "intensity_std": "intensity_std",
-        "intensity_min": "intensity_min",
-        "intensity_max": "intensity_max",
-        "intensity_median": "intensity_median",
-    }
+    {name: name for name in _SAME_NAMES.split()}
+    | {"centroid_row": "centroid-0", "centroid_col": "centroid-1"}
+    | {"bbox_min_row": "bbox-0", "bbox_min_col": "bbox-1"}
+    | {"bbox_max_row": "bbox-2", "bbox_max_col": "bbox-3"}
 )
 """Column here -> column of `skimage.measure.regionprops_table`, for all that both have."""
 
@@ -178,8 +159,11 @@ def measure_labels(
     """
     labels = as_labels(labels)
     channels = _channels(labels.shape, image, channel_names)
-    if pixel_size_um is not None:
-        pixel_size_um = _positive(pixel_size_um, "pixel_size_um")
+    if pixel_size_um is not None and not 0 < (pixel_size_um := float(pixel_size_um)) < math.inf:
+        raise ValueError(
+            f"`pixel_size_um` must be a positive number, got {pixel_size_um!r}: leave it out when it is "
+            "unknown."
+        )
     distance = float(neighbor_distance_px)
     if not (math.isfinite(distance) and distance >= 1):
         raise ValueError(
@@ -273,15 +257,6 @@ def _spread(values: _Array, name: str) -> dict[str, float | None]:
     }
 
 
-def _positive(value: float, name: str) -> float:
-    number = float(value)
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(
-            f"`{name}` must be a positive number, got {value!r}: leave it out when it is unknown."
-        )
-    return number
-
-
 def _channels(
     shape: tuple[int, ...], image: ArrayLike | None, channel_names: Sequence[str] | None
 ) -> list[tuple[str, _Array]]:
@@ -357,7 +332,6 @@ def _shape_columns(
     num_cells = len(runs.label)
     quads, steps, border_cell, border_pixel = border_counts(runs)
     perimeter_crofton = quads @ CROFTON_WEIGHTS
-    perimeter = steps @ np.array([1.0, math.sqrt(2), (1 + math.sqrt(2)) / 2])
     neighbors, nearest = count_neighbors(
         num_cells, runs.shape, border_cell, border_pixel, neighbor_distance_px
     )
@@ -377,7 +351,7 @@ def _shape_columns(
         "area_convex": area_convex,
         "area_filled": area + holes,
         "equivalent_diameter_area": np.sqrt(4 * area / math.pi),
-        "perimeter": perimeter,
+        "perimeter": steps @ np.array([1.0, math.sqrt(2), (1 + math.sqrt(2)) / 2]),
         "perimeter_crofton": perimeter_crofton,
         "axis_major_length": major,
         "axis_minor_length": minor,

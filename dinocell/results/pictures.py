@@ -1,6 +1,6 @@
 """Pictures of a segmentation: contours on the image, coloured cells, the distance map, one panel of all.
 
-Every function returns (H, W, 3) uint8 RGB.  Nothing here needs a display or matplotlib.
+Pictures are (H, W, 3) uint8 RGB.  Nothing here needs a display or matplotlib.
 """
 
 import math
@@ -14,11 +14,12 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from dinocell.files import atomic_path
 from dinocell.labels import as_labels, cell_borders
 from dinocell.results.captions import draw_scale_bar, fitted, load_font, plain_text
-from dinocell.results.colors import cell_values, color_distance_map, color_labels
+from dinocell.results.colors import color_distance_map, color_labels
+from dinocell.results.runs import Runs
 from dinocell.scratch import row_bands
 
 CONTOUR_COLOR = (255, 96, 0)
-"""Default colour of contours: visible on black, gray and white."""
+"""Colour of contours: visible on black, gray and white."""
 
 # Hues of channels when there are not three of them; two are green and magenta.
 _CHANNEL_COLORS = (
@@ -29,33 +30,32 @@ _CHANNEL_COLORS = (
     (0.6, 0.6, 0.6),
 )
 
-_LOW_PERCENT, _HIGH_PERCENT = 0.1, 99.8
+_PERCENTILES = (0.1, 99.8)  # that become black and full brightness
 _SAMPLED_PIXELS = _BAND_PX = 1 << 20
 _PANEL_GAP_PX = 8
-_MIN_PANEL_PX = 256
+_MIN_PANEL_PX, _MAX_PANEL_PX = 256, 2048
 _DETAIL_FACTOR, _DETAIL_PX = 3, 512
 _BACKGROUND, _INK, _FAINT_INK = (16, 18, 22), (235, 235, 235), (160, 165, 172)
 
 RGBImage = NDArray[np.uint8]
 
 
-def to_display(
-    image: ArrayLike, *, low_percent: float = _LOW_PERCENT, high_percent: float = _HIGH_PERCENT
-) -> RGBImage:
+def to_display(image: ArrayLike, factor: int = 1) -> RGBImage:
     """Stretch an image of any type to 8-bit RGB for looking at.
 
     Parameters
     ----------
     image : (H, W) or (H, W, C) real ndarray
-        Boolean, integer or float.  Each channel is stretched on its own.  One channel is gray, two are
-        green and magenta, three are red, green and blue; four or more are added in fixed colours.
-    low_percent, high_percent : float, 0 <= low < high <= 100
-        Percentiles of the finite pixels that become black and full brightness.  Above a million
-        pixels they are taken from an even sample.
+        Boolean, integer or float.  Each channel is stretched on its own, from the percentile 0.1 of its
+        finite pixels (black) to 99.8 (full brightness); above a million pixels these are taken from an
+        even sample.  One channel is gray, two are green and magenta, three are red, green and blue; four
+        or more are added in fixed colours.
+    factor : int >= 1
+        Shrinks the picture by `mean_blocks`; the percentiles are those of the whole image.
 
     Returns
     -------
-    (H, W, 3) uint8 ndarray
+    (ceil(H / factor), ceil(W / factor), 3) uint8 ndarray
         A constant channel is black, also where it is not zero; NaN and infinity are black and do not
         count.  Where both percentiles fall on one value (nearly all pixels equal), the full range is
         stretched.
@@ -63,119 +63,46 @@ def to_display(
     Raises
     ------
     TypeError, ValueError
-        Not a real array of one of these shapes, no pixel, or percentiles out of order.
+        Not a real array of one of these shapes, or no pixel.
     """
     array = _image_array(image)
-    if not 0.0 <= low_percent < high_percent <= 100.0:
-        raise ValueError(
-            f"`low_percent` and `high_percent` must satisfy 0 <= low < high <= 100, got "
-            f"{low_percent:g} and {high_percent:g}: choose others."
-        )
-    return _compose(array, _limits(array, low_percent, high_percent))
+    return _compose(mean_blocks(array, factor), _limits(array))
 
 
-def draw_contours(
-    image: ArrayLike,
-    labels: ArrayLike,
-    *,
-    color: tuple[int, int, int] | None = CONTOUR_COLOR,
-    thickness_px: int = 1,
-    stretch: bool = True,
-) -> RGBImage:
-    """Draw the border of every cell on the image.
+def draw_contours(picture: RGBImage, labels: ArrayLike, *, thickness_px: int = 1) -> RGBImage:
+    """A copy of a picture with the border of every cell, which lies inside the cell: see `cell_borders`.
 
-    Parameters
-    ----------
-    image : (H, W) or (H, W, C) real ndarray
-        See `to_display`.
-    labels : (H, W) integer array_like
-        0 background, other values cells.
-    color : three int 0..255, or None
-        None gives each cell its colour of `color_labels`.
-    thickness_px : int
-        Width of the line, which lies inside the cell: see `dinocell.labels.cell_borders`.
-    stretch : bool
-        False draws on the image as it is, which must be (H, W, 3) uint8.
-
-    Returns
-    -------
-    (H, W, 3) uint8 ndarray
-        A new array.
-
-    Raises
-    ------
-    ValueError
-        Image and labels differ in height or width, or an argument is out of range.
+    Raises ValueError (picture and labels differ in height or width).
     """
-    array = _image_array(image)
     labels = as_labels(labels)
-    _check_same_size(array, labels)
-    if stretch:
-        picture = to_display(array)
-    elif array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
-        picture = array.astype(np.uint8)  # a copy
-    else:
-        raise ValueError(
-            f"`image` must be (H, W, 3) uint8 when `stretch` is False, got {array.dtype} of shape "
-            f"{array.shape}: pass it through `to_display`."
-        )
-    border = cell_borders(labels, thickness_px=thickness_px)
-    if color is None:
-        picture[border] = color_labels(labels)[border]
-    else:
-        picture[border] = _color(color)
-    return picture
+    _check_same_size(picture, labels)
+    drawn = picture.copy()
+    drawn[cell_borders(labels, thickness_px=thickness_px)] = CONTOUR_COLOR
+    return drawn
 
 
 def shrink_labels(labels: ArrayLike, factor: int) -> NDArray[np.uint32]:
     """Shrink labels by a whole factor so that no cell gets lost between the pixels.
 
-    Parameters
-    ----------
-    labels : (H, W) integer array_like
-    factor : int >= 1
-        Each block of factor × factor pixels becomes one pixel; blocks at the lower and right edge may
-        be smaller.
-
-    Returns
-    -------
-    (ceil(H / factor), ceil(W / factor)) uint32 ndarray
-        The largest label of each block.  For pictures: areas grow by about half a block.
+    Each block of factor × factor pixels, at the lower and right edge perhaps a smaller one, becomes one
+    pixel with the largest label of the block.  For pictures: areas grow by about half a block.
     """
     labels = as_labels(labels)
-    if _factor(factor) == 1:
-        return labels
-    return _blocks(labels, factor, np.maximum, np.uint32)
+    return labels if factor == 1 else _blocks(labels, factor, np.maximum, np.uint32)
 
 
 def mean_blocks(array: NDArray[Any], factor: int) -> NDArray[Any]:
-    """Shrink an image or map by a whole factor.
+    """Shrink an (H, W) or (H, W, C) image or map by a whole factor, to the mean of each block, float64.
 
-    Parameters
-    ----------
-    array : (H, W) or (H, W, C) real ndarray
-    factor : int >= 1
-        Each block of factor × factor pixels becomes one pixel; blocks at the lower and right edge may
-        be smaller.
-
-    Returns
-    -------
-    (ceil(H / factor), ceil(W / factor)[, C]) ndarray
-        The mean of each block, float64; `array` itself when `factor` is 1.
+    Blocks are those of `shrink_labels`; `array` itself is returned when `factor` is 1.
     """
-    if _factor(factor) == 1:
+    if factor == 1:
         return array
     total = _blocks(array, factor, np.add, np.float64)
     rows = np.minimum(factor, array.shape[0] - np.arange(0, array.shape[0], factor))
     cols = np.minimum(factor, array.shape[1] - np.arange(0, array.shape[1], factor))
     counts = rows[:, None] * cols[None, :]
     return total / (counts if array.ndim == 2 else counts[..., None])
-
-
-def shrunk_display(image: ArrayLike, factor: int) -> RGBImage:
-    """`to_display` of an image that is shrunk by `mean_blocks`, with the limits of the whole image."""
-    array = _image_array(image)
-    return _compose(mean_blocks(array, factor), _limits(array, _LOW_PERCENT, _HIGH_PERCENT))
 
 
 def overlay_panel(
@@ -185,7 +112,6 @@ def overlay_panel(
     *,
     title: str | None = None,
     pixel_size_um: float | None = None,
-    max_panel_px: int = 2048,
 ) -> RGBImage:
     """Put image, contours, coloured labels and distance map side by side, with captions.
 
@@ -199,33 +125,28 @@ def overlay_panel(
         Adds the fourth picture.
     title : str, optional
         A line above the pictures; characters that the built-in font lacks become their plain form.
-    pixel_size_um : float, optional
+    pixel_size_um : float > 0, optional
         Adds a scale bar to the first picture.
-    max_panel_px : int >= 64
-        An image with a longer side is shrunk by a whole factor, which the caption states; contours
-        are drawn after shrinking, so they stay one pixel wide, and no cell vanishes; from a factor of 3
-        on, a second row shows some places at full size.  An image below 256 pixels is enlarged by a
-        whole factor, stated too.
 
     Returns
     -------
     (H', W', 3) uint8 ndarray
+        An image with a side above 2048 px is shrunk by a whole factor, which the caption states;
+        contours are drawn after shrinking, so they stay one pixel wide, and no cell vanishes; from a
+        factor of 3 on, a second row shows some places at full size.  An image below 256 pixels is
+        enlarged by a whole factor, stated too.
 
     Raises
     ------
     ValueError
-        Sizes differ, there is no pixel, or an argument is out of range.
+        Sizes differ, or there is no pixel.
     """
     from PIL import Image, ImageDraw
 
     array = _image_array(image)
     labels = as_labels(labels)
     _check_same_size(array, labels)
-    if max_panel_px < 64:
-        raise ValueError(f"`max_panel_px` must be 64 or more, got {max_panel_px}.")
-    if pixel_size_um is not None and not (math.isfinite(pixel_size_um) and pixel_size_um > 0):
-        raise ValueError(f"`pixel_size_um` must be a finite number > 0, got {pixel_size_um}.")
-    factor = math.ceil(max(labels.shape) / max_panel_px)
+    factor = math.ceil(max(labels.shape) / _MAX_PANEL_PX)
     repeat = max(1, min(_MIN_PANEL_PX // max(labels.shape), 64)) if factor == 1 else 1
     panels = _panels(array, labels, factor, repeat)
     if distance_map is not None:
@@ -270,18 +191,14 @@ def _details(
     )
     covered = covered[: labels.shape[0] // side_px, : labels.shape[1] // side_px]
     order = np.argsort(-covered, axis=None, kind="stable")[: max(1, np.count_nonzero(covered))]
-    limits = _limits(array, _LOW_PERCENT, _HIGH_PERCENT)
+    limits = _limits(array)
     details = []
     for place in order[np.linspace(0, len(order) - 1, count).astype(int)]:
         row, col = (int(at) * side_px for at in np.unravel_index(place, covered.shape))
         square = np.s_[row : row + side_px, col : col + side_px]
         picture = _compose(array[square], limits)
-        details.append(
-            (
-                f"1:1 at row {row}, column {col}",
-                draw_contours(picture, np.ascontiguousarray(labels[square]), stretch=False),
-            )
-        )
+        outlined = draw_contours(picture, np.ascontiguousarray(labels[square]))
+        details.append((f"1:1 at row {row}, column {col}", outlined))
     return details
 
 
@@ -289,15 +206,11 @@ def _panels(
     array: NDArray[np.generic], labels: NDArray[np.uint32], factor: int, repeat: int
 ) -> list[tuple[str, RGBImage]]:
     """Captions and pictures of image, contours and labels, shrunk by `factor` or enlarged by `repeat`."""
-    num_cells = len(cell_values(labels))
+    num_cells = len(Runs.of(labels).label)
     small_labels = shrink_labels(labels, factor)
-    shown = _enlarge(shrunk_display(array, factor), repeat)
-    outlined = draw_contours(
-        shown,
-        _enlarge(small_labels, repeat),
-        thickness_px=max(1, min(repeat // 2, 2)),
-        stretch=False,
-    )
+    shown = _enlarge(to_display(array, factor), repeat)
+    line_px = max(1, min(repeat // 2, 2))
+    outlined = draw_contours(shown, _enlarge(small_labels, repeat), thickness_px=line_px)
     size = "" if factor == repeat == 1 else f" (1:{factor})" if factor > 1 else f" ({repeat}:1)"
     cells = "1 cell" if num_cells == 1 else f"{num_cells} cells"
     return [
@@ -307,34 +220,12 @@ def _panels(
     ]
 
 
-def write_png(path: str | os.PathLike[str], rgb: ArrayLike) -> None:
-    """Write an 8-bit picture as PNG; the file appears whole or not at all.
-
-    Parameters
-    ----------
-    path : path
-        Missing folders above it are made; an older file is replaced.
-    rgb : (H, W, 3) or (H, W) uint8 array_like
-
-    Raises
-    ------
-    ValueError
-        Not an 8-bit picture.
-    ImageFileError
-        `path` is a folder.
-    """
+def write_png(path: str | os.PathLike[str], rgb: RGBImage) -> None:
+    """Write a picture as PNG; the file appears whole or not at all, and replaces an older one."""
     from PIL import Image
 
-    array = np.asarray(rgb)
-    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
-    if array.dtype != np.uint8 or not fits or array.size == 0:
-        raise ValueError(
-            f"`rgb` must be (H, W, 3) or (H, W) uint8, got {array.dtype} of shape {array.shape}: "
-            "pass it through `to_display`."
-        )
     with atomic_path(path) as temporary:
-        picture = Image.fromarray(np.ascontiguousarray(array))
-        picture.save(temporary, format="PNG", compress_level=2)
+        Image.fromarray(rgb).save(temporary, format="PNG", compress_level=2)
 
 
 # ------------------------------------------------------------------------------------- intensities
@@ -362,7 +253,7 @@ def _check_same_size(
         )
 
 
-def _limits(array: NDArray[np.generic], low: float, high: float) -> list[tuple[float, float]]:
+def _limits(array: NDArray[np.generic]) -> list[tuple[float, float]]:
     """Per channel: the values that become black and full brightness; equal when there is nothing to see."""
     channels = array[..., None] if array.ndim == 2 else array
     limits = []
@@ -373,7 +264,7 @@ def _limits(array: NDArray[np.generic], low: float, high: float) -> list[tuple[f
         if finite.size == 0:
             limits.append((0.0, 0.0))
             continue
-        bottom, top = (float(v) for v in np.percentile(finite, [low, high]))
+        bottom, top = (float(v) for v in np.percentile(finite, _PERCENTILES))
         if bottom == top:
             everything = flat[np.isfinite(flat)] if flat.dtype.kind == "f" else flat
             bottom, top = float(everything.min()), float(everything.max())
@@ -420,24 +311,6 @@ def _combined_rows(array: NDArray, factor: int, combine: np.ufunc) -> NDArray:
     return np.concatenate([combine.reduce(blocks, axis=1), *rest])
 
 
-def _factor(factor: int) -> int:
-    if isinstance(factor, bool) or not isinstance(factor, (int, np.integer)) or factor < 1:
-        raise ValueError(f"`factor` must be an integer >= 1, got {factor!r}.")
-    return int(factor)
-
-
 def _enlarge(array: NDArray, repeat: int) -> NDArray:
     """Repeat each pixel `repeat` times along both axes."""
     return array if repeat == 1 else array.repeat(repeat, axis=0).repeat(repeat, axis=1)
-
-
-def _color(color: Sequence[int]) -> NDArray[np.uint8]:
-    values = np.asarray(color)
-    if (
-        values.shape != (3,)
-        or values.dtype.kind not in "iu"
-        or values.min() < 0
-        or values.max() > 255
-    ):
-        raise ValueError(f"`color` must be three whole numbers 0..255, got {color!r}.")
-    return values.astype(np.uint8)

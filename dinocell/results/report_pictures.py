@@ -3,99 +3,65 @@
 import base64
 import io
 import math
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.labels import cell_borders
 from dinocell.results.colors import color_distance_map, color_labels
-from dinocell.results.pictures import (
-    CONTOUR_COLOR,
-    mean_blocks,
-    shrink_labels,
-    shrunk_display,
-)
+from dinocell.results.pictures import CONTOUR_COLOR, mean_blocks, shrink_labels, to_display
 
 
-class Thumbnails(NamedTuple):
-    """Image (RGB), labels and distance map of one image, those that exist, for a page."""
-
-    image: NDArray[np.uint8] | None
-    labels: NDArray[np.uint32] | None
-    distance_map: NDArray[np.float32] | None
-
-    @classmethod
-    def of(
-        cls,
-        image: NDArray[Any] | None,
-        labels: NDArray[Any] | None,
-        distance_map: NDArray[Any] | None,
-        side_px: int,
-    ) -> Self:
-        """Shrink each by a whole factor to at most `side_px`; 8-bit RGB is not stretched."""
-        small_image: NDArray[np.uint8] | None = None
-        small_labels: NDArray[np.uint32] | None = None
-        small_map: NDArray[np.float32] | None = None
-        if image is not None and np.size(image):
-            ready = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
-            factor = math.ceil(max(image.shape[:2]) / side_px)
-            small_image = (
-                np.rint(mean_blocks(image, factor)).astype(np.uint8)
-                if ready
-                else shrunk_display(image, factor)
-            )
-        if labels is not None and np.size(labels):
-            small_labels = shrink_labels(labels, math.ceil(max(labels.shape) / side_px))
-        if distance_map is not None and np.size(distance_map):
-            factor = math.ceil(max(distance_map.shape) / side_px)
-            small_map = mean_blocks(distance_map, factor).astype(np.float32)
-        return cls(small_image, small_labels, small_map)
-
-
-def embedded_pictures(thumbnails: Thumbnails, cells: str) -> dict[str, Any] | None:
+def embedded_pictures(
+    image: NDArray[Any] | None,
+    labels: NDArray[Any] | None,
+    distance_map: NDArray[Any] | None,
+    side_px: int,
+    cells: str,
+) -> dict[str, Any] | None:
     """Photo, layers above it and distance map as data addresses, with their size; None without any.
 
-    `cells` says in words what the layers show ("6 cells in a.tif").
+    All are (H, W) of one size, and are shrunk by a whole factor to at most `side_px`.  `cells` says in
+    words what the layers show ("6 cells in a.tif").
     """
-    image, labels, distance_map = thumbnails
-    known = next((array for array in thumbnails if array is not None), None)
+    known = next((array for array in (image, labels, distance_map) if array is not None), None)
     if known is None:
         return None
+    factor = math.ceil(max(known.shape) / side_px)
+    height, width = (math.ceil(side / factor) for side in known.shape)
     layers = []
     if labels is not None:
-        contour = np.broadcast_to(np.array(CONTOUR_COLOR, np.uint8), (*labels.shape, 3))
+        small = shrink_labels(labels, factor)
+        contour = np.broadcast_to(np.array(CONTOUR_COLOR, np.uint8), (*small.shape, 3))
         layers = [
             {
                 "kind": "colors",
                 "switch": "colours",
                 "shown": False,
                 "alt": f"Coloured areas of {cells}",
-                "source": _layer(color_labels(labels), labels > 0),
+                "source": _layer(color_labels(small), small > 0),
             },
             {
                 "kind": "contours",
                 "switch": "contours",
                 "shown": True,
                 "alt": f"Contours of {cells}",
-                "source": _layer(contour, cell_borders(labels)),
+                "source": _layer(contour, cell_borders(small)),
             },
         ]
-    photo = None if image is None else _photo(image)
-    colored_map = (
-        None if distance_map is None else _photo(color_distance_map(np.nan_to_num(distance_map)))
-    )
-    height, width = known.shape[:2]
+    photo = None if image is None else _photo(to_display(image, factor))
+    colored_map = None
+    if distance_map is not None:
+        small_map = mean_blocks(distance_map, factor).astype(np.float32)
+        colored_map = _photo(color_distance_map(np.nan_to_num(small_map)))
     return {"height": height, "width": width, "photo": photo, "layers": layers, "map": colored_map}
 
 
-def _data_uri(picture: Any, kind: str) -> str:
+def _data_uri(picture: Any, kind: str, **options: Any) -> str:
     """A Pillow image as a data address."""
     buffer = io.BytesIO()
-    if kind == "jpeg":
-        picture.save(buffer, format="JPEG", quality=88)
-    else:
-        picture.save(buffer, format="PNG", optimize=True)
+    picture.save(buffer, format=kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
@@ -103,7 +69,7 @@ def _photo(rgb: NDArray[np.uint8]) -> str:
     from PIL import Image
 
     gray = np.array_equal(rgb[..., 0], rgb[..., 1]) and np.array_equal(rgb[..., 0], rgb[..., 2])
-    return _data_uri(Image.fromarray(rgb[..., 0] if gray else rgb), "jpeg")
+    return _data_uri(Image.fromarray(rgb[..., 0] if gray else rgb), "jpeg", quality=88)
 
 
 def _layer(rgb: NDArray[np.uint8], seen: NDArray[np.bool_]) -> str:
@@ -117,10 +83,10 @@ def _layer(rgb: NDArray[np.uint8], seen: NDArray[np.bool_]) -> str:
         palette[1:, channel] = (colors >> shift) & 255
     if len(palette) > 256:
         rgba = np.dstack([rgb, np.where(seen, 255, 0).astype(np.uint8)])
-        return _data_uri(Image.fromarray(rgba), "png")
+        return _data_uri(Image.fromarray(rgba), "png", optimize=True)
     indexed = np.zeros(seen.shape, np.uint8)
     indexed[seen] = index + 1
     picture = Image.fromarray(indexed)
     picture.putpalette(palette.tobytes())
     picture.info["transparency"] = 0
-    return _data_uri(picture, "png")
+    return _data_uri(picture, "png", optimize=True)

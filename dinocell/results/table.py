@@ -52,13 +52,7 @@ def align_columns(
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """`atomic_path` whose failures say which file was meant and what to do.
-
-    Raises
-    ------
-    DINOCellError
-        `path` is a folder, or the disk refuses.
-    """
+    """`atomic_path` whose failures, DINOCellError, say which file was meant and what to do."""
     try:
         with atomic_path(path) as temporary:
             yield temporary
@@ -67,6 +61,12 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
             f"'{path}' cannot be written ({error.strerror or error}): choose another folder or free "
             "some space."
         ) from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8, line ends as they are; raises as `writing` does."""
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -168,8 +168,7 @@ class CellTable:
             for name, values in self.to_dict().items()
         ]
         writer.writerows(zip(*columns, strict=True))
-        with writing(path) as temporary:
-            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+        write_text(path, text.getvalue())
 
 
 def _python_values(column: NDArray[Any]) -> list[Any]:

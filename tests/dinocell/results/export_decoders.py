@@ -71,15 +71,13 @@ def geojson_to_labels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return labels
 
 
-def coco_to_labels(path: Path, compressed: bool = True) -> np.ndarray:
+def coco_to_labels(path: Path) -> np.ndarray:
     document = read_json(path)
     (entry,) = document["images"]
     labels = np.zeros((entry["height"], entry["width"]), np.uint32)
     for annotation in document["annotations"]:
         assert annotation["segmentation"]["size"] == list(labels.shape)
-        counts = annotation["segmentation"]["counts"]
-        assert isinstance(counts, str) == compressed
-        counts = expand(counts) if compressed else counts
+        counts = expand(annotation["segmentation"]["counts"])
         assert sum(counts) == labels.size
         assert min(counts[1:], default=1) > 0
         inside = np.repeat(np.arange(len(counts)) % 2, counts).astype(bool)

@@ -24,8 +24,6 @@ from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError
 from dinocell.io import read_labels
 from dinocell.results.exports import (
     EXPORT_FORMATS,
-    compress_rle,
-    labels_to_rle,
     write_coco_rle,
     write_geojson,
     write_imagej_rois,
@@ -132,50 +130,49 @@ def test_geojson_gives_the_labels_back(name: str, tmp_path: Path) -> None:
         }
 
 
-def test_geojson_options(tmp_path: Path) -> None:
+def test_geojson_without_and_with_a_wrong_table(tmp_path: Path) -> None:
     path = tmp_path / "cells.geojson"
-    write_geojson(path, [[1, 2]], object_type="annotation")
+    write_geojson(path, [[1, 2]])
     properties = [feature["properties"] for feature in json.loads(path.read_text())["features"]]
     assert properties == [
-        {"objectType": "annotation", "name": str(label), "label": label} for label in (1, 2)
+        {"objectType": "detection", "name": str(label), "label": label} for label in (1, 2)
     ]
-    with pytest.raises(ValueError, match="one of detection, annotation, cell, got 'tile'"):
-        write_geojson(path, [[1, 2]], object_type="tile")
     with pytest.raises(ValueError, match="got 1 rows for 2 cells"):
         write_geojson(path, [[1, 2]], measure_labels([[1, 1]]))
     assert len(json.loads(path.read_text())["features"]) == 2  # still the first file
 
 
-@pytest.mark.parametrize("compressed", [True, False])
 @pytest.mark.parametrize("name", SCENES)
-def test_coco_gives_the_labels_back(name: str, compressed: bool, tmp_path: Path) -> None:
+def test_coco_gives_the_labels_back(name: str, tmp_path: Path) -> None:
     labels = SCENES[name]
-    write_coco_rle(tmp_path / "cells.json", labels, compressed=compressed)
-    assert read_json(tmp_path / "cells.json")["images"] == [
+    write_coco_rle(tmp_path / "cells.json", labels)
+    document = read_json(tmp_path / "cells.json")
+    assert document["images"] == [
         {"id": 1, "file_name": "", "height": labels.shape[0], "width": labels.shape[1]}
     ]
-    np.testing.assert_array_equal(coco_to_labels(tmp_path / "cells.json", compressed), labels)
+    assert document["categories"] == [{"id": 1, "name": "cell"}]
+    assert {annotation["image_id"] for annotation in document["annotations"]} <= {1}
+    np.testing.assert_array_equal(coco_to_labels(tmp_path / "cells.json"), labels)
+
+
+def coco_counts(labels: np.ndarray, path: Path) -> list[str]:
+    """The run lengths of all cells, as the strings of the file."""
+    write_coco_rle(path, labels)
+    return [item["segmentation"]["counts"] for item in read_json(path)["annotations"]]
 
 
 def test_coco_by_hand(tmp_path: Path) -> None:
-    assert {
-        label: counts.tolist() for label, counts in labels_to_rle(picture("12 1.")).items()
-    } == {
-        1: [0, 2, 2],
-        2: [2, 1, 1],
-    }
+    path = tmp_path / "a.json"
+    found = coco_counts(picture("12 1."), path)
+    assert [expand(text) for text in found] == [[0, 2, 2], [2, 1, 1]]
+    first = np.repeat(np.array([1, 0, 1], np.uint8), [2, 2, 40])[:, None]
     # 0, 2, 2, then 40 - 2 = 38: lower group 6 with "more", upper group 1
-    assert compress_rle([0, 2, 2, 40]) == "022" + chr(48 + 32 + 6) + chr(48 + 1)
-    assert compress_rle([0, 9, 2, 6]) == "092" + chr(48 + 29)  # 6 - 9 = -3 in one group
-    rng = np.random.default_rng(0)
-    counts = rng.integers(0, 10 ** rng.integers(1, 9, 500)).tolist()
-    assert expand(compress_rle(counts)) == counts
-
-    write_coco_rle(tmp_path / "a.json", [[1]], file_name="a.tif", image_id=7, category="nucleus")
-    document = json.loads((tmp_path / "a.json").read_text())
-    assert document["images"] == [{"id": 7, "file_name": "a.tif", "height": 1, "width": 1}]
-    assert document["annotations"][0]["image_id"] == 7
-    assert document["categories"] == [{"id": 1, "name": "nucleus"}]
+    assert coco_counts(first, path) == ["022" + chr(48 + 32 + 6) + chr(48 + 1)]
+    first = np.repeat(np.array([1, 0, 1], np.uint8), [9, 2, 6])[:, None]
+    assert coco_counts(first, path) == ["092" + chr(48 + 29)]  # 6 - 9 = -3 in one group
+    counts = np.random.default_rng(0).integers(1, 10 ** np.arange(1, 7).repeat(3))
+    long = np.repeat(np.arange(len(counts)) % 2, counts)[:, None]
+    assert [expand(text) for text in coco_counts(long, path)] == [counts.tolist()]
 
 
 @pytest.mark.parametrize("name", SCENES)
@@ -214,7 +211,6 @@ def test_every_format_writes_and_repeats(name: str, scene: str, tmp_path: Path) 
         pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
     labels = SCENES[scene]
     exporter = EXPORT_FORMATS[name]
-    assert exporter.description
     path = tmp_path / f"field{exporter.suffix}"
     exporter.write(path, labels, None)
     first = path.read_bytes()
@@ -242,7 +238,6 @@ def test_more_cells_than_16_bits_hold(tmp_path: Path) -> None:
         [3, 2],
         [2, 2],
     ]
-    assert labels_to_rle(labels[-3:, -3:])[67_600].tolist() == [8, 1]
     EXPORT_FORMATS["tif"].write(tmp_path / "cells_labels.tif", labels, None)
     np.testing.assert_array_equal(read_labels(tmp_path / "cells_labels.tif"), labels)
 
@@ -275,10 +270,12 @@ def test_failure_leaves_the_old_file(write, tmp_path: Path, monkeypatch) -> None
     assert path.read_text() != "old"
 
 
-@pytest.mark.parametrize("encode", [labels_to_polygons, labels_to_rle])
-def test_wrong_labels(encode) -> None:
+@pytest.mark.parametrize("write", [write_geojson, write_coco_rle])
+def test_wrong_labels(write, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="integer label image, got dtype bool"):
-        encode(np.ones((2, 2), bool))
+        write(tmp_path / "cells", np.ones((2, 2), bool))
     with pytest.raises(ValueError, match=r"got shape \(2,\)"):
-        encode(np.ones(2, int))
-    assert encode(np.zeros((0, 3), int)) == {}
+        write(tmp_path / "cells", np.ones(2, int))
+    write(tmp_path / "cells", np.zeros((0, 3), int))
+    document = read_json(tmp_path / "cells")
+    assert document.get("features", document.get("annotations")) == []

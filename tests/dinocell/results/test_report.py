@@ -75,17 +75,19 @@ def cells(num_cells=6, shape=(40, 60), seed=0):
     return image, labels, (labels > 0).astype(np.float32)
 
 
+ARRAYS = ("image", "labels", "distance_map")
+
+
 def entry(name="a.tif", num_cells=6, pixel_size_um=None, **changes):
     image, labels, distance_map = cells(num_cells)
     table = measure_labels(labels, image, pixel_size_um=pixel_size_um)
-    arguments = {
-        "image": image,
-        "labels": labels,
-        "distance_map": distance_map,
-        "table": table,
-        "summary": summarize(labels, table),
-    }
-    return ReportEntry(name, **(arguments | changes))
+    given = {"image": image, "labels": labels, "distance_map": distance_map, "columns": table.data}
+    given |= {"summary": summarize(labels, table), "files": {}} | changes
+    return make_entry(name, tuple(given.pop(kind) for kind in ARRAYS), **given)
+
+
+def entry_of_table(columns, **files):
+    return make_entry("a", (None, None, None), columns, {}, files)
 
 
 def page(tmp_path, entries, **options):
@@ -121,28 +123,29 @@ def test_one_image_end_to_end(tmp_path):
 
 
 def test_layers_show_the_labels(tmp_path):
-    item = entry()
-    found = pictures(page(tmp_path, [item]))
+    _, labels, _ = cells()
+    found = pictures(page(tmp_path, [entry()]))
     layers = {kind: np.asarray(p.convert("RGBA")) for (kind, _), p in found.items() if kind}
-    border = cell_borders(item.labels)
+    border = cell_borders(labels)
     outlines = layers["layer contours"]
     assert np.array_equal(outlines[..., 3] == 255, border)
     assert (outlines[border][:, :3] == CONTOUR_COLOR).all()
     colors = layers["layer colors"]
-    inside = item.labels > 0
+    inside = labels > 0
     assert np.array_equal(colors[..., 3] == 255, inside)
-    assert np.array_equal(colors[inside][:, :3], color_labels(item.labels)[inside])
+    assert np.array_equal(colors[inside][:, :3], color_labels(labels)[inside])
     photo = np.asarray(found["", "Image a.tif"].convert("L")).astype(int)
     assert photo[inside].mean() > photo[~inside].mean() + 150
 
 
 def test_page_is_self_contained(tmp_path):
-    item = entry(
-        overlay_path=tmp_path / "sub" / "a overlay#1.png",
-        csv_path=tmp_path / "a_cells.csv",
-        label_paths=[tmp_path / "a_labels.tif", tmp_path / "a_coco.json"],
-    )
-    parsed = page(tmp_path, [item])
+    files = {
+        "csv": tmp_path / "a_cells.csv",
+        "overlay": tmp_path / "sub" / "a overlay#1.png",
+        "coco": tmp_path / "a_coco.json",
+        "tif": tmp_path / "a_labels.tif",
+    }
+    parsed = page(tmp_path, [entry(files=files)])
     assert not re.search(r"(https?:)?//[a-z0-9.-]+\.[a-z]", parsed.source, re.IGNORECASE)
     assert "url(" not in parsed.source
     assert "@import" not in parsed.source
@@ -159,20 +162,27 @@ def test_page_is_self_contained(tmp_path):
     files = ["sub/a%20overlay%231.png", "a_cells.csv", "a_labels.tif", "a_coco.json"]
     assert sorted(set(links) - set(files)) == ["#image-1"]
     assert set(files) <= set(links)
-    assert "labels (a_coco.json)" in parsed.text("a")
+    assert parsed.text("a").splitlines()[-4:] == [
+        "overlay in full size",
+        "all measurements (CSV)",
+        "labels (a_coco.json)",
+        "labels (a_labels.tif)",
+    ]
 
 
 def test_names_are_escaped_everywhere(tmp_path):
     evil = "\"><script>alert('1')</script>&amp;<img src=x onerror=y>.tif"
     good = {"num_cells": 2, "<i>key": "<b>value"}
     items = [
-        entry(evil, csv_path=tmp_path / f"{evil.replace('/', '_')}.csv", warnings=("<u>careful",)),
-        entry("b", summary=good, truth_scores={"<s>AP": 0.5}, table={"<q>": np.array(["<p>x"])}),
+        entry(
+            evil, files={"csv": tmp_path / f"{evil.replace('/', '_')}.csv"}, warnings=["<u>careful"]
+        ),
+        entry("b", summary=good, columns={"<q>": np.array(["<p>x"])}),
         ReportEntry(evil, error="<b>broken</b>"),
     ]
     parsed = page(tmp_path, items, title=evil, notes=[evil], summary={evil: evil})
     assert len(parsed.all("script")) == 1
-    for tag in ("b", "i", "u", "s", "q"):
+    for tag in ("b", "i", "u", "q"):
         expected = {"b": 5}.get(tag, 0)  # the five numbers at the top
         assert len(parsed.all(tag)) == expected
     assert all(set(attrs) & {"onerror", "onclick", "onload"} == set() for _, attrs in parsed.tags)
@@ -182,7 +192,6 @@ def test_names_are_escaped_everywhere(tmp_path):
         "<u>careful",
         "<i>key",
         "<b>value",
-        "<s>AP",
         "<q>",
         "<p>x",
         "<b>broken</b>",
@@ -194,7 +203,7 @@ def test_pictures_are_counted(tmp_path):
     items = [
         entry("full"),
         entry("no map", distance_map=None),
-        entry("image alone", labels=None, distance_map=None, table=None, summary=None),
+        entry("image alone", labels=None, distance_map=None, columns={}, summary={}),
         entry("labels alone", image=None, distance_map=None),
         ReportEntry("failed", error="It broke."),
     ]
@@ -241,7 +250,7 @@ def test_failures_and_warnings_are_listed_and_linked(tmp_path):
 
 
 def test_accessible(tmp_path):
-    parsed = page(tmp_path, [entry("a"), entry("b", truth_scores={"AP@0.5": 0.9})])
+    parsed = page(tmp_path, [entry("a"), entry("b")])
     assert parsed.all("html")[0]["lang"] == "en"
     assert all(attrs.get("alt") for attrs in parsed.all("img"))
     assert all("scope" in attrs for attrs in parsed.all("th"))
@@ -254,20 +263,6 @@ def test_accessible(tmp_path):
     assert "color-scheme: light dark" in parsed.source
 
 
-def test_scores_and_their_mean(tmp_path):
-    items = [
-        entry("a", truth_scores={"AP@0.5": 0.9, "SEG": 0.5}),
-        entry("b", truth_scores={"AP@0.5": 0.7, "SEG": float("nan")}),
-        entry("c"),
-    ]
-    text = page(tmp_path, items).text("td", "th", "dd")
-    assert "0.8 (n = 2)" in text
-    assert "0.5 (n = 1)" in text
-    assert "mean over images" in text
-    without = page(tmp_path, [entry("c")]).text("td", "th", "dd")
-    assert "mean over images" not in without
-
-
 def histogram_counts(parsed):
     """Cells per bar, from the bars' titles."""
     bars = [t for tag, t in parsed.texts if tag == "title" and " to " in t]
@@ -277,8 +272,7 @@ def histogram_counts(parsed):
 def test_histogram_holds_every_cell_once(tmp_path):
     rng = np.random.default_rng(3)
     areas = np.concatenate([rng.gamma(4.0, 100.0, 400), [1e6]])
-    item = ReportEntry("a", table={"label": np.arange(401), "area": areas}, summary={})
-    parsed = page(tmp_path, [item])
+    parsed = page(tmp_path, [entry_of_table({"label": np.arange(401), "area": areas})])
     assert sum(histogram_counts(parsed)) == 401
     caption = parsed.text("figcaption")
     assert f"median {np.median(areas):.4g} px" in caption
@@ -289,7 +283,7 @@ def test_histogram_holds_every_cell_once(tmp_path):
 
 @pytest.mark.parametrize("areas", [[5.0], [3.0, 3.0], [0.0], [1e-9, 2e-9]])
 def test_histogram_of_few_or_equal_areas(tmp_path, areas):
-    item = ReportEntry("a", table={"area": np.array(areas)})
+    item = entry_of_table({"area": np.array(areas)})
     assert sum(histogram_counts(page(tmp_path, [item]))) == len(areas)
 
 
@@ -304,19 +298,18 @@ def test_areas_in_micrometres_where_all_images_have_them(tmp_path):
 
 def test_long_tables_are_cut_with_a_note(tmp_path):
     table = {"label": np.arange(1, 121), "area": np.full(120, 7.25)}
-    csv_path = tmp_path / "cells.csv"
-    parsed = page(tmp_path, [ReportEntry("a", table=table, csv_path=csv_path)])
+    parsed = page(tmp_path, [entry_of_table(table, csv=tmp_path / "cells.csv")])
     assert parsed.text("td").splitlines().count("7.25") == 50
     assert "The first 50 of 120 cells; all are in" in parsed.text("caption")
     assert len(parsed.all("a", href="cells.csv")) == 2
-    short = page(tmp_path, [ReportEntry("a", table=table)], rows=3)
-    assert short.text("td").splitlines().count("7.25") == 3
-    assert "The first 3 of 120 cells; the rest is left out." in short.text("caption")
+    short = page(tmp_path, [entry_of_table(table)] * 300)
+    assert short.text("td").splitlines().count("7.25") == 300 * 10
+    assert "The first 10 of 120 cells; the rest is left out." in short.text("caption")
 
 
 def test_numbers_read_well(tmp_path):
     table = {"v": np.array([np.nan, np.inf, 0.123456, 1234567.8, 3.0, -2.5e-7])}
-    assert page(tmp_path, [ReportEntry("a", table=table)]).text("td").split("\n")[-6:] == [
+    assert page(tmp_path, [entry_of_table(table)]).text("td").split("\n")[-6:] == [
         "–",
         "∞",
         "0.1235",
@@ -325,12 +318,11 @@ def test_numbers_read_well(tmp_path):
         "-2.5e-07",
     ]
     table = {"v": np.array([True, False])}
-    assert page(tmp_path, [ReportEntry("a", table=table)]).text("td").endswith("yes\nno")
+    assert page(tmp_path, [entry_of_table(table)]).text("td").endswith("yes\nno")
 
 
 def test_a_page_of_many_images_stays_small(tmp_path):
-    item = entry(csv_path=tmp_path / "a.csv")
-    parsed = page(tmp_path, [item] * 61)
+    parsed = page(tmp_path, [entry(files={"csv": tmp_path / "a.csv"}, num_images=61)] * 61)
     assert len(parsed.all("article")) == 61
     collapsed = [attrs for attrs in parsed.all("details") if "open" in attrs]
     assert len(collapsed) == 12, "the first dozen is open, the overview closed"
@@ -342,63 +334,26 @@ def test_a_page_of_many_images_stays_small(tmp_path):
 def test_pictures_shrink_with_the_number_of_images(tmp_path):
     labels = np.zeros((900, 1000), np.uint32)
     labels[100:400, 100:500] = 1
-    big = ReportEntry("big", labels.astype(np.uint16), labels)
-    small = ReportEntry("small", np.zeros((2, 2)))
     widths = []
-    for others in (0, 20, 100):
-        found = pictures(page(tmp_path, [big] + [small] * others))
-        sizes = {p.size for (_, alt), p in found.items() if "big" in alt}
+    for num_images in (1, 20, 21, 100, 101):
+        arrays = (labels.astype(np.uint16), labels, labels / 2)
+        item = make_entry("big", arrays, {}, {}, {}, num_images=num_images)
+        sizes = {p.size for p in pictures(page(tmp_path, [item])).values()}
         assert len(sizes) == 1, "all layers have one size"
         widths.append(sizes.pop()[0])
-    assert widths == [500, 500, 334]
-    found = pictures(page(tmp_path, [big], thumbnail_px=64))
-    assert {p.size for p in found.values()} == {(63, 57)}
-
-
-def test_make_entry_keeps_what_the_page_shows(tmp_path):
-    class Result:
-        name = "a"
-        image, labels, distance_map = cells(6)
-        warnings = ("careful",)
-
-    table = measure_labels(Result.labels, Result.image, pixel_size_um=0.5)
-    summary = summarize(Result.labels, table)
-    files = {"csv": tmp_path / "a.csv", "overlay": tmp_path / "a.png", "tif": tmp_path / "a.tif"}
-    scores = {"AP": 1.0}
-    made = make_entry(Result(), table, summary, files, truth_scores=scores)
-    whole = ReportEntry(
-        "a",
-        Result.image,
-        Result.labels,
-        Result.distance_map,
-        table,
-        summary,
-        overlay_path=files["overlay"],
-        csv_path=files["csv"],
-        label_paths=[files["tif"]],
-        truth_scores=scores,
-        warnings=("careful",),
-    )
-    assert page(tmp_path, [made]).source == page(tmp_path, [whole]).source
+    assert widths == [500, 500, 500, 500, 334]
 
 
 def test_make_entry_of_a_large_image_is_small(tmp_path):
     rng = np.random.default_rng(0)
-
-    class Result:
-        name = "large"
-        labels = np.kron(
-            np.arange(1, 401, dtype=np.uint32).reshape(20, 20), np.ones((80, 80), np.uint32)
-        )
-        image = rng.integers(0, 4096, labels.shape).astype(np.uint16)
-        distance_map = rng.random(labels.shape).astype(np.float32)
-        warnings = ()
-
+    labels = np.arange(1, 401, dtype=np.uint32).reshape(20, 20).repeat(80, 0).repeat(80, 1)
+    image = rng.integers(0, 4096, labels.shape).astype(np.uint16)
+    arrays = (image, labels, rng.random(labels.shape).astype(np.float32))
     table = {"label": np.arange(1, 401), "area": np.arange(400.0)}
-    made = make_entry(Result(), table, {"num_cells": 400, "confluency_percent": 100.0}, {})
-    assert made.image is made.labels is made.distance_map is None
-    assert len(str(made.pictures)) < 2_000_000 < Result.distance_map.nbytes
-    of_many = make_entry(Result(), table, {}, {}, num_images=300)
+    made = make_entry("large", arrays, table, {"num_cells": 400, "confluency_percent": 100.0}, {})
+    assert len(str(made.pictures)) < 2_000_000 < arrays[2].nbytes
+    assert [len(column) for column in made.columns.values()] == [50, 50]
+    of_many = make_entry("large", arrays, table, {}, {}, num_images=300)
     assert (made.pictures["width"], of_many.pictures["width"]) == (534, 400)
     parsed = page(tmp_path, [made])
     assert "The first 50 of 400 cells" in parsed.text("caption")
@@ -409,27 +364,10 @@ def test_make_entry_of_a_large_image_is_small(tmp_path):
 def test_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old")
-    wrong = entry(labels=np.zeros((3, 3), int))
-    with pytest.raises(ValueError, match=r"same height and width.*'a\.tif'"):
+    wrong = entry(columns={"x": np.zeros(2), "y": np.zeros(3)})
+    with pytest.raises(ValueError, match="shorter than argument"):
         write_report(path, [entry("good"), wrong])
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["report.html"]
     with pytest.raises(DINOCellError, match="is a folder"):
         write_report(tmp_path, [])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"thumbnail_px": 5}, "thumbnail_px"), ({"rows": -1}, "rows")],
-)
-def test_wrong_options(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        write_report(tmp_path / "report.html", [], **options)
-
-
-def test_wrong_tables(tmp_path):
-    with pytest.raises(ValueError, match="equally long"):
-        write_report(
-            tmp_path / "a.html", [ReportEntry("a", table={"x": np.zeros(2), "y": np.zeros(3)})]
-        )
-    assert os.listdir(tmp_path) == []
