@@ -74,10 +74,7 @@ class Claimant:
 def claimed(folder: Path, claimant: Claimant, what: str = "a shard") -> Iterator[None]:
     """Hold `what` is in `folder`; the claim of a process that was killed is taken over.
 
-    Raises
-    ------
-    DINOCellError
-        Another process holds it.
+    Raises DINOCellError (another process holds it).
     """
     path = folder / CLAIM_NAME
     mine = claimant.claim()
@@ -134,10 +131,7 @@ def owner_of(claim: dict[str, Any]) -> str:
 def _take_away(path: Path, judged: dict[str, Any]) -> None:
     """Remove a claim that was judged abandoned; of several processes that judge so, one succeeds.
 
-    Raises
-    ------
-    FileNotFoundError, FileExistsError
-        Another process was first.
+    Raises FileNotFoundError, FileExistsError (another process was first).
     """
     left = path.with_name(f".tmp-{secrets.token_hex(8)}")
     path.rename(left)

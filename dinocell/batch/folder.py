@@ -30,19 +30,18 @@ def present_results(paths: Sequence[Path], out: Path, formats: Sequence[str]) ->
     ]
 
 
-def refuse_results(paths: Sequence[Path], out: Path, formats: Sequence[str]) -> None:
+def refuse_results(
+    paths: Sequence[Path], out: Path, formats: Sequence[str], *, resumable: bool = True
+) -> None:
     """Refuse to replace finished work unasked.
 
-    Raises
-    ------
-    UsageError
-        The folder has results of the images.
+    Raises UsageError (the folder has results of the images).
     """
-    present = present_results(paths, out, formats)
-    if present:
+    if present := present_results(paths, out, formats):
+        resume = "set `resume` to keep them, " if resumable else "set "
         raise UsageError(
             f"the output folder must not hold results of these images, got {len(present)} in {out}: "
-            "set `resume` to keep them, `overwrite` to replace them, or choose another folder"
+            f"{resume}`overwrite` to replace them, or choose another folder"
         )
 
 
@@ -66,12 +65,8 @@ def settings_of(options: SegmentOptions, model: DINOCell) -> dict[str, Any]:
 def make_folder(out: Path) -> None:
     """Make the folder of the results, if it does not exist.
 
-    Raises
-    ------
-    UsageError
-        A file has that name, or one of a folder above.
-    DINOCellError
-        The system refuses.
+    Raises UsageError (a file has that name, or one of a folder above); DINOCellError (the system
+    refuses).
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

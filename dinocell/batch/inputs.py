@@ -20,9 +20,7 @@ def mark_input(path: Path, options: SegmentOptions) -> dict[str, Any]:
 
     Made before the file is read: a file that is replaced meanwhile then counts as changed.
     """
-    mark: dict[str, Any] = {name: getattr(options, name) for name in IMAGE_OPTIONS}
-    if options.channels is not None:
-        mark["channels"] = list(options.channels)
+    mark = _image_options(options)
     if path.is_file():  # reading refuses everything else, and a pipe would wait
         state = path.stat()
         mark |= {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "blake2b": _hash(path)}
@@ -47,20 +45,20 @@ def is_unchanged(path: Path, row: dict[str, Any]) -> bool:
 def refuse_other_options(row: dict[str, Any], options: SegmentOptions) -> None:
     """Refuse to keep a result that other options gave.
 
-    Raises
-    ------
-    ConfigError
-        An option that says how an image is read differs.
+    Raises ConfigError (an option that says how an image is read differs).
     """
     mark = row.get("input", {})
-    for name in IMAGE_OPTIONS:
-        value = getattr(options, name)
-        value = list(value) if isinstance(value, tuple) else value
+    for name, value in _image_options(options).items():
         if name in mark and mark[name] != value:
             raise ConfigError(
                 f"`resume` must keep the options of an image, got {name} {value} for '{row['name']}', "
                 f"which was segmented with {mark[name]}: undo that, or set `overwrite`"
             )
+
+
+def _image_options(options: SegmentOptions) -> dict[str, Any]:
+    values = {name: getattr(options, name) for name in IMAGE_OPTIONS}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def _hash(path: Path) -> str:

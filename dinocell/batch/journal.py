@@ -6,6 +6,7 @@ again one at a time after all others, and given up after `MAX_KILLS` kills.  An 
 memory can therefore fail by itself, but not stop the batch.
 """
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -37,14 +38,11 @@ def merging_folder(out: str | Path) -> Path:
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """Rows of a journal in the order in which they were written; cut lines are left out."""
-    if not path.exists():
-        return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # cut off by a crash while it was written
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # cut by a crash while it was written
+                rows.append(json.loads(line))
     return rows
 
 
@@ -59,15 +57,11 @@ def count_rows(path: Path) -> int:
 
 def complete_last_line(path: Path) -> None:
     """End a line that a crash has cut, so that the next entry starts on a line of its own."""
-    try:
-        with path.open("rb+") as file:
-            if file.seek(0, os.SEEK_END) == 0:
-                return
+    with contextlib.suppress(FileNotFoundError), path.open("rb+") as file:
+        if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-    except FileNotFoundError:
-        return
 
 
 def begin_part(part: Path) -> None:
@@ -86,12 +80,9 @@ def note_failure(part: Path, name: str) -> None:
 
 
 def suspect_unfinished_images(part: Path) -> int:
-    """After a process was killed for its memory: count one kill for each image that it had not finished.
+    """After a process was killed for its memory: count a kill for each image that it had not finished.
 
-    Returns
-    -------
-    int
-        How many images these were.
+    Returns how many images these were.
     """
     state = {row["name"]: row["in_work"] for row in read_journal(part / _IN_WORK_NAME)}
     done = {row["name"] for row in read_journal(part / JOURNAL_NAME)}

@@ -45,9 +45,7 @@ class MergedShards:
         return "\n".join(lines)
 
     def missing_sentence(self) -> str:
-        """What is not done, "" if nothing."""
-        if not self.missing:
-            return ""
+        """What is not done, if anything is `missing`."""
         names = ", ".join(str(state.index) for state in self.missing[:10])
         more = ", ..." if len(self.missing) > 10 else ""
         left = sum(state.left for state in self.missing)
@@ -64,10 +62,7 @@ def merge_shards(out: str | Path, *, shown: bool = True) -> MergedShards:
 
     Can be run at any time; images that are not finished have a sentence in the column `error`.
 
-    Raises
-    ------
-    UsageError
-        No plan.
+    Raises UsageError (no plan).
     """
     plan = read_plan(out)
     rows: dict[int, dict[str, Any]] = {}

@@ -1,7 +1,7 @@
 """The options of a batch, and what is refused before a model is loaded."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +13,8 @@ from dinocell.results.exports import EXPORT_FORMATS
 # Not part of what an image's result depends on, so a resumed run may change them (the model is known
 # by the hash of its weights).
 FREE_OPTIONS = (
-    "model",
-    "device",
-    "batch_size",
-    "tile_px",
-    "workers",
-    "report",
-    "resume",
-    "overwrite",
+    *("model", "device", "batch_size", "tile_px", "workers"),
+    *("report", "resume", "overwrite"),
 )
 
 IMAGE_OPTIONS = ("channels", "page", "pixel_size_um", "allow_mask")
@@ -76,10 +70,8 @@ class SegmentOptions:
 def check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
     """Refuse what cannot be done, before a model is loaded.
 
-    Raises
-    ------
-    UsageError
-        Nothing to do, two inputs of one name, an unknown or impossible value of an option.
+    Raises UsageError (nothing to do, two inputs of one name, an unknown or impossible value of an
+    option).
     """
     if not paths:
         raise UsageError("at least one image must be given, got none: name files or folders")
@@ -97,41 +89,32 @@ def check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
 def check_options(options: SegmentOptions) -> None:
     """The part of `check_call` that needs no images.
 
-    Raises
-    ------
-    UsageError
-        An unknown or impossible value, or two options that exclude each other.
+    Raises UsageError (an unknown or impossible value, or two options that exclude each other).
     """
+    for fault in _faults(options):
+        raise UsageError(fault)
+
+
+def _faults(options: SegmentOptions) -> Iterator[str]:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options.device):
-        raise UsageError(
-            f"`device` must be auto, cpu, cuda, cuda:N or mps, got {options.device!r}: choose one"
-        )
+        yield f"`device` must be auto, cpu, cuda, cuda:N or mps, got {options.device!r}: choose one"
     unknown = [name for name in options.formats if name not in EXPORT_FORMATS]
     if unknown or not options.formats:
-        raise UsageError(
-            f"`formats` must be one of {', '.join(EXPORT_FORMATS)}, got "
-            f"{', '.join(unknown) or 'none'}: choose one of them"
-        )
+        known, given = ", ".join(EXPORT_FORMATS), ", ".join(unknown) or "none"
+        yield f"`formats` must be one of {known}, got {given}: choose one of them"
     if options.precision not in PRECISIONS:
-        raise UsageError(
-            f"`precision` must be one of {', '.join(PRECISIONS)}, got {options.precision!r}: choose one"
-        )
-    if options.percentiles and not 0 <= options.percentiles[0] < options.percentiles[1] <= 100:
-        raise UsageError(
-            f"`percentiles` must hold 0 <= low < high <= 100, got {options.percentiles}: 1 and 99.8 are "
-            "usual"
-        )
+        known = ", ".join(PRECISIONS)
+        yield f"`precision` must be one of {known}, got {options.precision!r}: choose one"
+    shares = options.percentiles
+    if shares and not 0 <= shares[0] < shares[1] <= 100:
+        yield f"`percentiles` must hold 0 <= low < high <= 100, got {shares}: 1 and 99.8 are usual"
     if not 0.0 <= options.min_score <= 1.0:
-        raise UsageError(
-            f"`min_score` must be in 0 to 1, got {options.min_score}: 0 keeps all cells"
-        )
+        yield f"`min_score` must be in 0 to 1, got {options.min_score}: 0 keeps all cells"
     if options.tile_px is not None and options.tile_px < 1:
-        raise UsageError(f"`tile_px` must be at least 1, got {options.tile_px}: leave it out")
+        yield f"`tile_px` must be at least 1, got {options.tile_px}: leave it out"
     if options.page is not None and options.page < 0:
-        raise UsageError(f"`page` must be at least 0, got {options.page}: count from 0")
+        yield f"`page` must be at least 0, got {options.page}: count from 0"
     if options.pixel_size_um is not None and not 0 < options.pixel_size_um < float("inf"):
-        raise UsageError(
-            f"`pixel_size_um` must be above 0, got {options.pixel_size_um}: give micrometres"
-        )
+        yield f"`pixel_size_um` must be above 0, got {options.pixel_size_um}: give micrometres"
     if options.resume and options.overwrite:
-        raise UsageError("`resume` and `overwrite` exclude each other, got both: choose one")
+        yield "`resume` and `overwrite` exclude each other, got both: choose one"

@@ -26,7 +26,7 @@ from dinocell.batch.claims import (
     read_claim,
     refuse_running,
 )
-from dinocell.batch.folder import SETTINGS_NAME, present_results
+from dinocell.batch.folder import SETTINGS_NAME, refuse_results
 from dinocell.batch.inputs import is_unchanged
 from dinocell.batch.journal import (
     FAILURES_NAME,
@@ -133,7 +133,8 @@ def plan_shards(
         sizes = [path.stat().st_size for path in paths]
         parts = _divide(sizes, min(count, len(paths)))
         plan = ShardPlan(out, len(parts), len(paths), sum(sizes), options, fresh=True)
-        _refuse_results(plan, paths)
+        if not options.overwrite:
+            refuse_results(paths, out, options.formats, resumable=False)
         _refuse_running(out, claimant)
         files = {
             shard_folder(out, index) / _MANIFEST_NAME: _manifest_text(part, paths, sizes)
@@ -207,23 +208,8 @@ def _manifest_text(part: Sequence[int], paths: Sequence[Path], sizes: Sequence[i
 
 
 def _plan_text(plan: ShardPlan) -> str:
-    values = {
-        "count": plan.count,
-        "images": plan.images,
-        "bytes": plan.total_bytes,
-        "options": asdict(plan.options),
-    }
-    return json.dumps(values, indent=1, sort_keys=True) + "\n"
-
-
-def _refuse_results(plan: ShardPlan, paths: Sequence[Path]) -> None:
-    """Refuse to replace finished results unasked."""
-    present = present_results(paths, plan.out, plan.options.formats)
-    if present and not plan.options.overwrite:
-        raise UsageError(
-            f"the output folder must not hold results of these images, got {len(present)} in "
-            f"{plan.out}: set `overwrite` to replace them, or choose another folder"
-        )
+    values = {"count": plan.count, "images": plan.images, "bytes": plan.total_bytes}
+    return json.dumps(values | {"options": asdict(plan.options)}, indent=1, sort_keys=True) + "\n"
 
 
 def _refuse_another(plan: ShardPlan, paths: Sequence[Path], count: int) -> None:
@@ -255,10 +241,7 @@ def _refuse_another(plan: ShardPlan, paths: Sequence[Path], count: int) -> None:
 def read_plan(out: str | Path) -> ShardPlan:
     """The plan of a folder.
 
-    Raises
-    ------
-    UsageError
-        There is none, or it cannot be read.
+    Raises UsageError (there is none, or it cannot be read).
     """
     path = Path(out) / "shards" / _PLAN_NAME
     try:
@@ -309,11 +292,8 @@ def part_state(
     folder = shard_folder(out, index)
     listed = _listed(out, index)
     rows = {row["name"]: row for row in read_journal(folder / JOURNAL_NAME)}
-    failures = {
-        row["name"]: row["error"]
-        for row in read_journal(folder / FAILURES_NAME)
-        if row["name"] not in rows
-    }
+    failed_rows = read_journal(folder / FAILURES_NAME)
+    failures = {row["name"]: row["error"] for row in failed_rows if row["name"] not in rows}
     done = sum(path.stem in rows for _, path in listed)
     failed = sum(path.stem in failures for _, path in listed)
     return ShardState(index, done, failed, len(listed)), rows, failures, listed
@@ -328,12 +308,7 @@ def run_shard(
 ) -> BatchResult:
     """Segment the images of a part that are not done yet.
 
-    Raises
-    ------
-    UsageError
-        No plan, no such part.
-    DINOCellError
-        Another process runs it.
+    Raises UsageError (no plan, no such part); DINOCellError (another process runs it).
     """
     plan = read_plan(out)
     if not 0 <= index < plan.count:

@@ -15,12 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from dinocell.batch.claims import Claimant, claimed, refuse_running
-from dinocell.batch.folder import (
-    make_folder,
-    open_folder,
-    settings_of,
-    write_summary,
-)
+from dinocell.batch.folder import make_folder, open_folder, settings_of, write_summary
 from dinocell.batch.inputs import mark_input
 from dinocell.batch.journal import (
     FAILURES_NAME,
@@ -57,6 +52,10 @@ _GIVEN_UP = (
     f"the image must fit into the memory, got a process killed {MAX_KILLS} times while it read or "
     "segmented this image: raise mem, set a smaller `tile_px`, or check the file"
 )
+_PIPELINE_OPTIONS = (
+    *("batch_size", "tile_px", "precision", "percentiles", "min_score"),
+    *("peak_threshold", "fill_threshold", "min_prominence", "min_area_px"),
+)
 # What costs one image and not the batch: anything, as decoders and OpenCV have errors of their own.
 _IMAGE_ERRORS = (Exception,)
 
@@ -89,13 +88,11 @@ class BatchResult:
         if failed and not self.rows:
             notes = [f"note: {note}" for note in self.notes]
             return "\n".join([*notes, *failed, "No image was segmented: all of them failed."])
-        lines = [
-            f"{cells} cells in {len(self.rows)} image{'s' if len(self.rows) != 1 else ''} "
-            f"({self.seconds:.1f} s{f', {self.skipped} done before' if self.skipped else ''}) → {self.out}"
-        ]
-        for row in self.rows:
-            if row["warnings"]:
-                lines.append(f"note: {row['name']}: {row['warnings']}")
+        images = f"{len(self.rows)} image{'s' if len(self.rows) != 1 else ''}"
+        before = f", {self.skipped} done before" if self.skipped else ""
+        lines = [f"{cells} cells in {images} ({self.seconds:.1f} s{before}) → {self.out}"]
+        noted = [row for row in self.rows if row["warnings"]]
+        lines += [f"note: {row['name']}: {row['warnings']}" for row in noted]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines + failed)
 
@@ -148,16 +145,7 @@ def segment_files(
         make_folder(out)  # refuses, before the model is loaded
     loaded = model if model is not None else load_model(options.model, device=options.device)
     pipeline = DINOCellPipeline(  # refuses wrong thresholds before a folder is made
-        loaded,
-        batch_size=options.batch_size,
-        tile_px=options.tile_px,
-        precision=options.precision,
-        percentiles=options.percentiles,
-        peak_threshold=options.peak_threshold,
-        fill_threshold=options.fill_threshold,
-        min_prominence=options.min_prominence,
-        min_area_px=options.min_area_px,
-        min_score=options.min_score,
+        loaded, **{name: getattr(options, name) for name in _PIPELINE_OPTIONS}
     )
     make_folder(out)
     with _claimed_folder(out, part, claimant):
@@ -186,7 +174,7 @@ def _segment_claimed(
     part: Path | None,
     shown: bool,
 ) -> BatchResult:
-    """`segment_files` after all checks of the call."""
+    """`segment_files` after all checks of the call; the seconds are still to be filled in."""
     started = time.monotonic()
     settings = settings_of(options, pipeline.model)
     journal = (part or out) / JOURNAL_NAME
@@ -211,8 +199,7 @@ def _segment_claimed(
         remove_temporary_files(out, before=time.time() - (time.monotonic() - started))
     some = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
     note = f"segmented again, because files have changed: {some}"
-    seconds = time.monotonic() - started
-    return BatchResult(out, ordered, batch.failures, len(done), seconds, (note,) if changed else ())
+    return BatchResult(out, ordered, batch.failures, len(done), 0.0, (note,) if changed else ())
 
 
 _Read = tuple[LoadedImage, dict[str, Any]]
@@ -401,8 +388,5 @@ def _stop_if_all_would_fail(error: Exception) -> None:
 
 
 def _write_failures(path: Path, failures: Sequence[tuple[Path, str]]) -> None:
-    lines = [
-        json.dumps({"name": failed.stem, "source": str(failed), "error": sentence})
-        for failed, sentence in failures
-    ]
-    write_text_atomically(path, "".join(line + "\n" for line in lines))
+    rows = [{"name": f.stem, "source": str(f), "error": sentence} for f, sentence in failures]
+    write_text_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -13,17 +13,7 @@ from importlib import metadata
 import typer
 
 from dinocell import DISTRIBUTION, __version__
-from dinocell.cli import (
-    cluster,
-    evaluate,
-    inspect,
-    jump,
-    segment,
-    shards,
-    train,
-    upstream,
-    weights,
-)
+from dinocell.cli import cluster, evaluate, inspect, jump, segment, shards, train, upstream, weights
 from dinocell.cli.options import Call, expand_dataclasses, in_options, option
 from dinocell.errors import DINOCellError, StoppedError, UsageError
 from dinocell.tree import tree_imports

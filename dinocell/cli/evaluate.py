@@ -1,6 +1,6 @@
 """`dinocell evaluate`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,44 +137,39 @@ def evaluate(
 
 def check_evaluation(given: Mapping[str, Any]) -> None:
     """Raise UsageError if options of `evaluate`, all its parameters by name, do not go together."""
+    for fault in _faults(given):
+        raise UsageError(fault)
+
+
+def _faults(given: Mapping[str, Any]) -> Iterator[str]:
+    from dinocell.network.precision import PRECISIONS
+
     pred, truth, model, data = (given[name] for name in ("pred", "truth", "model", "data"))
     tune, save_to, out = (given[name] for name in ("tune", "save_to", "out"))
     if (pred is None) != (truth is None) or (model is None) != (data is None):
-        raise UsageError(
+        yield (
             "evaluate must get --pred with --truth, or --model with --data, got half a pair: add the "
             "option that is missing"
         )
     if (pred is None) == (model is None):
-        raise UsageError(
-            "evaluate must get either --pred and --truth or --model and --data, got "
-            f"{'neither' if pred is None else 'both'}: give one of the two pairs"
+        both = "neither" if pred is None else "both"
+        yield (
+            f"evaluate must get either --pred and --truth or --model and --data, got {both}: give one of "
+            "the two pairs"
         )
     if model is None and (tune or save_to):
-        raise UsageError(
-            "--tune must have --model and --data, got --pred: replace --pred and --truth by --model and --data"
-        )
-    reading = {name: given[name] for name in ("channels", "page")} | {
-        "precision": None if given["precision"] == "auto" else given["precision"]
-    }
-    if model is None and any(value is not None for value in reading.values()):
-        raise UsageError(
+        yield "--tune must have --model and --data, got --pred: replace --pred and --truth by them"
+    precision, values = given["precision"], given["iou_thresholds"] or []
+    if model is None and (given["channels"], given["page"], precision) != (None, None, "auto"):
+        yield (
             "--channels, --page and --precision must have --model and --data, got --pred: leave them out, "
             "because label images have one plane and no network runs"
         )
-    from dinocell.network.precision import PRECISIONS
-
-    if given["precision"] not in PRECISIONS:
-        raise UsageError(
-            f"--precision must be one of {', '.join(PRECISIONS)}, got {given['precision']!r}: give one of these"
-        )
+    if precision not in PRECISIONS:
+        yield f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}: give one of these"
     if save_to is not None and not tune:
-        raise UsageError(
-            "--save-model must come with --tune, got it alone: add --tune, or leave out --save-model"
-        )
+        yield "--save-model must come with --tune, got it alone: add --tune, or leave out --save-model"
     if out is not None and out.suffix not in (".csv", ".json"):
-        raise UsageError(
-            f"--out must end in .csv or .json, got {out}: change the ending of the file name"
-        )
-    values = given["iou_thresholds"] or []
+        yield f"--out must end in .csv or .json, got {out}: change the ending of the file name"
     if not all(0 < value <= 1 for value in values):
-        raise UsageError(f"--iou must be above 0 and at most 1, got {values}: give for example 0.5")
+        yield f"--iou must be above 0 and at most 1, got {values}: give for example 0.5"

@@ -120,8 +120,7 @@ def _two_numbers(text: str) -> tuple[float, float]:
 
 def segment_options(parameters: Mapping[str, Any]) -> "SegmentOptions":
     """The options of `segment` from its parsed parameters."""
-    given = {field.name: parameters[field.name] for field in fields(SegmentFlags)}
-    return SegmentFlags(**given).for_batch()
+    return SegmentFlags(**{f.name: parameters[f.name] for f in fields(SegmentFlags)}).for_batch()
 
 
 @app.command()

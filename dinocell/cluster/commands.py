@@ -1,11 +1,20 @@
 """The commands that can be submitted, each described by the room that owns the files of its runs."""
 
 from collections.abc import Sequence
+from importlib import import_module
 
 from dinocell.submitted import SubmittedCommand
 
 COMMANDS = ("pretrain", "train", "segment", "evaluate")
 """Commands that `dinocell submit` takes."""
+
+_HOMES = {
+    "pretrain": ("dinocell.pretraining.submitted", "Pretrain"),
+    "train": ("dinocell.training.submitted", "Train"),
+    "segment": ("dinocell.batch.submitted", "Segment"),
+    "shards": ("dinocell.batch.submitted", "Shards"),
+    "evaluate": ("dinocell.evaluation.submitted", "Evaluate"),
+}
 
 
 def command_of(arguments: Sequence[str]) -> SubmittedCommand:
@@ -13,21 +22,7 @@ def command_of(arguments: Sequence[str]) -> SubmittedCommand:
 
     Only its own room is imported: the supervisor of a job must start quickly and stay small.
     """
-    name = arguments[0] if arguments else ""
-    if name == "pretrain":
-        from dinocell.pretraining.submitted import Pretrain
-
-        return Pretrain()
-    if name == "train":
-        from dinocell.training.submitted import Train
-
-        return Train()
-    if name in ("segment", "shards"):
-        from dinocell.batch.submitted import Segment, Shards
-
-        return Segment() if name == "segment" else Shards()
-    if name == "evaluate":
-        from dinocell.evaluation.submitted import Evaluate
-
-        return Evaluate()
-    return SubmittedCommand()
+    if not arguments or arguments[0] not in _HOMES:
+        return SubmittedCommand()
+    module, kind = _HOMES[arguments[0]]
+    return getattr(import_module(module), kind)()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from dinocell.cluster.slurm import seconds_of
 from dinocell.errors import ConfigError
 from dinocell.files import home_folder
 from dinocell.settings import config_from_mapping, read_settings
@@ -143,21 +144,11 @@ class SiteProfile:
 
 
 def minutes_of(text: str) -> float:
-    """Minutes of a SLURM time: `90`, `30:00`, `24:00:00`, `2-12`, `2-12:30`, `2-12:30:00`.
-
-    Raises ConfigError (it is none of these).
-    """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
-    if match is None:
+    """Minutes of a SLURM time, as `seconds_of` reads it; ConfigError if it is none."""
+    seconds = seconds_of(text)
+    if seconds is None:
         raise ConfigError(f"time must be like 24:00:00, 2-00:00:00 or minutes, got {text!r}")
-    days, *rest = match.groups()
-    numbers = [int(part) for part in rest if part is not None]
-    if days is not None:  # days-hours[:minutes[:seconds]]
-        hours, minutes, seconds = [*numbers, 0, 0][:3]
-        return int(days) * 1440 + hours * 60 + minutes + seconds / 60
-    if len(numbers) == 3:
-        return numbers[0] * 60 + numbers[1] + numbers[2] / 60
-    return numbers[0] + (numbers[1] / 60 if len(numbers) == 2 else 0)
+    return seconds / 60
 
 
 def find_site(name: str | None) -> Path | None:

@@ -94,7 +94,7 @@ def _parse(line: str) -> list[JobState]:
         jobs = [f"{values['ArrayJobId']}_{task}" for task in _tasks(values["ArrayTaskId"])]
     reason = values.get("Reason", "")
     preempted = values.get("PreemptTime", "None") not in ("None", "Unknown", "")
-    run_s, limit_s = (_seconds(values.get(key, "")) for key in ("RunTime", "TimeLimit"))
+    run_s, limit_s = (seconds_of(values.get(key, "")) for key in ("RunTime", "TimeLimit"))
     state, reason = values.get("JobState", "UNKNOWN"), "" if reason == "None" else reason
     restarts, shown = int(values.get("Restarts", 0)), "" if log is None else log[1]
     return [
@@ -113,12 +113,17 @@ def _tasks(text: str) -> list[int]:
     return numbers
 
 
-def _seconds(text: str) -> int | None:
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+def seconds_of(text: str) -> int | None:
+    """Seconds of a time such as `90` (minutes), `30:00`, `24:00:00`, `2-12` or `2-12:30:00`; else None."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if match is None:
         return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None and len(numbers) < 3:  # minutes[:seconds]
+        numbers = [0, *numbers]
+    hours, minutes, seconds = [*numbers, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def requeue(job: str) -> str:

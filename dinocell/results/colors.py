@@ -108,10 +108,7 @@ def color_distance_map(distance_map: ArrayLike) -> NDArray[np.uint8]:
     -------
     (H, W, 3) uint8 ndarray
 
-    Raises
-    ------
-    ValueError
-        Not 2-D, or holds NaN.
+    Raises ValueError (not 2-D, or holds NaN).
     """
     array = np.asarray(distance_map)
     if array.ndim != 2:

@@ -31,10 +31,7 @@ def cell_scores(
     -------
     (n,) float64 ndarray
 
-    Raises
-    ------
-    TypeError, ValueError
-        See `dinocell.labels.as_labels`; or the shapes differ.
+    Raises TypeError, ValueError (see `dinocell.labels.as_labels`; or the shapes differ).
 
     Notes
     -----

@@ -112,16 +112,9 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
         0 is background.  Each label becomes one ROI of that name: a traced polygon, or a
         composite where the cell has holes or several pieces.
 
-    Raises
-    ------
-    MissingExtraError
-        The package `roifile` is not installed.
-    TypeError, ValueError
-        See `dinocell.labels.as_labels`.
-    ImageFileError
-        A side is longer than 60,535 px, the last position that ImageJ reads.
-    DINOCellError
-        `path` is a folder, or the disk refuses.
+    Raises MissingExtraError (the package `roifile` is not installed); TypeError, ValueError (see
+    `dinocell.labels.as_labels`); ImageFileError (a side is longer than 60,535 px, the last position that
+    ImageJ reads); DINOCellError (`path` is a folder, or the disk refuses).
     """
     labels = as_labels(labels)
     if max(labels.shape) > _MAX_ROI_PX:
@@ -234,12 +227,8 @@ def write_coco_rle(path: str | os.PathLike[str], labels: ArrayLike) -> None:
     labels : (H, W) integer array_like
         0 is background.  The label becomes the annotation's id.
 
-    Raises
-    ------
-    TypeError, ValueError
-        See `dinocell.labels.as_labels`.
-    DINOCellError
-        `path` is a folder, or the disk refuses.
+    Raises TypeError, ValueError (see `dinocell.labels.as_labels`); DINOCellError (`path` is a folder, or
+    the disk refuses).
 
     Notes
     -----

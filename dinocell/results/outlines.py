@@ -36,10 +36,7 @@ def labels_to_polygons(labels: ArrayLike) -> dict[int, list[list[Ring]]]:
         y = row, outer borders have positive signed area and holes negative, and the sum of a cell's signed
         areas is its number of pixels.  An image without cells gives an empty dict.
 
-    Raises
-    ------
-    TypeError, ValueError
-        See `dinocell.labels.as_labels`.
+    Raises TypeError, ValueError (see `dinocell.labels.as_labels`).
     """
     corners, stops, polygons = trace_polygons(labels)
     rings = _rings(corners, stops)

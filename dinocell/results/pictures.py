@@ -60,10 +60,7 @@ def to_display(image: ArrayLike, factor: int = 1) -> RGBImage:
         count.  Where both percentiles fall on one value (nearly all pixels equal), the full range is
         stretched.
 
-    Raises
-    ------
-    TypeError, ValueError
-        Not a real array of one of these shapes, or no pixel.
+    Raises TypeError, ValueError (not a real array of one of these shapes, or no pixel).
     """
     array = _image_array(image)
     return _compose(mean_blocks(array, factor), _limits(array))
@@ -136,10 +133,7 @@ def overlay_panel(
         factor of 3 on, a second row shows some places at full size.  An image below 256 pixels is
         enlarged by a whole factor, stated too.
 
-    Raises
-    ------
-    ValueError
-        Sizes differ, or there is no pixel.
+    Raises ValueError (sizes differ, or there is no pixel).
     """
     from PIL import Image, ImageDraw
 

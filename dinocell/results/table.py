@@ -88,10 +88,7 @@ class CellTable:
 
     `pandas.DataFrame(dict(table.data))` gives a data frame.
 
-    Raises
-    ------
-    ValueError
-        A column is not one-dimensional, or lengths differ.
+    Raises ValueError (a column is not one-dimensional, or lengths differ).
     """
 
     data: Mapping[str, NDArray[Any]]
@@ -153,10 +150,7 @@ class CellTable:
         A missing value (NaN) becomes an empty field, booleans become ``true`` and ``false``, and
         floats are written with all their digits, so that reading gives the same numbers.
 
-        Raises
-        ------
-        DINOCellError
-            `path` is a folder, or the disk refuses.
+        Raises DINOCellError (`path` is a folder, or the disk refuses).
         """
         text = StringIO()
         writer = csv.writer(text, lineterminator="\n")

@@ -259,16 +259,17 @@ def test_boolean_and_negative_images():
 
 def test_channels_are_stretched_one_by_one():
     ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    one = to_display(ramp)
+    assert np.abs(one[..., 0] - ramp.astype(float)).max() <= 1
+    assert np.array_equal(one, to_display(ramp[..., None]))
     rgb = to_display(np.dstack([ramp, 100 * ramp, 0 * ramp]))
-    assert np.array_equal(rgb[..., 0], ramp)
-    assert np.array_equal(rgb[..., 1], ramp)
+    assert np.array_equal(rgb[..., 0], one[..., 0])
+    assert np.array_equal(rgb[..., 1], one[..., 0])
     assert (rgb[..., 2] == 0).all()
-    one = to_display(ramp[..., None])
-    assert np.array_equal(one, to_display(ramp))
     two = to_display(np.dstack([ramp, ramp[::-1]]))
-    assert np.array_equal(two[..., 1], ramp), "green"
-    assert np.array_equal(two[..., 0], ramp[::-1])
-    assert np.array_equal(two[..., 2], ramp[::-1]), "magenta"
+    assert np.array_equal(two[..., 1], one[..., 0]), "green"
+    assert np.array_equal(two[..., 0], one[::-1, :, 0])
+    assert np.array_equal(two[..., 2], one[::-1, :, 0]), "magenta"
     five = to_display(np.dstack([ramp, ramp.T, ramp[::-1], ramp.T[::-1], ramp]))
     assert five.shape == (16, 16, 3)
     assert len(np.unique(five)) > 20

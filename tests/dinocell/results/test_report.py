@@ -364,7 +364,7 @@ def test_make_entry_of_a_large_image_is_small(tmp_path):
 def test_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old")
-    wrong = entry(columns={"x": np.zeros(2), "y": np.zeros(3)})
+    wrong = entry(columns={"x": np.zeros(3), "y": np.zeros(2)})
     with pytest.raises(ValueError, match="shorter than argument"):
         write_report(path, [entry("good"), wrong])
     assert path.read_text() == "old"
