@@ -133,11 +133,9 @@ def measure_labels(
         Rows ascend by label; columns are those of the table at the top of this module.  Without
         a cell there are 0 rows and the same columns with the same types.
 
-    Raises
-    ------
-    TypeError, ValueError
-        See `dinocell.labels.as_labels`; or the image does not fit the labels or is complex; or the
-        channel names do not fit; or `pixel_size_um` is not above 0; or `neighbor_distance_px` is below 1.
+    Raises TypeError, ValueError (see `dinocell.labels.as_labels`; or the image does not fit the labels or
+    is complex; the channel names do not fit; `pixel_size_um` is not above 0; `neighbor_distance_px` is
+    below 1).
 
     Notes
     -----
@@ -161,11 +159,10 @@ def measure_labels(
     channels = _channels(labels.shape, image, channel_names)
     if pixel_size_um is not None and not 0 < (pixel_size_um := float(pixel_size_um)) < math.inf:
         raise ValueError(
-            f"`pixel_size_um` must be a positive number, got {pixel_size_um!r}: leave it out when it is "
-            "unknown."
+            f"`pixel_size_um` must be a positive number, got {pixel_size_um}: leave it out if unknown."
         )
     distance = float(neighbor_distance_px)
-    if not (math.isfinite(distance) and distance >= 1):
+    if not 1 <= distance < math.inf:
         raise ValueError(
             f"`neighbor_distance_px` must be a finite number of at least 1 (side by side), got "
             f"{neighbor_distance_px!r}: choose a distance between pixel centres."

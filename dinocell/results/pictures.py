@@ -15,7 +15,6 @@ from dinocell.files import atomic_path
 from dinocell.labels import as_labels, cell_borders
 from dinocell.results.captions import draw_scale_bar, fitted, load_font, plain_text
 from dinocell.results.colors import color_distance_map, color_labels
-from dinocell.results.runs import Runs
 from dinocell.scratch import row_bands
 
 CONTOUR_COLOR = (255, 96, 0)
@@ -117,7 +116,7 @@ def overlay_panel(
     image : (H, W) or (H, W, C) real ndarray
         See `to_display`.
     labels : (H, W) integer array_like
-        0 background, other values cells.
+        0 background, cells 1..n.
     distance_map : (H, W) real array_like, optional
         Adds the fourth picture.
     title : str, optional
@@ -200,7 +199,7 @@ def _panels(
     array: NDArray[np.generic], labels: NDArray[np.uint32], factor: int, repeat: int
 ) -> list[tuple[str, RGBImage]]:
     """Captions and pictures of image, contours and labels, shrunk by `factor` or enlarged by `repeat`."""
-    num_cells = len(Runs.of(labels).label)
+    num_cells = int(labels.max(initial=0))
     small_labels = shrink_labels(labels, factor)
     shown = _enlarge(to_display(array, factor), repeat)
     line_px = max(1, min(repeat // 2, 2))
