@@ -609,6 +609,13 @@ def test_flood_reaches_nothing_without_markers_and_ignores_those_outside() -> No
     assert flood(heights, markers, mask).dtype == np.int32
 
 
+def test_of_equally_high_pixels_the_first_reached_spreads_first() -> None:
+    """Also from a marker at the lowest level: the plain between two markers is shared."""
+    heights = profile(0, 0, 0, 0, 0, 0, 0.5)
+    markers = np.array([[1, 0, 0, 0, 0, 0, 2]])
+    assert flood(heights, markers, heights >= 0).tolist() == [[1, 1, 1, 2, 2, 2, 2]]
+
+
 # ---- real cells -----------------------------------------------------------------------------
 
 
@@ -684,6 +691,10 @@ def test_wrong_arguments_of_flood_are_refused() -> None:
         flood(good, zeros.T, mask)
     with pytest.raises(ValueError, match=r"got \(4, 5\) and \(5, 4\)"):
         flood(good, zeros, mask.T)
+    with pytest.raises(ValueError, match=r"got \(3, 5\) and \(4, 5\)"):
+        flood(good, zeros[:3], mask)
+    with pytest.raises(ValueError, match=r"got \(4, 5\) and \(3, 5\)"):
+        flood(good, zeros, mask[:3])
     with pytest.raises(TypeError, match="integer image, got dtype float32"):
         flood(good, good, mask)
     with pytest.raises(ValueError, match="from 0 to 2³¹ − 1, got -1 to -1"):

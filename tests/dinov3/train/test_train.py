@@ -18,6 +18,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from dinov3.cells.hooks import watched
 from dinov3.models import vision_transformer
 from dinov3.train.train import (
     NonFiniteLossError,
@@ -206,6 +207,12 @@ def test_signal_saves_and_stops(images, whole_run, tmp_path, monkeypatch):
         if iteration == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def noted(metric_logger, cfg, resume):
+        resumed.append(resume)
+        return watched(metric_logger, cfg, resume)
+
+    resumed: list[bool] = []
+    monkeypatch.setattr("dinov3.train.train.watched", noted)
     changes = ["checkpointing.period=1000", *hook(monkeypatch, scored)]
     with pytest.raises(Stopped, match="stopped by SIGTERM after iteration 2"):
         run(images, tmp_path, *changes)
@@ -213,6 +220,7 @@ def test_signal_saves_and_stops(images, whole_run, tmp_path, monkeypatch):
     run(images, tmp_path, "checkpointing.period=1000")
     assert "continuing with iteration 3" in (tmp_path / "logs" / "log.txt").read_text()
     assert same(teacher(tmp_path), teacher(whole_run))
+    assert resumed == [True, True], "both halves are one run of wandb"
 
 
 @pytest.mark.slow
