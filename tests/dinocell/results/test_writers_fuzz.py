@@ -92,7 +92,7 @@ def test_writers_give_everything_back(tmp_path, labels, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=5_000, deadline=None, suppress_health_check=CHECKS)
+@settings(max_examples=1_000, deadline=None, suppress_health_check=CHECKS)
 @given(label_images(), st.data())
 def test_longer(tmp_path, labels, data):
     check_every_writer(tmp_path, labels, data)
