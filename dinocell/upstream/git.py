@@ -113,6 +113,15 @@ class Scratch:
     ) -> subprocess.CompletedProcess[bytes]:
         return run_git(self._folder, *arguments, stdin=stdin, **self._environment)
 
+    def top(self) -> Path:
+        """Root of the work tree; UsageError for a bare repository."""
+        found = run_git(self.checkout, "rev-parse", "--show-toplevel")
+        if found.returncode:
+            raise UsageError(
+                f"`checkout` must have a work tree, got the bare repository {self.checkout}: clone it"
+            )
+        return Path(os.fsdecode(found.stdout.rstrip(b"\n")))
+
     def commit(self, reference: str) -> Commit:
         """The commit that a reference names; UsageError if the repository does not know it."""
         found = self.run("log", "-1", "--format=%H%n%cs%n%s", f"{reference}^{{commit}}", "--")

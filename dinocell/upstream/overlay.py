@@ -53,7 +53,7 @@ def status_of(checkout: str | Path, series: Series) -> Status:
         recover(scratch)
         commit = scratch.commit("HEAD")
         merged = merge_series(scratch, commit, series)
-        top = _top(scratch)
+        top = scratch.top()
         read = {path: _read(top / path) or b"" for path in series.paths}
         texts = {path: content.decode("utf-8", "replace") for path, content in read.items()}
 
@@ -86,15 +86,6 @@ def _relation(scratch: Scratch, commit: Commit, series: Series) -> str:
     return "outside the range on which the series is known to apply"
 
 
-def _top(scratch: Scratch) -> Path:
-    found = run_git(scratch.checkout, "rev-parse", "--show-toplevel")
-    if found.returncode:
-        raise UsageError(
-            f"`checkout` must have a work tree, got the bare repository {scratch.checkout}: clone it"
-        )
-    return Path(os.fsdecode(found.stdout.rstrip(b"\n")))
-
-
 def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
@@ -123,7 +114,7 @@ def _foreign_changes(scratch: Scratch, series: Series) -> list[str]:
     tracked = [item[3:] for item in items if not item.startswith("??")]
     untracked = [item[3:] for item in items if item.startswith("??")]
     entries = scratch.entries("HEAD", tracked) if tracked else {}
-    top = _top(scratch)
+    top = scratch.top()
     foreign = []
     for path in tracked:
         staged = run_git(scratch.checkout, "diff", "--cached", "--quiet", "--", str(top / path))
@@ -142,7 +133,7 @@ def _written(scratch: Scratch) -> list[str]:
         record = json.loads((scratch.git_dir / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    top = _top(scratch)
+    top = scratch.top()
     return [path for path, blob in record.items() if blob_id(_read(top / path) or b"") == blob]
 
 
@@ -181,7 +172,7 @@ def apply_series(
         contents = {**merged.texts, **new}
         if out is not None:
             return merged, export_tree(scratch, commit, contents, Path(out).resolve())
-        top = _top(scratch)
+        top = scratch.top()
         # Files of an earlier version that are no longer ours are removed.
         stale = dict.fromkeys(path for path in _written(scratch) if path not in contents)
         _replace_all(scratch, top, {**contents, **stale})
@@ -227,7 +218,7 @@ def undo(checkout: str | Path, series: Series) -> list[str]:
     """
     with Scratch(checkout) as scratch:
         recovered = recover(scratch)
-        top = _top(scratch)
+        top = scratch.top()
         if changed := _foreign_changes(scratch, series):
             raise UsageError(
                 f"files must be upstream's with our lines alone, got other changes in "

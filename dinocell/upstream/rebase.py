@@ -132,7 +132,7 @@ def _edited_files(
     scratch: Scratch, commit: Commit, series: Series
 ) -> tuple[dict[str, bytes], dict[str, str]]:
     """Path → contents in the commit, path → text in the checkout, of all patched or changed files."""
-    top = Path(run_git(scratch.checkout, "rev-parse", "--show-toplevel").stdout.decode().strip())
+    top = scratch.top()
     listing = run_git(scratch.checkout, "diff", "--name-only", "-z", "HEAD").stdout.decode()
     paths = sorted({*filter(None, listing.split("\0")), *series.paths})
     entries = scratch.entries(commit.id, paths)

@@ -104,9 +104,6 @@ class Series:
         """Files of upstream's that are patched."""
         return tuple(sorted({path for patch in self.patches for path in patch.additions}))
 
-    def patch(self, name: str) -> Patch:
-        return next(patch for patch in self.patches if patch.name == name)
-
 
 def default_series_folder() -> Path:
     """`patches/` of the clone that the package runs from.
