@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,12 @@ TESTS = {
     f"{DINOV3}/cells/photometrics.py": ["tests/dinov3/data/test_multiview.py"],
 }
 QUICK_S = 1.0
-"""Tests that take longer are left out."""
+"""Tests that take more processor time are left out."""
 SLOWEST = 4.0
 """A test that takes this many times as long as it may is stopped, and the mutant counts as killed."""
+_TOO_LONG = "takes more processor time than quick tests may"
+HANGS_S = 900.0
+"""Tests that wait for so long are stopped as well."""
 
 
 def tests_of(path: str) -> list[str]:
@@ -115,16 +119,41 @@ def prepare(tree: Path, source: str) -> None:
     os.chdir(tree)
 
 
-class Record:
-    """Plugin of pytest that writes the seconds of each test, which failed, and what was imported."""
+class Timed:
+    """Plugin of pytest that measures the processor time of each test, and signals if it is too long."""
+
+    limit_s = SLOWEST * QUICK_S  # nobody handles the signal, and it ends the process
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        begun = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, self.limit_s)
+        result = yield
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        self.seconds[item.nodeid] = time.process_time() - begun
+        return result
+
+
+class Record(Timed):
+    """Plugin that stops tests that are not quick, and writes what it saw."""
+
+    limit_s = QUICK_S
 
     def __init__(self, file: Path) -> None:
+        super().__init__()
         self.file = file
-        self.seconds: dict[str, float] = {}
         self.failed: dict[str, str] = {}
 
+    def pytest_sessionstart(self) -> None:
+        def stop(*_: Any) -> None:
+            pytest.fail(_TOO_LONG)
+
+        signal.signal(signal.SIGPROF, stop)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
         if report.failed:
             self.failed[report.nodeid] = report.longreprtext
 
@@ -137,18 +166,19 @@ class Record:
         self.file.write_text(json.dumps([self.seconds, self.failed, modules]))
 
 
-class Order:
-    """Plugin of pytest that runs some of the tests, the quickest first."""
+class Order(Timed):
+    """Plugin that runs some of the tests, the quickest first."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds = seconds
+    def __init__(self, chosen: dict[str, float]) -> None:
+        super().__init__()
+        self.chosen = chosen
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        chosen = [item for item in items if item.nodeid in self.seconds]
-        items[:] = sorted(chosen, key=lambda item: self.seconds[item.nodeid])
+        found = [item for item in items if item.nodeid in self.chosen]
+        items[:] = sorted(found, key=lambda item: self.chosen[item.nodeid])
 
 
-def tested(paths: list[str], plugin: Any, limit_s: float, options: list[str]) -> bool:
+def tested(paths: list[str], plugin: Timed, *options: str) -> bool:
     """Whether the tests pass, in a copy of this process."""
 
     def run() -> None:
@@ -162,7 +192,7 @@ def tested(paths: list[str], plugin: Any, limit_s: float, options: list[str]) ->
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    process.join(limit_s)
+    process.join(HANGS_S)
     passed = process.exitcode == 0
     assert process.pid
     with contextlib.suppress(ProcessLookupError):
@@ -174,10 +204,10 @@ def tested(paths: list[str], plugin: Any, limit_s: float, options: list[str]) ->
 def quick_tests(path: str, folder: Path) -> dict[str, float]:
     """Seconds of each test of a module that is quick; imports what the tests import."""
     record = Record(folder / "record.json")
-    tested(tests_of(path), record, 3600, [f"--timeout={QUICK_S}"])
+    tested(tests_of(path), record)
     seconds, failed, modules = json.loads(record.file.read_text())
     for test, report in failed.items():
-        if "Timeout (>" not in report:
+        if _TOO_LONG not in report:
             raise SystemExit(
                 f"the tests of {path} must pass before it is mutated:\n{test}\n{report}"
             )
@@ -222,15 +252,13 @@ def mutate(path: str, sample: int | None, seed: int) -> tuple[int, int]:
             found, min(sample, len(found)))  # fmt: skip
         print(f"{path}: {len(chosen)} of {len(found)} mutants", flush=True)
         begun = time.monotonic()
-        limit_s = SLOWEST * sum(seconds.values()) + 30
-        options = ["-x", f"--timeout={SLOWEST * QUICK_S}"]
-        if not tested(tests_of(path), Order(seconds), limit_s, options):
+        if not tested(tests_of(path), Order(seconds), "-x"):
             raise SystemExit(f"the quick tests of {path} must pass in a copy of the process")
         survivors = 0
         for _, name, occurrence in sorted(chosen):
             code = mutate_code(source, get_operator(name)(), occurrence)
             (tree / path).write_text(code, encoding="utf-8")
-            if tested(tests_of(path), Order(seconds), limit_s, options):
+            if tested(tests_of(path), Order(seconds), "-x"):
                 survivors += 1
                 print(f"survived: {name} {occurrence}")
                 lines = difflib.unified_diff(source.split("\n"), code.split("\n"), lineterm="")
