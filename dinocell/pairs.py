@@ -5,6 +5,9 @@ that says "labels" (`LABEL_NAME_ENDINGS`): `a.tif` goes with `a.png`, `a_labels.
 In the layout of the Cell Tracking Challenge the number of the frame counts: `t007.tif` goes with
 `man_seg007.tif`, `man_track007.tif` or `mask007.tif`.
 
+Where an image has no label image, `a_seg.npy` of Cellpose or a zip of ImageJ ROIs (`a.zip`,
+`a_RoiSet.zip`, `a_rois.zip`) takes its place.  `pair_folders` does not use these.
+
 Images and labels may lie in one folder: then the files with an ending are the labels, the others the
 images.  In a folder of labels alone each image decides for itself: `a.tif` may lie beside `b_masks.tif`.
 Two label files for one image are refused with their names, because a wrong pair trains or scores without
@@ -30,6 +33,12 @@ LABEL_NAME_ENDINGS: tuple[str, ...] = (
     *("_labels", "_label", "_cp_masks", "_masks", "_mask", "_seg"),  # the longer ones first
 )
 """Endings of a name (before the suffix) that say "labels of the image named before"."""
+
+SEG_NPY = "_seg.npy"
+"""How the name of a project of Cellpose ends, which is no plain array."""
+
+ROI_ENDINGS: tuple[str, ...] = ("_RoiSet", "_rois")
+"""Endings of the name (before `.zip`) of a zip of ImageJ ROIs."""
 
 OUTPUT_ENDINGS: tuple[str, ...] = ("_labels", "_overlay", "_distance_map")
 """Endings of the names of the images that DINOCell itself writes."""
@@ -62,7 +71,9 @@ def find_pairs(
     its own label file).
     """
     of = f" of data set {dataset!r}" if dataset else ""
-    label_paths = _files_in(labels, LABEL_SUFFIXES, f"labels{of}")
+    label_paths = _files_in(labels, (*LABEL_SUFFIXES, ".zip"), f"labels{of}")
+    projects = [path for path in label_paths if _is_project(path)]
+    label_paths = [path for path in label_paths if not _is_project(path)]
     image_paths = _files_in(images, IMAGE_SUFFIXES, f"images{of}")
     label_stems = {_stem(path) for path in label_paths}
     if os.path.samefile(images, labels):
@@ -75,6 +86,9 @@ def find_pairs(
         if not path.stem.endswith(OUTPUT_ENDINGS) or _stem(path) in label_stems
     )
     found, unknown = _labels_of_images(label_paths, sorted(image_by_stem))
+    for kind in (SEG_NPY, ".zip"):  # a label image comes first
+        of_kind = [path for path in projects if path.name.lower().endswith(kind)]
+        found = _labels_of_images(of_kind, sorted(image_by_stem))[0] | found
     alone = sorted(image_by_stem.keys() - found.keys()) + unknown
     if alone:
         raise DataSetError(
@@ -144,8 +158,12 @@ def _files_in(folder: str | os.PathLike[str], suffixes: Sequence[str], what: str
             f"the {what} must be a folder, got '{folder}': check the path (the environment variable "
             "DINOCELL_DATA names the data folder of the shipped configurations)"
         )
-    wanted = _is_label_file if suffixes == LABEL_SUFFIXES else _is_image_file
-    found = sorted(path for path in Path(folder).iterdir() if wanted(path))
+    wanted = _is_image_file if suffixes == IMAGE_SUFFIXES else _is_label_file
+    found = sorted(
+        path
+        for path in Path(folder).iterdir()
+        if wanted(path) or (".zip" in suffixes and _is_project(path))
+    )
     if not found:
         raise DataSetError(
             f"the folder of the {what} must hold files that end in {', '.join(suffixes)}, '{folder}' "
@@ -155,14 +173,18 @@ def _files_in(folder: str | os.PathLike[str], suffixes: Sequence[str], what: str
 
 
 def _is_image_file(path: Path) -> bool:
-    hidden = path.name.startswith(".")
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file()
+    if path.name.startswith(".") or path.name.endswith(SEG_NPY):
+        return False
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def _is_label_file(path: Path) -> bool:
-    # `a_seg.npy` is a project of Cellpose, no array.
-    is_project = path.name.endswith("_seg.npy")
-    return path.suffix.lower() in LABEL_SUFFIXES and not is_project and _is_image_file(path)
+    return path.suffix.lower() in LABEL_SUFFIXES and _is_image_file(path)
+
+
+def _is_project(path: Path) -> bool:
+    named = path.name.endswith(SEG_NPY) or path.suffix.lower() == ".zip"
+    return named and not path.name.startswith(".") and path.is_file()
 
 
 def _one_per_stem(paths: Iterable[Path]) -> dict[str, Path]:
@@ -230,6 +252,9 @@ def _refuse_second(by_name: dict[str, Path], name: str, path: Path) -> None:
 
 
 def _stem(path: Path) -> str:
+    if path.suffix.lower() == ".zip":
+        ending = next((end for end in ROI_ENDINGS if path.stem.endswith(end)), "")
+        return path.stem.removesuffix(ending)
     return path.stem[: -len(".ome")] if path.stem.lower().endswith(".ome") else path.stem
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # entries below it and from nothing else.  `docs/architecture.md` prints the same order.
 ROOMS = (
     "cli", "demo", "cluster", "upstream", "pretraining", "probing", "training", "evaluation", "batch",
-    "pipeline", "results", "segmentation", "network", "io", "compilation",
+    "pipeline", "results", "segmentation", "network", "datasets", "io", "compilation",
     "tree", "settings", "pairs", "labels", "scratch", "files", "progress", "submitted", "errors",
 )  # fmt: skip
 # What stands below this room loads without torch; the ground loads without any heavy package.

@@ -13,7 +13,18 @@ from importlib import metadata
 import typer
 
 from dinocell import DISTRIBUTION, __version__
-from dinocell.cli import cluster, evaluate, inspect, jump, segment, shards, train, upstream, weights
+from dinocell.cli import (
+    cluster,
+    data,
+    evaluate,
+    inspect,
+    jump,
+    segment,
+    shards,
+    train,
+    upstream,
+    weights,
+)
 from dinocell.cli.options import Call, expand_dataclasses, in_options, option
 from dinocell.errors import DINOCellError, StoppedError, UsageError
 from dinocell.tree import tree_imports
@@ -27,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (segment, shards, evaluate, train, inspect, weights, jump, upstream, cluster):
+for group in (segment, shards, evaluate, train, data, inspect, weights, jump, upstream, cluster):
     app.add_typer(group.app)
 
 

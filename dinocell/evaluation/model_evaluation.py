@@ -161,7 +161,7 @@ def _predict(
         for pair in pairs:
             loaded = pipeline.load(pair.image_path, channels=reading.channels, page=reading.page)
             plane, name = loaded.plane, loaded.name
-            truth = read_labels(pair.labels_path)
+            truth = read_labels(pair.labels_path, shape=plane.shape)
             require_cells(truth, pair.labels_path)
             if truth.shape != plane.shape:
                 raise DataSetError(

@@ -25,10 +25,11 @@ from dinocell.io.planes import (
     channel_positions,
     select_channels,
 )
+from dinocell.io.projects import read_roi_labels, read_seg_npy
 from dinocell.io.raster import read_npy, read_picture
 from dinocell.io.tiff import read_tiff
 from dinocell.labels import all_whole
-from dinocell.pairs import IMAGE_SUFFIXES
+from dinocell.pairs import IMAGE_SUFFIXES, SEG_NPY
 from dinocell.scratch import all_finite, contiguous, row_bands
 
 
@@ -132,7 +133,11 @@ def read_image(
 
 
 def read_labels(
-    path: str | os.PathLike[str], *, page: int | None = None, max_pixels: int = MAX_PIXELS
+    path: str | os.PathLike[str],
+    *,
+    page: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    shape: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Read a label image: 0 is background, every other number one cell.
 
@@ -141,11 +146,13 @@ def read_labels(
     path : path
         PNG, TIFF, BMP or `.npy` of whole numbers; floating point is accepted when every value is
         whole.  Palette PNGs give their palette positions, 1-bit files 0 and 1, and colours with three
-        equal channels count as gray.
+        equal channels count as gray.  Or a `_seg.npy` file of Cellpose, or a zip of ImageJ ROIs.
     page : int, optional
         Which plane of a stack, as in `read_image`.
     max_pixels : int
         Refuse files of more pixels than this.
+    shape : (H, W), optional
+        Size of the image that the labels belong to: ROIs need it, other files do not use it.
 
     Returns
     -------
@@ -160,7 +167,12 @@ def read_labels(
         As for `read_image`; also colours, negative or fractional numbers, numbers above 2³² − 1.
     """
     path = _existing_file(path)
-    raw = _read_raw(path, Selection(None, page, max_pixels, as_labels=True))
+    if path.suffix.lower() == ".zip":
+        return read_roi_labels(path, shape)
+    if path.name.endswith(SEG_NPY):
+        raw = RawImage(read_seg_npy(path))
+    else:
+        raw = _read_raw(path, Selection(None, page, max_pixels, as_labels=True))
     pixels = raw.pixels
     if pixels.ndim == 3 and raw.is_rgb and _all_channels_equal(pixels):
         pixels = pixels[..., 0]

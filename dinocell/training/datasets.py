@@ -72,7 +72,7 @@ def read_pair(pair: Pair) -> tuple[NDArray, NDArray[np.uint32]]:
     Raises DataSetError (the image has several channels, or the sizes differ).
     """
     image = read_image(pair.image_path).pixels
-    labels = read_labels(pair.labels_path)
+    labels = read_labels(pair.labels_path, shape=image.shape[:2])
     if image.ndim != 2:
         raise DataSetError(
             f"training images must be gray (H, W), got shape {image.shape} in {pair.image_path}: "

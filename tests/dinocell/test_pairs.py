@@ -262,3 +262,16 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     for message, call in refusals:
         with pytest.raises(DataSetError, match=message):
             call()
+
+
+def test_projects_take_the_place_of_missing_label_images(tmp_path):
+    images = touch(tmp_path / "i", *(f"{name}.tif" for name in "abcde"))
+    labels = touch(tmp_path / "l", "a.png", "a_seg.npy", "b_seg.npy", "b_rois.zip", "c.zip")
+    touch(labels, "d_RoiSet.zip", "e_rois.zip", "everything.zip")
+    found = {"a.tif": "a.png", "b.tif": "b_seg.npy", "c.tif": "c.zip"}
+    found |= {"d.tif": "d_RoiSet.zip", "e.tif": "e_rois.zip"}
+    assert with_images(images, labels) == found
+    for path in labels.iterdir():
+        path.rename(images / path.name)
+    (images / "a.png").unlink()
+    assert with_images(images, images) == found | {"a.tif": "a_seg.npy"}

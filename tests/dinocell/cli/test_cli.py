@@ -471,3 +471,23 @@ def test_a_process_of_its_own_and_light_import():
     done = in_a_process("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"dinocell {__version__}\n"
+
+
+def test_data_is_listed_and_prepared(tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    labels = np.zeros((12, 12), np.uint16)
+    labels[2:8, 2:8] = 3
+    write_image(source / "a.tif", np.arange(144, dtype=np.uint8).reshape(12, 12))
+    np.save(source / "a_seg.npy", {"masks": labels})
+    code, out, _ = call(capsys, "data", "list")
+    assert (code, "livecell: phase contrast" in out) == (0, True)
+    command = ("data", "prepare", "seg_npy", source, "-o", tmp_path / "out")
+    code, out, err = call(capsys, *command, "--licence", "mine", "--test-fraction", "0")
+    assert code == 0, err
+    assert "train 1, val 0, test 0 images, 1 cells" in out
+    assert '"licence": "mine"' in (tmp_path / "out" / "manifest.json").read_text()
+    code, _, err = call(capsys, *command)
+    assert (code, "--out must be a new or empty folder" in err) == (2, True)
+    code, _, err = call(capsys, *command[:3], tmp_path / "no", "-o", tmp_path / "other")
+    assert (code, "SOURCE must be a file or folder" in err) == (2, True)

@@ -73,7 +73,7 @@ def test_the_help_of_every_option_says_what_it_does():
 
 
 def test_groups_list_their_commands():
-    for group in ([], ["weights"], ["jump"], ["upstream"], ["shards"]):
+    for group in ([], ["weights"], ["data"], ["jump"], ["upstream"], ["shards"]):
         done = CliRunner().invoke(app, [*group, "--help"])
         assert done.exit_code == 0
         for path in COMMANDS:

@@ -1,0 +1,92 @@
+"""Data sets in NumPy archives: TissueNet."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocell.datasets.sample import Content, Sample, split_of
+from dinocell.errors import DataSetError
+
+_CHANNELS = ("nuclei", "membrane")
+
+
+class _ArrayInArchive:
+    """An array of an npz file, read one item at a time, also if it is compressed."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._name = f"{key}.npy"
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(self._name) as file:
+                version = np.lib.format.read_magic(file)
+                read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+                self.shape, fortran, self.dtype = read(file)
+                self._start = file.tell()
+                size = archive.getinfo(self._name).file_size
+        except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+            raise DataSetError(
+                f"'{path}' must be an npz archive with the array {key} ({type(error).__name__}: {error}): "
+                "check that the download is complete"
+            ) from error
+        if fortran or self.dtype.hasobject or len(self.shape) != 4:
+            raise DataSetError(
+                f"the array {key} of '{path}' must be numbers of shape (N, H, W, C), got "
+                f"{self.dtype} of shape {self.shape}: is it TissueNet?"
+            )
+        self._item_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        if size != self._start + self._item_bytes * self.shape[0]:
+            raise DataSetError(
+                f"the array {key} of '{path}' must have {self._item_bytes * self.shape[0]:,} bytes, got "
+                f"{size - self._start:,}: the archive is cut short, download it again"
+            )
+        self._file: IO[bytes] | None = None
+
+    def item(self, index: int) -> NDArray:
+        """Item `index`; rising numbers are read without going back."""
+        try:
+            if self._file is None:
+                archive = zipfile.ZipFile(self.path)
+                self._file = archive.open(self._name)
+            self._file.seek(self._start + index * self._item_bytes)
+            data = self._file.read(self._item_bytes)
+            return np.frombuffer(data, self.dtype).reshape(self.shape[1:])
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataSetError(
+                f"item {index} of '{self.path}' cannot be read ({error}): the archive is damaged, "
+                "download it again"
+            ) from error
+
+
+def tissuenet(source: Path, notes: list[str], *, labels: int) -> Iterator[Sample]:
+    """`tissuenet_v1.1_{train,val,test}.npz`: X (N, H, W, 2) nuclei and membrane, y cells and nuclei.
+
+    `labels` is the channel of y: 0 whole cells, 1 nuclei.
+    """
+    paths = [source] if source.is_file() else sorted(source.rglob("*.npz"))
+    for path in paths:
+        images, truth = _ArrayInArchive(path, "X"), _ArrayInArchive(path, "y")
+        if images.shape[:3] != truth.shape[:3] or images.shape[3] != 2 or truth.shape[3] <= labels:
+            raise DataSetError(
+                f"X and y of '{path}' must be (N, H, W, 2) of the same N, H and W, got {images.shape} and "
+                f"{truth.shape}: is it TissueNet?"
+            )
+        for index in range(images.shape[0]):
+            read = partial(_read_item, images, truth, index, labels)
+            yield Sample(f"{path.stem}_{index:05d}", path, read, split_of(path.stem))
+
+
+def _read_item(
+    images: _ArrayInArchive, truth: _ArrayInArchive, index: int, channel: int
+) -> Content:
+    labels = truth.item(index)[..., channel]
+    if labels.dtype.kind == "f" or labels.dtype.itemsize > 4:
+        labels = labels.astype(np.int64)
+    return Content(images.item(index), labels, None, _CHANNELS)

@@ -1,0 +1,285 @@
+"""Data sets that are folders of image files with label files beside them or in other folders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocell.datasets.sample import Content, Sample, name_below, split_of, split_of_path
+from dinocell.errors import DataSetError
+from dinocell.io import Image, natural_key, read_image, read_labels
+from dinocell.io.polygons import CellMask, paint_cells
+from dinocell.pairs import IMAGE_SUFFIXES, LABEL_SUFFIXES, ROI_ENDINGS, SEG_NPY
+
+LabelReader = Callable[[Path, tuple[int, int]], NDArray]
+
+_RGB = ("red", "green", "blue")
+
+
+def files_below(
+    source: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES, ending: str = ""
+) -> list[Path]:
+    """Files below a folder whose names end in `ending` and one of `suffixes`, in natural order."""
+    wanted = tuple(suffixes)
+    found = [
+        path
+        for path in source.rglob("*")
+        if path.suffix.lower() in wanted
+        and path.stem.endswith(ending)
+        and not any(part.startswith(".") for part in path.relative_to(source).parts)
+        and path.is_file()
+    ]
+    return sorted(found, key=natural_key)
+
+
+def image_named(folder: Path, names: Iterable[str]) -> Path | None:
+    """The image of a folder with the first of some names that exists, before the suffix."""
+    for name in names:
+        for suffix in IMAGE_SUFFIXES:
+            for path in (folder / f"{name}{suffix}", folder / f"{name}{suffix.upper()}"):
+                if path.is_file() and not path.name.endswith(SEG_NPY):
+                    return path
+    return None
+
+
+def _plain_labels(path: Path, shape: tuple[int, int]) -> NDArray:
+    return read_labels(path, shape=shape)
+
+
+def read_files(
+    image_path: Path, labels_path: Path, read: LabelReader = _plain_labels, *, colour: bool = False
+) -> Content:
+    """A sample of two files; with `colour`, gray pictures that are stored as colours stay colours."""
+    image: Image = read_image(image_path)
+    pixels = image.pixels
+    if colour and pixels.ndim == 2 and _is_stored_as_colour(image_path):
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    names = _RGB if colour and pixels.ndim == 3 and pixels.shape[2] == 3 else image.channel_names
+    labels = read(labels_path, (pixels.shape[0], pixels.shape[1]))
+    return Content(pixels, labels, image.pixel_size_um, names, image.notes)
+
+
+def _is_stored_as_colour(path: Path) -> bool:
+    if path.suffix.lower() != ".png":
+        return False
+    from PIL import Image as Picture
+
+    with Picture.open(path) as picture:
+        return picture.mode in ("RGB", "RGBA")
+
+
+def beside_masks(source: Path, notes: list[str], *, colour: bool = False) -> Iterator[Sample]:
+    """`a_masks.png` beside `a_img.png` or `a.png`, in folders train and test: Cellpose, Omnipose."""
+    for path in files_below(source, LABEL_SUFFIXES, "_masks"):
+        stem = path.stem.removesuffix("_masks").removesuffix("_cp")
+        image = image_named(path.parent, (f"{stem}_img", stem))
+        yield _sample(source, path, image, stem, partial(read_files, colour=colour))
+
+
+def beside_files(
+    source: Path, notes: list[str], *, suffix: str, endings: tuple[str, ...], read: LabelReader
+) -> Iterator[Sample]:
+    """A file of another program beside each image: `a_seg.npy`, `a_RoiSet.zip`, `a.geojson`."""
+    paths = [path for path in source.rglob(f"*{suffix}") if not path.name.startswith(".")]
+    for path in sorted(paths, key=natural_key):
+        stem = path.name.removesuffix(suffix)
+        ending = next((end for end in endings if stem.endswith(end)), "")
+        stem = stem.removesuffix(ending)
+        # QuPath names the file of a.tif either a.geojson or a.tif.geojson
+        image = image_named(path.parent, (stem, Path(stem).stem, f"{stem}_img"))
+        name = image.stem if image else stem
+        yield _sample(source, path, image, name, partial(read_files, read=read))
+
+
+seg_npy = partial(beside_files, suffix=SEG_NPY, endings=(), read=_plain_labels)
+imagej_rois = partial(beside_files, suffix=".zip", endings=ROI_ENDINGS, read=_plain_labels)
+
+
+def _sample(
+    source: Path, path: Path, image: Path | None, stem: str, read: Callable[[Path, Path], Content]
+) -> Sample:
+    if image is None:
+        raise DataSetError(
+            f"every file of labels must have its image beside it, '{path}' has none of the name "
+            f"'{stem}': copy the image there"
+        )
+    name = name_below(path, source, stem)
+    return Sample(name, image, partial(read, image, path), split_of_path(path, source))
+
+
+def one_mask_per_cell(source: Path, notes: list[str]) -> Iterator[Sample]:
+    """`ID/images/ID.png` and one binary picture per cell in `ID/masks`: Data Science Bowl 2018."""
+    for folder in sorted(source.rglob("masks"), key=natural_key):
+        home = folder.parent
+        pictures = files_below(home / "images") if (home / "images").is_dir() else []
+        if len(pictures) != 1:
+            raise DataSetError(
+                f"every image must be a folder with one file in its folder images, '{home}' has "
+                f"{len(pictures)}: download the data again"
+            )
+        read = partial(read_files, pictures[0], folder, _merged_masks)
+        yield Sample(home.name, pictures[0], read, split_of_path(home, source.parent))
+
+
+def _merged_masks(folder: Path, shape: tuple[int, int]) -> NDArray:
+    masks = []
+    for path in files_below(folder):
+        mask = read_labels(path)
+        if mask.shape != shape:
+            raise DataSetError(
+                f"each mask must be as large as its image, {shape[0]} × {shape[1]} px, got "
+                f"{mask.shape[0]} × {mask.shape[1]} in '{path}': download the data again"
+            )
+        rows, cols = np.nonzero(mask)
+        if len(rows):
+            box = slice(rows.min(), rows.max() + 1), slice(cols.min(), cols.max() + 1)
+            masks.append(CellMask(int(rows.min()), int(cols.min()), mask[box] > 0))
+    return paint_cells(masks, shape)[0]
+
+
+def in_two_folders(
+    source: Path,
+    notes: list[str],
+    *,
+    images: str,
+    labels: tuple[str, ...],
+    read: LabelReader = _plain_labels,
+    stratum: Callable[[Path], str] = lambda path: "",
+) -> Iterator[Sample]:
+    """Images in folders of one name and labels of the same names in folders of another beside them.
+
+    `labels` are names of the labels' folders, the better first.
+    """
+    for folder in sorted(source.rglob(images), key=natural_key):
+        homes = [folder.parent / name for name in labels if (folder.parent / name).is_dir()]
+        if not homes or not folder.is_dir():
+            continue
+        for image in files_below(folder):
+            path = image_named(homes[0], (image.stem,))
+            if path is None:
+                raise DataSetError(
+                    f"every image must have labels of its name, '{image}' has none in '{homes[0]}': "
+                    "download the data again"
+                )
+            how = partial(read_files, image, path, read)
+            yield Sample(image.stem, image, how, None, stratum(image))
+
+
+def nuinsseg(source: Path, notes: list[str]) -> Iterator[Sample]:
+    """`human liver/tissue images/*.png` and `human liver/label masks modify/*.tif`."""
+    yield from in_two_folders(
+        source,
+        notes,
+        images="tissue images",
+        labels=("label masks modify", "label masks"),
+        stratum=lambda path: path.parent.parent.name,
+    )
+
+
+def s_bsst265(source: Path, notes: list[str]) -> Iterator[Sample]:
+    """`rawimages/*.tif` and `groundtruth/*.tif`; the name begins with the kind of tissue."""
+    yield from in_two_folders(
+        source,
+        notes,
+        images="rawimages",
+        labels=("groundtruth",),
+        stratum=lambda path: path.stem.split("_")[0],
+    )
+
+
+def bbbc039(source: Path, notes: list[str]) -> Iterator[Sample]:
+    """`images/*.tif`, `masks/*.png`, and the lists of the splits in `metadata/{training,...}.txt`."""
+    splits = {}
+    for path in sorted(source.rglob("*.txt")):
+        split = split_of(path.stem)
+        if split is not None:
+            names = path.read_text(encoding="utf-8", errors="replace").split()
+            splits |= {Path(name).stem: split for name in names}
+    found = in_two_folders(
+        source, notes, images="images", labels=("masks",), read=_connected_colours
+    )
+    left_out = 0
+    for sample in found:
+        if splits and sample.name not in splits:
+            left_out += 1
+            continue
+        yield Sample(sample.name, sample.source_file, sample.read, splits.get(sample.name))
+    if left_out:
+        notes.append(f"{left_out} images are in no list of the splits and were left out")
+
+
+def _connected_colours(path: Path, shape: tuple[int, int]) -> NDArray:
+    """Nuclei of BBBC039: connected regions of one value of the first channel."""
+    from skimage.measure import label
+
+    picture = read_image(path).pixels
+    return label(picture if picture.ndim == 2 else picture[..., 0], background=0)
+
+
+_BBBC006_NAME = re.compile(r"(.+_[a-p]\d\d_s\d+)_w1.*", re.IGNORECASE)
+
+
+def bbbc006(source: Path, notes: list[str]) -> Iterator[Sample]:
+    """`BBBC006_v1_images_z_16/*_w1*.tif` (nuclei, in focus) and `BBBC006_v1_labels/*.png`."""
+    labels = {
+        path.stem.lower(): path
+        for path in files_below(source)
+        if "label" in path.parent.name.lower()
+    }
+    focused = [path for path in files_below(source) if path.parent.name.endswith("z_16")]
+    for image in focused:
+        found = _BBBC006_NAME.fullmatch(image.stem)
+        if found is None:
+            continue  # w2 is phalloidin, which the labels do not show
+        path = labels.get(found[1].lower())
+        if path is None:
+            raise DataSetError(
+                f"every image must have labels of its well and site, '{image}' has none: unpack "
+                "BBBC006_v1_labels beside the images"
+            )
+        yield Sample(found[1], image, partial(read_files, image, path))
+
+
+def challenge(source: Path, notes: list[str]) -> Iterator[Sample]:
+    """`01/t000.tif` with `01_ST/SEG/man_seg000.tif`, else `01_GT/SEG`: Cell Tracking Challenge.
+
+    A film stays whole, because its frames resemble one another: the last one is for validation.
+    """
+    films = [
+        path
+        for path in sorted(source.rglob("*"), key=natural_key)
+        if re.fullmatch(r"\d\d", path.name) and path.is_dir() and _truth_of(path) is not None
+    ]
+    if len(films) == 1:
+        notes.append(
+            "there is one film: all of it is in train, because its frames resemble each other"
+        )
+    for film in films:
+        truth = _truth_of(film)
+        assert truth is not None
+        split = "val" if film == films[-1] and len(films) > 1 else "train"
+        if truth.parent.name.endswith("_GT"):
+            notes.append(
+                f"film {film.name} has no silver truth (ST): the gold truth is used, in which cells of a "
+                "frame may be missing"
+            )
+        for path in files_below(truth, (".tif", ".tiff")):
+            frame = re.fullmatch(r"man_seg_?(\d+)", path.stem)
+            image = frame and image_named(film, (f"t{frame[1]}",))
+            if not frame or image is None:
+                raise DataSetError(
+                    f"every file of SEG must be man_segNNN.tif with an image tNNN.tif, got '{path}' "
+                    "without one: planes of 3-D films are not read"
+                )
+            name = name_below(image, source.parent, image.stem)
+            yield Sample(name, image, partial(read_files, image, path), split)
+
+
+def _truth_of(film: Path) -> Path | None:
+    homes = [film.with_name(f"{film.name}_{kind}") / "SEG" for kind in ("ST", "GT")]
+    return next((home for home in homes if any(home.glob("man_seg*"))), None)

@@ -1,0 +1,161 @@
+"""The data sets that `prepare` knows: how their files are laid out, and under which licence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dinocell.datasets import annotations, archives, folders
+from dinocell.datasets.sample import Sample
+from dinocell.errors import UsageError
+
+Reader = Callable[[Path, list[str]], Iterator[Sample]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One data set, or one way in which any data set may be stored.
+
+    Attributes
+    ----------
+    holds : what the images show, in a few words
+        Empty for a layout of any source.
+    files : the layout that `read` expects, in words
+    read : (source, notes) → samples; appends sentences on what was left out to the notes
+    licence : as its publishers state it, None if it is not known here
+    address : where it is published
+    pixel_size_um : edge of a pixel in µm where it is published and the files do not say it
+    note : what a user should know before training on it
+    """
+
+    holds: str
+    files: str
+    read: Reader
+    licence: str | None = None
+    address: str = ""
+    pixel_size_um: float | None = None
+    note: str = ""
+
+
+_TISSUENET = Layout(
+    "tissue, fluorescence, nuclei and membrane: whole cells",
+    "tissuenet_v1.1_{train,val,test}.npz",
+    partial(archives.tissuenet, labels=0),
+    "non-commercial (modified Apache 2.0 of DeepCell)",
+    "https://datasets.deepcell.org",
+    0.5,
+)
+
+LAYOUTS: dict[str, Layout] = {
+    "livecell": Layout(
+        "phase contrast, eight cell lines: whole cells",
+        "livecell_coco_{train,val,test}.json and the images below one folder",
+        annotations.livecell,
+        "CC BY-NC 4.0",
+        "https://sartorius-research.github.io/LIVECell",
+        1.24,
+    ),
+    "cellpose": Layout(
+        "many kinds of cells, red, green and blue: whole cells (in the green channel)",
+        "train/000_img.png and train/000_masks.png, test/...",
+        partial(folders.beside_masks, colour=True),
+        "non-commercial (terms of the Cellpose data)",
+        "https://www.cellpose.org/dataset",
+        note="the green channel (position 1) shows the cytoplasm, the red one (0) the nuclei",
+    ),
+    "omnipose": Layout(
+        "bacteria, phase contrast and fluorescence: whole cells",
+        "train/.../a.tif and a_masks.tif, test/...",
+        folders.beside_masks,
+        "non-commercial (CC BY-NC 3.0)",
+        "https://github.com/kevinjohncutler/omnipose",
+    ),
+    "tissuenet": _TISSUENET,
+    "tissuenet-nuclei": Layout(
+        "the images of tissuenet: nuclei",
+        _TISSUENET.files,
+        partial(archives.tissuenet, labels=1),
+        _TISSUENET.licence,
+        _TISSUENET.address,
+        _TISSUENET.pixel_size_um,
+    ),
+    "dsb2018": Layout(
+        "nuclei, mostly fluorescence, some stained tissue (BBBC038)",
+        "stage1_train/ID/images/ID.png and stage1_train/ID/masks/*.png",
+        folders.one_mask_per_cell,
+        "CC0 1.0",
+        "https://bbbc.broadinstitute.org/BBBC038",
+        note="many images are neighbouring parts of one field: a random split puts some on both sides",
+    ),
+    "nuinsseg": Layout(
+        "stained tissue of 31 organs: nuclei",
+        "human liver/tissue images/*.png and human liver/label masks modify/*.tif",
+        folders.nuinsseg,
+        "CC BY 4.0",
+        "https://github.com/masih4/NuInsSeg",
+    ),
+    "s-bsst265": Layout(
+        "fluorescence, tissue sections, cytospins and cell lines: nuclei",
+        "rawimages/*.tif and groundtruth/*.tif",
+        folders.s_bsst265,
+        "CC0 1.0",
+        "https://www.ebi.ac.uk/biostudies/studies/S-BSST265",
+    ),
+    "bbbc039": Layout(
+        "fluorescence, U2OS: nuclei",
+        "images/*.tif, masks/*.png and metadata/{training,validation,test}.txt",
+        folders.bbbc039,
+        "CC0 1.0",
+        "https://bbbc.broadinstitute.org/BBBC039",
+        note="some fields are also in dsb2018: leave them out where one of the two tests the other",
+    ),
+    "bbbc006": Layout(
+        "fluorescence, U2OS, in focus: nuclei",
+        "BBBC006_v1_images_z_16/*_w1*.tif and BBBC006_v1_labels/*.png",
+        folders.bbbc006,
+        None,
+        "https://bbbc.broadinstitute.org/BBBC006",
+    ),
+    "ctc": Layout(
+        "films of the Cell Tracking Challenge",
+        "NAME/01/t000.tif with NAME/01_ST/SEG/man_seg000.tif, or 01_GT/SEG",
+        folders.challenge,
+        "terms of the Cell Tracking Challenge; not to be passed on",
+        "https://celltrackingchallenge.net/2d-datasets",
+    ),
+    "coco": Layout(
+        "", "*.json of COCO with polygons or run lengths, and the images", annotations.coco
+    ),
+    "seg_npy": Layout("", "a_seg.npy of Cellpose beside the image a", folders.seg_npy),
+    "imagej-roi": Layout(
+        "", "a.zip, a_RoiSet.zip or a_rois.zip of ImageJ beside the image a", folders.imagej_rois
+    ),
+    "geojson": Layout("", "a.geojson of QuPath beside the image a", annotations.geojson),
+}
+"""Name → layout, those of one data set first."""
+
+
+def find_layout(name: str) -> Layout:
+    """The layout of a name.  Raises UsageError, which lists the known names."""
+    if name not in LAYOUTS:
+        near = difflib.get_close_matches(name.lower(), LAYOUTS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see `dinocell data list`"
+        raise UsageError(f"`name` must be one of {', '.join(LAYOUTS)}, got {name!r}: {hint}")
+    return LAYOUTS[name]
+
+
+def describe_layouts() -> str:
+    """One block of lines for each name."""
+    lines = []
+    for name, layout in LAYOUTS.items():
+        licence = layout.licence or "licence unknown"
+        lines.append(f"{name}: {layout.holds or 'any source'}")
+        lines.append(f"    files    {layout.files}")
+        if layout.holds:
+            lines.append(f"    licence  {licence}; {layout.address}")
+        if layout.note:
+            lines.append(f"    note     {layout.note}")
+    return "\n".join(lines)

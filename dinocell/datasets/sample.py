@@ -1,0 +1,93 @@
+"""One labelled image of a data set, and what every reader of a layout shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from numpy.typing import NDArray
+
+from dinocell.errors import DataSetError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Content:
+    """Pixels and labels of a sample.
+
+    Attributes
+    ----------
+    image : (H, W) or (H, W, C) ndarray, in the data type of the source
+    labels : (H, W) integer ndarray
+        0 is background, every other number one cell; the numbers may have gaps.
+    pixel_size_um : edge of a pixel in µm, None if the source does not say
+    channel_names : one per channel, None if the source has no names
+    notes : what was left out of this image
+    """
+
+    image: NDArray
+    labels: NDArray
+    pixel_size_um: float | None = None
+    channel_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample before its pixels are read.
+
+    Attributes
+    ----------
+    name : becomes the name of its files; differs from all others of the data set
+    source_file : the file of its image, or of the archive that holds it
+    read : reads image and labels
+    split : "train", "val" or "test" if the source says so, else None
+    stratum : cell type, organ or the like; each gets its share of every split
+    """
+
+    name: str
+    source_file: Path
+    read: Callable[[], Content]
+    split: str | None = None
+    stratum: str = ""
+
+
+def split_of(text: str) -> str | None:
+    """The split that a folder or file is named after: `Training`, `livecell_coco_val`; else None."""
+    for part in reversed(text.lower().replace("-", "_").replace(".", "_").split("_")):
+        for split, starts in {
+            "train": ("train", "stage1train"),
+            "val": ("val", "dev"),
+            "test": ("test",),
+        }.items():
+            if part.startswith(starts):
+                return split
+    return None
+
+
+def split_of_path(path: Path, source: Path) -> str | None:
+    """The split that the innermost folder between `source` and a file is named after."""
+    folders = path.relative_to(source).parts[:-1]
+    return next(filter(None, map(split_of, reversed(folders))), None)
+
+
+def name_below(path: Path, source: Path, stem: str) -> str:
+    """`stem` behind the names of the folders between `source` and the file, but for those of splits."""
+    folders = path.relative_to(source).parts[:-1]
+    kept = [part for part in folders if split_of(part) is None and part.lower() not in _PLAIN]
+    return "_".join([*(part.replace(" ", "_") for part in kept), stem])
+
+
+_PLAIN = ("images", "image", "img", "masks", "labels", "data")
+
+
+def require_found(samples: list[Sample], source: Path, layout: str) -> list[Sample]:
+    """Refuse a source in which a reader finds nothing; `layout` says what it looks for."""
+    if not samples:
+        raise DataSetError(
+            f"`source` must hold {layout}, '{source}' holds none: check the folder and the name of the "
+            "data set"
+        )
+    return samples

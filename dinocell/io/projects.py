@@ -1,0 +1,116 @@
+"""Labels in the files of other programs: `_seg.npy` of Cellpose, ROI zips of ImageJ and Fiji."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError, UsageError
+from dinocell.io.polygons import fill_rings, paint_cells
+
+_LINES = ("LINE", "POLYLINE", "FREELINE", "ANGLE", "POINT", "NOROI")
+# What numpy's arrays, types and numbers are made of in a pickle.
+_NUMPY_NAMES = {"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"}
+
+
+def read_seg_npy(path: Path) -> NDArray[Any]:
+    """The masks (H, W) of a `_seg.npy` file; everything else in it is ignored and never run.
+
+    Raises ImageFileError (the file holds no masks, or is damaged).
+    """
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+            read(file)
+            content = _ArraysOnly(file).load()
+        content = content.item() if isinstance(content, np.ndarray) else content
+        masks = content["masks"]
+    except Exception as error:  # damaged pickles raise anything
+        raise ImageFileError(
+            f"'{path}' must be a `_seg.npy` file of Cellpose with masks, it holds none or is cut short "
+            f"({type(error).__name__}): save it again in Cellpose."
+        ) from error
+    if not isinstance(masks, np.ndarray) or masks.ndim != 2:
+        raise ImageFileError(
+            f"The masks of '{path}' must be one image (H, W), got "
+            f"{getattr(masks, 'shape', type(masks).__name__)}: save one plane of a stack."
+        )
+    return masks
+
+
+class _Ignored:
+    """Stands for every object of a pickle that is no array."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Makes arrays and plain values; other classes and functions are replaced by `_Ignored`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        if module.split(".")[0] == "numpy" and name in _NUMPY_NAMES:
+            return super().find_class(module, name)
+        return _Ignored
+
+
+def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uint32]:
+    """Fill the ROIs of a zip in an image of (H, W) = `shape`; the first ROI is cell 1.
+
+    Raises MissingExtraError (without roifile); UsageError (`shape` is None); ImageFileError (no zip of
+    ROIs, a line or a point among them, or a ROI outside the image).
+    """
+    if shape is None:
+        raise UsageError(
+            f"`shape` must be given for a zip of ROIs, which does not say how large its image is, got "
+            f"'{path}' alone: write the labels as TIFF in ImageJ, or give the image"
+        )
+    try:
+        import roifile
+    except ImportError as error:
+        raise MissingExtraError(
+            "Reading ImageJ ROIs needs the package roifile, which is not installed: run "
+            "`pip install dinocell-segmentation[formats]`."
+        ) from error
+    masks = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.lower().endswith(".roi")]
+            for name in names:
+                roi = roifile.ImagejRoi.frombytes(archive.read(name))
+                if roi.roitype.name in _LINES:
+                    raise ImageFileError(
+                        f"ROIs of cells must be areas, '{name}' of '{path}' is of type "
+                        f"{roi.roitype.name.lower()}: delete it in the ROI manager."
+                    )
+                rings = [np.asarray(ring)[:, ::-1] for ring in roi.coordinates(multi=True)]
+                corners = np.concatenate(rings)
+                if (corners < -1).any() or (corners > np.array(shape) + 1).any():
+                    raise ImageFileError(
+                        f"ROIs must lie in the image of {shape[0]} × {shape[1]} px, '{name}' of "
+                        f"'{path}' reaches from {corners.min(axis=0).tolist()} to "
+                        f"{corners.max(axis=0).tolist()} (row, column): do they belong to this image?"
+                    )
+                masks.append(fill_rings(rings, shape))
+    except DINOCellError:
+        raise
+    except Exception as error:  # a damaged zip or ROI raises anything
+        raise ImageFileError(
+            f"'{path}' must be a zip of ImageJ ROIs, it is damaged or cut short ({error}): save it "
+            "again in the ROI manager."
+        ) from error
+    if not names:
+        raise ImageFileError(
+            f"'{path}' must be a zip of ImageJ ROIs, it holds no file that ends in .roi: give the zip "
+            "that the ROI manager writes."
+        )
+    return paint_cells(masks, shape)[0]

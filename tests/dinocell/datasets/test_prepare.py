@@ -1,0 +1,442 @@
+"""Every layout becomes the same folders; an interruption costs one image; bad input one sentence."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import layout_doubles as doubles
+import numpy as np
+import pytest
+
+from dinocell.datasets import LAYOUTS, Facts, SplitOptions, describe_layouts, prepare
+from dinocell.datasets.sample import Sample, split_of
+from dinocell.datasets.splits import divide
+from dinocell.errors import ConfigError, DataSetError, ImageFileError, UsageError
+from dinocell.io import read_image, read_labels, write_image, write_labels
+from dinocell.pairs import find_pairs
+
+REAL = Path(os.environ.get("DINOCELL_DATA", "no data"))
+
+
+def prepared(name: str, source: Path, out: Path, **options):
+    return prepare(name, source, out, shown=False, **options)
+
+
+def rows_of(out: Path) -> dict[str, dict[str, str]]:
+    with open(out / "manifest.csv", newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Makes a tiny source of a layout."""
+
+    def make(name: str) -> Path:
+        source = tmp_path / "source"
+        doubles.MAKERS[name](source)
+        return source
+
+    return make
+
+
+EXPECTED = {  # name of a sample: its split and its number, which says where the cells are
+    "livecell": {
+        f"{kind}_Phase_{split}_{n}": (split, n)
+        for split, kind in (("train", "A172"), ("val", "BT474"), ("test", "A172"))
+        for n in range(2)
+    },
+    "omnipose": {
+        **{f"bact_phase_5I_crop_{n}": ("train", n) for n in range(2)},
+        **{f"bact_phase_caulo_{n}": ("test", n) for n in range(2)},
+    },
+    "cellpose": {"000": ("train", 0), "001": ("train", 1), "002": ("test", 2)},
+    "tissuenet": {
+        **{f"tissuenet_train_{n:05d}": ("train", n) for n in range(3)},
+        "tissuenet_val_00000": ("val", 0),
+        **{f"tissuenet_test_{n:05d}": ("test", n) for n in range(2)},
+    },
+    "dsb2018": {f"id{n}": ("train", n) for n in range(3)},
+    "nuinsseg": {
+        f"{organ}_{n}": ("train", n) for organ in ("human_liver", "mouse_spleen") for n in range(2)
+    },
+    "s-bsst265": {f"HaCaT_{n}": ("train", n) for n in range(2)},
+    "bbbc039": {"w0": ("train", 0), "w1": ("val", 1), "w2": ("test", 2)},
+    "bbbc006": {f"mcf-z-stacks-03212011_a0{n + 1}_s1": ("train", n) for n in range(2)},
+    "ctc": {
+        f"source_{film}_t00{n}": (split, n)
+        for film, split in (("01", "train"), ("02", "val"))
+        for n in range(2)
+    },
+    "coco": {"a": ("train", 0), "b": ("train", 1)},
+    "seg_npy": {str(n): ("train", n) for n in range(2)},
+    "imagej-roi": {str(n): ("train", n) for n in range(2)},
+    "geojson": {str(n): ("train", n) for n in range(2)},
+}
+
+
+@pytest.mark.parametrize("name", doubles.MAKERS)
+def test_every_layout_becomes_the_same_folders(made, tmp_path, name):
+    if name == "imagej-roi":
+        pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
+    source, out = made(name), tmp_path / "out"
+    none = SplitOptions(val_fraction=0, test_fraction=0)
+    result = prepared(name, source, out, splits=none)
+    rows = rows_of(out)
+    assert {key: row["split"] for key, row in rows.items()} == {
+        key: split for key, (split, _) in EXPECTED[name].items()
+    }
+    for key, (_, number) in EXPECTED[name].items():
+        row = rows[key]
+        assert np.array_equal(read_labels(out / row["labels"]), doubles.truth(number)), key
+        image = read_image(out / row["image"]).pixels
+        assert image.shape[:2] == doubles.SHAPE
+        assert row["num_cells"] == "2"
+        for part in ("image", "labels"):
+            written = (out / row[part]).read_bytes()
+            assert hashlib.sha256(written).hexdigest() == row[f"{part}_sha256"]
+        assert Path(row["source_file"]).is_file()
+    for split in {split for split, _ in EXPECTED[name].values()}:
+        pairs = find_pairs(out / split / "images", out / split / "labels")
+        assert len(pairs) == result.manifest["splits"][split]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["licence"] == LAYOUTS[name].licence
+    assert sorted(path.name for path in out.iterdir() if path.is_file()) == [
+        "manifest.csv",
+        "manifest.json",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    again = prepared(name, source, out, splits=none)
+    assert "nothing was changed" in again.text()
+
+
+def test_channels_keep_their_meaning(made, tmp_path):
+    source, out = made("cellpose"), tmp_path / "out"
+    prepared("cellpose", source, out)
+    for row in rows_of(out).values():  # 001 has three equal channels
+        assert row["channels"] == "red;green;blue"
+        assert read_image(out / row["image"], channels=["green"]).pixels.shape == doubles.SHAPE
+    green = read_image(out / rows_of(out)["000"]["image"], channels=[1]).pixels
+    assert np.array_equal(green, doubles.picture(0, 3)[..., 1])
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_tissuenet_has_two_channels_and_two_truths(tmp_path, compressed):
+    source, out = tmp_path / "source", tmp_path / "out"
+    doubles.tissuenet(source, compressed)
+    prepared("tissuenet-nuclei", source, out)
+    row = rows_of(out)["tissuenet_train_00002"]
+    image = read_image(out / row["image"])
+    assert (image.channel_names, image.pixel_size_um) == (("nuclei", "membrane"), 0.5)
+    assert np.array_equal(image.pixels, doubles.picture(2, 2, np.float32))
+    assert np.array_equal(read_labels(out / row["labels"]), doubles.truth(2) == 2)
+
+
+def samples(count: int, strata: int = 1, split: str | None = None) -> list[Sample]:
+    return [
+        Sample(f"{n:04d}", Path(), lambda: None, split, stratum=str(n % strata))  # type: ignore
+        for n in range(count)
+    ]
+
+
+def test_draws_have_exact_counts_in_every_stratum_and_ignore_the_order():
+    given = samples(200, strata=4)
+    division = divide(given, SplitOptions(test_fraction=0.25))
+    assert [sample for sample, _ in division] == given
+    by_stratum = {(s.stratum, split): 0 for s, split in division}
+    for sample, split in division:
+        by_stratum[sample.stratum, split] += 1
+    assert [by_stratum[str(s), "test"] for s in range(4)] == pytest.approx([12.5] * 4, abs=1)
+    assert [by_stratum[str(s), "val"] for s in range(4)] == pytest.approx([5] * 4, abs=1)
+    assert sum(split == "test" for _, split in division) == 50
+    assert sum(split == "val" for _, split in division) == 20
+    turned = divide(given[::-1], SplitOptions(test_fraction=0.25))
+    assert turned[::-1] == division
+    other = divide(given, SplitOptions(test_fraction=0.25, seed=1))
+    assert other != division
+
+
+def test_splits_of_the_source_stay():
+    given = [
+        *samples(20, split="train"),
+        Sample("x", Path(), lambda: None, "test"),  # type: ignore[arg-type, return-value]
+    ]
+    division = divide(given, SplitOptions(val_fraction=0.25))
+    assert [split for sample, split in division if sample.name == "x"] == ["test"]
+    assert sum(split == "val" for _, split in division) == 5
+    divided = divide(given, SplitOptions(resplit=True, max_images=10, test_fraction=0))
+    assert [split for _, split in divided].count("val") == 1
+    assert len(divided) == 10
+
+
+def test_the_original_recipe_has_its_numbers():
+    """4,500 and 500 of the 5,239 images of LIVECell, 540 and 60 of the 608 of Cellpose."""
+    for available, wanted, train, val in ((5239, 5000, 4500, 500), (608, 600, 540, 60)):
+        options = SplitOptions(resplit=True, max_images=wanted, test_fraction=0)
+        splits = [split for _, split in divide(samples(available, 8, "test"), options)]
+        assert (splits.count("train"), splits.count("val")) == (train, val)
+
+
+def test_names_of_splits():
+    names = (
+        "Training",
+        "train_sorted",
+        "stage1_train",
+        "validation",
+        "livecell_coco_val",
+        "images",
+    )
+    assert [split_of(name) for name in names] == ["train"] * 3 + ["val"] * 2 + [None]
+
+
+def test_an_interruption_costs_one_image(made, tmp_path, monkeypatch):
+    source, out = made("dsb2018"), tmp_path / "out"
+    prepared("dsb2018", source, tmp_path / "whole")
+    from dinocell.datasets import preparation as module
+
+    written = []
+
+    def stops(path, *arguments, **options):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_labels(path, *arguments, **options)
+
+    def counts(path, *arguments, **options):
+        written.append(path)
+        write_labels(path, *arguments, **options)
+
+    monkeypatch.setattr(module, "write_labels", stops)
+    with pytest.raises(KeyboardInterrupt):
+        prepared("dsb2018", source, out)
+    assert not out.exists()
+    with open(tmp_path / "out.part" / "journal.jsonl", "a") as journal:
+        journal.write('{"name": "id2", "ima')
+    with pytest.raises(UsageError, match="unfinished work of this same command"):
+        prepared("dsb2018", source, out, splits=SplitOptions(seed=1))
+    monkeypatch.setattr(module, "write_labels", counts)
+    prepared("dsb2018", source, out)
+    assert len(written) == 3
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_other_contents_of_the_output_folder_are_kept(made, tmp_path):
+    source, out = made("coco"), tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").touch()
+    with pytest.raises(UsageError, match="holds something else"):
+        prepared("coco", source, out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    (out / "mine.txt").unlink()
+    prepared("coco", source, out)
+    with pytest.raises(UsageError, match="holds something else"):
+        prepared("coco", source, out, facts=Facts(licence="CC0"))
+
+
+def test_an_unknown_licence_is_a_note_until_it_is_given(made, tmp_path):
+    source = made("coco")
+    assert "licence is unknown" in prepared("coco", source, tmp_path / "a").text()
+    facts = Facts(licence="CC BY 4.0", pixel_size_um=0.25)
+    known = prepared("coco", source, tmp_path / "b", facts=facts)
+    assert "licence is unknown" not in known.text()
+    assert known.manifest["licence"] == "CC BY 4.0"
+    assert known.manifest["pixel_sizes_um"] == [0.25]
+
+
+def change_coco(source: Path, change) -> None:
+    path = source / "all.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_polygons_and_run_lengths_may_be_mixed_and_crowds_are_left_out(made, tmp_path):
+    source = made("coco")
+
+    def change(content):
+        first = content["annotations"][0]
+        first["segmentation"] = [doubles.outline(1), doubles.outline(1)]
+        content["annotations"].append(doubles.annotation(7, 1, 0, "rle") | {"iscrowd": 1})
+        content["annotations"].append(
+            doubles.annotation(7, 2, 0) | {"segmentation": [[1, 1, 2, 2]]}
+        )
+        content["images"].append({"id": 9, "file_name": "empty.tif", "height": 12, "width": 16})
+
+    doubles.image(source / "empty.tif", 5)
+    change_coco(source, change)
+    none = SplitOptions(val_fraction=0, test_fraction=0)
+    text = prepared("coco", source, tmp_path / "out", splits=none).text()
+    assert "1 crowd annotations of all.json were left out" in text
+    assert "1 images of all.json have no annotation" in text
+    rows = rows_of(tmp_path / "out")
+    assert np.array_equal(read_labels(tmp_path / "out" / rows["a"]["labels"]), doubles.truth(0))
+    assert "1 annotations cover no pixel" in rows["a"]["notes"]
+    assert rows["empty"]["num_cells"] == "0"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def larger(content):
+    content["images"][0]["height"] = 13
+
+
+def odd(content):
+    content["annotations"][0]["segmentation"] = [[1, 2, 3, 4, 5, 6, 7]]
+
+
+def other_run_lengths(content):
+    content["annotations"][1]["segmentation"]["size"] = [16, 12]
+
+
+def cut_run_lengths(content):
+    content["annotations"][1]["segmentation"]["counts"].pop()
+
+
+def unknown_image(content):
+    content["annotations"][0]["image_id"] = 99
+
+
+BAD = {
+    "another layout": ("dsb2018", shutil.rmtree, "must hold stage1_train/ID"),
+    "truncated npz": (
+        "tissuenet",
+        lambda s: cut(s / "tissuenet_val.npz"),
+        "npz archive with the array",
+    ),
+    "npz of something else": (
+        "tissuenet",
+        lambda s: np.savez(s / "more.npz", X=np.zeros((2, 3)), y=np.zeros(2)),
+        r"\(N, H, W, C\)",
+    ),
+    "truncated json": ("coco", lambda s: cut(s / "all.json"), "download is complete"),
+    "other json": ("coco", lambda s: (s / "all.json").write_text("[1]"), "must be a COCO file"),
+    "absent image": (
+        "coco",
+        lambda s: (s / "pictures/a.tif").unlink(),
+        r"1 of 2 are absent \(a.tif\)",
+    ),
+    "other size in the list": ("coco", lambda s: change_coco(s, larger), "13 × 16 px, got 12 × 16"),
+    "odd polygon": ("coco", lambda s: change_coco(s, odd), "odd count of numbers"),
+    "run lengths of another size": (
+        "coco",
+        lambda s: change_coco(s, other_run_lengths),
+        r"run lengths of size \[16, 12\]",
+    ),
+    "cut run lengths": ("coco", lambda s: change_coco(s, cut_run_lengths), "add up to 12 × 16"),
+    "annotation without image": (
+        "coco",
+        lambda s: change_coco(s, unknown_image),
+        "unknown image 99",
+    ),
+    "labels of another size": (
+        "s-bsst265",
+        lambda s: write_labels(s / "dataset/groundtruth/HaCaT_0.tif", doubles.truth()[:, 1:]),
+        "same size, got 12 × 16 and 12 × 15",
+    ),
+    "mask of another size": (
+        "dsb2018",
+        lambda s: write_labels(s / "stage1_train/id0/masks/1.png", doubles.truth()[1:]),
+        "as large as its image, 12 × 16 px, got 11 × 16",
+    ),
+    "labels that are absent": (
+        "nuinsseg",
+        lambda s: (s / "mouse spleen/label masks modify/mouse_spleen_0.tif").unlink(),
+        "must have labels of its name",
+    ),
+    "image that is absent": ("cellpose", lambda s: (s / "train/000_img.png").unlink(), "beside it"),
+    "truncated image": (
+        "omnipose",
+        lambda s: cut(s / "bact_phase/test_sorted/caulo/0.tif"),
+        "cut short",
+    ),
+    "3-D film": (
+        "ctc",
+        lambda s: doubles.labels(s / "01_ST/SEG/man_seg_000_012.tif"),
+        "planes of 3-D films are not read",
+    ),
+    "GeoJSON of another image": (
+        "geojson",
+        lambda s: write_image(s / "0.tif", doubles.picture()[:4]),
+        "must lie in the image of 4 × 16 px",
+    ),
+    "GeoJSON of points": (
+        "geojson",
+        lambda s: (s / "0.geojson").write_text(
+            '{"geometry": {"type": "Point", "coordinates": [1, 2]}}'
+        ),
+        "must be areas, got a Point",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_sources_end_in_one_sentence_and_leave_nothing(made, tmp_path, what):
+    name, spoil, message = BAD[what]
+    source = made(name)
+    spoil(source)
+    source.mkdir(exist_ok=True)
+    with pytest.raises((DataSetError, ImageFileError), match=message) as caught:
+        prepared(name, source, tmp_path / "out")
+    assert str(caught.value).count(". ") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_bad_image_leaves_the_finished_ones_for_the_next_try(made, tmp_path):
+    source, out = made("s-bsst265"), tmp_path / "out"
+    bad = source / "dataset" / "groundtruth" / "HaCaT_1.tif"
+    write_labels(bad, np.kron([[0, 1], [1, 0]], np.ones((6, 8), int)).astype(np.uint16)[:, :9])
+    with pytest.raises(DataSetError, match=r"1 finished images were kept in '.*out\.part'"):
+        prepared("s-bsst265", source, out)
+    doubles.labels(bad, 1)
+    assert len(rows_of(prepared("s-bsst265", source, out).folder)) == 2
+
+
+def test_calls_that_are_wrong(made, tmp_path):
+    source = made("coco")
+    with pytest.raises(UsageError, match="did you mean livecell"):
+        prepared("LiveCell", source, tmp_path / "out")
+    with pytest.raises(UsageError, match="check the path"):
+        prepared("coco", tmp_path / "absent", tmp_path / "out")
+    with pytest.raises(ConfigError, match="below 1 together"):
+        SplitOptions(val_fraction=0.5, test_fraction=0.5)
+    shutil.copytree(source / "pictures", source / "more")
+    for copy in (source / "all.json", source / "again.json"):
+        copy.write_text(json.dumps(doubles.coco_content(["pictures/a.tif"])))
+    with pytest.raises(DataSetError, match="listed once"):
+        prepared("coco", source, tmp_path / "out")
+
+
+def test_the_list_names_every_layout():
+    text = describe_layouts()
+    for name, layout in LAYOUTS.items():
+        assert f"{name}: " in text
+        assert layout.files in text
+        assert not layout.holds or (layout.licence or "licence unknown") in text
+
+
+@pytest.mark.skipif(not (REAL / "ctc").is_dir(), reason="DINOCELL_DATA has no ctc")
+def test_a_real_film(tmp_path):
+    source = REAL / "ctc" / "c2c12_phase"
+    prepared("ctc", source, tmp_path / "out", facts=Facts(licence="CC BY 4.0"))
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == 10
+    assert sum(int(row["num_cells"]) for row in rows.values()) == 103
+
+
+@pytest.mark.skipif(not (REAL / "bbbc039").is_dir(), reason="DINOCELL_DATA has no bbbc039")
+def test_real_nuclei_come_back(tmp_path):
+    """Real images in the folders of S-BSST265: the layout of the source is lost in our copy."""
+    source = tmp_path / "source"
+    for part, name in (("rawimages", "images"), ("groundtruth", "labels")):
+        shutil.copytree(REAL / "bbbc039" / "val" / name, source / part)
+    prepared("s-bsst265", source, tmp_path / "out")
+    for name, row in rows_of(tmp_path / "out").items():
+        truth = read_labels(REAL / "bbbc039" / "val" / "labels" / f"{name}.png")
+        assert np.array_equal(read_labels(tmp_path / "out" / row["labels"]), truth)
