@@ -22,6 +22,7 @@ import contextlib
 import difflib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -126,14 +127,15 @@ class Timed:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.running = ""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        begun = time.process_time()
+        self.running, begun = item.nodeid, time.process_time()
         signal.setitimer(signal.ITIMER_PROF, self.limit_s)
         result = yield
         signal.setitimer(signal.ITIMER_PROF, 0)
-        self.seconds[item.nodeid] = time.process_time() - begun
+        self.seconds[item.nodeid], self.running = time.process_time() - begun, ""
         return result
 
 
@@ -146,6 +148,10 @@ class Record(Timed):
         super().__init__()
         self.file = file
         self.failed: dict[str, str] = {}
+        self.modules: list[str] = []
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if item.nodeid not in self.seconds]
 
     def pytest_sessionstart(self) -> None:
         def stop(*_: Any) -> None:
@@ -158,12 +164,19 @@ class Record(Timed):
             self.failed[report.nodeid] = report.longreprtext
 
     def pytest_sessionfinish(self) -> None:
-        modules = [
+        self.modules = [
             name
             for name, module in sys.modules.items()
             if not str(getattr(module, "__file__", "")).startswith(os.getcwd())
         ]
-        self.file.write_text(json.dumps([self.seconds, self.failed, modules]))
+        self.file.write_text(json.dumps([self.seconds, self.failed, self.modules, self.running]))
+
+    def read(self) -> bool:
+        """Take over what the process wrote; whether it ran all tests, as a stop may end it."""
+        self.seconds, self.failed, self.modules, stopped = json.loads(self.file.read_text())
+        if stopped:
+            self.seconds[stopped], self.failed[stopped] = math.inf, _TOO_LONG
+        return not stopped
 
 
 class Order(Timed):
@@ -204,8 +217,11 @@ def tested(paths: list[str], plugin: Timed, *options: str) -> bool:
 def quick_tests(path: str, folder: Path) -> dict[str, float]:
     """Seconds of each test of a module that is quick; imports what the tests import."""
     record = Record(folder / "record.json")
-    tested(tests_of(path), record)
-    seconds, failed, modules = json.loads(record.file.read_text())
+    finished = False
+    while not finished:
+        tested(tests_of(path), record)
+        finished = record.read()
+    seconds, failed = record.seconds, record.failed
     for test, report in failed.items():
         if _TOO_LONG not in report:
             raise SystemExit(
@@ -214,10 +230,10 @@ def quick_tests(path: str, folder: Path) -> dict[str, float]:
         del seconds[test]
     print(f"{path}: {len(seconds)} tests, {sum(seconds.values()):.0f} s", flush=True)
     print("".join(f"  left out, takes too long: {test}\n" for test in failed), end="", flush=True)
-    for name in modules:
+    for name in record.modules:
         with contextlib.suppress(Exception):  # a part that a package imports in its own way
             importlib.import_module(name)
-    return dict(seconds)
+    return seconds
 
 
 def mutants(source: str) -> list[tuple[tuple[int, int], str, int]]:

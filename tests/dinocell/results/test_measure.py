@@ -345,6 +345,8 @@ def test_summary_by_hand() -> None:
 def test_summary_refuses_a_foreign_table() -> None:
     with pytest.raises(ValueError, match=r"add up to 2 px where the labels have 1"):
         summarize([[1, 0]], measure_labels([[1, 1]]))
+    with pytest.raises(ValueError, match=r"add up to 1 px where the labels have 2"):
+        summarize([[1, 1]], measure_labels([[1, 0]]))
 
 
 @pytest.mark.parametrize(
@@ -356,6 +358,7 @@ def test_summary_refuses_a_foreign_table() -> None:
         ([[-1, 1]], {}, ValueError, "0 and above, got -1"),
         ([[1]], {"pixel_size_um": 0}, ValueError, "`pixel_size_um` must be a positive number"),
         ([[1]], {"pixel_size_um": math.nan}, ValueError, "must be a positive number, got nan"),
+        ([[1]], {"pixel_size_um": math.inf}, ValueError, "must be a positive number, got inf"),
         ([[1]], {"neighbor_distance_px": 0.5}, ValueError, "at least 1"),
         ([[1]], {"neighbor_distance_px": math.inf}, ValueError, "finite"),
         ([[1]], {"channel_names": ["DNA"]}, ValueError, "must come with an image"),
