@@ -136,6 +136,13 @@ def test_circularity_falls_from_disc_to_line() -> None:
     assert row["aspect_ratio"] is None
 
 
+def test_a_line_in_any_direction_has_no_minor_axis() -> None:
+    row = one_row(measure_labels(picture("1...... ...1... ......1")))
+    assert row["axis_minor_length"] == 0
+    assert row["aspect_ratio"] is None
+    assert row["eccentricity"] == 1
+
+
 def test_thin_cell_keeps_its_minor_axis() -> None:
     row = one_row(measure_labels(np.ones((2, 80), int)))
     assert row["axis_minor_length"] == pytest.approx(2)  # variance 1/4
@@ -326,18 +333,18 @@ def test_summary_by_hand() -> None:
     assert summary["num_cells"] == 2
     assert summary["num_cells_touching_border"] == 2
     assert summary["confluency_percent"] == pytest.approx(100 * 5 / 16)
-    assert summary["cells_per_megapixel"] == pytest.approx(2 / 16e-6)
+    assert summary["cells_per_megapixel"] == 125_000
     assert summary["area_mean"] == summary["area_median"] == 2.5
     assert summary["area_std"] == 1.5
     assert summary["num_neighbors_mean"] == 1
     assert (summary["image_height_px"], summary["image_width_px"]) == (4, 4)
     assert "cells_per_mm2" not in summary
 
-    known = summarize(labels, measure_labels(labels, pixel_size_um=2))
-    assert known["image_area_mm2"] == pytest.approx(64e-6)
-    assert known["cells_per_mm2"] == pytest.approx(2 / 64e-6)
-    assert known["area_um2_mean"] == known["area_um2_median"] == 10
-    assert known["area_um2_std"] == 6
+    known = summarize(labels, measure_labels(labels, pixel_size_um=3))
+    assert known["image_area_mm2"] == pytest.approx(144e-6)
+    assert known["cells_per_mm2"] == pytest.approx(2 / 144e-6)
+    assert known["area_um2_mean"] == known["area_um2_median"] == 22.5
+    assert known["area_um2_std"] == 13.5
     assert {name: known[name] for name in summary} == summary
     json.dumps(known, allow_nan=False)
 
