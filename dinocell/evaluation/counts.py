@@ -1,7 +1,5 @@
 """Numbers that add up over images, and their ratios."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import fields
 from typing import Any, TypeVar

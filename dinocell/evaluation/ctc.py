@@ -23,8 +23,6 @@ PLoS ONE 10 (2015): AOGM, its weights and the matching rule.
 Ulman et al., "An objective comparison of cell-tracking algorithms", Nature Methods 14 (2017).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -3,8 +3,6 @@
 Memory stays small: only counts are kept of each image.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

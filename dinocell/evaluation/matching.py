@@ -7,8 +7,6 @@ one pixel and nothing else, so its size follows the number of cells and not its 
 An object is all pixels of one label, be they in one piece or several.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any

@@ -1,7 +1,5 @@
 """Run a model on a folder of images with truth: predict each image once, tune thresholds, score."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

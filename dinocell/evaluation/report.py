@@ -9,8 +9,6 @@ per image
     image (nan, for example AP of an image without true and predicted cells) are left out.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import math

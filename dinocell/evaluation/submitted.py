@@ -1,7 +1,5 @@
 """`evaluate` as a job of a cluster."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path

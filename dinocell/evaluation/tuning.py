@@ -4,8 +4,6 @@ The distance maps are made once, before; here only the post-processing is repeat
 images, never test images: the result is a choice, and its score is optimistic.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence

@@ -3,8 +3,6 @@
 The suffixes that are read, and the endings of results, stand in `dinocell.pairs`.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import glob
 import os

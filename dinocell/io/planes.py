@@ -1,7 +1,5 @@
 """Which plane and which channels of a file become the image."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

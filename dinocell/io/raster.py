@@ -1,7 +1,5 @@
 """Read PNG, JPEG, BMP and `.npy` files, which hold one image or a plain array."""
 
-from __future__ import annotations
-
 import threading
 import warnings
 import zlib

@@ -6,8 +6,6 @@ short, a stack, a text with an image's suffix, not-a-number pixels) ends in one 
 `dinocell.errors`, never in a half-read array, and the libraries' own warnings stay inside.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Read TIFF, OME-TIFF and ImageJ TIFF files: planes, channel names and the size of a pixel."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

@@ -1,7 +1,5 @@
 """Write label images, images and maps as TIFF, PNG or `.npy`; a file appears whole or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

@@ -1,7 +1,5 @@
 """A ViT of `dinov3` that returns the feature maps of four depths."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Configuration of a network: what a model file needs to rebuild it, and where its backbone starts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from dinocell.settings import require, require_at_least, require_choice

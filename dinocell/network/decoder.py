@@ -4,8 +4,6 @@
 (DESIGN.md 3; Ronneberger et al. 2015 for the U-Net).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

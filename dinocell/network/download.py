@@ -1,7 +1,5 @@
 """Bring a backbone file into the cache, from a folder or over HTTP; a broken download continues."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

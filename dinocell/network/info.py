@@ -4,8 +4,6 @@ fvcore counts multiply-accumulates (MACs), which it calls flops, on a traced for
 fused attention, so a handler for that stands here.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Backbone files: which are released, where they lie, what is in them, and their conversion."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

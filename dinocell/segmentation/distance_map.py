@@ -19,8 +19,6 @@ Felzenszwalb & Huttenlocher, *Distance Transforms of Sampled Functions*, Theory 
 section 2: squared Euclidean distance as the lower envelope of parabolas, one axis after the other.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """One image through the network: normalise whole, cut into windows, predict, blend."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -17,8 +17,6 @@ The first two hold no signal: they are left out of all statistics and replaced f
 The third is signal (a dead cell, blurred dust), so it stays but does not set the range.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import cv2

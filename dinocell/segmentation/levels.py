@@ -1,7 +1,5 @@
 """Distance maps as whole numbers: few enough levels to count and to queue by."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

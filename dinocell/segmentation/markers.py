@@ -8,8 +8,6 @@ them; two touching cells have a low one.  (Edelsbrunner, Letscher & Zomorodian 2
 persistence; Grimaud 1992, dynamics.)
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

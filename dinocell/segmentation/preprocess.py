@@ -4,8 +4,6 @@ Percentiles make the range robust against hot pixels; a bound from the image's o
 empty field from being stretched until its noise looks like cells.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -6,8 +6,6 @@ on the distance map, before anything is thresholded.  The grid depends on the si
 `window_px` and on `overlap_px` alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol

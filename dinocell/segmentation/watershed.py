@@ -7,8 +7,6 @@ an image), and keeps to one connected piece of foreground at a time, which fits 
 cache.  ``docs/decisions/0003-markers-and-watershed.md`` has the alternatives and their figures.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

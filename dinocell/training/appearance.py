@@ -1,7 +1,5 @@
 """What the training images of a model look like, so that it can tell images of another kind."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ Labels are warped (nearest neighbour) and the distance map is computed afterward
 around the crop, so that a cell cut by the crop's edge keeps the values it has in the whole image.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

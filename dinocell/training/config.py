@@ -1,7 +1,5 @@
 """Configuration of a fine-tuning run: data, augmentation, optimizer, schedule and logging."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from dinocell.network.config import BackboneConfig, ModelConfig

@@ -4,8 +4,6 @@ A crop is a pure function of (seed, index): no sampler state, no dependence on l
 a resumed run sees exactly what the uninterrupted one would have seen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TypeVar
 

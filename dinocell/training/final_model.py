@@ -1,7 +1,5 @@
 """The end of a training run: final thresholds, model file with its card, curves."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from collections.abc import Sequence

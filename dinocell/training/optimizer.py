@@ -1,7 +1,5 @@
 """How the weights learn: parameter groups, learning rate, averaged weights, random numbers of a step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The files of a training run: configuration, metrics, checkpoints and models."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re

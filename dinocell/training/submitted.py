@@ -1,7 +1,5 @@
 """`train` as a job of a cluster."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ Each process of a run sees a few crops only; normalised by these alone, every pr
 another network than one process with the whole batch does.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ continues bit for bit on the CPU from its last checkpoint.  Several processes (t
 the crops of a step: they see the samples that one process with the whole batch would see.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Sequence

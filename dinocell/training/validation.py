@@ -1,7 +1,5 @@
 """Validation images: read once, predicted by all processes together."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 
