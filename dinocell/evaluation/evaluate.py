@@ -35,8 +35,7 @@ def evaluate_pairs(
 
     Parameters
     ----------
-    pairs : iterable of (name, truth, pred)
-        May be a generator: one pair is held at a time.
+    pairs : iterable of (name, truth, pred), may be a generator: one pair is held at a time
     iou_thresholds, boundary_tolerance_px : as for `evaluate_pair`
 
     Raises DataSetError (the two label images of a pair differ in shape (the message has the name),

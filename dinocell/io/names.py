@@ -57,10 +57,9 @@ def search_images(
 
     Parameters
     ----------
-    inputs : sequence of paths
-        A file is taken as it is, whatever its suffix.  Of a folder, or of a pattern (`*`, `?`, `[…]`,
-        `**` for any depth) that is not itself the name of a file, the files with a suffix of
-        `dinocell.pairs.IMAGE_SUFFIXES` (in any case) are taken.
+    inputs : sequence of paths: a file is taken as it is, whatever its suffix.  Of a folder, or of a
+        pattern (`*`, `?`, `[…]`, `**` for any depth) that is not itself the name of a file, the
+        files with a suffix of `dinocell.pairs.IMAGE_SUFFIXES` (in any case) are taken.
     recursive : bool
         Look into the folders of folders too; a folder that links lead back to is visited once.
     include_outputs : bool
@@ -69,16 +68,11 @@ def search_images(
         beside `a_cells.csv`, which every run writes, and, with a note, `a_labels.tif` where an image
         `a` was found.  Hidden files and folders (the name starts with a dot) are always left out.
 
-    Returns
-    -------
-    found : FoundImages
-        Paths in the order of `inputs`, within a folder or pattern in natural order (2 before 10), each
-        file once.  Notes on folders that cannot be opened, and on files that were left out.
+    Returns FoundImages: paths in the order of `inputs`, within a folder or pattern in natural order
+    (2 before 10), each file once.  Notes on folders that cannot be opened, and on files that were
+    left out.
 
-    Raises
-    ------
-    UsageError
-        A path does not exist, or no image was found.
+    Raises UsageError (a path does not exist, or no image was found).
     """
     if isinstance(inputs, str | os.PathLike):
         raise TypeError(f"`inputs` must be a sequence of paths, got '{inputs}': put it in a list.")

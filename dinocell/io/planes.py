@@ -110,21 +110,15 @@ def select_channels(
     Parameters
     ----------
     pixels : (H, W) or (H, W, C) ndarray
-    names : sequence of str, or None
-        One name per channel.
-    channels : sequence of int or str
-        Names (case does not matter) or positions from 0; both may be text or a number.  A channel
-        of that name comes first: where channels are named 405, 488 and 561, 488 is the second one,
-        and 1, which no channel is named, as well.
+    names : sequence of str, or None, one name per channel
+    channels : sequence of int or str, names (case does not matter) or positions from 0; both may be
+        text or a number.  A channel of that name comes first: where channels are named 405, 488 and
+        561, 488 is the second one, and 1, which no channel is named, as well.
 
-    Returns
-    -------
-    pixels : (H, W) ndarray for one channel, else (H, W, len(channels))
+    Returns (H, W) ndarray for one channel, else (H, W, len(channels)).
 
-    Raises
-    ------
-    UsageError
-        A channel does not exist (the message names those that do), is repeated, or none is given.
+    Raises UsageError (a channel does not exist (the message names those that do), is repeated, or
+    none is given).
     """
     _refuse_text(channels)
     stack = pixels[..., None] if pixels.ndim == 2 else pixels

@@ -37,11 +37,9 @@ class Image:
 
     Attributes
     ----------
-    pixels : (H, W) or (H, W, C) ndarray
-        In the data type of the file (native byte order), channel last, C ≥ 2; 1-bit images are uint8
-        with 0 and 255.  Finite everywhere.
-    path : Path
-        The file.
+    pixels : (H, W) or (H, W, C) ndarray in the data type of the file (native byte order), channel
+        last, C ≥ 2; 1-bit images are uint8 with 0 and 255.  Finite everywhere.
+    path : Path of the file
     pixel_size_um : float or None
         Edge of one pixel in µm, from OME or ImageJ metadata alone; None when they do not say, or say
         two different edges.  The bare TIFF resolution (dots per inch or cm) is not used: it holds
@@ -73,8 +71,7 @@ def read_image(
 
     Parameters
     ----------
-    path : path
-        The file.
+    path : path of the file
     channels : sequence of int or str, optional
         Channels to keep, in this order: names (case does not matter) or positions from 0, see
         `select_channels`.  One channel gives `(H, W)`.  A stack of planes whose meaning the file does not say (a plain
@@ -82,30 +79,20 @@ def read_image(
     page : int, optional
         Which plane of a stack to read, counted from 0 through all series and all axes other than
         channel, row and column, in the order of the file.  Needed when there is more than one.
-    max_pixels : int
-        Refuse images of more pixels (height times width) than this.
-    tile_px : int, optional
-        A TIFF or `.npy` image of more pixels than a square of this edge (default: `scratch.TILE_PX`)
-        is kept in a file, not in memory.
+    max_pixels : int, refuse images of more pixels (height times width) than this
+    tile_px : int, optional: a TIFF or `.npy` image of more pixels than a square of this edge
+        (default: `scratch.TILE_PX`) is kept in a file, not in memory.
 
-    Returns
-    -------
-    image : Image
-        Pixels keep the data type of the file.  Alpha is dropped; PNG and BMP palettes become
-        colours; a colour image with three equal channels becomes `(H, W)`; 1-bit becomes uint8 0 and
-        255; TIFF "white is zero" is inverted.  TIFF palettes are display tables and are ignored: the
-        stored numbers are the intensities.  A picture with an orientation tag (EXIF, TIFF) is turned
-        upright, as viewers show it; `notes` says so.
+    Returns Image: pixels keep the data type of the file.  Alpha is dropped; PNG and BMP palettes
+    become colours; a colour image with three equal channels becomes `(H, W)`; 1-bit becomes uint8 0
+    and 255; TIFF "white is zero" is inverted.  TIFF palettes are display tables and are ignored:
+    the stored numbers are the intensities.  A picture with an orientation tag (EXIF, TIFF) is
+    turned upright, as viewers show it; `notes` says so.
 
-    Raises
-    ------
-    UsageError
-        The file does not exist, or it has no such `channels` or `page`.
-    ImageFileError
-        The file is empty, cut short, unreadable or of a kind that cannot be read; it holds a stack and
-        `page` is not given; pixels are NaN, infinite or complex; a side is 0; it is too large.
-    MissingExtraError
-        The compression needs the optional package `imagecodecs`.
+    Raises UsageError (the file does not exist, or it has no such `channels` or `page`);
+    ImageFileError (the file is empty, cut short, unreadable or of a kind that cannot be read; it
+    holds a stack and `page` is not given; pixels are NaN, infinite or complex; a side is 0; it is
+    too large); MissingExtraError (the compression needs the optional package `imagecodecs`).
     """
     wanted = Selection(channels, page, max_pixels, tile_px)
     path = _existing_file(path)
@@ -141,28 +128,20 @@ def read_labels(
 
     Parameters
     ----------
-    path : path
-        PNG, TIFF, BMP or `.npy` of whole numbers; floating point is accepted when every value is
-        whole.  Palette PNGs give their palette positions, 1-bit files 0 and 1, and colours with three
-        equal channels count as gray.  Or a `_seg.npy` file of Cellpose, or a zip of ImageJ ROIs.
-    page : int, optional
-        Which plane of a stack, as in `read_image`.
-    max_pixels : int
-        Refuse files of more pixels than this.
-    shape : (H, W), optional
-        Size of the image that the labels belong to: ROIs need it, other files do not use it.
+    path : path of a PNG, TIFF, BMP or `.npy` of whole numbers; floating point is accepted when every
+        value is whole.  Palette PNGs give their palette positions, 1-bit files 0 and 1, and colours
+        with three equal channels count as gray.  Or a `_seg.npy` file of Cellpose, or a zip of
+        ImageJ ROIs.
+    page : int, optional, which plane of a stack, as in `read_image`
+    max_pixels : int, refuse files of more pixels than this
+    shape : (H, W), optional, size of the image that the labels belong to: ROIs need it, other files do
+        not use it
 
-    Returns
-    -------
-    labels : (H, W) uint32 ndarray
-        The numbers as stored: gaps and unconnected parts stay.  Turned upright, as images are.
+    Returns (H, W) uint32 ndarray: the numbers as stored; gaps and unconnected parts stay.  Turned
+    upright, as images are.
 
-    Raises
-    ------
-    UsageError
-        The file or the page does not exist.
-    ImageFileError
-        As for `read_image`; also colours, negative or fractional numbers, numbers above 2³² − 1.
+    Raises UsageError (the file or the page does not exist); ImageFileError (as for `read_image`;
+    also colours, negative or fractional numbers, numbers above 2³² − 1).
     """
     path = _existing_file(path)
     if path.suffix.lower() == ".zip":

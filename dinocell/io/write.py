@@ -30,26 +30,17 @@ def write_labels(
 
     Parameters
     ----------
-    path : path
-        The suffix chooses the kind: `.tif`, `.tiff`, `.png` or `.npy`.
-    labels : (H, W) integer ndarray
-        0 background, cells 1..n.
+    path : path, the suffix chooses the kind: `.tif`, `.tiff`, `.png` or `.npy`
+    labels : (H, W) integer ndarray, 0 background, cells 1..n
     compression : {"deflate", "none"}
         Of TIFF files; both are lossless and readable by every TIFF reader.
-    pixel_size_um : float, optional
-        Written into TIFF files.
+    pixel_size_um : float, optional, written into TIFF files
 
-    Returns
-    -------
-    dtype : numpy.dtype
-        What was written: uint16 when no label is above 65,535, else uint32.
+    Returns numpy.dtype that was written: uint16 when no label is above 65,535, else uint32.
 
-    Raises
-    ------
-    TypeError, ValueError
-        `labels` is not a 2-D integer array, holds negative numbers, or an option is unknown.
-    ImageFileError
-        PNG with labels above 65,535 (use `.tif`); the file cannot be written.
+    Raises TypeError, ValueError (`labels` is not a 2-D integer array, holds negative numbers, or an
+    option is unknown); ImageFileError (PNG with labels above 65,535 (use `.tif`); the file cannot
+    be written).
 
     Notes
     -----
@@ -87,29 +78,21 @@ def write_image(
     pixel_size_um: float | None = None,
     channel_names: Sequence[str] | None = None,
 ) -> None:
-    """Write an image or a map as TIFF, PNG or `.npy`.
+    """Write an image or a map as TIFF, PNG or `.npy`
 
     Parameters
     ----------
-    path : path
-        The suffix chooses the kind.  PNG takes uint8 gray or RGB and uint16 gray; TIFF whole numbers
-        of up to 32 bit and floating point (booleans are stored as 0 and 255, float16 as float32);
-        `.npy` every boolean, integer and floating-point type.
+    path : path, the suffix chooses the kind.  PNG takes uint8 gray or RGB and uint16 gray; TIFF
+        whole numbers of up to 32 bit and floating point (booleans are stored as 0 and 255, float16
+        as float32); `.npy` every boolean, integer and floating-point type.
     pixels : (H, W) or (H, W, C) ndarray
         Three uint8 channels without names are written as RGB, other channels as a stack.
-    compression : {"deflate", "none"}
-        Of TIFF files.
-    pixel_size_um : float, optional
-        Written into TIFF files.
-    channel_names : sequence of str, optional
-        One per channel, written into TIFF files.
+    compression : {"deflate", "none"}, of TIFF files
+    pixel_size_um : float, optional, written into TIFF files
+    channel_names : sequence of str, optional, one per channel, written into TIFF files
 
-    Raises
-    ------
-    TypeError, ValueError
-        The array or an option does not fit.
-    ImageFileError
-        The file cannot be written.
+    Raises TypeError, ValueError (the array or an option does not fit); ImageFileError (the file
+    cannot be written).
     """
     pixels = np.asarray(pixels)
     if pixels.dtype.kind not in "buif":

@@ -60,11 +60,9 @@ class Appearance:
 
     Parameters
     ----------
-    contrast : float
-        Width of the range of intensities that the network sees, as a share of the data type's range
-        (`contrast_of`); 0 where the latter is not known.
-    is_noise : bool
-        Nothing in the image stands out of the noise.
+    contrast : float, width of the range of intensities that the network sees, as a share of the
+        data type's range (`contrast_of`); 0 where the latter is not known
+    is_noise : bool, nothing in the image stands out of the noise
     """
 
     def __init__(self, contrast: float = 0.0, *, is_noise: bool = False) -> None:
@@ -80,12 +78,9 @@ class Appearance:
 
         Parameters
         ----------
-        gray : (B, 1, H, W) tensor in [0, 1]
-            Normalised intensities.
-        features : (B, D, H / p, W / p) tensor
-            The deepest features of `DINOCell.map_and_features`.
-        maps : (B, 1, H, W) tensor in [0, 1]
-            Distance maps.
+        gray : (B, 1, H, W) tensor in [0, 1], normalised intensities
+        features : (B, D, H / p, W / p) tensor, the deepest features of `DINOCell.map_and_features`
+        maps : (B, 1, H, W) tensor in [0, 1], distance maps
         """
         height, width = features.shape[-2:]
         cells = functional.adaptive_avg_pool2d(maps.float(), (height, width))  # [B, 1, h, w]
@@ -130,8 +125,7 @@ class Comparison:
     ----------
     unfamiliar : float
         Distance from the training images over the limit: above 1 the image is flagged.
-    reasons : tuple of str
-        In words; empty where it is not flagged.
+    reasons : tuple of str, in words; empty where it is not flagged
     """
 
     unfamiliar: float
@@ -151,18 +145,13 @@ class TrainingStatistics:
 
     Attributes
     ----------
-    mean : D numbers
-        Mean of `Appearance.features` over the images.
+    mean : D numbers, mean of `Appearance.features` over the images
     directions, variances : K lists of D numbers, K numbers
         The eigenvectors of the shrunk covariance with the largest eigenvalues, and these.
-    rest : float
-        Variance in each direction across them.
-    limit : float
-        Distance above which an image is flagged.
-    ranges : name → (lowest, highest)
-        Of each of `Appearance.measures`.
-    images : int
-        How many images were looked at.
+    rest : float, variance in each direction across them
+    limit : float, distance above which an image is flagged
+    ranges : name → (lowest, highest), of each of `Appearance.measures`
+    images : int, how many images were looked at
     """
 
     mean: Sequence[float]
@@ -215,10 +204,7 @@ class TrainingStatistics:
     def from_mapping(cls, values: Any, source: object) -> TrainingStatistics:
         """Read what `to_mapping` wrote.
 
-        Raises
-        ------
-        CheckpointError
-            Something is missing, or no finite number.
+        Raises CheckpointError (something is missing, or no finite number).
         """
         try:
             found = cls(**values)

@@ -32,10 +32,7 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
     `auto` is bfloat16 where `has_bf16_unit`, else float32.
 
-    Raises
-    ------
-    ValueError
-        The precision is unknown.
+    Raises ValueError (the precision is unknown).
     """
     if precision not in PRECISIONS:
         raise ValueError(

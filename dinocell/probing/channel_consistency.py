@@ -44,9 +44,8 @@ def channel_consistency(
 
     Parameters
     ----------
-    features : (M, D) array of float, finite
-        One row per view, for example CLS tokens.  Their length does not matter for cosine, retrieval,
-        spread and decoding.
+    features : (M, D) array of float, finite, one row per view, for example CLS tokens.  Their
+        length does not matter for cosine, retrieval, spread and decoding.
     fields, locations, channels : M items each
         Where each view comes from.  A location lies in one field and has a channel at most once;
         channels may be missing.  Views of channel `MEAN_VIEW` are means of channels.

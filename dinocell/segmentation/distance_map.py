@@ -46,22 +46,15 @@ def labels_to_distance_map(labels: ArrayLike, *, target: str = DEFAULT_TARGET) -
     ----------
     labels : (H, W) integer array-like
         Label image, 0 is background.  Any integer dtype, any positive labels, with gaps.
-    target : {"sqrt", "linear"}
-        ``linear``: Euclidean distance, in pixels, to the nearest pixel outside the cell, divided by its
-        maximum in the cell.  ``sqrt``: the square root of that.
+    target : {"sqrt", "linear"}; ``linear``: Euclidean distance, in pixels, to the nearest pixel
+        outside the cell, divided by its maximum in the cell.  ``sqrt``: the square root of that.
 
-    Returns
-    -------
-    distance_map : (H, W) float32 ndarray, values in [0, 1]
-        0 in the background, above 0 inside cells, exactly 1 at the deepest pixel (or pixels) of each.
-        All zeros when there is no cell; same shape when H or W is 0.
+    Returns (H, W) float32 ndarray, values in [0, 1]: 0 in the background, above 0 inside cells,
+    exactly 1 at the deepest pixel (or pixels) of each.  All zeros when there is no cell; same shape
+    when H or W is 0.
 
-    Raises
-    ------
-    TypeError
-        `labels` is not of an integer type (a boolean mask is none: label it first).
-    ValueError
-        `labels` is not 2-D, holds a negative number, or `target` is unknown.
+    Raises TypeError (`labels` is not of an integer type (a boolean mask is none: label it first));
+    ValueError (`labels` is not 2-D, holds a negative number, or `target` is unknown).
 
     Notes
     -----

@@ -47,33 +47,23 @@ def predict_distance_map(
 
     Parameters
     ----------
-    model : DINOCell
-        In eval mode.
-    image : (H, W) ndarray
-        Raw intensities of any real dtype, finite.
+    model : DINOCell, in eval mode
+    image : (H, W) ndarray, raw intensities of any real dtype, finite
     intensity : IntensityRange, optional
         Of this image, where it is known; None finds it with the model's percentiles.
-    batch_size : int
-        Windows per network call; changes speed and memory, not the result.
-    tile_px : int, optional
-        Of an image with more pixels than a square of this edge, the map is kept in a temporary file;
-        the result is the same.
+    batch_size : int, windows per network call; changes speed and memory, not the result
+    tile_px : int, optional: of an image with more pixels than a square of this edge, the map is
+        kept in a temporary file; the result is the same
     precision : `auto`, `fp32` or `bf16`
         See `dinocell.network.precision.autocast`; bf16 differs in the third digit.
-    progress : callable (done, total), optional
-        Called after every batch of windows.
-    appearance : Appearance, optional
-        Gets what the network saw in every window.
+    progress : callable (done, total), optional, called after every batch of windows
+    appearance : Appearance, optional, gets what the network saw in every window
 
-    Returns
-    -------
-    (H, W) float32 ndarray in [0, 1]
-        All zeros for a constant image, without asking the network.
+    Returns (H, W) float32 ndarray in [0, 1]: all zeros for a constant image, without asking the
+    network.
 
-    Raises
-    ------
-    ValueError
-        The image is not 2-D or not finite, the precision is unknown, or the network answers NaN.
+    Raises ValueError (the image is not 2-D or not finite, the precision is unknown, or the network
+    answers NaN).
     """
     network = _Network(model, precision, appearance)
     config = model.config

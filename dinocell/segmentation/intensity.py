@@ -56,16 +56,12 @@ class IntensityRange:
 
     Attributes
     ----------
-    low, high : float
-        What becomes 0 and 1, in units of the image.
-    floor, ceiling : float
-        Pixels below `floor` or above `ceiling` hold no signal.
+    low, high : float, what becomes 0 and 1, in units of the image
+    floor, ceiling : float, pixels below `floor` or above `ceiling` hold no signal
     spike : float
         A pixel that exceeds the median of its 5 x 5 neighbourhood by more holds no signal.
-    notes : tuple of str
-        What was left out, in words for the user.
-    noise : float
-        Standard deviation of the pixel noise, in units of the image.
+    notes : tuple of str, what was left out, in words for the user
+    noise : float, standard deviation of the pixel noise, in units of the image
     """
 
     low: float
@@ -135,18 +131,12 @@ def find_range(
 
     Parameters
     ----------
-    image : (H, W) ndarray
-        Boolean, integer or float, finite.  Of an image of more than 4096 x 4096 pixels, blocks of 64 x 64 px
-        that lie evenly and have as many pixels together are looked at.
-    low_percentile, high_percentile : float
-        0 <= low < high <= 100.
-    min_contrast_sigma : float
-        0 switches the bound off.
+    image : (H, W) ndarray, boolean, integer or float, finite.  Of an image of more than 4096 x 4096
+        pixels, blocks of 64 x 64 px that lie evenly and have as many pixels together are looked at.
+    low_percentile, high_percentile : float, 0 <= low < high <= 100
+    min_contrast_sigma : float, 0 switches the bound off
 
-    Raises
-    ------
-    ValueError
-        `image` is not 2-D, is empty, or holds NaN or infinite values.
+    Raises ValueError (`image` is not 2-D, is empty, or holds NaN or infinite values).
     """
     if image.ndim != 2 or image.size == 0:
         raise ValueError(
@@ -210,8 +200,7 @@ def estimate_noise(image: NDArray, where: NDArray[np.bool_] | None = None) -> fl
     ----------
     image : (H, W) ndarray
         Any real dtype.  Integer images have at least the noise of their rounding, 0.29.
-    where : (H, W) bool ndarray, optional
-        The pixels that count.
+    where : (H, W) bool ndarray, optional, the pixels that count
 
     References
     ----------

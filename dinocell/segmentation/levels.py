@@ -20,14 +20,9 @@ def quantize(distance_map: ArrayLike) -> NDArray[np.int16]:
     distance_map : array of any shape, values in [0, 1]
         Values beyond, the infinite ones too, are clipped.
 
-    Returns
-    -------
-    levels : int16 ndarray of the same shape
+    Returns int16 ndarray of the same shape.
 
-    Raises
-    ------
-    ValueError
-        `distance_map` holds NaN.
+    Raises ValueError (`distance_map` holds NaN).
     """
     scaled = np.clip(np.asarray(distance_map), 0.0, 1.0).astype(np.float32)
     _refuse_nan(scaled)
@@ -37,11 +32,8 @@ def quantize(distance_map: ArrayLike) -> NDArray[np.int16]:
 def checked_map(distance_map: ArrayLike) -> NDArray[np.float32]:
     """Check a distance map and return it as writable, C-contiguous float32.
 
-    Raises
-    ------
-    ValueError
-        It is not 2-D, holds NaN, no real numbers, or integers other than 0 and 1, or has 2³¹ pixels
-        or more.
+    Raises ValueError (it is not 2-D, holds NaN, no real numbers, or integers other than 0 and 1, or
+    has 2³¹ pixels or more).
     """
     array = np.asarray(distance_map)
     if array.ndim != 2:

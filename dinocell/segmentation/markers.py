@@ -26,14 +26,10 @@ def find_markers(distance_map: ArrayLike, thresholds: Thresholds) -> NDArray[np.
     ----------
     distance_map : (H, W) array of values in [0, 1]
         As for `distance_map_to_labels`, with the same errors.
-    thresholds : Thresholds
-        `min_area_px` has no effect here.
+    thresholds : Thresholds, `min_area_px` has no effect here
 
-    Returns
-    -------
-    markers : (H, W) int32 ndarray
-        1..n in reading order at the peaks, 0 elsewhere.  Of several equally high pixels of a cell the
-        first in reading order is its peak.
+    Returns (H, W) int32 ndarray: 1..n in reading order at the peaks, 0 elsewhere.  Of several
+    equally high pixels of a cell the first in reading order is its peak.
     """
     array = checked_map(distance_map)
     if array.size == 0:
@@ -63,8 +59,7 @@ def merge_basins(
 
     Parameters
     ----------
-    levels : (H + 2, W + 2) int16 ndarray
-        From `framed_levels`.
+    levels : (H + 2, W + 2) int16 ndarray, from `framed_levels`
     thresholds : Thresholds
 
     Returns

@@ -23,20 +23,15 @@ class Thresholds:
 
     Attributes
     ----------
-    peak_threshold, fill_threshold : float
-        A cell's peak is above `peak_threshold`; a pixel above `fill_threshold` belongs to a cell.
-        ``0 <= fill_threshold < peak_threshold < 1``.
+    peak_threshold, fill_threshold : float, a cell's peak is above `peak_threshold`; a pixel above
+        `fill_threshold` belongs to a cell.  ``0 <= fill_threshold < peak_threshold < 1``.
     min_prominence : float in [0, 1]
         A peak that rises less than this above the saddle to a higher peak is part of that cell.  At 0
         every local maximum above `peak_threshold` is a cell.  The default is that of `ModelConfig`;
         training replaces it by the best value on the validation images.
-    min_area_px : int
-        Cells with fewer pixels become background.
+    min_area_px : int, cells with fewer pixels become background
 
-    Raises
-    ------
-    ValueError
-        A value is out of its range.
+    Raises ValueError (a value is out of its range).
     """
 
     peak_threshold: float

@@ -28,10 +28,8 @@ class WindowPlan:
 
     Attributes
     ----------
-    height, width : int
-        Size of the image in pixels.
-    window_px, overlap_px : int
-        Edge of the square windows, and their least overlap.
+    height, width : int, size of the image in pixels
+    window_px, overlap_px : int, edge of the square windows, and their least overlap
     row_starts, col_starts : tuple of int
         First row (column) of the windows, ascending.  Negative in one case only: the image is smaller
         than a window, there is one start, and the window reaches over the image on both sides.
@@ -65,23 +63,15 @@ def plan_windows(height: int, width: int, *, window_px: int, overlap_px: int) ->
 
     Parameters
     ----------
-    height, width : int
-        Size of the image, at least 1 × 1.
-    window_px : int
-        Edge of a window; the size the network runs at.
-    overlap_px : int
-        Least overlap of neighbouring windows, 0 … `window_px` // 2.
+    height, width : int, size of the image, at least 1 × 1
+    window_px : int, edge of a window; the size the network runs at
+    overlap_px : int, least overlap of neighbouring windows, 0 … `window_px` // 2
 
-    Returns
-    -------
-    plan : WindowPlan
-        The first window starts at the first row and column, the last ends with the image, so that no
-        pixel is invented; only an image smaller than a window is surrounded by its reflection.
+    Returns WindowPlan: the first window starts at the first row and column, the last ends with the
+    image, so that no pixel is invented; only an image smaller than a window is surrounded by its
+    reflection.
 
-    Raises
-    ------
-    ValueError
-        A size is below 1, or the overlap is out of range.
+    Raises ValueError (a size is below 1, or the overlap is out of range).
     """
     _check_window(window_px, overlap_px)
     if height < 1 or width < 1:
@@ -109,22 +99,15 @@ def window_weights(window_px: int, overlap_px: int) -> np.ndarray:
 
     Parameters
     ----------
-    window_px : int
-        Edge of a window.
-    overlap_px : int
-        Width of the slope along each edge, 0 … `window_px` // 2.
+    window_px : int, edge of a window
+    overlap_px : int, width of the slope along each edge, 0 … `window_px` // 2
 
-    Returns
-    -------
-    weights : (window_px, window_px) float32 ndarray, values in (0, 1]
-        The product of two raised-cosine ramps, sin²(π/2 · (i + ½) / overlap_px) for i = 0, 1, …: at
-        half-integer positions, so that even the outermost pixel has weight above 0 and the ramps of
-        two windows that overlap by `overlap_px` add up to 1.  All ones when `overlap_px` is 0.
+    Returns (window_px, window_px) float32 ndarray, values in (0, 1]: the product of two
+    raised-cosine ramps, sin²(π/2 · (i + ½) / overlap_px) for i = 0, 1, …: at half-integer
+    positions, so that even the outermost pixel has weight above 0 and the ramps of two windows that
+    overlap by `overlap_px` add up to 1.  All ones when `overlap_px` is 0.
 
-    Raises
-    ------
-    ValueError
-        The overlap is out of range.
+    Raises ValueError (the overlap is out of range).
     """
     ramp = _ramp(window_px, overlap_px)
     return np.outer(ramp, ramp).astype(np.float32)
@@ -185,29 +168,19 @@ def predict_windows(
     ----------
     image : (C, H, W) ndarray, H and W ≥ 1
         Already normalised as a whole.  Windows are read in reading order, one by one.
-    predict : callable
-        Takes (B, C, window_px, window_px) float32, 1 ≤ B ≤ `batch_size`, which it may keep or change;
-        returns (B, window_px, window_px).
-    window_px, overlap_px : int
-        The grid, see `plan_windows`.
-    batch_size : int
-        Windows per call; the last call may get fewer.
-    blended : (H, W) float32 ndarray of zeros, optional
-        Receives the result.
-    progress : callable, optional
-        Called as `progress(done, total)`, in windows, after each batch.
+    predict : callable, takes (B, C, window_px, window_px) float32, 1 ≤ B ≤ `batch_size`, which it
+        may keep or change; returns (B, window_px, window_px)
+    window_px, overlap_px : int, the grid, see `plan_windows`
+    batch_size : int, windows per call; the last call may get fewer
+    blended : (H, W) float32 ndarray of zeros, optional, receives the result
+    progress : callable, optional, called as `progress(done, total)`, in windows, after each batch
 
-    Returns
-    -------
-    blended : (H, W) float32 ndarray
-        At each pixel the weighted mean of the windows over it (`window_weights`).  Equal for every
-        `batch_size` up to the rounding of float32 sums, as far as `predict` itself treats each window
-        alone.
+    Returns (H, W) float32 ndarray: at each pixel the weighted mean of the windows over it
+    (`window_weights`).  Equal for every `batch_size` up to the rounding of float32 sums, as far as
+    `predict` itself treats each window alone.
 
-    Raises
-    ------
-    ValueError
-        `image` is not (C, H, W), an option is out of range, or `predict` returns another shape.
+    Raises ValueError (`image` is not (C, H, W), an option is out of range, or `predict` returns
+    another shape).
 
     Notes
     -----

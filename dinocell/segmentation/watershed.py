@@ -38,19 +38,14 @@ def distance_map_to_labels(
     peak_threshold, fill_threshold, min_prominence, min_area_px
         See `dinocell.segmentation.thresholds.Thresholds`.
 
-    Returns
-    -------
-    labels : (H, W) uint32 ndarray
-        0 is background, cells are 1..n without gaps in reading order of their peaks.  Each cell is
-        4-connected.  A connected piece of pixels above `fill_threshold` without any peak above
-        `peak_threshold` is background, and so is a cell of fewer than `min_area_px` pixels: no
-        neighbour receives its pixels.  All zeros when no peak exists; same shape when H or W is 0.
+    Returns (H, W) uint32 ndarray: 0 is background, cells are 1..n without gaps in reading order of
+    their peaks.  Each cell is 4-connected.  A connected piece of pixels above `fill_threshold`
+    without any peak above `peak_threshold` is background, and so is a cell of fewer than
+    `min_area_px` pixels: no neighbour receives its pixels.  All zeros when no peak exists; same
+    shape when H or W is 0.
 
-    Raises
-    ------
-    ValueError
-        `distance_map` is not 2-D, holds NaN, no real numbers, or integers other than 0 and 1, or
-        has 2³¹ pixels or more; or a threshold is out of its range.
+    Raises ValueError (`distance_map` is not 2-D, holds NaN, no real numbers, or integers other than
+    0 and 1, or has 2³¹ pixels or more; or a threshold is out of its range).
 
     Notes
     -----
@@ -95,17 +90,10 @@ def flood(distance_map: ArrayLike, markers: ArrayLike, mask: ArrayLike) -> NDArr
         Positive where a cell starts, any number of pixels each; outside `mask` they are ignored.
     mask : (H, W) boolean array-like
 
-    Returns
-    -------
-    grown : (H, W) int32 ndarray
-        Marker numbers; 0 outside `mask` and where no marker reaches.
+    Returns (H, W) int32 ndarray: marker numbers; 0 outside `mask` and where no marker reaches.
 
-    Raises
-    ------
-    ValueError
-        The shapes differ, a marker is negative or above 2³¹ − 1, or the map is not 2-D or holds NaN.
-    TypeError
-        `markers` is not of an integer type.
+    Raises ValueError (the shapes differ, a marker is negative or above 2³¹ − 1, or the map is not
+    2-D or holds NaN); TypeError (`markers` is not of an integer type).
 
     Notes
     -----
