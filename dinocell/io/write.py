@@ -78,7 +78,7 @@ def write_image(
     pixel_size_um: float | None = None,
     channel_names: Sequence[str] | None = None,
 ) -> None:
-    """Write an image or a map as TIFF, PNG or `.npy`
+    """Write an image or a map as TIFF, PNG or `.npy`.
 
     Parameters
     ----------

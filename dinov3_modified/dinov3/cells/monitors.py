@@ -18,7 +18,6 @@ from torch import Tensor, nn
 logger = logging.getLogger("dinov3")
 
 _TINY = 1e-30
-_STUDENT_TEMPERATURE = 0.1
 _ATTENTION_IMAGES = 4
 
 
@@ -107,8 +106,7 @@ def module_statistics(
 class CollapseMonitor:
     """Figures of the features at intervals, with a warning where they look collapsed.
 
-    Either `measure` (a forward pass of the teacher), or `update` with tensors of the step, once or
-    for each accumulated batch, then `compute`.  Several processes each look at their own images.
+    Several processes each look at their own images.
 
     `cfg`: a configuration; reads its `monitor` section, the number of prototypes and the teacher's
     temperature.  Raises ValueError (a setting of the `monitor` section is out of range).
@@ -123,13 +121,6 @@ class CollapseMonitor:
         self.flat_loss = math.log(cfg.dino.head_n_prototypes)
         self.teacher_temp = float(cfg.teacher.teacher_temp)
         self._warned: set[str] = set()
-        self._reset()
-
-    def _reset(self) -> None:
-        self._features: dict[str, list[Tensor]] = {}
-        self._assignments = _AssignmentSums()
-        self._kl: list[Tensor] = []
-        self._attention: list[Tensor] = []
 
     def is_due(self, iteration: int) -> bool:
         """Whether this iteration is measured."""
@@ -137,70 +128,10 @@ class CollapseMonitor:
         return bool(self.settings.enabled) and period > 0 and iteration % period == 0
 
     @torch.no_grad()
-    def update(
-        self,
-        *,
-        cls: Tensor | None = None,
-        patches: Tensor | None = None,
-        student_cls: Tensor | None = None,
-        teacher_probs: Tensor | None = None,
-        student_logits: Tensor | None = None,
-        attention: Tensor | None = None,
-    ) -> None:
-        """Take tensors of a step; nothing waits for the device.
-
-        Args:
-            cls, patches, student_cls: features [..., D] of the teacher's CLS and patch tokens, and
-                of the student's CLS token before its head.
-            teacher_probs: assignments [..., K], rows sum to 1.
-            student_logits: [..., K], row by row of the same images as `teacher_probs`; swap the two
-                crops (`flip(0)`) to compare what the loss compares.
-            attention: [B, heads, T, T].
-
-        Raises ValueError (`student_logits` without `teacher_probs`, or of another shape).
-        """
-        given = {"cls": cls, "patch": patches, "student_cls": student_cls}
-        for name, features in given.items():
-            if features is not None:
-                rows = features.detach().flatten(0, -2)
-                self._features.setdefault(name, []).append(self._thin(rows).float().clone())
-        if student_logits is not None:
-            if teacher_probs is None or teacher_probs.shape != student_logits.shape:
-                shape = None if teacher_probs is None else tuple(teacher_probs.shape)
-                raise ValueError(
-                    f"student_logits must come with teacher_probs of their shape, got "
-                    f"{tuple(student_logits.shape)} and {shape}: give both, row by row"
-                )
-            self._kl.append(_kl_rows(teacher_probs, student_logits))
-        if teacher_probs is not None:
-            self._assignments.add(teacher_probs)
-        if attention is not None:
-            self._attention.append(_attention_entropies(attention))
-
-    def compute(self) -> dict[str, float]:
-        """Figures of what `update` took since the last call, as monitor/NAME; empty if nothing."""
-        figures: dict[str, float] = {}
-        for name, chunks in self._features.items():
-            rows = self._thin(torch.cat(chunks)).cpu()
-            figures[f"{name}_std"] = feature_std(rows)
-            figures[f"{name}_spread"] = feature_spread(rows)
-            figures[f"{name}_effective_rank"] = effective_rank(rows)
-        figures |= self._assignments.figures()
-        if self._kl:
-            figures["kl_teacher_student"] = float(torch.cat(self._kl).mean())
-        if self._attention:
-            entropies = torch.cat(self._attention).cpu()  # [B, heads]
-            figures["attention_entropy"] = float(entropies.mean())
-            figures["attention_entropy_min"] = float(entropies.mean(dim=0).min())
-            figures["attention_entropy_max"] = float(entropies.mean(dim=0).max())
-        self._reset()
-        return {f"monitor/{name}": value for name, value in figures.items()}
-
-    @torch.no_grad()
     def measure(
         self, vit: nn.Module, images: Tensor, head: nn.Module | None = None
     ) -> dict[str, float]:
-        """`update` and `compute` from a forward pass of a network in eval mode.
+        """Figures from a forward pass of a network in eval mode, as monitor/NAME.
 
         `images`: [B, 3, H, W]; at most `monitor.images` of them are looked at.  `head`: also the
         statistics of its assignments, by softmax at `teacher.teacher_temp`.
@@ -210,21 +141,34 @@ class CollapseMonitor:
         with _without_compilation(vit):
             out = vit(images, is_training=True)
             cls = out["x_norm_clstoken"]
-            probs = None
+            figures = self.feature_figures("cls", cls)
+            figures |= self.feature_figures("patch", out["x_norm_patchtokens"])
             if head is not None:
-                probs = (head(cls).float() / self.teacher_temp).softmax(dim=-1)
-            attention = None if look is None else look(images[:_ATTENTION_IMAGES])
-        self.update(
-            cls=cls, patches=out["x_norm_patchtokens"], teacher_probs=probs, attention=attention
-        )
-        return self.compute()
+                logits = head(cls).float() / self.teacher_temp
+                figures |= assignment_figures(logits.softmax(dim=-1))
+            if look is not None:
+                figures |= attention_figures(look(images[:_ATTENTION_IMAGES]))
+        return {f"monitor/{name}": value for name, value in figures.items()}
+
+    def feature_figures(self, name: str, features: Tensor) -> dict[str, float]:
+        """Spread and rank of at most `monitor.max_rows` rows, evenly spaced, of features [..., D]."""
+        rows = features.flatten(0, -2)
+        limit = int(self.settings.max_rows)
+        if rows.shape[0] > limit:
+            rows = rows[torch.arange(limit, device=rows.device) * rows.shape[0] // limit]
+        rows = rows.float().cpu()
+        return {
+            f"{name}_std": feature_std(rows),
+            f"{name}_spread": feature_spread(rows),
+            f"{name}_effective_rank": effective_rank(rows),
+        }
 
     def check(
         self, figures: Mapping[str, float], iteration: int, dino_loss: float | None = None
     ) -> list[str]:
         """Warn of what looks collapsed, once until it has been well again; returns the signs.
 
-        `figures`: of `compute` or `measure`, or of `module_statistics` with monitor/ before.
+        `figures`: of `measure`, or of `module_statistics` with monitor/ before.
         `dino_loss`: of the global crops; log K is the loss of even assignments.
         """
         settings = self.settings
@@ -260,69 +204,37 @@ class CollapseMonitor:
         self._warned = set(signs)
         return list(signs)
 
-    def _thin(self, rows: Tensor) -> Tensor:
-        """At most `monitor.max_rows` rows [M, D], evenly spaced."""
-        limit = int(self.settings.max_rows)
-        if rows.shape[0] <= limit:
-            return rows
-        chosen = torch.arange(limit, device=rows.device) * rows.shape[0] // limit
-        return rows[chosen]
+
+def assignment_figures(probabilities: Tensor) -> dict[str, float]:
+    """How soft assignments [..., K], whose rows sum to 1, use the K prototypes: three shares.
+
+    `prototype_entropy`: entropy of the mean row over log K; 1 when all prototypes are used alike.
+    `assignment_entropy`: mean entropy of a row over log K; 1 when each row is undecided.
+    `prototypes_used`: prototypes that are the first of some row, over min(M, K) of M rows.
+    """
+    rows = probabilities.flatten(0, -2).float()  # [M, K]
+    count, prototypes = rows.shape
+    mean = rows.sum(dim=0).double() / count
+    entropy = -(rows * rows.clamp_min(_TINY).log()).sum().double()
+    scale = math.log(prototypes)
+    return {
+        "prototype_entropy": float(-(mean * mean.clamp_min(_TINY).log()).sum() / scale),
+        "assignment_entropy": float(entropy / count / scale),
+        "prototypes_used": len(rows.argmax(dim=1).unique()) / min(count, prototypes),
+    }
 
 
-class _AssignmentSums:
-    """Sums over rows of soft assignments [M, K], on their device, and how they use the prototypes."""
-
-    def __init__(self) -> None:
-        # Mass [K], whether used [K], and entropy
-        self.sums: tuple[Tensor, Tensor, Tensor] | None = None
-        self.rows = 0
-
-    def add(self, probabilities: Tensor) -> None:
-        rows = probabilities.detach().flatten(0, -2).float()  # [M, K]
-        if rows.shape[0] == 0:
-            return
-        if self.sums is None:
-            mass = rows.new_zeros(rows.shape[1], dtype=torch.float64)
-            self.sums = mass, torch.zeros_like(mass, dtype=torch.bool), mass.new_zeros(())
-        mass, used, entropy = self.sums
-        mass += rows.sum(dim=0)
-        used[rows.argmax(dim=1)] = True
-        entropy -= (rows * rows.clamp_min(_TINY).log()).sum()
-        self.rows += rows.shape[0]
-
-    def figures(self) -> dict[str, float]:
-        """Three shares.
-
-        `prototype_entropy`: entropy of the mean row over log K; 1 when all prototypes are used alike.
-        `assignment_entropy`: mean entropy of a row over log K; 1 when each row is undecided.
-        `prototypes_used`: prototypes that are the first of some row, over min(M, K).
-        """
-        if self.sums is None:
-            return {}
-        mass, used, entropy = self.sums
-        scale = math.log(len(mass))
-        mean = mass / self.rows
-        return {
-            "prototype_entropy": float(-(mean * mean.clamp_min(_TINY).log()).sum() / scale),
-            "assignment_entropy": float(entropy / self.rows / scale),
-            "prototypes_used": float(used.sum()) / min(self.rows, len(mass)),
-        }
-
-
-def _kl_rows(
-    teacher_probs: Tensor, student_logits: Tensor, temperature: float = _STUDENT_TEMPERATURE
-) -> Tensor:
-    """Row by row sum_k q_k (log q_k - log p_k) in nats, p = softmax(student_logits / temperature)."""
-    q = teacher_probs.detach().flatten(0, -2).float()
-    log_p = torch.log_softmax(student_logits.detach().flatten(0, -2).float() / temperature, dim=-1)
-    return (q * (q.clamp_min(_TINY).log() - log_p)).sum(dim=-1)  # [M]
-
-
-def _attention_entropies(attention: Tensor) -> Tensor:
-    """Entropy of the CLS row over log T [B, heads]."""
-    cls = attention[:, :, 0].detach().float()
-    entropy = -(cls * cls.clamp_min(_TINY).log()).sum(dim=-1)
-    return entropy / math.log(cls.shape[-1])
+def attention_figures(attention: Tensor) -> dict[str, float]:
+    """Entropy of the CLS row over log T, of attention [B, heads, T, T]: its mean, and over heads."""
+    cls = attention[:, :, 0].float()
+    entropies = -(cls * cls.clamp_min(_TINY).log()).sum(dim=-1)
+    entropies = (entropies / math.log(cls.shape[-1])).cpu()  # [B, heads]
+    by_head = entropies.mean(dim=0)
+    return {
+        "attention_entropy": float(entropies.mean()),
+        "attention_entropy_min": float(by_head.min()),
+        "attention_entropy_max": float(by_head.max()),
+    }
 
 
 def _parts(

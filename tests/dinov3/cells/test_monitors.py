@@ -11,20 +11,13 @@ from torch import nn
 
 from dinov3.cells.monitors import (
     CollapseMonitor,
-    _AssignmentSums,
-    _attention_entropies,
-    _kl_rows,
+    assignment_figures,
+    attention_figures,
     effective_rank,
     feature_spread,
     feature_std,
     module_statistics,
 )
-
-
-def assignment_statistics(q: torch.Tensor) -> dict[str, float]:
-    sums = _AssignmentSums()
-    sums.add(q)
-    return sums.figures()
 
 
 def features(kind: str, rows: int = 128, width: int = 48) -> torch.Tensor:
@@ -87,7 +80,7 @@ def test_feature_std_against_the_formula(kind, low, high):
 
 def test_assignment_statistics_against_the_formula():
     q = distribution(20, 7)
-    found = assignment_statistics(q.float())
+    found = assignment_figures(q.float())
     rows = q.numpy()
     mean = rows.mean(axis=0)
     assert found["prototype_entropy"] == pytest.approx(-(mean * np.log(mean)).sum() / math.log(7))
@@ -106,27 +99,18 @@ def test_assignment_statistics_against_the_formula():
     ],
 )
 def test_assignment_statistics_of_known_ones(q, expected):
-    found = assignment_statistics(q)
+    found = assignment_figures(q)
     assert tuple(found.values()) == pytest.approx(expected)
-
-
-def test_kl_against_the_formula():
-    q, logits = distribution(6, 9), torch.from_numpy(np.random.default_rng(1).normal(size=(6, 9)))
-    for temperature in (0.1, 0.5):
-        p = (logits / temperature).softmax(-1).numpy()
-        expected = (q.numpy() * np.log(q.numpy() / p)).sum(axis=1).mean()
-        found = _kl_rows(q.float(), logits.float(), temperature).mean()
-        assert float(found) == pytest.approx(expected, rel=1e-4)
-    assert _kl_rows(q, q.log() * 0.1).mean() == pytest.approx(0.0, abs=1e-5)
 
 
 def test_attention_entropy_against_the_formula():
     a = distribution(2, 3, 5, 5)
     cls = a[:, :, 0].numpy()
-    expected = -(cls * np.log(cls)).sum(axis=-1).mean() / math.log(5)
-    assert _attention_entropies(a.float()).mean() == pytest.approx(expected, rel=1e-5)
-    assert _attention_entropies(torch.full((1, 1, 4, 4), 0.25)).mean() == pytest.approx(1.0)
-    assert _attention_entropies(torch.eye(4)[None, None]).mean() == pytest.approx(0.0, abs=1e-6)
+    by_head = -(cls * np.log(cls)).sum(axis=-1).mean(axis=0) / math.log(5)
+    expected = by_head.mean(), by_head.min(), by_head.max()
+    assert tuple(attention_figures(a.float()).values()) == pytest.approx(expected, rel=1e-5)
+    for known, entropy in ((torch.full((1, 1, 4, 4), 0.25), 1.0), (torch.eye(4)[None, None], 0.0)):
+        assert list(attention_figures(known).values()) == pytest.approx([entropy] * 3, abs=1e-6)
 
 
 # --- weights, gradients, updates ---
@@ -208,74 +192,16 @@ def test_module_statistics_without_adamw_state():
 # --- the monitor ---
 
 
-def test_update_and_compute(make_cfg):
-    monitor = CollapseMonitor(make_cfg())
-    cls, student = features("healthy"), features("plane")
-    q, logits = distribution(2, 10, 7).float(), distribution(2, 10, 7, seed=4).log().float()
-    attention = distribution(2, 3, 5, 5).float()
-    monitor.update(
-        cls=cls.reshape(2, 64, 48), patches=cls[None], student_cls=student, teacher_probs=q,
-        student_logits=logits.flip(0), attention=attention,
-    )  # fmt: skip
-    found = monitor.compute()
-    entropies = -(attention[:, :, 0] * attention[:, :, 0].log()).sum(-1).mean(0) / math.log(5)
-    expected = {
-        "cls_std": feature_std(cls),
-        "cls_spread": feature_spread(cls),
-        "cls_effective_rank": effective_rank(cls),
-        "patch_std": feature_std(cls),
-        "patch_spread": feature_spread(cls),
-        "patch_effective_rank": effective_rank(cls),
-        "student_cls_std": feature_std(student),
-        "student_cls_spread": feature_spread(student),
-        "student_cls_effective_rank": effective_rank(student),
-        **assignment_statistics(q.flatten(0, 1)),
-        "kl_teacher_student": float(_kl_rows(q, logits.flip(0)).mean()),
-        "attention_entropy": float(entropies.mean()),
-        "attention_entropy_min": float(entropies.min()),
-        "attention_entropy_max": float(entropies.max()),
-    }
-    assert found == pytest.approx({f"monitor/{k}": v for k, v in expected.items()}, rel=1e-5)
-    assert monitor.compute() == {}  # taken once
-
-
-def test_accumulated_batches_count_as_one(make_cfg):
-    monitor = CollapseMonitor(make_cfg())
-    cls, q = features("healthy"), distribution(128, 7).float()
-    for part in (slice(0, 50), slice(50, 128)):
-        monitor.update(cls=cls[part], teacher_probs=q[part])
-    parts = monitor.compute()
-    monitor.update(cls=cls, teacher_probs=q)
-    assert parts == pytest.approx(monitor.compute(), rel=1e-6)
-
-
-def test_updates_do_not_wait_for_the_device(make_cfg, monkeypatch):
-    for name in ("item", "tolist", "__float__", "cpu", "__bool__"):
-        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("waited for the device"))
-    monitor = CollapseMonitor(make_cfg())
-    q = distribution(8, 7).float()
-    monitor.update(
-        cls=features("healthy"), teacher_probs=q, student_logits=q, attention=q[:4, :4][None, None]
-    )
-
-
 def test_max_rows(make_cfg):
     cls = features("healthy")
     found = []
     for limit in (128, 10):
         monitor = CollapseMonitor(make_cfg(f"monitor.max_rows={limit}"))
-        monitor.update(cls=cls)
-        found.append(monitor.compute()["monitor/cls_effective_rank"])
+        found.append(monitor.feature_figures("cls", cls)["cls_effective_rank"])
     assert found[0] == pytest.approx(effective_rank(cls))
     assert found[1] <= 10
     with pytest.raises(ValueError, match=r"monitor\.max_rows must be at least 2, got 1"):
         CollapseMonitor(make_cfg("monitor.max_rows=1"))
-
-
-@pytest.mark.parametrize("probs", [None, torch.full((3, 5), 0.2)])
-def test_logits_without_their_assignments_are_refused(make_cfg, probs):
-    with pytest.raises(ValueError, match="student_logits must come with teacher_probs"):
-        CollapseMonitor(make_cfg()).update(teacher_probs=probs, student_logits=torch.zeros(2, 5))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +218,7 @@ def test_is_due(make_cfg, changes, due):
     assert [it for it in range(250) if monitor.is_due(it)] == due
 
 
-def test_measure_is_update_and_compute_of_the_teacher(make_cfg):
+def test_measure_has_the_figures_of_the_teacher(make_cfg):
     from dinov3.layers.dino_head import DINOHead
     from dinov3.models.vision_transformer import DinoVisionTransformer
 
@@ -310,18 +236,13 @@ def test_measure_is_update_and_compute_of_the_teacher(make_cfg):
         out = vit(images[:6], is_training=True)
         q = (head(out["x_norm_clstoken"]) / 0.2).softmax(-1)
         attention = vit.get_last_selfattention(images[:4])
-    assert found["monitor/cls_effective_rank"] == pytest.approx(
-        effective_rank(out["x_norm_clstoken"])
-    )
-    assert found["monitor/patch_spread"] == pytest.approx(
-        feature_spread(out["x_norm_patchtokens"].flatten(0, 1))
-    )
-    assert found["monitor/attention_entropy"] == pytest.approx(
-        float(_attention_entropies(attention).mean())
-    )
-    assert found["monitor/assignment_entropy"] == pytest.approx(
-        assignment_statistics(q)["assignment_entropy"]
-    )
+    expected = {**assignment_figures(q), **attention_figures(attention)}
+    for name, key in (("cls", "x_norm_clstoken"), ("patch", "x_norm_patchtokens")):
+        rows = out[key].flatten(0, -2)
+        expected[f"{name}_std"] = feature_std(rows)
+        expected[f"{name}_spread"] = feature_spread(rows)
+        expected[f"{name}_effective_rank"] = effective_rank(rows)
+    assert found == pytest.approx({f"monitor/{k}": v for k, v in expected.items()}, rel=1e-6)
     assert not vit.training
 
 
@@ -398,5 +319,6 @@ def test_a_sign_warns_once_until_it_was_away(make_cfg, caplog):
 )
 def test_features_of_a_collapsed_network_warn(make_cfg, kind, collapsed):
     monitor = CollapseMonitor(make_cfg())
-    monitor.update(cls=features(kind))
-    assert bool(monitor.check(monitor.compute(), 1000)) == collapsed
+    found = monitor.feature_figures("cls", features(kind))
+    seen = {f"monitor/{name}": value for name, value in found.items()}
+    assert bool(monitor.check(seen, 1000)) == collapsed
