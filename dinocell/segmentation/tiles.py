@@ -8,6 +8,7 @@ on the distance map, before anything is thresholded.  The grid depends on the si
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,11 +42,6 @@ class WindowPlan:
     overlap_px: int
     row_starts: tuple[int, ...]
     col_starts: tuple[int, ...]
-
-    @property
-    def num_windows(self) -> int:
-        """Number of windows: one network call each."""
-        return len(self.row_starts) * len(self.col_starts)
 
 
 def _check_window(window_px: int, overlap_px: int) -> None:
@@ -94,26 +90,14 @@ def _starts(size: int, window_px: int, overlap_px: int) -> tuple[int, ...]:
     return tuple(i * room // steps for i in range(steps + 1))
 
 
-def window_weights(window_px: int, overlap_px: int) -> np.ndarray:
-    """Weight of each pixel of a window when windows are averaged.
+def edge_ramp(window_px: int, overlap_px: int) -> np.ndarray:
+    """Weights (window_px,) in (0, 1] along an axis of a window, when windows are averaged.
 
-    Parameters
-    ----------
-    window_px : int, edge of a window
-    overlap_px : int, width of the slope along each edge, 0 … `window_px` // 2
-
-    Returns (window_px, window_px) float32 ndarray, values in (0, 1]: the product of two
-    raised-cosine ramps, sin²(π/2 · (i + ½) / overlap_px) for i = 0, 1, …: at half-integer
-    positions, so that even the outermost pixel has weight above 0 and the ramps of two windows that
-    overlap by `overlap_px` add up to 1.  All ones when `overlap_px` is 0.
-
-    Raises ValueError (the overlap is out of range).
+    A raised cosine over `overlap_px`, 0 … `window_px` // 2, at both ends, sin²(π/2 · (i + ½) /
+    overlap_px) for i = 0, 1, …: at half-integer positions, so that even the outermost pixel has weight
+    above 0 and the ramps of two windows that overlap by `overlap_px` add up to 1.  All ones when
+    `overlap_px` is 0.  Raises ValueError (the overlap is out of range).
     """
-    ramp = _ramp(window_px, overlap_px)
-    return np.outer(ramp, ramp).astype(np.float32)
-
-
-def _ramp(window_px: int, overlap_px: int) -> np.ndarray:
     _check_window(window_px, overlap_px)
     ramp = np.ones(window_px)
     slope = np.sin(np.pi / 2 * (np.arange(overlap_px) + 0.5) / max(overlap_px, 1)) ** 2
@@ -129,7 +113,7 @@ def _shares(starts: tuple[int, ...], size: int, window_px: int, overlap_px: int)
     the image have 0.  The weights of a window are a product of rows and columns and the windows form
     a grid, so the average over windows is one along rows times one along columns.
     """
-    ramp = _ramp(window_px, overlap_px)
+    ramp = edge_ramp(window_px, overlap_px)
     total = np.zeros(size)
     spans = []
     for start in starts:
@@ -176,7 +160,7 @@ def predict_windows(
     progress : callable, optional, called as `progress(done, total)`, in windows, after each batch
 
     Returns (H, W) float32 ndarray: at each pixel the weighted mean of the windows over it
-    (`window_weights`).  Equal for every `batch_size` up to the rounding of float32 sums, as far as
+    (`edge_ramp` along rows times that along columns).  Equal for every `batch_size` up to the rounding of float32 sums, as far as
     `predict` itself treats each window alone.
 
     Raises ValueError (`image` is not (C, H, W), an option is out of range, or `predict` returns
@@ -194,16 +178,26 @@ def predict_windows(
     plan = plan_windows(height, width, window_px=window_px, overlap_px=overlap_px)
     if blended is None:
         blended = np.zeros((height, width), dtype=np.float32)
-    blend = _Blend(plan, blended)
-    grid = [
-        (row, col) for row in range(len(plan.row_starts)) for col in range(len(plan.col_starts))
-    ]
+    row_shares = _shares(plan.row_starts, height, window_px, overlap_px)
+    col_shares = _shares(plan.col_starts, width, window_px, overlap_px)
+    grid = list(product(range(len(plan.row_starts)), range(len(plan.col_starts))))
     for first in range(0, len(grid), batch_size):
         places = grid[first : first + batch_size]
         windows = np.empty((len(places), channels, window_px, window_px), dtype=np.float32)
         for window, place in zip(windows, places, strict=True):
             _read_window(image, plan, place, window)
-        blend.add(np.asarray(predict(windows)), places)
+        maps = np.asarray(predict(windows))
+        expected = (len(places), window_px, window_px)
+        if maps.shape != expected:
+            raise ValueError(f"`predict` must return shape {expected}, it returned {maps.shape}.")
+        for one_map, (row, col) in zip(maps, places, strict=True):
+            top, left = plan.row_starts[row], plan.col_starts[col]
+            rows = slice(max(top, 0), min(top + window_px, height))
+            cols = slice(max(left, 0), min(left + window_px, width))
+            inside = np.s_[rows.start - top : rows.stop - top, cols.start - left : cols.stop - left]
+            share = np.outer(row_shares[row, inside[0]], col_shares[col, inside[1]])
+            share *= one_map[inside]
+            blended[rows, cols] += share
         if progress is not None:
             progress(first + len(places), len(grid))
     return blended
@@ -219,28 +213,3 @@ def _read_window(
         window[:] = image[:, rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
     else:
         window[:] = image[:, rows[:, None], cols]
-
-
-class _Blend:
-    """The weighted mean of the windows so far; complete once every window has been added."""
-
-    def __init__(self, plan: WindowPlan, blended: np.ndarray) -> None:
-        self.plan = plan
-        self.blended = blended
-        self.row_shares = _shares(plan.row_starts, plan.height, plan.window_px, plan.overlap_px)
-        self.col_shares = _shares(plan.col_starts, plan.width, plan.window_px, plan.overlap_px)
-
-    def add(self, maps: np.ndarray, places: list[tuple[int, int]]) -> None:
-        """Add the maps (B, window_px, window_px) of the windows at `places` in the grid."""
-        plan, window_px = self.plan, self.plan.window_px
-        expected = (len(places), window_px, window_px)
-        if maps.shape != expected:
-            raise ValueError(f"`predict` must return shape {expected}, it returned {maps.shape}.")
-        for one_map, (row, col) in zip(maps, places, strict=True):
-            top, left = plan.row_starts[row], plan.col_starts[col]
-            rows = slice(max(top, 0), min(top + window_px, plan.height))
-            cols = slice(max(left, 0), min(left + window_px, plan.width))
-            inside = np.s_[rows.start - top : rows.stop - top, cols.start - left : cols.stop - left]
-            share = np.outer(self.row_shares[row, inside[0]], self.col_shares[col, inside[1]])
-            share *= one_map[inside]
-            self.blended[rows, cols] += share
