@@ -42,7 +42,7 @@ from dinocell.evaluation.metrics import DSB2018_IOU_THRESHOLDS
 from dinocell.evaluation.tuning import tuned_values
 from dinocell.io import read_image, read_labels
 from dinocell.segmentation.distance_map import TARGETS, labels_to_distance_map
-from dinocell.segmentation.preprocess import normalize_intensity
+from dinocell.segmentation.intensity import normalize_intensity
 from dinocell.segmentation.watershed import distance_map_to_labels
 
 __all__ = ["main"]

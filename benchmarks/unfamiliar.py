@@ -154,9 +154,9 @@ def look(pipeline: DINOCellPipeline, name: str, pixels: np.ndarray, crop: int) -
 def describe(out: Path) -> None:
     """Write the bundled model with statistics of its training images."""
     from dinocell.settings import load_settings
-    from dinocell.training.appearance import training_statistics
     from dinocell.training.config import TrainConfig
     from dinocell.training.datasets import split_pairs
+    from dinocell.training.final_model import training_statistics
 
     config = load_settings(TrainConfig, HERE.parent / "configs/finetune/dsb2018_tiny.yaml")
     train, val = split_pairs(config.data, config.seed)

@@ -71,7 +71,7 @@ class DINOCell(nn.Module):
         Parameters
         ----------
         image : (B, 3, H, W) float tensor
-            ImageNet-normalised (`dinocell.segmentation.preprocess.to_model_input`); H and W are multiples of
+            ImageNet-normalised (`dinocell.segmentation.intensity.to_model_input`); H and W are multiples of
             the patch size.
 
         Returns (B, 1, H, W) float tensor in [0, 1].

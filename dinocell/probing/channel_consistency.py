@@ -8,6 +8,7 @@ rank, spread, agreement of the attention maps, and how well the channel can stil
 The view called ``mean`` is the mean of the channels and is compared with the single channels apart.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -16,9 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinocell.probing.channel_decoding import decode_channels, retrieval_credit
 from dinocell.probing.consistency_report import ConsistencyReport, Estimate, Floats
-from dinocell.probing.feature_spread import effective_rank, feature_std, standardize_attention
 from dinocell.probing.views import (
     Views,
     draw_fields,
@@ -28,6 +27,15 @@ from dinocell.probing.views import (
 )
 
 _QUERIES_AT_ONCE = 1024
+# Two similarities nearer than this are a tie.  Rounding of float32 features moves a cosine near 1 by
+# about 1e-12, so that collapsed features tie whatever their last bits are.
+_TIE = 1e-9
+# Below this, a coordinate of a feature of length 1 is rounding and not variation.
+_ROUNDING = 1e-7
+_RIDGE = 0.1
+_NUM_FOLDS = 10
+# Variation of float32 features below this share of their size is rounding.
+_RELATIVE_ROUNDING = 1e-6
 
 
 def channel_consistency(
@@ -233,3 +241,134 @@ def _retrieval(queries: Views, gallery: Views, draws: Floats) -> tuple[Estimate,
         np.add.at(chances, queries.field[rows], 1.0 / len(candidates))
         table[asked, answering] = credit.mean()
     return estimate_by_field(sums, counts, draws, chances), table[:size, :size]
+
+
+def decode_channels(views: Views, draws: Floats, seed: int) -> Estimate:
+    """How often a linear probe names the channel of a view in a field it was not fitted on.
+
+    Parameters
+    ----------
+    views : of single channels, with features of length 1
+    draws : from `draw_fields`
+
+    Returns Estimate: mean over locations of the share of their views named right, choosing among
+    the channels of that location, so that the kind of field gives nothing away; `chance` is the
+    mean of 1 / channels.  Where all locations have all C channels this is the balanced accuracy
+    with chance 1/C.  nan with fewer than two fields, or without two channels that several fields
+    share.
+
+    Notes
+    -----
+    Ridge regression on standardised features to one-hot channels, channels weighted alike; folds by
+    field (leave one field out up to ten fields, then ten folds).
+    """
+    seen_in = np.zeros((views.num_fields, len(views.names)), dtype=bool)
+    seen_in[views.field, views.channel] = True
+    usable = seen_in.sum(axis=0) >= 2  # a channel of one field is unknown when that is held out
+    views = views.where(usable[views.channel])
+    if usable.sum() < 2 or not len(views.features):
+        return Estimate(math.nan)
+    order = np.random.default_rng([seed, 2]).permutation(views.num_fields)
+    fold_of_field = np.empty(views.num_fields, dtype=np.intp)
+    fold_of_field[order] = np.arange(views.num_fields) % min(views.num_fields, _NUM_FOLDS)
+    fold = fold_of_field[views.field]
+    scores = np.full((len(fold), len(views.names)), -np.inf)
+    for held_out in np.unique(fold):
+        train, test = views.where(fold != held_out), fold == held_out
+        known = np.unique(train.channel)
+        if len(known):
+            fitted = _ridge_scores(train.features, train.channel, views.features[test], known)
+            scores[np.ix_(test, known)] = fitted
+
+    sums, counts, chances = (np.zeros(views.num_fields) for _ in range(3))
+    for rows in views.rows_by_location():
+        answers = scores[np.ix_(rows, views.channel[rows])]  # only the channels of this location
+        if len(rows) < 2 or not np.isfinite(answers).all():
+            continue
+        field = views.field[rows[0]]
+        sums[field] += retrieval_credit(answers, np.arange(len(rows))).mean()
+        counts[field] += 1
+        chances[field] += 1 / len(rows)
+    return estimate_by_field(sums, counts, draws, chances)
+
+
+def retrieval_credit(similarities: Floats, right: NDArray[np.intp]) -> Floats:
+    """Top-1 of each row: 1, 0, or 1/k where the right answer is one of k equal best ones.
+
+    `similarities` is (Q, N); `right` (Q,) is the column of the right answer.  Equal means within 1e-9;
+    1/k is the mean over the orders of the ties.
+    """
+    true = similarities[np.arange(len(right)), right][:, None]
+    beaten = (similarities > true + _TIE).any(axis=1)
+    ties = (similarities >= true - _TIE).sum(axis=1)
+    return np.where(beaten, 0.0, 1.0 / ties)
+
+
+def _ridge_scores(
+    train: Floats, train_channel: NDArray[np.intp], test: Floats, known: NDArray[np.intp]
+) -> Floats:
+    """Scores (T, known) of a ridge regression to one-hot channels."""
+    one_hot = (train_channel[:, None] == known[None, :]).astype(np.float64)
+    weight = (one_hot / one_hot.sum(axis=0)).sum(axis=1)
+    weight *= len(train) / weight.sum()
+    mean = (weight[:, None] * train).sum(axis=0) / weight.sum()
+    spread = np.sqrt((weight[:, None] * (train - mean) ** 2).sum(axis=0) / weight.sum())
+    scale = np.where(spread > _ROUNDING, 1.0 / np.maximum(spread, _ROUNDING), 0.0)
+    inputs = (train - mean) * scale
+    prior = (weight[:, None] * one_hot).sum(axis=0) / weight.sum()
+    weighted = inputs * weight[:, None]
+    matrix = weighted.T @ inputs
+    matrix[np.diag_indices_from(matrix)] += _RIDGE * len(train)
+    solution = np.linalg.solve(matrix, weighted.T @ (one_hot - prior))
+    return (test - mean) * scale @ solution + prior
+
+
+def effective_rank(features: ArrayLike, *, centered: bool = False) -> float:
+    """exp of the entropy of the singular values of (M, D) features, scaled to sum to 1.
+
+    In [1, min(M, D)].  `centered` subtracts the mean row first, to see directions of variation only; 0 if
+    then nothing but rounding varies, and for features that are all zero.
+
+    Roy & Vetterli, The effective rank, EUSIPCO 2007, eq. 4.
+    """
+    matrix = np.asarray(features, dtype=np.float64)
+    size = float(np.linalg.norm(matrix))
+    if centered:
+        matrix = matrix - matrix.mean(axis=0, keepdims=True)
+    if float(np.linalg.norm(matrix)) <= _RELATIVE_ROUNDING * size:
+        return 0.0
+    values = np.linalg.svd(matrix, compute_uv=False)
+    shares = values / values.sum()
+    shares = shares[shares > 0]
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def feature_std(features: ArrayLike) -> float:
+    """Spread of the directions of features: 0 collapsed, near 1 for directions drawn at random.
+
+    √D times the mean over coordinates of the standard deviation of rows scaled to length 1 (Chen &
+    He, SimSiam, 2021, section 4.1, whose value is this over √D).
+    """
+    unit = unit_rows(np.asarray(features, dtype=np.float64))
+    return float(unit.std(axis=0).mean() * math.sqrt(unit.shape[1]))
+
+
+def standardize_attention(attention: ArrayLike) -> NDArray[np.float64]:
+    """(M, heads, N) maps → (M, heads·N) rows whose dot product is their correlation, mean over heads.
+
+    A map without structure becomes zeros: it agrees with nothing, not with everything.
+
+    Raises ValueError (not three axes).
+    """
+    maps = np.asarray(attention, dtype=np.float64)
+    if maps.ndim != 3:
+        raise ValueError(
+            f"`attention` must be (M, heads, N), got shape {maps.shape}: keep the row of CLS and "
+            "the columns of the patches"
+        )
+    level = np.abs(maps).max(axis=2, keepdims=True, initial=0.0)
+    maps = maps - maps.mean(axis=2, keepdims=True)
+    norms = np.linalg.norm(maps, axis=2, keepdims=True)
+    flat = norms <= _RELATIVE_ROUNDING * level * math.sqrt(maps.shape[2])
+    maps = np.where(flat, 0.0, maps / np.where(flat, 1.0, norms))
+    return (maps / math.sqrt(maps.shape[1])).reshape(len(maps), -1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dinocell.errors import CheckpointError, DataSetError
 from dinocell.probing.views import MEAN_VIEW
-from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
+from dinocell.segmentation.intensity import normalize_intensity, to_model_input
 
 
 @dataclass(frozen=True)

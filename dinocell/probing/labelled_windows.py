@@ -11,7 +11,7 @@ from dinocell.errors import DataSetError
 from dinocell.pairs import Pair
 from dinocell.probing.feature_extraction import window_corners
 from dinocell.segmentation.distance_map import labels_to_distance_map
-from dinocell.segmentation.preprocess import normalize_intensity
+from dinocell.segmentation.intensity import normalize_intensity
 from dinocell.training.datasets import read_pair, spread_evenly
 
 

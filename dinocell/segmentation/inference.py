@@ -12,8 +12,7 @@ from dinocell.network.familiarity import Appearance, contrast_of
 from dinocell.network.model import DINOCell
 from dinocell.network.precision import autocast
 from dinocell.scratch import all_finite, new_image, row_bands
-from dinocell.segmentation.intensity import IntensityRange, find_range
-from dinocell.segmentation.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from dinocell.segmentation.intensity import IMAGENET_MEAN, IMAGENET_STD, IntensityRange, find_range
 from dinocell.segmentation.tiles import predict_windows
 
 _SIGNAL = 1.2

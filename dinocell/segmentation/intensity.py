@@ -14,7 +14,10 @@ their values and shapes are:
   three quarters of them lie above 1/5 of the image's 99.8th percentile in every real image.
 
 The first two hold no signal: they are left out of all statistics and replaced from their neighbours.
-The third is signal (a dead cell, blurred dust), so it stays but does not set the range.
+The third is signal (a dead cell, blurred dust), so it stays but does not set the range.  A bound from the
+image's own noise keeps an empty field from being stretched until its noise looks like cells.
+
+The range is always that of the whole image, never of a tile.
 """
 
 from dataclasses import dataclass
@@ -24,6 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.scratch import all_finite, row_bands, sampled_blocks
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Second difference along both axes: zero on planes and straight edges, so what is left is noise.
 _NOISE_KERNEL = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=np.float32)
@@ -333,3 +339,18 @@ def _filled(
         if not left.any():
             break
     return result
+
+
+def normalize_intensity(image: NDArray, **options: float) -> NDArray[np.float32]:
+    """Map the intensities of a whole gray (H, W) image to float32 in [0, 1].
+
+    `options`, range and errors are those of `find_range`; a constant image gives zeros.
+    """
+    return find_range(image, **options).apply(image)
+
+
+def to_model_input(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Gray (H, W) in [0, 1] → (3, H, W) float32 with ImageNet's mean and standard deviation."""
+    mean = np.asarray(IMAGENET_MEAN, dtype=np.float32)[:, None, None]
+    std = np.asarray(IMAGENET_STD, dtype=np.float32)[:, None, None]
+    return (image[None].astype(np.float32) - mean) / std  # [3, H, W]

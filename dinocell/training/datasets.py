@@ -19,7 +19,7 @@ from dinocell.labels import looks_like_labels, require_cells
 from dinocell.pairs import Pair, find_pairs
 from dinocell.progress import progress
 from dinocell.segmentation.distance_map import labels_to_distance_map
-from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
+from dinocell.segmentation.intensity import normalize_intensity, to_model_input
 from dinocell.training import augment
 from dinocell.training.config import DataConfig, DatasetConfig, TrainConfig
 

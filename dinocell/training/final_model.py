@@ -1,4 +1,4 @@
-"""The end of a training run: final thresholds, model file with its card, curves."""
+"""The end of a training run: final thresholds, statistics of its images, model file, curves."""
 
 import json
 import subprocess
@@ -12,9 +12,13 @@ import torch
 from dinocell import __version__
 from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
 from dinocell.files import atomic_path
+from dinocell.network.familiarity import TrainingStatistics, fit_statistics
 from dinocell.network.model import DINOCell, save_model, with_config
 from dinocell.pairs import Pair
-from dinocell.training.appearance import training_statistics
+from dinocell.progress import progress
+from dinocell.segmentation.inference import predict_distance_map, start_appearance
+from dinocell.segmentation.intensity import find_range
+from dinocell.training.datasets import read_pair, spread_evenly
 from dinocell.training.run_folder import RunFolder
 from dinocell.training.validation import Sample
 
@@ -23,6 +27,7 @@ _GRIDS = ThresholdGrids(
     fill_grid=np.arange(0.05, 0.61, 0.05).round(2).tolist(),
     prominence_grid=(0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
 )
+_MAX_IMAGES = 200  # whose appearance is described
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def write_final_model(
 
     `best` is rounded to float16 already: the thresholds suit the weights that are written.  `samples` are
     its distance map and the truth of every validation image; the training and validation `pairs` are
-    counted in the model card and described together (`dinocell.training.appearance`).
+    counted in the model card and described together (`training_statistics`).
     """
     config = folder.config
     min_area_px = config.model.min_area_px
@@ -121,3 +126,31 @@ def draw_curves(log_path: str | Path, out_path: str | Path) -> None:
     with atomic_path(Path(out_path)) as temporary:
         figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
+
+
+def training_statistics(
+    model: DINOCell, pairs: Sequence[Pair], *, shown: bool = False
+) -> TrainingStatistics | None:
+    """Statistics of up to 200 images, spread evenly over `pairs`; None for too few.
+
+    The network sees the middle of each image, two windows high and wide, in the intensities of the whole.
+
+    Raises DataSetError, ImageFileError (an image or its labels cannot be used).
+    """
+    config = model.config
+    side = 2 * config.window_px - config.overlap_px
+    chosen = spread_evenly(pairs, _MAX_IMAGES)
+    seen = []
+    with progress("looking at training images", len(chosen), shown=shown) as bar:
+        for pair in chosen:
+            image, _ = read_pair(pair)
+            intensity = find_range(image, **config.intensity)
+            top, left = (max(0, (size - side) // 2) for size in image.shape)
+            middle = np.ascontiguousarray(image[top : top + side, left : left + side])
+            seen.append(start_appearance(intensity, image.dtype, config))
+            predict_distance_map(model, middle, intensity=intensity, appearance=seen[-1])
+            bar.advance()
+        statistics = fit_statistics(seen)
+        if statistics is None:
+            bar.write("too few images to describe: the model will not flag images of another kind")
+    return statistics

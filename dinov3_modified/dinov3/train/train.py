@@ -23,7 +23,6 @@ from omegaconf import DictConfig, ListConfig
 import dinov3.distributed as distributed
 from dinov3.cells.diagnostics import Diagnostics
 from dinov3.cells.files import atomic_path
-from dinov3.cells.finite_loss import FiniteGuard, NonFiniteLossError, save_non_finite
 from dinov3.cells.hooks import evaluate, watched
 from dinov3.cells.interruption import Stopped, StopRequest
 from dinov3.cells.resumption import apply_start_record, check_resumption, start_record
@@ -35,9 +34,12 @@ from dinov3.cells.schedules import (
     build_schedulers_v2,
 )
 from dinov3.cells.step import (
+    FiniteGuard,
+    NonFiniteLossError,
     clip_gradients,
     forward_backward_all,
     gram_is_ready,
+    save_non_finite,
     seed_step,
     update_gram,
 )

@@ -9,9 +9,13 @@ import math
 import numpy as np
 import pytest
 
-from dinocell.probing.channel_consistency import channel_consistency
-from dinocell.probing.channel_decoding import retrieval_credit
-from dinocell.probing.feature_spread import effective_rank, feature_std, standardize_attention
+from dinocell.probing.channel_consistency import (
+    channel_consistency,
+    effective_rank,
+    feature_std,
+    retrieval_credit,
+    standardize_attention,
+)
 from dinocell.probing.views import MEAN_VIEW
 
 FIELDS, WINDOWS, DIM = 12, 4, 32

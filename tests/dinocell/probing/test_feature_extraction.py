@@ -15,7 +15,7 @@ from dinocell.probing.feature_extraction import (
     normalize_channels,
 )
 from dinocell.probing.views import MEAN_VIEW
-from dinocell.segmentation.preprocess import normalize_intensity, to_model_input
+from dinocell.segmentation.intensity import normalize_intensity, to_model_input
 
 PATCH = 4
 

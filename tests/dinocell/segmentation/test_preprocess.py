@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 from skimage.io import imread
 
-from dinocell.segmentation.preprocess import (
+from dinocell.segmentation.intensity import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     normalize_intensity,

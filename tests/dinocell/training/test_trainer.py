@@ -30,7 +30,7 @@ from dinocell.pairs import find_pairs
 from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.intensity import find_range
 from dinocell.settings import config_from_mapping
-from dinocell.training import appearance, validation
+from dinocell.training import final_model, validation
 from dinocell.training.config import TrainConfig
 from dinocell.training.datasets import read_pair
 from dinocell.training.optimizer import average_weights, learning_rate_factor, parameter_groups
@@ -79,9 +79,9 @@ def test_training_images_are_looked_at_in_the_middle(blob_data, small_model, mon
         bounds.append((intensity.low, intensity.high))
         return predict_distance_map(model, image, intensity=intensity, appearance=appearance)
 
-    monkeypatch.setattr(appearance, "predict_distance_map", look)
-    monkeypatch.setattr(appearance, "_MAX_IMAGES", 5)
-    assert appearance.training_statistics(small_model, pairs).images == 5
+    monkeypatch.setattr(final_model, "predict_distance_map", look)
+    monkeypatch.setattr(final_model, "_MAX_IMAGES", 5)
+    assert final_model.training_statistics(small_model, pairs).images == 5
     assert shapes == [(56, 56)] * 5
     whole = find_range(read_pair(pairs[0])[0], **small_model.config.intensity)
     assert bounds[0] == (whole.low, whole.high)

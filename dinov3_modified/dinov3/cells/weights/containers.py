@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from dinov3.cells.weights.architecture import KERNEL
 from dinov3.cells.weights.fit import State, WeightsError
-from dinov3.cells.weights.huggingface import HF_KERNEL, hf_facts
+from dinov3.cells.weights.foreign import HF_KERNEL, hf_facts
 
 HEADER = "dinov3_backbone"
 

@@ -21,8 +21,7 @@ from dinov3.cells.weights.architecture import (
 )
 from dinov3.cells.weights.containers import NETWORKS, FoundNetwork, read_network
 from dinov3.cells.weights.fit import State, WeightsError, refuse_differences
-from dinov3.cells.weights.huggingface import HF_KERNEL, from_hf
-from dinov3.cells.weights.timm import from_timm
+from dinov3.cells.weights.foreign import HF_KERNEL, from_hf, from_timm
 from dinov3.checkpointer.patch_size_adaptation import adapt_state_dict
 
 # Number of heads by width, for files that do not contain it.  Other widths have heads of 64 channels, as

@@ -23,8 +23,7 @@ from dinov3.cells.weights.architecture import (
 )
 from dinov3.cells.weights.containers import HEADER
 from dinov3.cells.weights.fit import State, WeightsError, refuse_differences
-from dinov3.cells.weights.huggingface import hf_config, to_hf
-from dinov3.cells.weights.timm import to_timm
+from dinov3.cells.weights.foreign import hf_config, to_hf, to_timm
 
 logger = logging.getLogger("dinov3")
 

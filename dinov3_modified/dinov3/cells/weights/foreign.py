@@ -1,4 +1,4 @@
-"""The names and the configuration of Hugging Face's DINOv3ViTModel, in both directions."""
+"""The names of Hugging Face's DINOv3ViTModel, with its configuration, and of timm's DINOv3, both ways."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dinov3.cells.weights.architecture import (
     KERNEL,
+    ROPE_BASE,
     WeightsDescription,
     has_k_bias,
     joined_bias,
@@ -37,6 +38,8 @@ _HF_FFN = {
     "mlp": {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"},
     "swiglu": {"mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.up_proj", "mlp.w3": "mlp.down_proj"},
 }
+
+_TIMM_SWIGLU = {"mlp.w1": "mlp.fc1_g", "mlp.w2": "mlp.fc1_x", "mlp.w3": "mlp.fc2"}
 
 _HF_LAYER = re.compile(r"^(?:model\.)?layer\.(\d+)\.(.+)$")
 
@@ -152,3 +155,59 @@ def hf_facts(path: Path) -> tuple[int | None, float | None]:
         heads if isinstance(heads, int) and heads > 0 else None,
         float(base) if isinstance(base, (int, float)) and base > 0 else None,
     )
+
+
+def from_timm(state: Mapping[str, Tensor]) -> State:
+    gated = any("mlp.fc1_g" in key for key in state)
+    out: State = {}
+    biases: dict[str, dict[str, Tensor | None]] = {}
+    for key, value in state.items():
+        if key == "reg_token":
+            out["storage_tokens"] = value
+        elif scale := re.fullmatch(r"(blocks\.\d+\.)gamma_([12])", key):
+            out[f"{scale[1]}ls{scale[2]}.gamma"] = value
+        elif bias := re.fullmatch(r"(blocks\.\d+\.)attn\.([qkv])_bias", key):
+            biases.setdefault(bias[1], dict.fromkeys("qkv"))[bias[2]] = value
+        elif gated:
+            for ours, theirs in _TIMM_SWIGLU.items():
+                key = key.replace(theirs + ".", ours + ".")
+            out[key] = value
+        else:
+            out[key] = value
+    for block, parts in biases.items():
+        out |= joined_bias(block, parts)
+    return out
+
+
+def to_timm(state: Mapping[str, Tensor], d: WeightsDescription) -> tuple[State, list[str]]:
+    notes = refuse_foreign_flags(d, "timm")
+    if d.rope_base != ROPE_BASE:
+        raise WeightsError(
+            f"timm's DINOv3 must have a RoPE base of {ROPE_BASE:g}, got {d.rope_base:g} in {d.path}: "
+            "keep another format"
+        )
+    if has_k_bias(state):
+        raise WeightsError(f"timm's DINOv3 must have no k bias, got one in {d.path}: keep another")
+    if state["mask_token"].any():
+        notes.append("timm has no mask token: left out")
+    out: State = {}
+    for key, value in state.items():
+        if re.fullmatch(r"mask_token|rope_embed\.periods|.*bias_mask|local_cls_norm\..*", key):
+            continue
+        if key == "storage_tokens":
+            out["reg_token"] = value
+        elif scale := re.fullmatch(r"(blocks\.\d+\.)ls([12])\.gamma", key):
+            out[f"{scale[1]}gamma_{scale[2]}"] = value
+        elif key.endswith("attn.qkv.bias"):
+            stem = key.removesuffix("qkv.bias")
+            q, _, v = value.chunk(3)
+            out[f"{stem}q_bias"], out[f"{stem}v_bias"] = q.clone(), v.clone()
+        else:
+            for ours, theirs in _TIMM_SWIGLU.items():
+                key = key.replace(ours + ".", theirs + ".")
+            out[key] = value
+    if not d.layerscale:
+        for index, number in product(range(d.depth), (1, 2)):
+            out[f"blocks.{index}.gamma_{number}"] = state["cls_token"].new_ones(d.embed_dim)
+        notes.append("LayerScale absent: ones")
+    return out, notes
