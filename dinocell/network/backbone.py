@@ -110,12 +110,10 @@ class DINOv3Backbone(nn.Module):
 def load_backbone_weights(backbone: DINOv3Backbone, path: str | Path) -> str:
     """Load a DINOv3 backbone from any file that `docs/weights.md` lists, of any patch size.
 
-    `path` may also be the name of a fetched backbone, such as `dinov3_vits16`.
-
-    Returns what was loaded and what was adapted, for the log.
-
-    Raises UsageError (the file does not exist); CheckpointError (it holds no backbone, or keys are
-    missing, unexpected or misshapen; all are listed).
+    `path` may also be the name of a fetched backbone, such as `dinov3_vits16`.  Returns what was
+    loaded and what was adapted, for the log.  Raises UsageError (the file does not exist);
+    CheckpointError (it holds no backbone, or keys are missing, unexpected or misshapen; all are
+    listed).
     """
     with tree_imports():
         from dinov3.cells import weights as formats

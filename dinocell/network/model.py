@@ -123,10 +123,8 @@ def create_dinocell_model(
 ) -> DINOCell:
     """A model with random weights.
 
-    `options` are further fields of `dinocell.network.config.ModelConfig`: `image_channels`, `target`,
-    `window_px`, ...
-
-    Raises ConfigError (an unknown option or a value out of range).
+    `options` are further fields of `dinocell.network.config.ModelConfig`: `image_channels`,
+    `target`, `window_px`, ...  Raises ConfigError (an unknown option or a value out of range).
     """
     config = config_from_mapping(
         ModelConfig, {"size": size, "patch_size": patch_size, "decoder": decoder, **options}

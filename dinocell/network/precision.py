@@ -30,9 +30,8 @@ def has_bf16_unit(device: torch.device) -> bool:
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """Context in which the network computes with a precision of `PRECISIONS`.
 
-    `auto` is bfloat16 where `has_bf16_unit`, else float32.
-
-    Raises ValueError (the precision is unknown).
+    `auto` is bfloat16 where `has_bf16_unit`, else float32.  Raises ValueError (the precision is
+    unknown).
     """
     if precision not in PRECISIONS:
         raise ValueError(

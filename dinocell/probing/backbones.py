@@ -26,10 +26,9 @@ def load_backbone_of(
 ) -> InspectedBackbone:
     """The ViT of a checkpoint file or folder, or of a DINOCell model (also a bundled one).
 
-    `which` is `teacher` or `student`; the patch embedding is adapted to `patch_size` if it is given.
-
-    Raises UsageError, CheckpointError (the file does not exist, or it holds no backbone, or none
-    that fits).
+    `which` is `teacher` or `student`; the patch embedding is adapted to `patch_size` if it is
+    given.  Raises UsageError, CheckpointError (the file does not exist, or it holds no backbone, or
+    none that fits).
     """
     from dinocell.network.model import bundled_models, load_model, read_model_header
 

@@ -356,9 +356,8 @@ def feature_std(features: ArrayLike) -> float:
 def standardize_attention(attention: ArrayLike) -> NDArray[np.float64]:
     """(M, heads, N) maps → (M, heads·N) rows whose dot product is their correlation, mean over heads.
 
-    A map without structure becomes zeros: it agrees with nothing, not with everything.
-
-    Raises ValueError (not three axes).
+    A map without structure becomes zeros: it agrees with nothing, not with everything.  Raises
+    ValueError (not three axes).
     """
     maps = np.asarray(attention, dtype=np.float64)
     if maps.ndim != 3:

@@ -73,7 +73,6 @@ def find_channel_pairs(
 
     ``CHANNEL/images`` and ``CHANNEL/labels``, paired by name; or a folder per field
     (``FIELD/CHANNEL.tif``) with a label image ``FIELD/<labels_name>.png`` for all its channels.
-
     Raises DataSetError (neither layout, or no channel).
     """
     folder = Path(data)

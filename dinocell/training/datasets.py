@@ -32,9 +32,8 @@ def split_pairs(config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Training and validation pairs of all data sets.
 
     A given validation split is taken as it is; otherwise `val_fraction` of each set (at least one
-    image) is held out, drawn by `seed`.
-
-    Raises DataSetError (as `find_pairs`; or a set of a single image without a given split).
+    image) is held out, drawn by `seed`.  Raises DataSetError (as `find_pairs`; or a set of a single
+    image without a given split).
     """
     train: list[Pair] = []
     val: list[Pair] = []

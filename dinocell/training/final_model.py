@@ -133,9 +133,8 @@ def training_statistics(
 ) -> TrainingStatistics | None:
     """Statistics of up to 200 images, spread evenly over `pairs`; None for too few.
 
-    The network sees the middle of each image, two windows high and wide, in the intensities of the whole.
-
-    Raises DataSetError, ImageFileError (an image or its labels cannot be used).
+    The network sees the middle of each image, two windows high and wide, in the intensities of the
+    whole.  Raises DataSetError, ImageFileError (an image or its labels cannot be used).
     """
     config = model.config
     side = 2 * config.window_px - config.overlap_px

@@ -120,12 +120,10 @@ def is_main_process() -> bool:
 def processes_of_run(device: str) -> Iterator[Processes]:
     """Make the process group of a run, and take it down after it; nothing of it for one process.
 
-    A group that the caller made before is used and left in place.  `device` is that of `TrainConfig`:
-    with several processes `auto` and `cuda` are the GPU of this process's number on its machine, `auto`
-    the CPU where there is none.
-
-    Raises ConfigError (several processes shall run on one GPU, or on a kind of device that cannot
-    exchange); UsageError (as `resolve_device`).
+    A group that the caller made before is used and left in place.  `device` is that of
+    `TrainConfig`: with several processes `auto` and `cuda` are the GPU of this process's number on
+    its machine, `auto` the CPU where there is none.  Raises ConfigError (several processes shall
+    run on one GPU, or on a kind of device that cannot exchange); UsageError (as `resolve_device`).
     """
     from dinov3 import distributed
 

@@ -21,10 +21,8 @@ Sample = tuple[NDArray[np.float32], NDArray[np.uint32]]
 class ValidationImages:
     """The validation images of a run, in memory.
 
-    Process 0 holds all of them and predicts its share; the others hold their share only.
-
-    Raises DataSetError, ImageFileError (an image or its labels cannot be used, or no image has a
-    cell).
+    Process 0 holds all of them and predicts its share; the others hold their share only.  Raises
+    DataSetError, ImageFileError (an image or its labels cannot be used, or no image has a cell).
     """
 
     def __init__(self, pairs: Sequence[Pair], processes: Processes) -> None:

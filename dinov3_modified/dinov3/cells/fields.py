@@ -176,7 +176,6 @@ def make_field(
     """A field of planes by channel name.
 
     `planes`: (H, W) each, of one size and type.  `illumination`: (H, W) each, positive; divided by.
-
     Raises FieldError (no plane, sizes that differ, a constant plane).
     """
     if not planes:

@@ -161,9 +161,8 @@ def with_views(dataset: Any, cfg: Any, start_iter: int = 0) -> Any:
     """A dataset of fields with the views that `multiview` asks for; others as they are.
 
     `dataset`: just made, with upstream's augmentation.  `cfg`: of the run; its sections `multiview`
-    and `streaming` count.  `start_iter`: number of finished iterations.
-
-    Raises ValueError (fields without `multiview.strategy`, or photometrics on the device).
+    and `streaming` count.  `start_iter`: number of finished iterations.  Raises ValueError (fields
+    without `multiview.strategy`, or photometrics on the device).
     """
     if not getattr(dataset, "gives_fields", False):
         return dataset

@@ -30,9 +30,8 @@ class ImageFolder(ExtendedVisionDataset):
     """All images below a folder, as 8-bit RGB, in the order of their paths; hidden files are skipped.
 
     `root`: the folder; `split`: name of a subfolder, if only that is wanted; `extra`: without
-    effect, for the common grammar of dataset strings.
-
-    Raises FileNotFoundError (no such folder); ValueError (no image in it).
+    effect, for the common grammar of dataset strings.  Raises FileNotFoundError (no such folder);
+    ValueError (no image in it).
     """
 
     def __init__(

@@ -56,9 +56,8 @@ def start_record(cfg: DictConfig, model: Any, output_dir: Path, *, fresh: bool) 
     A resumed run reads the record: the patch embedding keeps its learning rate, and the number of
     processes, which sets the order of the samples, must be the same.
 
-    `model`: the `SSLMetaArch`; `fresh`: there is no checkpoint to resume from.
-
-    Raises ValueError (another number of processes).
+    `model`: the `SSLMetaArch`; `fresh`: there is no checkpoint to resume from.  Raises ValueError
+    (another number of processes).
     """
     path = output_dir / _START_FILE
     world = distributed.get_world_size()

@@ -23,9 +23,8 @@ def data_loader(cfg: DictConfig, model: Any, batches_done: int, seed_offset: int
     """Batches of one resolution after the first `batches_done`.
 
     `model`: the `SSLMetaArch`, which makes the augmentation; `seed_offset`: added to `train.seed`:
-    loaders of several resolutions have orders of their own.
-
-    Raises ValueError (crops that are no whole number of patches, or a data set without samples).
+    loaders of several resolutions have orders of their own.  Raises ValueError (crops that are no
+    whole number of patches, or a data set without samples).
     """
     size = cfg.crops.global_crops_size
     patch = cfg.student.patch_size

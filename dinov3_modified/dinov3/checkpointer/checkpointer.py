@@ -78,10 +78,9 @@ def save_checkpoint(
     """Write a checkpoint; all processes of the group take part.
 
     `ckpt_dir`: the checkpoint's own folder; `iteration`: the last one that is done, counted from 0;
-    `overwrite`: replace an existing checkpoint; `**others`: further entries.
-
-    Raises FileExistsError (it exists, and `overwrite` is false); OSError (it could not be written;
-    an earlier checkpoint is as it was).
+    `overwrite`: replace an existing checkpoint; `**others`: further entries.  Raises
+    FileExistsError (it exists, and `overwrite` is false); OSError (it could not be written; an
+    earlier checkpoint is as it was).
     """
     target = Path(ckpt_dir)
     main_process = is_main_process(process_group)

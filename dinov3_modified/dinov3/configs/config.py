@@ -47,10 +47,8 @@ def get_cfg_from_args(
     """Defaults, then the file, then `key=value` changes.
 
     `args`: with `config_file`, `output_dir` and `opts`; `multidistillation`: not in this tree;
-    `strict`: refuse unknown keys and wrong types.
-
-    Raises FileNotFoundError (no such file); ValueError (not YAML of keys, unknown keys, wrong
-    types, a change without "=").
+    `strict`: refuse unknown keys and wrong types.  Raises FileNotFoundError (no such file);
+    ValueError (not YAML of keys, unknown keys, wrong types, a change without "=").
     """
     if multidistillation:
         setup_multidistillation(args)
@@ -151,9 +149,7 @@ def setup_job(
     """Folder, log, process group and seeds of a run.
 
     `output_dir`: made if need be; the log goes to OUT/logs.  `seed`: of Python, NumPy and torch;
-    the rank is added.  None leaves them.
-
-    Raises ValueError (the folder cannot be made or written).
+    the rank is added.  None leaves them.  Raises ValueError (the folder cannot be made or written).
     """
     from dinov3.logging import setup_logging
     from dinov3.utils import fix_random_seeds

@@ -40,9 +40,8 @@ class WandbLogger:
     the last one are dropped and counted.  Only the first process logs.
 
     `cfg`: a whole configuration; wandb gets it as nested plain values.  `enabled`: false: nothing
-    happens, and wandb is not imported.  `resume`: false starts another wandb run.
-
-    Raises ValueError (a setting of the `wandb` section is out of range).
+    happens, and wandb is not imported.  `resume`: false starts another wandb run.  Raises
+    ValueError (a setting of the `wandb` section is out of range).
     """
 
     def __init__(self, cfg: Any, enabled: bool = True, *, resume: bool = True) -> None:

@@ -33,9 +33,8 @@ class GramLoss(nn.Module):
 
         `output_feats`: the student's patches [B, N, D], or [M, D] with `img_level` false;
         `target_feats`: the Gram teacher's, same shape; `img_level`: as in the constructor, for this
-        call.
-
-        Raises ValueError (the shapes differ, or `img_level` meets patches without an image axis).
+        call.  Raises ValueError (the shapes differ, or `img_level` meets patches without an image
+        axis).
         """
         if output_feats.shape != target_feats.shape:
             raise ValueError(
