@@ -37,23 +37,16 @@ _EXTRA_COST = 1.0
 
 @dataclass(frozen=True)
 class CtcCounts(Counts):
-    """What SEG and DET are made of, for one image or, added up, for many.
+    """What SEG and DET are made of, for one image or, added up, for many."""
 
-    Attributes
-    ----------
-    num_truth, num_pred : true and predicted objects
-    seg_sum : sum of the IoU of the matched true objects
-    ns : splits needed: for each predicted object, the true objects matched to it beyond the first
-    fn : true objects without a match
-    fp : predicted objects that no true object is matched to
-    """
-
+    # num_truth, num_pred: true and predicted objects
     num_truth: int = 0
     num_pred: int = 0
-    seg_sum: float = 0.0
+    seg_sum: float = 0.0  # sum of the IoU of the matched true objects
+    # splits needed: for each predicted object, the true objects matched to it beyond the first
     ns: int = 0
-    fn: int = 0
-    fp: int = 0
+    fn: int = 0  # true objects without a match
+    fp: int = 0  # predicted objects that no true object is matched to
 
     @property
     def seg(self) -> float:

@@ -29,23 +29,19 @@ class OverlapTable:
 
     Objects stand in the order of their first pixel in raster order, not of their label: whatever is
     computed from the table is then the same for every numbering of the cells, ties included.
-
-    Attributes
-    ----------
-    truth_ids, pred_ids : (T,), (P,) labels without 0, in the dtype of the image
-    truth_areas, pred_areas : (T,), (P,) number of pixels of each object
-    truth_index, pred_index : (K,) positions in `truth_ids` and `pred_ids`
-        Of the K overlapping pairs, sorted by the first and then by the second.
-    intersection : (K,) shared pixels of each pair, at least 1
     """
 
+    # truth_ids, pred_ids: (T,), (P,) labels without 0, in the dtype of the image
     truth_ids: NDArray[Any]
+    # truth_areas, pred_areas: (T,), (P,) number of pixels of each object
     truth_areas: NDArray[np.int64]
     pred_ids: NDArray[Any]
     pred_areas: NDArray[np.int64]
+    # truth_index, pred_index: (K,) positions in `truth_ids` and `pred_ids`, of the K
+    # overlapping pairs, sorted by the first and then by the second
     truth_index: NDArray[np.int64]
     pred_index: NDArray[np.int64]
-    intersection: NDArray[np.int64]
+    intersection: NDArray[np.int64]  # (K,) shared pixels of each pair, at least 1
 
     @property
     def num_truth(self) -> int:

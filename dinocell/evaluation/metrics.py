@@ -27,20 +27,15 @@ DSB2018_IOU_THRESHOLDS: tuple[float, ...] = tuple(percent / 100 for percent in r
 
 @dataclass(frozen=True)
 class MatchCounts(Counts):
-    """True positives, false positives and misses at one IoU threshold.
+    """True positives, false positives and misses at one IoU threshold."""
 
-    Attributes
-    ----------
-    iou_threshold : a pair counts from this IoU on (≥), as in `dinocell.evaluation.matching.match`
-    tp, fp, fn : matched pairs, predicted objects left over, true objects left over
-    iou_sum : sum of the IoU of the matched pairs
-    """
-
+    # a pair counts from this IoU on (≥), as in `dinocell.evaluation.matching.match`
     iou_threshold: float
+    # tp, fp, fn: matched pairs, predicted objects left over, true objects left over
     tp: int = 0
     fp: int = 0
     fn: int = 0
-    iou_sum: float = 0.0
+    iou_sum: float = 0.0  # sum of the IoU of the matched pairs
 
     def __add__(self, other: MatchCounts) -> MatchCounts:
         if self.iou_threshold != other.iou_threshold:

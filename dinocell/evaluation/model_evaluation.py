@@ -70,15 +70,6 @@ class Reading:
     page: int | None = None
 
 
-@dataclass(frozen=True)
-class _Prediction:
-    """The distance map (H, W) of one image and its true labels."""
-
-    name: str
-    distance_map: NDArray[np.float32]
-    truth: NDArray[np.uint32]
-
-
 def evaluate_model(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str],
@@ -116,7 +107,7 @@ def evaluate_model(
     tuning = None
     if tune_metric is not None:
         predictions = list(predictions)  # to search thresholds, all maps are needed at a time
-        samples = [(image.distance_map, image.truth) for image in predictions]
+        samples = [(distance_map, truth) for _, truth, distance_map in predictions]
         min_area_px = pipeline.thresholds.min_area_px
         try:
             tuning = tune_thresholds(samples, metric=tune_metric, min_area_px=min_area_px)
@@ -130,8 +121,8 @@ def evaluate_model(
             save_model(saved_to, pipeline.model, half=True)
     report = evaluate_pairs(
         (
-            (image.name, image.truth, separate_cells(image.distance_map, pipeline.thresholds))
-            for image in predictions
+            (name, truth, separate_cells(distance_map, pipeline.thresholds))
+            for name, truth, distance_map in predictions
         ),
         iou_thresholds=iou_thresholds,
         boundary_tolerance_px=boundary_tolerance_px,
@@ -151,8 +142,8 @@ def _check_target(path: Path, model: Path) -> None:
 
 def _predict(
     pipeline: DINOCellPipeline, folder: Path, reading: Reading, *, shown: bool
-) -> Iterable[_Prediction]:
-    """Read and predict all images, in natural order of their names (2 before 10)."""
+) -> Iterable[tuple[str, NDArray[np.uint32], NDArray[np.float32]]]:
+    """Name, truth and distance map of each image, in natural order of their names (2 before 10)."""
     pairs = find_pairs(folder / "images", folder / "labels")
     pairs.sort(key=lambda pair: natural_key(pair.image_path))
     with progress("predicting", len(pairs), shown=shown) as bar:
@@ -166,6 +157,5 @@ def _predict(
                     f"an image and its labels must have the same size, got {plane.shape} and "
                     f"{truth.shape} for {name}: check that the names belong together"
                 )
-            distance_map = pipeline.predict(plane, intensity=loaded.intensity)
-            yield _Prediction(name, distance_map, truth)
+            yield name, truth, pipeline.predict(plane, intensity=loaded.intensity)
             bar.advance(note=name)

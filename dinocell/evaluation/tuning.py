@@ -70,21 +70,14 @@ class TuningPoint:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """The best thresholds and everything that was tried.
+    """The best thresholds and everything that was tried."""
 
-    Attributes
-    ----------
-    best : of equal scores the first in the order of `points`
-    metric : what was maximised: ``ap50_pooled``, ``op_csb_pooled``, ...
-    num_samples, num_truth : images, and true cells in all of them
-    points : all tried combinations, sorted by peak, fill, prominence
-    """
-
-    best: TuningPoint
-    metric: str
+    best: TuningPoint  # of equal scores the first in the order of `points`
+    metric: str  # what was maximised: ``ap50_pooled``, ``op_csb_pooled``, ...
+    # num_samples, num_truth: images, and true cells in all of them
     num_samples: int
     num_truth: int
-    points: tuple[TuningPoint, ...]
+    points: tuple[TuningPoint, ...]  # all tried combinations, sorted by peak, fill, prominence
 
     @property
     def thresholds(self) -> Thresholds:

@@ -9,44 +9,32 @@ _MAX_IMAGE_CHANNELS = 1024  # a damaged header must not ask for all memory
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that must be known to rebuild and run a model; it travels in the model file.
+    """Everything that must be known to rebuild and run a model; it travels in the model file."""
 
-    Attributes
-    ----------
-    size : backbone size: `tiny` (192 wide, 3 heads), `small`, `base`, `large`.
-    patch_size : edge of a patch in px: 4, 8, 14 or 16.
-    decoder : `unet`, `unet_wide` or `linear` (DESIGN.md 3).
-    image_channels : channels of the full-resolution image skip of `unet`; 0 leaves it out.
-    target : what the network predicts: `linear` or `sqrt` distance map.
-    window_px, overlap_px : the network sees square windows of `window_px`; neighbours share
-        `overlap_px`.  They belong to the model, because attention sees the whole window.
-    peak_threshold, fill_threshold, min_prominence : post-processing, chosen on validation data.
-    min_area_px : cells with fewer pixels are dropped.
-    low_percentile, high_percentile : intensities mapped to 0 and 1, of the whole image.
-    min_contrast_sigma : the mapped range is at least this many noise standard deviations wide, so
-        that an empty field is not stretched into structure.
-    layerscale_init : start value of LayerScale in a network without pretrained weights.
-    drop_path_rate : stochastic depth while training.
-    pixel_size_um : pixel size of the training images in µm, where known.
-    """
-
-    size: str = "small"
-    patch_size: int = 8
-    decoder: str = "unet"
-    image_channels: int = 0
-    target: str = "sqrt"
+    size: str = "small"  # backbone size: `tiny` (192 wide, 3 heads), `small`, `base`, `large`
+    patch_size: int = 8  # edge of a patch in px: 4, 8, 14 or 16
+    decoder: str = "unet"  # `unet`, `unet_wide` or `linear` (DESIGN.md 3)
+    image_channels: int = 0  # channels of the full-resolution image skip of `unet`; 0 leaves it out
+    target: str = "sqrt"  # what the network predicts: `linear` or `sqrt` distance map
+    # window_px, overlap_px: the network sees square windows of `window_px`; neighbours share
+    # `overlap_px`.  They belong to the model, because attention sees the whole window.
     window_px: int = 256
     overlap_px: int = 64
+    # peak_threshold, fill_threshold, min_prominence: post-processing, chosen on validation data
     peak_threshold: float = 0.6
     fill_threshold: float = 0.25
     min_prominence: float = 0.1
-    min_area_px: int = 0
+    min_area_px: int = 0  # cells with fewer pixels are dropped
+    # low_percentile, high_percentile: intensities mapped to 0 and 1, of the whole image
     low_percentile: float = 1.0
     high_percentile: float = 99.8
+    # the mapped range is at least this many noise standard deviations wide, so that an empty field
+    # is not stretched into structure
     min_contrast_sigma: float = 20.0
+    # start value of LayerScale in a network without pretrained weights
     layerscale_init: float = 1e-5
-    drop_path_rate: float = 0.0
-    pixel_size_um: float | None = None
+    drop_path_rate: float = 0.0  # stochastic depth while training
+    pixel_size_um: float | None = None  # pixel size of the training images in µm, where known
 
     def __post_init__(self) -> None:
         require_choice("`model.size`", self.size, ("tiny", "small", "base", "large"))
@@ -94,20 +82,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Where the backbone starts and how fast it learns.
+    """Where the backbone starts and how fast it learns."""
 
-    Attributes
-    ----------
-    weights : backbone `.pth` file (a DINOv3 state dict), or null for random weights.
-    frozen : the backbone neither learns nor leaves eval mode.
-    lr_mult : learning rate of the backbone as a multiple of `optimizer.lr`.
-    layer_decay : factor per block from the last to the first (1: all alike).
-    """
-
+    # backbone `.pth` file (a DINOv3 state dict), or null for random weights
     weights: str | None = None
-    frozen: bool = False
-    lr_mult: float = 1.0
-    layer_decay: float = 1.0
+    frozen: bool = False  # the backbone neither learns nor leaves eval mode
+    lr_mult: float = 1.0  # learning rate of the backbone as a multiple of `optimizer.lr`
+    layer_decay: float = 1.0  # factor per block from the last to the first (1: all alike)
 
     def __post_init__(self) -> None:
         require_at_least("`backbone.lr_mult`", self.lr_mult, 0)

@@ -119,17 +119,11 @@ def contrast_of(span: float, dtype: np.dtype) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How an image compares with the training images.
+    """How an image compares with the training images."""
 
-    Attributes
-    ----------
-    unfamiliar : float
-        Distance from the training images over the limit: above 1 the image is flagged.
-    reasons : tuple of str, in words; empty where it is not flagged
-    """
-
+    # distance from the training images over the limit: above 1 the image is flagged
     unfamiliar: float
-    reasons: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()  # in words; empty where it is not flagged
 
     def note(self, name: str) -> str:
         """The sentence for the user of the model `name`, where the image is flagged."""
@@ -141,26 +135,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TrainingStatistics:
-    """What the training images of a model look like; stored in the header of the model file.
+    """What the training images of a model look like; stored in the header of the model file."""
 
-    Attributes
-    ----------
-    mean : D numbers, mean of `Appearance.features` over the images
-    directions, variances : K lists of D numbers, K numbers
-        The eigenvectors of the shrunk covariance with the largest eigenvalues, and these.
-    rest : float, variance in each direction across them
-    limit : float, distance above which an image is flagged
-    ranges : name → (lowest, highest), of each of `Appearance.measures`
-    images : int, how many images were looked at
-    """
-
-    mean: Sequence[float]
+    mean: Sequence[float]  # D numbers, mean of `Appearance.features` over the images
+    # directions, variances: K lists of D numbers, K numbers: the eigenvectors of the shrunk
+    # covariance with the largest eigenvalues, and these
     directions: Sequence[Sequence[float]]
     variances: Sequence[float]
-    rest: float
-    limit: float
+    rest: float  # variance in each direction across them
+    limit: float  # distance above which an image is flagged
+    # name → (lowest, highest), of each of `Appearance.measures`
     ranges: Mapping[str, Sequence[float]]
-    images: int
+    images: int  # how many images were looked at
 
     def distance(self, features: ArrayLike) -> NDArray[np.float64]:
         """Mahalanobis distance of mean features (N, D) → (N,)."""

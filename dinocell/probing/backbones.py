@@ -65,7 +65,7 @@ def _vit_of_weights(
     from dinov3.cells import weights as formats
 
     try:
-        options = formats.vit_arguments(formats.describe(path, which=which))
+        options = formats.vit_arguments(formats.read_backbone(path, which=which)[1])
         if patch_size is not None:
             options["patch_size"] = patch_size
         from dinov3.models.vision_transformer import DinoVisionTransformer

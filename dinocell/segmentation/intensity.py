@@ -58,25 +58,18 @@ _SMALLEST_SPAN = 1e-30  # far above the smallest float32, 1e-38
 
 @dataclass(frozen=True)
 class IntensityRange:
-    """How one image's intensities map to [0, 1].
+    """How one image's intensities map to [0, 1]."""
 
-    Attributes
-    ----------
-    low, high : float, what becomes 0 and 1, in units of the image
-    floor, ceiling : float, pixels below `floor` or above `ceiling` hold no signal
-    spike : float
-        A pixel that exceeds the median of its 5 x 5 neighbourhood by more holds no signal.
-    notes : tuple of str, what was left out, in words for the user
-    noise : float, standard deviation of the pixel noise, in units of the image
-    """
-
+    # low, high: what becomes 0 and 1, in units of the image
     low: float
     high: float
+    # floor, ceiling: pixels below `floor` or above `ceiling` hold no signal
     floor: float = -np.inf
     ceiling: float = np.inf
+    # a pixel that exceeds the median of its 5 x 5 neighbourhood by more holds no signal
     spike: float = np.inf
-    notes: tuple[str, ...] = ()
-    noise: float = 0.0
+    notes: tuple[str, ...] = ()  # what was left out, in words for the user
+    noise: float = 0.0  # standard deviation of the pixel noise, in units of the image
 
     def apply(self, image: NDArray) -> NDArray[np.float32]:
         """Gray (H, W) image of any real dtype → (H, W) float32 in [0, 1]; zeros for an empty range."""

@@ -25,21 +25,17 @@ class ReadableImage(Protocol):
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """The grid of windows over one image; made by `plan_windows`.
+    """The grid of windows over one image; made by `plan_windows`."""
 
-    Attributes
-    ----------
-    height, width : int, size of the image in pixels
-    window_px, overlap_px : int, edge of the square windows, and their least overlap
-    row_starts, col_starts : tuple of int
-        First row (column) of the windows, ascending.  Negative in one case only: the image is smaller
-        than a window, there is one start, and the window reaches over the image on both sides.
-    """
-
+    # height, width: size of the image in pixels
     height: int
     width: int
+    # window_px, overlap_px: edge of the square windows, and their least overlap
     window_px: int
     overlap_px: int
+    # row_starts, col_starts: first row (column) of the windows, ascending.  Negative
+    # in one case only: the image is smaller than a window, there is one start, and the window
+    # reaches over the image on both sides.
     row_starts: tuple[int, ...]
     col_starts: tuple[int, ...]
 

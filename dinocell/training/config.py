@@ -37,21 +37,16 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Data sets, the validation split, and loading.
-
-    Attributes
-    ----------
-    val_fraction : share of every set held out where no split is given (stratified by set).
-    max_val_images : at most so many validation images, evenly spread; null takes all.
-    num_workers : loader processes; 0 loads in the training process.  Does not change any crop.
-    cache_bytes : decoded images kept in memory, per process.
-    """
+    """Data sets, the validation split, and loading."""
 
     datasets: list[DatasetConfig] = field(default_factory=list)
+    # share of every set held out where no split is given (stratified by set)
     val_fraction: float = 0.1
+    # at most so many validation images, evenly spread; null takes all
     max_val_images: int | None = None
+    # loader processes; 0 loads in the training process.  Does not change any crop.
     num_workers: int = 0
-    cache_bytes: int = 2_000_000_000
+    cache_bytes: int = 2_000_000_000  # decoded images kept in memory, per process
 
     def __post_init__(self) -> None:
         names = [dataset.name for dataset in self.datasets]
@@ -68,32 +63,23 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes of a training crop; a range [a, a] or a probability 0 switches one off.
+    """Random changes of a training crop; a range [a, a] or a probability 0 switches one off."""
 
-    Attributes
-    ----------
-    scale : enlargement of the image, log-uniform in [low, high].
-    rotate, flip : rotate by any angle, mirror with probability one half.
-    gamma, contrast : exponent of intensities, and factor around their mean, log-uniform.
-    brightness : offset added, uniform in ±brightness.
-    noise_std : standard deviation of Gaussian noise, uniform in [0, noise_std].
-    blur_sigma_px : Gaussian blur, uniform in [0, blur_sigma_px], for every second crop.
-    illumination : strength of a linear intensity gradient across the crop, uniform in ±value.
-    invert_probability : bright becomes dark.
-    empty_probability : the crop is replaced by background noise without cells.
-    """
-
-    scale: tuple[float, float] = (0.7, 1.4)
+    scale: tuple[float, float] = (0.7, 1.4)  # enlargement of the image, log-uniform in [low, high]
+    # rotate, flip: rotate by any angle, mirror with probability one half
     rotate: bool = True
     flip: bool = True
+    # gamma, contrast: exponent of intensities, and factor around their mean, log-uniform
     gamma: tuple[float, float] = (0.7, 1.4)
     contrast: tuple[float, float] = (0.7, 1.3)
-    brightness: float = 0.1
-    noise_std: float = 0.05
+    brightness: float = 0.1  # offset added, uniform in ±brightness
+    noise_std: float = 0.05  # standard deviation of Gaussian noise, uniform in [0, noise_std]
+    # Gaussian blur, uniform in [0, blur_sigma_px], for every second crop
     blur_sigma_px: float = 1.0
+    # strength of a linear intensity gradient across the crop, uniform in ±value
     illumination: float = 0.2
-    invert_probability: float = 0.0
-    empty_probability: float = 0.02
+    invert_probability: float = 0.0  # bright becomes dark
+    empty_probability: float = 0.02  # the crop is replaced by background noise without cells
 
     def __post_init__(self) -> None:
         for name in ("scale", "gamma", "contrast"):
@@ -144,27 +130,21 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long to train, and when to look, save and stop.
-
-    Attributes
-    ----------
-    batch_size : crops per step of each process; a step of W processes has W times as many.
-    crop_px : edge of a training crop; null takes the model's window.
-    precision : `auto` (bf16 where the processor is fast at it), `bf16` (autocast) or `fp32`.
-    ema_decay : decay per step of the averaged weights that are validated and shipped; 0: off.
-    eval_every, checkpoint_every, log_every : in steps.
-    patience : stop after so many validations without a better AP; null never stops early.
-    """
+    """How long to train, and when to look, save and stop."""
 
     steps: int = 10_000
-    batch_size: int = 8
-    crop_px: int | None = None
+    batch_size: int = 8  # crops per step of each process; a step of W processes has W times as many
+    crop_px: int | None = None  # edge of a training crop; null takes the model's window
+    # `auto` (bf16 where the processor is fast at it), `bf16` (autocast) or `fp32`
     precision: str = "auto"
+    # decay per step of the averaged weights that are validated and shipped; 0: off
     ema_decay: float = 0.999
+    # eval_every, checkpoint_every, log_every: in steps
     eval_every: int = 500
     checkpoint_every: int = 500
     log_every: int = 10
     keep_checkpoints: int = 2
+    # stop after so many validations without a better AP; null never stops early
     patience: int | None = None
 
     def __post_init__(self) -> None:

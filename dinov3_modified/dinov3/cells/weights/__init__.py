@@ -10,7 +10,6 @@ from dinov3.cells.weights.containers import CheckpointReader, read_teacher
 from dinov3.cells.weights.fit import WeightsError, refuse_differences
 from dinov3.cells.weights.read import (
     LoadReport,
-    describe,
     fit_backbone,
     load_backbone,
     read_backbone,
@@ -19,7 +18,7 @@ from dinov3.cells.weights.read import (
 from dinov3.cells.weights.write import FORMATS, write_backbone
 
 __all__ = [
-    "FORMATS", "CheckpointReader", "LoadReport", "WeightsDescription", "WeightsError", "describe",
+    "FORMATS", "CheckpointReader", "LoadReport", "WeightsDescription", "WeightsError",
     "fit_backbone", "load_backbone", "read_backbone", "read_teacher", "refuse_differences",
     "sha256", "vit_arguments", "write_backbone",
 ]  # fmt: skip

@@ -52,7 +52,6 @@ class WeightsDescription:
     dtype: str  # of the patch embedding
     heads_known: bool = True  # whether the file contains the number of heads, or it is assumed
     notes: tuple[str, ...] = ()  # what the file lacks, and what it was filled with
-    sha256: str | None = None  # of a single file, if requested
 
     @property
     def name(self) -> str:

@@ -107,16 +107,6 @@ def _fill_in(state: State, found: FoundNetwork) -> tuple[list[str], bool]:
     return notes, found.heads is not None
 
 
-def describe(
-    path: str | Path, *, which: str = "teacher", checksum: bool = False
-) -> WeightsDescription:
-    """Facts of a file, see `read_backbone`; `checksum` adds the SHA-256, which folders do not have."""
-    description = read_backbone(path, which=which)[1]
-    if checksum and Path(path).is_file():
-        return replace(description, sha256=sha256(path))
-    return description
-
-
 def sha256(path: str | Path) -> str:
     """Checksum of a file, in hexadecimal."""
     with Path(path).open("rb") as stream:

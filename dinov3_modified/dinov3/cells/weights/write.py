@@ -147,7 +147,7 @@ def _save_safetensors(
 
     metadata = {"format": "pt"}
     if ours:
-        left_out = ("path", "notes", "which", "sha256", "heads_known")
+        left_out = ("path", "notes", "which", "heads_known")
         facts = {key: value for key, value in asdict(description).items() if key not in left_out}
         metadata[HEADER] = json.dumps(facts)
     save_file(state, path, metadata=metadata)
