@@ -16,14 +16,11 @@ logger = logging.getLogger("dinov3")
 def fill_student(student: nn.ModuleDict, cfg: DictConfig, *, from_files: bool) -> LoadReport | None:
     """Give a student without storage its starting values, on the CPU.
 
-    Args:
-        student: `backbone`, `dino_head` and `ibot_head` on the meta device; changed in place.
-        from_files: whether to read `student.pretrained_weights` (backbone) and
-            `student.resume_from_teacher_chkpt` (backbone and the heads that the file has) after the
-            random values were drawn.
-
-    Returns what the last file filled; None without a file.  Raises ValueError (a head of the file
-    has another shape).
+    `student`: `backbone`, `dino_head` and `ibot_head` on the meta device; changed in place.
+    `from_files`: whether to read `student.pretrained_weights` (backbone) and
+    `student.resume_from_teacher_chkpt` (backbone and the heads that the file has) after the random
+    values were drawn.  Returns what the last file filled; None without a file.  Raises ValueError
+    (a head of the file has another shape).
     """
     student.to_empty(device="cpu")
     for module in student.values():

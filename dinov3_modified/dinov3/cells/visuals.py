@@ -35,12 +35,10 @@ def attention_picture(
 ) -> np.ndarray:
     """Each image beside the CLS token's attention to its patches, head by head.
 
-    Args:
-        images: [B, 3, H, W], normalised by `mean` and `std`.
-        attention: [B, heads, T, T], or its CLS rows [B, heads, T]; the last N of T tokens are the
-            patches, those before (CLS and storage tokens) are left out.
-
-    Returns uint8 (B h p, (1 + heads) w p, 3); each map is stretched to its own range.
+    `images`: [B, 3, H, W], normalised by `mean` and `std`.  `attention`: [B, heads, T, T], or its
+    CLS rows [B, heads, T]; the last N of T tokens are the patches, those before (CLS and storage
+    tokens) are left out.  Returns uint8 (B h p, (1 + heads) w p, 3); each map is stretched to its
+    own range.
     """
     h, w = images.shape[-2] // patch_size, images.shape[-1] // patch_size
     rows = attention[:, :, 0] if attention.ndim == 4 else attention  # [B, heads, T]

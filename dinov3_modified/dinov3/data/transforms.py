@@ -190,10 +190,8 @@ class RandomGrayscale:
 class GaussianBlur:
     """Gaussian blur of a 9 x 9 window, reflected at the edges.
 
-    Args:
-        p: probability of **no** blur.  Upstream hands 1 - p on, and the released weights were
-            trained so (its issue 286).
-        radius_min, radius_max: range of the standard deviation in pixels.
+    `p`: probability of **no** blur.  Upstream hands 1 - p on, and the released weights were trained
+    so (its issue 286).  `radius_min`, `radius_max`: range of the standard deviation in pixels.
     """
 
     p: float = 0.5

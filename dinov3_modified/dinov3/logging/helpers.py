@@ -103,12 +103,10 @@ class SmoothedValue:
 class MetricLogger:
     """Meters by name; a line on the log and one in a JSON-lines file at intervals.
 
-    Args:
-        delimiter: between the meters of a printed line.
-        output_file: JSON lines: `iteration`, `iter_time` and `data_time` in seconds, the median of
-            every meter over its window, and `data_wait_share`, `images_per_second` and GPU memory in
-            MiB where they are known; written by the first process.  A value that is not finite is
-            null, as JSON has no NaN.
+    `delimiter`: between the meters of a printed line.  `output_file`: JSON lines: `iteration`,
+    `iter_time` and `data_time` in seconds, the median of every meter over its window, and
+    `data_wait_share`, `images_per_second` and GPU memory in MiB where they are known; written by
+    the first process.  A value that is not finite is null, as JSON has no NaN.
     """
 
     def __init__(self, delimiter: str = "\t", output_file: str | None = None) -> None:
@@ -218,11 +216,10 @@ class MetricLogger:
     ) -> Iterator[Any]:
         """Pass items on and log after each `print_freq`-th iteration and after the last.
 
-        Args:
-            n_iterations: where to stop, counted from 0; None: at the end of `iterable`.
-            start_iteration: of the first item.  Lines of the file from there on belong to a run that
-                was cut off later than its last checkpoint, and are removed; from 0 on, the whole
-                file is moved to NAME.previous.
+        `n_iterations`: where to stop, counted from 0; None: at the end of `iterable`.
+        `start_iteration`: of the first item.  Lines of the file from there on belong to a run that
+        was cut off later than its last checkpoint, and are removed; from 0 on, the whole file is
+        moved to NAME.previous.
         """
         if n_iterations is None:
             n_iterations = start_iteration + len(iterable)  # type: ignore[arg-type]

@@ -80,12 +80,9 @@ class WandbLogger:
     def log_images(self, images: Mapping[str, np.ndarray], step: int) -> None:
         """Record pictures.
 
-        Args:
-            images: names to uint8 arrays (H, W, 3).
-            step: the iteration that they show.  Pictures come late from their thread, so that they
-                are put at the last step, with theirs beside them as `NAME_iteration`.
-
-        Raises ValueError (not such an array).
+        `images`: names to uint8 arrays (H, W, 3).  `step`: the iteration that they show.  Pictures
+        come late from their thread, so that they are put at the last step, with theirs beside them
+        as `NAME_iteration`.  Raises ValueError (not such an array).
         """
         for name, picture in images.items():
             if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:

@@ -43,9 +43,8 @@ class SinkhornKnoppTeacher(nn.Module):
     ) -> Tensor:
         """Logits [M, K] → probabilities [M, K], float32, whose rows sum to 1.
 
-        Args:
-            n_masked_patches_tensor: masked patches of this process; the shares do not depend on
-                the total, so it is left as it is (upstream sums it over processes in place).
+        `n_masked_patches_tensor`: masked patches of this process; the shares do not depend on the
+        total, so it is left as it is (upstream sums it over processes in place).
         """
         return self.assign(teacher_output, teacher_temp, n_iterations).probabilities()
 

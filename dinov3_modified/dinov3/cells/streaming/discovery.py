@@ -179,10 +179,9 @@ def records_of_listing(
 ) -> Iterator[FieldRecord]:
     """Fields of the files below a plate's folder, by the names that microscopes give.
 
-    Args:
-        keys: (key, bytes).
-        channels: number in the file name, such as ch1, C01 or w1 → channel.  Files of other numbers
-            are left out.  No file of a known name, or two for one channel, raise ValueError.
+    `keys`: (key, bytes).  `channels`: number in the file name, such as ch1, C01 or w1 → channel.
+    Files of other numbers are left out.  No file of a known name, or two for one channel, raise
+    ValueError.
     """
     expressions = [re.compile(pattern) for pattern in PATTERNS.values()]
     fields: dict[tuple[str, str], tuple[dict[str, str], int]] = {}

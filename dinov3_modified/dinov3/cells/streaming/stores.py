@@ -56,12 +56,10 @@ class ObjectStore:
     ) -> T | bytes:
         """An object's bytes, or what `accept` makes of them.
 
-        Args:
-            accept: raises ValueError for bytes that cannot be right; they are fetched again.
-            part: (first, end) of the bytes; (first, None) up to the end; (None, n) the last n.  A
-                part has no checksum.
-
-        Raises ObjectMissing, ObjectDamaged, ObjectUnreadable, StoreUnreachable, StoreMisconfigured.
+        `accept`: raises ValueError for bytes that cannot be right; they are fetched again.  `part`:
+        (first, end) of the bytes; (first, None) up to the end; (None, n) the last n.  A part has no
+        checksum.  Raises ObjectMissing, ObjectDamaged, ObjectUnreadable, StoreUnreachable,
+        StoreMisconfigured.
         """
         seen: Counter[bytes] = Counter()
 
