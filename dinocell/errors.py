@@ -9,6 +9,9 @@ the exit code of the command line: 2 for a wrong call, 1 for work that failed, 7
 stopped after its state was saved, so that the same command continues it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DINOCellError(Exception):
     """Base class of all errors that a user can cause or meet."""
@@ -50,3 +53,12 @@ class StoppedError(DINOCellError):
     """A signal ended the work after its state was saved; the same command continues from there."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h, which asks to try again
+
+
+@contextmanager
+def raised_as(kind: type[DINOCellError], *foreign: type[Exception]) -> Iterator[None]:
+    """Errors of a library as one of ours, with their text."""
+    try:
+        yield
+    except foreign as error:
+        raise kind(str(error)) from error

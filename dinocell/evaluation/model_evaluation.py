@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.errors import DataSetError, UsageError
+from dinocell.errors import DataSetError, UsageError, raised_as
 from dinocell.evaluation.evaluate import evaluate_pairs
 from dinocell.evaluation.report import EvaluationReport
 from dinocell.evaluation.scores import DEFAULT_BOUNDARY_TOLERANCE_PX, DEFAULT_IOU_THRESHOLDS
@@ -109,10 +109,8 @@ def evaluate_model(
         predictions = list(predictions)  # to search thresholds, all maps are needed at a time
         samples = [(distance_map, truth) for _, truth, distance_map in predictions]
         min_area_px = pipeline.thresholds.min_area_px
-        try:
+        with raised_as(UsageError, ValueError):
             tuning = tune_thresholds(samples, metric=tune_metric, min_area_px=min_area_px)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
         pipeline = DINOCellPipeline(
             with_config(pipeline.model, **tuned_values(tuning.thresholds)),
             precision=reading.precision,

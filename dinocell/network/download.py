@@ -101,22 +101,7 @@ def _url_of(file: str, url: urllib.parse.SplitResult) -> str:
 
 
 class _Adapter(HTTPAdapter):
-    """Trusts the certificates of this machine and of SSL_CERT_FILE besides those of requests.
-
-    Requests that get no answer, or an answer of a busy server, are repeated.
-    """
-
-    def __init__(self) -> None:
-        busy = (429, 500, 502, 503, 504)
-        super().__init__(
-            max_retries=Retry(
-                _TRIES - 1,
-                status_forcelist=busy,
-                backoff_factor=_BACKOFF_S,
-                backoff_max=5,
-                raise_on_status=False,
-            )
-        )
+    """Trusts the certificates of this machine and of SSL_CERT_FILE besides those of requests."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, ssl_context=ssl.create_default_context(), **kwargs)
@@ -126,16 +111,17 @@ class _Adapter(HTTPAdapter):
 
 
 class _Session(requests.Session):
-    """Follows redirects, but never from https to http.
+    """Follows redirects, but never from https to http; repeats what a busy server leaves unanswered.
 
     requests drops the header with the token when a redirect leaves the host.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        adapter = _Adapter()
-        self.mount("http://", adapter)
-        self.mount("https://", adapter)
+        how = {"backoff_factor": _BACKOFF_S, "backoff_max": 5, "raise_on_status": False}
+        retries = Retry(_TRIES - 1, status_forcelist=(429, 500, 502, 503, 504), **how)
+        for scheme in ("http://", "https://"):
+            self.mount(scheme, _Adapter(max_retries=retries))
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         target = super().get_redirect_target(resp)

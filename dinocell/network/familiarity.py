@@ -17,6 +17,7 @@ flagged, unless the noise fills so much of the range of the data type that no ca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,11 +59,9 @@ class Appearance:
 
     Feed it each batch of windows once, in any order; it keeps sums and no window.
 
-    Parameters
-    ----------
-    contrast : float, width of the range of intensities that the network sees, as a share of the
-        data type's range (`contrast_of`); 0 where the latter is not known
-    is_noise : bool, nothing in the image stands out of the noise
+    `contrast`: float, width of the range of intensities that the network sees, as a share of the
+    data type's range (`contrast_of`); 0 where the latter is not known.  `is_noise`: bool, nothing
+    in the image stands out of the noise.
     """
 
     def __init__(self, contrast: float = 0.0, *, is_noise: bool = False) -> None:
@@ -184,7 +183,7 @@ class TrainingStatistics:
 
     def to_mapping(self) -> dict[str, Any]:
         """As JSON values, numbers with five digits."""
-        return {key: _rounded(value) for key, value in asdict(self).items()}
+        return json.loads(json.dumps(asdict(self)), parse_float=lambda t: float(f"{float(t):.5g}"))
 
     @classmethod
     def from_mapping(cls, values: Any, source: object) -> TrainingStatistics:
@@ -207,14 +206,6 @@ class TrainingStatistics:
                 "fetch it again"
             )
         return found
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def fit_statistics(images: Sequence[Appearance]) -> TrainingStatistics | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinocell.errors import CheckpointError, ConfigError, UsageError
+from dinocell.errors import CheckpointError, ConfigError, UsageError, raised_as
 from dinocell.files import atomic_path
 from dinocell.network.backbone import BACKBONE_SIZES, DINOv3Backbone
 from dinocell.network.config import ModelConfig
@@ -244,7 +244,7 @@ def _refuse_other_weights(
         return  # without our part of the tree, so that upstream's own tree segments too
     with tree_imports():
         from dinov3.cells.weights.fit import WeightsError, refuse_differences
-    try:
+    with raised_as(CheckpointError, WeightsError):
         refuse_differences(
             state,
             shapes,
@@ -252,8 +252,6 @@ def _refuse_other_weights(
             f"{config.decoder})",
             "the file is damaged or was made by another program, so fetch it again",
         )
-    except WeightsError as error:
-        raise CheckpointError(str(error)) from error
 
 
 def bundled_models() -> list[str]:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dinocell.errors import CheckpointError, UsageError
+from dinocell.errors import CheckpointError, UsageError, raised_as
 from dinocell.files import home_folder
 from dinocell.tree import tree_imports
 
@@ -149,16 +149,12 @@ def convert_weights(
     if patch_size is not None:
         from dinov3.checkpointer import patch_size_adaptation as adaptation
 
-        try:
+        with raised_as(UsageError, ValueError):
             state, done = adaptation.adapt_state_dict(state, patch_size, patch_method)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
         note = f"; {done}" if done is not None else ""
     losses: list[str] = []
-    try:
+    with raised_as(UsageError, FileExistsError, formats.WeightsError):
         formats.write_backbone(state, target, to, overwrite=overwrite, notes=losses)
-    except (FileExistsError, formats.WeightsError) as error:
-        raise UsageError(str(error)) from error
     written = f"{description.name} ({description.format}) → {target} ({to}){note}"
     return "\n".join([written, *(f"note: {text}" for text in (*description.notes, *losses))])
 
@@ -189,9 +185,8 @@ def _read(path: Path, which: str) -> tuple[dict[str, Any], Any]:
     formats = _formats()
     if which not in ("teacher", "student"):
         raise UsageError(f"`which` must be teacher or student, got {which!r}: choose one")
-    try:
+    with (
+        raised_as(UsageError, FileNotFoundError),
+        raised_as(CheckpointError, formats.WeightsError),
+    ):
         return formats.read_backbone(path, which=which)
-    except FileNotFoundError as error:
-        raise UsageError(str(error)) from error
-    except formats.WeightsError as error:
-        raise CheckpointError(str(error)) from error

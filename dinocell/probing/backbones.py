@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dinocell.errors import CheckpointError, UsageError
+from dinocell.errors import CheckpointError, UsageError, raised_as
 from dinocell.network.weights import find_weights
 
 
@@ -64,7 +64,7 @@ def _vit_of_weights(
     """A ViT of the shape of the file's tensors, with its weights, and facts of the file."""
     from dinov3.cells import weights as formats
 
-    try:
+    with raised_as(CheckpointError, ValueError, OSError, RuntimeError):
         options = formats.vit_arguments(formats.read_backbone(path, which=which)[1])
         if patch_size is not None:
             options["patch_size"] = patch_size
@@ -73,8 +73,6 @@ def _vit_of_weights(
         vit = DinoVisionTransformer(**options)
         vit.init_weights()
         loaded = formats.load_backbone(vit, path, which=which)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise CheckpointError(str(error)) from error
     return vit, {"format": loaded.description.format, "notes": list(loaded.notes)}
 
 

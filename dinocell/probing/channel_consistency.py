@@ -246,16 +246,11 @@ def _retrieval(queries: Views, gallery: Views, draws: Floats) -> tuple[Estimate,
 def decode_channels(views: Views, draws: Floats, seed: int) -> Estimate:
     """How often a linear probe names the channel of a view in a field it was not fitted on.
 
-    Parameters
-    ----------
-    views : of single channels, with features of length 1
-    draws : from `draw_fields`
-
-    Returns Estimate: mean over locations of the share of their views named right, choosing among
-    the channels of that location, so that the kind of field gives nothing away; `chance` is the
-    mean of 1 / channels.  Where all locations have all C channels this is the balanced accuracy
-    with chance 1/C.  nan with fewer than two fields, or without two channels that several fields
-    share.
+    `views`: of single channels, with features of length 1.  `draws`: from `draw_fields`.  Returns
+    Estimate: mean over locations of the share of their views named right, choosing among the
+    channels of that location, so that the kind of field gives nothing away; `chance` is the mean of
+    1 / channels.  Where all locations have all C channels this is the balanced accuracy with chance
+    1/C.  nan with fewer than two fields, or without two channels that several fields share.
 
     Notes
     -----

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from dinocell.errors import DataSetError
+from dinocell.errors import DataSetError, raised_as
 from dinocell.probing.feature_extraction import FieldImage
 from dinocell.training.datasets import spread_evenly
 
@@ -65,20 +65,16 @@ def open_fields(data: str | os.PathLike[str], options: FieldOptions | None = Non
         "pattern": options.pattern,
         "channels_table": None if channels_table is None else str(Path(channels_table).resolve()),
     }
-    try:
+    with raised_as(DataSetError, ValueError, OSError):
         if channels is not None:
             found = module.find_fields(os.fspath(root), **reading)
             known = {name.lower(): name for item in found for name in item.files}
             reading["channels"] = "+".join(known.get(name.lower(), name) for name in channels)
         dataset = module.JUMPCellPaintingMultiView(root=os.fspath(root), missing="allow", **reading)
-    except (ValueError, OSError) as error:
-        raise DataSetError(str(error)) from error
 
     def read(place: int) -> FieldImage:
-        try:
+        with raised_as(DataSetError, ValueError, OSError):
             item = dataset.load_field(place)
-        except (ValueError, OSError) as error:
-            raise DataSetError(str(error)) from error
         planes = item.planes
         if item.illumination is not None:
             planes = planes / item.illumination

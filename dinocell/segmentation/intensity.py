@@ -195,11 +195,8 @@ def estimate_noise(image: NDArray, where: NDArray[np.bool_] | None = None) -> fl
     Median absolute response to a Laplacian difference, hence insensitive to cells that cover less
     than half of the image.
 
-    Parameters
-    ----------
-    image : (H, W) ndarray
-        Any real dtype.  Integer images have at least the noise of their rounding, 0.29.
-    where : (H, W) bool ndarray, optional, the pixels that count
+    `image`: (H, W) ndarray of any real dtype.  Integer images have at least the noise of their
+    rounding, 0.29.  `where`: (H, W) bool ndarray, optional, the pixels that count.
 
     References
     ----------

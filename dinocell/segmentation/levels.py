@@ -15,14 +15,8 @@ NUM_LEVELS = 4096
 def quantize(distance_map: ArrayLike) -> NDArray[np.int16]:
     """Map [0, 1] to the integers 0..`NUM_LEVELS` − 1, rounding to the nearest.
 
-    Parameters
-    ----------
-    distance_map : array of any shape, values in [0, 1]
-        Values beyond, the infinite ones too, are clipped.
-
-    Returns int16 ndarray of the same shape.
-
-    Raises ValueError (`distance_map` holds NaN).
+    `distance_map`: array of any shape; values beyond [0, 1], the infinite ones too, are clipped.
+    Returns int16 ndarray of the same shape.  Raises ValueError (`distance_map` holds NaN).
     """
     scaled = np.clip(np.asarray(distance_map), 0.0, 1.0).astype(np.float32)
     _refuse_nan(scaled)

@@ -22,14 +22,10 @@ from dinocell.segmentation.thresholds import Thresholds
 def find_markers(distance_map: ArrayLike, thresholds: Thresholds) -> NDArray[np.int32]:
     """The first half of `separate_cells`: one pixel per cell, its highest.
 
-    Parameters
-    ----------
-    distance_map : (H, W) array of values in [0, 1]
-        As for `distance_map_to_labels`, with the same errors.
-    thresholds : Thresholds, `min_area_px` has no effect here
-
-    Returns (H, W) int32 ndarray: 1..n in reading order at the peaks, 0 elsewhere.  Of several
-    equally high pixels of a cell the first in reading order is its peak.
+    `distance_map`: (H, W) array of values in [0, 1], as for `distance_map_to_labels`, with the same
+    errors.  `thresholds`: Thresholds, `min_area_px` has no effect here.  Returns (H, W) int32
+    ndarray: 1..n in reading order at the peaks, 0 elsewhere.  Of several equally high pixels of a
+    cell the first in reading order is its peak.
     """
     array = checked_map(distance_map)
     if array.size == 0:
@@ -57,10 +53,7 @@ def merge_basins(
     sorted by counting.  All is linear in the number of pixels, but for the disjoint sets (`_find`): a
     logarithm at worst, and in practice one or two steps per pass.
 
-    Parameters
-    ----------
-    levels : (H + 2, W + 2) int16 ndarray, from `framed_levels`
-    thresholds : Thresholds
+    `levels`: (H + 2, W + 2) int16 ndarray, from `framed_levels`.  `thresholds`: Thresholds.
 
     Returns
     -------

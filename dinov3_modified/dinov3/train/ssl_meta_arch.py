@@ -15,10 +15,10 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from dinov3.cells.resumption import fill_student
 from dinov3.cells.schedules import values_of_section
 from dinov3.cells.ssl_losses import Metrics, SSLLosses, move_towards
 from dinov3.cells.ssl_settings import PRECISIONS, check_ssl_settings
-from dinov3.cells.starting_weights import fill_student
 from dinov3.cells.strategy import load_full_state_dict, resolve_device, resolve_strategy
 from dinov3.cells.weights import LoadReport
 from dinov3.checkpointer import init_fsdp_model_from_checkpoint
