@@ -118,7 +118,11 @@ class _Session(requests.Session):
 
     def __init__(self) -> None:
         super().__init__()
-        how = {"backoff_factor": _BACKOFF_S, "backoff_max": 5, "raise_on_status": False}
+        how: dict[str, Any] = {
+            "backoff_factor": _BACKOFF_S,
+            "backoff_max": 5,
+            "raise_on_status": False,
+        }
         retries = Retry(_TRIES - 1, status_forcelist=(429, 500, 502, 503, 504), **how)
         for scheme in ("http://", "https://"):
             self.mount(scheme, _Adapter(max_retries=retries))

@@ -30,26 +30,19 @@ _BUNDLED_FOLDER = Path(__file__).parents[1] / "models"
 
 
 class DINOCell(nn.Module):
-    """Image → distance map.
+    """Image → distance map; starts with random weights, `from_pretrained` loads trained ones.
 
     Parameters
     ----------
     config : architecture and everything needed to run it
     card : what is known about its training (data, licence, metrics); stored in the model file
-
-    Attributes
-    ----------
-    statistics : what its training images look like; None where they are not recorded
-
-    Notes
-    -----
-    Starts with random weights; `from_pretrained` loads trained ones.
     """
 
     def __init__(self, config: ModelConfig, card: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.config = config
         self.card: dict[str, Any] = dict(card or {})
+        # what its training images look like; None where they are not recorded
         self.statistics: TrainingStatistics | None = None
         self.backbone = DINOv3Backbone(
             config.size,

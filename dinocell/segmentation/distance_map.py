@@ -12,11 +12,6 @@ Two targets:
     Its square root: steeper at the border and flatter in the middle.  A network errs by some amount in
     *value*; where the map is steep, the same error moves the border by less.  Chosen as the default by
     experiment, ``docs/decisions/0002-distance-target.md``.
-
-References
-----------
-Felzenszwalb & Huttenlocher, *Distance Transforms of Sampled Functions*, Theory of Computing 8 (2012),
-section 2: squared Euclidean distance as the lower envelope of parabolas, one axis after the other.
 """
 
 from typing import Any
@@ -150,7 +145,8 @@ def _depth_inside_cells(
     parabolas that are lowest somewhere and where each takes over, a second pass reads the values.  It is
     enough to look at one run of the cell's pixels and the two pixels that end it: these are outside, and
     anything beyond them is farther.  Each parabola enters and leaves once, so the time is linear.
-    (Felzenszwalb & Huttenlocher, "Distance transforms of sampled functions", 2012, algorithm 1.)
+    (Felzenszwalb & Huttenlocher, "Distance transforms of sampled functions", Theory of Computing 8, 2012,
+    section 2, algorithm 1.)
     """
     height, width = labels.shape
     none = 1 << 30

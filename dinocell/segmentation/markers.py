@@ -4,8 +4,8 @@ Let the map be a landscape and lower a water level from its highest point: peaks
 and islands meet at saddles.  Where two meet, the lower peak is a cell of its own if it is higher than
 `peak_threshold` and rises at least `min_prominence` above the saddle; else it is part of the other.
 A crescent has one peak wherever its centroid lies; a cell with two bumps has a high saddle between
-them; two touching cells have a low one.  (Edelsbrunner, Letscher & Zomorodian 2002 call the rise
-persistence; Grimaud 1992, dynamics.)
+them; two touching cells have a low one.  (Edelsbrunner, Letscher & Zomorodian, "Topological
+persistence and simplification", 2002, call the rise persistence; Grimaud 1992, dynamics.)
 """
 
 from typing import Any
@@ -63,10 +63,6 @@ def merge_basins(
         The connected piece of the mask that each basin lies in, named by one of its basins.
     peaks : int32 ndarray
         Flat positions of the peaks that are cells, ascending.
-
-    References
-    ----------
-    Edelsbrunner, Letscher & Zomorodian, "Topological persistence and simplification", 2002.
     """
     top = NUM_LEVELS - 1
     peak_level = (

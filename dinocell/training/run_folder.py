@@ -28,24 +28,16 @@ _CHECKPOINT = re.compile(r"step_(\d+)\.pt")
 
 
 class RunFolder:
-    """Names and small files of a run; only process 0 writes here.
-
-    Attributes
-    ----------
-    checkpoints : folder of `step_NNNNNNNN.pt`
-    metrics : `metrics.jsonl`, one JSON object per line with its `step`
-    best, model : the best model so far and the final one, `.safetensors`
-    curves : picture of the metrics
-    """
+    """Names and small files of a run; only process 0 writes here."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.path = Path(config.output_dir)
-        self.checkpoints = self.path / "checkpoints"
-        self.metrics = self.path / "metrics.jsonl"
-        self.best = self.path / "best.safetensors"
+        self.checkpoints = self.path / "checkpoints"  # `step_NNNNNNNN.pt` each
+        self.metrics = self.path / "metrics.jsonl"  # one JSON object per line with its `step`
+        self.best = self.path / "best.safetensors"  # the best model so far
         self.model = self.path / "model.safetensors"
-        self.curves = self.path / "curves.png"
+        self.curves = self.path / "curves.png"  # picture of the metrics
         self._wandb: Any = None
 
     def claim(self) -> None:

@@ -50,11 +50,7 @@ class SSLMetaArch(SSLLosses):
     (settings that exclude one another, or that this tree does not have).
     """
 
-    # ModuleDicts, whose entries mypy cannot tell apart.
-    student: Any
-    teacher: Any
-    model_ema: Any
-    gram_teacher: Any
+    teacher: Any  # as `student`: a ModuleDict, whose entries mypy cannot tell apart
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__()
