@@ -54,7 +54,6 @@ TESTS = {
     f"{DINOV3}/cells/patch_cross_entropy.py": ["tests/dinov3/loss"],
     f"{DINOV3}/cells/ssl_losses.py": ["tests/dinov3/train/test_ssl_meta_arch.py"],
     f"{DINOV3}/data/augmentations_multiview.py": ["tests/dinov3/data/test_multiview.py"],
-    "dinocell/evaluation/counts.py": ["tests/dinocell/evaluation/test_metrics.py"],
     "dinocell/segmentation/levels.py": ["tests/dinocell/segmentation/test_watershed.py"],
     "dinocell/segmentation/markers.py": ["tests/dinocell/segmentation/test_watershed.py"],
     "dinocell/results/convex_hull.py": ["tests/dinocell/results/test_measure.py"],

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinocell.evaluation.counts import Counts, ratio
 from dinocell.evaluation.matching import OverlapTable
+from dinocell.evaluation.metrics import Counts, ratio
 
 _SPLIT_COST = 5.0
 _MISSED_COST = 10.0

@@ -12,17 +12,34 @@ scores 0; precision is nan where nothing was predicted and recall where nothing 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinocell.evaluation.counts import Counts, ratio
 from dinocell.evaluation.matching import OverlapTable, match, match_total_iou
 from dinocell.labels import cell_borders
 
 DSB2018_IOU_THRESHOLDS: tuple[float, ...] = tuple(percent / 100 for percent in range(50, 100, 5))
 """0.50, 0.55, ..., 0.95: the thresholds whose mean AP ranked the 2018 Data Science Bowl."""
+
+
+_Counts = TypeVar("_Counts", bound="Counts")
+
+
+class Counts:
+    """Base of frozen dataclasses of which ``+`` adds up every field."""
+
+    def __add__(self: _Counts, other: _Counts) -> _Counts:
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return type(self)(**sums)
+
+
+def ratio(numerator: float, denominator: float) -> float:
+    """Quotient of two counts; nan where the denominator is 0."""
+    return numerator / denominator if denominator else math.nan
 
 
 @dataclass(frozen=True)

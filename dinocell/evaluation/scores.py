@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from numpy.typing import ArrayLike
 
 from dinocell.evaluation import metrics
-from dinocell.evaluation.counts import Counts
 from dinocell.evaluation.ctc import CtcCounts, ctc_counts
 from dinocell.evaluation.matching import overlap_table
 
@@ -24,7 +23,7 @@ def threshold_name(score: str, iou_threshold: float) -> str:
 
 
 @dataclass(frozen=True)
-class ImageScores(Counts):
+class ImageScores(metrics.Counts):
     """Counts of one image (or, added up, of several) and the scores they give.
 
     `name` is that of the image; of a sum, that of the first term.  `matches` has one item per IoU

@@ -15,8 +15,7 @@ from typing import Any
 from dinocell.errors import UsageError
 from dinocell.files import write_text_atomically
 from dinocell.probing.backbones import load_backbone_of
-from dinocell.probing.channel_consistency import channel_consistency
-from dinocell.probing.consistency_report import ConsistencyReport
+from dinocell.probing.channel_consistency import ConsistencyReport, channel_consistency
 from dinocell.probing.decoder_probe import ProbeConfig
 from dinocell.probing.feature_extraction import ViewFeatures, extract_views
 from dinocell.probing.fields import FieldOptions, FieldSource, open_fields

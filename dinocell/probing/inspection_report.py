@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from dinocell import __version__
 from dinocell.files import atomic_path
-from dinocell.probing.consistency_report import ConsistencyReport, Estimate
+from dinocell.probing.channel_consistency import ConsistencyReport
 from dinocell.probing.feature_extraction import ViewExample
 from dinocell.probing.labelled_channels import ChannelScores
+from dinocell.probing.views import Estimate
 from dinocell.results.table import align_columns
 
 FEATURES = ("cls", "patch_mean")

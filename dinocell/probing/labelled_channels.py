@@ -19,7 +19,7 @@ from dinocell.errors import DataSetError
 from dinocell.io import find_images, read_image
 from dinocell.labels import looks_like_labels
 from dinocell.pairs import Pair, find_pairs
-from dinocell.probing.consistency_report import for_json
+from dinocell.probing.channel_consistency import for_json
 from dinocell.probing.decoder_probe import ProbeConfig, ProbeResult, probe_features
 from dinocell.probing.labelled_windows import LabelledWindow, cut_windows, require_cells
 from dinocell.progress import progress

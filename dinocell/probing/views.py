@@ -11,10 +11,23 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.probing.consistency_report import Estimate, Floats
+Floats = NDArray[np.float64]
 
 MEAN_VIEW = "mean"
 """The name of the view that is no single channel but the mean of them."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its 95 % interval from fields drawn again, and the value of features that know nothing.
+
+    nan stands for what does not exist or cannot be known, for example between fields if there is one.
+    """
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    chance: float = math.nan
 
 
 @dataclass(frozen=True)

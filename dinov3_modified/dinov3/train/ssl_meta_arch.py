@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dinov3.cells.resumption import fill_student
 from dinov3.cells.schedules import values_of_section
 from dinov3.cells.ssl_losses import Metrics, SSLLosses, move_towards
-from dinov3.cells.ssl_settings import PRECISIONS, check_ssl_settings
 from dinov3.cells.strategy import load_full_state_dict, resolve_device, resolve_strategy
+from dinov3.cells.validation import PRECISIONS, check_ssl_settings
 from dinov3.cells.weights import LoadReport
 from dinov3.checkpointer import init_fsdp_model_from_checkpoint
 from dinov3.configs import get_default_config
