@@ -57,9 +57,8 @@ def labels_to_distance_map(labels: ArrayLike, *, target: str = DEFAULT_TARGET) -
     cell is outside, a hole is outside, the edge of the image is *not*: a cell cut by it is as deep there
     as if it went on.  Hence a cell that fills the whole image, where no pixel is outside, is 1 everywhere.
 
-    The distance is exact.  Felzenszwalb & Huttenlocher (2012) is applied to each run of equal labels in
-    a row: beyond the two pixels that end the run nothing in that direction can be nearer.  Time is linear
-    in the number of pixels, whatever the number of cells.
+    The distance is exact, and found in a time that is linear in the number of pixels, whatever the number
+    of cells.
 
     Examples
     --------

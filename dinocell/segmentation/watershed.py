@@ -1,6 +1,7 @@
 """Distance map → labels: markers by persistence (`dinocell.segmentation.markers`), then a seeded flood.
 
-The flood is the watershed of Meyer (1991): from the markers downhill, highest pixel first.
+The flood is a watershed, from the markers downhill, highest pixel first (Meyer, *Un algorithme optimal
+pour la ligne de partage des eaux*, 8e congrès RFIA, 1991).
 
 Everything is linear in the number of pixels, runs without the interpreter's lock (threads may each do
 an image), and keeps to one connected piece of foreground at a time, which fits in the processor's
@@ -80,8 +81,7 @@ def separate_cells(distance_map: ArrayLike, thresholds: Thresholds) -> NDArray[n
 def flood(distance_map: ArrayLike, markers: ArrayLike, mask: ArrayLike) -> NDArray[np.int32]:
     """The second half of `distance_map_to_labels`: grow markers downhill inside a mask, 4-connected.
 
-    The highest pixel among those reached spreads its label first; of equal ones the first reached.  One
-    queue per level of the quantised map takes the place of a priority queue, hence linear time.
+    The highest pixel among those reached spreads its label first; of equal ones the first reached.
 
     Parameters
     ----------
@@ -100,10 +100,6 @@ def flood(distance_map: ArrayLike, markers: ArrayLike, mask: ArrayLike) -> NDArr
     No way from another marker to a pixel is higher at its lowest point than that from its own.  Where
     two ways are equally high there, the order of the queues decides; a marker on a saddle may so win or
     lose a whole hill that has no marker of its own.
-
-    References
-    ----------
-    Meyer, *Un algorithme optimal pour la ligne de partage des eaux*, 8e congrès RFIA (1991).
     """
     array = checked_map(distance_map)
     seeds, inside = np.asarray(markers), np.asarray(mask, dtype=bool)
