@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from dinov3.cells.weights import (
     FORMATS,
     WeightsError,
-    describe,
     load_backbone,
     read_backbone,
     sha256,
@@ -332,7 +331,7 @@ def test_failed_writing_leaves_nothing(tmp_path, monkeypatch):
 def test_description_makes_the_network(tmp_path, image):
     source = vit(untie_cls_and_patch_norms=True, ffn_layer="swiglu", ffn_ratio=6.0)
     path = written(source, tmp_path, "dinocell")
-    described = describe(path)
+    described = read_backbone(path)[1]
     assert described.name == "ViT-128+/16"
     assert described.untied_norms == ("cls_norm",)
     assert described.num_parameters == sum(p.numel() for p in source.parameters())
