@@ -384,6 +384,27 @@ def test_wrong_arguments(labels, options, kind, message) -> None:
         measure_labels(labels, **options)
 
 
+@pytest.mark.parametrize(("most_px", "expected"), [(1, [4, 2, 3]), (7, [6, 3]), (99, [9])])
+def test_intensities_are_gathered_from_a_few_pixels_at_a_time(monkeypatch, most_px, expected):
+    """Whole cells, together fewer than `most_px` pixels, or a single one that is larger."""
+    labels = picture("1122 1133 ...3")
+    image = np.arange(12.0).reshape(3, 4) ** 2
+    whole = measure_labels(labels, image)
+    gathered = []
+
+    def noted(values, ends):
+        gathered.append(len(values))
+        return statistics(values, ends)
+
+    statistics = measure._statistics
+    monkeypatch.setattr(measure, "_statistics", noted)
+    monkeypatch.setattr(measure, "_GATHERED_PX", most_px)
+    parts = measure_labels(labels, image)
+    assert gathered == expected
+    for name in INTENSITIES:
+        np.testing.assert_array_equal(parts[name], whole[name])
+
+
 @pytest.mark.parametrize("band_px", [1, 300, 1000])
 def test_measuring_band_by_band_gives_the_same_table(monkeypatch, band_px):
     rng = np.random.default_rng(3)
