@@ -4,6 +4,7 @@
 # make test-gpu  the tests that need a CUDA device, better two
 # make mutants   FILES="dinocell/evaluation/matching.py ..." [SAMPLE=50] [SEED=0]: do the tests notice
 #                small faults?  A seeded sample of SAMPLE faults per file, or SAMPLE=all
+# make fuzz      TARGET=image SECONDS=600: damaged files (Linux; brings atheris; see tests/fuzz)
 # make check     ruff, mypy, tests
 # make bench     the benchmarks of benchmarks/ (minutes; writes benchmarks/results)
 # make wheel     build the wheel and try it in a clean environment
@@ -22,7 +23,7 @@ SEED ?= 0
 # Tests start the program many times: Python must keep the byte code that it has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-slow test-slurm test-gpu mutants check check-style bench wheel clean
+.PHONY: demo test test-all test-slow test-slurm test-gpu mutants fuzz check check-style bench wheel clean
 
 demo: $(VENV)/.base
 	$(BIN)/dinocell demo
@@ -44,6 +45,10 @@ test-gpu: $(VENV)/.test
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants.py --sample $(SAMPLE) --seed $(SEED) $(FILES)
+
+fuzz: $(VENV)/.test
+	$(PIP) install -q atheris
+	$(BIN)/python tests/fuzz/run.py $(TARGET) $(SECONDS)
 
 check: check-style test
 

@@ -18,6 +18,38 @@ from pathlib import Path
 from dinocell.errors import DINOCellError
 
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}(\..*)?")
+_kept: dict[Path, Path] = {}  # folder → the file that it must hold
+
+
+@contextlib.contextmanager
+def kept_folder(marker: Path) -> Iterator[None]:
+    """While the block runs, `atomic_path` writes into the folder of `marker` only if `marker` exists.
+
+    Without this a run whose network folder is unmounted would make the folder again below the mount
+    point and continue there, and all that it writes would be hidden when the mount returns.  The inode
+    of the folder would not do as its mark: FUSE may change it at any time.
+    """
+    folder = Path(os.path.realpath(marker.parent))
+    _kept[folder] = folder / marker.name
+    try:
+        yield
+    finally:
+        del _kept[folder]
+
+
+def check_kept(path: Path) -> None:
+    """Raise OSError (ESTALE) if a folder above `path` is kept and has gone or been replaced."""
+    for folder in path.parents:
+        if folder in _kept and not _kept[folder].exists():
+            raise OSError(
+                errno.ESTALE, "the folder is gone or another one has its name", str(folder)
+            )
+
+
+def ensure_folder(folder: Path) -> None:
+    """Make a folder and those above it; OSError if it is, or lies in, a kept folder that has gone."""
+    check_kept(Path(os.path.realpath(folder)) / "file")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -34,8 +66,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         A hidden name in the same folder with the same suffix (`.ome.tif` and `.tar.gz` whole).  The
         block must write it, as a file.
 
-    Raises DINOCellError (`path` is a folder); RuntimeError (the block ended without writing the
-    temporary file).
+    Raises DINOCellError (`path` is a folder); OSError (see `kept_folder`); RuntimeError (the block
+    ended without writing the temporary file).
 
     Notes
     -----
@@ -45,7 +77,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     final = Path(os.path.realpath(path))
     if final.is_dir():
         raise DINOCellError(f"`path` must be the name of a file, got '{path}', which is a folder.")
-    final.parent.mkdir(parents=True, exist_ok=True)
+    ensure_folder(final.parent)
     inner = Path(final.stem).suffix.lower() if final.suffix else ""
     temporary = _temporary_beside(
         final, (inner if inner in (".ome", ".tar") else "") + final.suffix

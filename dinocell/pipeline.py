@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import ImageFileError, UsageError
+from dinocell.files import ensure_folder
 from dinocell.io import read_image, refuse_long_names, select_channels
 from dinocell.io.planes import distinct_names
 from dinocell.labels import looks_like_labels
@@ -151,7 +152,7 @@ class Segmentation:
         from dinocell.results.pictures import overlay_panel, write_png
 
         paths = output_paths(folder, self.name, formats, overlay=overlay)
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        ensure_folder(Path(folder))
         refuse_long_names(paths.values())
         if table is None:
             table = self.measure()

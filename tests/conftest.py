@@ -107,7 +107,7 @@ def true_networks() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def mini_model(mini_networks):  # type: ignore[no-untyped-def]
     """As `small_model`, in a module of mini networks."""
-    return _random_model()
+    return random_model()
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +132,7 @@ def knowing_model(small_model):  # type: ignore[no-untyped-def]
 def small_model():  # type: ignore[no-untyped-def]
     """A network of random weights, small and quick, in eval mode."""
     with _tiny_networks(embed_dim=192, depth=12):  # whatever module asks for it first
-        return _random_model()
+        return random_model()
 
 
 @contextlib.contextmanager
@@ -144,7 +144,7 @@ def _tiny_networks(embed_dim: int, depth: int) -> Iterator[None]:
         yield
 
 
-def _random_model():  # type: ignore[no-untyped-def]
+def random_model():  # type: ignore[no-untyped-def]
     import torch
 
     from dinocell.network.model import create_dinocell_model

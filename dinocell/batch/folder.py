@@ -125,7 +125,7 @@ def open_folder(
 def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         earlier = {}
     differing = sorted(key for key in settings if settings[key] != earlier.get(key))
     if differing:

@@ -37,12 +37,14 @@ def merging_folder(out: str | Path) -> Path:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Rows of a journal in the order in which they were written; cut lines are left out."""
+    """Rows of a journal in the order in which they were written; damaged lines are left out."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # cut by a crash while it was written
-                rows.append(json.loads(line))
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # cut by a crash while it was written
+                row = json.loads(line)
+                if isinstance(row, dict) and "name" in row:
+                    rows.append(row)
     return rows
 
 

@@ -15,7 +15,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from dinocell.batch.claims import Claimant, claimed, refuse_running
-from dinocell.batch.folder import make_folder, open_folder, settings_of, write_summary
+from dinocell.batch.folder import (
+    SETTINGS_NAME,
+    make_folder,
+    open_folder,
+    settings_of,
+    write_summary,
+)
 from dinocell.batch.inputs import mark_input
 from dinocell.batch.journal import (
     FAILURES_NAME,
@@ -33,7 +39,12 @@ from dinocell.batch.library_warnings import LibraryWarnings
 from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions, check_call
 from dinocell.batch.report import REPORT_LIMIT, write_report_page
 from dinocell.errors import DINOCellError, ScratchSpaceError
-from dinocell.files import remove_temporary_files, write_text_atomically
+from dinocell.files import (
+    check_kept,
+    kept_folder,
+    remove_temporary_files,
+    write_text_atomically,
+)
 from dinocell.io import refuse_long_names
 from dinocell.network.model import DINOCell, load_model
 from dinocell.pipeline import DINOCellPipeline, LoadedImage, Segmentation, output_paths
@@ -46,8 +57,8 @@ WHOLE_BATCH = "the batch of a folder"
 _MAX_WAITING_BYTES = 2**29
 """Of images that wait for their results to be written, beside at most two for each worker."""
 
-# Of a full disk, a used-up quota, a folder that has become read-only.
-_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# Of a full disk, a used-up quota, a folder that has become read-only or has gone.
+_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE)
 _GIVEN_UP = (
     f"the image must fit into the memory, got a process killed {MAX_KILLS} times while it read or "
     "segmented this image: raise mem, set a smaller `tile_px`, or check the file"
@@ -135,8 +146,8 @@ def segment_files(
     ConfigError
         `resume` with other settings than those of the folder, or of one of its images.
     DINOCellError
-        The GPU has failed, or the folder takes no files; finished images are kept.  Another process
-        writes to the folder.
+        The GPU has failed, or the folder takes no files or has gone; finished images are kept.  Another
+        process writes to the folder.
     """
     started = time.monotonic()
     out = Path(out)
@@ -148,9 +159,18 @@ def segment_files(
         loaded, **{name: getattr(options, name) for name in _PIPELINE_OPTIONS}
     )
     make_folder(out)
-    with _claimed_folder(out, part, claimant):
+    with _saying_what_was_kept(), _claimed_folder(out, part, claimant):
         result = _segment_claimed(paths, out, options, pipeline, part=part, shown=shown)
     return replace(result, seconds=time.monotonic() - started)
+
+
+@contextmanager
+def _saying_what_was_kept() -> Iterator[None]:
+    """Turn what the system says of the journal, the summary, and other files of the whole batch into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise _not_written(error) from error
 
 
 @contextmanager
@@ -180,26 +200,33 @@ def _segment_claimed(
     journal = (part or out) / JOURNAL_NAME
     done, changed = open_folder(out, journal, paths, settings, options, is_part=part is not None)
     batch = _Batch(pipeline, out, options, part, done, len(paths))
-    batch.segment([path for path in paths if path.stem not in done], shown=shown)
-    places = {path: place for place, path in enumerate(paths)}
-    batch.failures.sort(key=lambda item: places[item[0]])
-    ordered = [batch.rows[path.stem] for path in paths if path.stem in batch.rows]
-    if part is not None:
-        _write_failures(part / FAILURES_NAME, batch.failures)
-        clear_suspicion(part)
-    else:
-        stems = {path.stem for path in paths}
-        earlier = {row["name"]: row for row in read_journal(journal)}
-        others = [row for name, row in earlier.items() if name not in stems]
-        write_summary(out / "summary.csv", [*others, *ordered], batch.failures)
-        if options.report:
-            rows = {row["name"]: row for row in (*others, *ordered)}
-            names = [row["name"] for row in others] + [path.stem for path in paths]
-            write_report_page(out, names, rows, batch.entries, batch.failures, pipeline, options)
-        remove_temporary_files(out, before=time.time() - (time.monotonic() - started))
+    with kept_folder(out / SETTINGS_NAME):
+        batch.segment([path for path in paths if path.stem not in done], shown=shown)
+        places = {path: place for place, path in enumerate(paths)}
+        batch.failures.sort(key=lambda item: places[item[0]])
+        ordered = [batch.rows[path.stem] for path in paths if path.stem in batch.rows]
+        if part is not None:
+            _write_failures(part / FAILURES_NAME, batch.failures)
+            clear_suspicion(part)
+        else:
+            stems = {path.stem for path in paths}
+            earlier = {row["name"]: row for row in read_journal(journal)}
+            others = [row for name, row in earlier.items() if name not in stems]
+            write_summary(out / "summary.csv", [*others, *ordered], batch.failures)
+            if options.report:
+                rows = {row["name"]: row for row in (*others, *ordered)}
+                names = [row["name"] for row in others] + [path.stem for path in paths]
+                write_report_page(
+                    out, names, rows, batch.entries, batch.failures, pipeline, options
+                )
+            remove_temporary_files(out, before=time.time() - (time.monotonic() - started))
     some = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
     note = f"segmented again, because files have changed: {some}"
     return BatchResult(out, ordered, batch.failures, len(done), 0.0, (note,) if changed else ())
+
+
+class _JournalError(DINOCellError):
+    """A finished image could not be noted."""
 
 
 _Read = tuple[LoadedImage, dict[str, Any]]
@@ -319,8 +346,13 @@ class _Batch:
             )
             row = self._write(path, result, kept) | {"input": mark}
         self.rows[path.stem] = row
-        with ((self.part or self.out) / JOURNAL_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        journal = (self.part or self.out) / JOURNAL_NAME
+        try:
+            check_kept(Path(os.path.realpath(journal)))
+            with journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # no later image could be noted
+            raise _JournalError(str(_not_written(error))) from error
 
     def _write(self, path: Path, result: Segmentation, warned: Sequence[str]) -> dict[str, Any]:
         """Write the files of an image; `warned` may grow meanwhile."""
@@ -378,13 +410,22 @@ def _stop_if_all_would_fail(error: Exception) -> None:
     causes: list[BaseException | None] = [error]
     while causes[-1] is not None:  # writers wrap it in sentences of their own
         causes.append(causes[-1].__cause__)
+    if isinstance(error, _JournalError):
+        raise error
     if isinstance(error, ScratchSpaceError):
         return  # a smaller image may fit
     if any(isinstance(cause, OSError) and cause.errno in _LASTING for cause in causes):
-        raise DINOCellError(
-            f"the results could not be written ({text}); finished images were kept. Free space or "
-            "repair the mount, then run the same command again"
-        ) from error
+        raise _not_written(error) from error
+
+
+def _not_written(error: Exception) -> DINOCellError:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename2 or error.filename or 'a file of the batch'}"
+    return DINOCellError(
+        f"the results could not be written ({text}); finished images were kept. Free space, repair the "
+        "mount or change the rights, then run the same command again"
+    )
 
 
 def _write_failures(path: Path, failures: Sequence[tuple[Path, str]]) -> None:

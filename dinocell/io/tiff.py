@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import re
+import struct
 import threading
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -71,11 +72,32 @@ _TIFF_LOG = _TiffLog()
 logging.getLogger("tifffile").addFilter(_TIFF_LOG)
 
 
+def _refuse_circle(tif: Any) -> None:
+    """Raise ValueError if a page names an earlier one as the next: tifffile would read for ever."""
+    file, layout = tif.filehandle, tif.tiff
+    seen: set[int] = set()
+    file.seek(8 if layout.is_bigtiff else 4)
+    while content := file.read(layout.offsetsize):
+        if len(content) < layout.offsetsize:
+            return
+        (offset,) = struct.unpack(layout.offsetformat, content)
+        if offset in seen:
+            raise ValueError("its pages refer to each other in a circle")
+        seen.add(offset)
+        file.seek(offset)
+        number = file.read(layout.tagnosize)
+        if not offset or len(number) < layout.tagnosize:
+            return
+        (tags,) = struct.unpack(layout.tagnoformat, number)
+        file.seek(offset + layout.tagnosize + tags * layout.tagsize)
+
+
 def read_tiff(path: Path, wanted: Selection) -> RawImage:
     """Read one plane of a TIFF with the wanted channels, and no more pages than that needs."""
     import tifffile
 
     with _TIFF_LOG.collect() as complaints, tifffile.TiffFile(path) as tif:
+        _refuse_circle(tif)
         all_series = [s for s in tif.series if not s.keyframe.is_reduced] or list(tif.series)
         if not all_series:
             raise ValueError(complaints[0] if complaints else "it holds no image")

@@ -179,7 +179,7 @@ def read_model_header(name: str | Path) -> dict[str, Any]:
         )
     try:
         header = json.loads(metadata[_HEADER_KEY])
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"the header of a model file must be JSON, got something else in {path}: fetch it again"
         ) from error

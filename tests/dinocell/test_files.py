@@ -12,6 +12,7 @@ from dinocell.errors import DINOCellError
 from dinocell.files import (
     atomic_folder,
     atomic_path,
+    kept_folder,
     move_into_place,
     remove_temporary_files,
     write_text_atomically,
@@ -27,6 +28,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, failure):
         raise failure
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.tif"]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_kept_folder_is_not_made_again(tmp_path, replaced):
+    out, away = tmp_path / "out", tmp_path / "away"
+    write_text_atomically(out / "marker", "")
+    with kept_folder(out / "marker"):
+        write_text_atomically(out / "in" / "a.txt", "a")
+        out.rename(away)
+        if replaced:
+            out.mkdir()  # as a mount point is there without its mount
+        with pytest.raises(
+            OSError, match="the folder is gone or another one has its name"
+        ) as caught:
+            write_text_atomically(out / "in" / "b.txt", "b")
+        assert caught.value.errno == errno.ESTALE
+        assert [*tmp_path.glob("out/*")] == []
+        write_text_atomically(tmp_path / "elsewhere" / "c.txt", "c")
+    write_text_atomically(out / "d.txt", "d")
 
 
 def test_the_temporary_file_is_hidden_beside_and_keeps_the_suffix(tmp_path):

@@ -285,6 +285,64 @@ def test_a_full_disk_is_no_fault_of_the_images(images, tmp_path, mini_model, mon
     assert not (tmp_path / "out" / "summary.csv").exists()
 
 
+def at_second_image(monkeypatch, strike):
+    """Calls `strike` when the network gets the second image of a batch."""
+    predict, seen = batch.DINOCellPipeline.predict, []
+
+    def predict_and_strike(self, plane, **options):
+        seen.append(plane)
+        if len(seen) == 2:
+            strike()
+        return predict(self, plane, **options)
+
+    monkeypatch.setattr(batch.DINOCellPipeline, "predict", predict_and_strike)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_goes_away_is_not_made_again(
+    images, tmp_path, mini_model, monkeypatch, replaced
+):
+    """As when a network folder is unmounted: `replaced` where the mount point itself is the folder."""
+    out, away = tmp_path / "out", tmp_path / "away"
+
+    def unmount():
+        out.rename(away)
+        if replaced:
+            out.mkdir()
+
+    with monkeypatch.context() as patch:
+        at_second_image(patch, unmount)
+        with pytest.raises(
+            DINOCellError, match=r"the folder is gone .*images were kept.*the mount"
+        ):
+            run(images, out, mini_model)
+    assert out.exists() == replaced
+    if replaced:
+        out.rmdir()  # it is empty
+    away.rename(out)
+    (out / "claim.json").unlink()  # of this process, which would have ended
+    run(images, out, mini_model, resume=True)
+    run(images, tmp_path / "whole", mini_model)
+    for path in (tmp_path / "whole").iterdir():
+        if path.name != journal.JOURNAL_NAME:
+            assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_journal_that_takes_no_line_stops_the_batch(images, tmp_path, mini_model, monkeypatch):
+    """A file that is read-only is one for all users but root, a folder for root as well."""
+    lines = tmp_path / "out" / journal.JOURNAL_NAME
+
+    def close():
+        lines.unlink(missing_ok=True)
+        lines.mkdir()
+
+    at_second_image(monkeypatch, close)
+    with pytest.raises(DINOCellError, match=r"could not be written .*directory.*change the rights"):
+        run(images, tmp_path / "out", mini_model)
+    with pytest.raises(DINOCellError, match=r"could not be written .*directory.*change the rights"):
+        run(images, tmp_path / "out", mini_model, resume=True)
+
+
 @pytest.mark.parametrize(
     "text", ["CUDA error: an illegal memory access", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"]
 )
@@ -592,3 +650,9 @@ def test_warnings_of_libraries_belong_to_their_image(own, tmp_path, mini_model, 
     assert [row["warnings"] for row in result.rows] == [text] * 3
     assert "invalid value" in (tmp_path / "out" / "report.html").read_text()
     assert capfd.readouterr().err == ""
+
+
+def test_damaged_lines_of_a_journal_are_left_out(tmp_path):
+    path = tmp_path / "images.jsonl"
+    path.write_bytes(b'{"name": "a"}\n\xff\xfe\n7\nnull\n{}\n' + b"9" * 5000 + b'\n{"name": "b"}\n')
+    assert [row["name"] for row in journal.read_journal(path)] == ["a", "b"]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,9 +51,13 @@ def labels(suffix: str, folder: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory) -> list[bytes]:
+    return valid_files(tmp_path_factory.mktemp("valid"))
+
+
+def valid_files(folder: Path) -> list[bytes]:
+    """One small file of each kind."""
     import cv2
 
-    folder = tmp_path_factory.mktemp("valid")
     gray, deep, colour = (
         *(textured((12, 14), "uint8"), textured((12, 14))),
         textured((12, 14, 3), "uint8"),
@@ -133,6 +138,24 @@ def test_16_bit_colour_png_of_damaged_chunks(valid, tmp_path, capfd, place):
     with pytest.raises(DINOCellError, match="damaged"):
         read_image(tmp_path / "a.png")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("bigtiff", [False, True])
+def test_pages_in_a_circle_end(tmp_path, bigtiff):
+    """Found by atheris: reading never ended."""
+    path = tmp_path / "a.tif"
+    stack = textured((3, 12, 14))
+    tifffile.imwrite(path, stack, photometric="minisblack", bigtiff=bigtiff, metadata=None)
+    assert read_image(path, page=2).pixels.shape == (12, 14)
+    with tifffile.TiffFile(path) as tif:
+        first, last, layout = tif.pages[0].offset, tif.pages[2], tif.tiff
+        place = last.offset + layout.tagnosize + len(last.tags) * layout.tagsize
+    content = bytearray(path.read_bytes())
+    content[place : place + layout.offsetsize] = struct.pack(layout.offsetformat, first)
+    path.write_bytes(content)
+    for read in (read_image, read_labels):
+        with pytest.raises(DINOCellError, match="refer to each other in a circle"):
+            read(path, page=0)
 
 
 def test_tiles_of_absurd_size_are_refused(tmp_path):

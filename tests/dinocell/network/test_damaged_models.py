@@ -60,7 +60,8 @@ def test_values_that_fuzzing_found(whole, tmp_path, change, sentence):
         load_model(path)
 
 
-@pytest.mark.parametrize("text", ["7", "[]", "null", '"x"', "{", "[" * 100_000])
+# Of "[" and "9" Python has too many: RecursionError, ValueError.
+@pytest.mark.parametrize("text", ["7", "[]", "null", '"x"', "{", "[" * 100_000, "9" * 5000])
 def test_headers_that_hold_no_keys(whole, tmp_path, text):
     with pytest.raises(CheckpointError, match="header of a model file"):
         read_model_header(write(tmp_path / "m.safetensors", whole, text))
