@@ -375,6 +375,7 @@ def test_summary_refuses_a_foreign_table() -> None:
         ([[1]], {"image": [["a"]]}, TypeError, "real numbers"),
         ([[1]], {"image": [[1]], "channel_names": "D"}, TypeError, r"write \['D'\]"),
         ([[1]], {"image": [[1]], "channel_names": []}, ValueError, "1 different names"),
+        ([[1]], {"image": [[1]], "channel_names": ["D", "E"]}, ValueError, "1 different names"),
         ([[1]], {"image": [[[1, 2]]], "channel_names": ["D", "D"]}, ValueError, "2 different"),
         ([[1]], {"image": [[[1, 2]]], "channel_names": ["D", ""]}, ValueError, "2 different"),
     ],
