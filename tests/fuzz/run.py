@@ -29,6 +29,7 @@ def main() -> None:
     seeds = Path(FOLDER / "seeds")
     seeds.mkdir()
     for number, content in enumerate(target.seeds()):
+        target.run(content)  # numba compiles at the first call, which would count as a hang
         (seeds / str(number)).write_bytes(content)
     os.fsync = lambda _: None  # type: ignore[assignment]
     limits = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=2048", "-max_len=8192"]
