@@ -8,6 +8,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,11 +20,14 @@ from dinocell.compilation import njit
 from dinocell.errors import ImageFileError, MissingExtraError
 from dinocell.io import write_labels
 from dinocell.labels import as_labels
-from dinocell.results.outlines import Ring, labels_to_polygons, trace_polygons, xy_texts
+from dinocell.results.number_texts import objects_of_numbers
+from dinocell.results.outlines import Polygons, Ring, labels_to_polygons, trace_polygons, xy_texts
 from dinocell.results.table import CellTable, write_text, writing
 
 _MAX_ROI_PX = 60_535
 """ImageJ's `RoiDecoder` takes 16-bit positions from 0 to this; it reads those above as negative."""
+_WRITTEN_CELLS = 1024
+"""Cells whose text is made at a time: of a large image, all of it would fill the memory."""
 
 
 def write_geojson(
@@ -55,50 +59,53 @@ def write_geojson(
     rings are closed, outer ones counter-clockwise in (x, y) as RFC 7946 section 3.1.6 asks.
     """
     corners, stops, polygons = trace_polygons(labels)
-    measured = _measurement_texts(table, list(polygons))
-    texts = _split_letters(*xy_texts(corners, stops))
-    features = []
-    for (label, pieces), measurements in zip(polygons.items(), measured, strict=True):
-        parts = [f"[{','.join([texts[ring] for ring in piece])}]" for piece in pieces]
-        one = len(parts) == 1
-        kind, coordinates = (
-            ("Polygon", parts[0]) if one else ("MultiPolygon", f"[{','.join(parts)}]")
+    if table is not None and table["label"].tolist() != list(polygons):
+        raise ValueError(
+            f"`table` must hold the same labels as the image, got {len(table)} rows for "
+            f"{len(polygons)} cells: call `measure_labels` on these labels."
         )
-        features.append(
-            f'{{"type":"Feature","geometry":{{"type":"{kind}","coordinates":{coordinates}}},'
-            f'"properties":{{"objectType":"detection","name":"{label}","label":{label}'
-            f"{measurements}}}}}"
-        )
-    write_text(path, '{"type":"FeatureCollection","features":[\n' + ",\n".join(features) + "\n]}\n")
+    rings = _split_letters(*xy_texts(corners, stops))
+    middle = '},"properties":{"objectType":"detection","name":"'
+    cells = iter(polygons.items())
+    with writing(path) as temporary, temporary.open("wb") as file:
+        file.write(b'{"type":"FeatureCollection","features":[')
+        for first in range(0, len(polygons), _WRITTEN_CELLS):
+            heads = [
+                f',\n{{"type":"Feature","geometry":{{"type":{_geometry(pieces, rings)}{middle}{label}",'
+                f'"label":{label}'
+                for label, pieces in islice(cells, _WRITTEN_CELLS)
+            ]
+            if not first:
+                heads[0] = heads[0][1:]
+            file.write(_with_measurements(heads, table, first))
+        file.write(b"\n]}\n" if polygons else b"\n\n]}\n")
+
+
+def _geometry(pieces: Polygons, rings: list[str]) -> str:
+    """Type and coordinates of a cell in JSON."""
+    if len(pieces) == 1:
+        return f'"Polygon","coordinates":[{",".join([rings[ring] for ring in pieces[0]])}]'
+    parts = ["[" + ",".join([rings[ring] for ring in piece]) + "]" for piece in pieces]
+    return f'"MultiPolygon","coordinates":[{",".join(parts)}]'
+
+
+def _with_measurements(heads: list[str], table: CellTable | None, first: int) -> Any:
+    """The letters of features whose text lacks its end, which the table continues from row `first`."""
+    if table is None:
+        return ("}}".join(heads) + "}}").encode("ascii")
+    columns = [column[first : first + len(heads)] for column in table.data.values()]
+    is_float = np.array([column.dtype.kind == "f" for column in columns])
+    rows = np.stack(
+        [c.astype(float if c.dtype.kind == "f" else int).view(np.uint64) for c in columns], 1
+    )
+    starts = [head + ',"measurements":' for head in heads]
+    return objects_of_numbers(starts, rows, is_float, table.columns, "}}").data
 
 
 def _split_letters(letters: NDArray[np.uint8], ends: NDArray[np.int64]) -> list[str]:
     """Texts that follow one another as ASCII letters, and end where `ends` says."""
     text, stop = letters.tobytes().decode("ascii"), ends.tolist()
     return [text[begin:end] for begin, end in zip([0, *stop], stop, strict=False)]
-
-
-def _measurement_texts(table: CellTable | None, labels: list[int]) -> list[str]:
-    """Each cell's measurements as JSON, to follow the other properties; empty without a table."""
-    if table is None:
-        return [""] * len(labels)
-    if table["label"].tolist() != labels:
-        raise ValueError(
-            f"`table` must hold the same labels as the image, got {len(table)} rows for "
-            f"{len(labels)} cells: call `measure_labels` on these labels."
-        )
-    columns = []
-    for name, column in table.data.items():
-        start = json.dumps(name) + ":"
-        values = column.astype(int) if column.dtype.kind == "b" else column
-        texts = [start + text for text in map(repr, values.tolist())]
-        if column.dtype.kind == "f":
-            for missing in np.flatnonzero(~np.isfinite(column)).tolist():
-                texts[missing] = ""
-        columns.append(texts)
-    return [
-        f',"measurements":{{{",".join(filter(None, row))}}}' for row in zip(*columns, strict=True)
-    ]
 
 
 def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:

@@ -17,6 +17,8 @@ from dinocell.labels import as_labels
 
 Ring = NDArray[np.int64]
 """(N, 2) corners (row, col) of a closed line, the first one not repeated."""
+Polygons = tuple[tuple[int, ...], ...]
+"""Polygons of a cell, each the numbers of its rings, the outer one first."""
 
 
 def labels_to_polygons(labels: ArrayLike) -> dict[int, list[list[Ring]]]:
@@ -48,7 +50,7 @@ def labels_to_polygons(labels: ArrayLike) -> dict[int, list[list[Ring]]]:
 
 def trace_polygons(
     labels: ArrayLike,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int, list[list[int]]]]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[int, Polygons]]:
     """`labels_to_polygons` without an array per ring.
 
     Returns the corners (row, col) of all rings one after the other, where each ring stops, and the
@@ -71,11 +73,18 @@ def trace_polygons(
     label_of, is_hole = label_of[origin], _signed_areas(corners, stops) < 0
     order = np.lexsort((origin, is_hole, label_of))
     order = order[~np.append(pinched, np.zeros(len(parts), np.bool_))[order]]
-    polygons: dict[int, list[list[int]]] = {}
+    label_of, is_hole = label_of[order], is_hole[order]
+    first = np.append(True, label_of[1:] != label_of[:-1])[: len(order)]
+    # Tuples, because a hundred thousand lists keep the garbage collector busy for half a second.
+    polygons: dict[int, Polygons] = {
+        label: ((number,),)
+        for label, number in zip(label_of[first].tolist(), order[first].tolist(), strict=True)
+    }
+    several: dict[int, list[list[int]]] = {}
     for number, label, hole in zip(
-        order.tolist(), label_of[order].tolist(), is_hole[order].tolist(), strict=True
+        order[~first].tolist(), label_of[~first].tolist(), is_hole[~first].tolist(), strict=True
     ):
-        pieces = polygons.setdefault(label, [])
+        pieces = several.setdefault(label, [[polygons[label][0][0]]])
         if not hole:
             pieces.append([number])
             continue
@@ -83,6 +92,7 @@ def trace_polygons(
         if len(pieces) > 1:
             home = next(p for p in pieces if _encloses(rings(p[0]), rings(number)))
         home.append(number)
+    polygons |= {label: tuple(map(tuple, pieces)) for label, pieces in several.items()}
     return corners, stops, polygons
 
 

@@ -259,7 +259,7 @@ def test_failure_leaves_the_old_file(write, tmp_path: Path, monkeypatch) -> None
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full_disk)
+        patch.setattr(Path, "open", full_disk)
         with pytest.raises(DINOCellError, match=r"cells\.out' cannot be written \(No space left"):
             write(path)
     assert path.read_text() == "old"
