@@ -5,10 +5,12 @@ is not, within the memory that a job has.  What is computed from it by the funct
 it is itself, so that whoever makes the first array decides for all of them.
 """
 
+import ctypes
 import errno
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,11 +34,9 @@ def is_large(shape: tuple[int, ...], tile_px: int | None = None) -> bool:
 
 def in_file(array: Any) -> bool:
     """Whether an array, or that of which it is a view, is stored in a file."""
-    while isinstance(array, np.ndarray):
-        if isinstance(array, np.memmap):
-            return True
+    while isinstance(array, (np.ndarray, _Memory)) and array.base is not None:
         array = array.base
-    return isinstance(array, mmap.mmap)
+    return isinstance(array, (mmap.mmap, _Memory))
 
 
 def zeros_in_file(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -51,13 +51,59 @@ def zeros_in_file(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     try:
         with tempfile.TemporaryFile() as file:
             _reserve(file, size)
-            return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
+            return _mapped(file, np.dtype(dtype), shape)
     except OSError as error:
         raise ScratchSpaceError(
             f"a large image needs {size / 1e9:.1f} GB more in the folder for temporary files "
             f"({os.environ.get('TMPDIR') or '/tmp'}), in all about 25 bytes for each pixel, but it cannot be "
             f"written ({error.strerror or error}): free space there, or set TMPDIR to a folder that has it"
         ) from error
+
+
+class _Memory:
+    """Memory that `np.asarray` takes for writable: a mapped file, or that of the array `base`."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], dtype: np.dtype, base: Any) -> None:
+        self.base = base
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": shape,
+            "typestr": dtype.str,
+            "data": (address, False),
+        }
+
+
+def as_if_writable(array: NDArray[Any]) -> NDArray[Any]:
+    """A contiguous array under flags that say writable, for compiled functions that only read it.
+
+    numba would compile once more for read-only arrays, and a writable copy of a memory map
+    (`numpy.load(path, mmap_mode="r")`) would fill the memory.  Whoever writes kills the process.
+    """
+    if array.flags.writeable or not array.size:
+        return array
+    return np.asarray(_Memory(array.ctypes.data, array.shape, array.dtype, array))
+
+
+def _mapped(file: Any, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The content of a file as an array that keeps no file descriptor.
+
+    `mmap.mmap` duplicates the descriptor and keeps it, so that some hundred results of large images
+    would use up those that a process may have; the system needs none.  Only POSIX has `mmap`.
+    """
+    if os.name != "posix":
+        return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
+    system = ctypes.CDLL(None, use_errno=True)
+    system.mmap.restype = ctypes.c_void_p
+    system.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    system.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    size, rights = os.fstat(file.fileno()).st_size, mmap.PROT_READ | mmap.PROT_WRITE
+    address = system.mmap(None, size, rights, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    memory = _Memory(address, shape, dtype, None)
+    end = weakref.finalize(memory, system.munmap, address, size)
+    end.atexit = False  # other threads may use it until the process ends
+    return np.asarray(memory)
 
 
 def _reserve(file: Any, size: int) -> None:

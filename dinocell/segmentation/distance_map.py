@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dinocell.compilation import njit
 from dinocell.labels import check_labels
-from dinocell.scratch import contiguous, zeros_like
+from dinocell.scratch import as_if_writable, contiguous, zeros_like
 
 TARGETS: tuple[str, ...] = ("linear", "sqrt")
 """Known values of `target`."""
@@ -92,8 +92,7 @@ def _table_index(labels: ArrayLike) -> tuple[NDArray[np.int32], int]:
     largest = int(array.max())
     if largest >= _LARGEST_TABLE:
         array, largest = _renumbered(array)
-    # Writable, or numba would compile once more for read-only arrays.
-    return np.require(contiguous(array, np.int32), requirements="W"), largest + 1
+    return as_if_writable(contiguous(array, np.int32)), largest + 1
 
 
 def _renumbered(labels: NDArray[Any]) -> tuple[NDArray[Any], int]:

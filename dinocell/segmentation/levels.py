@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.compilation import njit
-from dinocell.scratch import zeros_like
+from dinocell.scratch import as_if_writable, contiguous, zeros_like
 
 NUM_LEVELS = 4096
 """Levels of the quantised map: finer than what a network knows, and few enough to count and queue by."""
@@ -24,7 +24,7 @@ def quantize(distance_map: ArrayLike) -> NDArray[np.int16]:
 
 
 def checked_map(distance_map: ArrayLike) -> NDArray[np.float32]:
-    """Check a distance map and return it as writable, C-contiguous float32.
+    """Check a distance map and return it as C-contiguous float32, to be read only.
 
     Raises ValueError (it is not 2-D, holds NaN, no real numbers, or integers other than 0 and 1, or
     has 2³¹ pixels or more).
@@ -48,9 +48,8 @@ def checked_map(distance_map: ArrayLike) -> NDArray[np.float32]:
             f"`distance_map` must hold values in [0, 1], got {array.dtype} from {array.min()} to "
             f"{array.max()}: divide it by the number that stands for 1."
         )
-    # Writable, or numba would compile once more for read-only arrays.
     with np.errstate(over="ignore"):  # beyond float32 is beyond 1, and clipped all the same
-        array = np.require(array, np.float32, ["C", "W"])  # a map in a file has this form
+        array = as_if_writable(contiguous(array, np.float32))
     _refuse_nan(array)
     return array
 
