@@ -8,6 +8,9 @@ in a control group with `--limit-gb` of memory, page cache included, so that a r
 killed.  The stand-in network answers with the image itself, which looks like a distance map: reading,
 windows, watershed, measurements, and files are the real ones, and only the arithmetic that takes no
 memory of the image's size is left out.  Needs root, for the control group.
+
+`scratch_peak_mb` is the most that deleted files of the process, which are its temporary ones, took on
+the disk: the blocks of those that it has mapped or open, sampled 20 times a second.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +106,35 @@ class ControlGroup:
         return round(peak)
 
 
+def scratch_bytes(pid: int) -> int:
+    """Bytes on the disk of the deleted files that a process has mapped or open; 0 if it has ended."""
+    sizes: dict[str, int] = {}  # by inode
+    try:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if line.endswith("(deleted)"):
+                addresses, _, _, _, inode = line.split()[:5]
+                begin, end = (int(address, 16) for address in addresses.split("-"))
+                sizes[inode] = end - begin  # `scratch` reserves all blocks before it maps a file
+        for handle in Path(f"/proc/{pid}/fd").iterdir():
+            if os.readlink(handle).endswith("(deleted)"):
+                state = handle.stat()
+                sizes[str(state.st_ino)] = 512 * state.st_blocks
+    except OSError:  # of the process, or of a file that was closed meanwhile
+        pass
+    return sum(sizes.values())
+
+
+def watched(command: list[str], enter: Callable[[], None]) -> tuple[subprocess.Popen[str], int]:
+    """Run a command to its end; also the peak of `scratch_bytes`."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, preexec_fn=enter, text=True, **pipes)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, scratch_bytes(process.pid))
+        time.sleep(0.05)
+    return process, peak
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sides", type=int, nargs="+", default=[2000, 8000, 20_000])
@@ -120,20 +153,17 @@ def main() -> None:
             group = ControlGroup(int(args.limit_gb * 1e9))
             command = [sys.executable, __file__, *["--network"] * args.network, "--child"]
             try:
-                done = subprocess.run(
-                    [*command, str(image), str(out)],
-                    preexec_fn=group.enter,
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
+                done, scratch = watched([*command, str(image), str(out)], group.enter)
+                printed, complaint = done.communicate()
             finally:
                 peak = group.close()
             row = {"side_px": side, "network": args.network, "group_peak_mb": peak}
+            row["scratch_peak_mb"] = round(scratch / 1e6)
+            row["scratch_bytes_per_px"] = round(scratch / side**2, 1)
             if done.returncode:
-                row["failed"] = f"exit {done.returncode}: {done.stderr[-300:]}"
+                row["failed"] = f"exit {done.returncode}: {complaint[-300:]}"
             else:
-                row |= json.loads(done.stdout.splitlines()[-1])
+                row |= json.loads(printed.splitlines()[-1])
                 row["files_mb"] = round(sum(f.stat().st_size for f in out.rglob("*")) / 1e6)
         print(row, flush=True)
         rows.append(row)
