@@ -230,7 +230,7 @@ def _shortest(bits: np.uint64, powers: NDArray[np.uint64]) -> tuple[np.uint64, i
     if biased == 0 and fraction == _ZERO:
         return _ZERO, 0
     value = fraction | _HIDDEN if biased else fraction  # the number is value * 2**power
-    power = max(biased, 1) - 1075
+    power = biased - 1075 if biased else -1074
     if -53 < power <= 0 and value & ((_ONE << np.uint64(-power)) - _ONE) == _ZERO:
         return value >> np.uint64(-power), 0  # a whole number below 2**53
     uneven = fraction == _ZERO and biased > 1  # the lower neighbour is half as far away

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from dinocell.batch.run import segment_files
 from dinocell.errors import ScratchSpaceError
 from dinocell.io import read_image, read_labels, write_image
 from dinocell.pipeline import DINOCellPipeline
+from dinocell.segmentation.distance_map import _table_index
 from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.intensity import IntensityRange, find_range
+from dinocell.segmentation.levels import checked_map
 
 
 @pytest.fixture
@@ -78,6 +82,39 @@ def test_cells_are_those_of_the_image_in_memory(tmp_path, small_model, made, fau
     np.testing.assert_array_equal(in_files.distance_map, in_memory.distance_map)
     np.testing.assert_array_equal(in_files.labels, in_memory.labels)
     assert in_files.warnings == in_memory.warnings
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files on Linux")
+def test_results_in_files_hold_no_file_descriptor(small_model, made):
+    before = sorted(os.listdir("/proc/self/fd"))
+    kept = [DINOCellPipeline(small_model, tile_px=50).run(field()) for _ in range(2)]
+    assert all(scratch.in_file(result.labels) for result in kept)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    address = f"{kept[0].labels.ctypes.data:x}-"
+    assert address in Path("/proc/self/maps").read_text()
+    del kept
+    gc.collect()
+    assert address not in Path("/proc/self/maps").read_text()  # and the space on the disk is free
+
+
+def test_read_only_memory_maps_are_read_in_place(tmp_path, small_model, made):
+    np.save(tmp_path / "a.npy", field())
+    image = np.load(tmp_path / "a.npy", mmap_mode="r")
+    pipeline = DINOCellPipeline(small_model, tile_px=50)
+    result = pipeline.run(image)
+    assert np.shares_memory(result.image, image)
+    assert (result.image.shape, "uint16") not in made
+    np.testing.assert_array_equal(result.labels, pipeline.run(field()).labels)
+    for name, array, read in (
+        ("map", result.distance_map, checked_map),
+        ("labels", result.labels.astype(np.int32), lambda labels: _table_index(labels)[0]),
+    ):
+        np.save(tmp_path / f"{name}.npy", array)
+        mapped = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
+        in_place = read(mapped)
+        assert np.shares_memory(in_place, mapped)
+        assert scratch.in_file(in_place)
+        np.testing.assert_array_equal(in_place, array)
 
 
 def test_average_of_channels_in_files_is_that_in_memory(tmp_path, small_model, made):
