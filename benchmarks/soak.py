@@ -470,22 +470,29 @@ def inputs_lost(soak: Soak, out: Path) -> list[str]:
 
 def read_only_files(soak: Soak, out: Path) -> list[str]:
     """Files that cannot be replaced among the outputs: of an image, the journal, and the summary."""
+    run = soak.start(out)
+    soak.wait_for(run, out / JOURNAL_NAME, 1)
+    run.kill()
+    last = soak.count - len(KINDS)
     heard = []
-    names = [f"well{place}" for place, kind in enumerate(KINDS) if kind in GOOD[:2]]
-    for name in (f"{names[0]}_labels.tif", f"{names[1]}_cells.csv", JOURNAL_NAME, "summary.csv"):
-        out.mkdir(exist_ok=True)
-        path = out / name
-        path.touch()
-        subprocess.run(["chattr", "+i", path], check=True)
+    for names in (
+        [f"well{last}_labels.tif", f"well{last + 1}_cells.csv"],
+        [JOURNAL_NAME],
+        ["summary.csv"],
+    ):
+        paths = [out / name for name in names]
+        for path in paths:
+            path.touch()
+            subprocess.run(["chattr", "+i", path], check=True)
         try:
-            run = soak.run(out)
+            ended = soak.run(out)
         finally:
-            subprocess.run(["chattr", "-i", path], check=True)
-        if name.startswith("well"):
-            assert run.out.count("\nfailed: ") == soak.count - soak.num_good + 1, run
-            heard += [line for line in run.out.splitlines() if path.name in line]
+            subprocess.run(["chattr", "-i", *paths], check=True)
+        if len(names) == 2:
+            assert ended.out.count("\nfailed: ") == soak.count - soak.num_good + 2, ended
+            heard += [line for line in ended.out.splitlines() if any(n in line for n in names)]
         else:
-            heard.append(sentence_of(run))
+            heard.append(sentence_of(ended))
     assert soak.run(out).code == 1
     return heard
 
