@@ -50,21 +50,29 @@ _NAMES_SHOWN = 5
 
 @dataclass(frozen=True)
 class Pair:
-    """An image file and its label file; `dataset` names the set they come from."""
+    """An image file and its label file; `dataset` names the set they come from.
+
+    `channels` are the channels of the image to read; empty for a gray image.
+    """
 
     dataset: str
     image_path: Path
     labels_path: Path
+    channels: tuple[str, ...] = ()
 
 
 def find_pairs(
-    images: str | os.PathLike[str], labels: str | os.PathLike[str], dataset: str = ""
+    images: str | os.PathLike[str],
+    labels: str | os.PathLike[str],
+    dataset: str = "",
+    channels: Sequence[str] = (),
 ) -> list[Pair]:
     """Pair the images of a folder with the label files of another, or of the same one, by name.
 
     Images whose name is that of a result of DINOCell (`OUTPUT_ENDINGS`) count only if a label file has
     the same name.  If both are the same folder, a name with an ending says which files are labels.  The
-    pairs are sorted by the names of the images; `dataset` is kept in them and named in errors.
+    pairs are sorted by the names of the images; `dataset` (named in errors) and `channels` are kept in
+    them.
 
     Raises DataSetError (a folder is missing or empty; an image has no label file or a label file no
     image (up to five are named); two files claim to be the same image or its labels; an image is
@@ -96,7 +104,9 @@ def find_pairs(
             f"{len(alone)} without a partner ({_some(alone)}) in '{images}' and '{labels}': rename or "
             f"remove them; the labels of a.tif may be named a.png, or a with {_ENDINGS} before the suffix"
         )
-    pairs = [Pair(dataset, image_by_stem[stem], path) for stem, path in found.items()]
+    pairs = [
+        Pair(dataset, image_by_stem[stem], path, tuple(channels)) for stem, path in found.items()
+    ]
     for pair in pairs:
         if os.path.samefile(pair.image_path, pair.labels_path):
             raise DataSetError(

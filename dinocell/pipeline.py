@@ -19,9 +19,14 @@ from dinocell.labels import looks_like_labels
 from dinocell.network.familiarity import Appearance
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
 from dinocell.results.confidence import cell_scores
-from dinocell.scratch import new_image, row_bands
+from dinocell.scratch import row_bands
 from dinocell.segmentation.inference import predict_distance_map, start_appearance
-from dinocell.segmentation.intensity import IntensityRange, check_values, find_range
+from dinocell.segmentation.intensity import (
+    IntensityRange,
+    average_channels,
+    check_values,
+    find_range,
+)
 from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
 from dinocell.segmentation.watershed import separate_cells
 
@@ -464,18 +469,14 @@ class DINOCellPipeline:
         self, pixels: NDArray, names: Sequence[str] | None
     ) -> tuple[NDArray[np.float32], list[str]]:
         """Mean of the normalised channels, and what was left out of each."""
-        planes = list(np.moveaxis(pixels, 2, 0))
+        planes = np.moveaxis(pixels, 2, 0)
         ranges = [find_range(plane, **self.model.config.intensity) for plane in planes]
         notes = [
             f"channel {names[index] if names else index}: {note}"
             for index, intensity in enumerate(ranges)
             for note in intensity.notes
         ]
-        average = new_image(pixels.shape[:2], np.float32, self.tile_px)
-        for rows in row_bands(average.shape):
-            scaled = [r.apply_rows(plane, rows) for r, plane in zip(ranges, planes, strict=True)]
-            average[rows] = np.mean(scaled, axis=0, dtype=np.float32)
-        return average, notes
+        return average_channels(pixels, ranges, self.tile_px), notes
 
 
 def segment(

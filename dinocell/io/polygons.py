@@ -90,7 +90,11 @@ def run_lengths_to_mask(counts: Sequence[int], shape: tuple[int, int]) -> CellMa
 
 
 def expand_run_lengths(text: str) -> list[int]:
-    """Unpack the string of COCO tools: the inverse of `dinocell.results.exports.compress_rle`."""
+    """Unpack the string of COCO tools, which `dinocell.results.exports.write_coco_rle` also writes.
+
+    A number is written in groups of 5 bits, lowest first; from the fourth on it is the difference to the
+    one two before.
+    """
     counts: list[int] = []
     number = shift = 0
     for letter in text.encode("ascii"):

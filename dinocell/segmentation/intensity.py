@@ -20,13 +20,14 @@ image's own noise keeps an empty field from being stretched until its noise look
 The range is always that of the whole image, never of a tile.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.scratch import all_finite, row_bands, sampled_blocks
+from dinocell.scratch import all_finite, new_image, row_bands, sampled_blocks
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -337,6 +338,21 @@ def normalize_intensity(image: NDArray, **options: float) -> NDArray[np.float32]
     `options`, range and errors are those of `find_range`; a constant image gives zeros.
     """
     return find_range(image, **options).apply(image)
+
+
+def average_channels(
+    pixels: NDArray, ranges: Sequence[IntensityRange], tile_px: int | None = None
+) -> NDArray[np.float32]:
+    """Mean (H, W) of the channels of an image (H, W, C), each mapped to [0, 1] by its own range.
+
+    A large image (`tile_px`: see `dinocell.scratch.new_image`) is kept in a file.
+    """
+    planes = list(np.moveaxis(pixels, 2, 0))
+    average = new_image(pixels.shape[:2], np.float32, tile_px)
+    for rows in row_bands(average.shape):
+        scaled = [r.apply_rows(plane, rows) for r, plane in zip(ranges, planes, strict=True)]
+        average[rows] = np.mean(scaled, axis=0, dtype=np.float32)
+    return average
 
 
 def to_model_input(image: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -11,7 +11,8 @@ class DatasetConfig:
     """One data set: a folder of images and a folder of label images of the same names.
 
     `val_images` and `val_labels` name a given validation split; without them `data.val_fraction`
-    of the pairs is held out.  `weight` is the share of crops relative to the other sets (null: by
+    of the pairs is held out.  `channels` are names of channels or positions from 0, as for `segment`:
+    several are normalised one by one and averaged.  `weight` is the share of crops relative to the other sets (null: by
     its number of pixels).
     """
 
@@ -20,6 +21,7 @@ class DatasetConfig:
     labels: str
     val_images: str | None = None
     val_labels: str | None = None
+    channels: list[str] | None = None
     weight: float | None = None
 
     def __post_init__(self) -> None:
@@ -27,6 +29,11 @@ class DatasetConfig:
             (self.val_images is None) == (self.val_labels is None),
             f"data set {self.name!r} must give both val_images and val_labels or neither, got one: "
             "add the other",
+        )
+        require(
+            self.channels is None or len(self.channels) > 0,
+            f"data set {self.name!r} must name at least one of its channels, got none: leave channels "
+            "out for gray images",
         )
         require(
             self.weight is None or self.weight > 0,

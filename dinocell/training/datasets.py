@@ -19,7 +19,12 @@ from dinocell.labels import looks_like_labels, require_cells
 from dinocell.pairs import Pair, find_pairs
 from dinocell.progress import progress
 from dinocell.segmentation.distance_map import labels_to_distance_map
-from dinocell.segmentation.intensity import normalize_intensity, to_model_input
+from dinocell.segmentation.intensity import (
+    average_channels,
+    find_range,
+    normalize_intensity,
+    to_model_input,
+)
 from dinocell.training import augment
 from dinocell.training.config import DataConfig, DatasetConfig, TrainConfig
 
@@ -38,10 +43,11 @@ def split_pairs(config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
     train: list[Pair] = []
     val: list[Pair] = []
     for index, dataset in enumerate(config.datasets):
-        pairs = find_pairs(dataset.images, dataset.labels, dataset.name)
+        own = dataset.name, dataset.channels or ()
+        pairs = find_pairs(dataset.images, dataset.labels, *own)
         if dataset.val_images is not None and dataset.val_labels is not None:
             train += pairs
-            val += find_pairs(dataset.val_images, dataset.val_labels, dataset.name)
+            val += find_pairs(dataset.val_images, dataset.val_labels, *own)
             continue
         if len(pairs) < 2:
             raise DataSetError(
@@ -63,17 +69,23 @@ def spread_evenly(items: Sequence[Item], count: int | None) -> list[Item]:
     return [items[place] for place in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
-def read_pair(pair: Pair) -> tuple[NDArray, NDArray[np.uint32]]:
-    """Raw gray image (H, W) and labels (H, W) of a pair.
+def read_pair(pair: Pair, **intensity: float) -> tuple[NDArray, NDArray[np.uint32]]:
+    """Gray image (H, W) and labels (H, W) of a pair.
 
-    Raises DataSetError (the image has several channels, or the sizes differ).
+    The image is raw; of several `pair.channels` it is the mean after `intensity` (the options of
+    `find_range`) has normalised each, as `segment` does it.
+
+    Raises DataSetError (the image has several channels and none is chosen, or the sizes differ).
     """
-    image = read_image(pair.image_path).pixels
+    image = read_image(pair.image_path, channels=pair.channels or None).pixels
+    if image.ndim == 3 and pair.channels:
+        planes = np.moveaxis(image, 2, 0)
+        image = average_channels(image, [find_range(plane, **intensity) for plane in planes])
     labels = read_labels(pair.labels_path, shape=image.shape[:2])
     if image.ndim != 2:
         raise DataSetError(
             f"training images must be gray (H, W), got shape {image.shape} in {pair.image_path}: "
-            "save one channel"
+            "name the channels of the data set, or save one of them"
         )
     if looks_like_labels(image):
         raise DataSetError(
@@ -149,7 +161,7 @@ class CropDataset(Dataset):
         )
 
     def _read(self, index: int) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
-        image, labels = read_pair(self.pairs[index])
+        image, labels = read_pair(self.pairs[index], **self.model.intensity)
         if labels.max(initial=0) >= 2**24:
             raise DataSetError(
                 f"training labels must be below 16,777,216, got {labels.max()} in "

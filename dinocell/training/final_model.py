@@ -142,7 +142,7 @@ def training_statistics(
     seen = []
     with progress("looking at training images", len(chosen), shown=shown) as bar:
         for pair in chosen:
-            image, _ = read_pair(pair)
+            image, _ = read_pair(pair, **config.intensity)
             intensity = find_range(image, **config.intensity)
             top, left = (max(0, (size - side) // 2) for size in image.shape)
             middle = np.ascontiguousarray(image[top : top + side, left : left + side])

@@ -139,6 +139,9 @@ def _differing_keys(earlier: Any, now: dict[str, Any]) -> list[str]:
         if isinstance(left, dict) and isinstance(right, dict):
             for key in sorted(left.keys() | right.keys()):
                 compare(left.get(key), right.get(key), f"{path}.{key}" if path else key)
+        elif isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+            for index, pair in enumerate(zip(left, right, strict=True)):
+                compare(*pair, f"{path}.{index}")
         elif left != right:
             differing.append(path)
 

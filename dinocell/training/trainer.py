@@ -105,7 +105,7 @@ class _Trainer:
         self.processes.share_weights(self.averaged.module)
         num_crops = config.schedule.steps * self.global_batch_size
         dataset = CropDataset(pairs[0], config, length=num_crops, shown=self.shown)
-        self.validation = ValidationImages(pairs[1], self.processes)
+        self.validation = ValidationImages(pairs[1], self.processes, config.model.intensity)
         self.processes.on_main(self.folder.write_config)
         with self.stop_request, self.folder.wandb(is_main=self.processes.is_main):
             stopped_early = self._loop(dataset)

@@ -1,7 +1,7 @@
 """Validation images: read once, predicted by all processes together."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,21 +21,25 @@ Sample = tuple[NDArray[np.float32], NDArray[np.uint32]]
 class ValidationImages:
     """The validation images of a run, in memory.
 
-    Process 0 holds all of them and predicts its share; the others hold their share only.  Raises
-    DataSetError, ImageFileError (an image or its labels cannot be used, or no image has a cell).
+    Process 0 holds all of them and predicts its share; the others hold their share only.  `intensity`
+    normalises the channels of images with several.  Raises DataSetError, ImageFileError (an image or its
+    labels cannot be used, or no image has a cell).
     """
 
-    def __init__(self, pairs: Sequence[Pair], processes: Processes) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], processes: Processes, intensity: Mapping[str, float]
+    ) -> None:
         self.processes = processes
+        self._intensity = intensity
         self.num_images = len(pairs)
         self._samples: list[tuple[NDArray, NDArray[np.uint32]]] = []
         processes.on_main(lambda: self._read_all(pairs))
         if not processes.is_main:
             own = pairs[processes.rank :: processes.world_size]
-            self._samples = [read_pair(pair) for pair in own]
+            self._samples = [read_pair(pair, **intensity) for pair in own]
 
     def _read_all(self, pairs: Sequence[Pair]) -> None:
-        self._samples = [read_pair(pair) for pair in pairs]
+        self._samples = [read_pair(pair, **self._intensity) for pair in pairs]
         if not any(labels.any() for _, labels in self._samples):
             raise DataSetError(
                 f"validation images must hold cells, got {len(pairs)} without any: name other "

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from dinocell.io import write_image, write_labels
-from dinocell.results.exports import (
-    compress_rle,
-    labels_to_rle,
-    write_geojson,
-    write_imagej_rois,
-)
+from dinocell.results.exports import write_coco_rle, write_geojson, write_imagej_rois
 
 SHAPE = (12, 16)
 
@@ -53,13 +50,25 @@ def outline(label: int, number: int = 0) -> list[float]:
     return [float(value) for row, col in rows_cols for value in (col, row)]
 
 
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """Outside and inside in turn, column by column."""
+    runs = [(inside, len(list(pixels))) for inside, pixels in groupby(mask.T.ravel().tolist())]
+    return [0] * runs[0][0] + [length for _, length in runs]
+
+
+def compressed(image: np.ndarray, label: int) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        write_coco_rle(Path(folder) / "a.json", image)
+        content = json.loads((Path(folder) / "a.json").read_text())
+    return content["annotations"][label - 1]["segmentation"]["counts"]
+
+
 def annotation(image_id: int, label: int, number: int, kind: str = "polygon") -> dict:
-    counts = labels_to_rle(truth(number))[label]
     segmentation: object = [outline(label, number)]
     if kind == "rle":
-        segmentation = {"size": list(SHAPE), "counts": counts.tolist()}
+        segmentation = {"size": list(SHAPE), "counts": run_lengths(truth(number) == label)}
     elif kind == "compressed":
-        segmentation = {"size": list(SHAPE), "counts": compress_rle(counts)}
+        segmentation = {"size": list(SHAPE), "counts": compressed(truth(number), label)}
     return {"image_id": image_id, "segmentation": segmentation, "iscrowd": 0, "category_id": 1}
 
 

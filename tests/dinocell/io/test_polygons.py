@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import zipfile
 
@@ -16,7 +17,7 @@ from dinocell.io.polygons import (
     paint_cells,
     run_lengths_to_mask,
 )
-from dinocell.results.exports import compress_rle, labels_to_rle, write_imagej_rois
+from dinocell.results.exports import write_coco_rle, write_imagej_rois
 from dinocell.results.outlines import labels_to_polygons
 
 
@@ -54,13 +55,15 @@ def random_labels(seed: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "labels", [RING, random_labels(0), random_labels(1)], ids=["ring", "a", "b"]
 )
-def test_outlines_and_run_lengths_give_the_same_labels_back(labels):
+def test_outlines_and_run_lengths_give_the_same_labels_back(tmp_path, labels):
     outlines = [
         fill_rings([ring for piece in pieces for ring in piece], labels.shape)
         for pieces in labels_to_polygons(labels).values()
     ]
     assert np.array_equal(paint_cells(outlines, labels.shape)[0], labels)
-    runs = [expand_run_lengths(compress_rle(counts)) for counts in labels_to_rle(labels).values()]
+    write_coco_rle(tmp_path / "a.json", labels)
+    annotations = json.loads((tmp_path / "a.json").read_text())["annotations"]
+    runs = [expand_run_lengths(item["segmentation"]["counts"]) for item in annotations]
     cells = [run_lengths_to_mask(counts, labels.shape) for counts in runs]
     assert np.array_equal(paint_cells(cells, labels.shape)[0], labels)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinocell.errors import DataSetError, ImageFileError
+from dinocell.errors import ConfigError, DataSetError, ImageFileError
 from dinocell.io import read_image, read_labels, write_image, write_labels
 from dinocell.network.config import ModelConfig
 from dinocell.pairs import find_pairs
@@ -153,3 +153,44 @@ class TestWrongFolders:
         config = DataConfig(datasets=(DatasetConfig("a", str(tmp_path), str(tmp_path)),))
         with pytest.raises(DataSetError, match="at least two images"):
             split_pairs(config, seed=0)
+
+
+def coloured(folder, channels: int = 3):
+    """Random colours in which only the middle channel shows the cell."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 40, (32, 32, channels)).astype(np.uint8)
+    image[8:24, 8:24, 1] += 150
+    labels = np.zeros((32, 32), np.uint16)
+    labels[8:24, 8:24] = 1
+    write_image(folder / "i" / "a.tif", image)
+    np.save(folder / "i" / "a_seg.npy", {"masks": labels})
+    return image
+
+
+def test_one_channel_is_raw_and_several_are_averaged_as_segment_does_it(tmp_path, mini_model):
+    from dinocell.pipeline import DINOCellPipeline
+
+    image = coloured(tmp_path)
+    folders = tmp_path / "i", tmp_path / "i"
+    read, labels = read_pair(find_pairs(*folders, "a", ["1"])[0])
+    assert np.array_equal(read, image[..., 1])
+    assert labels.sum() == 256
+    pipeline = DINOCellPipeline(mini_model, device="cpu")
+    for channels in (["red", "2"], ["green", "blue"]):
+        intensity = mini_model.config.intensity
+        read, _ = read_pair(find_pairs(*folders, "a", channels)[0], **intensity)
+        expected = pipeline.load(tmp_path / "i" / "a.tif", channels=channels).plane
+        assert np.array_equal(read, expected)
+
+
+def test_channels_of_a_configuration_reach_the_crops(tmp_path):
+    coloured(tmp_path)
+    crops = []
+    for channels in (["green"], ["red", "green"]):
+        sets = (DatasetConfig("a", *[str(tmp_path / "i")] * 4, channels=channels),)
+        train, val = split_pairs(DataConfig(datasets=sets), seed=0)
+        assert [pair.channels for pair in train + val] == [tuple(channels)] * 2
+        crops.append(CropDataset(train, config_of(sets), length=3)[0][0])
+    assert not torch.equal(*crops)
+    with pytest.raises(ConfigError, match="at least one of its channels"):
+        DatasetConfig("a", "", "", channels=[])
