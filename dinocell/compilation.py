@@ -82,7 +82,7 @@ def _keep_in_temporary_folder(compiled: Any) -> bool:
 def _warn_of_compiling_again() -> None:
     logger.warning(
         "Compiled functions cannot be kept, so each start takes longer: set NUMBA_CACHE_DIR to a folder "
-        "that you can write."
+        "that you can write"
     )
 
 

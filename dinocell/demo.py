@@ -69,7 +69,7 @@ def sample_paths() -> list[tuple[Path, Path]]:
     pairs = [(image, path) for path in labels for image in folder.glob(f"{path.stem}.*")]
     if not pairs:
         raise FileNotFoundError(
-            f"the sample images must lie in {folder}, got none: install the package again"
+            f"The sample images must lie in {folder}, got none: install the package again"
         )
     return pairs
 

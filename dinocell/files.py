@@ -76,7 +76,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(os.path.realpath(path))
     if final.is_dir():
-        raise DINOCellError(f"`path` must be the name of a file, got '{path}', which is a folder.")
+        raise DINOCellError(
+            f"`path` must be the name of a file, got '{path}', which is a folder: add a file name"
+        )
     ensure_folder(final.parent)
     inner = Path(final.stem).suffix.lower() if final.suffix else ""
     temporary = _temporary_beside(
@@ -85,7 +87,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         if not temporary.is_file():
-            raise RuntimeError(f"The block must write '{temporary}', but there is no such file.")
+            raise RuntimeError(
+                f"The block must write '{temporary}', got no such file: write to the path that the block receives"
+            )
         move_into_place(temporary, final)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -30,12 +30,12 @@ def check_labels(labels: ArrayLike, name: str = "labels") -> NDArray[Any]:
     if array.dtype.kind not in "iu":
         raise TypeError(
             f"`{name}` must be an integer label image, got dtype {array.dtype}: give one number per "
-            "cell and 0 for the background (`skimage.measure.label` makes it from a mask)."
+            "cell and 0 for the background (`skimage.measure.label` makes it from a mask)"
         )
     if array.dtype.kind == "i" and array.size and array.min() < 0:
         raise ValueError(
             f"`{name}` must hold labels of 0 and above, got {array.min()}: set pixels outside all cells "
-            "to 0."
+            "to 0"
         )
     return array
 
@@ -52,7 +52,7 @@ def as_labels(labels: ArrayLike, name: str = "labels") -> NDArray[np.uint32]:
     array = _one_plane(check_labels(labels, name), name)
     if array.dtype.itemsize > 4 and array.size and array.max() > _UINT32_MAX:
         raise ValueError(
-            f"`{name}` must lie in 0..{_UINT32_MAX}, got {array.max()}: renumber the cells from 1."
+            f"`{name}` must lie in 0..{_UINT32_MAX}, got {array.max()}: renumber the cells from 1"
         )
     return contiguous(array, np.uint32)
 
@@ -76,24 +76,24 @@ def require_cells(labels: NDArray[Any], path: object) -> None:
     largest = areas.max() / labels.size
     if largest > _MAX_COVER or (largest > _MAX_COVER_FULL and labels.all()):
         problem = (
-            f"an image with labelled background: one value covers {largest:.0%} of it. Set the background "
+            f"an image with labelled background: one value covers {largest:.0%} of it: set the background "
             "to 0 (ilastik writes it as 1 or 2)"
         )
     elif pieces - len(areas) < _MAX_EXTRA_PIECES or pieces <= _MAX_PIECES * len(areas):
         return
     elif len(areas) == 1:
         problem = (
-            f"a mask: its {pieces} separate objects have the same value. Give each cell a number of its "
+            f"a mask: its {pieces} separate objects have the same value: give each cell a number of its "
             "own (`skimage.measure.label`, or Fiji's Analyze Particles with count masks)"
         )
     else:
         problem = (
             f"intensities, or labels that were resized with interpolation or saved as JPEG: its {len(areas)} "
-            f"values lie in {pieces} separate pieces. Give the original label image; resize it with "
+            f"values lie in {pieces} separate pieces: give the original label image; resize it with "
             "nearest neighbour and save it as PNG or TIFF"
         )
     raise DataSetError(
-        f"labels must have one value per cell and 0 elsewhere, '{path}' looks like {problem}"
+        f"Labels must have one value per cell and 0 elsewhere, got '{path}', which looks like {problem}"
     )
 
 
@@ -109,9 +109,9 @@ def cell_borders(labels: ArrayLike, *, thickness_px: int = 1) -> NDArray[np.bool
     """
     array = _one_plane(check_labels(labels), "labels")
     if isinstance(thickness_px, bool) or not isinstance(thickness_px, (int, np.integer)):
-        raise TypeError(f"`thickness_px` must be an integer, got {thickness_px!r}: pass 1 or more.")
+        raise TypeError(f"`thickness_px` must be an integer, got {thickness_px!r}: give 1 or more")
     if thickness_px < 1:
-        raise ValueError(f"`thickness_px` must be 1 or more, got {thickness_px}.")
+        raise ValueError(f"`thickness_px` must be 1 or more, got {thickness_px}: 1 is usual")
     remaining = array.copy()
     for _ in range(thickness_px):
         layer = np.zeros(array.shape, bool)
@@ -187,7 +187,7 @@ def all_whole(pixels: NDArray[Any]) -> bool:
 def _one_plane(array: NDArray[Any], name: str) -> NDArray[Any]:
     if array.ndim != 2:
         raise ValueError(
-            f"`{name}` must be 2-D (H, W), got shape {array.shape}: give one label image at a time."
+            f"`{name}` must be 2-D (H, W), got shape {array.shape}: give one label image at a time"
         )
     return array
 

@@ -100,7 +100,7 @@ def find_pairs(
     alone = sorted(image_by_stem.keys() - found.keys()) + unknown
     if alone:
         raise DataSetError(
-            f"every image{of} must have one label file of its name and every label file an image, got "
+            f"Every image{of} must have one label file of its name and every label file an image, got "
             f"{len(alone)} without a partner ({_some(alone)}) in '{images}' and '{labels}': rename or "
             f"remove them; the labels of a.tif may be named a.png, or a with {_ENDINGS} before the suffix"
         )
@@ -110,7 +110,7 @@ def find_pairs(
     for pair in pairs:
         if os.path.samefile(pair.image_path, pair.labels_path):
             raise DataSetError(
-                f"an image{of} and its labels must be two files, got '{pair.image_path}' for both: name "
+                f"An image{of} and its labels must be two files, got '{pair.image_path}' for both: name "
                 "the folder that holds the label images"
             )
     return sorted(pairs, key=lambda pair: pair.image_path.stem)
@@ -148,7 +148,7 @@ def pair_folders(
     problems = [f"{what}: {len(names)} ({_some(names)})" for what, names in alone.items() if names]
     if problems:
         raise DataSetError(
-            f"file names of '{pred_dir}' and '{truth_dir}' must match, got {', '.join(problems)}: "
+            f"File names of '{pred_dir}' and '{truth_dir}' must match, got {', '.join(problems)}: "
             f"give both files of a pair the same name before the suffix (the endings {_ENDINGS} do "
             "not count), or set `allow_missing_predictions` to score a missing prediction as an image without cells"
         )
@@ -165,7 +165,7 @@ def _label_files(folder: str | os.PathLike[str], what: str) -> list[Path]:
 def _files_in(folder: str | os.PathLike[str], suffixes: Sequence[str], what: str) -> list[Path]:
     if not Path(folder).is_dir():
         raise DataSetError(
-            f"the {what} must be a folder, got '{folder}': check the path (the environment variable "
+            f"The {what} must be a folder, got '{folder}': check the path (the environment variable "
             "DINOCELL_DATA names the data folder of the shipped configurations)"
         )
     wanted = _is_image_file if suffixes == IMAGE_SUFFIXES else _is_label_file
@@ -176,7 +176,7 @@ def _files_in(folder: str | os.PathLike[str], suffixes: Sequence[str], what: str
     )
     if not found:
         raise DataSetError(
-            f"the folder of the {what} must hold files that end in {', '.join(suffixes)}, '{folder}' "
+            f"The folder of the {what} must hold files that end in {', '.join(suffixes)}, '{folder}' "
             "holds none: name the folder that has them"
         )
     return found

@@ -191,7 +191,7 @@ def output_paths(
     unknown = [name for name in formats if name not in EXPORT_FORMATS]
     if unknown or not formats:
         raise UsageError(
-            f"formats must be some of {', '.join(EXPORT_FORMATS)}, got {', '.join(unknown) or 'none'}: "
+            f"`formats` must be some of {', '.join(EXPORT_FORMATS)}, got {', '.join(unknown) or 'none'}: "
             "choose among them"
         )
     endings = {"csv": "_cells.csv"} | ({"overlay": "_overlay.png"} if overlay else {})
@@ -353,12 +353,12 @@ class DINOCellPipeline:
         where = f" in {stem}" if stem != "image" else ""
         if pixels.ndim not in (2, 3) or 0 in pixels.shape:
             raise failure(
-                f"the image must be (H, W) or (H, W, C) and not empty, got shape {pixels.shape}{where}: "
+                f"The image must be (H, W) or (H, W, C) and not empty, got shape {pixels.shape}{where}: "
                 "choose one plane of a stack"
             )
         if pixels.dtype.kind not in "buif":
             raise failure(
-                f"the image must hold real numbers, got dtype {pixels.dtype}{where}: convert it first"
+                f"The image must hold real numbers, got dtype {pixels.dtype}{where}: convert it first"
             )
         if pixels.dtype.kind == "f":
             check_values(pixels, where, failure)
@@ -369,7 +369,7 @@ class DINOCellPipeline:
         if pixels.ndim == 3 and chosen is None:
             described = f" ({', '.join(names)})" if names else ""
             raise UsageError(
-                f"the image must be gray, got {pixels.shape[2]} channels{described}{where}: "
+                f"The image must be gray, got {pixels.shape[2]} channels{described}{where}: "
                 f"{_CHANNEL_HINT}"
             )
         channels_read: NDArray | None = None
@@ -380,7 +380,7 @@ class DINOCellPipeline:
             notes = (*notes, *noted)
         if not allow_mask and looks_like_labels(pixels):
             raise failure(
-                f"an image of intensities is needed, got what looks like a mask or label image{where}: "
+                f"An image of intensities is needed, got what looks like a mask or label image{where}: "
                 "give the raw image, or set `allow_mask` if it is the raw image"
             )
         intensity = find_range(pixels, **self.model.config.intensity)

@@ -1,8 +1,11 @@
 """Arrays of whole images that are too large for the memory: in temporary files, read band by band.
 
-An array in a file looks like any other: the operating system loads what is used and writes back what
-is not, within the memory that a job has.  What is computed from it by the functions here is stored as
-it is itself, so that whoever makes the first array decides for all of them.
+An array in a file looks like any other, so every algorithm has one form for small and large images.
+The operating system loads the pages that are used and writes others back to the file; it can always
+take their memory, which it cannot do with ordinary arrays without swap space.  The price is the traffic
+to the disk: a pass from row to row reads and writes each page once, and the flood of the watershed
+stays near each pixel's neighbours.  What the functions here make of an array is stored as that array
+is, so that whoever makes the first one decides for all of them.
 """
 
 import ctypes
@@ -54,7 +57,7 @@ def zeros_in_file(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
             return _mapped(file, np.dtype(dtype), shape)
     except OSError as error:
         raise ScratchSpaceError(
-            f"a large image needs {size / 1e9:.1f} GB more in the folder for temporary files "
+            f"A large image needs {size / 1e9:.1f} GB more in the folder for temporary files "
             f"({os.environ.get('TMPDIR') or '/tmp'}), in all about 25 bytes for each pixel, but it cannot be "
             f"written ({error.strerror or error}): free space there, or set TMPDIR to a folder that has it"
         ) from error
@@ -166,8 +169,9 @@ def all_finite(array: NDArray[Any]) -> bool:
 def sampled_blocks(image: NDArray[Any]) -> NDArray[Any]:
     """The image itself, or of a large one as many pixels as a square of edge `TILE_PX` has.
 
-    These are blocks of 64 x 64 px on an even lattice, put side by side.  The choice depends on the size
-    alone, so that the same image is always seen alike.
+    These are blocks of 64 x 64 px on an even lattice, put side by side: percentiles need pixels from
+    everywhere, while noise and spikes are measured within a neighbourhood, which single pixels lack.  The
+    choice depends on the size alone, so that the same image is always seen alike.
     """
     if not is_large(image.shape):
         return image

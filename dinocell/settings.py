@@ -79,13 +79,13 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> dic
         parts = key.split(".")
         if not equals or not all(parts):
             raise ConfigError(
-                f"an override must be key=value, got {override!r}: for example optimizer.lr=1e-4"
+                f"An override must be key=value, got {override!r}: for example optimizer.lr=1e-4"
             )
         try:
             value = yaml.load(text, Loader=_Loader)
         except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(
-                f"the value of {key} must be YAML, got {text!r}: put quotes around it"
+                f"The value of {key} must be YAML, got {text!r}: put quotes around it"
             ) from error
         node: Any = settings
         for part in parts[:-1]:
@@ -103,11 +103,11 @@ def _index(node: Any, part: str, key: str) -> Any:
         return part
     if not isinstance(node, list):
         raise ConfigError(
-            f"the override {key} must lead to a key, but what stands before {part} is a value: shorten it"
+            f"The override {key} must lead to a key, but what stands before {part} is a value: end the key at that value"
         )
     if not (part.isascii() and part.isdecimal() and int(part) < len(node)):
         raise ConfigError(
-            f"the override {key} must name one of {len(node)} items, got {part}: count from 0"
+            f"The override {key} must name one of {len(node)} items, got {part}: count from 0"
         )
     return int(part)
 
@@ -117,20 +117,20 @@ def _read(path: Path) -> dict[str, Any]:
         mapping = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(
-            f"the configuration must be a readable file, got {path} ({error.strerror}): check the path"
+            f"The configuration must be a readable file, got {path} ({error.strerror}): check the path"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"the configuration must be UTF-8 text, got {path}: is it a YAML file?"
+            f"The configuration must be UTF-8 text, got {path}: is it a YAML file?"
         ) from error
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).replace('"<unicode string>"', path.name).split())
         raise ConfigError(
-            f"the configuration must be YAML, got {path} ({reason}): correct that line"
+            f"The configuration must be YAML, got {path} ({reason}): correct that line"
         ) from error
     if not isinstance(mapping, (dict, type(None))):
         raise ConfigError(
-            f"the configuration must be a mapping of keys, got {type(mapping).__name__} in {path}: "
+            f"The configuration must be a mapping of keys, got {type(mapping).__name__} in {path}: "
             "write `key: value` lines"
         )
     return mapping or {}
@@ -148,12 +148,12 @@ def _fitted(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, _Unquoted):
         is_text = hint is str and value.lower() not in ("true", "false")
         value = str(value) if is_text else value.meaning
-    require(value != "???", f"{where} must be a value, got '???': replace this placeholder")
+    require(value != "???", f"`{where}` must be a value, got '???': replace this placeholder")
     if hint in _ACCEPTED and (
         not isinstance(value, _ACCEPTED[hint]) or isinstance(value, bool) != (hint is bool)
     ):
         raise ConfigError(
-            f"{where} must be of type {hint.__name__}, got {value!r}: write a value of that type"
+            f"`{where}` must be of type {hint.__name__}, got {value!r}: write a value of that type"
         )
     if isinstance(value, str):  # without a reference in it, as OmegaConf sees it
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", _expand_environment(value))
@@ -174,7 +174,7 @@ def _expand_environment(text: str) -> str:
         found = os.environ.get(match[1]) or match[2]
         if found is None:
             raise ConfigError(
-                f"the environment variable {match[1]} must be set for {text!r}, got none: set it, or "
+                f"The environment variable {match[1]} must be set for {text!r}, got none: set it, or "
                 f"write ${{{match[1]}:-default}}"
             )
         return found
@@ -197,14 +197,14 @@ def config_from_mapping(kind: type[Settings], mapping: Mapping[str, Any]) -> Set
 
     if not isinstance(mapping, Mapping):
         raise ConfigError(
-            f"the configuration must be a mapping of keys, got {mapping!r}: write `key: value` lines"
+            f"The configuration must be a mapping of keys, got {mapping!r}: write `key: value` lines"
         )
     settings = _merged(OmegaConf.structured(kind), kind, (), _fitted(mapping, kind, ""))
     try:
         return typing.cast("Settings", OmegaConf.to_object(settings))
     except MissingMandatoryValue as error:
         raise ConfigError(
-            f"the configuration must have the key {error.full_key}, got none: add it"
+            f"The configuration must have the key {error.full_key}, got none: add this key"
         ) from error
 
 
@@ -234,11 +234,11 @@ def _merged(settings: Any, kind: Any, path: tuple[str, ...], value: Any) -> Any:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {where.removesuffix(key)}{near[0]}?" if near else "remove it"
             raise ConfigError(
-                f"each key of the configuration must be known, got '{where}': {hint} "
+                f"Each key of the configuration must be known, got '{where}': {hint} "
                 f"(known: {', '.join(known)})"
             ) from error
         raise ConfigError(
-            f"{where} must be of type {known.get(key, 'str')}, got {value!r}: write a value of that type"
+            f"`{where}` must be of type {known.get(key, 'str')}, got {value!r}: write a value of that type"
         ) from error
 
 
@@ -262,4 +262,4 @@ def require_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 def require_at_least(name: str, value: float | None, least: float) -> None:
     """Raise ConfigError unless the value of key `name` is at least `least`, or None."""
     fits = value is None or value >= least
-    require(fits, f"{name} must be at least {least}, got {value}: raise it")
+    require(fits, f"{name} must be at least {least}, got {value}: give a larger number")

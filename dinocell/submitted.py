@@ -106,7 +106,7 @@ def require_weights_file(key: str, path: Path | None) -> None:
     """Raise UsageError for weights that are named by `key` of a configuration and do not exist."""
     if path is not None and not path.exists():
         raise UsageError(
-            f"{key} must be a file that exists, got {path}: correct the path, or use `look=False` if it "
+            f"`{key}` must be a file that exists, got {path}: correct the path, or use `look=False` if it "
             "exists only on the nodes"
         )
 

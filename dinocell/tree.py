@@ -55,7 +55,9 @@ def _spec_of_chosen_tree(folder: str) -> ModuleSpec:
         )
     spec = PathFinder.find_spec("dinov3", [folder])
     if spec is None:
-        raise TreeError(f"{TREE_VARIABLE} must hold a Python package dinov3, got {folder}")
+        raise TreeError(
+            f"{TREE_VARIABLE} must hold a Python package dinov3, got {folder}: name another checkout"
+        )
     # Worker processes that torch starts, and upstream's own scripts, look along this path and must find
     # the same tree.
     sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
@@ -81,7 +83,7 @@ def _check_loaded_tree() -> None:
 
 def _not_the_bundled(found: object) -> TreeError:
     return TreeError(
-        f"the package dinov3 must be the one that comes with dinocell, got {found}: "
+        f"The package dinov3 must be the one that comes with dinocell, got {found}: "
         f"uninstall the other, or set {TREE_VARIABLE} to its folder if you mean to use it"
     )
 
@@ -130,7 +132,7 @@ def tree_imports() -> Iterator[None]:
         loaded = sys.modules.get("dinov3")
         found = "none" if loaded is None else _place(loaded)
         raise TreeError(
-            f"the package dinov3 must be DINOCell's or a compatible one, got {found} ({error}): "
+            f"The package dinov3 must be DINOCell's or a compatible one, got {found} ({error}): "
             f"uninstall the other, or set {TREE_VARIABLE} to the tree to use"
         ) from error
 

@@ -229,6 +229,62 @@ def test_errors_below_the_command_line_name_no_option():
     assert wrong == []
 
 
+MESSAGES = [*MODULES, *TREE.rglob("*.py")]
+PRIVATE_WORDS = r"in work|in the hands of|wish(es)?|told|said|anew|mend(s|ed)?|looked for|goes on|is there|begins anew"
+# Causes, which other messages quote in parentheses, and one sentence of Python itself.
+CAUSES = {
+    "some of its planes are in other files, which are missing",
+    "the 16-bit colour PNG cannot be decoded",
+    "the end of the file is missing or a chunk is damaged",
+    "its pixels should reach byte …, the file has …",
+    "its tiles should have … pixels, more than the image",
+    "no pixel in it",
+    "its pages refer to each other in a circle",
+    "the table of contents is no DCP metadata",
+    "module 'dinocell' has no attribute …",
+}
+
+
+def messages(path: Path) -> list[str]:
+    """First arguments of exceptions and of log lines, with … for every value in them."""
+    found = []
+    for node in ast.walk(parsed(path)):
+        if not isinstance(node, ast.Call) or not node.args:
+            continue
+        name = ast.unparse(node.func).rpartition(".")[2]
+        logs = name in ("debug", "info", "warning", "error", "exception", "_note")
+        notes = ast.unparse(node.func).endswith("notes.append")
+        if not (logs or notes or re.search(r"(Error|Stopped|Lost|^_?require)$", name)):
+            continue
+        text = _text_of(node.args[-1 if name.endswith("require") else 0])
+        if text and " " in text:
+            found.append(text)
+    return found
+
+
+def _text_of(node: ast.AST) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text_of(part) for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return _text_of(node.left) + _text_of(node.right)
+    return "…"
+
+
+def test_messages_have_one_form():
+    """A capital letter, a `name`, a 'file' or a value first; no full stop last; the field's words."""
+    wrong = [
+        f"{named(path)}: {text}"
+        for path in MESSAGES
+        for text in messages(path)
+        if (text[0].islower() and text not in CAUSES)
+        or (text.endswith(".") and not text.endswith("..."))
+        or re.search(rf"\b({PRIVATE_WORDS})\b", text)
+    ]
+    assert wrong == []
+
+
 @pytest.mark.parametrize("name", ["matching", "metrics", "ctc"])
 def test_scores_need_numpy_and_scipy_only(name):
     allowed = {"numpy", "scipy", "dinocell", "__future__", *sys.stdlib_module_names}

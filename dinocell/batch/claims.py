@@ -71,7 +71,7 @@ class Claimant:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, claimant: Claimant, what: str = "a shard") -> Iterator[None]:
+def claimed(folder: Path, claimant: Claimant, what: str = "A shard") -> Iterator[None]:
     """Hold `what` is in `folder`; the claim of a process that was killed is taken over.
 
     Raises DINOCellError (another process holds it).
@@ -100,7 +100,7 @@ def claimed(folder: Path, claimant: Claimant, what: str = "a shard") -> Iterator
             path.unlink(missing_ok=True)
 
 
-def refuse_running(folder: Path, claimant: Claimant, what: str = "a shard") -> None:
+def refuse_running(folder: Path, claimant: Claimant, what: str = "A shard") -> None:
     """Raise the error of `claimed` if another process holds the claim of a folder."""
     other = read_claim(folder / CLAIM_NAME)
     if other and claimant.finds_running(other):

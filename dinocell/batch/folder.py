@@ -40,7 +40,7 @@ def refuse_results(
     if present := present_results(paths, out, formats):
         resume = "set `resume` to keep them, " if resumable else "set "
         raise UsageError(
-            f"the output folder must not hold results of these images, got {len(present)} in {out}: "
+            f"The output folder must not hold results of these images, got {len(present)} in {out}: "
             f"{resume}`overwrite` to replace them, or choose another folder"
         )
 
@@ -78,7 +78,7 @@ def make_folder(out: Path) -> None:
         ) from error
     except OSError as error:
         raise DINOCellError(
-            f"the results cannot be written to '{out}' ({error.strerror or error}): change the rights of the "
+            f"The results cannot be written to '{out}' ({error.strerror or error}): change the rights of the "
             "folder, or choose another one"
         ) from error
 
@@ -130,7 +130,7 @@ def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
     differing = sorted(key for key in settings if settings[key] != earlier.get(key))
     if differing:
         raise ConfigError(
-            f"results in one folder must share their settings, got other values of "
+            f"Results in one folder must share their settings, got other values of "
             f"{', '.join(differing)} than {path}: choose another folder, or set `overwrite`"
         )
 

@@ -50,7 +50,7 @@ class MergedShards:
         more = ", ..." if len(self.missing) > 10 else ""
         left = sum(state.left for state in self.missing)
         return (
-            f"all images must be done or have failed, got {left} that are neither (shards {names}{more}): "
+            f"All images must be done or have failed, got {left} that are neither (shards {names}{more}): "
             "run the same command again to continue with them"
         )
 

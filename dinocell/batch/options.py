@@ -74,13 +74,13 @@ def check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
     option).
     """
     if not paths:
-        raise UsageError("at least one image must be given, got none: name files or folders")
+        raise UsageError("At least one image must be given, got none: name files or folders")
     check_options(options)
     seen: dict[str, Path] = {}
     for path in paths:
         if path.stem in seen:
             raise UsageError(
-                f"inputs must differ in name without suffix, because outputs are named so, got {path} "
+                f"Inputs must differ in name without suffix, because outputs are named so, got {path} "
                 f"and {seen[path.stem]}: segment them into two folders"
             )
         seen[path.stem] = path

@@ -118,7 +118,9 @@ def plan_shards(
         discarded.
     """
     if count < 1:
-        raise UsageError(f"the number of shards must be at least 1, got {count}: raise it")
+        raise UsageError(
+            f"The number of shards must be at least 1, got {count}: give a larger number"
+        )
     check_call(paths, options)
     if options.report:
         raise UsageError(
@@ -221,19 +223,19 @@ def _refuse_another(plan: ShardPlan, paths: Sequence[Path], count: int) -> None:
     ]
     if differing:
         raise UsageError(
-            f"a batch must continue with its options, got other values of {', '.join(differing)} than "
+            f"A batch must continue with its options, got other values of {', '.join(differing)} than "
             f"{plan.out / 'shards' / _PLAN_NAME}: undo that, choose another folder, or set `overwrite`"
         )
     if plan.count != min(count, plan.images):
         raise UsageError(
-            f"a batch must continue with its {plan.count} shards, got {count}: set `shards` to "
+            f"A batch must continue with its {plan.count} shards, got {count}: set `shards` to "
             f"{plan.count}, choose another folder, or set `overwrite`"
         )
     listed = {str(path) for index in range(plan.count) for _, path in _listed(plan.out, index)}
     others = [path for path in paths if os.path.abspath(path) not in listed]
     if others:
         raise UsageError(
-            f"a batch must continue with its images, got {len(others)} that {plan.out / 'shards'} does not "
+            f"A batch must continue with its images, got {len(others)} that {plan.out / 'shards'} does not "
             f"list, such as {others[0]}: choose another folder for them, or set `overwrite`"
         )
 
@@ -313,7 +315,7 @@ def run_shard(
     plan = read_plan(out)
     if not 0 <= index < plan.count:
         raise UsageError(
-            f"the shard must be one of 0 to {plan.count - 1}, got {index}: see `dinocell shards status`"
+            f"The shard must be one of 0 to {plan.count - 1}, got {index}: see `dinocell shards status`"
         )
     folder = shard_folder(plan.out, index)
     refuse_running(plan.out, claimant, WHOLE_BATCH)

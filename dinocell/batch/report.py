@@ -53,8 +53,8 @@ def write_report_page(
     notes = []
     if len(shown) < len(rows):
         notes.append(
-            f"{len(rows) - len(shown)} images beyond the first {REPORT_LIMIT} are not shown. All are in "
-            "summary.csv."
+            f"{len(rows) - len(shown)} images beyond the first {REPORT_LIMIT} are not shown: all are in "
+            "summary.csv"
         )
     write_report(
         out / "report.html",

@@ -51,7 +51,7 @@ from dinocell.pipeline import DINOCellPipeline, LoadedImage, Segmentation, outpu
 from dinocell.progress import Progress, progress
 from dinocell.results.report import ReportEntry, make_entry
 
-WHOLE_BATCH = "the batch of a folder"
+WHOLE_BATCH = "The batch of a folder"
 """What the claim of an output folder stands for, in messages."""
 
 _MAX_WAITING_BYTES = 2**29
@@ -405,7 +405,7 @@ def _stop_if_all_would_fail(error: Exception) -> None:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, RuntimeError) and re.search(r"CUDA error|cuDNN error|CUBLAS_STATUS", text):
         raise DINOCellError(
-            f"the GPU has failed ({text}); finished images were kept. Run again on another device or node"
+            f"The GPU has failed ({text}); finished images were kept; run again on another device or node"
         ) from error
     causes: list[BaseException | None] = [error]
     while causes[-1] is not None:  # writers wrap it in sentences of their own

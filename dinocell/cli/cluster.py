@@ -139,7 +139,7 @@ def submit(
 
     if command not in COMMANDS:
         raise UsageError(
-            f"submit must get one of {', '.join(COMMANDS)}, got {command!r}: write for example "
+            f"`submit` must get one of {', '.join(COMMANDS)}, got {command!r}: write for example "
             "dinocell submit pretrain CONFIG"
         )
     profile = resources.profile(command)
@@ -294,7 +294,7 @@ def supervise(
         run_dir = run_dir_of(command, given)
     else:
         raise UsageError(
-            f"supervise must get one of {', '.join(COMMANDS)} or shards run OUT PART, shards merge OUT, got "
+            f"`supervise` must get one of {', '.join(COMMANDS)} or shards run OUT PART, shards merge OUT, got "
             f"{' '.join([command, *arguments])!r}: write for example dinocell supervise pretrain CONFIG"
         )
     job = SupervisedJob((command, *arguments), str(run_dir), signal_ahead, max_stalled_starts)

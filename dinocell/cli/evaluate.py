@@ -50,7 +50,7 @@ class Scoring:
         names="--iou",
     )
     boundary_tolerance_px: float = option(
-        "Count a boundary as found if it lies at most this many px from the true one (boundary F score).",
+        "For the boundary F score, count a boundary pixel as found within this many px of a true one.",
         2.0,
         min=0,
     )

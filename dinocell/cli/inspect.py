@@ -60,7 +60,7 @@ class PerChannel:
         "the scores differ."
     )
     per_channel_labels: str = option(
-        "Find the label image of each field in --per-channel-data by this name, without its suffix.",
+        "Read the label image of this name (without suffix) in each field of --per-channel-data.",
         "labels",
     )
     per_channel_steps: int = option("Train each small decoder for this many steps.", 200, min=1)

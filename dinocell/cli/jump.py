@@ -62,10 +62,10 @@ class Source:
     )
     channels_table: Path | None = option(
         "Read from this CSV which channel a number in a file name means; it has the columns number and "
-        "channel, and may have source. Only for listings."
+        "channel, and optionally source. Tables of a plate do not need it; listings do."
     )
     table: Path | None = option(
-        "Read the sites of JUMP-Lite from this file.  [default: download it from the store]"
+        "Read the list of JUMP-Lite's sites from this Parquet file.  [default: download it from the store]"
     )
     codec: str = option(
         "Read this version of the images of JUMP-Lite: zstd, jpegxl_lossy_hq, jpegxl_lossy_mq or "
@@ -198,7 +198,8 @@ class Labels:
     channel: str = option("Write images of this channel.", "DNA")
     fields: int = option("Fetch this many fields that have labels.", 48)
     masks: str | None = option(
-        "Read the label arrays from this folder of the store, where {kind} stands for nuclei or cell."
+        "Read the label arrays from this folder of the store; {kind} in its name becomes nuclei or cell.  "
+        "[default: the one of JUMP-Lite]"
     )
     seed: DrawSeed = 0
 
@@ -207,7 +208,7 @@ class Labels:
 def jump_masks(index: IndexFile, out: NewFolder, store: Store, labels: Labels) -> None:
     """Fetch fields with the labels that Cellpose made for JUMP-Lite, to evaluate a pretraining.
 
-    The labels are no human annotation: use them to follow a run (`ssl_evaluation.data`), not to
+    Cellpose made the labels, not a human: use them to follow a run (`ssl_evaluation.data`), not to
     report scores.
 
     Example: `dinocell jump masks lite.arrow pseudo --fields 48`

@@ -207,4 +207,4 @@ def parameters_of(commands: Any, name: str, arguments: Sequence[str]) -> dict[st
         message = getattr(error, "format_message", None)  # of every error about a command line
         if message is None:
             raise
-        raise UsageError(f"dinocell {name}: {message()} (see dinocell {name} --help)") from error
+        raise UsageError(f"`dinocell {name}`: {message()} (see dinocell {name} --help)") from error

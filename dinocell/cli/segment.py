@@ -73,12 +73,12 @@ class SegmentFlags:
     )
     precision: str = option(
         "Compute with numbers of 32 bits (fp32) or 16 bits (bf16: faster on some processors, differs in "
-        "the third digit). The value auto takes bf16 where the processor has a unit for it, else fp32.",
+        "the third digit). The value auto takes bf16 on processors that are fast with it, else fp32.",
         "auto",
     )
     percentiles: str | None = option(
         "Scale intensities so that these two percentiles of the image become black and white, for example "
-        "1,99. Borders, scale bars and hot pixels are left out before.  [default: the model's]"
+        "1,99. Borders, scale bars and hot pixels are ignored.  [default: the model's]"
     )
     workers: int = option(
         "Use this many threads to measure cells and write results while the network processes the next "

@@ -58,10 +58,12 @@ class Conversion:
         "Write this format: meta, hf (Hugging Face), timm or dinocell.  [default: the one that fits the "
         "ending of OUT]"
     )
-    patch_size: int | None = option("Adapt the patch embedding to this patch size in px.", min=1)
+    patch_size: int | None = option(
+        "Adapt the patch embedding to this patch size in px.  [default: that of IN]", min=1
+    )
     patch_method: str = option(
-        "Resize the patch embedding with this method: nearest (exact), bilinear, pseudo_inverse or "
-        "bicubic.",
+        "Resize the patch embedding with this method: nearest (exact if the new size divides the old one), "
+        "bilinear, pseudo_inverse or bicubic.",
         "nearest",
     )
     which: Which = "teacher"
@@ -109,7 +111,8 @@ def weights_fetch(
         "Refuse a file whose SHA-256 checksum does not begin with this text."
     ),
     out: Path | None = option(
-        "Store the file in this folder.  [default: the cache]", names="--out -o"
+        "Store the file in this folder.  [default: the one that DINOCELL_WEIGHTS names, else ~/.cache/dinocell/weights]",
+        names="--out -o",
     ),
 ) -> None:
     """Download a backbone file, or copy it from a folder.

@@ -53,20 +53,20 @@ def failure_of(
     """
     if killed_here and not kills:
         return "failed", (
-            f"processes must end when another one has failed, got {who} that did not and was "
+            f"Processes must end when another one has failed, got {who} that did not and was "
             "killed: look at the logs of the others"
         )
     if code == -signal.SIGKILL or child.lacked_memory(kills):
         certain = "was" if kills else "was probably"
         return "out_of_memory", (
-            f"the work must fit into the job's memory, got {who} killed: it {certain} the memory "
+            f"The work must fit into the job's memory, got {who} killed: it {certain} the memory "
             "of the node; raise mem, or lower batch size, workers and caches (not requeued: it "
             "would happen again)"
         )
     if code < 0:
         name = signal.Signals(-code).name
         hint = "; is /dev/shm full?" if name == "SIGBUS" else ""
-        reason = f"the work must end by itself, got {who} ended by {name}{hint}: see the log"
+        reason = f"The work must end by itself, got {who} ended by {name}{hint}: see the log"
         return "failed", reason
     state = "refused" if code == UsageError.exit_code else "failed"
     return state, child.last_sentence() or f"{who} ended with exit code {code}: see the log"

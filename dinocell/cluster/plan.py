@@ -74,13 +74,13 @@ def plan_runs(
                 whole = [*arguments, *options, *command.options_of_folder(run_dir, given)]
                 run = _checked(command, whole, command.read(parse(whole)), run_dir, look)
             except DINOCellError as error:
-                raise type(error)(f"row {index + 1} of the table ({label}): {error}") from error
+                raise type(error)(f"Row {index + 1} of the table ({label}): {error}") from error
             runs.append(replace(run, name=f"{base.name}-{label}"))
             bar.advance(note=label)
     twice = sorted(label for label, count in Counter(labels).items() if count > 1)
     if twice:
         raise UsageError(
-            f"rows of the table must differ in name, got {', '.join(twice)} twice: rename one"
+            f"Rows of the table must differ in name, got {', '.join(twice)} twice: rename one of the rows"
         )
     return runs
 
@@ -117,7 +117,7 @@ def _checked(
     above = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not above.is_dir():
         raise UsageError(
-            f"a run needs a folder, got {run_dir} where {above} is a file: choose another one"
+            f"The folder of a run must be one that can be made, got {run_dir} where {above} is a file: choose another one"
         )
     if look is not None:
         look(command.name, parameters)
@@ -145,29 +145,34 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
     lines = [line for line in ([cell.strip() for cell in row] for row in table) if any(line)]
     if len(lines) < 2:
         raise UsageError(
-            f"`array` must have a header and a line for each task, got {len(lines)} lines in {path}"
+            f"`array` must have a header and a line for each task, got {len(lines)} lines in {path}: "
+            "add what is missing"
         )
     header, *rows = lines
     if len(set(header)) < len(header) or not all(header):
         raise UsageError(
-            f"columns of `array` must have different names, got {', '.join(header)} in {path}"
+            f"Columns of `array` must have different names, got {', '.join(header)} in {path}: "
+            "rename a column"
         )
     if len(header) == 1 and ";" in header[0]:
         raise UsageError(
-            f"columns of `array` must be divided by commas or tabs, got semicolons in {path}"
+            f"Columns of `array` must be divided by commas or tabs, got semicolons in {path}: "
+            "save the table with commas"
         )
     found = []
     for number, row in enumerate(rows, start=2):
         where = f"in line {number} of {path}"
         if len(row) != len(header):
             raise UsageError(
-                f"lines of `array` must have {len(header)} values, got {len(row)} {where}: quote values "
+                f"Lines of `array` must have {len(header)} values, got {len(row)} {where}: quote values "
                 "with commas"
             )
         found.append(dict(zip(header, row, strict=True)))
         label = found[-1].get("name", "")
         if "/" in label or label in (".", ".."):
-            raise UsageError(f"names of tasks must be names of folders, got {label!r} {where}")
+            raise UsageError(
+                f"Names of tasks must be names of folders, got {label!r} {where}: leave out the slashes"
+            )
     return found
 
 

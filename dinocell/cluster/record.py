@@ -174,7 +174,7 @@ def list_path() -> Path:
     if home is None:
         raise UsageError(
             "The home folder of this user is not known: set XDG_STATE_HOME to the folder for the list of "
-            "submitted jobs."
+            "submitted jobs"
         )
     return (home if state else home / ".local" / "state") / "dinocell" / "jobs.jsonl"
 

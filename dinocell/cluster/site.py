@@ -74,32 +74,32 @@ class SiteProfile:
         counts = "nodes cpus_per_gpu max_stalled_starts array_parallelism tasks_per_node"
         for name in counts.split():
             if (value := getattr(self, name)) is not None and value < 1:
-                yield f"{name} must be at least 1, got {value}: raise it"
+                yield f"`{name}` must be at least 1, got {value}: give a larger number"
         ahead = self.signal_ahead_s
         if ahead < 10:
-            yield f"signal_ahead_s must be at least 10, got {ahead}: saving takes a while"
+            yield f"`signal_ahead_s` must be at least 10, got {ahead}: give the time that saving takes"
         if minutes_of(self.time) * 60 <= ahead:
-            yield f"time must be longer than signal_ahead_s ({ahead} s), got {self.time}: lengthen it"
+            yield f"`time` must be longer than `signal_ahead_s` ({ahead} s), got {self.time}: give more time"
         for part in (self.gres or "").split(","):
             if part.split(":")[0] == "gpu" and _GPU.fullmatch(part) is None:
-                yield f"gres must look like gpu:a100:1, got {self.gres!r}: write type and count per node"
+                yield f"`gres` must look like gpu:a100:1, got {self.gres!r}: write type and count per node"
         if self.mem is not None and not re.fullmatch(r"\d+[KMGT]?", self.mem):
-            yield f"mem must be a number with K, M, G or T, got {self.mem!r}: write 64G, for example"
+            yield f"`mem` must be a number with K, M, G or T, got {self.mem!r}: write 64G, for example"
         texts = {**dataclasses.asdict(self), **{f"extra.{k}": v for k, v in self.extra.items()}}
         for name, value in texts.items():
             if isinstance(value, str) and not value.isprintable():
-                yield f"{name} must be one line, got {value!r}: join its lines"
+                yield f"`{name}` must be one line, got {value!r}: join its lines"
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                yield f"environment must have names of variables, got {name!r}: use letters, digits, _"
+                yield f"`environment` must have names of variables, got {name!r}: use letters, digits, _"
         per_cpu = [name for name in self.extra if name.replace("_", "-").startswith("mem-per-")]
         if self.mem is not None and per_cpu:
-            yield f"memory must be given once, got mem and {per_cpu[0]}: take one of them"
+            yield f"Memory must be given once, got `mem` and {per_cpu[0]}: take one of them"
         for name in self.extra:
             if name.replace("-", "_") in _OWNED:
-                yield f"extra must have options that the profile does not set, got {name!r}: use its key"
+                yield f"`extra` must have options that no key of the site sets, got {name!r}: use that key"
             if not re.fullmatch(r"[a-z][a-z-]*", name):
-                yield f"extra must have names such as licenses, without dashes before them, got {name!r}"
+                yield f"`extra` must have names such as licenses, got {name!r}: write them without dashes in front"
 
     def _gpu(self) -> re.Match[str] | None:
         found = map(_GPU.fullmatch, (self.gres or "").split(","))
@@ -119,7 +119,7 @@ class SiteProfile:
     def with_gpus(self, count: int) -> Self:
         """The same with another number of GPUs per node; 0 is none, a negative one a ConfigError."""
         if count < 0:
-            raise ConfigError(f"the number of GPUs must be at least 0, got {count}: 0 is none")
+            raise ConfigError(f"The number of GPUs must be at least 0, got {count}: 0 is none")
         match = self._gpu()
         kind = "" if match is None or match["type"] is None else f":{match['type']}"
         parts = [] if self.gres is None else self.gres.split(",")
@@ -147,7 +147,7 @@ def minutes_of(text: str) -> float:
     """Minutes of a SLURM time, as `seconds_of` reads it; ConfigError if it is none."""
     seconds = seconds_of(text)
     if seconds is None:
-        raise ConfigError(f"time must be like 24:00:00, 2-00:00:00 or minutes, got {text!r}")
+        raise ConfigError(f"`time` must be like 24:00:00, 2-00:00:00 or minutes, got {text!r}")
     return seconds / 60
 
 
@@ -204,4 +204,4 @@ def load_site(name: str | None, overrides: Sequence[str] = ()) -> SiteProfile:
         }
         return config_from_mapping(SiteProfile, given)
     except ConfigError as error:
-        raise ConfigError(f"{f'site {path}' if path else 'site'}: {error}") from error
+        raise ConfigError(f"{f'Site {path}' if path else 'Site'}: {error}") from error

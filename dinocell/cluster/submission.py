@@ -83,7 +83,7 @@ def _folder(runs: Sequence[PlannedRun], log_dir: Path | None) -> Path:
         log_dir = (runs[0].run_dir if len(runs) == 1 else runs[0].run_dir.parent) / "slurm"
     if "%" in str(log_dir.absolute()):
         raise UsageError(
-            f"the folder of logs must be without %, which SLURM replaces, got {log_dir}: set `logs`"
+            f"The folder of logs must be without %, which SLURM replaces, got {log_dir}: set `logs`"
         )
     return log_dir
 
@@ -155,7 +155,7 @@ def _executor(folder: Path, site: SiteProfile) -> Any:
         from submitit.slurm.slurm import SlurmExecutor
     except ImportError as error:
         raise MissingExtraError(
-            'submitting needs the package submitit, which is not installed: pip install "dinocell-segmentation[slurm]"'
+            'Submitting needs the package submitit, which is not installed: pip install "dinocell-segmentation[slurm]"'
         ) from error
 
     class Executor(SlurmExecutor):
@@ -204,14 +204,14 @@ def submit(
     """
     if not slurm_is_here():
         raise UsageError(
-            "submitting needs SLURM, but this machine has no sbatch: log in to the cluster, or set "
+            "Submitting needs SLURM, but this machine has no sbatch: log in to the cluster, or set "
             "`local` or `dry_run`"
         )
     # SLURM's own words for it, "Invalid job array specification", do not say how many it takes.
     largest = largest_array() if len(runs) > 1 else None
     if largest is not None and len(runs) > largest:
         raise UsageError(
-            f"an array must have at most {largest} tasks on this cluster (MaxArraySize), got "
+            f"An array must have at most {largest} tasks on this cluster (MaxArraySize), got "
             f"{len(runs)}: take fewer shards, or divide the table"
         )
     if look:
@@ -221,7 +221,9 @@ def submit(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"a run needs a folder, got {folder} ({error.strerror})") from error
+        raise UsageError(
+            f"The folder of logs must be one that can be made, got {folder} ({error.strerror}): set `logs`"
+        ) from error
     executor = _executor(folder, site)
     executor.update_parameters(**_parameters(site, runs, dependency, folder))
     jobs = [
@@ -253,7 +255,7 @@ def submit(
     number = tasks[0][0].split("_")[0]
     notice = "" if dependency else objection(str(folder / f"{number}_submission.sh"))
     if notice:
-        notice = f"note:   as things are, SLURM would not start it ({notice}): compare the site with sinfo"
+        notice = f"note:   As things are, SLURM would not start it ({notice}): compare the site with sinfo"
     return Submitted(number, tasks, notice)
 
 
@@ -310,7 +312,7 @@ def refuse_busy(
         numbers = list(dict.fromkeys(job.split("_")[0] for job in busy))
         after = f"or submit yours to start after it (`dependency=afterany:{':'.join(numbers)}`), "
         raise UsageError(
-            f"only one job at a time can use a folder, got {earlier[first]}, which job {first} uses "
+            f"Only one job at a time can use a folder, got {earlier[first]}, which job {first} uses "
             f"({states[first].state.lower()}): wait for it, {after if may_wait else ''}or cancel it "
             f"(scancel {' '.join(numbers)})"
         )

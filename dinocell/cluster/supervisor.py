@@ -217,7 +217,7 @@ class _Supervisor:
         if state is None or state.state not in ("RUNNING", "SUSPENDED"):
             return False
         _say(
-            f"only one job at a time can use a folder, got {self.job.run_dir}, where job {job} is "
+            f"Only one job at a time can use a folder, got {self.job.run_dir}, where job {job} is "
             "running: wait for it, or cancel it"
         )
         return True
@@ -314,7 +314,7 @@ class _Supervisor:
             return False
         self._close(
             "stalled",
-            f"a requeued job must make progress between its starts, got {self.job.max_stalled_starts} "
+            f"A requeued job must make progress between its starts, got {self.job.max_stalled_starts} "
             f"starts of job {self.me.job} without a new checkpoint: lengthen the time limit, save more "
             f"often, or look at its log, and {self._again()}",
         )
@@ -352,7 +352,7 @@ class _Supervisor:
     def _stopped(self) -> int:
         name = self.received.name if self.received is not None else "a signal to another process"
         if not self.me.job:
-            self._close("stopped", f"stopped by {name}: run the same command to continue")
+            self._close("stopped", f"Stopped by {name}: run the same command to continue")
             return _STOPPED
         if self.me.rank:
             if not script_requeues():

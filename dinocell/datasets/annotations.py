@@ -55,14 +55,14 @@ def coco(source: Path, notes: list[str], *, stratified: bool = False) -> Iterato
         absent = [str(images[key].get("file_name")) for key, place in places.items() if not place]
         if absent:
             raise DataSetError(
-                f"every image of '{path}' must be below '{home}', {len(absent)} of {len(images)} are "
+                f"Every image of '{path}' must be below '{home}', {len(absent)} of {len(images)} are "
                 f"absent ({', '.join(absent[:_SHOWN])}): download them, or remove them from the file"
             )
         for key, image_path in places.items():
             assert image_path is not None
             if image_path.stem in seen:
                 raise DataSetError(
-                    f"an image must be listed once, '{image_path.name}' is in several files or folders "
+                    f"An image must be listed once, '{image_path.name}' is in several files or folders "
                     f"of '{home}': name one of the JSON files as `source`"
                 )
             seen.add(image_path.stem)
@@ -101,7 +101,7 @@ def _read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, 
         crowds = 0
         for annotation in annotations:
             if not isinstance(annotation, _Annotation):
-                raise TypeError("an annotation has no segmentation")
+                raise TypeError("An annotation has no segmentation")
             crowds += annotation.is_crowd
             if not annotation.is_crowd:
                 grouped[annotation.image_id].append(annotation)
@@ -114,7 +114,7 @@ def _read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, 
     unknown = [key for key in grouped if key not in images]
     if unknown:
         raise DataSetError(
-            f"every annotation of '{path}' must belong to an image of its list, got the unknown image "
+            f"Every annotation of '{path}' must belong to an image of its list, got the unknown image "
             f"{unknown[0]!r}: download the file again"
         )
     if crowds:
@@ -122,7 +122,7 @@ def _read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, 
             f"{crowds} crowd annotations of {path.name} were left out: they are no single cells"
         )
     if categories > 1:
-        notes.append(f"the {categories} categories of {path.name} are all taken as cells")
+        notes.append(f"The {categories} categories of {path.name} are all taken as cells")
     empty = len(images) - len(grouped)
     if empty:
         notes.append(
@@ -149,7 +149,7 @@ def _read_annotated(path: Path, entry: dict[str, Any], annotations: list[_Annota
     )
     if listed != shape:
         raise DataSetError(
-            f"an image must have the size that its list states, {listed[0]} × {listed[1]} px, got "
+            f"An image must have the size that its list states, {listed[0]} × {listed[1]} px, got "
             f"{shape[0]} × {shape[1]} in '{path}': do the images belong to these annotations?"
         )
     cells, empty = [], 0
@@ -158,7 +158,7 @@ def _read_annotated(path: Path, entry: dict[str, Any], annotations: list[_Annota
             cell = _annotated_mask(annotation.shape, shape)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise DataSetError(
-                f"each annotation must be polygons or run lengths of its image's size, got another one "
+                f"Each annotation must be polygons or run lengths of its image's size, got another one "
                 f"for '{path.name}' ({error}): check the annotations"
             ) from error
         cells.append(cell)
@@ -175,14 +175,14 @@ def _read_annotated(path: Path, entry: dict[str, Any], annotations: list[_Annota
 def _annotated_mask(segmentation: Any, shape: tuple[int, int]) -> CellMask | None:
     if isinstance(segmentation, dict):
         if tuple(segmentation["size"]) != shape:
-            raise ValueError(f"run lengths of size {segmentation['size']}")
+            raise ValueError(f"Run lengths of size {segmentation['size']}")
         counts = segmentation["counts"]
         counts = expand_run_lengths(counts) if isinstance(counts, str) else counts
         return run_lengths_to_mask(counts, shape)
     rings = []
     for polygon in segmentation:
         if polygon.ndim != 1 or len(polygon) % 2 or not np.isfinite(polygon).all():
-            raise ValueError("a polygon with an odd count of numbers")
+            raise ValueError("A polygon with an odd count of numbers")
         rings.append(polygon.reshape(-1, 2)[:, ::-1])
     parts = [part for ring in rings if len(ring) > 2 and (part := fill_rings([ring], shape))]
     if len(parts) < 2:
@@ -218,14 +218,14 @@ def _geojson_cells(path: Path, shape: tuple[int, int]) -> NDArray[np.uint32]:
     for feature in features:
         geometry = feature["geometry"]
         if geometry["type"] not in _AREA_TYPES:
-            raise ValueError(f"outlines must be areas, got a {geometry['type']}")
+            raise ValueError(f"Outlines must be areas, got a {geometry['type']}")
         parts = geometry["coordinates"]
         parts = [parts] if geometry["type"] == "Polygon" else parts
         rings = [np.asarray(ring, np.float64)[:, 1::-1] for part in parts for ring in part]
         corners = np.concatenate(rings)
         if (corners < -1).any() or (corners > np.array(shape) + 1).any():
             raise ValueError(
-                f"outlines must lie in the image of {shape[0]} × {shape[1]} px, one reaches to "
+                f"Outlines must lie in the image of {shape[0]} × {shape[1]} px, one reaches to "
                 f"{corners.max(axis=0).tolist()}"
             )
         cells.append(fill_rings(rings, shape))

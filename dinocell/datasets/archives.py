@@ -38,13 +38,13 @@ class _ArrayInArchive:
             ) from error
         if fortran or self.dtype.hasobject or len(self.shape) != 4:
             raise DataSetError(
-                f"the array {key} of '{path}' must be numbers of shape (N, H, W, C), got "
+                f"The array {key} of '{path}' must be numbers of shape (N, H, W, C), got "
                 f"{self.dtype} of shape {self.shape}: is it TissueNet?"
             )
         self._item_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         if size != self._start + self._item_bytes * self.shape[0]:
             raise DataSetError(
-                f"the array {key} of '{path}' must have {self._item_bytes * self.shape[0]:,} bytes, got "
+                f"The array {key} of '{path}' must have {self._item_bytes * self.shape[0]:,} bytes, got "
                 f"{size - self._start:,}: the archive is cut short, download it again"
             )
         self._file: IO[bytes] | None = None
@@ -60,7 +60,7 @@ class _ArrayInArchive:
             return np.frombuffer(data, self.dtype).reshape(self.shape[1:])
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataSetError(
-                f"item {index} of '{self.path}' cannot be read ({error}): the archive is damaged, "
+                f"Item {index} of '{self.path}' cannot be read ({error}): the archive is damaged, "
                 "download it again"
             ) from error
 

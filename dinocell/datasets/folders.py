@@ -105,7 +105,7 @@ def _sample(
 ) -> Sample:
     if image is None:
         raise DataSetError(
-            f"every file of labels must have its image beside it, '{path}' has none of the name "
+            f"Every file of labels must have its image beside it, '{path}' has none of the name "
             f"'{stem}': copy the image there"
         )
     name = name_below(path, source, stem)
@@ -119,7 +119,7 @@ def one_mask_per_cell(source: Path, notes: list[str]) -> Iterator[Sample]:
         pictures = files_below(home / "images") if (home / "images").is_dir() else []
         if len(pictures) != 1:
             raise DataSetError(
-                f"every image must be a folder with one file in its folder images, '{home}' has "
+                f"Every image must be a folder with one file in its folder images, '{home}' has "
                 f"{len(pictures)}: download the data again"
             )
         read = partial(read_files, pictures[0], folder, _merged_masks)
@@ -132,7 +132,7 @@ def _merged_masks(folder: Path, shape: tuple[int, int]) -> NDArray:
         mask = read_labels(path)
         if mask.shape != shape:
             raise DataSetError(
-                f"each mask must be as large as its image, {shape[0]} × {shape[1]} px, got "
+                f"Each mask must be as large as its image, {shape[0]} × {shape[1]} px, got "
                 f"{mask.shape[0]} × {mask.shape[1]} in '{path}': download the data again"
             )
         rows, cols = np.nonzero(mask)
@@ -163,7 +163,7 @@ def in_two_folders(
             path = image_named(homes[0], (image.stem,))
             if path is None:
                 raise DataSetError(
-                    f"every image must have labels of its name, '{image}' has none in '{homes[0]}': "
+                    f"Every image must have labels of its name, '{image}' has none in '{homes[0]}': "
                     "download the data again"
                 )
             how = partial(read_files, image, path, read)
@@ -239,7 +239,7 @@ def bbbc006(source: Path, notes: list[str]) -> Iterator[Sample]:
         path = labels.get(found[1].lower())
         if path is None:
             raise DataSetError(
-                f"every image must have labels of its well and site, '{image}' has none: unpack "
+                f"Every image must have labels of its well and site, '{image}' has none: unpack "
                 "BBBC006_v1_labels beside the images"
             )
         yield Sample(found[1], image, partial(read_files, image, path))
@@ -257,7 +257,7 @@ def challenge(source: Path, notes: list[str]) -> Iterator[Sample]:
     ]
     if len(films) == 1:
         notes.append(
-            "there is one film: all of it is in train, because its frames resemble each other"
+            "There is one film: all of it is in train, because its frames resemble each other"
         )
     for film in films:
         truth = _truth_of(film)
@@ -265,7 +265,7 @@ def challenge(source: Path, notes: list[str]) -> Iterator[Sample]:
         split = "val" if film == films[-1] and len(films) > 1 else "train"
         if truth.parent.name.endswith("_GT"):
             notes.append(
-                f"film {film.name} has no silver truth (ST): the gold truth is used, in which cells of a "
+                f"Film {film.name} has no silver truth (ST): the gold truth is used, in which cells of a "
                 "frame may be missing"
             )
         for path in files_below(truth, (".tif", ".tiff")):
@@ -273,7 +273,7 @@ def challenge(source: Path, notes: list[str]) -> Iterator[Sample]:
             image = frame and image_named(film, (f"t{frame[1]}",))
             if not frame or image is None:
                 raise DataSetError(
-                    f"every file of SEG must be man_segNNN.tif with an image tNNN.tif, got '{path}' "
+                    f"Every file of SEG must be man_segNNN.tif with an image tNNN.tif, got '{path}' "
                     "without one: planes of 3-D films are not read"
                 )
             name = name_below(image, source.parent, image.stem)

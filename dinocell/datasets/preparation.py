@@ -155,7 +155,7 @@ def _refuse_same_names(samples: Sequence[Sample]) -> None:
         other = seen.setdefault(sample.name.casefold(), sample)
         if other is not sample:
             raise DataSetError(
-                f"images must have names that differ, got '{other.source_file}' and "
+                f"Images must have names that differ, got '{other.source_file}' and "
                 f"'{sample.source_file}' for {sample.name}: rename one, or prepare the folders one by one"
             )
 
@@ -242,7 +242,7 @@ def _checked(content: Content, sample: Sample) -> NDArray:
     if content.image.shape[:2] != labels.shape:
         sizes = " and ".join(" × ".join(map(str, a.shape)) for a in (content.image, labels))
         raise DataSetError(
-            f"an image and its labels must have the same size, got {sizes} for '{sample.source_file}': "
+            f"An image and its labels must have the same size, got {sizes} for '{sample.source_file}': "
             "check that they belong together"
         )
     require_cells(labels, sample.source_file)
@@ -283,7 +283,7 @@ def _general_notes(
     notes = [layout.note] if layout.note else []
     if manifest["licence"] is None:
         notes.append(
-            "the licence is unknown: find it out before you share a model, and set `licence`"
+            "The licence is unknown: find it out before you share a model, and set `licence`"
         )
     if noted := sum(bool(row["notes"]) for row in rows):
         notes.append(

@@ -47,15 +47,15 @@ def evaluate_pairs(
         if np.shape(truth) != np.shape(pred):
             sizes = " and ".join(" × ".join(map(str, np.shape(labels))) for labels in (truth, pred))
             raise DataSetError(
-                f"the truth and the prediction of '{name}' must have the same size, got {sizes}: "
-                "predict on the image at its original size."
+                f"The truth and the prediction of '{name}' must have the same size, got {sizes}: "
+                "predict on the image at its original size"
             )
         how: dict[str, Any] = {"boundary_tolerance_px": boundary_tolerance_px, "name": name}
         images.append(evaluate_pair(truth, pred, iou_thresholds=thresholds, **how))
     if not images:
         raise DataSetError(
-            "an evaluation must have at least one pair of label images, got none: give folders "
-            "with label images of the same names."
+            "An evaluation must have at least one pair of label images, got none: give folders "
+            "with label images of the same names"
         )
     return EvaluationReport(tuple(images), thresholds, float(boundary_tolerance_px))
 

@@ -87,7 +87,7 @@ def overlap_table(truth: ArrayLike, pred: ArrayLike) -> OverlapTable:
     if truth_labels.shape != pred_labels.shape:
         raise ValueError(
             f"`truth` and `pred` must have the same shape, got {truth_labels.shape} and "
-            f"{pred_labels.shape}: compare label images of the same field."
+            f"{pred_labels.shape}: compare label images of the same field"
         )
     flat_truth, flat_pred = truth_labels.ravel(), pred_labels.ravel()
     changes = (flat_truth[1:] != flat_truth[:-1]) | (flat_pred[1:] != flat_pred[:-1])
@@ -136,7 +136,7 @@ def match(table: OverlapTable, iou_threshold: float) -> NDArray[np.int64]:
     """
     if not 0 < iou_threshold <= 1:
         raise ValueError(
-            f"`iou_threshold` must be in (0, 1], got {iou_threshold}: give a fraction such as 0.5."
+            f"`iou_threshold` must be in (0, 1], got {iou_threshold}: give a fraction such as 0.5"
         )
     candidates = np.flatnonzero(table.iou >= iou_threshold)
     return _best_assignment(table, candidates, most_pairs_first=True)

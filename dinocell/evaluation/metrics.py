@@ -57,8 +57,8 @@ class MatchCounts(Counts):
     def __add__(self, other: MatchCounts) -> MatchCounts:
         if self.iou_threshold != other.iou_threshold:
             raise ValueError(
-                f"counts must share one IoU threshold to be added, got {self.iou_threshold} and "
-                f"{other.iou_threshold}: add counts of the same threshold."
+                f"Counts must share one IoU threshold to be added, got {self.iou_threshold} and "
+                f"{other.iou_threshold}: add counts of the same threshold"
             )
         return replace(super().__add__(other), iou_threshold=self.iou_threshold)
 
@@ -226,13 +226,13 @@ def boundary_counts(truth: ArrayLike, pred: ArrayLike, tolerance_px: float) -> B
     if not (tolerance_px >= 0 and math.isfinite(tolerance_px)):
         raise ValueError(
             f"`tolerance_px` must be a finite number of pixels, 0 or more, got {tolerance_px}: "
-            "use about 2."
+            "use about 2"
         )
     true_boundary, pred_boundary = cell_borders(truth), cell_borders(pred)
     if true_boundary.shape != pred_boundary.shape:
         raise ValueError(
             f"`truth` and `pred` must have the same shape, got {true_boundary.shape} and "
-            f"{pred_boundary.shape}: compare label images of the same field."
+            f"{pred_boundary.shape}: compare label images of the same field"
         )
     return BoundaryCounts(
         truth_px=int(np.count_nonzero(true_boundary)),

@@ -152,7 +152,7 @@ def _predict(
             require_cells(truth, pair.labels_path)
             if truth.shape != plane.shape:
                 raise DataSetError(
-                    f"an image and its labels must have the same size, got {plane.shape} and "
+                    f"An image and its labels must have the same size, got {plane.shape} and "
                     f"{truth.shape} for {name}: check that the names belong together"
                 )
             yield name, truth, pipeline.predict(plane, intensity=loaded.intensity)

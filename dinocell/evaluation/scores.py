@@ -140,6 +140,6 @@ def check_iou_thresholds(iou_thresholds: Iterable[float]) -> tuple[float, ...]:
     if not thresholds or not in_range or distinct < len(thresholds):
         raise ValueError(
             f"`iou_thresholds` must be one or more distinct numbers in (0, 1], got {thresholds}: "
-            "give fractions such as 0.5."
+            "give fractions such as 0.5"
         )
     return tuple(sorted(thresholds))

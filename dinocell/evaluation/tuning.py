@@ -47,14 +47,14 @@ class ThresholdGrids:
             if not values or not all(math.isfinite(value) for value in values):
                 raise ValueError(
                     f"`{name}` must hold one or more finite numbers, got {list(grid)}: "
-                    "give the thresholds to try."
+                    "give the thresholds to try"
                 )
             axes.append(values)
         lowest_fill, highest_peak = axes[1][0], axes[0][-1]
         if lowest_fill >= highest_peak:
             raise ValueError(
-                "some value of `fill_grid` must be below some value of `peak_grid`, got fill from "
-                f"{lowest_fill} and peak up to {highest_peak}: lower the first or raise the second."
+                "Some value of `fill_grid` must be below some value of `peak_grid`, got fill from "
+                f"{lowest_fill} and peak up to {highest_peak}: lower the first or raise the second"
             )
         return axes
 
@@ -126,7 +126,9 @@ def tune_thresholds(
 
         to_labels = separate_cells
     if search not in ("coordinate", "grid"):
-        raise ValueError(f"`search` must be 'coordinate' or 'grid', got {search!r}: choose one.")
+        raise ValueError(
+            f"`search` must be 'coordinate' or 'grid', got {search!r}: choose one of these"
+        )
     count, attribute = _metric_counter(metric)
     axes = (grids or ThresholdGrids()).axes()
     pairs, num_truth = _checked_samples(samples)
@@ -175,7 +177,7 @@ def _metric_counter(metric: str) -> tuple[Callable[[OverlapTable], list[Any]], s
     else:
         raise ValueError(
             f"`metric` must be 'ap', 'apNN' such as 'ap50', {', '.join(map(repr, _CTC_METRICS))}, "
-            f"got {metric!r}: choose one."
+            f"got {metric!r}: choose one of these"
         )
     return lambda table: [match_counts(table, iou) for iou in thresholds], "ap"
 
@@ -188,14 +190,14 @@ def _checked_samples(
     for distance_map, truth in pairs:
         if distance_map.shape != truth.shape:
             raise ValueError(
-                f"distance map and truth of a sample must have the same shape, got "
-                f"{distance_map.shape} and {truth.shape}: use the map of the same image."
+                f"Distance map and truth of a sample must have the same shape, got "
+                f"{distance_map.shape} and {truth.shape}: use the map of the same image"
             )
     num_truth = sum(int(np.count_nonzero(np.unique(truth))) for _, truth in pairs)
     if not num_truth:
         raise DataSetError(
-            f"thresholds must be tuned on images with cells, got {len(pairs)} images without any "
-            "true cell: give validation images whose labels hold cells."
+            f"Thresholds must be tuned on images with cells, got {len(pairs)} images without any "
+            "true cell: give validation images whose labels hold cells"
         )
     return pairs, num_truth
 

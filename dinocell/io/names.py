@@ -75,7 +75,7 @@ def search_images(
     Raises UsageError (a path does not exist, or no image was found).
     """
     if isinstance(inputs, str | os.PathLike):
-        raise TypeError(f"`inputs` must be a sequence of paths, got '{inputs}': put it in a list.")
+        raise TypeError(f"`inputs` must be a sequence of paths, got '{inputs}': put it in a list")
     search = _Search(recursive)
     named: dict[str, Path] = {}  # given by their names
     listed: dict[str, Path] = {}
@@ -101,7 +101,7 @@ def search_images(
             hint += "; set `recursive` to search the folders inside"
         raise UsageError(
             f"At least one image is needed, but {where} holds none: images end in "
-            f"{', '.join(IMAGE_SUFFIXES)}{hint}."
+            f"{', '.join(IMAGE_SUFFIXES)}{hint}"
         )
     return FoundImages(list(listed.values()), tuple(search.notes))
 
@@ -116,7 +116,7 @@ def _is_one_file(path: Path) -> bool:
         if glob.has_magic(str(path)):
             return False
         raise UsageError(
-            f"'{path}' cannot be opened ({error.strerror}): check the path and its rights."
+            f"'{path}' cannot be opened ({error.strerror}): check the path and its rights"
         ) from error
     return not is_folder or path.suffix.lower() in UNREADABLE_KINDS
 
@@ -145,7 +145,7 @@ class _Search:
             absolute = bool(parts) and os.path.isabs(parts[0])
             matches = self._matching(Path(parts[0] if absolute else "."), parts[absolute:])
         else:
-            raise UsageError(f"There is no file or folder '{given}': check the path.")
+            raise UsageError(f"There is no file or folder '{given}': check the path")
         for path in matches:
             suffix = path.suffix.lower()
             if suffix in UNREADABLE_KINDS:
@@ -155,7 +155,7 @@ class _Search:
             elif os.path.isfile(path):
                 yield path
             elif not os.path.isdir(path):
-                self._note(f"'{path}' was left out: it is no file, or a link to none")
+                self._note(f"'{path}' was left out: it is not a file, or a link to nothing")
 
     def results_among(self, paths: Iterable[Path], images: Iterable[Path]) -> set[Path]:
         """Files that an earlier run wrote, as far as their names and neighbours tell."""
@@ -230,7 +230,7 @@ class _Search:
                 return sorted(found, key=lambda entry: entry.name)
         except OSError as error:
             self._note(
-                f"the folder '{folder}' was left out: it cannot be opened ({error.strerror})"
+                f"The folder '{folder}' was left out: it cannot be opened ({error.strerror})"
             )
             return []
 
@@ -259,6 +259,6 @@ def refuse_long_names(paths: Iterable[Path]) -> None:
         allowed = 255
     if len(os.fsencode(longest.name)) > allowed:
         raise DINOCellError(
-            f"a file name may have up to {allowed} bytes in '{longest.parent}', got "
+            f"A file name may have up to {allowed} bytes in '{longest.parent}', got "
             f"{len(os.fsencode(longest.name))} for '{longest.name}': shorten the name of the image"
         )

@@ -61,7 +61,7 @@ class RawImage:
         if self.orientation in _UPRIGHT:
             self.pixels = _UPRIGHT[self.orientation](self.pixels)
             self.notes += (
-                f"the file states that its picture is turned (orientation {self.orientation}): it was "
+                f"The file states that its picture is turned (orientation {self.orientation}): it was "
                 "turned upright",
             )
             self.orientation = 1
@@ -130,7 +130,7 @@ def _refuse_text(channels: Sequence[int | str] | None) -> None:
     if isinstance(channels, str):
         raise TypeError(
             f"`channels` must be a sequence of positions or names, got the text {channels!r}: "
-            "write it as a list."
+            "write it as a list"
         )
 
 
@@ -139,7 +139,7 @@ def check_size(path: Path, height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
         raise ImageFileError(
             f"An image may have up to {max_pixels:,} pixels, '{path}' claims {height:,} × "
-            f"{width:,} = {height * width:,}: crop it, or read a smaller level of it."
+            f"{width:,} = {height * width:,}: crop it, or read a smaller level of it"
         )
 
 
@@ -166,11 +166,11 @@ def check_page(path: Path, series: Sequence[tuple[str, tuple[int, ...]]], page: 
         hint = ", or list the `channels` to read if the planes are channels" if unknown else ""
         raise ImageFileError(
             f"One 2-D image is needed, '{path}' holds {what}: choose one plane by `page`, "
-            f"0 … {total - 1}{hint}."
+            f"0 … {total - 1}{hint}"
         )
     if not 0 <= page < total:
         raise UsageError(
-            f"`page` must be 0 … {total - 1} for '{path}', got {page}: it counts the planes from 0."
+            f"`page` must be 0 … {total - 1} for '{path}', got {page}: it counts the planes from 0"
         )
     return page
 

@@ -72,7 +72,7 @@ def run_lengths_to_mask(counts: Sequence[int], shape: tuple[int, int]) -> CellMa
     height, width = shape
     if lengths.ndim != 1 or (lengths < 0).any() or lengths.sum() != height * width:
         raise ValueError(
-            f"run lengths must be 0 or more and add up to {height} × {width} = {height * width}, got "
+            f"Run lengths must be 0 or more and add up to {height} × {width} = {height * width}, got "
             f"{int(lengths.sum())}"
         )
     stop = np.cumsum(lengths)[1::2]

@@ -34,12 +34,12 @@ def read_seg_npy(path: Path) -> NDArray[Any]:
     except Exception as error:  # damaged pickles raise anything
         raise ImageFileError(
             f"'{path}' must be a `_seg.npy` file of Cellpose with masks, it holds none or is cut short "
-            f"({type(error).__name__}): save it again in Cellpose."
+            f"({type(error).__name__}): save it again in Cellpose"
         ) from error
     if not isinstance(masks, np.ndarray) or masks.ndim != 2:
         raise ImageFileError(
             f"The masks of '{path}' must be one image (H, W), got "
-            f"{getattr(masks, 'shape', type(masks).__name__)}: save one plane of a stack."
+            f"{getattr(masks, 'shape', type(masks).__name__)}: save one plane of a stack"
         )
     return masks
 
@@ -79,7 +79,7 @@ def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uin
     except ImportError as error:
         raise MissingExtraError(
             "Reading ImageJ ROIs needs the package roifile, which is not installed: run "
-            "`pip install dinocell-segmentation[formats]`."
+            "`pip install dinocell-segmentation[formats]`"
         ) from error
     masks = []
     try:
@@ -90,7 +90,7 @@ def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uin
                 if roi.roitype.name in _LINES:
                     raise ImageFileError(
                         f"ROIs of cells must be areas, '{name}' of '{path}' is of type "
-                        f"{roi.roitype.name.lower()}: delete it in the ROI manager."
+                        f"{roi.roitype.name.lower()}: delete it in the ROI manager"
                     )
                 rings = [np.asarray(ring)[:, ::-1] for ring in roi.coordinates(multi=True)]
                 corners = np.concatenate(rings)
@@ -106,11 +106,11 @@ def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uin
     except Exception as error:  # a damaged zip or ROI raises anything
         raise ImageFileError(
             f"'{path}' must be a zip of ImageJ ROIs, it is damaged or cut short ({error}): save it "
-            "again in the ROI manager."
+            "again in the ROI manager"
         ) from error
     if not names:
         raise ImageFileError(
             f"'{path}' must be a zip of ImageJ ROIs, it holds no file that ends in .roi: give the zip "
-            "that the ROI manager writes."
+            "that the ROI manager writes"
         )
     return paint_cells(masks, shape)[0]

@@ -28,11 +28,11 @@ def read_npy(path: Path, wanted: Selection) -> RawImage:
     if dtype.hasobject:
         raise ImageFileError(
             f"A .npy image must hold numbers, '{path}' holds Python objects, which are not loaded "
-            "because that could run code: save it with a numeric data type."
+            "because that could run code: save it with a numeric data type"
         )
     if 0 in shape:
         raise ImageFileError(
-            f"An image must have at least one pixel, '{path}' has shape {shape}: export it again."
+            f"An image must have at least one pixel, '{path}' has shape {shape}: export it again"
         )
     axes, shape = _npy_axes(path, shape, wanted.channels is not None)
     check_size(path, shape[axes.index("Y")], shape[axes.index("X")], wanted.max_pixels)
@@ -56,7 +56,7 @@ def _npy_axes(
     if len(shape) < 2:
         raise ImageFileError(
             f"A .npy image must have two or three axes, '{path}' has shape {shape}: save (H, W) or "
-            "(H, W, C)."
+            "(H, W, C)"
         )
     if len(shape) == 2:
         return "YX", shape
@@ -72,7 +72,9 @@ def read_picture(path: Path, head: bytes, wanted: Selection) -> RawImage:
     from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin
 
     if wanted.page not in (None, 0):
-        raise UsageError(f"'{path}' holds one plane, so `page` must be 0, got {wanted.page}.")
+        raise UsageError(
+            f"`page` must be 0 for '{path}', which holds one plane, got {wanted.page}: leave it out"
+        )
     bits, colour_type = 8, -1
     opener: Any
     if head.startswith(b"\x89PNG"):

@@ -112,7 +112,7 @@ def read_image(
         )
         raise ImageFileError(
             f"Pixels of '{path}' must be finite numbers, {bad:,} of {pixels.size:,} are NaN or "
-            "infinite: replace them (for example by the background value) before segmenting."
+            "infinite: replace them (for example by the background value) before segmenting"
         )
     return Image(contiguous(pixels), path, raw.pixel_size_um, names, raw.notes)
 
@@ -157,20 +157,20 @@ def read_labels(
         what = "a colour picture" if raw.is_rgb else f"an image of {pixels.shape[2]} channels"
         raise ImageFileError(
             f"A label image is needed (one channel, 0 background, one whole number per cell), but "
-            f"'{path}' is {what}: export the labels as 16-bit gray PNG or TIFF."
+            f"'{path}' is {what}: export the labels as 16-bit gray PNG or TIFF"
         )
     if pixels.dtype == np.bool_:
         return pixels.astype(np.uint32)
     if pixels.dtype.kind == "f" and not all_whole(pixels):
         raise ImageFileError(
             f"A label image must hold whole numbers, '{path}' ({pixels.dtype}) holds fractions or "
-            "NaN: it looks like an intensity image or a distance map, give the labels."
+            "NaN: it looks like an intensity image or a distance map, give the labels"
         )
     low, high = pixels.min(), pixels.max()
     if low < 0 or high > np.iinfo(np.uint32).max:
         raise ImageFileError(
             f"Labels must lie in 0 … 4,294,967,295, '{path}' holds {low} … {high}: renumber them "
-            "from 1 with background 0."
+            "from 1 with background 0"
         )
     return contiguous(pixels, np.uint32)
 
@@ -180,19 +180,19 @@ def _existing_file(path: str | os.PathLike[str]) -> Path:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError) as err:
-        raise UsageError(f"There is no file '{path}': check the path.") from err
+        raise UsageError(f"There is no file '{path}': check the path") from err
     except OSError as err:
         raise ImageFileError(
-            f"'{path}' cannot be opened ({err.strerror}): check the path and its rights."
+            f"'{path}' cannot be opened ({err.strerror}): check the path and its rights"
         ) from err
     if stat.S_ISDIR(mode):
         if kind := UNREADABLE_KINDS.get(path.suffix.lower()):
             raise ImageFileError(_not_read_message(path, kind))
-        raise UsageError(f"An image file is needed, '{path}' is a folder: name the files in it.")
+        raise UsageError(f"An image file is needed, '{path}' is a folder: name the files in it")
     if not stat.S_ISREG(mode):  # opening a pipe would wait for its other end
         raise ImageFileError(
             f"An image file is needed, '{path}' is a pipe, a socket or a device: save the image to a "
-            "file and give that."
+            "file and give that"
         )
     return path
 
@@ -200,7 +200,7 @@ def _existing_file(path: str | os.PathLike[str]) -> Path:
 def _not_read_message(path: Path, kind: str) -> str:
     return (
         f"{kind} files cannot be read yet, got '{path}': export the image as OME-TIFF or PNG "
-        "(for example in Fiji or in the microscope's software)."
+        "(for example in Fiji or in the microscope's software)"
     )
 
 
@@ -216,7 +216,7 @@ def _read_raw(path: Path, wanted: Selection) -> RawImage:
         with open(path, "rb") as file:
             head = file.read(32)
         if not head:
-            raise ImageFileError(f"'{path}' is empty (0 bytes): copy or export it again.")
+            raise ImageFileError(f"'{path}' is empty (0 bytes): copy or export it again")
         if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             raw = read_tiff(path, wanted)
         elif head.startswith(b"\x93NUMPY"):
@@ -229,27 +229,27 @@ def _read_raw(path: Path, wanted: Selection) -> RawImage:
         raise
     except PermissionError as err:
         raise ImageFileError(
-            f"You have no permission to read '{path}': change the rights of the file."
+            f"You have no permission to read '{path}': change the rights of the file"
         ) from err
     except MemoryError as err:
         raise ImageFileError(
-            f"'{path}' needs more memory than this machine has: crop it or use a larger machine."
+            f"'{path}' needs more memory than this machine has: crop it or use a larger machine"
         ) from err
     except Exception as err:  # decoders raise anything on damaged bytes
         if "requires the 'imagecodecs' package" in str(err):
             raise MissingExtraError(
                 f"The compression of '{path}' needs the package imagecodecs, which is not "
-                "installed: run `pip install imagecodecs`."
+                "installed: run `pip install imagecodecs`"
             ) from err
         raise ImageFileError(
             f"'{path}' must be a whole image file, it is damaged or cut short "
-            f"({_first_line(err)}): copy or export it again."
+            f"({_first_line(err)}): copy or export it again"
         ) from err
     pixels = raw.pixels
     if pixels.dtype.kind not in "buif":
         raise ImageFileError(
             f"Pixels must be whole or floating-point numbers, '{path}' holds {pixels.dtype}: "
-            "store the magnitude or one real part."
+            "store the magnitude or one real part"
         )
     if not pixels.dtype.isnative:
         raw.pixels = contiguous(pixels, pixels.dtype.newbyteorder("="))
@@ -276,5 +276,5 @@ def _unknown_content_message(path: Path, head: bytes) -> str:
         text = text and err.start > 28  # the last letter has several bytes and is cut
     return (
         f"'{path}' must be an image, but its content is {'text' if text else 'of an unknown kind'}: "
-        f"give an image file ({', '.join(IMAGE_SUFFIXES)})."
+        f"give an image file ({', '.join(IMAGE_SUFFIXES)})"
     )

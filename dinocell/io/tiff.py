@@ -113,7 +113,7 @@ def read_tiff(path: Path, wanted: Selection) -> RawImage:
         if "C" in axes and "S" in axes:
             raise ImageFileError(
                 f"An image must have one channel axis, '{path}' has axes {axes} with sizes "
-                f"{' × '.join(map(str, shape))}: export the channels as one stack or as RGB."
+                f"{' × '.join(map(str, shape))}: export the channels as one stack or as RGB"
             )
         sizes = dict(zip(axes, shape, strict=True))
         check_size(path, sizes["Y"], sizes["X"], wanted.max_pixels)
@@ -323,14 +323,14 @@ def _pixel_size_um(edges: Sequence[float], units: Sequence[str], notes: list[str
             return None
         if key not in _UM_PER_UNIT:
             notes.append(
-                f"the file gives the size of a pixel in {unit!r}, which is not a known unit of length: no "
+                f"The file gives the size of a pixel in {unit!r}, which is not a known unit of length: no "
                 "pixel size is used; set `pixel_size_um`"
             )
             return None
         size = edge * _UM_PER_UNIT[key]
         if not math.isfinite(size) or size <= 0:
             notes.append(
-                f"the file gives {edge:g} {unit} as the size of a pixel, which cannot be: no pixel size is "
+                f"The file gives {edge:g} {unit} as the size of a pixel, which cannot be: no pixel size is "
                 "used; set `pixel_size_um`"
             )
             return None
@@ -339,7 +339,7 @@ def _pixel_size_um(edges: Sequence[float], units: Sequence[str], notes: list[str
         sizes.append(size)
     if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
         notes.append(
-            f"pixels must be square for measurements in µm, the file gives {sizes[0]:g} × {sizes[1]:g} "
+            f"Pixels must be square for measurements in µm, the file gives {sizes[0]:g} × {sizes[1]:g} "
             "µm: no pixel size is used; set `pixel_size_um`"
         )
         return None

@@ -52,12 +52,14 @@ def write_labels(
     array = np.asarray(labels)
     labels = as_labels(array.astype(np.uint8) if array.dtype == np.bool_ else array)
     if labels.size == 0:
-        raise ValueError(f"`labels` must have at least one pixel, got shape {labels.shape}.")
+        raise ValueError(
+            f"`labels` must have at least one pixel, got shape {labels.shape}: give the whole array"
+        )
     high = int(labels.max())
     dtype = np.dtype(np.uint16 if high <= np.iinfo(np.uint16).max else np.uint32)
     if path.suffix.lower() == ".png" and dtype != np.uint16:
         raise ImageFileError(
-            f"PNG holds labels up to 65,535, '{path}' would need {high:,}: write a .tif instead."
+            f"PNG holds labels up to 65,535, '{path}' would need {high:,}: write a .tif instead"
         )
     _write_array(
         path,
@@ -96,16 +98,18 @@ def write_image(
     """
     pixels = np.asarray(pixels)
     if pixels.dtype.kind not in "buif":
-        raise TypeError(f"`pixels` must be real numbers, got {pixels.dtype}.")
+        raise TypeError(f"`pixels` must be real numbers, got {pixels.dtype}: convert them first")
     if pixels.ndim not in (2, 3) or pixels.size == 0:
-        raise ValueError(f"`pixels` must be (H, W) or (H, W, C), not empty, got {pixels.shape}.")
+        raise ValueError(
+            f"`pixels` must be (H, W) or (H, W, C), not empty, got {pixels.shape}: move its axes"
+        )
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     num_channels = pixels.shape[2] if pixels.ndim == 3 else 1
     if channel_names is not None and len(channel_names) != num_channels:
         raise ValueError(
             f"`channel_names` must name each of the {num_channels} channels, got "
-            f"{list(channel_names)}."
+            f"{list(channel_names)}: give one name for each channel"
         )
     _write_array(
         Path(path),
@@ -128,24 +132,28 @@ def _write_array(
 ) -> None:
     suffix = path.suffix.lower()
     if suffix not in (".tif", ".tiff", ".png", ".npy"):
-        raise ValueError(f"Images are written as .tif, .tiff, .png or .npy, got '{path}'.")
+        raise ValueError(
+            f"The name of an image must end in .tif, .tiff, .png or .npy, got '{path}': change the ending"
+        )
     if compression not in ("deflate", "none"):
-        raise ValueError(f"`compression` must be 'deflate' or 'none', got {compression!r}.")
+        raise ValueError(
+            f"`compression` must be 'deflate' or 'none', got {compression!r}: choose one of these"
+        )
     if pixel_size_um is not None and not (math.isfinite(pixel_size_um) and pixel_size_um > 0):
-        raise ValueError(f"`pixel_size_um` must be above 0, got {pixel_size_um}.")
+        raise ValueError(f"`pixel_size_um` must be above 0, got {pixel_size_um}: give micrometres")
     if suffix != ".npy" and pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * np.uint8(255)
     if suffix in (".tif", ".tiff") and pixels.dtype in (np.int64, np.uint64):
         raise ValueError(
             f"TIFF takes whole numbers of up to 32 bit, got {pixels.dtype}: convert them, or write "
-            "a .npy instead."
+            "a .npy instead"
         )
     if suffix == ".png":
         rgb = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
         if not (rgb or (pixels.ndim == 2 and pixels.dtype in (np.uint8, np.uint16))):
             raise ValueError(
                 f"PNG takes uint8 gray or RGB and uint16 gray, got {pixels.dtype} of shape "
-                f"{pixels.shape}: write a .tif instead."
+                f"{pixels.shape}: write a .tif instead"
             )
     try:
         with atomic_path(path) as temporary:
@@ -162,7 +170,7 @@ def _write_array(
     except OSError as err:
         raise ImageFileError(
             f"'{path}' cannot be written ({err.strerror or err}): choose another folder or free "
-            "some space."
+            "some space"
         ) from err
 
 

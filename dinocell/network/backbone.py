@@ -69,7 +69,7 @@ class DINOv3Backbone(nn.Module):
         super().__init__()
         if size not in BACKBONE_SIZES:
             raise ValueError(
-                f"`size` must be one of {', '.join(BACKBONE_SIZES)}, got {size!r}: choose one"
+                f"`size` must be one of {', '.join(BACKBONE_SIZES)}, got {size!r}: choose one of these"
             )
         shape = BACKBONE_SIZES[size]
         self.size = size
@@ -124,6 +124,6 @@ def load_backbone_weights(backbone: DINOv3Backbone, path: str | Path) -> str:
         raise UsageError(str(error)) from error
     except formats.WeightsError as error:
         raise CheckpointError(
-            f"backbone weights must fit ViT {backbone.size}/{backbone.patch_size} with the flags of "
+            f"Backbone weights must fit ViT {backbone.size}/{backbone.patch_size} with the flags of "
             f"the released ViTs (4 storage tokens, masked k bias, LayerScale): {error}"
         ) from error

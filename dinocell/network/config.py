@@ -53,12 +53,12 @@ class ModelConfig:
         )
         require(
             0.0 <= self.fill_threshold < self.peak_threshold < 1.0,
-            "thresholds must hold 0 <= `model.fill_threshold` < `model.peak_threshold` < 1, got fill "
+            "Thresholds must hold 0 <= `model.fill_threshold` < `model.peak_threshold` < 1, got fill "
             f"{self.fill_threshold} and peak {self.peak_threshold}: change one of them",
         )
         require(
             0.0 <= self.low_percentile < self.high_percentile <= 100.0,
-            "percentiles must hold 0 <= `model.low_percentile` < `model.high_percentile` <= 100, got "
+            "Percentiles must hold 0 <= `model.low_percentile` < `model.high_percentile` <= 100, got "
             f"{self.low_percentile} and {self.high_percentile}: 1 and 99.8 are usual",
         )
         require(

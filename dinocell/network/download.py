@@ -212,8 +212,8 @@ def _refuse_failure(url: str, answer: requests.Response) -> None:
 
 def _interrupted(url: str, reason: object) -> DINOCellError:
     return DINOCellError(
-        f"The download of {_shown(url)} was interrupted {_TRIES} times (the last time by: {reason}). The "
-        "part that arrived was kept. Run the same command again to continue."
+        f"The download of {_shown(url)} was interrupted {_TRIES} times (the last time by: {reason}); the "
+        "part that arrived was kept; run the same command again to continue"
     )
 
 

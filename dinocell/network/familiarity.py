@@ -127,8 +127,8 @@ class Comparison:
     def note(self, name: str) -> str:
         """The sentence for the user of the model `name`, where the image is flagged."""
         return (
-            f"does not look like what {name} was trained on: {', '.join(self.reasons)}. Check its cells "
-            "before you use them"
+            f"The image does not look like what {name} was trained on ({', '.join(self.reasons)}): check "
+            "its cells before you use them"
         )
 
 
@@ -148,7 +148,13 @@ class TrainingStatistics:
     images: int  # how many images were looked at
 
     def distance(self, features: ArrayLike) -> NDArray[np.float64]:
-        """Mahalanobis distance of mean features (N, D) → (N,)."""
+        """Mahalanobis distance of mean features (N, D) → (N,).
+
+        The K stored directions are orthonormal.  Along them each squared component is divided by its own
+        variance; what is left across them, by Pythagoras, by the common variance `rest`.  This is the
+        distance of a covariance whose smaller eigenvalues are replaced by their mean, in O(N K D) time
+        and with K · D stored numbers in place of D².
+        """
         offset = np.asarray(features, dtype=np.float64) - np.asarray(self.mean)
         along = offset @ np.reshape(self.directions, (-1, len(self.mean))).T  # [N, K]
         across = np.maximum((offset**2).sum(axis=1) - (along**2).sum(axis=1), 0.0)
@@ -202,7 +208,7 @@ class TrainingStatistics:
             valid = False
         if not valid:
             raise CheckpointError(
-                f"the training statistics of a model file must be finite numbers, got others in {source}: "
+                f"The training statistics of a model file must be finite numbers, got others in {source}: "
                 "fetch it again"
             )
         return found

@@ -63,12 +63,12 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
         size, patch = architecture.group(1), int(architecture.group(2))
         if size not in BACKBONE_SIZES:
             raise UsageError(
-                f"an architecture must be SIZE/PATCH with a size of {', '.join(BACKBONE_SIZES)}, got "
+                f"An architecture must be SIZE/PATCH with a size of {', '.join(BACKBONE_SIZES)}, got "
                 f"{name}: for example small/8"
             )
         if patch not in (4, 8, 14, 16):
             raise UsageError(
-                f"the patch size must be 4, 8, 14 or 16, got {name}: for example small/8"
+                f"The patch size must be 4, 8, 14 or 16, got {name}: for example small/8"
             )
         options = {"window_px": 256 // patch * patch}
         model = create_dinocell_model(size, patch_size=patch, decoder=decoder, **options)
@@ -101,7 +101,7 @@ def _describe_architecture(model: DINOCell, image_px: int) -> str:
     patch = model.config.patch_size
     if image_px < patch:
         raise UsageError(
-            f"`image_px` must be at least one patch of {patch} px, got {image_px}: raise it"
+            f"`image_px` must be at least one patch of {patch} px, got {image_px}: give a larger number"
         )
     cost = model_cost(model, image_px // patch * patch)
     total = cost.backbone_parameters + cost.decoder_parameters

@@ -169,28 +169,28 @@ def read_model_header(name: str | Path) -> dict[str, Any]:
     except Exception as error:
         kind = _foreign_kind(path)
         raise CheckpointError(
-            f"a model file must be a complete .safetensors, got {path} ({kind or error}): fetch it "
+            f"A model file must be a complete .safetensors, got {path} ({kind or error}): fetch it "
             "again, or take the one that `dinocell train` wrote"
         ) from error
     if _HEADER_KEY not in metadata:
         raise CheckpointError(
-            f"a model file must carry DINOCell's header, got {path} without it, which another "
+            f"A model file must carry DINOCell's header, got {path} without it, which another "
             "program made: give a model of DINOCell"
         )
     try:
         header = json.loads(metadata[_HEADER_KEY])
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"the header of a model file must be JSON, got something else in {path}: fetch it again"
+            f"The header of a model file must be JSON, got something else in {path}: fetch it again"
         ) from error
     if not isinstance(header, dict) or not isinstance(header.get("card", {}), dict | None):
         raise CheckpointError(
-            f"the header of a model file must hold keys and values, also its card, got others in {path}: "
+            f"The header of a model file must hold keys and values, also its card, got others in {path}: "
             "fetch it again"
         )
     if header.get("format") != _FORMAT_VERSION:
         raise CheckpointError(
-            f"a model file must have format {_FORMAT_VERSION}, got {header.get('format')} in "
+            f"A model file must have format {_FORMAT_VERSION}, got {header.get('format')} in "
             f"{path}: update dinocell"
         )
     return header
@@ -210,14 +210,14 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
         config = config_from_mapping(ModelConfig, header["model"])
     except (ConfigError, KeyError) as error:
         raise CheckpointError(
-            f"the header of a model file must describe a known architecture, got {path} ({error}): "
+            f"The header of a model file must describe a known architecture, got {path} ({error}): "
             "update dinocell"
         ) from error
     try:
         state = load_file(path)
     except Exception as error:
         raise CheckpointError(
-            f"a model file must be complete, got {path} ({error}): fetch it again"
+            f"A model file must be complete, got {path} ({error}): fetch it again"
         ) from error
     model = DINOCell(config, card=header.get("card"))
     if header.get("statistics") is not None:
@@ -241,7 +241,7 @@ def _refuse_other_weights(
         refuse_differences(
             state,
             shapes,
-            f"the weights of '{path}' must fit its header ({config.size}/{config.patch_size}, "
+            f"The weights of '{path}' must fit its header ({config.size}/{config.patch_size}, "
             f"{config.decoder})",
             "the file is damaged or was made by another program, so fetch it again",
         )
@@ -266,7 +266,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise UsageError(
-            f"`device` must be auto, cpu, cuda, cuda:N or mps, got {device!r}: choose one"
+            f"`device` must be auto, cpu, cuda, cuda:N or mps, got {device!r}: choose one of these"
         ) from error
     count = torch.cuda.device_count()
     missing_cuda = chosen.type == "cuda" and (chosen.index or 0) >= count
@@ -299,7 +299,7 @@ def _model_path(name: str | Path) -> Path:
         return bundled
     known = ", ".join(bundled_models()) or "none"
     raise UsageError(
-        f"a model must be a file or a bundled name ({known}), got {name}: check the path; "
+        f"A model must be a file or a bundled name ({known}), got {name}: check the path; "
         f"backbone sizes ({', '.join(BACKBONE_SIZES)}) are not models"
     )
 

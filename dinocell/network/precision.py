@@ -35,7 +35,7 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     """
     if precision not in PRECISIONS:
         raise ValueError(
-            f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}: choose one"
+            f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}: choose one of these"
         )
     import torch
 

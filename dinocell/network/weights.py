@@ -29,7 +29,7 @@ def cache_folder() -> Path:
     home = home_folder()
     if home is None:
         raise UsageError(
-            "The home folder of this user is not known: set DINOCELL_WEIGHTS to the folder for weights."
+            "The home folder of this user is not known: set DINOCELL_WEIGHTS to the folder for weights"
         )
     return home / ".cache" / "dinocell" / "weights"
 

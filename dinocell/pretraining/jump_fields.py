@@ -97,7 +97,7 @@ def verify_index(
     seed : random seed of the sample
     """
     if fields < 1:
-        raise UsageError(f"`fields` must be at least 1, got {fields}: raise it")
+        raise UsageError(f"`fields` must be at least 1, got {fields}: give a larger number")
     dataset = fields_of_index(index, store, channels=None, split="ALL")
     total = len(dataset.rows)
     chosen = sorted(random.Random(seed).sample(range(total), min(fields, total)))

@@ -126,7 +126,7 @@ def _channel_numbers(path: Path) -> dict[str, dict[str, str]]:
         if not {"number", "channel"} <= set(reader.fieldnames or ()):
             raise UsageError(
                 f"{path} must have the columns number and channel, got "
-                f"{', '.join(reader.fieldnames or ()) or 'none'}: add them"
+                f"{', '.join(reader.fieldnames or ()) or 'none'}: add the missing columns"
             )
         found: dict[str, dict[str, str]] = {}
         for row in reader:

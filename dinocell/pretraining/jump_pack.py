@@ -51,7 +51,7 @@ def pack_index(
     from dinov3.cells.streaming import shards
 
     if split not in ("ALL", "TRAIN", "VAL"):
-        raise UsageError(f"`split` must be ALL, TRAIN or VAL, got {split!r}: choose one")
+        raise UsageError(f"`split` must be ALL, TRAIN or VAL, got {split!r}: choose one of these")
     dataset = fields_of_index(index, store, channels=channels, split=split)
     total = len(dataset.rows) if limit is None else min(limit, len(dataset.rows))
     lost: dict[str, str] = {}
@@ -84,7 +84,7 @@ def _readable_fields(
                 lost[record.name] = reason
                 if len(lost) > max(max_lost_share * total, 0):
                     raise DataSetError(
-                        f"at most {max_lost_share:.1%} of {total} fields may be unreadable, got "
+                        f"At most {max_lost_share:.1%} of {total} fields may be unreadable, got "
                         f"{len(lost)} (last: {reason}): repair the store, or raise `max_lost_share`"
                     )
 
@@ -124,9 +124,9 @@ def export_masks(
 
     out = Path(out)
     if kind not in ("nuclei", "cell"):
-        raise UsageError(f"`kind` must be nuclei or cell, got {kind!r}: choose one")
+        raise UsageError(f"`kind` must be nuclei or cell, got {kind!r}: choose one of these")
     if fields < 2:
-        raise UsageError(f"`fields` must be at least 2, got {fields}: raise it")
+        raise UsageError(f"`fields` must be at least 2, got {fields}: give a larger number")
     if out.exists():
         raise UsageError(f"OUT must not exist, got {out}: name another folder, or remove it")
     dataset = fields_of_index(index, store, channels=channel, split="ALL")
@@ -137,7 +137,7 @@ def export_masks(
         found, without = _labelled_fields(dataset, folder, numbers, fields)
     if len(found) < 2:
         raise DINOCellError(
-            f"at least 2 fields must have {kind} labels in {folder}, got {len(found)} of "
+            f"At least 2 fields must have {kind} labels in {folder}, got {len(found)} of "
             f"{len(found) + without}: use an index of JUMP-Lite or cpg0016"
         )
     with atomic_folder(out) as temporary:

@@ -71,7 +71,7 @@ def _run_foreign(program: Any, arguments: list[str]) -> None:
 
     if not torch.cuda.is_available():
         raise UsageError(
-            "pretraining with upstream's tree must have a CUDA device, got none: unset "
+            "Pretraining with upstream's tree must have a CUDA device, got none: unset "
             "DINOCELL_DINOV3 to train with the bundled tree, which runs everywhere"
         )
     before = sys.argv

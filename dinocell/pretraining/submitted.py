@@ -47,7 +47,7 @@ class Pretrain(SubmittedCommand):
 
         path = Path(parameters["config"])
         if not path.is_file():
-            raise UsageError(f"the configuration must be a file, got {path}: see configs/ssl")
+            raise UsageError(f"The configuration must be a file, got {path}: see configs/ssl")
         from dinov3 import configs
 
         if not tree_is_bundled():
@@ -99,6 +99,6 @@ def _require_fields(dataset: str) -> None:
         # A relative index may be in the root.
         if value and not (Path(value).exists() or Path(given.get("root", ""), value).exists()):
             raise UsageError(
-                f"train.dataset_path must have a root or index that exists, got {key}={value}: correct "
+                f"`train.dataset_path` must have a root or index that exists, got {key}={value}: correct "
                 "the path, or use `look=False` if it exists only on the nodes"
             )

@@ -70,14 +70,14 @@ class Evaluation:
         rows = _read_rows(path)
         for row in rows:
             if row.get("iteration") == iteration and row.get("fingerprint") == self.fingerprint:
-                logger.info("The scores of iteration %d are read from %s.", iteration, path)
+                logger.info("The scores of iteration %d are read from %s", iteration, path)
                 return {str(key): float(value) for key, value in row["metrics"].items()}
         frozen = copy.deepcopy(backbone).float().eval().requires_grad_(False)
         result = probe_features(frozen, self.train, self.val, self.config)
         if result.steps < self.config.steps:
             logger.warning(
                 "The evaluation at iteration %d trained its decoder for %d of %d steps within "
-                "ssl_evaluation.max_seconds = %g: do not compare its scores with those of full trainings.",
+                "ssl_evaluation.max_seconds = %g: do not compare its scores with those of full trainings",
                 iteration, result.steps, self.config.steps, self.config.max_seconds,
             )  # fmt: skip
         metrics = _metrics(result)
@@ -109,19 +109,19 @@ def make_evaluation(cfg: Any) -> Evaluation:
     patch = int(cfg["student"]["patch_size"])
     if config.window_px % patch:
         raise ConfigError(
-            f"ssl_evaluation.window_px must be a multiple of student.patch_size {patch}, got "
+            f"`ssl_evaluation.window_px` must be a multiple of student.patch_size {patch}, got "
             f"{config.window_px}: {max(1, round(config.window_px / patch)) * patch} is next"
         )
     for part in _PARTS:
         count = section[f"{part}_images"]
         if not isinstance(count, int) or count < 1:
             raise ConfigError(
-                f"ssl_evaluation.{part}_images must be at least 1, got {count}: raise it"
+                f"`ssl_evaluation.{part}_images` must be at least 1, got {count}: give a larger number"
             )
     data = Path(section["data"] or "nothing")
     if not section["data"] or not data.is_dir():
         raise DataSetError(
-            f"ssl_evaluation.data must be a folder with train and val, got {data}: name a labelled set, "
+            f"`ssl_evaluation.data` must be a folder with train and val, got {data}: name a labelled set, "
             "or switch the evaluation off with ssl_evaluation.period_iterations=0"
         )
     windows: dict[str, list[LabelledWindow]] = {}
@@ -143,7 +143,7 @@ def _probe_config(section: Any) -> ProbeConfig:
     wanted = (*names, "data", "train_images", "val_images")
     if missing := [name for name in wanted if name not in section]:
         raise ConfigError(
-            f"ssl_evaluation must have the key {missing[0]}, got {', '.join(section)}: copy it from "
+            f"`ssl_evaluation` must have the key {missing[0]}, got {', '.join(section)}: copy it from "
             "dinocell.yaml"
         )
     given = {name: section[name] for name in names}
@@ -152,12 +152,12 @@ def _probe_config(section: Any) -> ProbeConfig:
         return cast(ProbeConfig, OmegaConf.to_object(values))
     except OmegaConfBaseException as error:
         raise ConfigError(
-            f"ssl_evaluation.{error.full_key} must be of type "
+            f"`ssl_evaluation.{error.full_key}` must be of type "
             f"{ProbeConfig.__dataclass_fields__[str(error.full_key)].type}, got "
             f"{section[error.full_key]!r}: correct it"
         ) from error
     except ValueError as error:
-        raise ConfigError(f"in ssl_evaluation, {error}") from error
+        raise ConfigError(f"In ssl_evaluation, {error}") from error
 
 
 def _metrics(result: ProbeResult) -> dict[str, float]:
@@ -192,7 +192,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            logger.warning("A damaged line of %s was dropped; its evaluation is repeated.", path)
+            logger.warning("A damaged line of %s was dropped; its evaluation is repeated", path)
             continue
         if isinstance(row, dict) and isinstance(row.get("metrics"), dict):
             rows.append(row)

@@ -51,7 +51,7 @@ def load_backbone_of(
     found = find_weights(name)
     if not found.exists():
         raise UsageError(
-            f"a checkpoint must be a file, a folder or a bundled model "
+            f"A checkpoint must be a file, a folder or a bundled model "
             f"({', '.join(bundled_models())}), got {name}: check the path"
         )
     vit, facts = _vit_of_weights(found, which, patch_size)

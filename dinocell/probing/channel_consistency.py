@@ -149,7 +149,7 @@ def channel_consistency(
     draws = draw_fields(views.num_fields, num_bootstrap, seed)
     if not any(len(rows) > 1 for rows in raw.rows_by_location()):
         raise ValueError(
-            "some location must be seen through two channels, got one channel each: choose fields "
+            "Some location must be seen through two channels, got one channel each: choose fields "
             "with several channels"
         )
 

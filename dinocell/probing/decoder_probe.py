@@ -62,13 +62,13 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         for name in ("window_px", "windows_per_image", "steps", "batch_size"):
             if (value := getattr(self, name)) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}: raise it")
+                raise ValueError(f"`{name}` must be at least 1, got {value}: give a larger number")
         for name in ("lr", "max_seconds"):
             if not (value := getattr(self, name)) > 0:
-                raise ValueError(f"`{name}` must be above 0, got {value}: raise it")
+                raise ValueError(f"`{name}` must be above 0, got {value}: give a larger number")
         if self.decoder not in DECODERS:
             raise ValueError(
-                f"`decoder` must be one of {', '.join(DECODERS)}, got {self.decoder!r}: choose one"
+                f"`decoder` must be one of {', '.join(DECODERS)}, got {self.decoder!r}: choose one of these"
             )
 
 
@@ -256,7 +256,7 @@ class _Probe:
     def _require_time(self, what: str) -> None:
         if time.monotonic() > self.deadline:
             raise ProbeTimeError(
-                f"the evaluation must finish in max_seconds, got {self.config.max_seconds:g} s over "
+                f"The evaluation must finish in max_seconds, got {self.config.max_seconds:g} s over "
                 f"while {what}: raise max_seconds, or take fewer or smaller windows"
             )
 

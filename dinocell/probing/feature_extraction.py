@@ -129,7 +129,7 @@ def extract_views(
         for item in fields:
             if item.name in seen:
                 raise DataSetError(
-                    f"fields must have different names, got {item.name} twice: name a folder in "
+                    f"Fields must have different names, got {item.name} twice: name a folder in "
                     "which they differ"
                 )
             seen.add(item.name)
@@ -150,7 +150,7 @@ def extract_views(
         vit.train(was_training)
     if collected.example is None:
         raise DataSetError(
-            f"some field must have two channels, got {len(seen)} fields with fewer: name fields with "
+            f"Some field must have two channels, got {len(seen)} fields with fewer: name fields with "
             "several channels, or more of them with `channels`"
         )
     return collected.features(collected.example)
@@ -178,7 +178,7 @@ def _corners(
     height, width = mean_view.shape
     if min(height, width) < window_px:
         raise DataSetError(
-            f"a field must hold a window of {window_px} px, got {height}×{width} in {name}: choose "
+            f"A field must hold a window of {window_px} px, got {height}×{width} in {name}: choose "
             "smaller windows with `window_px`"
         )
     corners = choose_windows(mean_view, window_px, count)
@@ -245,7 +245,7 @@ def _usable_planes(
     positions = [index for index, name in enumerate(item.channels) if name.lower() in wanted]
     if not positions:
         raise DataSetError(
-            f"a field must have one of the channels {', '.join(channels or ())}, got "
+            f"A field must have one of the channels {', '.join(channels or ())}, got "
             f"{', '.join(item.channels)} in {item.name}: correct `channels`"
         )
     stack = normalize_channels(item.planes[positions])
@@ -253,7 +253,7 @@ def _usable_planes(
     has_signal = np.array([plane.any() for plane in stack])
     if not has_signal.any():
         raise DataSetError(
-            f"a field must hold a signal, got constant planes in {item.name}: remove it"
+            f"A field must hold a signal, got constant planes in {item.name}: remove this field"
         )
     constant = compress(names, ~has_signal)
     missing = [f"{item.name}: channel {name} is constant, left out" for name in constant]
@@ -284,7 +284,7 @@ def _run(
     for name, array in found.items():
         if not np.isfinite(array).all():
             raise CheckpointError(
-                f"the network must answer with finite numbers, got NaN or infinite {name}: the "
+                f"The network must answer with finite numbers, got NaN or infinite {name}: the "
                 "checkpoint is damaged or of a run that diverged"
             )
     return found

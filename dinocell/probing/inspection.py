@@ -48,11 +48,13 @@ class InspectOptions:
 
     def __post_init__(self) -> None:
         if self.which not in ("teacher", "student"):
-            raise UsageError(f"`which` must be teacher or student, got {self.which!r}: choose one")
+            raise UsageError(
+                f"`which` must be teacher or student, got {self.which!r}: choose one of these"
+            )
         for name in ("windows_per_field", "window_px", "batch_size", "max_fields"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"`{name}` must be at least 1, got {value}: raise it")
+                raise UsageError(f"`{name}` must be at least 1, got {value}: give a larger number")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def inspect_checkpoints(
     from dinocell.network.model import resolve_device
 
     if not checkpoints:
-        raise UsageError("inspect must get a checkpoint, got none: name a file or a bundled model")
+        raise UsageError("A checkpoint must be given, got none: name a file or a bundled model")
     options, reading = options or InspectOptions(), reading or FieldOptions()
     where = resolve_device(options.device)
     source = data if isinstance(data, FieldSource) else open_fields(data, reading)
@@ -106,7 +108,7 @@ def inspect_checkpoints(
         if options.window_px % loaded.facts["patch_size"]:
             raise UsageError(
                 f"`window_px` must be a multiple of the patch size {loaded.facts['patch_size']} of "
-                f"{loaded.name}, got {options.window_px}: choose another"
+                f"{loaded.name}, got {options.window_px}: choose a multiple of {loaded.facts['patch_size']}"
             )
     how: dict[str, Any] = {name: getattr(options, name) for name in _EXTRACTED}
     inspections = []

@@ -77,7 +77,7 @@ def find_channel_pairs(
     """
     folder = Path(data)
     if not folder.is_dir():
-        raise DataSetError(f"labelled channels must be a folder, got {folder}: check the path")
+        raise DataSetError(f"Labelled channels must be a folder, got {folder}: check the path")
     parts = sorted(path for path in folder.iterdir() if path.is_dir())
     found: dict[str, list[Pair]] = {}
     if any((part / "images").is_dir() for part in parts):
@@ -89,7 +89,7 @@ def find_channel_pairs(
             labels = files.pop(labels_name, None)
             if labels is None:
                 raise DataSetError(
-                    f"a labelled field must hold the label image {labels_name}, got "
+                    f"A labelled field must hold the label image {labels_name}, got "
                     f"{', '.join(files) or 'nothing'} in {part}: give its name as "
                     "`per_channel_labels`"
                 )
@@ -98,7 +98,7 @@ def find_channel_pairs(
                     found.setdefault(stem, []).append(Pair(part.name, path, labels))
     if not found or not all(found.values()):
         raise DataSetError(
-            f"labelled channels must be CHANNEL/images with CHANNEL/labels, or FIELD/CHANNEL.tif with "
+            f"Labelled channels must be CHANNEL/images with CHANNEL/labels, or FIELD/CHANNEL.tif with "
             f"FIELD/{labels_name}.png, got neither in {folder}: arrange the files so"
         )
     return found
@@ -135,7 +135,7 @@ def channel_scores(
         if not kept:
             raise DataSetError(
                 f"`channels` must include one of {', '.join(by_channel)}, the labelled channels in {data}, "
-                f"got {', '.join(channels)}: correct it"
+                f"got {', '.join(channels)}: name one of these"
             )
         by_channel = kept
     # Fields are known by the folder that holds them, or by file name where channels have folders.

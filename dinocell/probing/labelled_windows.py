@@ -86,6 +86,6 @@ def require_cells(windows: Sequence[LabelledWindow], where: str) -> None:
     """Raise DataSetError if no window holds a cell; `where` names their origin in the message."""
     if not any(window.labels.any() for window in windows):
         raise DataSetError(
-            f"labelled windows must hold cells, got {len(windows)} without any from {where}: name "
+            f"Labelled windows must hold cells, got {len(windows)} without any from {where}: name "
             "other labels"
         )

@@ -72,12 +72,12 @@ class Views:
         channel = np.array([number[str(name)] for name in channels])
         if len(np.unique(location * len(number) + channel)) < len(channel):
             raise ValueError(
-                "a location must have each channel once, got one twice: number the windows of all "
+                "A location must have each channel once, got one twice: number the windows of all "
                 "fields differently"
             )
         if len(np.unique(location * len(field_names) + field)) > len(np.unique(location)):
             raise ValueError(
-                "a location must lie in one field, got one in two: number the windows of all "
+                "A location must lie in one field, got one in two: number the windows of all "
                 "fields differently"
             )
         return cls(matrix, field, location, channel, tuple(order), len(field_names))

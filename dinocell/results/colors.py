@@ -113,11 +113,11 @@ def color_distance_map(distance_map: ArrayLike) -> NDArray[np.uint8]:
     array = np.asarray(distance_map)
     if array.ndim != 2:
         raise ValueError(
-            f"`distance_map` must be 2-D (H, W), got shape {array.shape}: choose one channel."
+            f"`distance_map` must be 2-D (H, W), got shape {array.shape}: choose one channel"
         )
     array = array.astype(np.float32, copy=False)
     if np.isnan(array).any():
-        raise ValueError("`distance_map` must not hold NaN, got some: check the model's output.")
+        raise ValueError("`distance_map` must not hold NaN, got some: check the model's output")
     steps = np.linspace(0.0, 1.0, len(_DISTANCE_POINTS))
     points = np.array(_DISTANCE_POINTS, float)
     fine = np.linspace(0.0, 1.0, 256)

@@ -51,7 +51,7 @@ def cell_scores(
     if predicted.shape != array.shape:
         raise ValueError(
             f"`distance_map` must have the shape of the labels {array.shape}, got {predicted.shape}: "
-            "give the map of the same image."
+            "give the map of the same image"
         )
     num_cells = int(array.max(initial=0))
     if not num_cells:

@@ -127,14 +127,14 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
     if max(labels.shape) > _MAX_ROI_PX:
         raise ImageFileError(
             f"ImageJ ROIs hold positions up to {_MAX_ROI_PX:,} px, '{path}' would need "
-            f"{max(labels.shape):,}: write geojson or coco instead."
+            f"{max(labels.shape):,}: write geojson or coco instead"
         )
     try:
         import roifile
     except ImportError as error:
         raise MissingExtraError(
             "Writing ImageJ ROIs needs the package roifile, which is not installed: run "
-            "`pip install dinocell-segmentation[formats]`."
+            "`pip install dinocell-segmentation[formats]`"
         ) from error
     polygons = labels_to_polygons(labels)
     with (

@@ -227,11 +227,11 @@ def write_png(path: str | os.PathLike[str], rgb: RGBImage) -> None:
 def _image_array(image: ArrayLike) -> NDArray[np.generic]:
     array = np.asarray(image)
     if array.dtype.kind not in "buif":
-        raise TypeError(f"`image` must hold real numbers, got {array.dtype}: convert it first.")
+        raise TypeError(f"`image` must hold real numbers, got {array.dtype}: convert it first")
     if array.ndim not in (2, 3) or array.size == 0:
         raise ValueError(
             f"`image` must be (H, W) or (H, W, C) with at least one pixel, got shape {array.shape}: "
-            "choose one plane."
+            "choose one plane"
         )
     return array
 
@@ -242,7 +242,7 @@ def _check_same_size(
     if array.shape[:2] != labels.shape:
         raise ValueError(
             f"`{name}` and `labels` must have the same height and width, got {array.shape[:2]} and "
-            f"{labels.shape}: pass the pair that belongs together."
+            f"{labels.shape}: pass the pair that belongs together"
         )
 
 

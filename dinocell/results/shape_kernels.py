@@ -106,9 +106,9 @@ def border_pixels(
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """List the pixels with a side on another label, and count their configurations.
 
-    `index` has a second row above and below, whose pixels decide but are not listed.  Returns the cell and the position (row, column) of each border pixel in raster order, and per
-    cell the number of border pixels that stand for a straight step, a diagonal step and half of
-    each.  How many of a border pixel's four sides and four corners are border pixels of the same
+    `index` has a second row above and below, whose pixels decide but are not listed.  Returns the cell
+    and the position (row, column) of each border pixel in raster order, and per cell the number of
+    border pixels that stand for a straight step, a diagonal step and half of each.  How many of a border pixel's four sides and four corners are border pixels of the same
     cell decides which (the table of Benkrid & Crookes 2000, as scikit-image reads it).
     """
     height, width = index.shape

@@ -59,7 +59,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise DINOCellError(
             f"'{path}' cannot be written ({error.strerror or error}): choose another folder or free "
-            "some space."
+            "some space"
         ) from error
 
 
@@ -101,8 +101,8 @@ class CellTable:
             column = np.array(values)
             if column.ndim != 1 or (length is not None and len(column) != length):
                 raise ValueError(
-                    f"columns of a table must be 1-D and equally long, got shape {column.shape} "
-                    f"for {name!r} after columns of length {length}: pass one value per cell."
+                    f"Columns of a table must be 1-D and equally long, got shape {column.shape} "
+                    f"for {name!r} after columns of length {length}: pass one value per cell"
                 )
             length = len(column)
             column.flags.writeable = False
@@ -124,7 +124,7 @@ class CellTable:
             return self.data[name]
         except KeyError:
             raise KeyError(
-                f"a column must be one of {', '.join(self.data)}; got {name!r}: choose one of them."
+                f"A column must be one of {', '.join(self.data)}; got {name!r}: choose one of them"
             ) from None
 
     def __contains__(self, name: object) -> bool:

@@ -67,7 +67,7 @@ def labels_to_distance_map(labels: ArrayLike, *, target: str = DEFAULT_TARGET) -
     """
     if target not in TARGETS:
         raise ValueError(
-            f"`target` must be one of {', '.join(map(repr, TARGETS))}, got {target!r}: choose one."
+            f"`target` must be one of {', '.join(map(repr, TARGETS))}, got {target!r}: choose one of these"
         )
     table_index, table_size = _table_index(labels)
     depth_px = zeros_like(table_index, table_index.shape, np.float32)
@@ -85,7 +85,7 @@ def _table_index(labels: ArrayLike) -> tuple[NDArray[np.int32], int]:
     array = check_labels(labels)
     if array.ndim != 2:
         raise ValueError(
-            f"`labels` must be 2-D (H, W), got shape {array.shape}: give one label image."
+            f"`labels` must be 2-D (H, W), got shape {array.shape}: give one label image"
         )
     if not array.size:
         return np.zeros(array.shape, np.int32), 1

@@ -81,7 +81,7 @@ def predict_distance_map(
     )
     if not all_finite(distance_map):
         raise ValueError(
-            "the network must answer with finite values, got NaN: the model file is damaged or "
+            "The network must answer with finite values, got NaN: the model file is damaged or "
             "the precision too low for it; try precision fp32"
         )
     return np.clip(distance_map, 0.0, 1.0, out=distance_map)

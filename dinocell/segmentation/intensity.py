@@ -100,18 +100,18 @@ def check_values(pixels: NDArray, where: str, failure: type[Exception]) -> None:
     """Refuse floating-point pixels that a network, which computes in float32, cannot take."""
     if not all_finite(pixels):
         raise failure(
-            f"the image must be finite, got NaN or infinite pixels{where}: replace them first, for "
+            f"The image must be finite, got NaN or infinite pixels{where}: replace them first, for "
             "example by 0"
         )
     low, high = float(pixels.min()), float(pixels.max())
     if max(-low, high) > _LARGEST_VALUE:
         raise failure(
-            f"pixels must lie within ±{_LARGEST_VALUE:.2g}, got {low:g} to {high:g}{where}: divide them by "
+            f"Pixels must lie within ±{_LARGEST_VALUE:.2g}, got {low:g} to {high:g}{where}: divide them by "
             "a constant, or replace the values that stand for missing pixels"
         )
     if 0 < high - low < _SMALLEST_SPAN:
         raise failure(
-            f"pixels must differ by {_SMALLEST_SPAN:g} or more, got {low:g} to {high:g}{where}: multiply "
+            f"Pixels must differ by {_SMALLEST_SPAN:g} or more, got {low:g} to {high:g}{where}: multiply "
             "them by a constant"
         )
 
@@ -183,7 +183,7 @@ def find_range(
         if bright is not None and high - low > _OUTLIER * (bright - low):
             high = low + _HEADROOM * (bright - low)
             notes.append(
-                "a few places are much brighter than the rest: they do not set the contrast "
+                "A few places are much brighter than the rest: they do not set the contrast "
                 f"(white is {high:.4g})"
             )
     high = low + max(high - low, min_contrast_sigma * noise)

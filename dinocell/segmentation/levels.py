@@ -32,21 +32,21 @@ def checked_map(distance_map: ArrayLike) -> NDArray[np.float32]:
     array = np.asarray(distance_map)
     if array.ndim != 2:
         raise ValueError(
-            f"`distance_map` must be 2-D (H, W), got shape {array.shape}: choose one plane."
+            f"`distance_map` must be 2-D (H, W), got shape {array.shape}: choose one plane"
         )
     if array.dtype.kind not in "buif":
         raise ValueError(
-            f"`distance_map` must hold real numbers, got dtype {array.dtype}: convert it."
+            f"`distance_map` must hold real numbers, got dtype {array.dtype}: convert it to float32"
         )
     if (array.shape[0] + 2) * (array.shape[1] + 2) >= 2**31:
         raise ValueError(
             f"`distance_map` must have fewer than 2³¹ pixels, got shape {array.shape}: "
-            "cut it into strips."
+            "cut it into strips"
         )
     if array.dtype.kind in "ui" and array.size and not 0 <= array.min() <= array.max() <= 1:
         raise ValueError(
             f"`distance_map` must hold values in [0, 1], got {array.dtype} from {array.min()} to "
-            f"{array.max()}: divide it by the number that stands for 1."
+            f"{array.max()}: divide it by the number that stands for 1"
         )
     with np.errstate(over="ignore"):  # beyond float32 is beyond 1, and clipped all the same
         array = as_if_writable(contiguous(array, np.float32))
@@ -57,7 +57,7 @@ def checked_map(distance_map: ArrayLike) -> NDArray[np.float32]:
 def _refuse_nan(array: NDArray[np.float32]) -> None:
     if array.size and np.isnan(array.min()):
         raise ValueError(
-            "`distance_map` must not hold NaN, got some: look for the cause in the network's output."
+            "`distance_map` must not hold NaN, got some: look for the cause in the network's output"
         )
 
 

@@ -42,18 +42,18 @@ class Thresholds:
     def __post_init__(self) -> None:
         if not 0.0 <= self.fill_threshold < self.peak_threshold < 1.0:
             raise ValueError(
-                "thresholds must hold 0 <= `fill_threshold` < `peak_threshold` < 1, got fill "
+                "Thresholds must hold 0 <= `fill_threshold` < `peak_threshold` < 1, got fill "
                 f"{self.fill_threshold} and peak {self.peak_threshold}: change "
-                "`fill_threshold` or `peak_threshold`."
+                "`fill_threshold` or `peak_threshold`"
             )
         if not 0.0 <= self.min_prominence <= 1.0:
             raise ValueError(
                 f"`min_prominence` must be in [0, 1], got {self.min_prominence}: "
-                f"{ModelConfig.min_prominence} is usual."
+                f"{ModelConfig.min_prominence} is usual"
             )
         if not self.min_area_px >= 0:
             raise ValueError(
-                f"`min_area_px` must be at least 0, got {self.min_area_px}: 0 keeps all cells."
+                f"`min_area_px` must be at least 0, got {self.min_area_px}: 0 keeps all cells"
             )
 
     @classmethod

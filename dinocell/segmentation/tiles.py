@@ -42,11 +42,13 @@ class WindowPlan:
 
 def _check_window(window_px: int, overlap_px: int) -> None:
     if window_px < 1:
-        raise ValueError(f"`window_px` must be at least 1, got {window_px}.")
+        raise ValueError(
+            f"`window_px` must be at least 1, got {window_px}: use the window of the model"
+        )
     if not 0 <= overlap_px <= window_px // 2:
         raise ValueError(
             f"`overlap_px` must be 0 … {window_px // 2}, half of `window_px` {window_px}, got "
-            f"{overlap_px}."
+            f"{overlap_px}: choose a value in this range"
         )
 
 
@@ -67,7 +69,9 @@ def plan_windows(height: int, width: int, *, window_px: int, overlap_px: int) ->
     """
     _check_window(window_px, overlap_px)
     if height < 1 or width < 1:
-        raise ValueError(f"An image must have at least one pixel, got {height} × {width}.")
+        raise ValueError(
+            f"An image must have at least one pixel, got {height} × {width}: give the whole image"
+        )
     return WindowPlan(
         height,
         width,
@@ -167,9 +171,9 @@ def predict_windows(
     Beside the result, memory is needed for one batch of windows and what `predict` makes of it.
     """
     if len(image.shape) != 3 or image.shape[0] < 1:
-        raise ValueError(f"`image` must be (C, H, W), got shape {image.shape}: put channels first.")
+        raise ValueError(f"`image` must be (C, H, W), got shape {image.shape}: put channels first")
     if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}: 8 is usual")
     channels, height, width = image.shape
     plan = plan_windows(height, width, window_px=window_px, overlap_px=overlap_px)
     if blended is None:
@@ -185,7 +189,7 @@ def predict_windows(
         maps = np.asarray(predict(windows))
         expected = (len(places), window_px, window_px)
         if maps.shape != expected:
-            raise ValueError(f"`predict` must return shape {expected}, it returned {maps.shape}.")
+            raise ValueError(f"`predict` must return shape {expected}, it returned {maps.shape}")
         for one_map, (row, col) in zip(maps, places, strict=True):
             top, left = plan.row_starts[row], plan.col_starts[col]
             rows = slice(max(top, 0), min(top + window_px, height))

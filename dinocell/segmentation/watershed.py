@@ -106,18 +106,18 @@ def flood(distance_map: ArrayLike, markers: ArrayLike, mask: ArrayLike) -> NDArr
     if seeds.shape != array.shape or inside.shape != array.shape:
         raise ValueError(
             f"`markers` and `mask` must have the map's shape {array.shape}, got {seeds.shape} and "
-            f"{inside.shape}: crop them alike."
+            f"{inside.shape}: crop them alike"
         )
     if seeds.dtype.kind not in "iu":
         raise TypeError(
-            f"`markers` must be an integer image, got dtype {seeds.dtype}: number the cells from 1."
+            f"`markers` must be an integer image, got dtype {seeds.dtype}: number the cells from 1"
         )
     if array.size == 0:
         return np.zeros(array.shape, np.int32)
     if seeds.min() < 0 or seeds.max() > np.iinfo(np.int32).max:
         raise ValueError(
             f"`markers` must hold numbers from 0 to 2³¹ − 1, got {seeds.min()} to {seeds.max()}: "
-            "number the cells from 1."
+            "number the cells from 1"
         )
     levels = np.full((array.shape[0] + 2, array.shape[1] + 2), -1, np.int16)
     levels[1:-1, 1:-1] = np.where(inside, quantize(array), -1)

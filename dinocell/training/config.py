@@ -27,8 +27,8 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         require(
             (self.val_images is None) == (self.val_labels is None),
-            f"data set {self.name!r} must give both val_images and val_labels or neither, got one: "
-            "add the other",
+            f"Data set {self.name!r} must give both val_images and val_labels or neither, got one: "
+            "add the other one",
         )
         require(
             self.channels is None or len(self.channels) > 0,
@@ -37,7 +37,7 @@ class DatasetConfig:
         )
         require(
             self.weight is None or self.weight > 0,
-            f"data set {self.name!r} must have a weight above 0, got {self.weight}: leave it out to "
+            f"Data set {self.name!r} must have a weight above 0, got {self.weight}: leave it out to "
             "weigh by pixels",
         )
 
@@ -58,14 +58,15 @@ class DataConfig:
     def __post_init__(self) -> None:
         names = [dataset.name for dataset in self.datasets]
         require(
-            len(set(names)) == len(names), f"data set names must differ, got {names}: rename one"
+            len(set(names)) == len(names),
+            f"Data set names must differ, got {names}: rename one of them",
         )
         require(
             0.0 < self.val_fraction < 1.0,
-            f"data.val_fraction must be in (0, 1), got {self.val_fraction}: 0.1 is usual",
+            f"`data.val_fraction` must be in (0, 1), got {self.val_fraction}: 0.1 is usual",
         )
         for name, least in {"num_workers": 0, "cache_bytes": 0, "max_val_images": 1}.items():
-            require_at_least(f"data.{name}", getattr(self, name), least)
+            require_at_least(f"`data.{name}`", getattr(self, name), least)
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,16 @@ class AugmentConfig:
             low, high = getattr(self, name)
             require(
                 0 < low <= high,
-                f"augment.{name} must be [low, high] with 0 < low <= high, got [{low}, {high}]: "
+                f"`augment.{name}` must be [low, high] with 0 < low <= high, got [{low}, {high}]: "
                 "[1, 1] switches it off",
             )
         for name in ("brightness", "noise_std", "blur_sigma_px", "illumination"):
-            require_at_least(f"augment.{name}", getattr(self, name), 0)
+            require_at_least(f"`augment.{name}`", getattr(self, name), 0)
         for name in ("invert_probability", "empty_probability"):
             value = getattr(self, name)
             require(
                 0 <= value <= 1,
-                f"augment.{name} must be in [0, 1], got {value}: 0 switches it off",
+                f"`augment.{name}` must be in [0, 1], got {value}: 0 switches it off",
             )
 
 
@@ -125,13 +126,13 @@ class OptimizerConfig:
     scaling_rule: str = "sqrt"
 
     def __post_init__(self) -> None:
-        require_choice("optimizer.scaling_rule", self.scaling_rule, ("none", "sqrt", "linear"))
-        require(self.lr > 0, f"optimizer.lr must be above 0, got {self.lr}: 5e-4 is usual")
+        require_choice("`optimizer.scaling_rule`", self.scaling_rule, ("none", "sqrt", "linear"))
+        require(self.lr > 0, f"`optimizer.lr` must be above 0, got {self.lr}: 5e-4 is usual")
         for name in ("weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm"):
-            require_at_least(f"optimizer.{name}", getattr(self, name), 0)
+            require_at_least(f"`optimizer.{name}`", getattr(self, name), 0)
         require(
             all(0 <= beta < 1 for beta in self.betas),
-            f"optimizer.betas must be in [0, 1), got {list(self.betas)}: [0.9, 0.999] is usual",
+            f"`optimizer.betas` must be in [0, 1), got {list(self.betas)}: [0.9, 0.999] is usual",
         )
 
 
@@ -155,14 +156,14 @@ class ScheduleConfig:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        require_choice("schedule.precision", self.precision, ("auto", "bf16", "fp32"))
+        require_choice("`schedule.precision`", self.precision, ("auto", "bf16", "fp32"))
         for name in ("steps", "batch_size", "eval_every", "checkpoint_every", "log_every"):
-            require_at_least(f"schedule.{name}", getattr(self, name), 1)
+            require_at_least(f"`schedule.{name}`", getattr(self, name), 1)
         for name in ("keep_checkpoints", "patience"):
-            require_at_least(f"schedule.{name}", getattr(self, name), 1)
+            require_at_least(f"`schedule.{name}`", getattr(self, name), 1)
         require(
             0 <= self.ema_decay < 1,
-            f"schedule.ema_decay must be in [0, 1), got {self.ema_decay}: 0.999 is usual",
+            f"`schedule.ema_decay` must be in [0, 1), got {self.ema_decay}: 0.999 is usual",
         )
 
 
@@ -201,12 +202,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(
             len(self.data.datasets) > 0,
-            "data.datasets must name at least one data set, got none: add one with name, images "
+            "`data.datasets` must name at least one data set, got none: add one with name, images "
             "and labels",
         )
         crop_px, patch_size = self.schedule.crop_px, self.model.patch_size
         require(
             crop_px is None or (crop_px > 0 and crop_px % patch_size == 0),
-            f"schedule.crop_px must be a multiple of patch_size {patch_size}, got {crop_px}: leave it "
+            f"`schedule.crop_px` must be a multiple of patch_size {patch_size}, got {crop_px}: leave it "
             "out to take the window",
         )

@@ -51,7 +51,7 @@ def split_pairs(config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
             continue
         if len(pairs) < 2:
             raise DataSetError(
-                f"data set {dataset.name!r} must have at least two images to hold one out, got "
+                f"Data set {dataset.name!r} must have at least two images to hold one out, got "
                 f"{len(pairs)}: add images or name val_images and val_labels"
             )
         order = np.random.default_rng([seed, index]).permutation(len(pairs))
@@ -89,12 +89,12 @@ def read_pair(pair: Pair, **intensity: float) -> tuple[NDArray, NDArray[np.uint3
         )
     if looks_like_labels(image):
         raise DataSetError(
-            f"training images must hold intensities, got what looks like a label image in "
+            f"Training images must hold intensities, got what looks like a label image in "
             f"{pair.image_path}: are images and labels swapped?"
         )
     if image.shape != labels.shape:
         raise DataSetError(
-            f"an image and its labels must have the same size, got {image.shape} and {labels.shape} for "
+            f"An image and its labels must have the same size, got {image.shape} and {labels.shape} for "
             f"{pair.image_path.name}: check that the names belong together"
         )
     require_cells(labels, pair.labels_path)
@@ -164,7 +164,7 @@ class CropDataset(Dataset):
         image, labels = read_pair(self.pairs[index], **self.model.intensity)
         if labels.max(initial=0) >= 2**24:
             raise DataSetError(
-                f"training labels must be below 16,777,216, got {labels.max()} in "
+                f"Training labels must be below 16,777,216, got {labels.max()} in "
                 f"{self.pairs[index].labels_path}: renumber them from 1"
             )
         normalized = normalize_intensity(image, **self.model.intensity)

@@ -72,7 +72,7 @@ class Processes:
                 failure = error
                 # Other errors may not survive the journey as objects.
                 known = isinstance(error, DINOCellError)
-                answer[1] = error if known else RuntimeError(f"process 0 failed: {error}")
+                answer[1] = error if known else RuntimeError(f"Process 0 failed: {error}")
         dist.broadcast_object_list(answer, src=0)
         if failure is not None or answer[1] is not None:
             self.ends_together = True
@@ -165,14 +165,14 @@ def _device_of_process(device: str, local_rank: int, world_size: int) -> torch.d
         device = "cuda" if count else "cpu"
     if device not in ("cpu", "cuda"):
         raise ConfigError(
-            f"the device of {world_size} processes must be auto, cuda or cpu, got {device}: leave "
+            f"The device of {world_size} processes must be auto, cuda or cpu, got {device}: leave "
             "it out, then each takes a GPU of its own"
         )
     if device == "cpu":
         return torch.device("cpu")
     if local_rank >= count:
         raise ConfigError(
-            f"every process of a machine must have a GPU of its own, got process {local_rank} of a "
+            f"Every process of a machine must have a GPU of its own, got process {local_rank} of a "
             f"machine that shows it {count}: start fewer processes, or show each all GPUs"
         )
     return torch.device("cuda", local_rank)

@@ -82,7 +82,7 @@ class RunFolder:
         settings = self.config.wandb
         if settings.enabled and importlib.util.find_spec("wandb") is None:
             raise MissingExtraError(
-                "wandb.enabled needs the package wandb, which is not installed: install DINOCell with "
+                "`wandb.enabled` needs the package wandb, which is not installed: install DINOCell with "
                 "its extra wandb (pip install 'dinocell-segmentation[wandb]')"
             )
         if not (settings.enabled and is_main):
@@ -123,7 +123,7 @@ def refuse_other_run(config: TrainConfig) -> None:
     differing = _differing_keys(earlier, config_to_mapping(config))
     if differing:
         raise ConfigError(
-            f"a run must continue with its own configuration, got other values of "
+            f"A run must continue with its own configuration, got other values of "
             f"{', '.join(differing[:5])} than {path}: choose another output_dir"
         )
 
@@ -179,6 +179,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"a training checkpoint must be complete, got {path} ({reason}): delete it to "
+            f"A training checkpoint must be complete, got {path} ({reason}): delete it to "
             "continue from the one before"
         ) from error

@@ -57,7 +57,7 @@ class _Normalize(torch.autograd.Function):
         count = sums[-1]
         if count <= 1:
             raise ValueError(
-                "batch normalisation must see more than one value per channel, got one in all "
+                "Batch normalisation must see more than one value per channel, got one in all "
                 "processes: raise schedule.batch_size or schedule.crop_px"
             )
         mean = sums[:-1] / count  # [C]

@@ -213,7 +213,7 @@ class _Trainer:
         self.processes.ends_together = True
         return TrainingInterruptedError(
             f"Training was interrupted at step {self.step} of {self.config.schedule.steps}; a "
-            "checkpoint was saved.  Run the same command to resume."
+            "checkpoint was saved; run the same command to resume"
         )
 
     def _check_stop(self) -> None:
@@ -254,7 +254,7 @@ class _Trainer:
         if not math.isfinite(value):
             self.processes.ends_together = True
             raise CheckpointError(
-                f"the training loss must be finite, got {value} at step {self.step}: lower "
+                f"The training loss must be finite, got {value} at step {self.step}: lower "
                 "optimizer.lr, or continue from the last checkpoint with schedule.precision=fp32"
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -339,7 +339,7 @@ class _Trainer:
             if num_processes != self.processes.world_size:
                 self.processes.ends_together = True
                 raise ConfigError(
-                    f"a run must continue with the number of processes it was started with, got "
+                    f"A run must continue with the number of processes it was started with, got "
                     f"{self.processes.world_size} where {path} is of {num_processes}: start as many "
                     "processes, or choose another output_dir"
                 )
@@ -354,7 +354,7 @@ class _Trainer:
             except (KeyError, RuntimeError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise CheckpointError(
-                    f"a checkpoint must fit the configured model, got {path} ({reason}): choose "
+                    f"A checkpoint must fit the configured model, got {path} ({reason}): choose "
                     "another output_dir"
                 ) from error
             self.averaged.n_averaged.fill_(1 + self.step)

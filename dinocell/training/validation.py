@@ -42,7 +42,7 @@ class ValidationImages:
         self._samples = [read_pair(pair, **self._intensity) for pair in pairs]
         if not any(labels.any() for _, labels in self._samples):
             raise DataSetError(
-                f"validation images must hold cells, got {len(pairs)} without any: name other "
+                f"Validation images must hold cells, got {len(pairs)} without any: name other "
                 "val_labels, or raise data.val_fraction"
             )
 

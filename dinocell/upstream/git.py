@@ -40,7 +40,7 @@ def run_git(
             [*command, *arguments], input=stdin, capture_output=True, env=variables, check=False
         )
     except FileNotFoundError as error:
-        raise UsageError("git must be installed, but no folder of PATH holds it") from error
+        raise UsageError("Git must be installed, but no folder of PATH holds it") from error
 
 
 def _check_version() -> None:
@@ -48,7 +48,7 @@ def _check_version() -> None:
     found = re.search(r"(\d+)\.(\d+)", answer)
     if found is None or (int(found[1]), int(found[2])) < _OLDEST_GIT:
         raise UsageError(
-            f"git must be {'.'.join(map(str, _OLDEST_GIT))} or newer, got {answer.strip()}: older versions "
+            f"Git must be {'.'.join(map(str, _OLDEST_GIT))} or newer, got {answer.strip()}: older versions "
             "place additions by their line numbers; update git"
         )
 
@@ -161,7 +161,7 @@ class Scratch:
         found = self.run("cat-file", "blob", blob)
         if found.returncode:
             raise PatchError(
-                f"the checkout must hold its files, got none for {blob} "
+                f"The checkout must hold its files, got none for {blob} "
                 f"({_last_line(found.stderr)}): clone {self.checkout} again, without a filter"
             )
         return found.stdout
@@ -182,7 +182,7 @@ class Scratch:
         done = self.run("read-tree", commit)
         if done.returncode:
             reason = _last_line(done.stderr)
-            raise PatchError(f"the checkout must hold commit {commit} ({reason}): git fetch it")
+            raise PatchError(f"The checkout must hold commit {commit} ({reason}): git fetch it")
 
     def apply(self, patch: str) -> bool:
         """Merge a patch into the index; true if every hunk found its place."""

@@ -157,7 +157,7 @@ def apply_series(
         if out is None and (changed := _foreign_changes(scratch, series)):
             shown = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
             raise UsageError(
-                f"the checkout must have no changes of its own, got {len(changed)} ({shown}): commit or "
+                f"The checkout must have no changes of its own, got {len(changed)} ({shown}): commit or "
                 "stash them, or write a copy with `out`"
             )
         merged = merge_series(scratch, commit, series)
@@ -167,7 +167,7 @@ def apply_series(
         theirs = scratch.entries(commit.id, sorted(new))
         if clash := [path for path, blob in theirs.items() if blob != blob_id(new[path])]:
             raise PatchError(
-                f"files of ours must be new to upstream, got {', '.join(clash[:3])} in another form"
+                f"Files of ours must be new to upstream, got {', '.join(clash[:3])} in another form"
             )
         contents = {**merged.texts, **new}
         if out is not None:
@@ -185,7 +185,7 @@ def conflict_text(merged: Merged) -> str:
     """One sentence for all patches that do not apply."""
     failed = [f"{one.name}: {one.reasons[0]}" for one in merged.outcomes if not one.applies]
     return (
-        f"all patches must apply to {merged.commit.id[:12]}, got {len(failed)} that do not "
+        f"All patches must apply to {merged.commit.id[:12]}, got {len(failed)} that do not "
         f"({'; '.join(failed)}): see dinocell upstream rebase"
     )
 
@@ -193,14 +193,16 @@ def conflict_text(merged: Merged) -> str:
 def export_tree(scratch: Scratch, commit: Commit, contents: Mapping[str, bytes], out: Path) -> Path:
     """Write the package of a commit, the files of its top folder and `contents` to a new folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"`out` must be a new folder, got {out}, which has contents")
+        raise UsageError(
+            f"`out` must be a new folder, got {out}, which has contents: choose another name"
+        )
     listed = scratch.run("ls-tree", "-z", commit.id).stdout.decode().split("\0")
     top = [item.partition("\t")[2] for item in listed if item.split(" ", 2)[1:2] == ["blob"]]
     done = scratch.run("archive", "--format=tar", commit.id, "--", "dinov3", *top)
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip()
         raise PatchError(
-            f"the checkout must hold the whole package ({reason}): clone it again, without a filter"
+            f"The checkout must hold the whole package ({reason}): clone it again, without a filter"
         )
     with atomic_folder(out) as temporary:
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
@@ -221,7 +223,7 @@ def undo(checkout: str | Path, series: Series) -> list[str]:
         top = scratch.top()
         if changed := _foreign_changes(scratch, series):
             raise UsageError(
-                f"files must be upstream's with our lines alone, got other changes in "
+                f"Files must be upstream's with our lines alone, got other changes in "
                 f"{', '.join(changed[:5])}: commit or stash them"
             )
         contents: dict[str, bytes | None] = {}

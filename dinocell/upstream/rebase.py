@@ -53,12 +53,12 @@ def rebase(
                 tree = Path(folder).resolve() / "tree"
                 if not check(export_tree(scratch, commit, {**merged.texts, **ours}, tree)):
                     raise PatchError(
-                        "the tree with our additions must pass its verification, got checks that failed "
+                        "The tree with our additions must pass its verification, got checks that failed "
                         "or did not run: see the table; the series was not changed"
                     )
         if there := [outcome.name for outcome in merged.outcomes if outcome.state == "there"]:
             raise PatchError(
-                f"upstream must not have our lines yet, got {', '.join(there)} in {commit.id[:12]}: take "
+                f"Upstream must not have our lines yet, got {', '.join(there)} in {commit.id[:12]}: take "
                 "them out of the series, or name a commit of upstream's own"
             )
         places = {outcome.name: outcome.places for outcome in merged.outcomes}
@@ -99,13 +99,13 @@ def refresh(checkout: str | Path, series: Series) -> list[str]:
     known = {patch.name for patch in series.patches}
     if unknown := sorted(set(found) - known):
         raise PatchError(
-            f"lines must be marked with the name of a patch ({', '.join(sorted(known))}), got "
+            f"Lines must be marked with the name of a patch ({', '.join(sorted(known))}), got "
             f"{', '.join(unknown)}: correct the mark, or add {unknown[0]}.patch with its header and "
             "name it in series"
         )
     if lacking := sorted(known - set(found)):
         raise PatchError(
-            f"each patch must have lines in the checkout, got none of {', '.join(lacking)}: apply the "
+            f"Each patch must have lines in the checkout, got none of {', '.join(lacking)}: apply the "
             "series first, or take them out of series"
         )
     edited = tuple(replace(patch, additions=found[patch.name]) for patch in series.patches)
@@ -121,7 +121,7 @@ def refresh(checkout: str | Path, series: Series) -> list[str]:
             problems += chain.from_iterable(misplaced(text, path, edited).values())
     if problems:
         raise PatchError(
-            f"additions must stand where the headers say, got another place ({'; '.join(problems)}): "
+            f"Additions must stand where the headers say, got another place ({'; '.join(problems)}): "
             "correct 'Hook:' in the patch, or the checkout"
         )
     fresh = replace(series, patches=edited)
@@ -141,13 +141,13 @@ def _edited_files(
     for path in paths:
         if path not in entries or not (top / path).is_file():
             raise UsageError(
-                f"patched files must exist in the commit and in the checkout, got {path} in one of "
+                f"Patched files must exist in the commit and in the checkout, got {path} in one of "
                 "them only: correct the checkout"
             )
         text = (top / path).read_text(encoding="utf-8")
         if blob_id(without_additions(text).encode()) != entries[path]:
             raise UsageError(
-                f"changes must be marked added lines alone ('  # dinocell: NAME'), got others in "
+                f"Changes must be marked added lines alone ('  # dinocell: NAME'), got others in "
                 f"{path}: mark each new line, and restore upstream's"
             )
         bases[path] = scratch.read(entries[path])

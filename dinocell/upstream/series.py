@@ -48,7 +48,7 @@ class Hook:
         right = place in _PLACES and bool(landmark) == (place != "first")
         if not right or len(text.split()) > 4:
             raise PatchError(
-                f"a hook must be FILE FUNCTION first, after NAME or before NAME, got {text!r} in "
+                f"A hook must be FILE FUNCTION first, after NAME or before NAME, got {text!r} in "
                 f"{source}: correct the header"
             )
         return cls(path, function, place, landmark)
@@ -113,7 +113,7 @@ def default_series_folder() -> Path:
     folder = Path(__file__).resolve().parents[2] / "patches"
     if not (folder / "series").is_file():
         raise UsageError(
-            f"this command needs a clone of DINOCell, because the patches are not part of the installed "
+            f"This command needs a clone of DINOCell, because the patches are not part of the installed "
             f"package (missing: {folder}): clone the repository and run pip install -e . there, or name the "
             "folder of patches of a clone with `series`"
         )
@@ -149,7 +149,7 @@ def read_series(folder: str | Path, *, files_root: str | Path | None = None) -> 
         found = _files_of(root, name)
         if not found:
             raise PatchError(
-                f"entries of {folder / 'files'} must exist in {root}, got {name}: correct the list"
+                f"Entries of {folder / 'files'} must exist in {root}, got {name}: correct the list"
             )
         files |= {path.relative_to(root).as_posix(): path for path in found}
     patches = tuple(_read_patch(folder / name) for name in _lines(folder / "series"))
@@ -172,7 +172,7 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PatchError(
-            f"a series must have the file {path.name}, got an error from {path} ({error}): restore it"
+            f"A series must have the file {path.name}, got an error from {path} ({error}): restore the file"
         ) from error
 
 
@@ -188,18 +188,20 @@ def _read_pin(path: Path) -> Pin:
     except (yaml.YAMLError, AttributeError, TypeError) as error:
         raise PatchError(
             f"{path} must hold address, commit, date, oldest and newest, got another form ({error}): "
-            "restore it"
+            "restore the file"
         ) from error
     for commit in (pin.commit, pin.oldest, pin.newest):
         if not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise PatchError(f"commits in {path} must have 40 digits, got {commit}")
+            raise PatchError(
+                f"Commits in {path} must have 40 digits, got {commit}: restore the file"
+            )
     return pin
 
 
 def _read_patch(path: Path) -> Patch:
     if path.suffix != ".patch" or not re.fullmatch(r"[a-z0-9-]+", path.stem):
         raise PatchError(
-            f"a patch must be named with small letters, digits and -, got {path.name}: rename it"
+            f"A patch must be named with small letters, digits and -, got {path.name}: rename the file"
         )
     text = _text(path)
     head, _, _ = text.partition("\ndiff --git ")
@@ -222,7 +224,7 @@ def _read_patch(path: Path) -> Patch:
             added = lines[number : number + count]
             if int(found[2] or 1) or any(not item.startswith("+") for item in added):
                 raise PatchError(
-                    f"hunks must hold added lines alone, got {line} of {current} in {path.name}: make "
+                    f"Hunks must hold added lines alone, got {line} of {current} in {path.name}: make "
                     "the patch again with dinocell upstream refresh"
                 )
             number += count
@@ -230,8 +232,8 @@ def _read_patch(path: Path) -> Patch:
             for item in block:
                 if marked_name(item) != path.stem:
                     raise PatchError(
-                        f"each added line must end with '  # dinocell: {path.stem}', got {item!r} in "
-                        f"{path.name}: mark it"
+                        f"Each added line must end with '  # dinocell: {path.stem}', got {item!r} in "
+                        f"{path.name}: add this mark"
                     )
             additions[current].append(Addition(int(found[1]), block))
     blocks = {name: tuple(items) for name, items in additions.items()}
@@ -239,7 +241,7 @@ def _read_patch(path: Path) -> Patch:
     for name, items in patch.additions.items():
         if len(items) != len(patch.hooks_of(name)) or name not in bases:
             raise PatchError(
-                f"each hunk must have a line 'Hook:' and a full index line, got {len(items)} hunks and "
+                f"Each hunk must have a line 'Hook:' and a full index line, got {len(items)} hunks and "
                 f"{len(patch.hooks_of(name))} hooks of {name} in {path.name}: correct the header"
             )
     return patch
@@ -264,7 +266,7 @@ def _read_header(head: str, path: Path) -> tuple[dict[str, str], tuple[Hook, ...
     missing = [name for name in _FIELDS if not header.get(name)]
     if missing:
         raise PatchError(
-            f"the header of {path.name} must have {', '.join(_FIELDS)} and Hook, got none for "
+            f"The header of {path.name} must have {', '.join(_FIELDS)} and Hook, got none for "
             f"{', '.join(missing)}: add it"
         )
     return header, tuple(hooks)

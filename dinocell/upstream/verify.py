@@ -70,11 +70,12 @@ def verify_tree(tree: str | Path, *, keyword: str = "") -> Verification:
     tree = Path(tree).resolve()
     if not (tree / "dinov3" / "models").is_dir():
         raise UsageError(
-            f"`tree` must be the root of a checkout, with the package dinov3 in it, got {tree}"
+            f"`tree` must be the root of a checkout, with the package dinov3 in it, got {tree}: "
+            "check the path"
         )
     if not _SUITE.is_dir():
         raise UsageError(
-            f"verification needs a clone of DINOCell, because the conformance suite is not part of the "
+            f"Verification needs a clone of DINOCell, because the conformance suite is not part of the "
             f"installed package (missing: {_SUITE}): clone the repository and run pip install -e '.[test]' "
             "there"
         )
@@ -92,13 +93,13 @@ def verify_tree(tree: str | Path, *, keyword: str = "") -> Verification:
         output = f"{done.stdout}{done.stderr}"
         if "No module named pytest" in output:
             raise UsageError(
-                "verification needs pytest, which is not installed: pip install -e '.[test]'"
+                "Verification needs pytest, which is not installed: pip install -e '.[test]'"
             )
         checks = _read_report(report) if report.is_file() else ()
     if not checks:
         tail = "\n".join(output.strip().splitlines()[-5:])
         raise UsageError(
-            f"`keyword` must match a test of the suite, but none ran ({tail}): correct it"
+            f"`keyword` must match a test of the suite, but none ran ({tail}): correct the expression"
         )
     return Verification(tree, checks, output)
 

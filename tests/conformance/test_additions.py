@@ -68,7 +68,7 @@ def test_views_of_fields(batches, name):
 def test_fields_without_a_strategy_are_refused(batches, tree):
     assert isinstance(batches["no strategy"], str), "upstream's augmentation cannot take fields"
     if tree != ROOT / "dinov3_modified":
-        assert "multiview.strategy must be set" in batches["no strategy"]
+        assert "multiview.strategy` must be set" in batches["no strategy"]
 
 
 def test_an_unknown_key_of_ours_is_refused(batches, tree):

@@ -152,5 +152,5 @@ def test_dataset_strings(ask, given):
         "channels": "DNA+ER",
         "cache_mb": "7",
     }
-    assert "keys of JUMPS3MultiView must be among" in found[wrong[0]]
+    assert "Keys of JUMPS3MultiView must be among" in found[wrong[0]]
     assert found[wrong[1]].startswith("ValueError")

@@ -127,7 +127,7 @@ def test_percentiles_change_the_result(mini_model):
     assert np.array_equal(
         segment(image, model=mini_model, percentiles=(1, 99.8)).distance_map, base
     )
-    with pytest.raises(ConfigError, match="percentiles must hold 0 <= "):
+    with pytest.raises(ConfigError, match="Percentiles must hold 0 <= "):
         segment(image, model=mini_model, percentiles=(99, 1))
 
 
@@ -233,7 +233,7 @@ def test_values_beyond_float32_are_refused(mini_model, tmp_path, value):
     image = field().astype(np.float64)
     image[3, 4] = value
     np.save(tmp_path / "a.npy", image)
-    with pytest.raises(ValueError, match=r"pixels must lie within ±3\.4e\+38"):
+    with pytest.raises(ValueError, match=r"Pixels must lie within ±3\.4e\+38"):
         segment(image, model=mini_model)
     with pytest.raises(ImageFileError, match="in a: divide them"):
         segment(tmp_path / "a.npy", model=mini_model)

@@ -68,9 +68,9 @@ def test_rope_keeps_its_type_when_the_model_is_cast():
 
 
 def test_rope_wrong_arguments():
-    with pytest.raises(ValueError, match="either base or both"):
+    with pytest.raises(ValueError, match="Either base or both"):
         RopePositionEmbedding(32, num_heads=2, base=10.0, min_period=1.0, max_period=2.0)
-    with pytest.raises(ValueError, match="either base or both"):
+    with pytest.raises(ValueError, match="Either base or both"):
         RopePositionEmbedding(32, num_heads=2, base=None, min_period=1.0)
     with pytest.raises(ValueError, match="one of min, max, separate"):
         RopePositionEmbedding(32, num_heads=2, normalize_coords="mean")

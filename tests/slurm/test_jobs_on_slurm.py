@@ -338,7 +338,7 @@ def test_options_that_slurm_refuses(cluster, tmp_path, pretraining):
     for option in ("cpus_per_gpu=99", "gres=gpu:h100:8"):
         done = cluster.dinocell(*command, option, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert "as things are, SLURM would not start it" in done.stdout
+        assert "As things are, SLURM would not start it" in done.stdout
         cluster.run("scancel", done.stdout.split()[1])
 
 

@@ -10,7 +10,8 @@ def one_of(
     """Refuse a value that is not among the known ones; `name` is what the message calls it."""
     if value not in known:
         listing = f"{'one of ' if len(known) > 1 else ''}{', '.join(map(str, known))}"
-        raise error(f"{name} must be {listing}, got {value!r}: choose one")
+        shown = name if " " in name else f"`{name}`"
+        raise error(f"{shown} must be {listing}, got {value!r}: choose one of these")
 
 
 def listed(names: Sequence[Any], most: int = 8, between: str = ", ") -> str:

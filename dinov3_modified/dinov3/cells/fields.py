@@ -179,12 +179,12 @@ def make_field(
     Raises FieldError (no plane, sizes that differ, a constant plane).
     """
     if not planes:
-        raise FieldError(f"field {name} must have a channel, got none: check its files")
+        raise FieldError(f"Field {name} must have a channel, got none: check its files")
     shapes = {channel: plane.shape for channel, plane in planes.items()}
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{c} {s}" for c, s in shapes.items())
         raise FieldError(
-            f"the channels of field {name} must have one size, got {listed}: they are not of one field"
+            f"The channels of field {name} must have one size, got {listed}: they are not of one field"
         )
     channels = tuple(planes)
     kinds = {plane.dtype for plane in planes.values()}
@@ -195,13 +195,13 @@ def make_field(
         missing = [c for c in channels if c not in illumination]
         if missing:
             raise FieldError(
-                f"field {name} must have an illumination image for each channel, got none for "
+                f"Field {name} must have an illumination image for each channel, got none for "
                 f"{', '.join(missing)}: name them, or leave illumination out"
             )
         flat = np.stack([illumination[c].astype(np.float32) for c in channels])
         if flat.shape != stack.shape or not (flat > 0).all():
             raise FieldError(
-                f"illumination of field {name} must be positive and of its size {stack.shape[1:]}, got "
+                f"Illumination of field {name} must be positive and of its size {stack.shape[1:]}, got "
                 f"{flat.shape[1:]} from {flat.min():.3g}: check the .npy files"
             )
     low, high = np.empty(len(channels), np.float32), np.empty(len(channels), np.float32)
@@ -209,12 +209,12 @@ def make_field(
         plane = stack[index]
         if plane.dtype.kind == "f" and not np.isfinite(plane).all():
             raise FieldError(
-                f"channel {channel} of field {name} must have finite values, got others: the file is "
+                f"Channel {channel} of field {name} must have finite values, got others: the file is "
                 "damaged"
             )
         if is_constant(plane):
             raise FieldError(
-                f"channel {channel} of field {name} must have contrast, got {plane.flat[0]} everywhere: "
+                f"Channel {channel} of field {name} must have contrast, got {plane.flat[0]} everywhere: "
                 "the file is empty or damaged"
             )
         if flat is not None:
@@ -286,6 +286,6 @@ def read_illumination(paths: Mapping[str, str | Path]) -> dict[str, np.ndarray]:
             found[channel] = np.load(path, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise FieldError(
-                f"illumination of {channel} must be a .npy array, got {path} ({error}): check the path"
+                f"Illumination of {channel} must be a .npy array, got {path} ({error}): check the path"
             ) from error
     return found

@@ -21,7 +21,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(os.path.realpath(path))
     if final.is_dir():
-        raise ValueError(f"`path` must be the name of a file, got '{path}', which is a folder.")
+        raise ValueError(
+            f"`path` must be the name of a file, got '{path}', which is a folder: add a file name"
+        )
     final.parent.mkdir(parents=True, exist_ok=True)
     inner = Path(final.stem).suffix.lower() if final.suffix else ""
     temporary = _temporary_beside(
@@ -30,7 +32,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         if not temporary.is_file():
-            raise RuntimeError(f"The block must write '{temporary}', but there is no such file.")
+            raise RuntimeError(
+                f"The block must write '{temporary}', got no such file: write to the path that the block receives"
+            )
         move_into_place(temporary, final)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -40,8 +40,8 @@ def sections(cfg: Any) -> DictConfig:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"keys of {', '.join(str(name) for name in defaults)} must be those of dinocell.yaml, got "
-            f"another ({reason}): correct it"
+            f"Keys of {', '.join(str(name) for name in defaults)} must be those of dinocell.yaml, got "
+            f"another ({reason}): correct the key"
         ) from error
     merged = OmegaConf.merge(cfg, OmegaConf.create(OmegaConf.to_container(filled)))
     assert isinstance(merged, DictConfig)
@@ -135,7 +135,7 @@ def start_from_backbone(cfg: Any, model: Any) -> None:
     method = sections(cfg).patch_adaptation.method
     backbone = model.student["backbone"]
     state, report = fit_backbone(backbone.state_dict(), path, patch_method=method)
-    logger.info("student.pretrained_weights: %s", report)
+    logger.info("`student.pretrained_weights`: %s", report)
     for network in (backbone, model.model_ema["backbone"]):
         _set_state(network, state)
 
@@ -170,12 +170,12 @@ def with_views(dataset: Any, cfg: Any, start_iter: int = 0) -> Any:
     view = whole.multiview
     if not view.strategy:
         raise ValueError(
-            f"multiview.strategy must be set for {type(dataset).__name__}, got '': for example "
+            f"`multiview.strategy` must be set for {type(dataset).__name__}, got '': for example "
             "multiview.strategy=multiview"
         )
     if view.photometrics == "device":
         raise ValueError(
-            "multiview.photometrics must be worker or none with upstream's training program, got device: "
+            "`multiview.photometrics` must be worker or none with upstream's training program, got device: "
             "change it"
         )
     from dinov3.data.augmentations_multiview import build_multiview_augmentation
@@ -301,14 +301,16 @@ def watched(metric_logger: Any, cfg: Any, resume: bool = True) -> Any:
 def load_hook(address: str) -> Callable[..., Any]:
     """A function by "package.module:function"; raises ValueError (no such module or function)."""
     if address in _MOVED_HOOKS:  # a run that an earlier version started
-        logger.warning("ssl_evaluation.hook %s has moved: write %s", address, _MOVED_HOOKS[address])
+        logger.warning(
+            "`ssl_evaluation.hook` %s has moved: write %s", address, _MOVED_HOOKS[address]
+        )
         address = _MOVED_HOOKS[address]
     module, _, name = address.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"ssl_evaluation.hook must be package.module:function, got {address!r} ({error}): correct it"
+            f"`ssl_evaluation.hook` must be package.module:function, got {address!r} ({error}): correct the name"
         ) from error
 
 
@@ -369,5 +371,5 @@ def evaluate(cfg: Any, model: Any, iteration: int, metric_logger: Any) -> None:
             metric_logger.update(**scores)
     except Exception:
         logger.exception(
-            "The evaluation of iteration %d failed.  The training continues without it.", iteration
+            "The evaluation of iteration %d failed; the training continues without it", iteration
         )

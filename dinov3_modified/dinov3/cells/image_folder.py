@@ -20,7 +20,7 @@ class _EightBitDecoder(ImageDataDecoder):
         with Image.open(BytesIO(self.image_data)) as image:
             if image.mode not in _EIGHT_BITS:
                 raise ValueError(
-                    f"an image must have 8 bits a channel, got PIL mode {image.mode!r}: use "
+                    f"An image must have 8 bits a channel, got PIL mode {image.mode!r}: use "
                     "JUMPCellPaintingMultiView for raw images, or convert it"
                 )
             return image.convert("RGB")
@@ -40,7 +40,7 @@ class ImageFolder(ExtendedVisionDataset):
         super().__init__(image_decoder=_EightBitDecoder, root=root, **kwargs)
         folder = Path(root) / split if split else Path(root)
         if not folder.is_dir():
-            raise FileNotFoundError(f"root must be a folder, got {folder}: check root and split")
+            raise FileNotFoundError(f"`root` must be a folder, got {folder}: check root and split")
         self.paths = [
             str(path.relative_to(folder))
             for path in sorted(folder.rglob("*"))

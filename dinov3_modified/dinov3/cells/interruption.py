@@ -74,7 +74,7 @@ class Stopped(Exception):
     def __init__(self, signal_name: str, iteration: int) -> None:
         super().__init__(
             f"The run was stopped by {signal_name} after iteration {iteration}; a checkpoint was "
-            "saved.  Run the same command to continue."
+            "saved; run the same command to continue"
         )
         self.signal_name = signal_name
         self.iteration = iteration

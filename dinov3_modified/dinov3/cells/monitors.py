@@ -116,7 +116,7 @@ class CollapseMonitor:
         self.settings = cfg.monitor
         if self.settings.max_rows < 2:
             raise ValueError(
-                f"monitor.max_rows must be at least 2, got {self.settings.max_rows}: 1024 is usual"
+                f"`monitor.max_rows` must be at least 2, got {self.settings.max_rows}: 1024 is usual"
             )
         self.flat_loss = math.log(cfg.dino.head_n_prototypes)
         self.teacher_temp = float(cfg.teacher.teacher_temp)
@@ -200,7 +200,7 @@ class CollapseMonitor:
             )
         for name, text in signs.items():
             if name not in self._warned:
-                logger.warning("iteration %d: %s (docs/monitoring.md)", iteration, text)
+                logger.warning("Iteration %d: %s (docs/monitoring.md)", iteration, text)
         self._warned = set(signs)
         return list(signs)
 

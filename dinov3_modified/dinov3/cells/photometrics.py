@@ -32,8 +32,8 @@ class FluorescencePhotometrics:
     def __post_init__(self) -> None:
         if self.blur_sigma > 3 or self.defocus_radius > 5:
             raise ValueError(
-                "blur_sigma must be at most 3 and defocus_radius at most 5 pixels, got "
-                f"{self.blur_sigma} and {self.defocus_radius}: lower them"
+                "`blur_sigma` must be at most 3 and defocus_radius at most 5 pixels, got "
+                f"{self.blur_sigma} and {self.defocus_radius}: choose smaller values"
             )
 
     def draw(

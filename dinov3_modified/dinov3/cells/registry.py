@@ -40,8 +40,8 @@ def register_dataset(name: str, address: str) -> None:
     module, _, attribute = address.partition(":")
     if not module or not attribute.isidentifier() or not name or {":", "="} & set(name):
         raise ValueError(
-            f"a dataset must be registered as a name without ':' and '=' and as 'module:Class', got "
-            f"{name!r} and {address!r}: correct them"
+            f"A dataset must be registered as a name without ':' and '=' and as 'module:Class', got "
+            f"{name!r} and {address!r}: correct both"
         )
     DATASETS[name] = address
 
@@ -52,7 +52,7 @@ def parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
     Raises ValueError (unknown name, key, split or type).
     """
     name, *tokens = dataset_str.split(":")
-    one_of("the name in a dataset string", name, DATASETS)
+    one_of("The name in a dataset string", name, DATASETS)
     module, _, attribute = DATASETS[name].partition(":")
     class_ = getattr(importlib.import_module(module), attribute)
     known = {**_COMMON_KEYS, **getattr(class_, "STRING_OPTIONS", {})}
@@ -61,17 +61,17 @@ def parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
         key, equals, value = token.partition("=")
         if not equals or "=" in value:
             raise ValueError(
-                f"a dataset string must be Name:key=value:..., got {token!r} in {dataset_str!r}: "
+                f"A dataset string must be Name:key=value:..., got {token!r} in {dataset_str!r}: "
                 "write key=value"
             )
         if key not in known:
             raise DatasetKeyError(
-                f"keys of {name} must be among {', '.join(known)}, got {key!r}: correct the string"
+                f"Keys of {name} must be among {', '.join(known)}, got {key!r}: correct the string"
             )
         kwargs[key] = _typed(name, key, value, known[key])
     splits = getattr(class_, "Split", None)
     if splits is not None and "split" in kwargs:
-        one_of(f"split of {name}", kwargs["split"], splits.__members__, DatasetSplitError)
+        one_of(f"The split of {name}", kwargs["split"], splits.__members__, DatasetSplitError)
         kwargs["split"] = splits[kwargs["split"]]
     return class_, kwargs
 

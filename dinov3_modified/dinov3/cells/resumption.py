@@ -39,7 +39,7 @@ def check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
     path = output_dir / "config.yaml"
     if not path.is_file():
         raise ValueError(
-            f"a folder with checkpoints must have the config.yaml of its run, got {output_dir} without: "
+            f"A folder with checkpoints must have the config.yaml of its run, got {output_dir} without: "
             "use another output folder, or start over (`--no-resume`)"
         )
     old = OmegaConf.load(path)
@@ -47,7 +47,7 @@ def check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
     differences = compare_configs(old, cfg, get_default_config())
     if differences and not cfg.accelerator.allow_changed_config:
         raise ValueError(
-            f"a resumed run must keep its configuration, got {len(differences)} changes in {output_dir} "
+            f"A resumed run must keep its configuration, got {len(differences)} changes in {output_dir} "
             f"({listed(differences, 10, '; ')}): undo them, use another output folder, or set "
             "accelerator.allow_changed_config=true"
         )
@@ -68,7 +68,7 @@ def start_record(cfg: DictConfig, model: Any, output_dir: Path, *, fresh: bool) 
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["world_size"] != world and not cfg.accelerator.allow_changed_config:
             raise ValueError(
-                f"a resumed run must have the {record['world_size']} processes that it started with, "
+                f"A resumed run must have the {record['world_size']} processes that it started with, "
                 f"got {world}: start as many, or set accelerator.allow_changed_config=true (the "
                 "order of the samples changes)"
             )
@@ -97,7 +97,7 @@ def apply_start_record(cfg: DictConfig, record: dict[str, Any]) -> None:
     if record["patch_embed_lr_mult"] == cfg.optim.patch_embed_lr_mult:
         return
     logger.info(
-        "optim.patch_embed_lr_mult: %s instead of %s, since the patch embedding was adapted "
+        "`optim.patch_embed_lr_mult`: %s instead of %s, since the patch embedding was adapted "
         "from patch size %s to %s (patch_adaptation.lr_mult)",
         record["patch_embed_lr_mult"], cfg.optim.patch_embed_lr_mult, record["from_patch_size"],
         cfg.student.patch_size,
@@ -123,11 +123,11 @@ def fill_student(student: nn.ModuleDict, cfg: DictConfig, *, from_files: bool) -
         if not path or not from_files:
             continue
         report = load_backbone(student["backbone"], path, patch_method=cfg.patch_adaptation.method)
-        logger.info("student.%s: %s", key, report)
+        logger.info("`student.%s`: %s", key, report)
         if key == "resume_from_teacher_chkpt":
             _load_heads(student, path)
         else:
-            logger.info("The heads start at random values: only the backbone of %s is read.", path)
+            logger.info("The heads start at random values: only the backbone of %s is read", path)
     return report
 
 

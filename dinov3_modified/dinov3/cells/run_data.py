@@ -32,7 +32,7 @@ def data_loader(cfg: DictConfig, model: Any, batches_done: int, seed_offset: int
     mask_px = int(size * cfg.crops.teacher_to_student_resolution_scale)
     if mask_px % patch or cfg.crops.local_crops_size % patch:
         raise ValueError(
-            f"crop sizes must be multiples of the patch size {patch}, got {mask_px} and "
+            f"Crop sizes must be multiples of the patch size {patch}, got {mask_px} and "
             f"{cfg.crops.local_crops_size}: change crops.global_crops_size or crops.local_crops_size"
         )
     grid = mask_px // patch
@@ -55,7 +55,7 @@ def data_loader(cfg: DictConfig, model: Any, batches_done: int, seed_offset: int
     )
     if len(dataset) == 0:
         raise ValueError(
-            f"train.dataset_path must hold samples, got none in {cfg.train.dataset_path!r}: check it"
+            f"`train.dataset_path` must hold samples, got none in {cfg.train.dataset_path!r}: check its folder or index"
         )
     if hasattr(dataset, "set_options"):  # fields that arrive over a network
         dataset.set_options(

@@ -96,7 +96,7 @@ def update_gram(cfg: DictConfig, model: Any, iteration: int) -> None:
     first = max(math.ceil(gram.it_first_update / gram.update_frequency), 1)
     number = done // gram.update_frequency - first  # how many came before: needs no counter
     if gram.max_updates is None or number < gram.max_updates:
-        logger.info("the Gram teacher becomes the EMA of iteration %d", iteration)
+        logger.info("The Gram teacher becomes the EMA of iteration %d", iteration)
         model.update_gram()
 
 
@@ -163,7 +163,7 @@ def save_non_finite(
         folder / "state", iteration=iteration - 1, model=model, optimizer=optimizer, overwrite=True
     )
     return NonFiniteLossError(
-        f"the loss must be finite, got {float(loss)} in iteration {iteration} with the samples "
+        f"The loss must be finite, got {float(loss)} in iteration {iteration} with the samples "
         f"{listed(names)}: batch, names and state are in {folder}; look at these samples, or lower "
         "optim.lr"
     )

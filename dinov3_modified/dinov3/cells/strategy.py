@@ -26,12 +26,12 @@ def resolve_device(cfg: Any) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(
-            f"accelerator.device must be auto, cpu, cuda or cuda:N, got {name!r}: choose one"
+            f"`accelerator.device` must be auto, cpu, cuda or cuda:N, got {name!r}: choose one of these"
         ) from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
-                f"accelerator.device {name} must be available, got no CUDA device: use auto or cpu"
+                f"`accelerator.device` {name} must be available, got no CUDA device: use auto or cpu"
             )
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -53,11 +53,11 @@ def resolve_strategy(cfg: Any, device: torch.device) -> str:
     one_of("accelerator.strategy", name, ("auto", *STRATEGIES))
     if name == "none" and several:
         raise ValueError(
-            f"accelerator.strategy none must have one process, got {get_world_size()}: use ddp or fsdp"
+            f"`accelerator.strategy` none must have one process, got {get_world_size()}: use ddp or fsdp"
         )
     if name == "fsdp" and not is_enabled():
         raise ValueError(
-            "accelerator.strategy fsdp must have a process group, got none: start through the "
+            "`accelerator.strategy` fsdp must have a process group, got none: start through the "
             "training program, or use none"
         )
     return name

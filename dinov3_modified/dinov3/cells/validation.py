@@ -109,7 +109,7 @@ def check_keys(cfg: DictConfig, default: DictConfig, source: str) -> None:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise ValueError(
-                f"keys must be those of ssl_default_config.yaml, got {key} in {source}{hint}: correct it"
+                f"Keys must be those of ssl_default_config.yaml, got {key} in {source}{hint}: correct this key"
             )
         _check_type(key, value, known[key], source)
 
@@ -135,7 +135,9 @@ def _check_type(key: str, value: Any, default: Any, source: str) -> None:
         kind = "a whole number"
     else:
         return
-    raise ValueError(f"{key} must be {kind}, got {value!r} in {source}: its default is {default!r}")
+    raise ValueError(
+        f"`{key}` must be {kind}, got {value!r} in {source}: its default is {default!r}"
+    )
 
 
 def warn_of_ignored_keys(cfg: DictConfig, default: DictConfig) -> list[str]:
@@ -177,20 +179,20 @@ def check_ssl_settings(cfg: DictConfig) -> None:
         one_of(key, OmegaConf.select(cfg, key), known)
     _require(
         cfg.crops.local_crops_number > 0,
-        f"crops.local_crops_number must be at least 1, got {cfg.crops.local_crops_number}: 8 is usual",
+        f"`crops.local_crops_number` must be at least 1, got {cfg.crops.local_crops_number}: 8 is usual",
     )
     _require(
         cfg.accelerator.accumulation_steps >= 1,
-        f"accelerator.accumulation_steps must be at least 1, got {cfg.accelerator.accumulation_steps}: "
+        f"`accelerator.accumulation_steps` must be at least 1, got {cfg.accelerator.accumulation_steps}: "
         "1 is without accumulation",
     )
     _require(
         not cfg.multidistillation.enabled,
-        "multidistillation.enabled must be false, got true: this tree trains one student",
+        "`multidistillation.enabled` must be false, got true: this tree trains one student",
     )
     _require(
         cfg.dino.koleo_topk == 1 or cfg.dino.koleo_loss_distributed,
-        f"dino.koleo_topk must be 1 without dino.koleo_loss_distributed, got {cfg.dino.koleo_topk}: "
+        f"`dino.koleo_topk` must be 1 without dino.koleo_loss_distributed, got {cfg.dino.koleo_topk}: "
         "set the latter to true",
     )
     if cfg.gram.use_loss:
@@ -201,28 +203,28 @@ def _check_gram(cfg: DictConfig) -> None:
     gram = cfg.gram
     _require(
         not (gram.remove_neg and gram.remove_only_teacher_neg),
-        "gram.remove_neg and gram.remove_only_teacher_neg must not both be true, got both: choose one",
+        "`gram.remove_neg` and `gram.remove_only_teacher_neg` must not both be true, got both: set one to false",
     )
     _require(
         gram.tokens_used == "all" or not gram.img_level,
-        f"gram.img_level must be false for gram.tokens_used={gram.tokens_used}, got true: a choice "
+        f"`gram.img_level` must be false for gram.tokens_used={gram.tokens_used}, got true: a choice "
         "of tokens has no image axis",
     )
     if gram.ema_teacher:
         _require(
             not gram.ckpt and not gram.rep_update and cfg.crops.gram_teacher_crops_size is None,
-            "gram.ema_teacher must come without gram.ckpt, gram.rep_update and "
+            "`gram.ema_teacher` must come without gram.ckpt, gram.rep_update and "
             "crops.gram_teacher_crops_size, got one of them: the EMA itself is the Gram teacher",
         )
     else:
         _require(
             cfg.crops.gram_teacher_crops_size is not None,
-            "crops.gram_teacher_crops_size must be set for a Gram teacher, got null: give it the "
+            "`crops.gram_teacher_crops_size` must be set for a Gram teacher, got null: give it the "
             "size of the global crops, or set gram.ema_teacher",
         )
         _require(
             bool(gram.ckpt) or gram.it_load_ema_teacher >= 0 or gram.rep_update,
-            "a Gram teacher must come from somewhere, got no gram.ckpt, no gram.it_load_ema_teacher "
+            "A Gram teacher must come from somewhere, got no gram.ckpt, no gram.it_load_ema_teacher "
             "and no gram.rep_update: set one, or gram.ema_teacher",
         )
 

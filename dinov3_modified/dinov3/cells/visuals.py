@@ -44,7 +44,7 @@ def attention_picture(
     rows = attention[:, :, 0] if attention.ndim == 4 else attention  # [B, heads, T]
     if rows.shape[-1] <= h * w:
         raise ValueError(
-            f"attention must have CLS and {h * w} patches, got {rows.shape[-1]} tokens: give that of "
+            f"`attention` must have CLS and {h * w} patches, got {rows.shape[-1]} tokens: give that of "
             f"images {tuple(images.shape[-2:])} with patches of {patch_size}"
         )
     maps = _stretched(rows[..., -h * w :].detach().float().unflatten(-1, (h, w)))
@@ -153,7 +153,7 @@ class VisualLogger:
         if self._thread is not None:
             self._thread.join(timeout_s)
         if self.busy:
-            logger.warning("a picture was not finished within %g s and is left out", timeout_s)
+            logger.warning("A picture was not finished within %g s and is left out", timeout_s)
         if self.skipped:
             logger.info("%d pictures were skipped: the one before was unfinished", self.skipped)
         return not self.busy
@@ -161,7 +161,7 @@ class VisualLogger:
     def _fail(self, iteration: int) -> None:
         # Pictures are a help; whatever goes wrong with them must not end a run.
         self.failed += 1
-        logger.warning("pictures of iteration %d could not be made", iteration, exc_info=True)
+        logger.warning("Pictures of iteration %d could not be made", iteration, exc_info=True)
 
     def _fixed_images(self, images: Tensor) -> Tensor:
         path = self._folder / "images.pt"

@@ -86,7 +86,7 @@ def save_checkpoint(
     main_process = is_main_process(process_group)
     if target.exists() and not overwrite:
         raise FileExistsError(
-            f"a checkpoint must not exist already, got {target}: set `overwrite`, or remove it"
+            f"A checkpoint must not exist already, got {target}: set `overwrite`, or remove it"
         )
     part = target.with_name(f".{target.name}.part")
     if main_process:
@@ -115,12 +115,12 @@ def save_checkpoint(
         if isinstance(error, (OSError, dcp.api.CheckpointException, RuntimeError)):
             raise OSError(
                 f"The checkpoint of iteration {iteration} could not be written to {target.parent} "
-                f"({_reason(error)}).  Earlier checkpoints are intact.  Make room on the disk, then run "
-                "the same command to resume."
+                f"({_reason(error)}); earlier checkpoints are intact; make room on the disk, then run "
+                "the same command to resume"
             ) from error
         raise
     _barrier(process_group)
-    logger.info("checkpoint of iteration %s saved to %s", iteration, target)
+    logger.info("Checkpoint of iteration %s saved to %s", iteration, target)
 
 
 def _replace_folder(part: Path, target: Path) -> None:
@@ -174,7 +174,7 @@ def load_checkpoint(
     """
     folder = Path(ckpt_dir)
     if not (folder / _METADATA).is_file():
-        raise ValueError(f"a checkpoint must hold {_METADATA}, got {folder}: check the path")
+        raise ValueError(f"A checkpoint must hold {_METADATA}, got {folder}: check the path")
     state: dict[str, Any] = {"iteration": None, **others, "model": get_model_state_dict(model)}
     if optimizer is not None:
         # torch makes the entries to load into only where there are no gradients.
@@ -192,7 +192,7 @@ def load_checkpoint(
             )
     except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(
-            f"checkpoint {folder} must fit this configuration, got an error ({_reason(error)}): use "
+            f"Checkpoint {folder} must fit this configuration, got an error ({_reason(error)}): use "
             "the configuration that it was made with"
         ) from error
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=strict_loading))
@@ -250,7 +250,7 @@ def find_latest_valid_checkpoint(ckpt_dir: str | Path) -> Path | None:
             if problem is None:
                 answer[0] = str(path)
                 break
-            logger.warning("checkpoint %s is skipped: %s", path, problem)
+            logger.warning("Checkpoint %s is skipped: %s", path, problem)
     if is_enabled():
         dist.broadcast_object_list(answer, src=0)
     return None if answer[0] is None else Path(answer[0])
@@ -285,9 +285,9 @@ def keep_last_n_checkpoints(ckpt_dir: str | Path, n: int | None) -> None:
     for path in find_all_checkpoints(ckpt_dir)[: -max(n, 1)]:
         try:
             shutil.rmtree(path)
-            logger.info("old checkpoint %s removed", path)
+            logger.info("Old checkpoint %s removed", path)
         except OSError as error:
-            logger.warning("old checkpoint %s could not be removed: %s", path, error)
+            logger.warning("Old checkpoint %s could not be removed: %s", path, error)
 
 
 def keep_checkpoint_copy(src: str | Path) -> None:
@@ -301,7 +301,7 @@ def keep_checkpoint_copy(src: str | Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(source, part, copy_function=_link_or_copy)
     _replace_folder(part, target)
-    logger.info("checkpoint %s is kept as %s", source, target)
+    logger.info("Checkpoint %s is kept as %s", source, target)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -363,7 +363,7 @@ def init_fsdp_model_from_checkpoint(
     refuse_differences(
         state,
         {key: tuple(value.shape) for key, value in kept(model.state_dict()).items()},
-        f"a teacher must fit the network, got differences in {checkpoint_path}",
+        f"A teacher must fit the network, got differences in {checkpoint_path}",
         "set the configuration to that of the file",
     )
     options = StateDictOptions(full_state_dict=True, strict=False)

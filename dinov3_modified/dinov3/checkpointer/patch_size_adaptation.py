@@ -44,7 +44,7 @@ def patch_size_of(state: Mapping[str, Tensor], key: str = _KEY) -> int:
     if weight is None or weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
         shape = None if weight is None else tuple(weight.shape)
         raise ValueError(
-            f"a backbone must have a kernel {key} [D, C, p, p], got {shape}: this is no ViT backbone"
+            f"A backbone must have a kernel {key} [D, C, p, p], got {shape}: this is no ViT backbone"
         )
     return int(weight.shape[2])
 
@@ -67,10 +67,10 @@ def adapt_patch_embedding(weight: Tensor, patch_size: int, method: str = "neares
     one_of("method", method, METHODS)
     if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
         raise ValueError(
-            f"a kernel must be [D, C, p, p], got {tuple(weight.shape)}: give patch_embed.proj.weight"
+            f"A kernel must be [D, C, p, p], got {tuple(weight.shape)}: give patch_embed.proj.weight"
         )
     if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1, got {patch_size}: 8 or 16 are usual")
+        raise ValueError(f"`patch_size` must be at least 1, got {patch_size}: 8 or 16 are usual")
     before = weight.shape[2]
     if before == patch_size:
         return weight

@@ -60,12 +60,12 @@ def get_cfg_from_args(
     output_dir = os.path.abspath(args.output_dir or ".")
     for item in opts:
         if not isinstance(item, str) or "=" not in item:
-            raise ValueError(f"changes must be key=value, got {item!r}: such as optim.lr=0.0005")
+            raise ValueError(f"Changes must be key=value, got {item!r}: such as optim.lr=0.0005")
     try:
         parts.append(("the command line", OmegaConf.from_dotlist(opts)))
     except Exception as error:
         raise ValueError(
-            f"changes must be key=value, got {opts} ({error}): correct them"
+            f"Changes must be key=value, got {opts} ({error}): correct this change"
         ) from error
     parts.append(("--output-dir", OmegaConf.create({"train": {"output_dir": output_dir}})))
     merged = default
@@ -84,7 +84,9 @@ def _read(path: Path) -> DictConfig:
         cfg = OmegaConf.load(path)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} must be YAML, got an error ({reason}): correct it") from error
+        raise ValueError(
+            f"{path} must be YAML, got an error ({reason}): correct this line"
+        ) from error
     if not isinstance(cfg, DictConfig):
         raise ValueError(f"{path} must hold keys, got {type(cfg).__name__}: see configs/ssl")
     return cfg
@@ -160,11 +162,13 @@ def setup_job(
             os.makedirs(output_dir, exist_ok=True)
         except OSError as error:
             raise ValueError(
-                f"the output folder must be one that can be made, got {output_dir} "
-                f"({error.strerror}): choose another"
+                f"The output folder must be one that can be made, got {output_dir} "
+                f"({error.strerror}): choose another folder"
             ) from error
         if not os.access(output_dir, os.W_OK | os.X_OK):
-            raise ValueError(f"the output folder must be writable, got {output_dir}: name another")
+            raise ValueError(
+                f"The output folder must be writable, got {output_dir}: name another folder"
+            )
     if logging_enabled:
         setup_logging(output=output_dir, level=logging.INFO)
         setup_logging(output=output_dir, level=logging.INFO, name="dinov3")

@@ -20,7 +20,9 @@ class DatasetWithEnumeratedTargets(Dataset[Any]):
         self._padded_size = self._size
         if pad_dataset:
             if num_replicas is None:
-                raise ValueError("num_replicas must be set for a padded data set, got None: set it")
+                raise ValueError(
+                    "`num_replicas` must be set for a padded data set, got None: give the number of processes"
+                )
             self._padded_size = -(-self._size // num_replicas) * num_replicas
 
     def _inner(self, index: int) -> int:
@@ -45,7 +47,9 @@ class DatasetWithEnumeratedTargets(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Any, tuple[int, Any]]:
         if not 0 <= index < self._padded_size:
-            raise IndexError(f"index must be in 0..{self._padded_size - 1}, got {index}: see len()")
+            raise IndexError(
+                f"`index` must be in 0..{self._padded_size - 1}, got {index}: see len()"
+            )
         image, target = self._dataset[self._inner(index)]
         if target is None and index < self._size:
             target = index

@@ -64,16 +64,16 @@ class DataAugmentationDINO:
         counts["gram_teacher_crops_size"] = self.gram_teacher_crops_size or 1
         for name, count in counts.items():
             if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}: change it")
+                raise ValueError(f"`{name}` must be at least 1, got {count}: change this number")
         for low, high in (self.global_crops_scale, self.local_crops_scale):
             if not 0 < low <= high <= 1:
                 raise ValueError(
-                    f"a crop scale must be 0 < low <= high <= 1, got {low} and {high}: change crops.*_scale"
+                    f"A crop scale must be 0 < low <= high <= 1, got {low} and {high}: change crops.*_scale"
                 )
         small, large = self.local_crops_size, self.global_crops_size
         if self.local_crops_subset_of_global_crops and small > large:
             raise ValueError(
-                f"local crops cut from global ones must not be larger, got {small} and {large}: change "
+                f"Local crops cut from global ones must not be larger, got {small} and {large}: change "
                 "crops.local_crops_size"
             )
         flips = [RandomHorizontalFlip(0.5)] if self.horizontal_flips else []

@@ -80,10 +80,12 @@ class DataAugmentationMultiView:
             one_of(f"multiview.{name}", value, known)
         low, high = self.zoom = tuple(float(value) for value in self.zoom)
         if not 0 < low <= high:
-            raise ValueError(f"multiview.zoom must be 0 < low <= high, got {low}, {high}: fix it")
+            raise ValueError(
+                f"`multiview.zoom` must be 0 < low <= high, got {low}, {high}: for example [0.5, 1.5]"
+            )
         if not 0 <= self.min_overlap <= 1:
             raise ValueError(
-                f"multiview.min_overlap must be 0 to 1, got {self.min_overlap}: 0.4 is usual"
+                f"`multiview.min_overlap` must be 0 to 1, got {self.min_overlap}: 0.4 is usual"
             )
         self.mean = torch.tensor(list(self.mean))[:, None, None]
         self.std = torch.tensor(list(self.std))[:, None, None]

@@ -40,7 +40,7 @@ def collate_data_and_cast(
     """
     if n_tokens is None or mask_generator is None:
         raise ValueError(
-            f"n_tokens and mask_generator must be given, got {n_tokens} and {mask_generator}: give both"
+            f"`n_tokens` and mask_generator must be given, got {n_tokens} and {mask_generator}: give both of them"
         )
     crops = [sample[0] for sample in samples_list]
 

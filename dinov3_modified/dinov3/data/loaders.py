@@ -68,7 +68,7 @@ def _parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
     name = dataset_str.partition(":")[0]
     if name in _ABSENT:
         raise ValueError(
-            f"a dataset string must name one of {', '.join(DATASETS)}, got {name!r}, which is not part "
+            f"A dataset string must name one of {', '.join(DATASETS)}, got {name!r}, which is not part "
             "of this tree: use one of them"
         )
     return parse_dataset_str(dataset_str)
@@ -87,7 +87,7 @@ def make_dataset(
     dataset = class_(
         transform=transform, target_transform=target_transform, transforms=transforms, **kwargs
     )
-    logger.info("data set %s: %d samples", dataset_str, len(dataset))
+    logger.info("Data set %s: %d samples", dataset_str, len(dataset))
     # Loaders ask for these whatever the dataset is.
     given = {"transform": transform, "target_transform": target_transform, "transforms": transforms}
     for attribute, value in given.items():
@@ -220,13 +220,13 @@ def _make_sampler(
     if getattr(dataset, "orders_itself", False):
         if type not in (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE):
             raise ValueError(
-                f"data with its own order must have an infinite sampler, got {type}: use INFINITE"
+                f"Data with its own order must have an infinite sampler, got {type}: use INFINITE"
             )
         return CountingSampler(advance=advance)
     count = len(dataset)
     if size > 0 and type is not None and type is not SamplerType.EPOCH:
         raise ValueError(
-            f"sampler_size must be given for SamplerType.EPOCH only, got {size} for {type.name}: "
+            f"`sampler_size` must be given for SamplerType.EPOCH only, got {size} for {type.name}: "
             "leave it out or use EPOCH"
         )
     if type is SamplerType.INFINITE:
@@ -238,7 +238,7 @@ def _make_sampler(
         )
     if advance:
         raise ValueError(
-            f"sampler_advance must be 0 for finite samplers, got {advance}: use SamplerType.INFINITE"
+            f"`sampler_advance` must be 0 for finite samplers, got {advance}: use SamplerType.INFINITE"
         )
     if type is SamplerType.EPOCH:
         return EpochSampler(sample_count=count, **order, size=size if size > 0 else count)

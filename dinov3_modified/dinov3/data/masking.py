@@ -55,7 +55,7 @@ class MaskingGenerator:
         """A mask [h, w], booleans, with `num_masking_patches` true ones; ValueError for too many."""
         if num_masking_patches > self.num_patches:
             raise ValueError(
-                f"masked patches must be at most {self.num_patches}, got {num_masking_patches}: lower "
+                f"Masked patches must be at most {self.num_patches}, got {num_masking_patches}: lower "
                 "ibot.mask_ratio_min_max"
             )
         mask = np.zeros(self.get_shape(), dtype=bool)

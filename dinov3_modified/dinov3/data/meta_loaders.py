@@ -41,11 +41,11 @@ class CombinedDataLoader:
         self.ratios = [float(ratio) for _, ratio in pairs]
         one_of("combining_mode", combining_mode, (0, 1))
         if abs(sum(self.ratios) - 1) > 1e-6:
-            raise ValueError(f"ratios must sum to 1, got {self.ratios}: divide them by their sum")
+            raise ValueError(f"`ratios` must sum to 1, got {self.ratios}: divide them by their sum")
         sizes = {loader.batch_size for loader in self.loaders}
         if sizes != {batch_size}:
             raise ValueError(
-                f"all loaders must have batches of {batch_size}, got {sorted(sizes)}: give them one size"
+                f"All loaders must have batches of {batch_size}, got {sorted(sizes)}: give them one size"
             )
         self.batch_size = batch_size
         self.combining_mode = combining_mode

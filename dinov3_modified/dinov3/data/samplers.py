@@ -123,7 +123,7 @@ class InfiniteSampler(Sampler[int]):
         """Whole passes and samples of the next one that `advance` skips."""
         if per_pass == 0:
             raise ValueError(
-                f"a data set must have a sample for every process, got {self.sample_count} for "
+                f"A data set must have a sample for every process, got {self.sample_count} for "
                 f"{self._step}: use fewer processes"
             )
         return divmod(self.advance, per_pass)

@@ -57,7 +57,7 @@ def to_pil(image: Any) -> Image.Image:
     if array.dtype != np.uint8:
         if not np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > 1:
             raise ValueError(
-                f"an image must be uint8, or float in [0, 1], got {array.dtype} from {array.min()} to "
+                f"An image must be uint8, or float in [0, 1], got {array.dtype} from {array.min()} to "
                 f"{array.max()}: rescale it, or use multiview for raw 16-bit fields"
             )
         array = np.rint(array * 255).astype(np.uint8)
@@ -272,7 +272,7 @@ class Resize:
             return image
         if 0 in new:
             raise ValueError(
-                f"a resized image must keep a pixel, got {old} to {new}: raise resize_size {self.size}"
+                f"A resized image must keep a pixel, got {old} to {new}: raise resize_size {self.size}"
             )
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W] uint8
         mode = self.interpolation
@@ -339,7 +339,9 @@ def make_resize_transform(
 ) -> Resize:
     """See `Resize`; ValueError for square and large side at once."""
     if resize_square and resize_large_side:
-        raise ValueError("resize_square must be false with resize_large_side, got true: choose one")
+        raise ValueError(
+            "`resize_square` must be false with resize_large_side, got true: set one of them to false"
+        )
     return Resize(resize_size, resize_square, resize_large_side, interpolation)
 
 

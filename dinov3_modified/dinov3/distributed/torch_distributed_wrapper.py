@@ -75,7 +75,7 @@ def new_subgroups(all_subgroup_ranks: Sequence[Sequence[int]]) -> None:
     ranks = sorted(rank for group in all_subgroup_ranks for rank in group)
     if ranks != list(range(get_world_size())):
         raise ValueError(
-            f"subgroups must hold each of {get_world_size()} ranks once, got "
+            f"Subgroups must hold each of {get_world_size()} ranks once, got "
             f"{[list(group) for group in all_subgroup_ranks]}: list every rank in one group"
         )
     for group in all_subgroup_ranks:
@@ -112,7 +112,7 @@ class TorchDistributedEnvironment:
         missing = [name for name in names if name not in os.environ]
         if missing:
             raise RuntimeError(
-                f"torchrun's variables must be complete, got none for {', '.join(missing)}: start "
+                f"The variables of torchrun must be complete, got none for {', '.join(missing)}: start "
                 "with torchrun, or unset RANK and WORLD_SIZE"
             )
         self.master_addr = os.environ["MASTER_ADDR"]
@@ -146,7 +146,9 @@ class TorchDistributedEnvironment:
         values = {name.upper(): str(value) for name, value in vars(self).items()}
         for name, value in values.items():
             if not overwrite and os.environ.get(name, value) != value:
-                raise RuntimeError(f"{name} must be {value}, got {os.environ[name]}: unset it")
+                raise RuntimeError(
+                    f"{name} must be {value}, got {os.environ[name]}: unset this variable"
+                )
         os.environ.update(values)
         return self
 
@@ -181,7 +183,7 @@ def enable(
     """
     if is_enabled():
         raise RuntimeError(
-            "a process group must be made once, got a second call of enable: call disable before"
+            "A process group must be made once, got a second call of enable: call disable before"
         )
     environment = TorchDistributedEnvironment().export(overwrite=overwrite)
     use_cuda = torch.cuda.is_available() and _device_type != "cpu"

@@ -129,7 +129,7 @@ def ac_compile_parallelize(
                 compile_transformer(cfg, model)
         else:
             logger.info(
-                "train.compile acts on GPUs; accelerator.compile_on_cpu=true compiles for %s",
+                "`train.compile` acts on GPUs; accelerator.compile_on_cpu=true compiles for %s",
                 device.type,
             )
     if strategy == "fsdp":

@@ -121,7 +121,7 @@ def _local_file(name: str, weights: Weights | str | Path) -> Path:
     if isinstance(weights, Weights):
         if (name, weights) not in _HASHES:
             raise ValueError(
-                f"released weights must exist, got {weights.value} for {name}: pass weights=PATH"
+                f"Released weights must exist, got {weights.value} for {name}: pass weights=PATH"
             )
         data, digest = weights.value.lower(), _HASHES[name, weights]
         file_name = f"dinov3_{name}_pretrain_{data}-{digest}.pth"
@@ -129,7 +129,7 @@ def _local_file(name: str, weights: Weights | str | Path) -> Path:
         if cached.is_file():
             return cached
         raise FileNotFoundError(
-            f"released weights must be on this machine, got no {cached}: Meta gives them to those who "
+            f"Released weights must be on this machine, got no {cached}: Meta gives them to those who "
             "accept the DINOv3 licence; ask for them at https://ai.meta.com/resources/models-and-libraries/dinov3-downloads, then pass "
             f"weights=PATH or the address that you are sent (instead of {DINOV3_BASE_URL}/{file_name})"
         )
@@ -138,7 +138,7 @@ def _local_file(name: str, weights: Weights | str | Path) -> Path:
     if url.scheme == "file":
         path = Path(unquote(url.path))
         if not path.exists():
-            raise FileNotFoundError(f"weights must be a file or folder, got {path}: check the path")
+            raise FileNotFoundError(f"Weights must be a file or folder, got {path}: check the path")
         return path
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(url.path).name
     if not target.is_file():
@@ -151,12 +151,12 @@ def _check_hash(path: Path) -> None:
     match = re.search(r"-([0-9a-f]{8,})\.", path.name)
     if match is None:
         raise ValueError(
-            f"check_hash needs a file name that ends in -HASH.pth, got {path.name}: rename the file or "
+            f"`check_hash` needs a file name that ends in -HASH.pth, got {path.name}: rename the file or "
             "leave check_hash out"
         )
     digest = sha256(path)
     if not digest.startswith(match.group(1)):
         raise ValueError(
-            f"the SHA-256 of the weights must begin with {match.group(1)}, got "
+            f"The SHA-256 of the weights must begin with {match.group(1)}, got "
             f"{digest[:16]} in {path}: fetch the file again"
         )

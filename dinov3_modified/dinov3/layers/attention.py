@@ -35,7 +35,7 @@ class LinearKMaskedBias(nn.Linear):
         super().__init__(*args, **kwargs)
         if self.out_features % 3:
             raise ValueError(
-                f"out_features must be a multiple of 3 (q, k, v), got {self.out_features}: give 3 * dim"
+                f"`out_features` must be a multiple of 3 (q, k, v), got {self.out_features}: give 3 * dim"
             )
         if self.bias is not None:
             self.register_buffer("bias_mask", torch.full_like(self.bias, torch.nan))
@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(
-                f"dim must be a multiple of num_heads, got {dim} and {num_heads}: change one of them"
+                f"`dim` must be a multiple of num_heads, got {dim} and {num_heads}: change one of them"
             )
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
@@ -104,7 +104,7 @@ class SelfAttention(nn.Module):
         prefix = q.shape[-2] - sin.shape[-2]
         if prefix < 0:
             raise ValueError(
-                f"positions must not outnumber tokens, got {sin.shape[-2]} and {q.shape[-2]}: "
+                f"Positions must not outnumber tokens, got {sin.shape[-2]} and {q.shape[-2]}: "
                 "make them for the same grid"
             )
 
@@ -123,7 +123,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """[B, N, 3D] → [B, N, D]; no mask is known, `attn_bias` must be None."""
         if attn_bias is not None:
-            raise ValueError("attn_bias must be None, got one: attention here is without mask")
+            raise ValueError("`attn_bias` must be None, got one: attention here is without mask")
         batch, num_tokens, triple = qkv.shape
         split = qkv.reshape(batch, num_tokens, 3, self.num_heads, triple // 3 // self.num_heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head width]

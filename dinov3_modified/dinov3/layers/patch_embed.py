@@ -10,7 +10,7 @@ def make_2tuple(x: int | tuple[int, int]) -> tuple[int, int]:
     """A number stands for both axes."""
     if isinstance(x, tuple):
         if len(x) != 2:
-            raise ValueError(f"a size must have two numbers, got {x}: give (height, width)")
+            raise ValueError(f"A size must have two numbers, got {x}: give (height, width)")
         return x
     return (int(x), int(x))
 

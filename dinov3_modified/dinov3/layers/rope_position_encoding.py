@@ -48,13 +48,13 @@ class RopePositionEmbedding(nn.Module):
         super().__init__()
         if embed_dim % (4 * num_heads):
             raise ValueError(
-                f"embed_dim must be a multiple of 4 * num_heads, got {embed_dim} and {num_heads}: "
+                f"`embed_dim` must be a multiple of 4 * num_heads, got {embed_dim} and {num_heads}: "
                 "change one of them"
             )
         has_range = min_period is not None and max_period is not None
         if (base is None) != has_range or (min_period is None) != (max_period is None):
             raise ValueError(
-                "either base or both min_period and max_period must be given, got base "
+                "Either base or both min_period and max_period must be given, got base "
                 f"{base}, min_period {min_period}, max_period {max_period}: drop one kind"
             )
         one_of("normalize_coords", normalize_coords, ("min", "max", "separate"))

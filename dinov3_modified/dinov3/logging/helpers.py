@@ -154,7 +154,7 @@ class MetricLogger:
         meters = self.meters
         if name in meters:
             return meters[name]
-        raise AttributeError(f"no meter {name}: there are {', '.join(meters) or 'none'}")
+        raise AttributeError(f"No meter {name}: there are {', '.join(meters) or 'none'}")
 
     def __str__(self) -> str:
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
@@ -202,7 +202,7 @@ class MetricLogger:
                 with open(self.output_file, "a", encoding="utf-8") as stream:
                     stream.write(line + "\n")
             except OSError as error:  # a full disk: checkpoints decide whether the run can continue
-                logger.warning("a line of metrics could not be written (%s): make room", error)
+                logger.warning("A line of metrics could not be written (%s): make room", error)
         for listener in self._listeners:
             listener(iteration, dict(values))
 
@@ -297,7 +297,7 @@ class MetricLogger:
         if top != -bottom:
             if not self._warned:
                 logger.warning(
-                    "metrics are those of this process alone: the processes have logged different ones"
+                    "Metrics are those of this process alone: the processes have logged different ones"
                 )
                 self._warned = True
             for meter in fresh.values():

@@ -49,7 +49,9 @@ class WandbLogger:
         one_of("wandb.mode", settings.mode, _MODES)
         for name in ("timeout_s", "finish_timeout_s"):
             if not settings[name] > 0:
-                raise ValueError(f"wandb.{name} must be above 0, got {settings[name]}: raise it")
+                raise ValueError(
+                    f"`wandb.{name}` must be above 0, got {settings[name]}: give a larger number"
+                )
         self.output_dir = Path(cfg.train.output_dir)
         self.run_id: str | None = None
         self.dropped_steps = 0  # records of steps that wandb already has
@@ -88,7 +90,7 @@ class WandbLogger:
             if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
                 raise ValueError(
                     f"{name} must be a uint8 array (H, W, 3), got {picture.dtype} "
-                    f"{picture.shape}: convert it"
+                    f"{picture.shape}: convert the picture"
                 )
         if self._images:
             self._try("a picture failed", lambda: self._log_images(images, int(step)))
@@ -100,7 +102,7 @@ class WandbLogger:
         """
         self._try("it could not finish", lambda: self._run.finish(exit_code=exit_code))
         if self.enabled and self.dropped_steps:
-            logger.info("wandb: %d repeated records were left out", self.dropped_steps)
+            logger.info("%d repeated records were left out of wandb", self.dropped_steps)
         self.enabled = False
 
     def _try(self, what: str, call: Callable[[], None]) -> None:
@@ -113,8 +115,8 @@ class WandbLogger:
             except (Exception, SystemExit) as error:
                 self.enabled = False
                 logger.warning(
-                    "wandb is switched off: %s (%s).  The training continues, and "
-                    "training_metrics.json has all metrics.", what, _line(error),
+                    "Logging to wandb is switched off: %s (%s); the training continues, and "
+                    "training_metrics.json has all metrics", what, _line(error),
                 )  # fmt: skip
                 if self._wandb is not None:
                     # Now, because wandb would print a traceback for a dead service at exit.
@@ -160,7 +162,7 @@ class WandbLogger:
             if self.mode == "offline":
                 raise
             logger.warning(
-                "wandb could not start online (%s).  The run is written offline: send it later with "
+                "Logging to wandb could not start online (%s); the run is written offline: send it later with "
                 "`wandb sync`", _line(error),
             )  # fmt: skip
             self.mode = "offline"
@@ -211,7 +213,7 @@ class WandbLogger:
             return  # killed before its first step
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning(
-                "%s must be readable, got %s.  wandb run %s continues and may drop repeated steps.",
+                "%s must be readable, got %s; the wandb run %s continues and may drop repeated steps",
                 state_path,
                 _line(error),
                 self.run_id,
@@ -236,7 +238,7 @@ def _resolve_mode(mode: str) -> str:
         return "online" if mode == "auto" else mode
     if mode == "online":
         logger.warning(
-            "wandb.mode online must have an API key, got none.  The run is written offline: set "
+            "`wandb.mode` online must have an API key, got none; the run is written offline: set "
             "WANDB_API_KEY or call `wandb login`, and send it later with `wandb sync`"
         )
     return "offline"

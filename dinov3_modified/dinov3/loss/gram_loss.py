@@ -38,12 +38,12 @@ class GramLoss(nn.Module):
         """
         if output_feats.shape != target_feats.shape:
             raise ValueError(
-                "patches of student and Gram teacher must have one shape, got "
+                "Patches of student and Gram teacher must have one shape, got "
                 f"{tuple(output_feats.shape)} and {tuple(target_feats.shape)}: resize the teacher's"
             )
         if img_level and output_feats.ndim != 3:
             raise ValueError(
-                f"image level must have patches [B, N, D], got {tuple(output_feats.shape)}: set "
+                f"Image level must have patches [B, N, D], got {tuple(output_feats.shape)}: set "
                 "gram.img_level to false for gram.tokens_used other than all"
             )
         student = self._similarity(output_feats.float(), img_level)

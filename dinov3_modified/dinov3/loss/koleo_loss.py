@@ -75,7 +75,7 @@ class KoLeoLossDistributed(nn.Module):
                 total = everything.shape[0]
                 if size % batch or total % size:
                     raise ValueError(
-                        "the KoLeo group must be a multiple of the local batch and a divisor of the "
+                        "The KoLeo group must be a multiple of the local batch and a divisor of the "
                         f"global one, got {size} with {batch} and {total}: change "
                         "dino.koleo_distributed_loss_group_size"
                     )

@@ -41,7 +41,9 @@ def build_model(
     factories = [name for name in vars(vits) if name.startswith("vit_")]
     one_of("student.arch", args.arch, factories)
     if getattr(args, "fp8_enabled", False):
-        raise ValueError("student.fp8_enabled must be false, got true: this tree has no fp8 layers")
+        raise ValueError(
+            "`student.fp8_enabled` must be false, got true: this tree has no fp8 layers"
+        )
     options = {name: getattr(args, name) for name in _SAME_NAMES}
     options |= {"img_size": img_size, "layerscale_init": args.layerscale, "device": device}
     make = getattr(vits, args.arch)
@@ -78,7 +80,9 @@ def build_model_for_eval(
     from dinov3.cells.weights import load_backbone
 
     if shard_unsharded_model:
-        raise ValueError("shard_unsharded_model must be false, got true: evaluation has one device")
+        raise ValueError(
+            "`shard_unsharded_model` must be false, got true: evaluation has one device"
+        )
     backbone: Any = build_model_from_cfg(config, only_teacher=True)[0]
     backbone.to_empty(device="cpu")
     backbone.init_weights()

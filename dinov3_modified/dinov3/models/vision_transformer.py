@@ -108,7 +108,7 @@ class DinoVisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if ignored_kwargs:
-            logger.warning("arguments without effect: %s", ", ".join(sorted(ignored_kwargs)))
+            logger.warning("Arguments without effect: %s", ", ".join(sorted(ignored_kwargs)))
         make_norm = _choose(norm_layer_dict, "norm_layer", norm_layer)
         make_ffn = _choose(ffn_layer_dict, "ffn_layer", ffn_layer)
         self.num_features = self.embed_dim = embed_dim
@@ -299,7 +299,7 @@ class DinoVisionTransformer(nn.Module):
         wanted = list(range(total - n, total)) if isinstance(n, int) else list(n)
         known = range(total)
         if not wanted or any(index not in known for index in wanted):
-            raise ValueError(f"blocks must be among 0 to {total - 1}, got {n}: correct n")
+            raise ValueError(f"Blocks must be among 0 to {total - 1}, got {n}: correct n")
         prepared, (height, width) = self.prepare_tokens_with_masks(x)
         _, kept = self._run_blocks([prepared], [(height, width)], wanted)
         count = self.n_storage_tokens + 1

@@ -61,7 +61,7 @@ def get_shared_folder() -> Path:
     folder = get_user_checkpoint_path()
     if folder is None:
         raise RuntimeError(
-            "a job needs a folder that all nodes see, got neither --output-dir nor "
+            "A job needs a folder that all nodes see, got neither --output-dir nor "
             "DINOV3_CHECKPOINT_DIR: set one"
         )
     return folder / "experiments"
@@ -96,7 +96,7 @@ class CheckpointableSubmitter:
         """Called by submitit before the job ends early: the same call in a new job."""
         import submitit
 
-        logger.info("requeueing %s %s", self.module_path, self.args)
+        logger.info("Requeueing %s %s", self.module_path, self.args)
         return submitit.helpers.DelayedSubmission(
             type(self)(self.module_path, self.callable_name, self.args, self.output_dir)
         )
@@ -110,7 +110,7 @@ def submit_jobs(
         import submitit
     except ImportError as error:
         raise RuntimeError(
-            "submitting needs the package submitit, got none: pip install 'dinocell-segmentation[slurm]'"
+            "Submitting needs the package submitit, got none: pip install 'dinocell-segmentation[slurm]'"
         ) from error
     executor = submitit.AutoExecutor(folder=str(output_dir), slurm_max_num_timeout=_MAX_TIMEOUTS)
     options = {
@@ -133,7 +133,7 @@ def submit_jobs(
         name=name, **{key: value for key, value in parameters.items() if value is not None}
     )
     job = executor.submit(class_to_submit)
-    logger.info("job %s; logs in %s", job.job_id, str(output_dir).replace("%j", str(job.job_id)))
+    logger.info("Job %s; logs in %s", job.job_id, str(output_dir).replace("%j", str(job.job_id)))
     return job
 
 

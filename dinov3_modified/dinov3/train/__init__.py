@@ -17,4 +17,4 @@ def __getattr__(name: str) -> Any:
         from dinov3.train import train
 
         return getattr(train, name)
-    raise AttributeError(f"module {__name__} has no {name}: it has {', '.join(__all__)}")
+    raise AttributeError(f"Module {__name__} has no {name}: it has {', '.join(__all__)}")

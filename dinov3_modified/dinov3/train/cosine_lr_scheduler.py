@@ -27,7 +27,7 @@ class CosineScheduler:
         decay_iters = total_iters - warmup_iters - freeze_iters
         if decay_iters < 0:
             raise ValueError(
-                f"a schedule must be at least as long as its warm-up, got {total_iters} iterations "
+                f"A schedule must be at least as long as its warm-up, got {total_iters} iterations "
                 f"and {warmup_iters} + {freeze_iters} of warm-up: shorten the warm-up"
             )
         self.final_value = np.float64(final_value)
@@ -68,8 +68,8 @@ def linear_warmup_cosine_decay(
     rest = total_iterations - warmup_iterations - cosine_iterations
     if rest < 0 or cosine_iterations < 0:
         raise ValueError(
-            "warm-up and cosine must fit into the schedule, got "
-            f"{warmup_iterations} + {cosine_iterations} of {total_iterations} iterations: shorten them"
+            "Warm-up and cosine must fit into the schedule, got "
+            f"{warmup_iterations} + {cosine_iterations} of {total_iterations} iterations: shorten one of them"
         )
     ramp = np.linspace(start, peak, warmup_iterations, endpoint=False)
     share = (np.cos(np.linspace(0, np.pi, cosine_iterations)) + 1) / 2

@@ -71,7 +71,7 @@ class SSLMetaArch(SSLLosses):
         distilled = cfg.distillation.enabled
         self.teacher = self._distillation_teacher() if distilled else self.model_ema
         sizes = [count_parameters(part) / 1e6 for part in (self.student, student_backbone)]
-        logger.info("student: %.1f M parameters, backbone %.1f M", *sizes)
+        logger.info("Student: %.1f M parameters, backbone %.1f M", *sizes)
 
         self.dino_loss = DINOLoss(self.dino_out_dim)
         self.ibot_patch_loss = iBOTPatchLoss(self.ibot_out_dim)
@@ -112,7 +112,7 @@ class SSLMetaArch(SSLLosses):
         path = self.cfg.distillation.full_cfg_path
         if not Path(path).is_file():
             raise FileNotFoundError(
-                f"distillation.full_cfg_path must be the teacher's configuration, got {path!r}: "
+                f"`distillation.full_cfg_path` must be the teacher's configuration, got {path!r}: "
                 "name the config.yaml of its run"
             )
         teacher_cfg = OmegaConf.merge(get_default_config(), OmegaConf.load(path))
@@ -202,7 +202,7 @@ class SSLMetaArch(SSLLosses):
             self.gram_load_ema_teacher()
             self.gram_teacher_ready = self.cfg.gram.it_load_ema_teacher < 0
         if self.cfg.distillation.enabled:
-            logger.info("distillation teacher from %s", self.cfg.distillation.checkpoint_path)
+            logger.info("Distillation teacher from %s", self.cfg.distillation.checkpoint_path)
             init_fsdp_model_from_checkpoint(self.teacher, self.cfg.distillation.checkpoint_path)
 
     # --- one step ---

@@ -133,7 +133,7 @@ def build_multi_resolution_data_loader_from_cfg(
     lengths = {len(values) for values in [*lists.values(), ratios]}
     if lengths != {count}:
         raise ValueError(
-            "crop sizes and crops.global_local_crop_pairs_ratios must have one length, got "
+            "Crop sizes and crops.global_local_crop_pairs_ratios must have one length, got "
             f"{sorted(lengths)}: give one of each for every resolution"
         )
 
@@ -186,7 +186,7 @@ def do_test(
     if distributed.is_subgroup_main_process():
         with atomic_path(folder / "teacher_checkpoint.pth") as temporary:
             torch.save({"teacher": state}, temporary)
-        logger.info("teacher written to %s", folder / "teacher_checkpoint.pth")
+        logger.info("Teacher written to %s", folder / "teacher_checkpoint.pth")
 
 
 # --- training ---
@@ -220,7 +220,7 @@ class _Run:
         apply_optim_scheduler(self.optimizer, lr, wd, last_layer_lr)
         self.optimizer.zero_grad(set_to_none=True)
         if cfg.gram.use_loss and cfg.gram.it_load_ema_teacher == iteration:
-            logger.info("the Gram teacher becomes a copy of the EMA")
+            logger.info("The Gram teacher becomes a copy of the EMA")
             model.gram_load_ema_teacher()
         total_loss, metrics = forward_backward_all(cfg, model, batches, teacher_temp, iteration)
         if model.strategy == "ddp":
@@ -269,7 +269,7 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
     max_iter = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
     _log_plan(cfg, schedules[0], max_iter)
     if start_iter >= max_iter:
-        logger.info("nothing left to do: %d of %d iterations are done", start_iter, max_iter)
+        logger.info("Nothing left to do: %d of %d iterations are done", start_iter, max_iter)
         return
     loader = build_multi_resolution_data_loader_from_cfg(cfg, model, start_iter)
     file = str(output_dir / "training_metrics.json")
@@ -306,7 +306,7 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
     finally:
         diagnostics.close()
     if distributed.is_subgroup_main_process():
-        logger.info("done: %d iterations", max_iter)
+        logger.info("Done: %d iterations", max_iter)
 
 
 def _start_or_resume(
@@ -329,7 +329,7 @@ def _start_or_resume(
     )
     start_iter = int(done) + 1
     model.gram_teacher_ready = model.has_gram_teacher and gram_is_ready(cfg, start_iter)
-    logger.info("resumed from %s: continuing with iteration %d", checkpoint, start_iter)
+    logger.info("Resumed from %s: continuing with iteration %d", checkpoint, start_iter)
     return optimizer, start_iter
 
 
@@ -387,7 +387,7 @@ def _timeout(cfg: DictConfig) -> timedelta:
     seconds = float(cfg.accelerator.timeout_s)
     if seconds <= 0:
         raise ValueError(
-            f"accelerator.timeout_s must be above 0, got {seconds:g}: 1800 gives an evaluation time"
+            f"`accelerator.timeout_s` must be above 0, got {seconds:g}: 1800 gives an evaluation time"
         )
     return timedelta(seconds=seconds)
 

@@ -15,7 +15,7 @@ def load_custom_callable(module_path: str | Path, callable_name: str) -> Callabl
     """
     path = Path(module_path).resolve()
     if not path.is_file():
-        raise FileNotFoundError(f"a script must be a file, got {module_path}: check the path")
+        raise FileNotFoundError(f"A script must be a file, got {module_path}: check the path")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

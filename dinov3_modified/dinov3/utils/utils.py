@@ -130,5 +130,7 @@ def as_torch_dtype(dtype: str) -> torch.dtype:
     }
     found = short.get(dtype, getattr(torch, dtype, None))
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"precision must be one of {', '.join(short)}, got {dtype!r}: choose one")
+        raise ValueError(
+            f"`precision` must be one of {', '.join(short)}, got {dtype!r}: choose one of these"
+        )
     return found

@@ -70,7 +70,7 @@ def test_images_unlike_the_training_are_named(tmp_path, knowing_model, small_mod
     gradient = np.add.outer(np.arange(70), np.arange(90)).astype(np.uint16) + 10
     write_image(tmp_path / "gradient.tif", gradient)
     result = run([tmp_path / "gradient.tif"], tmp_path / "out", knowing_model, report=True)
-    sentence = "does not look like what knowing was trained on: "
+    sentence = "The image does not look like what knowing was trained on ("
     assert f"note: gradient: {sentence}" in result.text()
     with (tmp_path / "out" / "summary.csv").open() as file:
         (row,) = csv.DictReader(file)
@@ -195,7 +195,7 @@ def test_wrong_calls_leave_no_folder(images, tmp_path, mini_model, change, messa
 
 
 def test_no_images_and_equal_names(images, tmp_path, mini_model):
-    with pytest.raises(UsageError, match="at least one image"):
+    with pytest.raises(UsageError, match="At least one image"):
         run([], tmp_path / "out", mini_model)
     with pytest.raises(UsageError, match="differ in name"):
         run([images[0], tmp_path / images[0].name], tmp_path / "out", mini_model)
@@ -280,7 +280,7 @@ def test_a_full_disk_is_no_fault_of_the_images(images, tmp_path, mini_model, mon
         return replace(source, target, *rest)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(DINOCellError, match=r"could not be written .*No space left.*Free space"):
+    with pytest.raises(DINOCellError, match=r"could not be written .*No space left.*free space"):
         run(images, tmp_path / "out", mini_model)
     assert not (tmp_path / "out" / "summary.csv").exists()
 
@@ -351,7 +351,7 @@ def test_a_broken_gpu_is_no_fault_of_the_images(images, tmp_path, mini_model, mo
         raise RuntimeError(text)
 
     monkeypatch.setattr(batch.DINOCellPipeline, "predict", broken)
-    with pytest.raises(DINOCellError, match=f"the GPU has failed .{text}"):
+    with pytest.raises(DINOCellError, match=f"The GPU has failed .{text}"):
         run(images, tmp_path / "out", mini_model)
 
 

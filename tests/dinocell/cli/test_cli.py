@@ -154,7 +154,7 @@ class TestSegment:
         assert re.search(r"^note: a: pixels must be square .*; set --pixel-size-um$", text, re.M)
         assert re.search(r"^note: 1 file was left out.* \(a_labels.tif\)", text, re.M)
         with (out / "summary.csv").open() as file:
-            assert "pixels must be square" in next(csv.DictReader(file))["warnings"]
+            assert "Pixels must be square" in next(csv.DictReader(file))["warnings"]
 
     def test_stack_and_page(self, capsys, model_path, tmp_path):
         import tifffile
@@ -453,7 +453,7 @@ def test_a_tree_without_our_part_segments_and_says_what_it_lacks(small_model, tw
         "-m", "dinocell", "weights", "info", tmp_path / "b.pth", DINOCELL_DINOV3=str(tree)
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("dinocell: error: the package dinov3 must be DINOCell's or a ")
+    assert done.stderr.startswith("dinocell: error: The package dinov3 must be DINOCell's or a ")
     assert f"got {tree / 'dinov3' / '__init__.py'} (cannot import name 'weights'" in done.stderr
 
 

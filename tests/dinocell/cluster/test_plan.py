@@ -96,7 +96,7 @@ def test_each_evaluation_is_a_run_of_its_own():
         (["pretrain", "ssl.yaml", "train.dataset_path=JUMPS3MultiView:index=far.arrow"],
          r"root or index that exists, got index=far\.arrow"),
         (["pretrain", "ssl.yaml", "student.pretrained_weights=far/w.pth",
-          "train.dataset_path=ImageFolder:root=."], "student.pretrained_weights must be a file"),
+          "train.dataset_path=ImageFolder:root=."], "student.pretrained_weights` must be a file"),
         (["train", "train.yaml"], "data/labels|data/images"),
     ],
 )  # fmt: skip
@@ -172,7 +172,7 @@ def test_rows_are_looked_at_too(capsys):
     Path("out/done").mkdir(parents=True)
     Path("out/done/a_labels.tif").touch()
     rows = [{"name": "new", "peak-threshold": "0.5"}, {"name": "done", "peak-threshold": "0.6"}]
-    with pytest.raises(UsageError, match=r"row 2 of the table \(done\): .*must not hold results"):
+    with pytest.raises(UsageError, match=r"Row 2 of the table \(done\): .*must not hold results"):
         planned("segment", "a.tif", "-o", "out", table=rows, look=True)
     assert len(planned("segment", "a.tif", "-o", "out", table=rows[:1], look=True)) == 1
 
@@ -230,12 +230,12 @@ def test_another_configuration_of_a_pretraining_is_told_before(tmp_path):
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
-        (["pretrain", "absent.yaml"], "the configuration must be a file, got absent.yaml"),
+        (["pretrain", "absent.yaml"], "The configuration must be a file, got absent.yaml"),
         (["pretrain", "ssl.yaml", "optim.learning_rate=1"], "optim.learning_rate"),
         (["pretrain", "ssl.yaml", "optim.epochs=many"], "optim.epochs"),
-        (["train", "absent.yaml"], "the configuration must be a readable file"),
+        (["train", "absent.yaml"], "The configuration must be a readable file"),
         (["train", "train.yaml", "optimizer.rate=1"], "optimizer.rate"),
-        (["train", "train.yaml", "schedule.steps=0"], "schedule.steps must be at least 1"),
+        (["train", "train.yaml", "schedule.steps=0"], "schedule.steps` must be at least 1"),
     ],
 )
 def test_a_wrong_configuration_is_told_before(command, sentence):
@@ -381,13 +381,13 @@ def test_the_command_of_a_row_reads_as_the_row_says(command, rows):
 )
 def test_a_wrong_row_is_told_with_its_name(command, key, value):
     rows = [{"name": "right", key: ""}, {"name": "wrong", key: value}]
-    with pytest.raises(UsageError, match=r"row 2 of the table \(wrong\)") as caught:
+    with pytest.raises(UsageError, match=r"Row 2 of the table \(wrong\)") as caught:
         planned(*command, table=rows)
     assert key in str(caught.value)
 
 
 def test_a_wrong_row_of_a_fine_tuning_stays_an_error_of_the_configuration():
-    with pytest.raises(ConfigError, match=r"row 1 of the table \(000\)"):
+    with pytest.raises(ConfigError, match=r"Row 1 of the table \(000\)"):
         planned("train", "train.yaml", table=[{"optimiser.lr": "1"}])
 
 
@@ -450,8 +450,8 @@ def test_values_may_be_quoted():
         ("", "a line for each task, got 0 lines"),
         ("name;optim.lr\na;1e-4\n", "must be divided by commas or tabs, got semicolons"),
         ("name,optim.lr\n", "a line for each task, got 1 lines"),
-        ("name,name\na,b\n", "columns of `array` must have different names, got name, name"),
-        ("name,\na,b\n", "columns of `array` must have different names"),
+        ("name,name\na,b\n", "Columns of `array` must have different names, got name, name"),
+        ("name,\na,b\n", "Columns of `array` must have different names"),
         ("name,optim.lr\na,1\nb,1,2\n", "must have 2 values, got 3 in line 3"),
         ("name,optim.lr\na\n", "must have 2 values, got 1 in line 2"),
         ("name\na/b\n", "must be names of folders, got 'a/b' in line 2"),
@@ -508,7 +508,7 @@ def test_a_wrong_row_ends_the_command_line(capsys):
     )
     assert code == 2
     assert out == ""
-    assert err.startswith("dinocell: error: row 1 of the table (low): ")
+    assert err.startswith("dinocell: error: Row 1 of the table (low): ")
     assert len(err.splitlines()) == 1
 
 

@@ -192,7 +192,7 @@ def test_sbatch_says_nothing_beside_the_sentence(slurm, tmp_path, capfd):
 
 def test_a_folder_that_cannot_be_made(slurm, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"a run needs a folder, got .*file"):
+    with pytest.raises(UsageError, match=r"must be one that can be made, got .*file"):
         submit([PlannedRun("a", ("pretrain",), tmp_path / "file")], SiteProfile())
     assert not any(call.startswith("sbatch") for call in slurm.calls())
 
@@ -319,7 +319,7 @@ def test_local_inside_of_a_job_is_not_that_job(masks, slurm, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pretrane", "c.yaml"], "submit must get one of pretrain, train, segment, evaluate"),
+        (["pretrane", "c.yaml"], "`submit` must get one of pretrain, train, segment, evaluate"),
         (["evaluate", "--pred", "pred"], "got half a pair"),
         (["segment", "nowhere", "-o", "out"], "nowhere"),
         (["segment", "pred", "-o", "out", "--format", "bmp"], "--format must be one of"),
@@ -333,7 +333,7 @@ def test_local_inside_of_a_job_is_not_that_job(masks, slurm, monkeypatch):
          "must have one process"),
         (["evaluate", "--wrong", "x"], "No such option: --wrong"),
         (["evaluate", "--pred", "p", "--truth", "t", "--set", "partion=x"], "did you mean partition"),
-        (["evaluate", "--pred", "p", "--truth", "t", "--set", "extra.output=x"], "that the profile does not set"),
+        (["evaluate", "--pred", "p", "--truth", "t", "--set", "extra.output=x"], "that no key of the site sets"),
     ],
 )  # fmt: skip
 def test_wrong_calls_are_told_at_once(masks, capsys, arguments, message):

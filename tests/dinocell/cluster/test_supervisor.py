@@ -125,7 +125,7 @@ def test_done(job):
 @pytest.mark.parametrize(
     ("behaviour", "code", "state", "reason"),
     [
-        ("sys.exit('dinocell: error: the file must exist')", 1, "failed", "the file must exist"),
+        ("sys.exit('dinocell: error: The file must exist')", 1, "failed", "The file must exist"),
         ("print('dinocell: error: no such option', file=sys.stderr); sys.exit(2)", 2, "refused",
          "no such option"),
         ("raise ValueError('odd')", 1, "failed", "ValueError: odd"),

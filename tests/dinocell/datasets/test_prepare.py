@@ -327,7 +327,7 @@ BAD = {
     "run lengths of another size": (
         "coco",
         lambda s: change_coco(s, other_run_lengths),
-        r"run lengths of size \[16, 12\]",
+        r"Run lengths of size \[16, 12\]",
     ),
     "cut run lengths": ("coco", lambda s: change_coco(s, cut_run_lengths), "add up to 12 × 16"),
     "annotation without image": (

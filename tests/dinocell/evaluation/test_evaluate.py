@@ -360,7 +360,9 @@ def test_masks_in_place_of_labels(tmp_path: Path, wrong: str) -> None:
     labels = np.kron(np.arange(12).reshape(3, 4) + 1, np.pad(np.ones((6, 6), int), 2))
     for folder in ("pred", "truth"):
         write_labels(tmp_path / folder / "a.png", labels > 0 if folder == wrong else labels)
-    with pytest.raises(DataSetError, match=rf"{wrong}/a\.png' looks like a mask: its 12 separate"):
+    with pytest.raises(
+        DataSetError, match=rf"{wrong}/a\.png', which looks like a mask: its 12 separate"
+    ):
         evaluate_folders(tmp_path / "pred", tmp_path / "truth")
 
 

@@ -26,7 +26,7 @@ def two_discs(value: int = 1) -> np.ndarray:
 
 def one_sentence(error: BaseException) -> bool:
     text = str(error)
-    return "\n" not in text and text.endswith(".") and len(text) < 400
+    return "\n" not in text and not text.endswith(".") and len(text) < 400
 
 
 def write_packed_gray_png(path: Path, values: np.ndarray, bits: int) -> None:

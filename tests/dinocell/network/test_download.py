@@ -98,7 +98,7 @@ def test_download_continues_after_breaks(server, tmp_path):
 def test_download_continues_in_another_call(server, tmp_path):
     handler, url = server
     handler.cut = BLOCK
-    with pytest.raises(DINOCellError, match="Run the same command again to continue"):
+    with pytest.raises(DINOCellError, match="run the same command again to continue"):
         fetch_weights("w.pth", source=url)
     part = tmp_path / "cache" / "w.pth.part"
     assert part.stat().st_size == 6 * BLOCK

@@ -124,7 +124,9 @@ def test_familiar_and_unfamiliar_images(statistics):
     brighter = statistics.compare(seen(far, gray=0.6))
     assert brighter.reasons[0].startswith("brighter background (median intensity 0.6")
     assert "smoother texture" in brighter.note("mine")
-    assert brighter.note("mine").startswith("does not look like what mine was trained on: brighter")
+    assert brighter.note("mine").startswith(
+        "The image does not look like what mine was trained on (brighter"
+    )
 
 
 @pytest.mark.parametrize(("contrast", "flagged"), [(0.0, False), (0.4, False), (0.6, True)])

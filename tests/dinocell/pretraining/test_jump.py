@@ -270,7 +270,7 @@ def test_pack_says_what_it_left_out(index, capsys, gallery, tmp_path):
     arguments = ("jump", "pack", index, tmp_path / "p", "--store", broken)
     code, _, err = call(capsys, *arguments)
     assert code == 2
-    assert "at most 2.0% of 8 fields may be unreadable, got 1" in err
+    assert "At most 2.0% of 8 fields may be unreadable, got 1" in err
     assert not (tmp_path / "p").exists()
     code, out, _ = call(capsys, *arguments, "--max-lost-share", 0.2)
     assert code == 0
@@ -291,13 +291,13 @@ def test_plan(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["stats", "none.arrow"], "an index must be a file"),
-        (["verify", "none.arrow"], "an index must be a file"),
+        (["stats", "none.arrow"], "An index must be a file"),
+        (["verify", "none.arrow"], "An index must be a file"),
         (["index", "a/b/c/d/e", "-o", "x", "--store", "."], "PROJECT/SOURCE/BATCH/PLATE"),
         (["index", "none*", "-o", "x", "--store", "."], "must match plates"),
-        (["index", "a", "-o", "x", "--store", "http://b"], "a store must be s3://bucket"),
+        (["index", "a", "-o", "x", "--store", "http://b"], "A store must be s3://bucket"),
         (["index", "a", "-o", "x", "--transport", "curl"], "one of obstore, boto3"),
-        (["index", "a*", "-o", "x", "--store", "/nonexistent"], "a store must be a folder"),
+        (["index", "a*", "-o", "x", "--store", "/nonexistent"], "A store must be a folder"),
     ],
 )
 def test_wrong_calls(capsys, tmp_path, monkeypatch, arguments, message):

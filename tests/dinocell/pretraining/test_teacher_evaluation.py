@@ -184,18 +184,18 @@ def test_every_key_reaches_the_evaluation(data):
 
 def test_a_wrong_configuration_stops_the_run_at_its_start(data, tmp_path):
     for change, message in (
-        ({"data": ""}, "ssl_evaluation.data must be a folder with train and val, got nothing"),
-        ({"data": str(tmp_path / "no")}, "ssl_evaluation.data must be a folder"),
+        ({"data": ""}, "ssl_evaluation.data` must be a folder with train and val, got nothing"),
+        ({"data": str(tmp_path / "no")}, "ssl_evaluation.data` must be a folder"),
         ({"data": str(data / "train")}, "must be a folder, got .*train/train/labels"),
     ):
         with pytest.raises(DataSetError, match=message):
             make_evaluation(config(data, **change))
     for change, message in (
         ({"steps": 0}, "in ssl_evaluation, `steps` must be at least 1"),
-        ({"steps": "many"}, "ssl_evaluation.steps must be of type int, got 'many'"),
-        ({"lr": "fast"}, "ssl_evaluation.lr must be of type float, got 'fast'"),
-        ({"window_px": 40}, "window_px must be a multiple of student.patch_size 16, got 40"),
-        ({"val_images": 0}, "ssl_evaluation.val_images must be at least 1, got 0"),
+        ({"steps": "many"}, "ssl_evaluation.steps` must be of type int, got 'many'"),
+        ({"lr": "fast"}, "ssl_evaluation.lr` must be of type float, got 'fast'"),
+        ({"window_px": 40}, "window_px` must be a multiple of student.patch_size 16, got 40"),
+        ({"val_images": 0}, "ssl_evaluation.val_images` must be at least 1, got 0"),
         ({"decoder": "x"}, "`decoder` must be one of"),
     ):
         with pytest.raises(ConfigError, match=message):

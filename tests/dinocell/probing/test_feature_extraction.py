@@ -155,7 +155,7 @@ def test_wrong_fields_are_told():
         extract_views(network, [field("a"), field("a")], window_px=8)
     with pytest.raises(DataSetError, match="one of the channels AGP, got DNA, ER in a"):
         extract_views(network, [field("a")], window_px=8, channels=["AGP"])
-    with pytest.raises(DataSetError, match="some field must have two channels, got 1"):
+    with pytest.raises(DataSetError, match="Some field must have two channels, got 1"):
         extract_views(network, [field("a", ("DNA",))], window_px=8)
     empty = field("a")
     empty.planes[:] = 3

@@ -254,8 +254,8 @@ def test_wrong_calls_are_refused(model_path, source, tmp_path):
         inspected(checkpoints, source, **change)
 
     for change, message in (
-        ({"checkpoints": ()}, "must get a checkpoint, got none"),
-        ({"checkpoints": ("nothing.pth",)}, "a checkpoint must be a file.*dinocell-tiny"),
+        ({"checkpoints": ()}, "A checkpoint must be given, got none"),
+        ({"checkpoints": ("nothing.pth",)}, "A checkpoint must be a file.*dinocell-tiny"),
         ({"which": "both"}, "`which` must be teacher or student, got 'both'"),
         ({"window_px": 40}, "`window_px` must be a multiple of the patch size 16 .*got 40"),
         ({"windows_per_field": 0}, "`windows_per_field` must be at least 1"),
@@ -312,7 +312,7 @@ def test_fields_by_their_names(field_folder, tmp_path):
 def test_bad_fields_are_refused(field_folder, tmp_path):
     with pytest.raises(DataSetError, match="must be described"):
         open_fields(field_folder)
-    with pytest.raises(DataSetError, match="channels must be among DNA, ER, RNA, got Golgi"):
+    with pytest.raises(DataSetError, match="channels` must be among DNA, ER, RNA, got Golgi"):
         open_fields(field_folder, index=field_folder / "index.csv", channels=["Golgi"])
     with pytest.raises(DataSetError, match="no match"):
         open_fields(field_folder, pattern="harmony")

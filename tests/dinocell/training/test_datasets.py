@@ -128,7 +128,9 @@ class TestWrongFolders:
         image = np.tile(read_image(blob_data / "images" / "blob0.tif").pixels, (2, 2))
         write_image(tmp_path / "i" / "a.tif", image)
         write_labels(tmp_path / "l" / "a.png", tiled)
-        with pytest.raises(DataSetError, match=r"l/a\.png' looks like a mask: its 16 separate"):
+        with pytest.raises(
+            DataSetError, match=r"l/a\.png', which looks like a mask: its 16 separate"
+        ):
             read_pair(find_pairs(tmp_path / "i", tmp_path / "l")[0])
 
     def test_colour_images(self, tmp_path):

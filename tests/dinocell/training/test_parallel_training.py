@@ -246,7 +246,7 @@ def test_processes_drop_other_paths():
 
 
 def test_the_scaling_rule_is_one_of_three(blob_data, tmp_path):
-    with pytest.raises(ConfigError, match=r"optimizer\.scaling_rule must be one of none, sqrt"):
+    with pytest.raises(ConfigError, match=r"optimizer\.scaling_rule` must be one of none, sqrt"):
         config_from_mapping(
             TrainConfig, settings(blob_data, tmp_path, optimizer__scaling_rule="cubic")
         )
@@ -383,7 +383,7 @@ main(["-v", "train", sys.argv[2]])
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        ("nan", "dinocell: error: the training loss must be finite, got nan at step 2"),
+        ("nan", "dinocell: error: The training loss must be finite, got nan at step 2"),
         ("raise", "dinocell: error: the disk of process 1 went away"),
     ],
 )

@@ -187,7 +187,7 @@ def test_a_signal_writes_a_checkpoint(blob_data, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
-    with pytest.raises(TrainingInterruptedError, match="Run the same command"):
+    with pytest.raises(TrainingInterruptedError, match="run the same command"):
         train(config, shown=False)
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == before
@@ -290,7 +290,7 @@ def test_validation_without_any_cell(blob_data, tmp_path):
         val_images=str(tmp_path / "images"),
         val_labels=str(tmp_path / "labels"),
     )
-    with pytest.raises(DataSetError, match="validation images must hold cells"):
+    with pytest.raises(DataSetError, match="Validation images must hold cells"):
         train(replace(config, data=replace(config.data, datasets=(given,))), shown=False)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

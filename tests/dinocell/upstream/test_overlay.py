@@ -86,7 +86,7 @@ def test_an_edit_at_the_place_is_a_conflict_with_both_sides(upstream, series):
     assert "upstream |             total %= 7" in text
     assert "ours     |             added(step, total)  # dinocell: loop" in text
     before = upstream.state()
-    with pytest.raises(PatchError, match=r"all patches must apply .* got 1 that do not"):
+    with pytest.raises(PatchError, match=r"All patches must apply .* got 1 that do not"):
         apply_series(upstream.folder, series)
     assert upstream.state() == before
 
@@ -202,13 +202,13 @@ def test_an_old_git_is_refused(upstream, series, monkeypatch):
         return run_git(folder, *arguments, **how)
 
     monkeypatch.setattr(git_module, "run_git", old)
-    with pytest.raises(UsageError, match=r"git must be 2\.32 or newer, got git version 2\.30\.2"):
+    with pytest.raises(UsageError, match=r"Git must be 2\.32 or newer, got git version 2\.30\.2"):
         status_of(upstream.folder, series)
 
 
 def test_no_git_at_all(upstream, series, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(UsageError, match="git must be installed"):
+    with pytest.raises(UsageError, match="Git must be installed"):
         status_of(upstream.folder, series)
 
 

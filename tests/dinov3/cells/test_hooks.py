@@ -227,7 +227,7 @@ def test_other_datasets_stay_as_they_are(tmp_path):
 
 def test_fields_need_a_strategy_and_worker_photometrics(store):
     dataset = JUMPCellPaintingMultiView(root=str(store / "store"), index="table.csv")
-    with pytest.raises(ValueError, match="strategy must be set for JUMPCellPaintingMultiView"):
+    with pytest.raises(ValueError, match="strategy` must be set for JUMPCellPaintingMultiView"):
         with_views(dataset, plain())
     with pytest.raises(ValueError, match="must be worker or none"):
         with_views(dataset, plain(*VIEW, "multiview.photometrics=device"))

@@ -200,7 +200,7 @@ def test_max_rows(make_cfg):
         found.append(monitor.feature_figures("cls", cls)["cls_effective_rank"])
     assert found[0] == pytest.approx(effective_rank(cls))
     assert found[1] <= 10
-    with pytest.raises(ValueError, match=r"monitor\.max_rows must be at least 2, got 1"):
+    with pytest.raises(ValueError, match=r"monitor\.max_rows` must be at least 2, got 1"):
         CollapseMonitor(make_cfg("monitor.max_rows=1"))
 
 

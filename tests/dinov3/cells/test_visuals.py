@@ -60,7 +60,7 @@ def test_attention_picture_at_patch_8():
 
 
 def test_attention_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="attention must have CLS and 6 patches, got 6 tokens"):
+    with pytest.raises(ValueError, match="attention` must have CLS and 6 patches, got 6 tokens"):
         attention_picture(torch.zeros(1, 3, 16, 24), torch.rand(1, 2, 6), 8)
 
 
@@ -246,7 +246,7 @@ def test_whatever_fails_only_warns(tmp_path, caplog, where):
     visuals.submit(state, images(), 7)
     assert visuals.close()
     assert visuals.failed == 1
-    assert "pictures of iteration 7 could not be made" in caplog.text
+    assert "Pictures of iteration 7 could not be made" in caplog.text
 
 
 def test_nothing_to_close(visuals):

@@ -159,7 +159,7 @@ def test_checkpoints_of_a_run(tmp_path, image, which):
     assert torch.equal(tokens(again, image), expected)
     assert report.description.format == "checkpoint"
     assert report.description.which == which
-    with pytest.raises(WeightsError, match=r"a folder must be a checkpoint .*: give .*ckpt"):
+    with pytest.raises(WeightsError, match=r"A folder must be a checkpoint .*: give .*ckpt"):
         read_backbone(tmp_path)
 
 
@@ -208,8 +208,8 @@ def test_other_patch_size_and_absent_buffers(tmp_path, image):
     text = str(report)
     for part in (
         "patch size 16 → 8 (nearest)",
-        "mask token absent",
-        "mask of the k bias recomputed",
+        "has no mask token",
+        "no mask of the k bias",
     ):
         assert part in text
     enlarged = image.repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -224,7 +224,7 @@ def test_masked_bias_into_a_plain_network(tmp_path, image):
     torch.save(source.state_dict(), tmp_path / "b.pth")
     again = vit(seed=5, mask_k_bias=False)
     report = load_backbone(again, tmp_path / "b.pth")
-    assert "masked k bias written as zeros" in report.notes
+    assert "masked k bias is written as zeros" in report.notes
     torch.testing.assert_close(tokens(again, image), tokens(source, image))
 
 

@@ -210,7 +210,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "could not be written to" in errors
-    assert "Earlier checkpoints are intact" in errors
+    assert "earlier checkpoints are intact" in errors
     assert [p.name for p in tmp_path.iterdir()] == ["5"]
     loaded, _ = trained(seed=9)
     load_checkpoint(tmp_path / "5", model=loaded)

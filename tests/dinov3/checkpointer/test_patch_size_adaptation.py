@@ -122,7 +122,7 @@ def test_methods_differ_and_other_ratios_work():
 
 
 def test_wrong_calls():
-    with pytest.raises(ValueError, match="method must be one of nearest"):
+    with pytest.raises(ValueError, match="`method` must be one of nearest"):
         adapt_patch_embedding(kernel(16), 8, "magic")
     with pytest.raises(ValueError, match=r"must be \[D, C, p, p\]"):
         adapt_patch_embedding(torch.ones(3, 4), 8)

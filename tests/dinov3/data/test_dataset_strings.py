@@ -48,12 +48,12 @@ def test_names_and_keys():
         (
             "ImageNet:color=red",
             (DatasetKeyError, ValueError, AssertionError),
-            "keys of ImageNet must be among root, extra, split, got 'color': correct",
+            "Keys of ImageNet must be among root, extra, split, got 'color': correct",
         ),
         (
             "ImageNet:split=BOGUS",
             (DatasetSplitError, ValueError, KeyError),
-            "^split of ImageNet must be one of TRAIN, VAL, TEST, got 'BOGUS': choose one$",
+            "^The split of ImageNet must be one of TRAIN, VAL, TEST, got 'BOGUS': choose one of these$",
         ),
         ("ADE20K:split=VAL:root=/r", (ValueError,), "got 'ADE20K', which is not part of this tree"),
         ("CocoCaptions:split=TRAIN", (ValueError,), "'CocoCaptions', which is not part of this"),
@@ -158,7 +158,7 @@ def test_transforms_act():
     assert made[1] == ((8, 6), -11)
     both = make_dataset(dataset_str="Mine", transforms=lambda image, target: (target, image.mode))
     assert both[1] == (11, "RGB")
-    with pytest.raises(ValueError, match="transforms must come alone"):
+    with pytest.raises(ValueError, match="transforms` must come alone"):
         make_dataset(dataset_str="Mine", transform=len, transforms=len)
 
 

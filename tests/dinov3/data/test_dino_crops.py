@@ -287,8 +287,8 @@ def test_distortions_act_on_eight_bits_and_then_normalise():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"global_crops_size": 0}, "global_crops_size must be at least 1, got 0"),
-        ({"local_crops_number": 0}, "local_crops_number must be at least 1, got 0"),
+        ({"global_crops_size": 0}, "global_crops_size` must be at least 1, got 0"),
+        ({"local_crops_number": 0}, "local_crops_number` must be at least 1, got 0"),
         ({"global_crops_scale": (0.5, 0.2)}, "0 < low <= high <= 1, got 0.5 and 0.2"),
         ({"local_crops_scale": (0.0, 0.2)}, "0 < low <= high <= 1, got 0.0 and 0.2"),
         (

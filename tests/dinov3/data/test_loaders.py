@@ -239,7 +239,7 @@ def test_persistent_workers_need_workers():
         ),
         (
             {"sampler_advance": 4, "sampler_type": SamplerType.EPOCH},
-            "sampler_advance must be 0 for finite samplers, got 4: use SamplerType.INFINITE",
+            "sampler_advance` must be 0 for finite samplers, got 4: use SamplerType.INFINITE",
         ),
     ],
 )

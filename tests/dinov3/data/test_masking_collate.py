@@ -155,7 +155,9 @@ def test_equal_seeds_equal_batches():
 
 
 def test_n_tokens_must_be_given():
-    with pytest.raises(ValueError, match="n_tokens and mask_generator must be given, got None and"):
+    with pytest.raises(
+        ValueError, match="`n_tokens` and mask_generator must be given, got None and"
+    ):
         collated(n_tokens=None)
 
 

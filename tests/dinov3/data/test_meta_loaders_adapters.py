@@ -90,8 +90,8 @@ def test_the_first_loader_to_end_ends_all():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"combining_mode": 2}, "combining_mode must be one of 0, 1, got 2: choose one"),
-        ({"ratios": (0.5, 0.6)}, r"ratios must sum to 1, got \[0.5, 0.6\]: divide them"),
+        ({"combining_mode": 2}, "combining_mode` must be one of 0, 1, got 2: choose one"),
+        ({"ratios": (0.5, 0.6)}, r"`ratios` must sum to 1, got \[0.5, 0.6\]: divide them"),
         ({"batch_size": 3}, r"must have batches of 3, got \[2\]: give them one size"),
     ],
 )
@@ -141,7 +141,7 @@ def test_padding_repeats_samples_without_a_number():
     assert made[7] == ("c", (-1, None))
     assert made.get_target(5) == (-1, 0)
     assert made.get_image_relpath(6) == "1.png"
-    with pytest.raises(ValueError, match="num_replicas must be set for a padded data set, got"):
+    with pytest.raises(ValueError, match="num_replicas` must be set for a padded data set, got"):
         DatasetWithEnumeratedTargets(Letters(), pad_dataset=True)
 
 

@@ -178,11 +178,11 @@ def test_wrong_folders_and_tables(harmony, tmp_path):
     (harmony / "wrong.csv").write_text("a,b\n1,2\n")
     with pytest.raises(FieldError, match="must have the columns field, file, channel"):
         call(harmony, index="wrong.csv")
-    with pytest.raises(FieldError, match="channels must be among"):
+    with pytest.raises(FieldError, match="channels` must be among"):
         call(harmony, pattern="harmony", channels="GFP")
-    with pytest.raises(ValueError, match="missing must be one of error, skip, allow"):
+    with pytest.raises(ValueError, match="`missing` must be one of error, skip, allow"):
         call(harmony, pattern="harmony", missing="guess")
-    with pytest.raises(ValueError, match="percentiles must be"):
+    with pytest.raises(ValueError, match="Percentiles must be"):
         call(harmony, pattern="harmony", percentile_low=50, percentile_high=10)
 
 
@@ -212,7 +212,7 @@ def test_unequal_sizes_constant_planes_and_damaged_files(harmony):
         data.load_field(0)
     tifffile.imwrite(path, np.zeros((64, 80), np.uint16))
     with pytest.raises(
-        FieldError, match="channel ch1 of field P1/r01c01/f01/p01 must have contrast"
+        FieldError, match="Channel ch1 of field P1/r01c01/f01/p01 must have contrast"
     ):
         data.load_field(0)
     for content in (b"", b"II*\0 half", b"<Error/>"):
@@ -311,7 +311,7 @@ def test_illumination_folder(harmony, tmp_path):
     data = call(harmony, pattern="harmony", extra=str(folder))
     assert data.load_field(0).illumination is not None
     (folder / "ch2.npy").unlink()
-    with pytest.raises(FieldError, match=r"illumination of ch2 must be a .npy array"):
+    with pytest.raises(FieldError, match=r"Illumination of ch2 must be a .npy array"):
         call(harmony, pattern="harmony", extra=str(folder)).load_field(0)
 
 
@@ -552,12 +552,12 @@ def test_rotation_changes_crops(field):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "sideways"}, "multiview.strategy must be one of"),
-        ({"window": "none"}, "multiview.window must be one of"),
-        ({"local_view": "all"}, "multiview.local_view must be one of"),
-        ({"photometrics_on": "moon"}, "multiview.photometrics must be one of"),
-        ({"zoom": (2.0, 1.0)}, "multiview.zoom must be"),
-        ({"min_overlap": 2.0}, "multiview.min_overlap must be"),
+        ({"strategy": "sideways"}, "multiview.strategy` must be one of"),
+        ({"window": "none"}, "multiview.window` must be one of"),
+        ({"local_view": "all"}, "multiview.local_view` must be one of"),
+        ({"photometrics_on": "moon"}, "multiview.photometrics` must be one of"),
+        ({"zoom": (2.0, 1.0)}, "multiview.zoom` must be"),
+        ({"min_overlap": 2.0}, "multiview.min_overlap` must be"),
     ],
 )
 def test_wrong_options(options, message):

@@ -344,9 +344,7 @@ def test_training_transform():
 
 
 def test_options_that_exclude_each_other():
-    with pytest.raises(
-        ValueError, match="must be false with resize_large_side, got true: choose one"
-    ):
+    with pytest.raises(ValueError, match="must be false with resize_large_side, got true: set one"):
         make_resize_transform(resize_size=8, resize_square=True, resize_large_side=True)
 
 

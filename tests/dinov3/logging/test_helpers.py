@@ -110,7 +110,7 @@ def test_bad_metrics_are_refused():
     logger = MetricLogger()
     with pytest.raises(ValueError, match=r"loss must have one element, got \(2,\)"):
         logger.update(loss=torch.zeros(2))
-    with pytest.raises(AttributeError, match="no meter loss: there are none"):
+    with pytest.raises(AttributeError, match="No meter loss: there are none"):
         _ = logger.loss
 
 

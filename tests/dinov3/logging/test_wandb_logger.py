@@ -265,7 +265,7 @@ def test_disabled_logger_does_nothing(make_cfg, monkeypatch, tmp_path, how):
 )
 def test_settings_out_of_range(make, change):
     name = change.split("=")[0]
-    with pytest.raises(ValueError, match=rf"wandb\.{name} must be"):
+    with pytest.raises(ValueError, match=rf"wandb\.{name}` must be"):
         make(f"wandb.{change}")
 
 

@@ -181,7 +181,7 @@ def test_killed_run_continues_bit_for_bit(images, whole_run, tmp_path):
     """kill -9 at some moment after a checkpoint; the number of workers changes nothing either."""
     data = f"ImageFolder:root={images}"
     process = start(data, tmp_path, "train.num_workers=2")
-    wait_for(process, "checkpoint of iteration 1 saved")
+    wait_for(process, "Checkpoint of iteration 1 saved")
     process.kill()
     process.communicate()
     assert not (tmp_path / "eval").exists()
@@ -214,7 +214,7 @@ def test_signal_saves_and_stops(images, whole_run, tmp_path, monkeypatch):
     resumed: list[bool] = []
     monkeypatch.setattr("dinov3.train.train.watched", noted)
     changes = ["checkpointing.period=1000", *hook(monkeypatch, scored)]
-    with pytest.raises(Stopped, match="stopped by SIGTERM after iteration 2"):
+    with pytest.raises(Stopped, match="Stopped by SIGTERM after iteration 2"):
         run(images, tmp_path, *changes)
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["2"]
     run(images, tmp_path, "checkpointing.period=1000")
@@ -248,7 +248,7 @@ def test_signal_ends_a_process_with_one_sentence(
     process.send_signal(number)
     code, output = finish(process)
     assert code == expected, output
-    assert f"stopped by {number.name} after iteration" in output
+    assert f"Stopped by {number.name} after iteration" in output
     assert "Traceback" not in seen + output
     saved = int(next((out / "ckpt").iterdir()).name)
     assert saved < 5
@@ -662,18 +662,18 @@ def test_nan_of_one_process_stops_all(images, tmp_path):
     [
         (["train.dataset_path=Nope:root=x"], "must be one of ImageFolder, JUMP"),
         (["train.dataset_path=ImageFolder:root=/nowhere"], "must be a folder, got /nowhere"),
-        (["train.dataset_path=ImageFolder:colour=red"], "keys of ImageFolder must be among"),
+        (["train.dataset_path=ImageFolder:colour=red"], "Keys of ImageFolder must be among"),
         (["optim.lrr=1"], "got optim.lrr in the command line; near it: optim.lr"),
-        (["optim.lr=fast"], "optim.lr must be a number, got 'fast'"),
-        (["optim.lr"], "changes must be key=value, got 'optim.lr'"),
+        (["optim.lr=fast"], "optim.lr` must be a number, got 'fast'"),
+        (["optim.lr"], "Changes must be key=value, got 'optim.lr'"),
         (["crops.global_crops_size=36"], "must be multiples of the patch size 8"),
         (["optim.warmup_epochs=50"], "at least as long as its warm-up"),
         (
             ["student.pretrained_weights=/nowhere.pth"],
             "must be a file or a folder, got /nowhere.pth",
         ),
-        (["wandb.mode=loud"], "wandb.mode must be one of"),
-        (["accelerator.timeout_s=0"], "accelerator.timeout_s must be above 0, got 0"),
+        (["wandb.mode=loud"], "wandb.mode` must be one of"),
+        (["accelerator.timeout_s=0"], "accelerator.timeout_s` must be above 0, got 0"),
         (["multiview.strategy=sideways"], "strategy must be one of multiview"),
     ],
 )
@@ -708,7 +708,7 @@ def test_options_without_effect_warn(images, tmp_path):
 
 
 def test_stopped_says_how_to_go_on():
-    assert "Run the same command to continue" in str(Stopped("SIGTERM", 7))
+    assert "run the same command to continue" in str(Stopped("SIGTERM", 7))
 
 
 # --- schedules of a configuration ---

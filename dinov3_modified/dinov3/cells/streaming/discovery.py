@@ -73,7 +73,8 @@ def find_plates(store: ObjectStore, selection: str) -> list[PlateFolder]:
     parts = selection.strip("/").split("/")
     if len(parts) > 4 or not all(parts):
         raise ValueError(
-            f"a selection must be PROJECT/SOURCE/BATCH/PLATE with * where any will do, got {selection!r}"
+            f"A selection must be PROJECT/SOURCE/BATCH/PLATE with * where any will do, got {selection!r}: "
+            "shorten it"
         )
     project_p, source_p, batch_p, plate_p = [*parts, *["*"] * (4 - len(parts))]
     found: list[PlateFolder] = []
@@ -110,8 +111,8 @@ def find_plates(store: ObjectStore, selection: str) -> list[PlateFolder]:
         filled = ((level, names) for level, names in reversed(seen.items()) if names)
         level, there = next(filled, ("nothing", ["nothing below it"]))
         raise ValueError(
-            f"a selection must match plates of {store.options.url}, got none for {selection!r}; there is "
-            f"({level}): {', '.join(sorted(set(there))[:8])}"
+            f"A selection must match plates of {store.options.url}, got none for {selection!r}: choose "
+            f"among these {level}: {', '.join(sorted(set(there))[:8])}"
         )
     return sorted(found, key=lambda one: (one.project, one.source, one.batch, one.plate))
 
@@ -133,7 +134,7 @@ def records_of_table(
         columns = [match for match in map(_FILE_COLUMN.fullmatch, row) if match]
         if not columns:
             raise ValueError(
-                f"a load_data table must have FileName_Orig columns, got {', '.join(list(row)[:8])} in "
+                f"A load_data table must have FileName_Orig columns, got {', '.join(list(row)[:8])} in "
                 f"{plate.tables}: choose `kind=listing`"
             )
         for match in columns:
@@ -169,7 +170,7 @@ def _key(row: Mapping[str, Any], channel: str, name: str, plate: PlateFolder) ->
         below = parts[parts.index(full) + 1 :] if full in parts else ["Images"]
         return plate.images + "/".join([*below, name])
     raise ValueError(
-        f"a load_data table must say where {name} is, got no URL_Orig{channel} and no image folder of "
+        f"A load_data table must say where {name} is, got no URL_Orig{channel} and no image folder of "
         f"{plate.name}: choose `kind=listing`"
     )
 
@@ -206,7 +207,7 @@ def records_of_listing(
         found, total = fields.setdefault(place, ({}, 0))
         if channel in found:
             raise ValueError(
-                f"a field must have one file a channel, got {found[channel]} and {key} for {channel}: "
+                f"A field must have one file a channel, got {found[channel]} and {key} for {channel}: "
                 "their names do not tell them apart"
             )
         found[channel] = key
@@ -274,7 +275,7 @@ def make_index(
 
     Returns what was written.  ValueError: no field; no table, and no channels for a listing.
     """
-    one_of("`kind`", kind, ("auto", "tables", "listing"))
+    one_of("kind", kind, ("auto", "tables", "listing"))
     out, plates, channels = Path(out), list(plates), channels or {}
     kept = _KeptPlates(out.with_name(f"{out.name}.plates"), store, kind, channels)
     skipped: list[str] = []
@@ -301,7 +302,7 @@ def make_index(
             raise
     if plates and len(skipped) == len(plates):
         raise ValueError(
-            f"plates must have a load_data table or known channels, got {len(skipped)} without "
+            f"Plates must have a load_data table or known channels, got {len(skipped)} without "
             f"({skipped[0]}): give a `channels_table` with the columns source, number, channel"
         )
     writer.write(out)
@@ -362,7 +363,7 @@ def _records(
     numbers = channels.get(plate.source) or channels.get("")
     if not numbers:
         raise _WithoutChannels(
-            f"a listing of {plate.name} must know the channels, got no row for {plate.source}: give "
+            f"A listing of {plate.name} must know the channels, got no row for {plate.source}: give "
             "a `channels_table` with the columns source, number, channel"
         )
     if not plate.images:
@@ -380,7 +381,7 @@ def records_of_jump_lite(
         codec: zstd (lossless), jpegxl_lossy_hq, jpegxl_lossy_mq or jpegxl_lossy_d20.
         selection: `PROJECT/SOURCE/BATCH/PLATE` with * and ?, later parts may be left out.
     """
-    one_of("`codec`", codec, _JUMP_LITE_CODECS)
+    one_of("codec", codec, _JUMP_LITE_CODECS)
     pattern = selection.strip("/")
     for row in rows:
         lower = {str(name).lower().removeprefix("metadata_"): name for name in row}

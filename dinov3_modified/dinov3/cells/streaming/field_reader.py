@@ -79,14 +79,18 @@ class FieldReader:
         def accept(data: bytes) -> tuple[bytes, np.ndarray]:
             begun = time.perf_counter()
             if key.lower().endswith((".tif", ".tiff")) and data[:4] not in TIFF_STARTS:
-                raise FieldError(f"{name} must begin as a TIFF, got {data[:4]!r}")
+                raise FieldError(
+                    f"{name} must begin as a TIFF, got {data[:4]!r}: the file is damaged"
+                )
             planes = decode_planes(data, name)
             with self._lock:
                 self.counts["decode_ms"] += round(1000 * (time.perf_counter() - begun))
             if len(planes) != 1:
-                raise FieldError(f"{name} must be one plane, got {len(planes)}")
+                raise FieldError(f"{name} must be one plane, got {len(planes)}: leave it out")
             if is_constant(planes[0]):
-                raise FieldError(f"{name} must have contrast, got {planes[0].flat[0]} everywhere")
+                raise FieldError(
+                    f"{name} must have contrast, got {planes[0].flat[0]} everywhere: leave it out"
+                )
             return data, planes[0]
 
         kept: list[np.ndarray] = []

@@ -76,11 +76,11 @@ class IndexWriter:
     def add(self, record: FieldRecord) -> None:
         """Take a field; ValueError if it has no channel, or was added before."""
         if not record.keys:
-            raise ValueError(f"field {record.name} must have a channel, got none: leave it out")
+            raise ValueError(f"Field {record.name} must have a channel, got none: leave it out")
         place = (record.plate, record.well, record.site)
         if place in self._seen:
             raise ValueError(
-                f"field {record.name} must appear once, got it twice: source, batch, plate, well and "
+                f"Field {record.name} must appear once, got it twice: source, batch, plate, well and "
                 "site must tell fields apart"
             )
         self._seen.add(place)
@@ -104,7 +104,7 @@ class IndexWriter:
         import pyarrow as pa
 
         if not self._rows:
-            raise ValueError("an index must hold a field, got none: select other plates")
+            raise ValueError("An index must hold a field, got none: select other plates")
         # Plates in one piece each, in the order of their names; within one by well and site.
         self._rows.sort(key=lambda row: (row[0], row[1], _natural(row[2])))
         plates = sorted({row[0] for row in self._rows})
@@ -149,7 +149,7 @@ class RowRanges:
 
     def __getitem__(self, number: int) -> int:
         if not 0 <= number < len(self):
-            raise IndexError(f"a number must lie below {len(self)}, got {number}")
+            raise IndexError(f"A number must lie below {len(self)}, got {number}: count from 0")
         place = int(np.searchsorted(self.ends, number, side="right"))
         before = int(self.ends[place - 1]) if place else 0
         return int(self.starts[place]) + number - before
@@ -178,11 +178,11 @@ class FieldIndex:
             import pyarrow as pa
         except ImportError as error:
             raise ValueError(
-                "an index of fields needs the package pyarrow, got none: pip install 'dinocell-segmentation[s3]'"
+                "An index of fields needs the package pyarrow, got none: pip install 'dinocell-segmentation[s3]'"
             ) from error
         if not Path(self.path).is_file():
             raise FileNotFoundError(
-                f"an index must be a file, got {self.path}: make one with `dinocell jump index`"
+                f"An index must be a file, got {self.path}: make one with `dinocell jump index`"
             )
         try:
             reader = pa.ipc.open_file(pa.memory_map(self.path))
@@ -190,11 +190,11 @@ class FieldIndex:
             self._batch = reader.get_batch(0)
         except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"an index must be a file that `dinocell jump index` made, got {self.path}: make it again"
+                f"An index must be a file that `dinocell jump index` made, got {self.path}: make it again"
             ) from error
         if facts["version"] > _VERSION:
             raise ValueError(
-                f"an index must have version {_VERSION} at most, got {facts['version']}: update dinocell"
+                f"An index must have version {_VERSION} at most, got {facts['version']}: update dinocell"
             )
         self.store: str = facts["store"]  # URL that the keys belong to
         self.source: str = facts["source"]

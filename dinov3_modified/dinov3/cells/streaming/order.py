@@ -31,7 +31,7 @@ class Permutation:
 
     def __init__(self, count: int, *key: object) -> None:
         if count < 1:
-            raise ValueError(f"a permutation must have an element, got {count}: give at least 1")
+            raise ValueError(f"A permutation must have an element, got {count}: give at least 1")
         self.count = count
         self._half = max(1, ((count - 1).bit_length() + 1) // 2)
         self._mask = (1 << self._half) - 1
@@ -42,7 +42,7 @@ class Permutation:
     def __call__(self, index: int) -> int:
         """The element at a place; IndexError outside range(count)."""
         if not 0 <= index < self.count:
-            raise IndexError(f"a place must lie below {self.count}, got {index}")
+            raise IndexError(f"A place must lie below {self.count}, got {index}: count from 0")
         value = index
         while True:
             left, right = value >> self._half, value & self._mask
@@ -82,10 +82,12 @@ class FieldOrder:
     def __post_init__(self) -> None:
         for name in ("visits", "spread", "world"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}: raise it")
+                raise ValueError(
+                    f"`{name}` must be at least 1, got {getattr(self, name)}: give a larger number"
+                )
         if self.count < self.world:
             raise ValueError(
-                f"there must be a field for each of {self.world} processes, got {self.count}: use fewer "
+                f"There must be a field for each of {self.world} processes, got {self.count}: use fewer "
                 "processes, or more plates"
             )
         self._permutations: dict[int, Permutation] = {}

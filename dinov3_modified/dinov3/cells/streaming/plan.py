@@ -47,7 +47,7 @@ class Workload:
             zero = name in ("decode_ms", "augment_ms", "first_byte_s", "field_pool_megabytes")
             if not (0 <= value < math.inf) or (value == 0 and not zero):
                 least = "0 or more" if zero else "positive"
-                raise ValueError(f"`{name}` must be {least}, got {value}: correct it")
+                raise ValueError(f"`{name}` must be {least}, got {value}: give such a number")
 
     @property
     def samples_per_s(self) -> float:

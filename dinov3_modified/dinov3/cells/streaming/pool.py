@@ -53,7 +53,7 @@ class SharedFolder:
 
     def __init__(self, folder: str | Path, limit_bytes: int, *, keep_first: bool = False) -> None:
         if limit_bytes < 1:
-            raise ValueError(f"a limit must be positive, got {limit_bytes}: give bytes")
+            raise ValueError(f"A limit must be positive, got {limit_bytes}: give bytes")
         self.folder = Path(folder)
         self.limit_bytes = limit_bytes
         self.keep_first = keep_first
@@ -104,7 +104,8 @@ class SharedFolder:
             try:
                 yield
             finally:
-                # Whoever waits holds the same open file; the next one makes a new name.
+                # Who waits has this file open and gets its lock; who comes later locks a new file.  Both
+                # can then make the entry at once, which is the same entry, renamed into place whole.
                 lock.unlink(missing_ok=True)
 
     def store(self, key: str, parts: Sequence[bytes | np.ndarray]) -> bool:

@@ -38,13 +38,17 @@ class PackOptions:
     level: int = 5  # of Zstandard, 1 to 22
 
     def __post_init__(self) -> None:
-        one_of("`bits`", self.bits, (8, 16))
+        one_of("bits", self.bits, (8, 16))
         if self.crop_px < 0:
             raise ValueError(f"`crop_px` must be 0 or more, got {self.crop_px}: 0 keeps all")
         if not 0 < self.scale <= 1:
-            raise ValueError(f"`scale` must be above 0 and at most 1, got {self.scale}: correct it")
+            raise ValueError(
+                f"`scale` must be above 0 and at most 1, got {self.scale}: 1 keeps the size"
+            )
         if self.per_file < 1:
-            raise ValueError(f"`per_file` must be at least 1, got {self.per_file}: raise it")
+            raise ValueError(
+                f"`per_file` must be at least 1, got {self.per_file}: give a larger number"
+            )
         if not 1 <= self.level <= 22:
             raise ValueError(f"`level` must be 1 to 22, got {self.level}: 5 is usual")
 
@@ -68,7 +72,7 @@ def pack_fields(
     zarr = _zarr()
     out = Path(out)
     if out.exists():
-        raise FileExistsError(f"the output folder must not exist, got {out}: name another")
+        raise FileExistsError(f"The output folder must not exist, got {out}: name another folder")
     with atomic_folder(out) as part:
         group = zarr.open_group(str(part / _GROUP), mode="w", zarr_format=3)
         writer = IndexWriter(str(out.resolve()), "packed")
@@ -96,7 +100,7 @@ def _shaped(made: ChannelField, options: PackOptions) -> np.ndarray:
         size = options.crop_px
         if size > min(height, width):
             raise ValueError(
-                f"`crop_px` must fit into {made.name} of {height} x {width} px, got {size}: lower it"
+                f"`crop_px` must fit into {made.name} of {height} x {width} px, got {size}: choose a smaller crop"
             )
         top, left = (height - size) // 2, (width - size) // 2
         planes = planes[:, top : top + size, left : left + size]
@@ -190,7 +194,7 @@ class ShardReader:
                     continue
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise ValueError(
-                    f"{first} must be in {self.store.options.url}, got none ({reason})"
+                    f"{first} must be in {self.store.options.url}, got none ({reason}): copy the shards again"
                 ) from error
         return {channel: planes[int(key.rpartition(":")[2])] for channel, key in keys.items()}
 
@@ -256,7 +260,7 @@ def _chunk_store(store: ObjectStore) -> Any:
             return await self.get(key, default_buffer_prototype()) is not None
 
         async def _refused(self, *_: Any) -> Any:
-            raise PermissionError("stores of fields are read only, and their index lists them")
+            raise PermissionError("Stores of fields are read only, and their index lists them")
 
         async def _not_listed(self, *_: Any) -> Any:
             await self._refused()
@@ -276,6 +280,6 @@ def _zarr() -> Any:
         import zarr
     except ImportError as error:
         raise ValueError(
-            "packed fields need the package zarr, got none: pip install 'dinocell-segmentation[s3]'"
+            "Packed fields need the package zarr, got none: pip install 'dinocell-segmentation[s3]'"
         ) from error
     return zarr

@@ -68,29 +68,35 @@ class StoreOptions(RequestOptions):
 
     def __post_init__(self) -> None:
         if not self.url:
-            raise ValueError("a store must be s3://bucket or a folder, got nothing: name one")
+            raise ValueError(
+                "A store must be s3://bucket or a folder, got nothing: give an address or a path"
+            )
         place = urllib.parse.urlsplit(self.url)
         scheme = place.scheme.lower()
         if scheme == "s3" and not self.url.startswith("s3://"):
             object.__setattr__(self, "url", f"s3://{self.url.partition('://')[2]}")
         if scheme == "s3" and not place.netloc:
-            raise ValueError(f"a store must name its bucket, got {self.url!r}: give s3://bucket")
+            raise ValueError(f"A store must name its bucket, got {self.url!r}: give s3://bucket")
         if self.endpoint and not _ENDPOINT.fullmatch(self.endpoint):
             raise ValueError(
-                f"an endpoint must be http://HOST[:PORT] or https://, got {self.endpoint!r}: complete it"
+                f"An endpoint must be http://HOST[:PORT] or https://, got {self.endpoint!r}: write for example http://localhost:9000"
             )
         if scheme not in ("s3", "", "file"):
             raise ValueError(
-                f"a store must be s3://bucket or a folder, got {self.url!r}: a server of the S3 "
+                f"A store must be s3://bucket or a folder, got {self.url!r}: a server of the S3 "
                 "protocol is named by its endpoint"
             )
         one_of("transport", self.transport, TRANSPORTS)
         for name in ("connect_timeout_s", "timeout_s", "backoff_s", "backoff_max_s"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}: raise it")
+                raise ValueError(
+                    f"`{name}` must be positive, got {getattr(self, name)}: give a larger number"
+                )
         for name in ("retries", "damaged_retries", "outage_s", "requests_per_s"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}: raise it")
+                raise ValueError(
+                    f"`{name}` must be 0 or more, got {getattr(self, name)}: give a larger number"
+                )
 
     @property
     def is_folder(self) -> bool:
@@ -115,11 +121,11 @@ class StreamOptions(RequestOptions):
         for name, least in (("threads", 1), ("ahead", 1), ("pool_gb", 0), ("max_lost_share", 0)):
             if getattr(self, name) < least:
                 raise ValueError(
-                    f"streaming.{name} must be at least {least}, got {getattr(self, name)}: raise it"
+                    f"`streaming.{name}` must be at least {least}, got {getattr(self, name)}: give a larger number"
                 )
         if self.disk_cache and self.disk_cache_gb <= 0:
             raise ValueError(
-                f"streaming.disk_cache_gb must be positive, got {self.disk_cache_gb}: raise it"
+                f"`streaming.disk_cache_gb` must be positive, got {self.disk_cache_gb}: give a larger number"
             )
 
     @classmethod
@@ -128,8 +134,8 @@ class StreamOptions(RequestOptions):
         known = {item.name for item in fields(cls)}
         if unknown := sorted(set(section) - known):
             raise ValueError(
-                f"keys of streaming must be among {', '.join(sorted(known))}, got "
-                f"{', '.join(unknown)}: correct them"
+                f"Keys of streaming must be among {', '.join(sorted(known))}, got "
+                f"{', '.join(unknown)}: correct these keys"
             )
         options = cls(**section)
         options.of_store("s3://checked")

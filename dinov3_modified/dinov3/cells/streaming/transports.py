@@ -59,7 +59,7 @@ class _Folder:
         url = options.url
         self.root = Path(urllib.parse.urlsplit(url).path if "://" in url else url)
         if not self.root.is_dir():
-            raise ObjectMissing(f"a store must be a folder that exists, got {url}: check the path")
+            raise ObjectMissing(f"A store must be a folder that exists, got {url}: check the path")
 
     def get(self, key: str, part: Range | None = None) -> Body:
         try:
@@ -105,11 +105,11 @@ class _Obstore:
             from obstore.store import S3Store
         except ImportError as error:
             raise StoreError(
-                "reading from S3 needs the package obstore, got none: pip install 'dinocell-segmentation[s3]'"
+                "Reading from S3 needs the package obstore, got none: pip install 'dinocell-segmentation[s3]'"
             ) from error
         if _obstore_pids - {os.getpid()}:
             raise StoreError(
-                "workers must start by forkserver or spawn once their parent has read from S3, got a "
+                "Workers must start by forkserver or spawn once their parent has read from S3, got a "
                 "fork: leave multiprocessing_context as it is, or use transport boto3"
             )
         _obstore_pids.add(os.getpid())
@@ -265,11 +265,13 @@ def _translated(key: str) -> Iterator[None]:
         status = _status(error, text)
         if 300 <= status < 400 or status in (400, 405) or _no_credentials(text):
             raise StoreMisconfigured(
-                f"the store must take requests as they are made, got {status or 'no credentials'} for "
+                f"The store must take requests as they are made, got {status or 'no credentials'} for "
                 f"{key} ({text.splitlines()[0][:200]}): check region, endpoint, bucket and credentials"
             ) from error
         if status == 416:
-            raise ObjectMissing(f"{key} must be as long as its index says, got less") from error
+            raise ObjectMissing(
+                f"{key} must be as long as its index says, got less: index the plate again"
+            ) from error
         if status in (401, 403, 404):
             what = "be public" if status in (401, 403) else "exist"
             raise ObjectMissing(f"{key} must {what}, got {status}: check key and bucket") from error

@@ -236,7 +236,9 @@ def refuse_foreign_flags(d: WeightsDescription, program: str) -> list[str]:
     elif d.rope_base is None:
         problem = "RoPE periods base^(2 j / n), got others"
     if problem is not None:
-        raise WeightsError(f"{program}'s DINOv3 must have {problem} in {d.path}: keep another one")
+        raise WeightsError(
+            f"{program}'s DINOv3 must have {problem} in {d.path}: convert to another format"
+        )
     if "local_cls_norm" in d.untied_norms:
         return [f"{program} has no local_cls_norm, which acts in training only: left out"]
     return []

@@ -67,7 +67,7 @@ def read_network(path: Path, which: str) -> FoundNetwork:
     content = read_pickled(path)
     if not isinstance(content, Mapping):
         raise WeightsError(
-            f"weights must be a state dict, got {path} with a {type(content).__name__}: save the "
+            f"Weights must be a state dict, got {path} with a {type(content).__name__}: save the "
             "state dict alone"
         )
     found = _network(dict(_flat(content)), which, path, kind)
@@ -88,17 +88,19 @@ def read_teacher(path: Path) -> State:
         FileNotFoundError, WeightsError: there is none; the content is damaged, or holds no teacher.
     """
     if not path.exists():
-        raise FileNotFoundError(f"a teacher must be a file or a DCP folder, got {path}: check it")
+        raise FileNotFoundError(
+            f"A teacher must be a file or a DCP folder, got {path}: check the path"
+        )
     if path.is_file():
         content = read_pickled(path)
         if not isinstance(content, Mapping) or not isinstance(content.get("teacher"), Mapping):
             raise WeightsError(
-                f'a teacher file must have the entry "teacher", got {path} without: a backbone alone '
+                f'A teacher file must have the entry "teacher", got {path} without: a backbone alone '
                 "goes to student.pretrained_weights"
             )
         return {k: v for k, v in content["teacher"].items() if isinstance(v, Tensor)}
     if not (path / ".metadata").is_file():
-        raise FileNotFoundError(f"a DCP folder must have .metadata, got {path}: check the path")
+        raise FileNotFoundError(f"A DCP folder must have .metadata, got {path}: check the path")
     with _complete(path):
         reader, entries = _dcp_entries(path)
         for prefix in ("model.teacher.", "model.model_ema.", "model."):
@@ -142,7 +144,7 @@ def read_pickled(path: Path) -> Any:
             else:
                 problem = f"cut short or damaged: {problem}"
     raise WeightsError(
-        f"weights must be a complete file of tensors alone, got {path} ({problem}): {advice}"
+        f"Weights must be a complete file of tensors alone, got {path} ({problem}): {advice}"
     )
 
 
@@ -184,12 +186,12 @@ def _network_prefix(names: Iterable[str], which: str, path: Path) -> tuple[str, 
     if found:
         others = ", ".join(str(network) for network in found)
         raise WeightsError(
-            f"weights must hold the {which}'s backbone, got {path} with that of the {others} only: "
+            f"Weights must hold the {which}'s backbone, got {path} with that of the {others} only: "
             "choose the other network"
         )
     shown = f"entries such as {', '.join(plain[:5])}" if plain else "no tensor"
     raise WeightsError(
-        f"weights must hold a DINOv3 ViT backbone, got {path} with {shown}: give a backbone file, a "
+        f"Weights must hold a DINOv3 ViT backbone, got {path} with {shown}: give a backbone file, a "
         "teacher file or a checkpoint folder"
     )
 
@@ -202,7 +204,7 @@ def _open_safetensors(path: Path) -> tuple[State, dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:
         raise WeightsError(
-            f"weights must be a complete .safetensors, got {path} ({error}): fetch it again"
+            f"Weights must be a complete .safetensors, got {path} ({error}): fetch it again"
         ) from error
 
 
@@ -212,7 +214,7 @@ def _read_folder(path: Path, which: str) -> FoundNetwork:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise WeightsError(
-            "a folder must be a checkpoint (.metadata) or Hugging Face's (*.safetensors), "
+            "A folder must be a checkpoint (.metadata) or Hugging Face's (*.safetensors), "
             f"got {path}: {_folder_hint(path)}"
         )
     tensors: State = {}
@@ -265,7 +267,7 @@ class CheckpointReader(dcp.FileSystemReader):
         with Path(self._get_metadata_path(kwargs.get("rank"))).open("rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
         if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError("the table of contents is no DCP metadata")
+            raise pickle.UnpicklingError("The table of contents is no DCP metadata")
         storage = getattr(metadata, "storage_meta", None) or StorageMeta()
         storage.load_id = self.load_id
         metadata.storage_meta = storage
@@ -311,5 +313,5 @@ def _complete(path: Path) -> Iterator[None]:
             reason = next(iter(error.failures.values()))[0]
         text = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
         raise WeightsError(
-            f"a checkpoint must be complete, got {path} ({text}): use another"
+            f"A checkpoint must be complete, got {path} ({text}): use an earlier checkpoint"
         ) from error

@@ -107,7 +107,7 @@ def to_hf(state: Mapping[str, Tensor], d: WeightsDescription) -> tuple[State, li
         for block, number in product(range(d.depth), (1, 2)):
             one = state["cls_token"].new_ones(d.embed_dim)
             out[f"layer.{block}.layer_scale{number}.lambda1"] = one
-        notes.append("LayerScale absent: ones")
+        notes.append("The network has no LayerScale: ones are written")
     return out, notes
 
 
@@ -145,7 +145,7 @@ def hf_facts(path: Path) -> tuple[int | None, float | None]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(
-            f"config.json beside weights must be JSON, got {path} ({error}): fetch it again"
+            f"The config.json beside weights must be JSON, got {path} ({error}): fetch it again"
         ) from error
     if not isinstance(config, dict) or config.get("model_type") not in (None, "dinov3_vit"):
         return None, None  # of something else that lies in the same folder
@@ -183,13 +183,15 @@ def to_timm(state: Mapping[str, Tensor], d: WeightsDescription) -> tuple[State, 
     notes = refuse_foreign_flags(d, "timm")
     if d.rope_base != ROPE_BASE:
         raise WeightsError(
-            f"timm's DINOv3 must have a RoPE base of {ROPE_BASE:g}, got {d.rope_base:g} in {d.path}: "
+            f"The DINOv3 of timm must have a RoPE base of {ROPE_BASE:g}, got {d.rope_base:g} in {d.path}: "
             "keep another format"
         )
     if has_k_bias(state):
-        raise WeightsError(f"timm's DINOv3 must have no k bias, got one in {d.path}: keep another")
+        raise WeightsError(
+            f"The DINOv3 of timm must have no k bias, got one in {d.path}: keep another"
+        )
     if state["mask_token"].any():
-        notes.append("timm has no mask token: left out")
+        notes.append("A file of timm has no mask token: it is left out")
     out: State = {}
     for key, value in state.items():
         if re.fullmatch(r"mask_token|rope_embed\.periods|.*bias_mask|local_cls_norm\..*", key):
@@ -209,5 +211,5 @@ def to_timm(state: Mapping[str, Tensor], d: WeightsDescription) -> tuple[State, 
     if not d.layerscale:
         for index, number in product(range(d.depth), (1, 2)):
             out[f"blocks.{index}.gamma_{number}"] = state["cls_token"].new_ones(d.embed_dim)
-        notes.append("LayerScale absent: ones")
+        notes.append("The network has no LayerScale: ones are written")
     return out, notes

@@ -59,12 +59,12 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
     one_of("which", which, NETWORKS, WeightsError)
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"weights must be a file or a folder, got {path}: check the path")
+        raise FileNotFoundError(f"Weights must be a file or a folder, got {path}: check the path")
     found = read_network(path, which)
     state, kind = found.state, found.format
     if any(name.endswith("pos_embed") or "position_embeddings" in name for name in state):
         raise WeightsError(
-            f"weights must be of a DINOv3 ViT, got {path} with learned position embeddings: this is "
+            f"Weights must be of a DINOv3 ViT, got {path} with learned position embeddings: this is "
             "another network, such as DINOv2"
         )
     if HF_KERNEL in state:
@@ -74,7 +74,7 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
     numbers = {key: value for key, value in state.items() if value.is_floating_point()}
     if broken := [key for key, value in numbers.items() if not torch.isfinite(value).all()]:
         raise WeightsError(
-            f"weights must be finite numbers, got NaN or infinity in {listed(broken)} of {path}: the "
+            f"Weights must be finite numbers, got NaN or infinity in {listed(broken)} of {path}: the "
             "run diverged, take an earlier checkpoint"
         )
     notes, heads_known = _fill_in(state, found)
@@ -84,7 +84,7 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
     refuse_differences(
         state,
         expected_shapes(description),
-        f"weights must be a whole DINOv3 ViT backbone, got {path}",
+        f"Weights must be a whole DINOv3 ViT backbone, got {path}",
         "fetch or convert it again",
     )
     return state, description
@@ -96,14 +96,14 @@ def _fill_in(state: State, found: FoundNetwork) -> tuple[list[str], bool]:
     width = int(state[KERNEL].shape[0])
     if "mask_token" not in state:
         state["mask_token"] = state[KERNEL].new_zeros(1, width)
-        notes.append("mask token absent: zeros")
+        notes.append("The file has no mask token: zeros are used")
     if "rope_embed.periods" in state:
         return notes, True
     heads = found.heads or _HEADS.get(width, max(width // 64, 1))
     base = found.rope_base or ROPE_BASE
     state["rope_embed.periods"] = rope_periods(width // heads, base)
     guess = "" if found.heads is not None else f", {heads} heads assumed"
-    notes.append(f"RoPE periods absent: computed from base {base:g}{guess}")
+    notes.append(f"The file has no RoPE periods: they are computed from base {base:g}{guess}")
     return notes, found.heads is not None
 
 
@@ -145,7 +145,7 @@ def fit_backbone(
     """
     if any(value.is_meta for value in expected.values()):
         raise WeightsError(
-            "a network must have storage for weights, got one on the meta device: call to_empty first"
+            "A network must have storage for weights, got one on the meta device: call to_empty first"
         )
     state, description = read_backbone(path, which=which)
     notes = list(description.notes)
@@ -162,7 +162,7 @@ def fit_backbone(
     refuse_differences(
         state,
         {key: tuple(value.shape) for key, value in expected.items()},
-        f"weights must fit the network, got {description.name} ({description.flags}) from {path}",
+        f"Weights must fit the network, got {description.name} ({description.flags}) from {path}",
         "set the network's size and flags to those of the file",
     )
     return state, LoadReport(description, description.patch_size, patch_size, tuple(notes))
@@ -174,23 +174,23 @@ def _exchange_biases(state: State, expected: Mapping[str, Tensor], path: str | P
     for key in [key for key in expected if key.endswith("attn.qkv.bias") and key not in state]:
         if key.replace("bias", "weight") in state:
             state[key] = torch.zeros(expected[key].shape)
-            notes.add("qkv bias absent: zeros")
+            notes.add("The file has no qkv bias: zeros are used")
     for key in [key for key in state if key.endswith("attn.qkv.bias_mask") and key not in expected]:
         bias = key.removesuffix("_mask")
         if bias in state:
             state[bias] = state[bias] * state.pop(key).to(state[bias].dtype)
-            notes.add("masked k bias written as zeros")
+            notes.add("The masked k bias is written as zeros")
     for key in [key for key in state if key.endswith("attn.qkv.bias") and key not in expected]:
         if not state[key].any():
             del state[key]
-            notes.add("qkv bias of zeros left out")
+            notes.add("The qkv bias is left out, because it is zero")
     for key in [key for key in expected if key.endswith("attn.qkv.bias_mask") and key not in state]:
         bias = key.removesuffix("_mask")
         if bias in state and state[bias].chunk(3)[1].any():
             raise WeightsError(
-                f"a network with mask_k_bias must get weights without a bias on k, got one in {path}: "
+                f"A network with mask_k_bias must get weights without a bias on k, got one in {path}: "
                 "build the network with mask_k_bias false (student.mask_k_bias in training)"
             )
         state[key] = k_bias_mask(expected[key].shape[0] // 3)
-        notes.add("mask of the k bias recomputed")
+        notes.add("The file has no mask of the k bias: it is computed again")
     return sorted(notes)

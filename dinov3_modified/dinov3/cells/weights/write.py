@@ -66,21 +66,21 @@ def write_backbone(
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     if KERNEL not in plain or "rope_embed.periods" not in plain:
         raise WeightsError(
-            f"a backbone must have {KERNEL} and rope_embed.periods, got {listed(list(plain))}: read "
+            f"A backbone must have {KERNEL} and rope_embed.periods, got {listed(list(plain))}: read "
             "it with read_backbone"
         )
     description = described(plain, path, format)
     refuse_differences(
         plain,
         expected_shapes(description),
-        "a backbone must be whole before it is written, got differences",
+        "A backbone must be whole before it is written, got differences",
         "read it with read_backbone",
     )
     key_bias = has_k_bias(plain)
     plain, losses = _in_names_of(format, plain, description)
     if format == "hf" and len(targets) == 1 and description.rope_base != ROPE_BASE:
         raise WeightsError(
-            f"a lone .safetensors must have a RoPE base of {ROPE_BASE:g}, got "
+            f"A lone .safetensors must have a RoPE base of {ROPE_BASE:g}, got "
             f"{description.rope_base}: write a folder, whose config.json holds the base"
         )
     if len(targets) > 1:
@@ -105,22 +105,28 @@ def _targets(path: Path, format: str, overwrite: bool) -> list[Path]:
     suffixes = _SUFFIXES[format]
     if path.suffix not in suffixes:
         known = " or ".join(suffix or "a folder" for suffix in suffixes)
-        raise WeightsError(f"the output of format {format} must be {known}, got {path}: rename it")
+        raise WeightsError(
+            f"The output of format {format} must be {known}, got {path}: change the ending"
+        )
     folder = path.suffix == ""
     if folder and path.exists() and not path.is_dir():
-        raise FileExistsError(f"the output must be a folder, got the file {path}: rename it")
+        raise FileExistsError(
+            f"The output must be a folder, got the file {path}: choose another name"
+        )
     if not folder and path.is_dir():
-        raise FileExistsError(f"the output must be a file, got the folder {path}: rename it")
+        raise FileExistsError(
+            f"The output must be a file, got the folder {path}: choose another name"
+        )
     targets = [path / "model.safetensors", path / "config.json"] if folder else [path]
     existing = [target for target in targets if target.exists()]
     if existing and not overwrite:
         raise FileExistsError(
-            f"the output must not exist, got {existing[0]}: choose another name, or set `overwrite`"
+            f"The output must not exist, got {existing[0]}: choose another name, or set `overwrite`"
         )
     others = [file for file in path.glob("*.safetensors") if file != targets[0]] if folder else []
     if others:
         raise FileExistsError(
-            f"a folder of Hugging Face must hold one model, got {others[0]} in it: choose another"
+            f"A folder of Hugging Face must hold one model, got {others[0]} in it: choose another folder"
         )
     return targets
 

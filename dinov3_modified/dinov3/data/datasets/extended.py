@@ -39,7 +39,7 @@ class ExtendedVisionDataset(Dataset[Any]):
     ) -> None:
         if transforms is not None and (transform is not None or target_transform is not None):
             raise ValueError(
-                "transforms must come alone, got transform or target_transform beside it: give one form"
+                "`transforms` must come alone, got transform or target_transform beside it: give one form"
             )
         self.root = root
         self.transforms = transforms

@@ -81,7 +81,7 @@ def find_fields(
     """
     folder = Path(root)
     if not folder.is_dir():
-        raise FileNotFoundError(f"root must be a folder of fields, got {root}: check the path")
+        raise FileNotFoundError(f"`root` must be a folder of fields, got {root}: check the path")
     if index is None and pattern is None and (folder / "channels.csv").is_file():
         index = str(folder / "channels.csv")
     if index is not None:
@@ -91,7 +91,7 @@ def find_fields(
         fields = _from_pattern(folder, pattern, channels_table)
     else:
         raise FieldError(
-            f"fields in {root} must be described, got neither channels.csv nor index= nor pattern=: give "
+            f"Fields in {root} must be described, got neither channels.csv nor index= nor pattern=: give "
             f"an index, or a pattern ({', '.join(PATTERNS)}, or a regular expression)"
         )
     return sorted(fields, key=lambda item: item.name)
@@ -100,7 +100,7 @@ def find_fields(
 def _rows(path: Path, wanted: tuple[str, ...]) -> list[dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"a table of fields or channels must be a CSV file that exists, got {path}: check index= "
+            f"A table of fields or channels must be a CSV file that exists, got {path}: check index= "
             "or channels_table=, which may be relative to the current folder or to root="
         )
     with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -134,7 +134,7 @@ def _from_index(path: Path, root: Path) -> list[FieldFiles]:
             item = found[name]
             if set(item.files) != {channel}:
                 raise FieldError(
-                    f"field {name} must have one file a channel, got {len(files)} of {channel}: give each "
+                    f"Field {name} must have one file a channel, got {len(files)} of {channel}: give each "
                     "field a name of its own"
                 )
             del found[name]
@@ -144,7 +144,7 @@ def _from_index(path: Path, root: Path) -> list[FieldFiles]:
                     single, {channel: str(base / file)}, item.plate, item.split, item.pixel_size_um
                 )
     if not found:
-        raise FieldError(f"{path} must list fields, got no row: fill it")
+        raise FieldError(f"{path} must list fields, got no row: add one row for each file")
     return list(found.values())
 
 
@@ -153,12 +153,12 @@ def _from_pattern(root: Path, pattern: str, channels_table: str | None) -> list[
         expression = re.compile(PATTERNS.get(pattern, pattern))
     except re.error as error:
         raise FieldError(
-            f"pattern must be {', '.join(PATTERNS)} or a regular expression, got {pattern!r} ({error}): "
+            f"`pattern` must be {', '.join(PATTERNS)} or a regular expression, got {pattern!r} ({error}): "
             "correct it"
         ) from error
     if "channel" not in expression.groupindex:
         raise FieldError(
-            f"pattern must have a group (?P<channel>...), got {pattern!r}: mark the channel in it"
+            f"`pattern` must have a group (?P<channel>...), got {pattern!r}: mark the channel in it"
         )
     names: dict[tuple[str, str], str] = {}
     if channels_table is not None:
@@ -178,13 +178,13 @@ def _from_pattern(root: Path, pattern: str, channels_table: str | None) -> list[
         channel = names.get((plate, number), names.get(("", number), number))
         if channels_table is not None and channel == number:
             raise FieldError(
-                f"{channels_table} must name every channel, got no row for {number} of {path.name}: add it"
+                f"{channels_table} must name every channel, got no row for {number} of {path.name}: add a row for this number"
             )
         key = "/".join(part for part in (folder, *groups.values()) if part and part != ".")
         item = found.setdefault(key, FieldFiles(key, {}, plate))
         if channel in item.files:
             raise FieldError(
-                f"field {key} must have one file a channel, got {Path(item.files[channel]).name} and "
+                f"Field {key} must have one file a channel, got {Path(item.files[channel]).name} and "
                 f"{path.name} for {channel}: add a group to the pattern that tells them apart"
             )
         item.files[channel] = str(path)
@@ -200,7 +200,7 @@ def checked_percentiles(low: float, high: float) -> tuple[float, float]:
     """Both, if they are 0 <= low < high <= 100; else ValueError."""
     if not 0 <= low < high <= 100:
         raise ValueError(
-            f"percentiles must be 0 <= low < high <= 100, got {low} and {high}: 0.1 and 99.9 are usual"
+            f"Percentiles must be 0 <= low < high <= 100, got {low} and {high}: 0.1 and 99.9 are usual"
         )
     return low, high
 
@@ -266,7 +266,7 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
             found = [item for item in found if _side(item) in (split.value, "all")]
         if not found:
             raise FieldError(
-                f"split {split.name} of {root} must hold fields, got none: use ALL, or give the index a "
+                f"Split {split.name} of {root} must hold fields, got none: use ALL, or give the index a "
                 "column split"
             )
         self.channels = tuple(channels.split("+")) if channels else None
@@ -278,7 +278,7 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
         wanted = self.channels or tuple(c for c in known if c.lower() not in _LEFT_OUT)
         if absent := [c for c in wanted if _stem(c) not in known and c not in known]:
             raise FieldError(
-                f"channels must be among {', '.join(known)}, got {', '.join(absent)}: correct channels="
+                f"`channels` must be among {', '.join(known)}, got {', '.join(absent)}: correct channels="
             )
         chosen, lacking = [], []
         for item in found:
@@ -293,11 +293,11 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
                 chosen.append(FieldFiles(**{**vars(item), "files": files}))
         if lacking and missing == "error":
             raise FieldError(
-                f"all fields must have the channels {', '.join(wanted)}, got {len(lacking)} without: "
+                f"All fields must have the channels {', '.join(wanted)}, got {len(lacking)} without: "
                 f"{listed(lacking)}; name other channels=, or set missing=skip or missing=allow"
             )
         if not chosen:
-            raise FieldError(f"fields with {', '.join(wanted)} must exist, got none: set channels=")
+            raise FieldError(f"Fields with {', '.join(wanted)} must exist, got none: set channels=")
         return chosen
 
     def get_image_data(self, index: int) -> Any:

@@ -135,14 +135,14 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         self.left_out = len(self.index.rows(split=split.value)) - len(self.rows)
         if missing == "error" and self.left_out:
             raise ValueError(
-                f"all fields must have the channels {', '.join(self.channels)}, got "
+                f"All fields must have the channels {', '.join(self.channels)}, got "
                 f"{self.left_out} without: set missing=skip, or name channels="
             )
         if limit is not None:
             self.rows = self.rows.first(limit)
         if not len(self.rows):
             raise ValueError(
-                f"split {split.name} of {index} must hold fields with {', '.join(self.channels)}, got "
+                f"Split {split.name} of {index} must hold fields with {', '.join(self.channels)}, got "
                 "none: use ALL, or other channels="
             )
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
@@ -161,7 +161,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
             names = tuple(wanted.split("+"))
             if absent := [name for name in names if name not in known]:
                 raise ValueError(
-                    f"channels must be among {', '.join(known)}, got {', '.join(absent)}: correct channels="
+                    f"`channels` must be among {', '.join(known)}, got {', '.join(absent)}: correct channels="
                 )
             return names
         # Those of the layout that most fields have; surplus ones of other sources are left out.
@@ -192,7 +192,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
             order.fields_in_use > order.owned(self.world - 1)
         ):
             logger.warning(
-                "a batch of %d can hold a field more than once: raise spread (%d), or take more fields "
+                "A batch of %d can hold a field more than once: raise spread (%d), or take more fields "
                 "(%d)", batch_size, order.spread, len(self.rows),
             )  # fmt: skip
 
@@ -318,7 +318,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
                         self._pool.retire(self.field_name(number))
                     return made
             number = self.order.replacement(visit, attempt, rank)
-        raise TooManyLost(f"a field in {_MOST_STAND_INS} must be usable, got none: see lost.jsonl")
+        raise TooManyLost(f"A field in {_MOST_STAND_INS} must be usable, got none: see lost.jsonl")
 
     def _pooled(self, number: int) -> ChannelField:
         """A field from the pool, from the threads that are fetching it, or fetched now."""
@@ -387,13 +387,13 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         reason = str(error).strip().split("\n")[0][:300]
         path = self._lost_file()
         append_lost(path, number, name, reason)
-        logger.warning("field %s is lost and replaced (%s)", name, reason)
+        logger.warning("Field %s is lost and replaced (%s)", name, reason)
         lost = len(self._lost())
         step, _ = self.order.step_of(position)
         reached = min(self.order.count, (step + self.order.fields_in_use) * self.world + lost)
         if lost >= _FEWEST_LOST and lost > self.options.max_lost_share * reached:
             raise TooManyLost(
-                f"at most {self.options.max_lost_share:.1%} of the fields may be lost, got {lost} of "
+                f"At most {self.options.max_lost_share:.1%} of the fields may be lost, got {lost} of "
                 f"{reached} (last: {reason}): look at {path}, then repair the store, or raise "
                 "streaming.max_lost_share"
             )

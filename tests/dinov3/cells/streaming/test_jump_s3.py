@@ -280,7 +280,7 @@ def test_too_many_lost_stop_the_run(bucket, index_file, tmp_path):
     root, _ = broken_bucket(bucket, tmp_path, list(range(0, 24, 2)), "missing")
     dataset = opened(index_file, root, tmp_path)
     with pytest.raises(
-        TooManyLost, match=r"at most 2.0% of the fields may be lost, got 10 of"
+        TooManyLost, match=r"At most 2.0% of the fields may be lost, got 10 of"
     ) as e:
         drawn(dataset, 24)
     assert "must be in" in str(e.value)
@@ -389,7 +389,7 @@ def test_missing_channels(bucket, tmp_path):
         ({"channels": "DNA+GFP"}, "must be among AGP, DNA, ER, Mito, RNA, got GFP"),
         ({"missing": "allow"}, "one of error, skip"),
         ({"percentile_low": 99, "percentile_high": 1}, "low < high"),
-        ({"visits": 0}, "visits must be at least 1"),
+        ({"visits": 0}, "`visits` must be at least 1"),
         ({"limit": 0}, "must hold fields"),
         ({"index": "nothing.arrow"}, "jump index"),
     ],
@@ -402,8 +402,8 @@ def test_wrong_data_sets(index_file, how, message):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"threads": 0}, "streaming.threads must be at least 1"),
-        ({"disk_cache": "x", "disk_cache_gb": 0}, "disk_cache_gb must be positive"),
+        ({"threads": 0}, "streaming.threads` must be at least 1"),
+        ({"disk_cache": "x", "disk_cache_gb": 0}, "disk_cache_gb` must be positive"),
     ],
 )
 def test_wrong_options(how, message):

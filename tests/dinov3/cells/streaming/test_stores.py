@@ -297,8 +297,8 @@ def test_missing_credentials_are_told_at_once(rclone, names, transport, monkeypa
     ("how", "message"),
     [
         ({"url": "s3://"}, "must name its bucket"),
-        ({"url": "s3://b", "endpoint": "localhost:9000"}, "an endpoint must be http://"),
-        ({"url": "s3://b", "endpoint": "http://"}, "an endpoint must be http://"),
+        ({"url": "s3://b", "endpoint": "localhost:9000"}, "An endpoint must be http://"),
+        ({"url": "s3://b", "endpoint": "http://"}, "An endpoint must be http://"),
     ],
 )
 def test_addresses_are_looked_at_first(how, message):
@@ -448,8 +448,8 @@ def test_a_copy_has_no_connection(rclone, names):
         ({"url": ""}, "got nothing"),
         ({"url": "http://bucket"}, "named by its endpoint"),
         ({"transport": "curl"}, "one of obstore, boto3"),
-        ({"timeout_s": 0}, "timeout_s must be positive"),
-        ({"retries": -1}, "retries must be 0 or more"),
+        ({"timeout_s": 0}, "timeout_s` must be positive"),
+        ({"retries": -1}, "`retries` must be 0 or more"),
     ],
 )
 def test_wrong_settings(changes, message):

@@ -79,7 +79,7 @@ def test_a_run_that_began_over_the_network_goes_on_from_a_copy(
             process.send_signal(signal.SIGTERM)
             break
     output, _ = process.communicate(timeout=900)
-    assert "stopped by SIGTERM" in output
+    assert "Stopped by SIGTERM" in output
     main(arguments(index_file, tmp_path, f"streaming.store={bucket[0]}", "train.num_workers=0"))
     assert same(tmp_path, local_run)
 
@@ -97,7 +97,7 @@ def test_lost_fields_end_a_run_in_one_sentence(index_file, tmp_path):
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert errors[0].startswith("error: at most 2.0% of the fields may be lost, got 10")
+    assert errors[0].startswith("error: At most 2.0% of the fields may be lost, got 10")
     assert "Traceback" not in done.stderr
     assert (tmp_path / "o" / "lost.jsonl").is_file()
 
@@ -105,7 +105,7 @@ def test_lost_fields_end_a_run_in_one_sentence(index_file, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("streaming.threads=0", "streaming.threads must be at least 1"),
+        ("streaming.threads=0", "streaming.threads` must be at least 1"),
         ("streaming.transport=curl", "one of obstore, boto3"),
         ("streaming.thread=3", "streaming.thread"),
     ],
