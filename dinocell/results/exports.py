@@ -62,7 +62,7 @@ def write_geojson(
     if table is not None and table["label"].tolist() != list(polygons):
         raise ValueError(
             f"`table` must hold the same labels as the image, got {len(table)} rows for "
-            f"{len(polygons)} cells: call `measure_labels` on these labels."
+            f"{len(polygons)} cells: call `measure_labels` on these labels"
         )
     rings = _split_letters(*xy_texts(corners, stops))
     middle = '},"properties":{"objectType":"detection","name":"'
