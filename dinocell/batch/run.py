@@ -423,7 +423,7 @@ def _not_written(error: Exception) -> DINOCellError:
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename2 or error.filename or 'a file of the batch'}"
     return DINOCellError(
-        f"the results could not be written ({text}); finished images were kept. Free space, repair the "
+        f"The results could not be written ({text}); finished images were kept; free space, repair the "
         "mount or change the rights, then run the same command again"
     )
 
