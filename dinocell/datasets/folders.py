@@ -194,7 +194,7 @@ def s_bsst265(source: Path, notes: list[str]) -> Iterator[Sample]:
 
 def bbbc039(source: Path, notes: list[str]) -> Iterator[Sample]:
     """`images/*.tif`, `masks/*.png`, and the lists of the splits in `metadata/{training,...}.txt`."""
-    splits = {}
+    splits: dict[str, str] = {}
     for path in sorted(source.rglob("*.txt")):
         split = split_of(path.stem)
         if split is not None:

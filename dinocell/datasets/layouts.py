@@ -1,7 +1,5 @@
 """The data sets that `prepare` knows: how their files are laid out, and under which licence."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

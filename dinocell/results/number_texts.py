@@ -14,6 +14,7 @@ R. Giulietti, "The Schubfach way to render doubles", 2020 (section 9 and figure 
 import json
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -223,7 +224,7 @@ def _write_float(
 
 
 @njit
-def _shortest(bits: np.uint64, powers: NDArray[np.uint64]) -> tuple[np.uint64, int]:
+def _shortest(bits: np.uint64, powers: NDArray[np.uint64]) -> tuple[Any, Any]:
     """Digits and exponent, digits × 10**exponent, of a float64 without its sign; see the module's text."""
     fraction = bits & _MANTISSA
     biased = np.int64((bits >> np.uint64(52)) & np.uint64(2047))
