@@ -229,7 +229,10 @@ def _merged(settings: Any, kind: Any, path: tuple[str, ...], value: Any) -> Any:
                 settings = _merged(settings, inner, (*path, name), item)
         known: dict[str, str] = {}
         if dataclasses.is_dataclass(parent):
-            known = {field.name: str(field.type) for field in dataclasses.fields(parent)}
+            known = {
+                field.name: field.type.__name__ if isinstance(field.type, type) else str(field.type)
+                for field in dataclasses.fields(parent)
+            }
         if isinstance(error, ConfigKeyError) and key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {where.removesuffix(key)}{near[0]}?" if near else "remove it"

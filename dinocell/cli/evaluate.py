@@ -50,7 +50,7 @@ class Scoring:
         names="--iou",
     )
     boundary_tolerance_px: float = option(
-        "For the boundary F score, count a boundary pixel as found within this many px of a true one.",
+        "Count a boundary pixel as found within this many px of a true one, for the boundary F score.",
         2.0,
         min=0,
     )

@@ -32,7 +32,7 @@ class DatasetConfig:
         )
         require(
             self.channels is None or len(self.channels) > 0,
-            f"data set {self.name!r} must name at least one of its channels, got none: leave channels "
+            f"Data set {self.name!r} must name at least one of its channels, got none: leave channels "
             "out for gray images",
         )
         require(

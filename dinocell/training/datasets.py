@@ -84,7 +84,7 @@ def read_pair(pair: Pair, **intensity: float) -> tuple[NDArray, NDArray[np.uint3
     labels = read_labels(pair.labels_path, shape=image.shape[:2])
     if image.ndim != 2:
         raise DataSetError(
-            f"training images must be gray (H, W), got shape {image.shape} in {pair.image_path}: "
+            f"Training images must be gray (H, W), got shape {image.shape} in {pair.image_path}: "
             "name the channels of the data set, or save one of them"
         )
     if looks_like_labels(image):

@@ -363,5 +363,5 @@ def test_an_empty_file_is_the_clusters_defaults(tmp_path):
 
 
 def test_a_wrong_override_without_a_file_names_the_site():
-    with pytest.raises(ConfigError, match=r"^site: .*partition"):
+    with pytest.raises(ConfigError, match=r"^Site: .*partition"):
         load_site(None, ["partion=gpu"])

@@ -191,7 +191,7 @@ def test_a_wrong_configuration_stops_the_run_at_its_start(data, tmp_path):
         with pytest.raises(DataSetError, match=message):
             make_evaluation(config(data, **change))
     for change, message in (
-        ({"steps": 0}, "in ssl_evaluation, `steps` must be at least 1"),
+        ({"steps": 0}, "In ssl_evaluation, `steps` must be at least 1"),
         ({"steps": "many"}, "ssl_evaluation.steps` must be of type int, got 'many'"),
         ({"lr": "fast"}, "ssl_evaluation.lr` must be of type float, got 'fast'"),
         ({"window_px": 40}, "window_px` must be a multiple of student.patch_size 16, got 40"),

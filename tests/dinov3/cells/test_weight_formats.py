@@ -224,7 +224,7 @@ def test_masked_bias_into_a_plain_network(tmp_path, image):
     torch.save(source.state_dict(), tmp_path / "b.pth")
     again = vit(seed=5, mask_k_bias=False)
     report = load_backbone(again, tmp_path / "b.pth")
-    assert "masked k bias is written as zeros" in report.notes
+    assert "The masked k bias is written as zeros" in report.notes
     torch.testing.assert_close(tokens(again, image), tokens(source, image))
 
 

@@ -128,7 +128,7 @@ def test_damaged_checkpoints_are_skipped(tmp_path, caplog, damage):
         (folder / ".metadata").unlink()
     with caplog.at_level("WARNING", logger="dinov3"):
         assert find_latest_valid_checkpoint(tmp_path) == tmp_path / "1"
-    assert f"checkpoint {folder} is skipped" in caplog.text
+    assert f"Checkpoint {folder} is skipped" in caplog.text
 
 
 @pytest.mark.parametrize("change", [-1, 1])

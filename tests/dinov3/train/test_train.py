@@ -214,7 +214,7 @@ def test_signal_saves_and_stops(images, whole_run, tmp_path, monkeypatch):
     resumed: list[bool] = []
     monkeypatch.setattr("dinov3.train.train.watched", noted)
     changes = ["checkpointing.period=1000", *hook(monkeypatch, scored)]
-    with pytest.raises(Stopped, match="Stopped by SIGTERM after iteration 2"):
+    with pytest.raises(Stopped, match="stopped by SIGTERM after iteration 2"):
         run(images, tmp_path, *changes)
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["2"]
     run(images, tmp_path, "checkpointing.period=1000")
@@ -674,7 +674,7 @@ def test_nan_of_one_process_stops_all(images, tmp_path):
         ),
         (["wandb.mode=loud"], "wandb.mode` must be one of"),
         (["accelerator.timeout_s=0"], "accelerator.timeout_s` must be above 0, got 0"),
-        (["multiview.strategy=sideways"], "strategy must be one of multiview"),
+        (["multiview.strategy=sideways"], "strategy` must be one of multiview"),
     ],
 )
 def test_wrong_input_is_one_sentence(images, tmp_path, changes, message):

@@ -293,8 +293,8 @@ def test_plates_are_found_by_patterns(gallery):
     assert find_plates(store, "cpg*") == found
     assert [p.plate for p in find_plates(store, "*/*/*/BR[12]")] == ["BR1", "BR2"]
     for wrong, message in (
-        ("cpg0000/source_4/batch/XX*", r"there is \(plates\): BR0, BR1, BR2"),
-        ("cpg0000/source_9*", r"\(sources\): source_4"),
+        ("cpg0000/source_4/batch/XX*", "choose among these plates: BR0, BR1, BR2"),
+        ("cpg0000/source_9*", "choose among these sources: source_4"),
         ("a/b/c/d/e", "PROJECT/SOURCE/BATCH/PLATE"),
     ):
         with pytest.raises(ValueError, match=message):
