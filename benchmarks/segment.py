@@ -48,11 +48,11 @@ def child(images: list[Path], threads: int, labels_path: Path) -> None:
 
             loaded = pipeline.load(path)
             mark()
-            plane = loaded[0]
-            known = {"intensity": loaded.intensity} if hasattr(loaded, "intensity") else {}
-            distance_map = pipeline.predict(plane, **known)  # an older one finds it here
+            old = not hasattr(pipeline, "judge")
+            distance_map = pipeline.predict(loaded[0] if old else loaded)
             mark()
-            result = pipeline.finish(plane, distance_map, name=path.stem)
+            named = {"name": path.stem} if old else {}
+            result = pipeline.finish(loaded[0] if old else loaded, distance_map, **named)
             mark()
             table = result.measure()
             mark()
@@ -61,7 +61,7 @@ def child(images: list[Path], threads: int, labels_path: Path) -> None:
             result.save(folder, table=table, overlay=True)
             mark()
             if turn:
-                pixels += plane.size
+                pixels += loaded[0].size
                 found.append(result.labels.ravel())
                 for number, stage in enumerate(STAGES):
                     for clock in (0, 1):

@@ -20,7 +20,7 @@ from dinocell.network.familiarity import Appearance
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
 from dinocell.results.confidence import cell_scores
 from dinocell.scratch import row_bands
-from dinocell.segmentation.inference import predict_distance_map, start_appearance
+from dinocell.segmentation.inference import Inference, predict_distance_map, start_appearance
 from dinocell.segmentation.intensity import (
     IntensityRange,
     average_channels,
@@ -215,6 +215,8 @@ class DINOCellPipeline:
         and segmented band by band, to save memory; the result is the same.
     precision : `auto`, `fp32` or `bf16`
         bf16 differs in the third digit; `auto` takes it where the processor has the unit for it.
+    tta : bool
+        Test-time augmentation: the mean map of each window and its three flips; four times as slow.
     percentiles : (low, high), optional
         Intensities that become black and white, in place of the model's percentiles.
     min_score : float in [0, 1]
@@ -236,6 +238,7 @@ class DINOCellPipeline:
         batch_size: int = 8,
         tile_px: int | None = None,
         precision: str = "auto",
+        tta: bool = False,
         percentiles: tuple[float, float] | None = None,
         min_score: float = 0.0,
         **thresholds: Unpack[ThresholdChanges],
@@ -257,9 +260,7 @@ class DINOCellPipeline:
         self.thresholds = Thresholds.of(self.model.config)
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}: 8 is usual")
-        self.batch_size = batch_size
-        self.tile_px = tile_px
-        self.precision = precision
+        self.how = Inference(batch_size, tile_px, precision, tta)
         if not 0.0 <= min_score <= 1.0:
             raise UsageError(f"`min_score` must be in 0 to 1, got {min_score}: 0 keeps all cells")
         self.min_score = min_score
@@ -303,22 +304,8 @@ class DINOCellPipeline:
         loaded = self.load(
             image, channels=channels, page=page, pixel_size_um=pixel_size_um, allow_mask=allow_mask
         )
-        distance_map = self.predict(
-            loaded.plane,
-            intensity=loaded.intensity,
-            progress=progress,
-            appearance=loaded.appearance,
-        )
-        return self.finish(
-            loaded.plane,
-            distance_map,
-            pixel_size_um=loaded.pixel_size_um,
-            name=name or loaded.name,
-            warnings=loaded.warnings,
-            channels=loaded.channels,
-            channel_names=loaded.channel_names,
-            appearance=loaded.appearance,
-        )
+        loaded = loaded._replace(name=name or loaded.name)
+        return self.finish(loaded, self.predict(loaded, progress=progress))
 
     def load(
         self,
@@ -336,7 +323,7 @@ class DINOCellPipeline:
         notes: tuple[str, ...] = ()
         failure: type[Exception] = ValueError
         if isinstance(image, (str, os.PathLike)):
-            file = read_image(image, page=page, channels=chosen, tile_px=self.tile_px)
+            file = read_image(image, page=page, channels=chosen, tile_px=self.how.tile_px)
             pixels, names, stem, notes = (
                 file.pixels,
                 file.channel_names,
@@ -394,47 +381,28 @@ class DINOCellPipeline:
         return loaded._replace(appearance=appearance)
 
     def predict(
-        self,
-        plane: NDArray,
-        *,
-        intensity: IntensityRange | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        appearance: Appearance | None = None,
+        self, loaded: LoadedImage, *, progress: Callable[[int, int], None] | None = None
     ) -> NDArray[np.float32]:
-        """Second third of `run`: gray plane (H, W) → distance map (H, W) float32.
+        """Second third of `run`: what `load` gave → distance map, see `predict_distance_map`.
 
-        `intensity` as found by `load`; None finds it here.  `appearance` of `load` is filled.
+        Fills the appearance of `loaded`.
         """
         return predict_distance_map(
             self.model,
-            plane,
-            intensity=intensity,
-            batch_size=self.batch_size,
-            tile_px=self.tile_px,
-            precision=self.precision,
+            loaded.plane,
+            intensity=loaded.intensity,
+            how=self.how,
             progress=progress,
-            appearance=appearance,
+            appearance=loaded.appearance,
         )
 
-    def finish(
-        self,
-        plane: NDArray,
-        distance_map: NDArray[np.float32],
-        *,
-        pixel_size_um: float | None = None,
-        name: str = "image",
-        warnings: Sequence[str] = (),
-        channels: NDArray | None = None,
-        channel_names: tuple[str, ...] = (),
-        appearance: Appearance | None = None,
-    ) -> Segmentation:
-        """Last third of `run`: distance map → labels.  Needs no network and no GPU.
-
-        `appearance` as `predict` has filled it.
-        """
+    def finish(self, loaded: LoadedImage, distance_map: NDArray[np.float32]) -> Segmentation:
+        """Last third of `run`: what `predict` gave → labels.  Needs no network and no GPU."""
+        distance_map, spread = distance_map if self.how.tta else (distance_map, None)
         labels = separate_cells(distance_map, self.thresholds)
-        found = list(warnings)
-        scores = cell_scores(labels, distance_map, target=self.model.config.target)
+        found = list(loaded.warnings)
+        target = self.model.config.target
+        scores = cell_scores(labels, distance_map, target=target, spread=spread)
         kept = scores >= self.min_score
         if not kept.all():
             numbers = np.where(kept, np.cumsum(kept), 0)
@@ -446,24 +414,32 @@ class DINOCellPipeline:
                 f"are below {self.min_score:g}"
             )
             scores = scores[kept]
-        if plane.size and plane.min() == plane.max():
-            found.append("constant image: no cells can be found")
-        statistics = self.model.statistics
-        compared = None if statistics is None else statistics.compare(appearance)
-        if compared is not None and compared.reasons:
-            found.append(compared.note(self.model.card.get("name") or "this model"))
+        notes, unfamiliar = self.judge(loaded)
         return Segmentation(
             labels=labels,
             distance_map=distance_map,
-            image=plane,
-            pixel_size_um=pixel_size_um,
-            name=name,
-            warnings=tuple(found),
-            channels=channels,
-            channel_names=channel_names,
+            image=loaded.plane,
+            pixel_size_um=loaded.pixel_size_um,
+            name=loaded.name,
+            warnings=(*found, *notes),
+            channels=loaded.channels,
+            channel_names=loaded.channel_names,
             scores=scores,
-            unfamiliar=None if compared is None else compared.unfamiliar,
+            unfamiliar=unfamiliar,
         )
+
+    def judge(self, loaded: LoadedImage) -> tuple[list[str], float | None]:
+        """Notes on an image that `predict` has seen, and how unfamiliar it is if the model knows that."""
+        notes = []
+        plane, statistics = loaded.plane, self.model.statistics
+        if plane.size and plane.min() == plane.max():
+            notes.append("constant image: no cells can be found")
+        compared = None if statistics is None else statistics.compare(loaded.appearance)
+        if compared is None:
+            return notes, None
+        if compared.reasons:
+            notes.append(compared.note(self.model.card.get("name") or "this model"))
+        return notes, compared.unfamiliar
 
     def _average(
         self, pixels: NDArray, names: Sequence[str] | None
@@ -476,7 +452,7 @@ class DINOCellPipeline:
             for index, intensity in enumerate(ranges)
             for note in intensity.notes
         ]
-        return average_channels(pixels, ranges, self.tile_px), notes
+        return average_channels(pixels, ranges, self.how.tile_px), notes
 
 
 def segment(

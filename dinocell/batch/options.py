@@ -37,6 +37,7 @@ class SegmentOptions:
     batch_size : windows per call of the network
     tile_px : images of more pixels than a square of this edge are kept in files; changes no result
     precision : `auto`, `fp32` or `bf16`
+    tta : predict each window in four orientations and take the mean map
     percentiles : intensities that become black and white, in % of the pixels
     workers : threads that finish and write results
     overlay, report : also write outlines as a picture, and one HTML page
@@ -58,6 +59,7 @@ class SegmentOptions:
     batch_size: int = 8
     tile_px: int | None = None
     precision: str = "auto"
+    tta: bool = False
     percentiles: tuple[float, float] | None = None
     workers: int = 1
     overlay: bool = True

@@ -65,6 +65,7 @@ def write_report_page(
             "images": len(names),
             **vars(pipeline.thresholds),
             "min_score": options.min_score,
+            **({"tta": True} if options.tta else {}),
         },
         notes=notes,
     )

@@ -64,7 +64,7 @@ _GIVEN_UP = (
     "segmented this image: raise mem, set a smaller `tile_px`, or check the file"
 )
 _PIPELINE_OPTIONS = (
-    *("batch_size", "tile_px", "precision", "percentiles", "min_score"),
+    *("batch_size", "tile_px", "precision", "tta", "percentiles", "min_score"),
     *("peak_threshold", "fill_threshold", "min_prominence", "min_area_px"),
 )
 # What costs one image and not the batch: anything, as decoders and OpenCV have errors of their own.
@@ -321,9 +321,7 @@ class _Batch:
         try:
             loaded, mark = read.result()
             with self.warned.of_image() as kept:
-                distance_map = self.pipeline.predict(
-                    loaded.plane, intensity=loaded.intensity, appearance=loaded.appearance
-                )
+                distance_map = self.pipeline.predict(loaded)
             return loaded._replace(warnings=(*loaded.warnings, *kept)), distance_map, mark
         except _IMAGE_ERRORS as error:
             self._fail(path, error)
@@ -334,16 +332,7 @@ class _Batch:
     ) -> None:
         """Separate, measure and write the cells; the line in the journal says that all is written."""
         with self.warned.of_image() as kept:
-            result = self.pipeline.finish(
-                loaded.plane,
-                distance_map,
-                pixel_size_um=loaded.pixel_size_um,
-                name=path.stem,
-                warnings=loaded.warnings,
-                channels=loaded.channels,
-                channel_names=loaded.channel_names,
-                appearance=loaded.appearance,
-            )
+            result = self.pipeline.finish(loaded, distance_map)
             row = self._write(path, result, kept) | {"input": mark}
         self.rows[path.stem] = row
         journal = (self.part or self.out) / JOURNAL_NAME

@@ -38,6 +38,9 @@ class Inputs:
         "Run --model with this precision: auto, fp32 or bf16 (see `dinocell segment --help`).",
         "auto",
     )
+    tta: bool = option(
+        "Run --model with test-time augmentation (see `dinocell segment --help`).", False
+    )
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def evaluate(
         from dinocell.evaluation.model_evaluation import Reading, evaluate_model
 
         channels = channel_choice(inputs.channels)
-        reading = Reading(device, inputs.precision, channels, inputs.page)
+        reading = Reading(device, inputs.precision, channels, inputs.page, inputs.tta)
         tune_metric = tuning.metric if tuning.tune else None
         how = scoring.settings() | {"tune_metric": tune_metric, "save_to": tuning.save_to}
         result = evaluate_model(inputs.model, inputs.data, reading=reading, **how)
@@ -160,9 +163,10 @@ def _faults(given: Mapping[str, Any]) -> Iterator[str]:
     if model is None and (tune or save_to):
         yield "--tune must have --model and --data, got --pred: replace --pred and --truth by them"
     precision, values = given["precision"], given["iou_thresholds"] or []
-    if model is None and (given["channels"], given["page"], precision) != (None, None, "auto"):
+    reading = (given["channels"], given["page"], precision, given["tta"])
+    if model is None and reading != (None, None, "auto", False):
         yield (
-            "--channels, --page and --precision must have --model and --data, got --pred: leave them out, "
+            "--channels, --page, --precision and --tta must have --model and --data, got --pred: leave them out, "
             "because label images have one plane and no network runs"
         )
     if precision not in PRECISIONS:

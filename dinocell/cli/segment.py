@@ -76,6 +76,11 @@ class SegmentFlags:
         "the third digit). The value auto takes bf16 on processors that are fast with it, else fp32.",
         "auto",
     )
+    tta: bool = option(
+        "Test-time augmentation: predict each image window as it is and flipped left-right, up-down, and "
+        "both, and use the mean. Scores then count how far the four agree. Takes four times as long.",
+        False,
+    )
     percentiles: str | None = option(
         "Scale intensities so that these two percentiles of the image become black and white, for example "
         "1,99. Borders, scale bars and hot pixels are ignored.  [default: the model's]"

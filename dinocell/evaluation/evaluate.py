@@ -20,7 +20,7 @@ from dinocell.evaluation.scores import (
     check_iou_thresholds,
     evaluate_pair,
 )
-from dinocell.io import read_labels
+from dinocell.io import read_label_file
 from dinocell.labels import require_cells
 from dinocell.pairs import pair_folders
 
@@ -80,17 +80,26 @@ def evaluate_folders(
     see `require_cells`); ImageFileError (a file is unreadable or holds no integers).
     """
     paths = pair_folders(pred_dir, truth_dir, allow_missing_predictions=allow_missing_predictions)
+    notes: dict[str, tuple[str, ...]] = {}
 
     def read() -> Iterator[tuple[str, ArrayLike, ArrayLike]]:
         for name, pred_path, truth_path in paths:
-            truth = _read(truth_path)
-            yield name, truth, np.zeros_like(truth) if pred_path is None else _read(pred_path)
+            truth, found = _read(truth_path, "truth")
+            pred = np.zeros_like(truth)
+            if pred_path is not None:
+                pred, others = _read(pred_path, "prediction")
+                found += others
+            if found:
+                notes[name] = tuple(found)
+            yield name, truth, pred
 
     missing = tuple(name for name, pred_path, _ in paths if pred_path is None)
-    return replace(evaluate_pairs(read(), **how), missing_predictions=missing)
+    report = evaluate_pairs(read(), **how)
+    return replace(report, missing_predictions=missing, notes=notes)
 
 
-def _read(path: Path) -> NDArray[np.uint32]:
-    labels = read_labels(path)
-    require_cells(labels, path)
-    return labels
+def _read(path: Path, what: str) -> tuple[NDArray[np.uint32], list[str]]:
+    """A label image, and what was noted on it."""
+    file = read_label_file(path)
+    require_cells(file.pixels, path)
+    return file.pixels, [f"{what}: {note}" for note in file.notes]

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from dinocell.evaluation.evaluate import evaluate_pairs
 from dinocell.evaluation.report import EvaluationReport
 from dinocell.evaluation.scores import DEFAULT_BOUNDARY_TOLERANCE_PX, DEFAULT_IOU_THRESHOLDS
 from dinocell.evaluation.tuning import TuningResult, tune_thresholds, tuned_values
-from dinocell.io import natural_key, read_labels
+from dinocell.io import natural_key, read_label_file
 from dinocell.labels import require_cells
 from dinocell.network.model import load_model, save_model, with_config
 from dinocell.pairs import find_pairs
@@ -68,6 +69,7 @@ class Reading:
     precision: str = "auto"
     channels: Sequence[int | str] | None = None
     page: int | None = None
+    tta: bool = False
 
 
 def evaluate_model(
@@ -87,7 +89,7 @@ def evaluate_model(
     ----------
     model : model file or bundled name
     data : folder with `images` and `labels`, paired by `dinocell.pairs.find_pairs`
-    reading : device, precision, channels, and page
+    reading : device, precision, channels, page, and test-time augmentation
     tune_metric : first search the thresholds for the best value of this metric on these images
     save_to : with `tune_metric`: write the model with the found thresholds here
     iou_thresholds, boundary_tolerance_px : as for `evaluate_pair`
@@ -102,8 +104,10 @@ def evaluate_model(
     if saved_to is not None:
         _check_target(saved_to, Path(model))
     network = load_model(os.fspath(model), device=reading.device)
-    pipeline = DINOCellPipeline(network, precision=reading.precision)
-    predictions = _predict(pipeline, folder, reading, shown=shown)
+    how: dict[str, Any] = {"precision": reading.precision, "tta": reading.tta}
+    pipeline = DINOCellPipeline(network, **how)
+    notes: dict[str, tuple[str, ...]] = {}
+    predictions = _predict(pipeline, folder, reading, notes, shown=shown)
     tuning = None
     if tune_metric is not None:
         predictions = list(predictions)  # to search thresholds, all maps are needed at a time
@@ -112,8 +116,7 @@ def evaluate_model(
         with raised_as(UsageError, ValueError):
             tuning = tune_thresholds(samples, metric=tune_metric, min_area_px=min_area_px)
         pipeline = DINOCellPipeline(
-            with_config(pipeline.model, **tuned_values(tuning.thresholds)),
-            precision=reading.precision,
+            with_config(pipeline.model, **tuned_values(tuning.thresholds)), **how
         )
         if saved_to is not None:
             save_model(saved_to, pipeline.model, half=True)
@@ -125,6 +128,7 @@ def evaluate_model(
         iou_thresholds=iou_thresholds,
         boundary_tolerance_px=boundary_tolerance_px,
     )
+    report = replace(report, notes=notes)  # of the images that were read above
     return ModelEvaluation(report, pipeline.thresholds, tuning, saved_to)
 
 
@@ -139,21 +143,41 @@ def _check_target(path: Path, model: Path) -> None:
 
 
 def _predict(
-    pipeline: DINOCellPipeline, folder: Path, reading: Reading, *, shown: bool
+    pipeline: DINOCellPipeline,
+    folder: Path,
+    reading: Reading,
+    notes: dict[str, tuple[str, ...]],
+    *,
+    shown: bool,
 ) -> Iterable[tuple[str, NDArray[np.uint32], NDArray[np.float32]]]:
-    """Name, truth and distance map of each image, in natural order of their names (2 before 10)."""
+    """Name, truth and distance map of each image, in natural order of their names (2 before 10).
+
+    Adds what was noted on an image and its labels to `notes`, by its name.
+    """
     pairs = find_pairs(folder / "images", folder / "labels")
     pairs.sort(key=lambda pair: natural_key(pair.image_path))
     with progress("predicting", len(pairs), shown=shown) as bar:
         for pair in pairs:
-            loaded = pipeline.load(pair.image_path, channels=reading.channels, page=reading.page)
+            loaded = pipeline.load(
+                pair.image_path,
+                channels=reading.channels,
+                page=reading.page,
+                pixel_size_um=1.0,  # no score needs it, so that nothing is noted on it
+            )
             plane, name = loaded.plane, loaded.name
-            truth = read_labels(pair.labels_path, shape=plane.shape)
+            file = read_label_file(pair.labels_path, shape=plane.shape)
+            truth = file.pixels
             require_cells(truth, pair.labels_path)
             if truth.shape != plane.shape:
                 raise DataSetError(
                     f"An image and its labels must have the same size, got {plane.shape} and "
                     f"{truth.shape} for {name}: check that the names belong together"
                 )
-            yield name, truth, pipeline.predict(plane, intensity=loaded.intensity)
+            distance_map = pipeline.predict(loaded)
+            if reading.tta:
+                distance_map = distance_map[0].copy()  # and not how far the flips differ
+            of_labels = [f"labels: {note}" for note in file.notes]
+            if found := (*loaded.warnings, *pipeline.judge(loaded)[0], *of_labels):
+                notes[name] = found
+            yield name, truth, distance_map
             bar.advance(note=name)

@@ -13,6 +13,7 @@ import csv
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
@@ -26,13 +27,15 @@ from dinocell.results.table import align_columns
 class EvaluationReport:
     """Scores of many images, at least one: per image, pooled, and as means over images.
 
-    `missing_predictions` names images without one, which were scored as if nothing had been found.
+    `missing_predictions` names images without one, which were scored as if nothing had been found;
+    `notes` has what a careful user should know of an image, by its name.
     """
 
     images: tuple[ImageScores, ...]
     iou_thresholds: tuple[float, ...]
     boundary_tolerance_px: float
     missing_predictions: tuple[str, ...] = field(default=())
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def num_empty_images(self) -> int:
@@ -90,6 +93,7 @@ class EvaluationReport:
                 f"{skipped} of {len(self.images)} images have no true and no predicted cell: "
                 "left out of the means, except of the count error"
             )
+        lines += [f"note: {name}: {'; '.join(notes)}" for name, notes in self.notes.items()]
         return lines
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
@@ -104,7 +108,10 @@ class EvaluationReport:
             writer.writerows(rows)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write settings, pooled scores, means and all rows atomically; null where no score exists."""
+        """Write settings, pooled scores, means and all rows atomically; null where no score exists.
+
+        The notes on an image are in its row, as `warnings`.
+        """
         document = {
             "iou_thresholds": list(self.iou_thresholds),
             "boundary_tolerance_px": self.boundary_tolerance_px,
@@ -114,7 +121,10 @@ class EvaluationReport:
             "totals": self.total.counts(),
             "pooled": _without_nan(self.pooled),
             "mean": _without_nan(self.mean),
-            "images": [_without_nan(row) for row in self.image_rows()],
+            "images": [
+                _without_nan(row) | {"warnings": "; ".join(self.notes.get(str(row["name"]), ()))}
+                for row in self.image_rows()
+            ],
         }
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
         write_text_atomically(path, text + "\n")

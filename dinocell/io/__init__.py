@@ -8,7 +8,7 @@ from dinocell.io.names import (
     search_images,
 )
 from dinocell.io.planes import select_channels
-from dinocell.io.read import Image, read_image, read_labels
+from dinocell.io.read import Image, read_image, read_label_file, read_labels
 from dinocell.io.write import write_image, write_labels
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "find_images",
     "natural_key",
     "read_image",
+    "read_label_file",
     "read_labels",
     "refuse_long_names",
     "search_images",

@@ -124,6 +124,17 @@ def read_labels(
     max_pixels: int = MAX_PIXELS,
     shape: tuple[int, int] | None = None,
 ) -> np.ndarray:
+    """`read_label_file` without its notes: (H, W) uint32."""
+    return read_label_file(path, page=page, max_pixels=max_pixels, shape=shape).pixels
+
+
+def read_label_file(
+    path: str | os.PathLike[str],
+    *,
+    page: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    shape: tuple[int, int] | None = None,
+) -> Image:
     """Read a label image: 0 is background, every other number one cell.
 
     Parameters
@@ -137,15 +148,15 @@ def read_labels(
     shape : (H, W), optional, size of the image that the labels belong to: ROIs need it, other files do
         not use it
 
-    Returns (H, W) uint32 ndarray: the numbers as stored; gaps and unconnected parts stay.  Turned
-    upright, as images are.
+    Returns Image: its pixels (H, W) are uint32, the numbers as stored; gaps and unconnected parts stay.
+    Turned upright, as images are; `notes` says so.  The pixel size is not read.
 
     Raises UsageError (the file or the page does not exist); ImageFileError (as for `read_image`;
     also colours, negative or fractional numbers, numbers above 2³² − 1).
     """
     path = _existing_file(path)
     if path.suffix.lower() == ".zip":
-        return read_roi_labels(path, shape)
+        return Image(read_roi_labels(path, shape), path)
     if path.name.endswith(SEG_NPY):
         raw = RawImage(read_seg_npy(path))
     else:
@@ -159,8 +170,6 @@ def read_labels(
             f"A label image is needed (one channel, 0 background, one whole number per cell), but "
             f"'{path}' is {what}: export the labels as 16-bit gray PNG or TIFF"
         )
-    if pixels.dtype == np.bool_:
-        return pixels.astype(np.uint32)
     if pixels.dtype.kind == "f" and not all_whole(pixels):
         raise ImageFileError(
             f"A label image must hold whole numbers, '{path}' ({pixels.dtype}) holds fractions or "
@@ -172,7 +181,8 @@ def read_labels(
             f"Labels must lie in 0 … 4,294,967,295, '{path}' holds {low} … {high}: renumber them "
             "from 1 with background 0"
         )
-    return contiguous(pixels, np.uint32)
+    notes = tuple(note for note in raw.notes if "`pixel_size_um`" not in note)
+    return Image(contiguous(pixels, np.uint32), path, notes=notes)
 
 
 def _existing_file(path: str | os.PathLike[str]) -> Path:

@@ -1,6 +1,7 @@
 """One image through the network: normalise whole, cut into windows, predict, blend."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,35 @@ from dinocell.network.config import ModelConfig
 from dinocell.network.familiarity import Appearance, contrast_of
 from dinocell.network.model import DINOCell
 from dinocell.network.precision import autocast
-from dinocell.scratch import all_finite, new_image, row_bands
+from dinocell.scratch import all_finite, is_large, row_bands, zeros_in_file
 from dinocell.segmentation.intensity import IMAGENET_MEAN, IMAGENET_STD, IntensityRange, find_range
 from dinocell.segmentation.tiles import predict_windows
 
 _SIGNAL = 1.2
 """Signal spans more than this multiple of the least range, `min_contrast_sigma`: 24 standard deviations
 of the noise in place of 20; the faintest field of dinocell-tiny's training data spans 30."""
+
+_FLIPS = ((), (-1,), (-2,), (-2, -1))
+"""Axes along which test-time augmentation flips a window: none, left-right, up-down, both."""
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How a network is run over an image.
+
+    batch_size : windows per network call; changes speed and memory, not the result
+    tile_px : of an image with more pixels than a square of this edge (default 4096), the map is kept in
+        a temporary file; the result is the same
+    precision : `auto`, `fp32` or `bf16`, see `dinocell.network.precision.autocast`; bf16 differs in the
+        third digit
+    tta : test-time augmentation: predict each window in four orientations (as it is, flipped
+        left-right, up-down, and both), and take the mean of the four maps; takes four times as long
+    """
+
+    batch_size: int = 8
+    tile_px: int | None = None
+    precision: str = "auto"
+    tta: bool = False
 
 
 def start_appearance(intensity: IntensityRange, dtype: np.dtype, config: ModelConfig) -> Appearance:
@@ -32,9 +55,7 @@ def predict_distance_map(
     image: NDArray,
     *,
     intensity: IntensityRange | None = None,
-    batch_size: int = 8,
-    tile_px: int | None = None,
-    precision: str = "auto",
+    how: Inference = Inference(),
     progress: Callable[[int, int], None] | None = None,
     appearance: Appearance | None = None,
 ) -> NDArray[np.float32]:
@@ -50,41 +71,39 @@ def predict_distance_map(
     image : (H, W) ndarray, raw intensities of any real dtype, finite
     intensity : IntensityRange, optional
         Of this image, where it is known; None finds it with the model's percentiles.
-    batch_size : int, windows per network call; changes speed and memory, not the result
-    tile_px : int, optional: of an image with more pixels than a square of this edge, the map is
-        kept in a temporary file; the result is the same
-    precision : `auto`, `fp32` or `bf16`
-        See `dinocell.network.precision.autocast`; bf16 differs in the third digit.
+    how : batches, precision, test-time augmentation, and where the map is stored
     progress : callable (done, total), optional, called after every batch of windows
-    appearance : Appearance, optional, gets what the network saw in every window
+    appearance : Appearance, optional, gets what the network saw in every window, not in its flips
 
-    Returns (H, W) float32 ndarray in [0, 1]: all zeros for a constant image, without asking the
-    network.
+    Returns (H, W) float32 ndarray in [0, 1], with `how.tta` (2, H, W): the mean map of the flips, and
+    their standard deviation at each pixel.  All zeros for a constant image, without asking the network.
 
     Raises ValueError (the image is not 2-D or not finite, the precision is unknown, or the network
     answers NaN).
     """
-    network = _Network(model, precision, appearance)
+    network = _Network(model, how, appearance)
     config = model.config
     normalized = _NormalizedImage(image, intensity or find_range(image, **config.intensity))
-    distance_map = new_image(image.shape, np.float32, tile_px)
+    shape = (2, *image.shape) if how.tta else image.shape
+    make = zeros_in_file if is_large(image.shape, how.tile_px) else np.zeros
+    maps: NDArray[np.float32] = make(shape, np.float32)
     if normalized.is_blank():
-        return distance_map
+        return maps
     predict_windows(
         normalized,
         network.predict,
         window_px=config.window_px,
         overlap_px=config.overlap_px,
-        batch_size=batch_size,
-        blended=distance_map,
+        batch_size=how.batch_size,
+        blended=maps,
         progress=progress,
     )
-    if not all_finite(distance_map):
+    if not all(map(all_finite, maps if how.tta else [maps])):
         raise ValueError(
             "The network must answer with finite values, got NaN: the model file is damaged or "
             "the precision too low for it; try precision fp32"
         )
-    return np.clip(distance_map, 0.0, 1.0, out=distance_map)
+    return np.clip(maps, 0.0, 1.0, out=maps)
 
 
 class _Network:
@@ -93,9 +112,9 @@ class _Network:
     Such windows lie in black borders and between the parts of a mosaic.
     """
 
-    def __init__(self, model: DINOCell, precision: str, appearance: Appearance | None) -> None:
-        self.model, self.context = model, autocast(precision, model.device)
-        self.appearance = appearance
+    def __init__(self, model: DINOCell, how: Inference, appearance: Appearance | None) -> None:
+        self.model, self.context = model, autocast(how.precision, model.device)
+        self.appearance, self.tta = appearance, how.tta
         self.mean, self.std = (
             torch.tensor(v, device=model.device)[:, None, None]
             for v in (IMAGENET_MEAN, IMAGENET_STD)
@@ -103,7 +122,8 @@ class _Network:
         self._of_zeros: NDArray[np.float32] | None = None
 
     def predict(self, windows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, 1, window, window) in [0, 1] → (B, window, window)."""
+        """(B, 1, window, window) in [0, 1] → (B, window, window), or mean and deviation of flips
+        (B, 2, window, window)."""
         shown = windows.any(axis=(1, 2, 3))
         if shown.all():
             return self._ask(windows, self.appearance)
@@ -118,6 +138,15 @@ class _Network:
         self, windows: NDArray[np.float32], appearance: Appearance | None
     ) -> NDArray[np.float32]:
         gray = torch.from_numpy(windows).to(self.model.device)  # [B, 1, window, window]
+        if not self.tta:
+            return self._map(gray, appearance)
+        maps = [
+            np.flip(self._map(gray.flip(axes), None if axes else appearance), axes)
+            for axes in _FLIPS
+        ]
+        return np.stack([np.mean(maps, axis=0), np.std(maps, axis=0)], axis=1)
+
+    def _map(self, gray: torch.Tensor, appearance: Appearance | None) -> NDArray[np.float32]:
         batch = ((gray - self.mean) / self.std).contiguous()  # [B, 3, window, window]
         with torch.inference_mode(), self.context:
             maps, features = self.model.map_and_features(batch)

@@ -153,15 +153,16 @@ def predict_windows(
     image : (C, H, W) ndarray, H and W ≥ 1
         Already normalised as a whole.  Windows are read in reading order, one by one.
     predict : callable, takes (B, C, window_px, window_px) float32, 1 ≤ B ≤ `batch_size`, which it
-        may keep or change; returns (B, window_px, window_px)
+        may keep or change; returns (B, window_px, window_px), or K maps of each window,
+        (B, K, window_px, window_px)
     window_px, overlap_px : int, the grid, see `plan_windows`
     batch_size : int, windows per call; the last call may get fewer
-    blended : (H, W) float32 ndarray of zeros, optional, receives the result
+    blended : (H, W) or (K, H, W) float32 ndarray of zeros, optional, receives the result
     progress : callable, optional, called as `progress(done, total)`, in windows, after each batch
 
-    Returns (H, W) float32 ndarray: at each pixel the weighted mean of the windows over it
-    (`edge_ramp` along rows times that along columns).  Equal for every `batch_size` up to the rounding of float32 sums, as far as
-    `predict` itself treats each window alone.
+    Returns float32 ndarray of the shape of `blended`: at each pixel the weighted mean of the windows
+    over it (`edge_ramp` along rows times that along columns).  Equal for every `batch_size` up to the
+    rounding of float32 sums, as far as `predict` itself treats each window alone.
 
     Raises ValueError (`image` is not (C, H, W), an option is out of range, or `predict` returns
     another shape).
@@ -187,7 +188,7 @@ def predict_windows(
         for window, place in zip(windows, places, strict=True):
             _read_window(image, plan, place, window)
         maps = np.asarray(predict(windows))
-        expected = (len(places), window_px, window_px)
+        expected = (len(places), *blended.shape[:-2], window_px, window_px)
         if maps.shape != expected:
             raise ValueError(f"`predict` must return shape {expected}, it returned {maps.shape}")
         for one_map, (row, col) in zip(maps, places, strict=True):
@@ -196,8 +197,7 @@ def predict_windows(
             cols = slice(max(left, 0), min(left + window_px, width))
             inside = np.s_[rows.start - top : rows.stop - top, cols.start - left : cols.stop - left]
             share = np.outer(row_shares[row, inside[0]], col_shares[col, inside[1]])
-            share *= one_map[inside]
-            blended[rows, cols] += share
+            blended[..., rows, cols] += share * one_map[..., *inside]
         if progress is not None:
             progress(first + len(places), len(grid))
     return blended

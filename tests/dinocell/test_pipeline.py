@@ -9,7 +9,8 @@ import tifffile
 from dinocell.errors import ConfigError, ImageFileError, UsageError
 from dinocell.io import read_labels, write_image
 from dinocell.pipeline import DINOCellPipeline, segment
-from dinocell.segmentation.inference import predict_distance_map
+from dinocell.results.confidence import cell_scores
+from dinocell.segmentation.inference import Inference, predict_distance_map
 
 
 def field(height: int = 70, width: int = 90, seed: int = 0) -> np.ndarray:
@@ -111,10 +112,22 @@ def test_normalisation_options_of_the_model_act(mini_model):
 def test_precision(mini_model):
     image = field()
     full = predict_distance_map(mini_model, image)
-    half = predict_distance_map(mini_model, image, precision="bf16")
+    half = predict_distance_map(mini_model, image, how=Inference(precision="bf16"))
     assert 0 < np.abs(full - half).max() < 0.1
     with pytest.raises(ValueError, match="one of auto, fp32, bf16"):
-        predict_distance_map(mini_model, image, precision="fp8")
+        predict_distance_map(mini_model, image, how=Inference(precision="fp8"))
+
+
+def test_test_time_augmentation_changes_map_and_scores(mini_model):
+    image = field(150, 170)
+    plain, flipped = (segment(image, model=mini_model, tta=tta) for tta in (False, True))
+    assert flipped.distance_map.shape == plain.distance_map.shape
+    assert np.abs(flipped.distance_map - plain.distance_map).max() > 1e-4
+    assert flipped.num_cells == len(flipped.scores)
+    alone = cell_scores(flipped.labels, flipped.distance_map, target=mini_model.config.target)
+    shown = alone > 0
+    assert shown.any()
+    assert (flipped.scores < alone)[shown].all()  # because the flips of a random network differ
 
 
 def test_percentiles_change_the_result(mini_model):

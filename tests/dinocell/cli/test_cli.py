@@ -295,6 +295,7 @@ class TestEvaluate:
             ("--pred x --truth x --iou 2", "at most 1"),
             ("--pred x --truth x --page 0", "--page and --precision must"),
             ("--pred x --truth x --precision bf16", "no network runs"),
+            ("--pred x --truth x --tta", "no network runs"),
             ("--model m --data d --precision fp8", "auto, fp32, bf16"),
             ("--pred no --truth no", "no"),
         ):
@@ -347,10 +348,25 @@ class TestEvaluate:
         rounded = call(capsys, *base, two, "--precision", "bf16")
         assert rounded[0] == 0
         assert rounded[1] != plain
+        flipped = call(capsys, *base, two, "--tta")
+        assert flipped[0] == 0
+        assert flipped[1] != plain
         for path in (tmp_path / "images").iterdir():
             stack = read_image(path).pixels.transpose(2, 0, 1)
             tifffile.imwrite(path, stack, imagej=True, metadata={"axes": "ZYX"})
         assert call(capsys, *base, tmp_path, "--page", "1")[1] == plain
+
+    def test_notes_on_images_are_shown(self, capsys, two, model_path, tmp_path):
+        data = shutil.copytree(two, tmp_path / "data")
+        marked = sorted((data / "images").iterdir())[1]
+        image = read_image(marked).pixels
+        image[60:63, 5:60] = 65_535
+        write_image(marked, image)
+        base = ["evaluate", "--model", model_path, "--device", "cpu", "--data", data]
+        _, out, _ = call(capsys, *base, "-o", tmp_path / "s.json")
+        (note,) = re.findall(rf"^note: {marked.stem}: (.*hold no signal.*)$", out, re.MULTILINE)
+        rows = json.loads((tmp_path / "s.json").read_text())["images"]
+        assert [row["warnings"] for row in rows] == ["", note]
 
     def test_data_folder_without_labels(self, capsys, model_path, tmp_path):
         code, _, err = call(capsys, "evaluate", "--model", model_path, "--data", tmp_path)

@@ -343,6 +343,26 @@ def test_missing_predictions_count_as_empty_and_are_reported(tmp_path: Path) -> 
     assert any(line.startswith("2 images have no prediction") for line in report.table())
 
 
+def test_notes_on_the_files_are_in_the_report(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 3
+    for folder, name in (("t", "a"), ("p", "a"), ("t", "b"), ("p", "b")):
+        path = tmp_path / folder / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        turned = name == "a" or folder == "p"
+        Image.fromarray(TRUTH.astype(np.uint16)).save(path, **({"exif": exif} if turned else {}))
+    report = evaluate_folders(tmp_path / "p", tmp_path / "t")
+    note = "the file states that its picture is turned (orientation 3): it was turned upright"
+    assert report.notes == {
+        "a": (f"truth: {note}", f"prediction: {note}"),
+        "b": (f"prediction: {note}",),
+    }
+    assert f"note: a: truth: {note}; prediction: {note}" in report.table()
+    report.to_json(tmp_path / "s.json")
+    rows = json.loads((tmp_path / "s.json").read_text())["images"]
+    assert [row["warnings"] for row in rows] == ["; ".join(report.notes[name]) for name in "ab"]
+
+
 def test_files_of_other_size_or_kind(tmp_path: Path) -> None:
     write_labels(tmp_path / "t" / "a.png", TRUTH)
     write_labels(tmp_path / "p" / "a.png", TRUTH[:7])

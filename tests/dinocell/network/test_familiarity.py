@@ -15,7 +15,7 @@ from dinocell.network.familiarity import (
     fit_statistics,
 )
 from dinocell.network.model import load_model, read_model_header, save_model
-from dinocell.segmentation.inference import predict_distance_map, start_appearance
+from dinocell.segmentation.inference import Inference, predict_distance_map, start_appearance
 from dinocell.segmentation.intensity import IntensityRange, find_range
 
 
@@ -70,8 +70,9 @@ def test_sums_do_not_depend_on_batches(small_model):
     collected = []
     for options in ({"batch_size": 1}, {"batch_size": 64}, {"tile_px": 40}):
         appearance = Appearance()
-        observed = predict_distance_map(small_model, image(), appearance=appearance, **options)
-        unobserved = predict_distance_map(small_model, image(), **options)
+        how = Inference(**options)
+        observed = predict_distance_map(small_model, image(), appearance=appearance, how=how)
+        unobserved = predict_distance_map(small_model, image(), how=how)
         np.testing.assert_array_equal(observed, unobserved)
         collected.append([*appearance.features, *appearance.measures().values()])
     np.testing.assert_allclose(collected[1:], collected[:1] * 2, rtol=1e-3, atol=1e-4)

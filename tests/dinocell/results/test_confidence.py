@@ -25,6 +25,16 @@ def test_scores_by_hand() -> None:
     np.testing.assert_allclose(scores, [agreement * 2 / 3, 0.5], rtol=1e-6)
 
 
+def test_cells_whose_flips_differ_score_lower_by_hand() -> None:
+    labels = np.array([[1, 1, 1, 0, 2, 0, 3]])
+    distance_map = np.array([[0.5, 1.0, 0.3, 0.0, 0.5, 0.0, 0.6]])
+    alone = cell_scores(labels, distance_map)
+    spread = np.array([[0.1, 0.0, 0.2, 0.5, 0.0, 0.0, 0.7]])
+    scores = cell_scores(labels, distance_map, spread=spread)
+    assert alone.all()
+    np.testing.assert_allclose(scores / alone, [(1.5 / 2.1) ** 4, 1, 0], rtol=1e-6)
+
+
 def test_a_map_as_it_should_be_scores_higher_than_a_flat_or_noisy_one() -> None:
     labels = two_squares()
     ideal = labels_to_distance_map(labels)

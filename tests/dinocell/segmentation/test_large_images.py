@@ -5,20 +5,23 @@ from __future__ import annotations
 import errno
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 from dinocell import scratch
 from dinocell.batch.options import SegmentOptions
 from dinocell.batch.run import segment_files
 from dinocell.errors import ScratchSpaceError
 from dinocell.io import read_image, read_labels, write_image
+from dinocell.network.model import with_config
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.segmentation.distance_map import _table_index
-from dinocell.segmentation.inference import predict_distance_map
+from dinocell.segmentation.inference import Inference, predict_distance_map
 from dinocell.segmentation.intensity import IntensityRange, find_range
 from dinocell.segmentation.levels import checked_map
 
@@ -33,7 +36,7 @@ def made(monkeypatch):
         shapes.append((tuple(shape), np.dtype(dtype).name))
         return original(shape, dtype)
 
-    for module in ("dinocell.scratch", "dinocell.io.tiff"):
+    for module in ("dinocell.scratch", "dinocell.io.tiff", "dinocell.segmentation.inference"):
         monkeypatch.setattr(f"{module}.zeros_in_file", recorded)
     monkeypatch.setattr(scratch, "_BAND_PX", 5000)
     return shapes
@@ -251,6 +254,42 @@ class _Recorder:
         return batch.mean(1, keepdim=True).sigmoid(), None
 
 
+class _Ramp(_Recorder):
+    """Its map is the window, darker towards the right and the bottom: no flip gives the same map."""
+
+    def map_and_features(self, batch):
+        side = batch.shape[-1]
+        ramp = torch.linspace(1, 0.5, side)
+        return super().map_and_features(batch)[0] * ramp * ramp[:, None] ** 2, None
+
+
+def test_test_time_augmentation_is_the_mean_of_four_flips(small_model):
+    image = field()[:40, :34]  # a window reaches over it by as much on every side
+    model = _Ramp(with_config(small_model, window_px=48, overlap_px=16))
+    how = Inference(tta=True)
+    intensity = IntensityRange(300, 4000)
+    mean, spread = predict_distance_map(model, image, intensity=intensity, how=how)
+    assert model.seen == 4
+    flips = [
+        np.flip(predict_distance_map(model, np.flip(image, axes), intensity=intensity), axes)
+        for axes in ((), 0, 1, (0, 1))
+    ]
+    np.testing.assert_allclose(mean, np.mean(flips, axis=0), atol=1e-6)
+    np.testing.assert_allclose(spread, np.std(flips, axis=0), atol=1e-6)
+    assert spread.max() > 0.01
+
+
+def test_flips_of_a_large_image_are_kept_in_a_file_and_equal(small_model, made):
+    how = Inference(tta=True, batch_size=3)
+    whole = predict_distance_map(small_model, field(), how=how)
+    assert made == []
+    in_file = predict_distance_map(small_model, field(), how=replace(how, tile_px=90))
+    assert made == [((2, 200, 230), "float32")]
+    assert scratch.in_file(in_file[1])
+    np.testing.assert_array_equal(in_file, whole)
+    assert not predict_distance_map(small_model, np.zeros((50, 50)), how=how).any()
+
+
 def test_black_windows_are_computed_once(small_model):
     image = np.zeros(
         (small_model.config.window_px * 3, small_model.config.window_px * 3), np.float32
@@ -258,10 +297,12 @@ def test_black_windows_are_computed_once(small_model):
     image[:24, :24] = field()[:24, :24]
     recorder = _Recorder(small_model)
     intensity = IntensityRange(300, 4000)
-    once = predict_distance_map(recorder, image, intensity=intensity, batch_size=5)
+    once = predict_distance_map(recorder, image, intensity=intensity, how=Inference(batch_size=5))
     num_black = recorder.seen
     recorder.seen = 0
-    every = predict_distance_map(recorder, image + 301, intensity=intensity, batch_size=5)
+    every = predict_distance_map(
+        recorder, image + 301, intensity=intensity, how=Inference(batch_size=5)
+    )
     assert num_black < recorder.seen / 2
     assert (once[-50:, -50:] < every[-50:, -50:]).all()
     values = np.unique(once[-50:, -50:].round(5))
