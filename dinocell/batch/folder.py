@@ -127,6 +127,7 @@ def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
         earlier = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         earlier = {}
+    earlier = asdict(SegmentOptions()) | earlier  # an option that did not exist yet has its default
     differing = sorted(key for key in settings if settings[key] != earlier.get(key))
     if differing:
         raise ConfigError(

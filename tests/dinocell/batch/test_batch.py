@@ -146,6 +146,7 @@ def test_resume_needs_the_same_settings(images, tmp_path, mini_model):
         {"min_area_px": 3},
         {"min_score": 0.1},
         {"precision": "bf16"},
+        {"tta": True},
         {"percentiles": (1, 90)},
     ):
         with pytest.raises(ConfigError, match=next(iter(change))):
@@ -155,6 +156,29 @@ def test_resume_needs_the_same_settings(images, tmp_path, mini_model):
     other = create_dinocell_model("tiny", patch_size=16, window_px=32, overlap_px=8).eval()
     with pytest.raises(ConfigError, match="weights_sha256"):
         run(images, out, other, resume=True)
+
+
+def test_folders_with_and_without_flips(images, tmp_path, mini_model):
+    out = tmp_path / "out"
+    cells, page = out / f"{images[0].stem}_cells.csv", out / "report.html"
+    run(images[:1], out, mini_model, report=True)
+    plain = cells.read_text()
+    assert "tta" not in page.read_text()
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings.pop("tta") is False
+    (out / "settings.json").write_text(json.dumps(settings))  # as before the option existed
+    with pytest.raises(ConfigError, match="values of tta than"):
+        run(images[:1], out, mini_model, resume=True, tta=True)
+    assert run(images[:1], out, mini_model, resume=True).skipped == 1
+    run(images[:1], out, mini_model, overwrite=True, tta=True, report=True)
+    assert json.loads((out / "settings.json").read_text())["tta"] is True
+    assert cells.read_text() != plain
+    assert "tta" in page.read_text()
+    flipped = segment(images[0], model=mini_model, tta=True)
+    np.testing.assert_array_equal(read_labels(out / f"{images[0].stem}_labels.tif"), flipped.labels)
+    with pytest.raises(ConfigError, match="values of tta than"):
+        run(images[:1], out, mini_model, resume=True)
+    assert run(images[:1], out, mini_model, resume=True, tta=True).skipped == 1
 
 
 def test_overwrite_replaces(images, tmp_path, mini_model):

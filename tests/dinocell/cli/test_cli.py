@@ -19,6 +19,7 @@ from dinocell import __version__
 from dinocell.cli import main
 from dinocell.io import find_images, read_image, read_labels, write_image, write_labels
 from dinocell.network.model import load_model, save_model
+from dinocell.pipeline import segment
 from dinocell.training.trainer import TrainResult
 
 ROOT = Path(__file__).parents[3]
@@ -113,6 +114,25 @@ class TestSegment:
         assert settings["min_score"] == 0.01
         with (out / "summary.csv").open() as file:
             assert next(csv.DictReader(file))["pixel_size_um"] == "0.5"
+
+    def test_flips_reach_the_files(self, capsys, two, model_path, tmp_path):
+        path = sorted((two / "images").iterdir())[0]
+        base = ["segment", path, "-m", model_path, "--device", "cpu", "--no-overlay"]
+        for name, options in (("plain", ()), ("flipped", ("--tta",))):
+            assert call(capsys, *base, "-o", tmp_path / name, *options)[0] == 0
+            result = segment(path, model=model_path, tta=bool(options))
+            labels = read_labels(tmp_path / name / f"{path.stem}_labels.tif")
+            np.testing.assert_array_equal(labels, result.labels)
+            settings = json.loads((tmp_path / name / "settings.json").read_text())
+            assert settings["tta"] is bool(options)
+        plain, flipped = (
+            (tmp_path / name / f"{path.stem}_cells.csv").read_text()
+            for name in ("plain", "flipped")
+        )
+        assert plain != flipped
+        code, _, err = call(capsys, *base, "-o", tmp_path / "plain", "--tta", "--resume")
+        assert code == 2
+        assert "other values of tta" in err
 
     def test_channels_and_page(self, capsys, model_path, tmp_path):
         rng = np.random.default_rng(0)
@@ -293,7 +313,7 @@ class TestEvaluate:
             ("--model m --data d --save-model x", "--tune"),
             ("--pred x --truth x -o x.xls", ".csv or .json"),
             ("--pred x --truth x --iou 2", "at most 1"),
-            ("--pred x --truth x --page 0", "--page and --precision must"),
+            ("--pred x --truth x --page 0", "--page, --precision and --tta must"),
             ("--pred x --truth x --precision bf16", "no network runs"),
             ("--pred x --truth x --tta", "no network runs"),
             ("--model m --data d --precision fp8", "auto, fp32, bf16"),

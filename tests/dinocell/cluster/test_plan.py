@@ -351,7 +351,7 @@ def test_on_and_off_in_a_table():
     [
         (["pretrain", "ssl.yaml", "-o", "s"], [{"name": "a", "optim.lr": "1e-4"}]),
         (["train", "train.yaml"], [{"name": "a", "optimizer.lr": "1e-4"}]),
-        (["segment", "plate", "-o", "o"], [{"name": "a", "tile-px": "64", "precision": "bf16"}]),
+        (["segment", "plate", "-o", "o"], [{"name": "a", "tile-px": "64", "tta": "true"}]),
         (["evaluate", "--truth", "t"], [{"name": "a", "pred": "p", "boundary_tolerance_px": "3"}]),
     ],
     ids=lambda item: item[0] if isinstance(item[0], str) else "",
@@ -366,7 +366,7 @@ def test_the_command_of_a_row_reads_as_the_row_says(command, rows):
         return
     assert run_dir_of(command[0], parameters) == run.run_dir
     if command[0] == "segment":
-        assert (parameters["tile_px"], parameters["precision"]) == (64, "bf16")
+        assert (parameters["tile_px"], parameters["tta"]) == (64, True)
     else:
         assert any(item.endswith("lr=1e-4") for item in parameters["overrides"])
 
