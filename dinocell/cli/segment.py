@@ -77,8 +77,8 @@ class SegmentFlags:
         "auto",
     )
     tta: bool = option(
-        "Test-time augmentation: predict each image window as it is and flipped left-right, up-down, and "
-        "both, and use the mean. Scores then count how far the four agree. Takes four times as long.",
+        "Use the mean of four predictions of each image window: as it is, flipped left-right, up-down, and "
+        "both (test-time augmentation). Scores then count how far these agree. Takes four times as long.",
         False,
     )
     percentiles: str | None = option(
