@@ -433,7 +433,7 @@ class DINOCellPipeline:
         notes = []
         plane, statistics = loaded.plane, self.model.statistics
         if plane.size and plane.min() == plane.max():
-            notes.append("constant image: no cells can be found")
+            notes.append("Constant image: no cells can be found")
         compared = None if statistics is None else statistics.compare(loaded.appearance)
         if compared is None:
             return notes, None

@@ -72,7 +72,7 @@ def test_types_of_images(mini_model, dtype):
 def test_constant_images_have_no_cells(mini_model, value, tmp_path):
     result = segment(np.full((40, 50), value, np.uint8), model=mini_model)
     assert result.num_cells == 0
-    assert "constant image" in result.warnings[0]
+    assert "Constant image" in result.warnings[0]
     paths = result.save(tmp_path)
     assert not read_labels(paths["tif"]).any()
     assert paths["csv"].read_text().startswith("label,")

@@ -352,7 +352,7 @@ def test_notes_on_the_files_are_in_the_report(tmp_path: Path) -> None:
         turned = name == "a" or folder == "p"
         Image.fromarray(TRUTH.astype(np.uint16)).save(path, **({"exif": exif} if turned else {}))
     report = evaluate_folders(tmp_path / "p", tmp_path / "t")
-    note = "the file states that its picture is turned (orientation 3): it was turned upright"
+    note = "The file states that its picture is turned (orientation 3): it was turned upright"
     assert report.notes == {
         "a": (f"truth: {note}", f"prediction: {note}"),
         "b": (f"prediction: {note}",),
