@@ -94,12 +94,12 @@ def _with_measurements(heads: list[str], table: CellTable | None, first: int) ->
     if table is None:
         return ("}}".join(heads) + "}}").encode("ascii")
     columns = [column[first : first + len(heads)] for column in table.data.values()]
-    is_float = np.array([column.dtype.kind == "f" for column in columns])
-    rows = np.stack(
-        [c.astype(float if c.dtype.kind == "f" else int).view(np.uint64) for c in columns], 1
-    )
+    types = {"f": np.float64, "u": np.uint64}
+    columns = [column.astype(types.get(column.dtype.kind, np.int64)) for column in columns]
+    kinds = np.array([ord(column.dtype.kind) for column in columns], np.uint8)
+    rows = np.stack([column.view(np.uint64) for column in columns], 1)
     starts = [head + ',"measurements":' for head in heads]
-    return objects_of_numbers(starts, rows, is_float, table.columns, "}}").data
+    return objects_of_numbers(starts, rows, kinds, table.columns, "}}").data
 
 
 def _split_letters(letters: NDArray[np.uint8], ends: NDArray[np.int64]) -> list[str]:

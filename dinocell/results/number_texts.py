@@ -30,6 +30,7 @@ _HALF = np.uint64(32)
 _ZERO, _ONE, _FOUR, _TEN = np.uint64(0), np.uint64(1), np.uint64(4), np.uint64(10)
 _BLOCK, _SMALL_TEN = np.uint64(10**8), np.uint32(10)
 _ZERO_LETTER = np.uint8(48)
+_FLOAT, _SIGNED = ord("f"), ord("i")
 _MANTISSA = np.uint64((1 << 52) - 1)
 _HIDDEN = np.uint64(1 << 52)
 
@@ -50,7 +51,7 @@ def _powers() -> NDArray[np.uint64]:
 def objects_of_numbers(
     heads: Sequence[str],
     rows: NDArray[np.uint64],
-    is_float: NDArray[np.bool_],
+    kinds: NDArray[np.uint8],
     names: Sequence[str],
     tail: str,
 ) -> NDArray[np.uint8]:
@@ -61,9 +62,9 @@ def objects_of_numbers(
     heads : N strings of ASCII letters
         What stands before the object.
     rows : (N, C) uint64 ndarray
-        The bits of the numbers, which are int64 or float64 by column.
-    is_float : (C,) bool ndarray
-        Which columns are float64.  Infinite and missing values are left out.
+        The bits of the numbers, which are float64, int64 or uint64 by column.
+    kinds : (C,) uint8 ndarray
+        `ord` of "f", "i" or "u" for each column.  Infinite and missing values are left out.
     names : C strings
         Of the columns.
     tail : string of ASCII letters
@@ -76,7 +77,7 @@ def objects_of_numbers(
     """
     starts = [json.dumps(name) + ":" for name in names]
     texts = [(_ascii(parts), _stops(parts)) for parts in (heads, starts)]
-    return _write_rows(*texts, _ascii([tail]), rows, is_float, _powers())
+    return _write_rows(*texts, _ascii([tail]), rows, kinds, _powers())
 
 
 def _ascii(texts: Sequence[str]) -> NDArray[np.uint8]:
@@ -93,7 +94,7 @@ def _write_rows(
     starts: tuple[NDArray[np.uint8], NDArray[np.int64]],
     tail: NDArray[np.uint8],
     rows: NDArray[np.uint64],
-    is_float: NDArray[np.bool_],
+    kinds: NDArray[np.uint8],
     powers: NDArray[np.uint64],
 ) -> NDArray[np.uint8]:
     """`objects_of_numbers`; `heads` and `starts` are letters with where each text of them stops."""
@@ -111,15 +112,15 @@ def _write_rows(
         start = 0
         for column in range(num_columns):
             bits = rows[row, column]
-            if not is_float[column] or (bits >> np.uint64(52)) & np.uint64(2047) != 2047:
+            if kinds[column] != _FLOAT or (bits >> np.uint64(52)) & np.uint64(2047) != 2047:
                 if at > first:
                     letters[at] = 44  # ,
                     at += 1
                 at = _copy(letters, at, starts[0], start, starts[1][column])
-                if is_float[column]:
+                if kinds[column] == _FLOAT:
                     at = _write_float(letters, at, bits, powers)
                 else:
-                    at = _write_integer(letters, at, bits)
+                    at = _write_integer(letters, at, bits, kinds[column] == _SIGNED)
             start = starts[1][column]
         letters[at] = 125  # }
         at = _copy(letters, at + 1, tail, 0, len(tail))
@@ -138,9 +139,9 @@ def _copy(
 
 
 @njit
-def _write_integer(letters: NDArray[np.uint8], at: int, bits: np.uint64) -> int:
-    """Write an int64; returns where its letters end."""
-    if bits >> np.uint64(63):
+def _write_integer(letters: NDArray[np.uint8], at: int, bits: np.uint64, is_signed: bool) -> int:
+    """Write an int64 or uint64; returns where its letters end."""
+    if is_signed and bits >> np.uint64(63):
         letters[at] = 45  # -
         at += 1
         bits = ~bits + _ONE

@@ -1,4 +1,4 @@
-"""Numbers as text: those of `repr`, for every kind of float64 and int64."""
+"""Numbers as text: those of `repr`, for every kind of float64, int64 and uint64."""
 
 import json
 
@@ -12,9 +12,9 @@ POWERS = [2.0**k for k in range(-1074, 1024)] + [float(f"1e{k}") for k in range(
 
 def texts(values: np.ndarray) -> list[str]:
     """Each number as written, in an object of its own."""
-    is_float = np.array([values.dtype.kind == "f"])
+    kinds = np.array([ord(values.dtype.kind)], np.uint8)
     letters = objects_of_numbers(
-        [""] * len(values), values.view(np.uint64)[:, None], is_float, ["a"], "\n"
+        [""] * len(values), values.view(np.uint64)[:, None], kinds, ["a"], "\n"
     )
     return [line[5:-1] for line in letters.tobytes().decode().splitlines()]
 
@@ -43,16 +43,18 @@ def test_floats_are_written_as_repr_does(values) -> None:
 def test_whole_numbers() -> None:
     values = np.array([0, 9, 10, -1, 99_999_999, 100_000_000, 10**16, 2**63 - 1, -(2**63)])
     assert texts(values) == list(map(repr, values.tolist()))
+    unsigned = np.array([0, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
+    assert texts(unsigned) == list(map(repr, unsigned.tolist()))
 
 
 def test_objects_leave_out_what_is_not_finite() -> None:
     columns = [np.array([1, 2]), np.array([np.nan, 0.5]), np.array([np.inf, -np.inf])]
     rows = np.stack([column.view(np.uint64) for column in columns], axis=1)
-    names = ["n", 'a "µm"', "b"]
-    letters = objects_of_numbers(["x:", "yy:"], rows, np.array([False, True, True]), names, ";")
+    names, kinds = ["n", 'a "µm"', "b"], np.array([ord(kind) for kind in "iff"], np.uint8)
+    letters = objects_of_numbers(["x:", "yy:"], rows, kinds, names, ";")
     first, second, rest = letters.tobytes().decode("ascii").split(";")
     assert (first, rest) == ('x:{"n":1}', "")
     assert second.startswith('yy:{"n":2,')
     assert json.loads(second[3:]) == {"n": 2, 'a "µm"': 0.5}
     none = np.empty((0, 3), np.uint64)
-    assert objects_of_numbers([], none, np.array([False, True, True]), names, ";").size == 0
+    assert objects_of_numbers([], none, kinds, names, ";").size == 0

@@ -248,7 +248,7 @@ def test_signal_ends_a_process_with_one_sentence(
     process.send_signal(number)
     code, output = finish(process)
     assert code == expected, output
-    assert f"Stopped by {number.name} after iteration" in output
+    assert f"stopped by {number.name} after iteration" in output
     assert "Traceback" not in seen + output
     saved = int(next((out / "ckpt").iterdir()).name)
     assert saved < 5
@@ -470,7 +470,7 @@ def test_start_from_a_patch_16_file_is_remembered(images, tmp_path, whole_run):
     assert record["patch_embed_lr_mult"] == 1.0
     log = (tmp_path / "a" / "logs" / "log.txt").read_text()
     assert "patch size 16 → 8 (nearest)" in log
-    assert "optim.patch_embed_lr_mult: 1.0 instead of 0.2" in log
+    assert "`optim.patch_embed_lr_mult`: 1.0 instead of 0.2" in log
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "ckpt" / "5")
     shutil.rmtree(tmp_path / "b" / "eval")

@@ -79,7 +79,7 @@ def test_a_run_that_began_over_the_network_goes_on_from_a_copy(
             process.send_signal(signal.SIGTERM)
             break
     output, _ = process.communicate(timeout=900)
-    assert "Stopped by SIGTERM" in output
+    assert "stopped by SIGTERM" in output
     main(arguments(index_file, tmp_path, f"streaming.store={bucket[0]}", "train.num_workers=0"))
     assert same(tmp_path, local_run)
 
