@@ -60,14 +60,17 @@ def test_every_command_agrees(tmp_path, monkeypatch):
     class Pipeline:
         """Finds no cell, without a network."""
 
-        def __init__(self, model, precision):
+        def __init__(self, model, **_):
             self.model, self.thresholds = model, Thresholds.of(ModelConfig())
 
         def load(self, path, **_):
             return LoadedImage(read_image(path).pixels, None, None, None)
 
-        def predict(self, plane, intensity):
-            return np.zeros(plane.shape, np.float32)
+        def predict(self, loaded):
+            return np.zeros(loaded.plane.shape, np.float32)
+
+        def judge(self, loaded):
+            return (), None
 
     monkeypatch.setattr(model_evaluation, "DINOCellPipeline", Pipeline)
     model = SimpleNamespace(config=ModelConfig())
