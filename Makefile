@@ -59,7 +59,7 @@ check-style: $(VENV)/.dev
 
 # ssl_small_run.py trains for half an hour and is run by hand.
 bench: $(VENV)/.test
-	for script in $(filter-out benchmarks/ssl_small_run.py,$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out benchmarks/ssl_small_run.py benchmarks/soak_images.py,$(wildcard benchmarks/*.py)); do \
 	  $(BIN)/python $$script || exit 1; done
 
 wheel: $(VENV)/.dev

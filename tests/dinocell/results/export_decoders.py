@@ -107,3 +107,16 @@ def rois_to_labels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
             assert [roi.top, roi.left, roi.bottom, roi.right] == ends
             labels[inside] = int(roi.name)
     return labels
+
+
+def check_outlines(path: Path, labels: np.ndarray) -> None:
+    """GeoJSON, COCO and ROI files written to `path` give the labels back."""
+    from dinocell.results.exports import write_coco_rle, write_geojson, write_imagej_rois
+
+    expected = labels.astype(np.uint32)
+    write_geojson(path, labels)
+    np.testing.assert_array_equal(geojson_to_labels(path, labels.shape), expected)
+    write_coco_rle(path, labels)
+    np.testing.assert_array_equal(coco_to_labels(path), expected)
+    write_imagej_rois(path, labels)
+    np.testing.assert_array_equal(rois_to_labels(path, labels.shape), expected)
