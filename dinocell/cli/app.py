@@ -35,11 +35,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # rich's tables cut the names of options on a terminal of 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for group in (segment, shards, evaluate, train, data, inspect, weights, jump, upstream, cluster):
-    app.add_typer(group.app)
+    app.add_typer(group.app, short_help=group.app.info.help)  # whole: click would shorten it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

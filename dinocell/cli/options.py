@@ -85,9 +85,14 @@ class App(typer.Typer):
     """A `typer.Typer` whose commands may take dataclasses of options."""
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[..., Any]:
-        """Register a function as a command."""
-        register = super().command(name, cls=_Command, **settings)
-        return lambda function: register(expand_dataclasses(function))
+        """Register a function as a command; lists of commands show its first paragraph whole."""
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            short = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+            add = super(App, self).command(name, cls=_Command, short_help=short, **settings)
+            return add(expand_dataclasses(function))
+
+        return register
 
 
 def expand_dataclasses(function: Callable[..., Any]) -> Callable[..., Any]:
