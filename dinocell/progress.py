@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 _LINE_EVERY_S = 10.0
 
@@ -46,9 +47,9 @@ class Progress:
             if now - self._last_line >= _LINE_EVERY_S:
                 self._last_line = now
                 rate = (self.done - self._done_before) / (now - self._started)
-                remaining = (self.total - self.done) / rate
-                text = f"{self.description} {self.done}/{self.total}, {remaining:.0f} s left {note}"
-                self.write(text.rstrip())
+                remaining = timedelta(seconds=round((self.total - self.done) / rate))
+                text = f"{self.description} {self.done}/{self.total}, {remaining} left"
+                self.write(f"{text}: {note}" if note else text)
 
     def write(self, line: str) -> None:
         """Print a line to standard error without breaking the bar."""

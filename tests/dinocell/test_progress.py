@@ -18,7 +18,7 @@ def test_plain_lines(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("counting 2/4, ")
     assert lines[0].endswith("first")
-    assert lines[1].startswith("counting 4/4, 0 s left")
+    assert lines[1].startswith("counting 4/4, 0:00:00 left")
     assert lines[2] == "a remark"
 
 
