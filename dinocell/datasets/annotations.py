@@ -197,7 +197,7 @@ def geojson_labels(path: Path, shape: tuple[int, int]) -> NDArray[np.uint32]:
     """Labels of a GeoJSON file of QuPath: one cell per area; lines and points are refused."""
     try:
         return _geojson_cells(path, shape)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ImageFileError(
             f"'{path}' must be GeoJSON with the outlines of cells ({type(error).__name__}: {error}): "
             "export the objects in QuPath again"
@@ -233,7 +233,7 @@ def _geojson_cells(path: Path, shape: tuple[int, int]) -> NDArray[np.uint32]:
 
 
 def _kind(feature: dict[str, Any]) -> str:
-    kind = feature.get("properties", {}).get("objectType", "annotation")
+    kind = (feature.get("properties") or {}).get("objectType", "annotation")
     return "cell" if kind in ("cell", "detection") else kind
 
 

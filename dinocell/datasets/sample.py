@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,16 +56,19 @@ class Sample:
 
 
 def split_of(text: str) -> str | None:
-    """The split that a folder or file is named after: `Training`, `livecell_coco_val`; else None."""
-    for part in reversed(text.lower().replace("-", "_").replace(".", "_").split("_")):
-        for split, starts in {
-            "train": ("train", "stage1train"),
-            "val": ("val", "dev"),
-            "test": ("test",),
-        }.items():
-            if part.startswith(starts):
-                return split
-    return None
+    """The split that a folder or file is named after: `Training`, `livecell_coco_val`; else None.
+
+    A whole word of the name must say it: `testis` and `valve` are tissues, and `dev 2` is no `device`.
+    """
+    words = [word for word in re.split(r"[\s_.-]+", text.lower()) if word]
+    found = filter(None, map(_SPLIT_WORD.fullmatch, reversed(words)))
+    return next((match.lastgroup for match in found), None)
+
+
+_SPLIT_WORD = re.compile(
+    r"(?:stage\d+)?(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|dev)|(?P<test>test(?:ing)?))"
+    r"(?:set|data|images)?\d*"
+)
 
 
 def split_of_path(path: Path, source: Path) -> str | None:

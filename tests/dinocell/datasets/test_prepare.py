@@ -188,9 +188,10 @@ def test_names_of_splits():
         "stage1_train",
         "validation",
         "livecell_coco_val",
-        "images",
+        "TestSet 2",
+        *("images", "testis", "heart_valve", "device-1", "trained by hand"),
     )
-    assert [split_of(name) for name in names] == ["train"] * 3 + ["val"] * 2 + [None]
+    assert [split_of(name) for name in names] == ["train"] * 3 + ["val"] * 2 + ["test"] + [None] * 5
 
 
 def test_an_interruption_costs_one_image(made, tmp_path, monkeypatch):
@@ -373,7 +374,25 @@ BAD = {
         ),
         "must be areas, got a Point",
     ),
+    "JSON of another kind": (
+        "geojson",
+        lambda s: (s / "0.geojson").write_text('["a", "b"]'),
+        "must be GeoJSON with the outlines of cells",
+    ),
 }
+
+
+def test_geojson_may_leave_the_properties_empty(made, tmp_path):
+    """RFC 7946, section 3.2: the value of "properties" is an object or null."""
+    source = made("geojson")
+    path = source / "0.geojson"
+    content = json.loads(path.read_text())
+    for feature in content["features"]:
+        feature["properties"] = None
+    path.write_text(json.dumps(content))
+    prepared("geojson", source, tmp_path / "out")
+    labels = read_labels(tmp_path / "out" / rows_of(tmp_path / "out")["0"]["labels"])
+    assert np.array_equal(labels, doubles.truth(0))
 
 
 @pytest.mark.parametrize("what", BAD)
