@@ -71,7 +71,7 @@ class ImageScores(metrics.Counts):
         """All scores by column name; nan where a score does not exist.
 
         Names: ``seg det op_csb``; for each IoU threshold ``ap50 precision50 recall50 f1_50 pq50
-        sq50``; ``ap_avg``, the mean of AP over these thresholds; ``aji metrics.aji_plus boundary_f
+        sq50``; ``ap_avg``, the mean of AP over these thresholds; ``aji aji_plus boundary_f
         boundary_precision boundary_recall pixel_dice pixel_iou``; ``count_error`` (predicted −
         true), ``count_error_abs``, ``count_error_rel``.
         """

@@ -175,6 +175,7 @@ def _depth_inside_cells(
                     continue
                 else:
                     squared = np.int64(column_distance[row, column]) ** 2
+                # The first parabola stays: it is the lowest from −∞ on, and every crossing is finite.
                 crossing = -np.inf
                 while last >= 0:
                     rise = squared - height_of[last] + column * column - vertex[last] * vertex[last]
@@ -182,8 +183,6 @@ def _depth_inside_cells(
                     if crossing > start[last]:
                         break
                     last -= 1
-                if last < 0:
-                    crossing = -np.inf
                 last += 1
                 vertex[last] = column
                 height_of[last] = squared
