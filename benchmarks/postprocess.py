@@ -62,13 +62,13 @@ def scipy_distance_map(labels: NDArray[np.uint32]) -> NDArray[np.float32]:
 
 
 def take_turns(
-    work: dict[str, Callable[[], Any]], repeats: int
+    functions: dict[str, Callable[[], Any]], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds by clock and by processor, each function once per round; a first round is not counted."""
-    clock: dict[str, list[float]] = {name: [] for name in work}
-    processor: dict[str, list[float]] = {name: [] for name in work}
+    clock: dict[str, list[float]] = {name: [] for name in functions}
+    processor: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(repeats + 1):
-        for name, function in work.items():
+        for name, function in functions.items():
             begin, begin_processor = time.perf_counter(), time.process_time()
             function()
             if round_number:
@@ -118,7 +118,7 @@ def main() -> None:
     by_skimage = watershed(levels, markers, mask=mask)
     by_skimage_float = watershed(-distance_map, markers, mask=mask)
 
-    work: dict[str, Callable[[], Any]] = {
+    functions: dict[str, Callable[[], Any]] = {
         "map to labels: dinocell, whole": lambda: separate_cells(distance_map, thresholds),
         "map to labels: dinocell find_markers alone": lambda: find_markers(
             distance_map, thresholds
@@ -140,8 +140,8 @@ def main() -> None:
         pass
     else:
         packages.append("edt")
-        work["labels to map: edt, distance alone"] = lambda: edt.edt(labels, parallel=1)
-    clock, processor = take_turns(work, args.repeats)
+        functions["labels to map: edt, distance alone"] = lambda: edt.edt(labels, parallel=1)
+    clock, processor = take_turns(functions, args.repeats)
     crop_clock, crop_processor = take_turns({"crop": lambda: labels_to_distance_map(crop)}, 500)
     median = medians(processor)
     difference = np.abs(scipy_distance_map(labels) - labels_to_distance_map(labels)).max()
@@ -192,7 +192,7 @@ def main() -> None:
     print(f"{result['scene']['num_cells']} cells in {labels.shape}, {found.max()} found")
     print("processor: median, min   clock: median, min")
     columns = ("median_processor_s", "min_processor_s", "median_clock_s", "min_clock_s")
-    for name in work:
+    for name in functions:
         print(" ".join(f"{result[column][name]:7.4f} s" for column in columns), "", name)
     crop_s = result["labels_to_map_of_a_192_px_crop"]
     print(

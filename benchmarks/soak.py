@@ -48,7 +48,7 @@ DISK_SHARES = (0.001, 0.02, 0.1, 0.25, 0.5, 0.8)  # of the space needed; it grow
 
 
 class Ended(NamedTuple):
-    """What a run said."""
+    """How a run ended and what it printed."""
 
     code: int
     out: str
@@ -70,7 +70,7 @@ class Run:
         self._process.start()
         self.pid = self._process.pid
 
-    def goes_on(self) -> bool:
+    def still_runs(self) -> bool:
         """Whether it has not ended."""
         return self._process.is_alive()
 
@@ -139,7 +139,7 @@ class Soak:
 
     def wait_for(self, run: Run, journal: Path, rows: int) -> None:
         """Until so many images are done, and a little longer."""
-        while count_rows(journal) < rows and run.goes_on():
+        while count_rows(journal) < rows and run.still_runs():
             time.sleep(0.002)
         time.sleep(self.chance.uniform(0, 0.05))
 
@@ -178,7 +178,7 @@ def kill_and_resume(soak: Soak, out: Path, kills: int) -> Ended:
 def sampled(run: Run, journal: Path) -> Iterator[dict[str, int]]:
     """Rows of the journal, resident memory and open files, as often as a row was added."""
     rows = -1
-    while run.goes_on():
+    while run.still_runs():
         if (now := count_rows(journal)) > rows:
             rows = now
             with contextlib.suppress(OSError, ValueError):  # the process has just ended

@@ -82,7 +82,7 @@ def noise() -> Named:
 
 
 def faint_noise() -> Named:
-    """Noise as a camera makes it without light: an empty field cannot be told from it."""
+    """Noise as a camera makes it without light: an empty field looks the same."""
     for seed in range(4):
         rng = np.random.default_rng(seed)
         yield f"Poisson, mean 4 {seed}", rng.poisson(4, (256, 256)).astype(np.uint8)

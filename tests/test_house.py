@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -215,18 +216,33 @@ def test_the_search_for_renames_finds_methods():
     assert list(found.values()) == [True] * 5 + [False] * 3
 
 
-def test_errors_below_the_command_line_name_no_option():
+def test_texts_below_the_command_line_name_no_option():
+    """Sentences, not the arguments of programs that are called."""
     wrong = [
-        f"{named(path)}: {part.value}"
+        f"{named(path)}: {text}"
         for path in MODULES
         if room_of(path) != "cli"
-        for node in ast.walk(parsed(path))
-        if isinstance(node, ast.Raise)
-        for part in ast.walk(node)
-        if isinstance(part, ast.Constant) and isinstance(part.value, str)
-        if re.search(r"(?:^|[\s`(])--[a-z]", part.value)
+        for text in _texts(path)
+        if re.search(r"\s", text.strip()) and re.search(r"(?:^|[\s`(])--[a-z]", text)
     ]
     assert wrong == []
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """String constants of a file but its docstrings."""
+    tree = parsed(path)
+    documented = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            git = node.value.lstrip().startswith("diff --git")
+            if id(node) not in documented and not git:
+                yield node.value
 
 
 MESSAGES = [*MODULES, *TREE.rglob("*.py")]
@@ -273,14 +289,33 @@ def _text_of(node: ast.AST) -> str:
 
 
 def test_messages_have_one_form():
-    """A capital letter, a `name`, a 'file' or a value first; no full stop last; the field's words."""
+    """A capital letter, a `name`, a 'file' or a value first; no full stop last."""
     wrong = [
         f"{named(path)}: {text}"
         for path in MESSAGES
         for text in messages(path)
         if (text[0].islower() and text not in CAUSES)
         or (text.endswith(".") and not text.endswith("..."))
-        or re.search(rf"\b({PRIVATE_WORDS})\b", text)
+    ]
+    assert wrong == []
+
+
+def test_texts_and_names_have_no_private_words():
+    """Messages, documents, comments and the names of tests use the words of the field."""
+    folders = [
+        ROOT / name for name in ("dinocell", "dinov3_modified", "tests", "benchmarks", "patches")
+    ]
+    paths = [*folders, *(ROOT / name for name in ("docs", "configs", "slurm"))]
+    files = [
+        path for folder in paths for path in sorted(folder.rglob("*")) if path != Path(__file__)
+    ]
+    files += [*ROOT.glob("*.md"), ROOT / "Makefile", ROOT / ".ci" / "run"]
+    wrong = [
+        f"{named(path)}:{number}: {line.strip()}"
+        for path in files
+        if path.suffix in ("", ".py", ".md", ".yaml", ".sh", ".j2", ".patch") and path.is_file()
+        for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1)
+        if re.search(rf"\b({PRIVATE_WORDS})\b", line.replace("_", " "))
     ]
     assert wrong == []
 

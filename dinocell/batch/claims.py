@@ -5,8 +5,8 @@ which fails if the claim exists; taking over the claim of a dead process is a re
 one of several processes.  Both are single steps of the file system on every machine that mounts it.
 
 File locks (`flock`, and so the package filelock) are not as safe here: Lustre with `localflock`, BeeGFS
-as it is installed and NFS with `nolock` or `local_lock` keep them inside one machine, so that two nodes of a cluster would
-both get the lock, without any error.
+as it is installed and NFS with `nolock` or `local_lock` keep them inside one machine, so that two
+nodes of a cluster would both get the lock, without any error.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ class Claimant:
 
 @contextlib.contextmanager
 def claimed(folder: Path, claimant: Claimant, what: str = "A shard") -> Iterator[None]:
-    """Hold `what` is in `folder`; the claim of a process that was killed is taken over.
+    """Hold the claim of `folder`, which is `what` in messages; that of a killed process is taken over.
 
     Raises DINOCellError (another process holds it).
     """

@@ -1,10 +1,10 @@
 """What the journal keeps of each input, so that `resume` repeats an image whose file has changed.
 
 The mark of a file is its size, its time of change and a hash of its bytes.  As in make, rsync and git,
-equal size and time count as unchanged, which costs one question to the file system for each image.  Only if the
-times differ is the file read and its hash decides: a copied or touched plate is not segmented again.
-The hash is of all bytes, because a changed plane of a stack may lie anywhere; it costs about a second
-per gigabyte, beside minutes of segmentation.
+equal size and time count as unchanged, which costs one question to the file system for each image.
+Only if the times differ is the file read and its hash decides: a copied or touched plate is not
+segmented again.  The hash is of all bytes, because a changed plane of a stack may lie anywhere; it costs
+about a second per gigabyte, beside minutes of segmentation.
 """
 
 import hashlib

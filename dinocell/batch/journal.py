@@ -22,7 +22,7 @@ FAILURES_NAME = "failures.jsonl"
 MAX_KILLS = 3
 """An image is given up after so many kills of processes that had started and not finished it."""
 
-_IN_WORK_NAME = "in_work.jsonl"
+_STARTED_NAME = "started.jsonl"
 _SUSPECTS_NAME = "suspects.jsonl"
 
 
@@ -68,17 +68,17 @@ def complete_last_line(path: Path) -> None:
 
 def begin_part(part: Path) -> None:
     """Forget the images that an earlier start had not finished when it was asked to stop."""
-    (part / _IN_WORK_NAME).unlink(missing_ok=True)
+    (part / _STARTED_NAME).unlink(missing_ok=True)
 
 
 def note_start(part: Path, name: str) -> None:
     """An image was started; it is finished when it is in the journal or `note_failure` is called."""
-    _append(part / _IN_WORK_NAME, {"name": name, "in_work": True})
+    _append(part / _STARTED_NAME, {"name": name, "unfinished": True})
 
 
 def note_failure(part: Path, name: str) -> None:
     """An image has failed by itself, and not because its process was killed."""
-    _append(part / _IN_WORK_NAME, {"name": name, "in_work": False})
+    _append(part / _STARTED_NAME, {"name": name, "unfinished": False})
 
 
 def suspect_unfinished_images(part: Path) -> int:
@@ -86,12 +86,12 @@ def suspect_unfinished_images(part: Path) -> int:
 
     Returns how many images these were.
     """
-    state = {row["name"]: row["in_work"] for row in read_journal(part / _IN_WORK_NAME)}
+    state = {row["name"]: row["unfinished"] for row in read_journal(part / _STARTED_NAME)}
     done = {row["name"] for row in read_journal(part / JOURNAL_NAME)}
-    names = [name for name, in_work in state.items() if in_work and name not in done]
+    names = [name for name, unfinished in state.items() if unfinished and name not in done]
     for name in names:
         _append(part / _SUSPECTS_NAME, {"name": name})
-    (part / _IN_WORK_NAME).unlink(missing_ok=True)
+    (part / _STARTED_NAME).unlink(missing_ok=True)
     return len(names)
 
 
@@ -102,7 +102,7 @@ def kills(part: Path) -> Counter[str]:
 
 def clear_suspicion(part: Path) -> None:
     """A part has tried all its images; the next run of the part tries the failed ones again."""
-    (part / _IN_WORK_NAME).unlink(missing_ok=True)
+    (part / _STARTED_NAME).unlink(missing_ok=True)
     (part / _SUSPECTS_NAME).unlink(missing_ok=True)
 
 

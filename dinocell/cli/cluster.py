@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import typer
 
 from dinocell.cli.evaluate import check_evaluation
-from dinocell.cli.options import PASSES_ON, App, argument, option, parameters_of
+from dinocell.cli.options import PASSES_ON, App, argument, in_options, option, parameters_of
 from dinocell.cli.segment import segment_options
 from dinocell.errors import StoppedError, UsageError
 
@@ -234,6 +234,7 @@ def _hand_over(
 
 @app.command()
 def jobs(
+    context: typer.Context,
     folder: Path | None = argument(
         "List only runs in this folder and its subfolders.", default=None, metavar="FOLDER"
     ),
@@ -254,7 +255,10 @@ def jobs(
     from dinocell.cluster.jobs import jobs_text, list_jobs
 
     rows = list_jobs(folder=folder, everything=everything)
-    print(dumps([asdict(row) for row in rows], indent=1) if json else jobs_text(rows))
+    if json:
+        print(dumps([asdict(row) for row in rows], indent=1))
+    else:
+        print(in_options(jobs_text(rows, everything=everything), context))
 
 
 @app.command(context_settings=PASSES_ON)

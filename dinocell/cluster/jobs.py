@@ -124,12 +124,17 @@ def _row(item: Submission, record: JobRecord | None, state: JobState | None) -> 
     return JobRow(item.job, item.name, name, shown, eta_s, restarts, reason, item.run_dir, item.log)
 
 
-def jobs_text(rows: Sequence[JobRow]) -> str:
-    """Rows as aligned columns, a job's reason below it."""
+def jobs_text(rows: Sequence[JobRow], *, everything: bool = False) -> str:
+    """Rows as aligned columns, a job's reason below it; `everything` as for `list_jobs`."""
     from dinocell.results.table import align_columns
 
     if not rows:
-        return "No jobs were submitted in the last week. Submit one with `dinocell submit`; `--all` lists older jobs."
+        when, hint = (
+            ("", "")
+            if everything
+            else (" in the last week", "; set `everything` to list older jobs")
+        )
+        return f"No jobs were submitted{when}: submit one with `dinocell submit`{hint}."
     header = ("job", "name", "state", "progress", "left", "requeues", "run")
     cells = [
         (row.job, row.name, row.state, row.progress, _duration(row.eta_s), str(row.restarts),

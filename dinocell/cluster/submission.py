@@ -351,7 +351,10 @@ def run_here(runs: Sequence[PlannedRun], site: SiteProfile, *, log_dir: Path | N
     if site.nodes > 1:
         raise UsageError(f"`local` must have one node, got `nodes={site.nodes}`: set `nodes=1`")
     if site.setup or site.container:
-        print("dinocell: --local leaves out setup and container of the site", file=sys.stderr)
+        print(
+            "dinocell: `setup` and `container` of the site are left out on this machine",
+            file=sys.stderr,
+        )
     worst = 0
     for run in runs:
         folder = _folder([run], log_dir)

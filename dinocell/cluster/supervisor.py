@@ -2,7 +2,7 @@
 
 The command runs in a process of its own.  So a signal that arrives while it is still loading is not
 lost, a child that the kernel kills for its memory still leaves a sentence, and all rules about
-requeueing are in one place, for submitit's jobs, plain sbatch scripts and `--local` alike:
+requeueing are in one place, for submitit's jobs, plain sbatch scripts and runs without a cluster alike:
 
 - after a signal (USR2 ahead of the time limit or a preemption, TERM) the child saves itself and ends;
   the job is requeued, unless it was cancelled, or has made no progress in several starts;

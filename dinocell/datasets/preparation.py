@@ -121,7 +121,7 @@ def prepare(
 
 
 def _finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest if `out` is the result of this recipe, None if nothing is there."""
+    """The manifest if `out` is the result of this recipe, None if it is empty or missing."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:

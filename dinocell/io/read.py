@@ -74,8 +74,9 @@ def read_image(
     path : path of the file
     channels : sequence of int or str, optional
         Channels to keep, in this order: names (case does not matter) or positions from 0, see
-        `select_channels`.  One channel gives `(H, W)`.  A stack of planes whose meaning the file does not say (a plain
-        multi-page TIFF, a `.npy` of shape `(n, H, W)`) is taken as channels when this is given.
+        `select_channels`.  One channel gives `(H, W)`.  A stack of planes whose meaning the file does
+        not say (a plain multi-page TIFF, a `.npy` of shape `(n, H, W)`) is taken as channels when this
+        is given.
     page : int, optional
         Which plane of a stack to read, counted from 0 through all series and all axes other than
         channel, row and column, in the order of the file.  Needed when there is more than one.

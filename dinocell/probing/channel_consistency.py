@@ -1,8 +1,8 @@
 """Do the features of one place look alike through every channel, and are they still useful?
 
 The cosine between channels alone is fooled by collapse: constant features score 1.  The score here
-is therefore a row of numbers that are read together (DESIGN.md 4), each beside the value that chance
-gives: cosine within and between fields, retrieval of a place through another channel, effective
+is therefore a row of numbers that are read together (docs/inspect.md), each beside the value that
+chance gives: cosine within and between fields, retrieval of a place through another channel, effective
 rank, spread, agreement of the attention maps, and how well the channel can still be decoded.
 
 The view called ``mean`` is the mean of the channels and is compared with the single channels apart.

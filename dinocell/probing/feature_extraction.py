@@ -1,7 +1,7 @@
 """Multi-channel fields and a ViT → the features of every window through every channel.
 
 Channels are normalised one by one over the whole field and seen gray, as the networks here see
-every image; the mean view is the mean of the normalised channels (DESIGN.md 4, "Multi-view").
+every image; the mean view is the mean of the normalised channels (docs/multiview.md).
 """
 
 from __future__ import annotations

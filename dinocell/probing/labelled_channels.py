@@ -21,7 +21,7 @@ from dinocell.labels import looks_like_labels
 from dinocell.pairs import Pair, find_pairs
 from dinocell.probing.channel_consistency import for_json
 from dinocell.probing.decoder_probe import ProbeConfig, ProbeResult, probe_features
-from dinocell.probing.labelled_windows import LabelledWindow, cut_windows, require_cells
+from dinocell.probing.labelled_windows import LabelledWindow, cut_windows, require_cells_in_some
 from dinocell.progress import progress
 from dinocell.training.datasets import read_pair
 
@@ -152,8 +152,8 @@ def channel_scores(
     with progress("per channel", len(by_place) * config.steps, shown=shown) as bar:
         for channel, pairs in by_place.items():
             train, val = _divided(pairs, held_out, config)
-            require_cells(train, f"the training part of channel {channel}")
-            require_cells(val, f"the held-out part of channel {channel}")
+            require_cells_in_some(train, f"the training part of channel {channel}")
+            require_cells_in_some(val, f"the held-out part of channel {channel}")
 
             def note(loss: float, channel: str = channel) -> None:
                 bar.advance(note=f"{channel} loss {loss:.4f}")

@@ -72,7 +72,7 @@ def read_windows(
         windows += cut_windows(
             pair.image_path.stem, image, labels, window_px=window_px, count=windows_per_image
         )
-    require_cells(windows, str(pairs[0].labels_path.parent) if pairs else "no folder")
+    require_cells_in_some(windows, str(pairs[0].labels_path.parent) if pairs else "no folder")
     return windows
 
 
@@ -82,7 +82,7 @@ def inside_image(array: NDArray[np.float32], window: LabelledWindow) -> NDArray[
     return array[:height, :width]
 
 
-def require_cells(windows: Sequence[LabelledWindow], where: str) -> None:
+def require_cells_in_some(windows: Sequence[LabelledWindow], where: str) -> None:
     """Raise DataSetError if no window holds a cell; `where` names their origin in the message."""
     if not any(window.labels.any() for window in windows):
         raise DataSetError(

@@ -54,9 +54,9 @@ def write_geojson(
 
     Notes
     -----
-    One Feature per label, which becomes a detection: a Polygon, or a MultiPolygon for a cell in pieces (diagonal contact
-    separates pieces).  Positions are (x, y) = (col, row) in pixels from the corner of the image;
-    rings are closed, outer ones counter-clockwise in (x, y) as RFC 7946 section 3.1.6 asks.
+    One Feature per label, which becomes a detection: a Polygon, or a MultiPolygon for a cell in pieces
+    (diagonal contact separates pieces).  Positions are (x, y) = (col, row) in pixels from the corner of
+    the image; rings are closed, outer ones counter-clockwise in (x, y) as RFC 7946 section 3.1.6 asks.
     """
     corners, stops, polygons = trace_polygons(labels)
     if table is not None and table["label"].tolist() != list(polygons):

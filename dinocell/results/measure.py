@@ -197,12 +197,12 @@ def summarize(labels: ArrayLike, table: CellTable) -> dict[str, Any]:
     dict of str to int, float or None
         Ready for JSON.  ``num_cells``; ``num_cells_touching_border``; ``confluency_percent``
         (share of image pixels that belong to a cell, 0..100); ``cells_per_megapixel``; mean,
-        median and standard deviation (of the population) of ``area``; means of ``perimeter``, ``eccentricity``,
-        ``solidity``, ``circularity`` and ``num_neighbors``, over all cells, those at the image's edge included;
-        ``image_height_px``, ``image_width_px``.  With a column ``score`` also ``quality``, its mean (0..1).
-        With a pixel size also ``pixel_size_um``,
-        ``image_area_mm2``, ``cells_per_mm2`` and the ``area_um2`` statistics.  Statistics over
-        cells are None when there is no cell, densities None when the image has no pixel.
+        median and standard deviation (of the population) of ``area``; means of ``perimeter``,
+        ``eccentricity``, ``solidity``, ``circularity`` and ``num_neighbors``, over all cells, those at
+        the image's edge included; ``image_height_px``, ``image_width_px``.  With a column ``score`` also
+        ``quality``, its mean (0..1).  With a pixel size also ``pixel_size_um``, ``image_area_mm2``,
+        ``cells_per_mm2`` and the ``area_um2`` statistics.  Statistics over cells are None when there is
+        no cell, densities None when the image has no pixel.
 
     Raises
     ------

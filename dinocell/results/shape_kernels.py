@@ -108,8 +108,9 @@ def border_pixels(
 
     `index` has a second row above and below, whose pixels decide but are not listed.  Returns the cell
     and the position (row, column) of each border pixel in raster order, and per cell the number of
-    border pixels that stand for a straight step, a diagonal step and half of each.  How many of a border pixel's four sides and four corners are border pixels of the same
-    cell decides which (the table of Benkrid & Crookes 2000, as scikit-image reads it).
+    border pixels that stand for a straight step, a diagonal step and half of each.  How many of a border
+    pixel's four sides and four corners are border pixels of the same cell decides which (the table of
+    Benkrid & Crookes 2000, as scikit-image reads it).
     """
     height, width = index.shape
     border = np.zeros((height, width), np.bool_)

@@ -375,7 +375,7 @@ class _Speed:
         self._waits_since = time.monotonic()
 
     def fetched(self) -> None:
-        """The batch is there."""
+        """The batch has arrived."""
         self._waited_s += time.monotonic() - self._waits_since
 
     def since_last_log(self, batch_size: int) -> dict[str, float]:

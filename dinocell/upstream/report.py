@@ -54,11 +54,11 @@ def status_text(status: Status) -> str:
         if len(status.changed) > 10:
             lines.append("  ...")
     if status.applied:
-        lines.append("the tree has all our additions: dinocell upstream verify --tree DIR tests it")
+        lines.append("the tree has all our additions: dinocell upstream verify tests it")
     elif status.ready:
         lines.append("dinocell upstream apply puts them in")
     elif status.changed:
-        lines.append("commit or stash the changes, or use apply --out")
+        lines.append("commit or stash the changes, or let dinocell upstream apply write a copy")
     else:
         lines.append("see docs/upstream.md for conflicts")
     return "\n".join(lines)

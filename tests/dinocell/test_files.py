@@ -38,7 +38,7 @@ def test_a_kept_folder_is_not_made_again(tmp_path, replaced):
         write_text_atomically(out / "in" / "a.txt", "a")
         out.rename(away)
         if replaced:
-            out.mkdir()  # as a mount point is there without its mount
+            out.mkdir()  # as a mount point exists without its mount
         with pytest.raises(
             OSError, match="the folder is gone or another one has its name"
         ) as caught:

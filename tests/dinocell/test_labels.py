@@ -127,7 +127,7 @@ def test_images_are_not_taken_for_masks():
         assert not looks_like_labels(pixels)
 
 
-def test_real_images_and_labels_are_told_apart(data_dir):
+def test_real_images_and_labels_are_distinguished(data_dir):
     """Some of the collections; the figures of all are in `looks_like_labels`."""
     from dinocell.io import read_image
 

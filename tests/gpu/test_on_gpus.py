@@ -115,7 +115,7 @@ def test_segment_as_on_the_cpu(blob_data, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_pretraining_under_fsdp_stops_and_goes_on(pictures, tmp_path, precision):
+def test_pretraining_under_fsdp_stops_and_continues(pictures, tmp_path, precision):
     arguments = pretrain(
         pictures, tmp_path / "run", "train.batch_size_per_gpu=16",
         f"compute_precision.param_dtype={precision}", "train.OFFICIAL_EPOCH_LENGTH=100",
@@ -130,7 +130,7 @@ def test_pretraining_under_fsdp_stops_and_goes_on(pictures, tmp_path, precision)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors.decode()[-3000:]
     text = run(*arguments)
-    assert "going on with iteration" in text
+    assert "continuing with iteration" in text
     assert (tmp_path / "run" / "eval" / "training_199" / "teacher_checkpoint.pth").is_file()
     assert np.isfinite(losses(tmp_path / "run")).all()
 

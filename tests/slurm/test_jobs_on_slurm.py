@@ -59,7 +59,7 @@ def test_preempted_by_usr2(cluster, tmp_path, pretraining, whole):
     cluster.wait(job, "COMPLETED")
     reference = teacher(whole)
     assert all(torch.equal(value, reference[name]) for name, value in teacher(run).items())
-    assert losses(run).keys() >= {0, 10, 50, 80, 89}  # one file, which goes on
+    assert losses(run).keys() >= {0, 10, 50, 80, 89}  # one file, which continues
     log = log_of(run)
     assert log.count("SIGUSR2 (preemption)") == 2
     assert "Traceback" not in log
@@ -77,7 +77,7 @@ def test_preempted_by_usr2(cluster, tmp_path, pretraining, whole):
 
 
 def test_preempted_by_sigterm_only(term_cluster, tmp_path, fine_tuning):
-    """The signal that submitit ignores: a fine-tuning saves itself and goes on, bit for bit."""
+    """The signal that submitit ignores: a fine-tuning saves itself and continues, bit for bit."""
     done = term_cluster.dinocell("train", str(fine_tuning), "output_dir=whole", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "tuned"
@@ -99,7 +99,7 @@ def test_preempted_by_sigterm_only(term_cluster, tmp_path, fine_tuning):
 
 
 def test_time_limit(cluster, tmp_path, pretraining):
-    """USR2 comes ahead of the limit; the job is requeued and goes on."""
+    """USR2 comes ahead of the limit; the job is requeued and continues."""
     run = tmp_path / "run"
     job = cluster.submit(
         "pretrain", str(pretraining), "train.OFFICIAL_EPOCH_LENGTH=2000", "-o", "run",
@@ -121,7 +121,7 @@ def test_time_limit(cluster, tmp_path, pretraining):
 
 
 def test_scancel_saves_and_is_final(cluster, tmp_path, pretraining):
-    """A cancelled job leaves a checkpoint, is not requeued; submitting again goes on."""
+    """A cancelled job leaves a checkpoint, is not requeued; submitting again continues."""
     run = tmp_path / "run"
     job = cluster.submit("pretrain", str(pretraining), "-o", "run", cwd=tmp_path)
     wait_for(lambda: last_iteration(run) >= 5)
@@ -146,7 +146,7 @@ def test_scancel_saves_and_is_final(cluster, tmp_path, pretraining):
 
 @pytest.mark.slow
 def test_node_dies(cluster, tmp_path, pretraining, whole):
-    """Nothing can be saved at the end: the run goes on from its last periodic checkpoint, exactly."""
+    """Nothing can be saved at the end: the run continues from its last periodic checkpoint, exactly."""
     run = tmp_path / "run"
     job = cluster.submit(
         "pretrain", str(pretraining), "checkpointing.period=10", "-o", "run", cwd=tmp_path
@@ -395,7 +395,7 @@ def alone(cluster, plate, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_segment_without_shards_is_requeued(cluster, tmp_path, plate, alone):
-    """Its next start goes on, although the command does not say --resume."""
+    """Its next start continues, although the command has no --resume."""
     job = cluster.submit("segment", str(plate), "-o", "out", cwd=tmp_path)
     journal = tmp_path / "out" / "images.jsonl"
     wait_for(lambda: len(journal.read_text().splitlines()) >= 3)

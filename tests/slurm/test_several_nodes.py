@@ -39,7 +39,7 @@ def by_torchrun(two_nodes, pretraining, tmp_path) -> Path:
 
 
 def power_cut(cluster, node: str, job: str) -> None:
-    """Nothing of a node goes on: neither its daemon nor a process of the job."""
+    """Nothing of a node runs any more: neither its daemon nor a process of the job."""
     daemons = [
         number
         for number in map(int, cluster.run("pgrep", "-x", "slurmd").stdout.split())
@@ -78,9 +78,9 @@ def test_two_nodes_train_as_two_processes_of_one(two_nodes, tmp_path, pretrainin
     job = two_nodes.submit("pretrain", str(pretraining), "-o", "run", "--nodes", "2", cwd=tmp_path)
     shown = two_nodes.wait(job, "COMPLETED")
     assert shown["NodeList"] == "127.0.0.[1-2]"
-    said = log_of(run)
-    assert "90 iterations of 6 samples (3 x 2 processes" in said
-    assert "learning rate up to 0.000306 (rule sqrt_wrt_1024: 0.306 x the configured one)" in said
+    text = log_of(run)
+    assert "90 iterations of 6 samples (3 x 2 processes" in text
+    assert "learning rate up to 0.000306 (rule sqrt_wrt_1024: 0.306 x the configured one)" in text
     assert losses(run) == losses(by_torchrun)
     reference = teacher(by_torchrun)
     assert all(torch.equal(value, reference[name]) for name, value in teacher(run).items())
@@ -88,7 +88,7 @@ def test_two_nodes_train_as_two_processes_of_one(two_nodes, tmp_path, pretrainin
 
 @pytest.mark.slow
 def test_a_job_leaves_a_node_that_dies(two_nodes, tmp_path, pretraining):
-    """It goes on on the other one, from its last periodic checkpoint, bit for bit."""
+    """It continues on the other one, from its last periodic checkpoint, bit for bit."""
     run = tmp_path / "run"
     job = two_nodes.submit(
         "pretrain", str(pretraining), "checkpointing.period=10", "-o", "run", cwd=tmp_path

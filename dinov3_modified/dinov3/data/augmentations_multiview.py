@@ -1,4 +1,4 @@
-"""Crops of multi-channel fields: views by channel (ours; DESIGN: Multi-view).
+"""Crops of multi-channel fields: views by channel (ours; docs/multiview.md).
 
 One global crop is the mean of all channels, the other a random single channel of the same field; a
 network that gives both the same features must find what the channels share: the cells.

@@ -141,7 +141,7 @@ class TorchDistributedEnvironment:
     def export(self, *, overwrite: bool = False) -> Self:
         """Write the values into the environment, where `torch.distributed` looks for them.
 
-        Raises RuntimeError (another value is there and `overwrite` is false).
+        Raises RuntimeError (another value is set and `overwrite` is false).
         """
         values = {name.upper(): str(value) for name, value in vars(self).items()}
         for name, value in values.items():

@@ -112,7 +112,7 @@ def test_a_plan_is_found_again(plate, options, tmp_path):
     assert plan_shards(paths, tmp_path / "few", options, 99).count == 10
 
 
-def test_a_batch_goes_on_as_it_began(plate, options, tmp_path):
+def test_a_batch_continues_as_it_began(plate, options, tmp_path):
     paths = find_images([str(plate)])
     out = tmp_path / "out"
     plan_shards(paths, out, options, 3)
@@ -127,7 +127,7 @@ def test_a_batch_goes_on_as_it_began(plate, options, tmp_path):
     write_image(added, np.zeros((8, 8), np.uint16))
     with pytest.raises(UsageError, match=r"got 1 that .* does not list, such as .*new\.tif"):
         plan_shards([*paths, added], out, options, 3)
-    # Files that are gone, or have been copied anew, stop nothing.
+    # Files that are gone, or were copied again, stop nothing.
     assert plan_shards(paths[1:], out, options, 3).images == 10
     # What changes no result may change.
     assert plan_shards(paths, out, replace(options, batch_size=2), 3).options.batch_size == 2

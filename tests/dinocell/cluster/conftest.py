@@ -20,7 +20,7 @@ answer=FOLDER/answers/$(printf %s "$words" | tr / _)
 
 
 class FakeSlurm:
-    """Commands of SLURM on PATH that note their arguments and give the answers they were told."""
+    """Commands of SLURM on PATH that note their arguments and give the answers that a test sets."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

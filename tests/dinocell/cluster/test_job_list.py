@@ -44,7 +44,8 @@ def only_row():
 
 def test_no_jobs(slurm):
     assert list_jobs() == []
-    assert "Submit one with `dinocell submit`" in jobs_text([])
+    assert "in the last week: submit one with `dinocell submit`" in jobs_text([])
+    assert "week" not in jobs_text([], everything=True)
 
 
 def test_a_job_that_waits(slurm, submitted):
@@ -58,11 +59,12 @@ def test_a_job_that_waits(slurm, submitted):
 
 
 def test_a_job_that_waits_again_tells_why(slurm, submitted):
-    record(submitted("7"), "requeued", "7", reason="SIGUSR2 (preemption): the job goes on")
+    record(submitted("7"), "requeued", "7", reason="SIGUSR2 (preemption): the job continues")
     slurm.job("7", JobState="PENDING", Reason="BeginTime", Restarts=1)
     row = only_row()
     assert (
-        row.reason == "SIGUSR2 (preemption): the job goes on; starts again in a moment (BeginTime)"
+        row.reason
+        == "SIGUSR2 (preemption): the job continues; starts again in a moment (BeginTime)"
     )
     assert (row.state, row.restarts) == ("pending", 1)
 
@@ -80,7 +82,7 @@ def test_a_job_that_runs_with_progress_and_time_left(slurm, submitted):
     assert (row.state, row.progress, row.eta_s) == ("running", "250/1000 (25 %)", 3000.0)
     assert (row.restarts, row.reason) == (2, "")
     assert "0:50:00" in jobs_text([row])
-    slurm.job("7", JobState="PENDING", Reason="Resources")  # it does not get on: no time is told
+    slurm.job("7", JobState="PENDING", Reason="Resources")  # it makes no progress: no time is shown
     assert (only_row().progress, only_row().eta_s) == ("250/1000 (25 %)", None)
 
 
@@ -214,7 +216,7 @@ def test_an_old_job_that_still_runs_is_listed(slurm, submitted):
     assert [row.job for row in list_jobs(everything=True)] == ["7", "8"]
 
 
-def test_without_slurm_all_are_told_from_their_records(no_slurm, submitted):
+def test_without_slurm_states_come_from_the_records(no_slurm, submitted):
     """On a laptop that shares the folders: what is written down, and no question to anyone."""
     record(submitted("7"), "done", "7")
     record(submitted("8", cluster="south"), "running", "8")
@@ -260,6 +262,10 @@ def test_the_table_of_a_folder(two, capsys):
     assert [line.split()[0] for line in jobs(capsys, "runs/b").splitlines()] == ["job", "11_3"]
 
 
+def test_an_empty_table_names_the_option_for_older_jobs(slurm, capsys):
+    assert "; set --all to list older jobs." in jobs(capsys)
+
+
 def test_json(two, capsys, tmp_path):
     rows = json.loads(jobs(capsys, "--json"))
     assert [row["job"] for row in rows] == ["7", "11_3"]
@@ -272,7 +278,7 @@ def test_json(two, capsys, tmp_path):
     assert [row["job"] for row in everything] == ["7", "11_3", "5"]
 
 
-def test_folders_elsewhere_are_told_whole(two, capsys, tmp_path, monkeypatch):
+def test_folders_elsewhere_have_their_whole_path(two, capsys, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert str(tmp_path / "runs/a") in jobs(capsys)

@@ -158,7 +158,7 @@ def test_progress_of_a_fine_tuning(tmp_path):
 
 
 @pytest.mark.parametrize("command", [PRETRAIN, TRAIN])
-def test_no_progress_before_there_is_any(tmp_path, command):
+def test_no_progress_before_the_first_metrics(tmp_path, command):
     assert run_progress(command, tmp_path / "absent") is None
     (tmp_path / "training_metrics.json").write_text('{"iteration": 1, "iter_time": 1}\n')
     lines(tmp_path / "metrics.jsonl", {"step": 1, "crops_per_s": 1})
@@ -237,7 +237,7 @@ def test_the_list_is_in_the_home_without_the_variable(monkeypatch, tmp_path):
     assert (tmp_path / ".local/state/dinocell/jobs.jsonl").is_file()
 
 
-def test_without_a_home_there_is_no_list(monkeypatch):
+def test_without_a_home_no_list_exists(monkeypatch):
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for an unknown user number
     with pytest.raises(UsageError, match="set XDG_STATE_HOME"):
@@ -245,7 +245,7 @@ def test_without_a_home_there_is_no_list(monkeypatch):
     assert read_submissions() == []
 
 
-def test_a_number_that_begins_anew_is_the_later_job():
+def test_a_number_that_is_used_again_is_the_later_job():
     note_submission([submission("1", name="old"), submission("1", "south", name="other")])
     note_submission([submission("1", name="new")])
     assert [(item.cluster, item.name) for item in read_submissions()] == [
@@ -277,7 +277,7 @@ def test_a_damaged_byte_costs_no_other_line():
     assert [item.job for item in read_submissions()] == ["1"]
 
 
-def test_a_list_that_cannot_be_written_is_told(monkeypatch, tmp_path):
+def test_a_list_that_cannot_be_written_is_reported(monkeypatch, tmp_path):
     (tmp_path / "state").write_text("a file where a folder should be")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     with pytest.raises(OSError, match="state"):

@@ -1,4 +1,4 @@
-"""What a submission is going to run: folders, names, tables of tasks, and what is told before."""
+"""What a submission is going to run: folders, names, tables of tasks, and what is refused before."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_each_evaluation_is_a_run_of_its_own():
         (["train", "train.yaml"], "data/labels|data/images"),
     ],
 )  # fmt: skip
-def test_what_is_not_there_is_told_before(command, message):
+def test_missing_files_are_refused_before_the_job(command, message):
     assert len(planned(*command)) == 1
     with pytest.raises(DINOCellError, match=message):
         planned(*command, look=True)
@@ -115,7 +115,7 @@ def test_what_is_not_there_is_told_before(command, message):
         (["segment", "a.tif", "-o", "out", "-m", "far.safetensors"], "far.safetensors"),
     ],
 )  # fmt: skip
-def test_models_and_folders_are_looked_for(arguments, message, capsys):
+def test_models_and_folders_are_checked(arguments, message, capsys):
     write_image("a.tif", np.zeros((8, 8), np.uint16))
     for part in ("images", "labels"):
         (Path("set") / part).mkdir(parents=True)
@@ -124,7 +124,7 @@ def test_models_and_folders_are_looked_for(arguments, message, capsys):
     assert message in err
     code, out, err = submitted(capsys, *arguments, "--no-look", "--dry-run")
     assert code == 0, err
-    # What an earlier job will make is not looked for either.
+    # What an earlier job will make is not checked either.
     code, out, err = submitted(capsys, *arguments, "--dependency", "5", "--dry-run")
     assert code == 0, err
     assert "--dependency=afterok:5" in out
@@ -139,7 +139,7 @@ def test_models_and_folders_are_looked_for(arguments, message, capsys):
         (["segment", "a.tif", "-o", "a.tif/deeper"], "where .*a.tif is a file"),
     ],
 )  # fmt: skip
-def test_wrong_values_are_told_before(arguments, message, capsys):
+def test_wrong_values_are_refused_before_the_job(arguments, message, capsys):
     write_image("a.tif", np.zeros((8, 8), np.uint16))
     code, out, err = submitted(capsys, *arguments, "--no-look", "--dry-run")
     assert (code, out) == (2, "")
@@ -197,7 +197,7 @@ def test_variables_of_the_site_name_data(blob_data, capsys, monkeypatch):
     assert "BLOBS" not in os.environ
 
 
-def test_another_configuration_in_the_folder_of_a_run_is_told_before(blob_data):
+def test_another_configuration_in_the_folder_of_a_run_is_refused(blob_data):
     Path("train.yaml").write_text(FINE_TUNING.replace("data/", f"{blob_data}/"))
     (run,) = planned("train", "train.yaml", look=True)
     run.run_dir.mkdir()
@@ -208,7 +208,7 @@ def test_another_configuration_in_the_folder_of_a_run_is_told_before(blob_data):
         planned("train", "train.yaml", "optimizer.lr=1e-5", look=True)
 
 
-def test_another_configuration_of_a_pretraining_is_told_before(tmp_path):
+def test_another_configuration_of_a_pretraining_is_refused(tmp_path):
     Path("pictures").mkdir()
     from dinov3.configs import get_cfg_from_args
 
@@ -238,14 +238,14 @@ def test_another_configuration_of_a_pretraining_is_told_before(tmp_path):
         (["train", "train.yaml", "schedule.steps=0"], "schedule.steps` must be at least 1"),
     ],
 )
-def test_a_wrong_configuration_is_told_before(command, sentence):
+def test_a_wrong_configuration_is_refused_before_the_job(command, sentence):
     with pytest.raises(UsageError) as caught:
         planned(*command)
     assert sentence in str(caught.value)
 
 
 @pytest.mark.slow
-def test_a_wrong_pretraining_is_told_by_a_new_process():
+def test_a_new_process_refuses_a_wrong_pretraining():
     command = [sys.executable, "-m", "dinocell", "submit", "pretrain", "ssl.yaml", "--no-look",
                "--dry-run"]  # fmt: skip
     right = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -267,7 +267,7 @@ def test_a_wrong_pretraining_is_told_by_a_new_process():
     ],
     ids=" ".join,
 )
-def test_a_wrong_command_line_is_told_before(arguments, capsys):
+def test_a_wrong_command_line_is_refused_before_the_job(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["submit", *arguments, "--dry-run"])
     assert stop.value.code == 2
@@ -379,7 +379,7 @@ def test_the_command_of_a_row_reads_as_the_row_says(command, rows):
         (["train", "train.yaml"], "schedule.steps", "0"),
     ],
 )
-def test_a_wrong_row_is_told_with_its_name(command, key, value):
+def test_a_wrong_row_is_named(command, key, value):
     rows = [{"name": "right", key: ""}, {"name": "wrong", key: value}]
     with pytest.raises(UsageError, match=r"Row 2 of the table \(wrong\)") as caught:
         planned(*command, table=rows)
@@ -399,7 +399,7 @@ def test_a_wrong_row_of_a_fine_tuning_stays_an_error_of_the_configuration():
         (["evaluate", "--truth", "t"], {"boundary_tolerance": "2"}),
     ],
 )
-def test_a_wrong_option_in_a_row_is_told_with_its_name(command, row):
+def test_a_wrong_option_in_a_row_is_named(command, row):
     with pytest.raises(UsageError, match="wrong"):
         planned(*command, table=[{"name": "wrong", **row}])
 

@@ -1,4 +1,4 @@
-"""Site files: every key is documented, wrong ones are told, text stays what was written."""
+"""Site files: every key is documented, wrong ones are refused, text stays what was written."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_an_empty_value_in_a_section_is_empty(key):
     ],
     ids=lambda item: " ".join(item) if isinstance(item, list) else "",
 )  # fmt: skip
-def test_wrong_values_are_told_in_one_sentence(overrides, sentence):
+def test_wrong_values_are_refused_in_one_sentence(overrides, sentence):
     with pytest.raises(ConfigError) as caught:
         load_site(None, overrides)
     assert sentence in str(caught.value)

@@ -66,8 +66,8 @@ def test_the_rest_of_the_file():
         f"#SBATCH --output={Path.cwd()}/runs/a/slurm/%j_0_log.out",
     } <= options_of(script)  # fmt: skip
     assert "wckey" not in script
-    (work,) = [line for line in script.splitlines() if line.startswith("srun")]
-    assert '--kill-on-bad-exit=1 --cpus-per-task=8 bash -c \'trap "" USR2 TERM;' in work
+    (srun,) = [line for line in script.splitlines() if line.startswith("srun")]
+    assert '--kill-on-bad-exit=1 --cpus-per-task=8 bash -c \'trap "" USR2 TERM;' in srun
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
@@ -79,15 +79,15 @@ def test_environment_and_setup_come_before_the_work():
     lines = text(site).splitlines()
     wanted = ["export A='x y'", "export B='$HOME'", "module load cuda", "source venv/bin/activate"]
     places = [lines.index(line) for line in wanted]
-    work = next(place for place, line in enumerate(lines) if line.startswith("srun"))
+    srun = next(place for place, line in enumerate(lines) if line.startswith("srun"))
     assert places == sorted(places)
-    assert places[-1] < work
+    assert places[-1] < srun
 
 
 def test_container_and_python():
-    (work,) = [x for x in text(SiteProfile(container="apptainer exec --nv d.sif")).splitlines()
+    (srun,) = [x for x in text(SiteProfile(container="apptainer exec --nv d.sif")).splitlines()
                if x.startswith("srun")]  # fmt: skip
-    assert "dinocell apptainer exec --nv d.sif python3 -u -m submitit" in work
+    assert "dinocell apptainer exec --nv d.sif python3 -u -m submitit" in srun
     script = text(SiteProfile(container="box run", python="/opt/py"))
     assert "dinocell box run /opt/py -u" in script
     assert 'scontrol requeue "$job"' in script  # a container seldom has it
@@ -125,7 +125,7 @@ def test_wrong_dependency(given):
         parse_dependency(given)
 
 
-def test_without_slurm_it_is_told_what_else_there_is(no_slurm, tmp_path):
+def test_without_slurm_the_message_names_the_alternatives(no_slurm, tmp_path):
     with pytest.raises(UsageError, match="set `local` or `dry_run`"):
         submit([PlannedRun("a", ("pretrain",), tmp_path / "a")], SiteProfile())
     assert not (tmp_path / "a").exists()
@@ -336,7 +336,7 @@ def test_local_inside_of_a_job_is_not_that_job(masks, slurm, monkeypatch):
         (["evaluate", "--pred", "p", "--truth", "t", "--set", "extra.output=x"], "that no key of the site sets"),
     ],
 )  # fmt: skip
-def test_wrong_calls_are_told_at_once(masks, capsys, arguments, message):
+def test_wrong_calls_are_refused_at_once(masks, capsys, arguments, message):
     assert exit_code("submit", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error

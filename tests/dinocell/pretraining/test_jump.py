@@ -113,7 +113,7 @@ def test_a_plate_without_a_table_is_listed_or_named(capsys, gallery, tmp_path):
     assert (code, "must have a load_data table or known channels" in err) == (2, True)
 
 
-def test_plates_of_a_call_with_other_options_are_made_anew(capsys, gallery, tmp_path):
+def test_plates_of_a_call_with_other_options_are_indexed_again(capsys, gallery, tmp_path):
     """What an interrupted call left must not bring its meaning of the channels."""
     out = tmp_path / "x.arrow"
     table = tmp_path / "channels.csv"

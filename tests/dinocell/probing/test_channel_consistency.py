@@ -280,7 +280,7 @@ def test_one_field_says_what_it_cannot_say():
     assert json.loads(text)["estimates"]["channel_decodability"]["value"] is None
 
 
-def test_wrong_input_is_told():
+def test_wrong_input_is_refused():
     features = np.ones((4, 3))
     good = ([0, 0, 1, 1], [0, 0, 1, 1], list("abab"))
     with pytest.raises(ValueError, match="a field, location and channel per row"):

@@ -125,7 +125,7 @@ def test_a_field_of_one_channel_is_left_out():
     assert found.left_out == ["alone has one channel, left out"]
 
 
-def test_fewer_windows_than_asked_are_said():
+def test_fewer_windows_than_asked_are_noted():
     found = extract_views(MeanNetwork(), [field("a")], window_px=16, windows_per_field=5)
     assert found.left_out == ["a holds 1 windows of 16 px, not 5"]
 
@@ -136,7 +136,7 @@ def test_progress_names_each_field():
     assert seen == ["a", "b"]
 
 
-def test_a_network_without_attention_maps_is_told():
+def test_a_network_without_attention_maps_is_refused():
     class Blind(MeanNetwork):
         get_last_selfattention = property()  # type: ignore[assignment]
 
@@ -145,7 +145,7 @@ def test_a_network_without_attention_maps_is_told():
     assert extract_views(Blind(), [field("a")], window_px=8, attention=False).attention is None
 
 
-def test_wrong_fields_are_told():
+def test_wrong_fields_are_refused():
     network = MeanNetwork()
     with pytest.raises(ValueError, match="multiple of the patch size 4, got 10"):
         extract_views(network, [field("a")], window_px=10)

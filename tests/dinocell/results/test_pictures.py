@@ -172,7 +172,7 @@ def test_large_label_values():
     assert (colors.sum(axis=-1) > 0).all()
 
 
-def test_palette_can_be_told_apart():
+def test_colours_of_cells_differ_clearly():
     lab = rgb2lab(np.array(CELL_COLORS)[None] / 255.0)[0]
     gaps = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
     assert gaps[~np.eye(len(lab), dtype=bool)].min() > 20

@@ -130,7 +130,7 @@ def test_a_crescent_is_one_cell_and_keeps_its_neighbour(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_cell_with_two_lobes_is_one_cell_unless_told_otherwise(target: str) -> None:
+def test_a_cell_with_two_lobes_is_one_cell_by_default(target: str) -> None:
     truth = np.minimum(discs((40, 70), (20, 20, 14), (20, 44, 14)), 1)
     truth[17:24, 20:44] = 1
     depth = labels_to_distance_map(truth, target=target)

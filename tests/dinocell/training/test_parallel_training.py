@@ -177,7 +177,7 @@ main(["train", sys.argv[2]])
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_both_and_the_run_goes_on_exactly(blob_data, tmp_path):
+def test_a_signal_to_one_stops_both_and_the_run_continues_exactly(blob_data, tmp_path):
     """Stochastic depth is on; evaluation only at the end, checkpoints by the signal only."""
     changes = {
         "model__drop_path_rate": 0.2,

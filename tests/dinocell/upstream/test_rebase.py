@@ -35,7 +35,7 @@ def test_a_merged_series_is_written_and_clean_there(upstream, folder):
     assert (tree / "dinov3/core.py").read_text() == with_lines(MORE)
 
 
-def test_there_and_back_gives_the_same_series(upstream, folder):
+def test_a_rebase_and_its_reverse_give_the_same_series(upstream, folder):
     old = upstream.git("rev-parse", "HEAD")
     before = contents(folder)
     upstream.commit("more", **{"dinov3/core.py": MORE})

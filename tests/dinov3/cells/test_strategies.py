@@ -96,7 +96,7 @@ def test_which_checkpointing_the_configuration_asks_for():
 
 
 def test_compiled_parts(monkeypatch):
-    """Each block and each head by itself, in place; on a CPU only when told."""
+    """Each block and each head by itself, in place; on a CPU only on request."""
     calls = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **how: calls.append((self, how)))
     model = network()

@@ -46,7 +46,7 @@ def equal(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_round_trip_goes_on_equally(tmp_path):
+def test_a_loaded_checkpoint_continues_equally(tmp_path):
     model, optimizer = trained()
     save_checkpoint(
         tmp_path / "7", iteration=7, model=model, optimizer=optimizer, note=torch.ones(2)

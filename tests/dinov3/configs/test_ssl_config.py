@@ -66,7 +66,7 @@ def test_wrong_keys_and_values(tmp_path, text, opts, message):
 
 
 def test_what_is_allowed(tmp_path):
-    """Whole numbers for shares, the second form of schedules, no strictness on wish."""
+    """Whole numbers for shares, the second form of schedules, no strictness on request."""
     section = "{start: 0, peak: 1, end: 0, warmup_epochs: 1, cosine_epochs: 2}"
     cfg = merged(tmp_path, f"schedules: {{lr: {section}}}", "optim.lr=1", "optim.clip_grad=2")
     assert cfg.schedules.lr.cosine_epochs == 2
@@ -117,7 +117,7 @@ def test_ignored_keys_warn_and_are_documented(caplog):
 
 
 def test_ignored_keys_are_read_nowhere():
-    """No line of the tree reads a key that is said to have no effect."""
+    """No line of the tree reads a key that the documentation lists as without effect."""
     tree = ROOT / "dinov3_modified" / "dinov3"
     sources = "\n".join(
         p.read_text(encoding="utf-8")

@@ -147,18 +147,19 @@ def batches(collate: Any, masking: Any) -> list[Any]:
             mask_generator=masking.MaskingGenerator((6, 6), max_num_patches=18),
             **options,
         )
-        row = {"": told(batch)}
+        row = {"": described_batch(batch)}
         if count % 2 == 0 and probability and "gram" not in batch:
             # Upstream never returns from a split into more parts than there are masks.
             for divide_by in (2,) if "local_batch_size" in options else (2, 4):
                 part = collate.get_batch_subset(dict(batch, global_batch_size=8), divide_by)
                 part.pop("collated_gram_teacher_crops", None)  # upstream drops it
-                row[str(divide_by)] = told(part)
+                row[str(divide_by)] = described_batch(part)
         rows.append(row)
     return rows
 
 
-def told(batch: dict[str, Any]) -> dict[str, Any]:
+def described_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    """Shape, type and digest of each tensor; other values as they are."""
     return {
         name: [list(value.shape), str(value.dtype), digest(value.double().numpy())]
         if isinstance(value, torch.Tensor)

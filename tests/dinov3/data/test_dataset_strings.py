@@ -67,7 +67,7 @@ def test_errors_of_the_grammar(text, kinds, message):
             make_dataset(dataset_str=text)
 
 
-def test_missing_keys_are_told():
+def test_missing_keys_are_named():
     with pytest.raises(
         ValueError, match=r"split, root, extra, got a string without root, extra: add"
     ):

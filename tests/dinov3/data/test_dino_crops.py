@@ -271,7 +271,7 @@ def test_patch_size_sets_the_grid_of_those_places():
     assert {row for row, _ in offsets} == {0, 16, 32}
 
 
-def test_local_crops_of_a_global_crop_are_distorted_anew():
+def test_local_crops_of_a_global_crop_get_their_own_distortion():
     made = make(local_crops_subset_of_global_crops=True, local_crops_size=32)
     output = crops(made)  # no room to move: only the distortions differ
     assert output["offsets"] == [(0, 0)] * 4

@@ -196,7 +196,7 @@ def test_the_callers_generators_are_left_alone():
         assert torch.equal(torch.rand(2), outer)
 
 
-def test_names_are_told():
+def test_a_data_set_names_its_samples():
     made = make_data_loader(dataset=Numbers(), batch_size=2, num_workers=0)
     assert made.dataset.get_sample_name(4) == "number 4"
     assert (

@@ -176,7 +176,7 @@ def test_subset_keeps_the_first_samples():
     assert part["note"] == "kept"
 
 
-def test_subset_without_masked_patches_deals_masks_anew():
+def test_a_subset_without_masked_patches_draws_new_masks():
     batch = collated(4)
     masks = torch.zeros(8, 16, dtype=torch.bool)
     masks[3, 5] = True

@@ -124,7 +124,7 @@ def test_first_node_without_scontrol(monkeypatch, tmp_path, nodes, first):
     assert TorchDistributedEnvironment().master_addr == first
 
 
-def test_export_keeps_foreign_values_unless_told(monkeypatch):
+def test_export_keeps_foreign_values_by_default(monkeypatch):
     environment = TorchDistributedEnvironment()
     assert environment.export() is environment
     assert os.environ["MASTER_PORT"] == str(environment.master_port)

@@ -197,7 +197,7 @@ def test_lines_are_strict_json(tmp_path):
     }  # fmt: skip
 
 
-def test_a_full_disk_warns_and_goes_on(tmp_path, caplog):
+def test_a_full_disk_gives_a_warning_and_training_continues(tmp_path, caplog):
     logger = MetricLogger(output_file=str(tmp_path / "no_folder" / "m.json"))
     logger.record(0, {"loss": 1.0})
     assert "could not be written" in caplog.text

@@ -39,7 +39,7 @@ class FakeRun:
 
 
 class FakeWandb(types.ModuleType):
-    """Records what wandb would get, and fails as told."""
+    """Records what wandb would get, and fails on request."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -231,7 +231,7 @@ def test_key_in_netrc_counts_for_its_host_only(fake, make, monkeypatch, tmp_path
     assert (first.mode, second.mode) == ("offline", "online")
 
 
-def test_without_a_home_there_is_no_key(fake, make, monkeypatch):
+def test_without_a_home_no_key_exists(fake, make, monkeypatch):
     monkeypatch.delenv("NETRC")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for an unknown user number
     log = make()

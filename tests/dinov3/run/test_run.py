@@ -64,7 +64,7 @@ def script(tmp_path):
         "    folder.mkdir(parents=True, exist_ok=True)\n"
         "    (folder / 'seen.json').write_text(json.dumps(arguments))\n"
         "    if 'fail' in arguments:\n"
-        "        raise RuntimeError('as told')\n"
+        "        raise RuntimeError('on purpose')\n"
         "    return len(arguments)\n"
     )
     return path
@@ -202,7 +202,7 @@ def test_file_for_sbatch(submitit, sbatch, monkeypatch, script, tmp_path):
         "comment": "why", "exclude": "n1", "nice": "7", "job-name": "a_script",
         "signal": "USR2@120",
     }  # fmt: skip
-    assert "open-mode=append" in lines, "a requeued job goes on in the same log"
+    assert "open-mode=append" in lines, "a requeued job continues in the same log"
     assert "submitit" in text.splitlines()[-1]
     assert list((tmp_path / "logs").glob("*4711*submitted.pkl"))
 
@@ -238,9 +238,9 @@ def test_job_in_a_process_of_its_own(submitit, monkeypatch, script, tmp_path):
 
 
 @pytest.mark.slow
-def test_failure_of_a_job_is_told(submitit, monkeypatch, script, tmp_path):
+def test_failure_of_a_job_is_reported(submitit, monkeypatch, script, tmp_path):
     job = _submit_here(submitit, monkeypatch, script, tmp_path / "%j", "fail")
-    with pytest.raises(submitit.core.utils.FailedJobError, match="as told"):
+    with pytest.raises(submitit.core.utils.FailedJobError, match="on purpose"):
         job.result()
 
 
@@ -252,9 +252,9 @@ def test_group_of_a_job_ends_with_it(tmp_path):
         with job_context(output_dir=str(tmp_path), seed=None):
             assert distributed.is_enabled()
             assert distributed.get_world_size() == 1
-            raise KeyError("as told")
+            raise KeyError("on purpose")
 
-    with pytest.raises(KeyError, match="as told"):
+    with pytest.raises(KeyError, match="on purpose"):
         fail()
     assert not distributed.is_enabled()
 

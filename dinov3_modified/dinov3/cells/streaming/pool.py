@@ -70,7 +70,7 @@ class SharedFolder:
         vars(self).update(state, _lock=threading.Lock())
 
     def path(self, key: str) -> Path:
-        """File of an entry, whether it is there or not."""
+        """File of an entry, which may not exist yet."""
         digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         return self.folder / f"{digest}{_SUFFIX}"
 
@@ -83,7 +83,7 @@ class SharedFolder:
             self.counts[what] += 1
 
     def touched(self, path: Path) -> bool:
-        """Whether an entry is there; if so it counts as used now."""
+        """Whether an entry exists; if so it counts as used now."""
         try:
             os.utime(path)
         except FileNotFoundError:
@@ -146,7 +146,7 @@ class SharedFolder:
             os.close(descriptor)
 
     def _settle(self) -> None:
-        """Once, when it is opened: count what is there, drop what is over the limit or left behind."""
+        """Once, when it is opened: count its entries, drop those over the limit and files of killed processes."""
         with self._total() as total:
             now = time.time()
             for path in self.folder.iterdir():

@@ -317,7 +317,7 @@ def test_tables_and_listing_give_the_same(gallery, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.plates")) == []
 
 
-def test_an_interrupted_index_goes_on(gallery, tmp_path, monkeypatch):
+def test_an_interrupted_index_continues(gallery, tmp_path, monkeypatch):
     store, _ = gallery
     plates = find_plates(store, "cpg0000")
     reads = []

@@ -215,7 +215,7 @@ def test_disk_cache(proxy, index_file, truth, tmp_path, monkeypatch):
     again = opened(index_file, "", **how)
     assert drawn(again, 24) == truth[:96]
     assert proxy.counts["requests"] == first, "all came from the disk"
-    # A file that a failing disk has changed is fetched anew.
+    # A file that a failing disk has changed is fetched again.
     entry = next((tmp_path / "cache").glob("*.entry"))
     entry.write_bytes(b"II*\0" + bytes(100))
     assert drawn(opened(index_file, "", **how), 24) == truth[:96]
@@ -271,7 +271,7 @@ def test_a_lost_field_is_recorded_and_replaced(bucket, index_file, truth, tmp_pa
             assert min(pixels) >= 100, "never a black image"
         else:
             assert (name, pixels) == (planned, right)
-    # Going on: what was lost stays lost, also if it is mended by now.
+    # After a resumption, what was lost stays lost, also if it was repaired.
     resumed = opened(index_file, bucket[0], tmp_path / "0")
     assert drawn(resumed, 4, advance=12) == found[0][48:64]
 

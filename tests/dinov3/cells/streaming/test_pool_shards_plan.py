@@ -79,7 +79,7 @@ def test_retired_entries_go_before_older_ones(tmp_path):
     assert [key for key in "abcd" if key in cache] == ["a", "b", "d"]
 
 
-def test_what_came_first_stays_when_told(tmp_path):
+def test_what_came_first_stays_on_request(tmp_path):
     cache = ByteCache(tmp_path, 250, keep_first=True)
     for key in "abcd":
         cache.get(key, lambda: bytes(64))
@@ -87,7 +87,7 @@ def test_what_came_first_stays_when_told(tmp_path):
     assert cache.counts["evictions"] == 0
 
 
-def test_a_lower_limit_holds_for_what_is_there(tmp_path):
+def test_a_lower_limit_holds_for_older_entries(tmp_path):
     cache = ByteCache(tmp_path, 1000, keep_first=True)
     for number in range(10):
         cache.get(str(number), lambda: bytes(64))
@@ -191,7 +191,7 @@ def test_arrays_are_mapped_and_survive_their_eviction(tmp_path):
     pool = FieldPool(tmp_path, 20_000)
     arrays = {"a": np.arange(2000, dtype=np.uint16).reshape(2, 1000), "b": np.ones(3, np.float32)}
     made = pool.get("k", lambda: ({"name": "näme"}, arrays))
-    facts, found = pool.get("k", lambda: pytest.fail("it is there"))
+    facts, found = pool.get("k", lambda: pytest.fail("it is in the cache"))
     assert facts == made[0] == {"name": "näme"}
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)

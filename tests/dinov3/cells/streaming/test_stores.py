@@ -264,7 +264,7 @@ def test_an_outage_loses_nothing_with_many_requests(proxy, names):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("status", [301, 400])
-def test_refusals_for_good_are_told_at_once(proxy, names, transport, status):
+def test_lasting_refusals_are_reported_at_once(proxy, names, transport, status):
     pytest.importorskip(transport)
     honest = proxy.answer
     code = {301: "PermanentRedirect", 400: "InvalidRequest"}[status]
@@ -281,7 +281,7 @@ def test_refusals_for_good_are_told_at_once(proxy, names, transport, status):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_missing_credentials_are_told_at_once(rclone, names, transport, monkeypatch, tmp_path):
+def test_missing_credentials_are_reported_at_once(rclone, names, transport, monkeypatch, tmp_path):
     pytest.importorskip(transport)
     for name in list(os.environ):
         if name.startswith("AWS_"):
@@ -378,7 +378,7 @@ def _in_processes(method: str, store: _ObjectStore, keys: list[str]) -> list:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_store_that_was_used_goes_to_spawned_processes(rclone, names, transport):
-    """Clients are made anew."""
+    """Each process makes its own clients."""
     pytest.importorskip(transport)
     store = ObjectStore(options(rclone, transport, timeout_s=20.0))
     keys = list(names)[:30]

@@ -63,7 +63,7 @@ def test_a_run_over_a_faulty_network_is_that_from_a_folder(proxy, index_file, lo
 
 
 @pytest.mark.slow
-def test_a_run_that_began_over_the_network_goes_on_from_a_copy(
+def test_a_run_that_began_over_the_network_continues_from_a_copy(
     rclone, bucket, index_file, local_run, tmp_path
 ):
     environment = dict(os.environ, OMP_NUM_THREADS="1")
