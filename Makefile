@@ -1,6 +1,7 @@
 # make demo      set up, segment the bundled sample images, print where the results are
 # make test      set up, run the tests that take minutes and change nothing outside this folder
-# make test-all  the same, the slow tests, and the tests on a real SLURM (root on Debian: installs it)
+# make test-all  the same, then in one go the slow tests and those on a real SLURM (root on Debian:
+#                installs it)
 # make test-gpu  the tests that need a CUDA device, better two
 # make mutants   FILES="dinocell/evaluation/matching.py ..." [SAMPLE=50] [SEED=0]: do the tests notice
 #                small faults?  A seeded sample of SAMPLE faults per file, or SAMPLE=all
@@ -14,16 +15,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Functions are compiled once, not in each test process.
+COMPILE = $(BIN)/dinocell demo -o $(VENV)/demo >$(VENV)/demo.log
 JOBS ?= 2
-# The tests on SLURM mostly wait for the cluster.
-SLURM_JOBS ?= 3
+# Tests on SLURM mostly wait for the cluster: beside them there is room for slow tests.
+SLOW_JOBS ?= 4
 SAMPLE ?= 50
 SEED ?= 0
 
 # Tests start the program many times: Python must keep the byte code that it has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-slow test-slurm test-gpu mutants fuzz check check-style bench wheel clean
+.PHONY: demo test test-all test-gpu mutants fuzz check check-style bench wheel clean
 
 demo: $(VENV)/.base
 	$(BIN)/dinocell demo
@@ -31,14 +34,9 @@ demo: $(VENV)/.base
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=25
 
-test-all: test test-slow test-slurm
-
-test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m "slow and not slurm and not gpu and not network" \
-	  -n $(JOBS) --dist worksteal --durations=25
-
-test-slurm: $(VENV)/.test
-	$(BIN)/python -m pytest -m slurm -n $(SLURM_JOBS) --dist worksteal --durations=25
+test-all: test
+	$(BIN)/python -m pytest -m "(slow or slurm) and not gpu and not network" \
+	  -n $(SLOW_JOBS) --dist worksteal --durations=25
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu -rs
@@ -74,11 +72,12 @@ $(VENV)/.base: setup.py constraints.txt | $(BIN)/python
 
 $(VENV)/.test: setup.py constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e ".[test]"
-	$(BIN)/dinocell demo -o $(VENV)/demo >$(VENV)/demo.log  # compiles functions once, not in each test process
+	$(COMPILE)
 	@touch $(VENV)/.base $@
 
 $(VENV)/.dev: setup.py constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e ".[test,dev]"
+	$(COMPILE)
 	@touch $(VENV)/.base $(VENV)/.test $@
 
 clean:
