@@ -22,9 +22,10 @@ def test_shares_of_flagged_images(data_dir):
     pipeline = DINOCellPipeline()
     for name, (least, most) in SETS.items():
         flagged = []
-        for path in find_images([data_dir / name]):
-            middle = read_image(path).pixels[:360, :360]
-            channels = None if middle.ndim == 2 else [0, 1, 2]
-            flagged.append(pipeline.run(middle, channels=channels).unfamiliar > 1)
+        paths = find_images([data_dir / name])
+        for path in paths[:: 3 if len(paths) > 9 else 1]:
+            corner = read_image(path).pixels[:256, :256]
+            channels = None if corner.ndim == 2 else [0, 1, 2]
+            flagged.append(pipeline.run(corner, channels=channels).unfamiliar > 1)
         assert len(flagged) >= 3
         assert least <= np.mean(flagged) <= most, name
