@@ -4,6 +4,12 @@ from dataclasses import dataclass
 
 from dinocell.settings import require, require_at_least, require_choice
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+MODEL_SIZES = ("tiny", "small", "base", "large", "conv")
+DECODERS = ("unet", "unet_wide", "linear", "detail")
+
 _MAX_IMAGE_CHANNELS = 1024  # a damaged header must not ask for all memory
 
 
@@ -11,10 +17,16 @@ _MAX_IMAGE_CHANNELS = 1024  # a damaged header must not ask for all memory
 class ModelConfig:
     """Everything that must be known to rebuild and run a model; it travels in the model file."""
 
-    size: str = "small"  # backbone size: `tiny` (192 wide, 3 heads), `small`, `base`, `large`
+    # backbone size: `tiny` (192 wide, 3 heads), `small`, `base`, `large`, or `conv`: no transformer,
+    # the convolutions of decoder `detail` alone (patch size 16)
+    size: str = "small"
     patch_size: int = 8  # edge of a patch in px: 4, 8, 14 or 16
-    decoder: str = "unet"  # `unet`, `unet_wide` or `linear` (DESIGN.md 3)
+    # `unet`, `unet_wide`, `linear`, or `detail`: a U-Net with a convolutional pyramid of the image
+    decoder: str = "unet"
     image_channels: int = 0  # channels of the full-resolution image skip of `unet`; 0 leaves it out
+    # what the network sees: `gray`, or `compressed`: the same intensities on one linear and two
+    # logarithmic scales, so that dim cells beside bright ones stand out
+    intensities: str = "gray"
     target: str = "sqrt"  # what the network predicts: `linear` or `sqrt` distance map
     # window_px, overlap_px: the network sees square windows of `window_px`; neighbours share
     # `overlap_px`.  They belong to the model, because attention sees the whole window.
@@ -37,9 +49,20 @@ class ModelConfig:
     pixel_size_um: float | None = None  # pixel size of the training images in µm, where known
 
     def __post_init__(self) -> None:
-        require_choice("`model.size`", self.size, ("tiny", "small", "base", "large"))
+        require_choice("`model.size`", self.size, MODEL_SIZES)
         require_choice("`model.patch_size`", self.patch_size, (4, 8, 14, 16))
-        require_choice("`model.decoder`", self.decoder, ("unet", "unet_wide", "linear"))
+        require_choice("`model.decoder`", self.decoder, DECODERS)
+        require_choice("`model.intensities`", self.intensities, ("gray", "compressed"))
+        require(
+            self.decoder != "detail" or self.patch_size in (4, 8, 16),
+            f"`model.patch_size` must be 4, 8 or 16 for decoder detail, got {self.patch_size}: choose "
+            "16, or another decoder",
+        )
+        require(
+            self.size != "conv" or (self.decoder == "detail" and self.patch_size == 16),
+            f"`model.size` conv must have decoder detail and patch size 16, got {self.decoder} and "
+            f"{self.patch_size}: change them, or choose the size of a transformer",
+        )
         require_choice("`model.target`", self.target, ("linear", "sqrt"))
         require(
             self.window_px >= self.patch_size and self.window_px % self.patch_size == 0,

@@ -1,7 +1,7 @@
 """Decoders: patch features of four depths → one logit per pixel.
 
 `unet` is the default, `unet_wide` the original drawing kept for comparison, `linear` the floor
-(DESIGN.md 3; Ronneberger et al. 2015 for the U-Net).
+(DESIGN.md 3; Ronneberger et al. 2015 for the U-Net), `detail` a U-Net with its own look at the image.
 """
 
 import math
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-DECODERS = ("unet", "unet_wide", "linear")
-
-_PRIOR_LOGIT = -2.0  # most pixels are background: start near sigmoid(-2) = 0.12
+from dinocell.network.config import DECODERS
+from dinocell.network.detail import DetailDecoder
+from dinocell.network.layers import PRIOR_LOGIT, conv_bn_relu, resize
 
 
 def unet_widths(embed_dim: int, patch_size: int) -> tuple[tuple[int, ...], int]:
@@ -71,7 +71,7 @@ class UNetDecoder(nn.Module):
         self.enlarge = nn.ModuleList()
         self.project = nn.ModuleList()
         self.convolve = nn.ModuleList()
-        self.image_stem = _conv_bn_relu(3, image_channels) if image_channels > 0 else None
+        self.image_stem = conv_bn_relu(3, image_channels) if image_channels > 0 else None
         width_in = embed_dim
         for index, width in enumerate(stages):
             if index < self.num_doublings:
@@ -89,12 +89,12 @@ class UNetDecoder(nn.Module):
             if index == len(stages) - 1:
                 joined += image_channels
             self.convolve.append(
-                nn.Sequential(_conv_bn_relu(joined, width), _conv_bn_relu(width, width))
+                nn.Sequential(conv_bn_relu(joined, width), conv_bn_relu(width, width))
             )
             width_in = width
         self.num_skips = min(num_features - 1, len(stages))
         self.head = nn.Conv2d(width_in, 1, kernel_size=1)
-        nn.init.constant_(self.head.bias, _PRIOR_LOGIT)  # type: ignore[arg-type]
+        nn.init.constant_(self.head.bias, PRIOR_LOGIT)  # type: ignore[arg-type]
 
     def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
         """(B, D, h, w) features, shallowest first, and their image (B, 3, H, W) → (B, 1, H, W) logits.
@@ -110,10 +110,10 @@ class UNetDecoder(nn.Module):
         ):
             x = enlarge(x)
             if index >= self.num_doublings - 1 and x.shape[-2:] != size:
-                x = _resize(x, size)
+                x = resize(x, size)
             parts = [x]
             if index < self.num_skips:
-                parts.append(_resize(project(skips[index]), x.shape[-2:]))
+                parts.append(resize(project(skips[index]), x.shape[-2:]))
             if index == last and self.image_stem is not None:
                 parts.append(self.image_stem(image))
             x = convolve(torch.cat(parts, dim=1) if len(parts) > 1 else x)
@@ -127,7 +127,7 @@ class LinearDecoder(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.head = nn.Conv2d(embed_dim * num_features, patch_size**2, kernel_size=1)
-        nn.init.constant_(self.head.bias, _PRIOR_LOGIT)  # type: ignore[arg-type]
+        nn.init.constant_(self.head.bias, PRIOR_LOGIT)  # type: ignore[arg-type]
 
     def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
         """(B, D, h, w) features and the (B, 3, H, W) image → (B, 1, H, W) logits."""
@@ -142,8 +142,11 @@ def create_decoder(
     *,
     num_features: int = 4,
     image_channels: int = 0,
+    has_pyramid: bool = True,
 ) -> nn.Module:
-    """The decoder called `name`: `unet`, `unet_wide` or `linear`.
+    """The decoder called `name`: `unet`, `unet_wide`, `linear` or `detail`.
+
+    `has_pyramid` is False where the backbone is a pyramid already (`detail` only).
 
     Raises ValueError (unknown name, or `image_channels` for a decoder without an image skip).
     """
@@ -154,6 +157,10 @@ def create_decoder(
     if name != "unet" and image_channels:
         raise ValueError(
             f"`image_channels` must be 0 for decoder {name}, got {image_channels}: use unet"
+        )
+    if name == "detail":
+        return DetailDecoder(
+            embed_dim, patch_size, num_features=num_features, has_pyramid=has_pyramid
         )
     if name == "linear":
         return LinearDecoder(embed_dim, patch_size, num_features=num_features)
@@ -169,17 +176,3 @@ def create_decoder(
 
 def _num_doublings(patch_size: int) -> int:
     return math.ceil(math.log2(patch_size))
-
-
-def _conv_bn_relu(channels_in: int, channels_out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU(inplace=True),
-    )
-
-
-def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    if tuple(x.shape[-2:]) == tuple(size):
-        return x
-    return functional.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dinocell.errors import UsageError
-from dinocell.network.backbone import BACKBONE_SIZES
+from dinocell.network.config import MODEL_SIZES
 from dinocell.network.model import (
     DINOCell,
     bundled_models,
@@ -40,7 +40,7 @@ def describe_bundled() -> str:
         score = card.get("metrics", {}).get("val_ap50_pooled")
         described = f"validation AP@0.5 {score:.3f}" if score is not None else "no score recorded"
         lines.append(
-            f"{name}  ViT {model['size']}/{model['patch_size']}, {model['decoder']}, "
+            f"{name}  {_backbone_name(model['size'], model['patch_size'])}, {model['decoder']}, "
             f"{model['target']} target; {described}; {card.get('licence') or 'licence not recorded'}"
         )
     return "\n".join(lines) if lines else "no bundled models"
@@ -61,9 +61,9 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
     architecture = re.fullmatch(r"([a-z]+)/(\d+)", name)
     if architecture and not Path(name).exists():
         size, patch = architecture.group(1), int(architecture.group(2))
-        if size not in BACKBONE_SIZES:
+        if size not in MODEL_SIZES:
             raise UsageError(
-                f"An architecture must be SIZE/PATCH with a size of {', '.join(BACKBONE_SIZES)}, got "
+                f"An architecture must be SIZE/PATCH with a size of {', '.join(MODEL_SIZES)}, got "
                 f"{name}: for example small/8"
             )
         if patch not in (4, 8, 14, 16):
@@ -91,6 +91,10 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
     return "\n".join(lines)
 
 
+def _backbone_name(size: str, patch_size: int) -> str:
+    return "convolutions" if size == "conv" else f"ViT {size}/{patch_size}"
+
+
 def _describe_statistics(model: DINOCell) -> str:
     if model.statistics is None:
         return "images of another kind: not flagged (no statistics of the training images)"
@@ -106,7 +110,7 @@ def _describe_architecture(model: DINOCell, image_px: int) -> str:
     cost = model_cost(model, image_px // patch * patch)
     total = cost.backbone_parameters + cost.decoder_parameters
     return (
-        f"ViT {model.config.size}/{patch} + {model.config.decoder}\n"
+        f"{_backbone_name(model.config.size, patch)} + {model.config.decoder}\n"
         f"parameters: {total / 1e6:.2f} M (backbone {cost.backbone_parameters / 1e6:.2f} M, decoder "
         f"{cost.decoder_parameters / 1e6:.2f} M)\n"
         f"cost at {cost.image_px}×{cost.image_px} px: {(cost.backbone_macs + cost.decoder_macs) / 1e9:.2f} "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ from torch import Tensor, nn
 from dinocell.errors import CheckpointError, ConfigError, UsageError, raised_as
 from dinocell.files import atomic_path
 from dinocell.network.backbone import BACKBONE_SIZES, DINOv3Backbone
-from dinocell.network.config import ModelConfig
+from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from dinocell.network.decoder import create_decoder
+from dinocell.network.detail import ConvPyramid
 from dinocell.network.familiarity import TrainingStatistics
 from dinocell.settings import config_from_mapping, config_to_mapping
 from dinocell.tree import tree_imports
 
 _HEADER_KEY = "dinocell"
 _FORMAT_VERSION = 1
+_KNEES = (0.1, 0.01)  # of `compress_intensities`, as shares of the range
 _BUNDLED_FOLDER = Path(__file__).parents[1] / "models"
 
 
@@ -44,18 +47,23 @@ class DINOCell(nn.Module):
         self.card: dict[str, Any] = dict(card or {})
         # what its training images look like; None where they are not recorded
         self.statistics: TrainingStatistics | None = None
-        self.backbone = DINOv3Backbone(
-            config.size,
-            patch_size=config.patch_size,
-            layerscale_init=config.layerscale_init,
-            drop_path_rate=config.drop_path_rate,
-        )
+        self.backbone: DINOv3Backbone | ConvPyramid
+        if config.size == "conv":
+            self.backbone = ConvPyramid()
+        else:
+            self.backbone = DINOv3Backbone(
+                config.size,
+                patch_size=config.patch_size,
+                layerscale_init=config.layerscale_init,
+                drop_path_rate=config.drop_path_rate,
+            )
         self.decoder = create_decoder(
             config.decoder,
             self.backbone.embed_dim,
             config.patch_size,
             num_features=len(self.backbone.blocks_read),
             image_channels=config.image_channels,
+            has_pyramid=config.size != "conv",
         )
 
     def forward(self, image: Tensor) -> Tensor:
@@ -88,6 +96,8 @@ class DINOCell(nn.Module):
                 f"`image` must have sides that are multiples of the patch size {patch}, got "
                 f"{height}×{width}: pad it, or use `segment`, which does"
             )
+        if self.config.intensities == "compressed":
+            image = compress_intensities(image)
         features = self.backbone(image)
         logits = self.decoder(features, image)
         return logits.float().sigmoid(), features[-1]  # [B, 1, H, W], [B, D, h, w]
@@ -105,6 +115,18 @@ class DINOCell(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
+
+
+def compress_intensities(image: Tensor) -> Tensor:
+    """Gray in three channels alike → linear and two logarithmic scales, each in about [-1, 1].
+
+    `image` is (B, 3, H, W), ImageNet-normalised from [0, 1].  asinh is linear far below its knee and
+    logarithmic above (Lupton et al. 1999): knees at 1/10 and 1/100 of the range let a nucleus of a
+    hundredth of the brightest one fill a sixth of the third channel's range.
+    """
+    gray = image[:, :1] * IMAGENET_STD[0] + IMAGENET_MEAN[0]  # [B, 1, H, W]
+    scales = [gray, *(torch.asinh(gray / knee) / math.asinh(1 / knee) for knee in _KNEES)]
+    return torch.cat(scales, dim=1) * 2 - 1
 
 
 def create_dinocell_model(

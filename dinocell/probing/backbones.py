@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from dinocell.errors import CheckpointError, UsageError, raised_as
+from dinocell.network.backbone import DINOv3Backbone
 from dinocell.network.weights import find_weights
 
 
@@ -46,6 +47,11 @@ def load_backbone_of(
             raise UsageError(
                 f"`patch_size` of a bundled model must be its own, {model.config.patch_size}, got "
                 f"{patch_size}: name a file, or leave it out"
+            )
+        if not isinstance(model.backbone, DINOv3Backbone):
+            raise UsageError(
+                f"A model to look into must have a transformer, got {name} of size "
+                f"{model.config.size}: name another model"
             )
         return _inspected(name, model.backbone.vit, {"format": "dinocell"})
     found = find_weights(name)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dinocell.network.config import ModelConfig
+from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from dinocell.network.familiarity import Appearance, contrast_of
 from dinocell.network.model import DINOCell
 from dinocell.network.precision import autocast
 from dinocell.scratch import all_finite, is_large, row_bands, zeros_in_file
-from dinocell.segmentation.intensity import IMAGENET_MEAN, IMAGENET_STD, IntensityRange, find_range
+from dinocell.segmentation.intensity import IntensityRange, find_range
 from dinocell.segmentation.tiles import predict_windows
 
 _SIGNAL = 1.2

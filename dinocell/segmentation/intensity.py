@@ -27,10 +27,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD
 from dinocell.scratch import all_finite, new_image, row_bands, sampled_blocks
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Second difference along both axes: zero on planes and straight edges, so what is left is noise.
 _NOISE_KERNEL = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=np.float32)

@@ -16,6 +16,9 @@ from dinocell.training.config import AugmentConfig
 cv2.setNumThreads(0)  # loader processes are the parallelism; OpenCV's own pool deadlocks after fork
 
 
+_MAX_COVERED_SHARE = 0.1  # of a pasted cell that may lie on another one
+
+
 @dataclass(frozen=True)
 class CropParameters:
     """One draw: where the crop lies, how it is turned, and what happens to its intensities.
@@ -37,6 +40,9 @@ class CropParameters:
     invert: bool = False
     empty: bool = False
     noise_seed: int = 0
+    dim: float = 1.0
+    background: float = 0.0
+    paste: bool = False
 
 
 def draw_crop(
@@ -71,6 +77,11 @@ def draw_crop(
     illumination = rng.uniform(-1, 1, size=2) * config.illumination
     invert = bool(rng.uniform() < config.invert_probability)
     empty = bool(rng.uniform() < config.empty_probability)
+    noise_seed = int(rng.integers(2**31))
+    dim = log_uniform(config.dim)
+    is_dim = bool(rng.uniform() < 0.5)
+    background = float(rng.uniform()) * config.background
+    paste = bool(rng.uniform() < config.paste_probability)
     return CropParameters(
         centre=centre,
         scale=scale,
@@ -84,7 +95,10 @@ def draw_crop(
         illumination=(float(illumination[0]), float(illumination[1])),
         invert=invert,
         empty=empty,
-        noise_seed=int(rng.integers(2**31)),
+        noise_seed=noise_seed,
+        dim=dim if is_dim else 1.0,
+        background=background,
+        paste=paste,
     )
 
 
@@ -116,7 +130,10 @@ def _warp(
 
 
 def apply_intensity(image: NDArray[np.float32], parameters: CropParameters) -> NDArray[np.float32]:
-    """Gamma, contrast, brightness, gradient, inversion, blur and noise, in this order; in [0, 1]."""
+    """Gamma, contrast, brightness, gradient, dimming, background, inversion, blur, noise; in [0, 1].
+
+    A dimmed crop has as much less noise: the range of its image is set by something brighter.
+    """
     out = np.clip(image, 0.0, 1.0)
     if parameters.gamma != 1.0:
         out = out**parameters.gamma
@@ -127,6 +144,8 @@ def apply_intensity(image: NDArray[np.float32], parameters: CropParameters) -> N
         columns = np.linspace(-0.5, 0.5, out.shape[1], dtype=np.float32)[None, :]
         gradient = parameters.illumination[0] * rows + parameters.illumination[1] * columns
         out = out * (1 + 2 * gradient)
+    if parameters.dim != 1.0 or parameters.background > 0:
+        out = np.maximum(out, 0.0) * parameters.dim + parameters.background
     if parameters.invert:
         out = 1.0 - out
     if parameters.blur_sigma_px > 0.1:
@@ -135,8 +154,43 @@ def apply_intensity(image: NDArray[np.float32], parameters: CropParameters) -> N
         )
     if parameters.noise_std > 0:
         rng = np.random.default_rng(parameters.noise_seed)
-        out = out + parameters.noise_std * rng.standard_normal(out.shape, dtype=np.float32)
+        noise_std = parameters.noise_std * parameters.dim
+        out = out + noise_std * rng.standard_normal(out.shape, dtype=np.float32)
     return np.clip(out, 0.0, 1.0).astype(np.float32)
+
+
+def paste_cells(
+    image: NDArray[np.float32],
+    labels: NDArray[np.int32],
+    other: NDArray[np.float32],
+    other_labels: NDArray[np.int32],
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Lay the cells of another crop over one, where they hide next to nothing of its own cells.
+
+    Images are (h, w) and the middles of their (H, W) labels.  Each pasted cell comes with 2 px of its
+    surroundings, and the brighter of the two pixels stays, as fluorescence would show.  Returns a new
+    image and new labels.
+    """
+    area = np.bincount(other_labels.ravel())
+    covered = np.bincount(other_labels[labels > 0], minlength=area.size)
+    kept = covered <= _MAX_COVERED_SHARE * area
+    kept[0] = False
+    cells = kept[other_labels]
+    joined = np.where(cells & (labels == 0), other_labels + labels.max(initial=0), labels)
+    around = cv2.dilate(cells.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    margin = (labels.shape[0] - image.shape[0]) // 2
+    inner = slice(margin, margin + image.shape[0])
+    pasted = np.where(around[inner, inner], np.maximum(image, other), image)
+    return pasted.astype(np.float32), joined.astype(np.int32)
+
+
+def gap_mask(labels: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """(H, W) labels → pixels within two of which lie two different cells."""
+    values = labels.astype(np.float32)
+    kernel = np.ones((5, 5), np.uint8)
+    largest = cv2.dilate(values, kernel)
+    smallest = cv2.erode(np.where(labels > 0, values, np.float32(2**25)), kernel)  # above any label
+    return (largest > 0) & (largest != smallest)
 
 
 def empty_crop(parameters: CropParameters, crop_px: int) -> NDArray[np.float32]:

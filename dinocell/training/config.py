@@ -88,23 +88,45 @@ class AugmentConfig:
     illumination: float = 0.2
     invert_probability: float = 0.0  # bright becomes dark
     empty_probability: float = 0.02  # the crop is replaced by background noise without cells
+    # dim, background: every second crop is multiplied by a factor, log-uniform in [low, high], as if a
+    # much brighter cell lay elsewhere in the image; offset added to all, uniform in [0, background]
+    dim: tuple[float, float] = (1.0, 1.0)
+    background: float = 0.0
+    paste_probability: float = 0.0  # a second crop of the same image is laid over: crowded cells
 
     def __post_init__(self) -> None:
-        for name in ("scale", "gamma", "contrast"):
+        for name in ("scale", "gamma", "contrast", "dim"):
             low, high = getattr(self, name)
             require(
                 0 < low <= high,
                 f"`augment.{name}` must be [low, high] with 0 < low <= high, got [{low}, {high}]: "
                 "[1, 1] switches it off",
             )
-        for name in ("brightness", "noise_std", "blur_sigma_px", "illumination"):
+        for name in ("brightness", "noise_std", "blur_sigma_px", "illumination", "background"):
             require_at_least(f"`augment.{name}`", getattr(self, name), 0)
-        for name in ("invert_probability", "empty_probability"):
+        for name in ("invert_probability", "empty_probability", "paste_probability"):
             value = getattr(self, name)
             require(
                 0 <= value <= 1,
                 f"`augment.{name}` must be in [0, 1], got {value}: 0 switches it off",
             )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What the network is punished for.
+
+    `kind` is `mse`, or `bce`: cross-entropy with the distance as a probability.  Both are least where
+    the map is the expected distance, but `bce` does not fade where the network is sure and wrong.
+    Pixels within two of where two cells touch count `1 + gap_weight` times.
+    """
+
+    kind: str = "mse"
+    gap_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("`loss.kind`", self.kind, ("mse", "bce"))
+        require_at_least("`loss.gap_weight`", self.gap_weight, 0)
 
 
 @dataclass(frozen=True)
@@ -195,6 +217,7 @@ class TrainConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -204,6 +227,11 @@ class TrainConfig:
             len(self.data.datasets) > 0,
             "`data.datasets` must name at least one data set, got none: add one with name, images "
             "and labels",
+        )
+        require(
+            self.model.size != "conv" or self.backbone.weights is None,
+            f"`backbone.weights` must be null for `model.size` conv, got {self.backbone.weights}: choose "
+            "the size of a transformer, or leave the weights out",
         )
         crop_px, patch_size = self.schedule.crop_px, self.model.patch_size
         require(

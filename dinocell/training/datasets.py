@@ -4,6 +4,7 @@ A crop is a pure function of (seed, index): no sampler state, no dependence on l
 a resumed run sees exactly what the uninterrupted one would have seen.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -117,6 +118,7 @@ class CropDataset(Dataset):
         self.pairs = list(pairs)
         self.model = config.model
         self.augment = config.augment
+        self.gap_weight = config.loss.gap_weight
         self.crop_px = config.schedule.crop_px or config.model.window_px
         self.seed = config.seed
         self.length = length
@@ -137,27 +139,46 @@ class CropDataset(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Normalised crop (3, crop, crop) and distance map (1, crop, crop), both float32."""
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised crop (3, crop, crop), distance map and weight (1, crop, crop), all float32."""
         rng = np.random.default_rng([self.seed, index])
         pair = int(rng.choice(len(self.pairs), p=self.probabilities))
-        image, labels = self._cache.get(pair) or self._read(pair)
-        height, width = image.shape
-        parameters = augment.draw_crop(rng, self.augment, height, width, self.crop_px)
+        source = self._cache.get(pair) or self._read(pair)
+        parameters = self._draw(rng, source)
         if parameters.empty:
             crop = augment.empty_crop(parameters, self.crop_px)
-            distance_map = np.zeros_like(crop)
+            distance_map, weight = np.zeros_like(crop), np.ones_like(crop)
         else:
-            crop = augment.apply_intensity(
-                augment.crop_image(image, parameters, self.crop_px), parameters
-            )
-            margin = self._margin_px
-            cells = augment.crop_labels(labels, parameters, self.crop_px + 2 * margin)
-            inner = slice(margin, margin + self.crop_px)
+            crop, cells = self._cut(source, parameters)
+            if parameters.paste:
+                other = dataclasses.replace(self._draw(rng, source), scale=parameters.scale)
+                crop, cells = augment.paste_cells(crop, cells, *self._cut(source, other))
+            crop = augment.apply_intensity(crop, parameters)
+            inner = slice(self._margin_px, self._margin_px + self.crop_px)
             distance_map = labels_to_distance_map(cells, target=self.model.target)[inner, inner]
+            weight = np.ones_like(crop)
+            if self.gap_weight > 0:
+                weight += self.gap_weight * augment.gap_mask(cells)[inner, inner]
         return (
             torch.from_numpy(to_model_input(crop)),
             torch.from_numpy(np.ascontiguousarray(distance_map[None])),
+            torch.from_numpy(weight[None]),
+        )
+
+    def _draw(
+        self, rng: np.random.Generator, source: tuple[NDArray, NDArray]
+    ) -> augment.CropParameters:
+        height, width = source[0].shape
+        return augment.draw_crop(rng, self.augment, height, width, self.crop_px)
+
+    def _cut(
+        self, source: tuple[NDArray, NDArray], parameters: augment.CropParameters
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Image (crop, crop) and labels with the margin on each side."""
+        image, labels = source
+        return (
+            augment.crop_image(image, parameters, self.crop_px),
+            augment.crop_labels(labels, parameters, self.crop_px + 2 * self._margin_px),
         )
 
     def _read(self, index: int) -> tuple[NDArray[np.float16], NDArray[np.float32]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from dinocell.network.backbone import DINOv3Backbone
 from dinocell.network.model import DINOCell
 from dinocell.training.config import OptimizerConfig, TrainConfig
 
@@ -54,7 +55,8 @@ def parameter_groups(model: DINOCell, config: TrainConfig) -> list[dict[str, Any
     Each group has `lr_scale`, the multiple of the scheduled learning rate, and `params`.  Biases,
     norms, LayerScale and tokens do not decay.  A frozen backbone has no group.
     """
-    depth = len(model.backbone.vit.blocks)
+    backbone = model.backbone
+    depth = len(backbone.vit.blocks) if isinstance(backbone, DINOv3Backbone) else 0
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -103,4 +105,4 @@ def _distance_from_top(name: str, depth: int) -> int:
     parts = name.split(".")
     if "blocks" in parts:
         return depth - int(parts[parts.index("blocks") + 1])
-    return 0 if parts[2] == "norm" else depth + 1
+    return depth + 1 if depth and parts[2] != "norm" else 0

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from dinocell.errors import CheckpointError, ConfigError, StoppedError
 from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
-from dinocell.network.backbone import load_backbone_weights
+from dinocell.network.backbone import DINOv3Backbone, load_backbone_weights
 from dinocell.network.model import DINOCell, save_model, with_config
 from dinocell.network.precision import autocast
 from dinocell.progress import Progress, progress
@@ -133,7 +133,7 @@ class _Trainer:
         config = self.config
         torch.manual_seed(config.seed)
         self.model = DINOCell(config.model)
-        if config.backbone.weights is not None:
+        if isinstance(self.model.backbone, DINOv3Backbone) and config.backbone.weights is not None:
             load_backbone_weights(self.model.backbone, config.backbone.weights)
         self.model.to(self.device)
         if config.backbone.frozen:
@@ -141,7 +141,7 @@ class _Trainer:
         self.averaged = average_weights(self.model, config.schedule.ema_decay)
         if self.processes.world_size > 1:
             # After the copy: what is validated and saved stays a plain model.
-            self.model.decoder = synchronize_batch_norm(self.model.decoder)
+            synchronize_batch_norm(self.model)
         rates: dict[str, Any] = {"lr": config.optimizer.lr, "betas": config.optimizer.betas}
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config), **rates)
 
@@ -162,9 +162,9 @@ class _Trainer:
                 if self._patience_is_over():
                     return True
             speed.start()
-            for image, target in loader:
+            for image, target, weight in loader:
                 speed.fetched()
-                loss, gradient_norm = self._step(image, target)
+                loss, gradient_norm = self._step(image, target, weight)
                 self.step += 1
                 speed.losses.append(loss)
                 best = f"  best AP {self.best_ap:.3f}" if self.best_ap >= 0 else ""
@@ -236,7 +236,7 @@ class _Trainer:
         patience = self.config.schedule.patience
         return patience is not None and self.validations_without_gain >= patience
 
-    def _step(self, image: Tensor, target: Tensor) -> tuple[float, float]:
+    def _step(self, image: Tensor, target: Tensor, weight: Tensor) -> tuple[float, float]:
         config = self.config
         # Stochastic depth draws from torch's generator: seeding by step makes resuming exact.
         torch.manual_seed(step_seed(config.seed, self.step, self.processes.rank))
@@ -248,7 +248,8 @@ class _Trainer:
             group["lr"] = self.learning_rate * group["lr_scale"] * factor
         with autocast(config.schedule.precision, self.device):
             predicted = self.model(image.to(self.device, non_blocking=True))
-        loss = distance_loss(predicted, target.to(self.device, non_blocking=True))
+        target, weight = (x.to(self.device, non_blocking=True) for x in (target, weight))
+        loss = distance_loss(predicted, target, weight, kind=config.loss.kind)
         # One loss that is not finite spoils the mean, so all processes meet it here together.
         value = self.processes.mean(float(loss.detach()))
         if not math.isfinite(value):
@@ -399,14 +400,19 @@ def _batches(steps: range, batch_size: int, processes: Processes) -> Iterator[li
         yield list(range(first, first + batch_size))
 
 
-def distance_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error between (B, 1, H, W) distance maps in [0, 1], over all pixels and crops.
+def distance_loss(
+    predicted: Tensor, target: Tensor, weight: Tensor | None = None, *, kind: str = "mse"
+) -> Tensor:
+    """Mean error between (B, 1, H, W) distance maps in [0, 1], over all pixels and crops.
 
-    Raises ValueError if the shapes differ, which broadcasting would hide.
+    `kind` is `mse` or `bce` (see `dinocell.training.config.LossConfig`); `weight`, of the same shape, is
+    what each pixel counts.  Raises ValueError if the shapes differ, which broadcasting would hide.
     """
     if predicted.shape != target.shape:
         raise ValueError(
             f"`predicted` and `target` must have one shape, got {tuple(predicted.shape)} and "
             f"{tuple(target.shape)}: the decoder must return the input's size"
         )
-    return functional.mse_loss(predicted.float(), target.float())
+    function = functional.mse_loss if kind == "mse" else functional.binary_cross_entropy
+    loss = function(predicted.float(), target.float(), reduction="none")
+    return loss.mean() if weight is None else (loss * weight).mean()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from dinocell.errors import ConfigError
 from dinocell.network.decoder import UNetDecoder, create_decoder, unet_widths
 from dinocell.network.info import count_macs, model_cost
 from dinocell.network.model import create_dinocell_model
@@ -25,6 +27,79 @@ def test_output_has_the_size_of_the_input(name, patch):
     image = torch.zeros(2, 3, height, width)
     with torch.no_grad():
         assert decoder(features(32, patch, height, width), image).shape == (2, 1, height, width)
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_detail_has_the_size_of_the_input_and_sees_both(patch):
+    height, width = 3 * patch, 5 * patch
+    decoder = create_decoder("detail", 32, patch).eval()
+    image, maps = torch.zeros(2, 3, height, width), features(32, patch, height, width)
+    with torch.no_grad():
+        before = decoder(maps, image)
+        assert before.shape == (2, 1, height, width)
+        assert not torch.equal(decoder(maps, image + 1), before)
+        for depth in range(4):
+            changed = [value + (index == depth) for index, value in enumerate(maps)]
+            assert not torch.equal(decoder(changed, image), before)
+
+
+def test_detail_keeps_pixels_at_their_place():
+    decoder = create_decoder("detail", 32, 16).eval()
+    image, maps = torch.zeros(1, 3, 128, 128), features(32, 16, 128, 128)
+    maps = [value[:1] for value in maps]
+    spot = image.clone()
+    spot[..., 37, 82] = 5.0
+    with torch.no_grad():
+        change = (decoder(maps, spot) - decoder(maps, image)).abs()[0, 0]
+    rows, columns = torch.nonzero(change > 0.3 * change.max(), as_tuple=True)
+    assert abs(float(rows.float().mean()) - 37) < 6
+    assert abs(float(columns.float().mean()) - 82) < 6
+
+
+def test_convolutions_alone_are_small_and_see_the_image():
+    model = create_dinocell_model("conv", patch_size=16, decoder="detail").eval()
+    assert sum(p.numel() for p in model.parameters()) < 1e6
+    with torch.no_grad():
+        empty, deepest = model.map_and_features(torch.zeros(1, 3, 64, 96))
+        assert empty.shape == (1, 1, 64, 96)
+        assert deepest.shape == (1, 128, 4, 6)
+        assert not torch.equal(model(torch.ones(1, 3, 64, 96)), empty)
+    assert model_cost(model, 64).backbone_macs > 0
+
+
+def test_compressed_intensities_by_hand():
+    from dinocell.network.model import compress_intensities
+    from dinocell.segmentation.intensity import to_model_input
+
+    gray = np.array([[0.0, 0.01, 0.1, 1.0]], np.float32)
+    seen = compress_intensities(torch.from_numpy(to_model_input(gray))[None])[0, :, 0]
+    np.testing.assert_allclose(seen[0], gray[0] * 2 - 1, atol=1e-5)
+    np.testing.assert_allclose(seen[1, 2], 2 * np.arcsinh(1) / np.arcsinh(10) - 1, atol=1e-5)
+    np.testing.assert_allclose(seen[2, 1], 2 * np.arcsinh(1) / np.arcsinh(100) - 1, atol=1e-5)
+    np.testing.assert_allclose(seen[:, 3], 1.0, atol=1e-5)
+    options = {"patch_size": 16, "decoder": "detail"}
+    torch.manual_seed(0)
+    model = create_dinocell_model("conv", **options, intensities="compressed").eval()
+    torch.manual_seed(0)
+    plain = create_dinocell_model("conv", **options).eval()
+    image = torch.rand(1, 1, 32, 32).expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        assert not torch.allclose(model(image), plain(image))
+        assert torch.equal(model(image), plain(compress_intensities(image)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 14, "decoder": "detail"}, "must be 4, 8 or 16"),
+        ({"size": "conv", "patch_size": 16}, "decoder detail and patch size 16"),
+        ({"size": "conv", "decoder": "detail"}, "decoder detail and patch size 16"),
+        ({"intensities": "colour"}, "gray, compressed"),
+    ],
+)
+def test_networks_that_do_not_exist(options, message):
+    with pytest.raises(ConfigError, match=message):
+        create_dinocell_model(**{"window_px": 224, "overlap_px": 0, **options})
 
 
 def test_widths_of_the_design():

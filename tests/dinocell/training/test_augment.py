@@ -14,6 +14,8 @@ from dinocell.training.augment import (
     crop_labels,
     draw_crop,
     empty_crop,
+    gap_mask,
+    paste_cells,
 )
 from dinocell.training.config import AugmentConfig
 
@@ -96,6 +98,8 @@ def test_a_larger_crop_has_the_smaller_one_in_its_middle():
         ("illumination", 0.5),
         ("invert_probability", 1.0),
         ("empty_probability", 1.0),
+        ("dim", (0.1, 0.1)),
+        ("background", 0.4),
     ],
 )
 def test_each_option_changes_the_crop_and_no_other_draw(field, value):
@@ -119,6 +123,40 @@ def test_each_option_changes_the_crop_and_no_other_draw(field, value):
             )
             assert one.centre == other.centre
             assert one.noise_seed == other.noise_seed
+
+
+def test_a_dim_crop_keeps_its_contrast_to_the_noise():
+    image = np.zeros((64, 64), np.float32)
+    image[:, 32:] = 0.8
+    bright = CropParameters(centre=(32, 32), noise_std=0.05)
+    dim = dataclasses.replace(bright, dim=0.1, background=0.2)
+    seen, dimmed = apply_intensity(image, bright), apply_intensity(image, dim)
+    assert dimmed[:, 32:].mean() == pytest.approx(0.28, abs=0.005)
+    assert dimmed[:, 32:].std() == pytest.approx(0.1 * seen[:, 32:].std(), rel=0.05)
+
+
+def test_pasted_cells_come_whole_and_hide_none():
+    image, labels = np.zeros((20, 20), np.float32), np.zeros((30, 30), np.int32)
+    image[2:8, 2:8], labels[7:13, 7:13] = 0.5, 4
+    other, other_labels = np.full((20, 20), 0.1, np.float32), np.zeros((30, 30), np.int32)
+    other[10:16, 10:16], other_labels[15:21, 15:21] = 0.9, 1
+    other[2:8, 4:10], other_labels[7:13, 9:15] = 0.8, 2  # on top of the first cell
+    pasted, joined = paste_cells(image, labels, other, other_labels)
+    assert set(np.unique(joined)) == {0, 4, 5}
+    np.testing.assert_array_equal(joined == 4, labels == 4)
+    np.testing.assert_array_equal(joined == 5, other_labels == 1)
+    np.testing.assert_array_equal(pasted[2:8, 2:8], image[2:8, 2:8])
+    np.testing.assert_array_equal(pasted[10:16, 10:16], other[10:16, 10:16])
+    assert pasted[9, 9] == np.float32(0.1)  # 2 px of what lay around it
+    assert pasted[19, 0] == 0
+
+
+def test_gaps_are_where_two_cells_are_near():
+    labels = np.zeros((12, 20), np.int32)
+    labels[2:10, 1:8], labels[2:10, 8:14], labels[2:10, 18:] = 1, 9, 3
+    gaps = gap_mask(labels)
+    assert gaps[5].nonzero()[0].tolist() == [6, 7, 8, 9]  # 13 and 18 are too far from each other
+    assert not gap_mask((labels == 1).astype(np.int32)).any()
 
 
 def test_crops_stay_inside_where_they_fit():

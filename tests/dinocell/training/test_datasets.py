@@ -12,7 +12,13 @@ from dinocell.errors import ConfigError, DataSetError, ImageFileError
 from dinocell.io import read_image, read_labels, write_image, write_labels
 from dinocell.network.config import ModelConfig
 from dinocell.pairs import find_pairs
-from dinocell.training.config import AugmentConfig, DataConfig, DatasetConfig, TrainConfig
+from dinocell.training.config import (
+    AugmentConfig,
+    DataConfig,
+    DatasetConfig,
+    LossConfig,
+    TrainConfig,
+)
 from dinocell.training.datasets import CropDataset, read_pair, split_pairs
 
 MODEL = ModelConfig(size="tiny", patch_size=16, window_px=32, overlap_px=8)
@@ -26,6 +32,7 @@ def config_of(datasets=BLOBS, **changes) -> TrainConfig:
         model=changes.get("model", MODEL),
         data=DataConfig(datasets=datasets),
         augment=changes.get("augment", AugmentConfig()),
+        loss=changes.get("loss", LossConfig()),
         seed=changes.get("seed", 0),
     )
     data = replace(config.data, cache_bytes=changes.get("cache_bytes", config.data.cache_bytes))
@@ -50,7 +57,8 @@ def test_items_depend_on_seed_and_index_only(blob_data):
 
 def test_shapes_types_and_content(blob_data):
     dataset = crops(blob_data)
-    images, targets = zip(*(dataset[index] for index in range(30)), strict=True)
+    images, targets, weights = zip(*(dataset[index] for index in range(30)), strict=True)
+    assert all(weight.shape == (1, 32, 32) and bool((weight == 1).all()) for weight in weights)
     assert images[0].shape == (3, 32, 32)
     assert targets[0].shape == (1, 32, 32)
     assert images[0].dtype == targets[0].dtype == torch.float32
@@ -66,6 +74,26 @@ def test_target_and_size_options_change_the_map(blob_data):
     index = next(i for i in range(20) if sqrt[i][1].max() > 0.5)
     np.testing.assert_allclose(sqrt[index][1].numpy() ** 2, linear[index][1].numpy(), atol=1e-5)
     assert crops(blob_data, crop_px=48)[0][0].shape == (3, 48, 48)
+
+
+def test_gaps_weigh_more_and_pasted_cells_are_more(tmp_path):
+    labels = np.zeros((64, 64), np.uint16)
+    labels[20:30, 20:32], labels[20:30, 32:44] = 1, 2
+    write_labels(tmp_path / "labels" / "a.png", labels)
+    image = np.random.default_rng(0).integers(0, 99, (64, 64)) + 100 * (labels > 0)
+    write_image(tmp_path / "images" / "a.png", image.astype(np.uint8))
+    plain = AugmentConfig(scale=(1, 1), rotate=False, flip=False, empty_probability=0)
+    pasted = replace(plain, paste_probability=1.0)
+    few, many = crops(tmp_path, augment=plain), crops(tmp_path, augment=pasted)
+    indices = range(20)
+    assert sum(float((many[i][1] > 0).sum() - (few[i][1] > 0).sum()) for i in indices) > 0
+    weighed = crops(tmp_path, augment=plain, loss=LossConfig(gap_weight=3))
+    for index in indices:
+        image, target, weight = weighed[index]
+        assert torch.equal(image, few[index][0])
+        assert torch.equal(target, few[index][1])
+        assert set(weight.unique().tolist()) <= {1.0, 4.0}
+    assert any(bool((weighed[index][2] == 4).any()) for index in indices)
 
 
 def test_a_cut_cell_keeps_its_distances(tmp_path):

@@ -362,10 +362,10 @@ honest = trainer.distance_loss
 calls = 0
 
 
-def broken(predicted, target):
+def broken(*maps, **options):
     global calls
     calls += 1
-    loss = honest(predicted, target)
+    loss = honest(*maps, **options)
     if calls == 3 and os.environ["RANK"] == "1":
         if sys.argv[1] == "nan":
             loss = loss * float("nan")

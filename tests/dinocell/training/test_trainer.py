@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -363,7 +364,7 @@ class TestWrongRuns:
     def test_loss_that_is_not_finite(self, blob_data, tmp_path, monkeypatch):
         monkeypatch.setattr(
             "dinocell.training.trainer.distance_loss",
-            lambda predicted, target: distance_loss(predicted, target) * float("nan"),
+            lambda *maps, **options: distance_loss(*maps, **options) * float("nan"),
         )
         with pytest.raises(CheckpointError, match="must be finite"):
             train(make_config(blob_data, tmp_path), shown=False)
@@ -403,8 +404,38 @@ def test_parameter_groups_cover_each_parameter_once():
         assert of[id(parameter)]["weight_decay"] == 0.0
 
 
+def test_convolutions_alone_train(blob_data, tmp_path):
+    config = make_config(
+        blob_data,
+        tmp_path,
+        model__size="conv",
+        model__decoder="detail",
+        model__image_channels=0,
+        model__intensities="compressed",
+        loss__kind="bce",
+        loss__gap_weight=1.0,
+    )
+    result = train(config, shown=False)
+    assert DINOCell.from_pretrained(result.model_path).config.size == "conv"
+    weights = replace(config.backbone, weights="dinov3_vits16")
+    with pytest.raises(ConfigError, match=r"`backbone.weights` must be null"):
+        replace(config, backbone=weights)
+
+
 def test_loss():
     a, b = torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.5)
     assert float(distance_loss(a, b)) == 0.25
+    weight = torch.tensor([[[[1.0, 1.0], [1.0, 5.0]]]])
+    assert float(distance_loss(a, b, weight)) == 0.5
+    assert float(distance_loss(b, b, kind="bce")) == pytest.approx(math.log(2))
+    # sure and wrong: the gradient of `mse` has faded, that of `bce` has not
+    logit = torch.tensor([[[[-9.0]]]], requires_grad=True)
+    slopes = {}
+    for kind in ("mse", "bce"):
+        loss = distance_loss(logit.sigmoid(), torch.ones(1, 1, 1, 1), kind=kind)
+        (slope,) = torch.autograd.grad(loss, logit)
+        slopes[kind] = -float(slope)
+    assert slopes["mse"] < 0.001
+    assert slopes["bce"] == pytest.approx(1.0, abs=0.001)
     with pytest.raises(ValueError, match="one shape"):
         distance_loss(a, torch.zeros(1, 2, 2))
