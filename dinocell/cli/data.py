@@ -14,7 +14,7 @@ app = App(
 
 @app.command("list")
 def data_list() -> None:
-    """List the data sets and layouts that `prepare` knows, with their files and licences.
+    """List the data sets that `prepare` knows, with the files that they need, licence and address.
 
     Example: `dinocell data list`
     """
@@ -28,17 +28,22 @@ class Division:
     """How the images are divided, named as the fields of `SplitOptions`."""
 
     val_fraction: float = option(
-        "Use this share of the images for validation. It applies where the source has no split for "
-        "validation.",
+        "Draw this share of the images (0 to 1) for validation, if the publishers have not chosen images "
+        "for it.",
         0.1,
     )
     test_fraction: float = option(
-        "Keep this share of the images for the final test. It applies where the source has no splits.",
+        "Draw this share of the images (0 to 1) for the final test, if the publishers have not divided "
+        "the images.",
         0.1,
     )
-    resplit: bool = option("Divide all images again, also where the source has splits.", False)
-    max_images: int | None = option("Take at most this number of images, drawn from all.", min=1)
-    seed: int = option("Use this random seed for the draw.", 0, min=0)
+    resplit: bool = option(
+        "Ignore how the publishers have divided the images, and draw a new division.", False
+    )
+    max_images: int | None = option(
+        "Use at most this many images, drawn at random.  [default: all]", min=1
+    )
+    seed: int = option("Use this random seed to draw images.", 0, min=0)
 
 
 @dataclass(frozen=True)
@@ -46,31 +51,36 @@ class Known:
     """What the user knows about the source, named as the fields of `Facts`."""
 
     licence: str | None = option(
-        "Write this licence into the manifest in place of the known one.", metavar="TEXT"
+        "Record this licence in place of the one that `dinocell data list` shows.", metavar="TEXT"
     )
     pixel_size_um: float | None = option(
-        "Use this pixel size in µm for images that do not state theirs."
+        "Use this pixel size in µm for images whose files do not state it."
     )
 
 
 @app.command("prepare")
 def data_prepare(
     *,
-    name: str = argument("Data set or layout; `dinocell data list` shows all."),
-    source: Path = argument(
-        "Folder with the unpacked files; for coco and tissuenet also one file."
+    name: str = argument(
+        "Data set, or kind of labels for images of your own; `dinocell data list` shows all names.",
+        metavar="NAME",
     ),
-    out: Path = option("Write the results to this new folder.", ..., names="--out -o"),
+    source: Path = argument(
+        "Folder with the unpacked download; for coco and tissuenet, a single file is possible, too.",
+        metavar="SOURCE",
+    ),
+    out: Path = option("Write the images and labels to this new folder.", ..., names="--out -o"),
     division: Division,
     known: Known,
 ) -> None:
-    """Write a data set as OUT/{train,val,test}/images and labels, with a manifest.
+    """Turn a downloaded data set into folders of images and labels that `train` and `evaluate` read.
 
-    `manifest.json` states source, licence, channels and options; `manifest.csv` has one row per image
-    with split, size, pixel size, number of cells, source file and checksums.
+    The output folder has the subfolders train, val (validation) and test, each with images and labels.
+    `manifest.json` states source, licence, channels and options; `manifest.csv` has one row for each
+    image. Nothing is downloaded, and the source does not change. docs/data.md explains the rest.
 
-    After an interruption run the same command again: it continues where it stopped. OUT appears when
-    everything is in it.
+    After an interruption run the same command again: it continues where it stopped. Until everything is
+    done, the folder has the ending `.part`.
 
     Example: `dinocell data prepare livecell LIVECell_dataset_2021/ -o data/livecell`
     """

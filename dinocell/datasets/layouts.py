@@ -57,7 +57,7 @@ LAYOUTS: dict[str, Layout] = {
         1.24,
     ),
     "cellpose": Layout(
-        "many kinds of cells, red, green and blue: whole cells (in the green channel)",
+        "many kinds of cells, in colour: whole cells",
         "train/000_img.png and train/000_masks.png, test/...",
         partial(folders.beside_masks, colour=True),
         "non-commercial (terms of the Cellpose data)",
@@ -150,7 +150,7 @@ def describe_layouts() -> str:
     lines = []
     for name, layout in LAYOUTS.items():
         licence = layout.licence or "licence unknown"
-        lines.append(f"{name}: {layout.holds or 'any source'}")
+        lines.append(f"{name}: {layout.holds or 'images of your own, or of any data set'}")
         lines.append(f"    files    {layout.files}")
         if layout.holds:
             lines.append(f"    licence  {licence}; {layout.address}")

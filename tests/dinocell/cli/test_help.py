@@ -14,8 +14,8 @@ from dinocell.cli.app import app
 # What an option does, in the first word of its help text.
 VERBS = """
 Accept Adapt Allow Assume Change Collect Compare Compress Compute Copy Count Cut Divide Download Draw Expect
-Fetch Find Give Include Keep List Look Maximise Merge Move Open Plan Print Process Read Refuse Remove
-Replace Request Resize Run Scale Score Search Show Sign Skip Start Stop Store Submit Take Test Train Use Wait Write
+Fetch Find Give Ignore Include Keep List Look Maximise Merge Move Open Plan Print Process Read Refuse Remove
+Record Replace Request Resize Run Scale Score Search Show Sign Skip Start Stop Store Submit Take Test Train Use Wait Write
 """.split()  # noqa: SIM905
 
 
