@@ -449,10 +449,12 @@ def test_test_files_have_names_of_their_own():
 
 
 def test_no_text_installs_the_other_dinocell():
-    """The package index has another project of that name."""
+    """A package index has another project of that name, and none named dinocell-segmentation."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     texts = [ROOT / name for name in listed.splitlines()] or [*MODULES, *documents()]
-    pattern = re.compile(r"pip install \S*\bdinocell(?![-/\w])|\bdinocell\[[a-z0-9]+\]")
+    pattern = re.compile(
+        r"pip install \S*\bdinocell(?![/\w])|\bdinocell(-segmentation)?\[[a-z0-9]+\]"
+    )
     wrong = [
         named(path)
         for path in texts

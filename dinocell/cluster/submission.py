@@ -155,7 +155,8 @@ def _executor(folder: Path, site: SiteProfile) -> Any:
         from submitit.slurm.slurm import SlurmExecutor
     except ImportError as error:
         raise MissingExtraError(
-            'Submitting needs the package submitit, which is not installed: pip install "dinocell-segmentation[slurm]"'
+            "Submitting needs the package submitit, which is not installed: run pip install '.[slurm]' "
+            "in the clone of DINOCell"
         ) from error
 
     class Executor(SlurmExecutor):

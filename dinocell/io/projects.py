@@ -63,6 +63,21 @@ class _ArraysOnly(pickle.Unpickler):
         return _Ignored
 
 
+def import_roifile() -> Any:
+    """The package roifile, which is optional.
+
+    Raises MissingExtraError (it is not installed).
+    """
+    try:
+        import roifile
+    except ImportError as error:
+        raise MissingExtraError(
+            "ImageJ ROIs need the package roifile, which is not installed: run "
+            "pip install '.[formats]' in the clone of DINOCell"
+        ) from error
+    return roifile
+
+
 def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uint32]:
     """Fill the ROIs of a zip in an image of (H, W) = `shape`; the first ROI is cell 1.
 
@@ -74,13 +89,7 @@ def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uin
             f"`shape` must be given for a zip of ROIs, which does not say how large its image is, got "
             f"'{path}' alone: write the labels as TIFF in ImageJ, or give the image"
         )
-    try:
-        import roifile
-    except ImportError as error:
-        raise MissingExtraError(
-            "Reading ImageJ ROIs needs the package roifile, which is not installed: run "
-            "`pip install dinocell-segmentation[formats]`"
-        ) from error
+    roifile = import_roifile()
     masks = []
     try:
         with zipfile.ZipFile(path) as archive:

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.compilation import njit
-from dinocell.errors import ImageFileError, MissingExtraError
+from dinocell.errors import ImageFileError
 from dinocell.io import write_labels
+from dinocell.io.projects import import_roifile
 from dinocell.labels import as_labels
 from dinocell.results.number_texts import objects_of_numbers
 from dinocell.results.outlines import Polygons, Ring, labels_to_polygons, trace_polygons, xy_texts
@@ -129,13 +130,7 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
             f"ImageJ ROIs hold positions up to {_MAX_ROI_PX:,} px, '{path}' would need "
             f"{max(labels.shape):,}: write geojson or coco instead"
         )
-    try:
-        import roifile
-    except ImportError as error:
-        raise MissingExtraError(
-            "Writing ImageJ ROIs needs the package roifile, which is not installed: run "
-            "`pip install dinocell-segmentation[formats]`"
-        ) from error
+    roifile = import_roifile()
     polygons = labels_to_polygons(labels)
     with (
         writing(path) as temporary,

@@ -82,8 +82,8 @@ class RunFolder:
         settings = self.config.wandb
         if settings.enabled and importlib.util.find_spec("wandb") is None:
             raise MissingExtraError(
-                "`wandb.enabled` needs the package wandb, which is not installed: install DINOCell with "
-                "its extra wandb (pip install 'dinocell-segmentation[wandb]')"
+                "`wandb.enabled` needs the package wandb, which is not installed: run "
+                "pip install '.[wandb]' in the clone of DINOCell"
             )
         if not (settings.enabled and is_main):
             yield

@@ -93,7 +93,8 @@ def verify_tree(tree: str | Path, *, keyword: str = "") -> Verification:
         output = f"{done.stdout}{done.stderr}"
         if "No module named pytest" in output:
             raise UsageError(
-                "Verification needs pytest, which is not installed: pip install -e '.[test]'"
+                "Verification needs pytest, which is not installed: run pip install -e '.[test]' in the "
+                "clone of DINOCell"
             )
         checks = _read_report(report) if report.is_file() else ()
     if not checks:

@@ -129,7 +129,7 @@ class WandbLogger:
             import wandb
         except Exception as error:  # not installed, or broken in its own ways
             raise ImportError(
-                f"{_line(error)}; pip install 'dinocell-segmentation[wandb]' installs wandb"
+                f"{_line(error)}; run pip install '.[wandb]' in the clone of DINOCell"
             ) from error
         self._wandb = wandb
         self._load_state(resume)

@@ -110,7 +110,8 @@ def submit_jobs(
         import submitit
     except ImportError as error:
         raise RuntimeError(
-            "Submitting needs the package submitit, got none: pip install 'dinocell-segmentation[slurm]'"
+            "Submitting needs the package submitit, which is not installed: run pip install '.[slurm]' "
+            "in the clone of DINOCell"
         ) from error
     executor = submitit.AutoExecutor(folder=str(output_dir), slurm_max_num_timeout=_MAX_TIMEOUTS)
     options = {

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 import warnings
 
@@ -19,7 +20,13 @@ from dinocell.batch import run as batch
 from dinocell.batch.claims import Claimant, claimed
 from dinocell.batch.options import SegmentOptions
 from dinocell.batch.run import segment_files
-from dinocell.errors import CheckpointError, ConfigError, DINOCellError, UsageError
+from dinocell.errors import (
+    CheckpointError,
+    ConfigError,
+    DINOCellError,
+    MissingExtraError,
+    UsageError,
+)
 from dinocell.io import find_images, read_image, read_labels, write_image
 from dinocell.pipeline import segment
 
@@ -52,6 +59,15 @@ def test_what_a_folder_holds(images, tmp_path, mini_model):
         labels = read_labels(tmp_path / "out" / f"{row['name']}_labels.tif")
         assert int(row["num_cells"]) == labels.max()
     assert "in 3 images" in result.text()
+
+
+def test_rois_without_their_package_are_refused_before_anything_is_written(
+    images, tmp_path, mini_model, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "roifile", None)
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[formats\]'"):
+        run(images, tmp_path / "out", mini_model, formats=("tif", "roi"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_report_names_thresholds_and_links_labels(images, tmp_path, mini_model):

@@ -104,7 +104,7 @@ class Oracle:
     def __init__(self, folder: Path) -> None:
         pytest.importorskip(
             "ctc_metrics",
-            reason="py-ctcmetrics is not installed: pip install 'dinocell-segmentation[test]'",
+            reason="py-ctcmetrics is not installed: pip install -e '.[test]'",
         )
         self.paths = folder / "truth.tif", folder / "pred.tif"
 

@@ -91,7 +91,7 @@ def test_dsb2018_thresholds() -> None:
 def stardist_matching() -> object:
     return pytest.importorskip(
         "stardist.matching",
-        reason="stardist is not installed: pip install 'dinocell-segmentation[test]'",
+        reason="stardist is not installed: pip install -e '.[test]'",
     )
 
 

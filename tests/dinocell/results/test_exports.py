@@ -199,7 +199,7 @@ def test_imagej_rois_of_long_images(tmp_path: Path) -> None:
 
 def test_imagej_rois_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "roifile", None)
-    with pytest.raises(MissingExtraError, match=r"pip install dinocell-segmentation\[formats\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[formats\]' in the clone"):
         write_imagej_rois(tmp_path / "RoiSet.zip", [[1]])
     assert list(tmp_path.iterdir()) == []
 

@@ -315,7 +315,7 @@ def test_frozen_backbone_stays(blob_data, tmp_path):
 def test_wandb_is_asked_for_by_name(blob_data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     config = make_config(blob_data, tmp_path, wandb__enabled=True)
-    with pytest.raises(MissingExtraError, match=r"dinocell-segmentation\[wandb\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[wandb\]' in the clone"):
         train(config, shown=False)
 
 

@@ -278,7 +278,7 @@ def test_not_installed(make, monkeypatch, caplog):
     log.log({"loss": 1.0}, 0)
     log.finish()
     assert not log.enabled
-    assert "pip install 'dinocell-segmentation[wandb]'" in caplog.text
+    assert "pip install '.[wandb]'" in caplog.text
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no space"), SystemExit(1)])

@@ -162,9 +162,7 @@ def test_script_is_found_by_its_path_and_imports_from_its_folder(tmp_path, monke
 
 @pytest.fixture
 def submitit():
-    return pytest.importorskip(
-        "submitit", reason="the extra dinocell-segmentation[slurm] is not installed"
-    )
+    return pytest.importorskip("submitit", reason="the extra slurm is not installed")
 
 
 @pytest.fixture

@@ -178,7 +178,8 @@ class FieldIndex:
             import pyarrow as pa
         except ImportError as error:
             raise ValueError(
-                "An index of fields needs the package pyarrow, got none: pip install 'dinocell-segmentation[s3]'"
+                "An index of fields needs the package pyarrow, which is not installed: run "
+                "pip install '.[s3]' in the clone of DINOCell"
             ) from error
         if not Path(self.path).is_file():
             raise FileNotFoundError(

@@ -206,7 +206,8 @@ class ShardReader:
                 from imagecodecs.numcodecs import register_codecs
             except ImportError as error:
                 raise ValueError(
-                    "JPEG XL chunks need the package imagecodecs: pip install 'dinocell-segmentation[formats]'"
+                    "JPEG XL chunks need the package imagecodecs, which is not installed: run "
+                    "pip install '.[formats]' in the clone of DINOCell"
                 ) from error
             register_codecs(verbose=False)
         chunks = _chunk_store(self.store)
@@ -280,6 +281,7 @@ def _zarr() -> Any:
         import zarr
     except ImportError as error:
         raise ValueError(
-            "Packed fields need the package zarr, got none: pip install 'dinocell-segmentation[s3]'"
+            "Packed fields need the package zarr, which is not installed: run "
+            "pip install '.[s3]' in the clone of DINOCell"
         ) from error
     return zarr

@@ -105,7 +105,8 @@ class _Obstore:
             from obstore.store import S3Store
         except ImportError as error:
             raise StoreError(
-                "Reading from S3 needs the package obstore, got none: pip install 'dinocell-segmentation[s3]'"
+                "Reading from S3 needs the package obstore, which is not installed: run "
+                "pip install '.[s3]' in the clone of DINOCell"
             ) from error
         if _obstore_pids - {os.getpid()}:
             raise StoreError(

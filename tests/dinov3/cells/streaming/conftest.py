@@ -48,9 +48,7 @@ def rclone(bucket):
 @pytest.fixture(scope="session")
 def moto(bucket):
     """moto's server with the same objects, public to read; its URL."""
-    boto3 = pytest.importorskip(
-        "boto3", reason="the extra dinocell-segmentation[s3] is not installed"
-    )
+    boto3 = pytest.importorskip("boto3", reason="the extra s3 is not installed")
     pytest.importorskip("moto", reason="moto is not installed")
     port = free_port()
     process = subprocess.Popen(
