@@ -7,6 +7,7 @@ from typing import Any
 
 from dinocell.errors import DINOCellError, StoppedError, UsageError
 from dinocell.network.weights import find_weights
+from dinocell.pretraining.submitted import run_folder
 from dinocell.tree import tree_is_bundled
 
 
@@ -40,7 +41,7 @@ def pretrain(
     config = Path(config)
     if not config.is_file():
         raise UsageError(f"`config` must be a file, got {config}: see configs/ssl")
-    output_dir = Path(output_dir) if output_dir is not None else Path("runs/ssl") / config.stem
+    output_dir = run_folder(config, output_dir)
     overrides = [_with_path(change) for change in overrides]
     argv = ["--config-file", str(config), "--output-dir", str(output_dir), "--seed", str(seed)]
     if not resume:

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dinocell.errors import UsageError
+from dinocell.errors import UsageError, raised_as
 from dinocell.submitted import (
     RunProgress,
     SubmittedCommand,
@@ -13,6 +13,11 @@ from dinocell.submitted import (
     read_yaml,
     require_weights_file,
 )
+
+
+def run_folder(config: str | Path, output_dir: str | Path | None) -> Path:
+    """The output folder of a run: as given, or below runs/ssl with the name of the configuration."""
+    return Path(output_dir) if output_dir is not None else Path("runs/ssl") / Path(config).stem
 
 
 class Pretrain(SubmittedCommand):
@@ -25,8 +30,7 @@ class Pretrain(SubmittedCommand):
 
     def run_dir(self, parameters: Mapping[str, Any]) -> Path:
         """The output folder, or one below runs/ssl that is named as the configuration."""
-        given = parameters["output_dir"]
-        return Path(given) if given else Path("runs/ssl") / Path(parameters["config"]).stem
+        return run_folder(parameters["config"], parameters["output_dir"])
 
     def options_of_row(self, values: Mapping[str, str]) -> list[str]:
         """Columns are keys of the configuration."""
@@ -54,10 +58,11 @@ class Pretrain(SubmittedCommand):
             return
         overrides = list(parameters["overrides"] or [])
         arguments = SimpleNamespace(config_file=str(path), output_dir=str(run_dir), opts=overrides)
-        try:
+        from dinov3.data.loaders import find_dataset_class
+
+        with raised_as(UsageError, ValueError, FileNotFoundError):
             settings = configs.get_cfg_from_args(arguments, strict=True)
-        except (ValueError, FileNotFoundError) as error:
-            raise UsageError(str(error)) from error
+            _, data = find_dataset_class(str(settings.train.dataset_path))
         if not look:
             return
         from dinocell.network.weights import find_weights
@@ -65,14 +70,12 @@ class Pretrain(SubmittedCommand):
         weights = settings.student.pretrained_weights
         found = find_weights(weights) if weights else None
         require_weights_file("student.pretrained_weights", found)
-        _require_fields(str(settings.train.dataset_path))
+        _require_fields(data)
         if (run_dir / "ckpt").is_dir() and not parameters["no_resume"]:
             from dinov3.train import train as program
 
-            try:
+            with raised_as(UsageError, ValueError):
                 program.check_resumption(settings, run_dir, resume=True)
-            except ValueError as error:
-                raise UsageError(str(error)) from error
 
     def saved(self, run_dir: Path) -> int:
         """Iterations of the newest checkpoint."""
@@ -91,9 +94,8 @@ class Pretrain(SubmittedCommand):
         return RunProgress(done, total, "iterations", line["iter_time"] * (total - done))
 
 
-def _require_fields(dataset: str) -> None:
-    """The folder or index of a data set such as `JUMPS3MultiView:index=pilot.arrow`."""
-    given = dict(part.partition("=")[::2] for part in dataset.split(":")[1:])
+def _require_fields(given: Mapping[str, Any]) -> None:
+    """The folder or index of a data set such as `JUMPS3MultiView:index=pilot.arrow`, from its arguments."""
     for key in ("root", "index"):
         value = given.get(key, "")
         # A relative index may be in the root.

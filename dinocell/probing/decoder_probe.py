@@ -5,7 +5,6 @@ The backbone does not learn here, so its features are computed once and the deco
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,9 @@ from dinocell.probing.feature_extraction import check_window, to_batch
 from dinocell.probing.labelled_windows import LabelledWindow, inside_image
 from dinocell.segmentation.thresholds import Thresholds
 from dinocell.segmentation.watershed import separate_cells
+from dinocell.training.config import OptimizerConfig
 from dinocell.training.datasets import spread_evenly
+from dinocell.training.optimizer import learning_rate_factor
 
 # Few values: the decoder is small and early, and the search must not take longer than its training.
 _GRIDS = ThresholdGrids(
@@ -196,6 +197,8 @@ class _Probe:
         config = self.config
         self._require_time("training")
         optimizer = torch.optim.AdamW(self.decoder.parameters(), lr=config.lr, weight_decay=1e-2)
+        warmup = max(1, round(_WARMUP_SHARE * config.steps))
+        schedule = OptimizerConfig(warmup_steps=warmup, min_lr_ratio=0.0)
         rng = np.random.default_rng([config.seed, 4])
         order: list[int] = []
         losses: list[float] = []
@@ -215,7 +218,8 @@ class _Probe:
             inputs, target = (_turned(x, turns, flip) for x in (inputs, target.to(self.device)))
             image = torch.empty(target.shape, device=self.device)  # decoders read its size only
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * _rate(step, config.steps)
+                # One step more than there are: the last one still learns.
+                group["lr"] = config.lr * learning_rate_factor(step, schedule, config.steps + 1)
             logits = self.decoder(list(inputs.unbind(dim=1)), image)
             loss = functional.mse_loss(logits.float().sigmoid(), target)
             optimizer.zero_grad(set_to_none=True)
@@ -264,11 +268,3 @@ class _Probe:
 def _turned(x: Tensor, turns: int, flip: bool) -> Tensor:
     x = torch.rot90(x, turns, dims=(-2, -1))
     return torch.flip(x, dims=(-1,)) if flip else x
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: linear warm-up, cosine to 0."""
-    warmup = max(1, round(_WARMUP_SHARE * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -74,6 +74,13 @@ def _parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
     return parse_dataset_str(dataset_str)
 
 
+def find_dataset_class(dataset_str: str) -> tuple[type, dict[str, Any]]:
+    """Class and arguments of the dataset that a string names; ValueError for a wrong string."""
+    class_, kwargs = _parse_dataset_str(dataset_str)
+    check_needed(dataset_str, class_, kwargs)
+    return class_, kwargs
+
+
 def make_dataset(
     *,
     dataset_str: str,
@@ -82,8 +89,7 @@ def make_dataset(
     transforms: Callable[..., Any] | None = None,
 ) -> Any:
     """The dataset that a string names, such as `ImageFolder:root=images`; ValueError for a wrong one."""
-    class_, kwargs = _parse_dataset_str(dataset_str)
-    check_needed(dataset_str, class_, kwargs)
+    class_, kwargs = find_dataset_class(dataset_str)
     dataset = class_(
         transform=transform, target_transform=target_transform, transforms=transforms, **kwargs
     )

@@ -233,6 +233,8 @@ def test_another_configuration_of_a_pretraining_is_refused(tmp_path):
         (["pretrain", "absent.yaml"], "The configuration must be a file, got absent.yaml"),
         (["pretrain", "ssl.yaml", "optim.learning_rate=1"], "optim.learning_rate"),
         (["pretrain", "ssl.yaml", "optim.epochs=many"], "optim.epochs"),
+        (["pretrain", "ssl.yaml", "train.dataset_path=Images:root=."], "name in a dataset string"),
+        (["pretrain", "ssl.yaml", "train.dataset_path=ImageFolder:rot=."], "got 'rot'"),
         (["train", "absent.yaml"], "The configuration must be a readable file"),
         (["train", "train.yaml", "optimizer.rate=1"], "optimizer.rate"),
         (["train", "train.yaml", "schedule.steps=0"], "schedule.steps` must be at least 1"),
