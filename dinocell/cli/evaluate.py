@@ -9,6 +9,7 @@ from dinocell.cli.options import App, Device, channel_choice, option
 from dinocell.errors import UsageError
 
 if TYPE_CHECKING:
+    from dinocell.evaluation.errors import ErrorPictures
     from dinocell.evaluation.report import EvaluationReport
 
 app = App()
@@ -58,6 +59,11 @@ class Scoring:
         min=0,
     )
 
+    errors: Path | None = option(
+        "Write a picture of each image into this folder, with the borders of missed, false, merged, split "
+        "and inexact cells in colours, and errors.csv, the worst image first (at the first --iou).",
+    )
+
     def settings(self) -> dict[str, Any]:
         """The options as arguments of `evaluate_folders` and `evaluate_model`."""
         from dinocell.evaluation.scores import DEFAULT_IOU_THRESHOLDS
@@ -66,6 +72,14 @@ class Scoring:
             "iou_thresholds": tuple(self.iou_thresholds or DEFAULT_IOU_THRESHOLDS),
             "boundary_tolerance_px": self.boundary_tolerance_px,
         }
+
+    def error_pictures(self) -> "ErrorPictures | None":
+        """What draws the errors, if it was asked for."""
+        from dinocell.evaluation.errors import ErrorPictures
+
+        if self.errors is None:
+            return None
+        return ErrorPictures(self.errors, self.settings()["iou_thresholds"][0])
 
 
 @dataclass(frozen=True)
@@ -116,10 +130,12 @@ def evaluate(
     """
     check_evaluation(vars(inputs) | vars(scoring) | vars(tuning) | {"out": out})
     scores: EvaluationReport
+    pictures = scoring.error_pictures()
+    settings = scoring.settings() | {"errors_to": pictures}
     if inputs.pred is not None and inputs.truth is not None:
         from dinocell.evaluation.evaluate import evaluate_folders
 
-        how = scoring.settings() | {"allow_missing_predictions": allow_missing_predictions}
+        how = settings | {"allow_missing_predictions": allow_missing_predictions}
         scores = evaluate_folders(inputs.pred, inputs.truth, **how)
     elif inputs.model is not None and inputs.data is not None:
         from dinocell.evaluation.model_evaluation import Reading, evaluate_model
@@ -127,11 +143,13 @@ def evaluate(
         channels = channel_choice(inputs.channels)
         reading = Reading(device, inputs.precision, channels, inputs.page, inputs.tta)
         tune_metric = tuning.metric if tuning.tune else None
-        how = scoring.settings() | {"tune_metric": tune_metric, "save_to": tuning.save_to}
+        how = settings | {"tune_metric": tune_metric, "save_to": tuning.save_to}
         result = evaluate_model(inputs.model, inputs.data, reading=reading, **how)
         print(result.text())
         scores = result.report
     print("\n".join(scores.table(per_image=per_image)))
+    if pictures is not None:
+        print(pictures.finish())
     if out is not None:
         write = scores.to_csv if out.suffix == ".csv" else scores.to_json
         write(out)

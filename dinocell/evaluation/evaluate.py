@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.errors import DataSetError
+from dinocell.evaluation.errors import ErrorPictures
 from dinocell.evaluation.report import EvaluationReport
 from dinocell.evaluation.scores import (
     DEFAULT_BOUNDARY_TOLERANCE_PX,
@@ -65,6 +66,7 @@ def evaluate_folders(
     truth_dir: str | os.PathLike[str],
     *,
     allow_missing_predictions: bool = False,
+    errors_to: ErrorPictures | None = None,
     **how: Any,
 ) -> EvaluationReport:
     """Score a folder of predicted label files against a folder of true ones.
@@ -74,6 +76,7 @@ def evaluate_folders(
     Parameters
     ----------
     allow_missing_predictions : count a true image without prediction as one in which no cell was found
+    errors_to : gets a picture of each pair with its errors, on black
     how : keyword arguments of `evaluate_pairs`
 
     Raises DataSetError (the names or the sizes do not match, or a file looks like no label image:
@@ -91,6 +94,8 @@ def evaluate_folders(
                 found += others
             if found:
                 notes[name] = tuple(found)
+            if errors_to is not None and truth.shape == pred.shape:
+                errors_to.add(name, np.zeros(truth.shape, np.uint8), truth, pred)
             yield name, truth, pred
 
     missing = tuple(name for name, pred_path, _ in paths if pred_path is None)

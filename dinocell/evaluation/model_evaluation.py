@@ -1,7 +1,7 @@
 """Run a model on a folder of images with truth: predict each image once, tune thresholds, score."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import DataSetError, UsageError, raised_as
+from dinocell.evaluation.errors import ErrorPictures
 from dinocell.evaluation.evaluate import evaluate_pairs
 from dinocell.evaluation.report import EvaluationReport
-from dinocell.evaluation.scores import DEFAULT_BOUNDARY_TOLERANCE_PX, DEFAULT_IOU_THRESHOLDS
 from dinocell.evaluation.tuning import TuningResult, tune_thresholds, tuned_values
 from dinocell.io import natural_key, read_label_file
 from dinocell.labels import require_cells
 from dinocell.network.model import load_model, save_model, with_config
-from dinocell.pairs import find_pairs
+from dinocell.pairs import Pair, find_pairs
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.progress import progress
 from dinocell.segmentation.thresholds import Thresholds
@@ -61,6 +61,10 @@ def check_data_folder(folder: Path) -> None:
             )
 
 
+_Prediction = tuple[Pair, str, NDArray[np.uint32], NDArray[np.float32]]
+"""Files, name, truth and distance map of an image."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How images are read and predicted: see `DINOCellPipeline` and its `run`."""
@@ -79,9 +83,9 @@ def evaluate_model(
     reading: Reading = Reading(),
     tune_metric: str | None = None,
     save_to: str | os.PathLike[str] | None = None,
-    iou_thresholds: Iterable[float] = DEFAULT_IOU_THRESHOLDS,
-    boundary_tolerance_px: float = DEFAULT_BOUNDARY_TOLERANCE_PX,
+    errors_to: ErrorPictures | None = None,
     shown: bool = True,
+    **how: Any,
 ) -> ModelEvaluation:
     """Run a model on `data/images` and score it against `data/labels`.
 
@@ -92,8 +96,9 @@ def evaluate_model(
     reading : device, precision, channels, page, and test-time augmentation
     tune_metric : first search the thresholds for the best value of this metric on these images
     save_to : with `tune_metric`: write the model with the found thresholds here
-    iou_thresholds, boundary_tolerance_px : as for `evaluate_pair`
+    errors_to : gets a picture of each image with its errors
     shown : show progress on standard error
+    how : keyword arguments of `evaluate_pairs`
 
     Raises DataSetError (the folders are missing or do not fit together); UsageError (the metric is
     unknown, or `save_to` is the model itself or no `.safetensors`).
@@ -104,32 +109,40 @@ def evaluate_model(
     if saved_to is not None:
         _check_target(saved_to, Path(model))
     network = load_model(os.fspath(model), device=reading.device)
-    how: dict[str, Any] = {"precision": reading.precision, "tta": reading.tta}
-    pipeline = DINOCellPipeline(network, **how)
+    running: dict[str, Any] = {"precision": reading.precision, "tta": reading.tta}
+    pipeline = DINOCellPipeline(network, **running)
     notes: dict[str, tuple[str, ...]] = {}
     predictions = _predict(pipeline, folder, reading, notes, shown=shown)
     tuning = None
     if tune_metric is not None:
         predictions = list(predictions)  # to search thresholds, all maps are needed at a time
-        samples = [(distance_map, truth) for _, truth, distance_map in predictions]
+        samples = [(distance_map, truth) for _, _, truth, distance_map in predictions]
         min_area_px = pipeline.thresholds.min_area_px
         with raised_as(UsageError, ValueError):
             tuning = tune_thresholds(samples, metric=tune_metric, min_area_px=min_area_px)
         pipeline = DINOCellPipeline(
-            with_config(pipeline.model, **tuned_values(tuning.thresholds)), **how
+            with_config(pipeline.model, **tuned_values(tuning.thresholds)), **running
         )
         if saved_to is not None:
             save_model(saved_to, pipeline.model, half=True)
-    report = evaluate_pairs(
-        (
-            (name, truth, separate_cells(distance_map, pipeline.thresholds))
-            for name, truth, distance_map in predictions
-        ),
-        iou_thresholds=iou_thresholds,
-        boundary_tolerance_px=boundary_tolerance_px,
-    )
+    report = evaluate_pairs(_separated(predictions, pipeline, reading, errors_to), **how)
     report = replace(report, notes=notes)  # of the images that were read above
     return ModelEvaluation(report, pipeline.thresholds, tuning, saved_to)
+
+
+def _separated(
+    predictions: Iterable[_Prediction],
+    pipeline: DINOCellPipeline,
+    reading: Reading,
+    errors_to: ErrorPictures | None,
+) -> Iterator[tuple[str, NDArray[np.uint32], NDArray[np.uint32]]]:
+    """Name, truth and cells found of each image, after its errors were drawn."""
+    for pair, name, truth, distance_map in predictions:
+        cells = separate_cells(distance_map, pipeline.thresholds)
+        if errors_to is not None:
+            shown = pipeline.load(pair.image_path, channels=reading.channels, page=reading.page)
+            errors_to.add(name, shown.plane, truth, cells)
+        yield name, truth, cells
 
 
 def _check_target(path: Path, model: Path) -> None:
@@ -149,8 +162,8 @@ def _predict(
     notes: dict[str, tuple[str, ...]],
     *,
     shown: bool,
-) -> Iterable[tuple[str, NDArray[np.uint32], NDArray[np.float32]]]:
-    """Name, truth and distance map of each image, in natural order of their names (2 before 10).
+) -> Iterable[_Prediction]:
+    """Every image in natural order of their names (2 before 10).
 
     Adds what was noted on an image and its labels to `notes`, by its name.
     """
@@ -179,5 +192,5 @@ def _predict(
             of_labels = [f"labels: {note}" for note in file.notes]
             if found := (*loaded.warnings, *pipeline.judge(loaded)[0], *of_labels):
                 notes[name] = found
-            yield name, truth, distance_map
+            yield pair, name, truth, distance_map
             bar.advance(note=name)
