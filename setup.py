@@ -65,6 +65,7 @@ setup(
         "pillow>=11",
         "tifffile>=2025.1",
         "safetensors>=0.5",
+        "orjson>=3.10",
         "pyyaml>=6",
         "omegaconf>=2.4",
         "fvcore>=0.1.5.post20221221",

@@ -4,16 +4,16 @@ Every file appears under its name when it is complete; a failure leaves the old 
 missing folders are made.  A label image without cells gives a valid file without cells.
 """
 
-import json
+import math
 import os
 import zipfile
-from collections.abc import Callable, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import orjson
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.compilation import njit
@@ -21,14 +21,14 @@ from dinocell.errors import ImageFileError
 from dinocell.io import write_labels
 from dinocell.io.projects import import_roifile
 from dinocell.labels import as_labels
-from dinocell.results.number_texts import objects_of_numbers
-from dinocell.results.outlines import Polygons, Ring, labels_to_polygons, trace_polygons, xy_texts
-from dinocell.results.table import CellTable, write_text, writing
+from dinocell.results.outlines import Polygons, Ring, labels_to_polygons, trace_polygons
+from dinocell.results.table import CellTable, writing
 
 _MAX_ROI_PX = 60_535
 """ImageJ's `RoiDecoder` takes 16-bit positions from 0 to this; it reads those above as negative."""
-_WRITTEN_CELLS = 1024
-"""Cells whose text is made at a time: of a large image, all of it would fill the memory."""
+_BUFFER = 2**20
+_CELLS_AT_A_TIME = 1024
+"""Rows of the table that are Python values at a time: all of a large image would fill the memory."""
 
 
 def write_geojson(
@@ -65,48 +65,56 @@ def write_geojson(
             f"`table` must hold the same labels as the image, got {len(table)} rows for "
             f"{len(polygons)} cells: call `measure_labels` on these labels"
         )
-    rings = _split_letters(*xy_texts(corners, stops))
-    middle = '},"properties":{"objectType":"detection","name":"'
-    cells = iter(polygons.items())
-    with writing(path) as temporary, temporary.open("wb") as file:
+    with writing(path) as temporary, temporary.open("wb", buffering=_BUFFER) as file:
         file.write(b'{"type":"FeatureCollection","features":[')
-        for first in range(0, len(polygons), _WRITTEN_CELLS):
-            heads = [
-                f',\n{{"type":"Feature","geometry":{{"type":{_geometry(pieces, rings)}{middle}{label}",'
-                f'"label":{label}'
-                for label, pieces in islice(cells, _WRITTEN_CELLS)
-            ]
-            if not first:
-                heads[0] = heads[0][1:]
-            file.write(_with_measurements(heads, table, first))
+        _write_objects(file, _features(corners, stops, polygons, table), b"\n", b",\n")
         file.write(b"\n]}\n" if polygons else b"\n\n]}\n")
 
 
-def _geometry(pieces: Polygons, rings: list[str]) -> str:
-    """Type and coordinates of a cell in JSON."""
-    if len(pieces) == 1:
-        return f'"Polygon","coordinates":[{",".join([rings[ring] for ring in pieces[0]])}]'
-    parts = ["[" + ",".join([rings[ring] for ring in piece]) + "]" for piece in pieces]
-    return f'"MultiPolygon","coordinates":[{",".join(parts)}]'
+def _features(
+    corners: NDArray[np.int64],
+    stops: NDArray[np.int64],
+    polygons: Mapping[int, Polygons],
+    table: CellTable | None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the feature of each cell of `trace_polygons`."""
+    first, number = np.append(0, stops)[:-1], np.arange(len(stops))
+    xy = np.insert(corners[:, ::-1], stops, corners[first, ::-1], axis=0)  # closed rings
+    bounds = np.stack([first + number, stops + number + 1], axis=1).tolist()
+    measured = _measurements(table) if table is not None else None
+    for label, pieces in polygons.items():
+        rings = [[xy[slice(*bounds[ring])] for ring in piece] for piece in pieces]
+        properties = {"objectType": "detection", "name": str(label), "label": label}
+        if measured is not None:
+            properties["measurements"] = next(measured)
+        kind, coordinates = ("Polygon", rings[0]) if len(rings) == 1 else ("MultiPolygon", rings)
+        geometry = {"type": kind, "coordinates": coordinates}
+        yield {"type": "Feature", "geometry": geometry, "properties": properties}
 
 
-def _with_measurements(heads: list[str], table: CellTable | None, first: int) -> Any:
-    """The letters of features whose text lacks its end, which the table continues from row `first`."""
-    if table is None:
-        return ("}}".join(heads) + "}}").encode("ascii")
-    columns = [column[first : first + len(heads)] for column in table.data.values()]
-    types = {"f": np.float64, "u": np.uint64}
-    columns = [column.astype(types.get(column.dtype.kind, np.int64)) for column in columns]
-    kinds = np.array([ord(column.dtype.kind) for column in columns], np.uint8)
-    rows = np.stack([column.view(np.uint64) for column in columns], 1)
-    starts = [head + ',"measurements":' for head in heads]
-    return objects_of_numbers(starts, rows, kinds, table.columns, "}}").data
+def _measurements(table: CellTable) -> Iterator[dict[str, Any]]:
+    """Yield the finite measurements of each cell, in one dictionary that the next cell changes."""
+    names = table.columns
+    every: dict[str, Any] = dict.fromkeys(names)
+    finite = np.all([np.isfinite(column) for column in table.data.values()], axis=0)
+    for begin in range(0, len(table), _CELLS_AT_A_TIME):
+        columns = [column[begin : begin + _CELLS_AT_A_TIME] for column in table.data.values()]
+        columns = [c.astype(np.int64) if c.dtype == np.bool_ else c for c in columns]
+        rows = zip(*[column.tolist() for column in columns], strict=True)
+        whole = finite[begin : begin + _CELLS_AT_A_TIME].tolist()
+        for row, is_finite in zip(rows, whole, strict=True):
+            every.update(zip(names, row, strict=True))
+            yield every if is_finite else {n: v for n, v in every.items() if math.isfinite(v)}
 
 
-def _split_letters(letters: NDArray[np.uint8], ends: NDArray[np.int64]) -> list[str]:
-    """Texts that follow one another as ASCII letters, and end where `ends` says."""
-    text, stop = letters.tobytes().decode("ascii"), ends.tolist()
-    return [text[begin:end] for begin, end in zip([0, *stop], stop, strict=False)]
+def _write_objects(
+    file: BinaryIO, objects: Iterable[dict[str, Any]], before: bytes, between: bytes
+) -> None:
+    """Write objects of JSON one after the other: the text of all would fill the memory."""
+    for item in objects:
+        file.write(before)
+        file.write(orjson.dumps(item, option=orjson.OPT_SERIALIZE_NUMPY))
+        before = between
 
 
 def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
@@ -242,20 +250,28 @@ def write_coco_rle(path: str | os.PathLike[str], labels: ArrayLike) -> None:
     height, width = labels.shape
     values, begin, end, first = _column_runs(labels)
     counts, stops = _run_lengths(begin, end, first, labels.size)
-    masks = [json.dumps(text) for text in _split_letters(*_rle_letters(counts, stops))]
-    numbers = zip(
-        values.tolist(), _areas_and_boxes(begin, end, first, height).tolist(), masks, strict=True
+    letters, ends = _rle_letters(counts, stops)
+    text = letters.tobytes().decode("ascii")
+    shapes = _areas_and_boxes(begin, end, first, height).tolist()
+    annotations = (
+        {
+            "id": label,
+            "image_id": 1,
+            "category_id": 1,
+            "segmentation": {"size": (height, width), "counts": text[start:stop]},
+            "area": area,
+            "bbox": box,
+            "iscrowd": 0,
+        }
+        for label, (area, *box), start, stop in zip(
+            values.tolist(), shapes, np.append(0, ends)[:-1].tolist(), ends.tolist(), strict=True
+        )
     )
-    texts = [
-        f'{{"id":{label},"image_id":1,"category_id":1,"segmentation":{{"size":[{height},{width}],'
-        f'"counts":{mask}}},"area":{area},"bbox":[{x},{y},{w},{h}],"iscrowd":0}}'
-        for label, (area, x, y, w, h), mask in numbers
-    ]
-    write_text(
-        path,
-        f'{{"images":[{{"id":1,"file_name":"","height":{height},"width":{width}}}],"annotations":'
-        f'[{",".join(texts)}],"categories":[{{"id":1,"name":"cell"}}]}}\n',
-    )
+    image = {"id": 1, "file_name": "", "height": height, "width": width}
+    with writing(path) as temporary, temporary.open("wb", buffering=_BUFFER) as file:
+        file.write(b'{"images":[' + orjson.dumps(image) + b'],"annotations":[')
+        _write_objects(file, annotations, b"", b",")
+        file.write(b'],"categories":[{"id":1,"name":"cell"}]}\n')
 
 
 def _areas_and_boxes(

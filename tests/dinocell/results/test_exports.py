@@ -130,6 +130,24 @@ def test_geojson_gives_the_labels_back(name: str, tmp_path: Path) -> None:
         }
 
 
+def test_geojson_holds_every_finite_number_exactly(tmp_path: Path) -> None:
+    path, rng = tmp_path / "cells.geojson", np.random.default_rng(0)
+    labels = np.arange(1, 2501, dtype=np.uint32).reshape(50, 50)
+    columns = {
+        "label": labels.ravel(),
+        'any "µm"': rng.integers(0, 2**64, 2500, dtype=np.uint64).view(np.float64),
+        "single": rng.random(2500, np.float32),
+        "whole": rng.integers(0, 2**64, 2500, dtype=np.uint64),
+        "flag": rng.random(2500) < 0.5,
+        "by hand": np.resize([1e16, 1e-5, 5e-324, -0.0, 2.5, np.nan, np.inf, -np.inf], 2500),
+    }
+    write_geojson(path, labels, CellTable(columns))
+    features = read_json(path)["features"]
+    for name, column in columns.items():
+        found = [feature["properties"]["measurements"].get(name) for feature in features]
+        assert found == [value if np.isfinite(value) else None for value in column.tolist()]
+
+
 def test_geojson_without_and_with_a_wrong_table(tmp_path: Path) -> None:
     path = tmp_path / "cells.geojson"
     write_geojson(path, [[1, 2]])
