@@ -63,14 +63,15 @@ def train(
 
     Example: `dinocell train configs/finetune/dsb2018_tiny.yaml optimizer.lr=5e-4`
 
+    Start from a trained model, not from random weights: `model.init=dinocell-tiny`
+
     On 2 GPUs: `torchrun --nproc-per-node=2 -m dinocell train configs/finetune/dsb2018_tiny.yaml`
     """
-    from dinocell.settings import load_settings
-    from dinocell.training.config import TrainConfig
+    from dinocell.training.config import load_train_config
     from dinocell.training.processes import is_main_process
     from dinocell.training.trainer import train as run_training
 
-    result = run_training(load_settings(TrainConfig, config, overrides or []))
+    result = run_training(load_train_config(config, overrides or []))
     if not is_main_process():
         return
     settings = ", ".join(f"{name} {value:g}" for name, value in result.thresholds.items())

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from dinocell.network.decoder import create_decoder
 from dinocell.network.detail import ConvPyramid
 from dinocell.network.familiarity import TrainingStatistics
-from dinocell.settings import config_from_mapping, config_to_mapping
+from dinocell.settings import config_from_mapping, config_to_mapping, require
 from dinocell.tree import tree_imports
 
 _HEADER_KEY = "dinocell"
 _FORMAT_VERSION = 1
+# what weights are made for
+_ARCHITECTURE = ("size", "patch_size", "decoder", "image_channels", "intensities", "target")
 _KNEES = (0.1, 0.01)  # of `compress_intensities`, as shares of the range
 _BUNDLED_FOLDER = Path(__file__).parents[1] / "models"
 
@@ -157,7 +160,8 @@ def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None
     path = Path(path)
     header = {
         "format": _FORMAT_VERSION,
-        "model": config_to_mapping(model.config),
+        # Weights and thresholds are its own now, wherever they started.
+        "model": config_to_mapping(dataclasses.replace(model.config, init=None)),
         "card": model.card,
     }
     if model.statistics is not None:
@@ -267,6 +271,36 @@ def _refuse_other_weights(
             f"{config.decoder})",
             "the file is damaged or was made by another program, so fetch it again",
         )
+
+
+def config_with_start(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a configuration's section `model`, those missing as in the model that `init` names.
+
+    Raises UsageError, CheckpointError (as `read_model_header`).
+    """
+    if model.get("init") is None:
+        return dict(model)
+    return {**read_model_header(str(model["init"]))["model"], **model}
+
+
+def load_start(model: DINOCell) -> None:
+    """Give `model` the weights of the model that its `config.init` names, if any.
+
+    Raises UsageError, CheckpointError (as `load_model`); ConfigError (a key of the architecture differs
+    from that model's).
+    """
+    config = model.config
+    if config.init is None:
+        return
+    start = load_model(config.init)
+    for key in _ARCHITECTURE:
+        own, given = getattr(start.config, key), getattr(config, key)
+        require(
+            own == given,
+            f"`model.{key}` must be {own} as in {config.init}, got {given}: leave this key out, or set "
+            "`model.init=null`",
+        )
+    model.load_state_dict(start.state_dict())
 
 
 def bundled_models() -> list[str]:

@@ -80,6 +80,7 @@ def write_final_model(
             }
             for dataset in config.data.datasets
         },
+        "start": config.model.init or config.backbone.weights or "random weights",
         "best_step": best_step,
         "seed": config.seed,
         "metrics": {"val_ap50_pooled": final.best.score, "val_ap_mean_pooled": tuned.best.score},

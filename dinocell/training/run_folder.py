@@ -1,5 +1,6 @@
 """The files of a training run: configuration, metrics, checkpoints and models."""
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -13,7 +14,7 @@ import yaml
 
 from dinocell.errors import CheckpointError, ConfigError, MissingExtraError
 from dinocell.files import atomic_path, write_text_atomically
-from dinocell.settings import config_to_mapping
+from dinocell.settings import config_from_mapping, config_to_mapping
 from dinocell.training.config import TrainConfig
 
 # Keys that may differ between a run and its continuation: they change where and how fast, not what.
@@ -22,8 +23,6 @@ _FREE_KEYS = (
     *("data.num_workers", "data.cache_bytes"),
     *("schedule.log_every", "schedule.keep_checkpoints", "schedule.checkpoint_every"),
 )
-# A key that runs of earlier versions lack; those had one process, where it changes nothing.
-_LATER_KEY = "optimizer.scaling_rule"
 _CHECKPOINT = re.compile(r"step_(\d+)\.pt")
 
 
@@ -131,10 +130,16 @@ def refuse_other_run(config: TrainConfig) -> None:
 def _differing_keys(earlier: Any, now: dict[str, Any]) -> list[str]:
     if not isinstance(earlier, dict):
         return ["config.yaml (unreadable)"]
+    if isinstance(optimizer := earlier.get("optimizer"), dict):
+        # Runs of earlier versions had one process, where it changes nothing.
+        optimizer.setdefault("scaling_rule", now["optimizer"]["scaling_rule"])
+    # A key that an earlier version did not know had its default.
+    with contextlib.suppress(ConfigError):
+        earlier = config_to_mapping(config_from_mapping(TrainConfig, earlier))
     differing = []
 
     def compare(left: Any, right: Any, path: str) -> None:
-        if path in _FREE_KEYS or (path == _LATER_KEY and left is None):
+        if path in _FREE_KEYS:
             return
         if isinstance(left, dict) and isinstance(right, dict):
             for key in sorted(left.keys() | right.keys()):

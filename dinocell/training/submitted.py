@@ -22,11 +22,9 @@ class Train(SubmittedCommand):
 
     def read(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters, and the configuration as `settings`."""
-        from dinocell.settings import load_settings
-        from dinocell.training.config import TrainConfig
+        from dinocell.training.config import load_train_config
 
-        overrides = parameters["overrides"] or []
-        settings = load_settings(TrainConfig, parameters["config"], overrides)
+        settings = load_train_config(parameters["config"], parameters["overrides"] or [])
         return {**parameters, "settings": settings}
 
     def run_dir(self, parameters: Mapping[str, Any]) -> Path:

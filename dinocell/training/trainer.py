@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from dinocell.errors import CheckpointError, ConfigError, StoppedError
 from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
 from dinocell.network.backbone import DINOv3Backbone, load_backbone_weights
-from dinocell.network.model import DINOCell, save_model, with_config
+from dinocell.network.model import DINOCell, load_start, save_model, with_config
 from dinocell.network.precision import autocast
 from dinocell.progress import Progress, progress
 from dinocell.training.config import TrainConfig
@@ -133,6 +133,7 @@ class _Trainer:
         config = self.config
         torch.manual_seed(config.seed)
         self.model = DINOCell(config.model)
+        load_start(self.model)
         if isinstance(self.model.backbone, DINOv3Backbone) and config.backbone.weights is not None:
             load_backbone_weights(self.model.backbone, config.backbone.weights)
         self.model.to(self.device)

@@ -24,18 +24,24 @@ from dinocell.errors import (
     DataSetError,
     DINOCellError,
     MissingExtraError,
+    UsageError,
 )
 from dinocell.network import familiarity
 from dinocell.network.model import DINOCell, load_model
 from dinocell.pairs import find_pairs
 from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.intensity import find_range
-from dinocell.settings import config_from_mapping
+from dinocell.settings import config_from_mapping, config_to_mapping
 from dinocell.training import final_model, validation
-from dinocell.training.config import TrainConfig
+from dinocell.training.config import TrainConfig, load_train_config
 from dinocell.training.datasets import read_pair
 from dinocell.training.optimizer import average_weights, learning_rate_factor, parameter_groups
-from dinocell.training.run_folder import find_checkpoints, load_checkpoint, save_checkpoint
+from dinocell.training.run_folder import (
+    find_checkpoints,
+    load_checkpoint,
+    refuse_other_run,
+    save_checkpoint,
+)
 from dinocell.training.trainer import TrainingInterruptedError, distance_loss, train
 
 pytestmark = pytest.mark.usefixtures("mini_networks")
@@ -402,6 +408,41 @@ def test_parameter_groups_cover_each_parameter_once():
     assert of[id(vit.blocks[0].mlp.fc1.weight)]["weight_decay"] == 0.05
     for parameter in (vit.cls_token, vit.blocks[0].mlp.fc1.bias, vit.blocks[0].ls1.gamma):
         assert of[id(parameter)]["weight_decay"] == 0.0
+
+
+def test_a_run_starts_from_a_trained_model(finished, blob_data, tmp_path):
+    first = load_model(finished[1].model_path)
+    mapping = small_run(blob_data, tmp_path / "run")
+    mapping["model"] = {"init": str(finished[1].model_path), "overlap_px": 4}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    config = load_train_config(path, ["optimizer.lr=1e-9"])
+    assert config.model.window_px == first.config.window_px == 32
+    assert (config.model.overlap_px, first.config.overlap_px) == (4, 8)
+    assert config.model.peak_threshold == first.config.peak_threshold
+    result = load_model(train(config, shown=False).model_path)
+    assert result.card["start"] == str(finished[1].model_path)
+    assert first.card["start"] == "random weights"
+    assert result.config.init is None, "the file stands alone"
+    for key, value in first.state_dict().items():
+        if "running" not in key and "num_batches" not in key:  # batch norm still follows the images
+            torch.testing.assert_close(result.state_dict()[key], value, atol=2e-3, rtol=0)
+    with pytest.raises(ConfigError, match=r"`model.target` must be sqrt as in .*, got linear"):
+        train(load_train_config(path, ["model.target=linear", "output_dir=x"]), shown=False)
+    with pytest.raises(ConfigError, match=r"`backbone.weights` must be null with `model.init`"):
+        load_train_config(path, ["backbone.weights=dinov3_vits16"])
+    with pytest.raises(UsageError, match="must be a file or a bundled name"):
+        load_train_config(path, ["model.init=dinocell-none"])
+
+
+def test_keys_that_an_earlier_version_lacked_have_their_defaults(finished, blob_data, tmp_path):
+    config = make_config(blob_data, tmp_path)
+    mapping = config_to_mapping(config)
+    del mapping["loss"], mapping["augment"]["dim"], mapping["model"]["intensities"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(mapping))
+    refuse_other_run(config)
+    with pytest.raises(ConfigError, match=r"other values of loss\.kind"):
+        refuse_other_run(make_config(blob_data, tmp_path, loss__kind="bce"))
 
 
 def test_convolutions_alone_train(blob_data, tmp_path):
