@@ -12,6 +12,7 @@ from dinocell.evaluation.evaluate import evaluate_pairs
 from dinocell.evaluation.report import EvaluationReport
 from dinocell.io import read_labels
 from dinocell.pipeline import DEFAULT_MODEL
+from dinocell.results.table import align_columns
 
 _MARKER = ".dinocell_demo"
 
@@ -36,11 +37,12 @@ class DemoResult:
     def text(self) -> str:
         """The lines that `dinocell demo` prints."""
         truth = {image.name: image.num_truth for image in self.evaluation.images}
-        lines = [f"{'sample':<24}{'cells':>6}{'truth':>7}{'AP@0.5':>8}"]
+        table = [("sample", "cells", "truth", "AP@0.5")]
         for row in self.batch.rows:
-            score = self.scores.get(row["name"])
+            name, score = row["name"], self.scores.get(row["name"])
             shown = f"{score:.2f}" if score is not None else "-"
-            lines.append(f"{row['name']:<24}{row['num_cells']:>6}{truth[row['name']]:>7}{shown:>8}")
+            table.append((name, str(row["num_cells"]), str(truth[name]), shown))
+        lines = align_columns(table)
         cells = sum(row["num_cells"] for row in self.batch.rows)
         out = self.batch.out
         lines += [

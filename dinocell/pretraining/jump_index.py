@@ -11,6 +11,7 @@ from dinocell.errors import UsageError
 from dinocell.files import atomic_path
 from dinocell.pretraining.jump_fields import streaming_errors
 from dinocell.progress import progress
+from dinocell.results.table import align_columns
 
 if TYPE_CHECKING:
     from dinov3.cells.streaming.stores import ObjectStore
@@ -154,10 +155,8 @@ class IndexStats:
             f"validation (by plate): {self.val_fields} fields",
             "channels: " + ", ".join(f"{name} {count}" for name, count in self.channels.items()),
         ]
-        width = max(len(name) for name in self.by_batch)
-        for name, (plates, fields) in self.by_batch.items():
-            lines.append(f"{name:{width}}  {plates:5} plates  {fields:9} fields")
-        return "\n".join(lines)
+        table = [(k, f"{plates} plates", f"{n} fields") for k, (plates, n) in self.by_batch.items()]
+        return "\n".join([*lines, *align_columns(table)])
 
 
 def index_stats(index: str | Path) -> IndexStats:

@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from dinocell.errors import UsageError
+from dinocell.results.table import align_columns
 
 _SUITE = Path(__file__).resolve().parents[2] / "tests" / "conformance"
 
@@ -41,14 +42,17 @@ class Verification:
     def text(self) -> str:
         """One line per subject with its counts, then everything that failed or was skipped."""
 
+        kinds = ("passed", "failed", "skipped")
+
         def counts(checks: Iterable[Check]) -> list[int]:
             states = [check.state for check in checks]
-            return [states.count(state) for state in ("passed", "failed", "skipped")]
+            return [states.count(state) for state in kinds]
 
-        lines = [f"tree {self.tree}", f"{'subject':<24}{'passed':>8}{'failed':>8}{'skipped':>9}"]
+        table: list[tuple[str, ...]] = [("subject", *kinds)]
         for subject in dict.fromkeys(check.subject for check in self.checks):
-            passed, failed, skipped = counts(c for c in self.checks if c.subject == subject)
-            lines.append(f"{subject:<24}{passed:>8}{failed:>8}{skipped:>9}")
+            found = counts(c for c in self.checks if c.subject == subject)
+            table.append((subject, *map(str, found)))
+        lines = [f"tree {self.tree}", *align_columns(table)]
         for state in ("failed", "skipped"):
             chosen = [check for check in self.checks if check.state == state]
             lines += [f"{state}: {check.subject} {check.name}: {check.reason}" for check in chosen]

@@ -51,7 +51,10 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def agreed(self, step: int) -> bool:
-        """Whether all processes stop after this step; the same answer in all processes: true in the first exchange after any of them got a request."""
+        """Whether all processes stop after this step, with the same answer in all of them.
+
+        True in the first exchange after any of them got a request.
+        """
         if get_world_size() == 1:
             return self.received is not None
         if self._asked is not None and step < self._next_step:

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from dinov3.cells.interruption import STOP_SIGNALS
 from dinov3.cells.registry import (
     DATASETS,
     DatasetKeyError,
@@ -158,12 +159,11 @@ def _seeded_batch(
 
 # Of workers; a fork would not be safe in a process that has used CUDA or threads.
 _START_METHOD = "forkserver"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def _start_worker(worker_id: int, inner: Callable[[int], None] | None = None) -> None:
     """The main process saves and ends its workers; a signal to the whole group must not."""
-    for number in _SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # A worker of a fork server outlives a main process that was killed, unless it looks itself.
     if (main_process := multiprocessing.parent_process()) is not None:
@@ -205,11 +205,11 @@ def _start_helpers() -> None:
         multiprocessing.util.Finalize(None, _kill_workers, exitpriority=100)
         _exit_is_arranged = True
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if in_main_thread else None
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if in_main_thread else None
     try:
         resource_tracker.ensure_running()
         if in_main_thread:  # the tracker's start has let two of them through again
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         multiprocessing.set_forkserver_preload(["__main__", "torch", __name__])
         forkserver.ensure_running()
     finally:
