@@ -1,11 +1,12 @@
 """`dinocell pretrain` and `dinocell train`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dinocell.cli.options import App, argument, option
+from dinocell.cli.options import App, Device, ModelOption, argument, channel_names, option
 
 app = App()
 
@@ -80,3 +81,51 @@ def train(
         f"{', stopped early' if result.stopped_early else ''})\n"
         f"validation AP@0.5 (pooled): {result.val_ap50:.4f}; {settings}"
     )
+
+
+@dataclass(frozen=True)
+class AdaptFlags:
+    """How long and from what `adapt` trains."""
+
+    minutes: float = option(
+        "Let all trainings together take about this long; this sets the number of steps.", 4.0
+    )
+    steps: int | None = option(
+        "Train each candidate for this many steps, whatever the time, so that a result can be repeated."
+    )
+    channels: str | None = option(
+        "Use these channels of multi-channel images: names or indices counted from 0, separated by "
+        "commas. Several are averaged."
+    )
+    seed: int = option("Use this random seed for crops and dropout.", 0, min=0)
+
+
+@app.command()
+def adapt(
+    images: Path = argument("Folder with images."),
+    labels: Path = argument(
+        "Folder with label images of the same names; it may be the same folder."
+    ),
+    out: Path = option(
+        "Write the adapted model to this new file (.safetensors).", ..., names="--out -o"
+    ),
+    model: ModelOption = "dinocell-tiny",
+    flags: AdaptFlags = AdaptFlags(),
+    device: Device = "auto",
+) -> None:
+    """Adapt a trained model to your images: a few labelled ones and some minutes suffice.
+
+    Whether the decoder, the last part of the network or all of it should learn is found by
+    cross-validation: each candidate is trained on half of the images and scored on the other half. The
+    best one is trained on all images. If none is better than the model was before, the result is that
+    model. A single image is cut in two.
+
+    Example: `dinocell adapt images/ labels/ -o mine.safetensors`, then
+    `dinocell segment more_images/ -m mine.safetensors -o out`
+    """
+    from dinocell.training.adapt import AdaptOptions
+    from dinocell.training.adapt import adapt as run_adaptation
+
+    chosen = tuple(channel_names(flags.channels) or ())
+    options = AdaptOptions(flags.minutes, flags.steps, chosen, flags.seed, device)
+    print(run_adaptation(images, labels, out, start=model, options=options).text())

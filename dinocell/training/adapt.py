@@ -1,0 +1,345 @@
+"""A trained model adapted to a few labelled images: `dinocell adapt`.
+
+What may learn is chosen by cross-validation.  The images are dealt into two folds; a candidate is
+trained on one fold and predicts the other, each way round.  The thresholds for a fold's maps are
+chosen on those of the other fold, so that no image's labels help to score it.  The candidate that
+scores best is trained on all images; where none beats the model that it began with, that model is
+the result.
+"""
+
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dinocell.errors import DataSetError, UsageError
+from dinocell.evaluation.matching import overlap_table
+from dinocell.evaluation.metrics import match_counts
+from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
+from dinocell.io import write_labels
+from dinocell.network.backbone import DINOv3Backbone
+from dinocell.network.model import DINOCell, load_model, resolve_device, save_model, with_config
+from dinocell.network.precision import autocast
+from dinocell.pairs import Pair, find_pairs
+from dinocell.progress import Progress, progress
+from dinocell.segmentation.inference import predict_distance_map
+from dinocell.segmentation.thresholds import Thresholds
+from dinocell.segmentation.watershed import separate_cells
+from dinocell.settings import require_at_least
+from dinocell.training.config import (
+    DataConfig,
+    DatasetConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from dinocell.training.datasets import CropDataset, read_pair
+from dinocell.training.final_model import training_statistics
+from dinocell.training.optimizer import learning_rate_factor, parameter_groups, step_seed
+from dinocell.training.trainer import distance_loss
+from dinocell.training.validation import Sample
+
+CANDIDATES = ("decoder", "last", "all")
+"""What may learn: the decoder; also the last third of the backbone; everything."""
+
+_GRIDS = ThresholdGrids(
+    peak_grid=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+    fill_grid=(0.1, 0.2, 0.3, 0.4, 0.5),
+    prominence_grid=(0.02, 0.05, 0.1, 0.2),
+)
+_IOU_THRESHOLDS = (0.5, 0.75, 0.9)
+_LEAST_STEPS, _MOST_STEPS = 10, 600
+_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class AdaptOptions:
+    """How a model is adapted.
+
+    `minutes` is about how long all trainings together may take; from it and the speed of a few steps
+    comes the number of steps, unless `steps` gives it.  `channels` are those of `segment`.
+    """
+
+    minutes: float = 4.0
+    steps: int | None = None
+    channels: tuple[str, ...] = ()
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        require_at_least("`minutes`", self.minutes, 0.1)
+        require_at_least("`steps`", self.steps, 1)
+
+
+@dataclass(frozen=True)
+class AdaptResult:
+    """The scores of all candidates on images that they were not trained on, and the choice.
+
+    `scores` has for each candidate, also `start` (the model as it was) and `thresholds` (with new
+    thresholds only), the mean AP at IoU 0.5, 0.75 and 0.9 and the AP at 0.5, pooled.
+    """
+
+    model_path: Path
+    chosen: str
+    steps: int
+    scores: dict[str, tuple[float, float]]
+    thresholds: dict[str, float]
+
+    def text(self) -> str:
+        """A table of the candidates and what was written."""
+        from dinocell.results.table import align_columns
+
+        rows = [["what learned", "AP (mean of IoU 0.5, 0.75, 0.9)", "AP at IoU 0.5"]]
+        rows += [[name, *(f"{value:.4f}" for value in self.scores[name])] for name in self.scores]
+        values = ", ".join(f"{name} {value:g}" for name, value in self.thresholds.items())
+        lines = ["scores of images that were held out:", *align_columns(rows)]
+        if self.chosen == "start":
+            lines.append("no training was better than the model as it was: the model is that one")
+        else:
+            lines.append(f"chosen: {self.chosen}, {self.steps} steps on all images; {values}")
+        return "\n".join([*lines, f"model: {self.model_path}"])
+
+
+def adapt(
+    images: str | os.PathLike[str],
+    labels: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    start: str = "dinocell-tiny",
+    options: AdaptOptions = AdaptOptions(),
+    shown: bool = True,
+) -> AdaptResult:
+    """Adapt the model `start` to labelled images and write it to `out`.
+
+    Parameters
+    ----------
+    images, labels : folders, paired by `dinocell.pairs.find_pairs`
+        A single image is cut in two, so that one half can be held out.
+    out : model file that does not exist yet
+    start : bundled name or model file
+
+    Raises UsageError (`out` exists or is no `.safetensors`; `start` is no model); DataSetError,
+    ImageFileError (the images or labels cannot be used, or fewer than two cells could be held out).
+    """
+    path = Path(out)
+    if path.suffix != ".safetensors" or path.exists():
+        raise UsageError(
+            f"`out` must be a new file that ends in .safetensors, got {path}: choose another name"
+        )
+    model = load_model(start, device=options.device)
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = _several(find_pairs(images, labels, "images", options.channels), model, folder)
+        run = _Adaptation(model, pairs, options, shown=shown)
+        result, adapted = run.result(path)
+    adapted.card = {
+        **{key: value for key, value in model.card.items() if key != "metrics"},
+        "name": path.stem,
+        "description": f"{model.card.get('name') or start}, adapted to {len(pairs)} images.",
+        "start": start,
+        "adapted": {
+            "chosen": result.chosen,
+            "steps": result.steps,
+            "seed": options.seed,
+            "images": len(pairs),
+        },
+        "metrics": {f"held_out_ap50_{name}": score[1] for name, score in result.scores.items()},
+    }
+    save_model(path, adapted, half=True)
+    return result
+
+
+def _several(pairs: list[Pair], model: DINOCell, folder: str) -> list[Pair]:
+    """`pairs`, or two pairs of files in `folder` with the halves of a single image."""
+    if len(pairs) > 1:
+        return pairs
+    image, labels = read_pair(pairs[0], **model.config.intensity)
+    axis = int(image.shape[1] > image.shape[0])
+    halves = []
+    for name, pixels, cells in zip(
+        "ab", np.array_split(image, 2, axis), np.array_split(labels, 2, axis), strict=True
+    ):
+        pair = Pair("images", Path(folder, f"{name}.npy"), Path(folder, f"{name}.tif"))
+        np.save(pair.image_path, pixels)
+        write_labels(pair.labels_path, cells)
+        halves.append(pair)
+    return halves
+
+
+class _Adaptation:
+    def __init__(
+        self, start: DINOCell, pairs: Sequence[Pair], options: AdaptOptions, *, shown: bool
+    ) -> None:
+        self.start, self.options, self.shown = start, options, shown
+        self.device = resolve_device(options.device)
+        self.pairs = list(pairs)
+        read = [read_pair(pair, **start.config.intensity) for pair in self.pairs]
+        self.images = [image for image, _ in read]
+        self.truths = [truth for _, truth in read]
+        cells = [int(np.count_nonzero(np.unique(truth))) for truth in self.truths]
+        order = np.argsort(cells, kind="stable")[::-1]  # both folds get images with many cells
+        self.folds = order[::2].tolist(), order[1::2].tolist()
+        if not all(sum(cells[index] for index in fold) for fold in self.folds):
+            raise DataSetError(
+                f"Labelled images must show cells in both halves of the images, got {cells} cells in "
+                f"{len(cells)} images: label more cells or images"
+            )
+
+    def result(self, path: Path) -> tuple[AdaptResult, DINOCell]:
+        """Try every candidate, and train the best on all images."""
+        steps = self.options.steps or self._steps_that_fit()
+        total = steps * (2 * len(CANDIDATES) + 1)
+        maps: dict[str, list[Sample]] = {}
+        with progress("adapting", total, shown=self.shown) as bar:
+            bar.write(f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {steps} steps each")
+            maps["start"] = self._predict(self.start, range(len(self.pairs)))
+            scores = {
+                "start": _scores(maps["start"], [_own_thresholds(self.start)] * len(self.pairs))
+            }
+            scores["thresholds"] = self._cross_validated(maps["start"])
+            for name in CANDIDATES:
+                maps[name] = self._held_out(name, steps, bar)
+                scores[name] = self._cross_validated(maps[name])
+                bar.write(f"{name}: AP {scores[name][0]:.4f}, start {scores['start'][0]:.4f}")
+            chosen = max(scores, key=lambda name: scores[name][0])  # the first of equal ones
+            if chosen == "start":
+                adapted, tuned = with_config(self.start), _own_thresholds(self.start)
+            else:
+                everything = range(len(self.pairs))
+                adapted = self.start
+                if chosen in CANDIDATES:
+                    adapted = self._train(chosen, everything, steps, bar)
+                source = maps["start" if chosen == "thresholds" else chosen]
+                tuned = self._tuned(source, everything)
+        values = tuned_values(tuned)
+        adapted = with_config(adapted, **values)
+        if chosen != "start":
+            adapted.statistics = training_statistics(adapted, self.pairs, shown=self.shown)
+        return AdaptResult(path, chosen, steps, scores, values), adapted
+
+    def _steps_that_fit(self) -> int:
+        started = time.monotonic()
+        with progress("measuring the speed", 3, shown=self.shown) as bar:
+            self._train("all", range(len(self.pairs)), 3, bar)
+        seconds = (time.monotonic() - started) / 3
+        trainings = 2 * len(CANDIDATES) + 1
+        return int(
+            np.clip(self.options.minutes * 60 / trainings / seconds, _LEAST_STEPS, _MOST_STEPS)
+        )
+
+    def _held_out(self, name: str, steps: int, bar: Progress) -> list[Sample]:
+        """Maps of all images by a model that was trained on the other fold."""
+        samples: dict[int, Sample] = {}
+        for fold, other in (self.folds, self.folds[::-1]):
+            model = self._train(name, other, steps, bar)
+            samples |= dict(zip(fold, self._predict(model, fold), strict=True))
+        return [samples[index] for index in range(len(self.pairs))]
+
+    def _predict(self, model: DINOCell, chosen: Sequence[int]) -> list[Sample]:
+        return [
+            (predict_distance_map(model, self.images[index]), self.truths[index])
+            for index in chosen
+        ]
+
+    def _tuned(self, samples: Sequence[Sample], chosen: Sequence[int]) -> Thresholds:
+        min_area_px = self.start.config.min_area_px
+        own = [samples[index] for index in chosen]
+        return tune_thresholds(own, _GRIDS, metric="ap", min_area_px=min_area_px).best.thresholds
+
+    def _cross_validated(self, samples: Sequence[Sample]) -> tuple[float, float]:
+        """Scores with the thresholds of each fold chosen on the other one."""
+        thresholds = [_own_thresholds(self.start)] * len(self.pairs)
+        for fold, other in (self.folds, self.folds[::-1]):
+            tuned = self._tuned(samples, other)
+            for index in fold:
+                thresholds[index] = tuned
+        return _scores(samples, thresholds)
+
+    def _train(self, name: str, chosen: Sequence[int], steps: int, bar: Progress) -> DINOCell:
+        """A copy of the start, trained on some of the images, in eval mode."""
+        model = copy.deepcopy(self.start)
+        learning = _choose_learning(model, name)
+        config = _training_config(self.start, steps, self.options.seed)
+        pairs = [self.pairs[index] for index in chosen]
+        crops = CropDataset(pairs, config, length=steps * _BATCH_SIZE)
+        groups = parameter_groups(model, config)
+        optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for step in range(steps):
+            torch.manual_seed(step_seed(config.seed, step))
+            for module in learning:
+                module.train()
+            items = [crops[step * _BATCH_SIZE + item] for item in range(_BATCH_SIZE)]
+            batch, target, weight = (
+                torch.stack(list(part)).to(self.device) for part in zip(*items, strict=True)
+            )
+            factor = learning_rate_factor(step, config.optimizer, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = config.optimizer.lr * group["lr_scale"] * factor
+            with autocast("auto", self.device):
+                predicted = model(batch)
+            optimizer.zero_grad(set_to_none=True)
+            distance_loss(predicted, target, weight, kind=config.loss.kind).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm)
+            optimizer.step()
+            bar.advance(note=name)
+        return model.eval().requires_grad_(True)
+
+
+def _own_thresholds(model: DINOCell) -> Thresholds:
+    config = model.config
+    return Thresholds(
+        config.peak_threshold, config.fill_threshold, config.min_prominence, config.min_area_px
+    )
+
+
+def _scores(samples: Sequence[Sample], thresholds: Sequence[Thresholds]) -> tuple[float, float]:
+    """Mean AP over three IoU thresholds and AP at 0.5, of the cells of all images together."""
+    tables = [
+        overlap_table(truth, separate_cells(found, given))
+        for (found, truth), given in zip(samples, thresholds, strict=True)
+    ]
+    aps = []
+    for iou in _IOU_THRESHOLDS:
+        counts = [match_counts(table, iou) for table in tables]
+        aps.append(sum(counts[1:], start=counts[0]).ap)
+    return float(np.mean(aps)), float(aps[0])
+
+
+def _choose_learning(model: DINOCell, name: str) -> list[nn.Module]:
+    """Let the parameters of a candidate learn, and no others; returns the modules they are in."""
+    backbone = model.backbone
+    if isinstance(backbone, DINOv3Backbone):
+        blocks = list(backbone.vit.blocks)
+        last = [*blocks[-(len(blocks) // 3) :], backbone.vit.norm]
+    else:
+        last = list(backbone.levels[-2:])
+    modules: dict[str, list[nn.Module]] = {
+        "decoder": [model.decoder],
+        "last": [model.decoder, *last],
+        "all": [model],
+    }
+    model.requires_grad_(False)
+    for module in modules[name]:
+        module.requires_grad_(True)
+    return modules[name]
+
+
+def _training_config(start: DINOCell, steps: int, seed: int) -> TrainConfig:
+    """As for a whole training, but short, and gentle with what was learned."""
+    data = DataConfig(datasets=[DatasetConfig("images", "", "")])
+    optimizer: dict[str, Any] = {"lr": 1e-3, "warmup_steps": min(20, steps // 4)}
+    return TrainConfig(
+        seed=seed,
+        model=replace(start.config, init=None),
+        data=data,
+        optimizer=OptimizerConfig(**optimizer),
+        schedule=ScheduleConfig(steps=steps, batch_size=_BATCH_SIZE),
+    )

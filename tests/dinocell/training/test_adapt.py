@@ -1,0 +1,202 @@
+"""Adapting a model to a few images: what learns, what is chosen, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from small_runs import small_run
+
+from dinocell.cli import main
+from dinocell.errors import ConfigError, DataSetError, UsageError
+from dinocell.io import write_image, write_labels
+from dinocell.network.model import DINOCell, create_dinocell_model, load_model
+from dinocell.pairs import find_pairs
+from dinocell.progress import progress
+from dinocell.settings import config_from_mapping
+from dinocell.training import adapt as module
+from dinocell.training.adapt import CANDIDATES, AdaptOptions, adapt
+from dinocell.training.config import TrainConfig
+from dinocell.training.trainer import train
+
+pytestmark = pytest.mark.usefixtures("mini_networks")
+
+
+def trained(data, out, steps):
+    mapping = small_run(data, out, schedule__steps=steps, schedule__eval_every=steps)
+    return train(config_from_mapping(TrainConfig, mapping), shown=False).model_path
+
+
+@pytest.fixture(scope="module")
+def start(blob_data, tmp_path_factory):
+    """A model that finds bright discs."""
+    return trained(blob_data, tmp_path_factory.mktemp("start"), 30)
+
+
+def adapted(data, start, out, **options):
+    options = {"steps": 15, **options}
+    return adapt(
+        data / "images",
+        data / "labels",
+        out,
+        start=str(start),
+        options=AdaptOptions(**options),
+        shown=False,
+    )
+
+
+def weights_of(path) -> dict[str, torch.Tensor]:
+    return load_model(path).state_dict()
+
+
+def test_a_model_that_knows_nothing_learns(blob_data, tmp_path):
+    start = trained(blob_data, tmp_path, 2)
+    result = adapted(blob_data, start, tmp_path / "mine.safetensors", steps=40)
+    assert set(result.scores) == {"start", "thresholds", *CANDIDATES}
+    assert result.chosen in CANDIDATES
+    assert result.scores[result.chosen][0] > result.scores["start"][0] + 0.1
+    assert result.scores[result.chosen] == max(result.scores.values())
+    model = load_model(result.model_path)
+    assert model.config.peak_threshold == result.thresholds["peak_threshold"]
+    assert model.card["adapted"] == {
+        "chosen": result.chosen, "steps": 40, "seed": 0, "images": 6
+    }  # fmt: skip
+    assert model.card["start"] == str(start)
+    assert f"chosen: {result.chosen}, 40 steps" in result.text()
+
+
+def test_the_result_is_never_worse_than_the_start(start, blob_data, tmp_path, monkeypatch):
+    honest = module.distance_loss
+    monkeypatch.setattr(module, "distance_loss", lambda *a, **b: -100 * honest(*a, **b))
+    result = adapted(blob_data, start, tmp_path / "mine.safetensors", steps=4)
+    assert result.chosen in ("start", "thresholds")
+    assert all(result.scores[name] <= result.scores[result.chosen] for name in CANDIDATES)
+    before, after = weights_of(start), weights_of(result.model_path)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_start_that_is_best_stays_as_it_is(start, blob_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module._Adaptation, "_cross_validated", lambda self, samples: (0.0, 0.0))
+    result = adapted(blob_data, start, tmp_path / "mine.safetensors", steps=1)
+    assert result.chosen == "start"
+    assert "the model is that one" in result.text()
+    first, last = load_model(start), load_model(result.model_path)
+    assert first.config == last.config
+
+
+@pytest.mark.parametrize(
+    ("name", "fixed", "learned"),
+    [
+        ("decoder", "backbone.vit.norm.weight", "decoder.head.weight"),
+        ("last", "backbone.vit.blocks.0.mlp.fc1.weight", "backbone.vit.norm.weight"),
+        ("all", None, "backbone.vit.patch_embed.proj.weight"),
+    ],
+)
+def test_only_what_is_named_learns(name, fixed, learned, start, blob_data):
+    pairs = find_pairs(blob_data / "images", blob_data / "labels", "images")
+    run = module._Adaptation(load_model(start), pairs, AdaptOptions(), shown=False)
+    with progress("", 2, shown=False) as bar:
+        model = run._train(name, [0, 1], 2, bar)
+    before, after = run.start.state_dict(), model.state_dict()
+    assert not torch.equal(before[learned], after[learned])
+    assert fixed is None or torch.equal(before[fixed], after[fixed])
+
+
+def test_folds_are_disjoint_and_nothing_is_scored_by_its_own_labels(start, blob_data, monkeypatch):
+    pairs = find_pairs(blob_data / "images", blob_data / "labels", "images")
+    run = module._Adaptation(load_model(start), pairs, AdaptOptions(), shown=False)
+    assert sorted([*run.folds[0], *run.folds[1]]) == list(range(6))
+    trained, predicted = [], []
+
+    def remember(name, chosen, steps, bar):
+        trained.append(set(chosen))
+        return run.start
+
+    monkeypatch.setattr(run, "_train", remember)
+    monkeypatch.setattr(
+        run, "_predict", lambda model, chosen: [predicted.append(set(chosen))] * len(chosen)
+    )
+    with progress("", 2, shown=False) as bar:
+        run._held_out("all", 1, bar)
+    assert all(not a & b for a, b in zip(trained, predicted, strict=True))
+    tuned = []
+    monkeypatch.setattr(
+        run,
+        "_tuned",
+        lambda samples, chosen: tuned.append(set(chosen)) or module._own_thresholds(run.start),
+    )
+    monkeypatch.setattr(module, "_scores", lambda samples, thresholds: (0.0, 0.0))
+    run._cross_validated([])
+    assert tuned == [set(run.folds[1]), set(run.folds[0])]
+
+
+def test_one_image_is_cut_in_two(start, blob_data, tmp_path):
+    for kind, name in (("images", "blob0.tif"), ("labels", "blob0.png")):
+        (tmp_path / kind).mkdir()
+        shutil.copy(blob_data / kind / name, tmp_path / kind)
+    result = adapted(tmp_path, start, tmp_path / "mine.safetensors", steps=1)
+    assert load_model(result.model_path).card["adapted"]["images"] == 2
+
+
+def test_time_sets_the_steps_and_a_seed_repeats_them(start, blob_data, tmp_path, monkeypatch):
+    clock = iter([0.0, 3.0])  # three steps in three seconds
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    pairs = find_pairs(blob_data / "images", blob_data / "labels", "images")
+    run = module._Adaptation(load_model(start), pairs, AdaptOptions(minutes=7), shown=False)
+    assert run._steps_that_fit() == 60
+    monkeypatch.undo()
+    files = [
+        adapted(blob_data, start, tmp_path / name / "a.safetensors", steps=2, seed=seed)
+        for name, seed in (("one", 3), ("two", 3), ("three", 4))
+    ]
+    one, two, three = (result.scores for result in files)
+    assert one == two
+    assert files[0].model_path.read_bytes() == files[1].model_path.read_bytes()
+    assert one != three
+
+
+def test_convolutions_adapt(blob_data, tmp_path):
+    torch.manual_seed(0)
+    options = {"patch_size": 16, "decoder": "detail", "window_px": 32, "overlap_px": 8}
+    create_dinocell_model("conv", **options).save(tmp_path / "conv.safetensors")
+    result = adapted(blob_data, tmp_path / "conv.safetensors", tmp_path / "a.safetensors", steps=1)
+    assert isinstance(load_model(result.model_path), DINOCell)
+
+
+def test_wrong_inputs_leave_nothing(start, blob_data, tmp_path, capsys):
+    with pytest.raises(UsageError, match=r"new file that ends in \.safetensors"):
+        adapted(blob_data, start, tmp_path / "mine.pt")
+    with pytest.raises(UsageError, match="new file"):
+        adapted(blob_data, start, start)
+    with pytest.raises(ConfigError, match="`minutes` must be at least"):
+        AdaptOptions(minutes=0)
+    image = np.random.default_rng(0).integers(0, 200, (64, 64)).astype(np.uint8)
+    for name in "ab":
+        write_image(tmp_path / "images" / f"{name}.png", image)
+        write_labels(tmp_path / "labels" / f"{name}.png", np.zeros((64, 64), np.uint16))
+    with pytest.raises(DataSetError, match="must show cells in both halves"):
+        adapted(tmp_path, start, tmp_path / "mine.safetensors")
+    call = ["adapt", str(tmp_path / "images"), str(tmp_path / "none"), "-m", str(start)]
+    with pytest.raises(SystemExit) as left:
+        main([*call, "-o", str(tmp_path / "mine.safetensors")])
+    assert left.value.code == 2 or left.value.code == 1
+    assert not (tmp_path / "mine.safetensors").exists()
+
+
+def test_the_command_passes_its_options_on(start, blob_data, tmp_path, capsys, monkeypatch):
+    seen = {}
+
+    def remember(images, labels, out, *, start, options):
+        seen.update(start=start, options=options, out=out)
+        raise UsageError("`minutes` must be so")
+
+    monkeypatch.setattr(module, "adapt", remember)
+    call = ["adapt", "i", "l", "-o", "m.safetensors", "-m", "x", "--minutes", "2", "--steps", "7"]
+    with pytest.raises(SystemExit):
+        main([*call, "--channels", "DNA,ER", "--seed", "5", "--device", "cpu"])
+    assert seen["options"] == AdaptOptions(2.0, 7, ("DNA", "ER"), 5, "cpu")
+    assert (seen["start"], str(seen["out"])) == ("x", "m.safetensors")
+    assert "--minutes must be so" in capsys.readouterr().err
