@@ -87,8 +87,14 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
     ]
     for key in ("data", "metrics"):
         for item, value in card.get(key, {}).items():
-            lines.append(f"{key}: {item} {value}")
+            lines.append(f"{key}: {item}: {_described(value)}")
     return "\n".join(lines)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_described(item)}" for key, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _backbone_name(size: str, patch_size: int) -> str:
@@ -115,7 +121,7 @@ def _describe_architecture(model: DINOCell, image_px: int) -> str:
         f"{cost.decoder_parameters / 1e6:.2f} M)\n"
         f"cost at {cost.image_px}×{cost.image_px} px: {(cost.backbone_macs + cost.decoder_macs) / 1e9:.2f} "
         f"GMAC (backbone {cost.backbone_macs / 1e9:.2f}, decoder {cost.decoder_macs / 1e9:.2f} = "
-        f"{100 * cost.decoder_share:.1f} % of it), counted by fvcore, attention included"
+        f"{100 * cost.decoder_share:.1f} % of the backbone's), counted by fvcore, attention included"
     )
 
 

@@ -91,8 +91,9 @@ def find_fields(
         fields = _from_pattern(folder, pattern, channels_table)
     else:
         raise FieldError(
-            f"Fields in {root} must be described, got neither channels.csv nor index= nor pattern=: give "
-            f"an index, or a pattern ({', '.join(PATTERNS)}, or a regular expression)"
+            f"Something must say which file is which channel of which field, got neither the table "
+            f"channels.csv in {root} nor `index` nor `pattern`: give a table as `index`, or a `pattern` "
+            f"of file names ({', '.join(PATTERNS)}, or a regular expression)"
         )
     return sorted(fields, key=lambda item: item.name)
 
