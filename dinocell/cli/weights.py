@@ -31,7 +31,9 @@ def weights_info(
         "Model file, name of a bundled model, SIZE/PATCH such as small/8 for an untrained architecture, "
         "backbone file, or checkpoint folder."
     ),
-    decoder: str = option("Use this decoder with SIZE/PATCH: unet, unet_wide, detail or linear.", "unet"),
+    decoder: str = option(
+        "Use this decoder with SIZE/PATCH: unet, unet_wide, detail or linear.", "unet"
+    ),
     image_px: int = option(
         "Count the operations for a square image with this edge length in px.", 256, min=1
     ),

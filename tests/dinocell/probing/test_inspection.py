@@ -310,7 +310,7 @@ def test_fields_by_their_names(field_folder, tmp_path):
 
 
 def test_bad_fields_are_refused(field_folder, tmp_path):
-    with pytest.raises(DataSetError, match="must be described"):
+    with pytest.raises(DataSetError, match="which file is which channel"):
         open_fields(field_folder)
     with pytest.raises(DataSetError, match="channels` must be among DNA, ER, RNA, got Golgi"):
         open_fields(field_folder, index=field_folder / "index.csv", channels=["Golgi"])

@@ -164,7 +164,9 @@ def test_wrong_folders_and_tables(harmony, tmp_path):
     with pytest.raises(FileNotFoundError, match="must be a folder of fields"):
         call(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FieldError, match=r"neither the table channels.csv in .* nor `index` nor `pattern`"):
+    with pytest.raises(
+        FieldError, match=r"neither the table channels.csv in .* nor `index` nor `pattern`"
+    ):
         call(tmp_path / "empty")
     with pytest.raises(FieldError, match="got 0 images and no match"):
         call(tmp_path / "empty", pattern="harmony")

@@ -101,8 +101,8 @@ def find_fields(
 def _rows(path: Path, wanted: tuple[str, ...]) -> list[dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"A table of fields or channels must be a CSV file that exists, got {path}: check index= "
-            "or channels_table=, which may be relative to the current folder or to root="
+            f"A table of fields or channels must be a CSV file that exists, got {path}: check `index` or "
+            "`channels_table`, which are searched in the current folder and then in that of the fields"
         )
     with path.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream)
