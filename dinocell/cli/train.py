@@ -88,7 +88,7 @@ class AdaptFlags:
     """How long and from what `adapt` trains."""
 
     minutes: float = option(
-        "Let all trainings together take about this long; this sets the number of steps.", 4.0
+        "Train for about this long, all candidates together; this sets the number of steps.", 4.0
     )
     steps: int | None = option(
         "Train each candidate for this many steps, whatever the time, so that a result can be repeated."
@@ -120,8 +120,9 @@ def adapt(
     best one is trained on all images. If none is better than the model was before, the result is that
     model. A single image is cut in two.
 
-    Example: `dinocell adapt images/ labels/ -o mine.safetensors`, then
-    `dinocell segment more_images/ -m mine.safetensors -o out`
+    Segment with the result by `dinocell segment more_images/ -m mine.safetensors -o out`.
+
+    Example: `dinocell adapt images/ labels/ -o mine.safetensors`
     """
     from dinocell.training.adapt import AdaptOptions
     from dinocell.training.adapt import adapt as run_adaptation
