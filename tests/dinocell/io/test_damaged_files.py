@@ -125,7 +125,7 @@ def test_short(valid, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_longer(valid, tmp_path, capfd):
-    examples(valid, tmp_path / "a.tif", 5_000)
+    examples(valid, tmp_path / "a.tif", 2_500)
     assert capfd.readouterr().err == ""
 
 

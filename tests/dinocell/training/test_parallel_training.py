@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ from small_runs import small_run
 from torch import nn
 
 from dinocell.errors import ConfigError
-from dinocell.network.model import DINOCell, load_model
+from dinocell.network.model import DINOCell
 from dinocell.settings import config_from_mapping, config_to_mapping
 from dinocell.training.config import TrainConfig
 from dinocell.training.optimizer import process_factor, step_seed
@@ -80,12 +78,13 @@ def newest_state(out: Path) -> dict:
     return load_checkpoint(find_checkpoints(out / "checkpoints")[-1][1])
 
 
-# Ten steps that bring the AP from 0 over values between to nearly 1.
+# Ten steps that bring the AP from 0 over values between to nearly 1, looked at three times.
 LEARNING = {
     "model__patch_size": 8,
     "optimizer__scaling_rule": "none",
     "augment__empty_probability": 0.0,
     "schedule__steps": 10,
+    "schedule__eval_every": 4,
     "schedule__ema_decay": 0.8,
 }
 
@@ -152,7 +151,7 @@ def test_another_number_of_processes_is_refused(blob_data, pair_run):
 
 @pytest.mark.slow
 def test_a_folder_of_an_earlier_version_counts_as_one_process(blob_data, tmp_path):
-    config = config_from_mapping(TrainConfig, settings(blob_data, tmp_path))
+    config = config_from_mapping(TrainConfig, settings(blob_data, tmp_path, schedule__steps=2))
     before = train(config, shown=False)
     path = find_checkpoints(tmp_path / "checkpoints")[-1][1]
     state = load_checkpoint(path)
@@ -164,63 +163,83 @@ def test_a_folder_of_an_earlier_version_counts_as_one_process(blob_data, tmp_pat
     assert train(config, shown=False).val_ap50 == before.val_ap50
 
 
-NAMED_PROCESSES = """
+SIGNALLED = """
 import os
+import signal
 import sys
-from pathlib import Path
 
 from dinocell.cli import main
+from dinocell.network.backbone import BACKBONE_SIZES, BackboneSize
+from dinocell.training import trainer
 
-Path(sys.argv[1], f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
+BACKBONE_SIZES["tiny"] = BackboneSize(48, 4, num_heads=3)
+honest = trainer.distance_loss
+calls = 0
+
+
+def signalled(predicted, target):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[1]) and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR2)
+    return honest(predicted, target)
+
+
+trainer.distance_loss = signalled
 main(["train", sys.argv[2]])
 """
 
 
+def start_two(*command: str) -> list[subprocess.Popen[str]]:
+    """Two processes of a run without torchrun, which is a third start of torch."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**environment(), **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_stops_both_and_the_run_continues_exactly(blob_data, tmp_path):
-    """Stochastic depth is on; evaluation only at the end, checkpoints by the signal only."""
+    """Stochastic depth is on; evaluation only at the end, checkpoints by the signal only.
+
+    The processes ask one another whether to stop at steps 1 and 2, and at step 12 or before.
+    """
     changes = {
         "model__drop_path_rate": 0.2,
-        "schedule__steps": 30,
-        "schedule__eval_every": 30,
-        "schedule__checkpoint_every": 30,
+        "schedule__steps": 14,
+        "schedule__eval_every": 14,
+        "schedule__checkpoint_every": 14,
     }
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    mapping = settings(blob_data, cut, **changes)
-    path = tmp_path / "cut.yaml"
-    path.write_text(yaml.safe_dump(mapping))
     program = tmp_path / "program.py"
-    program.write_text(NAMED_PROCESSES)
-    started = subprocess.Popen(
-        torchrun(str(program), str(tmp_path), str(path)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(),
-    )
-    try:
-        while not (cut / "metrics.jsonl").exists():
-            assert started.poll() is None, started.stdout.read()  # type: ignore[union-attr]
-            time.sleep(0.02)
-        os.kill(int((tmp_path / "pid1").read_text()), signal.SIGUSR2)
-        output, _ = started.communicate(timeout=900)
-    finally:
-        started.kill()
-    assert started.returncode != 0
-    assert "Training was interrupted at step" in output
-    stopped_at = newest_state(cut)["step"]
-    assert 0 < stopped_at < 30
-    assert column(cut, "loss")[-1][0] == stopped_at
+    program.write_text(SIGNALLED)
 
-    for again in (mapping, settings(blob_data, whole, **changes)):
-        done = run_two(again)
-        assert done.returncode == 0, done.stderr[-3000:]
+    def trained(out: Path, signal_at: int = 0) -> list[int]:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(settings(blob_data, out, **changes)))
+        started = start_two(str(program), str(signal_at), str(path))
+        outputs = [process.communicate(timeout=900)[0] for process in started]
+        assert bool(signal_at) == ("Training was interrupted at step" in outputs[0]), outputs
+        return [process.returncode for process in started]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert trained(cut, signal_at=3) == [75, 75]
+    assert 3 <= newest_state(cut)["step"] == column(cut, "loss")[-1][0] <= 12
+    assert trained(cut) == trained(whole) == [0, 0]
     assert column(cut, "loss") == column(whole, "loss")
+    assert [step for step, _ in column(cut, "loss")] == list(range(1, 15))
     assert column(cut, "gradient_norm") == column(whole, "gradient_norm")
-    one, other = (load_model(folder / "model.safetensors") for folder in (whole, cut))
-    for key, value in one.state_dict().items():
-        assert torch.equal(value, other.state_dict()[key]), key
-    assert one.config == other.config
+    shipped = [(folder / "model.safetensors").read_bytes() for folder in (cut, whole)]
+    assert shipped[0] == shipped[1]
     # The default rule: sqrt(2) times the configured rate, reached when the warm-up ends.
     assert max(rate for _, rate in column(whole, "lr")) == pytest.approx(2e-3 * 2**0.5)
 
@@ -300,18 +319,9 @@ def test_norm_over_processes_is_norm_of_the_whole_batch(tmp_path):
     torch.save({"state": whole.state_dict(), "batches": batches}, tmp_path / "given.pt")
     program = tmp_path / "norm.py"
     program.write_text(NORM)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [  # without torchrun, which is a third start of torch
-        subprocess.Popen(
-            [sys.executable, str(program), str(tmp_path / "given.pt"), str(tmp_path / "found.pt")],
-            env={**environment(), **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
-    assert [process.wait() for process in processes] == [0, 0]
+    processes = start_two(str(program), str(tmp_path / "given.pt"), str(tmp_path / "found.pt"))
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     found = torch.load(tmp_path / "found.pt")
     (first, first_weights, first_low), (second, second_weights, second_low) = found["answers"]
     for position, (batch, gradient) in enumerate(batches):
@@ -356,8 +366,10 @@ import os
 import sys
 
 from dinocell.cli import main
+from dinocell.network.backbone import BACKBONE_SIZES, BackboneSize
 from dinocell.training import trainer
 
+BACKBONE_SIZES["tiny"] = BackboneSize(48, 4, num_heads=3)
 honest = trainer.distance_loss
 calls = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from dinov3.cells import run_data
 from dinov3.cells.hooks import watched
 from dinov3.models import vision_transformer
 from dinov3.train.train import (
@@ -139,22 +141,25 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def is_slow(test: pytest.Item) -> bool:
-    return test.get_closest_marker("slow") is not None
+@pytest.fixture
+def vit_of_processes() -> None:
+    """For tests that compare with processes of their own, where `vit_tiny` is the true one."""
 
 
 @pytest.fixture(autouse=True)
 def mini_vit(request, monkeypatch, small_architecture) -> None:
-    """Quick tests train `vit_test`; slow ones compare with processes of their own."""
-    if not is_slow(request.node):
+    """Runs in this process train `vit_test`."""
+    if "vit_of_processes" not in request.fixturenames:
         monkeypatch.setattr(vision_transformer, "vit_tiny", vision_transformer.vit_test)
 
 
 @pytest.fixture
 def whole_run(images, made_once, request) -> Path:
     """An uninterrupted run, to compare with."""
-    name = "whole_run_of_vit_tiny" if is_slow(request.node) else "whole_run"
-    return made_once(name, lambda out: run(images, out))
+    true_network = "vit_of_processes" in request.fixturenames
+    return made_once(
+        "whole_run_of_vit_tiny" if true_network else "whole_run", lambda out: run(images, out)
+    )
 
 
 @pytest.fixture
@@ -177,7 +182,7 @@ def test_what_a_run_leaves(whole_run):
 
 
 @pytest.mark.slow
-def test_killed_run_continues_bit_for_bit(images, whole_run, tmp_path):
+def test_killed_run_continues_bit_for_bit(vit_of_processes, images, whole_run, tmp_path):
     """kill -9 at some moment after a checkpoint; the number of workers changes nothing either."""
     data = f"ImageFolder:root={images}"
     process = start(data, tmp_path, "train.num_workers=2")
@@ -234,7 +239,7 @@ def test_signal_saves_and_stops(images, whole_run, tmp_path, monkeypatch):
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_signal_ends_a_process_with_one_sentence(
-    images, whole_run, tmp_path, number, program, expected
+    vit_of_processes, images, whole_run, tmp_path, number, program, expected
 ):
     """Upstream's entry ends with 1, `dinocell pretrain` with the code that asks for another start."""
     data, out = f"ImageFolder:root={images}", tmp_path / "out"
@@ -480,33 +485,6 @@ def test_start_from_a_patch_16_file_is_remembered(images, tmp_path, whole_run):
     assert not same(teacher(tmp_path / "a"), teacher(whole_run))
 
 
-@pytest.mark.slow
-def test_two_processes_leave_the_files_of_one(images, tmp_path):
-    """Both strategies start with torchrun and leave one set of files with the same weights."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
-    for strategy in ("ddp", "fsdp"):
-        out = tmp_path / strategy
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            "-m", "dinov3.train.train",
-            *arguments(f"ImageFolder:root={images}", out, f"accelerator.strategy={strategy}",
-                       "student.drop_path_rate=0.0"),
-        ]  # fmt: skip
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=600, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        line = json.loads((out / "training_metrics.json").read_text().splitlines()[-1])
-        assert line["global_batch_size"] == 6
-        assert sorted(p.name for p in (out / "ckpt").iterdir()) == ["1", "3", "5"]
-    expected = teacher(tmp_path / "ddp")
-    found = teacher(tmp_path / "fsdp")
-    assert found.keys() == expected.keys()
-    for name, value in found.items():  # equal up to rounding
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
-
-
 def on_two(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A script in two processes; it may fail."""
     environment = dict(os.environ, OMP_NUM_THREADS="1")
@@ -545,29 +523,19 @@ train.main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(images, tmp_path):
-    """Replicas and FSDP2, each with half of the batch: the losses of one process with all of it."""
+def test_two_processes_train_as_one(vit_of_processes, images, tmp_path, monkeypatch):
+    """Replicas and FSDP2, each with half of the batch: losses and files of one process with all of it."""
     script = tmp_path / "as_one.py"
     script.write_text(AS_ONE)
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
 
-    def go(strategy: str, processes: int, batch: int) -> Path:
-        out = tmp_path / strategy
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={processes}", str(script),
-            *arguments(f"ImageFolder:root={images}", out, f"accelerator.strategy={strategy}"),
-            "student.drop_path_rate=0.0", f"train.batch_size_per_gpu={batch}",
-            "ibot.mask_sample_probability=1.0", "ibot.mask_ratio_min_max=[0.25,0.25]",
-            "dino.koleo_loss_distributed=true", "checkpointing.period=22", "monitor.enabled=false",
-            "train.OFFICIAL_EPOCH_LENGTH=11",
-        ]  # fmt: skip
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=600, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return out
+    def options(strategy: str, batch: int) -> list[str]:
+        return [
+            *arguments(f"ImageFolder:root={images}", tmp_path / strategy),
+            *(f"accelerator.strategy={strategy}", f"train.batch_size_per_gpu={batch}"),
+            *("student.drop_path_rate=0.0", "dino.koleo_loss_distributed=true"),
+            *("ibot.mask_sample_probability=1.0", "ibot.mask_ratio_min_max=[0.25,0.25]"),
+            *("train.OFFICIAL_EPOCH_LENGTH=6", "checkpointing.period=6"),
+        ]
 
     def lines(out: Path) -> list[dict]:
         text = (out / "training_metrics.json").read_text()
@@ -575,15 +543,24 @@ def test_two_processes_train_as_one(images, tmp_path):
 
     names = ("global_batch_size", "total_loss", "dino_local_crops_loss", "ibot_loss", "koleo_loss", "lr",
              "backbone_grad_norm")  # fmt: skip
-    expected = lines(go("none", 1, 4))
+    monkeypatch.setattr(run_data, "MaskingGenerator", run_data.MaskingGenerator)
+    monkeypatch.setattr(sys, "argv", [str(script), *options("none", batch=4)])
+    runpy.run_path(str(script), run_name="__main__")
+    expected = lines(tmp_path / "none")
     assert {row["global_batch_size"] for row in expected} == {4}
-    assert [row["iteration"] for row in expected] == [0, 10, 20, 21]
+    assert [row["iteration"] for row in expected] == [0, 10, 11]
     assert abs(expected[-1]["total_loss"] - expected[0]["total_loss"]) > 0.1  # it has learnt
     for strategy in ("ddp", "fsdp"):
-        found = lines(go(strategy, 2, 2))
-        for row, wanted in zip(found, expected, strict=True):
+        done = on_two(script, *options(strategy, batch=2))
+        assert done.returncode == 0, done.stderr[-3000:]
+        for row, wanted in zip(lines(tmp_path / strategy), expected, strict=True):
             for name in names:
                 assert row[name] == pytest.approx(wanted[name], rel=2e-4), (strategy, name)
+        assert sorted(p.name for p in (tmp_path / strategy / "ckpt").iterdir()) == ["11", "5"]
+    one, other = teacher(tmp_path / "ddp", 11), teacher(tmp_path / "fsdp", 11)
+    assert one.keys() == other.keys()
+    for name, value in one.items():  # equal up to rounding
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=2e-5)
 
 
 SLOW = """
