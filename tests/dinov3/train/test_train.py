@@ -535,6 +535,7 @@ def test_two_processes_train_as_one(vit_of_processes, images, tmp_path, monkeypa
             *("student.drop_path_rate=0.0", "dino.koleo_loss_distributed=true"),
             *("ibot.mask_sample_probability=1.0", "ibot.mask_ratio_min_max=[0.25,0.25]"),
             *("train.OFFICIAL_EPOCH_LENGTH=6", "checkpointing.period=6"),
+            *("monitor.period_iterations=6", "monitor.visuals_period_iterations=12"),
         ]
 
     def lines(out: Path) -> list[dict]:
