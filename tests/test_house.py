@@ -18,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 # entries below it and from nothing else.  `docs/architecture.md` prints the same order.
 ROOMS = (
     "cli", "demo", "cluster", "upstream", "pretraining", "probing", "training", "evaluation", "batch",
-    "pipeline", "results", "segmentation", "network", "datasets", "io", "compilation",
-    "tree", "settings", "pairs", "labels", "scratch", "files", "progress", "submitted", "errors",
+    "pipeline", "results", "segmentation", "network", "datasets", "io", "download",
+    "compilation", "tree", "settings", "pairs", "labels", "scratch", "files", "progress", "submitted", "errors",
 )  # fmt: skip
 # What stands below this room loads without torch; the ground loads without any heavy package.
 LOWEST_WITH_TORCH = "network"

@@ -7,20 +7,56 @@ from dinocell.cli.options import App, argument, option
 
 app = App(
     name="data",
-    help="Prepare public data sets, and files of other programs, for training and evaluation.",
+    help="Download public data sets, and prepare them and files of other programs for training and evaluation.",
     no_args_is_help=True,
 )
 
 
 @app.command("list")
 def data_list() -> None:
-    """List the data sets that `prepare` knows, with the files that they need, licence and address.
+    """List the data sets that `pull` and `prepare` know, with their files, licence and address.
 
     Example: `dinocell data list`
     """
     from dinocell.datasets import describe_layouts
 
     print(describe_layouts())
+
+
+@app.command("pull")
+def data_pull(
+    name: str = argument(
+        "Data set; `dinocell data list` shows which can be pulled.", metavar="NAME"
+    ),
+    out: Path = option("Write the files to this new folder.", ..., names="--out -o"),
+    accept: str | None = option(
+        "Accept this licence, word by word as `dinocell data list` shows it. Data sets whose licence "
+        "forbids commercial use need this.",
+        metavar="LICENCE",
+    ),
+    source: str | None = option(
+        "Copy or download from here in place of the publisher: a folder, or the URL of a mirror.",
+        names="--from",
+    ),
+    offline: bool = option(
+        "Open no network connection. The environment variable DINOCELL_OFFLINE=1 does the same.",
+        False,
+    ),
+) -> None:
+    """Download a public data set and unpack it, for `dinocell data prepare`.
+
+    The checksum (SHA-256) of each file is compared where one is known, else it is printed and marked as
+    not verified. `download.json` in the folder keeps licence, addresses and checksums.
+
+    After an interruption run the same command again: it continues where it stopped. Until everything is
+    done, the folder has the ending `.part`.
+
+    Example: `dinocell data pull s-bsst265 -o downloads/s-bsst265`
+    """
+    from dinocell.datasets import pull, terms
+
+    print(terms(name, accept))
+    print(pull(name, out, accept=accept, source=source, offline=offline).text())
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,6 @@ def weights_fetch(
 
     Example: `dinocell weights fetch dinov3_vits16 --from /data/dinov3`
     """
-    from dinocell.network.download import fetch_weights
+    from dinocell.network.fetching import fetch_weights
 
     print(fetch_weights(name, source=source, offline=offline, sha256=sha256, out=out))

@@ -143,17 +143,3 @@ def find_layout(name: str) -> Layout:
         hint = f"did you mean {near[0]}?" if near else "see `dinocell data list`"
         raise UsageError(f"`name` must be one of {', '.join(LAYOUTS)}, got {name!r}: {hint}")
     return LAYOUTS[name]
-
-
-def describe_layouts() -> str:
-    """One block of lines for each name."""
-    lines = []
-    for name, layout in LAYOUTS.items():
-        licence = layout.licence or "licence unknown"
-        lines.append(f"{name}: {layout.holds or 'images of your own, or of any data set'}")
-        lines.append(f"    files    {layout.files}")
-        if layout.holds:
-            lines.append(f"    licence  {licence}; {layout.address}")
-        if layout.note:
-            lines.append(f"    note     {layout.note}")
-    return "\n".join(lines)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.datasets.layouts import Layout, find_layout
+from dinocell.datasets.pulling import DOWNLOAD_JSON
 from dinocell.datasets.sample import Content, Sample, require_found
 from dinocell.datasets.splits import SplitOptions, count_splits, divide
 from dinocell.errors import DataSetError, DINOCellError, UsageError
@@ -113,6 +114,8 @@ def prepare(
     manifest = _manifest(recipe, layout, facts, rows)
     notes += _general_notes(layout, manifest, rows)
     manifest["notes"] = notes
+    if (pulled := source / DOWNLOAD_JSON).is_file():
+        manifest["download"] = json.loads(pulled.read_text(encoding="utf-8"))
     _write_manifest(part, manifest, rows)
     for file in (_JOURNAL, _RECIPE):
         (part / file).unlink()

@@ -12,9 +12,9 @@ import pytest
 import requests
 import urllib3
 
+from dinocell import download
 from dinocell.errors import CheckpointError, DINOCellError, UsageError
-from dinocell.network import download
-from dinocell.network.download import fetch_weights
+from dinocell.network.fetching import fetch_weights
 from dinocell.network.weights import RELEASED
 
 CONTENT = bytes(range(256)) * 1_000

@@ -1,4 +1,4 @@
-"""Bring a backbone file into the cache, from a folder or over HTTP; a broken download continues."""
+"""One file from a folder or over HTTP; a broken download continues where it stopped."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import ssl
 import urllib.parse
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
-from dinocell.errors import CheckpointError, DINOCellError, UsageError
-from dinocell.files import move_into_place, write_text_atomically
-from dinocell.network.weights import RELEASED, cache_folder, how_to_get
+from dinocell.errors import DINOCellError, UsageError
+from dinocell.files import write_text_atomically
 from dinocell.progress import progress
 
 _TRIES = 6
@@ -25,79 +25,49 @@ _TIMEOUT_S = 60.0
 _HUB = "huggingface.co"  # the only host that gets HF_TOKEN
 
 
-def fetch_weights(
-    name: str,
-    *,
-    source: str | None = None,
-    offline: bool = False,
-    sha256: str | None = None,
-    out: str | Path | None = None,
-) -> Path:
-    """Bring a backbone file into the cache, or find it there.
+@dataclass(frozen=True)
+class Advice:
+    """The ends of messages: what to do when a server does not give a file."""
+
+    refused: str  # after 401 and 403
+    missing: str = "check `source`"  # after 404 and its like
+
+
+def is_url(place: str) -> bool:
+    """Whether a place is opened over HTTP."""
+    return urllib.parse.urlsplit(place).scheme in ("http", "https")
+
+
+def bring(place: str, part: Path, advice: Advice, *, offline: bool = False) -> None:
+    """Copy or download one file.
 
     Parameters
     ----------
-    name : a name of `RELEASED`, or the name of a file below `source`
-    source : folder or base URL of a mirror; `DINOCELL_WEIGHTS_MIRROR` by default.  For a released
-        file also the whole personal URL from Meta's e-mail.
+    place : URL of the file, its path, or a folder (path or file URL) that holds it
+    part : where the file goes, named like the file with one more suffix.  If it exists, the download
+        continues from its end; `part.json` beside it knows which file it is a part of.
+    advice : for the messages
     offline : open no connection; `DINOCELL_OFFLINE=1` does the same
-    sha256 : expected checksum, or its beginning; of released files the beginning is known
-    out : folder in place of the cache
 
-    Returns the complete, checked file.
-
-    Raises UsageError (the file is not in the cache and cannot be fetched; the message says how to
-    get it); DINOCellError (the connection failed several times; the part that came is kept and
-    continued next time); CheckpointError (the checksum differs).
+    Raises UsageError (the file cannot be had from there; the message says why); DINOCellError (the
+    connection failed several times; the part that came is kept and continued next time).
     """
-    file = RELEASED.get(name, name)
-    if "/" in file or file in ("", ".", ".."):
-        raise UsageError(
-            f"`name` must be one of {', '.join(RELEASED)} or a file name, got {name!r}: give its folder or "
-            "URL as `source`"
-        )
-    expected = sha256 or (Path(file).stem.rsplit("-", 1)[-1] if name in RELEASED else None)
-    folder = Path(out) if out is not None else cache_folder()
-    target = folder / file
-    if target.is_file():
-        _check_sum(target, expected)
-        return target
-    source = source or os.environ.get("DINOCELL_WEIGHTS_MIRROR")
-    if source is None:
-        raise UsageError(how_to_get(name, file, folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{file}.part"
-    url = urllib.parse.urlsplit(source)
-    if url.scheme in ("http", "https"):
+    if is_url(place):
         if offline or os.environ.get("DINOCELL_OFFLINE", "0") not in ("", "0"):
             raise UsageError(
-                f"{file} must be in {folder} when offline, but it is not: fetch it while connected, or "
-                "give a folder as `source`"
+                f"{part.stem} must be in {part.parent} when offline, but it is not: fetch it while "
+                "connected, or give a folder as `source`"
             )
-        _download(_url_of(file, url), part)
-    else:
-        local = Path(urllib.request.url2pathname(url.path) if url.scheme == "file" else source)
-        local = local / file if local.is_dir() else local
-        if not local.is_file():
-            raise UsageError(
-                f"`source` must hold {file}, got {source} without it: check the folder"
-            )
-        shutil.copyfile(local, part)
-    try:
-        _check_kind(part)
-        _check_sum(part, expected)
-    except CheckpointError:
-        part.unlink()
-        raise
-    move_into_place(part, target)
-    return target
-
-
-def _url_of(file: str, url: urllib.parse.SplitResult) -> str:
-    """The URL of the file at a mirror, or the URL that names a file itself; a query stays behind it."""
-    if url.path.endswith((".pth", ".pt", ".safetensors")):
-        return url.geturl()
-    return url._replace(path=f"{url.path.rstrip('/')}/{file}").geturl()
+        _download(place, part, advice)
+        return
+    url = urllib.parse.urlsplit(place)
+    local = Path(urllib.request.url2pathname(url.path) if url.scheme == "file" else place)
+    local = local / part.stem if local.is_dir() else local
+    if not local.is_file():
+        raise UsageError(
+            f"`source` must hold {part.stem}, got {place} without it: check the folder"
+        )
+    shutil.copyfile(local, part)
 
 
 class _Adapter(HTTPAdapter):
@@ -139,7 +109,7 @@ class _Session(requests.Session):
         return target
 
 
-def _download(url: str, part: Path) -> None:
+def _download(url: str, part: Path, advice: Advice) -> None:
     """Continue `part` until the whole file has arrived."""
     with _Session() as session:
         for _ in range(_TRIES):
@@ -164,7 +134,7 @@ def _download(url: str, part: Path) -> None:
                         part.unlink(missing_ok=True)
                         continue
                     break
-                _refuse_failure(url, answer)
+                _refuse_failure(url, answer, advice)
                 try:
                     if _receive(answer, part):
                         break
@@ -197,15 +167,12 @@ def _with_token(request: requests.PreparedRequest) -> requests.PreparedRequest:
     return request
 
 
-def _refuse_failure(url: str, answer: requests.Response) -> None:
+def _refuse_failure(url: str, answer: requests.Response, advice: Advice) -> None:
     reason = f"{answer.status_code} {answer.reason}"
     if answer.status_code in (401, 403):
-        raise UsageError(
-            f"{_shown(url)} must be open to you, got {reason}: the weights are gated, so ask for access "
-            "first (docs/weights.md; for Hugging Face set HF_TOKEN), or the link has expired"
-        )
+        raise UsageError(f"{_shown(url)} must be open to you, got {reason}: {advice.refused}")
     if answer.status_code in (400, 404, 410):
-        raise UsageError(f"{_shown(url)} must exist, got {reason}: check `source`")
+        raise UsageError(f"{_shown(url)} must exist, got {reason}: {advice.missing}")
     if not answer.ok:
         raise _interrupted(url, reason)
 
@@ -272,28 +239,3 @@ def _facts(part: Path) -> dict[str, Any]:
     """Length (`total`) and version (`validator`) of the file that `part` is a part of; may be empty."""
     path = _facts_path(part)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _check_kind(path: Path) -> None:
-    """Refuse what a server sends in place of a file: a page to sign in, an error, nothing."""
-    with path.open("rb") as stream:
-        start = stream.read(64)
-    if not start or start.lstrip()[:1] == b"<":
-        kind = "a web page" if start else "an empty file"
-        raise CheckpointError(
-            f"{path.stem} must be a file of weights, got {kind}: check `source`; gated files need "
-            "access first (docs/weights.md)"
-        )
-
-
-def _check_sum(path: Path, expected: str | None) -> None:
-    if expected is None:
-        return
-    from dinov3.cells import weights as formats
-
-    found = formats.sha256(path)
-    if not found.startswith(expected.lower()):
-        raise CheckpointError(
-            f"{path.name} must have a SHA-256 that begins with {expected}, got {found[:16]}...: it is "
-            "damaged or another file, so remove it and fetch it again"
-        )

@@ -1,0 +1,109 @@
+"""Where the files of public data sets are published, and on which terms."""
+
+import difflib
+import urllib.parse
+from dataclasses import dataclass
+
+from dinocell.datasets.layouts import LAYOUTS, find_layout
+from dinocell.errors import UsageError
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One published file; an archive (`.zip`) is unpacked into `folder` of the download."""
+
+    url: str
+    folder: str = ""
+    sha256: str | None = None  # None: not published
+
+    @property
+    def name(self) -> str:
+        return urllib.parse.urlsplit(self.url).path.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Remote:
+    """The files of one data set; layout, licence and address stand in `LAYOUTS`.
+
+    `is_free`: anyone may use the data for any purpose, as far as we know.
+    `is_checked`: somebody has downloaded these files with this program, and the checksums agreed.
+    """
+
+    files: tuple[RemoteFile, ...]
+    is_free: bool = True
+    is_checked: bool = False
+
+
+_BBBC = "https://data.broadinstitute.org/bbbc"
+_LIVECELL = "https://livecell-dataset.s3.eu-central-1.amazonaws.com/LIVECell_dataset_2021"
+
+REMOTES: dict[str, Remote] = {
+    "dsb2018": Remote((RemoteFile(f"{_BBBC}/BBBC038/stage1_train.zip", "stage1_train"),)),
+    "bbbc039": Remote(
+        tuple(RemoteFile(f"{_BBBC}/BBBC039/{name}.zip") for name in ("images", "masks", "metadata"))
+    ),
+    "s-bsst265": Remote(
+        (
+            RemoteFile(
+                "https://www.ebi.ac.uk/biostudies/files/S-BSST265/dataset.zip",
+                # the checksum with which torch-em compares the same file
+                sha256="8285987ed4d57c46a46a55a33c1c085875ea41f429b59cde31d249741aa07ad1",
+            ),
+        )
+    ),
+    "nuinsseg": Remote((RemoteFile("https://zenodo.org/records/10518968/files/NuInsSeg.zip"),)),
+    "livecell": Remote(
+        (
+            RemoteFile(f"{_LIVECELL}/images.zip"),
+            *(
+                RemoteFile(f"{_LIVECELL}/annotations/LIVECell/livecell_coco_{split}.json")
+                for split in ("train", "val", "test")
+            ),
+        ),
+        is_free=False,
+    ),
+}
+"""Name → files.  Addresses come from public programs that download the same files; this project has no
+connection to try them, so that `is_checked` is False everywhere."""
+
+
+def find_remote(name: str) -> Remote:
+    """The files of a name.  Raises UsageError, which says what can be pulled instead."""
+    if name in REMOTES:
+        return REMOTES[name]
+    if name in LAYOUTS and LAYOUTS[name].address:
+        layout = find_layout(name)
+        raise UsageError(
+            f"`name` must be one of {', '.join(REMOTES)}, got {name!r}, whose licence is unknown or whose "
+            f"publishers ask for a form or an account: download it from {layout.address} yourself"
+        )
+    near = difflib.get_close_matches(name.lower(), REMOTES, n=1)
+    hint = f"did you mean {near[0]}?" if near else "see `dinocell data list`"
+    raise UsageError(f"`name` must be one of {', '.join(REMOTES)}, got {name!r}: {hint}")
+
+
+def describe_layouts() -> str:
+    """One block of lines for each name of `LAYOUTS`."""
+    lines = []
+    for name, layout in LAYOUTS.items():
+        licence = layout.licence or "licence unknown"
+        lines.append(f"{name}: {layout.holds or 'images of your own, or of any data set'}")
+        lines.append(f"    files    {layout.files}")
+        if layout.holds:
+            lines.append(f"    licence  {licence}; {layout.address}")
+        if name in REMOTES:
+            lines.append(f"    pull     {_describe_remote(REMOTES[name])}")
+        if layout.note:
+            lines.append(f"    note     {layout.note}")
+    return "\n".join(lines)
+
+
+def _describe_remote(remote: Remote) -> str:
+    count = len(remote.files)
+    known = sum(file.sha256 is not None for file in remote.files)
+    sums = f"{known} of {count} checksums known" if known else "no checksum known"
+    checked = "checked" if remote.is_checked else "address and checksums not checked"
+    limit = (
+        "" if remote.is_free else "; the licence forbids commercial use: name it to pull the files"
+    )
+    return f"{count} file{'s' * (count > 1)}, {sums} ({checked}){limit}"
