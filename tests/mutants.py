@@ -57,7 +57,6 @@ TESTS = {
     "dinocell/segmentation/levels.py": ["tests/dinocell/segmentation/test_watershed.py"],
     "dinocell/segmentation/markers.py": ["tests/dinocell/segmentation/test_watershed.py"],
     "dinocell/results/convex_hull.py": ["tests/dinocell/results/test_measure.py"],
-    "dinocell/results/neighbors.py": ["tests/dinocell/results/test_measure.py"],
     "dinocell/results/runs.py": ["tests/dinocell/results/test_measure.py"],
     "dinocell/results/shape_kernels.py": ["tests/dinocell/results/test_measure.py"],
     "dinocell/results/outlines.py": ["tests/dinocell/results/test_exports.py"],
