@@ -130,3 +130,30 @@ def adapt(
     chosen = tuple(channel_names(flags.channels) or ())
     options = AdaptOptions(flags.minutes, flags.steps, chosen, flags.seed, device)
     print(run_adaptation(images, labels, out, start=model, options=options).text())
+
+
+@app.command()
+def ablate(
+    config: Path = argument(
+        "YAML file with base (a configuration of train), variants, seeds, test and output_dir."
+    ),
+    only: int | None = option(
+        "Train and score this run only, counted from 0 (variants first, then seeds), as one task of a job "
+        "array. Run the command without it at the end.",
+        min=0,
+    ),
+) -> None:
+    """Compare variants of a training: each with several seeds, on test images.
+
+    Prints AP for every test set and variant, the standard deviation over seeds, and the gain over the
+    first variant with its 95 % interval over images. Finished runs are kept: after an interruption run
+    the same command again.
+
+    Example: `dinocell ablate configs/finetune/ablation.yaml`
+    """
+    from dinocell.training.ablation import ablate as run_ablation
+
+    report = run_ablation(config, only=only)
+    print(report.text())
+    if only is None:
+        print(f"written: {Path(report.config.output_dir) / 'summary.csv'} and images.csv")
