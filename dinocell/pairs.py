@@ -6,7 +6,7 @@ In the layout of the Cell Tracking Challenge the number of the frame counts: `t0
 `man_seg007.tif`, `man_track007.tif` or `mask007.tif`.
 
 Where an image has no label image, `a_seg.npy` of Cellpose or a zip of ImageJ ROIs (`a.zip`,
-`a_RoiSet.zip`, `a_rois.zip`) takes its place.  `pair_folders` does not use these.
+`a_RoiSet.zip`, `a_rois.zip`) takes its place.
 
 Images and labels may lie in one folder: then the files with an ending are the labels, the others the
 images.  In a folder of labels alone each image decides for itself: `a.tif` may lie beside `b_masks.tif`.
@@ -127,7 +127,8 @@ def pair_folders(
     Parameters
     ----------
     pred_dir, truth_dir : folders with label files
-        A folder without any, but with a folder ``labels`` in it, stands for that one.
+        A folder without any, but with a folder ``labels`` in it, stands for that one.  Projects of
+        Cellpose and ImageJ whose name the other folder does not have are left aside.
     allow_missing_predictions : keep a truth without prediction, with None in place of the path (to
         be counted as a prediction without cells).  Otherwise it is an error.
 
@@ -138,8 +139,16 @@ def pair_folders(
     (`a_labels.tif`, `a_labels.png`); a truth has no prediction (unless allowed) or a prediction no
     truth).
     """
-    preds = _labels_by_name(_label_files(pred_dir, "predictions"), several_formats=True)
-    truths = _labels_by_name(_label_files(truth_dir, "true labels"))
+    pred_paths, truth_paths = (
+        _label_files(folder, what)
+        for folder, what in ((pred_dir, "predictions"), (truth_dir, "true labels"))
+    )
+    preds = _labels_by_name(pred_paths, several_formats=True)
+    truths = _labels_by_name(truth_paths)
+    pred_projects, truth_projects = map(_projects_by_name, (pred_paths, truth_paths))
+    names = preds.keys() | truths.keys() | (pred_projects.keys() & truth_projects.keys())
+    preds |= {name: pred_projects[name] for name in names & pred_projects.keys() - preds.keys()}
+    truths |= {name: truth_projects[name] for name in names & truth_projects.keys() - truths.keys()}
     missing = [] if allow_missing_predictions else sorted(truths.keys() - preds.keys())
     alone = {
         "true label images without a prediction": missing,
@@ -156,10 +165,13 @@ def pair_folders(
 
 
 def _label_files(folder: str | os.PathLike[str], what: str) -> list[Path]:
-    inner = Path(folder) / "labels"
-    if inner.is_dir() and not any(map(_is_label_file, Path(folder).iterdir())):
-        return _files_in(inner, LABEL_SUFFIXES, what)
-    return _files_in(folder, LABEL_SUFFIXES, what)
+    inner, suffixes = Path(folder) / "labels", (*LABEL_SUFFIXES, ".zip")
+    if inner.is_dir():
+        has_labels = any(
+            _is_label_file(path) or _is_project(path) for path in Path(folder).iterdir()
+        )
+        return _files_in(folder if has_labels else inner, suffixes, what)
+    return _files_in(folder, suffixes, what)
 
 
 def _files_in(folder: str | os.PathLike[str], suffixes: Sequence[str], what: str) -> list[Path]:
@@ -229,8 +241,9 @@ def _labels_of_images(
 
 
 def _labels_by_name(paths: Sequence[Path], *, several_formats: bool = False) -> dict[str, Path]:
-    """Name of the image → label file, where no image is known."""
+    """Name of the image → label image, where no image is known."""
     by_name: dict[str, Path] = {}
+    paths = [path for path in paths if not _is_project(path)]
     for path in sorted(
         filter(_has_ending, paths) if any(map(_has_ending, paths)) else paths,
         key=lambda p: (_stem(p), LABEL_SUFFIXES.index(p.suffix.lower()), p.name),
@@ -243,6 +256,19 @@ def _labels_by_name(paths: Sequence[Path], *, several_formats: bool = False) -> 
         _refuse_second(by_name, name, path)
         by_name[name] = path
     return by_name
+
+
+def _projects_by_name(paths: Sequence[Path]) -> dict[str, Path]:
+    """Name of the image → project of Cellpose, else zip of ROIs."""
+    found: dict[str, Path] = {}
+    for kind in (SEG_NPY, ".zip"):
+        of_kind: dict[str, Path] = {}
+        for path in paths:
+            if _is_project(path) and path.name.lower().endswith(kind):
+                _refuse_second(of_kind, _image_name(_stem(path)), path)
+                of_kind[_image_name(_stem(path))] = path
+        found = of_kind | found
+    return found
 
 
 def _has_ending(path: Path) -> bool:

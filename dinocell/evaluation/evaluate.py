@@ -87,11 +87,7 @@ def evaluate_folders(
 
     def read() -> Iterator[tuple[str, ArrayLike, ArrayLike]]:
         for name, pred_path, truth_path in paths:
-            truth, found = _read(truth_path, "truth")
-            pred = np.zeros_like(truth)
-            if pred_path is not None:
-                pred, others = _read(pred_path, "prediction")
-                found += others
+            truth, pred, found = _read(name, truth_path, pred_path)
             if found:
                 notes[name] = tuple(found)
             if errors_to is not None and truth.shape == pred.shape:
@@ -103,8 +99,24 @@ def evaluate_folders(
     return replace(report, missing_predictions=missing, notes=notes)
 
 
-def _read(path: Path, what: str) -> tuple[NDArray[np.uint32], list[str]]:
-    """A label image, and what was noted on it."""
-    file = read_label_file(path)
-    require_cells(file.pixels, path)
-    return file.pixels, [f"{what}: {note}" for note in file.notes]
+def _read(
+    name: str, truth_path: Path, pred_path: Path | None
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32], list[str]]:
+    """Truth, prediction (no cell, if there is none), and what was noted on them."""
+    files = [("truth", truth_path)] + ([("prediction", pred_path)] if pred_path else [])
+    files.sort(key=lambda file: file[1].suffix.lower() == ".zip")  # the other one has a size
+    labels: dict[str, NDArray[np.uint32]] = {}
+    notes = []
+    for what, path in files:
+        shape = next((known.shape for known in labels.values()), None)
+        if path.suffix.lower() == ".zip" and shape is None:
+            raise DataSetError(
+                f"The truth or the prediction of '{name}' must be a label image, because a zip of ROIs does "
+                f"not say how large its image is, got '{path}' alone: save one of them as TIFF or PNG"
+            )
+        file = read_label_file(path, shape=shape)
+        require_cells(file.pixels, path)
+        labels[what] = file.pixels
+        notes += [f"{what}: {note}" for note in file.notes]
+    truth = labels["truth"]
+    return truth, labels.get("prediction", np.zeros_like(truth)), notes

@@ -209,6 +209,20 @@ def test_a_data_set_folder_stands_for_its_labels(tmp_path):
     assert pair_folders(pred, truth) == [("a", pred / "a.png", truth / "labels" / "a.png")]
 
 
+def test_projects_are_compared_where_a_label_image_is_absent(tmp_path):
+    pred = touch(tmp_path / "p", "a_seg.npy", "b_RoiSet.zip", "c.tif", "c.zip", "raw images.zip")
+    truth = touch(tmp_path / "t", "a_labels.png", "b_labels.png", "c_seg.npy", "d.zip")
+    assert paired(pred, truth) == {
+        "a": ("a_seg.npy", "a_labels.png"),
+        "b": ("b_RoiSet.zip", "b_labels.png"),
+        "c": ("c.tif", "c_seg.npy"),
+    }
+    both = touch(tmp_path / "both", "b_seg.npy", "b.zip")
+    assert paired(both, touch(tmp_path / "t2", "b_rois.zip")) == {"b": ("b_seg.npy", "b_rois.zip")}
+    with pytest.raises(DataSetError, match=r"'b.zip' and 'b_RoiSet.zip' for 'b'"):
+        paired(touch(both, "b_RoiSet.zip"), truth)
+
+
 def test_names_without_a_partner_are_named(tmp_path):
     pred = touch(tmp_path / "p", "a.png", "x.png", "y.png")
     truth = touch(tmp_path / "t", "a.png", *(f"b{k}.png" for k in range(7)))

@@ -333,6 +333,29 @@ def test_folders_of_files_give_the_scores_of_their_arrays(tmp_path: Path) -> Non
     assert with_options == evaluate_pairs(pairs, iou_thresholds=(0.2,), boundary_tolerance_px=0.0)
 
 
+def test_projects_of_other_programs_give_the_scores_of_their_labels(tmp_path: Path) -> None:
+    pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
+    from dinocell.results.exports import write_imagej_rois
+
+    truth = np.zeros((8, 9), np.uint32)
+    truth[1:4, 1:5], truth[5:7, 2:8] = 1, 2
+    pred = np.where(truth == 1, 1, 0).astype(np.uint32)
+    for folder in ("truth", "pred", "zips"):
+        (tmp_path / folder).mkdir()
+    write_labels(tmp_path / "truth" / "a.png", truth)
+    write_imagej_rois(tmp_path / "truth" / "b_RoiSet.zip", truth)
+    write_imagej_rois(tmp_path / "pred" / "a_RoiSet.zip", pred)
+    np.save(tmp_path / "pred" / "b_seg.npy", {"masks": pred}, allow_pickle=True)
+    report = evaluate_folders(tmp_path / "pred", tmp_path / "truth")
+    assert [image.name for image in report.images] == ["a", "b"]
+    expected = evaluate_pair(truth, pred).scores()
+    assert all(equal(image.scores(), expected) for image in report.images)
+    write_imagej_rois(tmp_path / "zips" / "b.zip", pred)
+    (tmp_path / "truth" / "a.png").unlink()
+    with pytest.raises(DataSetError, match="a zip of ROIs does not say how large its image is"):
+        evaluate_folders(tmp_path / "zips", tmp_path / "truth")
+
+
 def test_missing_predictions_count_as_empty_and_are_reported(tmp_path: Path) -> None:
     for name, truth, _ in three_images():
         write_labels(tmp_path / "t" / f"{name}.png", truth)
