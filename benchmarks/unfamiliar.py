@@ -1,11 +1,12 @@
 """How often are images of the training's kind flagged (false alarms), and images of other kinds (hits)?
 
     python benchmarks/unfamiliar.py                                 # rates of dinocell-tiny; writes results/
+    python benchmarks/unfamiliar.py --whole                         # on whole images, into the same file
     python benchmarks/unfamiliar.py --describe OUT.safetensors      # the model with newly fitted statistics
 
 The statistics come from the training and validation images of `configs/finetune/dsb2018_tiny.yaml`
 alone; every rate is of images that neither the training nor the fit has seen.  Of images larger than
-`--crop` only the middle is segmented.
+`--crop` only the middle is segmented, unless `--whole` is given; then the sets without a goal are left out.
 """
 
 from __future__ import annotations
@@ -137,13 +138,14 @@ def wilson(flagged: int, count: int) -> list[float]:
     ]
 
 
-def look(pipeline: DINOCellPipeline, name: str, pixels: np.ndarray, crop: int) -> dict:
-    """Segment one image and say how unfamiliar it is."""
-    top, left = (max(0, (size - crop) // 2) for size in pixels.shape[:2])
-    pixels = pixels[top : top + crop, left : left + crop]
+def look(pipeline: DINOCellPipeline, name: str, pixels: np.ndarray, crop: int | None) -> dict:
+    """Segment one image, or its middle `crop` px, and say how unfamiliar it is."""
+    if crop is not None:
+        top, left = (max(0, (size - crop) // 2) for size in pixels.shape[:2])
+        pixels = pixels[top : top + crop, left : left + crop]
     channels = None if pixels.ndim == 2 else [0, 1, 2]
     result = pipeline.run(np.ascontiguousarray(pixels), channels=channels, allow_mask=True)
-    notes = [note for note in result.warnings if note.startswith("does not look like")]
+    notes = [note for note in result.warnings if "does not look like" in note]
     return {
         "image": name,
         "unfamiliar": None if result.unfamiliar is None else round(result.unfamiliar, 3),
@@ -185,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="dinocell-tiny")
     parser.add_argument("--crop", type=int, default=224)
+    parser.add_argument("--whole", action="store_true", help="segment whole images")
     parser.add_argument("--describe", type=Path)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "unfamiliar.json")
     options = parser.parse_args()
@@ -192,12 +195,20 @@ def main() -> None:
         describe(options.describe)
         return
     pipeline = DINOCellPipeline(options.model)
-    sets, kinds = {}, {}
+    crop = None if options.whole else options.crop
+    record = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    part: dict = {"model": options.model, "rates": {}, "sets": {}}
+    record["whole images" if options.whole else f"middle {crop} px"] = part
+    kinds: dict[str, list[int]] = {}
     for name, (kind, images) in SETS.items():
-        rows = [look(pipeline, *image, options.crop) for image in images()]
+        if options.whole and kind == "other":
+            continue
+        rows = [look(pipeline, *image, crop) for image in images()]
         flagged = sum(row["note"] is not None for row in rows)
         interval = wilson(flagged, len(rows))
-        sets[name] = {"kind": kind, "flagged": flagged, "interval": interval, "images": rows}
+        part["sets"][name] = {
+            "kind": kind, "flagged": flagged, "interval": interval, "images": rows,
+        }  # fmt: skip
         counts = kinds.setdefault(kind, [0, 0])
         counts[0] += flagged
         counts[1] += len(rows)
@@ -205,15 +216,14 @@ def main() -> None:
             f"{name:45} {flagged:3} of {len(rows):3}  [{interval[0]:.3f}, {interval[1]:.3f}]",
             flush=True,
         )
-        partial = {"model": options.model, "crop_px": options.crop, "sets": sets}
-        options.out.write_text(json.dumps(partial, indent=1) + "\n", encoding="utf-8")
-    rates = {
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part["rates"] = {
         kind: {"flagged": a, "images": n, "share": round(a / n, 4), "interval": wilson(a, n)}
         for kind, (a, n) in kinds.items()
     }
-    print(json.dumps(rates, indent=1))
-    result = {**partial, "cost_s": cost(pipeline), "rates": rates}
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(part["rates"], indent=1))
+    part["cost_s"] = cost(pipeline)
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
