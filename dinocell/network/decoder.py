@@ -1,7 +1,7 @@
 """Decoders: patch features of four depths → one logit per pixel.
 
 `unet` is the default, `unet_wide` the original drawing kept for comparison, `linear` the floor
-(DESIGN.md 3; Ronneberger et al. 2015 for the U-Net), `detail` a U-Net with its own look at the image.
+(Ronneberger et al. 2015 for the U-Net), `detail` a U-Net with its own look at the image.
 """
 
 import math
