@@ -149,7 +149,7 @@ def ablate(
     first variant with its 95 % interval over images. Finished runs are kept: after an interruption run
     the same command again.
 
-    Example: `dinocell ablate configs/finetune/ablation.yaml`
+    Example: `dinocell ablate configs/ablation/nuclei_conv.yaml`
     """
     from dinocell.training.ablation import ablate as run_ablation
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,14 +15,16 @@ from dinocell.errors import ConfigError, DataSetError
 from dinocell.training import ablation
 from dinocell.training.ablation import ablate, gain_interval, load_ablation, pooled_ap
 
+ROOT = Path(__file__).parents[3]
+
 pytestmark = pytest.mark.usefixtures("mini_networks")
 
 
 @pytest.fixture
 def described(blob_data, tmp_path):
-    """A file with two variants and two seeds of four steps."""
+    """A file with two variants and two seeds of one step."""
     base = tmp_path / "base.yaml"
-    base.write_text(yaml.safe_dump(small_run(blob_data, tmp_path / "unused")))
+    base.write_text(yaml.safe_dump(small_run(blob_data, tmp_path / "unused", schedule__steps=1)))
     mapping = {
         "base": str(base),
         "output_dir": str(tmp_path / "out"),
@@ -86,6 +89,14 @@ def test_intervals_shrink_with_more_images_and_seeds_give_a_spread():
     few, many = (rng.integers(5, 20, (2, count, 3, 3)) for count in (5, 200))
     widths = [np.ptp(gain_interval(counts, counts[:, :, :, ::-1])[1:]) for counts in (few, many)]
     assert widths[1] < widths[0]
+
+
+def test_the_shipped_comparison_loads(data_dir, monkeypatch):
+    monkeypatch.chdir(ROOT)  # its paths are those of a clone
+    monkeypatch.setenv("DINOCELL_DATA", str(data_dir.resolve()))
+    config, runs = load_ablation(ROOT / "configs" / "ablation" / "nuclei_conv.yaml")
+    assert len(runs) == len(config.variants) * len(config.seeds)
+    assert runs[0].config.model.size == "conv"
 
 
 @pytest.mark.parametrize(

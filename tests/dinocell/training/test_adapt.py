@@ -54,7 +54,7 @@ def weights_of(path) -> dict[str, torch.Tensor]:
 
 def test_a_model_that_knows_nothing_learns(blob_data, tmp_path):
     start = trained(blob_data, tmp_path, 2)
-    result = adapted(blob_data, start, tmp_path / "mine.safetensors", steps=40)
+    result = adapted(blob_data, start, tmp_path / "mine.safetensors", steps=25)
     assert set(result.scores) == {"start", "thresholds", *CANDIDATES}
     assert result.chosen in CANDIDATES
     assert result.scores[result.chosen][0] > result.scores["start"][0] + 0.1
@@ -62,10 +62,10 @@ def test_a_model_that_knows_nothing_learns(blob_data, tmp_path):
     model = load_model(result.model_path)
     assert model.config.peak_threshold == result.thresholds["peak_threshold"]
     assert model.card["adapted"] == {
-        "chosen": result.chosen, "steps": 40, "seed": 0, "images": 6
+        "chosen": result.chosen, "steps": 25, "seed": 0, "images": 6
     }  # fmt: skip
     assert model.card["start"] == str(start)
-    assert f"chosen: {result.chosen}, 40 steps" in result.text()
+    assert f"chosen: {result.chosen}, 25 steps" in result.text()
 
 
 def test_the_result_is_never_worse_than_the_start(start, blob_data, tmp_path, monkeypatch):
