@@ -177,12 +177,12 @@ honest = trainer.distance_loss
 calls = 0
 
 
-def signalled(predicted, target):
+def signalled(*maps, **options):
     global calls
     calls += 1
     if calls == int(sys.argv[1]) and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGUSR2)
-    return honest(predicted, target)
+    return honest(*maps, **options)
 
 
 trainer.distance_loss = signalled
