@@ -13,17 +13,19 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from dinocell.errors import DataSetError, UsageError
 from dinocell.evaluation.matching import overlap_table
 from dinocell.evaluation.metrics import match_counts
-from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
+from dinocell.evaluation.tuning import tuned_values
 from dinocell.io import write_labels
 from dinocell.network.backbone import DINOv3Backbone
 from dinocell.network.model import DINOCell, load_model, resolve_device, save_model, with_config
@@ -34,6 +36,7 @@ from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.thresholds import Thresholds
 from dinocell.segmentation.watershed import separate_cells
 from dinocell.settings import require_at_least
+from dinocell.training.ablation import IOU_THRESHOLDS, pooled_ap
 from dinocell.training.config import (
     DataConfig,
     DatasetConfig,
@@ -50,12 +53,8 @@ from dinocell.training.validation import Sample
 CANDIDATES = ("decoder", "last", "all")
 """What may learn: the decoder; also the last third of the backbone; everything."""
 
-_GRIDS = ThresholdGrids(
-    peak_grid=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
-    fill_grid=(0.1, 0.2, 0.3, 0.4, 0.5),
-    prominence_grid=(0.02, 0.05, 0.1, 0.2),
-)
-_IOU_THRESHOLDS = (0.5, 0.75, 0.9)
+# tried beside the model's own thresholds: few, because few cells choose among them
+_PEAKS, _FILLS, _PROMINENCES = (0.35, 0.5, 0.65, 0.8), (0.1, 0.25, 0.4), (0.05, 0.15)
 _LEAST_STEPS, _MOST_STEPS = 10, 600
 _BATCH_SIZE = 8
 
@@ -179,6 +178,7 @@ class _Adaptation:
     ) -> None:
         self.start, self.options, self.shown = start, options, shown
         self.device = resolve_device(options.device)
+        self.thresholds = _thresholds(start)
         self.pairs = list(pairs)
         read = [read_pair(pair, **start.config.intensity) for pair in self.pairs]
         self.images = [image for image, _ in read]
@@ -196,28 +196,24 @@ class _Adaptation:
         """Try every candidate, and train the best on all images."""
         steps = self.options.steps or self._steps_that_fit()
         total = steps * (2 * len(CANDIDATES) + 1)
-        maps: dict[str, list[Sample]] = {}
         with progress("adapting", total, shown=self.shown) as bar:
             bar.write(f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {steps} steps each")
-            maps["start"] = self._predict(self.start, range(len(self.pairs)))
-            scores = {
-                "start": _scores(maps["start"], [_own_thresholds(self.start)] * len(self.pairs))
-            }
-            scores["thresholds"] = self._cross_validated(maps["start"])
+            counts = {"start": self._counts(self._predict(self.start, range(len(self.pairs))))}
+            own = np.zeros(len(self.pairs), int)  # the first thresholds are the model's
+            scores = {"start": _scores(counts["start"], own)}
+            scores["thresholds"] = self._cross_validated(counts["start"])
             for name in CANDIDATES:
-                maps[name] = self._held_out(name, steps, bar)
-                scores[name] = self._cross_validated(maps[name])
+                counts[name] = self._counts(self._held_out(name, steps, bar))
+                scores[name] = self._cross_validated(counts[name])
                 bar.write(f"{name}: AP {scores[name][0]:.4f}, start {scores['start'][0]:.4f}")
             chosen = max(scores, key=lambda name: scores[name][0])  # the first of equal ones
-            if chosen == "start":
-                adapted, tuned = with_config(self.start), _own_thresholds(self.start)
-            else:
-                everything = range(len(self.pairs))
-                adapted = self.start
-                if chosen in CANDIDATES:
-                    adapted = self._train(chosen, everything, steps, bar)
-                source = maps["start" if chosen == "thresholds" else chosen]
-                tuned = self._tuned(source, everything)
+            everything = range(len(self.pairs))
+            adapted, tuned = self.start, self.thresholds[0]
+            if chosen in CANDIDATES:
+                adapted = self._train(chosen, everything, steps, bar)
+            if chosen != "start":
+                found = counts.get(chosen, counts["start"])
+                tuned = self.thresholds[_best(found, everything)]
         values = tuned_values(tuned)
         adapted = with_config(adapted, **values)
         if chosen != "start":
@@ -248,19 +244,18 @@ class _Adaptation:
             for index in chosen
         ]
 
-    def _tuned(self, samples: Sequence[Sample], chosen: Sequence[int]) -> Thresholds:
-        min_area_px = self.start.config.min_area_px
-        own = [samples[index] for index in chosen]
-        return tune_thresholds(own, _GRIDS, metric="ap", min_area_px=min_area_px).best.thresholds
+    def _counts(self, samples: Sequence[Sample]) -> NDArray[np.int64]:
+        """(thresholds, images, IoU, 3) found, false and missed cells."""
+        return np.array(
+            [[_counts_of(sample, given) for sample in samples] for given in self.thresholds]
+        )
 
-    def _cross_validated(self, samples: Sequence[Sample]) -> tuple[float, float]:
+    def _cross_validated(self, counts: NDArray[np.int64]) -> tuple[float, float]:
         """Scores with the thresholds of each fold chosen on the other one."""
-        thresholds = [_own_thresholds(self.start)] * len(self.pairs)
+        chosen = np.zeros(len(self.pairs), int)
         for fold, other in (self.folds, self.folds[::-1]):
-            tuned = self._tuned(samples, other)
-            for index in fold:
-                thresholds[index] = tuned
-        return _scores(samples, thresholds)
+            chosen[fold] = _best(counts, other)
+        return _scores(counts, chosen)
 
     def _train(self, name: str, chosen: Sequence[int], steps: int, bar: Progress) -> DINOCell:
         """A copy of the start, trained on some of the images, in eval mode."""
@@ -293,24 +288,30 @@ class _Adaptation:
         return model.eval().requires_grad_(True)
 
 
-def _own_thresholds(model: DINOCell) -> Thresholds:
+def _thresholds(model: DINOCell) -> list[Thresholds]:
+    """The model's own, then those that are tried."""
     config = model.config
-    return Thresholds(
-        config.peak_threshold, config.fill_threshold, config.min_prominence, config.min_area_px
-    )
+    own = (config.peak_threshold, config.fill_threshold, config.min_prominence)
+    tried = [own, *product(_PEAKS, _FILLS, _PROMINENCES)]
+    return [Thresholds(*values, config.min_area_px) for values in tried if values[1] < values[0]]
 
 
-def _scores(samples: Sequence[Sample], thresholds: Sequence[Thresholds]) -> tuple[float, float]:
-    """Mean AP over three IoU thresholds and AP at 0.5, of the cells of all images together."""
-    tables = [
-        overlap_table(truth, separate_cells(found, given))
-        for (found, truth), given in zip(samples, thresholds, strict=True)
-    ]
-    aps = []
-    for iou in _IOU_THRESHOLDS:
-        counts = [match_counts(table, iou) for table in tables]
-        aps.append(sum(counts[1:], start=counts[0]).ap)
-    return float(np.mean(aps)), float(aps[0])
+def _counts_of(sample: Sample, thresholds: Thresholds) -> list[tuple[int, int, int]]:
+    distance_map, truth = sample
+    table = overlap_table(truth, separate_cells(distance_map, thresholds))
+    counts = [match_counts(table, iou) for iou in IOU_THRESHOLDS]
+    return [(item.tp, item.fp, item.fn) for item in counts]
+
+
+def _best(counts: NDArray[np.int64], images: Sequence[int]) -> int:
+    """Index of the thresholds with the highest mean AP over the IoU thresholds on these images."""
+    return int(pooled_ap(counts[:, list(images)]).mean(axis=-1).argmax())
+
+
+def _scores(counts: NDArray[np.int64], chosen: NDArray[np.int64]) -> tuple[float, float]:
+    """Mean AP over the IoU thresholds and AP at 0.5, each image with its own chosen thresholds."""
+    aps = pooled_ap(counts[chosen, np.arange(len(chosen))])
+    return float(aps.mean()), float(aps[0])
 
 
 def _choose_learning(model: DINOCell, name: str) -> list[nn.Module]:

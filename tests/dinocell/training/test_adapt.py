@@ -25,6 +25,11 @@ from dinocell.training.trainer import train
 pytestmark = pytest.mark.usefixtures("mini_networks")
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_SIZE", 2)
+
+
 def trained(data, out, steps):
     mapping = small_run(data, out, schedule__steps=steps, schedule__eval_every=steps)
     return train(config_from_mapping(TrainConfig, mapping), shown=False).model_path
@@ -79,7 +84,7 @@ def test_the_result_is_never_worse_than_the_start(start, blob_data, tmp_path, mo
 
 
 def test_a_start_that_is_best_stays_as_it_is(start, blob_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(module._Adaptation, "_cross_validated", lambda self, samples: (0.0, 0.0))
+    monkeypatch.setattr(module._Adaptation, "_cross_validated", lambda self, counts: (0.0, 0.0))
     result = adapted(blob_data, start, tmp_path / "mine.safetensors", steps=1)
     assert result.chosen == "start"
     assert "the model is that one" in result.text()
@@ -122,15 +127,13 @@ def test_folds_are_disjoint_and_nothing_is_scored_by_its_own_labels(start, blob_
     with progress("", 2, shown=False) as bar:
         run._held_out("all", 1, bar)
     assert all(not a & b for a, b in zip(trained, predicted, strict=True))
-    tuned = []
-    monkeypatch.setattr(
-        run,
-        "_tuned",
-        lambda samples, chosen: tuned.append(set(chosen)) or module._own_thresholds(run.start),
-    )
-    monkeypatch.setattr(module, "_scores", lambda samples, thresholds: (0.0, 0.0))
-    run._cross_validated([])
-    assert tuned == [set(run.folds[1]), set(run.folds[0])]
+    # Two thresholds: the first finds all cells of the first fold and none of the other.
+    counts = np.zeros((2, 6, 3, 3), int)
+    counts[0, run.folds[0], :, 0] = counts[1, run.folds[1], :, 0] = 1
+    counts[0, run.folds[1], :, 2] = counts[1, run.folds[0], :, 2] = 1
+    assert run._cross_validated(counts) == (0.0, 0.0), "each fold has the thresholds of the other"
+    assert module._best(counts, run.folds[0]) == 0
+    assert module._best(counts, run.folds[1]) == 1
 
 
 def test_one_image_is_cut_in_two(start, blob_data, tmp_path):
@@ -141,21 +144,21 @@ def test_one_image_is_cut_in_two(start, blob_data, tmp_path):
     assert load_model(result.model_path).card["adapted"]["images"] == 2
 
 
-def test_time_sets_the_steps_and_a_seed_repeats_them(start, blob_data, tmp_path, monkeypatch):
+def test_time_sets_the_steps_and_a_seed_repeats_them(start, blob_data, monkeypatch):
     clock = iter([0.0, 3.0])  # three steps in three seconds
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     pairs = find_pairs(blob_data / "images", blob_data / "labels", "images")
     run = module._Adaptation(load_model(start), pairs, AdaptOptions(minutes=7), shown=False)
     assert run._steps_that_fit() == 60
     monkeypatch.undo()
-    files = [
-        adapted(blob_data, start, tmp_path / name / "a.safetensors", steps=2, seed=seed)
-        for name, seed in (("one", 3), ("two", 3), ("three", 4))
-    ]
-    one, two, three = (result.scores for result in files)
-    assert one == two
-    assert files[0].model_path.read_bytes() == files[1].model_path.read_bytes()
-    assert one != three
+    monkeypatch.setattr(module, "_BATCH_SIZE", 2)
+    heads = []
+    for seed in (3, 3, 4):
+        run = module._Adaptation(load_model(start), pairs, AdaptOptions(seed=seed), shown=False)
+        with progress("", 2, shown=False) as bar:
+            heads.append(run._train("all", [0, 1], 2, bar).decoder.head.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
 
 
 def test_convolutions_adapt(blob_data, tmp_path):
