@@ -115,7 +115,7 @@ def adapt(
     flags: AdaptFlags = AdaptFlags(),
     device: Device = "auto",
 ) -> None:
-    """Adapt a trained model to your images: a few labelled ones and some minutes suffice.
+    """Adapt a trained model to a few labelled images.
 
     Whether the decoder, the last part of the network or all of it should learn is found by
     cross-validation: each candidate is trained on half of the images and scored on the other half. The

@@ -1,12 +1,12 @@
 """A small convolutional pyramid of the image, and the decoder that reads it.
 
 A transformer sees the image through patches, and its decoder must guess again what lies within
-them.  A pyramid of convolutions keeps edges at their place for a tenth of the arithmetic, so that
+them.  A pyramid of convolutions keeps edges at their place for little arithmetic, so that
 patches may be coarser (Yao et al. 2023, ViTMatte, section 3.3).  With `size: conv` the pyramid is the
 whole backbone.
 
 No convolution works on single pixels: 2 x 2 pixels become 4 times the channels first and the logits
-are put back the same way (Shi et al. 2016), which loses nothing and halves the time.
+are put back the same way (Shi et al. 2016), which loses nothing and works on a quarter of the places.
 """
 
 from collections.abc import Sequence
