@@ -100,6 +100,12 @@ def match_counts(table: OverlapTable, iou_threshold: float) -> MatchCounts:
     return MatchCounts(float(iou_threshold), tp, table.num_pred - tp, table.num_truth - tp, iou_sum)
 
 
+def pooled_ap(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(..., images, IoU, 3) counts → (..., IoU) AP of the cells of all images together."""
+    total = counts.sum(axis=-3)
+    return total[..., 0] / np.maximum(total.sum(axis=-1), 1)
+
+
 @dataclass(frozen=True)
 class AreaSums(Counts):
     """Pixels of intersections and unions; behind AJI, AJI+ and the pixel scores.

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import ConfigError
+from dinocell.evaluation.metrics import pooled_ap
 from dinocell.evaluation.model_evaluation import check_data_folder, evaluate_model
 from dinocell.results.table import CellTable, align_columns
 from dinocell.settings import load_settings, require
@@ -210,12 +211,6 @@ class AblationReport:
         for name, rows in (("images", self.rows), ("summary", self.summary())):
             columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
             CellTable(columns).to_csv(folder / f"{name}.csv")
-
-
-def pooled_ap(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(..., images, IoU, 3) counts → (..., IoU) AP of the cells of all images together."""
-    total = counts.sum(axis=-3)
-    return total[..., 0] / np.maximum(total.sum(axis=-1), 1)
 
 
 def gain_interval(

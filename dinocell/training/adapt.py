@@ -24,7 +24,7 @@ from torch import nn
 
 from dinocell.errors import DataSetError, UsageError
 from dinocell.evaluation.matching import overlap_table
-from dinocell.evaluation.metrics import match_counts
+from dinocell.evaluation.metrics import match_counts, pooled_ap
 from dinocell.evaluation.tuning import tuned_values
 from dinocell.io import write_labels
 from dinocell.network.backbone import DINOv3Backbone
@@ -36,7 +36,7 @@ from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.thresholds import Thresholds
 from dinocell.segmentation.watershed import separate_cells
 from dinocell.settings import require_at_least
-from dinocell.training.ablation import IOU_THRESHOLDS, pooled_ap
+from dinocell.training.ablation import IOU_THRESHOLDS
 from dinocell.training.config import (
     DataConfig,
     DatasetConfig,

@@ -12,8 +12,9 @@ from small_runs import small_run
 
 from dinocell.cli import main
 from dinocell.errors import ConfigError, DataSetError
+from dinocell.evaluation.metrics import pooled_ap
 from dinocell.training import ablation
-from dinocell.training.ablation import ablate, gain_interval, load_ablation, pooled_ap
+from dinocell.training.ablation import ablate, gain_interval, load_ablation
 
 ROOT = Path(__file__).parents[3]
 
