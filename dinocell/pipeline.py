@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dinocell.errors import ImageFileError, UsageError
 from dinocell.files import ensure_folder
 from dinocell.io import read_image, refuse_long_names, select_channels
+from dinocell.io.planes import RGB_NAMES
 from dinocell.io.planes import distinct_names
 from dinocell.labels import looks_like_labels
 from dinocell.network.familiarity import Appearance
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "dinocell-tiny"
 
+_COLOUR_NOTE = (
+    "This is a colour picture: the mean of red, green and blue was segmented, each normalised; if one of "
+    "them shows the cells, choose it with `channels`"
+)
 _CHANNEL_HINT = "choose one with `channels`, or several, which are averaged"
 
 
@@ -330,6 +335,9 @@ class DINOCellPipeline:
                 Path(image).stem,
                 file.notes,
             )
+            if file.is_colour and chosen is None:
+                chosen = RGB_NAMES
+                notes = (*notes, _COLOUR_NOTE)
             if pixel_size_um is None:
                 pixel_size_um = file.pixel_size_um
             else:  # the note says to do what was done

@@ -18,6 +18,7 @@ from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError, Us
 from dinocell.io.names import UNREADABLE_KINDS
 from dinocell.io.planes import (
     MAX_PIXELS,
+    RGB_NAMES,
     RawImage,
     Selection,
     channel_positions,
@@ -55,6 +56,11 @@ class Image:
     pixel_size_um: float | None = None
     channel_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_colour(self) -> bool:
+        """Whether it is a picture in red, green and blue, of which one is no more the image than another."""
+        return self.channel_names == RGB_NAMES
 
 
 def read_image(

@@ -21,9 +21,9 @@ class ModelConfig:
     # keys of this section then have its values unless they are given
     init: str | None = None
     # backbone size: `tiny` (192 wide, 3 heads), `small`, `base`, `large`, or `conv`: no transformer,
-    # the convolutions of decoder `detail` alone (patch size 16)
+    # the convolutions of decoder `detail` alone (patch size 16 or 32)
     size: str = "small"
-    patch_size: int = 8  # edge of a patch in px: 4, 8, 14 or 16
+    patch_size: int = 8  # edge of a patch in px: 4, 8, 14 or 16; 32 for size `conv`
     # `unet`, `unet_wide`, `linear`, or `detail`: a U-Net with a convolutional pyramid of the image
     decoder: str = "unet"
     image_channels: int = 0  # channels of the full-resolution image skip of `unet`; 0 leaves it out
@@ -53,18 +53,19 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_choice("`model.size`", self.size, MODEL_SIZES)
-        require_choice("`model.patch_size`", self.patch_size, (4, 8, 14, 16))
+        patch_sizes = (16, 32) if self.size == "conv" else (4, 8, 14, 16)
+        require_choice("`model.patch_size`", self.patch_size, patch_sizes)
         require_choice("`model.decoder`", self.decoder, DECODERS)
         require_choice("`model.intensities`", self.intensities, ("gray", "compressed"))
         require(
-            self.decoder != "detail" or self.patch_size in (4, 8, 16),
+            self.decoder != "detail" or self.patch_size != 14,
             f"`model.patch_size` must be 4, 8 or 16 for decoder detail, got {self.patch_size}: choose "
             "16, or another decoder",
         )
         require(
-            self.size != "conv" or (self.decoder == "detail" and self.patch_size == 16),
-            f"`model.size` conv must have decoder detail and patch size 16, got {self.decoder} and "
-            f"{self.patch_size}: change them, or choose the size of a transformer",
+            self.size != "conv" or self.decoder == "detail",
+            f"`model.size` conv must have decoder detail, got {self.decoder}: change it, or choose the "
+            "size of a transformer",
         )
         require_choice("`model.target`", self.target, ("linear", "sqrt"))
         require(

@@ -18,7 +18,20 @@ from torch.nn import functional
 from dinocell.network.layers import PRIOR_LOGIT, conv_bn_relu, resize
 
 CELL_PX = 2  # edge of the square of pixels that is one place of the finest level
-PYRAMID_WIDTHS = (32, 64, 96, 128)  # channels at strides 2, 4, 8 and 16
+PYRAMID_WIDTHS = (32, 64, 96, 128, 192)  # channels at strides 2, 4, 8, 16 and 32
+
+
+def pyramid_widths(coarsest: int) -> tuple[int, ...]:
+    """Channels of the levels from stride 2 to the stride `coarsest`: 4, 8, 16 or 32.
+
+    Raises ValueError (another stride).
+    """
+    num_levels = coarsest.bit_length() - 1
+    if not 2 <= num_levels <= len(PYRAMID_WIDTHS) or 2**num_levels != coarsest:
+        raise ValueError(
+            f"`patch_size` must be 4, 8, 16 or 32 for decoder detail, got {coarsest}: use unet"
+        )
+    return PYRAMID_WIDTHS[:num_levels]
 
 
 class ConvPyramid(nn.Module):
@@ -29,7 +42,7 @@ class ConvPyramid(nn.Module):
     widths : channels of each level, from stride 2 on
     """
 
-    def __init__(self, widths: Sequence[int] = PYRAMID_WIDTHS) -> None:
+    def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         self.levels = nn.ModuleList()
         width_in = 3 * CELL_PX**2
@@ -63,7 +76,7 @@ class DetailDecoder(nn.Module):
     Parameters
     ----------
     embed_dim : channels of each feature map of the transformer
-    patch_size : a power of two, at least 4; the pyramid has the strides below it
+    patch_size : 4, 8, 16 or 32; the pyramid has the strides below it
     num_features : feature maps given to `forward`
     has_pyramid : False where the backbone is itself a pyramid, whose finer maps are the skips
     """
@@ -72,13 +85,7 @@ class DetailDecoder(nn.Module):
         self, embed_dim: int, patch_size: int, *, num_features: int = 4, has_pyramid: bool = True
     ) -> None:
         super().__init__()
-        num_levels = patch_size.bit_length() - 2  # strides 2, 4, ... below the patch
-        if num_levels < 1 or 2 ** (num_levels + 1) != patch_size:
-            raise ValueError(
-                f"`patch_size` must be 4, 8 or 16 for decoder detail, got {patch_size}: use unet"
-            )
-        widths = PYRAMID_WIDTHS[:num_levels]
-        bottom = PYRAMID_WIDTHS[num_levels]
+        *widths, bottom = pyramid_widths(patch_size)
         self.pyramid = ConvPyramid(widths) if has_pyramid else None
         joined = embed_dim * num_features if has_pyramid else embed_dim
         self.fuse = conv_bn_relu(joined, bottom, kernel_size=1)

@@ -22,7 +22,7 @@ from dinocell.files import atomic_path
 from dinocell.network.backbone import BACKBONE_SIZES, DINOv3Backbone
 from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from dinocell.network.decoder import create_decoder
-from dinocell.network.detail import ConvPyramid
+from dinocell.network.detail import ConvPyramid, pyramid_widths
 from dinocell.network.familiarity import TrainingStatistics
 from dinocell.settings import config_from_mapping, config_to_mapping, require
 from dinocell.tree import tree_imports
@@ -52,7 +52,7 @@ class DINOCell(nn.Module):
         self.statistics: TrainingStatistics | None = None
         self.backbone: DINOv3Backbone | ConvPyramid
         if config.size == "conv":
-            self.backbone = ConvPyramid()
+            self.backbone = ConvPyramid(pyramid_widths(config.patch_size))
         else:
             self.backbone = DINOv3Backbone(
                 config.size,

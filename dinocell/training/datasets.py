@@ -73,13 +73,14 @@ def spread_evenly(items: Sequence[Item], count: int | None) -> list[Item]:
 def read_pair(pair: Pair, **intensity: float) -> tuple[NDArray, NDArray[np.uint32]]:
     """Gray image (H, W) and labels (H, W) of a pair.
 
-    The image is raw; of several `pair.channels` it is the mean after `intensity` (the options of
-    `find_range`) has normalised each, as `segment` does it.
+    The image is raw; of several `pair.channels`, and of a colour picture without any, it is the mean
+    after `intensity` (the options of `find_range`) has normalised each, as `segment` does it.
 
     Raises DataSetError (the image has several channels and none is chosen, or the sizes differ).
     """
-    image = read_image(pair.image_path, channels=pair.channels or None).pixels
-    if image.ndim == 3 and pair.channels:
+    file = read_image(pair.image_path, channels=pair.channels or None)
+    image = file.pixels
+    if image.ndim == 3 and (pair.channels or file.is_colour):
         planes = np.moveaxis(image, 2, 0)
         image = average_channels(image, [find_range(plane, **intensity) for plane in planes])
     labels = read_labels(pair.labels_path, shape=image.shape[:2])

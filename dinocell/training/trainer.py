@@ -136,7 +136,7 @@ class _Trainer:
         load_start(self.model)
         if isinstance(self.model.backbone, DINOv3Backbone) and config.backbone.weights is not None:
             load_backbone_weights(self.model.backbone, config.backbone.weights)
-        self.model.to(self.device)
+        self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.backbone.frozen:
             self.model.backbone.requires_grad_(False)
         self.averaged = average_weights(self.model, config.schedule.ema_decay)

@@ -111,7 +111,7 @@ def test_normalisation_options_of_the_model_act(mini_model):
 
 def test_precision(mini_model):
     image = field()
-    full = predict_distance_map(mini_model, image)
+    full = predict_distance_map(mini_model, image, how=Inference(precision="fp32"))
     half = predict_distance_map(mini_model, image, how=Inference(precision="bf16"))
     assert 0 < np.abs(full - half).max() < 0.1
     with pytest.raises(ValueError, match="one of auto, fp32, bf16"):

@@ -140,8 +140,14 @@ class TestSegment:
         write_image(path, rng.integers(0, 255, (40, 50, 3)).astype(np.uint8))
         base = ["segment", path, "-m", model_path]
         code, out, _ = call(capsys, *base, "-o", tmp_path / "a")
-        assert code == 1
-        assert "must be gray" in out
+        assert code == 0
+        assert "a colour picture: the mean of red, green and blue" in out
+        assert "choose it with --channels" in out
+        everything = call(capsys, *base, "-o", tmp_path / "b", "--channels", "red,green,blue")
+        assert everything[0] == 0
+        assert "colour picture" not in everything[1]
+        means, chosen = (read_labels(tmp_path / name / "rgb_labels.tif") for name in "ab")
+        np.testing.assert_array_equal(means, chosen)
         for index, channels in enumerate(["0", "0,2", "green"]):
             assert call(capsys, *base, "-o", tmp_path / str(index), "--channels", channels)[0] == 0
         labels = [read_labels(tmp_path / str(i) / "rgb_labels.tif") for i in range(3)]
@@ -365,9 +371,11 @@ class TestEvaluate:
         assert "2 channels" in err
         assert call(capsys, *base, tmp_path, "--channels", "1")[1] == plain
         assert call(capsys, *base, tmp_path, "--channels", "0")[1] != plain
-        rounded = call(capsys, *base, two, "--precision", "bf16")
-        assert rounded[0] == 0
-        assert rounded[1] != plain
+        exact, rounded = (
+            call(capsys, *base, two, "--precision", precision) for precision in ("fp32", "bf16")
+        )
+        assert exact[0] == rounded[0] == 0
+        assert exact[1] != rounded[1]
         flipped = call(capsys, *base, two, "--tta")
         assert flipped[0] == 0
         assert flipped[1] != plain

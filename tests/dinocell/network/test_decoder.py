@@ -65,6 +65,9 @@ def test_convolutions_alone_are_small_and_see_the_image():
         assert deepest.shape == (1, 128, 4, 6)
         assert not torch.equal(model(torch.ones(1, 3, 64, 96)), empty)
     assert model_cost(model, 64).backbone_macs > 0
+    deeper = create_dinocell_model("conv", patch_size=32, decoder="detail").eval()
+    with torch.no_grad():
+        assert deeper.map_and_features(torch.zeros(1, 3, 64, 96))[1].shape == (1, 192, 2, 3)
 
 
 def test_compressed_intensities_by_hand():
@@ -92,8 +95,9 @@ def test_compressed_intensities_by_hand():
     ("options", "message"),
     [
         ({"patch_size": 14, "decoder": "detail"}, "must be 4, 8 or 16"),
-        ({"size": "conv", "patch_size": 16}, "decoder detail and patch size 16"),
-        ({"size": "conv", "decoder": "detail"}, "decoder detail and patch size 16"),
+        ({"size": "conv", "patch_size": 16}, "conv must have decoder detail"),
+        ({"size": "conv", "decoder": "detail"}, "must be one of 16, 32, got 8"),
+        ({"decoder": "detail", "patch_size": 32}, "must be one of 4, 8, 14, 16, got 32"),
         ({"intensities": "colour"}, "gray, compressed"),
     ],
 )

@@ -149,6 +149,11 @@ def test_pasted_cells_come_whole_and_hide_none():
     np.testing.assert_array_equal(pasted[10:16, 10:16], other[10:16, 10:16])
     assert pasted[9, 9] == np.float32(0.1)  # 2 px of what lay around it
     assert pasted[19, 0] == 0
+    for dark in (1 - other, np.full_like(other, 0.5)):  # stained tissue, phase contrast
+        for result, given in zip(
+            paste_cells(image, labels, dark, other_labels), (image, labels), strict=True
+        ):
+            np.testing.assert_array_equal(result, given)
 
 
 def test_gaps_are_where_two_cells_are_near():

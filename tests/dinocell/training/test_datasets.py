@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from dinocell.errors import ConfigError, DataSetError, ImageFileError
 from dinocell.io import read_image, read_labels, write_image, write_labels
 from dinocell.network.config import ModelConfig
 from dinocell.pairs import find_pairs
+from dinocell.segmentation.intensity import normalize_intensity
 from dinocell.training.config import (
     AugmentConfig,
     DataConfig,
@@ -162,11 +164,20 @@ class TestWrongFolders:
             read_pair(find_pairs(tmp_path / "i", tmp_path / "l")[0])
 
     def test_colour_images(self, tmp_path):
-        rng = np.random.default_rng(0)
-        write_image(tmp_path / "i" / "a.png", rng.integers(0, 255, (9, 9, 3)).astype(np.uint8))
-        write_labels(tmp_path / "l" / "a.png", np.ones((9, 9), np.uint8))
+        colours = np.random.default_rng(0).integers(0, 255, (9, 9, 3)).astype(np.uint8)
+        colours[..., 1] //= 4  # a channel counts as much as another, whatever its range
+        labels = np.zeros((9, 9), np.uint8)
+        labels[2:6, 2:6] = 1
+        write_image(tmp_path / "i" / "a.png", colours)
+        write_labels(tmp_path / "l" / "a.png", labels)
+        (pair,) = find_pairs(tmp_path / "i", tmp_path / "l")
+        mean = np.mean([normalize_intensity(c) for c in np.moveaxis(colours, 2, 0)], axis=0)
+        np.testing.assert_allclose(read_pair(pair)[0], mean, atol=1e-6)
+        tifffile.imwrite(
+            tmp_path / "i" / "a.png", colours.transpose(2, 0, 1), imagej=True, metadata={"axes": "CYX"}
+        )
         with pytest.raises(DataSetError, match="must be gray"):
-            read_pair(find_pairs(tmp_path / "i", tmp_path / "l")[0])
+            read_pair(pair)  # three channels that are not colours
 
     def test_a_truncated_image_is_met_before_training(self, blob_data, tmp_path):
         (tmp_path / "i").mkdir()
