@@ -4,6 +4,8 @@ per image
     ``seg``, ``ap50``, ...: one row per image.
 ``*_pooled``
     All cells of all images as one big image: counts are summed before anything is divided.
+``intervals``
+    Of pooled AP: what another draw of as many images would give (`dinocell.evaluation.intervals`).
 ``*_mean``
     Mean of the per-image scores, each image with the same weight.  Scores that do not exist for an
     image (nan, for example AP of an image without true and predicted cells) are left out.
@@ -18,6 +20,9 @@ from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
 
+import numpy as np
+
+from dinocell.evaluation.intervals import ap_intervals
 from dinocell.evaluation.scores import DEFAULT_IOU_THRESHOLDS, ImageScores, threshold_name
 from dinocell.files import atomic_path, write_text_atomically
 from dinocell.results.table import align_columns
@@ -62,6 +67,20 @@ class EvaluationReport:
             means[f"{name}_mean"] = math.fsum(values) / len(values) if values else math.nan
         return means
 
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """``ap50_pooled``, ...: bounds that hold 95 % of 2,000 draws of as many images.
+
+        Images without true and predicted cells are not drawn; nothing where there are no others.
+        """
+        drawn = [image for image in self.images if not image.is_empty]
+        if not drawn:
+            return {}
+        counts = np.array([[(m.tp, m.fp, m.fn) for m in image.matches] for image in drawn])
+        names = [f"{threshold_name('ap', iou)}_pooled" for iou in self.iou_thresholds]
+        bounds = ap_intervals(counts).tolist()
+        return {name: (low, high) for name, (low, high) in zip(names, bounds, strict=True)}
+
     def image_rows(self) -> list[dict[str, str | int | float]]:
         """One row per image: `name`, the counts, the scores."""
         return [{"name": image.name} | image.counts() | image.scores() for image in self.images]
@@ -83,10 +102,12 @@ class EvaluationReport:
             lines.append(
                 f"{missing} images have no prediction: they count as images without any found cell"
             )
-        rows = [("score", "pooled", "mean over images")]
+        rows = [("score", "pooled", "95 % interval", "mean over images")]
         for name in total.scores():
             pooled, mean = self.pooled[f"{name}_pooled"], self.mean[f"{name}_mean"]
-            rows.append((name, _as_text(name, pooled), _as_text(name, mean)))
+            bounds = self.intervals.get(f"{name}_pooled")
+            interval = "" if bounds is None else " to ".join(f"{bound:.3f}" for bound in bounds)
+            rows.append((name, _as_text(name, pooled), interval, _as_text(name, mean)))
         lines += align_columns(rows)
         if skipped:
             lines.append(
@@ -120,6 +141,7 @@ class EvaluationReport:
             "missing_predictions": list(self.missing_predictions),
             "totals": self.total.counts(),
             "pooled": _without_nan(self.pooled),
+            "intervals": self.intervals,
             "mean": _without_nan(self.mean),
             "images": [
                 _without_nan(row) | {"warnings": "; ".join(self.notes.get(str(row["name"]), ()))}

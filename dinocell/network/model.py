@@ -186,7 +186,7 @@ def read_model_header(name: str | Path) -> dict[str, Any]:
     Raises UsageError (the file or bundled model does not exist); CheckpointError (the file is no
     model file: truncated, pickled, or without the header of DINOCell).
     """
-    path = _model_path(name)
+    path = model_path(name)
     from safetensors import safe_open
 
     try:
@@ -231,7 +231,7 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
     from safetensors.torch import load_file
 
     header = read_model_header(name)
-    path = _model_path(name)
+    path = model_path(name)
     try:
         config = config_from_mapping(ModelConfig, header["model"])
     except (ConfigError, KeyError) as error:
@@ -346,7 +346,8 @@ def with_config(model: DINOCell, **changes: Any) -> DINOCell:
     return other
 
 
-def _model_path(name: str | Path) -> Path:
+def model_path(name: str | Path) -> Path:
+    """The file of a bundled model, or of a model file itself.  Raises UsageError (there is none)."""
     path = Path(name)
     if path.is_file():
         return path

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import ConfigError
+from dinocell.evaluation.intervals import gain_interval
 from dinocell.evaluation.metrics import pooled_ap
 from dinocell.evaluation.model_evaluation import check_data_folder, evaluate_model
 from dinocell.results.table import CellTable, align_columns
@@ -25,7 +26,6 @@ from dinocell.training.run_folder import RunFolder, refuse_other_run
 from dinocell.training.trainer import train
 
 IOU_THRESHOLDS = (0.5, 0.75, 0.9)
-_NUM_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -211,23 +211,3 @@ class AblationReport:
         for name, rows in (("images", self.rows), ("summary", self.summary())):
             columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
             CellTable(columns).to_csv(folder / f"{name}.csv")
-
-
-def gain_interval(
-    first: NDArray[np.int64], other: NDArray[np.int64], *, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean gain in AP at the first IoU over seeds, and its 2.5th and 97.5th percentile.
-
-    `first` and `other` are (seeds, images, IoU, 3) counts of the same images (Efron 1979: images are
-    drawn with replacement, in pairs).
-    """
-
-    def gain(images: NDArray[np.int64] | slice) -> float:
-        means = [pooled_ap(counts[:, images])[:, 0].mean() for counts in (other, first)]
-        return float(means[0] - means[1])
-
-    rng, num_images = np.random.default_rng(seed), first.shape[1]
-    drawn = rng.integers(0, num_images, (_NUM_DRAWS, num_images))
-    draws = [gain(images) for images in drawn]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return gain(slice(None)), float(low), float(high)

@@ -258,6 +258,7 @@ def test_json_holds_everything_and_is_strict(tmp_path: Path) -> None:
     assert document["pooled"]["ap50_pooled"] == 0.5
     assert document["mean"]["ap50_mean"] == report.mean["ap50_mean"]
     assert document["images"][2]["ap50"] is None
+    assert document["intervals"]["ap50_pooled"] == list(report.intervals["ap50_pooled"])
     assert document["totals"]["tp50"] == 2
     assert (document["num_images"], document["num_empty_images"]) == (3, 1)
     assert document["iou_thresholds"] == [0.5, 0.75, 0.9]
@@ -285,9 +286,9 @@ def test_table_says_which_number_is_which() -> None:
     report = evaluate_pairs(three_images())
     lines = report.table()
     assert lines[0] == "3 images, 4 true cells, 2 predicted cells"
-    assert lines[1].split() == ["score", "pooled", "mean", "over", "images"]
+    assert lines[1].split() == ["score", "pooled", "95", "%", "interval", "mean", "over", "images"]
     row = next(line for line in lines if line.startswith("ap50"))
-    assert row.split() == ["ap50", "0.5000", "0.6667"]
+    assert row.split() == ["ap50", "0.5000", "0.333", "to", "1.000", "0.6667"]
     assert len({len(line) for line in lines[1:-1]}) == 1
     assert lines[-1].startswith("1 of 3 images have no true and no predicted cell")
     assert not any(line.split()[0] == "a" for line in lines)

@@ -12,9 +12,10 @@ from small_runs import small_run
 
 from dinocell.cli import main
 from dinocell.errors import ConfigError, DataSetError
+from dinocell.evaluation.intervals import ap_intervals, gain_interval
 from dinocell.evaluation.metrics import pooled_ap
 from dinocell.training import ablation
-from dinocell.training.ablation import ablate, gain_interval, load_ablation
+from dinocell.training.ablation import ablate, load_ablation
 
 ROOT = Path(__file__).parents[3]
 
@@ -88,6 +89,8 @@ def test_pooled_ap_and_gain_by_hand():
 def test_intervals_shrink_with_more_images_and_seeds_give_a_spread():
     rng = np.random.default_rng(1)
     few, many = (rng.integers(5, 20, (2, count, 3, 3)) for count in (5, 200))
+    low, high = ap_intervals(few[0])[0]
+    assert low < pooled_ap(few)[0, 0] < high
     widths = [np.ptp(gain_interval(counts, counts[:, :, :, ::-1])[1:]) for counts in (few, many)]
     assert widths[1] < widths[0]
 

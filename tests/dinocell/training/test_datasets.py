@@ -174,7 +174,10 @@ class TestWrongFolders:
         mean = np.mean([normalize_intensity(c) for c in np.moveaxis(colours, 2, 0)], axis=0)
         np.testing.assert_allclose(read_pair(pair)[0], mean, atol=1e-6)
         tifffile.imwrite(
-            tmp_path / "i" / "a.png", colours.transpose(2, 0, 1), imagej=True, metadata={"axes": "CYX"}
+            tmp_path / "i" / "a.png",
+            colours.transpose(2, 0, 1),
+            imagej=True,
+            metadata={"axes": "CYX"},
         )
         with pytest.raises(DataSetError, match="must be gray"):
             read_pair(pair)  # three channels that are not colours

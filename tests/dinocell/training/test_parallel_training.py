@@ -229,7 +229,9 @@ def test_a_signal_to_one_stops_both_and_the_run_continues_exactly(blob_data, tmp
         started = start_two(str(program), str(signal_at), str(path))
         outputs = [process.communicate(timeout=900)[0] for process in started]
         assert bool(signal_at) == ("Training was interrupted at step" in outputs[0]), outputs
-        return [process.returncode for process in started]
+        codes = [process.returncode for process in started]
+        assert codes == [75 if signal_at else 0] * 2, outputs
+        return codes
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert trained(cut, signal_at=3) == [75, 75]

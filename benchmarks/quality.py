@@ -1,0 +1,155 @@
+"""How well models find the cells of every test set: the figures of docs/results.md.
+
+    python benchmarks/quality.py dinocell-tiny otsu              # segment and score
+    python benchmarks/quality.py --table                         # print the tables of what is recorded
+
+A method is a bundled model, a model file, or `otsu`: Otsu's threshold and a distance watershed, the
+floor.  `--tta` adds the mean over flips.  Each method and set is one protocol: thresholds of the model
+file, images in natural order, and writes benchmarks/results/quality/METHOD_SET.csv, a row per image
+with its counts of true, found, false and missed cells, and the commit, the weights, the processor and
+the processor seconds behind them.  Tables hold pooled AP and the bounds of 95 % of 2,000 draws of as
+many images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from measure import processor_name
+from numpy.typing import NDArray
+from scipy import ndimage
+from skimage.feature import peak_local_max
+from skimage.filters import gaussian, threshold_otsu
+from skimage.measure import label
+from skimage.segmentation import watershed
+
+from dinocell.evaluation.intervals import ap_intervals
+from dinocell.evaluation.metrics import pooled_ap
+from dinocell.evaluation.scores import evaluate_pair
+from dinocell.files import atomic_path
+from dinocell.io import read_labels
+from dinocell.network.model import model_path
+from dinocell.pairs import find_pairs
+from dinocell.pipeline import DINOCellPipeline
+
+SETS = (
+    "dsb2018/val", "dsb2018/test", "dsb2018/stardist_test", "bbbc039/test", "bbbc039/edge_cases",
+    "mnfinder/val", "mnfinder/test", "dsb2018_tissue/val", "dsb2018_tissue/test",
+    "usiigaci_phase/val", "usiigaci_phase/test",
+)  # fmt: skip
+IOU = (0.5, 0.7, 0.75, 0.9)
+FOLDER = Path(__file__).parent / "results" / "quality"
+
+
+def otsu_watershed(image: NDArray) -> NDArray[np.uint32]:
+    """Gray image (H, W) → labels: smooth, threshold, split at the peaks of the distance transform."""
+    smooth = gaussian(image.astype(float), 1.0)
+    mask = smooth > threshold_otsu(smooth)
+    distance = gaussian(ndimage.distance_transform_edt(mask), 1.0)
+    peaks = peak_local_max(distance, min_distance=5, labels=label(mask), exclude_border=False)
+    markers = np.zeros(image.shape, int)
+    markers[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
+    return watershed(-distance, markers, mask=mask).astype(np.uint32)
+
+
+def segmented(
+    method: str, folder: Path, *, tta: bool
+) -> Iterator[tuple[str, NDArray, NDArray, float]]:
+    """Name, truth, cells found and processor seconds of each image."""
+    # Otsu takes the plane that a model would: of colours the mean of the normalised ones.
+    pipeline = DINOCellPipeline("dinocell-tiny" if method == "otsu" else method, tta=tta)
+    for pair in find_pairs(folder / "images", folder / "labels"):
+        truth = read_labels(pair.labels_path)
+        loaded = pipeline.load(pair.image_path, pixel_size_um=1.0)
+        started = time.process_time()
+        if method == "otsu":
+            found = otsu_watershed(loaded.plane)
+        else:
+            found = pipeline.finish(loaded, pipeline.predict(loaded)).labels
+        yield pair.image_path.stem, truth, found, time.process_time() - started
+
+
+def score(method: str, name: str, data: Path, *, tta: bool) -> Path:
+    """Write the rows of one method on one set."""
+    weights = "" if method == "otsu" else model_path(method).read_bytes()
+    behind = {
+        "commit": subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        ).stdout.strip(),
+        "weights_sha256": weights and hashlib.sha256(weights).hexdigest()[:12],
+        "processor": processor_name(),
+    }
+    rows = []
+    for image, truth, found, seconds in segmented(method, data / name, tta=tta):
+        counts = evaluate_pair(truth, found, iou_thresholds=IOU, name=image).counts()
+        row = {"set": name, "image": image, "height": truth.shape[0], "width": truth.shape[1]}
+        rows.append(row | counts | {"processor_s": round(seconds, 4)} | behind)
+    title = Path(method).stem + ("-tta" if tta else "")
+    path = FOLDER / f"{title}_{name.replace('/', '_')}.csv"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def table_row(path: Path) -> list[str]:
+    """Method, images, AP at three IoU with intervals at the first, false cells, seconds per megapixel."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [f"{part}{round(100 * iou)}" for iou in (0.5, 0.75, 0.9) for part in ("tp", "fp", "fn")]
+    counts = np.array([[int(row[name]) for name in names] for row in rows]).reshape(-1, 3, 3)
+    pixels = sum(int(row["height"]) * int(row["width"]) for row in rows)
+    speed = 1e6 * sum(float(row["processor_s"]) for row in rows) / pixels
+    shown = [path.stem.removesuffix("_" + rows[0]["set"].replace("/", "_")), str(len(rows))]
+    truth = sum(int(row["num_truth"]) for row in rows)
+    if truth == 0:
+        return [*shown, "0", f"{counts[:, 0, 1].sum()} cells found", "", "", f"{speed:.2f}"]
+    low, high = ap_intervals(counts[counts.sum(axis=(1, 2)) > 0])[0]
+    ap = [f"{value:.3f}" for value in pooled_ap(counts)]
+    return [*shown, f"{truth:,}", f"{ap[0]} ({low:.3f} to {high:.3f})", *ap[1:], f"{speed:.2f}"]
+
+
+def print_tables() -> None:
+    """One Markdown table for each set."""
+    heads = ["method", "images", "cells", "AP@0.5 (95 %)", "AP@0.75", "AP@0.9", "s / megapixel"]
+    for name in SETS:
+        paths = sorted(FOLDER.glob(f"*_{name.replace('/', '_')}.csv"))
+        if paths:
+            print(f"\n**{name}**\n")
+            for cells in (heads, ["---"] * len(heads), *map(table_row, paths)):
+                print("| " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    """Score the methods on the sets, or print the tables."""
+    parser = argparse.ArgumentParser(description="Score models on the test sets.")
+    parser.add_argument("methods", nargs="*", help="bundled models, model files, or otsu")
+    parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS, metavar="SET")
+    parser.add_argument("--tta", action="store_true", help="mean over four flips")
+    parser.add_argument(
+        "--table", action="store_true", help="print the tables of all that is recorded"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("DINOCELL_DATA", "../shared/data"))
+    )
+    options = parser.parse_args()
+    for method in options.methods:
+        for name in options.sets:
+            path = score(method, name, options.data, tta=options.tta)
+            print("  ".join([name, *table_row(path)]), flush=True)
+    if options.table or not options.methods:
+        print_tables()
+
+
+if __name__ == "__main__":
+    main()
