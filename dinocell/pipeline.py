@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from dinocell.errors import ImageFileError, UsageError
 from dinocell.files import ensure_folder
 from dinocell.io import read_image, refuse_long_names, select_channels
-from dinocell.io.planes import RGB_NAMES
-from dinocell.io.planes import distinct_names
+from dinocell.io.planes import RGB_NAMES, distinct_names
 from dinocell.labels import looks_like_labels
 from dinocell.network.familiarity import Appearance
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
