@@ -3,6 +3,7 @@
 # make test-all  the same, then in one go the slow tests and those on a real SLURM (root on Debian:
 #                installs it)
 # make test-gpu  the tests that need a CUDA device, better two
+# make gpu-run   everything that waits for a CUDA device, in calls of at most ten minutes: repeat it
 # make mutants   FILES="dinocell/evaluation/matching.py ..." [SAMPLE=50] [SEED=0]: do the tests notice
 #                small faults?  A seeded sample of SAMPLE faults per file, or SAMPLE=all
 # make fuzz      TARGET=image SECONDS=600: damaged files (Linux; brings atheris; see tests/fuzz)
@@ -26,7 +27,7 @@ SEED ?= 0
 # Tests start the program many times: Python must keep the byte code that it has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-gpu mutants fuzz check check-style bench wheel clean
+.PHONY: demo test test-all test-gpu gpu-run mutants fuzz check check-style bench wheel clean
 
 demo: $(VENV)/.base
 	$(BIN)/dinocell demo
@@ -40,6 +41,9 @@ test-all: test
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu -rs
+
+gpu-run: $(VENV)/.test
+	$(BIN)/python benchmarks/gpu_run.py
 
 mutants: $(VENV)/.dev
 	$(BIN)/python tests/mutants.py --sample $(SAMPLE) --seed $(SEED) $(FILES)
@@ -55,9 +59,9 @@ check-style: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# ssl_small_run.py trains for half an hour and is run by hand.
+# ssl_small_run.py trains for half an hour, gpu_run.py waits for a GPU: they are run by hand.
 bench: $(VENV)/.test
-	for script in $(filter-out benchmarks/ssl_small_run.py benchmarks/soak_images.py,$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out benchmarks/ssl_small_run.py benchmarks/soak_images.py benchmarks/gpu_run.py,$(wildcard benchmarks/*.py)); do \
 	  $(BIN)/python $$script || exit 1; done
 
 wheel: $(VENV)/.dev
