@@ -88,9 +88,8 @@ class AdaptFlags:
     """How long and from what `adapt` trains."""
 
     minutes: float = option(
-        "Train for about this long, all candidates together; this sets the number of steps. To predict the "
-        "images that are held out, four times each, takes its time beside it.",
-        4.0,
+        "Take about this long for everything; this sets the number of steps.",
+        5.0,
     )
     steps: int | None = option(
         "Train each candidate for this many steps, whatever the time, so that a result can be repeated."

@@ -57,17 +57,18 @@ CANDIDATES = ("decoder", "last", "all")
 _PEAKS, _FILLS, _PROMINENCES = (0.35, 0.5, 0.65, 0.8), (0.1, 0.25, 0.4), (0.05, 0.15)
 _LEAST_STEPS, _MOST_STEPS = 10, 600
 _BATCH_SIZE = 8
+_MOST_PIXELS = 6_000_000  # of all images together, that are predicted to score a candidate
 
 
 @dataclass(frozen=True)
 class AdaptOptions:
     """How a model is adapted.
 
-    `minutes` is about how long all trainings together may take; from it and the speed of a few steps
-    comes the number of steps, unless `steps` gives it.  `channels` are those of `segment`.
+    `minutes` is about how long all of it may take: what the predictions leave over, and the speed of a few
+    steps, give the number of steps, unless `steps` gives it.  `channels` are those of `segment`.
     """
 
-    minutes: float = 4.0
+    minutes: float = 5.0
     steps: int | None = None
     channels: tuple[str, ...] = ()
     seed: int = 0
@@ -181,8 +182,8 @@ class _Adaptation:
         self.thresholds = _thresholds(start)
         self.pairs = list(pairs)
         read = [read_pair(pair, **start.config.intensity) for pair in self.pairs]
-        self.images = [image for image, _ in read]
-        self.truths = [truth for _, truth in read]
+        self.samples = _middles(read, _MOST_PIXELS)
+        self.truths = [truth for _, truth in self.samples]
         cells = [int(np.count_nonzero(np.unique(truth))) for truth in self.truths]
         order = np.argsort(cells, kind="stable")[::-1]  # both folds get images with many cells
         self.folds = order[::2].tolist(), order[1::2].tolist()
@@ -194,11 +195,13 @@ class _Adaptation:
 
     def result(self, path: Path) -> tuple[AdaptResult, DINOCell]:
         """Try every candidate, and train the best on all images."""
-        steps = self.options.steps or self._steps_that_fit()
+        started = time.monotonic()
+        counts = {"start": self._counts(self._predict(self.start, range(len(self.pairs))))}
+        predicting_s = (1 + len(CANDIDATES)) * (time.monotonic() - started)
+        steps = self.options.steps or self._steps_that_fit(predicting_s)
         total = steps * (2 * len(CANDIDATES) + 1)
         with progress("adapting", total, shown=self.shown) as bar:
             bar.write(f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {steps} steps each")
-            counts = {"start": self._counts(self._predict(self.start, range(len(self.pairs))))}
             own = np.zeros(len(self.pairs), int)  # the first thresholds are the model's
             scores = {"start": _scores(counts["start"], own)}
             scores["thresholds"] = self._cross_validated(counts["start"])
@@ -220,15 +223,14 @@ class _Adaptation:
             adapted.statistics = training_statistics(adapted, self.pairs, shown=self.shown)
         return AdaptResult(path, chosen, steps, scores, values), adapted
 
-    def _steps_that_fit(self) -> int:
+    def _steps_that_fit(self, predicting_s: float) -> int:
         started = time.monotonic()
         with progress("measuring the speed", 3, shown=self.shown) as bar:
             self._train("all", range(len(self.pairs)), 3, bar)
         seconds = (time.monotonic() - started) / 3
         trainings = 2 * len(CANDIDATES) + 1
-        return int(
-            np.clip(self.options.minutes * 60 / trainings / seconds, _LEAST_STEPS, _MOST_STEPS)
-        )
+        left_s = self.options.minutes * 60 - predicting_s
+        return int(np.clip(left_s / trainings / seconds, _LEAST_STEPS, _MOST_STEPS))
 
     def _held_out(self, name: str, steps: int, bar: Progress) -> list[Sample]:
         """Maps of all images by a model that was trained on the other fold."""
@@ -240,7 +242,7 @@ class _Adaptation:
 
     def _predict(self, model: DINOCell, chosen: Sequence[int]) -> list[Sample]:
         return [
-            (predict_distance_map(model, self.images[index]), self.truths[index])
+            (predict_distance_map(model, self.samples[index][0]), self.truths[index])
             for index in chosen
         ]
 
@@ -286,6 +288,20 @@ class _Adaptation:
             optimizer.step()
             bar.advance(note=name)
         return model.eval().requires_grad_(True)
+
+
+def _middles(
+    samples: Sequence[tuple[NDArray, NDArray[np.uint32]]], most_pixels: int
+) -> list[tuple[NDArray, NDArray[np.uint32]]]:
+    """Image and labels of each sample, or the middles of all where they have too many pixels together."""
+    share = min(1.0, (most_pixels / sum(image.size for image, _ in samples)) ** 0.5)
+    found = []
+    for image, truth in samples:
+        sides = [max(1, round(share * side)) for side in image.shape]
+        starts = [(whole - side) // 2 for whole, side in zip(image.shape, sides, strict=True)]
+        cut = tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True))
+        found.append((np.ascontiguousarray(image[cut]), truth[cut]))
+    return found
 
 
 def _thresholds(model: DINOCell) -> list[Thresholds]:

@@ -136,6 +136,14 @@ def test_folds_are_disjoint_and_nothing_is_scored_by_its_own_labels(start, blob_
     assert module._best(counts, run.folds[1]) == 1
 
 
+def test_large_images_are_scored_on_their_middles():
+    samples = [(np.arange(240).reshape(12, 20), np.zeros((12, 20), np.uint32))] * 3
+    assert module._middles(samples, 720)[0][0].shape == (12, 20)
+    (image, truth), *_ = module._middles(samples, 180)
+    assert image.shape == truth.shape == (6, 10)
+    np.testing.assert_array_equal(image, samples[0][0][3:9, 5:15])
+
+
 def test_one_image_is_cut_in_two(start, blob_data, tmp_path):
     for kind, name in (("images", "blob0.tif"), ("labels", "blob0.png")):
         (tmp_path / kind).mkdir()
@@ -149,7 +157,9 @@ def test_time_sets_the_steps_and_a_seed_repeats_them(start, blob_data, monkeypat
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     pairs = find_pairs(blob_data / "images", blob_data / "labels", "images")
     run = module._Adaptation(load_model(start), pairs, AdaptOptions(minutes=7), shown=False)
-    assert run._steps_that_fit() == 60
+    assert run._steps_that_fit(0) == 60
+    clock = iter([0.0, 3.0])
+    assert run._steps_that_fit(210) == 30  # half of the time is needed to predict
     monkeypatch.undo()
     monkeypatch.setattr(module, "_BATCH_SIZE", 2)
     heads = []
