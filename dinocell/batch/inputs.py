@@ -1,6 +1,7 @@
 """What the journal keeps of each input, so that `resume` repeats an image whose file has changed.
 
-The mark of a file is its size, its time of change and a hash of its bytes.  As in make, rsync and git,
+The mark of a file is its size, its time of change and a hash of its bytes; that of a folder (Zarr) holds
+the sum of the sizes, the latest time and the hash of all of its files.  As in make, rsync and git,
 equal size and time count as unchanged, which costs one question to the file system for each image.
 Only if the times differ is the file read and its hash decides: a copied or touched plate is not
 segmented again.  The hash is of all bytes, because a changed plane of a stack may lie anywhere; it costs
@@ -21,9 +22,9 @@ def mark_input(path: Path, options: SegmentOptions) -> dict[str, Any]:
     Made before the file is read: a file that is replaced meanwhile then counts as changed.
     """
     mark = _image_options(options)
-    if path.is_file():  # reading refuses everything else, and a pipe would wait
-        state = path.stat()
-        mark |= {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "blake2b": _hash(path)}
+    if path.is_file() or path.is_dir():  # reading refuses everything else, and a pipe would wait
+        size, time_ns = _state(path)
+        mark |= {"bytes": size, "mtime_ns": time_ns, "blake2b": _hash(path)}
     return mark
 
 
@@ -34,10 +35,10 @@ def is_unchanged(path: Path, row: dict[str, Any]) -> bool:
     """
     mark = row.get("input", {})
     try:
-        state = path.stat()
-        if state.st_size != mark.get("bytes"):
+        size, time_ns = _state(path)
+        if size != mark.get("bytes"):
             return False
-        return state.st_mtime_ns == mark.get("mtime_ns") or _hash(path) == mark.get("blake2b")
+        return time_ns == mark.get("mtime_ns") or _hash(path) == mark.get("blake2b")
     except OSError:
         return True
 
@@ -61,6 +62,25 @@ def _image_options(options: SegmentOptions) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
+def _files(path: Path) -> list[Path]:
+    return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Bytes, and the time of the last change in ns."""
+    states = [one.stat() for one in _files(path)]
+    return sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)
+
+
 def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    hashes = []
+    for one in _files(path):
+        with one.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        hashes.append(digest.hexdigest())
+    if not path.is_dir():
+        return hashes[0]
+    names = [
+        f"{one.relative_to(path)}: {hash}" for one, hash in zip(_files(path), hashes, strict=True)
+    ]
+    return hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()

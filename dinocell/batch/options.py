@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinocell.errors import UsageError
+from dinocell.io.planes import PlaneChoice, Selection
 from dinocell.network.precision import PRECISIONS
 from dinocell.pipeline import DEFAULT_MODEL
 from dinocell.results.exports import EXPORT_FORMATS
@@ -17,7 +18,7 @@ FREE_OPTIONS = (
     *("report", "resume", "overwrite"),
 )
 
-IMAGE_OPTIONS = ("channels", "page", "pixel_size_um", "allow_mask")
+IMAGE_OPTIONS = (*PlaneChoice.__annotations__, "pixel_size_um", "allow_mask")
 """Options that say how a file is read: images of one folder may differ in them."""
 
 
@@ -30,7 +31,8 @@ class SegmentOptions:
     model : model file or name of a bundled model
     device : `auto`, `cpu`, `cuda`, `cuda:N` or `mps`
     formats : label files to write, see `dinocell.results.exports.EXPORT_FORMATS`
-    channels, page : which plane of a file is segmented; several channels are averaged
+    channels, page, z, time, scene : which plane of a file is segmented, see `dinocell.io.read_image`;
+        several channels are averaged
     pixel_size_um : edge of a pixel in µm, above 0
     peak_threshold, fill_threshold, min_prominence, min_area_px : see `Thresholds`
     min_score : cells whose score (0 to 1) is lower are left out
@@ -50,6 +52,9 @@ class SegmentOptions:
     formats: tuple[str, ...] = ("tif",)
     channels: tuple[int | str, ...] | None = None
     page: int | None = None
+    z: int | str | None = None
+    time: int | None = None
+    scene: int | None = None
     pixel_size_um: float | None = None
     peak_threshold: float | None = None
     fill_threshold: float | None = None
@@ -95,6 +100,7 @@ def check_options(options: SegmentOptions) -> None:
     """
     for fault in _faults(options):
         raise UsageError(fault)
+    Selection(options.channels, options.page, options.z, options.time, options.scene)
 
 
 def _faults(options: SegmentOptions) -> Iterator[str]:

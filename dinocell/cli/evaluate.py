@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinocell.cli.options import App, Device, channel_choice, option
+from dinocell.cli.options import App, Device, option, plane_choice
 from dinocell.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,10 +30,17 @@ class Inputs:
     )
     channels: str | None = option(
         "Run --model on this channel of multi-channel images: a name, or an index counted from 0. If you "
-        "name several, separated by commas, their average is segmented."
+        "name several, separated by commas, their average is segmented; mean or all stands for all."
     )
     page: int | None = option(
-        "Run --model on this plane of image stacks (z or time), counted from 0.", min=0
+        "Run --model on this plane of image stacks, counted from 0 through all of a file.", min=0
+    )
+    z: str | None = option(
+        "Run --model on this plane along z, counted from 0, or on the projection max or mean along z."
+    )
+    time: int | None = option("Run --model on this point in time, counted from 0.", min=0)
+    scene: int | None = option(
+        "Run --model on this scene (position, series) of files with several, counted from 0.", min=0
     )
     precision: str = option(
         "Run --model with this precision: auto, fp32 or bf16 (see `dinocell segment --help`).",
@@ -140,8 +147,7 @@ def evaluate(
     elif inputs.model is not None and inputs.data is not None:
         from dinocell.evaluation.model_evaluation import Reading, evaluate_model
 
-        channels = channel_choice(inputs.channels)
-        reading = Reading(device, inputs.precision, channels, inputs.page, inputs.tta)
+        reading = Reading(device, inputs.precision, inputs.tta, plane_choice(inputs))
         tune_metric = tuning.metric if tuning.tune else None
         how = settings | {"tune_metric": tune_metric, "save_to": tuning.save_to}
         result = evaluate_model(inputs.model, inputs.data, reading=reading, **how)
@@ -181,11 +187,11 @@ def _faults(given: Mapping[str, Any]) -> Iterator[str]:
     if model is None and (tune or save_to):
         yield "--tune must have --model and --data, got --pred: replace --pred and --truth by them"
     precision, values = given["precision"], given["iou_thresholds"] or []
-    reading = (given["channels"], given["page"], precision, given["tta"])
-    if model is None and reading != (None, None, "auto", False):
+    planes = [given[name] for name in ("channels", "page", "z", "time", "scene")]
+    if model is None and (planes.count(None) < 5 or (precision, given["tta"]) != ("auto", False)):
         yield (
-            "--channels, --page, --precision and --tta must have --model and --data, got --pred: leave them out, "
-            "because label images have one plane and no network runs"
+            "--channels, --page, --z, --time, --scene, --precision and --tta must have --model and --data, got "
+            "--pred: leave them out, because label images have one plane and no network runs"
         )
     if precision not in PRECISIONS:
         yield f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}: give one of these"

@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
 from dinocell.errors import UsageError
+
+if TYPE_CHECKING:
+    from dinocell.io.planes import PlaneChoice
 
 # What `submit`, `supervise` and `shards plan` do not know is an option of the command that they run.
 PASSES_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -153,6 +156,18 @@ def channel_choice(text: str | None) -> tuple[int | str, ...] | None:
     return tuple(
         int(name) if name.isdecimal() and name == str(int(name)) else name for name in names
     )
+
+
+def plane_choice(flags: Any) -> "PlaneChoice":
+    """The options of a command that say which plane of a file is read, as `read_image` takes them."""
+    z = flags.z
+    return {
+        "channels": channel_choice(flags.channels),
+        "page": flags.page,
+        "z": int(z) if z is not None and z.isdecimal() else z,
+        "time": flags.time,
+        "scene": flags.scene,
+    }
 
 
 def in_options(text: str, context: Any) -> str:

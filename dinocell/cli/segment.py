@@ -13,9 +13,9 @@ from dinocell.cli.options import (
     ModelOption,
     OutFolder,
     argument,
-    channel_choice,
     in_options,
     option,
+    plane_choice,
 )
 from dinocell.errors import UsageError
 
@@ -39,9 +39,20 @@ class SegmentFlags:
     channels: str | None = option(
         "Use this channel of multi-channel images: its name or, if no channel has that name, its index, "
         "counted from 0. If you name several, separated by commas, each is normalised, and then their "
-        "average is segmented."
+        "average is segmented. The word mean or all stands for all channels."
     )
-    page: int | None = option("Use this plane of image stacks (z or time), counted from 0.")
+    page: int | None = option(
+        "Use this plane of image stacks, counted from 0 through all scenes, times and z (in place of "
+        "--z, --time and --scene)."
+    )
+    z: str | None = option(
+        "Use this plane along z, counted from 0, or the largest value (max) or the mean (mean) of each "
+        "pixel along z."
+    )
+    time: int | None = option("Use this point in time, counted from 0.")
+    scene: int | None = option(
+        "Use this scene (position, series) of files with several, counted from 0."
+    )
     pixel_size_um: float | None = option(
         "Use this pixel size in µm in place of the one that the file states."
     )
@@ -107,7 +118,7 @@ class SegmentFlags:
 
         converted = {
             "formats": tuple(self.formats or ["tif"]),
-            "channels": channel_choice(self.channels),
+            **plane_choice(self),
             "percentiles": self.percentiles and _two_numbers(self.percentiles),
         }
         return SegmentOptions(**vars(self) | converted)

@@ -1,8 +1,8 @@
 """Run a model on a folder of images with truth: predict each image once, tune thresholds, score."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dinocell.evaluation.evaluate import evaluate_pairs
 from dinocell.evaluation.report import EvaluationReport
 from dinocell.evaluation.tuning import TuningResult, tune_thresholds, tuned_values
 from dinocell.io import natural_key, read_label_file
+from dinocell.io.planes import PlaneChoice
 from dinocell.labels import require_cells
 from dinocell.network.model import load_model, save_model, with_config
 from dinocell.pairs import Pair, find_pairs
@@ -67,13 +68,12 @@ _Prediction = tuple[Pair, str, NDArray[np.uint32], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read and predicted: see `DINOCellPipeline` and its `run`."""
+    """How images are read and predicted: see `DINOCellPipeline`, and its `run` for `plane`."""
 
     device: str = "auto"
     precision: str = "auto"
-    channels: Sequence[int | str] | None = None
-    page: int | None = None
     tta: bool = False
+    plane: PlaneChoice = field(default_factory=PlaneChoice)
 
 
 def evaluate_model(
@@ -93,7 +93,7 @@ def evaluate_model(
     ----------
     model : model file or bundled name
     data : folder with `images` and `labels`, paired by `dinocell.pairs.find_pairs`
-    reading : device, precision, channels, page, and test-time augmentation
+    reading : device, precision, test-time augmentation, and which plane of an image
     tune_metric : first search the thresholds for the best value of this metric on these images
     save_to : with `tune_metric`: write the model with the found thresholds here
     errors_to : gets a picture of each image with its errors
@@ -140,7 +140,7 @@ def _separated(
     for pair, name, truth, distance_map in predictions:
         cells = separate_cells(distance_map, pipeline.thresholds)
         if errors_to is not None:
-            shown = pipeline.load(pair.image_path, channels=reading.channels, page=reading.page)
+            shown = pipeline.load(pair.image_path, **reading.plane)
             errors_to.add(name, shown.plane, truth, cells)
         yield name, truth, cells
 
@@ -173,9 +173,8 @@ def _predict(
         for pair in pairs:
             loaded = pipeline.load(
                 pair.image_path,
-                channels=reading.channels,
-                page=reading.page,
                 pixel_size_um=1.0,  # no score needs it, so that nothing is noted on it
+                **reading.plane,
             )
             plane, name = loaded.plane, loaded.name
             file = read_label_file(pair.labels_path, shape=plane.shape)

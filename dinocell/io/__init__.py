@@ -8,12 +8,21 @@ from dinocell.io.names import (
     search_images,
 )
 from dinocell.io.planes import select_channels
-from dinocell.io.read import Image, read_image, read_label_file, read_labels
+from dinocell.io.read import (
+    Contents,
+    Image,
+    describe_image,
+    read_image,
+    read_label_file,
+    read_labels,
+)
 from dinocell.io.write import write_image, write_labels
 
 __all__ = [
+    "Contents",
     "FoundImages",
     "Image",
+    "describe_image",
     "find_images",
     "natural_key",
     "read_image",

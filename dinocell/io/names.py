@@ -13,20 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinocell.errors import DINOCellError, UsageError
-from dinocell.pairs import IMAGE_SUFFIXES, OUTPUT_ENDINGS
+from dinocell.pairs import IMAGE_SUFFIXES, OUTPUT_ENDINGS, is_zarr
 
 UNREADABLE_KINDS: dict[str, str] = {
-    ".czi": "Zeiss CZI",
-    ".nd2": "Nikon ND2",
-    ".lif": "Leica LIF",
-    ".zarr": "Zarr",
     ".oib": "Olympus OIB",
     ".oif": "Olympus OIF",
     ".vsi": "Olympus VSI",
     ".ims": "Imaris",
     ".h5": "HDF5",
 }
-"""Suffix → name of formats of microscopes that are recognised but not read; some are folders."""
+"""Suffix → name of formats of microscopes that are recognised but not read."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def _is_one_file(path: Path) -> bool:
         raise UsageError(
             f"'{path}' cannot be opened ({error.strerror}): check the path and its rights"
         ) from error
-    return not is_folder or path.suffix.lower() in UNREADABLE_KINDS
+    return not is_folder or is_zarr(path)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -138,7 +134,7 @@ class _Search:
 
     def candidates(self, given: str | os.PathLike[str]) -> Iterator[Path]:
         """Files of a folder or pattern that are images by their suffix, in any order."""
-        if os.path.isdir(given):
+        if os.path.isdir(given):  # no image itself, see `search_images`
             matches: Iterable[Path] = self._files_below(Path(given))
         elif glob.has_magic(str(given)):
             parts = Path(os.path.expanduser(given)).parts
@@ -150,6 +146,8 @@ class _Search:
             suffix = path.suffix.lower()
             if suffix in UNREADABLE_KINDS:
                 self.unreadable.add(suffix)
+            elif is_zarr(path):
+                yield path
             elif suffix not in IMAGE_SUFFIXES:
                 continue
             elif os.path.isfile(path):
@@ -182,7 +180,7 @@ class _Search:
     def _matching(self, base: Path, parts: Sequence[str]) -> Iterator[Path]:
         """Files (with `recursive` also of folders) whose path below `base` matches a pattern."""
         if not parts:
-            if os.path.isdir(base) and base.suffix.lower() not in UNREADABLE_KINDS:
+            if os.path.isdir(base) and not is_zarr(base):
                 yield from self._files_below(base) if self.recursive else ()
             elif os.path.lexists(base):
                 yield base
@@ -191,7 +189,7 @@ class _Search:
                 yield from self._matching(folder, parts[1:]) if parts[1:] else files
         elif not glob.has_magic(parts[0]):
             yield from self._matching(base / parts[0], parts[1:])
-        elif os.path.isdir(base) and base.suffix.lower() not in UNREADABLE_KINDS:
+        elif os.path.isdir(base) and not is_zarr(base):
             for entry in self._entries(base, hidden=parts[0].startswith(".")):
                 if fnmatch.fnmatchcase(entry.name, parts[0]):
                     yield from self._matching(base / entry.name, parts[1:])
@@ -217,7 +215,7 @@ class _Search:
             files = []
             for entry in self._entries(folder):
                 path = folder / entry.name
-                if path.suffix.lower() in UNREADABLE_KINDS or not _is_folder(entry):
+                if not _is_folder(entry) or is_zarr(path):
                     files.append(path)
                 elif recursive:
                     (linked if entry.is_symlink() else waiting).append(path)

@@ -1,9 +1,9 @@
-"""Which plane and which channels of a file become the image."""
+"""What of a file becomes the image: the choice as it is given, and the channels."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -14,6 +14,12 @@ MAX_PIXELS: int = 2 * 10**9
 """Largest height times width that is read: 44,721 × 44,721.  Pixels are numbered by 32-bit integers."""
 
 RGB_NAMES = ("red", "green", "blue")
+
+PROJECTIONS = ("max", "mean")
+"""Words that are accepted in place of a number along z: the largest value or the mean of each pixel."""
+
+ALL_CHANNELS = ("all", "mean")
+"""Words for all channels, unless one has that name; several channels are averaged for segmentation."""
 
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda stored: stored[:, ::-1],
@@ -27,21 +33,49 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 """Orientation tag → what turns the stored rows upright (TIFF 6.0, tag 274; EXIF has the same)."""
 
 
+class PlaneChoice(TypedDict, total=False):
+    """Which plane of a file, as keyword arguments; see `dinocell.io.read_image`."""
+
+    channels: Sequence[int | str] | int | str | None
+    page: int | None
+    z: int | str | None
+    time: int | None
+    scene: int | None
+
+
 @dataclass(frozen=True)
 class Selection:
-    """What of a file is wanted; see `dinocell.io.read_image` for the first four.
+    """What of a file is wanted; see `dinocell.io.read_image` for the first seven.
 
     `as_labels` keeps the stored numbers: palettes and "white is zero" are not applied.
+
+    Raises UsageError (a value cannot be, whatever the file holds, or `page` comes with one of `z`, `time`
+    and `scene`).
     """
 
     channels: Sequence[int | str] | None = None
     page: int | None = None
+    z: int | str | None = None
+    time: int | None = None
+    scene: int | None = None
     max_pixels: int = MAX_PIXELS
     tile_px: int | None = None
     as_labels: bool = False
 
     def __post_init__(self) -> None:
         _refuse_text(self.channels)
+        if self.z not in (None, *PROJECTIONS) and not _is_place(self.z):
+            raise UsageError(
+                f"`z` must be max, mean or a number from 0, got {self.z}: choose one of these"
+            )
+        for name in ("time", "scene"):
+            if (value := getattr(self, name)) is not None and not _is_place(value):
+                raise UsageError(f"`{name}` must be a number from 0, got {value}: count from 0")
+        if self.page is not None and (self.z, self.time, self.scene) != (None, None, None):
+            raise UsageError(
+                "`page` must come without `z`, `time` and `scene`, because it counts the planes through "
+                "all of them: give it alone, or leave it out"
+            )
 
 
 @dataclass
@@ -76,6 +110,8 @@ def channel_positions(
             "`channels` must name at least one channel, got none: leave it out to keep all channels"
         )
     known = [name.casefold().strip() for name in names] if names else []
+    if takes_all(channels) and str(channels[0]).casefold().strip() not in known:
+        return list(range(num_channels))
     existing = f"channels 0 to {num_channels - 1}" if num_channels > 1 else "one channel, number 0"
     if names:
         existing += f" ({', '.join(names)})"
@@ -102,6 +138,12 @@ def channel_positions(
     return positions
 
 
+def takes_all(channels: Sequence[int | str] | None) -> bool:
+    """Whether a choice is one of the words for all channels."""
+    words = [str(channel).casefold().strip() for channel in channels or ()]
+    return len(words) == 1 and words[0] in ALL_CHANNELS
+
+
 def select_channels(
     pixels: np.ndarray, names: Sequence[str] | None, channels: Sequence[int | str]
 ) -> np.ndarray:
@@ -113,7 +155,8 @@ def select_channels(
     names : sequence of str, or None, one name per channel
     channels : sequence of int or str, names (case does not matter) or positions from 0; both may be
         text or a number.  A channel of that name comes first: where channels are named 405, 488 and
-        561, 488 is the second one, and 1, which no channel is named, as well.
+        561, 488 is the second one, and 1, which no channel is named, as well.  The only word `all` or
+        `mean` stands for all channels.
 
     Returns (H, W) ndarray for one channel, else (H, W, len(channels)).
 
@@ -126,11 +169,14 @@ def select_channels(
     return stack[..., positions[0]] if len(positions) == 1 else picked(stack, positions)
 
 
+def _is_place(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _refuse_text(channels: Sequence[int | str] | None) -> None:
-    if isinstance(channels, str):
+    if isinstance(channels, str | int):
         raise TypeError(
-            f"`channels` must be a sequence of positions or names, got the text {channels!r}: "
-            "write it as a list"
+            f"`channels` must be a sequence of positions or names, got {channels!r}: write it as a list"
         )
 
 
@@ -143,45 +189,13 @@ def check_size(path: Path, height: int, width: int, max_pixels: int) -> None:
         )
 
 
-def num_planes(axes: str, shape: tuple[int, ...]) -> int:
-    """Planes along all axes other than channel (C, or S for samples of a colour), row and column."""
-    return math.prod(n for axis, n in zip(axes, shape, strict=True) if axis not in "CYXS")
-
-
-def check_page(path: Path, series: Sequence[tuple[str, tuple[int, ...]]], page: int | None) -> int:
-    """Number of the plane to read; refuses when it must be chosen or does not exist.
-
-    `series` holds axes and shape of each image of the file; planes are counted through all of them.
-    """
-    total = sum(num_planes(axes, shape) for axes, shape in series)
-    if page is None:
-        if total == 1:
-            return 0
-        if len(series) > 1:
-            what = f"{len(series)} images of {total} planes in all"
-        else:
-            axes, shape = series[0]
-            what = f"a stack with axes {axes} and sizes {' × '.join(map(str, shape))}"
-        unknown = len(series) == 1 and set(series[0][0]) <= set("QIYX") and len(series[0][0]) == 3
-        hint = ", or list the `channels` to read if the planes are channels" if unknown else ""
-        raise ImageFileError(
-            f"One 2-D image is needed, '{path}' holds {what}: choose one plane by `page`, "
-            f"0 … {total - 1}{hint}"
-        )
-    if not 0 <= page < total:
-        raise UsageError(
-            f"`page` must be 0 … {total - 1} for '{path}', got {page}: it counts the planes from 0"
-        )
-    return page
-
-
 def distinct_names(
-    names: Sequence[str] | None, chosen: Sequence[int | str] | None
+    names: Sequence[str] | None, chosen: Sequence[int | str] | None, count: int
 ) -> tuple[str, ...]:
-    """Names of the channels for columns: those of the file, or the positions that were chosen."""
-    positions = [str(channel).strip() for channel in chosen or ()]
+    """Names of `count` channels for columns: those of the file, or the positions that were chosen."""
     if not names:
-        return tuple(positions)
+        given = range(count) if takes_all(chosen) else chosen or ()
+        return tuple(str(channel).strip() for channel in given)
     return tuple(
         name if names.count(name) == 1 else f"{name}_{place}" for place, name in enumerate(names)
     )

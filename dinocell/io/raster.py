@@ -1,22 +1,28 @@
 """Read PNG, JPEG, BMP and `.npy` files, which hold one image or a plain array."""
 
+import contextlib
 import threading
 import warnings
 import zlib
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinocell.errors import ImageFileError, UsageError
-from dinocell.io.planes import RGB_NAMES, RawImage, Selection, check_page, check_size
+from dinocell.errors import ImageFileError
+from dinocell.io.planes import RGB_NAMES, RawImage, Selection
+from dinocell.io.stacks import Choice, Series, Stack, by_plane, series_of
 from dinocell.scratch import copied, new_image
 
 _HEADER_LOCK = threading.Lock()
+_DTYPES = {"F": np.float32, "I": np.int32, "I;16": np.uint16}  # of Pillow's modes; others are uint8
 
 
-def read_npy(path: Path, wanted: Selection) -> RawImage:
-    """Read a plane of an array; only the pages of the file that hold it are touched."""
+@contextlib.contextmanager
+def open_npy(path: Path, wanted: Selection) -> Iterator[Stack]:
+    """Open an array; only the pages of the file that hold a plane are touched."""
     with open(path, "rb") as file:
         version = np.lib.format.read_magic(file)
         read_header = (
@@ -34,20 +40,17 @@ def read_npy(path: Path, wanted: Selection) -> RawImage:
         raise ImageFileError(
             f"An image must have at least one pixel, '{path}' has shape {shape}: export it again"
         )
-    axes, shape = _npy_axes(path, shape, wanted.channels is not None)
-    check_size(path, shape[axes.index("Y")], shape[axes.index("X")], wanted.max_pixels)
-    page = check_page(path, [(axes, shape)], wanted.page)
-    array = np.load(path, mmap_mode="r", allow_pickle=False).reshape(shape)
-    if axes[0] == "Q":
-        array = array.reshape(-1, *shape[axes.index("Y") :])[page]
-    elif axes[0] == "C":
-        array = np.moveaxis(array, 0, -1)
-    return RawImage(copied(array, new_image(array.shape, array.dtype, wanted.tile_px)))
+    series = _npy_series(path, shape, dtype)
+
+    def plane(number: int, index: dict[str, int]) -> np.ndarray:
+        array = np.load(path, mmap_mode="r", allow_pickle=False).reshape(series.shape)
+        chosen = array[tuple(index.get(axis, slice(None)) for axis in series.axes)]
+        return copied(chosen, new_image(chosen.shape, chosen.dtype, wanted.tile_px))
+
+    yield by_plane("npy", [series], plane, wanted.tile_px)
 
 
-def _npy_axes(
-    path: Path, shape: tuple[int, ...], planes_are_channels: bool
-) -> tuple[str, tuple[int, ...]]:
+def _npy_series(path: Path, shape: tuple[int, ...], dtype: Any) -> Series:
     """Axes and sizes of an array without a description: a short last axis holds the channels."""
     while len(shape) > 2 and shape[0] == 1:
         shape = shape[1:]
@@ -58,50 +61,57 @@ def _npy_axes(
             f"A .npy image must have two or three axes, '{path}' has shape {shape}: save (H, W) or "
             "(H, W, C)"
         )
-    if len(shape) == 2:
-        return "YX", shape
-    if shape[-1] <= 16 and shape[-1] < shape[-3]:
-        return "Q" * (len(shape) - 3) + "YXC", shape
-    if len(shape) == 3 and planes_are_channels:
-        return "CYX", shape
-    return "Q" * (len(shape) - 2) + "YX", shape
+    has_channels = len(shape) > 2 and shape[-1] <= 16 and shape[-1] < shape[-3]
+    inner = "YXC" if has_channels else "YX"
+    return series_of("Q" * (len(shape) - len(inner)) + inner, shape, dtype)
 
 
-def read_picture(path: Path, head: bytes, wanted: Selection) -> RawImage:
-    """Read a PNG, JPEG or BMP that starts with the bytes `head` (at least 26)."""
+@contextlib.contextmanager
+def open_picture(path: Path, head: bytes, wanted: Selection) -> Iterator[Stack]:
+    """Open a PNG, JPEG or BMP that starts with the bytes `head` (at least 26)."""
     from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin
 
-    if wanted.page not in (None, 0):
-        raise UsageError(
-            f"`page` must be 0 for '{path}', which holds one plane, got {wanted.page}: leave it out"
-        )
     bits, colour_type = 8, -1
     opener: Any
     if head.startswith(b"\x89PNG"):
-        opener = PngImagePlugin.PngImageFile
+        kind, opener = "PNG", PngImagePlugin.PngImageFile
         bits, colour_type = head[24], head[25]
+    elif head[:1] == b"\xff":
+        kind, opener = "JPEG", JpegImagePlugin.jpeg_factory
     else:
-        opener = (
-            JpegImagePlugin.jpeg_factory if head[:1] == b"\xff" else BmpImagePlugin.BmpImageFile
-        )
+        kind, opener = "BMP", BmpImagePlugin.BmpImageFile
     with open(path, "rb") as file:
         # the plug-in itself, not PIL.Image.open: its size guard is a process-wide setting
         with _HEADER_LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             picture = opener(file)
-        check_size(path, picture.height, picture.width, wanted.max_pixels)
-        picture.load()
-        orientation = _orientation(picture)
-        if bits == 16 and colour_type in (2, 4, 6):
-            raw = _read_png_16_bit_colour(path)
-            raw.orientation = orientation
+        gray = picture.mode in ("1", "L", "LA", "La", "F") or picture.mode.startswith("I")
+        gray |= picture.mode == "P" and wanted.as_labels
+        wide = np.uint16 if bits == 16 else _DTYPES.get(picture.mode, np.uint8)
+        axes, shape = ("YX", ()) if gray else ("YXS", (3,))
+        series = series_of(axes, (picture.height, picture.width, *shape), wide)
+        series = series if gray else replace(series, channel_names=RGB_NAMES)
+
+        def read(choice: Choice, page: int) -> RawImage:
+            picture.load()
+            if bits == 16 and colour_type in (2, 4, 6):
+                raw = _read_png_16_bit_colour(path)
+            else:
+                raw = _loaded(picture, bits, colour_type, wanted)
+            raw.orientation = _orientation(picture)
             return raw
-        mode = picture.mode
-        if mode == "P" and not wanted.as_labels:
-            picture, mode = picture.convert("RGBA"), "RGBA"
-        elif mode in ("PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
-            picture, mode = picture.convert("RGB"), "RGB"
-        pixels = np.asarray(picture)
+
+        yield Stack(kind, [series], read)
+
+
+def _loaded(picture: Any, bits: int, colour_type: int, wanted: Selection) -> RawImage:
+    """The pixels of a loaded picture, without alpha."""
+    mode = picture.mode
+    if mode == "P" and not wanted.as_labels:
+        picture, mode = picture.convert("RGBA"), "RGBA"
+    elif mode in ("PA", "CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
+        picture, mode = picture.convert("RGB"), "RGB"
+    pixels = np.asarray(picture)
     if mode in ("LA", "La"):
         pixels = pixels[..., 0]
     elif mode in ("RGBA", "RGBa"):
@@ -111,9 +121,7 @@ def read_picture(path: Path, head: bytes, wanted: Selection) -> RawImage:
     if wanted.as_labels and colour_type == 0 and bits in (2, 4):
         pixels = pixels // (255 // (2**bits - 1))  # gray PNGs of 2 and 4 bit arrive stretched to 8
     is_rgb = pixels.ndim == 3
-    return RawImage(
-        pixels, is_rgb, channel_names=RGB_NAMES if is_rgb else None, orientation=orientation
-    )
+    return RawImage(pixels, is_rgb, channel_names=RGB_NAMES if is_rgb else None)
 
 
 def _orientation(picture: Any) -> int:

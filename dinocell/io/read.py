@@ -8,27 +8,33 @@ short, a stack, a text with an image's suffix, not-a-number pixels) ends in one 
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError, UsageError
+from dinocell.io.microscopes import MICROSCOPE_FILES
 from dinocell.io.names import UNREADABLE_KINDS
+from dinocell.io.ome_zarr import open_zarr
 from dinocell.io.planes import (
     MAX_PIXELS,
     RGB_NAMES,
+    PlaneChoice,
     RawImage,
     Selection,
     channel_positions,
     select_channels,
 )
 from dinocell.io.projects import read_roi_labels, read_seg_npy
-from dinocell.io.raster import read_npy, read_picture
-from dinocell.io.tiff import read_tiff
+from dinocell.io.raster import open_npy, open_picture
+from dinocell.io.stacks import Series, Stack
+from dinocell.io.tiff import open_tiff
 from dinocell.labels import all_whole
-from dinocell.pairs import IMAGE_SUFFIXES, SEG_NPY
+from dinocell.pairs import IMAGE_SUFFIXES, SEG_NPY, is_zarr
 from dinocell.scratch import all_finite, contiguous, row_bands
 
 
@@ -66,29 +72,35 @@ class Image:
 def read_image(
     path: str | os.PathLike[str],
     *,
-    channels: Sequence[int | str] | None = None,
-    page: int | None = None,
     max_pixels: int = MAX_PIXELS,
     tile_px: int | None = None,
+    **choice: Unpack[PlaneChoice],
 ) -> Image:
-    """Read one 2-D image from a TIFF, OME-TIFF, ImageJ TIFF, PNG, JPEG, BMP or `.npy` file.
+    """Read one 2-D image from a file, or from a folder in Zarr format; see `describe_image` for formats.
 
-    The content decides which reader is used, not the suffix.
+    The content decides which reader is used, not the suffix.  Only the chosen planes are read.
 
     Parameters
     ----------
     path : path of the file
     channels : sequence of int or str, optional
         Channels to keep, in this order: names (case does not matter) or positions from 0, see
-        `select_channels`.  One channel gives `(H, W)`.  A stack of planes whose meaning the file does
-        not say (a plain multi-page TIFF, a `.npy` of shape `(n, H, W)`) is taken as channels when this
-        is given.
+        `select_channels`.  One channel gives `(H, W)`.
+    z : int, `max` or `mean`, optional
+        Which plane along z to read, counted from 0, or the largest value or mean (float32) of each
+        pixel over all of them.
+    time, scene : int, optional
+        Which point in time, and which scene (position, series) to read, counted from 0.
     page : int, optional
-        Which plane of a stack to read, counted from 0 through all series and all axes other than
-        channel, row and column, in the order of the file.  Needed when there is more than one.
+        In place of `z`, `time` and `scene`: which plane to read, counted from 0 through all scenes and
+        all axes other than channel, row and column, in the order of the file.
     max_pixels : int, refuse images of more pixels (height times width) than this
     tile_px : int, optional: a TIFF or `.npy` image of more pixels than a square of this edge
         (default: `scratch.TILE_PX`) is kept in a file, not in memory.
+
+    Where a file holds more than one plane, the choice must leave one.  Planes whose meaning the file does not
+    say (a plain multi-page TIFF, a `.npy` of shape `(n, H, W)`) are what the choice takes them for: z, time
+    or channels.
 
     Returns Image: pixels keep the data type of the file.  Alpha is dropped; PNG and BMP palettes
     become colours; a colour image with three equal channels becomes `(H, W)`; 1-bit becomes uint8 0
@@ -96,13 +108,13 @@ def read_image(
     the stored numbers are the intensities.  A picture with an orientation tag (EXIF, TIFF) is
     turned upright, as viewers show it; `notes` says so.
 
-    Raises UsageError (the file does not exist, or it has no such `channels` or `page`);
-    ImageFileError (the file is empty, cut short, unreadable or of a kind that cannot be read; it
-    holds a stack and `page` is not given; pixels are NaN, infinite or complex; a side is 0; it is
-    too large); MissingExtraError (the compression needs the optional package `imagecodecs`).
+    Raises UsageError (the file does not exist, or it has no such channel or plane); ImageFileError (the
+    file is empty, cut short, unreadable or of a kind that cannot be read; it holds several planes and
+    none is chosen; pixels are NaN, infinite or complex; a side is 0; it is too large);
+    MissingExtraError (the format or its compression needs an optional package).
     """
-    wanted = Selection(channels, page, max_pixels, tile_px)
-    path = _existing_file(path)
+    wanted = Selection(max_pixels=max_pixels, tile_px=tile_px, **choice)  # type: ignore[arg-type]
+    path, channels = _existing_file(path), wanted.channels
     raw = _read_raw(path, wanted)
     pixels, names = raw.pixels, raw.channel_names
     if pixels.dtype == np.bool_:
@@ -122,6 +134,28 @@ def read_image(
             "infinite: replace them (for example by the background value) before segmenting"
         )
     return Image(contiguous(pixels), path, raw.pixel_size_um, names, raw.notes)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds: the name of its format, and its scenes; see `Series`."""
+
+    path: Path
+    format: str
+    series: tuple[Series, ...]
+
+
+def describe_image(path: str | os.PathLike[str]) -> Contents:
+    """What a file holds, by named axes, without its pixels.
+
+    Read are TIFF, OME-TIFF, ImageJ TIFF, PNG, JPEG, BMP, `.npy`; with the extra `formats` also CZI, ND2, LIF
+    and OME-Zarr (a folder).
+
+    Raises UsageError, ImageFileError and MissingExtraError as `read_image` does.
+    """
+    path = _existing_file(path)
+    with _one_sentence(path), _opened(path, Selection()) as stack:
+        return Contents(path, stack.format, tuple(stack.series))
 
 
 def read_labels(
@@ -167,7 +201,7 @@ def read_label_file(
     if path.name.endswith(SEG_NPY):
         raw = RawImage(read_seg_npy(path))
     else:
-        raw = _read_raw(path, Selection(None, page, max_pixels, as_labels=True))
+        raw = _read_raw(path, Selection(page=page, max_pixels=max_pixels, as_labels=True))
     pixels = raw.pixels
     if pixels.ndim == 3 and raw.is_rgb and _all_channels_equal(pixels):
         pixels = pixels[..., 0]
@@ -203,8 +237,8 @@ def _existing_file(path: str | os.PathLike[str]) -> Path:
             f"'{path}' cannot be opened ({err.strerror}): check the path and its rights"
         ) from err
     if stat.S_ISDIR(mode):
-        if kind := UNREADABLE_KINDS.get(path.suffix.lower()):
-            raise ImageFileError(_not_read_message(path, kind))
+        if is_zarr(path):
+            return path
         raise UsageError(f"An image file is needed, '{path}' is a folder: name the files in it")
     if not stat.S_ISREG(mode):  # opening a pipe would wait for its other end
         raise ImageFileError(
@@ -228,20 +262,45 @@ def _all_channels_equal(pixels: np.ndarray) -> bool:
 
 
 def _read_raw(path: Path, wanted: Selection) -> RawImage:
-    """Choose the reader by the first bytes, and turn whatever it raises into one sentence."""
+    with _one_sentence(path), _opened(path, wanted) as stack:
+        raw = stack.image(path, wanted)
+    pixels = raw.pixels
+    if pixels.dtype.kind not in "buif":
+        raise ImageFileError(
+            f"Pixels must be whole or floating-point numbers, '{path}' holds {pixels.dtype}: "
+            "store the magnitude or one real part"
+        )
+    if not pixels.dtype.isnative:
+        raw.pixels = contiguous(pixels, pixels.dtype.newbyteorder("="))
+    raw.turn_upright()
+    return raw
+
+
+def _opened(path: Path, wanted: Selection) -> AbstractContextManager[Stack]:
+    """The file, opened by the reader that its first bytes choose."""
+    if path.is_dir():
+        return open_zarr(path, wanted)
+    with open(path, "rb") as file:
+        head = file.read(32)
+    if not head:
+        raise ImageFileError(f"'{path}' is empty (0 bytes): copy or export it again")
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return open_tiff(path, wanted)
+    if head.startswith(b"\x93NUMPY"):
+        return open_npy(path, wanted)
+    if head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")):
+        return open_picture(path, head, wanted)
+    for start, opener in MICROSCOPE_FILES.items():
+        if head.startswith(start):
+            return opener(path, wanted)
+    raise ImageFileError(_unknown_content_message(path, head))
+
+
+@contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    """Turn whatever a reader raises into one sentence."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(32)
-        if not head:
-            raise ImageFileError(f"'{path}' is empty (0 bytes): copy or export it again")
-        if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            raw = read_tiff(path, wanted)
-        elif head.startswith(b"\x93NUMPY"):
-            raw = read_npy(path, wanted)
-        elif head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")):
-            raw = read_picture(path, head, wanted)
-        else:
-            raise ImageFileError(_unknown_content_message(path, head))
+        yield
     except DINOCellError:
         raise
     except PermissionError as err:
@@ -262,16 +321,6 @@ def _read_raw(path: Path, wanted: Selection) -> RawImage:
             f"'{path}' must be a whole image file, it is damaged or cut short "
             f"({_first_line(err)}): copy or export it again"
         ) from err
-    pixels = raw.pixels
-    if pixels.dtype.kind not in "buif":
-        raise ImageFileError(
-            f"Pixels must be whole or floating-point numbers, '{path}' holds {pixels.dtype}: "
-            "store the magnitude or one real part"
-        )
-    if not pixels.dtype.isnative:
-        raw.pixels = contiguous(pixels, pixels.dtype.newbyteorder("="))
-    raw.turn_upright()
-    return raw
 
 
 def _first_line(err: BaseException) -> str:
@@ -280,10 +329,6 @@ def _first_line(err: BaseException) -> str:
 
 
 def _unknown_content_message(path: Path, head: bytes) -> str:
-    if head.startswith(b"ZISRAWFILE"):
-        return _not_read_message(path, UNREADABLE_KINDS[".czi"])
-    if head.startswith(b"\xda\xce\xbe\x0a"):
-        return _not_read_message(path, UNREADABLE_KINDS[".nd2"])
     if kind := UNREADABLE_KINDS.get(path.suffix.lower()):
         return _not_read_message(path, kind)
     text = all(byte in b"\t\n\r\f" or byte >= 32 for byte in head)

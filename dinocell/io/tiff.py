@@ -6,42 +6,19 @@ import math
 import re
 import struct
 import threading
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-from dinocell.errors import ImageFileError
-from dinocell.io.planes import (
-    RGB_NAMES,
-    RawImage,
-    Selection,
-    channel_positions,
-    check_page,
-    check_size,
-    num_planes,
-)
-from dinocell.scratch import copied, is_large, new_image, picked, zeros_in_file
-
-_METRIC = (
-    *(("", "", 1e6), ("d", "deci", 1e5), ("c", "centi", 1e4), ("m", "milli", 1e3)),
-    *(("u", "micro", 1.0), ("n", "nano", 1e-3), ("p", "pico", 1e-6)),
-)
-_UM_PER_UNIT: dict[str, float] = {
-    **{f"{short}m": factor for short, _, factor in _METRIC},
-    **{f"{long}meter": factor for _, long, factor in _METRIC},
-    **dict.fromkeys(("umeter", "u", "micron"), 1.0),
-    **dict.fromkeys(("å", "angstrom", "ångstrom"), 1e-4),
-    **dict.fromkeys(("in", "inch", "inche", '"'), 25_400.0),
-}
-"""µm in a unit of length, as `_unit_key` writes it."""
+from dinocell.io.planes import RGB_NAMES, RawImage, Selection
+from dinocell.io.stacks import Choice, Series, Stack, series_of, stacked
+from dinocell.io.units import length_um, pixel_edges_um
+from dinocell.scratch import is_large, picked, zeros_in_file
 
 _LARGE_TILE_PX = 2**26  # a larger tile needs a larger image: damage must not ask for all memory
-_NO_LENGTH = ("", "none", "pixel", "px", "referenceframe")  # of a picture without calibration
-_COARSEST_UM = 20.0  # an ImageJ scale in inch or cm coarser than this is a printing default
 
 
 class _TiffLog(logging.Filter):
@@ -92,8 +69,9 @@ def _refuse_circle(tif: Any) -> None:
         file.seek(offset + layout.tagnosize + tags * layout.tagsize)
 
 
-def read_tiff(path: Path, wanted: Selection) -> RawImage:
-    """Read one plane of a TIFF with the wanted channels, and no more pages than that needs."""
+@contextlib.contextmanager
+def open_tiff(path: Path, wanted: Selection) -> Iterator[Stack]:
+    """Open a TIFF; `read` reads no more pages than a plane with the chosen channels needs."""
     import tifffile
 
     with _TIFF_LOG.collect() as complaints, tifffile.TiffFile(path) as tif:
@@ -101,59 +79,53 @@ def read_tiff(path: Path, wanted: Selection) -> RawImage:
         all_series = [s for s in tif.series if not s.keyframe.is_reduced] or list(tif.series)
         if not all_series:
             raise ValueError(complaints[0] if complaints else "it holds no image")
-        layout = [_tiff_axes(s, wanted) for s in all_series]
+        described = _Description(tif)
+        found = [described.series(s, tif.series.index(s)) for s in all_series]
         if complaints:
             raise ValueError(_without_object_names(complaints[0]))
-        page = check_page(path, layout, wanted.page)
-        number = 0
-        while page >= (in_series := num_planes(*layout[number])):
-            page -= in_series
-            number += 1
-        series, (axes, shape) = all_series[number], layout[number]
-        if "C" in axes and "S" in axes:
-            raise ImageFileError(
-                f"An image must have one channel axis, '{path}' has axes {axes} with sizes "
-                f"{' × '.join(map(str, shape))}: export the channels as one stack or as RGB"
-            )
-        sizes = dict(zip(axes, shape, strict=True))
-        check_size(path, sizes["Y"], sizes["X"], wanted.max_pixels)
-        keyframe = series.keyframe
-        tile = keyframe.tilewidth * keyframe.tilelength * keyframe.tiledepth
-        if tile > max(_LARGE_TILE_PX, 4 * sizes["Y"] * sizes["X"]):
-            raise ValueError(f"its tiles should have {tile:,} pixels, more than the image")
-        notes: list[str] = []
-        size_um, names = _tiff_metadata(tif, tif.series.index(series), sizes.get("C", 1), notes)
-        positions = None
-        if wanted.channels is not None and "C" in axes:
-            positions = channel_positions(sizes["C"], names, wanted.channels)
-            names = tuple(names[i] for i in positions) if names else None
-        pixels = _tiff_plane(series, axes, shape, page, positions, wanted.tile_px)
-        if complaints:
-            raise ValueError(_without_object_names(complaints[0]))
-        is_rgb = "S" in axes
-        if is_rgb:
-            alpha = [
-                i for i, kind in enumerate(reversed(keyframe.extrasamples)) if int(kind) in (1, 2)
-            ]
-            if alpha:
-                keep = [i for i in range(pixels.shape[2]) if pixels.shape[2] - 1 - i not in alpha]
-                pixels = picked(pixels, keep)
-            is_rgb = int(keyframe.photometric) in (2, 6) and pixels.shape[2] == 3
-            names = RGB_NAMES if is_rgb else None
-            if pixels.shape[2] == 1:
-                pixels = pixels[..., 0]
-        if int(keyframe.photometric) == 0 and not wanted.as_labels:  # white is zero
-            pixels = _inverted(pixels, keyframe.bitspersample)
-        orientation = keyframe.tags.valueof(274, 1)
+
+        def read(choice: Choice, page: int) -> RawImage:
+            raw = _read_plane(all_series[choice.number], choice, page, wanted)
+            if complaints:
+                raise ValueError(_without_object_names(complaints[0]))
+            return raw
+
+        kind = "OME-TIFF" if tif.is_ome else "ImageJ TIFF" if tif.is_imagej else "TIFF"
+        yield Stack(kind, found, read)
+
+
+def _read_plane(series: Any, choice: Choice, page: int, wanted: Selection) -> RawImage:
+    sizes, keyframe = choice.series.sizes, series.keyframe
+    tile = keyframe.tilewidth * keyframe.tilelength * keyframe.tiledepth
+    if tile > max(_LARGE_TILE_PX, 4 * sizes["Y"] * sizes["X"]):
+        raise ValueError(f"its tiles should have {tile:,} pixels, more than the image")
+    pixels = _tiff_plane(series, choice, page, wanted.tile_px)
+    names, is_rgb = choice.channel_names, False
+    if "S" in sizes:
+        alpha = _alpha(keyframe)
+        if alpha:
+            keep = [i for i in range(pixels.shape[2]) if pixels.shape[2] - 1 - i not in alpha]
+            pixels = picked(pixels, keep)
+        is_rgb = names is not None
+        if pixels.shape[2] == 1:
+            pixels = pixels[..., 0]
+    if int(keyframe.photometric) == 0 and not wanted.as_labels:  # white is zero
+        pixels = _inverted(pixels, keyframe.bitspersample)
+    orientation = keyframe.tags.valueof(274, 1)
     return RawImage(
         pixels,
         is_rgb,
-        positions is not None,
-        size_um,
+        choice.positions is not None,
+        choice.series.edge_um,
         names,
         orientation=int(orientation) if isinstance(orientation, int) else 1,
-        notes=tuple(notes),
+        notes=choice.series.notes,
     )
+
+
+def _alpha(keyframe: Any) -> list[int]:
+    """Samples of a pixel that are its opacity, counted from the last."""
+    return [i for i, kind in enumerate(reversed(keyframe.extrasamples)) if int(kind) in (1, 2)]
 
 
 def _inverted(pixels: np.ndarray, bits: int) -> np.ndarray:
@@ -167,26 +139,9 @@ def _without_object_names(message: str) -> str:
     return re.sub(r"<[^>]*>\s*", "", message).strip() or message
 
 
-def _tiff_axes(series: Any, wanted: Selection) -> tuple[str, tuple[int, ...]]:
-    """Axes longer than 1 and their sizes; planes without a meaning are channels if these are wanted."""
-    axes, shape = str(series.axes), tuple(int(n) for n in series.shape)
-    kept = [(a, n) for a, n in zip(axes, shape, strict=True) if n != 1 or a in "YX"]
-    axes, shape = "".join(a for a, _ in kept), tuple(n for _, n in kept)
-    unknown = len(axes) == 3 and axes[0] in "QI" and axes[1:] == "YX"
-    if unknown and wanted.channels is not None and wanted.page is None:
-        axes = "CYX"
-    return axes, shape
-
-
-def _tiff_plane(
-    series: Any,
-    axes: str,
-    shape: tuple[int, ...],
-    page: int,
-    positions: list[int] | None,
-    tile_px: int | None,
-) -> np.ndarray:
+def _tiff_plane(series: Any, choice: Choice, page: int, tile_px: int | None) -> np.ndarray:
     """Plane `page` of a series as (H, W) or (H, W, C), reading no more pages than it needs."""
+    axes, shape = choice.series.axes, choice.series.shape
     leading = [(a, n) for a, n in zip(axes, shape, strict=True) if a not in "YXS"]
     numbers = np.arange(math.prod(n for _, n in leading)).reshape([n for _, n in leading])
     order = [a for a, _ in leading]
@@ -194,13 +149,14 @@ def _tiff_plane(
         numbers = np.moveaxis(numbers, order.index("C"), -1).reshape(-1, dict(leading)["C"])
     else:
         numbers = numbers.reshape(-1, 1)
-    wanted = numbers[page if positions is None else (page, positions)].tolist()
+    chosen = numbers[page] if choice.positions is None else numbers[page, list(choice.positions)]
+    wanted = chosen.tolist()
     pages = series.pages
     one_plane_per_page = len(pages) == numbers.size and set(series.keyframe.axes) <= set("YXS")
     if one_plane_per_page:
-        planes = [
+        planes = (
             _channel_last(_page_pixels(pages[i], tile_px), series.keyframe.axes) for i in wanted
-        ]
+        )
     else:
         if any(one_page is None for one_page in pages):
             raise ValueError("some of its planes are in other files, which are missing")
@@ -210,13 +166,8 @@ def _tiff_plane(
         moved = np.moveaxis(whole, [axes.index(a) for a in order], range(len(order)))
         inner = "".join(a for a in axes if a in "YXS")
         moved = moved.reshape(-1, *(shape[axes.index(a)] for a in inner))
-        planes = [_channel_last(moved[i], inner) for i in wanted]
-    if len(planes) == 1:
-        return planes[0]
-    stack = new_image((*planes[0].shape, len(planes)), planes[0].dtype, tile_px)
-    for channel, plane in enumerate(planes):
-        copied(plane, stack[..., channel])
-    return stack
+        planes = (_channel_last(moved[i], inner) for i in wanted)
+    return stacked(planes, len(wanted), tile_px)
 
 
 def _output(shape: tuple[int, ...], dtype: Any, axes: str, tile_px: int | None) -> Any:
@@ -263,84 +214,77 @@ def _check_bytes_present(page: Any) -> None:
         raise ValueError(f"its pixels should reach byte {end:,}, the file has {size:,}")
 
 
-def _tiff_metadata(
-    tif: Any, series_index: int, num_channels: int, notes: list[str]
-) -> tuple[float | None, tuple[str, ...] | None]:
-    if tif.is_ome and tif.ome_metadata:
-        return _ome_metadata(tif.ome_metadata, series_index, num_channels, notes)
-    described = tif.imagej_metadata if tif.is_imagej else None
-    if not described:
-        return None, None
+class _Description:
+    """What the metadata of a TIFF says on its images: OME-XML, or that of ImageJ."""
+
+    def __init__(self, tif: Any) -> None:
+        self.tif = tif
+        self.images: list[Any] = []
+        self.is_ome = bool(tif.is_ome and tif.ome_metadata)
+        if self.is_ome:
+            with contextlib.suppress(ElementTree.ParseError):
+                self.images = ElementTree.fromstring(tif.ome_metadata).findall("{*}Image")
+
+    def series(self, series: Any, place: int) -> Series:
+        """Axes, names and sizes of one image; `place` is its number among all of the file."""
+        sizes = dict(
+            zip(str(series.axes), map(int, series.shape), strict=True)
+        )  # C and S occur once
+        keyframe, channels = series.keyframe, sizes.get("C", 1)
+        described: dict[str, Any] = {}
+        if self.is_ome:
+            if place < len(self.images):
+                described = _of_ome(self.images[place], channels)
+        elif self.tif.is_imagej and self.tif.imagej_metadata:
+            described = _of_imagej(self.tif, channels)
+        if sizes.get("S", 1) > 1:
+            is_rgb = int(keyframe.photometric) in (2, 6) and sizes["S"] - len(_alpha(keyframe)) == 3
+            described["channel_names"] = RGB_NAMES if is_rgb else None
+        return series_of(str(series.axes), map(int, series.shape), series.dtype, **described)
+
+
+def _of_imagej(tif: Any, num_channels: int) -> dict[str, Any]:
+    described = tif.imagej_metadata
     labels, names = described.get("Labels"), None
     if labels and len(labels) == num_channels and len(set(labels)) == num_channels > 1:
         names = tuple(str(label).strip() for label in labels)
+    unit = str(described.get("unit", ""))
+    found = {"channel_names": names}
     try:
         # stored as a fraction of two 32-bit numbers: no more than nine digits are meant
         edges = [float(f"{1.0 / float(value):.9g}") for value in tif.pages[0].resolution]
     except (ZeroDivisionError, ValueError, TypeError):
-        return None, names
-    unit = str(described.get("unit", ""))
+        return found
     units = [unit, str(described.get("yunit", unit))]  # ImageJ writes the second where it differs
-    return _pixel_size_um(edges, units, notes), names
+    step = length_um(_number(described.get("spacing")), str(described.get("zunit", unit)))
+    return found | _sizes(edges, units, step)
 
 
-def _ome_metadata(
-    xml: str, series_index: int, num_channels: int, notes: list[str]
-) -> tuple[float | None, tuple[str, ...] | None]:
-    try:
-        images = ElementTree.fromstring(xml).findall("{*}Image")
-        pixels = images[series_index].find("{*}Pixels") if series_index < len(images) else None
-    except ElementTree.ParseError:
-        return None, None
+def _of_ome(image: Any, num_channels: int) -> dict[str, Any]:
+    acquired = image.findtext("{*}AcquisitionDate")
+    described: dict[str, Any] = {"name": image.get("Name") or "", "acquired": acquired}
+    pixels = image.find("{*}Pixels")
     if pixels is None:
-        return None, None
+        return described
     found = [channel.get("Name") for channel in pixels.findall("{*}Channel")]
-    names = None
     if len(found) == num_channels and all(found):
-        names = tuple(str(name) for name in found)
-    try:
-        edges = [float(pixels.attrib[f"PhysicalSize{axis}"]) for axis in "XY"]
-    except (KeyError, ValueError):
-        return None, names
+        described["channel_names"] = tuple(str(name) for name in found)
+    edges = [_number(pixels.get(f"PhysicalSize{axis}")) for axis in "XY"]
+    if None in edges:
+        return described
     units = [pixels.get(f"PhysicalSize{axis}Unit", "µm") for axis in "XY"]
-    return _pixel_size_um(edges, units, notes), names
+    step = _number(pixels.get("PhysicalSizeZ"))
+    return described | _sizes(edges, units, length_um(step, pixels.get("PhysicalSizeZUnit", "µm")))
 
 
-def _unit_key(unit: str) -> str:
-    """A unit of length in one spelling: `Micrometres`, `µm` and `\\u00B5m` → `micrometer`, `um`, `um`."""
-    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda code: chr(int(code[1], 16)), unit)
-    text = unicodedata.normalize("NFKC", text).lower().replace("\u03bc", "u")
-    text = re.sub(r"[\s._-]", "", text).replace("metre", "meter").replace("ström", "strom")
-    return text.removesuffix("s")
+def _sizes(edges: list[Any], units: list[str], step_um: float | None) -> dict[str, Any]:
+    notes: list[str] = []
+    found = pixel_edges_um(edges, units, notes) or (None, None)
+    return {"pixel_size_um": (*found, step_um), "notes": tuple(notes)}
 
 
-def _pixel_size_um(edges: Sequence[float], units: Sequence[str], notes: list[str]) -> float | None:
-    """The edge of a square pixel in µm; None, and why in `notes`, where the file does not give it."""
-    sizes: list[float] = []
-    for edge, unit in zip(edges, units, strict=True):
-        key = _unit_key(unit)
-        if key in _NO_LENGTH:
-            return None
-        if key not in _UM_PER_UNIT:
-            notes.append(
-                f"The file gives the size of a pixel in {unit!r}, which is not a known unit of length: no "
-                "pixel size is used; set `pixel_size_um`"
-            )
-            return None
-        size = edge * _UM_PER_UNIT[key]
-        if not math.isfinite(size) or size <= 0:
-            notes.append(
-                f"The file gives {edge:g} {unit} as the size of a pixel, which cannot be: no pixel size is "
-                "used; set `pixel_size_um`"
-            )
-            return None
-        if key in ("inch", "inche", "in", '"', "cm", "centimeter") and size > _COARSEST_UM:
-            return None
-        sizes.append(size)
-    if abs(sizes[0] - sizes[1]) > 0.01 * max(sizes):
-        notes.append(
-            f"Pixels must be square for measurements in µm, the file gives {sizes[0]:g} × {sizes[1]:g} "
-            "µm: no pixel size is used; set `pixel_size_um`"
-        )
+def _number(value: Any) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
         return None
-    return sizes[0]

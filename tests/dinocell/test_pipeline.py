@@ -261,6 +261,58 @@ def test_any_scale_within_float32_gives_the_same_cells(mini_model, scale):
         segment(image * 1e-300, model=mini_model)
 
 
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    """An OME-TIFF with T 2, Z 3 and C 2, and its pixels."""
+    planes = [field(40, 50, seed) for seed in range(12)]
+    stack = np.stack(planes).reshape(2, 3, 2, 40, 50)
+    path = tmp_path_factory.mktemp("stack") / "a.ome.tif"
+    tifffile.imwrite(path, stack, metadata={"axes": "TZCYX", "Channel": {"Name": ["DNA", "ER"]}})
+    return path, stack
+
+
+class TestChoiceOfPlanes:
+    """What `segment` sees is the chosen plane."""
+
+    @pytest.mark.parametrize(
+        ("choice", "plane"),
+        [
+            ({"time": 1, "z": 2, "channels": "DNA"}, lambda s: s[1, 2, 0]),
+            ({"time": 0, "z": "max", "channels": 1}, lambda s: s[0, :, 1].max(0)),
+            ({"time": 0, "z": "mean", "channels": [1]}, lambda s: s[0, :, 1].mean(0)),
+            ({"page": 4, "channels": ["ER"]}, lambda s: s[1, 1, 1]),
+            ({"scene": 0, "time": 1, "z": 0, "channels": 0}, lambda s: s[1, 0, 0]),
+        ],
+    )
+    def test_one_plane(self, mini_model, stack, choice, plane):
+        path, pixels = stack
+        result = segment(path, model=mini_model, **choice)
+        np.testing.assert_allclose(result.image, plane(pixels), rtol=1e-6)
+        expected = segment(result.image, model=mini_model)
+        np.testing.assert_array_equal(result.labels, expected.labels)
+
+    @pytest.mark.parametrize("word", ["mean", "all"])
+    def test_all_channels_are_averaged(self, mini_model, stack, word):
+        path, pixels = stack
+        result = segment(path, model=mini_model, time=1, z=1, channels=word)
+        listed = segment(path, model=mini_model, time=1, z=1, channels=["DNA", "ER"])
+        np.testing.assert_array_equal(result.image, listed.image)
+        assert result.channel_names == ("DNA", "ER")
+        array = np.moveaxis(pixels[1, 1], 0, -1)
+        averaged = segment(array, model=mini_model, channels=word)
+        np.testing.assert_array_equal(averaged.image, result.image)
+        assert averaged.channel_names == ("0", "1")
+
+    def test_no_choice_is_refused(self, mini_model, stack):
+        path, pixels = stack
+        with pytest.raises(ImageFileError, match=r"T 2 × Z 3 × C 2: choose with `time` and `z`"):
+            segment(path, model=mini_model)
+        with pytest.raises(UsageError, match=r"2 channels \(DNA, ER\)"):
+            segment(path, model=mini_model, time=0, z="max")
+        with pytest.raises(ValueError, match="`z` chooses a plane of a file, got an array"):
+            segment(pixels[0, 0, 0], model=mini_model, z=0)
+
+
 class TestWrongImages:
     @pytest.mark.parametrize(
         ("image", "message"),

@@ -191,11 +191,42 @@ class TestSegment:
         tifffile.imwrite(path, stack, photometric="minisblack", metadata={"axes": "TYX"})
         code, out, _ = call(capsys, "segment", path, "-o", tmp_path / "a", "-m", model_path)
         assert code == 1
-        assert "page" in out
-        code, _, _ = call(
-            capsys, "segment", path, "-o", tmp_path / "b", "-m", model_path, "--page", "1"
-        )
-        assert code == 0
+        assert "holds T 3: choose with --time" in out
+        tables = {}
+        for choice in ("--page 1", "--time 1", "--time 2", "--time 1 --scene 0 --z 0"):
+            out = tmp_path / choice
+            arguments = ["segment", path, "-o", out, "-m", model_path, *choice.split()]
+            assert call(capsys, *arguments)[0] == 0
+            tables[choice] = (out / "stack_cells.csv").read_text()
+        assert tables["--page 1"] == tables["--time 1"] == tables["--time 1 --scene 0 --z 0"]
+        assert tables["--time 2"] != tables["--time 1"]
+        for wrong in ("--z min", "--time -1", "--page 0 --z max"):
+            arguments = ["segment", path, "-o", tmp_path / "c", "-m", model_path, *wrong.split()]
+            code, _, err = call(capsys, *arguments)
+            assert code == 2, wrong
+            assert f"error: {wrong.split()[0]} must" in err
+
+    def test_a_choice_belongs_to_its_image(self, capsys, model_path, tmp_path):
+        """It may differ between images of a folder, but not for one image; Zarr folders count as images."""
+        zarr = pytest.importorskip("zarr")
+        pixels = np.random.default_rng(0).integers(0, 900, (3, 40, 50)).astype(np.uint16)
+        for name in ("a", "b"):
+            group = zarr.open_group(str(tmp_path / "plate" / f"{name}.zarr"), mode="w")
+            group.create_array("0", data=pixels)
+            axes = [{"name": axis, "type": "space"} for axis in "zyx"]
+            group.attrs["ome"] = {"multiscales": [{"axes": axes, "datasets": [{"path": "0"}]}]}
+        base = ["-o", tmp_path / "out", "-m", model_path]
+        code, out, _ = call(capsys, "segment", tmp_path / "plate", *base, "--z", "max")
+        assert (code, "2 images" in out) == (0, True)
+        again = ["segment", tmp_path / "plate", *base, "--resume"]
+        code, _, err = call(capsys, *again, "--z", "mean")
+        assert code == 2
+        assert "z mean for 'a', which was segmented with max" in err
+        code, out, _ = call(capsys, *again, "--z", "max")
+        assert (code, "segmented again" in out) == (0, False)
+        zarr.open_array(str(tmp_path / "plate" / "b.zarr" / "0"), mode="r+")[2, :5] = 60_000
+        code, out, _ = call(capsys, *again, "--z", "max")
+        assert "files have changed: b" in out
 
     def test_mask_instead_of_image(self, capsys, blob_data, model_path, tmp_path):
         mask = blob_data / "labels" / "blob0.png"
@@ -319,7 +350,7 @@ class TestEvaluate:
             ("--model m --data d --save-model x", "--tune"),
             ("--pred x --truth x -o x.xls", ".csv or .json"),
             ("--pred x --truth x --iou 2", "at most 1"),
-            ("--pred x --truth x --page 0", "--page, --precision and --tta must"),
+            ("--pred x --truth x --page 0", "--scene, --precision and --tta must"),
             ("--pred x --truth x --precision bf16", "no network runs"),
             ("--pred x --truth x --tta", "no network runs"),
             ("--model m --data d --precision fp8", "auto, fp32, bf16"),
@@ -380,9 +411,14 @@ class TestEvaluate:
         assert flipped[0] == 0
         assert flipped[1] != plain
         for path in (tmp_path / "images").iterdir():
-            stack = read_image(path).pixels.transpose(2, 0, 1)
+            image = read_image(path, channels=[1]).pixels
+            stack = np.stack([image[::-1], image])
             tifffile.imwrite(path, stack, imagej=True, metadata={"axes": "ZYX"})
-        assert call(capsys, *base, tmp_path, "--page", "1")[1] == plain
+        for choice in (["--page", "1"], ["--z", "1"], ["--z", "1", "--time", "0", "--scene", "0"]):
+            assert call(capsys, *base, tmp_path, *choice)[1] == plain
+        for choice in (["--z", "max"], ["--z", "mean"]):
+            code, scores, _ = call(capsys, *base, tmp_path, *choice)
+            assert (code, scores != plain) == (0, True)
 
     def test_notes_on_images_are_shown(self, capsys, two, model_path, tmp_path):
         data = shutil.copytree(two, tmp_path / "data")

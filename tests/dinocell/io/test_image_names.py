@@ -39,12 +39,17 @@ def names(paths: list[Path], folder: Path) -> list[str]:
 
 
 def test_folder_in_natural_order_without_hidden_files_and_outputs(folder):
-    assert names(find_images([folder]), folder) == ["IMG1.PNG", "img2.tif", "img10.tif"]
+    assert names(find_images([folder]), folder) == [
+        "data.zarr",
+        "IMG1.PNG",
+        "img2.tif",
+        "img10.tif",
+    ]
 
 
 def test_recursive_goes_into_folders_but_not_into_zarr(folder):
     found = names(find_images([folder], recursive=True), folder)
-    assert found == ["IMG1.PNG", "img2.tif", "img10.tif", "sub/deep.jpg"]
+    assert found == ["data.zarr", "IMG1.PNG", "img2.tif", "img10.tif", "sub/deep.jpg"]
 
 
 def test_outputs_on_request(folder):
@@ -54,7 +59,7 @@ def test_outputs_on_request(folder):
 
 def test_files_come_first_come_first_listed_and_once(folder):
     found = find_images([folder / "img10.tif", folder, str(folder / "img10.tif")])
-    assert names(found, folder) == ["img10.tif", "IMG1.PNG", "img2.tif"]
+    assert names(found, folder) == ["img10.tif", "data.zarr", "IMG1.PNG", "img2.tif"]
     assert find_images([folder / "a_labels.tif"]) == [folder / "a_labels.tif"]
     assert find_images([folder / "notes.txt"]) == [folder / "notes.txt"]
     assert find_images([folder / "data.zarr"]) == [folder / "data.zarr"]
@@ -63,6 +68,7 @@ def test_files_come_first_come_first_listed_and_once(folder):
 def test_patterns(folder):
     assert names(find_images([str(folder / "*.tif")]), folder) == ["img2.tif", "img10.tif"]
     assert names(find_images([str(folder / "**" / "*")]), folder) == [
+        "data.zarr",
         "IMG1.PNG",
         "img2.tif",
         "img10.tif",
@@ -77,8 +83,8 @@ def test_nothing_found_is_a_wrong_call(folder):
     with pytest.raises(UsageError, match="There is no file or folder"):
         find_images([folder / "nowhere"])
     (folder / "empty").mkdir()
-    (folder / "empty" / "a.czi").write_bytes(b"x")
-    with pytest.raises(UsageError, match=r"\.tif, \.tiff, \.png.*\.czi files cannot be read yet"):
+    (folder / "empty" / "a.oib").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"\.tif, \.tiff, \.png.*\.oib files cannot be read yet"):
         find_images([folder / "empty"])
     with pytest.raises(UsageError, match="holds none"):
         find_images([str(folder / "*.bmp")])

@@ -40,9 +40,7 @@ def test_white_is_zero_is_inverted_for_images_only(tmp_path):
 def test_five_dimensional_stack_needs_a_page(tmp_path):
     stack = textured((2, 3, 4, 6, 5))  # T, Z, C, Y, X
     tifffile.imwrite(tmp_path / "a.tif", stack, imagej=True, metadata={"axes": "TZCYX"})
-    with pytest.raises(
-        ImageFileError, match=r"TZCYX and sizes 2 × 3 × 4 × 6 × 5.*by `page`, 0 … 5"
-    ):
+    with pytest.raises(ImageFileError, match=r"holds T 2 × Z 3 × C 4: choose with `time` and `z`"):
         read_image(tmp_path / "a.tif")
     for page in range(6):
         np.testing.assert_array_equal(
@@ -70,7 +68,7 @@ def test_volume_stored_in_one_page(tmp_path):
     tifffile.imwrite(
         tmp_path / "a.tif", stack, volumetric=True, tile=(4, 16, 16), photometric="minisblack"
     )
-    with pytest.raises(ImageFileError, match="4 × 16 × 16"):
+    with pytest.raises(ImageFileError, match="holds Z 4: choose with `z`"):
         read_image(tmp_path / "a.tif")
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif", page=2).pixels, stack[2])
 
@@ -80,7 +78,9 @@ def test_several_series_need_a_page_that_counts_through_them(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.ome.tif") as tif:
         tif.write(first, metadata={"axes": "ZYX"})
         tif.write(second, metadata={"axes": "YX", "PhysicalSizeX": 2.0, "PhysicalSizeY": 2.0})
-    with pytest.raises(ImageFileError, match="2 images of 3 planes"):
+    with pytest.raises(
+        ImageFileError, match=r"2 scenes of different sizes, the first of Z 2 .*`scene` and `z`"
+    ):
         read_image(tmp_path / "a.ome.tif")
     np.testing.assert_array_equal(read_image(tmp_path / "a.ome.tif", page=1).pixels, first[1])
     last = read_image(tmp_path / "a.ome.tif", page=2)
@@ -252,6 +252,6 @@ def test_camera_pitch_is_not_taken_for_the_pixel_size(data_dir):
 
 def test_real_stack_of_planes(data_dir):
     path = data_dir / "ctc" / "yeast_baby" / "01_zstack" / "t000.tif"
-    with pytest.raises(ImageFileError, match="QYX and sizes 5 × 117 × 117"):
+    with pytest.raises(ImageFileError, match="holds 5 planes"):
         read_image(path)
     assert read_image(path, page=4).pixels.shape == (117, 117)

@@ -1,0 +1,155 @@
+"""Read OME-Zarr 0.1 to 0.5, a folder: the full resolution of its pyramid, chunk by chunk."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocell.errors import ImageFileError
+from dinocell.io.microscopes import library
+from dinocell.io.planes import Selection
+from dinocell.io.stacks import Series, Stack, by_plane, series_of
+from dinocell.io.units import length_um, pixel_edges_um
+from dinocell.scratch import new_image, row_bands
+
+
+@contextlib.contextmanager
+def open_zarr(path: Path, wanted: Selection) -> Iterator[Stack]:
+    """Open a folder; the images of a collection (bioformats2raw, a well) are scenes."""
+    zarr = library("zarr", "OME-Zarr images")
+    attributes = _attributes(path)
+    images = [(path / inner, _attributes(path / inner)) for inner in _scenes(path, attributes)]
+    found = [_series(zarr, place, described) for place, described in images]
+    arrays = [array for array, _ in found]
+    axes = [axes for _, (axes, _) in found]
+
+    def plane(number: int, index: dict[str, int]) -> NDArray[Any]:
+        array, letters = arrays[number], axes[number]
+        order = [axis for axis in letters if axis in "YX"]
+        place = [index.get(axis, slice(None) if axis in "YX" else 0) for axis in letters]
+        height, width = (array.shape[letters.index(axis)] for axis in "YX")
+        pixels = new_image((height, width), array.dtype.newbyteorder("="), wanted.tile_px)
+        for rows in row_bands(pixels.shape):
+            place[letters.index("Y")] = rows
+            part = array[tuple(place)]
+            pixels[rows] = part if order == ["Y", "X"] else part.T
+        return pixels
+
+    version = _ome(images[0][1])["multiscales"][0].get("version") or _ome(images[0][1]).get(
+        "version"
+    )
+    name = f"OME-Zarr {version}" if version else "OME-Zarr"
+    yield by_plane(name, [series for _, (_, series) in found], plane, wanted.tile_px)
+
+
+def _attributes(folder: Path) -> dict[str, Any]:
+    """The attributes of a group: those of `zarr.json` (Zarr 3) or of `.zattrs` (Zarr 2)."""
+    for name in ("zarr.json", ".zattrs"):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        if not isinstance(content, dict):
+            break
+        found = content.get("attributes", {}) if name == "zarr.json" else content
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _ome(attributes: Mapping[str, Any]) -> Any:
+    """The part on images: since OME-Zarr 0.5 it has a key of its own."""
+    return attributes.get("ome", attributes)
+
+
+def _scenes(path: Path, attributes: Mapping[str, Any]) -> list[str]:
+    """Folders, relative to `path`, of the images that a group holds; `.` for an image itself."""
+    ome = _ome(attributes)
+    if ome.get("multiscales"):
+        return ["."]
+    if "plate" in ome:
+        wells = ome["plate"].get("wells") or [{"path": "A/1"}]
+        raise ImageFileError(
+            f"One image is needed, '{path}' holds a plate of {len(wells)} wells: name a well, for example "
+            f"'{path / wells[0]['path']}'"
+        )
+    if "well" in ome:
+        return [image["path"] for image in ome["well"]["images"]]
+    if "bioformats2raw.layout" in ome:
+        listed = _ome(_attributes(path / "OME")).get("series")
+        inner = [one.name for one in path.iterdir() if one.name.isdecimal() and one.is_dir()]
+        return listed or sorted(inner, key=int)
+    raise ImageFileError(
+        f"An OME-Zarr image must state its 'multiscales', '{path}' does not: name the folder of one image "
+        "in it, or write it again as OME-Zarr"
+    )
+
+
+def _series(
+    zarr: Any, path: Path, attributes: Mapping[str, Any]
+) -> tuple[Any, tuple[list[str], Series]]:
+    """The array of the full resolution, the letters of its axes, and what is known about it."""
+    ome = _ome(attributes)
+    if not ome.get("multiscales"):
+        raise ImageFileError(
+            f"An OME-Zarr image must state its 'multiscales', '{path}' does not: copy or export it again"
+        )
+    image = ome["multiscales"][0]
+    level = image["datasets"][0]
+    if not any((path / level["path"] / name).is_file() for name in ("zarr.json", ".zarray")):
+        raise ImageFileError(
+            f"A pyramid must hold its full resolution, '{path}' lacks the array '{level['path']}': copy or "
+            "export it again"
+        )
+    array = zarr.open_array(str(path / level["path"]), mode="r")
+    axes = image.get("axes") or list("tczyx")
+    axes = [{"name": axis} if isinstance(axis, str) else axis for axis in axes]
+    letters = [_letter(axis) for axis in axes]
+    if (
+        len(letters) != array.ndim
+        or len(set(letters)) != len(letters)
+        or not {"Y", "X"} <= set(letters)
+    ):
+        names = ", ".join(str(axis.get("name")) for axis in axes)
+        raise ImageFileError(
+            f"Axes must differ and have y and x, '{path}' has {names} for an array of {array.ndim} axes: "
+            "export it again"
+        )
+    scale = np.ones(len(letters))
+    for level_or_image in (level, image):
+        for step in level_or_image.get("coordinateTransformations") or ():
+            if step.get("type") == "scale":
+                scale = scale * np.asarray(step["scale"], dtype=float)
+    units = {
+        letter: str(axis.get("unit") or "") for letter, axis in zip(letters, axes, strict=True)
+    }
+    edges = dict(zip(letters, scale.tolist(), strict=True))
+    notes: list[str] = []
+    square = pixel_edges_um((edges["X"], edges["Y"]), (units["X"], units["Y"]), notes)
+    depth = length_um(edges.get("Z"), units.get("Z", ""))
+    channels = (ome.get("omero") or {}).get("channels") or []
+    labels = [channel.get("label") for channel in channels]
+    sizes = dict(zip(letters, array.shape, strict=True))
+    order = [letter for letter in letters if letter not in "YX"] + ["Y", "X"]
+    series = series_of(
+        order,
+        [sizes[letter] for letter in order],
+        array.dtype,
+        name=str(image.get("name") or ""),
+        channel_names=tuple(map(str, labels))
+        if len(labels) == sizes.get("C", 1) and all(labels)
+        else None,
+        pixel_size_um=(*(square or (None, None)), depth),
+        notes=tuple(notes),
+    )
+    return array, (letters, series)
+
+
+def _letter(axis: Mapping[str, Any]) -> str:
+    """T, C, Z, Y, X, or the first letter of another axis; S stands for samples elsewhere."""
+    kind, name = axis.get("type"), str(axis.get("name") or "?")
+    letter = {"time": "T", "channel": "C"}.get(str(kind), name[0].upper())
+    return "P" if letter == "S" else letter
