@@ -2,10 +2,13 @@
 
     python benchmarks/unfamiliar.py                                 # rates of dinocell-tiny; writes results/
     python benchmarks/unfamiliar.py --whole                         # on whole images, into the same file
-    python benchmarks/unfamiliar.py --describe OUT.safetensors      # the model with newly fitted statistics
+    python benchmarks/unfamiliar.py --model MODEL                   # of another one; its own file of results
+    python benchmarks/unfamiliar.py --describe OUT.safetensors --config configs/finetune/dsb2018_tiny.yaml
+                                                                    # with newly fitted statistics
 
-The statistics come from the training and validation images of `configs/finetune/dsb2018_tiny.yaml`
-alone; every rate is of images that neither the training nor the fit has seen.  Of images larger than
+Images of the data sets that the model was trained on should not be flagged.  The statistics come from the
+training and validation images of the configuration alone; every rate is of images that neither the
+training nor the fit has seen.  Of images larger than
 `--crop` only the middle is segmented, unless `--whole` is given; then the sets without a goal are left out.
 """
 
@@ -24,7 +27,7 @@ from scipy.ndimage import gaussian_filter
 
 from dinocell.io import read_image
 from dinocell.network.familiarity import Appearance
-from dinocell.network.model import load_model, save_model
+from dinocell.network.model import DINOCell, save_model
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.segmentation.inference import predict_distance_map
 
@@ -154,16 +157,14 @@ def look(pipeline: DINOCellPipeline, name: str, pixels: np.ndarray, crop: int | 
     }
 
 
-def describe(out: Path) -> None:
-    """Write the bundled model with statistics of its training images."""
-    from dinocell.settings import load_settings
-    from dinocell.training.config import TrainConfig
+def describe(model: DINOCell, config_path: Path, out: Path) -> None:
+    """Write the model with statistics of the training images that a configuration names."""
+    from dinocell.training.config import load_train_config
     from dinocell.training.datasets import split_pairs
     from dinocell.training.final_model import training_statistics
 
-    config = load_settings(TrainConfig, HERE.parent / "configs/finetune/dsb2018_tiny.yaml")
+    config = load_train_config(config_path)
     train, val = split_pairs(config.data, config.seed)
-    model = load_model(config.name)
     model.statistics = training_statistics(model, [*train, *val], shown=True)
     save_model(out, model, half=True)
 
@@ -189,18 +190,29 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=224)
     parser.add_argument("--whole", action="store_true", help="segment whole images")
     parser.add_argument("--describe", type=Path)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "unfamiliar.json")
+    parser.add_argument(
+        "--config", type=Path, default=HERE.parent / "configs/finetune/dsb2018_tiny.yaml"
+    )
     options = parser.parse_args()
-    if options.describe:
-        describe(options.describe)
-        return
     pipeline = DINOCellPipeline(options.model)
+    if options.describe:
+        describe(pipeline.model, options.config, options.describe)
+        return
+    known = pipeline.model.card["data"]
+    title = (
+        "unfamiliar"
+        if options.model == "dinocell-tiny"
+        else f"unfamiliar_{Path(options.model).stem}"
+    )
+    out = HERE / "results" / f"{title}.json"
     crop = None if options.whole else options.crop
-    record = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    record = json.loads(out.read_text()) if out.is_file() else {}
     part: dict = {"model": options.model, "rates": {}, "sets": {}}
     record["whole images" if options.whole else f"middle {crop} px"] = part
     kinds: dict[str, list[int]] = {}
     for name, (kind, images) in SETS.items():
+        if any(f": {data}/" in name for data in known):
+            kind = "own"
         if options.whole and kind == "other":
             continue
         rows = [look(pipeline, *image, crop) for image in images()]
@@ -216,14 +228,14 @@ def main() -> None:
             f"{name:45} {flagged:3} of {len(rows):3}  [{interval[0]:.3f}, {interval[1]:.3f}]",
             flush=True,
         )
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     part["rates"] = {
         kind: {"flagged": a, "images": n, "share": round(a / n, 4), "interval": wilson(a, n)}
         for kind, (a, n) in kinds.items()
     }
     print(json.dumps(part["rates"], indent=1))
     part["cost_s"] = cost(pipeline)
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

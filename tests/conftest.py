@@ -113,7 +113,7 @@ def mini_model(mini_networks):  # type: ignore[no-untyped-def]
 @pytest.fixture(scope="session")
 def knowing_model(small_model):  # type: ignore[no-untyped-def]
     """`small_model` with statistics of ten noisy fields, which are far from a smooth gradient."""
-    from dinocell.network.familiarity import Appearance, fit_statistics
+    from dinocell.network.familiarity import Appearance, KnownKinds, fit_statistics
     from dinocell.network.model import with_config
     from dinocell.segmentation.inference import predict_distance_map
 
@@ -123,7 +123,7 @@ def knowing_model(small_model):  # type: ignore[no-untyped-def]
         field = rng.integers(100, 120, (40, 40)) + 200 * (rng.random((40, 40)) < 0.1)
         predict_distance_map(small_model, field.astype(np.uint16), appearance=appearance)
     model = with_config(small_model)
-    model.statistics = fit_statistics(seen)
+    model.statistics = KnownKinds((fit_statistics(seen),))
     model.card = {"name": "knowing"}
     return model
 

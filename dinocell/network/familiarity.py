@@ -3,10 +3,11 @@
 A network answers on any image, also on one of a kind that it has never seen.  Its deepest features tell
 the kinds apart: their mean over the patches without cells is alike in all images of one kind (background,
 noise, optics) and far away in another.  A model therefore carries the mean and the covariance of that
-vector over its training images, and an image whose Mahalanobis distance exceeds a limit is flagged.
+vector over the training images of each data set, and an image whose Mahalanobis distance from all of
+them exceeds a limit is flagged.
 
 The distance is that of Lee et al., "A simple unified framework for detecting out-of-distribution
-samples", NeurIPS 2018, with one class.  The covariance of a few hundred images in D dimensions is
+samples", NeurIPS 2018, with a data set for a class and a covariance for each.  The covariance of a few hundred images in D dimensions is
 shrunk towards a multiple of the identity (Ledoit & Wolf 2004), and stored as its largest eigenvectors
 and one variance for the rest.  The limit comes from images that a fit has not seen (`fit_statistics`).
 The features are computed anyway; collecting them adds sums over patches.
@@ -134,7 +135,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TrainingStatistics:
-    """What the training images of a model look like; stored in the header of the model file."""
+    """What the training images of one data set look like."""
 
     mean: Sequence[float]  # D numbers, mean of `Appearance.features` over the images
     # directions, variances: K lists of D numbers, K numbers: the eigenvectors of the shrunk
@@ -212,6 +213,36 @@ class TrainingStatistics:
                 "fetch it again"
             )
         return found
+
+
+@dataclass(frozen=True)
+class KnownKinds:
+    """Statistics of each data set that a model was trained on; stored in the header of its file."""
+
+    kinds: tuple[TrainingStatistics, ...]
+
+    @property
+    def images(self) -> int:
+        """How many images were looked at."""
+        return sum(kind.images for kind in self.kinds)
+
+    def compare(self, appearance: Appearance | None) -> Comparison | None:
+        """Compare one image with the nearest kind; None where the network saw nothing of it."""
+        compared = [found for kind in self.kinds if (found := kind.compare(appearance)) is not None]
+        return min(compared, key=lambda found: found.unfamiliar, default=None)
+
+    def to_mapping(self) -> list[dict[str, Any]]:
+        """As JSON values."""
+        return [kind.to_mapping() for kind in self.kinds]
+
+    @classmethod
+    def from_mapping(cls, values: Any, source: object) -> KnownKinds:
+        """Read what `to_mapping` wrote; earlier versions stored one kind without a list.
+
+        Raises CheckpointError (something is missing, or no finite number).
+        """
+        kinds = values if isinstance(values, list) and values else [values]
+        return cls(tuple(TrainingStatistics.from_mapping(kind, source) for kind in kinds))
 
 
 def fit_statistics(images: Sequence[Appearance]) -> TrainingStatistics | None:

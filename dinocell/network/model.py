@@ -23,7 +23,7 @@ from dinocell.network.backbone import BACKBONE_SIZES, DINOv3Backbone
 from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from dinocell.network.decoder import create_decoder
 from dinocell.network.detail import ConvPyramid, pyramid_widths
-from dinocell.network.familiarity import TrainingStatistics
+from dinocell.network.familiarity import KnownKinds
 from dinocell.settings import config_from_mapping, config_to_mapping, require
 from dinocell.tree import tree_imports
 
@@ -49,7 +49,7 @@ class DINOCell(nn.Module):
         self.config = config
         self.card: dict[str, Any] = dict(card or {})
         # what its training images look like; None where they are not recorded
-        self.statistics: TrainingStatistics | None = None
+        self.statistics: KnownKinds | None = None
         self.backbone: DINOv3Backbone | ConvPyramid
         if config.size == "conv":
             self.backbone = ConvPyramid(pyramid_widths(config.patch_size))
@@ -247,7 +247,7 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
         ) from error
     model = DINOCell(config, card=header.get("card"))
     if header.get("statistics") is not None:
-        model.statistics = TrainingStatistics.from_mapping(header["statistics"], path)
+        model.statistics = KnownKinds.from_mapping(header["statistics"], path)
     expected = model.state_dict()
     _refuse_other_weights(path, state, expected, config)
     model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})

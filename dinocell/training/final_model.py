@@ -12,7 +12,7 @@ import torch
 from dinocell import __version__
 from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
 from dinocell.files import atomic_path
-from dinocell.network.familiarity import TrainingStatistics, fit_statistics
+from dinocell.network.familiarity import Appearance, KnownKinds, fit_statistics
 from dinocell.network.model import DINOCell, save_model, with_config
 from dinocell.pairs import Pair
 from dinocell.progress import progress
@@ -131,26 +131,35 @@ def draw_curves(log_path: str | Path, out_path: str | Path) -> None:
 
 def training_statistics(
     model: DINOCell, pairs: Sequence[Pair], *, shown: bool = False
-) -> TrainingStatistics | None:
-    """Statistics of up to 200 images, spread evenly over `pairs`; None for too few.
+) -> KnownKinds | None:
+    """Statistics of up to 200 images of each data set, spread evenly over its `pairs`.
+
+    A data set with too few is not described; None where none has enough.
 
     The network sees the middle of each image, two windows high and wide, in the intensities of the
     whole.  Raises DataSetError, ImageFileError (an image or its labels cannot be used).
     """
     config = model.config
     side = 2 * config.window_px - config.overlap_px
-    chosen = spread_evenly(pairs, _MAX_IMAGES)
-    seen = []
+    sets = dict.fromkeys(pair.dataset for pair in pairs)
+    chosen = [
+        pair
+        for name in sets
+        for pair in spread_evenly([pair for pair in pairs if pair.dataset == name], _MAX_IMAGES)
+    ]
+    seen: dict[str, list[Appearance]] = {name: [] for name in sets}
     with progress("looking at training images", len(chosen), shown=shown) as bar:
         for pair in chosen:
             image, _ = read_pair(pair, **config.intensity)
             intensity = find_range(image, **config.intensity)
             top, left = (max(0, (size - side) // 2) for size in image.shape)
             middle = np.ascontiguousarray(image[top : top + side, left : left + side])
-            seen.append(start_appearance(intensity, image.dtype, config))
-            predict_distance_map(model, middle, intensity=intensity, appearance=seen[-1])
+            appearance = start_appearance(intensity, image.dtype, config)
+            predict_distance_map(model, middle, intensity=intensity, appearance=appearance)
+            seen[pair.dataset].append(appearance)
             bar.advance()
-        statistics = fit_statistics(seen)
-        if statistics is None:
+        fitted = [fit_statistics(images) for images in seen.values()]
+        kinds = tuple(kind for kind in fitted if kind is not None)
+        if not kinds:
             bar.write("too few images to describe: the model will not flag images of another kind")
-    return statistics
+    return KnownKinds(kinds) if kinds else None

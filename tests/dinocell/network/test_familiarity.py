@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from dinocell.errors import CheckpointError
 from dinocell.network.familiarity import (
     Appearance,
+    KnownKinds,
     TrainingStatistics,
     contrast_of,
     fit_statistics,
@@ -162,15 +164,18 @@ def test_contrast_is_a_share_of_the_data_type():
 
 def test_statistics_travel_in_the_header_of_the_model_file(small_model, statistics, tmp_path):
     model = copy.copy(small_model)
-    model.statistics = statistics
+    model.statistics = KnownKinds((statistics, replace(statistics, limit=9.0, images=7)))
     save_model(tmp_path / "with.safetensors", model)
     save_model(tmp_path / "without.safetensors", small_model)
     loaded = load_model(tmp_path / "with.safetensors")
     points = np.random.default_rng(0).normal(10, 5, (20, 6))
-    np.testing.assert_allclose(
-        loaded.statistics.distance(points), statistics.distance(points), rtol=1e-3
-    )
-    assert loaded.statistics.limit == pytest.approx(statistics.limit, rel=1e-4)
+    first, second = loaded.statistics.kinds
+    np.testing.assert_allclose(first.distance(points), statistics.distance(points), rtol=1e-3)
+    assert first.limit == pytest.approx(statistics.limit, rel=1e-4)
+    assert second.limit == 9.0
+    assert loaded.statistics.images == statistics.images + 7
+    (alone,) = KnownKinds.from_mapping(statistics.to_mapping(), "of an earlier version").kinds
+    assert alone.limit == first.limit
     assert load_model(tmp_path / "without.safetensors").statistics is None
     assert "statistics" not in read_model_header(tmp_path / "without.safetensors")
     for key, value in small_model.state_dict().items():
@@ -196,6 +201,22 @@ def test_damaged_statistics_are_refused(statistics, damage):
     for other in (None, 3, [1], {}):
         with pytest.raises(CheckpointError, match="must be finite numbers"):
             TrainingStatistics.from_mapping(other, "some.safetensors")
+        with pytest.raises(CheckpointError, match="must be finite numbers"):
+            KnownKinds.from_mapping([statistics.to_mapping(), other], "some.safetensors")
+    with pytest.raises(CheckpointError, match="must be finite numbers"):
+        KnownKinds.from_mapping([], "some.safetensors")
+
+
+def test_an_image_is_compared_with_the_nearest_kind(statistics):
+    shift = 1000.0
+    other = replace(statistics, mean=[value + shift for value in statistics.mean])
+    known = KnownKinds((statistics, other))
+    for value in (10.0, 10.0 + shift):
+        assert known.compare(seen(np.full(6, value))).unfamiliar < 0.3
+    between = known.compare(seen(np.full(6, 10.0 + 0.4 * shift)))
+    assert between == statistics.compare(seen(np.full(6, 10.0 + 0.4 * shift)))
+    assert between.unfamiliar > 1
+    assert known.compare(Appearance()) is None
 
 
 def test_the_limit_comes_from_images_that_the_fit_has_not_seen():

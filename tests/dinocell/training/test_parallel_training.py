@@ -45,6 +45,7 @@ def torchrun(*command: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     named = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'dinov3_modified'}"}
+    named["PYTHONFAULTHANDLER"] = "1"  # a process that dies by a signal shows where
     return {**os.environ, **named}
 
 

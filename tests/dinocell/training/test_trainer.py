@@ -72,7 +72,7 @@ def test_a_model_knows_its_training_images(finished, blob_data, tmp_path, monkey
     result = train(make_config(blob_data, tmp_path), shown=False)
     model = load_model(result.model_path)
     assert model.statistics.images == 6
-    assert len(model.statistics.mean) == model.backbone.embed_dim
+    assert len(model.statistics.kinds[0].mean) == model.backbone.embed_dim
 
 
 def test_training_images_are_looked_at_in_the_middle(blob_data, small_model, monkeypatch):
@@ -90,6 +90,12 @@ def test_training_images_are_looked_at_in_the_middle(blob_data, small_model, mon
     monkeypatch.setattr(final_model, "_MAX_IMAGES", 5)
     assert final_model.training_statistics(small_model, pairs).images == 5
     assert shapes == [(56, 56)] * 5
+    halves = [replace(pair, dataset=str(index)) for index, pair in enumerate(pairs[:1] * 2)]
+    several = [*pairs, *(replace(pair, dataset="others") for pair in pairs), *halves]
+    kinds = final_model.training_statistics(small_model, several).kinds
+    assert [kind.images for kind in kinds] == [5, 5], (
+        "each data set has its own, one image has none"
+    )
     whole = find_range(read_pair(pairs[0])[0], **small_model.config.intensity)
     assert bounds[0] == (whole.low, whole.high)
 
