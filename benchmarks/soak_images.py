@@ -133,9 +133,9 @@ def label_image(path: Path, image: np.ndarray) -> None:
 
 GOOD = (
     gray16, gray8_compressed, float32, uint32, several_pages, oblong_pixels, array, png16, turned_jpeg,
-    bitmap, tiny, constant, saturated, no_data, odd_name,
+    bitmap, tiny, constant, saturated, no_data, odd_name, colour,
 )  # fmt: skip
-BAD = (colour, several_channels, broken, truncated, label_image)
+BAD = (several_channels, broken, truncated, label_image)
 KINDS = GOOD + BAD
 
 

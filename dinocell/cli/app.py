@@ -17,6 +17,7 @@ from dinocell.cli import (
     cluster,
     data,
     evaluate,
+    info,
     inspect,
     jump,
     segment,
@@ -38,7 +39,19 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's tables cut the names of options on a terminal of 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (segment, shards, evaluate, train, data, inspect, weights, jump, upstream, cluster):
+for group in (
+    segment,
+    info,
+    shards,
+    evaluate,
+    train,
+    data,
+    inspect,
+    weights,
+    jump,
+    upstream,
+    cluster,
+):
     app.add_typer(group.app, short_help=group.app.info.help)  # whole: click would shorten it
 
 

@@ -16,12 +16,14 @@ from dinocell.io.read import (
     read_label_file,
     read_labels,
 )
+from dinocell.io.stacks import Series
 from dinocell.io.write import write_image, write_labels
 
 __all__ = [
     "Contents",
     "FoundImages",
     "Image",
+    "Series",
     "describe_image",
     "find_images",
     "natural_key",

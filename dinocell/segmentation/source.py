@@ -3,14 +3,13 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import ImageFileError, UsageError
-from dinocell.io import read_image, select_channels
+from dinocell.io import Image, read_image, select_channels
 from dinocell.io.planes import RGB_NAMES, PlaneChoice, distinct_names
 from dinocell.labels import looks_like_labels
 from dinocell.segmentation.intensity import check_values
@@ -63,25 +62,36 @@ def read_source(
     Raises UsageError and ImageFileError (the file cannot be read, or no plane or channel is chosen where
     there are several); ValueError (the array does not fit).
     """
-    chosen = choice.get("channels")
-    if isinstance(chosen, int | str):
-        chosen = [chosen]
-    failure: type[Exception] = ValueError
+    chosen = _listed(choice.get("channels"))
     if isinstance(image, str | os.PathLike):
-        failure = ImageFileError
         file = read_image(image, tile_px=tile_px, **{**choice, "channels": chosen})  # type: ignore[arg-type]
-        pixels, names, stem, notes = file.pixels, file.channel_names, Path(image).stem, file.notes
-        size_um = file.pixel_size_um
-        if file.is_colour and chosen is None:
+        return source_of(file, chosen, allow_mask=allow_mask)
+    given = [name for name, value in choice.items() if name != "channels" and value is not None]
+    if given:
+        raise ValueError(
+            f"`{given[0]}` chooses a plane of a file, got an array: give that plane of the array alone"
+        )
+    return source_of(np.asarray(image), chosen, allow_mask=allow_mask)
+
+
+def source_of(
+    image: Image | NDArray[Any],
+    channels: Sequence[int | str] | int | str | None,
+    *,
+    allow_mask: bool = False,
+) -> Source:
+    """`read_source` for a file that was read with these `channels`, or for an array."""
+    chosen = _listed(channels)
+    failure: type[Exception] = ValueError
+    if isinstance(image, Image):
+        failure = ImageFileError
+        pixels, names, stem, notes = image.pixels, image.channel_names, image.path.stem, image.notes
+        size_um = image.pixel_size_um
+        if image.is_colour and chosen is None:
             chosen = RGB_NAMES
             notes = (*notes, _COLOUR_NOTE)
     else:
-        pixels, names, stem, notes, size_um = np.asarray(image), None, "image", (), None
-        given = [name for name, value in choice.items() if name != "channels" and value is not None]
-        if given:
-            raise ValueError(
-                f"`{given[0]}` chooses a plane of a file, got an array: give that plane of the array alone"
-            )
+        pixels, names, stem, notes, size_um = image, None, "image", (), None
     where = f" in {stem}" if stem != "image" else ""
     if pixels.ndim not in (2, 3) or 0 in pixels.shape:
         raise failure(
@@ -111,3 +121,7 @@ def read_source(
         )
     columns = distinct_names(names, chosen, pixels.shape[2]) if pixels.ndim == 3 else ()
     return Source(pixels, stem, size_um, names, columns, notes)
+
+
+def _listed(channels: Sequence[int | str] | int | str | None) -> Sequence[int | str] | None:
+    return [channels] if isinstance(channels, int | str) else channels

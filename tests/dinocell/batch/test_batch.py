@@ -100,18 +100,18 @@ def test_images_unlike_the_training_are_named(tmp_path, knowing_model, small_mod
 def test_a_bad_file_stops_nothing(images, tmp_path, mini_model):
     broken = tmp_path / "broken.tif"
     broken.write_bytes(images[0].read_bytes()[:300])
-    colour = tmp_path / "colour.png"
+    two = tmp_path / "two.npy"
     rng = np.random.default_rng(0)
-    write_image(colour, rng.integers(0, 255, (40, 40, 3)).astype(np.uint8))
-    paths = [broken, images[0], colour, images[1]]
+    write_image(two, rng.integers(0, 255, (40, 40, 2)).astype(np.uint8))
+    paths = [broken, images[0], two, images[1]]
     result = run(paths, tmp_path / "out", mini_model, report=True)
-    assert [path for path, _ in result.failures] == [broken, colour]
+    assert [path for path, _ in result.failures] == [broken, two]
     assert len(result.rows) == 2
     assert "failed: " in result.text()
     assert not list((tmp_path / "out").glob("broken_*"))
     with (tmp_path / "out" / "summary.csv").open() as file:
         errors = {row["name"]: row["error"] for row in csv.DictReader(file)}
-    assert "gray" in errors["colour"]
+    assert "gray" in errors["two"]
     assert errors["broken"]
     assert not errors[images[0].stem]
     page = (tmp_path / "out" / "report.html").read_text()
