@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from dinocell.errors import UsageError
 from dinocell.files import ensure_folder
 from dinocell.io import refuse_long_names
-from dinocell.io.planes import PlaneChoice
+from dinocell.io.planes import MAX_PIXELS, PlaneChoice
 from dinocell.network.familiarity import Appearance
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
-from dinocell.results.confidence import cell_scores
-from dinocell.scratch import row_bands
+from dinocell.results.confidence import scored_cells
 from dinocell.segmentation.inference import Inference, predict_distance_map, start_appearance
 from dinocell.segmentation.intensity import (
     IntensityRange,
@@ -27,7 +26,6 @@ from dinocell.segmentation.intensity import (
 )
 from dinocell.segmentation.source import read_source
 from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
-from dinocell.segmentation.watershed import separate_cells
 
 if TYPE_CHECKING:
     from dinocell.results.table import CellTable
@@ -305,10 +303,20 @@ class DINOCellPipeline:
         *,
         pixel_size_um: float | None = None,
         allow_mask: bool = False,
+        max_pixels: int = MAX_PIXELS,
         **choice: Unpack[PlaneChoice],
     ) -> LoadedImage:
-        """First third of `run`: the gray plane (H, W), its pixel size, its name and notes."""
-        source = read_source(image, tile_px=self.how.tile_px, allow_mask=allow_mask, **choice)
+        """First third of `run`: the gray plane (H, W), its pixel size, its name and notes.
+
+        A file of more than `max_pixels` pixels is refused before they are read.
+        """
+        source = read_source(
+            image,
+            max_pixels=max_pixels,
+            tile_px=self.how.tile_px,
+            allow_mask=allow_mask,
+            **choice,
+        )
         pixels, notes = source.pixels, source.notes
         if pixel_size_um is None:
             pixel_size_um = source.pixel_size_um
@@ -348,30 +356,20 @@ class DINOCellPipeline:
 
     def finish(self, loaded: LoadedImage, distance_map: NDArray[np.float32]) -> Segmentation:
         """Last third of `run`: what `predict` gave → labels.  Needs no network and no GPU."""
-        distance_map, spread = distance_map if self.how.tta else (distance_map, None)
-        labels = separate_cells(distance_map, self.thresholds)
-        found = list(loaded.warnings)
-        target = self.model.config.target
-        scores = cell_scores(labels, distance_map, target=target, spread=spread)
-        kept = scores >= self.min_score
-        if not kept.all():
-            numbers = np.where(kept, np.cumsum(kept), 0)
-            table = np.append(0, numbers).astype(np.uint32)
-            for rows in row_bands(labels.shape):
-                labels[rows] = table[labels[rows]]
-            found.append(
-                f"{np.count_nonzero(~kept)} of {len(kept)} cells were left out, because their scores "
-                f"are below {self.min_score:g}"
-            )
-            scores = scores[kept]
+        labels, scores, left_out = scored_cells(
+            distance_map,
+            self.thresholds,
+            target=self.model.config.target,
+            min_score=self.min_score,
+        )
         notes, unfamiliar = self.judge(loaded)
         return Segmentation(
             labels=labels,
-            distance_map=distance_map,
+            distance_map=distance_map[0] if self.how.tta else distance_map,
             image=loaded.plane,
             pixel_size_um=loaded.pixel_size_um,
             name=loaded.name,
-            warnings=(*found, *notes),
+            warnings=(*loaded.warnings, *left_out, *notes),
             channels=loaded.channels,
             channel_names=loaded.channel_names,
             scores=scores,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinocell.errors import UsageError
-from dinocell.io.planes import PlaneChoice, Selection
+from dinocell.io.planes import MAX_PIXELS, PlaneChoice, Selection
 from dinocell.network.precision import PRECISIONS
 from dinocell.pipeline import DEFAULT_MODEL
 from dinocell.results.exports import EXPORT_FORMATS
@@ -14,7 +14,7 @@ from dinocell.results.exports import EXPORT_FORMATS
 # Not part of what an image's result depends on, so a resumed run may change them (the model is known
 # by the hash of its weights).
 FREE_OPTIONS = (
-    *("model", "device", "batch_size", "tile_px", "workers"),
+    *("model", "device", "batch_size", "tile_px", "max_pixels", "workers"),
     *("report", "resume", "overwrite"),
 )
 
@@ -38,6 +38,7 @@ class SegmentOptions:
     min_score : cells whose score (0 to 1) is lower are left out
     batch_size : windows per call of the network
     tile_px : images of more pixels than a square of this edge are kept in files; changes no result
+    max_pixels : images of more pixels are refused before they are read
     precision : `auto`, `fp32` or `bf16`
     tta : predict each window in four orientations and take the mean map
     percentiles : intensities that become black and white, in % of the pixels
@@ -63,6 +64,7 @@ class SegmentOptions:
     min_score: float = 0.0
     batch_size: int = 8
     tile_px: int | None = None
+    max_pixels: int = MAX_PIXELS
     precision: str = "auto"
     tta: bool = False
     percentiles: tuple[float, float] | None = None
@@ -120,6 +122,8 @@ def _faults(options: SegmentOptions) -> Iterator[str]:
         yield f"`min_score` must be in 0 to 1, got {options.min_score}: 0 keeps all cells"
     if options.tile_px is not None and options.tile_px < 1:
         yield f"`tile_px` must be at least 1, got {options.tile_px}: leave it out"
+    if options.max_pixels < 1:
+        yield f"`max_pixels` must be at least 1, got {options.max_pixels}: leave it out"
     if options.page is not None and options.page < 0:
         yield f"`page` must be at least 0, got {options.page}: count from 0"
     if options.pixel_size_um is not None and not 0 < options.pixel_size_um < float("inf"):

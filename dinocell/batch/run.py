@@ -38,6 +38,7 @@ from dinocell.batch.journal import (
 from dinocell.batch.library_warnings import LibraryWarnings
 from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions, check_call
 from dinocell.batch.report import REPORT_LIMIT, write_report_page
+from dinocell.batch.watcher import Watcher
 from dinocell.errors import DINOCellError, ScratchSpaceError
 from dinocell.files import (
     check_kept,
@@ -118,6 +119,7 @@ def segment_files(
     shown: bool = True,
     part: Path | None = None,
     claimant: Claimant = Claimant(),  # noqa: B008
+    watcher: Watcher = Watcher(),  # noqa: B008
 ) -> BatchResult:
     """Segment files into one folder.
 
@@ -138,6 +140,8 @@ def segment_files(
         and failures go there, and no summary is written.
     claimant : Claimant
         What is known here of jobs that may be writing to the folder.
+    watcher : Watcher
+        Is called at each step of an image.
 
     Raises
     ------
@@ -163,7 +167,8 @@ def segment_files(
     )
     make_folder(out)
     with _saying_what_was_kept(), _claimed_folder(out, part, claimant):
-        result = _segment_claimed(paths, out, options, pipeline, part=part, shown=shown)
+        batch = _Batch(pipeline, out, options, part, watcher)
+        result = _segment_claimed(paths, batch, shown=shown)
     return replace(result, seconds=time.monotonic() - started)
 
 
@@ -188,21 +193,14 @@ def _claimed_folder(out: Path, part: Path | None, claimant: Claimant) -> Iterato
         yield
 
 
-def _segment_claimed(
-    paths: Sequence[Path],
-    out: Path,
-    options: SegmentOptions,
-    pipeline: DINOCellPipeline,
-    *,
-    part: Path | None,
-    shown: bool,
-) -> BatchResult:
+def _segment_claimed(paths: Sequence[Path], batch: "_Batch", *, shown: bool) -> BatchResult:
     """`segment_files` after all checks of the call; the seconds are still to be filled in."""
     started = time.monotonic()
+    out, options, pipeline, part = batch.out, batch.options, batch.pipeline, batch.part
     settings = settings_of(options, pipeline.model)
     journal = (part or out) / JOURNAL_NAME
     done, changed = open_folder(out, journal, paths, settings, options, is_part=part is not None)
-    batch = _Batch(pipeline, out, options, part, done, len(paths))
+    batch.rows, batch.num_images = dict(done), len(paths)
     with kept_folder(out / SETTINGS_NAME):
         batch.segment([path for path in paths if path.stem not in done], shown=shown)
         places = {path: place for place, path in enumerate(paths)}
@@ -253,14 +251,13 @@ class _Batch:
         out: Path,
         options: SegmentOptions,
         part: Path | None,
-        done: dict[str, dict[str, Any]],
-        num_images: int,
+        watcher: Watcher,
     ) -> None:
-        self.pipeline = pipeline
+        self.pipeline, self.watcher = pipeline, watcher
         self.out, self.options, self.part = out, options, part
-        self.rows = dict(done)
+        self.rows: dict[str, dict[str, Any]] = {}
         self.failures: list[tuple[Path, str]] = []
-        self.num_images = num_images
+        self.num_images = 0
         self.entries: dict[str, ReportEntry] = {}
         self.pending: list[tuple[Path, int, Future[None]]] = []  # file, bytes, its work
         self.warned = LibraryWarnings()
@@ -313,7 +310,9 @@ class _Batch:
         mark = mark_input(path, self.options)
         with self.warned.of_image() as kept:
             loaded = self.pipeline.load(
-                path, **{name: getattr(self.options, name) for name in IMAGE_OPTIONS}
+                path,
+                max_pixels=self.options.max_pixels,
+                **{name: getattr(self.options, name) for name in IMAGE_OPTIONS},
             )
         return loaded._replace(warnings=(*loaded.warnings, *kept)), mark
 
@@ -324,8 +323,11 @@ class _Batch:
         try:
             loaded, mark = read.result()
             with self.warned.of_image() as kept:
-                distance_map = self.pipeline.predict(loaded)
-            return loaded._replace(warnings=(*loaded.warnings, *kept)), distance_map, mark
+                self.watcher.loaded(loaded)
+                distance_map = self.pipeline.predict(loaded, progress=self.watcher.progressed)
+            loaded = loaded._replace(warnings=(*loaded.warnings, *kept))
+            self.watcher.predicted(self.pipeline, loaded, distance_map)
+            return loaded, distance_map, mark
         except _IMAGE_ERRORS as error:
             self._fail(path, error)
             return None

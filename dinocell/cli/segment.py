@@ -82,6 +82,9 @@ class SegmentFlags:
         "edge length in px. The files lie in the folder that the environment variable TMPDIR names, else "
         "in that of the system. The result does not change.  [default: 4096]"
     )
+    max_pixels: int = option(
+        "Refuse images with more pixels than this, before they are read.", 2_000_000_000
+    )
     precision: str = option(
         "Compute with numbers of 32 bits (fp32) or 16 bits (bf16: faster on some processors, differs in "
         "the third digit). The value auto takes bf16 on processors that are fast with it, else fp32.",

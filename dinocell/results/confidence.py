@@ -7,7 +7,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from dinocell.compilation import njit
 from dinocell.labels import as_labels
+from dinocell.scratch import row_bands
 from dinocell.segmentation.distance_map import DEFAULT_TARGET, labels_to_distance_map
+from dinocell.segmentation.thresholds import Thresholds
+from dinocell.segmentation.watershed import separate_cells
 
 _CORE = 0.4
 """Twice the fill threshold of `dinocell-tiny`: the part of a cell that a higher threshold would keep."""
@@ -74,6 +77,47 @@ def cell_scores(
             total = _sums_in_cells(array, predicted, num_cells)
             shares *= np.clip((total - apart) / (total + apart), 0, 1) ** 4
     return np.where(higher * peak > 0, shares, 0.0)
+
+
+def scored_cells(
+    distance_map: NDArray[np.float32],
+    thresholds: Thresholds,
+    *,
+    target: str = DEFAULT_TARGET,
+    min_score: float = 0.0,
+) -> tuple[NDArray[np.uint32], NDArray[np.float64], tuple[str, ...]]:
+    """Separate and score the cells of a distance map; needs no network.
+
+    Parameters
+    ----------
+    distance_map : (H, W) float32 ndarray in [0, 1], or (2, H, W) with the spread of test-time augmentation
+    target : {"sqrt", "linear"}
+        What the network predicts.
+    min_score : float in [0, 1]
+        Cells of a lower score become background.
+
+    Returns
+    -------
+    labels : (H, W) uint32 ndarray, 0 background, cells 1..n
+    scores : (n,) float64 ndarray, see `cell_scores`
+    notes : how many cells `min_score` has removed, if any
+
+    Raises ValueError (see `separate_cells`).
+    """
+    mean, spread = distance_map if distance_map.ndim == 3 else (distance_map, None)
+    labels = separate_cells(mean, thresholds)
+    scores = cell_scores(labels, mean, target=target, spread=spread)
+    kept = scores >= min_score
+    if kept.all():
+        return labels, scores, ()
+    numbers = np.append(0, np.where(kept, np.cumsum(kept), 0)).astype(np.uint32)
+    for rows in row_bands(labels.shape):
+        labels[rows] = numbers[labels[rows]]
+    note = (
+        f"{np.count_nonzero(~kept)} of {len(kept)} cells were left out, because their scores are below "
+        f"{min_score:g}"
+    )
+    return labels, scores[kept], (note,)
 
 
 @njit

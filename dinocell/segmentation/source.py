@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dinocell.errors import ImageFileError, UsageError
 from dinocell.io import Image, read_image, select_channels
-from dinocell.io.planes import RGB_NAMES, PlaneChoice, distinct_names
+from dinocell.io.planes import MAX_PIXELS, RGB_NAMES, PlaneChoice, distinct_names
 from dinocell.labels import looks_like_labels
 from dinocell.segmentation.intensity import check_values
 
@@ -46,6 +46,7 @@ class Source:
 def read_source(
     image: NDArray[Any] | str | os.PathLike[str],
     *,
+    max_pixels: int = MAX_PIXELS,
     tile_px: int | None = None,
     allow_mask: bool = False,
     **choice: Unpack[PlaneChoice],
@@ -55,8 +56,9 @@ def read_source(
     Parameters
     ----------
     image : path, or (H, W) or (H, W, C) ndarray of any real data type
-    tile_px, choice : as for `dinocell.io.read_image`; of an array only `channels` can be chosen, and one
-        name or number need not be in a list.  All channels of a colour picture are taken by default.
+    max_pixels, tile_px, choice : as for `dinocell.io.read_image`; of an array only `channels` can be
+        chosen, and one name or number need not be in a list.  All channels of a colour picture are taken
+        by default.
     allow_mask : accept an image that looks like a label image or a binary mask
 
     Raises UsageError and ImageFileError (the file cannot be read, or no plane or channel is chosen where
@@ -64,7 +66,8 @@ def read_source(
     """
     chosen = _listed(choice.get("channels"))
     if isinstance(image, str | os.PathLike):
-        file = read_image(image, tile_px=tile_px, **{**choice, "channels": chosen})  # type: ignore[arg-type]
+        choice["channels"] = chosen
+        file = read_image(image, max_pixels=max_pixels, tile_px=tile_px, **choice)
         return source_of(file, chosen, allow_mask=allow_mask)
     given = [name for name, value in choice.items() if name != "channels" and value is not None]
     if given:

@@ -696,3 +696,44 @@ def test_damaged_lines_of_a_journal_are_left_out(tmp_path):
     path = tmp_path / "images.jsonl"
     path.write_bytes(b'{"name": "a"}\n\xff\xfe\n7\nnull\n{}\n' + b"9" * 5000 + b'\n{"name": "b"}\n')
     assert [row["name"] for row in journal.read_journal(path)] == ["a", "b"]
+
+
+def test_a_watcher_follows_every_image_and_may_stop_one(images, tmp_path, mini_model):
+    from dinocell.batch.watcher import Watcher
+
+    seen = []
+
+    class Recorder(Watcher):
+        def loaded(self, image):
+            seen.append(("loaded", image.name))
+
+        def progressed(self, done, total):
+            seen.append((done, total))
+            if ("loaded", images[1].stem) in seen:
+                raise RuntimeError("Enough")
+
+        def predicted(self, pipeline, image, distance_map):
+            assert distance_map.shape == image.plane.shape
+            assert (pipeline.finish(image, distance_map).labels > 0).any()
+            seen.append(("predicted", image.name))
+
+    result = segment_files(
+        images[:2], tmp_path, OPTIONS, model=mini_model, shown=False, watcher=Recorder()
+    )
+    first, second = (path.stem for path in images[:2])
+    assert [what for what in seen if what[0] in ("loaded", "predicted")] == [
+        ("loaded", first),
+        ("predicted", first),
+        ("loaded", second),
+    ]
+    windows = [what for what in seen if isinstance(what[0], int)]
+    assert windows[-2][0] == windows[-2][1]
+    assert result.failures == [(images[1], "Enough")]
+
+
+def test_images_of_more_pixels_are_refused(images, tmp_path, mini_model):
+    result = run(images[:1], tmp_path / "out", mini_model, max_pixels=64 * 80 - 1)
+    assert "up to 5,119 pixels" in result.failures[0][1]
+    assert run(images[:1], tmp_path / "new", mini_model, max_pixels=64 * 80).failures == []
+    with pytest.raises(UsageError, match="max_pixels"):
+        run(images[:1], tmp_path / "none", mini_model, max_pixels=0)

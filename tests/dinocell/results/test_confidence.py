@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dinocell.results.confidence import cell_scores
+from dinocell.results.confidence import cell_scores, scored_cells
 from dinocell.segmentation.distance_map import labels_to_distance_map
+from dinocell.segmentation.thresholds import Thresholds
 
 
 def two_squares() -> np.ndarray:
@@ -62,3 +63,20 @@ def test_edges() -> None:
     assert cell_scores(np.ones((3, 3), int), np.ones((3, 3))).tolist() == [1.0]
     with pytest.raises(ValueError, match="shape of the labels"):
         cell_scores(np.ones((3, 3), int), np.ones((3, 4)))
+
+
+def test_cells_of_low_score_become_background() -> None:
+    labels = two_squares()
+    ideal = labels_to_distance_map(labels)
+    ideal[labels == 2] *= 0.7
+    thresholds = Thresholds(peak_threshold=0.5, fill_threshold=0.1)
+    both, scores, notes = scored_cells(ideal, thresholds)
+    assert len(scores) == both.max() == 2
+    assert notes == ()
+    limit = float(scores.mean())
+    kept, high, notes = scored_cells(ideal, thresholds, min_score=limit)
+    assert high.tolist() == [scores.max()]
+    assert ((kept == 1) == (both == 1 + scores.argmax())).all()
+    assert "1 of 2 cells" in notes[0]
+    spread = np.stack([ideal, np.full_like(ideal, 0.2)])
+    assert (scored_cells(spread, thresholds)[1] < scores).all()
