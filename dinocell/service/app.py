@@ -1,0 +1,114 @@
+"""The web application: the routes, the page, errors as problem+json, and what runs beside them."""
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from pathlib import Path
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from dinocell import __version__
+from dinocell.errors import DINOCellError, UsageError
+from dinocell.service.guard import Guard, problem
+from dinocell.service.news import News
+from dinocell.service.queue import QueueFullError
+from dinocell.service.routes import api, open_routes
+from dinocell.service.service import Service
+from dinocell.service.stored import ChangedError
+
+STATIC = Path(__file__).parent / "static"
+_SWEEP_S = 60.0
+_RETRY_AFTER_S = 5
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application; `service.worker` must be set before it starts, and ends with it."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.news = News(asyncio.get_running_loop(), service.queue.get)
+        sweeper = asyncio.create_task(_sweep(service))
+        try:
+            yield
+        finally:
+            sweeper.cancel()
+            if service.worker is not None:
+                await asyncio.to_thread(service.worker.stop)
+            service.queue.recover(killed=False)
+            service.queue.close()
+
+    app = FastAPI(
+        title="DINOCell",
+        version=__version__,
+        description="Find the cells in microscopy images.",
+        openapi_url="/api/v1/openapi.json",
+        docs_url=None,  # these pages would load scripts from other sites
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    app.include_router(open_routes)
+    app.include_router(api, prefix="/api/v1")
+    _handle_errors(app)
+    if STATIC.is_dir() and (STATIC / "index.html").exists():
+        app.mount("/static", StaticFiles(directory=STATIC))
+        app.add_api_route("/", _page, include_in_schema=False)
+    app.add_middleware(Guard, options=service.options)
+    return app
+
+
+def _page() -> Response:
+    return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
+
+
+async def _sweep(service: Service) -> None:
+    while True:
+        await asyncio.to_thread(service.expire)
+        await asyncio.sleep(_SWEEP_S)
+
+
+def _answer(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
+    body, headers = problem(status, detail, headers)
+    return Response(body, status, headers)
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(HTTPException)
+    async def of_http(request: Request, error: HTTPException) -> Response:
+        return _answer(
+            error.status_code,
+            str(error.detail or HTTPStatus(error.status_code).phrase),
+            dict(error.headers or {}),
+        )
+
+    @app.exception_handler(RequestValidationError)
+    async def of_values(request: Request, error: RequestValidationError) -> Response:
+        faults = [
+            f"`{'.'.join(str(part) for part in fault['loc'][1:]) or fault['loc'][0]}`: {fault['msg']}"
+            for fault in error.errors()
+        ]
+        return _answer(422, "; ".join(faults))
+
+    @app.exception_handler(DINOCellError)
+    async def of_ours(request: Request, error: DINOCellError) -> Response:
+        if isinstance(error, QueueFullError):
+            return _answer(429, str(error), {"retry-after": str(_RETRY_AFTER_S)})
+        if isinstance(error, ChangedError):
+            return _answer(409, str(error))
+        return _answer(422 if isinstance(error, UsageError) else 500, str(error))
+
+    @app.exception_handler(OSError)
+    async def of_the_system(request: Request, error: OSError) -> Response:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _answer(507, "The disk of the service is full: try again later")
+        return _answer(500, "The service could not read or write a file")
+
+    @app.exception_handler(Exception)
+    async def of_the_rest(request: Request, error: Exception) -> Response:
+        return _answer(500, "The service has failed; its log says why")

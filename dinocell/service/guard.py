@@ -1,0 +1,145 @@
+"""What every request must pass: host, origin, token, size; and the headers of every answer."""
+
+import json
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from dinocell.service.options import ServiceOptions, is_loopback
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+}
+_FORM_BYTES = 2**16  # of a multipart form beside its file
+
+
+def problem(
+    status: int, detail: str, headers: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of an error as RFC 9457 wants it."""
+    title = HTTPStatus(status).phrase
+    body = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+    return json.dumps(body).encode(), {
+        "content-type": "application/problem+json",
+        **(headers or {}),
+    }
+
+
+class Guard:
+    """ASGI middleware; refuses with problem+json.
+
+    Without a token, only names of this computer are accepted as host: a page of another site whose name
+    was pointed to this computer (DNS rebinding) cannot read or send anything.  With and without, a
+    request that another site's page makes (`Origin`) is refused.
+    """
+
+    def __init__(self, app: Any, options: ServiceOptions) -> None:
+        self.app, self.options = app, options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                own = {name for name, _ in message.get("headers", [])}
+                message["headers"] = [
+                    *message.get("headers", []),
+                    *(
+                        (k.encode(), v.encode())
+                        for k, v in HEADERS.items()
+                        if k.encode() not in own
+                    ),
+                ]
+            await send(message)
+
+        given = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        refusal = self._refusal(scope["path"], given)
+        if refusal is None:
+            await self.app(scope, self._counted(receive), send_with_headers)
+            return
+        status, detail, extra = refusal
+        body, headers = problem(status, detail, extra)
+        start = {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
+        }
+        await send_with_headers(start)
+        await send({"type": "http.response.body", "body": body})
+
+    def _refusal(
+        self, path: str, given: dict[str, str]
+    ) -> tuple[int, str, dict[str, str] | None] | None:
+        host = given.get("host", "")
+        if self.options.token is None and not self._is_own(_name_of(host)):
+            return 403, "The host must be a name of this computer: open http://127.0.0.1", None
+        origin = given.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            return 403, "Pages of other sites may not use the service: open its own page", None
+        if self.options.token is not None and _is_protected(path):
+            kind, _, token = given.get("authorization", "").partition(" ")
+            right = self.options.token.encode()
+            if kind.lower() != "bearer" or not secrets.compare_digest(
+                token.strip().encode("latin-1"), right
+            ):
+                return (
+                    *(
+                        401,
+                        "The token is missing or wrong: send it as `Authorization: Bearer TOKEN`",
+                    ),
+                    {"www-authenticate": "Bearer"},
+                )
+        length = given.get("content-length", "")
+        if length.isdecimal() and int(length[:18]) > self._limit():
+            return 413, self._too_large(), {"connection": "close"}
+        return None
+
+    def _is_own(self, name: str) -> bool:
+        return is_loopback(name) or name == self.options.host
+
+    def _limit(self) -> int:
+        return self.options.max_bytes + _FORM_BYTES
+
+    def _too_large(self) -> str:
+        return f"An upload may have up to {self.options.max_mb:g} MB: send a smaller file"
+
+    def _counted(self, receive: Receive) -> Receive:
+        """Requests without a length are stopped when they have become too large."""
+        seen = 0
+
+        async def counted() -> MutableMapping[str, Any]:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._limit():
+                raise HTTPException(413, self._too_large())
+            return message
+
+        return counted
+
+
+def _name_of(host: str) -> str:
+    """`localhost:8000` → `localhost`, `[::1]:8000` → `::1`."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+def _is_protected(path: str) -> bool:
+    return path.startswith("/api/") or path == "/metrics"

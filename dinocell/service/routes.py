@@ -1,0 +1,380 @@
+"""The HTTP API, below `/api/v1`, and the two addresses for those who watch the service."""
+
+import asyncio
+import base64
+import io
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import FileResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from dinocell import __version__
+from dinocell.errors import DINOCellError, UsageError
+from dinocell.pairs import IMAGE_SUFFIXES
+from dinocell.service.metrics import prometheus_text
+from dinocell.service.queue import Job
+from dinocell.service.schemas import (
+    Cells,
+    Health,
+    JobForm,
+    JobInfo,
+    JobRequest,
+    ModelInfo,
+    Problem,
+    RevisionInfo,
+    Segmented,
+    ThresholdFields,
+    job_info,
+    metrics_of,
+    safe_name,
+)
+from dinocell.service.service import Service
+from dinocell.service.stored import KINDS, Revision, StoredResult
+
+_MEDIA = {
+    "tif": "image/tiff",
+    "png": "image/png",
+    "geojson": "application/geo+json",
+    "roi": "application/zip",
+    "coco": "application/json",
+    "csv": "text/csv; charset=utf-8",
+    "overlay": "image/png",
+    "npy": "application/octet-stream",
+    "zip": "application/zip",
+}
+_BY_ACCEPT = {
+    "image/png": "png",
+    "image/tiff": "tif",
+    "application/geo+json": "geojson",
+    "text/csv": "csv",
+}
+_PROBLEM = Problem.model_json_schema()
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"content": {"application/problem+json": {"schema": _PROBLEM}}, "description": text}
+    for status, text in {
+        400: "The request could not be read.",
+        401: "The token is missing or wrong.",
+        403: "The request comes from another site's page.",
+        404: "There is no such job.",
+        409: "The job is not done, or its labels have changed meanwhile.",
+        410: "The files of the job are gone.",
+        413: "The upload is too large.",
+        422: "A value is wrong, or the image cannot be segmented.",
+        429: "The queue is full; see Retry-After.",
+    }.items()
+}
+_BINARY = {"content": {"application/octet-stream": {}}, "description": "A numpy file (npy)."}
+
+api = APIRouter(responses=_PROBLEMS)
+open_routes = APIRouter()
+
+
+def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+def _any_job(request: Request, job_id: str) -> Job:
+    job = _service(request).queue.get(job_id)
+    if job is None:
+        raise HTTPException(404, "There is no job of this id: check it")
+    return job
+
+
+def _result(request: Request, job_id: str) -> StoredResult:
+    job = _any_job(request, job_id)
+    if job.state in ("expired", "deleted", "cancelled"):
+        raise HTTPException(410, f"The job is {job.state}, and its files are gone: upload it again")
+    if job.state != "done":
+        raise HTTPException(409, f"The job is {job.state}: its result exists when it is done")
+    try:
+        return _service(request).result(job)
+    except FileNotFoundError as error:
+        raise HTTPException(410, "The files of the job are gone: upload it again") from error
+
+
+AnyJob = Annotated[Job, Depends(_any_job)]
+Result = Annotated[StoredResult, Depends(_result)]
+
+
+def _info(service: Service, job: Job) -> JobInfo:
+    before = service.queue.place(job) if job.state == "queued" else None
+    windows = service.news.windows.get(job.id) if service.news else None
+    return job_info(job, waiting_before=before, windows=windows)
+
+
+def _enqueue(service: Service, form: JobForm) -> Job:
+    name, upload = safe_name(form.image.filename), form.image
+    ending = Path(upload.filename or "").suffix.lower()
+    file = f"image{ending if ending in IMAGE_SUFFIXES else '.tif'}"  # the content decides how it is read
+
+    def write(path: Path) -> None:
+        with path.open("wb") as target:
+            shutil.copyfileobj(upload.file, target, 2**20)
+
+    options = {**form.options(), "max_pixels": service.options.max_pixels}
+    if not upload.size:
+        raise UsageError(
+            "`image` must be a file that is not empty, got 0 bytes: choose another one"
+        )
+    job = service.queue.add(name, file, options, write, limit=service.options.queue)
+    if service.worker is not None:
+        service.worker.wake()
+    return job
+
+
+@api.post("/jobs", status_code=202, summary="Upload an image and queue it")
+def create_job(request: Request, response: Response, form: JobRequest) -> JobInfo:
+    """Answers at once; follow the job by its `events`."""
+    service = _service(request)
+    job = _enqueue(service, form)
+    response.headers["location"] = f"/api/v1/jobs/{job.id}"
+    return _info(service, job)
+
+
+@api.get("/jobs", summary="The newest jobs, newest first")
+def list_jobs(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[JobInfo]:
+    """Jobs whose files are gone are among them."""
+    service = _service(request)
+    return [_info(service, job) for job in service.queue.newest(limit)]
+
+
+@api.get("/jobs/{job_id}", summary="A job")
+def get_job(request: Request, job: AnyJob) -> JobInfo:
+    """Its state, and its summary when it is done."""
+    return _info(_service(request), job)
+
+
+@api.delete("/jobs/{job_id}", summary="Cancel a job, or delete a finished one")
+def delete_job(request: Request, job: AnyJob) -> JobInfo:
+    """A running job stops after the next windows; the files are deleted."""
+    service = _service(request)
+    service.queue.remove(job.id)
+    service.hear({"job": job.id})
+    return _info(service, _any_job(request, job.id))
+
+
+@api.get(
+    "/jobs/{job_id}/events",
+    summary="Follow a job (server-sent events)",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}, "description": "Events `job`."}},
+)
+async def follow_job(request: Request, job: AnyJob) -> Response:
+    """An event `job` with the job as JSON now and after each step; the stream ends with the job."""
+    service = _service(request)
+
+    async def events() -> AsyncIterator[str]:
+        assert service.news is not None
+        async for state in service.news.follow(job.id):
+            if state is None:
+                yield ": still here\n\n"
+            else:
+                info = await asyncio.to_thread(_info, service, state)
+                yield f"event: job\ndata: {info.model_dump_json()}\n\n"
+
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
+
+
+def _file(result: StoredResult, kind: str) -> Response:
+    path = result.file(kind)
+    name = result.download_name(path)
+    return FileResponse(
+        path, media_type=_MEDIA[kind], filename=name, headers={"cache-control": "no-store"}
+    )
+
+
+@api.get(
+    "/jobs/{job_id}/result/{kind}",
+    summary="A file of the result",
+    response_class=FileResponse,
+    responses={
+        200: {"content": {kind: {} for kind in set(_MEDIA.values())}, "description": "The file."}
+    },
+)
+def get_file(result: Result, kind: str) -> Response:
+    """tif, png, geojson, roi, coco (labels), csv (measurements), overlay, npy, or zip."""
+    if kind not in KINDS:
+        raise HTTPException(404, f"The format must be one of {', '.join(KINDS)}: choose one")
+    return _file(result, kind)
+
+
+@api.get("/jobs/{job_id}/cells", summary="Measurements of all cells")
+def get_cells(result: Result) -> Cells:
+    """The columns of NAME_cells.csv, of the labels that the job has now."""
+    return Cells(
+        revision=result.revision().number, columns=result.segmentation().measure().to_dict()
+    )
+
+
+@api.get(
+    "/jobs/{job_id}/image",
+    summary="The pixels that were segmented",
+    responses={200: _BINARY},
+    response_class=Response,
+)
+def get_image(result: Result) -> Response:
+    """(H, W) as in the file, or (H, W, 3) uint8 of a colour picture."""
+    colours = result.colours()
+    buffer = io.BytesIO()
+    np.save(buffer, result.plane() if colours is None else colours, allow_pickle=False)
+    return Response(buffer.getvalue(), media_type="application/octet-stream")
+
+
+def _revision_info(result: StoredResult, revision: Revision) -> RevisionInfo:
+    return RevisionInfo(num_cells=int(result.labels().max(initial=0)), **revision.to_mapping())
+
+
+@api.get("/jobs/{job_id}/labels", summary="The thresholds and the revision of the labels")
+def get_revision(result: Result) -> RevisionInfo:
+    """The labels themselves are `result/npy`."""
+    return _revision_info(result, result.revision())
+
+
+@api.post("/jobs/{job_id}/relabel", summary="Other thresholds, without the network")
+def relabel(
+    result: Result,
+    thresholds: ThresholdFields,
+    revision: Annotated[int | None, Query(ge=0, le=2**31)] = None,
+) -> RevisionInfo:
+    """Runs the watershed on the stored distance map; changes by hand are lost.
+
+    With `revision`, labels of another revision are not replaced (409).
+    """
+    return _revision_info(result, result.relabel(thresholds.model_dump(), revision=revision))
+
+
+@api.put(
+    "/jobs/{job_id}/labels",
+    summary="Replace the labels by corrected ones",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}}
+            },
+        }
+    },
+)
+async def put_labels(
+    request: Request, result: Result, revision: Annotated[int, Query(ge=0, le=2**31)]
+) -> RevisionInfo:
+    """A numpy file (npy) of whole numbers of the shape of the image; 0 is background.
+
+    `revision` is that of the labels that were corrected; if somebody has changed them since, nothing is
+    replaced (409).
+    """
+    labels = _array(await request.body())
+
+    def replace() -> RevisionInfo:
+        return _revision_info(result, result.replace_labels(labels, revision=revision))
+
+    return await asyncio.to_thread(replace)
+
+
+def _array(body: bytes) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(body), allow_pickle=False)
+    except Exception as error:  # of damaged files, it raises many kinds
+        raise UsageError(
+            "Labels must be a numpy file, and it cannot be read: send what np.save wrote"
+        ) from error
+
+
+@api.post(
+    "/segment",
+    summary="Segment one picture and wait for the answer",
+    responses={
+        200: {
+            "model": Segmented,
+            "content": {kind: {} for kind in ("image/png", "image/tiff", "application/geo+json")},
+            "description": "JSON, or the file that `format` or the header Accept asks for.",
+        }
+    },
+)
+async def segment(
+    request: Request,
+    form: JobRequest,
+    format: Annotated[str | None, Query(description=f"One of {', '.join(KINDS)}.")] = None,
+    accept: Annotated[str, Header()] = "",
+) -> Response:
+    """Labels, count and metrics as JSON; `format=png`, or `Accept: image/png`, gives the file itself."""
+    service = _service(request)
+    if format is not None and format not in KINDS:
+        raise UsageError(f"`format` must be one of {', '.join(KINDS)}, got {format}: choose one")
+    job = await asyncio.to_thread(_enqueue, service, form)
+    ended = await _wait_for(request, service, job)
+    if ended.state != "done":
+        raise HTTPException(
+            422 if ended.state == "failed" else 410, ended.error or f"The job was {ended.state}"
+        )
+    kind = format or _BY_ACCEPT.get(accept.partition(",")[0].partition(";")[0].strip())
+    headers = {"location": f"/api/v1/jobs/{job.id}"}
+    result = await asyncio.to_thread(service.result, ended)
+    if kind is not None:
+        answer = await asyncio.to_thread(_file, result, kind)
+        answer.headers.update(headers)
+        return answer
+    whole = await asyncio.to_thread(_segmented, service, ended, result)
+    return Response(whole.model_dump_json(), media_type="application/json", headers=headers)
+
+
+async def _wait_for(request: Request, service: Service, job: Job) -> Job:
+    """The job when it has ended; it is cancelled if the client leaves."""
+    assert service.news is not None
+    ended = job
+    async for state in service.news.follow(job.id, beat_s=1.0):
+        ended = state or ended
+        if state is None and await request.is_disconnected():
+            await asyncio.to_thread(service.queue.remove, job.id)
+    return ended
+
+
+def _segmented(service: Service, job: Job, result: StoredResult) -> Segmented:
+    kind = "png" if job.summary["num_cells"] <= 65_535 else "tif"
+    notes = job.summary.get("warnings", "")
+    return Segmented(
+        job=job.id,
+        num_cells=job.summary["num_cells"],
+        labels=base64.b64encode(result.file(kind).read_bytes()).decode("ascii"),
+        labels_format=kind,
+        metrics=metrics_of(job.summary),
+        warnings=notes.split("; ") if notes else [],
+        model=_model(service).name,
+    )
+
+
+def _model(service: Service) -> ModelInfo:
+    if service.worker is None or service.worker.model is None:
+        raise DINOCellError("The worker has not loaded its model yet: try again later")
+    return ModelInfo(**service.worker.model)
+
+
+@api.get("/models", summary="The models of the service")
+def list_models(request: Request) -> list[ModelInfo]:
+    """One; its thresholds hold where a job gives none."""
+    return [_model(_service(request))]
+
+
+@open_routes.get("/health", summary="Whether the service works")
+def health(request: Request, response: Response) -> Health:
+    """Status 503 while the worker starts."""
+    service = _service(request)
+    ready = service.worker is not None and service.worker.model is not None
+    response.status_code = 200 if ready else 503
+    return Health(
+        status="ok" if ready else "starting", version=__version__, **service.queue.depths()
+    )
+
+
+@open_routes.get("/metrics", summary="Figures for Prometheus", response_class=Response)
+def metrics(request: Request) -> Response:
+    """Images, cells, seconds by stage, jobs by their end, and the queue."""
+    service = _service(request)
+    text = prometheus_text(service.queue.counters(), service.queue.depths())
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

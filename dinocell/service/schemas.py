@@ -1,0 +1,195 @@
+"""What goes into and out of the HTTP API."""
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import Form, UploadFile
+from pydantic import BaseModel, ConfigDict, Field
+
+from dinocell.io.planes import channel_of
+from dinocell.service.queue import Job
+
+_EXAMPLE_ID = "3f0c9a5be3d14f0f8a3f0c9a5be3d14f"
+Threshold = Annotated[float | None, Field(ge=0, lt=1, examples=[0.47])]
+
+
+class ThresholdFields(BaseModel):
+    """Thresholds in place of the model's; see `dinocell segment --help`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    peak_threshold: Threshold = Field(
+        None, description="A cell needs a peak of the distance map above this."
+    )
+    fill_threshold: Threshold = Field(
+        None, description="Pixels of a cell have a distance map above this."
+    )
+    min_prominence: Annotated[float | None, Field(ge=0, le=1)] = Field(
+        None, description="Peaks that rise less above their saddle are merged."
+    )
+    min_area_px: Annotated[int | None, Field(ge=0, le=2**31)] = Field(
+        None, description="Cells of fewer pixels are removed."
+    )
+    min_score: Annotated[float | None, Field(ge=0, le=1)] = Field(
+        None, description="Cells of a lower score are removed."
+    )
+
+
+class JobForm(ThresholdFields):
+    """An upload with its options, as multipart form."""
+
+    image: UploadFile = Field(description="TIFF, PNG, JPEG, BMP, CZI, ND2, LIF or npy file.")
+    channels: list[Annotated[str, Field(max_length=100)]] = Field(
+        [], description="Names or positions of channels; several are averaged."
+    )
+    page: Annotated[int | None, Field(ge=0, le=2**31)] = Field(
+        None, description="Plane of a stack."
+    )
+    z: Annotated[str | None, Field(pattern=r"^(max|mean|[0-9]{1,9})$")] = Field(
+        None, description="Plane along z, or max or mean of all."
+    )
+    time: Annotated[int | None, Field(ge=0, le=2**31)] = Field(None, description="Point in time.")
+    scene: Annotated[int | None, Field(ge=0, le=2**31)] = Field(
+        None, description="Scene of the file."
+    )
+    pixel_size_um: Annotated[float | None, Field(gt=0, le=1e6)] = Field(
+        None, description="Edge of a pixel in µm, in place of the file's."
+    )
+    allow_mask: bool = Field(False, description="Accept images that look like label images.")
+    tta: bool = Field(False, description="Mean of four predictions; four times as slow.")
+
+    def options(self) -> dict[str, Any]:
+        """The fields of `SegmentOptions` that differ from their defaults."""
+        given = self.model_dump(exclude={"image"}, exclude_defaults=True)
+        if self.channels:
+            given["channels"] = [channel_of(name) for name in self.channels]
+        if self.z is not None and self.z.isdecimal():
+            given["z"] = int(self.z)
+        return given
+
+
+JobRequest = Annotated[JobForm, Form(media_type="multipart/form-data")]
+
+
+class ModelInfo(BaseModel):
+    """The model of the service, with its thresholds."""
+
+    name: str = Field(examples=["dinocell-tiny"])
+    architecture: str = Field(examples=["tiny/16"])
+    device: str = Field(examples=["cpu"])
+    knows_training_images: bool = Field(
+        description="Whether images unlike the training images get a note."
+    )
+    peak_threshold: float
+    fill_threshold: float
+    min_prominence: float
+    min_area_px: int
+
+
+class JobInfo(BaseModel):
+    """A job; times are UTC."""
+
+    id: str = Field(examples=[_EXAMPLE_ID])
+    name: str = Field(examples=["nuclei"])
+    state: str = Field(
+        description="queued, running, done, failed, cancelled, deleted or expired",
+        examples=["done"],
+    )
+    created: datetime
+    started: datetime | None = None
+    finished: datetime | None = None
+    waiting_before: int | None = Field(None, description="While queued: jobs that come first.")
+    windows_done: int | None = Field(None, description="While running.")
+    windows_total: int | None = Field(None, description="While running.")
+    error: str | None = Field(None, description="Why the job failed.")
+    summary: dict[str, Any] = Field(
+        {}, description="As summary.csv of segment.", examples=[{"num_cells": 42, "warnings": ""}]
+    )
+    options: dict[str, Any] = Field({}, examples=[{"peak_threshold": 0.5}])
+
+
+class RevisionInfo(BaseModel):
+    """The labels that a job has now, and the thresholds that made them."""
+
+    revision: int = Field(description="0 is what segment writes; each change adds 1.", examples=[1])
+    num_cells: int = Field(examples=[42])
+    edited: bool = Field(description="Whether labels were changed by hand after the last relabel.")
+    peak_threshold: float
+    fill_threshold: float
+    min_prominence: float
+    min_area_px: int
+    min_score: float
+
+
+class Cells(BaseModel):
+    """Measurements: one list per column, one value per cell; units are px, or µm in `_um` columns."""
+
+    revision: int
+    columns: dict[str, list[Any]] = Field(examples=[{"label": [1, 2], "area": [310, 295]}])
+
+
+class Segmented(BaseModel):
+    """The answer to one picture."""
+
+    job: str = Field(description="For other formats and a relabel.", examples=[_EXAMPLE_ID])
+    num_cells: int = Field(examples=[42])
+    labels: str = Field(description="Label image, base64: PNG, or TIFF above 65,535 cells.")
+    labels_format: str = Field(examples=["png"])
+    metrics: dict[str, Any] = Field(examples=[{"num_cells": 42, "quality": 0.84}])
+    warnings: list[str]
+    model: str = Field(examples=["dinocell-tiny"])
+
+
+class Health(BaseModel):
+    """Whether the service works."""
+
+    status: str = Field(description="ok, or starting while the worker loads the model")
+    version: str
+    queued: int
+    running: int
+
+
+class Problem(BaseModel):
+    """Every error, as `application/problem+json` (RFC 9457)."""
+
+    type: str = "about:blank"
+    title: str = Field(examples=["Not Found"])
+    status: int = Field(examples=[404])
+    detail: str = Field(examples=["There is no job of this id: check it"])
+
+
+def job_info(job: Job, *, waiting_before: int | None, windows: tuple[int, int] | None) -> JobInfo:
+    """A job as the API shows it; nothing tells of the folders of this computer."""
+    done, total = windows if windows and job.state == "running" else (None, None)
+    return JobInfo(
+        id=job.id,
+        name=job.name,
+        state=job.state,
+        created=datetime.fromtimestamp(job.created, UTC),
+        started=_time(job.started),
+        finished=_time(job.finished),
+        waiting_before=waiting_before if job.state == "queued" else None,
+        windows_done=done,
+        windows_total=total,
+        error=job.error,
+        summary=job.summary,
+        options=job.options,
+    )
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def safe_name(filename: str | None) -> str:
+    """A name for downloads and messages from the name of an upload: no folders, no control characters."""
+    stem = re.split(r"[/\\]", filename or "")[-1].rpartition(".")[0] or (filename or "")
+    kept = re.sub(r"[^\w .()+-]+", "_", re.split(r"[/\\]", stem)[-1]).strip(" ._")
+    return kept[:80] or "image"
+
+
+def metrics_of(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a summary."""
+    return {key: value for key, value in summary.items() if key != "warnings"}

@@ -1,0 +1,132 @@
+// Requests to the service, and numpy files to typed arrays and back.
+
+const BASE = "/api/v1";
+const TYPES = {
+  "|b1": Uint8Array, "|u1": Uint8Array, "|i1": Int8Array, "<u2": Uint16Array, "<i2": Int16Array,
+  "<u4": Uint32Array, "<i4": Int32Array, "<f4": Float32Array, "<f8": Float64Array,
+  "<u8": BigUint64Array, "<i8": BigInt64Array,
+};
+
+export class Problem extends Error {
+  constructor(status, detail, retryAfter) {
+    super(detail);
+    this.status = status;
+    this.retryAfter = retryAfter;
+  }
+}
+
+export function setToken(token) {
+  sessionStorage.setItem("token", token);
+}
+
+// A token may come in the address, as http://host:8000/#token=...; it is not sent to the server that way.
+const given = new URLSearchParams(location.hash.slice(1)).get("token");
+if (given) {
+  setToken(given);
+  history.replaceState(null, "", location.pathname);
+}
+
+async function ask(path, options = {}) {
+  const token = sessionStorage.getItem("token");
+  const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
+  let answer;
+  try {
+    answer = await fetch(BASE + path, { ...options, headers });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem(0, "The service does not answer: is it running?");
+  }
+  if (answer.ok) return answer;
+  let detail = answer.statusText;
+  try {
+    detail = (await answer.json()).detail || detail;
+  } catch { /* no JSON: the status says it */ }
+  throw new Problem(answer.status, detail, Number(answer.headers.get("retry-after")) || 0);
+}
+
+const json = async (path, options) => (await ask(path, options)).json();
+const npy = async (path) => parseNpy(await (await ask(path)).arrayBuffer());
+
+export const models = () => json("/models");
+export const jobs = () => json("/jobs?limit=200");
+export const job = (id) => json(`/jobs/${id}`);
+export const cells = (id) => json(`/jobs/${id}/cells`);
+export const revision = (id) => json(`/jobs/${id}/labels`);
+export const image = (id) => npy(`/jobs/${id}/image`);
+export const labels = (id) => npy(`/jobs/${id}/result/npy`);
+export const remove = (id) => json(`/jobs/${id}`, { method: "DELETE" });
+
+export function upload(file) {
+  const form = new FormData();
+  form.append("image", file, file.name);
+  return json("/jobs", { method: "POST", body: form });
+}
+
+export function relabel(id, thresholds) {
+  return json(`/jobs/${id}/relabel`, {
+    method: "POST", body: JSON.stringify(thresholds), headers: { "Content-Type": "application/json" },
+  });
+}
+
+export function replaceLabels(id, labels, height, width, revision) {
+  return json(`/jobs/${id}/labels?revision=${revision}`, {
+    method: "PUT", body: writeNpy(labels, height, width),
+    headers: { "Content-Type": "application/octet-stream" },
+  });
+}
+
+export async function download(id, kind) {
+  const answer = await ask(`/jobs/${id}/result/${kind}`);
+  const disposition = answer.headers.get("content-disposition") || "";
+  const encoded = /filename\*=utf-8''([^;]+)/i.exec(disposition);
+  const plain = /filename="([^"]+)"/.exec(disposition);
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(await answer.blob());
+  link.download = encoded ? decodeURIComponent(encoded[1]) : plain ? plain[1] : kind;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}
+
+// Calls `hear` with the job after each of its steps until it has ended.
+export async function follow(id, hear) {
+  const answer = await ask(`/jobs/${id}/events`);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    const events = text.split("\n\n");
+    text = events.pop();
+    for (const event of events) {
+      const data = /^data: (.*)$/m.exec(event);
+      if (data) hear(JSON.parse(data[1]));
+    }
+  }
+}
+
+export function parseNpy(buffer) {
+  const view = new DataView(buffer);
+  const long = view.getUint8(6) > 1;
+  const length = long ? view.getUint32(8, true) : view.getUint16(8, true);
+  const start = (long ? 12 : 10) + length;
+  const header = new TextDecoder("latin1").decode(new Uint8Array(buffer, start - length, length));
+  const type = /'descr': '([^']+)'/.exec(header)[1];
+  const shape = /'shape': \(([^)]*)\)/.exec(header)[1].split(",").filter((s) => s.trim()).map(Number);
+  if (!TYPES[type] || /'fortran_order': True/.test(header)) {
+    throw new Problem(0, `Pixels of type ${type} cannot be shown`);
+  }
+  const bytes = TYPES[type].BYTES_PER_ELEMENT;
+  const data = start % bytes ? new TYPES[type](buffer.slice(start)) : new TYPES[type](buffer, start);
+  const whole = type.endsWith("8") && type !== "<f8" ? Float64Array.from(data, Number) : data;
+  return { data: whole, shape };
+}
+
+export function writeNpy(labels, height, width) {
+  let text = `{'descr': '<u4', 'fortran_order': False, 'shape': (${height}, ${width}), }`;
+  text = text.padEnd(128 - 10 - 1) + "\n";
+  const head = new Uint8Array(128);
+  head.set([0x93, 0x4e, 0x55, 0x4d, 0x50, 0x59, 1, 0, 118, 0]);
+  head.set(new TextEncoder().encode(text), 10);
+  return new Blob([head, labels]);
+}

@@ -1,0 +1,72 @@
+"""What the tests of the service share: a worker in a thread, uploads, images."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dinocell.service.serve import shared_options
+from dinocell.service.worker import Worker, describe_model
+
+if TYPE_CHECKING:
+    from dinocell.service.service import Service
+
+
+class WorkerThread:
+    """As `WorkerProcess`, in this process; `hold` stops it from taking jobs."""
+
+    def __init__(self, service: Service, model) -> None:
+        self.model = describe_model(model, "mini")
+        self.worker = Worker(service.queue, model, shared_options(service.options), service.hear)
+        self.work, self.ended, self.free = threading.Event(), threading.Event(), threading.Event()
+        self.free.set()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while not self.ended.is_set():
+            self.work.wait()
+            self.work.clear()
+            self.free.wait()
+            self.worker.work_off()
+
+    def wake(self) -> None:
+        self.work.set()
+
+    def hold(self) -> None:
+        self.free.clear()
+
+    def release(self) -> None:
+        self.free.set()
+        self.wake()
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.release()
+        self.thread.join()
+
+
+def upload(client, path: Path, *, to: str = "segment", **fields):
+    """Post an image; `fields` become the form."""
+    with path.open("rb") as file:
+        return client.post(f"/api/v1/{to}", files={"image": (path.name, file)}, data=fields)
+
+
+def finished(client, job_id: str) -> dict:
+    """The job when its events have ended."""
+    with client.stream("GET", f"/api/v1/jobs/{job_id}/events") as stream:
+        for _ in stream.iter_lines():
+            pass
+    return client.get(f"/api/v1/jobs/{job_id}").json()
+
+
+def noise(path: Path, seed: int, shape=(40, 48)) -> Path:
+    """An image of which the small network finds cells."""
+    from dinocell.io import write_image
+
+    rng = np.random.default_rng(seed)
+    write_image(path, rng.integers(0, 4000, shape).astype(np.uint16))
+    return path

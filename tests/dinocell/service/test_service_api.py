@@ -1,0 +1,505 @@
+"""The HTTP API: what goes in, what comes out, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import io
+import json
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from service_doubles import finished, noise, upload
+from starlette.testclient import TestClient
+
+from dinocell.batch.options import SegmentOptions
+from dinocell.batch.run import segment_files
+from dinocell.io import read_labels, write_image
+
+
+@pytest.fixture
+def expected(picture, tmp_path, mini_model):
+    """What `dinocell segment` writes of the picture."""
+    options = SegmentOptions(
+        device="cpu", formats=("tif", "png", "geojson", "roi", "coco"), overlay=False
+    )
+    segment_files([picture], tmp_path / "cli", options, model=mini_model, shown=False)
+    return tmp_path / "cli"
+
+
+def array_of(answer) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    return np.load(io.BytesIO(answer.content))
+
+
+def test_one_picture_in_labels_count_and_metrics_out(client, picture, expected):
+    answer = upload(client, picture)
+    assert answer.status_code == 200
+    found = answer.json()
+    labels = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["labels"]))))
+    true = read_labels(expected / f"{picture.stem}_labels.tif")
+    assert (labels == true).all()
+    assert found["num_cells"] == true.max() == found["metrics"]["num_cells"]
+    assert found["metrics"]["area_mean"] > 0
+    assert answer.headers["location"] == f"/api/v1/jobs/{found['job']}"
+
+
+def test_the_files_of_a_job_are_those_of_segment(client, picture, expected):
+    job = upload(client, picture, to="jobs")
+    assert job.status_code == 202
+    assert finished(client, job.json()["id"])["state"] == "done"
+    base = job.headers["location"]
+    assert base == f"/api/v1/jobs/{job.json()['id']}"
+    for kind, ending in {
+        "tif": "_labels.tif",
+        "png": "_labels.png",
+        "geojson": "_outlines.geojson",
+        "roi": "_RoiSet.zip",
+        "coco": "_coco.json",
+        "csv": "_cells.csv",
+    }.items():
+        answer = client.get(f"{base}/result/{kind}")
+        assert answer.content == (expected / f"{picture.stem}{ending}").read_bytes(), kind
+        assert f'filename="{picture.stem}{ending}"' in answer.headers["content-disposition"]
+    overlay = Image.open(io.BytesIO(client.get(f"{base}/result/overlay").content))
+    assert overlay.width > 80
+    with zipfile.ZipFile(io.BytesIO(client.get(f"{base}/result/zip").content)) as archive:
+        assert set(archive.namelist()) == {
+            f"{picture.stem}{end}" for end in ("_labels.tif", "_cells.csv", "_overlay.png")
+        }
+    assert client.get(f"{base}/result/exe").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ({"params": {"format": "tif"}}, "image/tiff"),
+        ({"headers": {"accept": "image/png, */*"}}, "image/png"),
+        ({"headers": {"accept": "text/csv;q=0.9"}}, "text/csv; charset=utf-8"),
+        (
+            {"headers": {"accept": "image/png"}, "params": {"format": "geojson"}},
+            "application/geo+json",
+        ),
+        ({"headers": {"accept": "*/*"}}, "application/json"),
+    ],
+)
+def test_the_answer_has_the_format_that_was_asked_for(client, picture, how, kind):
+    answer = client.post("/api/v1/segment", files={"image": picture.read_bytes()}, **how)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == kind
+
+
+def test_options_change_the_result(client, picture, tmp_path):
+    plain = upload(client, picture).json()["metrics"]
+    for fields in (
+        {"peak_threshold": "0.8"},
+        {"fill_threshold": "0.4"},
+        {"min_area_px": "30"},
+        {"min_score": "0.3"},
+        {"tta": "true"},
+        {"min_prominence": "0.6"},
+        {"pixel_size_um": "0.5"},
+    ):
+        assert upload(client, picture, **fields).json()["metrics"] != plain, fields
+    several = tmp_path / "several.tif"
+    rng = np.random.default_rng(0)
+    write_image(several, rng.integers(0, 4000, (40, 48, 4)).astype(np.uint16))
+    assert upload(client, several).status_code == 422
+    one, other = (upload(client, several, channels=[c]).json()["labels"] for c in "01")
+    assert one != other
+    assert upload(client, several, channels=["0", "1"]).json()["labels"] not in (one, other)
+    mask = tmp_path / "mask.png"
+    write_image(mask, np.kron(np.eye(4, dtype=np.uint8) * 255, np.ones((12, 12), np.uint8)))
+    assert "allow_mask" in upload(client, mask).json()["detail"]
+    assert upload(client, mask, allow_mask="true").status_code == 200
+    stack = tmp_path / "stack.npy"
+    np.save(stack, rng.integers(0, 4000, (3, 40, 48)).astype(np.uint16))
+    assert upload(client, stack).status_code == 422
+    assert upload(client, stack, page="1").status_code == 200
+    planes = tmp_path / "planes.tif"
+    pixels = rng.integers(0, 4000, (2, 3, 40, 48)).astype(np.uint16)
+    tifffile.imwrite(planes, pixels, imagej=True, metadata={"axes": "TZYX"})
+    answers = [
+        upload(client, planes, time=time, z=z).json()["labels"]
+        for time, z in (("0", "0"), ("1", "0"), ("1", "2"), ("1", "max"))
+    ]
+    assert len(set(answers)) == 4
+    assert "scene" in upload(client, planes, time="0", z="0", scene="3").json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"peak_threshold": "2"}, "peak_threshold"),
+        ({"peak_threshold": "0.1", "fill_threshold": "0.2"}, "fill_threshold"),
+        ({"peak_treshold": "0.2"}, "peak_treshold"),
+        ({"min_area_px": "many"}, "min_area_px"),
+        ({"channels": ["9" * 5000]}, "channels"),
+    ],
+)
+def test_wrong_values_are_named(client, picture, fields, word):
+    answer = upload(client, picture, **fields)
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert word in answer.json()["detail"]
+    assert answer.json()["status"] == 422
+    assert set(answer.json()) == {"type", "title", "status", "detail"}
+
+
+def test_a_relabel_is_what_segment_gives_with_these_thresholds(
+    client, picture, tmp_path, mini_model
+):
+    job = upload(client, picture).json()["job"]
+    base = f"/api/v1/jobs/{job}"
+    changes = {"peak_threshold": 0.7, "fill_threshold": 0.3, "min_area_px": 5, "min_score": 0.1}
+    before = client.get(f"{base}/labels").json()
+    answer = client.post(f"{base}/relabel", json=changes)
+    assert answer.status_code == 200
+    options = SegmentOptions(device="cpu", overlay=False, **changes)
+    segment_files([picture], tmp_path / "cli", options, model=mini_model, shown=False)
+    true = read_labels(tmp_path / "cli" / f"{picture.stem}_labels.tif")
+    assert (array_of(client.get(f"{base}/result/npy")) == true).all()
+    assert answer.json() == {**before, **changes, "revision": 1, "num_cells": true.max()}
+    csv = (tmp_path / "cli" / f"{picture.stem}_cells.csv").read_text()
+    assert client.get(f"{base}/result/csv").text == csv
+    cells = client.get(f"{base}/cells").json()
+    assert cells["revision"] == 1
+    assert cells["columns"]["label"] == list(range(1, true.max() + 1))
+    # what is left out stays
+    again = client.post(f"{base}/relabel", json={"min_area_px": 0}).json()
+    assert again["peak_threshold"] == 0.7
+    assert client.post(f"{base}/relabel", json={"peak_threshold": 0.2}).status_code == 422
+    assert client.post(f"{base}/relabel?revision=1", json={}).status_code == 409
+
+
+def test_flips_are_kept_for_a_relabel(client, picture):
+    job = upload(client, picture, tta="true").json()["job"]
+    base = f"/api/v1/jobs/{job}"
+    cells = client.get(f"{base}/cells").json()["columns"]
+    csv = client.get(f"{base}/result/csv").text.splitlines()
+    column = csv[0].split(",").index("score")
+    assert [float(line.split(",")[column]) for line in csv[1:]] == cells["score"]
+    assert client.post(f"{base}/relabel", json={}).json()["num_cells"] == len(cells["score"])
+
+
+def test_corrected_labels_replace_those_of_their_revision(client, picture):
+    base = f"/api/v1/jobs/{upload(client, picture).json()['job']}"
+    labels = array_of(client.get(f"{base}/result/npy"))
+    assert (labels.dtype, labels.shape) == (np.uint32, (64, 80))
+    labels[labels == 1] = 0
+    body = io.BytesIO()
+    np.save(body, labels.astype(np.uint16))
+    answer = client.put(f"{base}/labels?revision=0", content=body.getvalue())
+    assert answer.status_code == 200
+    assert answer.json()["edited"]
+    assert answer.json()["num_cells"] == labels.max() - 1
+    kept = array_of(client.get(f"{base}/result/npy"))
+    assert (kept == np.where(labels, labels - 1, 0)).all()  # gaps are closed
+    other = client.put(f"{base}/labels?revision=0", content=body.getvalue())
+    assert other.status_code == 409
+    assert "somebody else" in other.json()["detail"]
+    for wrong in (b"", b"\x93NUMPY", body.getvalue()[:-1], _npy(labels[1:]), _npy(labels / 2)):
+        assert client.put(f"{base}/labels?revision=1", content=wrong).status_code == 422
+    assert client.put(f"{base}/labels", content=body.getvalue()).status_code == 422
+
+
+def _npy(array) -> bytes:
+    body = io.BytesIO()
+    np.save(body, array, allow_pickle=True)
+    return body.getvalue()
+
+
+def test_pickles_are_not_read(client, picture):
+    base = f"/api/v1/jobs/{upload(client, picture).json()['job']}"
+    pickled = _npy(np.array([{"a": 1}], object))
+    assert client.put(f"{base}/labels?revision=0", content=pickled).status_code == 422
+    assert upload_bytes(client, "a.npy", pickled).status_code == 422
+
+
+def upload_bytes(client, name: str, content: bytes):
+    return client.post("/api/v1/segment", files={"image": (name, content)})
+
+
+def test_the_image_comes_as_it_was_segmented(client, picture, tmp_path):
+    from dinocell.io import read_image
+
+    base = f"/api/v1/jobs/{upload(client, picture).json()['job']}"
+    assert (array_of(client.get(f"{base}/image")) == read_image(picture).pixels).all()
+    colours = np.random.default_rng(0).integers(0, 255, (40, 48, 3)).astype(np.uint8)
+    write_image(tmp_path / "colours.png", colours)
+    base = f"/api/v1/jobs/{upload(client, tmp_path / 'colours.png').json()['job']}"
+    assert (array_of(client.get(f"{base}/image")) == colours).all()
+
+
+def test_progress_comes_as_events(client, picture):
+    job = upload(client, picture, to="jobs").json()["id"]
+    with client.stream("GET", f"/api/v1/jobs/{job}/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        lines = list(stream.iter_lines())
+    states = [json.loads(line[6:])["state"] for line in lines if line.startswith("data: ")]
+    assert states[-1] == "done"
+    assert all(line in ("event: job", "") for line in lines if not line.startswith("data: "))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("a.tif", b"II*\0" + bytes(100), "a"),
+        ("notes.txt", b"no image, but a text that is long enough", "text"),
+        ("empty.tif", b"", "empty"),
+        ("page.png", b"\x89PNG\r\n\x1a\n" + bytes(50), "damaged"),
+    ],
+)
+def test_files_that_are_no_images(client, name, content, word):
+    answer = upload_bytes(client, name, content)
+    assert answer.status_code == 422
+    assert word in answer.json()["detail"]
+    assert str(client.service.options.jobs) not in answer.text
+    assert client.get("/health").json()["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("../../etc/passwd.tif", "passwd"),
+        ("..\\..\\a.tif", "a"),
+        ("a\r\nb.tif", "a_b"),
+        ("....", "image"),
+        ("ä (1).tif", "ä (1)"),
+        ("x" * 300 + ".tif", "x" * 80),
+    ],
+)
+def test_names_of_uploads_choose_no_path(name, safe, tmp_path):
+    from dinocell.service.schemas import safe_name
+
+    assert safe_name(name) == safe
+
+
+def test_a_name_with_folders_writes_nothing_elsewhere(client, picture, tmp_path):
+    before = sorted(path for path in tmp_path.iterdir())
+    answer = client.post(
+        "/api/v1/jobs", files={"image": ("../../../evil.tif", picture.read_bytes())}
+    )
+    job = finished(client, answer.json()["id"])
+    assert (job["name"], job["state"]) == ("evil", "done")
+    assert sorted(path for path in tmp_path.iterdir()) == before
+    for path in ("../../queue.sqlite", "..%2f..%2fqueue.sqlite", "zip/../../image.tif"):
+        answer = client.get(f"/api/v1/jobs/{job['id']}/result/{path}")
+        assert answer.status_code == 404
+
+
+def test_images_of_too_many_pixels_are_refused_before_they_are_read(start, tmp_path):
+    client = start(max_megapixels=1)
+    bomb = tmp_path / "bomb.png"
+    Image.new("L", (1001, 1000)).save(bomb)
+    answer = upload(client, bomb)
+    assert answer.status_code == 422
+    assert "1,000,000 pixels" in answer.json()["detail"]
+
+
+def test_uploads_that_are_too_large(start, picture, collected):
+    client = start(max_mb=0.001)
+    big = bytes(10**5)
+    for how in ({"files": {"image": big}}, {"content": iter([big] * 3)}):
+        kind = {} if "files" in how else {"content-type": "multipart/form-data; boundary=x"}
+        answer = client.post("/api/v1/jobs", headers=kind, **how)
+        assert answer.status_code == 413
+        assert "0.001 MB" in answer.json()["detail"]
+    assert not list((client.service.options.jobs / "jobs").iterdir())
+
+
+@pytest.fixture
+def collected():
+    """For tests that break uploads off: the parser of forms leaves its temporary files to the collector."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
+
+
+def test_half_an_upload_leaves_nothing(client, collected):
+    half = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.tif"\r\n\r\nII*\0'
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    for body in (half, half[:30], b""):
+        answer = client.post("/api/v1/jobs", content=body, headers=kind)
+        assert answer.status_code in (400, 422)
+        assert answer.headers["content-type"] == "application/problem+json"
+    assert not list((client.service.options.jobs / "jobs").iterdir())
+    assert client.get("/api/v1/jobs").json() == []
+
+
+def test_a_full_queue_says_when_to_come_back(start, picture):
+    client = start(queue=2)
+    client.service.worker.hold()
+    answers = [upload(client, picture, to="jobs") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [202, 202, 429]
+    assert int(answers[2].headers["retry-after"]) > 0
+    assert [answer.json().get("waiting_before") for answer in answers] == [0, 1, None]
+    client.service.worker.release()
+    for answer in answers[:2]:
+        assert finished(client, answer.json()["id"])["state"] == "done"
+    assert upload(client, picture).status_code == 200
+
+
+def test_cancelling_and_deleting(start, picture):
+    client = start()
+    client.service.worker.hold()
+    waiting = upload(client, picture, to="jobs").json()["id"]
+    assert client.delete(f"/api/v1/jobs/{waiting}").json()["state"] == "cancelled"
+    client.service.worker.release()
+    done = upload(client, picture).json()["job"]
+    assert client.delete(f"/api/v1/jobs/{done}").json()["state"] == "deleted"
+    for job in (waiting, done):
+        assert client.get(f"/api/v1/jobs/{job}/result/tif").status_code == 410
+        assert not client.service.queue.job_folder(job).exists()
+        assert finished(client, job)["state"] in ("cancelled", "deleted")
+
+
+def test_cancelling_a_running_job(client, tmp_path):
+    worker = client.service.worker.worker
+    seen, report_on = [], worker.report
+
+    def report(line):
+        if line.get("total") and not seen:
+            seen.append(line["job"])
+            client.service.queue.remove(line["job"])
+        report_on(line)
+
+    worker.report = report
+    job = upload(client, noise(tmp_path / "a.tif", 0, (200, 200)), to="jobs").json()["id"]
+    ended = finished(client, job)
+    assert seen == [job]
+    assert (ended["state"], ended["error"]) == ("cancelled", None)
+    assert not client.service.queue.job_folder(job).exists()
+
+
+def test_jobs_that_do_not_exist_or_are_not_done(start, picture):
+    client = start()
+    assert client.get(f"/api/v1/jobs/{'0' * 32}").status_code == 404
+    assert client.get("/api/v1/jobs/..").status_code in (404, 405)
+    client.service.worker.hold()
+    job = upload(client, picture, to="jobs").json()["id"]
+    answer = client.get(f"/api/v1/jobs/{job}/result/tif")
+    assert answer.status_code == 409
+    assert "queued" in answer.json()["detail"]
+
+
+def test_expired_jobs_say_so(start, picture):
+    client = start(keep_hours=1e-9)
+    job = upload(client, picture).json()["job"]
+    client.service.expire()
+    assert client.get(f"/api/v1/jobs/{job}").json()["state"] == "expired"
+    answer = client.get(f"/api/v1/jobs/{job}/cells")
+    assert answer.status_code == 410
+    assert "expired" in answer.json()["detail"]
+    assert not client.service.queue.job_folder(job).exists()
+
+
+def test_a_restart_keeps_jobs_and_results(start, picture):
+    first = start()
+    done = upload(first, picture).json()
+    first.service.worker.hold()
+    waiting = upload(first, picture, to="jobs").json()["id"]
+    second = start()  # the other one was killed: it never ends
+    assert finished(second, waiting)["state"] == "done"
+    assert second.get(f"/api/v1/jobs/{done['job']}/result/tif").status_code == 200
+    assert 'jobs_total{state="done"} 2' in second.get("/metrics").text
+
+
+def test_figures_for_prometheus(client, picture):
+    from prometheus_client import parser
+
+    cells = upload(client, picture).json()["num_cells"]
+    upload_bytes(client, "a.tif", b"broken, but long enough to be read as one")
+    text = client.get("/metrics").text
+    samples = {
+        (s.name, *s.labels.values()): s.value
+        for family in parser.text_string_to_metric_families(text)
+        for s in family.samples
+    }
+    assert samples["dinocell_images_total",] == 1
+    assert samples["dinocell_cells_total",] == cells
+    assert samples["dinocell_jobs_total", "failed"] == 1
+    assert samples["dinocell_queue_jobs", "queued"] == 0
+    assert all(samples["dinocell_seconds_total", s] > 0 for s in ("read", "network", "cells"))
+
+
+def test_models_health_and_the_description_of_the_api(client):
+    (model,) = client.get("/api/v1/models").json()
+    assert (model["architecture"], model["device"]) == ("tiny/16", "cpu")
+    assert client.get("/health").json()["status"] == "ok"
+    client.service.worker.model = None
+    assert client.get("/health").status_code == 503
+    schema = client.get("/api/v1/openapi.json").json()
+    assert "/api/v1/segment" in schema["paths"]
+    for path, methods in schema["paths"].items():
+        for method, operation in methods.items():
+            assert operation["summary"], (path, method)
+
+
+TOKEN = "0123456789abcdef"
+
+
+def test_a_token_opens_the_api(start, picture):
+    client = start(token=TOKEN, host="0.0.0.0")
+    for given in (
+        None,
+        "Bearer wrong",
+        f"Basic {TOKEN}",
+        "Bearer",
+        f"Bearer {TOKEN[:-1]}",
+        "Bearer é",
+    ):
+        headers = {} if given is None else {"authorization": given.encode("latin-1")}
+        for path in ("/api/v1/jobs", "/metrics", "/api/v1/openapi.json"):
+            answer = client.get(path, headers=headers)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert answer.json()["status"] == 401
+    right = {"authorization": f"Bearer {TOKEN}", "host": "microscope.example"}
+    assert client.get("/api/v1/jobs", headers=right).status_code == 200
+    assert client.get("/health").status_code == 200
+
+
+def test_pages_of_other_sites_are_refused(start, picture):
+    client = start()
+    assert client.get("/api/v1/jobs", headers={"host": "evil.example"}).status_code == 403
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:99"):
+        answer = client.post(
+            "/api/v1/jobs", files={"image": picture.read_bytes()}, headers={"origin": origin}
+        )
+        assert answer.status_code == 403
+    for host in ("localhost:8000", "[::1]:8000", "127.0.0.1"):
+        headers = {"host": host, "origin": f"http://{host}"}
+        assert client.get("/api/v1/jobs", headers=headers).status_code == 200
+
+
+def test_every_answer_forbids_foreign_content(client):
+    for path in ("/health", "/api/v1/jobs", "/nothing"):
+        headers = client.get(path).headers
+        assert headers["content-security-policy"].startswith("default-src 'none'")
+        assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_failures_of_the_service_show_nothing_of_it(client, picture, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(type(client.service.queue), "newest", fail)
+    quiet = TestClient(client.app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+    answer = quiet.get("/api/v1/jobs")
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "/secret/path")
+
+    monkeypatch.setattr("dinocell.service.routes.shutil.copyfileobj", full)
+    answer = upload(client, picture)
+    assert answer.status_code == 507
+    assert "secret" not in answer.text
+    assert not list((client.service.options.jobs / "jobs").iterdir())

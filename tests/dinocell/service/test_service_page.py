@@ -1,0 +1,210 @@
+"""The page in headless Chromium: upload, contrast, thresholds, corrections, downloads, sizes."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from service_doubles import WorkerThread, noise
+
+import dinocell.service
+from dinocell.service.app import create_app
+from dinocell.service.options import ServiceOptions
+from dinocell.service.queue import Queue
+from dinocell.service.service import Service
+
+STATIC = Path(dinocell.service.__file__).parent / "static"
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+def test_the_page_is_small_and_loads_nothing_from_elsewhere():
+    files = [path for path in STATIC.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 150_000
+    for path in files:
+        text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"(src|href|url\(|import|fetch\()[^\n]{0,20}https?://", text), (
+            path.name
+        )
+        assert not re.search(r"innerHTML|\beval\(|document\.write| on[a-z]+=\"|style=\"", text), (
+            path.name
+        )
+
+
+def test_the_page_is_served_under_a_strict_policy(client):
+    page = client.get("/")
+    assert page.status_code == 200
+    for name in re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text):
+        answer = client.get(name)
+        assert answer.status_code == 200
+        assert "script-src 'self'" in answer.headers["content-security-policy"]
+    modules = {
+        name
+        for path in STATIC.glob("*.js")
+        for name in re.findall(r'from "\./(\w+\.js)"', path.read_text())
+    }
+    assert modules | {"main.js"} == {path.name for path in STATIC.glob("*.js")}
+    assert client.get("/static/../queue.py").status_code == 404
+
+
+@pytest.fixture
+def address(tmp_path, mini_model):
+    """A real server with a small network, in a thread."""
+    options = ServiceOptions(jobs=tmp_path / "jobs", device="cpu")
+    service = Service(options, Queue(options.jobs))
+    service.worker = WorkerThread(service, mini_model)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(create_app(service), log_level="error", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def opened(browser, address, images, width=1440, height=900):
+    """The page with the first of the images open; its errors fail the test at the end."""
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.faults = []
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    page.on("console", lambda m: m.type == "error" and page.faults.append(m.text))
+    page.goto(address)
+    page.set_input_files("#files", [str(path) for path in images])
+    page.locator("#panel:not([hidden]) #count").wait_for()
+    return page
+
+
+def count(page) -> int:
+    return int(page.locator("#count").inner_text().split()[0])
+
+
+def labels_of(page, address) -> np.ndarray:
+    (job, *_) = page.request.get(f"{address}/api/v1/jobs").json()
+    body = page.request.get(f"{address}/api/v1/jobs/{job['id']}/result/npy").body()
+    return np.load(io.BytesIO(body))
+
+
+@pytest.mark.slow
+def test_a_picture_is_segmented_corrected_and_downloaded(browser, address, tmp_path):
+    from playwright.sync_api import expect
+
+    page = opened(browser, address, [noise(tmp_path / "field.tif", 1)])
+    expect(page.locator("#title")).to_have_text("field")
+    cells = count(page)
+    assert cells == labels_of(page, address).max() > 3
+
+    page.keyboard.press("q")
+    expect(page.locator("#status")).to_contain_text(f"1 of {cells} by doubt")
+    expect(page.locator("#selection td").first).to_have_text("label")
+    with page.expect_response(lambda r: r.request.method == "PUT") as answer:
+        page.keyboard.press("Delete")
+    assert answer.value.json()["num_cells"] == cells - 1
+    expect(page.locator("#count")).to_contain_text(f"{cells - 1} cells")
+    with page.expect_response(lambda r: r.request.method == "PUT"):
+        page.keyboard.press("Control+z")
+    expect(page.locator("#count")).to_contain_text(f"{cells} cells")
+    with page.expect_response(lambda r: r.request.method == "PUT"):
+        page.keyboard.press("Control+y")
+    expect(page.locator("#count")).to_contain_text(f"{cells - 1} cells")
+
+    with page.expect_response(lambda r: r.url.endswith("/relabel")) as answer:
+        page.locator("#area").fill("12")
+    expect(page.locator("#area-value")).to_have_text("12 px")
+    expect(page.locator("#count")).to_contain_text(f"{answer.value.json()['num_cells']} cells")
+    assert np.bincount(labels_of(page, address).ravel())[1:].min() >= 12
+
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Table (CSV)").click()
+    assert download.value.suggested_filename == "field_cells.csv"
+    assert page.faults == []
+
+
+@pytest.mark.slow
+def test_a_click_selects_and_j_merges(browser, address, tmp_path):
+    from playwright.sync_api import expect
+
+    page = opened(browser, address, [noise(tmp_path / "field.tif", 1)])
+    cells = count(page)
+    labels = labels_of(page, address)
+    box = page.locator("#canvas").bounding_box()
+    height, width = labels.shape
+    scale = min(box["width"] / width, box["height"] / height) * 0.98
+
+    def click(label, **how):
+        row, column = (int(np.median(places)) for places in np.nonzero(labels == label))
+        if labels[row, column] != label:
+            row, column = (places[0] for places in np.nonzero(labels == label))
+        page.mouse.move(0, 0)
+        page.locator("#canvas").click(
+            position={
+                "x": box["width"] / 2 + (column + 0.5 - width / 2) * scale,
+                "y": box["height"] / 2 + (row + 0.5 - height / 2) * scale,
+            },
+            **how,
+        )
+
+    click(2)
+    expect(page.locator("#selection tr").first).to_have_text(re.compile("label\\s*2"))
+    click(3, modifiers=["Shift"])
+    expect(page.locator("#selection")).to_have_text("2 cells are selected")
+    with page.expect_response(lambda r: r.request.method == "PUT") as answer:
+        page.keyboard.press("j")
+    assert answer.value.json()["num_cells"] == cells - 1
+    merged = labels_of(page, address)
+    assert len(np.unique(merged[(labels == 2) | (labels == 3)])) == 1
+    assert page.faults == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1440, 900, 420])
+def test_the_page_fits_and_works_with_the_keyboard_alone(width, browser, address, tmp_path):
+    from playwright.sync_api import expect
+
+    page = opened(
+        browser, address, [noise(tmp_path / "a.tif", 1), noise(tmp_path / "b.tif", 2)], width
+    )
+    page.locator("#job-list .quiet", has_text="cells").nth(1).wait_for()
+    for name in ("header", "#stage", "#panel"):
+        box = page.locator(name).bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width + 1
+    assert page.locator("#stage").bounding_box()["height"] > 300
+    first = page.locator("#title").inner_text()
+    page.keyboard.press("d" if first == "b" else "a")
+    expect(page.locator("#title")).not_to_have_text(first)
+    page.keyboard.press("?")
+    expect(page.locator("#keys")).to_contain_text("next, previous doubtful cell")
+    page.keyboard.press("?")
+    page.keyboard.press("z")
+    expect(page.locator("#style")).to_have_value("fill")
+    page.locator("summary", has_text="Table").press("Enter")
+    page.locator("#table th button", has_text="score").press("Enter")
+    expect(page.locator("#table th[aria-sort=ascending]")).to_contain_text("score")
+    scores = [float(text) for text in page.locator("#table td:nth-child(2)").all_inner_texts()]
+    assert scores == sorted(scores)
+    assert page.faults == []

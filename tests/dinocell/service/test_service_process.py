@@ -1,0 +1,260 @@
+"""`dinocell serve` as a program: the real worker, many requests at once, kills and restarts."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+from service_doubles import noise
+
+from dinocell.cli import main
+from dinocell.demo import sample_paths
+from dinocell.errors import UsageError
+from dinocell.io import read_labels
+from dinocell.service.options import ServiceOptions, check_service
+
+
+@contextlib.contextmanager
+def serving(folder, *arguments, **environment):
+    """A running `dinocell serve`, as (process, client)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "dinocell",
+            "serve",
+            "-o",
+            str(folder),
+            "--port",
+            str(port),
+            *arguments,
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        assert "DINOCell is at" in process.stdout.readline()
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}",
+            timeout=120,
+            transport=httpx.HTTPTransport(retries=20),
+        ) as client:
+            for _ in range(100):  # the line is written just before the port is open
+                with contextlib.suppress(httpx.TransportError):
+                    client.get("/health")
+                    break
+                time.sleep(0.05)
+            yield process, client
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        process.stdout.close()
+
+
+def digest(labels: np.ndarray) -> str:
+    return hashlib.sha256(labels.astype(np.uint32).tobytes()).hexdigest()
+
+
+@pytest.mark.slow
+def test_a_hundred_requests_at_once_are_neither_lost_nor_mixed_up(tmp_path):
+    images = [noise(tmp_path / f"image{i}.tif", i, (24, 24 + i)) for i in range(100)]
+    with serving(tmp_path / "jobs") as (_, client):
+
+        def ask(path):
+            with path.open("rb") as file:
+                answer = client.post(
+                    "/api/v1/segment?format=tif", files={"image": (path.name, file)}
+                )
+            assert answer.status_code == 200
+            return answer
+
+        with ThreadPoolExecutor(100) as pool:
+            answers = list(pool.map(ask, images))
+        text = client.get("/metrics").text
+    assert "dinocell_images_total 100" in text
+    for index, answer in enumerate(answers):
+        assert f'filename="image{index}_labels.tif"' in answer.headers["content-disposition"]
+        target = tmp_path / "labels.tif"
+        target.write_bytes(answer.content)
+        assert read_labels(target).shape == (24, 24 + index)
+
+
+@pytest.mark.slow
+def test_labels_are_those_of_the_command_line(tmp_path):
+    paths = [path for path, _ in sample_paths()][:3]
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                "segment",
+                *map(str, paths),
+                "-o",
+                str(tmp_path / "out"),
+                "--no-overlay",
+                "--device",
+                "cpu",
+            ]
+        )
+    assert ended.value.code in (0, None)
+    with serving(tmp_path / "jobs", "--device", "cpu") as (_, client):
+        for path in paths:
+            answer = client.post("/api/v1/segment?format=npy", files={"image": path.read_bytes()})
+            labels = np.load(io.BytesIO(answer.content))
+            assert digest(labels) == digest(
+                read_labels(tmp_path / "out" / f"{path.stem}_labels.tif")
+            )
+
+
+@pytest.mark.slow
+def test_killed_amid_twenty_jobs_it_finishes_all_after_a_restart(tmp_path):
+    images = [noise(tmp_path / f"image{i}.tif", i, (300, 300)) for i in range(20)]
+    with serving(tmp_path / "jobs") as (process, client):
+        jobs = [
+            client.post("/api/v1/jobs", files={"image": (path.name, path.read_bytes())}).json()[
+                "id"
+            ]
+            for path in images
+        ]
+        while client.get(f"/api/v1/jobs/{jobs[2]}").json()["state"] != "done":
+            time.sleep(0.02)
+        process.kill()
+    with serving(tmp_path / "jobs") as (_, client):
+        for job in jobs:
+            with client.stream("GET", f"/api/v1/jobs/{job}/events") as stream:
+                *_, last = (line for line in stream.iter_lines() if line.startswith("data"))
+            assert '"state":"done"' in last
+        assert 'dinocell_jobs_total{state="done"} 20' in client.get("/metrics").text
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_replaced(tmp_path):
+    image = noise(tmp_path / "image.tif", 0)
+    with serving(tmp_path / "jobs") as (process, client):
+        (worker,) = _children(process.pid)
+        os.kill(worker, signal.SIGKILL)
+        answer = client.post("/api/v1/segment", files={"image": image.read_bytes()})
+        assert answer.status_code == 200
+        assert base64.b64decode(answer.json()["labels"]).startswith(b"\x89PNG")
+        assert _children(process.pid) != [worker]
+
+
+def _children(pid: int) -> list[int]:
+    tasks = f"/proc/{pid}/task"
+    if not os.path.isdir(tasks):
+        pytest.skip("processes are listed in /proc on Linux only")
+    found = []
+    for task in os.listdir(tasks):
+        with open(f"{tasks}/{task}/children") as file:
+            found += map(int, file.read().split())
+    return found
+
+
+@pytest.mark.slow
+def test_the_description_of_the_api_is_true(tmp_path):
+    """schemathesis sends what the description allows and what it forbids."""
+    with serving(tmp_path / "jobs", "--queue", "5") as (_, client):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "schemathesis.cli", "run"),
+                *(f"{client.base_url}/api/v1/openapi.json", "--seed", "1", "--max-examples", "10"),
+                *(
+                    "--checks",
+                    "not_a_server_error,response_schema_conformance,content_type_conformance",
+                ),
+                *("--phases", "examples,coverage,fuzzing", "--no-color"),
+            ],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,  # it keeps a cache there
+        )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"host": "0.0.0.0"}, "`token` must be given"),
+        ({"host": "0.0.0.0", "token": "short"}, "16 characters"),
+        ({"token": "ö" * 20}, "ASCII"),
+        ({"max_mb": 0.0}, "max_mb"),
+        ({"keep_hours": float("nan")}, "keep_hours"),
+    ],
+)
+def test_what_is_refused_before_it_starts(options, word):
+    with pytest.raises(UsageError, match=word):
+        check_service(ServiceOptions(**options))
+
+
+def test_hosts_of_this_computer_need_no_token():
+    for host in ("127.0.0.1", "localhost", "::1", "127.1.2.3"):
+        check_service(ServiceOptions(host=host))
+
+
+def test_the_command_passes_its_options_on(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("dinocell.service.serve.run_service", seen.append)
+    monkeypatch.setenv("DINOCELL_TOKEN", "of the environment")
+    given = {
+        "jobs": tmp_path,
+        "model": "m",
+        "device": "cpu",
+        "batch_size": 2,
+        "precision": "fp32",
+        "host": "::1",
+        "port": 1,
+        "token": "t" * 16,
+        "queue": 3,
+        "max_mb": 4.0,
+        "max_megapixels": 5.0,
+        "keep_hours": 6.0,
+        "keep_gb": 7.0,
+    }
+    for arguments in ([], [f"--{k.replace('_', '-')}={v}" for k, v in given.items()]):
+        with pytest.raises(SystemExit):
+            main(["serve", *arguments])
+    assert seen == [ServiceOptions(token="of the environment"), ServiceOptions(**given)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--host", "0.0.0.0"], "--token must be given"),
+        (["--model", "nothing.safetensors"], "a bundled name"),
+        (["--device", "tpu"], "--device must be"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(tmp_path, capsys, monkeypatch, arguments, word):
+    monkeypatch.delenv("DINOCELL_TOKEN", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "-o", str(tmp_path / "jobs"), *arguments])
+    assert ended.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def test_two_services_do_not_share_a_folder(tmp_path, capsys):
+    from dinocell.batch.claims import Claimant, claimed
+
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with claimed(tmp_path / "service", Claimant()):
+        claim = tmp_path / "service" / "claim.json"
+        claim.write_text(claim.read_text().replace(f'"pid": {os.getpid()}', f'"pid": {other.pid}'))
+        claim.write_text(claim.read_text().replace('"began"', '"ignored"'))
+        with pytest.raises(SystemExit):
+            main(["serve", "-o", str(tmp_path)])
+    other.communicate(b"\n")
+    assert "one process at a time" in capsys.readouterr().err
