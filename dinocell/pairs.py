@@ -53,10 +53,10 @@ _NAMES_SHOWN = 5
 
 def is_zarr(path: Path) -> bool:
     """Whether a path is a folder that stands for one image: in Zarr format, by its suffix or its content."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # which is False, too, where the system refuses to look
         return False
     return path.suffix.lower() == ".zarr" or any(
-        (path / name).is_file() for name in ("zarr.json", ".zattrs")
+        os.path.isfile(path / name) for name in ("zarr.json", ".zattrs")
     )
 
 

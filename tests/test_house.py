@@ -258,6 +258,7 @@ CAUSES = {
     "this plane is missing in it",
     "it holds no image with rows and columns",
     "its pixels are of the kinds …",
+    "it claims … channels",
     "its pages refer to each other in a circle",
     "the table of contents is no DCP metadata",
     "module 'dinocell' has no attribute …",

@@ -23,7 +23,7 @@ def mark_input(path: Path, options: SegmentOptions) -> dict[str, Any]:
     """
     mark = _image_options(options)
     if path.is_file() or path.is_dir():  # reading refuses everything else, and a pipe would wait
-        size, time_ns = _state(path)
+        size, time_ns = size_and_time(path)
         mark |= {"bytes": size, "mtime_ns": time_ns, "blake2b": _hash(path)}
     return mark
 
@@ -35,7 +35,7 @@ def is_unchanged(path: Path, row: dict[str, Any]) -> bool:
     """
     mark = row.get("input", {})
     try:
-        size, time_ns = _state(path)
+        size, time_ns = size_and_time(path)
         if size != mark.get("bytes"):
             return False
         return time_ns == mark.get("mtime_ns") or _hash(path) == mark.get("blake2b")
@@ -66,8 +66,8 @@ def _files(path: Path) -> list[Path]:
     return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
 
 
-def _state(path: Path) -> tuple[int, int]:
-    """Bytes, and the time of the last change in ns."""
+def size_and_time(path: Path) -> tuple[int, int]:
+    """Bytes of a file or of all files of a folder, and the time of the last change in ns."""
     states = [one.stat() for one in _files(path)]
     return sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)
 

@@ -27,7 +27,7 @@ from dinocell.batch.claims import (
     refuse_running,
 )
 from dinocell.batch.folder import SETTINGS_NAME, refuse_results
-from dinocell.batch.inputs import is_unchanged
+from dinocell.batch.inputs import is_unchanged, size_and_time
 from dinocell.batch.journal import (
     FAILURES_NAME,
     JOURNAL_NAME,
@@ -132,7 +132,7 @@ def plan_shards(
         _refuse_another(plan, paths, count)
         files = {out / "shards" / _PLAN_NAME: _plan_text(plan)}
     else:
-        sizes = [path.stat().st_size for path in paths]
+        sizes = [size_and_time(path)[0] for path in paths]
         parts = _divide(sizes, min(count, len(paths)))
         plan = ShardPlan(out, len(parts), len(paths), sum(sizes), options, fresh=True)
         if not options.overwrite:

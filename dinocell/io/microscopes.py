@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from dinocell.errors import MissingExtraError
 from dinocell.io.planes import RGB_NAMES, Selection
 from dinocell.io.stacks import Series, Stack, by_plane, series_of
+from dinocell.io.tiff import LIBRARY_LOG
 from dinocell.io.units import length_um, pixel_edges_um
 from dinocell.scratch import new_image, row_bands
 
@@ -23,6 +23,7 @@ _CZI_TYPES = {
     "Gray8": np.uint8, "Gray16": np.uint16, "Gray32Float": np.float32,
     "Bgr24": np.uint8, "Bgr48": np.uint16, "Bgr96Float": np.float32,
 }  # fmt: skip
+_MAX_CHANNELS = 1000  # more come from damage; the library would look up each of them
 _UNIX_EPOCH_JULIAN_DAY = 2440587.5  # 1970-01-01 00:00 UTC
 
 
@@ -56,6 +57,9 @@ def _open_czi(path: Path, wanted: Selection) -> Iterator[Stack]:
     czi = library("pylibCZIrw.czi", "CZI files")
     with czi.open_czi(str(path)) as file:
         ranges = dict(file.total_bounding_box_no_pyramid)
+        first_channel, end = ranges.get("C", (0, 1))
+        if end - first_channel > _MAX_CHANNELS:
+            raise ValueError(f"it claims {end - first_channel:,} channels")
         scenes = dict(sorted(file.scenes_bounding_rectangle_no_pyramid.items()))
         whole = file.total_bounding_rectangle_no_pyramid
         rectangles = list(scenes.values()) or [whole]
@@ -64,13 +68,13 @@ def _open_czi(path: Path, wanted: Selection) -> Iterator[Stack]:
         if len(colours) != 1 or not kinds <= _CZI_TYPES.keys():
             raise ValueError(f"its pixels are of the kinds {', '.join(sorted(kinds)) or 'none'}")
         dtype = np.result_type(*(_CZI_TYPES[kind] for kind in kinds))
-        about = _about_czi(file.raw_metadata, ranges.get("C", (0, 1)))
+        about = _about_czi(file.raw_metadata, end - first_channel)
         stacked = sorted(ranges.keys() - set("TZCYX")) + [a for a in "TZC" if a in ranges]
         # S is that of samples here; scenes are listed by their rectangles
         axes = [axis for axis in stacked if axis != "S"]
         sizes = [ranges[axis][1] - ranges[axis][0] for axis in axes]
         is_colour = colours == {True}
-        if is_colour and ranges.get("C", (0, 1))[1] - ranges.get("C", (0, 1))[0] == 1:
+        if is_colour and end - first_channel == 1:
             about["channel_names"] = RGB_NAMES
         series = [
             series_of(
@@ -106,7 +110,7 @@ def _open_czi(path: Path, wanted: Selection) -> Iterator[Stack]:
         yield by_plane("CZI", series, plane, wanted.tile_px)
 
 
-def _about_czi(xml: str, channels: tuple[int, int]) -> dict[str, Any]:
+def _about_czi(xml: str, num_channels: int) -> dict[str, Any]:
     """What the XML of a CZI says; its lengths are in metres."""
     try:
         tree = ElementTree.fromstring(xml)
@@ -121,7 +125,7 @@ def _about_czi(xml: str, channels: tuple[int, int]) -> dict[str, Any]:
     if image is None:
         return sizes_um(edges, "m")
     names = [one.get("Name") for one in image.findall("Dimensions/Channels/Channel")]
-    known = len(names) == channels[1] - channels[0] and all(names)
+    known = len(names) == num_channels and all(names)
     return {
         **sizes_um(edges, "m"),
         "channel_names": tuple(map(str, names)) if known else None,
@@ -191,8 +195,7 @@ def _iso(time: datetime) -> str:
 def _open_lif(path: Path, wanted: Selection) -> Iterator[Stack]:
     """Leica LIF; its images are scenes."""
     liffile = library("liffile", "LIF files")
-    logging.getLogger("liffile").setLevel(logging.ERROR)
-    with liffile.LifFile(path) as file:
+    with LIBRARY_LOG.collect(), liffile.LifFile(path) as file:
         images = [
             image
             for image in file.images

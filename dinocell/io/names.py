@@ -146,13 +146,9 @@ class _Search:
             suffix = path.suffix.lower()
             if suffix in UNREADABLE_KINDS:
                 self.unreadable.add(suffix)
-            elif is_zarr(path):
+            elif (suffix in IMAGE_SUFFIXES and os.path.isfile(path)) or is_zarr(path):
                 yield path
-            elif suffix not in IMAGE_SUFFIXES:
-                continue
-            elif os.path.isfile(path):
-                yield path
-            elif not os.path.isdir(path):
+            elif suffix in IMAGE_SUFFIXES and not os.path.isdir(path):
                 self._note(f"'{path}' was left out: it is not a file, or a link to nothing")
 
     def results_among(self, paths: Iterable[Path], images: Iterable[Path]) -> set[Path]:

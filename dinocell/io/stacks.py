@@ -7,6 +7,7 @@ reads one plane.  The choice among planes, the projection along z and the refusa
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -255,9 +256,14 @@ def _pages(path: Path, series: Series, wanted: Selection) -> tuple[tuple[int, ..
         size = sizes.get(axis, 1)
         if isinstance(place, int) and place >= size:
             raise _no_such(path, _OPTION_OF_AXIS[axis], place, size)
-    numbers = np.arange(series.num_planes).reshape(tuple(sizes.values()))
-    index = tuple(slice(None) if isinstance(places[axis], str) else places[axis] for axis in sizes)
-    pages = tuple(np.atleast_1d(numbers[index]).tolist())
+    ranges = [
+        range(size) if isinstance(places[axis], str) else (places[axis],)
+        for axis, size in sizes.items()
+    ]
+    shape = tuple(sizes.values())
+    pages = tuple(
+        int(np.ravel_multi_index(index, shape)) if shape else 0 for index in product(*ranges)
+    )
     return pages, wanted.z if isinstance(wanted.z, str) else ""
 
 

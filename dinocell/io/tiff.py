@@ -21,8 +21,8 @@ from dinocell.scratch import is_large, picked, zeros_in_file
 _LARGE_TILE_PX = 2**26  # a larger tile needs a larger image: damage must not ask for all memory
 
 
-class _TiffLog(logging.Filter):
-    """Keeps tifffile's complaints off the screen, and the serious ones for our message."""
+class _LibraryLog(logging.Filter):
+    """Keeps the complaints of a library off the screen, and the serious ones for our message."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,8 +45,9 @@ class _TiffLog(logging.Filter):
             self._local.kept = None
 
 
-_TIFF_LOG = _TiffLog()
-logging.getLogger("tifffile").addFilter(_TIFF_LOG)
+LIBRARY_LOG = _LibraryLog()
+for _name in ("tifffile", "liffile"):
+    logging.getLogger(_name).addFilter(LIBRARY_LOG)
 
 
 def _refuse_circle(tif: Any) -> None:
@@ -74,7 +75,7 @@ def open_tiff(path: Path, wanted: Selection) -> Iterator[Stack]:
     """Open a TIFF; `read` reads no more pages than a plane with the chosen channels needs."""
     import tifffile
 
-    with _TIFF_LOG.collect() as complaints, tifffile.TiffFile(path) as tif:
+    with LIBRARY_LOG.collect() as complaints, tifffile.TiffFile(path) as tif:
         _refuse_circle(tif)
         all_series = [s for s in tif.series if not s.keyframe.is_reduced] or list(tif.series)
         if not all_series:

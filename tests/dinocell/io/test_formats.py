@@ -275,6 +275,30 @@ def test_a_mosaic_is_put_together_and_a_missing_plane_is_refused(tmp_path):
         read_image(tmp_path / "a.czi", z=0, channels=[1])
 
 
+def test_more_channels_than_can_be_are_damage(tmp_path):
+    from pylibCZIrw import czi
+
+    with czi.create_czi(str(tmp_path / "a.czi")) as file:
+        for channel in (0, 77):
+            file.write(STACK[0, 0, 0], plane={"C": channel})
+    entry = [b"C\0\0\0" + struct.pack("<i", channel) for channel in (77, 5_000_000)]
+    content = (tmp_path / "a.czi").read_bytes()
+    assert entry[0] in content
+    (tmp_path / "a.czi").write_bytes(content.replace(*entry))
+    with pytest.raises(ImageFileError, match="it claims 5,000,001 channels"):
+        read_image(tmp_path / "a.czi", channels=[0])
+
+
+def test_complaints_of_the_library_stay_inside(stacks, tmp_path, capfd):
+    content = (stacks / "a.lif").read_bytes()
+    wrong = 'DimID="4"'.encode("utf-16-le"), 'DimID="3"'.encode("utf-16-le")  # two axes Z
+    assert wrong[0] in content
+    (tmp_path / "a.lif").write_bytes(content.replace(*wrong))
+    with pytest.raises(ImageFileError, match="no image with rows and columns"):
+        read_image(tmp_path / "a.lif", scene=1)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_collections_of_zarr_images(tmp_path):
     import zarr
 
