@@ -314,7 +314,9 @@ function edited() {
   saveSoon();
 }
 
-function step(direction) {
+async function step(direction) {
+  wanted = null;
+  await last.catch(() => {}); // a relabel that is on its way is the step to undo
   const entry = open?.edits?.[direction](open.labels);
   if (!entry) return;
   const thresholds = entry.note?.[direction === "undo" ? "before" : "after"];
@@ -386,7 +388,12 @@ async function relabelSoon() {
       const { data } = await api.labels(shown.id);
       shown.revision = answer.revision;
       if (open !== shown) return;
-      const note = { before: shown.thresholds, after: thresholds };
+      const note = { before: shown.thresholds, after: thresholds, time: Date.now() };
+      const previous = shown.edits.done.at(-1)?.note;
+      if (previous && note.time - previous.time < 1500) { // one movement of a slider is one step
+        shown.edits.undo(shown.labels);
+        note.before = previous.before;
+      }
       shown.edits.change(shown.labels, (_, i) => data[i], note);
       shown.thresholds = thresholds;
       shown.numbers = numbersOf(shown.labels);
@@ -538,6 +545,7 @@ async function start() {
       noteJob(job);
       if (job.state === "queued" || job.state === "running") watch(job.id, false);
     }
+    if (!asked) neighbour(1); // the newest one
     $("token-form").hidden = true;
     say("");
   });

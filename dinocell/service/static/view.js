@@ -23,7 +23,8 @@ export class View {
     this.scale = 1;
     this.x = this.y = 0; // image position at the upper left corner of the canvas
     this.style = "outline";
-    this.opacity = 0.7;
+    this.opacity = 1;
+    this.thickness = 1; // of outlines, in pixels of the image
     this.hidden = false;
     this.selected = new Set();
     this.pointers = new Map();
@@ -110,14 +111,15 @@ export class View {
     const target = context.createImageData(width, height);
     const pixels = new Uint32Array(target.data.buffer);
     const outline = this.style !== "fill";
+    const t = this.thickness, down = t * width;
     for (let y = 0, i = 0; y < height; y++) {
       for (let x = 0; x < width; x++, i++) {
         const label = labels[i];
         if (!label) continue;
         const chosen = selected.size && selected.has(label);
         if (outline || chosen) {
-          const border = (x > 0 && labels[i - 1] !== label) || (x < width - 1 && labels[i + 1] !== label) ||
-            (y > 0 && labels[i - width] !== label) || (y < height - 1 && labels[i + width] !== label);
+          const border = (x >= t && labels[i - t] !== label) || (x < width - t && labels[i + t] !== label) ||
+            (y >= t && labels[i - down] !== label) || (y < height - t && labels[i + down] !== label);
           if (border) pixels[i] = chosen ? 0xffffffff : hues[label % 4096];
           else if (chosen) pixels[i] = (hues[label % 4096] & 0xffffff) | (110 << 24);
         } else pixels[i] = hues[label % 4096];
@@ -189,11 +191,16 @@ export class View {
       context.clearRect(0, 0, canvas.width, canvas.height);
       if (!this.image) return;
       const scale = this.scale * ratio;
+      const thickness = scale < 0.8 ? Math.min(6, Math.round(1.6 / scale)) : 1;
+      if (thickness !== this.thickness) { // seen from far, thin lines would fade
+        this.thickness = thickness;
+        this.paintLabels();
+      }
       context.setTransform(scale, 0, 0, scale, -this.x * scale, -this.y * scale);
       context.imageSmoothingEnabled = scale < 1;
       context.drawImage(this.picture, 0, 0);
       if (!this.hidden && this.style !== "none") {
-        context.globalAlpha = this.opacity;
+        context.globalAlpha = this.opacity * (this.style === "fill" ? 0.5 : 1);
         context.drawImage(this.overlay, 0, 0);
         context.globalAlpha = 1;
       }

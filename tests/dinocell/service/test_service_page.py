@@ -138,6 +138,14 @@ def test_a_picture_is_segmented_corrected_and_downloaded(browser, address, tmp_p
     expect(page.locator("#count")).to_contain_text(f"{answer.value.json()['num_cells']} cells")
     assert np.bincount(labels_of(page, address).ravel())[1:].min() >= 12
 
+    with page.expect_response(lambda r: r.url.endswith("/relabel")):
+        page.locator("#area").fill("30")  # the same movement, as far as undoing is concerned
+    expect(page.locator("#redo")).to_be_disabled()
+    with page.expect_response(lambda r: r.request.method == "PUT") as answer:
+        page.locator("#undo").click()
+    expect(page.locator("#area-value")).to_have_text("0 px")
+    assert answer.value.json()["num_cells"] == cells - 1
+
     with page.expect_download() as download:
         page.get_by_role("button", name="Table (CSV)").click()
     assert download.value.suggested_filename == "field_cells.csv"
