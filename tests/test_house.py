@@ -250,6 +250,7 @@ PRIVATE_WORDS = r"in work|in the hands of|wish(es)?|told|said|anew|mend(s|ed)?|l
 # Causes, which other messages quote in parentheses, and one sentence of Python itself.
 CAUSES = {
     "some of its planes are in other files, which are missing",
+    "its planes are in a file of another folder, …",
     "the 16-bit colour PNG cannot be decoded",
     "the end of the file is missing or a chunk is damaged",
     "its pixels should reach byte …, the file has …",

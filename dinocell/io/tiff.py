@@ -7,7 +7,7 @@ import re
 import struct
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 from xml.etree import ElementTree
 
@@ -70,6 +70,16 @@ def _refuse_circle(tif: Any) -> None:
         file.seek(offset + layout.tagnosize + tags * layout.tagsize)
 
 
+def _refuse_other_folders(tif: Any) -> None:
+    """Raise ValueError if an OME-TIFF names a file outside its folder: tifffile would read any file."""
+    with contextlib.suppress(ElementTree.ParseError):  # then tifffile follows no names either
+        root = ElementTree.fromstring(tif.ome_metadata or "<OME/>")
+        for part in root.iter():
+            name, own = part.get("FileName", ""), part.text and part.text == root.get("UUID")
+            if part.tag.endswith("UUID") and not own and name != PureWindowsPath(name).name:
+                raise ValueError(f"its planes are in a file of another folder, {name!r}")
+
+
 @contextlib.contextmanager
 def open_tiff(path: Path, wanted: Selection) -> Iterator[Stack]:
     """Open a TIFF; `read` reads no more pages than a plane with the chosen channels needs."""
@@ -77,6 +87,7 @@ def open_tiff(path: Path, wanted: Selection) -> Iterator[Stack]:
 
     with LIBRARY_LOG.collect() as complaints, tifffile.TiffFile(path) as tif:
         _refuse_circle(tif)
+        _refuse_other_folders(tif)
         all_series = [s for s in tif.series if not s.keyframe.is_reduced] or list(tif.series)
         if not all_series:
             raise ValueError(complaints[0] if complaints else "it holds no image")

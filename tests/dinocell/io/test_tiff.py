@@ -210,6 +210,25 @@ def test_oblong_pixels_give_no_size_and_a_note(tmp_path):
     assert "the file gives 0.5 × 0.7 µm: no pixel size is used" in note
 
 
+@pytest.mark.parametrize("name", ["{}/inner/b.tif", "../inner/b.tif", "inner/b.tif"])
+def test_an_ome_file_opens_no_files_of_other_folders(tmp_path, name):
+    (tmp_path / "own" / "inner").mkdir(parents=True)
+    (tmp_path / "inner").mkdir()
+    for folder in (tmp_path / "own" / "inner", tmp_path / "inner"):
+        tifffile.imwrite(folder / "b.tif", np.ones((8, 8), np.uint8))
+    xml = (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+        'UUID="urn:uuid:a"><Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" '
+        'Type="uint8" SizeX="8" SizeY="8" SizeZ="1" SizeC="1" SizeT="1"><TiffData IFD="0" '
+        f'PlaneCount="1"><UUID FileName="{name.format(tmp_path)}">urn:uuid:b</UUID></TiffData>'
+        "</Pixels></Image></OME>"
+    )
+    path = tmp_path / "own" / "a.ome.tif"
+    tifffile.imwrite(path, np.zeros((8, 8), np.uint8), description=xml, metadata=None)
+    with pytest.raises(ImageFileError, match="a file of another folder"):
+        read_image(path)
+
+
 def test_multi_file_ome_with_a_missing_part(tmp_path):
     planes = textured((2, 8, 6))
     xml = (
