@@ -77,6 +77,12 @@ def segmented(
         yield pair.image_path.stem, truth, found, time.process_time() - started
 
 
+def method_name(method: str) -> str:
+    """Of `runs/nuclei/model.safetensors`, which is what `train` writes, the folder: `nuclei`."""
+    path = Path(method)
+    return path.parent.name if path.stem == "model" and path.parent.name else path.stem
+
+
 def score(method: str, name: str, data: Path, *, tta: bool) -> Path:
     """Write the rows of one method on one set."""
     weights = "" if method == "otsu" else model_path(method).read_bytes()
@@ -92,7 +98,7 @@ def score(method: str, name: str, data: Path, *, tta: bool) -> Path:
         counts = evaluate_pair(truth, found, iou_thresholds=IOU, name=image).counts()
         row = {"set": name, "image": image, "height": truth.shape[0], "width": truth.shape[1]}
         rows.append(row | counts | {"processor_s": round(seconds, 4)} | behind)
-    title = Path(method).stem + ("-tta" if tta else "")
+    title = method_name(method) + ("-tta" if tta else "")
     path = FOLDER / f"{title}_{name.replace('/', '_')}.csv"
     FOLDER.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
