@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import errno
+import sqlite3
+import sys
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from pathlib import Path
@@ -69,7 +71,10 @@ def _page() -> Response:
 
 async def _sweep(service: Service) -> None:
     while True:
-        await asyncio.to_thread(service.expire)
+        try:
+            await asyncio.to_thread(service.expire)
+        except (OSError, sqlite3.Error) as error:  # such as a full disk; later it may work
+            print(f"dinocell: warning: old jobs cannot be deleted: {error}", file=sys.stderr)
         await asyncio.sleep(_SWEEP_S)
 
 

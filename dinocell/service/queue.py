@@ -105,10 +105,11 @@ class Queue:
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield self._database
+                self._database.execute("COMMIT")
             except BaseException:
-                self._database.execute("ROLLBACK")
+                if self._database.in_transaction:  # SQLite ends it where the disk is full
+                    self._database.execute("ROLLBACK")
                 raise
-            self._database.execute("COMMIT")
 
     def job_folder(self, job_id: str) -> Path:
         """The folder of a job's files."""
@@ -202,16 +203,18 @@ class Queue:
         summary: Mapping[str, Any] | None = None,
         counts: Mapping[str, float] | None = None,
     ) -> None:
-        """Note how a running job ended, and add to the counters; a job that somebody stopped is cancelled."""
+        """Note how a running job ended, and add to the counters.
+
+        A job that somebody stopped meanwhile is cancelled, however it ended.
+        """
         with self._transaction() as database:
             row = database.execute("SELECT stop FROM jobs WHERE id = ?", (job.id,)).fetchone()
-            stopped = error is not None and row["stop"]
-            state = "cancelled" if stopped else "failed" if error else "done"
+            state = "cancelled" if row["stop"] else "failed" if error else "done"
             database.execute(
                 "UPDATE jobs SET state = ?, finished = ?, error = ?, summary = ?, bytes = ? "
                 "WHERE id = ? AND state = 'running'",
                 (
-                    *(state, time.time(), None if stopped else error),
+                    *(state, time.time(), None if row["stop"] else error),
                     *(json.dumps(dict(summary or {})), size_of(self.job_folder(job.id)), job.id),
                 ),
             )
@@ -246,18 +249,22 @@ class Queue:
         `killed` counts this against the job, whose image may have needed too much memory.
         """
         with self._transaction() as database:
-            database.execute(
-                "UPDATE jobs SET state = 'cancelled', finished = ? WHERE state = 'running' AND stop",
+            stopped = database.execute(
+                "UPDATE jobs SET state = 'cancelled', finished = ? WHERE state = 'running' AND stop "
+                "RETURNING id",
                 (time.time(),),
-            )
+            ).fetchall()
             database.execute("UPDATE jobs SET kills = kills + ? WHERE state = 'running'", (killed,))
             given_up = database.execute(
                 "UPDATE jobs SET state = 'failed', finished = ?, error = ? "
                 "WHERE state = 'running' AND kills >= ?",
                 (time.time(), _GIVEN_UP, MAX_KILLS),
             ).rowcount
-            _count(database, {'jobs_total{state="failed"}': given_up})
+            counts = {"failed": given_up, "cancelled": len(stopped)}
+            _count(database, {f'jobs_total{{state="{k}"}}': n for k, n in counts.items()})
             database.execute("UPDATE jobs SET state = 'queued' WHERE state = 'running'")
+        for row in stopped:
+            shutil.rmtree(self.job_folder(row["id"]), ignore_errors=True)
 
     def sweep(self) -> None:
         """Delete folders that belong to no job, or to one whose files should be gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 
 import pytest
@@ -106,8 +107,25 @@ def test_a_job_that_was_cancelled_while_it_ran_is_not_queued_again(queue):
     assert queue.get(job.id).state == "running"
     queue.recover()
     assert queue.get(job.id).state == "cancelled"
-    queue.sweep()
     assert not queue.job_folder(job.id).exists()
+    assert queue.counters() == {'jobs_total{state="cancelled"}': 1}
+
+
+def test_a_job_that_was_cancelled_at_its_last_step_is_cancelled(queue):
+    job = add(queue)
+    queue.take()
+    queue.remove(job.id)
+    queue.finish(job, summary={"num_cells": 3})
+    assert queue.get(job.id).state == "cancelled"
+    assert not queue.job_folder(job.id).exists()
+
+
+def test_a_transaction_that_the_disk_refuses_does_not_block_the_next(queue):
+    queue._database.execute("PRAGMA max_page_count = 1")  # as a full disk: nothing may grow
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        add(queue, name="a" * 10**6)
+    queue._database.execute("PRAGMA max_page_count = 1000000")
+    assert add(queue).state == "queued"
 
 
 def test_sweeping_deletes_folders_of_no_job(queue):
