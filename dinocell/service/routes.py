@@ -17,7 +17,7 @@ from dinocell import __version__
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.pairs import IMAGE_SUFFIXES
 from dinocell.service.metrics import prometheus_text
-from dinocell.service.queue import Job
+from dinocell.service.queue import FINAL, Job
 from dinocell.service.schemas import (
     Cells,
     Health,
@@ -279,7 +279,7 @@ async def put_labels(
 
 def _array(body: bytes) -> np.ndarray:
     try:
-        return np.load(io.BytesIO(body), allow_pickle=False)
+        return np.lib.format.read_array(io.BytesIO(body), allow_pickle=False)
     except Exception as error:  # of damaged files, it raises many kinds
         raise UsageError(
             "Labels must be a numpy file, and it cannot be read: send what np.save wrote"
@@ -330,7 +330,7 @@ async def _wait_for(request: Request, service: Service, job: Job) -> Job:
     ended = job
     async for state in service.news.follow(job.id, beat_s=1.0):
         ended = state or ended
-        if state is None and await request.is_disconnected():
+        if ended.state not in FINAL and await request.is_disconnected():
             await asyncio.to_thread(service.queue.remove, job.id)
     return ended
 

@@ -202,7 +202,10 @@ def test_corrected_labels_replace_those_of_their_revision(client, picture):
     other = client.put(f"{base}/labels?revision=0", content=body.getvalue())
     assert other.status_code == 409
     assert "somebody else" in other.json()["detail"]
-    for wrong in (b"", b"\x93NUMPY", body.getvalue()[:-1], _npy(labels[1:]), _npy(labels / 2)):
+    several = io.BytesIO()
+    np.savez(several, labels)
+    broken = (b"", b"\x93NUMPY", body.getvalue()[:-1], several.getvalue())
+    for wrong in (*broken, _npy(labels[1:]), _npy(labels / 2)):
         assert client.put(f"{base}/labels?revision=1", content=wrong).status_code == 422
     assert client.put(f"{base}/labels", content=body.getvalue()).status_code == 422
 
