@@ -87,8 +87,11 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
+            start_new_session=True,  # Ctrl + C is for the service, which then ends the worker
         )
         self._write(json.dumps(settings) + "\n")
+        if self._stopped.is_set():  # since before the process had an input that `stop` could close
+            self._close_input()
         assert self._process.stdout is not None
         first = json.loads(self._process.stdout.readline() or "{}")
         if "ready" not in first:
@@ -123,3 +126,5 @@ class WorkerProcess:
             except (DINOCellError, OSError, ValueError) as error:
                 print(f"dinocell: warning: {error}", file=sys.stderr)
                 self._process = None
+            else:
+                self.hear({"worker": "started"})  # it may have given up a job, or queued it again
