@@ -1,11 +1,12 @@
 """Start the service: the worker, then the web server."""
 
-import os
+import socket
 from dataclasses import asdict
 
 from dinocell.batch.claims import Claimant, claimed
 from dinocell.batch.folder import make_folder
 from dinocell.batch.options import SegmentOptions, check_options
+from dinocell.errors import DINOCellError
 from dinocell.service.options import ServiceOptions, check_service, require_extra
 
 
@@ -20,6 +21,18 @@ def shared_options(options: ServiceOptions) -> SegmentOptions:
         overwrite=True,  # a job that a killed worker has begun
         max_pixels=options.max_pixels,
     )
+
+
+def _listening(options: ServiceOptions) -> socket.socket:
+    """An open port, before the model is loaded: connections wait until the service answers them."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        return socket.create_server((options.host, options.port), family=family, backlog=2048)
+    except OSError as error:
+        raise DINOCellError(
+            f"The service cannot listen at {options.host}, port {options.port} ({error.strerror}): stop "
+            "the program that does, or choose another `port`"
+        ) from error
 
 
 def run_service(options: ServiceOptions) -> None:
@@ -41,7 +54,10 @@ def run_service(options: ServiceOptions) -> None:
     from dinocell.service.service import Service
     from dinocell.service.supervision import WorkerProcess
 
-    with claimed(options.jobs / "service", Claimant(), "A folder of jobs"):
+    with (
+        claimed(options.jobs / "service", Claimant(), "A folder of jobs"),
+        _listening(options) as listener,
+    ):
         queue = Queue(options.jobs)
         queue.sweep()
         service = Service(options, queue)
@@ -50,15 +66,13 @@ def run_service(options: ServiceOptions) -> None:
         service.worker = worker
         config = uvicorn.Config(
             create_app(service),
-            host=options.host,
-            port=options.port,
-            log_level=os.environ.get("DINOCELL_LOG", "warning"),
+            log_level="warning",
             server_header=False,
             timeout_graceful_shutdown=3,
         )
         name = f"[{options.host}]" if ":" in options.host else options.host
-        print(f"DINOCell is at http://{name}:{options.port}", flush=True)
+        print(f"DINOCell is at http://{name}:{listener.getsockname()[1]}", flush=True)
         try:
-            uvicorn.Server(config).run()
+            uvicorn.Server(config).run(sockets=[listener])
         finally:
             worker.stop()

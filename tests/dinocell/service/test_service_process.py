@@ -24,6 +24,7 @@ from dinocell.demo import sample_paths
 from dinocell.errors import UsageError
 from dinocell.io import read_labels
 from dinocell.service.options import ServiceOptions, check_service
+from dinocell.service.supervision import WorkerProcess
 
 
 @contextlib.contextmanager
@@ -244,6 +245,22 @@ def test_the_command_refuses_in_one_sentence(tmp_path, capsys, monkeypatch, argu
         main(["serve", "-o", str(tmp_path / "jobs"), *arguments])
     assert ended.value.code == 2
     assert word in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_refused_in_one_sentence(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(SystemExit) as ended:
+        main(["serve", "-o", str(tmp_path), "--port", str(other.getsockname()[1])])
+    assert ended.value.code == 1
+    assert "choose another --port" in capsys.readouterr().err
+
+
+def test_requests_that_wait_hear_of_a_new_worker(tmp_path, monkeypatch):
+    heard = []
+    worker = WorkerProcess(tmp_path, {}, heard.append)
+    monkeypatch.setattr(worker._stopped, "wait", lambda pause_s: False)
+    monkeypatch.setattr(worker, "_launch", worker._stopped.set)
+    worker._keep_alive()
+    assert heard == [{"worker": "died"}, {"worker": "started"}]
 
 
 def test_two_services_do_not_share_a_folder(tmp_path, capsys):
