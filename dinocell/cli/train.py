@@ -150,7 +150,7 @@ def ablate(
     first variant with its 95 % interval over images. Finished runs are kept: after an interruption run
     the same command again.
 
-    Example: `dinocell ablate configs/ablation/nuclei_conv.yaml`
+    Example: `dinocell ablate configs/ablation/generalist_conv.yaml`
     """
     from dinocell.training.ablation import ablate as run_ablation
 

@@ -98,7 +98,7 @@ def test_intervals_shrink_with_more_images_and_seeds_give_a_spread():
 def test_the_shipped_comparison_loads(data_dir, monkeypatch):
     monkeypatch.chdir(ROOT)  # its paths are those of a clone
     monkeypatch.setenv("DINOCELL_DATA", str(data_dir.resolve()))
-    config, runs = load_ablation(ROOT / "configs" / "ablation" / "nuclei_conv.yaml")
+    config, runs = load_ablation(ROOT / "configs" / "ablation" / "generalist_conv.yaml")
     assert len(runs) == len(config.variants) * len(config.seeds)
     assert runs[0].config.model.size == "conv"
 
