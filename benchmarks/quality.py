@@ -50,9 +50,14 @@ FOLDER = Path(__file__).parent / "results" / "quality"
 
 
 def otsu_watershed(image: NDArray) -> NDArray[np.uint32]:
-    """Gray image (H, W) → labels: smooth, threshold, split at the peaks of the distance transform."""
+    """Gray image (H, W) → labels: smooth, threshold, split at the peaks of the distance transform.
+
+    Cells are the side of the threshold that covers less of the image: the dark one in stained tissue.
+    """
     smooth = gaussian(image.astype(float), 1.0)
     mask = smooth > threshold_otsu(smooth)
+    if mask.mean() > 0.5:
+        mask = ~mask
     distance = gaussian(ndimage.distance_transform_edt(mask), 1.0)
     peaks = peak_local_max(distance, min_distance=5, labels=label(mask), exclude_border=False)
     markers = np.zeros(image.shape, int)
