@@ -1,7 +1,7 @@
 """DINOCell: segment cells in microscopy images with a self-supervised vision transformer.
 
 >>> from dinocell import DINOCell, segment                   # doctest: +SKIP
->>> model = DINOCell.from_pretrained("dinocell-tiny")        # doctest: +SKIP
+>>> model = DINOCell.from_pretrained("dinocell-cells")        # doctest: +SKIP
 >>> result = segment("image.tif", model=model)               # doctest: +SKIP
 
 Torch and the rest arrive when a name is first used, so that `import dinocell` stays light.

@@ -30,7 +30,7 @@ from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
 if TYPE_CHECKING:
     from dinocell.results.table import CellTable
 
-DEFAULT_MODEL = "dinocell-tiny"
+DEFAULT_MODEL = "dinocell-cells"
 
 
 class LoadedImage(NamedTuple):

@@ -29,7 +29,7 @@ app = App()
 class SegmentFlags:
     """Options of `segment`, named as the fields of `SegmentOptions`."""
 
-    model: ModelOption = "dinocell-tiny"
+    model: ModelOption = "dinocell-cells"
     device: Device = "auto"
     formats: list[str] | None = option(
         "Write label files in this format: tif, png, geojson, roi or coco. Repeat the option for several "
@@ -144,7 +144,7 @@ def segment_options(parameters: Mapping[str, Any]) -> "SegmentOptions":
 
 @app.command()
 def demo(
-    out: OutFolder = Path("demo_out"), device: Device = "auto", model: ModelOption = "dinocell-tiny"
+    out: OutFolder = Path("demo_out"), device: Device = "auto", model: ModelOption = "dinocell-cells"
 ) -> None:
     """Segment the bundled sample images and compare the result with their true cells.
 

@@ -110,7 +110,7 @@ def adapt(
     out: Path = option(
         "Write the adapted model to this new file (.safetensors).", ..., names="--out -o"
     ),
-    model: ModelOption = "dinocell-tiny",
+    model: ModelOption = "dinocell-cells",
     flags: AdaptFlags = AdaptFlags(),
     device: Device = "auto",
 ) -> None:

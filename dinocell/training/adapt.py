@@ -113,7 +113,7 @@ def adapt(
     labels: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    start: str = "dinocell-tiny",
+    start: str = "dinocell-cells",
     options: AdaptOptions = AdaptOptions(),
     shown: bool = True,
 ) -> AdaptResult:
