@@ -1,7 +1,7 @@
 """Does an image look like those that a model was trained on?
 
-A network answers on any image, also on one of a kind that it has never seen.  Its deepest features tell
-the kinds apart: their mean over the patches without cells is alike in all images of one kind (background,
+A network answers on any image, also on one of a kind that it has never seen.  Its features tell the
+kinds apart (`DINOCell.map_and_features`): their mean over the patches without cells is alike in all images of one kind (background,
 noise, optics) and far away in another.  A model therefore carries the mean and the covariance of that
 vector over the training images of each data set, and an image whose Mahalanobis distance from all of
 them exceeds a limit is flagged.
@@ -37,7 +37,8 @@ _FOLDS = 5
 _MIN_IMAGES = 2 * _FOLDS
 _ODD = 40  # one image in so many is left out of the fit
 _QUANTILE = 0.95  # of the distances of held-out images: a few odd ones do not set the limit
-_MARGIN = 3.0
+MARGIN = 3.0
+MARGIN_OF_CONVOLUTIONS = 2.0  # their features vary less from image to image, and from kind to kind
 _BINS = 64  # of the histogram of intensities
 _CELL = 0.5  # mean of the map over a patch in which the network sees a cell; 0.05 in empty fields
 _LARGEST_NOISE = 0.5  # 20 standard deviations of the noise against the range of the data type
@@ -73,20 +74,23 @@ class Appearance:
         self._histogram = np.zeros(_BINS)
         self._sums = np.zeros(4)  # background, cells, steps, windows
 
-    def add(self, gray: Tensor, features: Tensor, maps: Tensor) -> None:
+    def add(self, gray: Tensor, features: Sequence[Tensor], maps: Tensor) -> None:
         """Add a batch of windows.
 
         Parameters
         ----------
         gray : (B, 1, H, W) tensor in [0, 1], normalised intensities
-        features : (B, D, H / p, W / p) tensor, the deepest features of `DINOCell.map_and_features`
+        features : (B, D, h, w) tensors of `DINOCell.map_and_features`, the coarsest last; the D of all of
+            them together describe a patch
         maps : (B, 1, H, W) tensor in [0, 1], distance maps
         """
-        height, width = features.shape[-2:]
-        cells = functional.adaptive_avg_pool2d(maps.float(), (height, width))  # [B, 1, h, w]
+        size = features[-1].shape[-2:]
+        cells = functional.adaptive_avg_pool2d(maps.float(), size)  # [B, 1, h, w]
         self._largest_cell = max(self._largest_cell, float(cells.max()))
         background = 1.0 - cells
-        summed = (features.float() * background).sum(dim=(0, 2, 3)).double().cpu().numpy()  # [D]
+        pooled = [functional.adaptive_avg_pool2d(level.float(), size) for level in features]
+        weighted = torch.cat(pooled, dim=1) * background
+        summed = weighted.sum(dim=(0, 2, 3)).double().cpu().numpy()  # [D]
         self._features = summed if self._features is None else self._features + summed
         self._histogram += torch.histc(gray.float(), _BINS, 0.0, 1.0).cpu().numpy()
         steps = (gray[..., 1:] - gray[..., :-1]).abs().mean(dim=(1, 2, 3)).sum()
@@ -245,13 +249,15 @@ class KnownKinds:
         return cls(tuple(TrainingStatistics.from_mapping(kind, source) for kind in kinds))
 
 
-def fit_statistics(images: Sequence[Appearance]) -> TrainingStatistics | None:
+def fit_statistics(
+    images: Sequence[Appearance], *, margin: float = MARGIN
+) -> TrainingStatistics | None:
     """Statistics of the training images; None for fewer than ten with signal.
 
     Every image is measured once by a fit to the other four fifths.  The farthest of each forty (blurred,
     almost empty) are left out, because they would widen the covariance towards other kinds; then the
-    rest is measured again.  The limit is 3 times the 95th percentile of these distances: a new image
-    of the same kind stays below it, and most other kinds lie beyond (`benchmarks/unfamiliar.py`).
+    rest is measured again.  The limit is `margin` times the 95th percentile of these distances: a new
+    image of the same kind stays below it, and most other kinds lie beyond (`benchmarks/unfamiliar.py`).
     """
     seen = [image for image in images if image.features is not None and image.has_signal]
     if len(seen) < _MIN_IMAGES:
@@ -261,7 +267,7 @@ def fit_statistics(images: Sequence[Appearance]) -> TrainingStatistics | None:
     features = features[np.sort(nearest[: len(seen) - len(seen) // _ODD])]
     measures = [image.measures() for image in seen]
     ranges = {name: [f([row[name] for row in measures]) for f in (min, max)] for name in _WORDS}
-    limit = _MARGIN * float(np.quantile(_held_out_distances(features), _QUANTILE))
+    limit = margin * float(np.quantile(_held_out_distances(features), _QUANTILE))
     return _fit(features, limit=limit, ranges=ranges)
 
 

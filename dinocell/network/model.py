@@ -85,8 +85,12 @@ class DINOCell(nn.Module):
         """
         return self.map_and_features(image)[0]
 
-    def map_and_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, and the deepest features beside the map: (B, D, H / p, W / p)."""
+    def map_and_features(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `forward`, and beside the map the features that tell kinds of images apart.
+
+        Of a transformer these are the deepest, (B, D, H / p, W / p); of convolutions those of all strides,
+        the finest first, because the deepest alone hardly see texture.
+        """
         patch = self.config.patch_size
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(
@@ -103,7 +107,8 @@ class DINOCell(nn.Module):
             image = compress_intensities(image)
         features = self.backbone(image)
         logits = self.decoder(features, image)
-        return logits.float().sigmoid(), features[-1]  # [B, 1, H, W], [B, D, h, w]
+        seen = features if isinstance(self.backbone, ConvPyramid) else features[-1:]
+        return logits.float().sigmoid(), tuple(seen)  # [B, 1, H, W], each [B, D, h, w]
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu") -> DINOCell:

@@ -12,7 +12,13 @@ import torch
 from dinocell import __version__
 from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
 from dinocell.files import atomic_path
-from dinocell.network.familiarity import Appearance, KnownKinds, fit_statistics
+from dinocell.network.familiarity import (
+    MARGIN,
+    MARGIN_OF_CONVOLUTIONS,
+    Appearance,
+    KnownKinds,
+    fit_statistics,
+)
 from dinocell.network.model import DINOCell, save_model, with_config
 from dinocell.pairs import Pair
 from dinocell.progress import progress
@@ -158,7 +164,8 @@ def training_statistics(
             predict_distance_map(model, middle, intensity=intensity, appearance=appearance)
             seen[pair.dataset].append(appearance)
             bar.advance()
-        fitted = [fit_statistics(images) for images in seen.values()]
+        margin = MARGIN_OF_CONVOLUTIONS if config.size == "conv" else MARGIN
+        fitted = [fit_statistics(images, margin=margin) for images in seen.values()]
         kinds = tuple(kind for kind in fitted if kind is not None)
         if not kinds:
             bar.write("too few images to describe: the model will not flag images of another kind")

@@ -62,12 +62,13 @@ def test_convolutions_alone_are_small_and_see_the_image():
     with torch.no_grad():
         empty, deepest = model.map_and_features(torch.zeros(1, 3, 64, 96))
         assert empty.shape == (1, 1, 64, 96)
-        assert deepest.shape == (1, 128, 4, 6)
+        assert [level.shape[1] for level in deepest] == [32, 64, 96, 128]
+        assert deepest[-1].shape == (1, 128, 4, 6)
         assert not torch.equal(model(torch.ones(1, 3, 64, 96)), empty)
     assert model_cost(model, 64).backbone_macs > 0
     deeper = create_dinocell_model("conv", patch_size=32, decoder="detail").eval()
     with torch.no_grad():
-        assert deeper.map_and_features(torch.zeros(1, 3, 64, 96))[1].shape == (1, 192, 2, 3)
+        assert deeper.map_and_features(torch.zeros(1, 3, 64, 96))[1][-1].shape == (1, 192, 2, 3)
 
 
 def test_compressed_intensities_by_hand():

@@ -31,7 +31,7 @@ def seen(features, *, gray=0.1, contrast=0.0, signal=True, cell=0.0) -> Appearan
     window[..., 0, 0] = 1.0
     appearance = Appearance(contrast, is_noise=not signal)
     tokens = torch.as_tensor(np.asarray(features, np.float32)).reshape(1, -1, 1, 1)
-    appearance.add(window, tokens, torch.full((1, 1, 4, 4), cell))
+    appearance.add(window, [tokens], torch.full((1, 1, 4, 4), cell))
     return appearance
 
 
@@ -57,11 +57,12 @@ def test_nothing_is_known_before_the_first_window(small_model, statistics):
 
 
 def test_features_are_those_of_the_background():
-    """Two patches of 2 x 2 px whose maps are 0.75 and 0.25: (0.25 * 1 + 0.75 * 5) / 1 = 4."""
+    """Two patches whose maps are 0.75 and 0.25: (0.25 * 1 + 0.75 * 5) / 1 = 4, and 3.5 of the finer."""
     appearance = Appearance()
     maps = torch.tensor([[0.75, 0.75, 0.25, 0.25]] * 2)[None, None]
-    appearance.add(maps, torch.tensor([[[[1.0, 5.0]]]]), maps)
-    np.testing.assert_allclose(appearance.features, [4.0])
+    fine = torch.tensor([[[[1.0, 3.0, 0.0, 8.0], [1.0, 3.0, 0.0, 8.0]]]])  # means 2 and 4
+    appearance.add(maps, [fine, torch.tensor([[[[1.0, 5.0]]]])], maps)
+    np.testing.assert_allclose(appearance.features, [3.5, 4.0])
     measures = appearance.measures()
     assert measures["cells"] == 0.5
     assert measures["texture"] == pytest.approx(0.5 / 3)  # one step of 0.5 among three
