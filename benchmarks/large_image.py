@@ -61,7 +61,9 @@ def child(image: Path, out: Path, network: bool) -> None:
     torch.set_num_threads(1)
 
     class StandIn(DINOCell):
-        def map_and_features(self, batch: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        def map_and_features(
+            self, batch: torch.Tensor
+        ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
             gray = batch[:, :1] * 0.229 + 0.485
             return gray, (gray,)
 

@@ -19,11 +19,10 @@ _MARKER = ".dinocell_demo"
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found with `model`; `scores` has AP@0.5 per sample that holds cells."""
+    """What the demo found; `scores` has AP@0.5 per sample that holds cells."""
 
     batch: BatchResult
     evaluation: EvaluationReport
-    model: str = DEFAULT_MODEL
 
     @property
     def scores(self) -> Mapping[str, float]:
@@ -53,11 +52,6 @@ class DemoResult:
             f"measurements: {out}{os.sep}*_cells.csv, {out / 'summary.csv'}",
             f"overlays:     {out}{os.sep}*_overlay.png",
         ]
-        if self.model == DEFAULT_MODEL:
-            lines.append(
-                "dinocell-tiny was trained on fluorescent nuclei alone. The samples `tissue` and "
-                "`phase_contrast` show that its labels mean nothing on other kinds of images."
-            )
         return "\n".join(lines)
 
 
@@ -111,4 +105,4 @@ def run_demo(
         (image.stem, read_labels(labels), read_labels(out / f"{image.stem}_labels.tif"))
         for image, labels in samples
     )
-    return DemoResult(batch=batch, evaluation=evaluation, model=model)
+    return DemoResult(batch=batch, evaluation=evaluation)

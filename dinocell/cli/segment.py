@@ -144,7 +144,9 @@ def segment_options(parameters: Mapping[str, Any]) -> "SegmentOptions":
 
 @app.command()
 def demo(
-    out: OutFolder = Path("demo_out"), device: Device = "auto", model: ModelOption = "dinocell-cells"
+    out: OutFolder = Path("demo_out"),
+    device: Device = "auto",
+    model: ModelOption = "dinocell-cells",
 ) -> None:
     """Segment the bundled sample images and compare the result with their true cells.
 

@@ -17,7 +17,7 @@ class ServiceFlags:
         Path("dinocell_jobs"),
         names="--jobs -o",
     )
-    model: ModelOption = "dinocell-tiny"
+    model: ModelOption = "dinocell-cells"
     device: Device = "auto"
     batch_size: int = option("Run the network on this many image windows at once.", 8, min=1)
     precision: str = option(

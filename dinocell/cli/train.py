@@ -64,7 +64,7 @@ def train(
 
     Example: `dinocell train configs/finetune/dsb2018_tiny.yaml optimizer.lr=5e-4`
 
-    Start from a trained model, not from random weights: `model.init=dinocell-tiny`
+    Start from a trained model, not from random weights: `model.init=dinocell-cells`
 
     On 2 GPUs: `torchrun --nproc-per-node=2 -m dinocell train configs/finetune/dsb2018_tiny.yaml`
     """

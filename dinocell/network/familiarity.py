@@ -84,7 +84,8 @@ class Appearance:
             them together describe a patch
         maps : (B, 1, H, W) tensor in [0, 1], distance maps
         """
-        size = features[-1].shape[-2:]
+        height, width = features[-1].shape[-2:]
+        size = (height, width)
         cells = functional.adaptive_avg_pool2d(maps.float(), size)  # [B, 1, h, w]
         self._largest_cell = max(self._largest_cell, float(cells.max()))
         background = 1.0 - cells

@@ -28,7 +28,7 @@ class ServiceOptions:
     """
 
     jobs: Path = Path("dinocell_jobs")
-    model: str = "dinocell-tiny"
+    model: str = "dinocell-cells"
     device: str = "auto"
     batch_size: int = 8
     precision: str = "auto"

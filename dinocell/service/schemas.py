@@ -76,7 +76,7 @@ JobRequest = Annotated[JobForm, Form(media_type="multipart/form-data")]
 class ModelInfo(BaseModel):
     """The model of the service, with its thresholds."""
 
-    name: str = Field(examples=["dinocell-tiny"])
+    name: str = Field(examples=["dinocell-cells"])
     architecture: str = Field(examples=["tiny/16"])
     device: str = Field(examples=["cpu"])
     knows_training_images: bool = Field(
@@ -139,7 +139,7 @@ class Segmented(BaseModel):
     labels_format: str = Field(examples=["png"])
     metrics: dict[str, Any] = Field(examples=[{"num_cells": 42, "quality": 0.84}])
     warnings: list[str]
-    model: str = Field(examples=["dinocell-tiny"])
+    model: str = Field(examples=["dinocell-cells"])
 
 
 class Health(BaseModel):

@@ -57,18 +57,22 @@ def test_files(result):
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_finds_the_nuclei(result):
-    """Measured: .94, .91 and .75; an empty field stays empty."""
+def test_finds_the_cells_of_all_kinds(result):
+    """Measured: .94, .89, .74, .65 and .60; an empty field stays empty."""
     assert result.scores["nuclei"] >= 0.85
-    assert result.scores["nuclei_16bit"] >= 0.85
+    assert result.scores["nuclei_16bit"] >= 0.8
     assert result.scores["nuclei_small"] >= 0.65
+    assert result.scores["phase_contrast"] >= 0.5
+    assert result.scores["tissue"] >= 0.5
     assert not read_labels(result.batch.out / "empty_labels.tif").any()
+    assert not any(row["unfamiliar"] > 1 for row in result.batch.rows)
 
 
-def test_samples_of_other_kinds_are_flagged(result):
-    flagged = {row["name"] for row in result.batch.rows if row["unfamiliar"] > 1}
+def test_samples_of_other_kinds_are_flagged(tmp_path):
+    found = run_demo(tmp_path / "out", model="dinocell-nuclei", device="cpu", shown=False).batch
+    flagged = {row["name"] for row in found.rows if row["unfamiliar"] > 1}
     assert flagged == {"phase_contrast", "tissue"}
-    assert result.batch.text().count("does not look like what dinocell-tiny was trained on") == 2
+    assert found.text().count("does not look like what dinocell-nuclei was trained on") == 2
 
 
 def test_text(result):
@@ -76,7 +80,6 @@ def test_text(result):
     assert "cells found in 6 images" in text
     assert "report.html" in text
     assert "AP@0.5" in text
-    assert "trained on fluorescent nuclei alone" in text
 
 
 def test_folders_of_others_are_refused(tmp_path):

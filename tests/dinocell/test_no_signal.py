@@ -27,9 +27,7 @@ def cases(data_dir: Path) -> ModuleType:
 
 
 @pytest.mark.slow
-def test_cells_are_found_beside_pixels_that_are_no_signal(cases, data_dir, tmp_path, monkeypatch):
-    chosen = cases.sources(data_dir)[::3]
-    monkeypatch.setattr(cases, "sources", lambda data: chosen)
+def test_cells_are_found_beside_pixels_that_are_no_signal(cases, data_dir, tmp_path):
     cases.write(data_dir, tmp_path)
     pipeline = DINOCellPipeline()
     for path in sorted((tmp_path / "images").glob("*.tif")):
@@ -38,4 +36,4 @@ def test_cells_are_found_beside_pixels_that_are_no_signal(cases, data_dir, tmp_p
     found = cases.score(tmp_path, tmp_path / "pred")
     assert len(found) == 12
     for kind, row in found.items():
-        assert row["ap50"] >= cases.GOALS.get(kind, 0.95) - 0.02, (kind, row)  # 7 of 20 images
+        assert row["ap50"] >= cases.GOALS.get(kind, 0.95), (kind, row)

@@ -19,7 +19,7 @@ SETS = {
 
 @pytest.mark.slow
 def test_shares_of_flagged_images(data_dir):
-    pipeline = DINOCellPipeline()
+    pipeline = DINOCellPipeline("dinocell-nuclei")
     for name, (least, most) in SETS.items():
         flagged = []
         paths = find_images([data_dir / name])
