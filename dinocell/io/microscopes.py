@@ -159,12 +159,13 @@ def _open_nd2(path: Path, wanted: Selection) -> Iterator[Stack]:
 
         def plane(number: int, index: dict[str, int]) -> NDArray[Any]:
             place = {**index, "P": number}
-            number = frames.get(tuple(place.get(axis, 0) for axis in places), 0)
+            frame_number = frames.get(tuple(place.get(axis, 0) for axis in places))
+            _require(frame_number is not None)
             chunks = getattr(
                 getattr(file, "_rdr", None), "chunkmap", None
             )  # zeros stand for a missing one
-            _require(chunks is None or f"ImageDataSeq|{number}!".encode() in chunks)
-            frame = np.asarray(file.read_frame(number))
+            _require(chunks is None or f"ImageDataSeq|{frame_number}!".encode() in chunks)
+            frame = np.asarray(file.read_frame(frame_number))
             parts = [sizes.get(axis, 1) for axis in "CYXS"]
             pixels = frame.reshape(parts)[index.get("C", 0)]
             return (pixels if "S" in sizes else pixels[..., 0]).copy()  # the file will be closed
