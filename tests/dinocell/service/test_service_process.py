@@ -23,6 +23,7 @@ from dinocell.cli import main
 from dinocell.demo import sample_paths
 from dinocell.errors import UsageError
 from dinocell.io import read_labels
+from dinocell.network.model import save_model
 from dinocell.service.options import ServiceOptions, check_service
 from dinocell.service.supervision import WorkerProcess
 
@@ -54,13 +55,7 @@ def serving(folder, *arguments, **environment):
         with httpx.Client(
             base_url=f"http://127.0.0.1:{port}",
             timeout=120,
-            transport=httpx.HTTPTransport(retries=20),
         ) as client:
-            for _ in range(100):  # the line is written just before the port is open
-                with contextlib.suppress(httpx.TransportError):
-                    client.get("/health")
-                    break
-                time.sleep(0.05)
             yield process, client
     finally:
         process.send_signal(signal.SIGINT)
@@ -68,14 +63,21 @@ def serving(folder, *arguments, **environment):
         process.stdout.close()
 
 
+@pytest.fixture
+def small_path(tmp_path, small_model) -> str:
+    """A model file whose network needs no time: these tests are about processes."""
+    save_model(tmp_path / "small.safetensors", small_model)
+    return str(tmp_path / "small.safetensors")
+
+
 def digest(labels: np.ndarray) -> str:
     return hashlib.sha256(labels.astype(np.uint32).tobytes()).hexdigest()
 
 
 @pytest.mark.slow
-def test_a_hundred_requests_at_once_are_neither_lost_nor_mixed_up(tmp_path):
+def test_a_hundred_requests_at_once_are_neither_lost_nor_mixed_up(tmp_path, small_path):
     images = [noise(tmp_path / f"image{i}.tif", i, (24, 24 + i)) for i in range(100)]
-    with serving(tmp_path / "jobs") as (_, client):
+    with serving(tmp_path / "jobs", "--model", small_path) as (_, client):
 
         def ask(path):
             with path.open("rb") as file:
@@ -122,9 +124,9 @@ def test_labels_are_those_of_the_command_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_amid_twenty_jobs_it_finishes_all_after_a_restart(tmp_path):
-    images = [noise(tmp_path / f"image{i}.tif", i, (300, 300)) for i in range(20)]
-    with serving(tmp_path / "jobs") as (process, client):
+def test_killed_amid_twenty_jobs_it_finishes_all_after_a_restart(tmp_path, small_path):
+    images = [noise(tmp_path / f"image{i}.tif", i) for i in range(20)]
+    with serving(tmp_path / "jobs", "--model", small_path) as (process, client):
         jobs = [
             client.post("/api/v1/jobs", files={"image": (path.name, path.read_bytes())}).json()[
                 "id"
@@ -134,7 +136,7 @@ def test_killed_amid_twenty_jobs_it_finishes_all_after_a_restart(tmp_path):
         while client.get(f"/api/v1/jobs/{jobs[2]}").json()["state"] != "done":
             time.sleep(0.02)
         process.kill()
-    with serving(tmp_path / "jobs") as (_, client):
+    with serving(tmp_path / "jobs", "--model", small_path) as (_, client):
         for job in jobs:
             with client.stream("GET", f"/api/v1/jobs/{job}/events") as stream:
                 *_, last = (line for line in stream.iter_lines() if line.startswith("data"))
@@ -143,9 +145,9 @@ def test_killed_amid_twenty_jobs_it_finishes_all_after_a_restart(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_replaced(tmp_path):
+def test_a_worker_that_dies_is_replaced(tmp_path, small_path):
     image = noise(tmp_path / "image.tif", 0)
-    with serving(tmp_path / "jobs") as (process, client):
+    with serving(tmp_path / "jobs", "--model", small_path) as (process, client):
         (worker,) = _children(process.pid)
         os.kill(worker, signal.SIGKILL)
         answer = client.post("/api/v1/segment", files={"image": image.read_bytes()})
@@ -166,9 +168,9 @@ def _children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_the_description_of_the_api_is_true(tmp_path):
+def test_the_description_of_the_api_is_true(tmp_path, small_path):
     """schemathesis sends what the description allows and what it forbids."""
-    with serving(tmp_path / "jobs", "--queue", "5") as (_, client):
+    with serving(tmp_path / "jobs", "--queue", "5", "--model", small_path) as (_, client):
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "run"),
