@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinocell.errors import DINOCellError
+from dinocell.errors import DINOCellError, UsageError
 
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}(\..*)?")
 _kept: dict[Path, Path] = {}  # folder → the file that it must hold
@@ -95,6 +95,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def require_writable(name: str, path: Path) -> None:
+    """Raise a UsageError unless a file could be written at `path`: before hours of work, not after.
+
+    `name` is that of the parameter.
+    """
+    try:
+        ensure_folder(path.parent)
+        temporary = _temporary_beside(path, path.suffix)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"`{name}` must lie in a folder that can be written, got {path} ({error.strerror}): choose "
+            "another place"
+        ) from error
 
 
 def write_text_atomically(

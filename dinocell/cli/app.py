@@ -85,6 +85,8 @@ def _fail(error: BaseException, exit_code: int, call: Call) -> None:
 
         traceback.print_exception(error)
     text = in_options(str(error), call.context) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.strerror}: {error.filename}"  # and no number
     print(f"dinocell: error: {text}", file=sys.stderr)
     _warn_of_namesake()
     sys.exit(exit_code)

@@ -88,7 +88,7 @@ class AdaptFlags:
     """How long and from what `adapt` trains."""
 
     minutes: float = option(
-        "Take about this long for everything; this sets the number of steps.",
+        "Take about this long for everything; this sets the number of steps, of which there are at least 10.",
         5.0,
     )
     steps: int | None = option(
@@ -118,8 +118,8 @@ def adapt(
 
     Whether the decoder, the last part of the network or all of it should learn is found by
     cross-validation: each candidate is trained on half of the images and scored on the other half. The
-    best one is trained on all images. If none is better than the model was before, the result is that
-    model. A single image is cut in two.
+    best one is trained on all images. The model with new thresholds alone also competes. If none is
+    better than the model was before, the result is that model. A single image is cut in two.
 
     Segment with the result by `dinocell segment more_images/ -m mine.safetensors -o out`.
 

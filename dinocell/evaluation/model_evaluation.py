@@ -14,6 +14,7 @@ from dinocell.evaluation.errors import ErrorPictures
 from dinocell.evaluation.evaluate import evaluate_pairs
 from dinocell.evaluation.report import EvaluationReport
 from dinocell.evaluation.tuning import TuningResult, tune_thresholds, tuned_values
+from dinocell.files import require_writable
 from dinocell.io import natural_key, read_label_file
 from dinocell.io.planes import PlaneChoice
 from dinocell.labels import require_cells
@@ -108,6 +109,7 @@ def evaluate_model(
     saved_to = None if save_to is None or tune_metric is None else Path(save_to)
     if saved_to is not None:
         _check_target(saved_to, Path(model))
+        require_writable("save_to", saved_to)
     network = load_model(os.fspath(model), device=reading.device)
     running: dict[str, Any] = {"precision": reading.precision, "tta": reading.tta}
     pipeline = DINOCellPipeline(network, **running)

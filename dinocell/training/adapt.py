@@ -26,6 +26,7 @@ from dinocell.errors import DataSetError, UsageError
 from dinocell.evaluation.matching import overlap_table
 from dinocell.evaluation.metrics import match_counts, pooled_ap
 from dinocell.evaluation.tuning import tuned_values
+from dinocell.files import require_writable
 from dinocell.io import write_labels
 from dinocell.network.backbone import DINOv3Backbone
 from dinocell.network.model import DINOCell, load_model, resolve_device, save_model, with_config
@@ -104,7 +105,10 @@ class AdaptResult:
         if self.chosen == "start":
             lines.append("no training was better than the model as it was: the model is that one")
         else:
-            lines.append(f"chosen: {self.chosen}, {self.steps} steps on all images; {values}")
+            trained = (
+                f", {self.steps} steps on all images" if self.chosen in CANDIDATES else " alone"
+            )
+            lines.append(f"chosen: {self.chosen}{trained}; {values}")
         return "\n".join([*lines, f"model: {self.model_path}"])
 
 
@@ -134,6 +138,7 @@ def adapt(
         raise UsageError(
             f"`out` must be a new file that ends in .safetensors, got {path}: choose another name"
         )
+    require_writable("out", path)
     model = load_model(start, device=options.device)
     with tempfile.TemporaryDirectory() as folder:
         pairs = _several(find_pairs(images, labels, "images", options.channels), model, folder)
@@ -143,6 +148,8 @@ def adapt(
         **{key: value for key, value in model.card.items() if key != "metrics"},
         "name": path.stem,
         "description": f"{model.card.get('name') or start}, adapted to {len(pairs)} images.",
+        "licence": f"of the start: {model.card.get('licence') or 'unknown'}; of your images: not recorded",
+        "data": {**model.card.get("data", {}), "your images": {"train_images": len(pairs)}},
         "start": start,
         "adapted": {
             "chosen": result.chosen,
@@ -219,7 +226,7 @@ class _Adaptation:
                 tuned = self.thresholds[_best(found, everything)]
         values = tuned_values(tuned)
         adapted = with_config(adapted, **values)
-        if chosen != "start":
+        if chosen in CANDIDATES:
             adapted.statistics = training_statistics(adapted, self.pairs, shown=self.shown)
         return AdaptResult(path, chosen, steps, scores, values), adapted
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -197,6 +198,21 @@ def test_wrong_inputs_leave_nothing(start, blob_data, tmp_path, capsys):
         main([*call, "-o", str(tmp_path / "mine.safetensors")])
     assert left.value.code == 2 or left.value.code == 1
     assert not (tmp_path / "mine.safetensors").exists()
+
+
+def test_where_the_model_cannot_be_written_nothing_is_trained(start, blob_data, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "mine.safetensors"
+    call = ["adapt", str(blob_data / "images"), str(blob_data / "labels"), "-m", str(start)]
+    with pytest.raises(SystemExit) as left:
+        main([*call, "-o", str(out)])
+    assert left.value.code == 2
+    assert f"--out must lie in a folder that can be written, got {out}" in capsys.readouterr().err
+    found = adapted(blob_data, start, tmp_path / "new" / "mine.safetensors", steps=1)
+    assert os.listdir(tmp_path / "new") == ["mine.safetensors"]
+    card = load_model(found.model_path).card
+    assert "of your images: not recorded" in card["licence"]
+    assert card["data"]["your images"] == {"train_images": 6}
 
 
 def test_the_command_passes_its_options_on(start, blob_data, tmp_path, capsys, monkeypatch):
