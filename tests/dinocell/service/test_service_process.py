@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -63,11 +64,19 @@ def serving(folder, *arguments, **environment):
         process.stdout.close()
 
 
-@pytest.fixture
-def small_path(tmp_path, small_model) -> str:
+@pytest.fixture(scope="module")
+def small_path(tmp_path_factory, small_model) -> str:
     """A model file whose network needs no time: these tests are about processes."""
-    save_model(tmp_path / "small.safetensors", small_model)
-    return str(tmp_path / "small.safetensors")
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    save_model(path, small_model)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory, small_path):
+    """A running service with a small network, as (process, client)."""
+    with serving(tmp_path_factory.mktemp("jobs"), "--model", small_path) as service:
+        yield service
 
 
 def digest(labels: np.ndarray) -> str:
@@ -75,22 +84,20 @@ def digest(labels: np.ndarray) -> str:
 
 
 @pytest.mark.slow
-def test_a_hundred_requests_at_once_are_neither_lost_nor_mixed_up(tmp_path, small_path):
+def test_a_hundred_requests_at_once_are_neither_lost_nor_mixed_up(tmp_path, running):
+    _, client = running
+    before = _images_total(client)
     images = [noise(tmp_path / f"image{i}.tif", i, (24, 24 + i)) for i in range(100)]
-    with serving(tmp_path / "jobs", "--model", small_path) as (_, client):
 
-        def ask(path):
-            with path.open("rb") as file:
-                answer = client.post(
-                    "/api/v1/segment?format=tif", files={"image": (path.name, file)}
-                )
-            assert answer.status_code == 200
-            return answer
+    def ask(path):
+        with path.open("rb") as file:
+            answer = client.post("/api/v1/segment?format=tif", files={"image": (path.name, file)})
+        assert answer.status_code == 200
+        return answer
 
-        with ThreadPoolExecutor(100) as pool:
-            answers = list(pool.map(ask, images))
-        text = client.get("/metrics").text
-    assert "dinocell_images_total 100" in text
+    with ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(ask, images))
+    assert _images_total(client) == before + 100
     for index, answer in enumerate(answers):
         assert f'filename="image{index}_labels.tif"' in answer.headers["content-disposition"]
         target = tmp_path / "labels.tif"
@@ -145,15 +152,20 @@ def test_killed_amid_twenty_jobs_it_finishes_all_after_a_restart(tmp_path, small
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_replaced(tmp_path, small_path):
+def test_a_worker_that_dies_is_replaced(tmp_path, running):
     image = noise(tmp_path / "image.tif", 0)
-    with serving(tmp_path / "jobs", "--model", small_path) as (process, client):
-        (worker,) = _children(process.pid)
-        os.kill(worker, signal.SIGKILL)
-        answer = client.post("/api/v1/segment", files={"image": image.read_bytes()})
-        assert answer.status_code == 200
-        assert base64.b64decode(answer.json()["labels"]).startswith(b"\x89PNG")
-        assert _children(process.pid) != [worker]
+    process, client = running
+    (worker,) = _children(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    answer = client.post("/api/v1/segment", files={"image": image.read_bytes()})
+    assert answer.status_code == 200
+    assert base64.b64decode(answer.json()["labels"]).startswith(b"\x89PNG")
+    assert _children(process.pid) != [worker]
+
+
+def _images_total(client) -> float:
+    (line,) = re.findall(r"^dinocell_images_total (.*)$", client.get("/metrics").text, re.MULTILINE)
+    return float(line)
 
 
 def _children(pid: int) -> list[int]:
