@@ -126,6 +126,13 @@ def _download(url: str, part: Path, advice: Advice) -> None:
                     f"{_shown(url)} must have a certificate that this machine trusts, got {error}: set "
                     "SSL_CERT_FILE to the certificates of your network"
                 ) from error
+            except requests.exceptions.ConnectionError as error:
+                if _size(part):
+                    raise _interrupted(url, error) from error
+                raise DINOCellError(
+                    f"{urllib.parse.urlsplit(url).hostname} must be within reach, got no connection in "
+                    f"{_TRIES} tries: check the network, or fetch {_shown(url)} on another computer"
+                ) from error
             except requests.exceptions.RequestException as error:
                 raise _interrupted(url, error) from error
             with answer:

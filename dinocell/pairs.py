@@ -188,10 +188,13 @@ def _label_files(folder: str | os.PathLike[str], what: str) -> list[Path]:
 
 def _files_in(folder: str | os.PathLike[str], suffixes: Sequence[str], what: str) -> list[Path]:
     if not Path(folder).is_dir():
-        raise DataSetError(
-            f"The {what} must be a folder, got '{folder}': check the path (the environment variable "
-            "DINOCELL_DATA names the data folder of the shipped configurations)"
+        shipped = "DINOCELL_DATA" not in os.environ and "shared/data" in str(folder)
+        hint = (
+            " (DINOCELL_DATA names the data folder of the shipped configurations)"
+            if shipped
+            else ""
         )
+        raise DataSetError(f"The {what} must be a folder, got '{folder}': check the path{hint}")
     wanted = _is_image_file if suffixes == IMAGE_SUFFIXES else _is_label_file
     found = sorted(
         path

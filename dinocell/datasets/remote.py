@@ -74,8 +74,9 @@ def find_remote(name: str) -> Remote:
     if name in LAYOUTS and LAYOUTS[name].address:
         layout = find_layout(name)
         raise UsageError(
-            f"`name` must be one of {', '.join(REMOTES)}, got {name!r}, whose licence is unknown or whose "
-            f"publishers ask for a form or an account: download it from {layout.address} yourself"
+            f"`name` must be one of {', '.join(REMOTES)}, got {name!r} (licence: "
+            f"{layout.licence or 'unknown'}): download it from {layout.address}, whose publishers may ask "
+            "for a form or an account"
         )
     near = difflib.get_close_matches(name.lower(), REMOTES, n=1)
     hint = f"did you mean {near[0]}?" if near else "see `dinocell data list`"

@@ -21,11 +21,17 @@ class News:
         self.loop, self.get = loop, get
         self.windows: dict[str, tuple[int, int]] = {}
         self._waiting: dict[str, set[asyncio.Event]] = defaultdict(set)
+        self._ended = False
 
     def hear(self, line: dict[str, Any]) -> None:
         """Take a line of the worker, in any thread; a worker that died concerns every job."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._pass_on, line)
+
+    def end(self) -> None:
+        """The service stops: nobody follows a job any longer.  May be called in a signal handler."""
+        self._ended = True
+        self.hear({})
 
     def _pass_on(self, line: dict[str, Any]) -> None:
         job_id = line.get("job")
@@ -39,7 +45,10 @@ class News:
                 event.set()
 
     async def follow(self, job_id: str, *, beat_s: float = 15.0) -> AsyncIterator[Job | None]:
-        """The job now and after each of its steps until it has ended; None every `beat_s` without news."""
+        """The job now and after each of its steps until it has ended; None every `beat_s` without news.
+
+        Ends earlier when the service stops.
+        """
         event = asyncio.Event()
         self._waiting[job_id].add(event)
         try:
@@ -49,7 +58,7 @@ class News:
                 if job is None:
                     return
                 yield job
-                if job.state in FINAL:
+                if job.state in FINAL or self._ended:
                     return
                 while True:
                     try:

@@ -309,6 +309,10 @@ async def segment(
         raise UsageError(f"`format` must be one of {', '.join(KINDS)}, got {format}: choose one")
     job = await asyncio.to_thread(_enqueue, service, form)
     ended = await _wait_for(request, service, job)
+    if ended.state not in FINAL:
+        raise HTTPException(
+            503, f"The service stops; the job {job.id} continues when it starts again"
+        )
     if ended.state != "done":
         raise HTTPException(
             422 if ended.state == "failed" else 410, ended.error or f"The job was {ended.state}"

@@ -2,6 +2,7 @@
 
 import socket
 from dataclasses import asdict
+from types import FrameType
 
 from dinocell.batch.claims import Claimant, claimed
 from dinocell.batch.folder import make_folder
@@ -70,9 +71,18 @@ def run_service(options: ServiceOptions) -> None:
             server_header=False,
             timeout_graceful_shutdown=3,
         )
+
+        class Server(uvicorn.Server):
+            """Lets go of those who follow a job before it waits for them."""
+
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                if service.news is not None:
+                    service.news.end()
+                super().handle_exit(sig, frame)
+
         name = f"[{options.host}]" if ":" in options.host else options.host
         print(f"DINOCell is at http://{name}:{listener.getsockname()[1]}", flush=True)
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            Server(config).run(sockets=[listener])
         finally:
             worker.stop()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from dinocell.batch.journal import MAX_KILLS
+from dinocell.service.news import News
 from dinocell.service.queue import Queue, QueueFullError
 
 
@@ -147,3 +150,16 @@ def test_time_and_space_bound_what_is_kept(queue):
     assert [queue.get(job.id).state for job in jobs] == ["expired"] * 3 + ["queued"]
     queue.expire(keep_s=60, keep_bytes=1e6, now=ended + 40 * 86_400)
     assert queue.get(jobs[0].id) is None
+
+
+def test_nobody_follows_a_job_when_the_service_stops():
+    async def follow():
+        news = News(asyncio.get_running_loop(), lambda job_id: SimpleNamespace(state="running"))
+        states = news.follow("a", beat_s=600)
+        seen = [(await anext(states)).state]
+        waiting = asyncio.ensure_future(anext(states, None))
+        await asyncio.sleep(0)  # it waits for news
+        news.end()
+        return [*seen, (await waiting).state, await anext(states, "ended")]
+
+    assert asyncio.run(follow()) == ["running", "running", "ended"]
