@@ -31,14 +31,15 @@ def marks(name: str) -> dict[str, str | int]:
 @pytest.mark.parametrize("name", bundled_models())
 def test_cells_and_weights_of_shipped_models_stay(name):
     assert json.loads((FOLDER / name / "model.json").read_text()) == marks(name)
-    # Other processors round otherwise: some pixels of a border may move, no cell may.
+    # Other processors round otherwise: some pixels of a border may move, and the smallest cells have
+    # 15 pixels; no cell may come or go.
     pipeline = DINOCellPipeline(name, device="cpu", precision="fp32")
     for image, _ in sample_paths():
         expected = read_labels(FOLDER / name / f"{image.stem}.png")
         found = pipeline.run(image).labels
         assert np.unique(found).size == np.unique(expected).size
         if expected.any():
-            (match,) = evaluate_pair(expected, found, iou_thresholds=[0.95]).matches
+            (match,) = evaluate_pair(expected, found, iou_thresholds=[0.8]).matches
             assert match.ap == 1.0, image.stem
 
 
