@@ -2,7 +2,7 @@
 
     python benchmarks/adapt_curve.py --start dinocell-tiny --data DATA/mnfinder
 
-For each number of images (the first ones of DATA/train, spread evenly) the start is adapted by
+For each number of images (spread evenly over DATA/train) the start is adapted by
 `dinocell adapt` with its usual time, and a network of the same architecture with random weights for as
 many steps and by the same code.  Both are scored on DATA/val and DATA/test.  Writes
 benchmarks/results/adapt_curve_SET_START.json; AP is pooled, with the bounds of 95 % of 2,000 draws of
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from measure import processor_name
 
 from dinocell.evaluation.model_evaluation import evaluate_model
@@ -61,6 +62,7 @@ def main() -> None:
     print(json.dumps(rows[-1]), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         random = Path(temporary, "random.safetensors")
+        torch.manual_seed(0)
         save_model(random, DINOCell(load_model(options.start).config))
         for count in sorted({min(count, len(pairs)) for count in options.images}):
             folder = folder_of(list(spread_evenly(pairs, count)), Path(temporary, str(count)))

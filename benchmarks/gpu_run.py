@@ -5,7 +5,7 @@
 
 The parts run one after the other.  What is done is noted in runs/gpu/done.json and not repeated.  When
 the time is over, the part at work gets SIGTERM: a training saves its state and continues in the next call,
-any other part starts again.  A part that fails is shown and left for the next call.
+any other part starts again and must fit into one call (`--seconds`).  A part that fails is shown and left for the next call.
 """
 
 from __future__ import annotations

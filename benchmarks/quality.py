@@ -5,7 +5,7 @@
 
 A method is a bundled model, a model file, or `otsu`: Otsu's threshold and a distance watershed, the
 floor.  `--tta` adds the mean over flips.  Each method and set is one protocol: thresholds of the model
-file, images in natural order, and writes benchmarks/results/quality/METHOD_SET.csv, a row per image
+file; it writes benchmarks/results/quality/METHOD_SET.csv, a row per image
 with its counts of true, found, false and missed cells, and the commit, the weights, the processor and
 the processor seconds behind them.  Tables hold pooled AP and the bounds of 95 % of 2,000 draws of as
 many images.

@@ -252,7 +252,10 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
         ) from error
     model = DINOCell(config, card=header.get("card"))
     if header.get("statistics") is not None:
-        model.statistics = KnownKinds.from_mapping(header["statistics"], path)
+        known = KnownKinds.from_mapping(header["statistics"], path)
+        # Earlier versions described convolutions by their deepest features alone.
+        if all(len(kind.mean) == _described_width(model) for kind in known.kinds):
+            model.statistics = known
     expected = model.state_dict()
     _refuse_other_weights(path, state, expected, config)
     model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
@@ -349,6 +352,13 @@ def with_config(model: DINOCell, **changes: Any) -> DINOCell:
     other.__dict__.update(model.__dict__)
     other.config = dataclasses.replace(model.config, **changes)
     return other
+
+
+def _described_width(model: DINOCell) -> int:
+    """Numbers that `map_and_features` gives for a patch."""
+    if isinstance(model.backbone, ConvPyramid):
+        return sum(pyramid_widths(model.config.patch_size))
+    return model.backbone.embed_dim
 
 
 def model_path(name: str | Path) -> Path:

@@ -282,7 +282,7 @@ def _array(body: bytes) -> np.ndarray:
         return np.lib.format.read_array(io.BytesIO(body), allow_pickle=False)
     except Exception as error:  # of damaged files, it raises many kinds
         raise UsageError(
-            "Labels must be a numpy file, and it cannot be read: send what np.save wrote"
+            f"Labels must be a numpy file, and it cannot be read ({error}): send what np.save wrote"
         ) from error
 
 

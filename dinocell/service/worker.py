@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ class Worker:
                 watcher=follower,
             )
         except Exception as error:
+            if not isinstance(error, DINOCellError):
+                traceback.print_exception(error)  # for those who look after the service
             self.queue.finish(job, error=_sentence(error, folder, job))
             return
         if result.failures:
@@ -119,7 +122,9 @@ def _with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sentence(error: object, folder: Path, job: Job) -> str:
     """An error without the folders of this computer."""
-    text = str(error) or type(error).__name__
+    text = str(error)
+    if not isinstance(error, (str, DINOCellError)):
+        text = f"{type(error).__name__}: {text}"
     return text.replace(str(folder / job.file), job.name).replace(str(folder), job.name)
 
 

@@ -17,9 +17,9 @@ cv2.setNumThreads(0)  # loader processes are the parallelism; OpenCV's own pool 
 
 
 _MAX_COVERED_SHARE = 0.1  # of a pasted cell that may lie on another one
-_BRIGHT_RATIO = (
-    1.5  # median of cells over that around them: at least 9 in dsb2018/val, at most 1 elsewhere
-)
+# Median of cells over that of what lies around them: in dsb2018/val at least 9, in stained tissue and phase
+# contrast at most 1.
+_BRIGHT_RATIO = 1.5
 
 
 @dataclass(frozen=True)

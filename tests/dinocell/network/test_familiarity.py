@@ -165,11 +165,16 @@ def test_contrast_is_a_share_of_the_data_type():
 
 def test_statistics_travel_in_the_header_of_the_model_file(small_model, statistics, tmp_path):
     model = copy.copy(small_model)
+    model.statistics = KnownKinds((statistics,))
+    save_model(tmp_path / "other.safetensors", model)
+    assert load_model(tmp_path / "other.safetensors").statistics is None, "of other features"
+    width = small_model.backbone.embed_dim
+    statistics = fit_statistics(training_images(width=width))
     model.statistics = KnownKinds((statistics, replace(statistics, limit=9.0, images=7)))
     save_model(tmp_path / "with.safetensors", model)
     save_model(tmp_path / "without.safetensors", small_model)
     loaded = load_model(tmp_path / "with.safetensors")
-    points = np.random.default_rng(0).normal(10, 5, (20, 6))
+    points = np.random.default_rng(0).normal(10, 5, (20, width))
     first, second = loaded.statistics.kinds
     np.testing.assert_allclose(first.distance(points), statistics.distance(points), rtol=1e-3)
     assert first.limit == pytest.approx(statistics.limit, rel=1e-4)
