@@ -33,7 +33,7 @@ class ThresholdGrids:
 
     peak_grid: Sequence[float] = (0.2, 0.3, 0.4, 0.47, 0.55, 0.62, 0.69, 0.76, 0.83)
     fill_grid: Sequence[float] = (0.05, 0.09, 0.13, 0.17, 0.22, 0.27, 0.32, 0.37, 0.43, 0.5)
-    prominence_grid: Sequence[float] = (0.0, 0.02, 0.05, 0.08, 0.12, 0.16)
+    prominence_grid: Sequence[float] = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 
     def axes(self) -> list[list[float]]:
         """The three grids in ascending order.
@@ -113,7 +113,7 @@ def tune_thresholds(
         The counts of all images are added up before they are divided.
     search : ``grid`` tries every combination.  ``coordinate`` tries up to 27 spread combinations, then
         from the best one all values along one axis at a time (fill, peak, prominence in turn) until
-        no axis brings a gain.  It needs some tens of combinations where the full default grid has 462,
+        no axis brings a gain.  It needs some tens of combinations where the full default grid has 616,
         and finds a maximum that no single threshold can improve, which is not always the highest.
     to_labels : the post-processing: (distance_map, Thresholds) → (H, W) integer labels
         Default: `dinocell.segmentation.watershed.separate_cells`.

@@ -31,7 +31,7 @@ from dinocell.training.validation import Sample
 _GRIDS = ThresholdGrids(
     peak_grid=np.arange(0.30, 0.86, 0.05).round(2).tolist(),
     fill_grid=np.arange(0.05, 0.61, 0.05).round(2).tolist(),
-    prominence_grid=(0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
+    prominence_grid=(0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
 )
 _MAX_IMAGES = 200  # whose appearance is described
 

@@ -43,7 +43,7 @@ from dinocell.training.synchronized_norm import synchronize_batch_norm
 from dinocell.training.validation import Sample, ValidationImages
 
 _VALIDATION_GRIDS = ThresholdGrids(
-    peak_grid=(0.4, 0.5, 0.6, 0.7), fill_grid=(0.1, 0.2, 0.3, 0.4), prominence_grid=(0.05, 0.15)
+    peak_grid=(0.4, 0.5, 0.6, 0.7), fill_grid=(0.1, 0.2, 0.3, 0.4), prominence_grid=(0.1, 0.2, 0.3)
 )
 
 
