@@ -1,7 +1,7 @@
 """Memory and time of `segment` on large images, measured in a control group of Linux.
 
     python benchmarks/large_image.py                        # 2,000, 8,000 and 20,000 px, stand-in network
-    python benchmarks/large_image.py --network --sides 2000 8000
+    python benchmarks/large_image.py --network dinocell-cells
 
 Each image is a 16-bit TIFF with one cell per 56 x 56 px; each runs in a process of its own (one worker)
 in a control group with `--limit-gb` of memory, page cache included, so that a run that needs more is
@@ -50,7 +50,7 @@ def make_image(path: Path, side: int) -> None:
     image.flush()
 
 
-def child(image: Path, out: Path, network: bool) -> None:
+def child(image: Path, out: Path, network: str | None) -> None:
     """Segment in this process; print seconds and cells as JSON."""
     import torch
 
@@ -67,8 +67,8 @@ def child(image: Path, out: Path, network: bool) -> None:
             gray = batch[:, :1] * 0.229 + 0.485
             return gray, (gray,)
 
-    model = load_model("dinocell-tiny")
-    if not network:
+    model = load_model(network or "dinocell-tiny")
+    if network is None:
         model.__class__ = StandIn
     wall, cpu = time.monotonic(), time.process_time()
     result = segment_files([image], out, SegmentOptions(overwrite=True), model=model, shown=False)
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sides", type=int, nargs="+", default=[2000, 8000, 20_000])
     parser.add_argument("--limit-gb", type=float, default=2.0)
-    parser.add_argument("--network", action="store_true", help="run the real dinocell-tiny")
+    parser.add_argument("--network", metavar="MODEL", help="run this model, not the stand-in")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -153,7 +153,8 @@ def main() -> None:
             image, out = Path(folder, "image.tif"), Path(folder, "out")
             make_image(image, side)
             group = ControlGroup(int(args.limit_gb * 1e9))
-            command = [sys.executable, __file__, *["--network"] * args.network, "--child"]
+            command = [sys.executable, __file__, "--child"]
+            command[2:2] = ["--network", args.network] if args.network else []
             try:
                 done, scratch = watched([*command, str(image), str(out)], group.enter)
                 printed, complaint = done.communicate()
