@@ -1,0 +1,295 @@
+"""What a few labelled images of a new kind give, with and without training.
+
+    python benchmarks/few_shot.py START --data DATA/mnfinder [--images 1 5 10 50] [--minutes 5]
+
+For each number of images (spread evenly over DATA/train) and each way the model is scored on
+DATA/val and DATA/test:
+
+adapt       `dinocell adapt`, which chooses what learns by cross-validation
+decoder, all
+            the same training of the decoder alone, and of everything, without that choice
+prototypes  no training: a place is as deep as the mean features that it resembles (Snell et al. 2017,
+            Prototypical networks), for background, rims and insides of cells
+readout     no training: ridge regression of the distance map on the features
+reptile     `all` from a start that learns fast on the data sets of `--meta` (Nichol et al. 2018, Reptile)
+random      `all` from random weights
+
+Writes benchmarks/results/few_shot_SET_START.json; AP is pooled, with the bounds of 95 % of 2,000
+draws of as many images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import processor_name
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dinocell.evaluation.evaluate import evaluate_pairs
+from dinocell.evaluation.tuning import tune_thresholds, tuned_values
+from dinocell.io import read_labels
+from dinocell.network.model import DINOCell, compress_intensities, load_model, with_config
+from dinocell.pairs import Pair, find_pairs
+from dinocell.pipeline import DINOCellPipeline
+from dinocell.segmentation.distance_map import labels_to_distance_map
+from dinocell.segmentation.inference import predict_distance_map
+from dinocell.segmentation.intensity import to_model_input
+from dinocell.training import adapt as adaptation
+from dinocell.training.datasets import read_pair, spread_evenly
+
+WAYS = ("adapt", "decoder", "all", "prototypes", "readout", "reptile", "random")
+LAYERS = (0.01, 0.5)  # depths that part background, rims and insides
+SHARPNESS = 20.0  # of the softmax over cosines
+RIDGE = 1e-3
+META_STEPS, META_IMAGES, META_INNER, META_RATE = 150, 4, 5, 0.3
+
+
+def scores(model: DINOCell, data: Path) -> dict[str, Any]:
+    """Pooled AP of the parts val and test, with intervals."""
+    pipeline = DINOCellPipeline(model)
+    found: dict[str, Any] = {}
+    for part in ("val", "test"):
+        pairs = find_pairs(data / part / "images", data / part / "labels")
+        report = evaluate_pairs(
+            (
+                pair.image_path.stem,
+                read_labels(pair.labels_path),
+                pipeline.run(pair.image_path).labels,
+            )
+            for pair in pairs
+        )
+        for name in ("ap50", "ap75"):
+            found[f"{part}_{name}"] = round(report.pooled[f"{name}_pooled"], 4)
+        found[f"{part}_ap50_interval"] = [round(x, 4) for x in report.intervals["ap50_pooled"]]
+    return found
+
+
+def folder_of(pairs: Sequence[Pair], folder: Path) -> Path:
+    """A folder with the images and labels of these pairs."""
+    for pair in pairs:
+        for kind, path in (("images", pair.image_path), ("labels", pair.labels_path)):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / kind / path.name)
+    return folder
+
+
+# --- without training ---
+
+
+def joined(features: Sequence[Tensor]) -> Tensor:
+    """Feature maps of all strides, each of length 1, on the finest grid: (B, D, h, w)."""
+    size = features[0].shape[-2:]
+    maps = [
+        functional.interpolate(functional.normalize(level.float(), dim=1), size, mode="bilinear")
+        for level in features
+    ]
+    return torch.cat(maps, dim=1)
+
+
+class Prototypes(nn.Module):
+    """Decoder that answers with the depths of the nearest mean features."""
+
+    def __init__(self, prototypes: Tensor, depths: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("prototypes", functional.normalize(prototypes, dim=1))  # [K, D]
+        self.register_buffer("depths", depths)  # [K]
+
+    def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
+        """Features and their image (B, 3, H, W) → (B, 1, H, W) logits."""
+        cosine = torch.einsum(
+            "bdhw,kd->bkhw", functional.normalize(joined(features), dim=1), self.prototypes
+        )
+        share = (SHARPNESS * cosine).softmax(dim=1)
+        return upsampled(torch.einsum("bkhw,k->bhw", share, self.depths)[:, None], image)
+
+
+class Readout(nn.Module):
+    """Decoder that is one linear function of the features."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(weights[:-1])  # [D]
+        self.bias = nn.Parameter(weights[-1])
+
+    def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
+        """Features and their image (B, 3, H, W) → (B, 1, H, W) logits."""
+        depth = torch.einsum("bdhw,d->bhw", joined(features), self.slope) + self.bias
+        return upsampled(depth[:, None], image)
+
+
+def upsampled(depth: Tensor, image: Tensor) -> Tensor:
+    """Depths on a coarse grid → logits of the image's size."""
+    depth = functional.interpolate(depth, image.shape[-2:], mode="bilinear")
+    return depth.clamp(0.001, 0.999).logit()
+
+
+def places(model: DINOCell, pairs: Sequence[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features (N, D) and depths (N,) of the finest grid, image by image."""
+    patch = model.config.patch_size
+    for pair in pairs:
+        image, labels = read_pair(pair, **model.config.intensity)
+        height, width = (side - side % patch for side in image.shape)
+        tensor = torch.from_numpy(to_model_input(image[:height, :width].astype(np.float32)))[None]
+        if model.config.intensities == "compressed":
+            tensor = compress_intensities(tensor)
+        with torch.inference_mode():
+            features = joined(model.backbone(tensor))[0]
+        depth = labels_to_distance_map(labels[:height, :width], target=model.config.target)
+        factor = height // features.shape[-2]
+        small = functional.avg_pool2d(torch.from_numpy(depth)[None], factor)
+        yield features.flatten(1).T, small.flatten()
+
+
+def without_training(way: str, start: DINOCell, pairs: Sequence[Pair]) -> DINOCell:
+    """The start with another decoder, and thresholds chosen on the same images."""
+    model = copy.deepcopy(start)
+    if way == "prototypes":
+        sums: Tensor | float = 0.0
+        for features, depth in places(start, pairs):
+            layer = functional.one_hot(torch.bucketize(depth, torch.tensor(LAYERS)), 3).float()
+            table = torch.cat([features, depth[:, None], torch.ones_like(depth)[:, None]], dim=1)
+            sums = sums + layer.T @ table
+        assert isinstance(sums, Tensor)
+        model.decoder = Prototypes(sums[:, :-2], sums[:, -2] / sums[:, -1])
+    else:
+        gram: Tensor | float = 0.0
+        right: Tensor | float = 0.0
+        for features, depth in places(start, pairs):
+            table = torch.cat([features, torch.ones_like(depth)[:, None]], dim=1).double()
+            gram, right = (
+                gram + table.T @ table / len(table),
+                right + table.T @ depth.double() / len(table),
+            )
+        assert isinstance(gram, Tensor)
+        assert isinstance(right, Tensor)
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        model.decoder = Readout(torch.linalg.solve(gram + ridge, right).float())
+    samples = []
+    for pair in pairs:
+        image, labels = read_pair(pair, **model.config.intensity)
+        samples.append((predict_distance_map(model, image), labels))
+    best = tune_thresholds(samples).thresholds
+    return with_config(model, **tuned_values(best))
+
+
+# --- with training ---
+
+
+def trained(way: str, start: DINOCell, pairs: Sequence[Pair], steps: int) -> DINOCell:
+    """Train without cross-validation; thresholds chosen on the same images."""
+    options = adaptation.AdaptOptions(steps=steps)
+    run = adaptation._Adaptation(start, pairs, options, shown=False)
+    with adaptation.progress("training", steps, shown=False) as bar:
+        everything = range(len(run.pairs))
+        model = run._train("decoder" if way == "decoder" else "all", everything, steps, bar)
+    found = run._counts(run._predict(model, everything))
+    tuned = run.thresholds[adaptation._best(found, everything)]
+    return with_config(model, **tuned_values(tuned))
+
+
+def reptile(start: DINOCell, sets: Sequence[Path]) -> DINOCell:
+    """A start from which a few steps on any of the data sets go far."""
+    chance = np.random.default_rng(0)
+    pairs = [
+        find_pairs(folder / "train" / "images", folder / "train" / "labels") for folder in sets
+    ]
+    model = copy.deepcopy(start)
+    for _ in range(META_STEPS):
+        among = pairs[chance.integers(len(pairs))]
+        chosen = [among[index] for index in chance.choice(len(among), META_IMAGES, replace=False)]
+        options = adaptation.AdaptOptions(steps=META_INNER, seed=int(chance.integers(2**31)))
+        try:
+            run = adaptation._Adaptation(model, chosen, options, shown=False)
+        except adaptation.DataSetError:  # images without cells
+            continue
+        with adaptation.progress("training", META_INNER, shown=False) as bar:
+            learned = run._train("all", range(len(run.pairs)), META_INNER, bar).state_dict()
+        moved = {
+            name: value + META_RATE * (learned[name] - value)
+            if value.is_floating_point()
+            else value
+            for name, value in model.state_dict().items()
+        }
+        model.load_state_dict(moved)
+    return model
+
+
+def main() -> None:
+    """Make, score and write the models of all ways."""
+    parser = argparse.ArgumentParser(description="Score ways to learn from a few images.")
+    parser.add_argument("start", help="model that has not seen the data set")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train, val and test")
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 5, 10, 50])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--meta", type=Path, nargs="+", default=[], help="data sets of `reptile`")
+    parser.add_argument("--minutes", type=float, default=adaptation.AdaptOptions().minutes)
+    options = parser.parse_args()
+    start = load_model(options.start)
+    pairs = find_pairs(options.data / "train" / "images", options.data / "train" / "labels")
+    path = Path(__file__).parent / "results"
+    path /= f"few_shot_{options.data.name}_{Path(options.start).stem}.json"
+    head = {"data": options.data.name, "start": options.start, "meta": list(map(str, options.meta))}
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any], model: DINOCell) -> None:
+        rows.append(row | scores(model, options.data))
+        print(json.dumps(rows[-1]), flush=True)
+        found = head | {"processor": processor_name(), "rows": rows}
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    add({"images": 0, "way": "start"}, start)
+    meta = reptile(start, options.meta) if options.meta and "reptile" in options.ways else None
+    torch.manual_seed(0)
+    starts = {"reptile": meta, "random": DINOCell(start.config)}
+    for count in sorted({min(count, len(pairs)) for count in options.images}):
+        few, steps = list(spread_evenly(pairs, count)), 0
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = folder_of(few, Path(temporary))
+            halves = adaptation._several(few, start, temporary)
+            for way in options.ways:
+                began, chosen = time.monotonic(), way
+                if way == "adapt":
+                    out = folder / "adapted.safetensors"
+                    how = adaptation.AdaptOptions(minutes=options.minutes)
+                    result = adaptation.adapt(
+                        folder / "images",
+                        folder / "labels",
+                        out,
+                        start=options.start,
+                        options=how,
+                        shown=False,
+                    )
+                    steps, chosen, model = result.steps, result.chosen, load_model(out)
+                elif way in ("prototypes", "readout"):
+                    model = without_training(way, start, few)
+                else:
+                    began_from = starts.get(way, start)
+                    if began_from is None:
+                        continue
+                    model = trained(way, began_from, halves, steps or 100)
+                seconds = round(time.monotonic() - began, 1)
+                add(
+                    {
+                        "images": count,
+                        "way": way,
+                        "chosen": chosen,
+                        "steps": steps,
+                        "seconds": seconds,
+                    },
+                    model,
+                )
+
+
+if __name__ == "__main__":
+    main()
