@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py dinocell-tiny otsu              # segment and score
     python benchmarks/quality.py --table                         # print the tables of what is recorded
+    python benchmarks/quality.py MODEL --pictures                # draw the best and the worst image of a set
 
 A method is a bundled model, a model file, or `otsu`: Otsu's threshold and a distance watershed, the
 floor.  `--tta` adds the mean over flips.  Each method and set is one protocol: thresholds of the model
@@ -31,6 +32,7 @@ from skimage.filters import gaussian, threshold_otsu
 from skimage.measure import label
 from skimage.segmentation import watershed
 
+from dinocell.evaluation.errors import draw_errors, find_errors
 from dinocell.evaluation.intervals import ap_intervals
 from dinocell.evaluation.metrics import pooled_ap
 from dinocell.evaluation.scores import evaluate_pair
@@ -47,6 +49,8 @@ SETS = (
 )  # fmt: skip
 IOU = (0.5, 0.7, 0.75, 0.9)
 FOLDER = Path(__file__).parent / "results" / "quality"
+PICTURES = Path(__file__).parents[1] / "docs" / "images"
+PANEL_PX = 520
 
 
 def otsu_watershed(image: NDArray) -> NDArray[np.uint32]:
@@ -113,6 +117,33 @@ def score(method: str, name: str, data: Path, *, tta: bool) -> Path:
     return path
 
 
+def draw(method: str, name: str, data: Path) -> None:
+    """Write docs/images/results_SET.jpg: the image with the best and that with the worst AP at IoU 0.5.
+
+    Of images with less than ten cells, where one error decides, none is taken if others are there.
+    """
+    from PIL import Image
+
+    scored = []
+    for image, truth, found, _ in segmented(method, data / name, tta=False):
+        row = evaluate_pair(truth, found, iou_thresholds=IOU[:1], name=image)
+        scored.append((row.counts(), image, truth, found))
+    many = [item for item in scored if item[0]["num_truth"] >= 10] or scored
+    many.sort(key=lambda item: item[0]["tp50"] / sum(item[0][f"{n}50"] for n in ("tp", "fp", "fn")))
+    panels = []
+    for _, image, truth, found in (many[-1], many[0]):
+        path = next((data / name / "images").glob(f"{image}.*"))
+        plane = DINOCellPipeline(method).load(path, pixel_size_um=1.0).plane
+        errors = find_errors(truth, found)
+        panels.append(Image.fromarray(draw_errors(plane, truth, found, errors, title=image)))
+    for panel in panels:
+        panel.thumbnail((PANEL_PX, PANEL_PX))
+    page = Image.new("RGB", (2 * PANEL_PX, max(panel.height for panel in panels)))
+    for place, panel in enumerate(panels):
+        page.paste(panel, (place * PANEL_PX, 0))
+    page.save(PICTURES / f"results_{name.replace('/', '_')}.jpg", quality=80)
+
+
 def table_row(path: Path) -> list[str]:
     """Method, images, AP at three IoU with intervals at the first, false cells, seconds per megapixel."""
     with open(path, encoding="utf-8", newline="") as file:
@@ -147,6 +178,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", help="bundled models, model files, or otsu")
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS, metavar="SET")
     parser.add_argument("--tta", action="store_true", help="mean over four flips")
+    parser.add_argument("--pictures", action="store_true", help="draw, and score nothing")
     parser.add_argument(
         "--table", action="store_true", help="print the tables of all that is recorded"
     )
@@ -156,6 +188,9 @@ def main() -> None:
     options = parser.parse_args()
     for method in options.methods:
         for name in options.sets:
+            if options.pictures:
+                draw(method, name, options.data)
+                continue
             path = score(method, name, options.data, tta=options.tta)
             print("  ".join([name, *table_row(path)]), flush=True)
     if options.table or not options.methods:
