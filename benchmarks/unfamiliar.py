@@ -158,14 +158,18 @@ def look(pipeline: DINOCellPipeline, name: str, pixels: np.ndarray, crop: int | 
 
 
 def describe(model: DINOCell, config_path: Path, out: Path) -> None:
-    """Write the model with statistics of the training images that a configuration names."""
+    """Write the model with statistics, and thresholds by kind, of the images that a configuration names."""
     from dinocell.training.config import load_train_config
-    from dinocell.training.datasets import split_pairs
-    from dinocell.training.final_model import training_statistics
+    from dinocell.training.datasets import read_pair, split_pairs
+    from dinocell.training.final_model import thresholds_by_kind, training_statistics
 
     config = load_train_config(config_path)
     train, val = split_pairs(config.data, config.seed)
-    model.statistics = training_statistics(model, [*train, *val], shown=True)
+    known = training_statistics(model, [*train, *val], shown=True)
+    read = [read_pair(pair, **model.config.intensity) for pair in val]
+    samples = [(predict_distance_map(model, image), truth) for image, truth in read]
+    names = [pair.dataset for pair in val]
+    model.statistics = known and thresholds_by_kind(known, names, samples, model.config.min_area_px)
     save_model(out, model, half=True)
 
 

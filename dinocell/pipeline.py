@@ -49,6 +49,16 @@ class LoadedImage(NamedTuple):
     appearance: Appearance | None = None
 
 
+class Judgement(NamedTuple):
+    """What the model makes of an image: notes, how unfamiliar it is, what it resembles (see
+    `Segmentation`), and the thresholds for it."""
+
+    notes: tuple[str, ...]
+    unfamiliar: float | None
+    kind: str
+    thresholds: Thresholds
+
+
 @dataclass(frozen=True)
 class Segmentation:
     """Cells of one image.
@@ -75,6 +85,9 @@ class Segmentation:
     unfamiliar : float or None
         Distance from the model's training images as a share of the largest that is usual for images of
         their kind; above 1 a warning says so.  None where the model does not know its training images.
+    kind : str
+        Name of the training data that the image resembles, whose thresholds were used; empty where it
+        resembles none.
     """
 
     labels: NDArray[np.uint32]
@@ -87,6 +100,7 @@ class Segmentation:
     channel_names: tuple[str, ...] = ()
     scores: NDArray[np.float64] | None = None
     unfamiliar: float | None = None
+    kind: str = ""
 
     @property
     def num_cells(self) -> int:
@@ -118,9 +132,11 @@ class Segmentation:
 
         return summarize(self.labels, self.measure()) | self.familiarity()
 
-    def familiarity(self) -> dict[str, float]:
-        """The column `unfamiliar` of the summary; nothing where that is not known."""
-        return {} if self.unfamiliar is None else {"unfamiliar": round(self.unfamiliar, 3)}
+    def familiarity(self) -> dict[str, float | str]:
+        """The columns `unfamiliar` and `kind` of the summary; nothing where that is not known."""
+        if self.unfamiliar is None:
+            return {}
+        return {"unfamiliar": round(self.unfamiliar, 3), "kind": self.kind}
 
     def save(
         self,
@@ -217,7 +233,8 @@ class DINOCellPipeline:
     min_score : float in [0, 1]
         Leave out cells whose score is lower: see `dinocell.results.confidence.cell_scores`.
     peak_threshold, fill_threshold, min_prominence, min_area_px : optional
-        In place of the model's own: see `dinocell.segmentation.thresholds.Thresholds`.
+        In place of the model's own: see `dinocell.segmentation.thresholds.Thresholds`.  A model may have
+        others for each kind of image that it knows; one of the first three replaces these everywhere.
 
     Raises
     ------
@@ -356,38 +373,45 @@ class DINOCellPipeline:
 
     def finish(self, loaded: LoadedImage, distance_map: NDArray[np.float32]) -> Segmentation:
         """Last third of `run`: what `predict` gave → labels.  Needs no network and no GPU."""
+        judged = self.judge(loaded)
         labels, scores, left_out = scored_cells(
             distance_map,
-            self.thresholds,
+            judged.thresholds,
             target=self.model.config.target,
             min_score=self.min_score,
         )
-        notes, unfamiliar = self.judge(loaded)
         return Segmentation(
             labels=labels,
             distance_map=distance_map[0] if self.how.tta else distance_map,
             image=loaded.plane,
             pixel_size_um=loaded.pixel_size_um,
             name=loaded.name,
-            warnings=(*loaded.warnings, *left_out, *notes),
+            warnings=(*loaded.warnings, *left_out, *judged.notes),
             channels=loaded.channels,
             channel_names=loaded.channel_names,
             scores=scores,
-            unfamiliar=unfamiliar,
+            unfamiliar=judged.unfamiliar,
+            kind=judged.kind,
         )
 
-    def judge(self, loaded: LoadedImage) -> tuple[list[str], float | None]:
-        """Notes on an image that `predict` has seen, and how unfamiliar it is if the model knows that."""
-        notes = []
+    def judge(self, loaded: LoadedImage) -> Judgement:
+        """What the model makes of an image that `predict` has seen."""
+        notes: tuple[str, ...] = ()
         plane, statistics = loaded.plane, self.model.statistics
         if plane.size and plane.min() == plane.max():
-            notes.append("Constant image: no cells can be found")
+            notes = ("Constant image: no cells can be found",)
         compared = None if statistics is None else statistics.compare(loaded.appearance)
         if compared is None:
-            return notes, None
+            return Judgement(notes, None, "", self.thresholds)
         if compared.reasons:
-            notes.append(compared.note(self.model.card.get("name") or "this model"))
-        return notes, compared.unfamiliar
+            notes = (*notes, compared.note(self.model.card.get("name") or "this model"))
+        kind = compared.kind
+        return Judgement(
+            notes,
+            compared.unfamiliar,
+            "" if kind is None else kind.name,
+            self.thresholds if kind is None else replace(self.thresholds, **kind.thresholds),
+        )
 
     def _average(
         self, pixels: NDArray, names: Sequence[str] | None

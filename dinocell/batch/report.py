@@ -50,6 +50,8 @@ def write_report_page(
             listed.append(
                 entry or _entry_from_files(out, rows[name], pipeline, options, len(names))
             )
+    known = pipeline.model.statistics
+    of_kinds = {} if known is None else known.thresholds()
     notes = []
     if len(shown) < len(rows):
         notes.append(
@@ -64,6 +66,7 @@ def write_report_page(
             "model": options.model,
             "images": len(names),
             **vars(pipeline.thresholds),
+            **{f"thresholds for {kind}": text for kind, text in of_kinds.items()},
             "min_score": options.min_score,
             **({"tta": True} if options.tta else {}),
         },

@@ -1,7 +1,7 @@
 """Run a model on a folder of images with truth: predict each image once, tune thresholds, score."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,14 @@ class ModelEvaluation:
     thresholds: Thresholds
     tuning: TuningResult | None
     saved_to: Path | None
+    of_kinds: Mapping[str, str]  # kind of image that the model knows → its own thresholds
 
     def text(self) -> str:
         """One or two lines before the table."""
         tuned = tuned_values(self.thresholds)
         values = ", ".join(f"{name} {value:g}" for name, value in tuned.items())
         lines = [f"thresholds (of the model): {values}"]
+        lines += [f"thresholds (for {kind}): {its}" for kind, its in self.of_kinds.items()]
         if self.tuning is not None:
             lines = [
                 f"thresholds (tuned here on {self.tuning.metric}): {values}",
@@ -63,7 +65,7 @@ def check_data_folder(folder: Path) -> None:
             )
 
 
-_Prediction = tuple[Pair, str, NDArray[np.uint32], NDArray[np.float32]]
+_Prediction = tuple[Pair, str, NDArray[np.uint32], NDArray[np.float32], Thresholds]
 """Files, name, truth and distance map of an image."""
 
 
@@ -118,7 +120,7 @@ def evaluate_model(
     tuning = None
     if tune_metric is not None:
         predictions = list(predictions)  # to search thresholds, all maps are needed at a time
-        samples = [(distance_map, truth) for _, _, truth, distance_map in predictions]
+        samples = [(distance_map, truth) for _, _, truth, distance_map, _ in predictions]
         min_area_px = pipeline.thresholds.min_area_px
         with raised_as(UsageError, ValueError):
             tuning = tune_thresholds(samples, metric=tune_metric, min_area_px=min_area_px)
@@ -127,20 +129,24 @@ def evaluate_model(
         )
         if saved_to is not None:
             save_model(saved_to, pipeline.model, half=True)
-    report = evaluate_pairs(_separated(predictions, pipeline, reading, errors_to), **how)
+    chosen = None if tuning is None else tuning.thresholds
+    report = evaluate_pairs(_separated(predictions, chosen, pipeline, reading, errors_to), **how)
     report = replace(report, notes=notes)  # of the images that were read above
-    return ModelEvaluation(report, pipeline.thresholds, tuning, saved_to)
+    known = pipeline.model.statistics
+    of_kinds = {} if known is None else known.thresholds()
+    return ModelEvaluation(report, pipeline.thresholds, tuning, saved_to, of_kinds)
 
 
 def _separated(
     predictions: Iterable[_Prediction],
+    chosen: Thresholds | None,
     pipeline: DINOCellPipeline,
     reading: Reading,
     errors_to: ErrorPictures | None,
 ) -> Iterator[tuple[str, NDArray[np.uint32], NDArray[np.uint32]]]:
     """Name, truth and cells found of each image, after its errors were drawn."""
-    for pair, name, truth, distance_map in predictions:
-        cells = separate_cells(distance_map, pipeline.thresholds)
+    for pair, name, truth, distance_map, thresholds in predictions:
+        cells = separate_cells(distance_map, chosen or thresholds)
         if errors_to is not None:
             shown = pipeline.load(pair.image_path, **reading.plane)
             errors_to.add(name, shown.plane, truth, cells)
@@ -191,7 +197,8 @@ def _predict(
             if reading.tta:
                 distance_map = distance_map[0].copy()  # and not how far the flips differ
             of_labels = [f"labels: {note}" for note in file.notes]
-            if found := (*loaded.warnings, *pipeline.judge(loaded)[0], *of_labels):
+            judged = pipeline.judge(loaded)
+            if found := (*loaded.warnings, *judged.notes, *of_labels):
                 notes[name] = found
-            yield pair, name, truth, distance_map
+            yield pair, name, truth, distance_map, judged.thresholds
             bar.advance(note=name)

@@ -20,6 +20,7 @@ from dinocell.errors import DataSetError
 from dinocell.evaluation.ctc import ctc_counts
 from dinocell.evaluation.matching import OverlapTable, overlap_table
 from dinocell.evaluation.metrics import DSB2018_IOU_THRESHOLDS, match_counts
+from dinocell.network.config import TUNED_THRESHOLDS
 from dinocell.segmentation.thresholds import Thresholds
 
 _CTC_METRICS = ("seg", "det", "op_csb")
@@ -156,8 +157,7 @@ def tune_thresholds(
 
 def tuned_values(thresholds: Thresholds) -> dict[str, float]:
     """The thresholds that the search varies, by name."""
-    names = ("peak_threshold", "fill_threshold", "min_prominence")
-    return {name: getattr(thresholds, name) for name in names}
+    return {name: getattr(thresholds, name) for name in TUNED_THRESHOLDS}
 
 
 def check_metric(metric: str) -> None:

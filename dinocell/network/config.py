@@ -7,6 +7,9 @@ from dinocell.settings import require, require_at_least, require_choice
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+TUNED_THRESHOLDS = ("peak_threshold", "fill_threshold", "min_prominence")
+"""Fields of `ModelConfig` that are chosen on validation images."""
+
 MODEL_SIZES = ("tiny", "small", "base", "large", "conv")
 DECODERS = ("unet", "unet_wide", "linear", "detail")
 

@@ -4,7 +4,8 @@ A network answers on any image, also on one of a kind that it has never seen.  I
 kinds apart (`DINOCell.map_and_features`): their mean over the patches without cells is alike in all images of one kind (background,
 noise, optics) and far away in another.  A model therefore carries the mean and the covariance of that
 vector over the training images of each data set, and an image whose Mahalanobis distance from all of
-them exceeds a limit is flagged.
+them exceeds a limit is flagged.  What an image resembles also says which thresholds suit it: cells of
+tissue are parted by shallower valleys than nuclei of a culture.
 
 The distance is that of Lee et al., "A simple unified framework for detecting out-of-distribution
 samples", NeurIPS 2018, with a data set for a class and a covariance for each.  The covariance of a few hundred images in D dimensions is
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,9 @@ class Comparison:
     # distance from the training images over the limit: above 1 the image is flagged
     unfamiliar: float
     reasons: tuple[str, ...] = ()  # in words; empty where it is not flagged
+    kind: TrainingStatistics | None = (
+        None  # what it resembles; None where it is flagged or shows nothing
+    )
 
     def note(self, name: str) -> str:
         """The sentence for the user of the model `name`, where the image is flagged."""
@@ -152,6 +156,9 @@ class TrainingStatistics:
     # name → (lowest, highest), of each of `Appearance.measures`
     ranges: Mapping[str, Sequence[float]]
     images: int  # how many images were looked at
+    name: str = ""  # of the data set
+    # peak_threshold, fill_threshold and min_prominence that suit it; empty where the model's do
+    thresholds: Mapping[str, Any] = field(default_factory=dict)
 
     def distance(self, features: ArrayLike) -> NDArray[np.float64]:
         """Mahalanobis distance of mean features (N, D) → (N,).
@@ -178,7 +185,7 @@ class TrainingStatistics:
             return Comparison(noise, (words,) if noise > 1 else ())
         unfamiliar = float(self.distance(features[None])[0]) / self.limit
         if unfamiliar <= 1:
-            return Comparison(unfamiliar)
+            return Comparison(unfamiliar, kind=self)
         reasons = []
         for name, value in appearance.measures().items():
             low, high = self.ranges[name]
@@ -235,6 +242,18 @@ class KnownKinds:
         """Compare one image with the nearest kind; None where the network saw nothing of it."""
         compared = [found for kind in self.kinds if (found := kind.compare(appearance)) is not None]
         return min(compared, key=lambda found: found.unfamiliar, default=None)
+
+    def thresholds(self) -> dict[str, str]:
+        """Name → thresholds in words, of the kinds that have their own."""
+        return {
+            kind.name: ", ".join(f"{name} {value:g}" for name, value in kind.thresholds.items())
+            for kind in self.kinds
+            if kind.thresholds
+        }
+
+    def without_thresholds(self) -> KnownKinds:
+        """The same, all kinds with the model's thresholds."""
+        return KnownKinds(tuple(replace(kind, thresholds={}) for kind in self.kinds))
 
     def to_mapping(self) -> list[dict[str, Any]]:
         """As JSON values."""

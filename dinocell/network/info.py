@@ -75,12 +75,14 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
         return _describe_architecture(model, image_px)
     model = load_model(name)
     config, card = model.config, model.card
+    of_kinds = {} if model.statistics is None else model.statistics.thresholds()
     lines = [
         f"{card.get('name') or name}: {card.get('description') or 'no description'}",
         _describe_architecture(model, image_px),
         f"target {config.target}, windows of {config.window_px} px overlapping by {config.overlap_px} px",
         f"thresholds: peak {config.peak_threshold:g}, fill {config.fill_threshold:g}, "
         f"prominence {config.min_prominence:g}, smallest cell {config.min_area_px} px",
+        *(f"thresholds for {kind}: {text}" for kind, text in of_kinds.items()),
         f"pixel size: {config.pixel_size_um or 'not recorded'}",
         f"licence: {card.get('licence') or 'not recorded'}",
         _describe_statistics(model),

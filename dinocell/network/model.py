@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dinocell.errors import CheckpointError, ConfigError, UsageError, raised_as
 from dinocell.files import atomic_path
 from dinocell.network.backbone import BACKBONE_SIZES, DINOv3Backbone
-from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
+from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD, TUNED_THRESHOLDS, ModelConfig
 from dinocell.network.decoder import create_decoder
 from dinocell.network.detail import ConvPyramid, pyramid_widths
 from dinocell.network.familiarity import KnownKinds
@@ -255,6 +255,9 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
         known = KnownKinds.from_mapping(header["statistics"], path)
         # Earlier versions described convolutions by their deepest features alone.
         if all(len(kind.mean) == _described_width(model) for kind in known.kinds):
+            with raised_as(CheckpointError, TypeError, ConfigError):
+                for kind in known.kinds:
+                    dataclasses.replace(config, **kind.thresholds)
             model.statistics = known
     expected = model.state_dict()
     _refuse_other_weights(path, state, expected, config)
@@ -346,11 +349,13 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def with_config(model: DINOCell, **changes: Any) -> DINOCell:
     """The same network (shared weights) under a changed configuration, for example thresholds.
 
-    Raises ConfigError (the new values do not fit together).
+    New thresholds hold for images of every kind.  Raises ConfigError (the new values do not fit together).
     """
     other = object.__new__(type(model))
     other.__dict__.update(model.__dict__)
     other.config = dataclasses.replace(model.config, **changes)
+    if other.statistics is not None and changes.keys() & set(TUNED_THRESHOLDS):
+        other.statistics = other.statistics.without_thresholds()
     return other
 
 

@@ -83,15 +83,16 @@ def keep_prediction(
     for name, array in arrays.items():
         if array is not None:
             _write_array(folder / f"{name}.npy", array)
-    notes, unfamiliar = pipeline.judge(image)
+    judged = pipeline.judge(image)
     about = {
         "pixel_size_um": image.pixel_size_um,
         "channel_names": list(image.channel_names),
-        "warnings": [*image.warnings, *notes],
-        "unfamiliar": unfamiliar,
+        "warnings": [*image.warnings, *judged.notes],
+        "unfamiliar": judged.unfamiliar,
+        "kind": judged.kind,
         "target": pipeline.model.config.target,
         "min_score": pipeline.min_score,
-        **asdict(pipeline.thresholds),
+        **asdict(judged.thresholds),
     }
     write_text_atomically(folder / "about.json", json.dumps(about, indent=1))
 
@@ -160,6 +161,7 @@ class StoredResult:
             channel_names=tuple(self.about["channel_names"]),
             scores=scores,
             unfamiliar=self.about["unfamiliar"],
+            kind=self.about.get("kind", ""),  # jobs of earlier versions have none
         )
 
     def relabel(self, changes: Mapping[str, Any], *, revision: int | None = None) -> Revision:

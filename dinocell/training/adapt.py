@@ -29,9 +29,11 @@ from dinocell.evaluation.tuning import tuned_values
 from dinocell.files import require_writable
 from dinocell.io import write_labels
 from dinocell.network.backbone import DINOv3Backbone
+from dinocell.network.config import TUNED_THRESHOLDS
 from dinocell.network.model import DINOCell, load_model, resolve_device, save_model, with_config
 from dinocell.network.precision import autocast
 from dinocell.pairs import Pair, find_pairs
+from dinocell.pipeline import DINOCellPipeline
 from dinocell.progress import Progress, progress
 from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.thresholds import Thresholds
@@ -55,7 +57,7 @@ CANDIDATES = ("decoder", "last", "all")
 """What may learn: the decoder; also the last third of the backbone; everything."""
 
 # tried beside the model's own thresholds: few, because few cells choose among them
-_PEAKS, _FILLS, _PROMINENCES = (0.35, 0.5, 0.65, 0.8), (0.1, 0.25, 0.4), (0.05, 0.15)
+_TRIED = (0.45, 0.55, 0.65, 0.8), (0.1, 0.25, 0.4), (0.1, 0.2, 0.3)  # as `TUNED_THRESHOLDS`
 _LEAST_STEPS, _MOST_STEPS = 10, 600
 _BATCH_SIZE = 8
 _MOST_PIXELS = 6_000_000  # of all images together, that are predicted to score a candidate
@@ -203,13 +205,13 @@ class _Adaptation:
     def result(self, path: Path) -> tuple[AdaptResult, DINOCell]:
         """Try every candidate, and train the best on all images."""
         started = time.monotonic()
-        counts = {"start": self._counts(self._predict(self.start, range(len(self.pairs))))}
+        samples, own = self._by_start()
+        counts = {"start": self._counts(samples)}
         predicting_s = (1 + len(CANDIDATES)) * (time.monotonic() - started)
         steps = self.options.steps or self._steps_that_fit(predicting_s)
         total = steps * (2 * len(CANDIDATES) + 1)
         with progress("adapting", total, shown=self.shown) as bar:
             bar.write(f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {steps} steps each")
-            own = np.zeros(len(self.pairs), int)  # the first thresholds are the model's
             scores = {"start": _scores(counts["start"], own)}
             scores["thresholds"] = self._cross_validated(counts["start"])
             for name in CANDIDATES:
@@ -218,13 +220,14 @@ class _Adaptation:
                 bar.write(f"{name}: AP {scores[name][0]:.4f}, start {scores['start'][0]:.4f}")
             chosen = max(scores, key=lambda name: scores[name][0])  # the first of equal ones
             everything = range(len(self.pairs))
-            adapted, tuned = self.start, self.thresholds[0]
+            if chosen == "start":
+                values = tuned_values(self.thresholds[0])
+                return AdaptResult(path, chosen, steps, scores, values), self.start
+            adapted = self.start
             if chosen in CANDIDATES:
                 adapted = self._train(chosen, everything, steps, bar)
-            if chosen != "start":
-                found = counts.get(chosen, counts["start"])
-                tuned = self.thresholds[_best(found, everything)]
-        values = tuned_values(tuned)
+            found = counts.get(chosen, counts["start"])
+            values = tuned_values(self.thresholds[_best(found, everything)])
         adapted = with_config(adapted, **values)
         if chosen in CANDIDATES:
             adapted.statistics = training_statistics(adapted, self.pairs, shown=self.shown)
@@ -246,6 +249,16 @@ class _Adaptation:
             model = self._train(name, other, steps, bar)
             samples |= dict(zip(fold, self._predict(model, fold), strict=True))
         return [samples[index] for index in range(len(self.pairs))]
+
+    def _by_start(self) -> tuple[list[Sample], NDArray[np.int64]]:
+        """Maps of the model as it was, and which thresholds it has for each image."""
+        pipeline = DINOCellPipeline(self.start)
+        samples, own = [], []
+        for image, truth in self.samples:
+            loaded = pipeline.load(image, allow_mask=True)
+            samples.append((pipeline.predict(loaded), truth))
+            own.append(self.thresholds.index(pipeline.judge(loaded).thresholds))
+        return samples, np.array(own)
 
     def _predict(self, model: DINOCell, chosen: Sequence[int]) -> list[Sample]:
         return [
@@ -312,11 +325,11 @@ def _middles(
 
 
 def _thresholds(model: DINOCell) -> list[Thresholds]:
-    """The model's own, then those that are tried."""
-    config = model.config
-    own = (config.peak_threshold, config.fill_threshold, config.min_prominence)
-    tried = [own, *product(_PEAKS, _FILLS, _PROMINENCES)]
-    return [Thresholds(*values, config.min_area_px) for values in tried if values[1] < values[0]]
+    """The model's own, those that it has for kinds of images, then those that are tried."""
+    own = Thresholds.of(model.config)
+    kinds = [] if model.statistics is None else [kind.thresholds for kind in model.statistics.kinds]
+    tried = [dict(zip(TUNED_THRESHOLDS, values, strict=True)) for values in product(*_TRIED)]
+    return [own, *(replace(own, **changes) for changes in [*kinds, *tried])]
 
 
 def _counts_of(sample: Sample, thresholds: Thresholds) -> list[tuple[int, int, int]]:

@@ -3,7 +3,7 @@
 import json
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ _GRIDS = ThresholdGrids(
     prominence_grid=(0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
 )
 _MAX_IMAGES = 200  # whose appearance is described
+_LEAST_CELLS = 100  # of validation images that choose thresholds for their kind
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def write_final_model(
         "seed": config.seed,
         "metrics": {"val_ap50_pooled": final.best.score, "val_ap_mean_pooled": tuned.best.score},
     }
-    model.statistics = training_statistics(model, [*train_pairs, *val_pairs], shown=shown)
+    known = training_statistics(model, [*train_pairs, *val_pairs], shown=shown)
+    names = [pair.dataset for pair in val_pairs]
+    model.statistics = known and thresholds_by_kind(known, names, samples, min_area_px)
     save_model(folder.model, model, half=True)
     draw_curves(folder.metrics, folder.curves)
     return TrainResult(folder.model, step, final.best.score, chosen, stopped_early)
@@ -135,6 +138,25 @@ def draw_curves(log_path: str | Path, out_path: str | Path) -> None:
     pyplot.close(figure)
 
 
+def thresholds_by_kind(
+    known: KnownKinds, names: Sequence[str], samples: Sequence[Sample], min_area_px: int
+) -> KnownKinds:
+    """The kinds with thresholds that suit their own validation images.
+
+    `names` are the data sets of the `samples`.  One kind alone, and a kind whose images have few cells,
+    keep the thresholds of the model.
+    """
+    kinds = []
+    for kind in known.kinds:
+        own = [sample for name, sample in zip(names, samples, strict=True) if name == kind.name]
+        cells = sum(int(np.count_nonzero(np.unique(truth))) for _, truth in own)
+        if len(set(names)) > 1 and cells >= _LEAST_CELLS:
+            tuned = tune_thresholds(own, _GRIDS, metric="ap", min_area_px=min_area_px)
+            kind = replace(kind, thresholds=tuned_values(tuned.thresholds))
+        kinds.append(kind)
+    return KnownKinds(tuple(kinds))
+
+
 def training_statistics(
     model: DINOCell, pairs: Sequence[Pair], *, shown: bool = False
 ) -> KnownKinds | None:
@@ -165,8 +187,8 @@ def training_statistics(
             seen[pair.dataset].append(appearance)
             bar.advance()
         margin = MARGIN_OF_CONVOLUTIONS if config.size == "conv" else MARGIN
-        fitted = [fit_statistics(images, margin=margin) for images in seen.values()]
-        kinds = tuple(kind for kind in fitted if kind is not None)
+        fitted = {name: fit_statistics(images, margin=margin) for name, images in seen.items()}
+        kinds = tuple(replace(kind, name=name) for name, kind in fitted.items() if kind is not None)
         if not kinds:
             bar.write("too few images to describe: the model will not flag images of another kind")
     return KnownKinds(kinds) if kinds else None
