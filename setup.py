@@ -85,6 +85,7 @@ setup(
         "urllib3>=2",
         "typer>=0.15",
         "rich>=13",
+        "packaging>=24",
     ],
     extras_require={
         **EXTRAS,

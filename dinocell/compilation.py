@@ -32,6 +32,19 @@ def njit(function: Callable[..., Any]) -> Any:
     return compiled
 
 
+def cache_folder() -> Path | None:
+    """Where compiled functions are kept; None where no folder can be written."""
+
+    def compiled_nowhere() -> None: ...
+
+    probe: Any = numba.njit(compiled_nowhere)
+    if hasattr(probe, "enable_caching") and (
+        _keep_where_numba_does(probe) or _keep_in_temporary_folder(probe)
+    ):
+        return Path(probe._cache.cache_path)
+    return None
+
+
 def _keep_on_disk(compiled: Any) -> None:
     """Give a compiled function a cache, whose faults then cost time and nothing else."""
     if not _keep_where_numba_does(compiled) and not _keep_in_temporary_folder(compiled):

@@ -16,6 +16,7 @@ from dinocell import DISTRIBUTION, __version__
 from dinocell.cli import (
     cluster,
     data,
+    doctor,
     evaluate,
     info,
     inspect,
@@ -53,6 +54,7 @@ for group in (
     jump,
     upstream,
     cluster,
+    doctor,
 ):
     app.add_typer(group.app, short_help=group.app.info.help)  # whole: click would shorten it
 
