@@ -18,11 +18,11 @@ from starlette.exceptions import HTTPException
 from dinocell import __version__
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.service.guard import Guard, problem
+from dinocell.service.history import ChangedError
 from dinocell.service.news import News
 from dinocell.service.queue import QueueFullError
 from dinocell.service.routes import api, open_routes
 from dinocell.service.service import Service
-from dinocell.service.stored import ChangedError
 
 STATIC = Path(__file__).parent / "static"
 _SWEEP_S = 60.0

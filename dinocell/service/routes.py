@@ -20,6 +20,8 @@ from dinocell.service.metrics import prometheus_text
 from dinocell.service.queue import FINAL, Job
 from dinocell.service.schemas import (
     Cells,
+    ChangeInfo,
+    Correction,
     Health,
     JobForm,
     JobInfo,
@@ -29,12 +31,14 @@ from dinocell.service.schemas import (
     RevisionInfo,
     Segmented,
     ThresholdFields,
+    change_info,
     job_info,
     metrics_of,
+    revision_fields,
     safe_name,
 )
 from dinocell.service.service import Service
-from dinocell.service.stored import KINDS, Revision, StoredResult
+from dinocell.service.stored import KINDS, StoredResult
 
 _MEDIA = {
     "tif": "image/tiff",
@@ -207,9 +211,9 @@ def get_file(result: Result, kind: str) -> Response:
 @api.get("/jobs/{job_id}/cells", summary="Measurements of all cells")
 def get_cells(result: Result) -> Cells:
     """The columns of NAME_cells.csv, of the labels that the job has now."""
-    return Cells(
-        revision=result.revision().number, columns=result.segmentation().measure().to_dict()
-    )
+    now, segmentation = result.segmentation()
+    columns = segmentation.measure().to_dict()
+    return Cells(revision=now.revision.number, numbers=now.numbers.tolist(), columns=columns)
 
 
 @api.get(
@@ -221,32 +225,61 @@ def get_cells(result: Result) -> Cells:
 def get_image(result: Result) -> Response:
     """(H, W) as in the file, or (H, W, 3) uint8 of a colour picture."""
     colours = result.colours()
-    buffer = io.BytesIO()
-    np.save(buffer, result.plane() if colours is None else colours, allow_pickle=False)
-    return Response(buffer.getvalue(), media_type="application/octet-stream")
-
-
-def _revision_info(result: StoredResult, revision: Revision) -> RevisionInfo:
-    return RevisionInfo(num_cells=int(result.labels().max(initial=0)), **revision.to_mapping())
+    return _npy(result.plane() if colours is None else colours)
 
 
 @api.get("/jobs/{job_id}/labels", summary="The thresholds and the revision of the labels")
 def get_revision(result: Result) -> RevisionInfo:
-    """The labels themselves are `result/npy`."""
-    return _revision_info(result, result.revision())
+    """The labels themselves are `result/npy`, or `labels/npy` with the numbers of corrections."""
+    return RevisionInfo(**revision_fields(result.state()))
+
+
+@api.get(
+    "/jobs/{job_id}/labels/npy",
+    summary="The labels as corrections number them",
+    responses={200: _BINARY},
+    response_class=Response,
+)
+def get_numbered_labels(result: Result) -> Response:
+    """(H, W) uint32; a cell keeps its number when others go, while `result/npy` closes the gaps."""
+    return _npy(result.state().labels)
+
+
+def _npy(array: np.ndarray) -> Response:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    headers = {"cache-control": "no-store"}
+    return Response(buffer.getvalue(), media_type="application/octet-stream", headers=headers)
+
+
+Expected = Annotated[int | None, Query(ge=0, le=2**31)]
 
 
 @api.post("/jobs/{job_id}/relabel", summary="Other thresholds, without the network")
 def relabel(
     result: Result,
     thresholds: ThresholdFields,
-    revision: Annotated[int | None, Query(ge=0, le=2**31)] = None,
-) -> RevisionInfo:
-    """Runs the watershed on the stored distance map; changes by hand are lost.
+    revision: Expected = None,
+    amend: Annotated[
+        bool, Query(description="One step, for undo, with the relabel before it.")
+    ] = False,
+) -> ChangeInfo:
+    """Runs the watershed on the stored distance map; cells that were changed by hand stay.
 
     With `revision`, labels of another revision are not replaced (409).
     """
-    return _revision_info(result, result.relabel(thresholds.model_dump(), revision=revision))
+    changes = thresholds.model_dump()
+    return change_info(result.relabel(changes, revision=revision, amend=amend))
+
+
+@api.post("/jobs/{job_id}/corrections", summary="Change the labels by hand")
+def correct(result: Result, correction: Correction, revision: Expected = None) -> ChangeInfo:
+    """Removes, merges, splits, grows or paints cells; undo and redo are corrections, too.
+
+    With `revision`, labels of another revision are not changed (409).
+    """
+    values = correction.model_dump()
+    return change_info(result.correct(correction.kind, values, revision=revision))
 
 
 @api.put(
@@ -267,12 +300,12 @@ async def put_labels(
     """A numpy file (npy) of whole numbers of the shape of the image; 0 is background.
 
     `revision` is that of the labels that were corrected; if somebody has changed them since, nothing is
-    replaced (409).
+    replaced (409).  Cells with the same pixels as before do not count as changed by hand.
     """
     labels = _array(await request.body())
 
     def replace() -> RevisionInfo:
-        return _revision_info(result, result.replace_labels(labels, revision=revision))
+        return RevisionInfo(**revision_fields(result.replace_labels(labels, revision=revision)))
 
     return await asyncio.to_thread(replace)
 

@@ -1,17 +1,22 @@
 """What goes into and out of the HTTP API."""
 
+import base64
 import re
+import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import Form, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
 from dinocell.io.planes import channel_of
 from dinocell.service.queue import Job
+from dinocell.service.stored import Change
 
 _EXAMPLE_ID = "3f0c9a5be3d14f0f8a3f0c9a5be3d14f"
+Coordinate = Annotated[float, Field(ge=-1e6, le=1e6)]
 Threshold = Annotated[float | None, Field(ge=0, lt=1, examples=[0.47])]
 
 
@@ -110,12 +115,39 @@ class JobInfo(BaseModel):
     options: dict[str, Any] = Field({}, examples=[{"peak_threshold": 0.5}])
 
 
+class Correction(BaseModel):
+    """One change by hand."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["remove", "merge", "split", "cut", "grow", "paint", "erase", "undo", "redo"] = (
+        Field(
+            description="split one cell by seeds, or by itself; cut along a line; grow a missed cell from "
+            "a pixel; paint adds a stroke to a cell, or makes one; erase along a stroke",
+            examples=["split"],
+        )
+    )
+    cells: list[Annotated[int, Field(ge=1, lt=2**31)]] = Field(
+        [], max_length=100_000, description="Numbers of cells.", examples=[[3]]
+    )
+    points: list[tuple[Coordinate, Coordinate]] = Field(
+        [],
+        max_length=10_000,
+        description="Seeds, line, pixel or stroke: row and column.",
+        examples=[[[10, 12], [10, 30]]],
+    )
+    radius_px: Annotated[float, Field(ge=0.5, le=500)] = Field(3.0, description="Of the brush.")
+
+
 class RevisionInfo(BaseModel):
     """The labels that a job has now, and the thresholds that made them."""
 
     revision: int = Field(description="0 is what segment writes; each change adds 1.", examples=[1])
     num_cells: int = Field(examples=[42])
-    edited: bool = Field(description="Whether labels were changed by hand after the last relabel.")
+    edited: bool = Field(description="Whether labels were changed by hand.")
+    undoable: int = Field(description="Changes that can be undone.")
+    redoable: int
+    touched: list[int] = Field(description="Numbers of the cells that were changed by hand.")
     peak_threshold: float
     fill_threshold: float
     min_prominence: float
@@ -123,10 +155,49 @@ class RevisionInfo(BaseModel):
     min_score: float
 
 
+class ChangeInfo(RevisionInfo):
+    """A change, and the pixels that it has changed."""
+
+    row: int = Field(description="Of the upper left corner of the changed pixels.")
+    column: int
+    height: int
+    width: int
+    labels: str = Field(
+        description="Their labels: uint32, little endian, row by row, zlib, base64.", examples=[""]
+    )
+
+
+def revision_fields(change: Change) -> dict[str, Any]:
+    """The fields of `RevisionInfo`."""
+    return {
+        **change.revision.to_mapping(),
+        "num_cells": change.numbers.size,
+        "touched": change.touched.tolist(),
+    }
+
+
+def change_info(change: Change) -> ChangeInfo:
+    """A change as the API shows it."""
+    row, column = change.corner
+    height, width = change.labels.shape
+    pixels = zlib.compress(np.ascontiguousarray(change.labels, "<u4").tobytes(), 1)
+    return ChangeInfo(
+        **revision_fields(change),
+        row=row,
+        column=column,
+        height=height,
+        width=width,
+        labels=base64.b64encode(pixels).decode("ascii"),
+    )
+
+
 class Cells(BaseModel):
     """Measurements: one list per column, one value per cell; units are px, or µm in `_um` columns."""
 
     revision: int
+    numbers: list[int] = Field(
+        description="What corrections call each cell; in the column `label` gaps are closed."
+    )
     columns: dict[str, list[Any]] = Field(examples=[{"label": [1, 2], "area": [310, 295]}])
 
 

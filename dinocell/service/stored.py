@@ -6,31 +6,32 @@ plane.npy     the gray plane (H, W); of several channels the mean
 channels.npy  (H, W, C), where the plane is such a mean
 map.npy       distance map (H, W) float32, or (2, H, W) with the spread of flips
 about.json    pixel size, names, notes, target, thresholds
-current.json  revision of the labels and the thresholds that made them; made by the first change
-labels.npy    (H, W) uint32 labels of that revision
-files/        further formats of that revision, written when somebody asks for them
+files/        further formats of the labels now, written when somebody asks for them
+
+What changes of the labels add is described in `dinocell.service.history`.
 """
 
 import json
-import shutil
 import threading
 import zipfile
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.errors import DINOCellError, UsageError
+from dinocell.errors import UsageError
 from dinocell.files import atomic_path, ensure_folder, write_text_atomically
 from dinocell.io import read_labels
 from dinocell.io.planes import MAX_PIXELS
 from dinocell.pipeline import DINOCellPipeline, LoadedImage, Segmentation, output_paths
 from dinocell.results.confidence import cell_scores, scored_cells
 from dinocell.results.exports import EXPORT_FORMATS
-from dinocell.segmentation.thresholds import Thresholds
+from dinocell.segmentation import corrections
+from dinocell.service.history import TOUCHED, Box, History, Revision
 
 RESULT = "result"
 """Folder of what the batch writes, in the folder of a job."""
@@ -38,41 +39,27 @@ RESULT = "result"
 KINDS = (*EXPORT_FORMATS, "csv", "overlay", "npy", "zip")
 """What can be downloaded: the label files of `segment`, table, picture, labels as an array, and all in one."""
 
-_change = threading.Lock()  # of labels and revision; short, and the service has one process
-
-
-class ChangedError(DINOCellError):
-    """Somebody else has changed the labels since they were read."""
+_locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+"""One for the labels of each job; the service has one process."""
 
 
 @dataclass(frozen=True)
-class Revision:
-    """What made the labels that a job has now.
+class Change:
+    """What a change has done: the revision now, its cells, and a box of pixels with their new labels.
 
     Attributes
     ----------
-    number : 0 for what the batch wrote, one more with each change
-    thresholds, min_score : of the last relabel
-    edited : whether the labels were changed by hand after it
+    numbers : (n,) numbers of the cells, ascending; there may be gaps
+    touched : (m,) numbers of those that were corrected by hand
+    corner : row and column of the box
+    labels : (h, w) uint32 ndarray
     """
 
-    number: int
-    thresholds: Thresholds
-    min_score: float
-    edited: bool = False
-
-    def to_mapping(self) -> dict[str, Any]:
-        """JSON values."""
-        own = {"revision": self.number, "min_score": self.min_score, "edited": self.edited}
-        return own | asdict(self.thresholds)
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "Revision":
-        """From what `to_mapping` gives, other keys included."""
-        thresholds = Thresholds(**{f.name: values[f.name] for f in fields(Thresholds)})
-        return cls(
-            values.get("revision", 0), thresholds, values["min_score"], bool(values.get("edited"))
-        )
+    revision: Revision
+    numbers: NDArray[np.int64]
+    touched: NDArray[np.int64]
+    corner: tuple[int, int]
+    labels: NDArray[np.uint32]
 
 
 def keep_prediction(
@@ -115,18 +102,28 @@ class StoredResult:
     def __init__(self, folder: Path, file: str, name: str) -> None:
         self.folder, self.stem, self.name = folder, Path(file).stem, name
         self.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self.history = History(folder, Revision.of(self.about))
+        self._lock = _locks[folder]
 
     def revision(self) -> Revision:
         """What made the labels."""
-        path = self.folder / "current.json"
-        return Revision.of(json.loads(path.read_text("utf-8")) if path.exists() else self.about)
+        return self.history.revision()
+
+    def state(self) -> Change:
+        """The labels of the whole image as corrections number them, and their revision."""
+        with self._lock:
+            revision, state = self.revision(), self._state()
+        return _change_of(revision, state, (slice(0, state.shape[0]), slice(0, state.shape[1])))
+
+    def _state(self) -> NDArray[np.uint32]:
+        state = self.history.state()
+        if state is not None:
+            return state
+        return read_labels(self.folder / RESULT / f"{self.stem}_labels.tif", max_pixels=MAX_PIXELS)
 
     def labels(self) -> NDArray[np.uint32]:
-        """(H, W) labels of the revision."""
-        path = self.folder / "labels.npy"
-        if path.exists():
-            return np.load(path)
-        return read_labels(self.folder / RESULT / f"{self.stem}_labels.tif", max_pixels=MAX_PIXELS)
+        """(H, W) labels now, 1..n without gaps."""
+        return _without_gaps(self.state())
 
     def plane(self) -> NDArray[Any]:
         """The gray plane (H, W) that was segmented, as in the file; of several channels the mean."""
@@ -139,18 +136,17 @@ class StoredResult:
         channels = np.load(self.folder / "channels.npy")
         return channels if channels.dtype == np.uint8 else None
 
-    def segmentation(self) -> Segmentation:
-        """The image with the labels of the revision."""
-        with _change:
-            revision, labels = self.revision(), self.labels()
-        stored, target = np.load(self.folder / "map.npy"), self.about["target"]
-        mean, spread = stored if stored.ndim == 3 else (stored, None)
-        if revision.edited:
+    def segmentation(self) -> tuple[Change, Segmentation]:
+        """The labels now, and the image with them, their gaps closed."""
+        now = self.state()
+        labels, target = _without_gaps(now), self.about["target"]
+        mean, spread = self._map()
+        if now.revision.edited:
             scores = cell_scores(labels, mean, target=target, spread=spread)
         else:  # those of cells that `min_score` has removed count for their neighbours
-            _, scores, _ = self._separate(revision)
+            _, scores, _ = self._separate(now.revision)
         channels = self.folder / "channels.npy"
-        return Segmentation(
+        return now, Segmentation(
             labels=labels,
             distance_map=mean,
             image=self.plane(),
@@ -164,21 +160,33 @@ class StoredResult:
             kind=self.about.get("kind", ""),  # jobs of earlier versions have none
         )
 
-    def relabel(self, changes: Mapping[str, Any], *, revision: int | None = None) -> Revision:
-        """Run the watershed again on the stored map; changes by hand are lost.
+    def _map(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        stored = np.load(self.folder / "map.npy")
+        return (stored[0], stored[1]) if stored.ndim == 3 else (stored, None)
+
+    def relabel(
+        self, changes: Mapping[str, Any], *, revision: int | None = None, amend: bool = False
+    ) -> Change:
+        """Run the watershed again on the stored map; cells that were touched by hand stay.
 
         `changes` are fields of `Thresholds`, and `min_score`; what is left out stays as it was.
+        `amend` makes one step of this and the relabel before it.
 
         Raises UsageError (the values do not fit together); ChangedError (the labels have another
         revision than `revision`).
         """
-        before = self.revision()
         given = {name: value for name, value in changes.items() if value is not None}
-        try:
-            new = Revision.of({**before.to_mapping(), **given, "edited": False})
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        return self._replace(self._separate(new)[0], new, revision)
+        with self._lock:
+            before = self.history.require(revision)
+            try:
+                new = Revision.of({**before.to_mapping(), **given})
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+            state = self._state()
+            kept = state >= TOUCHED
+            labels = corrections.keep_touched(self._separate(new)[0], state & ~TOUCHED, kept)
+            labels[kept] |= TOUCHED
+            return self._changed(state, labels, new, amend=amend)
 
     def _separate(self, by: Revision) -> tuple[NDArray[np.uint32], NDArray[Any], tuple[str, ...]]:
         return scored_cells(
@@ -188,37 +196,81 @@ class StoredResult:
             min_score=by.min_score,
         )
 
-    def replace_labels(self, labels: NDArray[Any], *, revision: int) -> Revision:
-        """Keep labels that were changed by hand; gaps in the numbers are closed, in their order.
+    def correct(self, kind: str, values: Mapping[str, Any], *, revision: int | None) -> Change:
+        """One correction by hand.
+
+        `kind` is remove, merge, split, cut, grow, paint, erase, undo or redo; `values` has `cells`,
+        `points` (row, column) and `radius_px`, see `dinocell.segmentation.corrections`.
+
+        Raises UsageError (the correction does not fit the labels); ChangedError (the labels have
+        another revision than `revision`).
+        """
+        with self._lock:
+            now = self.history.require(revision)
+            if kind in ("undo", "redo"):
+                new, box = self.history.step(kind)
+                return _change_of(new, self._state(), box)
+            state = self._state()
+            labels = self._corrected(kind, values, state & ~TOUCHED, now)
+            return self._keep_touched(state, labels, now)
+
+    def _corrected(
+        self, kind: str, values: Mapping[str, Any], labels: NDArray[np.uint32], now: Revision
+    ) -> NDArray[np.uint32]:
+        cells, points, radius_px = values["cells"], values["points"], values["radius_px"]
+        if kind not in ("remove", "merge", "split") and not points:
+            raise UsageError("`points` must hold one position or more, got none: choose one")
+        match kind:
+            case "remove":
+                return corrections.remove_cells(labels, cells)
+            case "merge":
+                return corrections.merge_cells(labels, cells)
+            case "split":
+                (cell,) = cells if len(cells) == 1 else (0,)
+                return corrections.split_cell(labels, self._map()[0], cell, points)
+            case "cut":
+                return corrections.cut_cells(labels, self._map()[0], points, cells)
+            case "grow":
+                return corrections.grow_cell(labels, self._map()[0], points[0], now.thresholds)
+            case "paint":
+                return corrections.paint_cell(labels, points, radius_px, *cells[:1])
+        least = now.thresholds.min_area_px
+        return corrections.erase(labels, points, radius_px, cells, min_area_px=least)
+
+    def replace_labels(self, labels: NDArray[Any], *, revision: int) -> Change:
+        """Keep labels that were changed by hand; cells that are as they were count as not touched.
 
         Raises UsageError (another shape than the image, or no whole numbers from 0 on); ChangedError
         (the labels have another revision than `revision`).
         """
-        shape = self.labels().shape
-        if labels.shape != shape or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
-            raise UsageError(
-                f"Labels must be an array of whole numbers from 0 on of shape {shape}, got "
-                f"{labels.dtype} of shape {labels.shape}: change the labels that the service gave"
-            )
-        values, places = np.unique(labels, return_inverse=True)
-        compact = (places.reshape(shape) + (values[0] != 0)).astype(np.uint32)
-        before = self.revision()
-        new = Revision(before.number, before.thresholds, before.min_score, edited=True)
-        return self._replace(compact, new, revision)
-
-    def _replace(self, labels: NDArray[np.uint32], new: Revision, expected: int | None) -> Revision:
-        with _change:
-            now = self.revision().number
-            if expected is not None and expected != now:
-                raise ChangedError(
-                    f"`revision` must be that of the labels now, {now}, got {expected}: somebody else "
-                    "has changed them, so load them again"
+        with self._lock:
+            now, state = self.history.require(revision), self._state()
+            shape = state.shape
+            if labels.shape != shape or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+                raise UsageError(
+                    f"Labels must be an array of whole numbers from 0 on of shape {shape}, got "
+                    f"{labels.dtype} of shape {labels.shape}: change the labels that the service gave"
                 )
-            new = Revision(now + 1, new.thresholds, new.min_score, new.edited)
-            _write_array(self.folder / "labels.npy", labels)
-            write_text_atomically(self.folder / "current.json", json.dumps(new.to_mapping()))
-            shutil.rmtree(self.folder / "files", ignore_errors=True)
-        return new
+            numbered = corrections.same_numbers(state & ~TOUCHED, labels)
+            return self._keep_touched(state, numbered, now)
+
+    def _keep_touched(
+        self, state: NDArray[np.uint32], labels: NDArray[np.uint32], now: Revision
+    ) -> Change:
+        touched = corrections.touched_by(state & ~TOUCHED, labels) | (state >= TOUCHED)
+        labels[touched] |= TOUCHED
+        return self._changed(state, labels, now)
+
+    def _changed(
+        self,
+        before: NDArray[np.uint32],
+        after: NDArray[np.uint32],
+        new: Revision,
+        *,
+        amend: bool = False,
+    ) -> Change:
+        revision, box = self.history.change(before, after, new, amend=amend)
+        return _change_of(revision, after, box)
 
     def file(self, kind: str) -> Path:
         """A file of the revision, one of `KINDS`, written if it does not exist yet.
@@ -246,7 +298,7 @@ class StoredResult:
             self._write_zip(path)
         else:
             formats = (kind,) if kind in EXPORT_FORMATS else ("tif",)
-            self.segmentation().save(folder, formats=formats, overlay=kind == "overlay")
+            self.segmentation()[1].save(folder, formats=formats, overlay=kind == "overlay")
         return path
 
     def _write_zip(self, path: Path) -> None:
@@ -260,3 +312,17 @@ class StoredResult:
     def download_name(self, file: Path) -> str:
         """What a file of this result is called where it leaves the service."""
         return self.name + file.name.removeprefix(self.stem)
+
+
+def _change_of(revision: Revision, state: NDArray[np.uint32], box: Box) -> Change:
+    labels = state & ~TOUCHED
+    numbers = np.flatnonzero(np.bincount(labels.ravel()))
+    touched = np.unique(labels[state > TOUCHED]).astype(np.int64)
+    corner = box[0].start, box[1].start
+    return Change(revision, numbers[numbers > 0], touched, corner, labels[box])
+
+
+def _without_gaps(now: Change) -> NDArray[np.uint32]:
+    numbers = np.zeros(int(now.numbers.max(initial=0)) + 1, np.uint32)
+    numbers[now.numbers] = np.arange(1, now.numbers.size + 1)
+    return numbers[now.labels]

@@ -1,4 +1,4 @@
-// Requests to the service, and numpy files to typed arrays and back.
+// Requests to the service, and numpy files to typed arrays.
 
 const BASE = "/api/v1";
 const TYPES = {
@@ -53,7 +53,7 @@ export const job = (id) => json(`/jobs/${id}`);
 export const cells = (id) => json(`/jobs/${id}/cells`);
 export const revision = (id) => json(`/jobs/${id}/labels`);
 export const image = (id) => npy(`/jobs/${id}/image`);
-export const labels = (id) => npy(`/jobs/${id}/result/npy`);
+export const labels = (id) => npy(`/jobs/${id}/labels/npy`);
 export const remove = (id) => json(`/jobs/${id}`, { method: "DELETE" });
 
 export function upload(file) {
@@ -62,17 +62,19 @@ export function upload(file) {
   return json("/jobs", { method: "POST", body: form });
 }
 
-export function relabel(id, thresholds) {
-  return json(`/jobs/${id}/relabel`, {
-    method: "POST", body: JSON.stringify(thresholds), headers: { "Content-Type": "application/json" },
-  });
-}
+const send = (path, body) => json(path, {
+  method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
+});
 
-export function replaceLabels(id, labels, height, width, revision) {
-  return json(`/jobs/${id}/labels?revision=${revision}`, {
-    method: "PUT", body: writeNpy(labels, height, width),
-    headers: { "Content-Type": "application/octet-stream" },
-  });
+export const relabel = (id, thresholds, revision, amend) =>
+  send(`/jobs/${id}/relabel?revision=${revision}&amend=${amend}`, thresholds);
+export const correct = (id, correction, revision) => send(`/jobs/${id}/corrections?revision=${revision}`, correction);
+
+// The labels of the box of pixels that a change has changed.
+export async function pixelsOf(change) {
+  const packed = Uint8Array.from(atob(change.labels), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint32Array(await new Response(stream).arrayBuffer());
 }
 
 export async function download(id, kind) {
@@ -120,13 +122,4 @@ export function parseNpy(buffer) {
   const data = start % bytes ? new TYPES[type](buffer.slice(start)) : new TYPES[type](buffer, start);
   const whole = type.endsWith("8") && type !== "<f8" ? Float64Array.from(data, Number) : data;
   return { data: whole, shape };
-}
-
-export function writeNpy(labels, height, width) {
-  let text = `{'descr': '<u4', 'fortran_order': False, 'shape': (${height}, ${width}), }`;
-  text = text.padEnd(128 - 10 - 1) + "\n";
-  const head = new Uint8Array(128);
-  head.set([0x93, 0x4e, 0x55, 0x4d, 0x50, 0x59, 1, 0, 118, 0]);
-  head.set(new TextEncoder().encode(text), 10);
-  return new Blob([head, labels]);
 }

@@ -11,9 +11,9 @@ export function shown(value) {
 }
 
 export class Table {
-  constructor(place, onPick) {
+  constructor(place) {
     this.place = place;
-    this.onPick = onPick;
+    this.onPick = () => {};
     this.column = "label";
     this.up = true;
     this.all = false;
@@ -26,7 +26,7 @@ export class Table {
         this.column = sort.dataset.column;
         this.draw();
         place.querySelector(`button[data-column="${CSS.escape(this.column)}"]`)?.focus();
-      } else if (row) onPick(Number(row.dataset.row));
+      } else if (row) this.onPick(Number(row.dataset.row));
     });
   }
 

@@ -14,8 +14,9 @@ function colour(hue, shade) {
 }
 
 export class View {
-  constructor(canvas, { onClick, onHover }) {
+  constructor(canvas) {
     this.canvas = canvas;
+    this.onClick = this.onHover = this.onStroke = () => {};
     this.context = canvas.getContext("2d");
     this.picture = document.createElement("canvas");
     this.overlay = document.createElement("canvas");
@@ -27,13 +28,20 @@ export class View {
     this.thickness = 1; // of outlines, in pixels of the image
     this.hidden = false;
     this.selected = new Set();
+    this.touched = new Set(); // drawn with dashed outlines
+    this.tool = null; // split, paint, erase, box: a drag is then a stroke, and does not move the picture
+    this.radius = 4; // of the brush, in pixels of the image
+    this.stroke = null; // positions [x, y] of the stroke that is being drawn
+    this.seeds = []; // positions that are marked
     this.pointers = new Map();
-    this.listen(onClick, onHover);
+    this.listen();
+    canvas.addEventListener("focus", () => this.draw());
+    canvas.addEventListener("blur", () => this.draw());
     new ResizeObserver(() => this.resize()).observe(canvas);
   }
 
   // { data, shape } of (H, W) or (H, W, 3), and Uint32 labels
-  show(image, labels) {
+  show(image, labels, touched) {
     this.image = image;
     [this.height, this.width] = image.shape;
     for (const layer of [this.picture, this.overlay]) {
@@ -42,10 +50,17 @@ export class View {
     }
     this.statistics();
     this.labels = labels;
+    this.touched = touched;
     this.selected.clear();
     this.auto();
     this.paintLabels();
     this.fit();
+  }
+
+  setLabels(labels, touched) {
+    this.labels = labels;
+    this.touched = touched;
+    this.paintLabels();
   }
 
   close() {
@@ -106,7 +121,7 @@ export class View {
   }
 
   paintLabels() {
-    const { width, height, labels, selected } = this;
+    const { width, height, labels, selected, touched } = this;
     const context = this.overlay.getContext("2d");
     const target = context.createImageData(width, height);
     const pixels = new Uint32Array(target.data.buffer);
@@ -120,7 +135,9 @@ export class View {
         if (outline || chosen) {
           const border = (x >= t && labels[i - t] !== label) || (x < width - t && labels[i + t] !== label) ||
             (y >= t && labels[i - down] !== label) || (y < height - t && labels[i + down] !== label);
-          if (border) pixels[i] = chosen ? 0xffffffff : hues[label % 4096];
+          const gap = border && touched.size && (x + y) % (8 * t) < 3 * t && touched.has(label);
+          if (gap) pixels[i] = 0xff000000;
+          else if (border) pixels[i] = chosen ? 0xffffffff : hues[label % 4096];
           else if (chosen) pixels[i] = (hues[label % 4096] & 0xffffff) | (110 << 24);
         } else pixels[i] = hues[label % 4096];
       }
@@ -204,18 +221,106 @@ export class View {
         context.drawImage(this.overlay, 0, 0);
         context.globalAlpha = 1;
       }
+      this.drawTool(context, ratio);
     });
   }
 
-  labelAt(event) {
-    const box = this.canvas.getBoundingClientRect();
-    const x = Math.floor(this.x + (event.clientX - box.left) / this.scale);
-    const y = Math.floor(this.y + (event.clientY - box.top) / this.scale);
-    if (!this.image || x < 0 || y < 0 || x >= this.width || y >= this.height) return null;
-    return { x, y, label: this.labels[y * this.width + x] };
+  // The stroke, the seeds, the brush, and the cross that the keyboard works at; in pixels of the canvas.
+  drawTool(context, ratio) {
+    const scale = this.scale * ratio;
+    const { stroke, tool, seeds } = this;
+    const brush = tool === "paint" || tool === "erase";
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    const place = ([x, y]) => [(x - this.x) * scale, (y - this.y) * scale];
+    context.lineJoin = context.lineCap = "round";
+    context.lineWidth = 2 * ratio;
+    context.strokeStyle = context.fillStyle = "#fff";
+    if (stroke && this.boxed) {
+      const [[x, y], [toX, toY]] = [place(stroke[0]), place(stroke.at(-1))];
+      context.setLineDash([6 * ratio, 4 * ratio]);
+      context.strokeRect(x, y, toX - x, toY - y);
+      context.setLineDash([]);
+    } else if (stroke) {
+      context.beginPath();
+      for (const point of stroke) context.lineTo(...place(point));
+      context.lineTo(...place(stroke.at(-1)));
+      if (brush) {
+        context.globalAlpha = 0.5;
+        context.lineWidth = 2 * this.radius * scale;
+        context.strokeStyle = tool === "paint" ? "#4fd0b0" : "#ff8a8a";
+      }
+      context.stroke();
+      context.globalAlpha = 1;
+    }
+    for (const seed of seeds) {
+      context.beginPath();
+      context.arc(...place(seed), 4 * ratio, 0, 7);
+      context.fill();
+    }
+    context.lineWidth = 1.5 * ratio;
+    context.strokeStyle = "#fff";
+    if (brush && this.at) {
+      context.beginPath();
+      context.arc(...place(this.at), this.radius * scale, 0, 7);
+      context.stroke();
+    }
+    if (this.canvas.matches(":focus-visible")) {
+      const [x, y] = [this.canvas.width / 2, this.canvas.height / 2];
+      context.beginPath();
+      for (const [dx, dy] of [[1, 0], [-1, 0], [0, 1], [0, -1]]) {
+        context.moveTo(x + 4 * ratio * dx, y + 4 * ratio * dy);
+        context.lineTo(x + 14 * ratio * dx, y + 14 * ratio * dy);
+      }
+      context.stroke();
+    }
   }
 
-  listen(onClick, onHover) {
+  // Position [x, y] in the image of a mouse event, with fractions; may be outside.
+  positionOf(event) {
+    const box = this.canvas.getBoundingClientRect();
+    return [this.x + (event.clientX - box.left) / this.scale, this.y + (event.clientY - box.top) / this.scale];
+  }
+
+  // The label at a position; undefined outside the image.
+  labelIn(x, y) {
+    [x, y] = [Math.floor(x), Math.floor(y)];
+    if (!this.image || x < 0 || y < 0 || x >= this.width || y >= this.height) return undefined;
+    return this.labels[y * this.width + x];
+  }
+
+  labelAt(event) {
+    return this.described(...this.positionOf(event));
+  }
+
+  described(x, y) {
+    const label = this.labelIn(x, y);
+    return label === undefined ? null : { x: Math.floor(x), y: Math.floor(y), label };
+  }
+
+  // What is in the middle of the canvas.
+  middle() {
+    const { width, height } = this.canvas.getBoundingClientRect();
+    return this.described(this.x + width / 2 / this.scale, this.y + height / 2 / this.scale);
+  }
+
+  // What is under the mouse, or else in the middle.
+  pointed() {
+    return this.at ? this.described(...this.at) : this.middle();
+  }
+
+  // The labels of a rectangle.
+  labelsIn(x0, y0, x1, y1) {
+    const found = new Set();
+    for (let y = Math.max(0, Math.floor(y0)); y <= Math.min(this.height - 1, y1); y++) {
+      for (let x = Math.max(0, Math.floor(x0)); x <= Math.min(this.width - 1, x1); x++) {
+        found.add(this.labels[y * this.width + x]);
+      }
+    }
+    found.delete(0);
+    return [...found];
+  }
+
+  listen() {
     const { canvas, pointers } = this;
     let moved = 0;
     canvas.addEventListener("wheel", (event) => {
@@ -227,12 +332,19 @@ export class View {
     canvas.addEventListener("pointerdown", (event) => {
       canvas.setPointerCapture(event.pointerId);
       pointers.set(event.pointerId, event);
-      if (pointers.size === 1) moved = 0;
+      if (pointers.size > 1) this.stroke = null; // two fingers zoom
+      else {
+        moved = 0;
+        this.boxed = this.tool === "box" || (!this.tool && event.shiftKey);
+        if (this.image && event.button === 0 && (this.tool || this.boxed)) this.stroke = [this.positionOf(event)];
+      }
     });
     canvas.addEventListener("pointermove", (event) => {
       const before = pointers.get(event.pointerId);
+      this.at = event.pointerType === "touch" ? null : this.positionOf(event);
+      if (this.tool) this.draw();
       if (!before) {
-        onHover(this.labelAt(event));
+        this.onHover(this.image ? this.labelAt(event) : null);
         return;
       }
       if (pointers.size === 2) {
@@ -244,15 +356,32 @@ export class View {
         moved = 99;
       } else {
         moved += Math.abs(event.clientX - before.clientX) + Math.abs(event.clientY - before.clientY);
-        if (moved > 4) this.pan(before.clientX - event.clientX, before.clientY - event.clientY);
+        if (this.stroke) {
+          const [x, y] = this.positionOf(event), [px, py] = this.stroke.at(-1);
+          if (Math.hypot(x - px, y - py) > 0.5 && this.stroke.length < 5000) this.stroke.push([x, y]);
+          else if (this.stroke.length > 1) this.stroke[this.stroke.length - 1] = [x, y];
+          this.draw();
+        } else if (moved > 4) this.pan(before.clientX - event.clientX, before.clientY - event.clientY);
       }
       pointers.set(event.pointerId, event);
     });
     canvas.addEventListener("pointerup", (event) => {
       pointers.delete(event.pointerId);
-      if (moved <= 4) onClick(this.labelAt(event), event);
+      const { stroke } = this;
+      this.stroke = null;
+      this.draw();
+      if (stroke && (this.tool || moved > 4)) this.onStroke(stroke);
+      else if (moved <= 4) this.onClick(this.image ? this.labelAt(event) : null, event);
     });
-    canvas.addEventListener("pointercancel", (event) => pointers.delete(event.pointerId));
-    canvas.addEventListener("pointerleave", () => onHover(null));
+    canvas.addEventListener("pointercancel", (event) => {
+      pointers.delete(event.pointerId);
+      this.stroke = null;
+      this.draw();
+    });
+    canvas.addEventListener("pointerleave", () => {
+      this.at = null;
+      this.draw();
+      this.onHover(null);
+    });
   }
 }

@@ -8,6 +8,7 @@ import io
 import json
 import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -163,7 +164,10 @@ def test_a_relabel_is_what_segment_gives_with_these_thresholds(
     segment_files([picture], tmp_path / "cli", options, model=mini_model, shown=False)
     true = read_labels(tmp_path / "cli" / f"{picture.stem}_labels.tif")
     assert (array_of(client.get(f"{base}/result/npy")) == true).all()
-    assert answer.json() == {**before, **changes, "revision": 1, "num_cells": true.max()}
+    known = {name: answer.json()[name] for name in before}
+    counts = {"revision": 1, "undoable": 1, "num_cells": true.max()}
+    assert known == {**before, **changes, **counts}
+    assert (labels_in(answer.json()) == true).all()
     csv = (tmp_path / "cli" / f"{picture.stem}_cells.csv").read_text()
     assert client.get(f"{base}/result/csv").text == csv
     cells = client.get(f"{base}/cells").json()
@@ -208,6 +212,83 @@ def test_corrected_labels_replace_those_of_their_revision(client, picture):
     for wrong in (*broken, _npy(labels[1:]), _npy(labels / 2)):
         assert client.put(f"{base}/labels?revision=1", content=wrong).status_code == 422
     assert client.put(f"{base}/labels", content=body.getvalue()).status_code == 422
+
+
+def labels_in(change: dict) -> np.ndarray:
+    """The pixels of a change."""
+    pixels = np.frombuffer(zlib.decompress(base64.b64decode(change["labels"])), "<u4")
+    return pixels.reshape(change["height"], change["width"])
+
+
+def test_corrections_are_steps_that_can_be_undone(client, picture):
+    base = f"/api/v1/jobs/{upload(client, picture).json()['job']}"
+    numbered = f"{base}/labels/npy"
+    first = array_of(client.get(numbered))
+
+    def correct(kind, **values):
+        return client.post(f"{base}/corrections", json={"kind": kind, **values})
+
+    states = [first]
+    cell = int(np.bincount(first.ravel())[4:].argmax()) + 4
+    middle = float(np.nonzero(first == cell)[0].mean())
+    for kind, values in (
+        ("remove", {"cells": [1]}),
+        ("merge", {"cells": [2, 3]}),
+        ("cut", {"points": [[middle, 0], [middle, 79]]}),
+        ("erase", {"points": [[0, 0], [10, 10]], "radius_px": 2}),
+        ("paint", {"points": [[1, 1], [8, 8]], "radius_px": 1}),
+    ):
+        answer = correct(kind, **values)
+        assert answer.status_code == 200, answer.json()
+        change, before = answer.json(), states[-1].copy()
+        after = array_of(client.get(numbered))
+        assert (after != before).any(), kind
+        rows, columns = (slice(change[a], change[a] + change[b]) for a, b in _SIDES)
+        assert (labels_in(change) == after[rows, columns]).all()
+        before[rows, columns] = labels_in(change)
+        assert (before == after).all()
+        assert change["undoable"] == change["revision"] == len(states)
+        assert set(change["touched"]) >= set(np.unique(after[after != states[0]])) - {0}
+        states.append(after)
+    assert 1 not in states[-1]
+    cells = client.get(f"{base}/cells").json()
+    assert cells["numbers"] == np.unique(states[-1])[1:].tolist()
+    assert cells["columns"]["label"] == list(range(1, len(cells["numbers"]) + 1))
+    for _ in range(5):
+        assert correct("undo").status_code == 200
+    assert (array_of(client.get(numbered)) == array_of(client.get(f"{base}/result/npy"))).all()
+    again = client.get(f"{base}/labels").json()
+    assert (again["edited"], again["undoable"], again["redoable"]) == (False, 0, 5)
+    assert "undo" in correct("undo").json()["detail"]
+    for _ in range(5):
+        correct("redo")
+    assert (array_of(client.get(numbered)) == states[-1]).all()
+    answer = client.post(f"{base}/corrections?revision=3", json={"kind": "undo"})
+    assert answer.status_code == 409
+    assert correct("split", cells=[9999]).status_code == 422
+    assert correct("grow").status_code == 422
+    assert correct("dance").status_code == 422
+
+
+_SIDES = (("row", "height"), ("column", "width"))
+
+
+def test_corrections_survive_a_relabel(client, picture):
+    base = f"/api/v1/jobs/{upload(client, picture).json()['job']}"
+    first = array_of(client.get(f"{base}/labels/npy"))
+    client.post(f"{base}/corrections", json={"kind": "remove", "cells": [1]})
+    for area, amend in ((3, False), (4, True), (5, True)):
+        body = {"min_area_px": area, "fill_threshold": 0.3}
+        answer = client.post(f"{base}/relabel?amend={amend}", json=body)
+        assert answer.json()["undoable"] == 2
+    labels = array_of(client.get(f"{base}/labels/npy"))
+    assert (labels[first == 1] == 0).all()
+    assert (labels != first)[first != 1].any()
+    answer = client.post(f"{base}/corrections", json={"kind": "undo"}).json()
+    assert (answer["min_area_px"], answer["undoable"], answer["redoable"]) == (0, 1, 1)
+    assert (array_of(client.get(f"{base}/labels/npy")) == np.where(first == 1, 0, first)).all()
+    client.post(f"{base}/corrections", json={"kind": "undo"})
+    assert (array_of(client.get(f"{base}/labels/npy")) == first).all()
 
 
 def _npy(array) -> bytes:

@@ -50,7 +50,7 @@ def test_the_page_is_served_under_a_strict_policy(client):
     modules = {
         name
         for path in STATIC.glob("*.js")
-        for name in re.findall(r'from "\./(\w+\.js)"', path.read_text())
+        for name in re.findall(r'(?:from|import) "\./(\w+\.js)"', path.read_text())
     }
     assert modules | {"main.js"} == {path.name for path in STATIC.glob("*.js")}
     assert client.get("/static/../queue.py").status_code == 404
@@ -121,27 +121,27 @@ def test_a_picture_is_segmented_corrected_and_downloaded(browser, address, tmp_p
     page.keyboard.press("q")
     expect(page.locator("#status")).to_contain_text(f"1 of {cells} by doubt")
     expect(page.locator("#selection td").first).to_have_text("label")
-    with page.expect_response(lambda r: r.request.method == "PUT") as answer:
+    with corrected(page) as answer:
         page.keyboard.press("Delete")
     assert answer.value.json()["num_cells"] == cells - 1
     expect(page.locator("#count")).to_contain_text(f"{cells - 1} cells")
-    with page.expect_response(lambda r: r.request.method == "PUT"):
+    with corrected(page):
         page.keyboard.press("Control+z")
     expect(page.locator("#count")).to_contain_text(f"{cells} cells")
-    with page.expect_response(lambda r: r.request.method == "PUT"):
+    with corrected(page):
         page.keyboard.press("Control+y")
     expect(page.locator("#count")).to_contain_text(f"{cells - 1} cells")
 
-    with page.expect_response(lambda r: r.url.endswith("/relabel")) as answer:
+    with page.expect_response(lambda r: "/relabel" in r.url) as answer:
         page.locator("#area").fill("12")
     expect(page.locator("#area-value")).to_have_text("12 px")
     expect(page.locator("#count")).to_contain_text(f"{answer.value.json()['num_cells']} cells")
     assert np.bincount(labels_of(page, address).ravel())[1:].min() >= 12
 
-    with page.expect_response(lambda r: r.url.endswith("/relabel")):
+    with page.expect_response(lambda r: "/relabel" in r.url):
         page.locator("#area").fill("30")  # the same movement, as far as undoing is concerned
     expect(page.locator("#redo")).to_be_disabled()
-    with page.expect_response(lambda r: r.request.method == "PUT") as answer:
+    with corrected(page) as answer:
         page.locator("#undo").click()
     expect(page.locator("#area-value")).to_have_text("0 px")
     assert answer.value.json()["num_cells"] == cells - 1
@@ -152,40 +152,126 @@ def test_a_picture_is_segmented_corrected_and_downloaded(browser, address, tmp_p
     assert page.faults == []
 
 
+def corrected(page):
+    """Waits for the answer to a correction."""
+    return page.expect_response(lambda r: r.url.partition("?")[0].endswith("/corrections"))
+
+
+class Pointer:
+    """The mouse at pixels of the image, which the canvas shows whole."""
+
+    def __init__(self, page, shape) -> None:
+        self.mouse, self.box = page.mouse, page.locator("#canvas").bounding_box()
+        height, width = self.shape = shape
+        self.scale = min(self.box["width"] / width, self.box["height"] / height) * 0.98
+
+    def at(self, row, column) -> tuple[float, float]:
+        height, width = self.shape
+        return (
+            self.box["x"] + self.box["width"] / 2 + (column + 0.5 - width / 2) * self.scale,
+            self.box["y"] + self.box["height"] / 2 + (row + 0.5 - height / 2) * self.scale,
+        )
+
+    def drag(self, *places) -> None:
+        self.mouse.move(*self.at(*places[0]))
+        self.mouse.down()
+        for place in places[1:]:
+            self.mouse.move(*self.at(*place), steps=4)
+        self.mouse.up()
+
+    def click(self, row, column) -> None:
+        self.mouse.click(*self.at(row, column))
+
+
 @pytest.mark.slow
-def test_a_click_selects_and_j_merges(browser, address, tmp_path):
+def test_cells_are_merged_split_grown_painted_and_erased(browser, address, tmp_path):
     from playwright.sync_api import expect
 
     page = opened(browser, address, [noise(tmp_path / "field.tif", 1)])
     cells = count(page)
     labels = labels_of(page, address)
-    box = page.locator("#canvas").bounding_box()
-    height, width = labels.shape
-    scale = min(box["width"] / width, box["height"] / height) * 0.98
+    pointer = Pointer(page, labels.shape)
 
-    def click(label, **how):
-        row, column = (int(np.median(places)) for places in np.nonzero(labels == label))
-        if labels[row, column] != label:
-            row, column = (places[0] for places in np.nonzero(labels == label))
-        page.mouse.move(0, 0)
-        page.locator("#canvas").click(
-            position={
-                "x": box["width"] / 2 + (column + 0.5 - width / 2) * scale,
-                "y": box["height"] / 2 + (row + 0.5 - height / 2) * scale,
-            },
-            **how,
-        )
+    def inside(label):
+        rows, columns = np.nonzero(labels == label)
+        middle = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
+        return int(rows[middle]), int(columns[middle])
 
-    click(2)
+    pointer.click(*inside(2))
     expect(page.locator("#selection tr").first).to_have_text(re.compile("label\\s*2"))
-    click(3, modifiers=["Shift"])
+    page.keyboard.down("Shift")
+    pointer.click(*inside(3))
+    page.keyboard.up("Shift")
     expect(page.locator("#selection")).to_have_text("2 cells are selected")
-    with page.expect_response(lambda r: r.request.method == "PUT") as answer:
+    with corrected(page) as answer:
         page.keyboard.press("j")
     assert answer.value.json()["num_cells"] == cells - 1
     merged = labels_of(page, address)
     assert len(np.unique(merged[(labels == 2) | (labels == 3)])) == 1
+    expect(page.locator("#count")).to_contain_text("1 corrected")
+
+    largest = int(np.bincount(labels.ravel())[4:].argmax()) + 4
+    row = inside(largest)[0]
+    page.keyboard.press("s")
+    expect(page.locator("#tool-split")).to_have_attribute("aria-pressed", "true")
+    with corrected(page) as answer:
+        pointer.drag((row, 0), (row, 47))
+    assert answer.value.json()["num_cells"] > cells - 1
+    expect(page.locator("#tool-split")).to_have_attribute("aria-pressed", "false")
+
+    page.keyboard.press("Escape")
+    page.keyboard.press("e")
+    with corrected(page) as answer:
+        pointer.drag((0, 0), (39, 0))
+    erased = answer.value.json()
+    assert (labels_of(page, address)[:, 0] == 0).all()
+    page.keyboard.press("[")
+    expect(page.locator("#radius-value")).to_have_text("3 px")
+    page.keyboard.press("b")
+    with corrected(page) as answer:
+        pointer.drag((2, 0), (30, 0))
+    assert answer.value.json()["num_cells"] == erased["num_cells"] + 1
+    page.keyboard.press("Escape")
+
+    page.keyboard.press("r")
+    pointer.drag((0, 0), (39, 47))
+    expect(page.locator("#selection")).to_contain_text("cells are selected")
+    with corrected(page) as answer:
+        page.keyboard.press("Delete")
+    assert answer.value.json()["num_cells"] == 0
+    expect(page.locator("#count")).to_contain_text("0 cells")
+    with corrected(page) as answer:
+        pointer.mouse.dblclick(*pointer.at(*inside(largest)))
+    assert answer.value.json()["num_cells"] == 1
+    for _ in range(6):
+        with corrected(page):
+            page.keyboard.press("Control+z")
+    expect(page.locator("#undo")).to_be_disabled()
+    assert (labels_of(page, address) == labels).all()
     assert page.faults == []
+
+
+@pytest.mark.slow
+def test_two_windows_do_not_overwrite_each_other(browser, address, tmp_path):
+    from playwright.sync_api import expect
+
+    page = opened(browser, address, [noise(tmp_path / "field.tif", 1)])
+    cells = count(page)
+    other = browser.new_page()
+    other.goto(address)
+    other.locator("#panel:not([hidden]) #count").wait_for()
+    for window in (page, other):
+        window.keyboard.press("q")
+    with corrected(page):
+        page.keyboard.press("Delete")
+    with corrected(other) as answer:
+        other.keyboard.press("Delete")
+    assert answer.value.status == 409
+    expect(other.locator("#status")).to_contain_text("Somebody else")
+    expect(other.locator("#count")).to_contain_text(f"{cells - 1} cells")
+    with corrected(other) as answer:
+        other.keyboard.press("Control+z")
+    assert answer.value.json()["num_cells"] == cells
 
 
 @pytest.mark.slow

@@ -1,0 +1,103 @@
+// The list of images: uploads, their progress, the way from one to the next.
+
+import * as api from "./api.js";
+import { openJob } from "./result.js";
+import { $, guarded, page, say } from "./state.js";
+import { element } from "./table.js";
+
+const GONE = ["deleted", "cancelled", "expired"];
+
+export async function add(files) {
+  for (const file of files) {
+    for (;;) {
+      try {
+        say(`Uploading ${file.name}`);
+        const job = await api.upload(file);
+        noteJob(job);
+        watch(job.id, true);
+        say("");
+        break;
+      } catch (error) {
+        if (error.status !== 429) {
+          await guarded(() => { throw error; });
+          break;
+        }
+        say(`The queue is full; ${file.name} waits`);
+        await new Promise((resolve) => setTimeout(resolve, 1000 * (error.retryAfter || 5)));
+      }
+    }
+  }
+}
+
+// Follow a job until it has ended; a broken connection is tried again.
+export async function watch(id, show) {
+  for (let pause = 1000; ; pause = Math.min(2 * pause, 30000)) {
+    try {
+      await api.follow(id, noteJob);
+    } catch (error) {
+      if (error.status) return;
+    }
+    const job = page.jobs.get(id);
+    if (["done", "failed", ...GONE].includes(job.state)) {
+      if (job.state === "done" && show && !page.asked) openJob(id);
+      return;
+    }
+    await new Promise((resolve) => setTimeout(resolve, pause));
+  }
+}
+
+export function noteJob(job) {
+  page.jobs.set(job.id, job);
+  drawJobs();
+}
+
+export function drawJobs() {
+  const list = $("job-list");
+  const focused = list.contains(document.activeElement) ? document.activeElement.dataset.id : null;
+  const lines = [];
+  for (const job of [...page.jobs.values()].reverse()) {
+    if (GONE.includes(job.state)) continue;
+    const line = element("li");
+    const button = line.appendChild(element("button"));
+    button.type = "button";
+    button.dataset.id = job.id;
+    if (page.open?.id === job.id) button.setAttribute("aria-current", "true");
+    const name = button.appendChild(element("span", job.name));
+    name.className = "name";
+    name.title = job.name;
+    const state = button.appendChild(element("span", stateOf(job)));
+    state.className = job.state === "failed" ? "quiet failed" : "quiet";
+    if (job.state === "running" || job.state === "queued") {
+      const bar = button.appendChild(element("progress"));
+      bar.setAttribute("aria-label", `Progress of ${job.name}`);
+      if (job.windows_total) {
+        bar.max = job.windows_total;
+        bar.value = job.windows_done;
+      } else if (job.state === "queued") bar.value = 0;
+    }
+    button.addEventListener("click", () => (job.state === "done" ? openJob(job.id) : drop(job)));
+    lines.push(line);
+  }
+  list.replaceChildren(...lines);
+  if (focused) list.querySelector(`[data-id="${focused}"]`)?.focus();
+}
+
+function stateOf(job) {
+  if (job.state === "done") return `${job.summary.num_cells} cells`;
+  if (job.state === "failed") return job.error;
+  if (job.state === "queued") return job.waiting_before ? `${job.waiting_before} before it · click cancels` : "waits · click cancels";
+  return job.windows_total ? `${Math.round((100 * job.windows_done) / job.windows_total)} % · click cancels` : "starts";
+}
+
+async function drop(job) {
+  await guarded(async () => {
+    noteJob(await api.remove(job.id));
+  });
+}
+
+// Open the image `step` places further down in the list.
+export function neighbour(step) {
+  const ids = [...page.jobs.values()].reverse().filter((job) => job.state === "done").map((job) => job.id);
+  const next = ids[ids.indexOf(page.open?.id) + step];
+  if (next) openJob(next);
+}

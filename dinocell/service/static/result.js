@@ -1,0 +1,294 @@
+// The image that is open: its picture, contrast, selection, measurements, thresholds, downloads.
+
+import * as api from "./api.js";
+import { drawJobs, noteJob } from "./jobs.js";
+import { $, guarded, inTurn, page, say, table, view } from "./state.js";
+import { element } from "./table.js";
+
+const LARGEST = 64e6; // pixels that the page shows; the results of larger images can be downloaded
+const KINDS = {
+  tif: "Labels (TIFF)", png: "Labels (PNG)", csv: "Table (CSV)", geojson: "Outlines (GeoJSON)",
+  roi: "ImageJ ROIs", coco: "COCO", overlay: "Picture", npy: "Labels (npy)", zip: "All in one (zip)",
+};
+let doubtful = -1;
+
+export async function openJob(id) {
+  page.asked = id;
+  await guarded(async () => {
+    say("Loading");
+    const job = page.jobs.get(id);
+    const { image_height_px: height, image_width_px: width } = job.summary;
+    if (height * width > LARGEST) {
+      view.close();
+      page.open = { id };
+      showPanel(job);
+      say(`${job.name} has ${height} × ${width} pixels, too many to be shown here; its results can be downloaded`);
+      $("downloads").closest("details").open = true;
+      return;
+    }
+    const [image, state] = await Promise.all([api.image(id), loaded(id)]);
+    if (page.asked !== id) return;
+    page.open = { id, height, width, ...state };
+    doubtful = -1;
+    view.show(image, page.open.labels, page.open.touched);
+    $("empty").hidden = true;
+    $("tools").hidden = false;
+    showPanel(job);
+    showWindow();
+    showState();
+    drawJobs();
+    say("");
+  });
+}
+
+// Labels, revision and measurements that belong together, although somebody may change them meanwhile.
+async function loaded(id) {
+  for (;;) {
+    const [labels, revision, cells] = await Promise.all([api.labels(id), api.revision(id), api.cells(id)]);
+    const after = await api.revision(id);
+    if (cells.revision !== revision.revision || after.revision !== revision.revision) continue;
+    return { labels: labels.data, cells, numbers: cells.numbers, ...stateOf(revision) };
+  }
+}
+
+// Load the labels of the open image again, because somebody else has changed them.
+export async function reload() {
+  const shown = page.open;
+  Object.assign(shown, await loaded(shown.id));
+  if (page.open !== shown) return;
+  view.setLabels(shown.labels, shown.touched);
+  select([]);
+  showState();
+}
+
+function stateOf(change) {
+  const { revision, undoable, redoable, num_cells: count } = change;
+  const { peak_threshold, fill_threshold, min_area_px } = change;
+  return {
+    revision, undoable, redoable, count, touched: new Set(change.touched),
+    thresholds: { peak_threshold, fill_threshold, min_area_px },
+  };
+}
+
+// Take over the pixels and the revision of a change that the service has made; returns the new numbers.
+export async function applyChange(shown, change) {
+  const pixels = await api.pixelsOf(change);
+  const { row, column, height, width } = change;
+  const before = new Set(), after = new Set();
+  for (let y = 0; y < height; y++) {
+    const start = (row + y) * shown.width + column;
+    for (let x = 0; x < width; x++) {
+      const label = pixels[y * width + x];
+      if (shown.labels[start + x] === label) continue;
+      before.add(shown.labels[start + x]);
+      after.add(label);
+      shown.labels[start + x] = label;
+    }
+  }
+  after.delete(0);
+  Object.assign(shown, stateOf(change));
+  if (page.open !== shown) return [];
+  view.setLabels(shown.labels, shown.touched);
+  showState();
+  cellsSoon();
+  return [...after];
+}
+
+let timer = 0;
+function cellsSoon() {
+  clearTimeout(timer);
+  const shown = page.open;
+  timer = setTimeout(() => guarded(async () => {
+    const cells = await api.cells(shown.id);
+    if (page.open !== shown || cells.revision !== shown.revision) return;
+    Object.assign(shown, { cells, numbers: cells.numbers });
+    showState();
+  }), 250);
+}
+
+function showPanel(job) {
+  $("panel").hidden = false;
+  $("title").textContent = job.name;
+  $("notes").hidden = !job.summary.warnings;
+  $("notes").textContent = job.summary.warnings || "";
+  $("count").textContent = `${job.summary.num_cells} cells`;
+  select([]);
+}
+
+// Everything that depends on the labels of the open image.
+function showState() {
+  const { open, jobs } = page;
+  showThresholds(open.thresholds);
+  $("undo").disabled = !open.undoable;
+  $("redo").disabled = !open.redoable;
+  if (table.columns !== open.cells.columns) table.set(open.cells.columns);
+  const low = (table.columns.score || []).filter((score) => score < 0.5).length;
+  const notes = [low && `${low} with a score below 0.5`, open.touched.size && `${open.touched.size} corrected`];
+  $("count").replaceChildren(`${open.count} cells `, element("small", notes.filter(Boolean).join(" · ")));
+  const job = jobs.get(open.id);
+  view.canvas.setAttribute("aria-label", `${job.name}: ${open.count} cells`);
+  if (job.summary.num_cells !== open.count) {
+    job.summary.num_cells = open.count;
+    drawJobs();
+  }
+  showSelection();
+}
+
+// --- contrast and labels ---
+
+function showWindow() {
+  const [least, most] = view.range;
+  for (const [id, value] of [["low", view.low], ["high", view.high]]) {
+    $(id).value = Math.round((1000 * (value - least)) / (most - least));
+    $(`${id}-value`).textContent = most - least > 20 ? Math.round(value) : value.toPrecision(3);
+  }
+}
+
+function setWindow(moved) {
+  const [least, most] = view.range;
+  let [low, high] = ["low", "high"].map((id) => least + ($(id).value / 1000) * (most - least));
+  if (high <= low) [low, high] = moved === "low" ? [low, low] : [high, high];
+  view.setWindow(low, high);
+  showWindow();
+}
+
+export function autoContrast() {
+  view.auto();
+  showWindow();
+}
+
+export function setStyle(style) {
+  view.style = $("style").value = style;
+  view.paintLabels();
+}
+
+// --- selection ---
+
+export function hovered(at) {
+  if (!at) {
+    $("pixel").textContent = "";
+    return;
+  }
+  const { x, y, label } = at;
+  const { data, shape } = view.image;
+  const place = y * shape[1] + x;
+  const value = shape.length === 3 ? [...data.slice(3 * place, 3 * place + 3)].join(" ") : Number(data[place].toPrecision(6));
+  $("pixel").textContent = `row ${y}, column ${x}: ${value}${label ? `, cell ${rowOf(label) + 1}` : ""}`;
+}
+
+// The row of the table of a label, -1 if there is none.
+function rowOf(label) {
+  return page.open?.numbers ? page.open.numbers.indexOf(label) : -1;
+}
+
+export function select(labels, show = false) {
+  view.selected = new Set(labels);
+  if (page.open?.labels) view.paintLabels();
+  if (show && labels.length) {
+    const row = rowOf(labels[0]);
+    const { centroid_row: y, centroid_col: x } = table.columns;
+    if (row >= 0 && x) view.center(x[row] + 0.5, y[row] + 0.5, 3);
+  }
+  showSelection();
+}
+
+function showSelection() {
+  const rows = [...view.selected].map(rowOf).filter((row) => row >= 0);
+  $("remove").disabled = !view.selected.size;
+  $("merge").disabled = view.selected.size < 2;
+  table.mark(rows);
+  const place = $("selection");
+  if (!rows.length) place.replaceChildren();
+  else if (rows.length > 1) place.replaceChildren(element("p", `${rows.length} cells are selected`));
+  else if (rows[0] < table.length) place.replaceChildren(table.list(rows[0]));
+}
+
+export function nextDoubtful(step) {
+  const scores = table.columns.score;
+  if (!scores?.length) return;
+  const order = [...scores.keys()].sort((a, b) => scores[a] - scores[b] || a - b);
+  doubtful = (doubtful + step + order.length) % order.length;
+  const row = order[doubtful];
+  select([page.open.numbers[row]], true);
+  say(`Cell ${row + 1}, score ${scores[row].toFixed(2)}: ${doubtful + 1} of ${order.length} by doubt`);
+}
+
+// --- thresholds ---
+
+function showThresholds({ peak_threshold, fill_threshold, min_area_px }) {
+  if (wanted) return; // the slider is ahead
+  for (const [id, value] of [["peak", peak_threshold], ["fill", fill_threshold], ["area", min_area_px]]) {
+    $(id).value = value;
+    $(`${id}-value`).textContent = id === "area" ? `${value} px` : Number(value).toFixed(2);
+  }
+}
+
+let wanted = null, relabelling = false, relabelled = 0;
+
+function thresholdMoved(moved) {
+  let [peak, fill] = [Number($("peak").value), Number($("fill").value)];
+  if (fill >= peak) [peak, fill] = moved === "peak" ? [peak, peak - 0.01] : [fill + 0.01, fill];
+  const thresholds = { peak_threshold: peak, fill_threshold: Math.max(0, fill), min_area_px: Number($("area").value) };
+  wanted = null;
+  showThresholds(thresholds);
+  wanted = thresholds;
+  relabelSoon();
+}
+
+// One relabel at a time; of values that come meanwhile, the last one counts.  One movement is one step.
+async function relabelSoon() {
+  if (relabelling || !page.open?.labels) return;
+  relabelling = true;
+  const shown = page.open;
+  while (wanted && page.open === shown) {
+    const thresholds = wanted;
+    wanted = null;
+    await guarded(() => inTurn(async () => {
+      const amend = Date.now() - relabelled < 1500;
+      const change = await api.relabel(shown.id, thresholds, shown.revision, amend);
+      relabelled = Date.now();
+      view.selected.clear();
+      await applyChange(shown, change);
+    }).catch((error) => {
+      if (error.status !== 409) throw error;
+      return reload();
+    }));
+  }
+  relabelling = false;
+}
+
+// The next movement of a slider is a step of its own.
+export function endMovement() {
+  relabelled = 0;
+}
+
+// --- wiring ---
+
+table.onPick = (row) => select([page.open.numbers[row]], true);
+for (const id of ["low", "high"]) $(id).addEventListener("input", () => setWindow(id));
+for (const id of ["peak", "fill", "area"]) $(id).addEventListener("input", () => thresholdMoved(id));
+$("opacity").addEventListener("input", () => {
+  view.opacity = $("opacity").value / 100;
+  $("opacity-value").textContent = `${$("opacity").value} %`;
+  view.draw();
+});
+$("opacity").dispatchEvent(new Event("input"));
+$("style").addEventListener("change", () => setStyle($("style").value));
+$("auto").addEventListener("click", autoContrast);
+$("doubtful").addEventListener("click", () => nextDoubtful(1));
+$("all-columns").addEventListener("change", () => {
+  table.all = $("all-columns").checked;
+  table.draw();
+});
+$("delete-job").addEventListener("click", () => guarded(async () => {
+  noteJob(await api.remove(page.open.id));
+  page.open = page.asked = null;
+  view.close();
+  $("panel").hidden = $("tools").hidden = true;
+  $("empty").hidden = false;
+}));
+for (const [kind, text] of Object.entries(KINDS)) {
+  const button = $("downloads").appendChild(element("button", text));
+  button.type = "button";
+  button.addEventListener("click", () => guarded(() => inTurn(() => api.download(page.open.id, kind))));
+}

@@ -1,0 +1,35 @@
+// What the parts of the page share: the images, the one that is open, the picture, the table, messages.
+
+import * as api from "./api.js";
+import { Table } from "./table.js";
+import { View } from "./view.js";
+
+export const $ = (id) => document.getElementById(id);
+
+// `open`: { id, height, width, labels, numbers (of the rows of the table), revision, thresholds, ... }
+// `asked`: the id of the image that was asked for last
+export const page = { jobs: new Map(), open: null, asked: null };
+export const view = new View($("canvas"));
+export const table = new Table($("table"));
+
+export function say(text) {
+  $("status").textContent = text;
+}
+
+export async function guarded(work) {
+  try {
+    return await work();
+  } catch (error) {
+    if (error.status === 401) $("token-form").hidden = false;
+    say(error.message);
+    if (!(error instanceof api.Problem)) console.error(error);
+  }
+  return undefined;
+}
+
+// Requests that change labels follow each other.
+let last = Promise.resolve();
+export function inTurn(work) {
+  last = last.catch(() => {}).then(work);
+  return last;
+}
