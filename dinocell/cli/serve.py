@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinocell.cli.options import App, Device, ModelOption, option
+from dinocell.cli.options import App, Device, ModelOption, argument, option
 
 app = App()
 
@@ -61,3 +61,32 @@ def serve(*, flags: ServiceFlags) -> None:
     from dinocell.service.serve import run_service
 
     run_service(ServiceOptions(**vars(flags)))
+
+
+@dataclass(frozen=True)
+class ViewFlags:
+    """Options of `view`, named as the fields of `ServiceOptions`."""
+
+    model: ModelOption = "dinocell-cells"
+    device: Device = "auto"
+    port: int = option("Open the page at this port.", 8001, min=0, max=65535)
+
+
+@app.command()
+def view(
+    out: Path = argument("Folder that segment wrote its results to."), *, flags: ViewFlags
+) -> None:
+    """Look at what segment wrote, and correct it, in the browser.
+
+    Open http://127.0.0.1:8001. Corrected labels are written beside the others as NAME_labels_v2.tif
+    with NAME_cells_v2.csv; the next start writes v3, and the original files stay as they are. What was
+    corrected is kept in the folder corrections of the results, so that you can continue later.
+
+    The model is needed for other thresholds and for missed cells; it must be the one that made the results.
+
+    Example: `dinocell view results`
+    """
+    from dinocell.service.options import ServiceOptions
+    from dinocell.service.serve import run_view
+
+    run_view(out, ServiceOptions(**vars(flags)))

@@ -25,7 +25,6 @@ from dinocell.service.routes import api, open_routes
 from dinocell.service.service import Service
 
 STATIC = Path(__file__).parent / "static"
-_SWEEP_S = 60.0
 _RETRY_AFTER_S = 5
 
 
@@ -42,6 +41,7 @@ def create_app(service: Service) -> FastAPI:
             sweeper.cancel()
             if service.worker is not None:
                 await asyncio.to_thread(service.worker.stop)
+            await asyncio.to_thread(service.expire)
             service.queue.recover(killed=False)
             service.queue.close()
 
@@ -75,7 +75,7 @@ async def _sweep(service: Service) -> None:
             await asyncio.to_thread(service.expire)
         except (OSError, sqlite3.Error) as error:  # such as a full disk; later it may work
             print(f"dinocell: warning: old jobs cannot be deleted: {error}", file=sys.stderr)
-        await asyncio.sleep(_SWEEP_S)
+        await asyncio.sleep(service.sweep_s)
 
 
 def _answer(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:

@@ -149,6 +149,24 @@ class Queue:
             raise
         return job
 
+    def set_finished(self, jobs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
+        """Have exactly these finished jobs: id → name and summary; the files of others are deleted."""
+        now = time.time()
+        with self._transaction() as database:
+            rows = database.execute("SELECT id FROM jobs").fetchall()
+            gone = [row["id"] for row in rows if row["id"] not in jobs]
+            database.executemany("DELETE FROM jobs WHERE id = ?", [(job_id,) for job_id in gone])
+            database.executemany(
+                "INSERT OR IGNORE INTO jobs (id, name, file, state, options, created, finished, summary) "
+                "VALUES (?, ?, ?, 'done', '{}', ?, ?, ?)",
+                [
+                    (job_id, name, f"{name}.tif", now, now, json.dumps(dict(summary)))
+                    for job_id, (name, summary) in reversed(list(jobs.items()))
+                ],
+            )
+        for job_id in gone:
+            shutil.rmtree(self.job_folder(job_id), ignore_errors=True)
+
     def refuse_if_full(self, limit: int) -> None:
         """Raise QueueFullError if `limit` jobs wait."""
         with self._lock:

@@ -111,7 +111,15 @@ def _info(service: Service, job: Job) -> JobInfo:
     return job_info(job, waiting_before=before, windows=windows)
 
 
+def _refuse_if_viewing(service: Service) -> None:
+    if not _model(service).takes_images:
+        raise HTTPException(
+            409, "This service shows results, and takes or deletes no images: start dinocell serve"
+        )
+
+
 def _enqueue(service: Service, form: JobForm) -> Job:
+    _refuse_if_viewing(service)
     name, upload = safe_name(form.image.filename), form.image
     ending = Path(upload.filename or "").suffix.lower()
     file = f"image{ending if ending in IMAGE_SUFFIXES else '.tif'}"  # the content decides how it is read
@@ -157,6 +165,7 @@ def get_job(request: Request, job: AnyJob) -> JobInfo:
 def delete_job(request: Request, job: AnyJob) -> JobInfo:
     """A running job stops after the next windows; the files are deleted."""
     service = _service(request)
+    _refuse_if_viewing(service)
     service.queue.remove(job.id)
     service.hear({"job": job.id})
     return _info(service, _any_job(request, job.id))

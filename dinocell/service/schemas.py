@@ -87,6 +87,9 @@ class ModelInfo(BaseModel):
     knows_training_images: bool = Field(
         description="Whether images unlike the training images get a note."
     )
+    takes_images: bool = Field(
+        True, description="Whether new images are segmented; a page of results takes none."
+    )
     peak_threshold: float
     fill_threshold: float
     min_prominence: float

@@ -1,14 +1,19 @@
 """Start the service: the worker, then the web server."""
 
 import socket
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from dinocell.batch.claims import Claimant, claimed
 from dinocell.batch.folder import make_folder
 from dinocell.batch.options import SegmentOptions, check_options
 from dinocell.errors import DINOCellError
 from dinocell.service.options import ServiceOptions, check_service, require_extra
+
+if TYPE_CHECKING:
+    from dinocell.service.service import Service
 
 
 def shared_options(options: ServiceOptions) -> SegmentOptions:
@@ -48,9 +53,6 @@ def run_service(options: ServiceOptions) -> None:
     shared = shared_options(options)
     check_options(shared)
     make_folder(options.jobs)
-    import uvicorn
-
-    from dinocell.service.app import create_app
     from dinocell.service.queue import Queue
     from dinocell.service.service import Service
     from dinocell.service.supervision import WorkerProcess
@@ -65,24 +67,56 @@ def run_service(options: ServiceOptions) -> None:
         worker = WorkerProcess(options.jobs, asdict(shared), service.hear)
         worker.start()
         service.worker = worker
-        config = uvicorn.Config(
-            create_app(service),
-            log_level="warning",
-            server_header=False,
-            timeout_graceful_shutdown=3,
-        )
-
-        class Server(uvicorn.Server):
-            """Lets go of those who follow a job before it waits for them."""
-
-            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-                if service.news is not None:
-                    service.news.end()
-                super().handle_exit(sig, frame)
-
-        name = f"[{options.host}]" if ":" in options.host else options.host
-        print(f"DINOCell is at http://{name}:{listener.getsockname()[1]}", flush=True)
         try:
-            Server(config).run(sockets=[listener])
+            _serve(service, listener)
         finally:
             worker.stop()
+
+
+def run_view(out: Path, options: ServiceOptions) -> None:
+    """Show a folder of results until a signal ends the process.
+
+    `options.jobs` is not used.
+
+    Raises MissingExtraError, UsageError, DINOCellError (as for `run_service`; or `out` holds no results
+    of `segment`).
+    """
+    require_extra()
+    check_service(options)
+    from dinocell.service.queue import Queue
+    from dinocell.service.viewing import CORRECTIONS, Viewed, ViewService
+
+    viewed = Viewed(out, options.model, options.device)
+    folder = out / CORRECTIONS
+    make_folder(folder)
+    with (
+        claimed(folder / "service", Claimant(), "A folder of results"),
+        _listening(options) as listener,
+    ):
+        _serve(ViewService(replace(options, jobs=folder), Queue(folder), viewed), listener)
+
+
+def _serve(service: "Service", listener: socket.socket) -> None:
+    import uvicorn
+
+    from dinocell.service.app import create_app
+
+    config = uvicorn.Config(
+        create_app(service),
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=3,
+    )
+
+    class Server(uvicorn.Server):
+        """Lets go of those who follow a job before it waits for them."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if service.news is not None:
+                service.news.end()
+            super().handle_exit(sig, frame)
+
+    host = service.options.host
+    name = f"[{host}]" if ":" in host else host
+    print(f"DINOCell is at http://{name}:{listener.getsockname()[1]}", flush=True)
+    Server(config).run(sockets=[listener])

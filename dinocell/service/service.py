@@ -26,7 +26,13 @@ class Service:
     Parameters
     ----------
     options, queue : as in their classes
+
+    Attributes
+    ----------
+    sweep_s : pause in seconds between two calls of `expire`
     """
+
+    sweep_s = 60.0
 
     def __init__(self, options: ServiceOptions, queue: Queue) -> None:
         self.options, self.queue = options, queue

@@ -15,7 +15,7 @@ import json
 import threading
 import zipfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from dinocell.errors import UsageError
 from dinocell.files import atomic_path, ensure_folder, write_text_atomically
 from dinocell.io import read_labels
 from dinocell.io.planes import MAX_PIXELS
-from dinocell.pipeline import DINOCellPipeline, LoadedImage, Segmentation, output_paths
+from dinocell.pipeline import DINOCellPipeline, Judgement, LoadedImage, Segmentation, output_paths
 from dinocell.results.confidence import cell_scores, scored_cells
 from dinocell.results.exports import EXPORT_FORMATS
 from dinocell.segmentation import corrections
+from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.service.history import TOUCHED, Box, History, Revision
 
 RESULT = "result"
@@ -66,15 +67,27 @@ def keep_prediction(
     folder: Path, pipeline: DINOCellPipeline, image: LoadedImage, distance_map: NDArray
 ) -> None:
     """Write what `StoredResult` needs into the folder of a job; OSError if the disk refuses."""
-    arrays = {"plane": image.plane, "channels": image.channels, "map": distance_map}
+    keep_arrays(folder, plane=image.plane, channels=image.channels, map=distance_map)
+    judged = pipeline.judge(image)
+    judged = judged._replace(notes=(*image.warnings, *judged.notes))
+    keep_about(folder, image, pipeline, judged)
+
+
+def keep_arrays(folder: Path, **arrays: NDArray | None) -> None:
+    """Write NAME.npy of each array."""
     for name, array in arrays.items():
         if array is not None:
             _write_array(folder / f"{name}.npy", array)
-    judged = pipeline.judge(image)
+
+
+def keep_about(
+    folder: Path, image: LoadedImage, pipeline: DINOCellPipeline, judged: Judgement
+) -> None:
+    """Write `about.json`, with all notes on the image; the last file that a finished job needs."""
     about = {
         "pixel_size_um": image.pixel_size_um,
         "channel_names": list(image.channel_names),
-        "warnings": [*image.warnings, *judged.notes],
+        "warnings": judged.notes,
         "unfamiliar": judged.unfamiliar,
         "kind": judged.kind,
         "target": pipeline.model.config.target,
@@ -97,10 +110,21 @@ class StoredResult:
     folder : of the job
     file : name of the upload in it
     name : what downloads are called, without an ending
+    results : folder of what the batch wrote; `RESULT` in `folder` by default
+    predict : writes `map.npy` where it is missing, see `dinocell.service.viewing`
     """
 
-    def __init__(self, folder: Path, file: str, name: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        file: str,
+        name: str,
+        *,
+        results: Path | None = None,
+        predict: Callable[[], None] | None = None,
+    ) -> None:
         self.folder, self.stem, self.name = folder, Path(file).stem, name
+        self.results, self.predict = results or folder / RESULT, predict
         self.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.history = History(folder, Revision.of(self.about))
         self._lock = _locks[folder]
@@ -119,7 +143,10 @@ class StoredResult:
         state = self.history.state()
         if state is not None:
             return state
-        return read_labels(self.folder / RESULT / f"{self.stem}_labels.tif", max_pixels=MAX_PIXELS)
+        paths = [
+            self.results / f"{self.stem}{EXPORT_FORMATS[kind].suffix}" for kind in ("tif", "png")
+        ]
+        return read_labels(next(filter(Path.exists, paths), paths[0]), max_pixels=MAX_PIXELS)
 
     def labels(self) -> NDArray[np.uint32]:
         """(H, W) labels now, 1..n without gaps."""
@@ -139,12 +166,8 @@ class StoredResult:
     def segmentation(self) -> tuple[Change, Segmentation]:
         """The labels now, and the image with them, their gaps closed."""
         now = self.state()
-        labels, target = _without_gaps(now), self.about["target"]
-        mean, spread = self._map()
-        if now.revision.edited:
-            scores = cell_scores(labels, mean, target=target, spread=spread)
-        else:  # those of cells that `min_score` has removed count for their neighbours
-            _, scores, _ = self._separate(now.revision)
+        labels = _without_gaps(now)
+        scores, mean = self._scores(now, labels)
         channels = self.folder / "channels.npy"
         return now, Segmentation(
             labels=labels,
@@ -160,9 +183,31 @@ class StoredResult:
             kind=self.about.get("kind", ""),  # jobs of earlier versions have none
         )
 
+    def _scores(
+        self, now: Change, labels: NDArray[np.uint32]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Scores of the cells, and the map that says so."""
+        target = self.about["target"]
+        if not (self.folder / "map.npy").exists():
+            # those of the table, of cells that are as they were
+            table, touched = np.load(self.folder / "scores.npy"), np.isin(now.numbers, now.touched)
+            known = np.append(table, np.nan)[np.minimum(now.numbers - 1, table.size)]
+            whole = labels_to_distance_map(labels, target=target)
+            return np.where(touched, np.nan, known), whole
+        mean, spread = self._map()
+        if now.revision.edited:
+            return cell_scores(labels, mean, target=target, spread=spread), mean
+        # those of cells that `min_score` has removed count for their neighbours
+        return self._separate(now.revision)[1], mean
+
     def _map(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        stored = np.load(self.folder / "map.npy")
+        stored = self._stored_map()
         return (stored[0], stored[1]) if stored.ndim == 3 else (stored, None)
+
+    def _stored_map(self) -> NDArray[np.float32]:
+        if self.predict is not None and not (self.folder / "map.npy").exists():
+            self.predict()
+        return np.load(self.folder / "map.npy")
 
     def relabel(
         self, changes: Mapping[str, Any], *, revision: int | None = None, amend: bool = False
@@ -190,7 +235,7 @@ class StoredResult:
 
     def _separate(self, by: Revision) -> tuple[NDArray[np.uint32], NDArray[Any], tuple[str, ...]]:
         return scored_cells(
-            np.load(self.folder / "map.npy"),
+            self._stored_map(),
             by.thresholds,
             target=self.about["target"],
             min_score=by.min_score,
@@ -285,7 +330,7 @@ class StoredResult:
         number = self.revision().number
         name = {"csv": "cells.csv", "overlay": "overlay.png", "npy": "labels.npy", "zip": "all.zip"}
         suffix = EXPORT_FORMATS[kind].suffix if kind in EXPORT_FORMATS else f"_{name[kind]}"
-        if number == 0 and (written := self.folder / RESULT / f"{self.stem}{suffix}").exists():
+        if number == 0 and (written := self.results / f"{self.stem}{suffix}").exists():
             return written
         folder = self.folder / "files" / str(number)
         path = folder / f"{self.stem}{suffix}"

@@ -48,7 +48,7 @@ const json = async (path, options) => (await ask(path, options)).json();
 const npy = async (path) => parseNpy(await (await ask(path)).arrayBuffer());
 
 export const models = () => json("/models");
-export const jobs = () => json("/jobs?limit=200");
+export const jobs = () => json("/jobs?limit=1000");
 export const job = (id) => json(`/jobs/${id}`);
 export const cells = (id) => json(`/jobs/${id}/cells`);
 export const revision = (id) => json(`/jobs/${id}/labels`);

@@ -31,13 +31,14 @@ document.addEventListener("drop", (event) => {
   event.preventDefault();
   entered = 0;
   document.body.classList.remove("dropping");
-  add([...event.dataTransfer.files]);
+  if (page.takesImages) add([...event.dataTransfer.files]);
 });
 
 async function start() {
   await guarded(async () => {
     const [model] = await api.models();
-    $("model").textContent = `${model.name} on ${model.device}`;
+    $("model").textContent = model.device ? `${model.name} on ${model.device}` : model.name;
+    $("drop").hidden = $("delete-job").hidden = !(page.takesImages = model.takes_images);
     for (const job of (await api.jobs()).reverse()) {
       noteJob(job);
       if (job.state === "queued" || job.state === "running") watch(job.id, false);

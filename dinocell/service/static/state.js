@@ -8,7 +8,7 @@ export const $ = (id) => document.getElementById(id);
 
 // `open`: { id, height, width, labels, numbers (of the rows of the table), revision, thresholds, ... }
 // `asked`: the id of the image that was asked for last
-export const page = { jobs: new Map(), open: null, asked: null };
+export const page = { jobs: new Map(), open: null, asked: null, takesImages: true };
 export const view = new View($("canvas"));
 export const table = new Table($("table"));
 

@@ -1,0 +1,146 @@
+"""`dinocell view`: what segment wrote is shown and corrected, and the original files stay."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+
+import numpy as np
+import pytest
+from service_doubles import noise
+from starlette.testclient import TestClient
+
+from dinocell.batch.options import SegmentOptions
+from dinocell.batch.run import segment_files
+from dinocell.errors import UsageError
+from dinocell.io import read_labels
+from dinocell.network.model import save_model
+from dinocell.service.app import create_app
+from dinocell.service.options import ServiceOptions
+from dinocell.service.queue import Queue
+from dinocell.service.viewing import Viewed, ViewService
+
+
+@pytest.fixture
+def results(tmp_path, mini_model):
+    """A folder of results of two images."""
+    save_model(tmp_path / "mini.safetensors", mini_model)
+    images = [noise(tmp_path / f"{name}.tif", seed) for seed, name in enumerate("ab")]
+    options = SegmentOptions(device="cpu", overlay=False, min_area_px=2)
+    segment_files(images, tmp_path / "out", options, model=mini_model, shown=False)
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def view(results, tmp_path):
+    """Starts the page of the results."""
+    clients = []
+
+    def start(model="mini.safetensors") -> TestClient:
+        for client in clients:
+            client.__exit__(None, None, None)
+        clients.clear()
+        viewed = Viewed(results, str(tmp_path / model), "cpu")
+        folder = results / "corrections"
+        service = ViewService(ServiceOptions(jobs=folder), Queue(folder), viewed)
+        client = TestClient(create_app(service), base_url="http://127.0.0.1").__enter__()
+        client.service = service
+        clients.append(client)
+        return client
+
+    yield start
+    for client in clients:
+        client.__exit__(None, None, None)
+
+
+def array_of(answer) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    return np.load(io.BytesIO(answer.content))
+
+
+def column(path, name) -> list[float]:
+    with path.open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file)]
+
+
+def test_results_are_shown_as_they_were_written(view, results):
+    client = view()
+    jobs = client.get("/api/v1/jobs").json()
+    assert [job["name"] for job in jobs] == ["a", "b"]
+    base = f"/api/v1/jobs/{jobs[0]['id']}"
+    labels = read_labels(results / "a_labels.tif")
+    assert (array_of(client.get(f"{base}/labels/npy")) == labels).all()
+    assert client.get(f"{base}/result/csv").text == (results / "a_cells.csv").read_text()
+    scores = column(results / "a_cells.csv", "score")
+    assert client.get(f"{base}/cells").json()["columns"]["score"] == pytest.approx(scores)
+    revision = client.get(f"{base}/labels").json()
+    assert (revision["revision"], revision["min_area_px"]) == (0, 2)
+    assert not list(results.glob("corrections/jobs/*/map.npy"))  # the network has not run
+    assert client.get("/health").json()["status"] == "ok"
+    assert not client.get("/api/v1/models").json()[0]["takes_images"]
+    with (results / "a_cells.csv").open("rb") as file:
+        assert client.post("/api/v1/jobs", files={"image": ("a.png", file)}).status_code == 409
+    assert client.delete(base).status_code == 409
+
+
+def test_corrected_labels_are_written_beside_the_original(view, results):
+    original = {path.name: path.read_bytes() for path in results.glob("*.*")}
+    client = view()
+    base = f"/api/v1/jobs/{client.get('/api/v1/jobs').json()[0]['id']}"
+    labels = read_labels(results / "a_labels.tif")
+    answer = client.post(f"{base}/corrections", json={"kind": "remove", "cells": [1]})
+    assert answer.status_code == 200
+    client.service.expire()
+    assert (read_labels(results / "a_labels_v2.tif") == np.maximum(labels, 1) - 1).all()
+    areas = [column(results / name, "area") for name in ("a_cells_v2.csv", "a_cells.csv")]
+    assert areas[0] == areas[1][1:]
+    client = view()  # the same corrections, in the next version when there are more
+    client.service.expire()
+    assert not (results / "a_labels_v3.tif").exists()
+    client.post(f"{base}/corrections", json={"kind": "merge", "cells": [2, 3]})
+    client = view()  # what was not written yet is written at the end
+    assert read_labels(results / "a_labels_v3.tif").max() == labels.max() - 2
+    assert read_labels(results / "a_labels_v2.tif").max() == labels.max() - 1
+    assert client.get(f"{base}/labels").json()["undoable"] == 2
+    assert {name: (results / name).read_bytes() for name in original} == original
+
+
+def test_other_thresholds_run_the_network_of_the_results(view, results, tmp_path, mini_model):
+    client = view()
+    base = f"/api/v1/jobs/{client.get('/api/v1/jobs').json()[0]['id']}"
+    changes = {"min_area_px": 6, "peak_threshold": 0.6}
+    assert client.post(f"{base}/relabel", json=changes).status_code == 200
+    options = SegmentOptions(device="cpu", overlay=False, **changes)
+    segment_files([tmp_path / "a.tif"], tmp_path / "other", options, model=mini_model, shown=False)
+    true = read_labels(tmp_path / "other" / "a_labels.tif")
+    assert (array_of(client.get(f"{base}/labels/npy")) == true).all()
+
+
+def test_another_model_or_a_missing_image_is_named(view, results, tmp_path, mini_model):
+    other = copy.deepcopy(mini_model)
+    next(other.decoder.parameters()).data.mul_(2)
+    save_model(tmp_path / "other.safetensors", other)
+    client = view("other.safetensors")
+    base, other = (f"/api/v1/jobs/{job['id']}" for job in client.get("/api/v1/jobs").json())
+    answer = client.post(f"{base}/relabel", json={"min_area_px": 6})
+    assert answer.status_code == 422
+    assert "`model` must be the one that made these results" in answer.json()["detail"]
+    (tmp_path / "b.tif").unlink()
+    assert "b.tif is gone" in client.get(f"{other}/image").json()["detail"]
+    with pytest.raises(UsageError, match="results of segment"):
+        Viewed(tmp_path, "", "cpu")
+
+
+def test_new_labels_of_segment_forget_old_corrections(view, results, tmp_path, mini_model):
+    client = view()
+    (job, _) = client.get("/api/v1/jobs").json()
+    client.post(f"/api/v1/jobs/{job['id']}/corrections", json={"kind": "remove", "cells": [1]})
+    options = SegmentOptions(device="cpu", overlay=False, overwrite=True)
+    segment_files([tmp_path / "a.tif"], results, options, model=mini_model, shown=False)
+    client = view()
+    names = {job["name"]: job["id"] for job in client.get("/api/v1/jobs").json()}
+    assert set(names) == {"a", "b"}
+    assert names["a"] != job["id"]
+    assert client.get(f"/api/v1/jobs/{names['a']}/labels").json()["revision"] == 0
+    assert (results / "a_labels_v2.tif").exists()
