@@ -1,7 +1,8 @@
-"""Data sets in NumPy archives: TissueNet."""
+"""Data sets in NumPy files: TissueNet, LyNSeC."""
 
 from __future__ import annotations
 
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 
 from dinocell.datasets.sample import Content, Sample, split_of
 from dinocell.errors import DataSetError
+from dinocell.io import natural_key
 
 _CHANNELS = ("nuclei", "membrane")
+_RGB = ("red", "green", "blue")
 
 
 class _ArrayInArchive:
@@ -90,3 +93,44 @@ def _read_item(
     if labels.dtype.kind == "f" or labels.dtype.itemsize > 4:
         labels = labels.astype(np.int64)
     return Content(images.item(index), labels, None, _CHANNELS)
+
+
+_LYNSEC_NAME = re.compile(r"(\d+)_(l[123])")
+_LYNSEC_WRONG = ("l2", 34)  # so torch-em, which leaves them out, too
+
+
+def lynsec(source: Path, notes: list[str]) -> Iterator[Sample]:
+    """`lynsec 1/0_l1.npy` to `lynsec 3`: (H, W, 4 or 5) red, green, blue, number of the nucleus, class."""
+    left_out = 0
+    for path in sorted(source.rglob("*.npy"), key=natural_key):
+        found = _LYNSEC_NAME.fullmatch(path.stem)
+        if found is None:
+            continue
+        part, last = _LYNSEC_WRONG
+        if found[2] == part and int(found[1]) <= last:
+            left_out += 1
+            continue
+        yield Sample(path.stem, path, partial(_read_colours_and_nuclei, path), stratum=found[2])
+    if left_out:
+        notes.append(
+            f"{left_out} images of lynsec 2 (0_l2 to 34_l2) were left out: their labels belong to other "
+            "images"
+        )
+
+
+def _read_colours_and_nuclei(path: Path) -> Content:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataSetError(
+            f"'{path}' must be an array of NumPy ({error}): the download is damaged, repeat it"
+        ) from error
+    if array.ndim != 3 or array.shape[2] not in (4, 5) or array.dtype.kind not in "iuf":
+        raise DataSetError(
+            f"'{path}' must be numbers of shape (H, W, 4) or (H, W, 5), got {array.dtype} of shape "
+            f"{array.shape}: is it LyNSeC?"
+        )
+    image, labels = array[..., :3], array[..., 3].astype(np.int64)
+    if image.dtype != np.uint8 and image.min() >= 0 and image.max() <= 255:
+        image = image.astype(np.uint8)
+    return Content(np.array(image), labels, None, _RGB)

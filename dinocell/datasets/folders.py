@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -160,14 +161,19 @@ def in_two_folders(
         if not homes or not folder.is_dir():
             continue
         for image in files_below(folder):
-            path = image_named(homes[0], (image.stem,))
-            if path is None:
-                raise DataSetError(
-                    f"Every image must have labels of its name, '{image}' has none in '{homes[0]}': "
-                    "download the data again"
-                )
+            path = _labels_named(homes[0], image)
             how = partial(read_files, image, path, read)
             yield Sample(image.stem, image, how, None, stratum(image))
+
+
+def _labels_named(folder: Path, image: Path) -> Path:
+    path = image_named(folder, (image.stem,))
+    if path is None:
+        raise DataSetError(
+            f"Every image must have labels of its name, '{image}' has none in '{folder}': download the "
+            "data again"
+        )
+    return path
 
 
 def nuinsseg(source: Path, notes: list[str]) -> Iterator[Sample]:
@@ -192,6 +198,52 @@ def s_bsst265(source: Path, notes: list[str]) -> Iterator[Sample]:
     )
 
 
+def yeastsam(source: Path, notes: list[str]) -> Iterator[Sample]:
+    """`DIC/*.tif` and `DIC_mask/*.tif`."""
+    yield from in_two_folders(source, notes, images="DIC", labels=("DIC_mask",))
+
+
+_TNBC_LAST_TRAIN, _TNBC_LAST_VAL = 6, 8
+
+
+def tnbc(source: Path, notes: list[str]) -> Iterator[Sample]:
+    """`Slide_01/01_1.png` and its nuclei in black and white, `GT_01/01_1.png`: one folder per patient.
+
+    The patients stay whole: 1 to 6 train, 7 and 8 validate, 9 to 11 test.
+    """
+    for folder in sorted(source.rglob("Slide_*"), key=natural_key):
+        number = folder.name.removeprefix("Slide_")
+        home = folder.with_name(f"GT_{number}")
+        if not folder.is_dir() or not number.isdigit():
+            continue
+        patient = int(number)
+        split = (
+            "train"
+            if patient <= _TNBC_LAST_TRAIN
+            else "val"
+            if patient <= _TNBC_LAST_VAL
+            else "test"
+        )
+        for image in files_below(folder):
+            path = _labels_named(home, image)
+            read = partial(read_files, image, path, _connected_colours, colour=True)
+            yield Sample(image.stem, image, read, split)
+
+
+def vicar(source: Path, notes: list[str]) -> Iterator[Sample]:
+    """`A2058/a_img.tif` and `A2058/a_mask.png`; the folder is the cell line.
+
+    Whether the masks number the cells or only show them is not documented: connected regions of one
+    value are cells either way.
+    """
+    for path in files_below(source, LABEL_SUFFIXES, "_mask"):
+        stem = path.stem.removesuffix("_mask")
+        found = _sample(
+            source, path, image_named(path.parent, (f"{stem}_img",)), stem, _read_connected
+        )
+        yield replace(found, stratum=path.parent.name)
+
+
 def bbbc039(source: Path, notes: list[str]) -> Iterator[Sample]:
     """`images/*.tif`, `masks/*.png`, and the lists of the splits in `metadata/{training,...}.txt`."""
     splits: dict[str, str] = {}
@@ -214,11 +266,14 @@ def bbbc039(source: Path, notes: list[str]) -> Iterator[Sample]:
 
 
 def _connected_colours(path: Path, shape: tuple[int, int]) -> NDArray:
-    """Nuclei of BBBC039: connected regions of one value of the first channel."""
+    """Connected regions of one value of the first channel: BBBC039, masks in black and white."""
     from skimage.measure import label
 
     picture = read_image(path).pixels
     return label(picture if picture.ndim == 2 else picture[..., 0], background=0)
+
+
+_read_connected = partial(read_files, read=_connected_colours)
 
 
 _BBBC006_NAME = re.compile(r"(.+_[a-p]\d\d_s\d+)_w1.*", re.IGNORECASE)

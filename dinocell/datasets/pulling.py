@@ -168,18 +168,23 @@ def _fetch(file: RemoteFile, folder: Path, source: str | None, *, offline: bool)
         bring(place, part, _ADVICE, offline=offline)
         _check_start(part, place)
         move_into_place(part, target)
-    with open(target, "rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if file.sha256 not in (None, found):
-        target.unlink()
-        raise DataSetError(
-            f"{file.name} must have the SHA-256 {file.sha256}, got {found}: it was removed; the download "
-            "was damaged, or the publishers have changed the file, so try again, or download it yourself "
-            "and run `dinocell data prepare`"
-        )
-    size, verified = target.stat().st_size, file.sha256 is not None
-    values = {"name": file.name, "url": place, "bytes": size, "sha256": found}
-    return {**values, "is_verified": verified}
+    sha256 = _digest(target, "sha256")
+    for kind, known in (("SHA-256", file.sha256), ("MD5", file.md5)):
+        found = sha256 if kind == "SHA-256" else known and _digest(target, "md5")
+        if known not in (None, found):
+            target.unlink()
+            raise DataSetError(
+                f"{file.name} must have the {kind} {known}, got {found}: it was removed; the download was "
+                "damaged, or the publishers have changed the file, so try again, or download it yourself "
+                "and run `dinocell data prepare`"
+            )
+    values = {"name": file.name, "url": place, "bytes": target.stat().st_size, "sha256": sha256}
+    return {**values, "is_verified": bool(file.sha256 or file.md5)}
+
+
+def _digest(path: Path, kind: str) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, kind).hexdigest()
 
 
 def _check_start(part: Path, place: str) -> None:

@@ -146,6 +146,44 @@ def nuinsseg(source: Path) -> None:
             labels(source / organ / "label masks" / f"{name}.tif")
 
 
+def apart(number: int = 0) -> np.ndarray:
+    """`truth` with background between the two cells."""
+    labels = truth(number)
+    labels[:, 7] = 0
+    return labels
+
+
+def tnbc(source: Path) -> None:
+    for n, patient in enumerate(("01", "07", "09")):
+        home = source / "TNBC_NucleiSegmentation"
+        image(home / f"Slide_{patient}" / f"{patient}_1.png", n, 3)
+        (home / f"GT_{patient}").mkdir()
+        mask = (apart(n) > 0).astype(np.uint8) * 255
+        Image.fromarray(mask).save(home / f"GT_{patient}" / f"{patient}_1.png")
+
+
+def lynsec(source: Path) -> None:
+    for n, (folder, name) in enumerate(
+        (("lynsec 1", "0_l1"), ("lynsec 2", "35_l2"), ("lynsec 2", "34_l2"), ("lynsec 3", "0_l3"))
+    ):
+        (source / folder).mkdir(parents=True, exist_ok=True)
+        planes = [picture(n, 3), truth(n)[..., None], truth(n)[..., None] > 0]
+        array = np.concatenate(planes[: 2 if folder == "lynsec 2" else 3], axis=2)
+        np.save(source / folder / f"{name}.npy", array.astype(np.int32))
+
+
+def vicar(source: Path) -> None:
+    for n, line in enumerate(("A2058", "PC3")):
+        image(source / "labelled" / line / f"{n}_img.tif", n, dtype=np.float32)
+        labels(source / "labelled" / line / f"{n}_mask.png", n)
+
+
+def yeastsam(source: Path) -> None:
+    for n in range(2):
+        image(source / "DIC" / f"{n}.tif", n, dtype=np.uint16)
+        labels(source / "DIC_mask" / f"{n}.tif", n)
+
+
 def s_bsst265(source: Path) -> None:
     for n in range(2):
         image(source / "dataset" / "rawimages" / f"HaCaT_{n}.tif", n)
@@ -215,6 +253,10 @@ MAKERS = {
     "tissuenet": tissuenet,
     "dsb2018": dsb2018,
     "nuinsseg": nuinsseg,
+    "tnbc": tnbc,
+    "lynsec": lynsec,
+    "vicar": vicar,
+    "yeastsam": yeastsam,
     "s-bsst265": s_bsst265,
     "bbbc039": bbbc039,
     "bbbc006": bbbc006,

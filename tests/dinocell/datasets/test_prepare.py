@@ -64,6 +64,10 @@ EXPECTED = {  # name of a sample: its split and its number, which says where the
     "nuinsseg": {
         f"{organ}_{n}": ("train", n) for organ in ("human_liver", "mouse_spleen") for n in range(2)
     },
+    "tnbc": {"01_1": ("train", 0), "07_1": ("val", 1), "09_1": ("test", 2)},
+    "lynsec": {"0_l1": ("train", 0), "35_l2": ("train", 1), "0_l3": ("train", 3)},
+    "vicar": {"labelled_A2058_0": ("train", 0), "labelled_PC3_1": ("train", 1)},
+    "yeastsam": {str(n): ("train", n) for n in range(2)},
     "s-bsst265": {f"HaCaT_{n}": ("train", n) for n in range(2)},
     "bbbc039": {"w0": ("train", 0), "w1": ("val", 1), "w2": ("test", 2)},
     "bbbc006": {f"mcf-z-stacks-03212011_a0{n + 1}_s1": ("train", n) for n in range(2)},
@@ -92,7 +96,8 @@ def test_every_layout_becomes_the_same_folders(made, tmp_path, name):
     }
     for key, (_, number) in EXPECTED[name].items():
         row = rows[key]
-        assert np.array_equal(read_labels(out / row["labels"]), doubles.truth(number)), key
+        truth = doubles.apart(number) if name == "tnbc" else doubles.truth(number)
+        assert np.array_equal(read_labels(out / row["labels"]), truth), key
         image = read_image(out / row["image"]).pixels
         assert image.shape[:2] == doubles.SHAPE
         assert row["num_cells"] == "2"
@@ -122,6 +127,16 @@ def test_channels_keep_their_meaning(made, tmp_path):
         assert read_image(out / row["image"], channels=["green"]).pixels.shape == doubles.SHAPE
     green = read_image(out / rows_of(out)["000"]["image"], channels=[1]).pixels
     assert np.array_equal(green, doubles.picture(0, 3)[..., 1])
+
+
+def test_lynsec_has_colours_and_leaves_out_wrong_labels(made, tmp_path):
+    text = prepared("lynsec", made("lynsec"), tmp_path / "out").text()
+    assert "1 images of lynsec 2 (0_l2 to 34_l2) were left out" in text
+    for name, row in rows_of(tmp_path / "out").items():
+        image = read_image(tmp_path / "out" / row["image"])
+        assert (image.channel_names, image.pixels.dtype) == (("red", "green", "blue"), np.uint8)
+        assert np.array_equal(image.pixels, doubles.picture(EXPECTED["lynsec"][name][1], 3))
+    assert {row["stratum"] for row in rows_of(tmp_path / "out").values()} == {"l1", "l2", "l3"}
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -352,6 +367,27 @@ BAD = {
         "must have labels of its name",
     ),
     "image that is absent": ("cellpose", lambda s: (s / "train/000_img.png").unlink(), "beside it"),
+    "truncated array": ("lynsec", lambda s: cut(s / "lynsec 1/0_l1.npy"), "download is damaged"),
+    "array of something else": (
+        "lynsec",
+        lambda s: np.save(s / "lynsec 1/0_l1.npy", np.zeros((3, 4))),
+        r"shape \(H, W, 4\) or \(H, W, 5\), got float64 of shape \(3, 4\)",
+    ),
+    "array that would run code": (
+        "lynsec",
+        lambda s: np.save(s / "lynsec 1/0_l1.npy", np.array([{}])),
+        "download is damaged",
+    ),
+    "patient without labels": (
+        "tnbc",
+        lambda s: shutil.rmtree(s / "TNBC_NucleiSegmentation/GT_07"),
+        "must have labels of its name",
+    ),
+    "phase image that is absent": (
+        "vicar",
+        lambda s: (s / "labelled/PC3/1_img.tif").unlink(),
+        "beside it",
+    ),
     "truncated image": (
         "omnipose",
         lambda s: cut(s / "bact_phase/test_sorted/caulo/0.tif"),

@@ -61,6 +61,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
+    """No waiting, and no checksum of dsb2018, whose real archive is not here."""
+    expect(monkeypatch, "dsb2018", None)
     monkeypatch.delenv("DINOCELL_OFFLINE", raising=False)
     monkeypatch.setattr(download, "_BACKOFF_S", 0.0)
     monkeypatch.setattr(download, "_BLOCK", 100)
@@ -97,16 +99,20 @@ def zipped(folder: Path) -> bytes:
     return file.getvalue()
 
 
-def expect(monkeypatch, content: bytes) -> None:
-    """Let the table know the checksum of the archive."""
-    known = replace(REMOTES["dsb2018"].files[0], sha256=hashlib.sha256(content).hexdigest())
-    monkeypatch.setitem(REMOTES, "dsb2018", Remote((known,)))
+def expect(monkeypatch, name: str, content: bytes | None, kind: str = "sha256") -> None:
+    """Let the table know one checksum of the files of a data set, or none."""
+    digest = content if content is None else hashlib.new(kind, content).hexdigest()
+    known = [
+        replace(file, **({"sha256": None, "md5": None} | {kind: digest}))
+        for file in REMOTES[name].files
+    ]
+    monkeypatch.setitem(REMOTES, name, Remote(tuple(known)))
 
 
 def test_a_pulled_data_set_can_be_prepared(server, tmp_path, monkeypatch):
     handler, url = server
     handler.cut = (len(handler.files[ARCHIVE]) // 200 + 1) * 100
-    expect(monkeypatch, handler.files[ARCHIVE])
+    expect(monkeypatch, "dsb2018", handler.files[ARCHIVE])
     got = pull("dsb2018", tmp_path / "out", source=url, shown=False)
     assert handler.asked == [f"{ARCHIVE} 0", f"{ARCHIVE} {handler.cut}"]
     digest = hashlib.sha256(handler.files[ARCHIVE]).hexdigest()
@@ -146,7 +152,11 @@ def test_a_killed_process_is_continued(server, tmp_path):
     handler.files[ARCHIVE] = large.getvalue()
     handler.cut, handler.holds = 150_000, True
     call = f"pull('dsb2018', {str(tmp_path / 'out')!r}, source={url!r})"
-    script = f"from dinocell.datasets import pull; {call}"
+    script = (
+        "from dinocell.datasets import pull, remote\n"
+        f"remote.REMOTES['dsb2018'] = remote.Remote((remote.RemoteFile('{ARCHIVE}', 'stage1_train'),))\n"
+        f"{call}"
+    )
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     part = tmp_path / "out.part" / "files" / f"{ARCHIVE}.part"
     assert handler.waits.wait(60)
@@ -211,12 +221,42 @@ def test_another_checksum_or_damaged_content_is_removed(server, tmp_path, monkey
     handler.files[ARCHIVE] = bytes(damaged)
     with pytest.raises(DataSetError, match=r"that can be unpacked, got Bad CRC-32.*it was removed"):
         pull("dsb2018", tmp_path / "out", source=url, shown=False)
-    expect(monkeypatch, whole)
-    with pytest.raises(DataSetError, match="must have the SHA-256"):
-        pull("dsb2018", tmp_path / "out", source=url, shown=False)
+    for kind, name in (("sha256", "SHA-256"), ("md5", "MD5")):
+        expect(monkeypatch, "dsb2018", whole, kind)
+        with pytest.raises(DataSetError, match=f"must have the {name}"):
+            pull("dsb2018", tmp_path / "out", source=url, shown=False)
     assert not (tmp_path / "out").exists()
     handler.files[ARCHIVE] = whole
-    pull("dsb2018", tmp_path / "out", source=url, shown=False)
+    assert "as expected" in pull("dsb2018", tmp_path / "out", source=url, shown=False).text()
+
+
+PUBLISHED = {  # archive: the folder of the tiny data set that it holds, and what its names begin with
+    "bbbc006": {
+        "BBBC006_v1_images_z_16.zip": ("BBBC006_v1_images_z_16", "BBBC006_v1_images_z_16/"),
+        "BBBC006_v1_labels.zip": ("BBBC006_v1_labels", ""),
+    },
+    "tnbc": {"TNBC_NucleiSegmentation.zip": ("", "")},
+    "lynsec": {"lynsec.zip": ("", "")},
+    "vicar": {"labelled.zip": ("labelled", "")},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_archive_unpacks_to_a_layout_that_prepare_reads(tmp_path, monkeypatch, name):
+    doubles.MAKERS[name](tmp_path / "published")
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    for archive, (folder, begin) in PUBLISHED[name].items():
+        home = tmp_path / "published" / folder
+        with zipfile.ZipFile(mirror / archive, "w") as file:
+            for path in filter(Path.is_file, sorted(home.rglob("*"))):
+                file.write(path, f"{begin}{path.relative_to(home).as_posix()}")
+    expect(monkeypatch, name, None)
+    pull(name, tmp_path / "out", source=str(mirror), shown=False)
+    pulled = prepare(name, tmp_path / "out", tmp_path / "a", shown=False)
+    by_hand = prepare(name, tmp_path / "published", tmp_path / "b", shown=False)
+    assert pulled.manifest["num_cells"] == by_hand.manifest["num_cells"] > 0
+    assert pulled.manifest["splits"] == by_hand.manifest["splits"]
 
 
 def test_files_that_are_absent(server, tmp_path):
@@ -257,6 +297,8 @@ def test_refusals_before_anything_is_opened(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UsageError, match=r"download it from https://www\.cellpose\.org/dataset,"):
         pull("cellpose", out)
+    with pytest.raises(UsageError, match=r"\(licence: unknown\): download it from .*/17204942"):
+        pull("yeastsam", out)
     with pytest.raises(UsageError, match="got 'dsb18': did you mean dsb2018"):
         pull("dsb18", out)
     with pytest.raises(UsageError, match="see `dinocell data list`"):
