@@ -38,6 +38,7 @@ TEST = [
     *EXTRAS["wandb"],  # read back from its offline files
     *EXTRAS["slurm"],
     *EXTRAS["serve"],
+    *EXTRAS["onnx"],
     "httpx>=0.28",  # asks the service
     "prometheus-client>=0.21",  # reads its figures
     "schemathesis>=4",  # sends what the description of its API allows

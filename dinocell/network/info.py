@@ -22,7 +22,9 @@ from dinocell.network.model import (
     bundled_models,
     create_dinocell_model,
     load_model,
+    model_path,
     read_model_header,
+    untrained,
 )
 
 _ATTENTION_OPS = (
@@ -73,7 +75,9 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
         options = {"window_px": 256 // patch * patch}
         model = create_dinocell_model(size, patch_size=patch, decoder=decoder, **options)
         return _describe_architecture(model, image_px)
-    model = load_model(name)
+    path = model_path(name)
+    is_graph = path.suffix in (".onnx", ".pt2")
+    model = untrained(read_model_header(name), path) if is_graph else load_model(name)
     config, card = model.config, model.card
     of_kinds = {} if model.statistics is None else model.statistics.thresholds()
     lines = [

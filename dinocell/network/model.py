@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD, TUNED_THRESHOLD
 from dinocell.network.decoder import create_decoder
 from dinocell.network.detail import ConvPyramid, pyramid_widths
 from dinocell.network.familiarity import KnownKinds
+from dinocell.network.onnx_graph import open_graph, run_graph
 from dinocell.settings import config_from_mapping, config_to_mapping, require
 from dinocell.tree import tree_imports
 
-_HEADER_KEY = "dinocell"
+HEADER_KEY = "dinocell"
+"""Where a model file keeps the JSON header."""
 _FORMAT_VERSION = 1
 # what weights are made for
 _ARCHITECTURE = ("size", "patch_size", "decoder", "image_channels", "intensities", "target")
@@ -125,6 +128,32 @@ class DINOCell(nn.Module):
         return next(self.parameters()).device
 
 
+class OnnxModel(DINOCell):
+    """A model whose network is a graph; it has no weights, so that it cannot be trained.
+
+    Parameters
+    ----------
+    described : what the header of the file says
+    path : of the file
+    """
+
+    def __init__(self, described: DINOCell, path: Path) -> None:
+        nn.Module.__init__(self)
+        self.config, self.card = described.config, described.card
+        self.statistics = described.statistics
+        self.session = open_graph(path)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the windows; onnxruntime moves them to where it computes."""
+        return torch.device("cpu")
+
+    def map_and_features(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `DINOCell.map_and_features`; the features of all strides come as one, averaged over patches."""
+        maps, features = run_graph(self.session, image)
+        return maps, (features,)
+
+
 def compress_intensities(image: Tensor) -> Tensor:
     """Gray in three channels alike → linear and two logarithmic scales, each in about [-1, 1].
 
@@ -155,6 +184,19 @@ def create_dinocell_model(
     return DINOCell(config)
 
 
+def header_text(model: DINOCell, **more: str) -> str:
+    """The JSON header of the file of a model, with `more` keys."""
+    header: dict[str, Any] = {
+        "format": _FORMAT_VERSION,
+        # Weights and thresholds are its own now, wherever they started.
+        "model": config_to_mapping(dataclasses.replace(model.config, init=None)),
+        "card": model.card,
+    }
+    if model.statistics is not None:
+        header["statistics"] = model.statistics.to_mapping()
+    return json.dumps(header | more, sort_keys=True)
+
+
 def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None:
     """Write weights and header to one `.safetensors`, under a temporary name first.
 
@@ -163,14 +205,6 @@ def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None
     from safetensors.torch import save_file
 
     path = Path(path)
-    header = {
-        "format": _FORMAT_VERSION,
-        # Weights and thresholds are its own now, wherever they started.
-        "model": config_to_mapping(dataclasses.replace(model.config, init=None)),
-        "card": model.card,
-    }
-    if model.statistics is not None:
-        header["statistics"] = model.statistics.to_mapping()
     state = {}
     for key, value in model.state_dict().items():
         value = value.detach().to("cpu")
@@ -178,7 +212,7 @@ def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None
             value = value.half()
         state[key] = value.contiguous()
     with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata={_HEADER_KEY: json.dumps(header, sort_keys=True)})
+        save_file(state, temporary, metadata={HEADER_KEY: header_text(model)})
         # safetensors makes files only their owner can read; a model is made to be shared.
         umask = os.umask(0)
         os.umask(umask)
@@ -188,28 +222,22 @@ def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None
 def read_model_header(name: str | Path) -> dict[str, Any]:
     """The JSON header of a model file: keys `format`, `model`, `card`, and mostly `statistics`.
 
+    Also of the files that `dinocell export` wrote.
+
     Raises UsageError (the file or bundled model does not exist); CheckpointError (the file is no
-    model file: truncated, pickled, or without the header of DINOCell).
+    model file: truncated, pickled, or without the header of DINOCell); MissingExtraError (of an ONNX
+    file, without the extra `onnx`).
     """
     path = model_path(name)
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except Exception as error:
-        kind = _foreign_kind(path)
-        raise CheckpointError(
-            f"A model file must be a complete .safetensors, got {path} ({kind or error}): fetch it "
-            "again, or take the one that `dinocell train` wrote"
-        ) from error
-    if _HEADER_KEY not in metadata:
+    readers = {".onnx": _onnx_header, ".pt2": _program_header}
+    text = readers.get(path.suffix, _safetensors_header)(path)
+    if text is None:
         raise CheckpointError(
             f"A model file must carry DINOCell's header, got {path} without it, which another "
             "program made: give a model of DINOCell"
         )
     try:
-        header = json.loads(metadata[_HEADER_KEY])
+        header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"The header of a model file must be JSON, got something else in {path}: fetch it again"
@@ -227,16 +255,73 @@ def read_model_header(name: str | Path) -> dict[str, Any]:
     return header
 
 
+def _safetensors_header(path: Path) -> str | None:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(HEADER_KEY)
+    except Exception as error:
+        kind = _foreign_kind(path)
+        raise CheckpointError(
+            f"A model file must be a complete .safetensors, got {path} ({kind or error}): fetch it "
+            "again, or take the one that `dinocell train` wrote"
+        ) from error
+
+
+def _onnx_header(path: Path) -> str | None:
+    return open_graph(path, optimized=False).get_modelmeta().custom_metadata_map.get(HEADER_KEY)
+
+
+def _program_header(path: Path) -> str | None:
+    """Of a program of `torch.export`, which is a zip archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(f"/{HEADER_KEY}")]
+            return archive.read(names[0]).decode() if names else None
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"A .pt2 file must be complete, got {path} ({error}): export the model again"
+        ) from error
+
+
 def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOCell:
     """Load a model file or a bundled model, in eval mode, in float32.
 
-    Raises UsageError, CheckpointError (as `read_model_header`; also when the weights do not fit the
-    header's architecture).
-    """
-    from safetensors.torch import load_file
+    A file that ends in .onnx is run by onnxruntime.
 
-    header = read_model_header(name)
-    path = model_path(name)
+    Raises UsageError, CheckpointError, MissingExtraError (as `read_model_header`; also when the weights do
+    not fit the header's architecture, or the file is one for other programs).
+    """
+    header, path = read_model_header(name), model_path(name)
+    if path.suffix == ".pt2":
+        raise UsageError(
+            f"A model must be a .safetensors or .onnx file, got {path}, which `torch.export.load` reads: "
+            "give the file that it was exported from"
+        )
+    model = untrained(header, path)
+    if path.suffix == ".onnx":
+        return OnnxModel(model, path).eval()
+    _load_weights(model, path)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.1 times as fast
+    return model.eval().to(resolve_device(device))
+
+
+def load_trainable(name: str | Path, *, device: str | torch.device = "cpu") -> DINOCell:
+    """As `load_model`, but refuses a graph, which has no weights to change, with a UsageError."""
+    if model_path(name).suffix == ".onnx":
+        raise UsageError(
+            f"A model that is trained or exported must be a .safetensors file or a bundled one, got the "
+            f".onnx file {name}: give the file that it was exported from"
+        )
+    return load_model(name, device=device)
+
+
+def untrained(header: Mapping[str, Any], path: Path) -> DINOCell:
+    """What the header of a model file describes, with random weights.
+
+    Raises CheckpointError (the architecture is unknown, or the statistics are damaged).
+    """
     try:
         config = config_from_mapping(ModelConfig, header["model"])
     except (ConfigError, KeyError) as error:
@@ -244,26 +329,36 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
             f"The header of a model file must describe a known architecture, got {path} ({error}): "
             "update dinocell"
         ) from error
+    model = DINOCell(config, header.get("card"))
+    model.statistics = _known_kinds(header.get("statistics"), config, path)
+    return model
+
+
+def _known_kinds(values: Any, config: ModelConfig, path: Path) -> KnownKinds | None:
+    if values is None:
+        return None
+    known = KnownKinds.from_mapping(values, path)
+    # Earlier versions described convolutions by their deepest features alone.
+    if any(len(kind.mean) != _described_width(config) for kind in known.kinds):
+        return None
+    with raised_as(CheckpointError, TypeError, ConfigError):
+        for kind in known.kinds:
+            dataclasses.replace(config, **kind.thresholds)
+    return known
+
+
+def _load_weights(model: DINOCell, path: Path) -> None:
+    from safetensors.torch import load_file
+
     try:
         state = load_file(path)
     except Exception as error:
         raise CheckpointError(
             f"A model file must be complete, got {path} ({error}): fetch it again"
         ) from error
-    model = DINOCell(config, card=header.get("card"))
-    if header.get("statistics") is not None:
-        known = KnownKinds.from_mapping(header["statistics"], path)
-        # Earlier versions described convolutions by their deepest features alone.
-        if all(len(kind.mean) == _described_width(model) for kind in known.kinds):
-            with raised_as(CheckpointError, TypeError, ConfigError):
-                for kind in known.kinds:
-                    dataclasses.replace(config, **kind.thresholds)
-            model.statistics = known
     expected = model.state_dict()
-    _refuse_other_weights(path, state, expected, config)
+    _refuse_other_weights(path, state, expected, model.config)
     model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.1 times as fast
-    return model.eval().to(resolve_device(device))
 
 
 def _refuse_other_weights(
@@ -303,7 +398,7 @@ def load_start(model: DINOCell) -> None:
     config = model.config
     if config.init is None:
         return
-    start = load_model(config.init)
+    start = load_trainable(config.init)
     for key in _ARCHITECTURE:
         own, given = getattr(start.config, key), getattr(config, key)
         require(
@@ -359,11 +454,11 @@ def with_config(model: DINOCell, **changes: Any) -> DINOCell:
     return other
 
 
-def _described_width(model: DINOCell) -> int:
+def _described_width(config: ModelConfig) -> int:
     """Numbers that `map_and_features` gives for a patch."""
-    if isinstance(model.backbone, ConvPyramid):
-        return sum(pyramid_widths(model.config.patch_size))
-    return model.backbone.embed_dim
+    if config.size == "conv":
+        return sum(pyramid_widths(config.patch_size))
+    return BACKBONE_SIZES[config.size].embed_dim
 
 
 def model_path(name: str | Path) -> Path:

@@ -69,7 +69,7 @@ def is_backbone_file(path: str | Path) -> bool:
     if not path.is_file():
         return False
     if path.suffix != ".safetensors":
-        return True
+        return path.suffix not in (".onnx", ".pt2")  # graphs of `dinocell export`
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -30,7 +30,7 @@ from dinocell.files import require_writable
 from dinocell.io import write_labels
 from dinocell.network.backbone import DINOv3Backbone
 from dinocell.network.config import TUNED_THRESHOLDS
-from dinocell.network.model import DINOCell, load_model, resolve_device, save_model, with_config
+from dinocell.network.model import DINOCell, load_trainable, resolve_device, save_model, with_config
 from dinocell.network.precision import autocast
 from dinocell.pairs import Pair, find_pairs
 from dinocell.pipeline import DINOCellPipeline
@@ -141,7 +141,7 @@ def adapt(
             f"`out` must be a new file that ends in .safetensors, got {path}: choose another name"
         )
     require_writable("out", path)
-    model = load_model(start, device=options.device)
+    model = load_trainable(start, device=options.device)
     with tempfile.TemporaryDirectory() as folder:
         pairs = _several(find_pairs(images, labels, "images", options.channels), model, folder)
         run = _Adaptation(model, pairs, options, shown=shown)

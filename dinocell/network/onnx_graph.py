@@ -1,0 +1,53 @@
+"""ONNX graphs that `dinocell export` wrote, run by onnxruntime."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinocell.errors import CheckpointError, MissingExtraError
+
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+"""Where onnxruntime may compute, the first that its build has."""
+
+
+def onnx_package(name: str) -> Any:
+    """A package of the extra `onnx`.  Raises MissingExtraError (it is not installed)."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(
+            "ONNX needs the extra onnx: pip install 'dinocell-segmentation[onnx]'"
+        ) from error
+
+
+def open_graph(path: Path, *, optimized: bool = True) -> Any:
+    """An `onnxruntime.InferenceSession`, on as many threads as torch has.
+
+    Raises CheckpointError (the file is no ONNX graph); MissingExtraError.
+    """
+    runtime = onnx_package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # what is wrong comes as an exception
+    if not optimized:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    available = runtime.get_available_providers()
+    providers = [name for name in PROVIDERS if name in available]
+    try:
+        return runtime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # its exceptions have no common base
+        raise CheckpointError(
+            f"An ONNX file must be a complete graph, got {path} ({error}): export the model again"
+        ) from error
+
+
+def run_graph(session: Any, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W) normalised windows → maps (B, 1, H, W) and features (B, D, H / p, W / p)."""
+    maps, features = session.run(None, {"image": np.ascontiguousarray(windows.float().numpy())})
+    return torch.from_numpy(maps), torch.from_numpy(features)
