@@ -60,7 +60,7 @@ setup(
     package_dir={"dinov3": "dinov3_modified/dinov3"},
     package_data={
         "dinocell": [
-            *("models/*.safetensors", "models/*.md", "models/*.png"),
+            *("models/*.safetensors", "models/*.onnx", "models/*.md", "models/*.png"),
             *("samples/**/*", "results/*.j2", "service/static/*"),
         ],
         "dinov3": ["configs/*.yaml", "cells/*.yaml"],

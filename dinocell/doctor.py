@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from dinocell import DISTRIBUTION, __version__
 from dinocell.compilation import cache_folder
-from dinocell.errors import DINOCellError
+from dinocell.errors import DINOCellError, MissingExtraError
 from dinocell.network.model import bundled_models, load_model
 from dinocell.network.precision import has_bf16_unit
 from dinocell.tree import TREE_VARIABLE, tree_imports
@@ -142,6 +142,8 @@ def _models() -> Iterator[Finding]:
     for name in bundled_models():
         try:
             load_model(name)
+        except MissingExtraError as error:
+            yield Finding(name, str(error))
         except DINOCellError as error:
             yield Finding(name, "damaged", f"install {DISTRIBUTION} again ({error})")
         else:

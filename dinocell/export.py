@@ -204,6 +204,7 @@ def _quantized(proto: Any, windows: list[NDArray[np.float32]]) -> Any:
             target,
             Reader(),
             per_channel=True,
+            reduce_range=True,  # processors without VNNI add pairs in 16 bit, which 8-bit weights overflow
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["Conv", "MatMul", "Gemm"],

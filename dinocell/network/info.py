@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dinocell.errors import UsageError
+from dinocell.errors import MissingExtraError, UsageError
 from dinocell.network.config import MODEL_SIZES
 from dinocell.network.model import (
     DINOCell,
@@ -37,7 +37,11 @@ def describe_bundled() -> str:
     """One line per bundled model: name, architecture, validation score, licence."""
     lines = []
     for name in bundled_models():
-        header = read_model_header(name)
+        try:
+            header = read_model_header(name)
+        except MissingExtraError as error:
+            lines.append(f"{name}  {error}")
+            continue
         model, card = header["model"], header.get("card", {})
         score = card.get("metrics", {}).get("val_ap50_pooled")
         described = f"validation AP@0.5 {score:.3f}" if score is not None else "no score recorded"

@@ -411,7 +411,8 @@ def load_start(model: DINOCell) -> None:
 
 def bundled_models() -> list[str]:
     """Names of the models that come with the package."""
-    return sorted(path.stem for path in _BUNDLED_FOLDER.glob("*.safetensors"))
+    found = (path for path in _BUNDLED_FOLDER.iterdir() if path.suffix in (".safetensors", ".onnx"))
+    return sorted(path.stem for path in found)
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -466,9 +467,10 @@ def model_path(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    bundled = _BUNDLED_FOLDER / f"{name}.safetensors"
-    if path.name == str(name) and bundled.is_file():
-        return bundled
+    for suffix in (".safetensors", ".onnx"):
+        bundled = _BUNDLED_FOLDER / f"{name}{suffix}"
+        if path.name == str(name) and bundled.is_file():
+            return bundled
     known = ", ".join(bundled_models()) or "none"
     raise UsageError(
         f"A model must be a file or a bundled name ({known}), got {name}: check the path; "
