@@ -24,6 +24,7 @@ from dinocell.segmentation.intensity import (
     average_channels,
     find_range,
 )
+from dinocell.segmentation.rescale import Scale, ScaleChoice, rescaled_shape
 from dinocell.segmentation.source import read_source
 from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
 
@@ -33,11 +34,15 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "dinocell-cells"
 
 
+class PipelineChanges(ThresholdChanges, ScaleChoice, total=False):
+    """Thresholds and scale in place of the model's, as keyword arguments; None keeps the model's."""
+
+
 class LoadedImage(NamedTuple):
     """The gray plane (H, W) to segment, its pixel size in µm, its name, what was noted on it, how its
     intensities map to those that a network sees; where the plane is the mean of several channels, these
-    as they were read (H, W, C) with their names; and, where the model knows its training images, what
-    collects how this one looks."""
+    as they were read (H, W, C) with their names; where the model knows its training images, what
+    collects how this one looks; and how many times the image is enlarged for the network."""
 
     plane: NDArray
     pixel_size_um: float | None
@@ -47,6 +52,7 @@ class LoadedImage(NamedTuple):
     channels: NDArray | None = None
     channel_names: tuple[str, ...] = ()
     appearance: Appearance | None = None
+    rescale: float = 1.0
 
 
 class Judgement(NamedTuple):
@@ -88,6 +94,8 @@ class Segmentation:
     kind : str
         Name of the training data that the image resembles, whose thresholds were used; empty where it
         resembles none.
+    rescale : float
+        How many times the image was enlarged for the network; all results are in pixels of the file.
     """
 
     labels: NDArray[np.uint32]
@@ -101,6 +109,7 @@ class Segmentation:
     scores: NDArray[np.float64] | None = None
     unfamiliar: float | None = None
     kind: str = ""
+    rescale: float = 1.0
 
     @property
     def num_cells(self) -> int:
@@ -127,16 +136,17 @@ class Segmentation:
         return replace(table, data={**table.data, "score": self.scores})
 
     def summary(self) -> dict[str, Any]:
-        """Number of cells, confluency, mean area of this image, and how unfamiliar it is."""
+        """Number of cells, confluency, mean area of this image, and how the network saw it."""
         from dinocell.results.measure import summarize
 
-        return summarize(self.labels, self.measure()) | self.familiarity()
+        return summarize(self.labels, self.measure()) | self.seen()
 
-    def familiarity(self) -> dict[str, float | str]:
-        """The columns `unfamiliar` and `kind` of the summary; nothing where that is not known."""
+    def seen(self) -> dict[str, float | str]:
+        """The columns `rescale`, `unfamiliar` and `kind` of the summary; the last two where they are known."""
+        scale: dict[str, float | str] = {"rescale": round(self.rescale, 4)}
         if self.unfamiliar is None:
-            return {}
-        return {"unfamiliar": round(self.unfamiliar, 3), "kind": self.kind}
+            return scale
+        return scale | {"unfamiliar": round(self.unfamiliar, 3), "kind": self.kind}
 
     def save(
         self,
@@ -235,11 +245,14 @@ class DINOCellPipeline:
     peak_threshold, fill_threshold, min_prominence, min_area_px : optional
         In place of the model's own: see `dinocell.segmentation.thresholds.Thresholds`.  A model may have
         others for each kind of image that it knows; one of the first three replaces these everywhere.
+    rescale, diameter_px : optional
+        The scale at which the network sees an image: see `dinocell.segmentation.rescale.Scale`.
 
     Raises
     ------
     UsageError, ConfigError
-        The model or the device does not exist, or the thresholds do not fit together.
+        The model or the device does not exist, the thresholds do not fit together, or the scale does
+        not suit the model.
     """
 
     def __init__(
@@ -253,22 +266,25 @@ class DINOCellPipeline:
         tta: bool = False,
         percentiles: tuple[float, float] | None = None,
         min_score: float = 0.0,
-        **thresholds: Unpack[ThresholdChanges],
+        **changes: Unpack[PipelineChanges],
     ) -> None:
-        unknown = thresholds.keys() - ThresholdChanges.__annotations__.keys()
-        if unknown:
+        if unknown := changes.keys() - PipelineChanges.__annotations__.keys():
             raise TypeError(
-                f"DINOCellPipeline does not know {', '.join(sorted(unknown))}: its thresholds are "
-                f"{', '.join(ThresholdChanges.__annotations__)}"
+                f"DINOCellPipeline does not know {', '.join(sorted(unknown))}: its other options are "
+                f"{', '.join(PipelineChanges.__annotations__)}"
             )
         if not isinstance(model, DINOCell):
             model = load_model(os.fspath(model), device=device or "cpu")
         elif device is not None:
             model = model.to(resolve_device(device))
-        given: dict[str, Any] = {k: value for k, value in thresholds.items() if value is not None}
+        given: dict[str, Any] = {k: value for k, value in changes.items() if value is not None}
+        scaling = {name: given.pop(name) for name in ScaleChoice.__annotations__ if name in given}
+        self.scale = Scale(**scaling)
+        self._has_min_area = "min_area_px" in given
         if percentiles is not None:
             given["low_percentile"], given["high_percentile"] = percentiles
         self.model = with_config(model, **given).eval()
+        self.scale.check_model(self.model.config)
         self.thresholds = Thresholds.of(self.model.config)
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}: 8 is usual")
@@ -345,10 +361,12 @@ class DINOCellPipeline:
             pixels, noted = self._average(pixels, source.names)
             notes = (*notes, *noted)
         intensity = find_range(pixels, **self.model.config.intensity)
-        notes = (*notes, *intensity.notes)
+        rescale, how = self.scale.of_image(pixel_size_um, self.model.config)
+        rescaled_shape(pixels.shape, rescale, max_pixels)
         loaded = LoadedImage(
-            *(pixels, pixel_size_um, source.name, intensity, notes),
+            *(pixels, pixel_size_um, source.name, intensity, (*notes, *intensity.notes, *how)),
             *(channels_read, source.column_names),
+            rescale=rescale,
         )
         if self.model.statistics is None:
             return loaded
@@ -369,6 +387,7 @@ class DINOCellPipeline:
             how=self.how,
             progress=progress,
             appearance=loaded.appearance,
+            rescale=loaded.rescale,
         )
 
     def finish(self, loaded: LoadedImage, distance_map: NDArray[np.float32]) -> Segmentation:
@@ -392,17 +411,26 @@ class DINOCellPipeline:
             scores=scores,
             unfamiliar=judged.unfamiliar,
             kind=judged.kind,
+            rescale=loaded.rescale,
         )
+
+    def _thresholds_of(self, loaded: LoadedImage) -> Thresholds:
+        """The thresholds in pixels of an image: the model's smallest area is one at the model's scale."""
+        if self._has_min_area or loaded.rescale == 1:
+            return self.thresholds
+        area = self.thresholds.min_area_px / loaded.rescale**2
+        return replace(self.thresholds, min_area_px=round(area))
 
     def judge(self, loaded: LoadedImage) -> Judgement:
         """What the model makes of an image that `predict` has seen."""
         notes: tuple[str, ...] = ()
+        thresholds = self._thresholds_of(loaded)
         plane, statistics = loaded.plane, self.model.statistics
         if plane.size and plane.min() == plane.max():
             notes = ("Constant image: no cells can be found",)
         compared = None if statistics is None else statistics.compare(loaded.appearance)
         if compared is None:
-            return Judgement(notes, None, "", self.thresholds)
+            return Judgement(notes, None, "", thresholds)
         if compared.reasons:
             notes = (*notes, compared.note(self.model.card.get("name") or "this model"))
         kind = compared.kind
@@ -410,7 +438,7 @@ class DINOCellPipeline:
             notes,
             compared.unfamiliar,
             "" if kind is None else kind.name,
-            self.thresholds if kind is None else replace(self.thresholds, **kind.thresholds),
+            thresholds if kind is None else replace(thresholds, **kind.thresholds),
         )
 
     def _average(

@@ -10,6 +10,7 @@ from dinocell.io.planes import MAX_PIXELS, PlaneChoice, Selection
 from dinocell.network.precision import PRECISIONS
 from dinocell.pipeline import DEFAULT_MODEL
 from dinocell.results.exports import EXPORT_FORMATS
+from dinocell.segmentation.rescale import Scale
 
 # Not part of what an image's result depends on, so a resumed run may change them (the model is known
 # by the hash of its weights).
@@ -41,6 +42,7 @@ class SegmentOptions:
     max_pixels : images of more pixels are refused before they are read
     precision : `auto`, `fp32` or `bf16`
     tta : predict each window in four orientations and take the mean map
+    rescale, diameter_px : the scale at which the network sees an image, see `Scale`
     percentiles : intensities that become black and white, in % of the pixels
     workers : threads that finish and write results
     overlay, report : also write outlines as a picture, and one HTML page
@@ -67,6 +69,8 @@ class SegmentOptions:
     max_pixels: int = MAX_PIXELS
     precision: str = "auto"
     tta: bool = False
+    rescale: str | float = "auto"
+    diameter_px: float | None = None
     percentiles: tuple[float, float] | None = None
     workers: int = 1
     overlay: bool = True
@@ -102,6 +106,7 @@ def check_options(options: SegmentOptions) -> None:
     """
     for fault in _faults(options):
         raise UsageError(fault)
+    Scale(options.rescale, options.diameter_px)
     Selection(options.channels, options.page, options.z, options.time, options.scene)
 
 

@@ -67,6 +67,7 @@ _GIVEN_UP = (
 )
 _PIPELINE_OPTIONS = (
     *("batch_size", "tile_px", "precision", "tta", "percentiles", "min_score"),
+    *("rescale", "diameter_px"),
     *("peak_threshold", "fill_threshold", "min_prominence", "min_area_px"),
 )
 # What costs one image and not the batch: anything, as decoders and OpenCV have errors of their own.
@@ -356,7 +357,7 @@ class _Batch:
         files = result.save(
             self.out, formats=self.options.formats, table=table, overlay=self.options.overlay
         )
-        summary = summarize(result.labels, table) | result.familiarity()
+        summary = summarize(result.labels, table) | result.seen()
         result = replace(result, warnings=(*result.warnings, *warned))
         if self.options.report and len(self.entries) < REPORT_LIMIT:
             self.entries[result.name] = make_entry(

@@ -95,6 +95,17 @@ class SegmentFlags:
         "both (test-time augmentation). Scores then count how far these agree. Takes four times as long.",
         False,
     )
+    rescale: str = option(
+        "Scale each side of an image by this factor for the network, for example 0.5. The value auto scales "
+        "it to the pixel size of the model's training images where the image and the model state theirs; "
+        "off leaves it as it is. Results are in pixels of the file.",
+        "auto",
+    )
+    diameter_px: float | None = option(
+        "Give the typical diameter of a cell in px of the image; the image is rescaled so that it has that "
+        "of the model's training images (in place of --rescale).",
+        names="--diameter",
+    )
     percentiles: str | None = option(
         "Scale intensities so that these two percentiles of the image become black and white, for example "
         "1,99. Borders, scale bars and hot pixels are ignored.  [default: the model's]"
@@ -122,9 +133,17 @@ class SegmentFlags:
         converted = {
             "formats": tuple(self.formats or ["tif"]),
             **plane_choice(self),
+            "rescale": _scale(self.rescale),
             "percentiles": self.percentiles and _two_numbers(self.percentiles),
         }
         return SegmentOptions(**vars(self) | converted)
+
+
+def _scale(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _two_numbers(text: str) -> tuple[float, float]:

@@ -179,11 +179,7 @@ def _predict(
     pairs.sort(key=lambda pair: natural_key(pair.image_path))
     with progress("predicting", len(pairs), shown=shown) as bar:
         for pair in pairs:
-            loaded = pipeline.load(
-                pair.image_path,
-                pixel_size_um=1.0,  # no score needs it, so that nothing is noted on it
-                **reading.plane,
-            )
+            loaded = pipeline.load(pair.image_path, **reading.plane)
             plane, name = loaded.plane, loaded.name
             file = read_label_file(pair.labels_path, shape=plane.shape)
             truth = file.pixels
@@ -197,8 +193,10 @@ def _predict(
             if reading.tta:
                 distance_map = distance_map[0].copy()  # and not how far the flips differ
             of_labels = [f"labels: {note}" for note in file.notes]
+            # no score needs a pixel size
+            noted = [note for note in loaded.warnings if "`pixel_size_um`" not in note]
             judged = pipeline.judge(loaded)
-            if found := (*loaded.warnings, *judged.notes, *of_labels):
+            if found := (*noted, *judged.notes, *of_labels):
                 notes[name] = found
             yield pair, name, truth, distance_map, judged.thresholds
             bar.advance(note=name)

@@ -53,6 +53,8 @@ class ModelConfig:
     layerscale_init: float = 1e-5
     drop_path_rate: float = 0.0  # stochastic depth while training
     pixel_size_um: float | None = None  # pixel size of the training images in µm, where known
+    # typical diameter of the cells of the training labels in px; training writes it
+    diameter_px: float | None = None
 
     def __post_init__(self) -> None:
         require_choice("`model.size`", self.size, MODEL_SIZES)
@@ -98,6 +100,12 @@ class ModelConfig:
         )
         for name in ("min_area_px", "min_contrast_sigma", "min_prominence"):
             require_at_least(f"`model.{name}`", getattr(self, name), 0)
+        for name in ("pixel_size_um", "diameter_px"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 < value < float("inf"),
+                f"`model.{name}` must be above 0 or null, got {value}: leave it out if it is not known",
+            )
         require(
             0.0 <= self.drop_path_rate < 1.0,
             f"`model.drop_path_rate` must be in [0, 1), got {self.drop_path_rate}: 0.1 is usual",

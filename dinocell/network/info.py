@@ -91,7 +91,8 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
         f"thresholds: peak {config.peak_threshold:g}, fill {config.fill_threshold:g}, "
         f"prominence {config.min_prominence:g}, smallest cell {config.min_area_px} px",
         *(f"thresholds for {kind}: {text}" for kind, text in of_kinds.items()),
-        f"pixel size: {config.pixel_size_um or 'not recorded'}",
+        f"pixel size: {_with_unit(config.pixel_size_um, 'µm')}; typical cell: "
+        f"{_with_unit(config.diameter_px, 'px')} in diameter",
         f"licence: {card.get('licence') or 'not recorded'}",
         _describe_statistics(model),
     ]
@@ -99,6 +100,10 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
         for item, value in card.get(key, {}).items():
             lines.append(f"{key}: {item}: {_described(value)}")
     return "\n".join(lines)
+
+
+def _with_unit(value: float | None, unit: str) -> str:
+    return "not recorded" if value is None else f"{value:.4g} {unit}"
 
 
 def _described(value: Any) -> str:

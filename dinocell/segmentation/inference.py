@@ -14,6 +14,7 @@ from dinocell.network.model import DINOCell
 from dinocell.network.precision import autocast
 from dinocell.scratch import all_finite, is_large, row_bands, zeros_in_file
 from dinocell.segmentation.intensity import IntensityRange, find_range
+from dinocell.segmentation.rescale import Resampling, resample, rescaled_shape
 from dinocell.segmentation.tiles import predict_windows
 
 _SIGNAL = 1.2
@@ -58,6 +59,7 @@ def predict_distance_map(
     how: Inference = Inference(),
     progress: Callable[[int, int], None] | None = None,
     appearance: Appearance | None = None,
+    rescale: float = 1.0,
 ) -> NDArray[np.float32]:
     """Distance map of a gray image of any size.
 
@@ -74,6 +76,8 @@ def predict_distance_map(
     how : batches, precision, test-time augmentation, and where the map is stored
     progress : callable (done, total), optional, called after every batch of windows
     appearance : Appearance, optional, gets what the network saw in every window, not in its flips
+    rescale : float, above 0: how many times the normalised image is enlarged for the network; the map comes
+        back in the size of `image`
 
     Returns (H, W) float32 ndarray in [0, 1], with `how.tta` (2, H, W): the mean map of the flips, and
     their standard deviation at each pixel.  All zeros for a constant image, without asking the network.
@@ -83,12 +87,15 @@ def predict_distance_map(
     """
     network = _Network(model, how, appearance)
     config = model.config
-    normalized = _NormalizedImage(image, intensity or find_range(image, **config.intensity))
-    shape = (2, *image.shape) if how.tta else image.shape
-    make = zeros_in_file if is_large(image.shape, how.tile_px) else np.zeros
+    seen_shape = image.shape if rescale == 1 else rescaled_shape(image.shape, rescale)
+    intensity = intensity or find_range(image, **config.intensity)
+    normalized = _NormalizedImage(image, intensity, seen_shape)
+    shape = (2, *seen_shape) if how.tta else seen_shape
+    large = is_large(image.shape, how.tile_px) or is_large(seen_shape, how.tile_px)
+    make = zeros_in_file if large else np.zeros
     maps: NDArray[np.float32] = make(shape, np.float32)
     if normalized.is_blank():
-        return maps
+        return make((*shape[:-2], *image.shape), np.float32)
     predict_windows(
         normalized,
         network.predict,
@@ -103,6 +110,9 @@ def predict_distance_map(
             "The network must answer with finite values, got NaN: the model file is damaged or "
             "the precision too low for it; try precision fp32"
         )
+    if seen_shape != image.shape:
+        seen, maps = maps, make((*shape[:-2], *image.shape), np.float32)
+        resample(seen, maps)
     return np.clip(maps, 0.0, 1.0, out=maps)
 
 
@@ -156,16 +166,20 @@ class _Network:
 
 
 class _NormalizedImage:
-    """The (1, H, W) normalised image that windows are read from; holds one row of windows at a time."""
+    """The (1, H, W) normalised image that windows are read from; holds one row of windows at a time.
 
-    def __init__(self, image: NDArray, intensity: IntensityRange) -> None:
+    `shape`: (H, W) that the network sees, that of the image or another, to which it is resampled.
+    """
+
+    def __init__(self, image: NDArray, intensity: IntensityRange, shape: tuple[int, int]) -> None:
         self.image, self.intensity = image, intensity
-        self.shape = (1, *image.shape)
-        self._rows, self._band = slice(0, 0), np.empty((0, image.shape[1]), np.float32)
+        self.shape = (1, *shape)
+        self._rows, self._band = slice(0, 0), np.empty((0, shape[1]), np.float32)
+        self._way = None if shape == image.shape else Resampling(image.shape, shape)
 
     def is_blank(self) -> bool:
         """Whether all of it is 0."""
-        return not any(self._read(rows).any() for rows in row_bands(self.image.shape))
+        return not any(self._read(rows).any() for rows in row_bands(self.shape[1:]))
 
     def __getitem__(self, key: tuple[slice, Any, Any]) -> NDArray[np.float32]:
         """Pixels of all channels; rows and columns are two slices, or two arrays that are combined."""
@@ -178,5 +192,11 @@ class _NormalizedImage:
     def _read(self, rows: slice) -> NDArray[np.float32]:
         """Rows of the image; those of the last band, all of a small image, are normalised once."""
         if rows.start < self._rows.start or rows.stop > self._rows.stop:
-            self._rows, self._band = rows, self.intensity.apply_rows(self.image, rows)
+            self._rows, self._band = rows, self._normalized(rows)
         return self._band[rows.start - self._rows.start : rows.stop - self._rows.start]
+
+    def _normalized(self, rows: slice) -> NDArray[np.float32]:
+        if self._way is None:
+            return self.intensity.apply_rows(self.image, rows)
+        band = self._way.rows(lambda own: self.intensity.apply_rows(self.image, own), rows)
+        return np.clip(band, 0.0, 1.0, out=band)

@@ -62,6 +62,10 @@ class JobForm(ThresholdFields):
     pixel_size_um: Annotated[float | None, Field(gt=0, le=1e6)] = Field(
         None, description="Edge of a pixel in µm, in place of the file's."
     )
+    diameter_px: Annotated[float | None, Field(gt=0, le=1e6)] = Field(
+        None,
+        description="Typical diameter of a cell in px, brought to that of the training images.",
+    )
     allow_mask: bool = Field(False, description="Accept images that look like label images.")
     tta: bool = Field(False, description="Mean of four predictions; four times as slow.")
 

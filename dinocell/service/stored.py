@@ -90,6 +90,7 @@ def keep_about(
         "warnings": judged.notes,
         "unfamiliar": judged.unfamiliar,
         "kind": judged.kind,
+        "rescale": image.rescale,
         "target": pipeline.model.config.target,
         "min_score": pipeline.min_score,
         **asdict(judged.thresholds),
@@ -181,6 +182,7 @@ class StoredResult:
             scores=scores,
             unfamiliar=self.about["unfamiliar"],
             kind=self.about.get("kind", ""),  # jobs of earlier versions have none
+            rescale=self.about.get("rescale", 1.0),  # earlier versions did not rescale
         )
 
     def _scores(

@@ -48,7 +48,7 @@ from dinocell.training.config import (
     TrainConfig,
 )
 from dinocell.training.datasets import CropDataset, read_pair
-from dinocell.training.final_model import training_statistics
+from dinocell.training.final_model import training_statistics, typical_diameter
 from dinocell.training.optimizer import learning_rate_factor, parameter_groups, step_seed
 from dinocell.training.trainer import distance_loss
 from dinocell.training.validation import Sample
@@ -230,6 +230,7 @@ class _Adaptation:
             values = tuned_values(self.thresholds[_best(found, everything)])
         adapted = with_config(adapted, **values)
         if chosen in CANDIDATES:
+            adapted = with_config(adapted, diameter_px=typical_diameter(self.pairs))
             adapted.statistics = training_statistics(adapted, self.pairs, shown=self.shown)
         return AdaptResult(path, chosen, steps, scores, values), adapted
 

@@ -33,7 +33,7 @@ _GRIDS = ThresholdGrids(
     fill_grid=np.arange(0.05, 0.61, 0.05).round(2).tolist(),
     prominence_grid=(0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
 )
-_MAX_IMAGES = 200  # whose appearance is described
+_MAX_IMAGES = 200  # of a data set, whose appearance and cells are described
 _LEAST_CELLS = 100  # of validation images that choose thresholds for their kind
 
 
@@ -71,8 +71,8 @@ def write_final_model(
     chosen = tuned_values(tuned.thresholds)
     grids = ThresholdGrids(*([value] for value in chosen.values()))
     final = tune_thresholds(samples, grids, metric="ap50", min_area_px=min_area_px)
-    model = with_config(best, **chosen)
     train_pairs, val_pairs = pairs
+    model = with_config(best, **chosen, diameter_px=typical_diameter(train_pairs))
     model.card = {
         "name": config.name,
         "description": config.description,
@@ -169,13 +169,8 @@ def training_statistics(
     """
     config = model.config
     side = 2 * config.window_px - config.overlap_px
-    sets = dict.fromkeys(pair.dataset for pair in pairs)
-    chosen = [
-        pair
-        for name in sets
-        for pair in spread_evenly([pair for pair in pairs if pair.dataset == name], _MAX_IMAGES)
-    ]
-    seen: dict[str, list[Appearance]] = {name: [] for name in sets}
+    chosen = _spread_over_sets(pairs)
+    seen: dict[str, list[Appearance]] = {pair.dataset: [] for pair in chosen}
     with progress("looking at training images", len(chosen), shown=shown) as bar:
         for pair in chosen:
             image, _ = read_pair(pair, **config.intensity)
@@ -192,3 +187,28 @@ def training_statistics(
         if not kinds:
             bar.write("too few images to describe: the model will not flag images of another kind")
     return KnownKinds(kinds) if kinds else None
+
+
+def typical_diameter(pairs: Sequence[Pair]) -> float | None:
+    """Typical diameter of the cells of training images in px; None without a cell.
+
+    The median, over up to 200 images of each data set, of the median diameter of the cells of an image,
+    each taken as a disc of the same area: every image counts once, however many cells it has.
+
+    Raises DataSetError, ImageFileError (an image or its labels cannot be used).
+    """
+    diameters = []
+    for pair in _spread_over_sets(pairs):
+        areas = np.bincount(read_pair(pair)[1].ravel())[1:]
+        if areas.any():
+            diameters.append(np.sqrt(4 / np.pi * np.median(areas[areas > 0])))
+    return round(float(np.median(diameters)), 1) if diameters else None
+
+
+def _spread_over_sets(pairs: Sequence[Pair]) -> list[Pair]:
+    """Up to `_MAX_IMAGES` of each data set, spread evenly."""
+    return [
+        pair
+        for name in dict.fromkeys(pair.dataset for pair in pairs)
+        for pair in spread_evenly([pair for pair in pairs if pair.dataset == name], _MAX_IMAGES)
+    ]

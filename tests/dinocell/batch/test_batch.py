@@ -163,6 +163,8 @@ def test_resume_needs_the_same_settings(images, tmp_path, mini_model):
         {"min_score": 0.1},
         {"precision": "bf16"},
         {"tta": True},
+        {"rescale": 2.0},
+        {"diameter_px": 12.0},
         {"percentiles": (1, 90)},
     ):
         with pytest.raises(ConfigError, match=next(iter(change))):

@@ -134,6 +134,27 @@ class TestSegment:
         assert code == 2
         assert "other values of tta" in err
 
+    def test_scale_reaches_the_files(self, capsys, two, model_path, tmp_path):
+        path = sorted((two / "images").iterdir())[0]
+        base = ["segment", path, "-m", model_path, "--device", "cpu", "--no-overlay"]
+        assert call(capsys, *base, "-o", tmp_path / "out", "--rescale", "1.5")[0] == 0
+        result = segment(path, model=model_path, rescale=1.5)
+        labels = read_labels(tmp_path / "out" / f"{path.stem}_labels.tif")
+        np.testing.assert_array_equal(labels, result.labels)
+        assert json.loads((tmp_path / "out" / "settings.json").read_text())["rescale"] == 1.5
+        with (tmp_path / "out" / "summary.csv").open() as file:
+            row = next(csv.DictReader(file))
+        assert row["rescale"] == "1.5"
+        assert "enlarged 1.5 times" in row["warnings"]
+        for wrong, sentence in (
+            (("--rescale", "much"), "--rescale must be auto, off or a number"),
+            (("--diameter", "9", "--rescale", "2"), "--diameter must come without --rescale"),
+            (("--diameter", "9"), "--diameter needs a model that knows"),
+        ):
+            code, _, err = call(capsys, *base, "-o", tmp_path / "not", *wrong)
+            assert code == 2
+            assert sentence in err
+
     def test_channels_and_page(self, capsys, model_path, tmp_path):
         rng = np.random.default_rng(0)
         path = tmp_path / "rgb.png"

@@ -75,6 +75,19 @@ def test_a_model_knows_its_training_images(finished, blob_data, tmp_path, monkey
     assert len(model.statistics.kinds[0].mean) == model.backbone.embed_dim
 
 
+def test_a_model_knows_the_diameter_of_its_training_cells(finished, blob_data):
+    pairs = find_pairs(blob_data / "images", blob_data / "labels", "blobs")
+    medians = []
+    for pair in pairs:
+        labels = read_pair(pair)[1]
+        areas = [np.count_nonzero(labels == cell) for cell in np.unique(labels)[1:]]
+        medians.append(2 * (np.median(areas) / np.pi) ** 0.5)
+    assert final_model.typical_diameter(pairs) == round(np.median(medians), 1)
+    assert final_model.typical_diameter([]) is None
+    known = load_model(finished[1].model_path).config.diameter_px
+    assert min(medians) <= known <= max(medians)
+
+
 def test_training_images_are_looked_at_in_the_middle(blob_data, small_model, monkeypatch):
     """56 of 64 x 80 px are two windows of 32 px that share 8; the intensities are those of the whole."""
     monkeypatch.setattr(familiarity, "_MIN_IMAGES", 5)
