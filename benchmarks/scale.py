@@ -3,6 +3,7 @@
     python benchmarks/scale.py --data DATA/dsb2018/test             # writes results/scale_MODEL.json
     python benchmarks/scale.py --describe OUT.safetensors --config configs/finetune/generalist_conv.yaml
                                                                     # with the diameter of training cells
+    python benchmarks/scale.py --two-passes --data DATA/dsb2018/val # writes results/two_passes_MODEL.json
 
 Images and labels are enlarged and reduced, as a camera with other pixels would have taken them: pixels of
 the reduced image are means (box filter), those of the enlarged one bicubic, labels those of the nearest
@@ -71,17 +72,58 @@ def cells(
         yield pair.image_path.stem, truth.astype(np.uint32), found.labels
 
 
+def two_passes(name: str, data: Path, out: Path) -> None:
+    """Matches at IoU 0.5 of a first pass, and of a second one at the diameter that the first has found."""
+    model = load_model(name)
+    rows = []
+    for pair in find_pairs(data / "images", data / "labels"):
+        truth = read_labels(pair.labels_path)
+        first = DINOCellPipeline(model).run(pair.image_path)
+        if not first.num_cells:
+            continue
+        areas = np.bincount(first.labels.ravel())[1:]
+        diameter = 2 * float(np.sqrt(np.median(areas) / np.pi))
+        second = DINOCellPipeline(model, diameter_px=diameter).run(pair.image_path)
+        row: dict[str, Any] = {"name": pair.image_path.stem, "diameter_px": round(diameter, 2)}
+        for key, result in (("first", first), ("second", second)):
+            image = evaluate_pairs([(pair.image_path.stem, truth, result.labels)]).images[0]
+            row[key] = [image.matches[0].tp, image.matches[0].fp, image.matches[0].fn]
+        rows.append(row)
+    typical = model.config.diameter_px or 1.0
+    record: dict[str, Any] = {"model": name, "data": "/".join(data.parts[-2:]), "ap50": {}}
+    for least in (1.0, 1.3, 1.6, 2.0, 3.0):
+        for what in ("smaller", "either"):
+            taken = [
+                row
+                for row in rows
+                if max(
+                    typical / row["diameter_px"], row["diameter_px"] / typical * (what == "either")
+                )
+                > least
+            ]
+            sums = {key: np.sum([row[key] for row in taken], axis=0) for key in ("first", "second")}
+            found = {k: round(float(v[0] / v.sum()), 4) for k, v in sums.items() if np.ndim(v)}
+            record["ap50"][f"{what}, more than {least:g} times"] = {"images": len(taken), **found}
+            print(what, least, len(taken), found, flush=True)
+    out.write_text(json.dumps(record | {"images": rows}) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Segment at each magnification, with and without rescaling, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with images/ and labels/")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--magnifications", type=float, nargs="+", default=MAGNIFICATIONS)
+    parser.add_argument("--two-passes", action="store_true")
     parser.add_argument("--describe", type=Path)
     parser.add_argument("--config", type=Path)
     args = parser.parse_args()
     if args.describe:
         describe(args.model, args.config, args.describe)
+        return
+    results = Path(__file__).parent / "results"
+    if args.two_passes:
+        two_passes(args.model, args.data, results / f"two_passes_{Path(args.model).stem}.json")
         return
     model = with_config(load_model(args.model), pixel_size_um=1.0)
     pairs = find_pairs(args.data / "images", args.data / "labels")
@@ -92,7 +134,7 @@ def main() -> None:
         "ap": {},
         "images": {},
     }
-    out = Path(__file__).parent / "results" / f"scale_{Path(args.model).stem}.json"
+    out = results / f"scale_{Path(args.model).stem}.json"
     for magnification in args.magnifications:
         for how in ("auto", "off") if magnification != 1 else ("off",):
             pipeline = DINOCellPipeline(model, rescale=how)
