@@ -23,10 +23,10 @@ from torch.nn import functional
 from dinocell.errors import UsageError
 from dinocell.files import atomic_path, require_writable, write_text_atomically
 from dinocell.io import search_images
+from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD
 from dinocell.network.model import HEADER_KEY, DINOCell, header_text, load_trainable, model_path
 from dinocell.network.onnx_graph import onnx_package
 from dinocell.pipeline import DINOCellPipeline
-from dinocell.segmentation.intensity import to_model_input
 
 PRECISIONS = ("fp32", "fp16", "int8")
 ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
@@ -45,14 +45,18 @@ class Graph(nn.Module):
         self.model = model.half() if half else model
         self.dtype = torch.float16 if half else torch.float32
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Map and features of normalised windows.
+    def forward(self, gray: Tensor) -> tuple[Tensor, Tensor]:
+        """Map and features of windows.
 
-        `image`: (B, 3, H, W) float32, ImageNet-normalised; H and W are multiples of the patch size p, 2 p at least.
+        `gray`: (B, 1, H, W) float32 in [0, 1]; H and W are multiples of the patch size p, 2 p at least.
 
         Returns the distance map (B, 1, H, W) in [0, 1], and features (B, D, H / p, W / p): those of finer
         strides are averaged over the patches.
         """
+        image = torch.cat(
+            [(gray - mean) / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)],
+            dim=1,
+        )
         maps, features = self.model.map_and_features(image.to(self.dtype))
         last = len(features) - 1  # each level has half the stride of the next
         pooled = [
@@ -133,7 +137,7 @@ def _check(path: Path, to: str, precision: str, images: object) -> None:
 def calibration_windows(
     model: DINOCell, images: str | os.PathLike[str]
 ) -> Iterator[NDArray[np.float32]]:
-    """Up to 100 windows (1, 3, H, W), two of each image, normalised for the model."""
+    """Up to 100 windows (1, 1, H, W) in [0, 1], two of each image."""
     pipeline, side = DINOCellPipeline(model), model.config.window_px
     paths = search_images([os.fspath(images)]).paths
     for path in paths[:: -(-2 * len(paths) // _WINDOWS)]:
@@ -142,12 +146,12 @@ def calibration_windows(
         gray = np.pad(gray, [(0, max(0, side - size)) for size in gray.shape], mode="symmetric")
         for place in (0.25, 0.75):
             top, left = (int(place * (size - side)) for size in gray.shape)
-            yield to_model_input(gray[top : top + side, left : left + side])[None]
+            yield np.ascontiguousarray(gray[top : top + side, left : left + side])[None, None]
 
 
 def _example(model: DINOCell) -> Tensor:
     patch = model.config.patch_size
-    return torch.zeros(2, 3, 3 * patch, 4 * patch)
+    return torch.zeros(2, 1, 3 * patch, 4 * patch)
 
 
 def _shapes(model: DINOCell) -> Any:
@@ -170,7 +174,7 @@ def _onnx(graph: Graph, header: str, windows: list[NDArray[np.float32]]) -> byte
             (_example(graph.model),),
             dynamo=True,
             dynamic_shapes=_shapes(graph.model),
-            input_names=["image"],
+            input_names=["gray"],
             output_names=["map", "features"],
             opset_version=_OPSET,
             verbose=False,
@@ -194,7 +198,7 @@ def _quantized(proto: Any, windows: list[NDArray[np.float32]]) -> Any:
 
         def get_next(self) -> dict[str, NDArray[np.float32]] | None:
             window = next(self.left, None)
-            return None if window is None else {"image": window}
+            return None if window is None else {"gray": window}
 
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")

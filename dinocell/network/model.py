@@ -150,7 +150,7 @@ class OnnxModel(DINOCell):
 
     def map_and_features(self, image: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As `DINOCell.map_and_features`; the features of all strides come as one, averaged over patches."""
-        maps, features = run_graph(self.session, image)
+        maps, features = run_graph(self.session, image[:, :1] * IMAGENET_STD[0] + IMAGENET_MEAN[0])
         return maps, (features,)
 
 

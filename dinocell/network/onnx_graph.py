@@ -47,7 +47,7 @@ def open_graph(path: Path, *, optimized: bool = True) -> Any:
         ) from error
 
 
-def run_graph(session: Any, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 3, H, W) normalised windows → maps (B, 1, H, W) and features (B, D, H / p, W / p)."""
-    maps, features = session.run(None, {"image": np.ascontiguousarray(windows.float().numpy())})
+def run_graph(session: Any, gray: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1, H, W) windows in [0, 1] → maps (B, 1, H, W) and features (B, D, H / p, W / p)."""
+    maps, features = session.run(None, {"gray": np.ascontiguousarray(gray.float().numpy())})
     return torch.from_numpy(maps), torch.from_numpy(features)
