@@ -39,6 +39,7 @@ TEST = [
     *EXTRAS["slurm"],
     *EXTRAS["serve"],
     *EXTRAS["onnx"],
+    "bioimageio.core>=0.9",  # opens packages of its model zoo
     "httpx>=0.28",  # asks the service
     "prometheus-client>=0.21",  # reads its figures
     "schemathesis>=4",  # sends what the description of its API allows

@@ -23,13 +23,14 @@ from torch.nn import functional
 from dinocell.errors import UsageError
 from dinocell.files import atomic_path, require_writable, write_text_atomically
 from dinocell.io import search_images
+from dinocell.model_zoo import package
 from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD
 from dinocell.network.model import HEADER_KEY, DINOCell, header_text, load_trainable, model_path
 from dinocell.network.onnx_graph import onnx_package
 from dinocell.pipeline import DINOCellPipeline
 
 PRECISIONS = ("fp32", "fp16", "int8")
-ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
+ENDINGS = {"onnx": ".onnx", "torch": ".pt2", "bioimageio": ".zip"}
 _OPSET = 18  # onnxruntime reads it since 1.14, OpenVINO since 2023.0
 _MOST_PATCHES = 512  # edge of the largest window, in patches
 _WINDOWS = 100  # that int8 is calibrated with, at most
@@ -81,8 +82,9 @@ def export_model(
     Parameters
     ----------
     name : bundled name or model file
-    out : file that does not exist yet, ending in .onnx or .pt2
-    to : `onnx`, or `torch`: the program of `torch.export`, which loads without DINOCell
+    out : file that does not exist yet, ending in .onnx, .pt2 or .zip
+    to : `onnx`; `torch`: the program of `torch.export`, which loads without DINOCell; or `bioimageio`: a
+        package of the BioImage Model Zoo with the ONNX graph
     precision : `fp32`, `fp16`, or for ONNX `int8`: weights (by channel) and activations in 8 bit
     images : for `int8`: folder of images like those that will be segmented, from which the ranges of the
         activations come
@@ -108,7 +110,10 @@ def export_model(
                 torch.export.save(program, whole, extra_files={HEADER_KEY: header})
                 temporary.write_bytes(whole.read_bytes())
         else:
-            temporary.write_bytes(_onnx(graph, header, windows))
+            content = _onnx(graph, header, windows)
+            if to == "bioimageio":
+                content = package(graph, model, content, _OPSET)
+            temporary.write_bytes(content)
         digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
         megabytes = temporary.stat().st_size / 1e6
     write_text_atomically(path.with_name(f"{path.name}.sha256"), f"{digest}  {path.name}\n")
@@ -118,8 +123,8 @@ def export_model(
 def _check(path: Path, to: str, precision: str, images: object) -> None:
     if to not in ENDINGS:
         raise UsageError(f"`to` must be one of {', '.join(ENDINGS)}, got {to}: choose one of these")
-    if precision not in PRECISIONS or (precision == "int8" and to != "onnx"):
-        known = PRECISIONS if to == "onnx" else PRECISIONS[:2]
+    known = {"onnx": PRECISIONS, "torch": PRECISIONS[:2]}.get(to, PRECISIONS[:1])
+    if precision not in known:
         raise UsageError(
             f"`precision` must be one of {', '.join(known)} for {to}, got {precision}: choose one of these"
         )

@@ -13,7 +13,8 @@ class Export:
     """How a model is exported, named as the parameters of `export_model`."""
 
     to: str = option(
-        "Write this: onnx, or torch (a program of torch.export, .pt2, which loads without DINOCell).",
+        "Write this: onnx, torch (a program of torch.export, .pt2, which loads without DINOCell), or "
+        "bioimageio (a package of the BioImage Model Zoo, .zip).",
         "onnx",
     )
     precision: str = option(

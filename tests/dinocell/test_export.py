@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 import dinocell
@@ -91,6 +93,20 @@ def test_the_program_of_torch_needs_no_dinocell(model, graphs):
         with torch.inference_mode():
             expected = Graph(load_model(model)).eval()(windows(shape))[0]
             assert torch.allclose(program(windows(shape))[0], expected, atol=1e-5)
+
+
+def test_programs_of_the_model_zoo_open_the_package(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("BIOIMAGEIO_CACHE_PATH", str(tmp_path / "cache"))  # before its import
+    monkeypatch.setenv("LOGURU_AUTOINIT", "False")
+    export_model(model, tmp_path / "m.zip", to="bioimageio")
+    from bioimageio.core import test_description
+
+    found = test_description(tmp_path / "m.zip")
+    assert found.status == "passed", found.format()
+    with zipfile.ZipFile(tmp_path / "m.zip") as archive:
+        described = yaml.safe_load(archive.read("rdf.yaml"))
+    assert described["license"] == "CC0-1.0"
+    assert described["config"]["dinocell"]["model"] == read_model_header(model)["model"]
 
 
 def test_segment_runs_the_graph(model, graphs):

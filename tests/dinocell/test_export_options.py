@@ -14,6 +14,8 @@ from dinocell.export import export_model
         ("a.onnx", {"to": "tensorflow"}, "`to` must be"),
         ("a.onnx", {"precision": "int4"}, "`precision` must be"),
         ("a.pt2", {"to": "torch", "precision": "int8"}, "`precision` must be one of fp32, fp16"),
+        ("a.onnx", {"to": "bioimageio"}, "ends in .zip"),
+        ("a.zip", {"to": "bioimageio", "precision": "fp16"}, "must be one of fp32 for bioimageio"),
         ("a.onnx", {"precision": "int8"}, "`images` must be given"),
         ("a.onnx", {"images": "."}, "only there"),
     ],
