@@ -121,10 +121,10 @@ def _extras() -> Iterator[Finding]:
         missing = [package.name for package in packages if package.value == "missing"]
         wrong = [f"{package.name} {package.value}" for package in packages if package.cure]
         if missing:  # an extra that nobody asked for is not wrong
-            text = f"missing {', '.join(missing)} (pip install '{DISTRIBUTION}[{name}]')"
+            text = f"missing {', '.join(missing)} (pip install '.[{name}]' in the clone)"
             yield Finding(f"extra {name}", text)
         else:
-            cure = f"pip install '{DISTRIBUTION}[{name}]'" if wrong else ""
+            cure = f"pip install '.[{name}]' in the clone" if wrong else ""
             yield Finding(f"extra {name}", ", ".join(wrong) or "installed", cure)
 
 

@@ -22,6 +22,7 @@ _CITED = {
     "text": "Caicedo et al. 2019, Nucleus segmentation across imaging experiments: the 2018 Data Science Bowl",
     "doi": "10.1038/s41592-019-0612-7",
 }
+_SPDX = {"CC0": "CC0-1.0", "MIT": "MIT", "CC BY 4.0": "CC-BY-4.0"}
 _SIDE = 256  # of the test image in px, rounded to patches
 
 
@@ -85,8 +86,6 @@ def _npy(array: Any) -> bytes:
 def _description(model: DINOCell, num_features: int, opset: int) -> dict[str, Any]:
     config, card = model.config, model.card
     patch = config.patch_size
-    free = re.search(r"CC0|MIT|CC[- ]BY[- ]4\.0", str(card.get("licence")))
-    spdx = {"CC0": "CC0-1.0", "MIT": "MIT"}.get(free[0], "CC-BY-4.0") if free else None
 
     def space(axis: str, size: Any, **more: Any) -> dict[str, Any]:
         return {"type": "space", "id": axis, "size": size} | more
@@ -104,7 +103,7 @@ def _description(model: DINOCell, num_features: int, opset: int) -> dict[str, An
         "description": str(card.get("description") or "Distance maps of cells."),
         "authors": [{"name": "the authors of DINOCell"}],
         "cite": [_CITED],
-        **({"license": spdx} if spdx else {}),
+        **_licence(card),
         "documentation": "README.md",
         "covers": ["cover.png"],
         "tags": ["cells", "nuclei", "instance-segmentation", "2d"],
@@ -163,6 +162,12 @@ def _description(model: DINOCell, num_features: int, opset: int) -> dict[str, An
         "weights": {"onnx": {"source": "weights.onnx", "opset_version": opset}},
         "config": {"dinocell": json.loads(header_text(model))},
     }
+
+
+def _licence(card: dict[str, Any]) -> dict[str, str]:
+    """The identifier of SPDX of a free licence; nothing where it is another or unknown."""
+    free = re.search(r"CC0|MIT|CC[- ]BY[- ]4\.0", str(card.get("licence")))
+    return {"license": _SPDX[free[0].replace("-", " ")]} if free else {}
 
 
 def _readme(model: DINOCell) -> str:

@@ -22,7 +22,7 @@ def onnx_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingExtraError(
-            "ONNX needs the extra onnx: pip install 'dinocell-segmentation[onnx]'"
+            "ONNX needs the extra `onnx`: run pip install '.[onnx]' in the clone of DINOCell"
         ) from error
 
 
