@@ -39,6 +39,9 @@ class ServiceFlags:
     queue: int = option("Refuse uploads while this many jobs wait.", 100, min=1)
     max_mb: float = option("Refuse files that are larger than this, in MB.", 256.0)
     max_megapixels: float = option("Refuse images with more pixels than this, in millions.", 100.0)
+    learn_minutes: float = option(
+        "Take about this long to learn from corrected images, in minutes.", 5.0
+    )
     keep_hours: float = option("Keep finished jobs for this long, in hours.", 24.0)
     keep_gb: float = option(
         "Keep at most this much of finished jobs, in GB; the oldest are deleted first.", 10.0
@@ -70,6 +73,9 @@ class ViewFlags:
     model: ModelOption = "dinocell-cells"
     device: Device = "auto"
     port: int = option("Open the page at this port.", 8001, min=0, max=65535)
+    learn_minutes: float = option(
+        "Take about this long to learn from corrected images, in minutes.", 5.0
+    )
 
 
 @app.command()

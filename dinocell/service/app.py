@@ -19,6 +19,7 @@ from dinocell import __version__
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.service.guard import Guard, problem
 from dinocell.service.history import ChangedError
+from dinocell.service.learning_routes import learning_routes
 from dinocell.service.news import News
 from dinocell.service.queue import QueueFullError
 from dinocell.service.routes import api, open_routes
@@ -41,6 +42,7 @@ def create_app(service: Service) -> FastAPI:
             sweeper.cancel()
             if service.worker is not None:
                 await asyncio.to_thread(service.worker.stop)
+            await asyncio.to_thread(service.learning.discard)
             await asyncio.to_thread(service.expire)
             service.queue.recover(killed=False)
             service.queue.close()
@@ -57,6 +59,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(open_routes)
     app.include_router(api, prefix="/api/v1")
+    app.include_router(learning_routes, prefix="/api/v1")
     _handle_errors(app)
     if STATIC.is_dir() and (STATIC / "index.html").exists():
         app.mount("/static", StaticFiles(directory=STATIC))

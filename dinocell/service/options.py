@@ -24,6 +24,7 @@ class ServiceOptions:
     queue : jobs that may wait; more are refused
     max_mb : largest upload in MB (10⁶ bytes)
     max_megapixels : largest image in 10⁶ pixels
+    learn_minutes : about how long the model may learn from corrected images
     keep_hours, keep_gb : finished jobs are deleted after so long, the oldest first if all need more
     """
 
@@ -38,6 +39,7 @@ class ServiceOptions:
     queue: int = 100
     max_mb: float = 256.0
     max_megapixels: float = 100.0
+    learn_minutes: float = 5.0
     keep_hours: float = 24.0
     keep_gb: float = 10.0
 
@@ -78,7 +80,7 @@ def _faults(options: ServiceOptions) -> Iterator[str]:
             "`token` must have printable ASCII characters only, got others: make one with "
             "`openssl rand -hex 16`"
         )
-    for name in ("max_mb", "max_megapixels", "keep_hours", "keep_gb"):
+    for name in ("max_mb", "max_megapixels", "learn_minutes", "keep_hours", "keep_gb"):
         value = getattr(options, name)
         if not 0 < value < float("inf"):
             yield f"`{name}` must be above 0, got {value}: leave it out"

@@ -58,7 +58,7 @@ _BY_ACCEPT = {
     "text/csv": "csv",
 }
 _PROBLEM = Problem.model_json_schema()
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
+PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"content": {"application/problem+json": {"schema": _PROBLEM}}, "description": text}
     for status, text in {
         400: "The request could not be read.",
@@ -74,7 +74,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 _BINARY = {"content": {"application/octet-stream": {}}, "description": "A numpy file (npy)."}
 
-api = APIRouter(responses=_PROBLEMS)
+api = APIRouter(responses=PROBLEMS)
 open_routes = APIRouter()
 
 

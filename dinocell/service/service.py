@@ -1,11 +1,16 @@
 """What the routes of the service share."""
 
+import contextlib
+from pathlib import Path
 from typing import Any, Protocol
 
+from dinocell.service.learning import Learning
 from dinocell.service.news import News
 from dinocell.service.options import ServiceOptions
 from dinocell.service.queue import Job, Queue
 from dinocell.service.stored import StoredResult
+
+_MOST_LOOKED_AT = 1000  # newest jobs, for corrected ones
 
 
 class WorkerLike(Protocol):
@@ -18,6 +23,9 @@ class WorkerLike(Protocol):
 
     def stop(self) -> None:
         """End it."""
+
+    def use(self, model: Path) -> None:
+        """Segment with another model from now on."""
 
 
 class Service:
@@ -38,6 +46,8 @@ class Service:
         self.options, self.queue = options, queue
         self.worker: WorkerLike | None = None
         self.news: News | None = None
+        self.learning = Learning(queue.folder / "learning", options.device, options.learn_minutes)
+        self.model = options.model
 
     def hear(self, line: dict[str, Any]) -> None:
         """Take a line of the worker, in any thread."""
@@ -47,6 +57,27 @@ class Service:
     def result(self, job: Job) -> StoredResult:
         """The files of a job that is done."""
         return StoredResult(self.queue.job_folder(job.id), job.file, job.name)
+
+    def corrected(self) -> list[StoredResult]:
+        """The images that somebody has corrected, the latest last."""
+        found = []
+        for job in self.queue.newest(_MOST_LOOKED_AT):
+            current = self.queue.job_folder(job.id) / "current.json"
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                if job.state == "done" and current.exists():
+                    result = self.result(job)
+                    if result.revision().edited:
+                        found.append((current.stat().st_mtime_ns, result))
+        return [result for _, result in sorted(found, key=lambda item: item[0])]
+
+    def learn(self) -> None:
+        """Adapt the model to the corrected images; UsageError, see `Learning.start`."""
+        self.learning.start(self.corrected(), self.model)
+
+    def keep_learned(self) -> None:
+        """Segment with the model that was learned from now on; UsageError, see `Learning.keep`."""
+        path = self.learning.keep(lambda model: self.worker.use(model) if self.worker else None)
+        self.model = str(path)
 
     def expire(self) -> None:
         """Delete what was kept long enough, or needs too much space."""

@@ -56,6 +56,11 @@ class WorkerProcess:
             self._thread.join()
         self._close_input()  # of one that was being started
 
+    def use(self, model: Path) -> None:
+        """Start the worker again with another model; a job that it works on is repeated."""
+        self.options = {**self.options, "model": str(model)}
+        self._close_input()
+
     @property
     def pid(self) -> int | None:
         """The number of the process, if one runs."""

@@ -226,6 +226,9 @@ class Reader:
     def stop(self) -> None:
         """There is nothing to end."""
 
+    def use(self, model: Path) -> None:
+        """The results remain those of their model; the new one is for `segment`."""
+
 
 class ViewService(Service):
     """A service that shows a folder of results, and writes corrected labels into it."""

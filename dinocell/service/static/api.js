@@ -70,6 +70,12 @@ export const relabel = (id, thresholds, revision, amend) =>
   send(`/jobs/${id}/relabel?revision=${revision}&amend=${amend}`, thresholds);
 export const correct = (id, correction, revision) => send(`/jobs/${id}/corrections?revision=${revision}`, correction);
 
+export const learning = () => json("/learning");
+export const learn = () => json("/learning", { method: "POST" });
+export const discardLearned = () => json("/learning", { method: "DELETE" });
+export const keepLearned = () => json("/learning/keep", { method: "POST" });
+export const learningPicture = async (name) => (await ask(`/learning/pictures/${name}`)).blob();
+
 // The labels of the box of pixels that a change has changed.
 export async function pixelsOf(change) {
   const packed = Uint8Array.from(atob(change.labels), (letter) => letter.charCodeAt(0));

@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { drawJobs, noteJob } from "./jobs.js";
+import { showLearning } from "./learn.js";
 import { $, guarded, inTurn, page, say, table, view } from "./state.js";
 import { element } from "./table.js";
 
@@ -37,6 +38,7 @@ export async function openJob(id) {
     showWindow();
     showState();
     drawJobs();
+    showLearning();
     say("");
   });
 }
@@ -103,6 +105,7 @@ function cellsSoon() {
     if (page.open !== shown || cells.revision !== shown.revision) return;
     Object.assign(shown, { cells, numbers: cells.numbers });
     showState();
+    showLearning();
   }), 250);
 }
 

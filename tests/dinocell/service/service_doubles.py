@@ -43,6 +43,12 @@ class WorkerThread:
         self.free.set()
         self.wake()
 
+    def use(self, model: Path) -> None:
+        from dinocell.network.model import load_model
+
+        self.worker.model = load_model(str(model))
+        self.model = describe_model(self.worker.model, str(model))
+
     def stop(self) -> None:
         self.ended.set()
         self.release()
