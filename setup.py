@@ -44,6 +44,7 @@ TEST = [
     "prometheus-client>=0.21",  # reads its figures
     "schemathesis>=4",  # sends what the description of its API allows
     "playwright>=1.50",  # drives a Chromium of the system on its page
+    "axe-playwright-python>=0.1.4",  # looks for barriers in its page
 ]
 DEV = ["ruff>=0.14", "mypy>=1.15", "types-PyYAML", "build>=1.2", "cosmic-ray>=8.4"]
 

@@ -47,19 +47,33 @@ def refuse_results(
 
 def settings_of(options: SegmentOptions, model: DINOCell) -> dict[str, Any]:
     """Everything that all results depend on, as JSON values; kept beside them in `settings.json`."""
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
     own = (*FREE_OPTIONS, *IMAGE_OPTIONS)
     kept = {key: value for key, value in asdict(options).items() if key not in own}
     config = model.config
     for key in ("peak_threshold", "fill_threshold", "min_prominence", "min_area_px"):
         if kept[key] is None:
             kept[key] = getattr(config, key)
-    kept["weights_sha256"] = digest.hexdigest()
+    kept["weights_sha256"] = _hash_of_weights(model)
     kept["dinocell_version"] = __version__
     return json.loads(json.dumps(kept))
+
+
+def _hash_of_weights(model: DINOCell) -> str:
+    """SHA-256 of names and values in float32.
+
+    Kept at the first weight until one is changed in place, because a service asks for every job.
+    """
+    weights = sorted(model.state_dict(keep_vars=True).items())
+    changes = [(id(value), value._version) for _, value in weights]
+    known = getattr(weights[0][1], "dinocell_hash", None)
+    if known is not None and known[0] == changes:
+        return known[1]
+    digest = hashlib.sha256()
+    for key, value in weights:
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
+    weights[0][1].dinocell_hash = (changes, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def make_folder(out: Path) -> None:

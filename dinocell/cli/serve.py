@@ -39,12 +39,15 @@ class ServiceFlags:
     queue: int = option("Refuse uploads while this many jobs wait.", 100, min=1)
     max_mb: float = option("Refuse files that are larger than this, in MB.", 256.0)
     max_megapixels: float = option("Refuse images with more pixels than this, in millions.", 100.0)
+    max_minutes: float = option("Stop a job that takes longer than this, in minutes.", 60.0)
     learn_minutes: float = option(
         "Take about this long to learn from corrected images, in minutes.", 5.0
     )
     keep_hours: float = option("Keep finished jobs for this long, in hours.", 24.0)
     keep_gb: float = option(
-        "Keep at most this much of finished jobs, in GB; the oldest are deleted first.", 10.0
+        "Keep at most this much of finished jobs, in GB; the oldest are deleted first. Uploads that wait "
+        "may need as much.",
+        10.0,
     )
 
 

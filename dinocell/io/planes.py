@@ -185,8 +185,19 @@ def _refuse_text(channels: Sequence[int | str] | None) -> None:
         )
 
 
-def check_size(path: Path, height: int, width: int, max_pixels: int) -> None:
-    """Refuse an image of more than `max_pixels`, before its pixels are read."""
+_CHANNELS_AT_MOST_PIXELS = 4
+"""The largest images may be read with so many channels; smaller ones with more."""
+
+
+def check_size(path: Path, height: int, width: int, channels: int, max_pixels: int) -> None:
+    """Refuse an image of more than `max_pixels`, or with too many channels, before they are read."""
+    values = height * width * channels
+    if values > _CHANNELS_AT_MOST_PIXELS * max_pixels:
+        raise ImageFileError(
+            f"An image may have up to {_CHANNELS_AT_MOST_PIXELS * max_pixels:,} values in all channels, "
+            f"'{path}' claims {height:,} × {width:,} × {channels:,} = {values:,}: choose fewer channels, "
+            "or crop it"
+        )
     if height * width > max_pixels:
         raise ImageFileError(
             f"An image may have up to {max_pixels:,} pixels, '{path}' claims {height:,} × "

@@ -214,11 +214,13 @@ def choose(path: Path, series: Sequence[Series], wanted: Selection) -> Choice:
             f"An image must have one channel axis, '{path}' has axes {one.axes} with sizes "
             f"{' × '.join(map(str, one.shape))}: export the channels as one stack or as RGB"
         )
-    check_size(path, one.sizes["Y"], one.sizes["X"], wanted.max_pixels)
     positions = None
     if wanted.channels is not None and "C" in one.axes:
         found = channel_positions(one.sizes["C"], one.channel_names, wanted.channels)
         positions = tuple(found)
+    channels = one.sizes.get("C", 1) if positions is None else len(positions)
+    channels *= one.sizes.get("S", 1)
+    check_size(path, one.sizes["Y"], one.sizes["X"], channels, wanted.max_pixels)
     return Choice(number, one, pages, projection, positions)
 
 

@@ -52,8 +52,9 @@ def split_cell(
     box, inside, heights = _cut_out(labels, distance_map, cell)
     markers = np.zeros(inside.shape, np.int32)
     if not seeds:
-        markers = _peaks(heights)
-        return _split(labels, box, flood(heights, markers, inside))
+        result = labels.copy()
+        _split(result, box, flood(heights, _peaks(heights), inside))
+        return result
     places = [_place(labels.shape, seed) for seed in seeds]
     if len(set(places)) < 2 or any(labels[place] != cell for place in places):
         raise UsageError(
@@ -67,7 +68,9 @@ def split_cell(
         markers[place] = number
     # on a flat map the flood is a breadth-first search: the closer seed wins
     grown = flood(heights if distinct else np.zeros_like(heights), markers, inside)
-    return _split(labels, box, grown)
+    result = labels.copy()
+    _split(result, box, grown)
+    return result
 
 
 def cut_cells(
@@ -83,17 +86,18 @@ def cut_cells(
     Raises UsageError (the line crosses no cell).
     """
     path = line_pixels(labels.shape, line)
-    result = labels
+    apart = np.zeros(labels.shape, bool)
+    apart[path] = True
+    result = None
     for cell in np.unique(labels[path]):
         if cell == 0 or (cells and cell not in cells):
             continue
         box, inside, heights = _cut_out(labels, distance_map, cell)
-        apart = np.zeros(labels.shape, bool)
-        apart[path] = True
         pieces, count = ndimage.label(inside & ~apart[box])
         if count > 1:
-            result = _split(result, box, flood(heights, pieces, inside))
-    if result is labels:
+            result = labels.copy() if result is None else result
+            _split(result, box, flood(heights, pieces, inside))
+    if result is None:
         raise UsageError(
             "A line must cross a cell from border to border, got one that divides none: draw it longer"
         )
@@ -297,16 +301,15 @@ def _peaks(heights: NDArray[np.float32]) -> NDArray[np.int32]:
     )
 
 
-def _split(labels: Labels, box: tuple[slice, slice], pieces: NDArray[np.int32]) -> Labels:
-    """The largest piece keeps the number; pixels that no seed reaches too."""
-    result, areas = labels.copy(), np.bincount(pieces.ravel())
+def _split(labels: Labels, box: tuple[slice, slice], pieces: NDArray[np.int32]) -> None:
+    """Number the pieces, in place; the largest keeps the number, and so do pixels that no seed reaches."""
+    areas = np.bincount(pieces.ravel())
     areas[0] = 0
     number = _next_number(labels)
     for piece in np.flatnonzero(areas):
         if piece != areas.argmax():
-            result[box][pieces == piece] = number
+            labels[box][pieces == piece] = number
             number += 1
-    return result
 
 
 def _climb(heights: NDArray[np.float32], place: tuple[int, int]) -> tuple[int, int]:

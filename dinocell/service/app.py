@@ -5,9 +5,10 @@ import contextlib
 import errno
 import sqlite3
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -86,6 +87,39 @@ def _answer(status: int, detail: str, headers: dict[str, str] | None = None) -> 
     return Response(body, status, headers)
 
 
+def _fault(fault: Mapping[str, Any]) -> str:
+    """A fault of a request in words of its own, as pydantic's name its types."""
+    name = ".".join(map(str, fault["loc"][1:])) or str(fault["loc"][0])
+    kind, limits = fault["type"], fault.get("ctx", {})
+    if kind == "missing":
+        return f"`{name}` must be given"
+    if kind == "extra_forbidden":
+        return f"`{name}` is unknown: leave it out"
+    if kind == "value_error":
+        return f"`{name}` must be a file: send it as a part of a form with a file name"
+    words = {
+        "json_invalid": "valid JSON",
+        "greater_than": f"above {limits.get('gt')}",
+        "greater_than_equal": f"at least {limits.get('ge')}",
+        "less_than": f"below {limits.get('lt')}",
+        "less_than_equal": f"at most {limits.get('le')}",
+        "literal_error": f"one of {limits.get('expected')}",
+        "string_pattern_mismatch": "max, mean or a whole number",
+        "string_too_long": f"up to {limits.get('max_length')} characters long",
+        "too_long": f"a list of up to {limits.get('max_length')} values",
+    }
+    for ending, text in (
+        ("int_parsing", "a whole number"),
+        ("int_type", "a whole number"),
+        ("int_from_float", "a whole number"),
+        ("float_parsing", "a number"),
+        ("float_type", "a number"),
+        ("bool_parsing", "true or false"),
+    ):
+        words[ending] = text
+    return f"`{name}` must be {words[kind]}" if kind in words else f"`{name}`: {fault['msg']}"
+
+
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
@@ -97,11 +131,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_values(request: Request, error: RequestValidationError) -> Response:
-        faults = [
-            f"`{'.'.join(str(part) for part in fault['loc'][1:]) or fault['loc'][0]}`: {fault['msg']}"
-            for fault in error.errors()
-        ]
-        return _answer(422, "; ".join(faults))
+        return _answer(422, "; ".join(map(_fault, error.errors())))
 
     @app.exception_handler(DINOCellError)
     async def of_ours(request: Request, error: DINOCellError) -> Response:
@@ -115,6 +145,8 @@ def _handle_errors(app: FastAPI) -> None:
     async def of_the_system(request: Request, error: OSError) -> Response:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _answer(507, "The disk of the service is full: try again later")
+        if isinstance(error, FileNotFoundError):  # deleted by another request, or too old
+            return _answer(410, "The files of the job are gone: upload it again")
         return _answer(500, "The service could not read or write a file")
 
     @app.exception_handler(Exception)

@@ -25,7 +25,9 @@ class ServiceOptions:
     max_mb : largest upload in MB (10⁶ bytes)
     max_megapixels : largest image in 10⁶ pixels
     learn_minutes : about how long the model may learn from corrected images
-    keep_hours, keep_gb : finished jobs are deleted after so long, the oldest first if all need more
+    max_minutes : a job that takes longer fails
+    keep_hours, keep_gb : finished jobs are deleted after so long, the oldest first if all need more;
+        uploads that wait may need as much
     """
 
     jobs: Path = Path("dinocell_jobs")
@@ -39,6 +41,7 @@ class ServiceOptions:
     queue: int = 100
     max_mb: float = 256.0
     max_megapixels: float = 100.0
+    max_minutes: float = 60.0
     learn_minutes: float = 5.0
     keep_hours: float = 24.0
     keep_gb: float = 10.0
@@ -80,7 +83,14 @@ def _faults(options: ServiceOptions) -> Iterator[str]:
             "`token` must have printable ASCII characters only, got others: make one with "
             "`openssl rand -hex 16`"
         )
-    for name in ("max_mb", "max_megapixels", "learn_minutes", "keep_hours", "keep_gb"):
+    for name in (
+        "max_mb",
+        "max_megapixels",
+        "max_minutes",
+        "learn_minutes",
+        "keep_hours",
+        "keep_gb",
+    ):
         value = getattr(options, name)
         if not 0 < value < float("inf"):
             yield f"`{name}` must be above 0, got {value}: leave it out"

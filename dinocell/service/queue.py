@@ -123,10 +123,12 @@ class Queue:
         write: Callable[[Path], None],
         *,
         limit: int,
+        limit_bytes: float = float("inf"),
     ) -> Job:
         """Queue a job; `write` gets the path where the upload is to be written.
 
-        Raises QueueFullError (`limit` jobs wait already); what `write` raises.  Nothing remains of it.
+        Raises QueueFullError (`limit` jobs wait already, or together they have more than `limit_bytes`);
+        what `write` raises.  Nothing remains of it.
         """
         self.refuse_if_full(limit)
         job = Job(secrets.token_hex(16), name, file, "queued", dict(options), time.time())
@@ -136,12 +138,21 @@ class Queue:
             write(folder / file)
             with self._transaction() as database:
                 self._refuse_if_full(database, limit)
+                size = size_of(folder)
+                (waiting,) = database.execute(
+                    "SELECT COALESCE(SUM(bytes), 0) FROM jobs WHERE state IN ('queued', 'running')"
+                ).fetchone()
+                if waiting + size > limit_bytes:
+                    raise QueueFullError(
+                        f"Waiting uploads may have {limit_bytes / 1e9:g} GB together, and the disk space "
+                        "for them is full: try again later"
+                    )
                 database.execute(
                     "INSERT INTO jobs (id, name, file, state, options, created, bytes) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?)",
                     (
                         *(job.id, job.name, job.file, job.state, json.dumps(job.options)),
-                        *(job.created, size_of(folder)),
+                        *(job.created, size),
                     ),
                 )
         except BaseException:
@@ -226,7 +237,11 @@ class Queue:
         A job that somebody stopped meanwhile is cancelled, however it ended.
         """
         with self._transaction() as database:
-            row = database.execute("SELECT stop FROM jobs WHERE id = ?", (job.id,)).fetchone()
+            row = database.execute(
+                "SELECT stop FROM jobs WHERE id = ? AND state = 'running'", (job.id,)
+            ).fetchone()
+            if row is None:
+                return  # its time was over
             state = "cancelled" if row["stop"] else "failed" if error else "done"
             database.execute(
                 "UPDATE jobs SET state = ?, finished = ?, error = ?, summary = ?, bytes = ? "

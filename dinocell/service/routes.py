@@ -4,7 +4,7 @@ import asyncio
 import base64
 import io
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +72,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         429: "The queue is full; see Retry-After.",
     }.items()
 }
+_LONGEST_TURN_S = 20.0
 _BINARY = {"content": {"application/octet-stream": {}}, "description": "A numpy file (npy)."}
 
 api = APIRouter(responses=PROBLEMS)
@@ -101,8 +102,22 @@ def _result(request: Request, job_id: str) -> StoredResult:
         raise HTTPException(410, "The files of the job are gone: upload it again") from error
 
 
+def _in_turn(request: Request) -> Iterator[None]:
+    """A place among the requests that compute or write files; memory is for few at a time."""
+    places = _service(request).places
+    if not places.acquire(timeout=_LONGEST_TURN_S):
+        raise HTTPException(
+            429, "Too many requests compute at once: try again later", {"retry-after": "5"}
+        )
+    try:
+        yield
+    finally:
+        places.release()
+
+
 AnyJob = Annotated[Job, Depends(_any_job)]
 Result = Annotated[StoredResult, Depends(_result)]
+IN_TURN = [Depends(_in_turn)]
 
 
 def _info(service: Service, job: Job) -> JobInfo:
@@ -133,7 +148,11 @@ def _enqueue(service: Service, form: JobForm) -> Job:
         raise UsageError(
             "`image` must be a file that is not empty, got 0 bytes: choose another one"
         )
-    job = service.queue.add(name, file, options, write, limit=service.options.queue)
+    job = service.queue.add(
+        *(name, file, options, write),
+        limit=service.options.queue,
+        limit_bytes=1e9 * service.options.keep_gb,
+    )
     if service.worker is not None:
         service.worker.wake()
     return job
@@ -204,6 +223,7 @@ def _file(result: StoredResult, kind: str) -> Response:
 
 @api.get(
     "/jobs/{job_id}/result/{kind}",
+    dependencies=IN_TURN,
     summary="A file of the result",
     response_class=FileResponse,
     responses={
@@ -217,7 +237,7 @@ def get_file(result: Result, kind: str) -> Response:
     return _file(result, kind)
 
 
-@api.get("/jobs/{job_id}/cells", summary="Measurements of all cells")
+@api.get("/jobs/{job_id}/cells", dependencies=IN_TURN, summary="Measurements of all cells")
 def get_cells(result: Result) -> Cells:
     """The columns of NAME_cells.csv, of the labels that the job has now."""
     now, segmentation = result.segmentation()
@@ -227,6 +247,7 @@ def get_cells(result: Result) -> Cells:
 
 @api.get(
     "/jobs/{job_id}/image",
+    dependencies=IN_TURN,
     summary="The pixels that were segmented",
     responses={200: _BINARY},
     response_class=Response,
@@ -245,6 +266,7 @@ def get_revision(result: Result) -> RevisionInfo:
 
 @api.get(
     "/jobs/{job_id}/labels/npy",
+    dependencies=IN_TURN,
     summary="The labels as corrections number them",
     responses={200: _BINARY},
     response_class=Response,
@@ -264,7 +286,9 @@ def _npy(array: np.ndarray) -> Response:
 Expected = Annotated[int | None, Query(ge=0, le=2**31)]
 
 
-@api.post("/jobs/{job_id}/relabel", summary="Other thresholds, without the network")
+@api.post(
+    "/jobs/{job_id}/relabel", dependencies=IN_TURN, summary="Other thresholds, without the network"
+)
 def relabel(
     result: Result,
     thresholds: ThresholdFields,
@@ -281,7 +305,7 @@ def relabel(
     return change_info(result.relabel(changes, revision=revision, amend=amend))
 
 
-@api.post("/jobs/{job_id}/corrections", summary="Change the labels by hand")
+@api.post("/jobs/{job_id}/corrections", dependencies=IN_TURN, summary="Change the labels by hand")
 def correct(result: Result, correction: Correction, revision: Expected = None) -> ChangeInfo:
     """Removes, merges, splits, grows or paints cells; undo and redo are corrections, too.
 
@@ -293,6 +317,7 @@ def correct(result: Result, correction: Correction, revision: Expected = None) -
 
 @api.put(
     "/jobs/{job_id}/labels",
+    dependencies=IN_TURN,
     summary="Replace the labels by corrected ones",
     openapi_extra={
         "requestBody": {
@@ -409,9 +434,10 @@ def list_models(request: Request) -> list[ModelInfo]:
 
 @open_routes.get("/health", summary="Whether the service works")
 def health(request: Request, response: Response) -> Health:
-    """Status 503 while the worker starts."""
+    """Status 503 while the worker starts, or starts again."""
     service = _service(request)
-    ready = service.worker is not None and service.worker.model is not None
+    worker = service.worker
+    ready = worker is not None and worker.model is not None and worker.alive
     response.status_code = 200 if ready else 503
     return Health(
         status="ok" if ready else "starting", version=__version__, **service.queue.depths()

@@ -1,6 +1,7 @@
 """What the routes of the service share."""
 
 import contextlib
+import threading
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from dinocell.service.options import ServiceOptions
 from dinocell.service.queue import Job, Queue
 from dinocell.service.stored import StoredResult
 
+_PLACES = 4  # requests that compute or write files at once
 _MOST_LOOKED_AT = 1000  # newest jobs, for corrected ones
 
 
@@ -17,6 +19,10 @@ class WorkerLike(Protocol):
     """What the application needs of the worker."""
 
     model: dict[str, Any] | None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take jobs now."""
 
     def wake(self) -> None:
         """Say that the queue has grown."""
@@ -48,6 +54,7 @@ class Service:
         self.news: News | None = None
         self.learning = Learning(queue.folder / "learning", options.device, options.learn_minutes)
         self.model = options.model
+        self.places = threading.BoundedSemaphore(_PLACES)
 
     def hear(self, line: dict[str, Any]) -> None:
         """Take a line of the worker, in any thread."""

@@ -22,14 +22,20 @@ class WorkerProcess:
     folder : of the queue
     options : fields of `SegmentOptions` that all jobs share
     hear : is called, in another thread, with each line of the worker about a job
+
+    Attributes
+    ----------
+    limit_s : a job that takes longer fails
     """
 
     def __init__(
         self, folder: Path, options: dict[str, Any], hear: Callable[[dict[str, Any]], None]
     ) -> None:
         self.folder, self.options, self.hear = folder, options, hear
+        self.limit_s = float("inf")
         self.model: dict[str, Any] | None = None
         self._process: subprocess.Popen[str] | None = None
+        self._ready = False
         self._stopped = threading.Event()
         self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -67,6 +73,11 @@ class WorkerProcess:
         running = self._process is not None and self._process.poll() is None
         return self._process.pid if running and self._process else None
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can take jobs now."""
+        return self.pid is not None and self._ready
+
     def _close_input(self) -> None:
         with self._writing:
             if self._process is not None and self._process.stdin is not None:
@@ -85,7 +96,10 @@ class WorkerProcess:
 
     def _launch(self) -> None:
         """Start a process, and read its first line."""
+        self._ready = False
         settings = {"folder": str(self.folder), "options": self.options, "recover": True}
+        if self.limit_s < float("inf"):
+            settings["limit_s"] = self.limit_s
         self._process = subprocess.Popen(
             [sys.executable, "-m", "dinocell.service.worker"],
             stdin=subprocess.PIPE,
@@ -103,7 +117,7 @@ class WorkerProcess:
             code = self._end(self._process)
             text = first.get("error") or f"The worker ended with code {code} before it was ready"
             raise (UsageError if first.get("exit_code") == 2 else DINOCellError)(text)
-        self.model = first["ready"]
+        self.model, self._ready = first["ready"], True
 
     def _end(self, process: "subprocess.Popen[str]") -> int:
         """Wait for a process that has closed its output; returns its exit code."""

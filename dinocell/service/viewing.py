@@ -220,6 +220,8 @@ class Reader:
     def __init__(self, viewed: Viewed) -> None:
         self.model: dict[str, Any] | None = viewed.describe()
 
+    alive = True
+
     def wake(self) -> None:
         """There is nothing to do."""
 

@@ -65,19 +65,38 @@ class Worker:
     model : the network
     options : what all jobs share; a job's own options come on top
     report : is called with each line of the protocol, see the module
+
+    Attributes
+    ----------
+    limit_s : a job that takes longer fails, and `give_up` ends the process, which is inside of it
     """
 
     def __init__(
         self, queue: Queue, model: DINOCell, options: SegmentOptions, report: Report
     ) -> None:
         self.queue, self.model, self.options, self.report = queue, model, options, report
+        self.limit_s = threading.TIMEOUT_MAX
+        self.give_up: Callable[[int], object] = os._exit
 
     def work_off(self) -> None:
         """Segment until no job waits."""
         while (job := self.queue.take()) is not None:
             self.report({"job": job.id, "done": 0, "total": 0})
-            self._segment(job)
+            timer = threading.Timer(self.limit_s, self._time_is_over, [job])
+            timer.daemon = True
+            timer.start()
+            try:
+                self._segment(job)
+            finally:
+                timer.cancel()
             self.report({"job": job.id})
+
+    def _time_is_over(self, job: Job) -> None:
+        limit = f"{self.limit_s / 60:g} minutes"
+        error = f"A job may take {limit}, and this one took longer: crop the image"
+        self.queue.finish(job, error=error)
+        self.report({"job": job.id})
+        self.give_up(1)
 
     def _segment(self, job: Job) -> None:
         """Work on one job; whatever goes wrong is noted as its error."""
@@ -173,6 +192,7 @@ def _main() -> None:
             model = load_model(options.model, device=options.device)
             warm_up(model, options)
             worker = Worker(Queue(folder), model, options, report)
+            worker.limit_s = settings.get("limit_s", worker.limit_s)
             worker.queue.recover(killed=settings["recover"])
             report({"ready": describe_model(model, options.model)})
             while True:

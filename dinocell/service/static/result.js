@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { drawJobs, noteJob } from "./jobs.js";
 import { showLearning } from "./learn.js";
-import { $, guarded, inTurn, page, say, table, view } from "./state.js";
+import { $, guarded, inTurn, page, plot, say, table, view } from "./state.js";
 import { element } from "./table.js";
 
 const LARGEST = 64e6; // pixels that the page shows; the results of larger images can be downloaded
@@ -124,7 +124,11 @@ function showState() {
   showThresholds(open.thresholds);
   $("undo").disabled = !open.undoable;
   $("redo").disabled = !open.redoable;
-  if (table.columns !== open.cells.columns) table.set(open.cells.columns);
+  if (table.columns !== open.cells.columns) {
+    table.set(open.cells.columns);
+    plot.set(open.cells.columns);
+    filter();
+  }
   const low = (table.columns.score || []).filter((score) => score < 0.5).length;
   const notes = [low && `${low} with a score below 0.5`, open.touched.size && `${open.touched.size} corrected`];
   $("count").replaceChildren(`${open.count} cells `, element("small", notes.filter(Boolean).join(" · ")));
@@ -200,6 +204,7 @@ function showSelection() {
   $("remove").disabled = !view.selected.size;
   $("merge").disabled = view.selected.size < 2;
   table.mark(rows);
+  plot.mark(rows);
   const place = $("selection");
   if (!rows.length) place.replaceChildren();
   else if (rows.length > 1) place.replaceChildren(element("p", `${rows.length} cells are selected`));
@@ -267,6 +272,17 @@ export function endMovement() {
 
 // --- wiring ---
 
+// Show the rows that the filter asks for.
+function filter() {
+  const wrong = table.filter($("filter").value);
+  $("filter").setAttribute("aria-invalid", String(Boolean(wrong)));
+  $("filter-note").textContent = wrong || (table.conditions.length ? `${table.order().length} of ${table.length} cells` : "");
+}
+
+const selectRows = (rows) => select(rows.map((row) => page.open.numbers[row]));
+plot.onBrush = selectRows;
+$("filter").addEventListener("input", filter);
+$("filter-select").addEventListener("click", () => selectRows(table.order()));
 table.onPick = (row) => select([page.open.numbers[row]], true);
 for (const id of ["low", "high"]) $(id).addEventListener("input", () => setWindow(id));
 for (const id of ["peak", "fill", "area"]) $(id).addEventListener("input", () => thresholdMoved(id));

@@ -1,6 +1,7 @@
 // What the parts of the page share: the images, the one that is open, the picture, the table, messages.
 
 import * as api from "./api.js";
+import { Plot } from "./plot.js";
 import { Table } from "./table.js";
 import { View } from "./view.js";
 
@@ -11,6 +12,7 @@ export const $ = (id) => document.getElementById(id);
 export const page = { jobs: new Map(), open: null, asked: null, takesImages: true };
 export const view = new View($("canvas"));
 export const table = new Table($("table"));
+export const plot = new Plot($("plot"), $("plot-across"), $("plot-up"));
 
 export function say(text) {
   $("status").textContent = text;

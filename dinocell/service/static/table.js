@@ -17,6 +17,7 @@ export class Table {
     this.column = "label";
     this.up = true;
     this.all = false;
+    this.conditions = []; // [column, operator, number]
     this.columns = {};
     place.addEventListener("click", (event) => {
       const sort = event.target.closest("button[data-column]");
@@ -48,10 +49,31 @@ export class Table {
     return some.includes("area_um2") ? some.filter((name) => name !== "area") : some;
   }
 
+  // Show the cells that meet conditions as "score < 0.5, area > 300"; returns what is wrong with them.
+  filter(text) {
+    const parts = text.split(",").map((part) => part.trim()).filter(Boolean);
+    const conditions = [];
+    for (const part of parts) {
+      const [, name, sign, number] = /^(\w+)\s*(<=|>=|<|>|=)\s*(-?[\d.]+)$/.exec(part) || [];
+      if (!name) return `"${part}" must be a column, one of < <= = >= >, and a number`;
+      if (!(name in this.columns)) return `There is no column ${name}`;
+      conditions.push([name, sign, Number(number)]);
+    }
+    this.conditions = conditions;
+    this.draw();
+    return "";
+  }
+
+  // Rows that the filter lets through, in the order of the table.
   order() {
     const values = this.columns[this.column] || [];
     const sign = this.up ? 1 : -1;
-    return [...values.keys()].sort((a, b) => {
+    const meets = (row) => this.conditions.every(([name, operator, number]) => {
+      const value = this.columns[name]?.[row];
+      if (value === null || value === undefined) return false;
+      return { "<": value < number, "<=": value <= number, "=": value === number, ">=": value >= number, ">": value > number }[operator];
+    });
+    return [...values.keys()].filter(meets).sort((a, b) => {
       if (values[a] === null || values[b] === null) return (values[a] === null) - (values[b] === null);
       return sign * (values[a] - values[b]) || a - b;
     });

@@ -33,6 +33,10 @@ class WorkerThread:
             self.free.wait()
             self.worker.work_off()
 
+    @property
+    def alive(self) -> bool:
+        return self.thread.is_alive()
+
     def wake(self) -> None:
         self.work.set()
 

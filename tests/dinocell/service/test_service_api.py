@@ -587,3 +587,92 @@ def test_failures_of_the_service_show_nothing_of_it(client, picture, monkeypatch
     assert answer.status_code == 507
     assert "secret" not in answer.text
     assert not list((client.service.options.jobs / "jobs").iterdir())
+
+
+def test_values_of_all_channels_are_limited(start, tmp_path):
+    client = start(max_megapixels=0.002)  # 2000 pixels, 8000 values
+    tifffile.imwrite(
+        tmp_path / "few.tif", np.zeros((3, 40, 45), np.uint8), photometric="minisblack"
+    )
+    tifffile.imwrite(
+        tmp_path / "many.tif", np.zeros((9, 40, 45), np.uint8), photometric="minisblack"
+    )
+    for name, word in (("many", "up to 8,000 values"), ("few", "")):
+        channels = [str(n) for n in range(9 if name == "many" else 3)]
+        answer = upload(client, tmp_path / f"{name}.tif", channels=channels)
+        assert (answer.status_code == 422) == bool(word), answer.text
+        assert word in answer.text
+
+
+def test_waiting_uploads_have_a_limit_of_their_own(start, tmp_path):
+    client = start(keep_gb=10e-6)  # 10 kB
+    client.service.worker.hold()
+    codes = [
+        upload(client, noise(tmp_path / f"{seed}.tif", seed), to="jobs").status_code
+        for seed in range(4)
+    ]
+    assert codes[0] == 202
+    assert codes[-1] == 429
+
+
+def test_few_requests_compute_at_once(client, picture, monkeypatch):
+    base = f"/api/v1/jobs/{upload(client, picture).json()['job']}"
+    monkeypatch.setattr("dinocell.service.routes._LONGEST_TURN_S", 0.01)
+    places = client.service.places
+    taken = [places.acquire(blocking=False) for _ in range(9)]
+    assert taken.count(True) == 4
+    answer = client.get(f"{base}/cells")
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
+    assert client.get(base).status_code == 200
+    for _ in range(4):
+        places.release()
+    for _ in range(9):  # each gives its place back
+        assert client.get(f"{base}/cells").status_code == 200
+
+
+def test_files_that_vanish_are_gone_and_no_fault(client, picture):
+    job = upload(client, picture).json()["job"]
+    (client.service.queue.job_folder(job) / "plane.npy").unlink()
+    answer = client.get(f"/api/v1/jobs/{job}/image")
+    assert (answer.status_code, "gone" in answer.json()["detail"]) == (410, True)
+
+
+def test_a_service_without_a_living_worker_is_not_ready(client, monkeypatch):
+    assert client.get("/health").status_code == 200
+    monkeypatch.setattr(type(client.service.worker), "alive", False)
+    answer = client.get("/health")
+    assert (answer.status_code, answer.json()["status"]) == (503, "starting")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"peak_threshold": "high"}, "`peak_threshold` must be a number"),
+        ({"min_area_px": "1.5"}, "`min_area_px` must be a whole number"),
+        ({"fill_threshold": "2"}, "`fill_threshold` must be below 1.0"),
+        ({"tta": "perhaps"}, "`tta` must be true or false"),
+        ({"z": "median"}, "`z` must be max, mean or a whole number"),
+        ({"size": "3"}, "`size` is unknown: leave it out"),
+    ],
+)
+def test_errors_of_values_are_sentences(client, picture, fields, sentence):
+    assert upload(client, picture, **fields).json()["detail"] == sentence
+
+
+def test_a_form_without_a_file_says_so(client):
+    assert client.post("/api/v1/jobs", data={"image": "text"}).json()["detail"] == (
+        "`image` must be a file: send it as a part of a form with a file name"
+    )
+    assert "`image` must be given" in client.post("/api/v1/jobs").json()["detail"]
+
+
+def test_a_job_that_takes_too_long_fails(client, picture):
+    worker, ended = client.service.worker.worker, []
+    worker.limit_s = 0.0
+    worker.give_up = ended.append
+    answer = upload(client, picture)
+    if answer.status_code == 422:  # else it was faster than the timer
+        assert "A job may take 0 minutes" in answer.json()["detail"]
+    assert len(ended) <= 1
+    worker.limit_s = 60.0
+    assert upload(client, picture).status_code == 200

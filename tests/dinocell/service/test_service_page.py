@@ -89,7 +89,8 @@ def browser():
 
 def opened(browser, address, images, width=1440, height=900):
     """The page with the first of the images open; its errors fail the test at the end."""
-    page = browser.new_page(viewport={"width": width, "height": height})
+    page = browser.new_page()
+    page.set_viewport_size({"width": width, "height": height})
     page.faults = []
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.on("console", lambda m: m.type == "error" and page.faults.append(m.text))
@@ -302,3 +303,64 @@ def test_the_page_fits_and_works_with_the_keyboard_alone(width, browser, address
     scores = [float(text) for text in page.locator("#table td:nth-child(2)").all_inner_texts()]
     assert scores == sorted(scores)
     assert page.faults == []
+
+
+@pytest.mark.slow
+def test_a_filter_and_a_plot_select_cells(browser, address, tmp_path):
+    from playwright.sync_api import expect
+
+    page = opened(browser, address, [noise(tmp_path / "field.tif", 1)])
+    job = page.request.get(f"{address}/api/v1/jobs").json()[0]["id"]
+    columns = page.request.get(f"{address}/api/v1/jobs/{job}/cells").json()["columns"]
+    page.locator("summary", has_text="Table").click()
+    middle = sorted(columns["area"])[len(columns["area"]) // 2]
+    larger = sum(area > middle for area in columns["area"])
+    assert 1 < larger < len(columns["area"])
+    page.locator("#filter").fill(f"area > {middle}, score >= 0")
+    expect(page.locator("#filter-note")).to_have_text(f"{larger} of {len(columns['area'])} cells")
+    assert page.locator("#table tbody tr").count() == larger
+    page.locator("#filter-select").click()
+    expect(page.locator("#selection")).to_have_text(f"{larger} cells are selected")
+    page.locator("#filter").fill("size > 3")
+    expect(page.locator("#filter-note")).to_have_text("There is no column size")
+    page.locator("#filter").fill("")
+
+    page.locator("summary", has_text="Plot").click()
+    page.locator("#plot").scroll_into_view_if_needed()
+    page.keyboard.press("Escape")
+    for kind, across in (("", "area"), ("score", "area")):
+        page.locator("#plot-across").select_option(across)
+        page.locator("#plot-up").select_option(kind)
+        box = page.locator("#plot").bounding_box()
+        left, right = box["x"] + 46, box["x"] + box["width"] - 10  # the margins of the plot
+        low, high = min(columns[across]), max(columns[across])
+        edge = left + (middle + 0.5 - low) / (high - low) * (right - left)
+        page.mouse.move(right + 5, box["y"] + 2)
+        page.mouse.down()
+        page.mouse.move(edge + 2.1, box["y"] + box["height"] - 2)
+        page.mouse.up()
+        chosen = page.locator("#selection")
+        expect(chosen).to_have_text(f"{larger} cells are selected")
+        page.keyboard.press("Escape")
+    assert page.faults == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_fault(browser, address, tmp_path, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    context = browser.new_context(color_scheme=scheme)
+    page = opened(context, address, [noise(tmp_path / "field.tif", 1)])
+    page.keyboard.press("q")
+    page.keyboard.press("b")
+    page.keyboard.press("?")
+    for part in ("Plot", "Table", "Improve"):
+        page.locator("summary", has_text=part).click()
+    page.locator("#learn-note", has_text="corrected").wait_for()
+    faults = [
+        f"{fault['id']}: {[node['html'] for node in fault['nodes']]}"
+        for fault in Axe().run(page).response["violations"]
+        if fault["impact"] in ("serious", "critical")
+    ]
+    assert faults == []

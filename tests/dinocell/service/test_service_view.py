@@ -8,14 +8,16 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from service_doubles import noise
 from starlette.testclient import TestClient
 
+from dinocell.batch.folder import settings_of
 from dinocell.batch.options import SegmentOptions
 from dinocell.batch.run import segment_files
 from dinocell.errors import UsageError
 from dinocell.io import read_labels
-from dinocell.network.model import save_model
+from dinocell.network.model import save_model, with_config
 from dinocell.service.app import create_app
 from dinocell.service.options import ServiceOptions
 from dinocell.service.queue import Queue
@@ -144,3 +146,16 @@ def test_new_labels_of_segment_forget_old_corrections(view, results, tmp_path, m
     assert names["a"] != job["id"]
     assert client.get(f"/api/v1/jobs/{names['a']}/labels").json()["revision"] == 0
     assert (results / "a_labels_v2.tif").exists()
+
+
+def test_the_hash_of_weights_follows_changes_in_place(mini_model):
+    def digest(model) -> str:
+        return settings_of(SegmentOptions(), model)["weights_sha256"]
+
+    first = digest(mini_model)
+    changed = copy.deepcopy(mini_model)
+    assert digest(with_config(mini_model, min_area_px=3)) == digest(changed) == first
+    with torch.no_grad():
+        next(changed.decoder.parameters()).mul_(2)
+    assert digest(changed) != first
+    assert digest(mini_model) == first
