@@ -191,17 +191,17 @@ _CHANNELS_AT_MOST_PIXELS = 4
 
 def check_size(path: Path, height: int, width: int, channels: int, max_pixels: int) -> None:
     """Refuse an image of more than `max_pixels`, or with too many channels, before they are read."""
-    values = height * width * channels
+    pixels, values = height * width, height * width * channels
+    if pixels > max_pixels:
+        raise ImageFileError(
+            f"An image may have up to {max_pixels:,} pixels, '{path}' claims {height:,} × "
+            f"{width:,} = {pixels:,}: crop it, or read a smaller level of it"
+        )
     if values > _CHANNELS_AT_MOST_PIXELS * max_pixels:
         raise ImageFileError(
             f"An image may have up to {_CHANNELS_AT_MOST_PIXELS * max_pixels:,} values in all channels, "
             f"'{path}' claims {height:,} × {width:,} × {channels:,} = {values:,}: choose fewer channels, "
             "or crop it"
-        )
-    if height * width > max_pixels:
-        raise ImageFileError(
-            f"An image may have up to {max_pixels:,} pixels, '{path}' claims {height:,} × "
-            f"{width:,} = {height * width:,}: crop it, or read a smaller level of it"
         )
 
 
