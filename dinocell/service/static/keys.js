@@ -10,7 +10,7 @@ const KEYS = [
   ["Click, Enter", "select the cell there, or in the middle"], ["Shift + click", "select one more"],
   ["R, Shift + drag", "select the cells in a rectangle"], ["Esc", "select nothing, end a tool"],
   ["Q, Shift + Q", "next, previous doubtful cell"], ["Delete, Ctrl + click", "remove cells"],
-  ["J, Alt + click", "merge cells"], ["S, then a line or two clicks", "split a cell"],
+  ["J, Alt + click", "merge cells"], ["S, then line or 2 clicks", "split a cell"],
   ["S, S", "split the selected cell by itself"], ["N, double click", "find a missed cell there"],
   ["B", "brush: a new cell, or more of the selected one"], ["E", "eraser"], ["[ ]", "smaller, larger brush"],
   ["Ctrl + Z, Ctrl + Y", "undo, redo"], ["Space (held)", "hide the labels"],
