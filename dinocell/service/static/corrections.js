@@ -11,12 +11,14 @@ const HINTS = {
   box: "Draw a rectangle: the cells in it are selected, and Delete removes them",
 };
 let seeds = [];
+let waiting = 0; // corrections that the service does not have yet
 
 // Ask the service for a correction; it is saved there at once.  Waits while the service is away.
 export async function correct(kind, values = {}) {
   const shown = page.open;
   if (!shown?.labels) return;
   endMovement();
+  waiting += 1;
   await guarded(() => inTurn(async () => {
     for (;;) {
       try {
@@ -38,6 +40,7 @@ export async function correct(kind, values = {}) {
       }
     }
   }));
+  waiting -= 1;
 }
 
 export const remove = (cells) => cells.length && correct("remove", { cells });
@@ -46,6 +49,10 @@ export function merge(cells) {
   const chosen = [...new Set(cells)];
   if (chosen.length > 1) correct("merge", { cells: chosen });
 }
+
+addEventListener("beforeunload", (event) => {
+  if (waiting) event.preventDefault();
+});
 
 // --- tools ---
 
