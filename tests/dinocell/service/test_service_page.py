@@ -364,3 +364,24 @@ def test_axe_finds_no_serious_fault(browser, address, tmp_path, scheme):
         if fault["impact"] in ("serious", "critical")
     ]
     assert faults == []
+
+
+@pytest.mark.slow
+def test_a_correction_waits_for_the_service_and_outlives_the_page(browser, address, tmp_path):
+    from playwright.sync_api import expect
+
+    page = opened(browser, address, [noise(tmp_path / "field.tif", 1)])
+    cells = count(page)
+    page.route("**/corrections?*", lambda route: route.abort())
+    page.keyboard.press("q")
+    page.keyboard.press("Delete")
+    expect(page.locator("#status")).to_contain_text("Your correction waits")
+    expect(page.locator("#count")).to_contain_text(f"{cells} cells")
+    page.unroute("**/corrections?*")
+    with corrected(page):
+        expect(page.locator("#count")).to_contain_text(f"{cells - 1} cells")
+    page.reload()
+    expect(page.locator("#count")).to_contain_text(f"{cells - 1} cells")
+    with corrected(page):
+        page.locator("#undo").click()
+    expect(page.locator("#count")).to_contain_text(f"{cells} cells")
