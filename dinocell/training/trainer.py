@@ -65,8 +65,8 @@ def train(config: TrainConfig, *, shown: bool = True, stop_after: int | None = N
     Raises ConfigError (the output folder holds a run of another configuration or of another number
     of processes, or the device does not suit several processes); DataSetError, ImageFileError (the
     images, the labels or their folders cannot be used); CheckpointError (a checkpoint or weight
-    file cannot be read, or the loss is not finite); TrainingInterruptedError (SIGINT, SIGTERM or
-    SIGUSR2 arrived, or `stop_after` was reached; a checkpoint was saved).
+    file cannot be read, or the loss is not finite); TrainingInterruptedError (SIGINT, SIGTERM, SIGHUP
+    or SIGUSR2 arrived, or `stop_after` was reached; a checkpoint was saved).
     """
     with processes_of_run(config.device) as processes:
         return _Trainer(config, processes, shown=shown, stop_after=stop_after).run()

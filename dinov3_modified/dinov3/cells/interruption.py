@@ -10,11 +10,13 @@ import torch.distributed as dist
 
 from dinov3.distributed import get_world_size
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """Context that records SIGTERM, SIGUSR2 and SIGINT; a second SIGINT interrupts as usual.
+    """Context that records `STOP_SIGNALS`; a second SIGINT interrupts as usual.
+
+    A SIGHUP that is ignored, as under nohup, stays ignored.
 
     Schedulers send the signal to the whole process group or to one process only, so the processes
     exchange what they have received.  Each exchange waits for the slowest process, so there is one in
@@ -34,6 +36,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # only the main thread may set handlers: then there are none
@@ -81,3 +85,21 @@ class Stopped(Exception):
         )
         self.signal_name = signal_name
         self.iteration = iteration
+
+
+class Interrupted(Stopped):
+    """A second SIGINT ended the run in the middle of a step, which is lost.
+
+    `saved`: iteration of the newest checkpoint, None without one.
+    """
+
+    def __init__(self, saved: int | None) -> None:
+        kept = "no checkpoint" if saved is None else f"the checkpoint after iteration {saved}"
+        after = "start again" if saved is None else "continue from there"
+        Exception.__init__(
+            self,
+            f"The run was interrupted before its state was saved; the output folder has {kept}; run "
+            f"the same command to {after}",
+        )
+        self.signal_name = signal.SIGINT.name
+        self.iteration = -1 if saved is None else saved

@@ -1,7 +1,14 @@
 """What a run starts from, and whether a folder's run may continue with a configuration (ours)."""
 
+import contextlib
+import errno
+import fcntl
+import hashlib
 import json
 import logging
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +23,94 @@ from dinov3.cells.validation import compare_configs
 from dinov3.cells.weights import LoadReport, load_backbone
 from dinov3.checkpointer import find_latest_checkpoint
 from dinov3.configs import get_default_config
+from dinov3.data import CombinedDataLoader
 
 logger = logging.getLogger("dinov3")
 
 _START_FILE = "start.json"
+_LOCK_FILE = "run.lock"
+_NAMES_COMPARED = 20_000
+
+
+@contextlib.contextmanager
+def sole_run(output_dir: Path) -> Iterator[None]:
+    """Keep a second run out of an output folder; the end of the process, however it comes, frees it.
+
+    The first process holds the lock for all processes of its run.  Where a file system has no locks,
+    a warning says so.  Raises ValueError (a run is using the folder).
+    """
+    if distributed.TorchDistributedEnvironment().rank != 0:
+        yield
+        return
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        stream = (output_dir / _LOCK_FILE).open("a+", encoding="utf-8")
+    except OSError:  # `setup_job` says what is wrong with the folder
+        yield
+        return
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                logger.warning(
+                    "Nothing keeps a second run out of %s (%s)", output_dir, error.strerror
+                )
+            else:
+                stream.seek(0)
+                holder = stream.read().strip() or "unknown"
+                raise ValueError(
+                    f"An output folder must have one run at a time, got {output_dir}, which a run is "
+                    f"using ({holder}): wait for its end, or choose another folder"
+                ) from error
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
+        yield
+
+
+def check_samples(cfg: DictConfig, loader: Any, output_dir: Path, *, fresh: bool) -> None:
+    """Refuse to continue a run when files of its data set have come or gone since its start.
+
+    The order of the samples is drawn from their number: with other files it is another order.  Keeps
+    the number and a digest of the names in OUT/start.json.
+
+    `loader`: of the batches; `fresh`: the run starts.  Raises ValueError (other samples).
+    """
+    path = output_dir / _START_FILE
+    if not path.is_file():
+        return
+    record = json.loads(path.read_text(encoding="utf-8"))
+    found = _samples(loader)
+    known = None if fresh else record.get("samples")
+    if known is not None and known != found:
+        what = (
+            f"{found['count']} instead of {known['count']} samples"
+            if found["count"] != known["count"]
+            else "others of the same number"
+        )
+        if not cfg.accelerator.allow_changed_config:
+            raise ValueError(
+                f"A resumed run must have the samples that it started with, got {what}: restore or "
+                f"remove files of {cfg.train.dataset_path}, or set "
+                "accelerator.allow_changed_config=true (the order of the samples changes)"
+            )
+        logger.warning("The samples are %s since the start of the run", what)
+    if known != found and distributed.is_main_process():
+        write_text_atomically(path, json.dumps(record | {"samples": found}, indent=1))
+
+
+def _samples(loader: Any) -> dict[str, Any]:
+    """Number of samples and a digest of their names, evenly spread ones of a large data set."""
+    if isinstance(loader, CombinedDataLoader):  # all resolutions read the same data set
+        loader = loader.loaders[0]
+    count = len(loader.dataset)
+    digest = hashlib.blake2b(digest_size=16)
+    for index in range(0, count, -(-count // _NAMES_COMPARED)):
+        digest.update(
+            loader.dataset.get_sample_name(index).encode("utf-8", "surrogateescape") + b"\n"
+        )
+    return {"count": count, "names": digest.hexdigest()}
 
 
 def check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:

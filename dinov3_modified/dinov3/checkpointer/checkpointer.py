@@ -241,19 +241,28 @@ def find_latest_checkpoint(ckpt_dir: str | Path) -> Path | None:
 def find_latest_valid_checkpoint(ckpt_dir: str | Path) -> Path | None:
     """The newest checkpoint whose files are whole; damaged ones are skipped with a warning.
 
-    Rank 0 looks, all processes get its answer.
+    Rank 0 looks, all processes get its answer.  None: the folder has no checkpoint.  Raises
+    ValueError (it has some, and all are damaged: starting over would replace them).
     """
-    answer: list[str | None] = [None]
+    answer: list[str | None] = [None, None]  # checkpoint, or what is wrong with the newest
     if is_main_process():
         for path in reversed(find_all_checkpoints(ckpt_dir)):
             problem = _damage(path)
             if problem is None:
                 answer[0] = str(path)
                 break
+            answer[1] = answer[1] or f"{path.name}: {problem}"
             logger.warning("Checkpoint %s is skipped: %s", path, problem)
     if is_enabled():
         dist.broadcast_object_list(answer, src=0)
-    return None if answer[0] is None else Path(answer[0])
+    found, newest = answer
+    if found is None and newest is not None:
+        raise ValueError(
+            f"A checkpoint of {ckpt_dir} must be intact to continue, got damaged ones only ({newest}): "
+            "restore one, rename a kept copy (ITERATION_keep) to ITERATION, or start over "
+            "(`--no-resume`)"
+        )
+    return None if found is None else Path(found)
 
 
 def _damage(folder: Path) -> str | None:

@@ -24,8 +24,14 @@ import dinov3.distributed as distributed
 from dinov3.cells.diagnostics import Diagnostics
 from dinov3.cells.files import atomic_path
 from dinov3.cells.hooks import evaluate, watched
-from dinov3.cells.interruption import Stopped, StopRequest
-from dinov3.cells.resumption import apply_start_record, check_resumption, start_record
+from dinov3.cells.interruption import Interrupted, Stopped, StopRequest
+from dinov3.cells.resumption import (
+    apply_start_record,
+    check_resumption,
+    check_samples,
+    sole_run,
+    start_record,
+)
 from dinov3.cells.run_data import data_loader, grouped, sample_names
 from dinov3.cells.schedules import (
     apply_optim_scheduler,
@@ -259,8 +265,9 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
     """Train until the last epoch, a signal, or a loss that is not finite.
 
     `resume`: continue from the newest valid checkpoint of OUT/ckpt.  Raises Stopped (a signal came;
-    the state is saved); NonFiniteLossError (see there); ValueError (the checkpoints belong to
-    another configuration).
+    the state is saved); Interrupted (a second SIGINT came before that); NonFiniteLossError (see
+    there); ValueError (the checkpoints belong to another configuration or other samples, or all are
+    damaged).
     """
     output_dir = Path(cfg.train.output_dir)
     process_group = distributed.get_process_subgroup() if dist.is_initialized() else None
@@ -272,6 +279,7 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
         logger.info("Nothing left to do: %d of %d iterations are done", start_iter, max_iter)
         return
     loader = build_multi_resolution_data_loader_from_cfg(cfg, model, start_iter)
+    check_samples(cfg, loader, output_dir, fresh=start_iter == 0)
     file = str(output_dir / "training_metrics.json")
     metric_logger = watched(MetricLogger(delimiter="  ", output_file=file), cfg, resume)
     dataset = None if isinstance(loader, CombinedDataLoader) else loader.dataset.dataset
@@ -303,6 +311,9 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
                 if stopping:
                     reason = stop.received.name if stop.received else "a signal to another process"
                     raise Stopped(reason, iteration)
+    except KeyboardInterrupt as error:
+        newest = find_latest_checkpoint(output_dir / "ckpt")
+        raise Interrupted(None if newest is None else int(newest.name)) from error
     finally:
         diagnostics.close()
     if distributed.is_subgroup_main_process():
@@ -355,8 +366,14 @@ def main(argv: list[str] | None = None) -> None:
         setup_multidistillation(args)
     # `--seed` is part of the configuration, so that a resumed run is compared with it.
     args.opts = [f"accelerator.seed={args.seed}", *(args.opts or [])]
-    args.output_dir = os.path.abspath(args.output_dir)
+    args.output_dir = os.path.abspath(os.path.expanduser(args.output_dir))
     cfg = get_cfg_from_args(args, strict=True)
+    with sole_run(Path(args.output_dir)):
+        _run_alone(args, cfg)
+
+
+def _run_alone(args: argparse.Namespace, cfg: DictConfig) -> None:
+    """`main`, in a folder that no other run is using."""
     resume = not args.no_resume
     check_resumption(cfg, Path(args.output_dir), resume)
     grouped = _needs_process_group(cfg)
@@ -384,12 +401,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _timeout(cfg: DictConfig) -> timedelta:
-    seconds = float(cfg.accelerator.timeout_s)
-    if seconds <= 0:
-        raise ValueError(
-            f"`accelerator.timeout_s` must be above 0, got {seconds:g}: 1800 gives an evaluation time"
-        )
-    return timedelta(seconds=seconds)
+    return timedelta(seconds=float(cfg.accelerator.timeout_s))
 
 
 def _needs_process_group(cfg: DictConfig) -> bool:

@@ -29,6 +29,17 @@ def test_a_second_interrupt_ends_at_once():
         signal.raise_signal(signal.SIGINT)
 
 
+def test_an_ignored_hangup_stays_ignored():
+    """As `nohup` leaves it: the end of the terminal does not end the run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(torch.device("cpu")) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.agreed(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
     ("step_s", "asked_after"),
     [

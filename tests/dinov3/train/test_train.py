@@ -22,6 +22,7 @@ from PIL import Image
 from dinov3.cells import run_data
 from dinov3.cells.hooks import watched
 from dinov3.models import vision_transformer
+from dinov3.train import train as program
 from dinov3.train.train import (
     NonFiniteLossError,
     Stopped,
@@ -174,8 +175,9 @@ def test_what_a_run_leaves(whole_run):
     assert sorted(p.name for p in (whole_run / "ckpt").iterdir()) == ["1", "3", "5"]
     assert (whole_run / "visuals" / "attention_0000003.png").is_file()
     assert sorted(losses(whole_run)) == [0, 5]
-    lines = (whole_run / "training_metrics.json").read_text()
-    assert "monitor/cls_effective_rank" in lines
+    assert "monitor/cls_effective_rank" in (whole_run / "monitor_metrics.json").read_text()
+    rows = (whole_run / "training_metrics.json").read_text().splitlines()
+    assert [json.loads(row)["lr"] >= 0 for row in rows] == [True, True]
     names = teacher(whole_run)
     assert {name.split(".")[0] for name in names} == {"backbone", "dino_head", "ibot_head"}
     assert OmegaConf.load(whole_run / "config.yaml").optim.lr == 0.001, "before scaling"
@@ -285,7 +287,11 @@ def test_wandb_has_the_lines_of_both_halves(images, tmp_path, read_history, monk
     rows = [row for file in files for row in read_history(file)]
     steps = [row["_step"] for row in rows]
     assert steps == sorted(set(steps))
-    lines = [json.loads(line) for line in (out / "training_metrics.json").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for name in ("training_metrics.json", "monitor_metrics.json")
+        for line in (out / name).read_text().splitlines()
+    ]
     expected: dict[int, dict[str, float]] = {}
     for line in lines:
         expected.setdefault(line["iteration"], {}).update(line)
@@ -310,6 +316,72 @@ def test_damaged_checkpoint_is_skipped(images, whole_run, tmp_path, caplog):
     assert "ckpt/5 is skipped" in text
     assert "continuing with iteration 4" in text
     assert same(teacher(out), teacher(whole_run))
+
+
+def test_only_damaged_checkpoints_stop_the_run(images, copied_run):
+    for path in (copied_run / "ckpt").iterdir():
+        shard = next(path.glob("*.distcp"))
+        shard.write_bytes(shard.read_bytes()[:-100])
+    names = sorted(path.name for path in (copied_run / "ckpt").iterdir())
+    with pytest.raises(
+        ValueError, match=r"must be intact to continue, got damaged ones only \(5: "
+    ):
+        run(images, copied_run)
+    assert sorted(path.name for path in (copied_run / "ckpt").iterdir()) == names
+    main(["--no-resume", *arguments(f"ImageFolder:root={images}", copied_run)])
+    assert (copied_run / "ckpt_1").is_dir()
+
+
+@pytest.mark.parametrize("change", ["removed", "renamed"])
+def test_files_that_went_between_stop_and_resumption_are_named(
+    images, copied_run, tmp_path, change
+):
+    shutil.rmtree(copied_run / "ckpt" / "5")
+    saved = OmegaConf.load(copied_run / "config.yaml")
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    saved.train.dataset_path = f"ImageFolder:root={folder}"
+    OmegaConf.save(saved, copied_run / "config.yaml")
+    (folder / "3.png").rename(folder / "3a.png") if change == "renamed" else (
+        folder / "3.png"
+    ).unlink()
+    what = "9 instead of 10 samples" if change == "removed" else "others of the same number"
+    with pytest.raises(ValueError, match=f"samples that it started with, got {what}"):
+        run(folder, copied_run)
+    run(folder, copied_run, "accelerator.allow_changed_config=true")
+    assert f"samples are {what}" in (copied_run / "logs" / "log.txt").read_text()
+
+
+def test_a_second_run_in_a_folder_is_refused(images, tmp_path, monkeypatch):
+    """From inside the first one: the lock belongs to the opened file, not to the process."""
+    refused: list[str] = []
+
+    def second(iteration: int) -> None:
+        if iteration == 1:
+            with pytest.raises(ValueError, match="one run at a time") as error:
+                run(images, tmp_path)
+            refused.append(str(error.value))
+
+    run(images, tmp_path, *hook(monkeypatch, second))
+    assert f"process {os.getpid()} on " in refused[0]
+    run(images, tmp_path)  # it ended: the folder is free
+
+
+@pytest.mark.parametrize(("iteration", "kept"), [(1, "no checkpoint"), (3, "after iteration 1")])
+def test_a_second_interrupt_says_what_was_saved(images, tmp_path, monkeypatch, iteration, kept):
+    def interrupted(self, done, batches):
+        if done == iteration:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return step(self, done, batches)
+
+    step = program._Run.step
+    monkeypatch.setattr(program._Run, "step", interrupted)
+    with pytest.raises(Stopped, match=kept) as error:
+        run(images, tmp_path)
+    assert "before its state was saved" in str(error.value)
+    assert "run the same command" in str(error.value)
+    monkeypatch.setattr(program._Run, "step", step)
+    run(images, tmp_path)
 
 
 def test_finished_run_does_nothing(images, copied_run):
@@ -451,7 +523,7 @@ def test_evaluation_hook_and_its_failure(images, tmp_path, monkeypatch):
     run(images, tmp_path, "ssl_evaluation.hook=a_hook:make", "ssl_evaluation.period_iterations=2",
         "optim.epochs=2")  # fmt: skip
     assert [iteration for iteration, _ in calls] == [1, 3, 5]
-    assert '"eval/ap50": 0.25' in (tmp_path / "training_metrics.json").read_text()
+    assert '"eval/ap50": 0.25' in (tmp_path / "monitor_metrics.json").read_text()
     assert "The evaluation of iteration 3 failed" in (tmp_path / "logs" / "log.txt").read_text()
     with pytest.raises(ValueError, match=r"package.module:function, got 'nothing:x'"):
         run(images, tmp_path / "b", "ssl_evaluation.hook=nothing:x",
@@ -670,7 +742,7 @@ def test_unreadable_image_is_named(images, tmp_path):
     shutil.copytree(images, tmp_path / "images")
     for index in range(10):
         (tmp_path / "images" / f"{index}.png").write_bytes(b"no picture")
-    with pytest.raises(RuntimeError, match=r"\d.png must be readable"):
+    with pytest.raises(ValueError, match=r"got 10 of 10 .*0.png .*, 9.png "):
         run(tmp_path / "images", tmp_path / "out")
 
 

@@ -13,14 +13,18 @@ logger = logging.getLogger("dinov3")
 
 
 class LostFields:
-    """What one process has read of the list so far; each call reads only the new lines."""
+    """What one process has read of the list so far; each call reads only the new lines.
+
+    A field is lost from a position of the run on.  Its visits before that showed it, and show it again
+    when the run is resumed from an earlier checkpoint.
+    """
 
     def __init__(self) -> None:
-        self.reasons: dict[int, str] = {}  # number of a lost field → why it is lost
+        self.since: dict[int, int] = {}  # number of a lost field → first position without it
         self._bytes_read = 0
 
-    def read(self, path: Path, is_field: Callable[[int, str], bool]) -> dict[int, str]:
-        """`reasons` with the lines that were added to the file, which need not exist.
+    def read(self, path: Path, is_field: Callable[[int, str], bool]) -> dict[int, int]:
+        """`since` with the lines that were added to the file, which need not exist.
 
         `is_field` says whether a number and a name belong together in this data set.
         """
@@ -32,15 +36,17 @@ class LostFields:
             for line in whole.splitlines():
                 entry = json.loads(line)
                 if is_field(entry["number"], entry["field"]):
-                    self.reasons[entry["number"]] = entry["reason"]
+                    number, position = entry["number"], entry.get("position", 0)
+                    self.since[number] = min(position, self.since.get(number, position))
             self._bytes_read += len(whole)
-        return self.reasons
+        return self.since
 
 
-def append_lost(path: Path, number: int, name: str, reason: str) -> None:
+def append_lost(path: Path, number: int, name: str, reason: str, position: int) -> None:
     """Add a field to the list, in one write of one short line, so that lines of processes never mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"number": number, "field": name, "reason": reason}) + "\n"
+    entry = {"number": number, "field": name, "position": position, "reason": reason}
+    line = json.dumps(entry) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())

@@ -180,7 +180,8 @@ class JUMPS3Dataset(ExtendedVisionDataset):
     ) -> None:
         """What a run knows beyond the data set's string, before the first sample.
 
-        `report_folder`: gets `lost.jsonl`; fields listed there are not tried again.  `seed`: of the
+        `report_folder`: gets `lost.jsonl`; fields listed there are not tried again after the
+        position of their loss.  `seed`: of the
         order.  `batch_size`: of a process; a warning says when a batch will hold a field twice.
         """
         self.options = options
@@ -307,7 +308,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         number = visit.field
         _, rank = self.order.step_of(position)
         for attempt in range(1, _MOST_STAND_INS + 1):
-            if number not in self._lost():
+            if position < self._lost().get(number, position + 1):
                 try:
                     made = self._pooled(number)
                 except _LOSSES as error:
@@ -354,7 +355,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
                 # By place, so that neighbours in time go to different workers.
                 if visit.place % workers != worker or number in own.running:
                     continue
-                if number in own.lost.reasons or self.field_name(number) in self._pool:
+                if number in own.lost.since or self.field_name(number) in self._pool:
                     continue
                 own.running[number] = own.fetchers.submit(partial(self._fetch_ahead, number))
         own.scheduled_to = last
@@ -373,8 +374,8 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         assert self._pool is not None
         return (self._report_folder or self._pool.folder) / "lost.jsonl"
 
-    def _lost(self) -> dict[int, str]:
-        """Fields that any process has lost: all see the same ones."""
+    def _lost(self) -> dict[int, int]:
+        """Fields that any process has lost, with the position of the loss: all see the same ones."""
         return self._machinery().lost.read(self._lost_file(), self._is_field)
 
     def _is_field(self, number: int, name: str) -> bool:
@@ -386,7 +387,7 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         name = self.field_name(number)
         reason = str(error).strip().split("\n")[0][:300]
         path = self._lost_file()
-        append_lost(path, number, name, reason)
+        append_lost(path, number, name, reason, position)
         logger.warning("Field %s is lost and replaced (%s)", name, reason)
         lost = len(self._lost())
         step, _ = self.order.step_of(position)

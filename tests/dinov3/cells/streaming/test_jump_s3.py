@@ -276,6 +276,33 @@ def test_a_lost_field_is_recorded_and_replaced(bucket, index_file, truth, tmp_pa
     assert drawn(resumed, 4, advance=12) == found[0][48:64]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_visits_before_a_loss_stay_whole_after_a_resumption(
+    bucket, index_file, truth, tmp_path, workers
+):
+    """A run loses a field in its second pass, is killed, and continues from the first."""
+    root, (name,) = broken_bucket(bucket, tmp_path, [4], "missing")
+    first = opened(index_file, bucket[0], tmp_path)
+    whole = drawn(first, 24)
+    second = opened(index_file, root, tmp_path)
+    second.load_field(96)  # the pool of this run is another one
+    assert whole == truth[:96]
+    drawn(second, 24, advance=24)
+    assert name in (tmp_path / "lost.jsonl").read_text()
+    resumed = opened(index_file, bucket[0], tmp_path)
+    found = drawn(resumed, 30, workers=workers)
+    assert found[:96] == truth[:96]
+    assert name not in [name for name, _ in found[96:]]
+
+
+def test_a_list_of_losses_without_positions_is_of_the_whole_run(bucket, index_file, tmp_path):
+    dataset = opened(index_file, bucket[0], tmp_path)
+    name = dataset.get_sample_name(0)
+    line = {"number": dataset.order.visit(0).field, "field": name, "reason": "x"}
+    (tmp_path / "lost.jsonl").write_text(json.dumps(line) + "\n")
+    assert dataset.load_field(0).name != name
+
+
 def test_too_many_lost_stop_the_run(bucket, index_file, tmp_path):
     root, _ = broken_bucket(bucket, tmp_path, list(range(0, 24, 2)), "missing")
     dataset = opened(index_file, root, tmp_path)
