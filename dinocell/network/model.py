@@ -26,6 +26,7 @@ from dinocell.network.decoder import create_decoder
 from dinocell.network.detail import ConvPyramid, pyramid_widths
 from dinocell.network.familiarity import KnownKinds
 from dinocell.network.onnx_graph import open_graph, run_graph
+from dinocell.network.weights import BUNDLED_FOLDER as _BUNDLED_FOLDER
 from dinocell.settings import config_from_mapping, config_to_mapping, require
 from dinocell.tree import tree_imports
 
@@ -35,7 +36,6 @@ _FORMAT_VERSION = 1
 # what weights are made for
 _ARCHITECTURE = ("size", "patch_size", "decoder", "image_channels", "intensities", "target")
 _KNEES = (0.1, 0.01)  # of `compress_intensities`, as shares of the range
-_BUNDLED_FOLDER = Path(__file__).parents[1] / "models"
 
 
 class DINOCell(nn.Module):

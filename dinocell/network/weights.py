@@ -21,6 +21,9 @@ RELEASED: dict[str, str] = {
 }
 
 
+BUNDLED_FOLDER = Path(__file__).parents[1] / "models"
+
+
 def cache_folder() -> Path:
     """`DINOCELL_WEIGHTS`, else `~/.cache/dinocell/weights`; UsageError without a home."""
     chosen = os.environ.get("DINOCELL_WEIGHTS")
@@ -35,7 +38,7 @@ def cache_folder() -> Path:
 
 
 def find_weights(name: str | Path) -> Path:
-    """A path as it is, or the file of the cache that a name stands for; fetches nothing.
+    """A path as it is, or the file that a name stands for: bundled, or in the cache; fetches nothing.
 
     Raises UsageError (a released backbone that has not been fetched; the message says how to get
     it).
@@ -43,6 +46,8 @@ def find_weights(name: str | Path) -> Path:
     path = Path(name)
     if path.exists() or path.name != str(name):
         return path
+    if (bundled := BUNDLED_FOLDER / f"{path.name}.safetensors").is_file():
+        return bundled
     cached = cache_folder() / RELEASED.get(path.name, path.name)
     if cached.is_file():
         return cached

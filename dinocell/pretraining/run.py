@@ -8,7 +8,10 @@ from typing import Any
 from dinocell.errors import DINOCellError, StoppedError, UsageError
 from dinocell.network.weights import find_weights
 from dinocell.pretraining.submitted import run_folder
+from dinocell.submitted import read_yaml
 from dinocell.tree import tree_is_bundled
+
+_WEIGHTS = ("student.pretrained_weights", "student.resume_from_teacher_chkpt")
 
 
 def pretrain(
@@ -25,7 +28,7 @@ def pretrain(
     ----------
     config : YAML with keys of `ssl_default_config.yaml` and `dinocell.yaml`
     overrides : `key=value`, which replace values of the file.  `student.pretrained_weights` may be
-        the name of a fetched backbone.
+        the name of a bundled model or of a fetched backbone, also in the file.
     output_dir : `runs/ssl/NAME` of the configuration's file name by default
     resume : continue from the newest complete checkpoint.  Otherwise start over; earlier
         checkpoints are moved aside.
@@ -42,7 +45,7 @@ def pretrain(
     if not config.is_file():
         raise UsageError(f"`config` must be a file, got {config}: see configs/ssl")
     output_dir = run_folder(config, output_dir)
-    overrides = [_with_path(change) for change in overrides]
+    overrides = [*_named_weights(config, overrides), *(_with_path(c) for c in overrides)]
     argv = ["--config-file", str(config), "--output-dir", str(output_dir), "--seed", str(seed)]
     if not resume:
         argv.append("--no-resume")
@@ -96,6 +99,17 @@ def _newest_teacher(output_dir: Path) -> Path:
 def _with_path(change: str) -> str:
     """The override with the path of the weights where it names fetched weights."""
     key, _, value = change.partition("=")
-    if key in ("student.pretrained_weights", "student.resume_from_teacher_chkpt") and value:
-        return f"{key}={find_weights(value)}"
-    return change
+    return f"{key}={find_weights(value)}" if key in _WEIGHTS and value else change
+
+
+def _named_weights(config: Path, overrides: Sequence[str]) -> list[str]:
+    """Overrides with the paths of weights that the file gives by name."""
+    student = read_yaml(config).get("student")
+    given = {change.partition("=")[0] for change in overrides}
+    found = []
+    for key in _WEIGHTS:
+        name = student.get(key.partition(".")[2]) if isinstance(student, dict) else None
+        if isinstance(name, str) and name and key not in given:
+            path = find_weights(name)
+            found += [f"{key}={path}"] if str(path) != name else []
+    return found

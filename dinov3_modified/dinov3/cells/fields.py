@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 _SUBSAMPLE = 4  # every fourth pixel of each axis is enough for percentiles
 _COARSE = 8  # pixels of a field per pixel of its foreground map
 
@@ -85,6 +86,14 @@ def decode_planes(data: bytes, name: str) -> np.ndarray:
                 import tifffile
 
                 array = tifffile.imread(io.BytesIO(data))
+        elif has_16_bits(data):  # PIL keeps the upper 8 bits of a colour picture
+            import cv2
+
+            array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+            if array is None:
+                raise ValueError("the 16-bit colour PNG cannot be decoded")
+            if array.ndim == 3:
+                array = array[..., [2, 1, 0]]
         else:
             from PIL import Image
 
@@ -108,6 +117,19 @@ def decode_planes(data: bytes, name: str) -> np.ndarray:
             "it to TIFF with one page a channel"
         )
     return np.ascontiguousarray(array)
+
+
+def has_16_bits(data: bytes) -> bool:
+    """Whether the header of a PNG or TIFF says 16 bits a channel."""
+    if data[:8] == _PNG_START:
+        return data[24:25] == b"\x10"  # fifth field of the first chunk
+    if data[:4] not in TIFF_STARTS:
+        return False
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page: Any = file.pages[0]
+        return bool(page.bitspersample == 16)
 
 
 def _decode_plain_tiff(data: bytes) -> np.ndarray | None:

@@ -1,10 +1,14 @@
-"""Datasets by name, the strings that name them, and what all do with a sample (ours).
+r"""Datasets by name, the strings that name them, and what all do with a sample (ours).
 
 `Name:key=value:...` as upstream's, with more names and with more keys than root, extra and split.
+A part without "=" belongs to the value before it, so that /data/10:30:00 is a path; \: is a colon
+anywhere.  A value may have "=" and start with "~", the home folder.
 """
 
 import importlib
 import inspect
+import os
+import re
 from typing import Any
 
 from dinov3.cells.checks import one_of
@@ -51,7 +55,7 @@ def parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
 
     Raises ValueError (unknown name, key, split or type).
     """
-    name, *tokens = dataset_str.split(":")
+    name, *tokens = _parts(dataset_str)
     one_of("The name in a dataset string", name, DATASETS)
     module, _, attribute = DATASETS[name].partition(":")
     class_ = getattr(importlib.import_module(module), attribute)
@@ -59,7 +63,7 @@ def parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
     kwargs: dict[str, Any] = {}
     for token in tokens:
         key, equals, value = token.partition("=")
-        if not equals or "=" in value:
+        if not equals:
             raise ValueError(
                 f"A dataset string must be Name:key=value:..., got {token!r} in {dataset_str!r}: "
                 "write key=value"
@@ -74,6 +78,18 @@ def parse_dataset_str(dataset_str: str) -> tuple[type, dict[str, Any]]:
         one_of(f"The split of {name}", kwargs["split"], splits.__members__, DatasetSplitError)
         kwargs["split"] = splits[kwargs["split"]]
     return class_, kwargs
+
+
+def _parts(dataset_str: str) -> list[str]:
+    """The name and each key=value."""
+    parts: list[str] = []
+    for part in re.split(r"(?<!\\):", dataset_str):
+        text = part.replace("\\:", ":")
+        if len(parts) > 1 and "=" not in part:
+            parts[-1] += f":{text}"
+        else:
+            parts.append(text)
+    return parts
 
 
 def transformed(data: Any, image: Any, target: Any) -> tuple[Any, Any]:
@@ -108,6 +124,8 @@ def _typed(name: str, key: str, value: str, kind: type) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+        if kind is str and value.startswith("~/"):
+            return os.path.expanduser(value)
         return kind(value)
     except (ValueError, KeyError) as error:
         raise ValueError(

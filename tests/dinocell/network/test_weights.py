@@ -107,10 +107,12 @@ def test_student_or_teacher(tmp_path):
 def test_a_model_gives_its_backbone(capsys, tmp_path):
     if not bundled_models():
         pytest.skip("no bundled model in this tree")
-    from dinocell.network.model import _BUNDLED_FOLDER, load_model
+    from dinocell.network.model import load_model
+    from dinocell.network.weights import BUNDLED_FOLDER
 
-    path = _BUNDLED_FOLDER / "dinocell-tiny.safetensors"
+    path = BUNDLED_FOLDER / "dinocell-tiny.safetensors"
     assert "ViT-Ti/8" in describe_weights(path)
+    assert describe_weights("dinocell-tiny") == describe_weights(path), "by its name"
     convert_weights(path, tmp_path / "b.pth")
     state = torch.load(tmp_path / "b.pth", weights_only=True)
     expected = load_model("dinocell-tiny").backbone.vit.state_dict()

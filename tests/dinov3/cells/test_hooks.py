@@ -14,6 +14,7 @@ import pytest
 import tifffile
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import nn
 
 from dinov3.cells import hooks
@@ -220,7 +221,7 @@ def test_views_where_torchvision_keeps_the_transform_twice(store):
 
 
 def test_other_datasets_stay_as_they_are(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     dataset = ImageFolder(root=str(tmp_path))
     assert with_views(dataset, plain()) is dataset
 

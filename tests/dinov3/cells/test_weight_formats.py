@@ -341,3 +341,25 @@ def test_description_makes_the_network(tmp_path, image):
     assert len(sha256(path)) == 64
     config = json.loads((written(vit(), tmp_path, "hf") / "config.json").read_text())
     assert config["num_register_tokens"] == 4
+
+
+@pytest.mark.parametrize("part", ["whole", "last rows"])
+def test_a_download_that_was_cut_short_is_refused(tmp_path, part):
+    """Zeros stand where the rest of the file is missing."""
+    state = vit().state_dict()
+    matrix = state["blocks.1.mlp.fc2.weight"]
+    matrix[0 if part == "whole" else 100 :] = 0
+    torch.save(state, tmp_path / "cut.pth")
+    with pytest.raises(WeightsError, match=r"got zeros in blocks.1.mlp.fc2.weight of .*cut short"):
+        read_backbone(tmp_path / "cut.pth")
+
+
+def test_a_classifier_is_left_out_with_a_note(tmp_path):
+    state = vit().state_dict()
+    torch.save(
+        state | {"head.weight": torch.zeros(5, 128), "head.bias": torch.zeros(5)},
+        tmp_path / "c.pth",
+    )
+    found, description = read_backbone(tmp_path / "c.pth")
+    assert found.keys() == state.keys()
+    assert "The classifier of the file is left out: head.weight, head.bias" in description.notes

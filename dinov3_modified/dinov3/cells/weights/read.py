@@ -24,6 +24,9 @@ from dinov3.cells.weights.fit import State, WeightsError, refuse_differences
 from dinov3.cells.weights.foreign import HF_KERNEL, from_hf, from_timm
 from dinov3.checkpointer.patch_size_adaptation import adapt_state_dict
 
+# What a network for classification has behind its backbone.
+_CLASSIFIER = re.compile(r"(head|fc|classifier|linear_head|score)\.(weight|bias)")
+
 # Number of heads by width, for files that do not contain it.  Other widths have heads of 64 channels, as
 # all smaller released networks.
 _HEADS = {1536: 24, 4096: 32}
@@ -54,7 +57,8 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
     `path`: `.pth`, `.safetensors`, a folder of Hugging Face, or a DCP folder of a run; `which`:
     "teacher" or "student", of a file that holds both.  Returns the state dict on the CPU in the
     types of the file, and its description.  Raises FileNotFoundError (the path does not exist);
-    WeightsError (it is not the complete backbone of a DINOv3 ViT; the keys are listed).
+    WeightsError (it is not the complete backbone of a DINOv3 ViT, or has zeros in place of weights;
+    the keys are listed).
     """
     one_of("which", which, NETWORKS, WeightsError)
     path = Path(path)
@@ -77,7 +81,19 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
             f"Weights must be finite numbers, got NaN or infinity in {listed(broken)} of {path}: the "
             "run diverged, take an earlier checkpoint"
         )
+    heads = [key for key in state if _CLASSIFIER.fullmatch(key)]
+    for key in heads:
+        del state[key]
+    if zero := [
+        key for key, value in state.items() if key.endswith(".weight") and _ends_in_zeros(value)
+    ]:
+        raise WeightsError(
+            f"Weights must have been trained, got zeros in {listed(zero)} of {path}: the download was "
+            "cut short, or the file was never filled; fetch it again"
+        )
     notes, heads_known = _fill_in(state, found)
+    if heads:
+        notes.append(f"The classifier of the file is left out: {listed(heads)}")
     description = replace(
         described(state, path, kind), which=found.which, heads_known=heads_known, notes=tuple(notes)
     )
@@ -88,6 +104,11 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
         "fetch or convert it again",
     )
     return state, description
+
+
+def _ends_in_zeros(value: Tensor) -> bool:
+    """Whether the last row is zero, as behind the end of a download into a file of the full size."""
+    return value.numel() > 0 and not bool(value[-1].any())
 
 
 def _fill_in(state: State, found: FoundNetwork) -> tuple[list[str], bool]:
