@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dinov3.cells.checks import one_of
+from dinov3.cells.ranges import RANGES
 
 logger = logging.getLogger("dinov3")
 
@@ -59,12 +60,13 @@ _FREE_KEYS = {
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _KNOWN: dict[str, tuple[Any, ...]] = {
-    "train.centering": ("sinkhorn_knopp", "softmax"),
+    "train.centering": ("sinkhorn_knopp", "softmax", "auto"),
     "compute_precision.param_dtype": tuple(PRECISIONS),
     "compute_precision.reduce_dtype": tuple(PRECISIONS),
     "gram.tokens_used": ("all", "masked", "unmasked"),
     "MODEL.META_ARCHITECTURE": ("SSLMetaArch",),
     "optim.optimizer": ("adamw",),
+    "optim.scaling_rule": ("sqrt_wrt_1024", "linear_wrt_256", "none"),
     "ibot.separate_head": (True,),  # the patch loss has a head of its own
     "dino.koleo_distributed_replicas": (0,),
 }
@@ -93,10 +95,10 @@ def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_keys(cfg: DictConfig, default: DictConfig, source: str) -> None:
-    """Refuse keys and types that the default configuration does not have.
+    """Refuse keys, types and values that the default configuration and `RANGES` do not have.
 
     `source`: where `cfg` comes from, for the message.  Raises ValueError (names the nearest known
-    keys).
+    keys, or what the value must be).
     """
     # Schedules of the second form are free; gram.loss_weight_schedule is null or such a section.
     known = dict(leaves(default))
@@ -112,10 +114,31 @@ def check_keys(cfg: DictConfig, default: DictConfig, source: str) -> None:
                 f"Keys must be those of ssl_default_config.yaml, got {key} in {source}{hint}: correct this key"
             )
         _check_type(key, value, known[key], source)
+        _check_range(key, value, known[key], source)
+        if key in _KNOWN:
+            one_of(key, value, _KNOWN[key])
+
+
+def _check_range(key: str, value: Any, default: Any, source: str) -> None:
+    """Of a number, or of each number of a list."""
+    allowed = RANGES.get(key)
+    if allowed is None or (value is None and allowed.null):
+        return
+    for number in value if isinstance(value, list) and value else [value]:
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            what = "a number"
+        elif number not in allowed:
+            what = str(allowed)
+        else:
+            continue
+        raise ValueError(
+            f"`{key}` must be {what}, got {'nothing' if number is None else number} in {source}: "
+            f"its default is {'null' if default is None else default}"
+        )
 
 
 def _check_type(key: str, value: Any, default: Any, source: str) -> None:
-    if value is None or default is None:
+    if default is None or (value is None and not isinstance(default, (bool, list))):
         return
     # Crop sizes and ratios may be lists of resolutions.
     if isinstance(value, list) != isinstance(default, list) and not key.startswith("crops."):
@@ -177,15 +200,8 @@ def check_ssl_settings(cfg: DictConfig) -> None:
     """
     for key, known in _KNOWN.items():
         one_of(key, OmegaConf.select(cfg, key), known)
-    _require(
-        cfg.crops.local_crops_number > 0,
-        f"`crops.local_crops_number` must be at least 1, got {cfg.crops.local_crops_number}: 8 is usual",
-    )
-    _require(
-        cfg.accelerator.accumulation_steps >= 1,
-        f"`accelerator.accumulation_steps` must be at least 1, got {cfg.accelerator.accumulation_steps}: "
-        "1 is without accumulation",
-    )
+    for key in ("crops.local_crops_number", "accelerator.accumulation_steps"):
+        _check_range(key, OmegaConf.select(cfg, key), 1, "the configuration")
     _require(
         not cfg.multidistillation.enabled,
         "`multidistillation.enabled` must be false, got true: this tree trains one student",

@@ -3,12 +3,14 @@
 import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import dinov3.distributed as distributed
@@ -16,6 +18,13 @@ from dinov3.cells.files import atomic_path
 from dinov3.cells.validation import check_keys, warn_of_ignored_keys
 
 logger = logging.getLogger("dinov3")
+
+# Keys whose values may start with "~", the home folder; data set strings expand their own.
+_PATHS = (
+    "student.pretrained_weights", "student.resume_from_teacher_chkpt", "gram.ckpt",
+    "distillation.checkpoint_path", "distillation.full_cfg_path", "streaming.store",
+    "streaming.pool_folder", "streaming.disk_cache", "ssl_evaluation.data",
+)  # fmt: skip
 
 
 @dataclass
@@ -57,7 +66,7 @@ def get_cfg_from_args(
     if args.config_file:
         parts.append((str(args.config_file), _read(Path(args.config_file))))
     opts = list(args.opts or [])
-    output_dir = os.path.abspath(args.output_dir or ".")
+    output_dir = os.path.abspath(os.path.expanduser(args.output_dir or "."))
     for item in opts:
         if not isinstance(item, str) or "=" not in item:
             raise ValueError(f"Changes must be key=value, got {item!r}: such as optim.lr=0.0005")
@@ -74,6 +83,9 @@ def get_cfg_from_args(
             check_keys(part, default, source)
         merged = OmegaConf.merge(merged, part)  # type: ignore[assignment]
     OmegaConf.resolve(merged)
+    for key in _PATHS:
+        if str(value := OmegaConf.select(merged, key)).startswith("~"):
+            OmegaConf.update(merged, key, os.path.expanduser(value))
     return merged
 
 
@@ -83,13 +95,24 @@ def _read(path: Path) -> DictConfig:
     try:
         cfg = OmegaConf.load(path)
     except Exception as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{path} must be YAML, got an error ({reason}): correct this line"
+            f"{path} must be YAML, got an error {_place(path, error)}: correct this line"
         ) from error
     if not isinstance(cfg, DictConfig):
         raise ValueError(f"{path} must hold keys, got {type(cfg).__name__}: see configs/ssl")
     return cfg
+
+
+def _place(path: Path, error: Exception) -> str:
+    """Line, key and reason of an error in a YAML file."""
+    reason = str(error).splitlines()[0]
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f"({reason})"
+    number = error.problem_mark.line + 1
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[:number]
+    keys = [found[1] for line in lines if (found := re.match(r"\s*([\w.]+)\s*:", line))]
+    near = f", at or after the key {keys[-1]}" if keys else ""
+    return f"in line {number}{near} ({error.problem or reason})"
 
 
 def global_batch_size(cfg: DictConfig) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dinov3.cells.validation import leaves, warn_of_ignored_keys
+from dinov3.cells.ranges import RANGES
+from dinov3.cells.validation import check_keys, leaves, warn_of_ignored_keys
 from dinov3.configs import (
     IGNORED_KEYS,
     DinoV3SetupArgs,
@@ -55,14 +56,69 @@ def test_order_default_file_command_line(tmp_path):
         ("", ("optim.lr=true",), "must be not a truth value"),
         ("", ("train.batch_size_per_gpu=2.5",), "must be a whole number, got 2.5"),
         ("", ("ibot.mask_ratio_min_max=0.3",), "must be a list"),
+        ("", ("optim.lr=",), r"optim.lr` must be a number, got nothing in the command line"),
+        ("", ("optim.lr=-0.1",), r"optim.lr` must be at least 0, got -0.1 in"),
+        ("", ("optim.lr=.nan",), r"optim.lr` must be at least 0, got nan in"),
+        ("train: {batch_size_per_gpu: 0}", (), r"must be at least 1, got 0 in .*c.yaml"),
+        ("", ("teacher.teacher_temp=0",), r"teacher_temp` must be above 0, got 0 in"),
+        ("", ("student.drop_path_rate=1",), "must be at least 0 and below 1, got 1 in"),
+        ("", ("crops.global_crops_scale=[0,1]",), "must be above 0 and at most 1, got 0 in"),
+        ("", ("crops.global_crops_size=[64,null]",), "must be a number, got nothing in"),
+        ("", ("gram.max_updates=-1",), "must be at least 0, or null, got -1 in"),
+        ("", ("train.compile=",), "must be true or false, got None in"),
+        ("", ("optim.scaling_rule=",), r"must be one of sqrt_wrt_1024, linear_wrt_256, none, got"),
         ("", ("optim.lr",), "must be key=value, got 'optim.lr'"),
-        ("a: [", (), "must be YAML"),
+        ("a: [", (), r"must be YAML, got an error in line 2, at or after the key a \("),
+        ("optim:\n  lr: 1\n  epochs: {\n", (), r"in line 4, at or after the key epochs \("),
+        ("optim:\n\tlr: 1\n", (), r"in line 2, at or after the key lr \(.*cannot start any token"),
         ("- 1", (), "must hold keys, got"),
     ],
 )
 def test_wrong_keys_and_values(tmp_path, text, opts, message):
     with pytest.raises(ValueError, match=message):
         merged(tmp_path, text, *opts)
+
+
+def test_every_number_has_a_range():
+    """Numbers, lists of numbers, and keys without a value; the defaults lie within."""
+    default = dict(leaves(get_default_config()))
+    numbers = {
+        key: value
+        for key, value in default.items()
+        for one in (value if isinstance(value, list) and value else [value])
+        if isinstance(one, (int, float)) and not isinstance(one, bool)
+    }
+    assert set(numbers) <= set(RANGES), "the list of ranges is that of the keys"
+    assert {key for key in RANGES if key not in numbers} <= {
+        key for key, value in default.items() if value is None
+    }
+    for key, value in numbers.items():
+        assert all(one in RANGES[key] for one in (value if isinstance(value, list) else [value]))
+
+
+@pytest.mark.parametrize("value", ["", "null", "fast", "-1e9"])
+def test_no_number_takes_a_wrong_value(value):
+    """Each key in turn: one sentence, never a traceback of the code that uses it."""
+    default = get_default_config()
+    for key, allowed in RANGES.items():
+        change = OmegaConf.from_dotlist([f"{key}={value}"])
+        if value in ("", "null") and allowed.null:
+            check_keys(change, default, "here")
+            continue
+        if key == "crops.rgb_mean" and value == "-1e9":
+            continue
+        with pytest.raises(ValueError, match=rf"^`{key}` must be "):
+            check_keys(change, default, "here")
+
+
+def test_the_home_folder_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/a")
+    cfg = merged(tmp_path, "student: {pretrained_weights: ~/w.pth}", "streaming.disk_cache=~/c")
+    assert cfg.student.pretrained_weights == "/home/a/w.pth"
+    assert cfg.streaming.disk_cache == "/home/a/c"
+    assert cfg.gram.ckpt is None
+    args = DinoV3SetupArgs("", output_dir="~/out")
+    assert get_cfg_from_args(args).train.output_dir == "/home/a/out"
 
 
 def test_what_is_allowed(tmp_path):
