@@ -144,9 +144,10 @@ def report() -> None:
         path = FOLDER / name / "evaluation.jsonl"
         if path.is_file():
             evaluations[name] = [json.loads(line) for line in path.read_text().splitlines()]
-        path = FOLDER / name / "training_metrics.json"
-        if path.is_file():
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
+        files = [FOLDER / name / f"{kind}_metrics.json" for kind in ("training", "monitor")]
+        if files[0].is_file():
+            texts = [path.read_text() for path in files if path.is_file()]
+            lines = [json.loads(line) for text in texts for line in text.splitlines()]
             # Norms of every block are in the run's own file.
             curves[name] = [{k: v for k, v in line.items() if k.count("/") < 2} for line in lines]
     result["evaluations"] = evaluations

@@ -400,3 +400,21 @@ def test_wrong_arguments(caplog):
         small(embed_dim=36)
     small(window=3)
     assert "without effect: window" in caplog.text
+
+
+def test_an_added_factory_is_found_by_its_name(monkeypatch):
+    """As upstream, which looks up any name in the module; other functions of it make no network."""
+    from dinov3.configs import get_default_config
+    from dinov3.models import build_model_from_cfg, vision_transformer
+
+    def my_network(patch_size: int = 16, **kwargs):
+        return vision_transformer.DinoVisionTransformer(
+            patch_size=patch_size, embed_dim=16, depth=1, num_heads=2, **kwargs
+        )
+
+    cfg = get_default_config()
+    cfg.student.arch = "my_network"
+    with pytest.raises(ValueError, match="arch` must be one of vit_tiny, "):
+        build_model_from_cfg(cfg)
+    monkeypatch.setattr(vision_transformer, "my_network", my_network, raising=False)
+    assert build_model_from_cfg(cfg, only_teacher=True)[1] == 16

@@ -103,6 +103,9 @@ class SmoothedValue:
 class MetricLogger:
     """Meters by name; a line on the log and one in a JSON-lines file at intervals.
 
+    What is measured at other intervals (`record`) is in a file of its own beside it,
+    monitor_metrics.json, so that all lines of a file have the same keys.
+
     `delimiter`: between the meters of a printed line.  `output_file`: JSON lines: `iteration`,
     `iter_time` and `data_time` in seconds, the median of every meter over its window, and
     `data_wait_share`, `images_per_second` and GPU memory in MiB where they are known; written by
@@ -188,18 +191,26 @@ class MetricLogger:
         values = {"iter_time": iter_time, "data_time": data_time, "data_wait_share": share}
         if "global_batch_size" in medians and iter_time > 0:
             values["images_per_second"] = medians["global_batch_size"] / iter_time
-        self.record(iteration, {**values, **_gpu_memory(), **medians})
+        self._append(self.output_file, iteration, {**values, **_gpu_memory(), **medians})
 
     def record(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Append a line with any values, such as those measured at longer intervals (ours)."""
+        """Append a line to monitor_metrics.json: values measured at longer intervals (ours)."""
+        self._append(self._monitor_file, iteration, values)
+
+    @property
+    def _monitor_file(self) -> str | None:
+        file = self.output_file
+        return None if file is None else str(Path(file).with_name("monitor_metrics.json"))
+
+    def _append(self, file: str | None, iteration: int, values: Mapping[str, float]) -> None:
         if not is_main_process():
             return
-        if self.output_file is not None:
+        if file is not None:
             finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
             line = json.dumps({"iteration": iteration, **finite}, allow_nan=False)
             try:
                 # One write of one line: a run that is killed leaves at most one torn line.
-                with open(self.output_file, "a", encoding="utf-8") as stream:
+                with open(file, "a", encoding="utf-8") as stream:
                     stream.write(line + "\n")
             except OSError as error:  # a full disk: checkpoints decide whether the run can continue
                 logger.warning("A line of metrics could not be written (%s): make room", error)
@@ -223,8 +234,9 @@ class MetricLogger:
         """
         if n_iterations is None:
             n_iterations = start_iteration + len(iterable)  # type: ignore[arg-type]
-        if self.output_file is not None and is_main_process():
-            _cut_back(Path(self.output_file), start_iteration)
+        for file in (self.output_file, self._monitor_file):
+            if file is not None and is_main_process():
+                _cut_back(Path(file), start_iteration)
         iter_time, data_time = SmoothedValue(fmt="{avg:.6f}"), SmoothedValue(fmt="{avg:.6f}")
         begin = end = time.perf_counter()
         width = len(str(n_iterations))

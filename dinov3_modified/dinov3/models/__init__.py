@@ -1,5 +1,6 @@
 """Vision transformers by name and from a configuration (matches `dinov3.models`, ViT part)."""
 
+import inspect
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,19 @@ mask_k_bias untie_cls_and_patch_norms untie_global_and_local_cls_norm
 """.split()  # noqa: SIM905
 
 
+def _factories() -> list[str]:
+    """Names of the functions of `vision_transformer` that make a network, also of those added to it."""
+    found = []
+    for name, value in vars(vits).items():
+        if callable(value) and not isinstance(value, type) and not name.startswith("_"):
+            try:
+                parameters = inspect.signature(value).parameters
+            except (TypeError, ValueError):
+                continue
+            found += [name] if "patch_size" in parameters else []
+    return found
+
+
 def build_model(
     args: Any,
     only_teacher: bool = False,
@@ -38,8 +52,7 @@ def build_model(
 
     Returns (teacher, width) or (student, teacher, width).
     """
-    factories = [name for name in vars(vits) if name.startswith("vit_")]
-    one_of("student.arch", args.arch, factories)
+    one_of("student.arch", args.arch, _factories())
     if getattr(args, "fp8_enabled", False):
         raise ValueError(
             "`student.fp8_enabled` must be false, got true: this tree has no fp8 layers"

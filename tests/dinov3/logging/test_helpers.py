@@ -173,6 +173,25 @@ def test_resume_cuts_the_file_back(tmp_path):
     assert rows[3]["loss"] == 27.0  # of the repeated iterations 25 to 30
 
 
+def test_what_is_measured_at_other_intervals_has_its_own_file(tmp_path):
+    """So that every line of the first file has every key; both are cut back on resumption."""
+    path = tmp_path / "training_metrics.json"
+    for start, stop in ((0, 25), (15, 31)):
+        logger = MetricLogger(output_file=str(path))
+        steps = logger.log_every(range(start, stop), 10, n_iterations=31, start_iteration=start)
+        for iteration in steps:
+            logger.update(lr=0.1, loss=float(iteration))
+            if iteration % 6 == 0:
+                logger.record(iteration, {"monitor/rank": 3.0})
+    rows = lines(path)
+    assert [row["iteration"] for row in rows] == [0, 10, 20, 30]
+    assert len({tuple(row) for row in rows}) == 1
+    assert all(row["lr"] == 0.1 for row in rows)
+    measured = lines(tmp_path / "monitor_metrics.json")
+    assert [row["iteration"] for row in measured] == [0, 6, 12, 18, 24, 30]
+    assert all(set(row) == {"iteration", "monitor/rank"} for row in measured)
+
+
 def test_torn_last_line_without_anything_to_cut(tmp_path):
     path = tmp_path / "m.json"
     path.write_text('{"iteration": 0}\n{"iteration": 10}')  # whole, but its end of line is lost
@@ -192,7 +211,8 @@ def test_lines_are_strict_json(tmp_path):
     path = tmp_path / "m.json"
     logger = MetricLogger(output_file=str(path))
     logger.record(3, {"a": float("nan"), "b": float("inf"), "c": 1.5})
-    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+    assert not path.exists()
+    assert json.loads((tmp_path / "monitor_metrics.json").read_text(), parse_constant=pytest.fail) == {
         "iteration": 3, "a": None, "b": None, "c": 1.5
     }  # fmt: skip
 
@@ -210,7 +230,9 @@ def test_listeners_get_every_line(tmp_path):
     run(logger, 0, 11, n=11)
     logger.record(11, {"extra": 2.0})
     assert [(it, {"iteration": it, **values}) for it, values in seen] == [
-        (row["iteration"], row) for row in lines(tmp_path / "m")
+        (row["iteration"], row)
+        for name in ("m", "monitor_metrics.json")
+        for row in lines(tmp_path / name)
     ]
 
 

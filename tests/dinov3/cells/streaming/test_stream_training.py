@@ -58,7 +58,7 @@ def test_a_run_over_a_faulty_network_is_that_from_a_folder(proxy, index_file, lo
     main(arguments(index_file, tmp_path, *network))
     assert same(tmp_path, local_run)
     assert sum(n for kind, n in proxy.counts.items() if kind != "requests") > 0
-    lines = [json.loads(x) for x in (tmp_path / "training_metrics.json").read_text().splitlines()]
+    lines = [json.loads(x) for x in (tmp_path / "monitor_metrics.json").read_text().splitlines()]
     assert any("stream/requests" in line for line in lines)
 
 
