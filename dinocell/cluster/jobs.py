@@ -15,6 +15,7 @@ from dinocell.cluster.record import (
     run_progress,
 )
 from dinocell.cluster.slurm import JobState, cluster_name, job_states, slurm_is_here
+from dinocell.errors import UsageError
 
 _RECENT_S = 7 * 86_400
 _SLURM_ENDS = {
@@ -63,7 +64,8 @@ def list_jobs(*, folder: str | Path | None = None, everything: bool = False) -> 
     submitted more than a week ago and have ended, and those after which another job has continued in
     the same folder.
 
-    Raises UsageError (the user has no home, so nothing can be listed).
+    Raises UsageError (the user has no home, so nothing can be listed; or `folder` does not exist and
+    no job has run in it).
     """
     list_path()
     here = cluster_name() if slurm_is_here() else ""
@@ -74,6 +76,8 @@ def list_jobs(*, folder: str | Path | None = None, everything: bool = False) -> 
         if item.cluster == here or not here
         if wanted is None or wanted in (path := Path(item.run_dir), *path.parents)
     ]
+    if wanted is not None and not submissions and not wanted.is_dir():
+        raise UsageError(f"`folder` must be a folder that exists, got {folder}: check the path")
     newest = {item.run_dir: item.job for item in submissions}
     # What has its end on record need not be asked for: lists grow long.
     records = {item.run_dir: read_record(item.run_dir) for item in submissions}

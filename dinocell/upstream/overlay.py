@@ -116,6 +116,12 @@ def _foreign_changes(scratch: Scratch, series: Series) -> list[str]:
     entries = scratch.entries("HEAD", tracked) if tracked else {}
     top = scratch.top()
     foreign = []
+    carriage = [path for path in tracked if _has_other_line_ends(top / path, entries.get(path))]
+    if carriage:
+        raise UsageError(
+            f"The checkout must have the line ends of its repository, got CRLF in {len(carriage)} files "
+            f"such as {carriage[0]}: clone it again with `git clone -c core.autocrlf=false`"
+        )
     for path in tracked:
         staged = run_git(scratch.checkout, "diff", "--cached", "--quiet", "--", str(top / path))
         same = blob_id(_plain(_read(top / path) or b"")) == entries.get(path)
@@ -125,6 +131,13 @@ def _foreign_changes(scratch: Scratch, series: Series) -> list[str]:
     ours = [path for path in untracked if path in series.files and path not in written]
     foreign += [path for path in ours if _compared(top / path, series.files[path]) != "there"]
     return sorted(foreign)
+
+
+def _has_other_line_ends(path: Path, blob: str | None) -> bool:
+    """Whether git wrote a file with CRLF that has LF in the commit (core.autocrlf)."""
+    content = _read(path) or b""
+    unix = content.replace(b"\r\n", b"\n")
+    return content != unix and blob_id(_plain(unix)) == blob
 
 
 def _written(scratch: Scratch) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 from dinocell.cli import main
 from dinocell.cluster.jobs import jobs_text, list_jobs
 from dinocell.cluster.record import JobRecord, Start, Submission, note_submission, write_record
+from dinocell.errors import UsageError
 
 DAY_S = 86_400
 
@@ -290,3 +291,10 @@ def test_without_a_home_a_sentence_replaces_the_list(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["jobs"])
     assert "set XDG_STATE_HOME to the folder" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_folder_that_does_not_exist_is_refused(tmp_path):
+    assert list_jobs(folder=tmp_path) == []
+    with pytest.raises(UsageError, match=r"`folder` must be a folder that exists, got .*nowhere"):
+        list_jobs(folder=tmp_path / "nowhere")

@@ -195,6 +195,15 @@ def test_settings_of_the_user_do_not_matter(upstream, series):
     assert set(states(upstream, series).values()) == {"offset"}
 
 
+def test_a_checkout_with_other_line_ends_is_refused(upstream, series):
+    """As `core.autocrlf` of Windows makes one: git itself calls all files unchanged."""
+    upstream.git("config", "core.autocrlf", "true")
+    for path in upstream.folder.rglob("*.py"):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    with pytest.raises(UsageError, match=r"line ends of its repository, got CRLF in \d+ files"):
+        status_of(upstream.folder, series)
+
+
 def test_an_old_git_is_refused(upstream, series, monkeypatch):
     def old(folder, *arguments, **how):
         if arguments == ("--version",):

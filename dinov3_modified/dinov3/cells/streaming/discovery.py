@@ -22,7 +22,7 @@ from typing import Any
 from dinov3.cells.checks import one_of
 from dinov3.cells.files import write_text_atomically
 from dinov3.cells.streaming.index import FieldRecord, IndexWriter, split_url
-from dinov3.cells.streaming.store_options import ObjectMissing
+from dinov3.cells.streaming.store_options import ObjectForbidden, ObjectMissing
 from dinov3.cells.streaming.stores import ObjectStore
 from dinov3.data.datasets.jump_cellpainting import PATTERNS
 
@@ -243,6 +243,8 @@ def _read_table(store: ObjectStore, folder: str) -> list[dict[str, Any]] | None:
             continue
         try:
             data = store.get(f"{folder}{name}")
+        except ObjectForbidden:  # a listing in its place would be another index
+            raise
         except ObjectMissing:
             continue
         assert isinstance(data, bytes)

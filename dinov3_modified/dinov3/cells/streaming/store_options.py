@@ -20,6 +20,10 @@ class ObjectMissing(StoreError):
     """The store answers that there is no such object, or that it is not public."""
 
 
+class ObjectForbidden(ObjectMissing):
+    """The store has it, perhaps, and does not show it."""
+
+
 class ObjectDamaged(StoreError):
     """What arrives is not what was stored, again and again."""
 

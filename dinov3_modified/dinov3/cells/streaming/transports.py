@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dinov3.cells.streaming.store_options import (
+    ObjectForbidden,
     ObjectMissing,
     StoreError,
     StoreMisconfigured,
@@ -114,6 +115,7 @@ class _Obstore:
                 "fork: leave multiprocessing_context as it is, or use transport boto3"
             )
         _obstore_pids.add(os.getpid())
+        self._signed = options.signed
         place = urllib.parse.urlsplit(options.url)
         self._obstore = obstore
         self._no_parts = False
@@ -147,7 +149,7 @@ class _Obstore:
             first, end = part
             whole_end = {"suffix": end} if first is None else {"offset": first}
             options = {"range": whole_end if None in part else part}
-        with _translated(key):
+        with _translated(key, self._signed):
             try:
                 found = self._obstore.get(self._store, key, options=options)
             except Exception as error:
@@ -165,14 +167,14 @@ class _Obstore:
     def keys(self, prefix: str) -> Iterator[tuple[str, int]]:
         # Its prefixes are whole names between slashes: the rest is compared here.
         whole = prefix.rpartition("/")[0]
-        with _translated(prefix):
+        with _translated(prefix, self._signed):
             for batch in self._obstore.list(self._store, prefix=whole or None):
                 for item in batch:
                     if item["path"].startswith(prefix):
                         yield item["path"], item["size"]
 
     def folders(self, prefix: str) -> list[str]:
-        with _translated(prefix):
+        with _translated(prefix, self._signed):
             found = self._obstore.list_with_delimiter(self._store, prefix=prefix.strip("/") or None)
         return [name.strip("/").rpartition("/")[2] for name in found["common_prefixes"]]
 
@@ -194,6 +196,7 @@ class _Boto3:
         import botocore
         from botocore.config import Config
 
+        self._signed = options.signed
         place = urllib.parse.urlsplit(options.url)
         self._bucket = place.netloc
         self._prefix = f"{place.path.strip('/')}/" if place.path.strip("/") else ""
@@ -217,7 +220,7 @@ class _Boto3:
             first, end = part
             last = "" if end is None else end if first is None else end - 1
             how["Range"] = f"bytes={'' if first is None else first}-{last}"
-        with _translated(key):
+        with _translated(key, self._signed):
             found = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **how)
             with found["Body"] as stream:
                 data = stream.read()
@@ -231,13 +234,13 @@ class _Boto3:
         return iter(pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix, **how))
 
     def keys(self, prefix: str) -> Iterator[tuple[str, int]]:
-        with _translated(prefix):
+        with _translated(prefix, self._signed):
             for page in self._pages(prefix):
                 for item in page.get("Contents", ()):
                     yield item["Key"].removeprefix(self._prefix), item["Size"]
 
     def folders(self, prefix: str) -> list[str]:
-        with _translated(prefix):
+        with _translated(prefix, self._signed):
             pages = list(self._pages(prefix, Delimiter="/"))
         found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
         return [name.strip("/").rpartition("/")[2] for name in found]
@@ -255,7 +258,7 @@ OPENERS: dict[str, Callable[[StoreOptions], Transport]] = {
 
 
 @contextmanager
-def _translated(key: str) -> Iterator[None]:
+def _translated(key: str, signed: bool) -> Iterator[None]:
     """Errors of a transport as ours: missing for good, or transient with its kind."""
     try:
         yield
@@ -273,9 +276,12 @@ def _translated(key: str) -> Iterator[None]:
             raise ObjectMissing(
                 f"{key} must be as long as its index says, got less: index the plate again"
             ) from error
-        if status in (401, 403, 404):
-            what = "be public" if status in (401, 403) else "exist"
-            raise ObjectMissing(f"{key} must {what}, got {status}: check key and bucket") from error
+        if status in (401, 403):
+            who = "open to the credentials of the environment" if signed else "public"
+            what = "these credentials" if signed else "key and bucket"
+            raise ObjectForbidden(f"{key} must be {who}, got {status}: check {what}") from error
+        if status == 404:
+            raise ObjectMissing(f"{key} must exist, got 404: check key and bucket") from error
         raise Transient(_kind(status, text), text) from error
 
 

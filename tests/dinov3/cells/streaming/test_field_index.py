@@ -27,6 +27,7 @@ from dinov3.cells.streaming.index import (
     side_of_plate,
     split_url,
 )
+from dinov3.cells.streaming.store_options import ObjectForbidden
 from dinov3.cells.streaming.stores import ObjectStore, StoreOptions
 
 PLATE = PlateFolder("p", "s", "b", "BR0", "", "p/s/images/b/images/BR0__x/")
@@ -315,6 +316,19 @@ def test_tables_and_listing_give_the_same(gallery, tmp_path):
         assert {index[n].name: index[n].keys for n in range(len(index))} == expected
     assert listing.column("bytes").sum() == sum(r.size_bytes for r in records)
     assert sorted(p.name for p in tmp_path.glob("*.plates")) == []
+
+
+def test_a_table_that_may_not_be_read_stops_the_index(gallery, tmp_path, monkeypatch):
+    """A listing in its place would name other channels, perhaps, in silence."""
+    store, _ = gallery
+    plates = find_plates(store, "cpg0000")
+
+    def get(self, key, accept=None):
+        raise ObjectForbidden(f"{key} must be public, got 403: check key and bucket")
+
+    monkeypatch.setattr(ObjectStore, "get", get)
+    with pytest.raises(ObjectForbidden, match="must be public, got 403"):
+        make_index(store, plates, tmp_path / "x.arrow", threads=1)
 
 
 def test_an_interrupted_index_continues(gallery, tmp_path, monkeypatch):

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from dinov3.cells.streaming import stores
+from dinov3.cells.streaming import stores, transports
 from dinov3.cells.streaming.store_options import (
     ObjectDamaged,
+    ObjectForbidden,
     ObjectMissing,
     ObjectUnreadable,
     StoreError,
@@ -95,6 +96,16 @@ def test_signed_and_unsigned(moto, transport, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     assert ObjectStore(options(moto, transport, signed=True)).get("secret.bin") == b"x"
+
+
+@pytest.mark.parametrize(("signed", "who"), [(False, "public"), (True, "open to the credentials")])
+def test_a_refusal_says_whose_it_is(signed, who):
+    class PermissionDeniedError(Exception):
+        pass
+
+    refused = pytest.raises(ObjectForbidden, match=f"plate.csv must be {who}.*, got 403: check")
+    with refused, transports._translated("plate.csv", signed):
+        raise PermissionDeniedError
 
 
 def test_a_folder_is_a_store(bucket, names, tmp_path):
