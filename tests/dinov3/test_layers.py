@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -55,6 +56,31 @@ def test_rope_periods_between_two_bounds():
     torch.testing.assert_close(
         rope.periods, torch.tensor([0.5, 1.2599, 3.1748, 8.0]), rtol=1e-4, atol=0
     )
+
+
+def test_rope_tables_are_made_once_a_grid(monkeypatch):
+    made = []
+    make = RopePositionEmbedding._make_tables
+
+    def counted(self, H, W):
+        made.append((H, W))
+        return make(self, H, W)
+
+    monkeypatch.setattr(RopePositionEmbedding, "_make_tables", counted)
+    rope = RopePositionEmbedding(32, num_heads=2)
+    assert rope(H=3, W=4)[0] is rope(H=3, W=4)[0]
+    rope(H=4, W=3)
+    assert made == [(3, 4), (4, 3)]
+    before = rope(H=3, W=4)[0]
+    rope.load_state_dict({"periods": 2 * rope.periods})
+    assert not torch.equal(rope(H=3, W=4)[0], before), "other periods, other tables"
+    assert rope.double()(H=3, W=4)[0].dtype == torch.float64
+    with torch.inference_mode():
+        assert rope(H=5, W=5)[0].is_inference()
+    assert not rope(H=5, W=5)[0].is_inference(), "which training could not use"
+    assert copy.deepcopy(rope)._tables == {}
+    augmented = RopePositionEmbedding(32, num_heads=2, shift_coords=0.5).train()
+    assert not torch.equal(augmented(H=3, W=3)[0], augmented(H=3, W=3)[0])
 
 
 def test_rope_keeps_its_type_when_the_model_is_cast():

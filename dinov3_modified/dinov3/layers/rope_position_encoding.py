@@ -5,12 +5,18 @@ at another resolution or patch size.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dinov3.cells.checks import one_of
+
+_KEPT_GRIDS = 16
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class RopePositionEmbedding(nn.Module):
@@ -70,6 +76,9 @@ class RopePositionEmbedding(nn.Module):
         self.register_buffer(
             "periods", torch.empty(self.D_head // 4, device=device, dtype=dtype), persistent=True
         )
+        # Grid → tables, of the periods as they are; not for augmented coordinates.
+        self._tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._tables_of: tuple[Tensor, int] | None = None  # periods and their version
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -100,7 +109,31 @@ class RopePositionEmbedding(nn.Module):
         return self.training and any(value is not None for value in augmented)
 
     def forward(self, *, H: int, W: int) -> tuple[Tensor, Tensor]:
-        """Sine and cosine, each [H * W, head width], patches in row-major order."""
+        """Sine and cosine, each [H * W, head width], patches in row-major order.
+
+        Those of a grid are kept until the periods change.
+        """
+        # What a compiler traces, and tensors without a version, must not be kept.
+        plain = type(self.periods) is Tensor and not self.periods.is_meta
+        if self.is_random or not plain or torch.is_inference_mode_enabled() or _is_traced():
+            return self._make_tables(H, W)
+        if (
+            self._tables_of is None
+            or self._tables_of[0] is not self.periods
+            or self._tables_of[1] != self.periods._version
+        ):
+            self._tables.clear()
+            self._tables_of = self.periods, self.periods._version
+        if (H, W) not in self._tables:
+            if len(self._tables) >= _KEPT_GRIDS:
+                self._tables.clear()
+            self._tables[H, W] = self._make_tables(H, W)
+        return self._tables[H, W]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}, "_tables_of": None}
+
+    def _make_tables(self, H: int, W: int) -> tuple[Tensor, Tensor]:
         device, dtype = self._arithmetic()
         row_span, column_span = {
             "separate": (H, W),

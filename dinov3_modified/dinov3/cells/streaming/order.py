@@ -2,7 +2,8 @@
 
 A fetched field is visited K times.  Time steps of K samples follow one another; step t of a process
 takes the fields t, t - S, t - 2S, ... of this pass's permutation, so that every step brings one new
-field and ends the use of one, and a field's visits lie S steps, K * S samples, apart.  The fields in
+field and ends the use of one, and a field's visits lie S steps, K * S samples, apart.  Of fewer than
+K * S fields another S is taken, with which a step and its neighbours hold the most fields.  The fields in
 use at any time are (K - 1) * S + 1.  For a fixed visit number the field's place is the step shifted by
 a constant (modulo the fields of a pass), so each visit number meets every field exactly once a pass: a
 pass is K samples of each field.  A position costs O(K) time at most, so resumption is exact and fast.
@@ -91,6 +92,7 @@ class FieldOrder:
                 "processes, or more plates"
             )
         self._permutations: dict[int, Permutation] = {}
+        self._strides: dict[int, int] = {}
 
     @property
     def fields_in_use(self) -> int:
@@ -107,12 +109,22 @@ class FieldOrder:
         That is not always its visit K - 1: a pass begins with later visits of its last fields.
         """
         owned = self.owned(rank)
-        steps = [(visit.place + number * self.spread) % owned for number in range(self.visits)]
+        stride = self.stride(rank)
+        steps = [(visit.place + number * stride) % owned for number in range(self.visits)]
         return steps[visit.number] == max(steps)
 
     def owned(self, rank: int) -> int:
         """Fields of a pass that belong to a process."""
         return (self.count - rank + self.world - 1) // self.world
+
+    def stride(self, rank: int = 0) -> int:
+        """Time steps between two visits of a field of a process: `spread` where it has fields enough."""
+        owned = self.owned(rank)
+        if owned >= self.visits * self.spread:
+            return self.spread
+        if owned not in self._strides:
+            self._strides[owned] = _widest_stride(owned, self.visits, self.spread)
+        return self._strides[owned]
 
     def visit(self, position: int) -> Visit:
         """The field of a position of the order of all processes."""
@@ -120,7 +132,7 @@ class FieldOrder:
         owned = self.owned(rank)
         epoch, place = divmod(local, owned * self.visits)
         step, number = divmod(place, self.visits)
-        place = (step - number * self.spread) % owned
+        place = (step - number * self.stride(rank)) % owned
         return Visit(self._field(epoch, place, rank), epoch, number, place)
 
     def step_of(self, position: int) -> tuple[int, int]:
@@ -148,3 +160,17 @@ class FieldOrder:
                 self._permutations.pop(next(iter(self._permutations)))
             self._permutations[epoch] = Permutation(self.count, self.seed, epoch, "fields")
         return self._permutations[epoch](place * self.world + rank)
+
+
+def _widest_stride(count: int, visits: int, wanted: int) -> int:
+    """The stride with the most fields in a time step, then in its neighbours, then nearest to `wanted`.
+
+    A stride that shares a factor with the number of fields meets few of them again and again.
+    """
+
+    def quality(stride: int) -> tuple[int, int, int]:
+        places = {stride * number % count for number in range(visits)}
+        apart = min((min(place, count - place) for place in places if place), default=0)
+        return len(places), apart, -abs(stride - wanted)
+
+    return max(range(1, max(count, 2)), key=quality)

@@ -72,6 +72,21 @@ def test_a_batch_holds_a_field_once(visits, spread):
     assert not gaps or min(gaps) > visits * spread
 
 
+@pytest.mark.parametrize("count", [8, 16, 21, 64, 100])
+def test_a_batch_of_few_fields_holds_as_many_as_it_can(count):
+    """With a spread of 8 as stride it would hold half of 8, 16 or 64."""
+    order = FieldOrder(count, visits=16, spread=8)
+    for first in range(0, 10 * 64, 64):
+        batch = {order.visit(first + position).field for position in range(64)}
+        assert len(batch) == min(count, 64)
+
+
+def test_many_fields_keep_the_spread():
+    assert FieldOrder(128, visits=16, spread=8).stride() == 8
+    assert FieldOrder(129, visits=16, spread=8, world=2).stride(1) != 8
+    assert FieldOrder(1, visits=3, spread=2).stride() == 1
+
+
 def test_passes_differ_and_seeds_differ():
     def fields(seed: int, epoch: int) -> list[int]:
         order = FieldOrder(50, visits=2, spread=2, seed=seed)
