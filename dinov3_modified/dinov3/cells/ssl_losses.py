@@ -3,16 +3,33 @@
 Base class of `dinov3.train.ssl_meta_arch.SSLMetaArch`, which makes the networks and calls them.
 """
 
+import logging
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import dinov3.distributed as distributed
 from dinov3.cells.sinkhorn import Assignment
 from dinov3.cells.strategy import full_state_dict, load_full_state_dict
 
+logger = logging.getLogger("dinov3")
+
 Metrics = dict[str, Tensor | float]
+
+_FEWEST_FOR_SINKHORN = 64  # samples: equal shares for all prototypes mean little among fewer
+
+
+def centering_of(cfg: Any) -> str:
+    """`train.centering`; for `auto` what suits the samples of a forward batch of all processes."""
+    if cfg.train.centering != "auto":
+        return str(cfg.train.centering)
+    samples = int(cfg.train.batch_size_per_gpu) * distributed.get_world_size()
+    chosen = "sinkhorn_knopp" if samples >= _FEWEST_FOR_SINKHORN else "softmax"
+    line = "`train.centering`: %s, for %d samples in a forward batch (sinkhorn_knopp from %d on)"
+    logger.info(line, chosen, samples, _FEWEST_FOR_SINKHORN)
+    return chosen
 
 
 class SSLLosses(nn.Module):

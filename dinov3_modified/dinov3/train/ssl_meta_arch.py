@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dinov3.cells.resumption import fill_student
 from dinov3.cells.schedules import values_of_section
-from dinov3.cells.ssl_losses import Metrics, SSLLosses, move_towards
+from dinov3.cells.ssl_losses import Metrics, SSLLosses, centering_of, move_towards
 from dinov3.cells.strategy import load_full_state_dict, resolve_device, resolve_strategy
 from dinov3.cells.validation import PRECISIONS, check_ssl_settings
 from dinov3.cells.weights import LoadReport
@@ -61,6 +61,7 @@ class SSLMetaArch(SSLLosses):
         self.param_dtype = PRECISIONS[cfg.compute_precision.param_dtype]
         self.accumulation_steps = int(cfg.accelerator.accumulation_steps)
         self.load_report: LoadReport | None = None
+        self.centering = centering_of(cfg)
 
         student_backbone, teacher_backbone, width = build_model_from_cfg(cfg)  # type: ignore[misc]
         self.embed_dim = width
@@ -301,7 +302,7 @@ class SSLMetaArch(SSLLosses):
             masked = patches.flatten(0, 1).index_select(0, mask_indices_list)  # [M, D]
             masked_logits = self.teacher.ibot_head(masked)
             cls_logits = self.teacher.dino_head(cls)  # [G·B, K]
-        if self.cfg.train.centering == "sinkhorn_knopp":
+        if self.centering == "sinkhorn_knopp":
             cls_centered = self.dino_loss.sinkhorn_knopp_teacher(cls_logits, teacher_temp)
             assignment = self.ibot_patch_loss.sinkhorn_knopp_teacher.assign(
                 masked_logits, teacher_temp, chunk_bytes=self._chunk_bytes

@@ -111,7 +111,7 @@ def test_twenty_iterations_are_those_of_the_reference(recorded):
         found = dict(getattr(recorded["model"], network).named_parameters())
         start = dict(getattr(recorded["start"], network).named_parameters())
         for name, value in expected.items():
-            way = (value - start[name].double()).norm()
+            way = (value - start[name].detach().double()).norm()
             error = (found[name].detach().double() - value).norm()
             assert error <= 0.02 * way + 1e-6, (network, name, float(error), float(way))
 

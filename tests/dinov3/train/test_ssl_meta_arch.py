@@ -435,3 +435,11 @@ def test_start_from_a_teacher_file_with_and_without_heads(make_cfg, tmp_path, ca
 def test_refused_settings(make_cfg, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         SSLMetaArch(make_cfg(*changes))
+
+
+@pytest.mark.parametrize(("batch", "chosen"), [(63, "softmax"), (64, "sinkhorn_knopp")])
+def test_automatic_centring_follows_the_batch(make_cfg, caplog, batch, chosen):
+    with caplog.at_level("INFO", logger="dinov3"):
+        cfg = make_cfg("train.centering=auto", f"train.batch_size_per_gpu={batch}")
+        assert SSLMetaArch(cfg).centering == chosen
+    assert f"{chosen}, for {batch} samples in a forward batch" in caplog.text
