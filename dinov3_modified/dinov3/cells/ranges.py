@@ -97,7 +97,7 @@ _RANGES: dict[str, dict[Range, str]] = {
     "checkpointing": {_COUNT: "keep_every period", _COUNT_OR_NONE: "max_to_keep"},
     "accelerator": {
         _FROM_ZERO: "seed",
-        _COUNT: "accumulation_steps",
+        _COUNT: "accumulation_steps prefetch_factor",
         _ABOVE_ZERO: "timeout_s loss_chunk_mb",
     },
     "patch_adaptation": {_FROM_ZERO_OR_NONE: "lr_mult"},

@@ -65,7 +65,7 @@ def data_loader(cfg: DictConfig, model: Any, batches_done: int, seed_offset: int
             batch_size=cfg.train.batch_size_per_gpu,
         )
     sampler = SamplerType.SHARDED_INFINITE if cfg.train.cache_dataset else SamplerType.INFINITE
-    return make_data_loader(
+    loader = make_data_loader(
         dataset=dataset,
         batch_size=cfg.train.batch_size_per_gpu,
         num_workers=cfg.train.num_workers,
@@ -77,6 +77,9 @@ def data_loader(cfg: DictConfig, model: Any, batches_done: int, seed_offset: int
         collate_fn=collate,
         persistent_workers=False,
     )
+    if cfg.train.num_workers > 0:
+        loader.prefetch_factor = int(cfg.accelerator.prefetch_factor)
+    return loader
 
 
 def _no_target(_: Any) -> tuple[()]:

@@ -31,7 +31,7 @@ _CROP_KEYS = (
 )  # fmt: skip
 _VIEW_KEYS = (
     "strategy", "random_roles", "window", "min_overlap", "zoom", "pixel_size_um", "local_view",
-    "local_inside", "min_foreground", "foreground_tries", "rotate",
+    "local_inside", "min_foreground", "foreground_tries", "rotate", "turn_together",
 )  # fmt: skip
 
 Window = tuple[int, int, int, int]  # top, left, height, width
@@ -64,6 +64,7 @@ class DataAugmentationMultiView:
     min_foreground: float = 0.05
     foreground_tries: int = 8
     rotate: bool = True  # turn by multiples of 90° and mirror
+    turn_together: bool = False  # both global crops alike: with `same`, one place at one token
     photometrics: FluorescencePhotometrics = field(default_factory=FluorescencePhotometrics)
     # `worker`; `device` leaves crops as gray [1, s, s] for `photometrics_on_batch`; `none`
     photometrics_on: str = "worker"
@@ -112,20 +113,23 @@ class DataAugmentationMultiView:
         """A square window of random zoom and place, on cells if they are found."""
         height, width = field.planes.shape[1:]
         top, left, box_height, box_width = box or (0, 0, height, width)
-        # Pixels of the field per pixel of a crop at zoom 1.
-        native = 1.0
-        if self.pixel_size_um is not None and field.pixel_size_um is not None:
-            native = self.pixel_size_um / field.pixel_size_um
 
         def draw() -> Window:
-            zoom = math.exp(random.uniform(math.log(self.zoom[0]), math.log(self.zoom[1])))
-            edge = max(min(round(crop_size * zoom * native), height, width), 1)
+            edge = self._draw_edge(field, crop_size)
             # A box smaller than the window is covered by it as well as may be.
             y = random.randint(*_range(top, box_height, edge, height))
             x = random.randint(*_range(left, box_width, edge, width))
             return y, x, edge, edge
 
         return self._on_cells(field, draw)
+
+    def _draw_edge(self, field: ChannelField, crop_size: int) -> int:
+        """Pixels of the field along a crop's edge, at a zoom that is drawn."""
+        native = 1.0  # pixels of the field per pixel of a crop at zoom 1
+        if self.pixel_size_um is not None and field.pixel_size_um is not None:
+            native = self.pixel_size_um / field.pixel_size_um
+        zoom = math.exp(random.uniform(math.log(self.zoom[0]), math.log(self.zoom[1])))
+        return max(min(round(crop_size * zoom * native), *field.planes.shape[1:]), 1)
 
     def _on_cells(self, field: ChannelField, draw: Callable[[], Window]) -> Window:
         """The first window with enough foreground, or the best of all tries."""
@@ -144,14 +148,16 @@ class DataAugmentationMultiView:
         if self.window == "independent":
             return self.draw_window(field, self.global_crops_size)
         height, width = field.planes.shape[1:]
-        return self._on_cells(field, lambda: self._overlapping(first, height, width))
 
-    def _overlapping(self, first: Window, height: int, width: int) -> Window:
-        """A window of another zoom that shares `min_overlap` of the smaller one's area."""
+        def draw() -> Window:
+            other = self._draw_edge(field, self.global_crops_size)
+            return self._overlapping(first, other, height, width)
+
+        return self._on_cells(field, draw)
+
+    def _overlapping(self, first: Window, other: int, height: int, width: int) -> Window:
+        """A window of the edge `other` that shares `min_overlap` of the smaller one's area."""
         top, left, edge, _ = first
-        low, high = (math.log(value) for value in self.zoom)
-        scale = math.exp(random.uniform(low, high) - (low + high) / 2)
-        other = max(min(round(edge * scale), height, width), 1)
         small = min(edge, other)
         common = math.ceil(small * math.sqrt(self.min_overlap))
 
@@ -199,6 +205,8 @@ class DataAugmentationMultiView:
         first = self.draw_window(field, self.global_crops_size)
         windows = (first, self.draw_second_window(field, first))
         turns = [random.randrange(8) if self.rotate else 0 for _ in range(2)]
+        if self.turn_together:
+            turns[1] = turns[0]
 
         def crops(size: int) -> list[np.ndarray]:
             return [

@@ -478,8 +478,31 @@ def test_the_overlapping_window_is_drawn_from_places_inside_the_field(monkeypatc
     made = augmentation(window="overlapping", min_overlap=0.25, zoom=(1, 1))
     drawn = []
     monkeypatch.setattr(random, "randint", lambda first, last: drawn.append((first, last)) or last)
-    assert made._overlapping((36, 36, 64, 64), 100, 100) == (36, 36, 64, 64)
+    assert made._overlapping((36, 36, 64, 64), 64, 100, 100) == (36, 36, 64, 64)
     assert drawn == [(4, 36), (4, 36)]
+
+
+def test_both_windows_stay_within_the_zoom(field):
+    """The second one is not a zoom of the first: .7 to 1.4 would become .5 to 1.95."""
+    random.seed(4)
+    made = augmentation(zoom=(0.7, 1.4))
+    edges = []
+    for _ in range(300):
+        first = made.draw_window(field, 64)
+        edges += [first[2], made.draw_second_window(field, first)[2]]
+    assert round(0.7 * 64) <= min(edges) <= 48
+    assert 86 <= max(edges) <= round(1.4 * 64)
+
+
+def test_global_crops_turned_together_show_one_place_at_one_token(field):
+    settings = {"rotate": True, "window": "same", "strategy": "average"}
+    for seed in range(5):
+        seed_everything(seed)
+        first, second = augmentation(turn_together=True, **settings)(field)["global_crops"]
+        assert torch.equal(first, second)
+    seed_everything(3)
+    first, second = augmentation(**settings)(field)["global_crops"]
+    assert not torch.equal(first, second)
 
 
 def test_zoom_and_pixel_size(field):

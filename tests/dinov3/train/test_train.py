@@ -757,6 +757,18 @@ def test_options_without_effect_warn(images, tmp_path):
         main(["--multi-distillation"])
 
 
+@pytest.mark.parametrize(("workers", "ready"), [(2, 5), (0, None)])
+def test_each_worker_keeps_batches_ready(images, make_cfg, workers, ready):
+    cfg = make_cfg(
+        f"train.dataset_path=ImageFolder:root={images}", f"train.num_workers={workers}",
+        "accelerator.prefetch_factor=5",
+    )  # fmt: skip
+    model = types.SimpleNamespace(
+        param_dtype=torch.float32, build_data_augmentation_dino=lambda cfg: None
+    )
+    assert run_data.data_loader(cfg, model, 0, 1).prefetch_factor == ready
+
+
 def test_stopped_says_how_to_go_on():
     assert "run the same command to continue" in str(Stopped("SIGTERM", 7))
 
