@@ -173,6 +173,11 @@ def with_views(dataset: Any, cfg: Any, start_iter: int = 0) -> Any:
             f"`multiview.strategy` must be set for {type(dataset).__name__}, got '': for example "
             "multiview.strategy=multiview"
         )
+    if view.dense_weight > 0:
+        raise ValueError(
+            "`multiview.dense_weight` must be 0 with upstream's training program, got "
+            f"{view.dense_weight}: use the bundled tree"
+        )
     if view.photometrics == "device":
         raise ValueError(
             "`multiview.photometrics` must be worker or none with upstream's training program, got device: "

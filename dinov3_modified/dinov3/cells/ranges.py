@@ -106,7 +106,7 @@ _RANGES: dict[str, dict[Range, str]] = {
         _ABOVE_ZERO: "zoom",
         _ABOVE_ZERO_OR_NONE: "pixel_size_um",
         _COUNT: "foreground_tries",
-        _FROM_ZERO: "brightness contrast gamma noise blur_sigma defocus_radius",
+        _FROM_ZERO: "dense_weight brightness contrast gamma noise blur_sigma defocus_radius",
     },
     "streaming": {
         _COUNT: "threads",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dinov3.distributed as distributed
-from dinov3.cells.sinkhorn import Assignment
+from dinov3.cells.sinkhorn import Assignment, softmax_assignment
 from dinov3.cells.strategy import full_state_dict, load_full_state_dict
 
 logger = logging.getLogger("dinov3")
@@ -38,7 +38,9 @@ class SSLLosses(nn.Module):
     cfg: Any
     strategy: str
     student: Any
+    teacher: Any
     model_ema: Any
+    centering: str
     gram_teacher: Any
     dino_loss: Any
     ibot_patch_loss: Any
@@ -152,6 +154,11 @@ class SSLLosses(nn.Module):
         metrics["ibot_loss"] = ibot_loss
         total = total + cfg.ibot.loss_weight * ibot_loss
 
+        if self.cfg.multiview.dense_weight > 0:
+            dense_loss = self._dense_loss(student_global, teacher_global)
+            metrics["dense_loss"] = dense_loss
+            total = total + cfg.multiview.dense_weight * dense_loss
+
         if gram_global is not None and (self.gram_ema_teacher or self.gram_teacher_ready):
             total = total + self._gram_part(student_global, gram_global, masks, iteration, metrics)
         return total, {
@@ -187,6 +194,32 @@ class SSLLosses(nn.Module):
         )
         with self._precision():
             return self.student.ibot_head(masked, loss=loss)
+
+    def _dense_targets(self, patches: Tensor, teacher_temp: float) -> Assignment:
+        """The teacher's assignment of each patch of the other global crop.
+
+        `patches`: [2·B, N, D]; the rows of the result are those of the student's crops.
+        """
+        first, second = patches.chunk(2)
+        logits = self.teacher.ibot_head(torch.cat([second, first]).flatten(0, 1))
+        if self.centering == "softmax":  # the centre follows the masked patches alone
+            return softmax_assignment(logits, self.ibot_patch_loss.center[0], teacher_temp)
+        return self.ibot_patch_loss.sinkhorn_knopp_teacher.assign(
+            logits, teacher_temp, chunk_bytes=self._chunk_bytes
+        )
+
+    def _dense_loss(self, student_global: dict[str, Any], teacher_global: dict[str, Any]) -> Tensor:
+        """Cross-entropy at every patch, masked or visible, with the other view of the same place.
+
+        The iBOT objective across views (`multiview.dense_weight`): both crops show one window, turned
+        alike, so that patch n of both is one place.
+        """
+        patches = student_global["patch_pre_head"].flatten(0, 1)  # [2·B, N, D]
+        every = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
+        weights = torch.full_like(every, 1 / patches.shape[1], dtype=torch.float32).flatten()
+        return self._patch_loss(
+            patches.flatten(0, 1), teacher_global["dense_centered"], every, weights
+        )
 
     def _gram_part(
         self,

@@ -211,6 +211,14 @@ def check_ssl_settings(cfg: DictConfig) -> None:
         f"`dino.koleo_topk` must be 1 without dino.koleo_loss_distributed, got {cfg.dino.koleo_topk}: "
         "set the latter to true",
     )
+    view = cfg.multiview
+    aligned = view.window == "same" and (view.turn_together or not view.rotate)
+    _require(
+        view.dense_weight == 0 or (bool(view.strategy) and aligned),
+        "`multiview.dense_weight` must be 0 unless both global crops show one place at one token, got "
+        f"{view.dense_weight}: set multiview.strategy, multiview.window=same and "
+        "multiview.turn_together=true",
+    )
     if cfg.gram.use_loss:
         _check_gram(cfg)
 

@@ -293,7 +293,8 @@ class SSLMetaArch(SSLLosses):
 
         `images`: [G, B, 3, H, W]; `mask_indices_list`: rows of masked patches among [G·B·N].
         Returns `cls_pre_head` [G, B, D], `cls_centered` [G, B, K], `patch_pre_head` [G, B, N, D]
-        and `masked_patch_centered`, an `Assignment` of M rows.
+        and `masked_patch_centered`, an `Assignment` of M rows; `dense_centered`, one of G·B·N rows
+        or None.
         """
         crops, batch = images.shape[:2]
         with self._precision():
@@ -301,6 +302,8 @@ class SSLMetaArch(SSLLosses):
             cls, patches = out["x_norm_clstoken"], out["x_norm_patchtokens"]
             masked = patches.flatten(0, 1).index_select(0, mask_indices_list)  # [M, D]
             masked_logits = self.teacher.ibot_head(masked)
+            dense = self.cfg.multiview.dense_weight > 0
+            dense_centered = self._dense_targets(patches, teacher_temp) if dense else None
             cls_logits = self.teacher.dino_head(cls)  # [G·B, K]
         if self.centering == "sinkhorn_knopp":
             cls_centered = self.dino_loss.sinkhorn_knopp_teacher(cls_logits, teacher_temp)
@@ -317,6 +320,7 @@ class SSLMetaArch(SSLLosses):
             "patch_pre_head": patches.unflatten(0, (crops, batch)),
             "cls_centered": cls_centered.unflatten(0, (crops, batch)),
             "masked_patch_centered": assignment,
+            "dense_centered": dense_centered,
         }
 
     def get_student_output(

@@ -443,3 +443,44 @@ def test_automatic_centring_follows_the_batch(make_cfg, caplog, batch, chosen):
         cfg = make_cfg("train.centering=auto", f"train.batch_size_per_gpu={batch}")
         assert SSLMetaArch(cfg).centering == chosen
     assert f"{chosen}, for {batch} samples in a forward batch" in caplog.text
+
+
+ALIGNED = ("multiview.strategy=multiview", "multiview.window=same", "multiview.turn_together=true")
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "softmax"])
+def test_dense_loss_from_the_parts(make_cfg, batch, centering):
+    """Every patch of a crop against the teacher's assignment of the other crop's, in float64."""
+    cfg = make_cfg(*ALIGNED, "multiview.dense_weight=0.3", f"train.centering={centering}")
+    model = built(cfg)
+    loss, metrics = step(model, batch)
+    plain = built(make_cfg(*ALIGNED, f"train.centering={centering}"))
+    without, other = step(plain, batch)
+    assert loss == pytest.approx(without + 0.3 * metrics["dense_loss"], rel=1e-5)
+    assert "dense_loss" not in other
+    crops = batch["collated_global_crops"]
+    with torch.no_grad():
+        seen = model.student.backbone(crops, masks=batch["collated_masks"], is_training=True)
+        whole = model.teacher.backbone(crops, is_training=True)["x_norm_patchtokens"]
+        logits = model.teacher.ibot_head(whole).double()  # [6, 16, K]
+        if centering == "softmax":
+            targets = (logits / 0.05).softmax(-1)
+        else:
+            shares = (logits.flatten(0, 1) / 0.05).exp()
+            for _ in range(3):
+                shares = shares / shares.sum(0)
+                shares = shares / shares.sum(1, keepdim=True)
+            targets = shares.unflatten(0, (6, 16))
+        own = log_softmax(model.student.ibot_head(seen["x_norm_patchtokens"]) / 0.1)
+    pairs = [(targets[index + 3], own[index]) for index in range(3)]
+    pairs += [(targets[index], own[index + 3]) for index in range(3)]
+    expected = -sum((target * log).sum(-1).mean() for target, log in pairs) / 6
+    assert metrics["dense_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_dense_loss_needs_aligned_crops(make_cfg):
+    for change in ("multiview.window=overlapping", "multiview.turn_together=false"):
+        with pytest.raises(
+            ValueError, match="dense_weight` must be 0 unless both global crops show"
+        ):
+            SSLMetaArch(make_cfg(*ALIGNED, "multiview.dense_weight=1", change))
