@@ -40,6 +40,7 @@ class DINOHead(nn.Module):
         # One layer stands alone, so that its keys are mlp.weight and mlp.bias.
         self.mlp = layers[0] if nlayers == 1 else nn.Sequential(*layers)
         self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
+        self.unit_prototypes = False  # whether logits are cosines: prototypes of length 1 (ours)
 
     def init_weights(self) -> None:
         """Truncated normal weights of standard deviation 0.02, zero biases."""
@@ -70,6 +71,9 @@ class DINOHead(nn.Module):
             x = self.mlp(x)
             eps = 1e-6 if x.dtype == torch.float16 else 1e-12
             x = functional.normalize(x, dim=-1, p=2, eps=eps)
-        if loss is not None:
-            return loss(x, self.last_layer.weight)
-        return x if no_last_layer else self.last_layer(x)
+        if no_last_layer and loss is None:
+            return x
+        if not self.unit_prototypes:
+            return self.last_layer(x) if loss is None else loss(x, self.last_layer.weight)
+        prototypes = functional.normalize(self.last_layer.weight, dim=-1)
+        return functional.linear(x, prototypes) if loss is None else loss(x, prototypes)

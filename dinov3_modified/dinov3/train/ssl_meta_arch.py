@@ -96,13 +96,15 @@ class SSLMetaArch(SSLLosses):
     def _with_heads(self, backbone: nn.Module, cfg: DictConfig, width: int) -> nn.ModuleDict:
         def head(section: DictConfig) -> DINOHead:
             with torch.device("meta"):
-                return DINOHead(
+                made = DINOHead(
                     in_dim=width,
                     out_dim=section.head_n_prototypes,
                     hidden_dim=section.head_hidden_dim,
                     bottleneck_dim=section.head_bottleneck_dim,
                     nlayers=section.head_nlayers,
                 )
+            made.unit_prototypes = bool(cfg.accelerator.unit_prototypes)
+            return made
 
         return nn.ModuleDict(
             {"backbone": backbone, "dino_head": head(cfg.dino), "ibot_head": head(cfg.ibot)}

@@ -484,3 +484,20 @@ def test_dense_loss_needs_aligned_crops(make_cfg):
             ValueError, match="dense_weight` must be 0 unless both global crops show"
         ):
             SSLMetaArch(make_cfg(*ALIGNED, "multiview.dense_weight=1", change))
+
+
+def test_unit_prototypes_make_logits_cosines(make_cfg, batch):
+    """In both heads and in the fused patch loss, whose logits are never whole in memory."""
+    losses = {}
+    for fused in ("true", "false"):
+        changes = ("accelerator.unit_prototypes=true", f"accelerator.fused_loss={fused}")
+        model = built(make_cfg(*changes))
+        losses[fused] = step(model, batch)
+    assert losses["true"][0] == pytest.approx(losses["false"][0], rel=1e-5)
+    assert losses["true"][0] != pytest.approx(plain_step(make_cfg, batch)[0], rel=1e-3)
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    for name in ("dino_head", "ibot_head"):
+        head = model.student[name]
+        bottleneck, rows = head(x, no_last_layer=True), head.last_layer.weight
+        cosines = torch.nn.functional.cosine_similarity(bottleneck[:, None], rows[None], dim=-1)
+        torch.testing.assert_close(head(x), cosines)
