@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -26,6 +27,7 @@ from dinocell.io.polygons import (
 
 _AREA_TYPES = ("Polygon", "MultiPolygon")
 _SHOWN = 5
+_NOT_AS_EXPECTED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class _Annotation(NamedTuple):
@@ -83,7 +85,8 @@ def _place(
 ) -> Path | None:
     name = str(image.get("file_name", ""))
     for folder in (path.parent, home):
-        if name and (folder / name).is_file():
+        place = Path(os.path.abspath(folder / name))
+        if place.is_relative_to(os.path.abspath(home)) and place.is_file():
             return folder / name
     found = by_name.get(Path(name).name, [])
     return found[0] if len(found) == 1 else None
@@ -95,6 +98,8 @@ def _read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, 
         with open(path, encoding="utf-8") as file:
             content = json.load(file, object_hook=_compact)
         images = {image["id"]: image for image in content["images"]}
+        if len(images) < len(content["images"]):
+            raise ValueError("several images have the same id")
         annotations = content["annotations"]
         annotations = annotations.values() if isinstance(annotations, dict) else annotations
         grouped: dict[Any, list[_Annotation]] = defaultdict(list)
@@ -106,7 +111,7 @@ def _read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, 
             if not annotation.is_crowd:
                 grouped[annotation.image_id].append(annotation)
         categories = len(content.get("categories", []))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *_NOT_AS_EXPECTED) as error:
         raise DataSetError(
             f"'{path}' must be a COCO file with images and annotations ({type(error).__name__}: "
             f"{error}): check that the download is complete"
@@ -179,6 +184,8 @@ def _annotated_mask(segmentation: Any, shape: tuple[int, int]) -> CellMask | Non
         counts = segmentation["counts"]
         counts = expand_run_lengths(counts) if isinstance(counts, str) else counts
         return run_lengths_to_mask(counts, shape)
+    if not isinstance(segmentation, list):
+        raise ValueError(f"A segmentation of type {type(segmentation).__name__}")
     rings = []
     for polygon in segmentation:
         if polygon.ndim != 1 or len(polygon) % 2 or not np.isfinite(polygon).all():
@@ -197,7 +204,7 @@ def geojson_labels(path: Path, shape: tuple[int, int]) -> NDArray[np.uint32]:
     """Labels of a GeoJSON file of QuPath: one cell per area; lines and points are refused."""
     try:
         return _geojson_cells(path, shape)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except _NOT_AS_EXPECTED as error:
         raise ImageFileError(
             f"'{path}' must be GeoJSON with the outlines of cells ({type(error).__name__}: {error}): "
             "export the objects in QuPath again"

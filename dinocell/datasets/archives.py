@@ -17,6 +17,9 @@ from dinocell.datasets.sample import Content, Sample, split_of
 from dinocell.errors import DataSetError
 from dinocell.io import natural_key
 
+_DAMAGED = (
+    *(OSError, ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error),
+)  # what NumPy and zipfile raise
 _CHANNELS = ("nuclei", "membrane")
 _RGB = ("red", "green", "blue")
 
@@ -34,7 +37,7 @@ class _ArrayInArchive:
                 self.shape, fortran, self.dtype = read(file)
                 self._start = file.tell()
                 size = archive.getinfo(self._name).file_size
-        except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             raise DataSetError(
                 f"'{path}' must be an npz archive with the array {key} ({type(error).__name__}: {error}): "
                 "check that the download is complete"
@@ -61,7 +64,7 @@ class _ArrayInArchive:
             self._file.seek(self._start + index * self._item_bytes)
             data = self._file.read(self._item_bytes)
             return np.frombuffer(data, self.dtype).reshape(self.shape[1:])
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except _DAMAGED as error:
             raise DataSetError(
                 f"Item {index} of '{self.path}' cannot be read ({error}): the archive is damaged, "
                 "download it again"

@@ -248,7 +248,7 @@ def _checked(content: Content, sample: Sample) -> NDArray:
             f"An image and its labels must have the same size, got {sizes} for '{sample.source_file}': "
             "check that they belong together"
         )
-    require_cells(labels, sample.source_file)
+    require_cells(labels, f"the labels of {sample.source_file}")
     return labels
 
 

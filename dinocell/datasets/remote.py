@@ -126,10 +126,13 @@ def find_remote(name: str) -> Remote:
         return REMOTES[name]
     if name in LAYOUTS and LAYOUTS[name].address:
         layout = find_layout(name)
+        if layout.licence is None:
+            advice = f"read its licence at {layout.address} and download it there if you may"
+        else:
+            advice = f"download it from {layout.address}, whose publishers may ask for a form or an account"
         raise UsageError(
             f"`name` must be one of {', '.join(REMOTES)}, got {name!r} (licence: "
-            f"{layout.licence or 'unknown'}): download it from {layout.address}, whose publishers may ask "
-            "for a form or an account"
+            f"{layout.licence or 'unknown'}): {advice}"
         )
     near = difflib.get_close_matches(name.lower(), REMOTES, n=1)
     hint = f"did you mean {near[0]}?" if near else "see `dinocell data list`"

@@ -143,21 +143,22 @@ def adapt(
     require_writable("out", path)
     model = load_trainable(start, device=options.device)
     with tempfile.TemporaryDirectory() as folder:
-        pairs = _several(find_pairs(images, labels, "images", options.channels), model, folder)
+        found = find_pairs(images, labels, "images", options.channels)
+        pairs = _several(found, model, folder)
         run = _Adaptation(model, pairs, options, shown=shown)
         result, adapted = run.result(path)
     adapted.card = {
         **{key: value for key, value in model.card.items() if key != "metrics"},
         "name": path.stem,
-        "description": f"{model.card.get('name') or start}, adapted to {len(pairs)} images.",
+        "description": f"{model.card.get('name') or start}, adapted to {len(found)} images.",
         "licence": f"of the start: {model.card.get('licence') or 'unknown'}; of your images: not recorded",
-        "data": {**model.card.get("data", {}), "your images": {"train_images": len(pairs)}},
+        "data": {**model.card.get("data", {}), "your images": {"train_images": len(found)}},
         "start": start,
         "adapted": {
             "chosen": result.chosen,
             "steps": result.steps,
             "seed": options.seed,
-            "images": len(pairs),
+            "images": len(found),
         },
         "metrics": {f"held_out_ap50_{name}": score[1] for name, score in result.scores.items()},
     }

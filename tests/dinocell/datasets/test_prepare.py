@@ -315,6 +315,29 @@ def cut_run_lengths(content):
     content["annotations"][1]["segmentation"]["counts"].pop()
 
 
+def no_polygons(content):
+    content["annotations"][0]["segmentation"] = "a b"
+
+
+def same_ids(content):
+    content["images"][1]["id"] = content["images"][0]["id"]
+
+
+def outside(content):
+    content["images"][0]["file_name"] = str(Path(__file__))
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[400] ^= 255
+    path.write_bytes(content)
+
+
+def compressed_and_damaged(source: Path) -> None:
+    doubles.tissuenet(source, compressed=True)
+    damage(source / "tissuenet_val.npz")
+
+
 def unknown_image(content):
     content["annotations"][0]["image_id"] = 99
 
@@ -331,6 +354,19 @@ BAD = {
         lambda s: np.savez(s / "more.npz", X=np.zeros((2, 3)), y=np.zeros(2)),
         r"\(N, H, W, C\)",
     ),
+    "damaged npz": ("tissuenet", compressed_and_damaged, "npz archive with the array X .error: "),
+    "json without end": (
+        "coco",
+        lambda s: (s / "all.json").write_text("[" * 100_000),
+        "must be a COCO file.*RecursionError",
+    ),
+    "text for a polygon": (
+        "coco",
+        lambda s: change_coco(s, no_polygons),
+        "a.tif' .A segmentation of type str",
+    ),
+    "images with one id": ("coco", lambda s: change_coco(s, same_ids), "have the same id"),
+    "image outside": ("coco", lambda s: change_coco(s, outside), r"absent \(/.*test_prepare.py"),
     "truncated json": ("coco", lambda s: cut(s / "all.json"), "download is complete"),
     "other json": ("coco", lambda s: (s / "all.json").write_text("[1]"), "must be a COCO file"),
     "absent image": (
@@ -360,6 +396,14 @@ BAD = {
         "dsb2018",
         lambda s: write_labels(s / "stage1_train/id0/masks/1.png", doubles.truth()[1:]),
         "as large as its image, 12 × 16 px, got 11 × 16",
+    ),
+    "labels saved as JPEG": (
+        "yeastsam",
+        lambda s: write_labels(
+            s / "DIC_mask/0.tif",
+            np.random.default_rng(0).integers(0, 40, doubles.SHAPE).astype(np.uint16),
+        ),
+        "got 'the labels of .*0.tif', which looks like intensities",
     ),
     "labels that are absent": (
         "nuinsseg",

