@@ -45,8 +45,9 @@ from dinocell.pipeline import DINOCellPipeline
 SETS = (
     "dsb2018/val", "dsb2018/test", "dsb2018/stardist_test", "bbbc039/test", "bbbc039/edge_cases",
     "mnfinder/val", "mnfinder/test", "dsb2018_tissue/val", "dsb2018_tissue/test",
-    "usiigaci_phase/val", "usiigaci_phase/test",
+    "usiigaci_phase/val", "usiigaci_phase/test", "ctc/c2c12_phase",
 )  # fmt: skip
+PARTS = {"ctc/c2c12_phase": ("01", "01_GT/SEG")}  # images and labels where they have other names
 IOU = (0.5, 0.7, 0.75, 0.9)
 FOLDER = Path(__file__).parent / "results" / "quality"
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
@@ -69,13 +70,38 @@ def otsu_watershed(image: NDArray) -> NDArray[np.uint32]:
     return watershed(-distance, markers, mask=mask).astype(np.uint32)
 
 
+def underscored(name: str) -> str:
+    """The name of a set as part of the name of a file."""
+    return name.replace("/", "_")
+
+
+def folders(name: str, data: Path) -> tuple[Path, Path]:
+    """Where the images and the labels of a set are."""
+    images, labels = PARTS.get(name, ("images", "labels"))
+    return data / name / images, data / name / labels
+
+
+def seconds_of_peer(method: str, name: str) -> list[dict[str, str]]:
+    """The rows of a peer's images: their names, processor seconds and weights."""
+    with open(Path(method, underscored(name), "seconds.csv"), encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def segmented(
-    method: str, folder: Path, *, tta: bool
+    method: str, name: str, data: Path, *, tta: bool
 ) -> Iterator[tuple[str, NDArray, NDArray, float]]:
     """Name, truth, cells found and processor seconds of each image."""
+    images, labels = folders(name, data)
+    if Path(method).is_dir():
+        seconds = {row["image"]: float(row["processor_s"]) for row in seconds_of_peer(method, name)}
+        for pair in find_pairs(images, labels):
+            image = pair.image_path.stem
+            found = read_labels(Path(method, underscored(name), f"{image}.png"))
+            yield image, read_labels(pair.labels_path), found, seconds[image]
+        return
     # Otsu takes the plane that a model would: of colours the mean of the normalised ones.
     pipeline = DINOCellPipeline("dinocell-tiny" if method == "otsu" else method, tta=tta)
-    for pair in find_pairs(folder / "images", folder / "labels"):
+    for pair in find_pairs(images, labels):
         truth = read_labels(pair.labels_path)
         loaded = pipeline.load(pair.image_path, pixel_size_um=1.0)
         started = time.process_time()
@@ -92,23 +118,31 @@ def method_name(method: str) -> str:
     return path.parent.name if path.stem == "model" and path.parent.name else path.stem
 
 
+def weights_sha256(method: str, name: str) -> str:
+    """Twelve digits that tell weights apart; none for Otsu."""
+    if method == "otsu":
+        return ""
+    if Path(method).is_dir():
+        return seconds_of_peer(method, name)[0]["weights_sha256"]
+    return hashlib.sha256(model_path(method).read_bytes()).hexdigest()[:12]
+
+
 def score(method: str, name: str, data: Path, *, tta: bool) -> Path:
     """Write the rows of one method on one set."""
-    weights = "" if method == "otsu" else model_path(method).read_bytes()
     behind = {
         "commit": subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
         ).stdout.strip(),
-        "weights_sha256": weights and hashlib.sha256(weights).hexdigest()[:12],
+        "weights_sha256": weights_sha256(method, name),
         "processor": processor_name(),
     }
     rows = []
-    for image, truth, found, seconds in segmented(method, data / name, tta=tta):
+    for image, truth, found, seconds in segmented(method, name, data, tta=tta):
         counts = evaluate_pair(truth, found, iou_thresholds=IOU, name=image).counts()
         row = {"set": name, "image": image, "height": truth.shape[0], "width": truth.shape[1]}
         rows.append(row | counts | {"processor_s": round(seconds, 4)} | behind)
     title = method_name(method) + ("-tta" if tta else "")
-    path = FOLDER / f"{title}_{name.replace('/', '_')}.csv"
+    path = FOLDER / f"{title}_{underscored(name)}.csv"
     FOLDER.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -125,14 +159,14 @@ def draw(method: str, name: str, data: Path) -> None:
     from PIL import Image
 
     scored = []
-    for image, truth, found, _ in segmented(method, data / name, tta=False):
+    for image, truth, found, _ in segmented(method, name, data, tta=False):
         row = evaluate_pair(truth, found, iou_thresholds=IOU[:1], name=image)
         scored.append((row.counts(), image, truth, found))
     many = [item for item in scored if item[0]["num_truth"] >= 10] or scored
     many.sort(key=lambda item: item[0]["tp50"] / sum(item[0][f"{n}50"] for n in ("tp", "fp", "fn")))
     panels = []
     for _, image, truth, found in (many[-1], many[0]):
-        path = next((data / name / "images").glob(f"{image}.*"))
+        path = next(folders(name, data)[0].glob(f"{image}.*"))
         plane = DINOCellPipeline(method).load(path, pixel_size_um=1.0).plane
         errors = find_errors(truth, found)
         panels.append(Image.fromarray(draw_errors(plane, truth, found, errors, title=image)))
@@ -141,7 +175,7 @@ def draw(method: str, name: str, data: Path) -> None:
     page = Image.new("RGB", (2 * PANEL_PX, max(panel.height for panel in panels)))
     for place, panel in enumerate(panels):
         page.paste(panel, (place * PANEL_PX, 0))
-    page.save(PICTURES / f"results_{name.replace('/', '_')}.jpg", quality=80)
+    page.save(PICTURES / f"results_{underscored(name)}.jpg", quality=80)
 
 
 def table_row(path: Path) -> list[str]:
@@ -152,7 +186,7 @@ def table_row(path: Path) -> list[str]:
     counts = np.array([[int(row[name]) for name in names] for row in rows]).reshape(-1, 3, 3)
     pixels = sum(int(row["height"]) * int(row["width"]) for row in rows)
     speed = 1e6 * sum(float(row["processor_s"]) for row in rows) / pixels
-    shown = [path.stem.removesuffix("_" + rows[0]["set"].replace("/", "_")), str(len(rows))]
+    shown = [path.stem.removesuffix("_" + underscored(rows[0]["set"])), str(len(rows))]
     truth = sum(int(row["num_truth"]) for row in rows)
     if truth == 0:
         return [*shown, "0", f"{counts[:, 0, 1].sum()} cells found", "", "", f"{speed:.2f}"]
@@ -165,7 +199,7 @@ def print_tables() -> None:
     """One Markdown table for each set."""
     heads = ["method", "images", "cells", "AP@0.5 (95 %)", "AP@0.75", "AP@0.9", "s / megapixel"]
     for name in SETS:
-        paths = sorted(FOLDER.glob(f"*_{name.replace('/', '_')}.csv"))
+        paths = sorted(FOLDER.glob(f"*_{underscored(name)}.csv"))
         if paths:
             print(f"\n**{name}**\n")
             for cells in (heads, ["---"] * len(heads), *map(table_row, paths)):
@@ -175,7 +209,7 @@ def print_tables() -> None:
 def main() -> None:
     """Score the methods on the sets, or print the tables."""
     parser = argparse.ArgumentParser(description="Score models on the test sets.")
-    parser.add_argument("methods", nargs="*", help="bundled models, model files, or otsu")
+    parser.add_argument("methods", nargs="*", help="bundled models, model files, otsu, or folders")
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS, metavar="SET")
     parser.add_argument("--tta", action="store_true", help="mean over four flips")
     parser.add_argument("--pictures", action="store_true", help="draw, and score nothing")
