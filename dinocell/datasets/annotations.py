@@ -99,7 +99,7 @@ def _read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, 
             content = json.load(file, object_hook=_compact)
         images = {image["id"]: image for image in content["images"]}
         if len(images) < len(content["images"]):
-            raise ValueError("several images have the same id")
+            raise ValueError("Several images have the same id")
         annotations = content["annotations"]
         annotations = annotations.values() if isinstance(annotations, dict) else annotations
         grouped: dict[Any, list[_Annotation]] = defaultdict(list)
