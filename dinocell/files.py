@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dinocell.errors import DINOCellError, UsageError
@@ -97,6 +97,48 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`atomic_path` whose failures, DINOCellError, say which file was meant and what to do."""
+    with _one_sentence(path), atomic_path(path) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def writing_folder(
+    path: str | os.PathLike[str], *, replaces: Callable[[Path], bool]
+) -> Iterator[Path]:
+    """`atomic_folder` whose failures, DINOCellError, say which folder was meant and what to do.
+
+    Missing folders above it are made.  A folder that has the name and contents is replaced if
+    `replaces(folder)` says that it may be, and is kept until the new one is complete; any other one is
+    refused.
+    """
+    final = Path(os.path.realpath(path))
+    with _one_sentence(path):
+        old = final.exists() and not (final.is_dir() and not any(final.iterdir()))
+        if old and not (final.is_dir() and replaces(final)):
+            raise DINOCellError(
+                f"'{path}' exists and is no such result of DINOCell, so it is not replaced: choose "
+                "another name"
+            )
+        ensure_folder(final.parent)
+        aside = _temporary_beside(final, "") if old else None
+        with atomic_folder(final, aside=aside) as temporary:
+            yield temporary
+
+
+@contextlib.contextmanager
+def _one_sentence(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DINOCellError(
+            f"'{path}' cannot be written ({error.strerror or error}): choose another folder or free "
+            "some space"
+        ) from error
+
+
 def require_writable(name: str, path: Path) -> None:
     """Raise a UsageError unless a file could be written at `path`: before hours of work, not after.
 
@@ -127,12 +169,14 @@ def write_text_atomically(
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], *, aside: Path | None = None) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
 
     Parameters
     ----------
     path : the folder to make: it must not exist, or be empty
+    aside : a new name beside it, under which a folder with contents waits to be deleted until the new
+        one has its name; only between these two renames there is no folder of that name
 
     Raises OSError (`path` is a file or a folder with contents by the time the block ends).
     """
@@ -144,13 +188,19 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 _flush_file(file)
-        if final.exists():
+        if aside is not None:
+            os.replace(final, aside)
+        elif final.exists():
             final.rmdir()
         os.replace(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if aside is not None and aside.exists():
+            os.replace(aside, final)
         raise
     _flush_folder(final.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def move_into_place(temporary: Path, final: Path, *, flush: bool = True) -> None:

@@ -43,6 +43,9 @@ SEG_NPY = "_seg.npy"
 ROI_ENDINGS: tuple[str, ...] = ("_RoiSet", "_rois")
 """Endings of the name (before `.zip`) of a zip of ImageJ ROIs."""
 
+TRACKS_NAME = "res_track.txt"
+"""The list of tracks in a folder of results of the Cell Tracking Challenge."""
+
 OUTPUT_ENDINGS: tuple[str, ...] = ("_labels", "_overlay", "_distance_map")
 """Endings of the names of the images that DINOCell itself writes."""
 

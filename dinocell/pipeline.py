@@ -53,6 +53,7 @@ class LoadedImage(NamedTuple):
     channel_names: tuple[str, ...] = ()
     appearance: Appearance | None = None
     rescale: float = 1.0
+    file_name: str = ""
 
 
 class Judgement(NamedTuple):
@@ -96,6 +97,8 @@ class Segmentation:
         resembles none.
     rescale : float
         How many times the image was enlarged for the network; all results are in pixels of the file.
+    file_name : str
+        Of the image, without folders; empty for an array.
     """
 
     labels: NDArray[np.uint32]
@@ -110,6 +113,7 @@ class Segmentation:
     unfamiliar: float | None = None
     kind: str = ""
     rescale: float = 1.0
+    file_name: str = ""
 
     @property
     def num_cells(self) -> int:
@@ -159,7 +163,7 @@ class Segmentation:
         """Write everything about this image into `folder`; the label image comes last.
 
         `NAME_cells.csv`, `NAME_overlay.png` (unless `overlay=False`), and one label file per format
-        of `dinocell.results.exports.EXPORT_FORMATS` (`tif`, `png`, `geojson`, ...).  Each file appears
+        of `dinocell.results.formats.EXPORT_FORMATS` (`tif`, `png`, `geojson`, ...).  Each file appears
         whole or not at all; a present label file therefore means the image is done.
 
         Returns
@@ -174,7 +178,7 @@ class Segmentation:
         DINOCellError
             The name is too long for the file system; nothing was written.
         """
-        from dinocell.results.exports import EXPORT_FORMATS
+        from dinocell.results.formats import EXPORT_FORMATS, Cells
         from dinocell.results.pictures import overlay_panel, write_png
 
         paths = output_paths(folder, self.name, formats, overlay=overlay)
@@ -192,8 +196,17 @@ class Segmentation:
                 pixel_size_um=self.pixel_size_um,
             )
             write_png(paths["overlay"], panel)
+        cells = Cells(
+            self.labels,
+            table,
+            self.pixel_size_um,
+            self.name,
+            self.file_name,
+            self.image if self.channels is None else self.channels,
+            self.channel_names,
+        )
         for name in list(paths)[1 + overlay :]:
-            EXPORT_FORMATS[name].write(paths[name], self.labels, table)
+            EXPORT_FORMATS[name].write(paths[name], cells)
         return paths
 
 
@@ -207,7 +220,7 @@ def output_paths(
     UsageError
         A format is unknown, or none is given.
     """
-    from dinocell.results.exports import EXPORT_FORMATS
+    from dinocell.results.formats import EXPORT_FORMATS
 
     unknown = [name for name in formats if name not in EXPORT_FORMATS]
     if unknown or not formats:
@@ -367,6 +380,7 @@ class DINOCellPipeline:
             *(pixels, pixel_size_um, source.name, intensity, (*notes, *intensity.notes, *how)),
             *(channels_read, source.column_names),
             rescale=rescale,
+            file_name=Path(image).name if isinstance(image, str | os.PathLike) else "",
         )
         if self.model.statistics is None:
             return loaded
@@ -412,6 +426,7 @@ class DINOCellPipeline:
             unfamiliar=judged.unfamiliar,
             kind=judged.kind,
             rescale=loaded.rescale,
+            file_name=loaded.file_name,
         )
 
     def _thresholds_of(self, loaded: LoadedImage) -> Thresholds:

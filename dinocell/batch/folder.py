@@ -17,7 +17,7 @@ from dinocell.batch.options import FREE_OPTIONS, IMAGE_OPTIONS, SegmentOptions
 from dinocell.errors import ConfigError, DINOCellError, UsageError
 from dinocell.files import atomic_path, write_text_atomically
 from dinocell.network.model import DINOCell
-from dinocell.results.exports import EXPORT_FORMATS
+from dinocell.results.formats import EXPORT_FORMATS
 
 SETTINGS_NAME = "settings.json"
 

@@ -9,8 +9,8 @@ from dinocell.errors import UsageError
 from dinocell.io.planes import MAX_PIXELS, PlaneChoice, Selection
 from dinocell.network.precision import PRECISIONS
 from dinocell.pipeline import DEFAULT_MODEL
-from dinocell.results.exports import EXPORT_FORMATS
 from dinocell.segmentation.rescale import Scale
+from dinocell.results.formats import EXPORT_FORMATS
 
 # Not part of what an image's result depends on, so a resumed run may change them (the model is known
 # by the hash of its weights).
@@ -31,7 +31,7 @@ class SegmentOptions:
     ----------
     model : model file or name of a bundled model
     device : `auto`, `cpu`, `cuda`, `cuda:N` or `mps`
-    formats : label files to write, see `dinocell.results.exports.EXPORT_FORMATS`
+    formats : label files to write, see `dinocell.results.formats.EXPORT_FORMATS`
     channels, page, z, time, scene : which plane of a file is segmented, see `dinocell.io.read_image`;
         several channels are averaged
     pixel_size_um : edge of a pixel in µm, above 0

@@ -47,10 +47,10 @@ from dinocell.files import (
     write_text_atomically,
 )
 from dinocell.io import refuse_long_names
-from dinocell.io.projects import import_roifile
 from dinocell.network.model import DINOCell, load_model
 from dinocell.pipeline import DINOCellPipeline, LoadedImage, Segmentation, output_paths
 from dinocell.progress import Progress, progress
+from dinocell.results.formats import require_packages
 from dinocell.results.report import ReportEntry, make_entry
 
 WHOLE_BATCH = "The batch of a folder"
@@ -158,8 +158,7 @@ def segment_files(
     started = time.monotonic()
     out = Path(out)
     check_call(paths, options)
-    if "roi" in options.formats:
-        import_roifile()  # missing, it would fail for each image after the network has run
+    require_packages(options.formats)  # missing, each image would fail after the network has run
     if out.exists() and not out.is_dir():
         make_folder(out)  # refuses, before the model is loaded
     loaded = model if model is not None else load_model(options.model, device=options.device)

@@ -32,8 +32,9 @@ class SegmentFlags:
     model: ModelOption = "dinocell-cells"
     device: Device = "auto"
     formats: list[str] | None = option(
-        "Write label files in this format: tif, png, geojson, roi or coco. Repeat the option for several "
-        "formats.  [default: tif]",
+        "Write results in this format: tif, png, ome-tiff, ome-zarr, geojson (QuPath), roi (ImageJ), coco, "
+        "cellpose (_seg.npy), ctc (Cell Tracking Challenge), parquet or h5ad (AnnData). Repeat the option "
+        "for several formats.  [default: tif]",
         names="--format -f",
     )
     channels: str | None = option(

@@ -1,7 +1,6 @@
 """Read the files of microscopes (CZI, ND2, LIF) with the libraries of the extra `formats`."""
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
@@ -12,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.errors import MissingExtraError
+from dinocell.io.optional import library
 from dinocell.io.planes import RGB_NAMES, Selection
 from dinocell.io.stacks import Series, Stack, by_plane, series_of
 from dinocell.io.tiff import LIBRARY_LOG
@@ -25,21 +24,6 @@ _CZI_TYPES = {
 }  # fmt: skip
 _MAX_CHANNELS = 1000  # more come from damage; the library would look up each of them
 _UNIX_EPOCH_JULIAN_DAY = 2440587.5  # 1970-01-01 00:00 UTC
-
-
-def library(name: str, of: str) -> Any:
-    """A module of the extra `formats`, imported; `of` is what needs it.
-
-    Raises MissingExtraError.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise MissingExtraError(
-            f"{of} need the package {package}, which is not installed: run pip install '.[formats]' in "
-            "the clone of DINOCell"
-        ) from error
 
 
 def sizes_um(edges: Mapping[str, float | None], unit: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinocell.errors import DINOCellError, UsageError
-from dinocell.pairs import IMAGE_SUFFIXES, OUTPUT_ENDINGS, is_zarr
+from dinocell.pairs import IMAGE_SUFFIXES, OUTPUT_ENDINGS, SEG_NPY, TRACKS_NAME, is_zarr
 
 UNREADABLE_KINDS: dict[str, str] = {
     ".oib": "Olympus OIB",
@@ -144,6 +144,8 @@ class _Search:
             raise UsageError(f"There is no file or folder '{given}': check the path")
         for path in matches:
             suffix = path.suffix.lower()
+            if path.name.endswith(SEG_NPY):  # a project of Cellpose, no image
+                continue
             if suffix in UNREADABLE_KINDS:
                 self.unreadable.add(suffix)
             elif (suffix in IMAGE_SUFFIXES and os.path.isfile(path)) or is_zarr(path):
@@ -156,8 +158,11 @@ class _Search:
         stems = {path.stem for path in images if not path.stem.endswith(OUTPUT_ENDINGS)}
         results, likely = set(), []
         for path in paths:
-            ending = next((end for end in OUTPUT_ENDINGS if path.stem.endswith(end)), "")
-            name = path.stem.removesuffix(ending)
+            stem = path.stem.removesuffix(".ome")
+            ending = next((end for end in OUTPUT_ENDINGS if stem.endswith(end)), "")
+            name = stem.removesuffix(ending)
+            if path.name.startswith("mask") and os.path.lexists(path.with_name(TRACKS_NAME)):
+                results.add(path)
             if not ending or not name:
                 continue
             if os.path.lexists(path.with_name(f"{name}_cells.csv")):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import ImageFileError
-from dinocell.io.microscopes import library
+from dinocell.io.optional import library
 from dinocell.io.planes import Selection
 from dinocell.io.stacks import Series, Stack, by_plane, series_of
 from dinocell.io.units import length_um, pixel_edges_um

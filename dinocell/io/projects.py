@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError, UsageError
+from dinocell.errors import DINOCellError, ImageFileError, UsageError
+from dinocell.files import writing
+from dinocell.io.optional import library
 from dinocell.io.polygons import fill_rings, paint_cells
+from dinocell.labels import as_labels, cell_borders
 
 _LINES = ("LINE", "POLYLINE", "FREELINE", "ANGLE", "POINT", "NOROI")
 # What numpy's arrays, types and numbers are made of in a pickle.
@@ -44,6 +48,48 @@ def read_seg_npy(path: Path) -> NDArray[Any]:
     return masks
 
 
+def write_seg_npy(
+    path: str | os.PathLike[str],
+    labels: NDArray[Any],
+    *,
+    image: NDArray[Any] | None = None,
+    file_name: str = "",
+) -> None:
+    """Write labels as a project of Cellpose, which its window opens and its training reads.
+
+    Parameters
+    ----------
+    path : file to write, by custom ``NAME_seg.npy`` beside the image NAME
+    labels : (H, W) integer ndarray; stored as uint16 when no label is above 65,535, else uint32
+    image : (H, W) or (H, W, C) ndarray, optional: kept in the file, which then opens without the image
+    file_name : name of the image's file; Cellpose looks for it in the folder of the project
+
+    Raises TypeError, ValueError (see `dinocell.labels.as_labels`); DINOCellError (the file cannot be
+    written).
+
+    Notes
+    -----
+    No label is lost where numbers have gaps; Cellpose closes these when it opens the file.  ``flows`` is
+    empty: Cellpose computes it again when thresholds are changed there.
+    """
+    labels = as_labels(labels)
+    num_cells = int(labels.max(initial=0))
+    masks = labels.astype(np.uint16) if num_cells <= np.iinfo(np.uint16).max else labels
+    content: dict[str, Any] = {
+        "outlines": masks * cell_borders(masks),
+        "masks": masks,
+        "chan_choose": [0, 0],
+        "ismanual": np.zeros(len(np.unique(masks[masks > 0])), bool),
+        "filename": file_name,
+        "flows": [],
+        "diameter": np.nan,
+    }
+    if image is not None:
+        content["img"] = np.ascontiguousarray(image)
+    with writing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, np.array(content, dtype=object), allow_pickle=True)
+
+
 class _Ignored:
     """Stands for every object of a pickle that is no array."""
 
@@ -63,21 +109,6 @@ class _ArraysOnly(pickle.Unpickler):
         return _Ignored
 
 
-def import_roifile() -> Any:
-    """The package roifile, which is optional.
-
-    Raises MissingExtraError (it is not installed).
-    """
-    try:
-        import roifile
-    except ImportError as error:
-        raise MissingExtraError(
-            "ImageJ ROIs need the package roifile, which is not installed: run "
-            "pip install '.[formats]' in the clone of DINOCell"
-        ) from error
-    return roifile
-
-
 def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uint32]:
     """Fill the ROIs of a zip in an image of (H, W) = `shape`; the first ROI is cell 1.
 
@@ -89,7 +120,7 @@ def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uin
             f"`shape` must be given for a zip of ROIs, which does not say how large its image is, got "
             f"'{path}' alone: write the labels as TIFF in ImageJ, or give the image"
         )
-    roifile = import_roifile()
+    roifile = library("roifile", "ImageJ ROIs")
     masks = []
     try:
         with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""Labels and tables to the files other programs read.
+"""Outlines and run lengths of cells as files that other programs read: GeoJSON, ImageJ ROIs, COCO.
 
 Every file appears under its name when it is complete; a failure leaves the old file as it was, and
 missing folders are made.  A label image without cells gives a valid file without cells.
@@ -7,10 +7,8 @@ missing folders are made.  A label image without cells gives a valid file withou
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
@@ -18,11 +16,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from dinocell.compilation import njit
 from dinocell.errors import ImageFileError
-from dinocell.io import write_labels
-from dinocell.io.projects import import_roifile
+from dinocell.files import writing
+from dinocell.io.optional import library
 from dinocell.labels import as_labels
+from dinocell.results.colors import CELL_COLORS
 from dinocell.results.outlines import Polygons, Ring, labels_to_polygons, trace_polygons
-from dinocell.results.table import CellTable, writing
+from dinocell.results.table import CellTable
 
 _MAX_ROI_PX = 60_535
 """ImageJ's `RoiDecoder` takes 16-bit positions from 0 to this; it reads those above as negative."""
@@ -55,7 +54,7 @@ def write_geojson(
 
     Notes
     -----
-    One Feature per label, which becomes a detection: a Polygon, or a MultiPolygon for a cell in pieces
+    One Feature per label, which becomes a cell of that name with a colour of `CELL_COLORS`: a Polygon, or a MultiPolygon for a cell in pieces
     (diagonal contact separates pieces).  Positions are (x, y) = (col, row) in pixels from the corner of
     the image; rings are closed, outer ones counter-clockwise in (x, y) as RFC 7946 section 3.1.6 asks.
     """
@@ -84,7 +83,12 @@ def _features(
     measured = _measurements(table) if table is not None else None
     for label, pieces in polygons.items():
         rings = [[xy[slice(*bounds[ring])] for ring in piece] for piece in pieces]
-        properties = {"objectType": "detection", "name": str(label), "label": label}
+        properties = {
+            "objectType": "cell",
+            "name": str(label),
+            "label": label,
+            "color": CELL_COLORS[label % len(CELL_COLORS)],
+        }
         if measured is not None:
             properties["measurements"] = next(measured)
         kind, coordinates = ("Polygon", rings[0]) if len(rings) == 1 else ("MultiPolygon", rings)
@@ -138,7 +142,7 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
             f"ImageJ ROIs hold positions up to {_MAX_ROI_PX:,} px, '{path}' would need "
             f"{max(labels.shape):,}: write geojson or coco instead"
         )
-    roifile = import_roifile()
+    roifile = library("roifile", "ImageJ ROIs")
     polygons = labels_to_polygons(labels)
     with (
         writing(path) as temporary,
@@ -227,7 +231,7 @@ def _rle_letters(counts: NDArray[Any], stops: NDArray[Any]) -> tuple[NDArray[Any
     return letters[:at], ends
 
 
-def write_coco_rle(path: str | os.PathLike[str], labels: ArrayLike) -> None:
+def write_coco_rle(path: str | os.PathLike[str], labels: ArrayLike, *, file_name: str = "") -> None:
     """Write the cells of one image as a COCO instance file with run-length masks (JSON).
 
     Parameters
@@ -236,6 +240,7 @@ def write_coco_rle(path: str | os.PathLike[str], labels: ArrayLike) -> None:
         File to write.
     labels : (H, W) integer array_like
         0 is background.  The label becomes the annotation's id.
+    file_name : name of the image's file
 
     Raises TypeError, ValueError (see `dinocell.labels.as_labels`); DINOCellError (`path` is a folder, or
     the disk refuses).
@@ -267,7 +272,7 @@ def write_coco_rle(path: str | os.PathLike[str], labels: ArrayLike) -> None:
             values.tolist(), shapes, np.append(0, ends)[:-1].tolist(), ends.tolist(), strict=True
         )
     )
-    image = {"id": 1, "file_name": "", "height": height, "width": width}
+    image = {"id": 1, "file_name": file_name, "height": height, "width": width}
     with writing(path) as temporary, temporary.open("wb", buffering=_BUFFER) as file:
         file.write(b'{"images":[' + orjson.dumps(image) + b'],"annotations":[')
         _write_objects(file, annotations, b"", b",")
@@ -288,30 +293,3 @@ def _areas_and_boxes(
     max_row = np.where(wraps, height - 1, np.maximum.reduceat(last % height, first))
     area = np.add.reduceat(end - begin, first)
     return np.stack([area, min_col, min_row, max_col - min_col + 1, max_row - min_row + 1], axis=1)
-
-
-class Exporter(NamedTuple):
-    """One format of `EXPORT_FORMATS`.
-
-    `suffix` follows the image's name in the file name: ``_outlines.geojson``.  Of the table, which may
-    be None, the outlines take the measurements and TIFF takes the pixel size.
-    """
-
-    suffix: str
-    write: Callable[[Path, NDArray[Any], CellTable | None], None]
-
-
-def _export_label_image(path: Path, labels: NDArray[Any], table: CellTable | None) -> None:
-    write_labels(path, labels, pixel_size_um=table.pixel_size_um if table is not None else None)
-
-
-EXPORT_FORMATS: Mapping[str, Exporter] = MappingProxyType(
-    {
-        "tif": Exporter("_labels.tif", _export_label_image),  # 16 bit, or 32 above 65,535 cells
-        "png": Exporter("_labels.png", _export_label_image),  # 16 bit, at most 65,535 cells
-        "geojson": Exporter("_outlines.geojson", write_geojson),
-        "roi": Exporter("_RoiSet.zip", lambda path, labels, _: write_imagej_rois(path, labels)),
-        "coco": Exporter("_coco.json", lambda path, labels, _: write_coco_rle(path, labels)),
-    }
-)
-"""What `dinocell segment` writes, by name."""

@@ -3,18 +3,15 @@
 import csv
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.errors import DINOCellError
-from dinocell.files import atomic_path
+from dinocell.files import writing
 
 
 def align_columns(
@@ -48,19 +45,6 @@ def align_columns(
             cells.append(space + cell if numbers and place else cell + space)
         lines.append("  ".join(cells).rstrip())
     return lines
-
-
-@contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """`atomic_path` whose failures, DINOCellError, say which file was meant and what to do."""
-    try:
-        with atomic_path(path) as temporary:
-            yield temporary
-    except OSError as error:
-        raise DINOCellError(
-            f"'{path}' cannot be written ({error.strerror or error}): choose another folder or free "
-            "some space"
-        ) from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from dinocell import __version__
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.pairs import IMAGE_SUFFIXES
+from dinocell.results.formats import EXPORT_FORMATS
 from dinocell.service.metrics import prometheus_text
 from dinocell.service.queue import FINAL, Job
 from dinocell.service.schemas import (
@@ -41,11 +42,7 @@ from dinocell.service.service import Service
 from dinocell.service.stored import KINDS, StoredResult
 
 _MEDIA = {
-    "tif": "image/tiff",
-    "png": "image/png",
-    "geojson": "application/geo+json",
-    "roi": "application/zip",
-    "coco": "application/json",
+    **{kind: exporter.media_type for kind, exporter in EXPORT_FORMATS.items()},
     "csv": "text/csv; charset=utf-8",
     "overlay": "image/png",
     "npy": "application/octet-stream",
@@ -227,11 +224,14 @@ def _file(result: StoredResult, kind: str) -> Response:
     summary="A file of the result",
     response_class=FileResponse,
     responses={
-        200: {"content": {kind: {} for kind in set(_MEDIA.values())}, "description": "The file."}
+        200: {
+            "content": {kind: {} for kind in sorted({_MEDIA[kind] for kind in KINDS})},
+            "description": "The file.",
+        }
     },
 )
 def get_file(result: Result, kind: str) -> Response:
-    """tif, png, geojson, roi, coco (labels), csv (measurements), overlay, npy, or zip."""
+    """One of the formats of `segment` (tif, geojson, ...), csv (measurements), overlay, npy, or zip."""
     if kind not in KINDS:
         raise HTTPException(404, f"The format must be one of {', '.join(KINDS)}: choose one")
     return _file(result, kind)

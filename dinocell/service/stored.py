@@ -29,7 +29,7 @@ from dinocell.io import read_labels
 from dinocell.io.planes import MAX_PIXELS
 from dinocell.pipeline import DINOCellPipeline, Judgement, LoadedImage, Segmentation, output_paths
 from dinocell.results.confidence import cell_scores, scored_cells
-from dinocell.results.exports import EXPORT_FORMATS
+from dinocell.results.formats import EXPORT_FORMATS
 from dinocell.segmentation import corrections
 from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.service.history import TOUCHED, Box, History, Revision
@@ -37,7 +37,10 @@ from dinocell.service.history import TOUCHED, Box, History, Revision
 RESULT = "result"
 """Folder of what the batch writes, in the folder of a job."""
 
-KINDS = (*EXPORT_FORMATS, "csv", "overlay", "npy", "zip")
+KINDS = (
+    *(kind for kind, exporter in EXPORT_FORMATS.items() if exporter.media_type),  # no folders
+    *("csv", "overlay", "npy", "zip"),
+)
 """What can be downloaded: the label files of `segment`, table, picture, labels as an array, and all in one."""
 
 _locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)

@@ -206,3 +206,14 @@ def test_paths_that_the_system_refuses_end_in_a_sentence(tmp_path):
             read_image(path)
     with pytest.raises(UsageError, match="There is no file"):
         read_image("a\0.tif")
+
+
+def test_results_of_all_formats_are_left_out(tmp_path):
+    for name in ("a.tif", "a_cells.csv", "a_labels.ome.tif", "a_seg.npy", "b_seg.npy"):
+        (tmp_path / name).touch()
+    (tmp_path / "a_labels.zarr").mkdir()
+    (tmp_path / "a_RES").mkdir()
+    (tmp_path / "a_RES" / "mask000.tif").touch()
+    (tmp_path / "a_RES" / "res_track.txt").touch()
+    found = search_images([tmp_path], recursive=True)
+    assert [path.name for path in found.paths] == ["a.tif"]

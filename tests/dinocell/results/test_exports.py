@@ -21,13 +21,8 @@ from export_decoders import (
 from scipy import ndimage
 
 from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError
-from dinocell.io import read_labels
-from dinocell.results.exports import (
-    EXPORT_FORMATS,
-    write_coco_rle,
-    write_geojson,
-    write_imagej_rois,
-)
+from dinocell.results.colors import CELL_COLORS
+from dinocell.results.exports import write_coco_rle, write_geojson, write_imagej_rois
 from dinocell.results.measure import measure_labels
 from dinocell.results.outlines import labels_to_polygons
 from dinocell.results.table import CellTable
@@ -123,7 +118,8 @@ def test_geojson_gives_the_labels_back(name: str, tmp_path: Path) -> None:
     assert document["type"] == "FeatureCollection"
     for feature, row in zip(document["features"], table.rows(), strict=True):
         properties = feature["properties"]
-        assert properties["objectType"] == "detection"
+        assert properties["objectType"] == "cell"
+        assert properties["color"] == list(CELL_COLORS[row["label"] % 8])
         assert properties["name"] == str(row["label"])
         assert properties["measurements"] == {
             name: value for name, value in row.items() if value is not None
@@ -153,7 +149,8 @@ def test_geojson_without_and_with_a_wrong_table(tmp_path: Path) -> None:
     write_geojson(path, [[1, 2]])
     properties = [feature["properties"] for feature in json.loads(path.read_text())["features"]]
     assert properties == [
-        {"objectType": "detection", "name": str(label), "label": label} for label in (1, 2)
+        {"objectType": "cell", "name": "1", "label": 1, "color": [86, 180, 233]},
+        {"objectType": "cell", "name": "2", "label": 2, "color": [0, 158, 115]},
     ]
     with pytest.raises(ValueError, match="got 1 rows for 2 cells"):
         write_geojson(path, [[1, 2]], measure_labels([[1, 1]]))
@@ -220,44 +217,6 @@ def test_imagej_rois_without_the_package(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(MissingExtraError, match=r"pip install '\.\[formats\]' in the clone"):
         write_imagej_rois(tmp_path / "RoiSet.zip", [[1]])
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", list(EXPORT_FORMATS))
-@pytest.mark.parametrize("scene", ["nothing", "ring around another"])
-def test_every_format_writes_and_repeats(name: str, scene: str, tmp_path: Path) -> None:
-    if name == "roi":
-        pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
-    labels = SCENES[scene]
-    exporter = EXPORT_FORMATS[name]
-    path = tmp_path / f"field{exporter.suffix}"
-    exporter.write(path, labels, None)
-    first = path.read_bytes()
-    exporter.write(path, labels, None)
-    assert path.read_bytes() == first
-    table = measure_labels(labels, pixel_size_um=0.5)
-    exporter.write(path, labels, table)
-    takes_the_table = name == "tif" or (name == "geojson" and len(table) > 0)
-    assert (path.read_bytes() != first) == takes_the_table
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-    if name in ("tif", "png"):
-        np.testing.assert_array_equal(read_labels(path), labels)
-
-
-def test_format_suffixes_differ() -> None:
-    assert len({exporter.suffix for exporter in EXPORT_FORMATS.values()}) == len(EXPORT_FORMATS)
-    assert list(EXPORT_FORMATS) == ["tif", "png", "geojson", "roi", "coco"]
-
-
-def test_more_cells_than_16_bits_hold(tmp_path: Path) -> None:
-    labels = np.arange(1, 260 * 260 + 1, dtype=np.uint32).reshape(260, 260)
-    assert labels_to_polygons(labels[-3:, -3:])[67_600][0][0].tolist() == [
-        [2, 3],
-        [3, 3],
-        [3, 2],
-        [2, 2],
-    ]
-    EXPORT_FORMATS["tif"].write(tmp_path / "cells_labels.tif", labels, None)
-    np.testing.assert_array_equal(read_labels(tmp_path / "cells_labels.tif"), labels)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,19 @@
+"""The columns of the tables of cells: units and types, for files that state them and for `docs/tables.md`."""
+
+import re
+
+_UNITS = (
+    (r".*_um", "µm"),
+    (r".*_um2", "µm²"),
+    (r"bbox_.*|centroid_.*|perimeter.*|axis_.*|feret_.*|equivalent_.*|nearest_.*", "px"),
+    (r"area.*", "px²"),
+    (r"orientation", "rad"),
+    (r"intensity_integrated.*", "gray value × px²"),
+    (r"intensity_.*", "gray value"),
+)
+
+
+def unit_of(column: str) -> str:
+    """Unit of a column of `measure_labels` by its name; empty for numbers without a unit."""
+    name = re.sub(r"^(nucleus|cytoplasm)_", "", column)
+    return next((unit for pattern, unit in _UNITS if re.fullmatch(pattern, name)), "")

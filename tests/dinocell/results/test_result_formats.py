@@ -1,0 +1,314 @@
+"""Every format of results, read back by a library that is not ours."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError
+from dinocell.io import read_labels
+from dinocell.io.pyramids import add_labels_to_ome_zarr, write_ome_zarr
+from dinocell.results.columns import unit_of
+from dinocell.results.exports import write_coco_rle, write_geojson
+from dinocell.results.formats import EXPORT_FORMATS, Cells, require_packages
+from dinocell.results.measure import measure_labels
+
+
+def cells(*, empty: bool = False, side_px: int = 60, step: int = 1) -> Cells:
+    """Nine cells, one with a hole and one in two pieces, in an image of two channels."""
+    labels = np.zeros((side_px, side_px + 7), np.uint32)
+    if not empty:
+        for number in range(9):
+            row, col = 20 * (number // 3), 20 * (number % 3)
+            labels[row + 2 : row + 15, col + 3 : col + 16] = (number + 1) * step
+        labels[6:9, 7:9] = 0
+        labels[40:60, 50] = 0
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 4000, (*labels.shape, 2)).astype(np.uint16)
+    names = ("DNA", "ER")
+    table = measure_labels(labels, image, pixel_size_um=0.5, channel_names=names)
+    return Cells(labels, table, 0.5, "field", "field.tif", image, names)
+
+
+def write(kind: str, folder: Path, given: Cells) -> Path:
+    needs = EXPORT_FORMATS[kind].needs
+    if needs:
+        pytest.importorskip(needs[0], reason=f"{needs[0]} is not installed: extra [{needs[2]}]")
+    path = folder / f"field{EXPORT_FORMATS[kind].suffix}"
+    EXPORT_FORMATS[kind].write(path, given)
+    return path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+
+
+def test_the_formats_and_their_endings() -> None:
+    assert len({exporter.suffix for exporter in EXPORT_FORMATS.values()}) == len(EXPORT_FORMATS)
+    assert list(EXPORT_FORMATS) == [
+        *("tif", "png", "ome-tiff", "ome-zarr", "geojson", "roi", "coco", "cellpose", "ctc"),
+        *("parquet", "h5ad"),
+    ]
+
+
+@pytest.mark.parametrize("kind", list(EXPORT_FORMATS))
+@pytest.mark.parametrize("empty", [True, False])
+def test_every_format_writes_and_repeats(kind: str, empty: bool, tmp_path: Path) -> None:
+    """Also without cells, and without anything but labels."""
+    given = cells(empty=empty)
+    path = write(kind, tmp_path, given)
+    first = contents(path)
+    write(kind, tmp_path, given)
+    assert contents(path) == first
+    write(kind, tmp_path, Cells(given.labels))
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    if kind in ("tif", "png", "ome-tiff", "cellpose"):
+        np.testing.assert_array_equal(read_labels(path), given.labels)
+
+
+@pytest.mark.parametrize("kind", ["tif", "ome-tiff", "cellpose", "ome-zarr"])
+def test_more_cells_than_16_bits_hold(kind: str, tmp_path: Path) -> None:
+    labels = np.arange(1, 260 * 260 + 1, dtype=np.uint32).reshape(260, 260)
+    path = write(kind, tmp_path, Cells(labels))
+    if kind == "ome-zarr":
+        path = path / "labels" / "cells"
+    np.testing.assert_array_equal(read_labels(path), labels)
+
+
+def test_formats_of_16_bits_refuse_more(tmp_path: Path) -> None:
+    labels = np.array([[70_000, 0]], np.uint32)
+    for kind in ("png", "ctc"):
+        with pytest.raises(ImageFileError, match=r"up to 65,535, .* 70,000: write"):
+            write(kind, tmp_path, Cells(labels))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ome_tiff_is_a_pyramid_with_pixel_size_and_name(tmp_path: Path) -> None:
+    import tifffile
+
+    labels = np.kron(np.arange(1, 10).reshape(3, 3), np.ones((433, 401))).astype(np.uint32)
+    path = write("ome-tiff", tmp_path, Cells(labels, pixel_size_um=0.25, name="plate 1"))
+    with tifffile.TiffFile(path) as tif:
+        levels = tif.series[0].levels
+        assert [level.shape for level in levels] == [(1299, 1203), (650, 602), (325, 301)]
+        np.testing.assert_array_equal(levels[0].asarray(), labels)
+        np.testing.assert_array_equal(levels[2].asarray(), labels[::4, ::4])
+        assert tif.series[0].name == "plate 1"
+        assert levels[0].dtype == np.uint16
+        assert tif.pages[0].is_tiled
+        pixels = tifffile.xml2dict(tif.ome_metadata)["OME"]["Image"]["Pixels"]
+    assert (pixels["PhysicalSizeX"], pixels["PhysicalSizeXUnit"]) == (0.25, "µm")
+    assert pixels["Channel"]["Name"] == "labels"
+
+
+def test_ome_zarr_is_what_its_specification_asks_for(tmp_path: Path) -> None:
+    """Its metadata pass the models of ome-zarr-models; its arrays are read by zarr."""
+    zarr = pytest.importorskip("zarr", reason="zarr is not installed: extra [formats]")
+    images = pytest.importorskip("ome_zarr_models.v04.image")
+    labels = pytest.importorskip("ome_zarr_models.v04.image_label")
+    given = cells(side_px=1500)
+    group = zarr.open_group(str(write("ome-zarr", tmp_path, given)), mode="r")
+    image = images.ImageAttrs.model_validate(dict(group.attrs))
+    found = labels.ImageLabelAttrs.model_validate(dict(group["labels/cells"].attrs))
+    assert [group[name].shape for name in ("0", "1")] == [(2, 1500, 1507), (2, 750, 754)]
+    np.testing.assert_array_equal(np.moveaxis(group["0"][:], 0, -1), given.image)
+    assert abs(float(group["1"][0, 0, 0]) - given.image[:2, :2, 0].mean()) <= 0.5
+    np.testing.assert_array_equal(group["labels/cells/0"][:], given.labels)
+    np.testing.assert_array_equal(group["labels/cells/1"][:], given.labels[::2, ::2])
+    assert [channel.label for channel in image.omero.channels] == ["DNA", "ER"]
+    (pyramid,) = found.multiscales
+    scales = [level.coordinateTransformations[0].scale for level in pyramid.datasets]
+    assert scales == [[0.5, 0.5], [1.0, 1.0]]
+    assert [axis.unit for axis in pyramid.axes] == ["micrometer"] * 2
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_labels_go_into_a_zarr_that_exists(version: int, tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr", reason="zarr is not installed: extra [formats]")
+    path = tmp_path / "source.zarr"
+    with pytest.raises(ImageFileError, match="must be an OME-Zarr image"):
+        add_labels_to_ome_zarr(path, np.ones((2, 2), np.uint8))
+    zarr.create_group(str(path), zarr_format=version, attributes={"of the user": 1})
+    before = contents(path)
+    add_labels_to_ome_zarr(path, np.ones((2, 2), np.uint8), name="b")
+    add_labels_to_ome_zarr(path, np.eye(3, dtype=np.uint8), pixel_size_um=2.0, name="a")
+    assert before.items() <= contents(path).items()
+    group = zarr.open_group(str(path), mode="r")
+    attributes = dict(group["labels"].attrs)
+    assert attributes.get("ome", attributes)["labels"] == ["a", "b"]
+    np.testing.assert_array_equal(group["labels/a/0"][:], np.eye(3))
+    np.testing.assert_array_equal(read_labels(path / "labels" / "a"), np.eye(3))
+    with pytest.raises(ImageFileError, match="has labels named 'a': set `overwrite`"):
+        add_labels_to_ome_zarr(path, np.zeros((2, 2), np.uint8), name="a")
+    models = pytest.importorskip(f"ome_zarr_models.v0{version + 2}.image_label")
+    attributes = dict(group["labels/a"].attrs)
+    models.ImageLabelAttrs.model_validate(attributes.get("ome", attributes))
+    add_labels_to_ome_zarr(path, np.zeros((2, 2), np.uint8), name="a", overwrite=True)
+    assert read_labels(path / "labels" / "a").shape == (2, 2)
+
+
+def test_folders_of_others_are_not_replaced(tmp_path: Path) -> None:
+    given = cells()
+    for kind in ("ctc", "ome-zarr"):
+        folder = tmp_path / f"field{EXPORT_FORMATS[kind].suffix}"
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("years of work")
+        with pytest.raises(
+            DINOCellError, match="no such result of DINOCell, so it is not replaced"
+        ):
+            write(kind, tmp_path, given)
+        assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_failure_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write("ctc", tmp_path, cells())
+    before = contents(path)
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(DINOCellError, match=r"_RES' cannot be written \(No space left"):
+        write("ctc", tmp_path, cells(empty=True))
+    assert contents(path) == before
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_challenge_folder_is_a_result_of_one_frame(tmp_path: Path) -> None:
+    import tifffile
+
+    given = cells(step=7)
+    path = write("ctc", tmp_path, given)
+    assert sorted(file.name for file in path.iterdir()) == ["mask000.tif", "res_track.txt"]
+    frame = tifffile.imread(path / "mask000.tif")
+    assert frame.dtype == np.uint16
+    np.testing.assert_array_equal(frame, given.labels)
+    tracks = np.loadtxt(path / "res_track.txt", dtype=int)
+    np.testing.assert_array_equal(tracks, [[7 * k, 0, 0, 0] for k in range(1, 10)])
+
+
+def test_seg_npy_has_what_cellpose_reads(tmp_path: Path) -> None:
+    """The keys that its window (`gui.io._load_seg`) and its training (`io`) take."""
+    given = cells()
+    project = np.load(write("cellpose", tmp_path, given), allow_pickle=True).item()
+    np.testing.assert_array_equal(project["masks"], given.labels)
+    assert project["masks"].dtype == project["outlines"].dtype == np.uint16
+    borders = project["outlines"] > 0
+    np.testing.assert_array_equal(project["outlines"][borders], given.labels[borders])
+    assert borders[2, 3]
+    assert not borders[3, 4]
+    assert len(project["ismanual"]) == given.labels.max()
+    assert project["filename"] == "field.tif"
+    assert project["chan_choose"] == [0, 0]
+    assert project["flows"] == []
+    np.testing.assert_array_equal(project["img"], given.image)
+
+
+def test_geojson_is_valid_for_shapely(tmp_path: Path) -> None:
+    shapely = pytest.importorskip("shapely")
+    given = cells()
+    shapes = shapely.from_geojson(write("geojson", tmp_path, given).read_text(encoding="utf-8"))
+    assert shapely.is_valid(shapes).all()
+    areas = [shape.area for shape in shapes.geoms]
+    assert areas == np.bincount(given.labels.ravel())[1:].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
+def test_coco_opens_in_pycocotools(tmp_path: Path) -> None:
+    coco = pytest.importorskip("pycocotools.coco")
+    given = cells()
+    found = coco.COCO(str(write("coco", tmp_path, given)))
+    assert [image["file_name"] for image in found.loadImgs(found.getImgIds())] == ["field.tif"]
+    labels = np.zeros_like(given.labels)
+    for annotation in found.loadAnns(found.getAnnIds()):
+        labels[found.annToMask(annotation) > 0] = annotation["id"]
+    np.testing.assert_array_equal(labels, given.labels)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_parquet_has_the_same_types_everywhere(empty: bool, tmp_path: Path) -> None:
+    pandas, polars, duckdb = map(pytest.importorskip, ("pandas", "polars", "duckdb"))
+    given = cells(empty=empty)
+    table = given.table
+    assert table is not None
+    path = write("parquet", tmp_path, given)
+    kinds = {"b": ("bool", "Boolean", "BOOLEAN"), "i": ("int64", "Int64", "BIGINT")}
+    expected = {
+        name: kinds.get(column.dtype.kind, ("float64", "Float64", "DOUBLE"))
+        for name, column in table.data.items()
+    }
+    frame = pandas.read_parquet(path)
+    assert {name: str(kind) for name, kind in frame.dtypes.items()} == {
+        name: kind[0] for name, kind in expected.items()
+    }
+    in_polars = polars.read_parquet(path)
+    assert {name: str(kind) for name, kind in in_polars.schema.items()} == {
+        name: kind[1] for name, kind in expected.items()
+    }
+    described = duckdb.sql(f"describe select * from '{path}'").fetchall()
+    assert {row[0]: row[1] for row in described} == {
+        name: kind[2] for name, kind in expected.items()
+    }
+    for name, column in table.data.items():
+        np.testing.assert_array_equal(frame[name].to_numpy(), column)
+        assert in_polars[name].to_list() == table.to_dict()[name]  # a missing value is null
+
+
+def test_parquet_states_units_and_pixel_size(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    schema = parquet.read_schema(write("parquet", tmp_path, cells()))
+    assert schema.metadata == {b"image": b"field", b"pixel_size_um": b"0.5"}
+    units = {field.name: (field.metadata or {}).get(b"unit", b"").decode() for field in schema}
+    assert units["area"] == "px²"
+    assert units["area_um2"] == "µm²"
+    assert units["centroid_row_um"] == "µm"
+    assert units["orientation"] == "rad"
+    assert units["intensity_mean_ER"] == "gray value"
+    assert units["solidity"] == ""
+    assert units == {name: unit_of(name) for name in units}
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_anndata_opens_with_places_and_units(empty: bool, tmp_path: Path) -> None:
+    anndata = pytest.importorskip("anndata")
+    given = cells(empty=empty)
+    table = given.table
+    assert table is not None
+    found = anndata.read_h5ad(write("h5ad", tmp_path, given))
+    assert found.obs_names.tolist() == [str(label) for label in table["label"]]
+    np.testing.assert_array_equal(found.obs["label"], table["label"])
+    np.testing.assert_array_equal(found.obs["touches_border"], table["touches_border"])
+    assert {*found.obs.columns, *found.var_names} == set(table.columns)
+    for name in found.var_names:
+        np.testing.assert_array_equal(found.X[:, found.var_names.get_loc(name)], table[name])
+    places = [table["centroid_col_um"], table["centroid_row_um"]]
+    np.testing.assert_array_equal(found.obsm["spatial"].T, places)
+    assert (found.uns["spatial_unit"], found.uns["pixel_size_um"]) == ("µm", 0.5)
+    assert found.var.loc["area_um2", "unit"] == "µm²"
+
+
+def test_missing_packages_are_named_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "anndata", None)
+    require_packages(["tif", "geojson"])
+    with pytest.raises(MissingExtraError, match=r"anndata, .* pip install '\.\[tables\]'"):
+        require_packages(["tif", "h5ad"])
+
+
+def test_rois_and_outlines_take_labels_alone(tmp_path: Path) -> None:
+    given = cells()
+    write_geojson(tmp_path / "a.geojson", given.labels)
+    write_coco_rle(tmp_path / "a.json", given.labels)
+    with zipfile.ZipFile(write("roi", tmp_path, given)) as archive:
+        assert len(archive.namelist()) == 9
+
+
+def test_ome_zarr_without_an_image_shows_the_labels(tmp_path: Path) -> None:
+    pytest.importorskip("zarr", reason="zarr is not installed: extra [formats]")
+    labels = cells().labels
+    write_ome_zarr(tmp_path / "a.zarr", labels)
+    np.testing.assert_array_equal(read_labels(tmp_path / "a.zarr" / "labels" / "cells"), labels)
