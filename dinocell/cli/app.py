@@ -15,6 +15,7 @@ import typer
 from dinocell import DISTRIBUTION, __version__
 from dinocell.cli import (
     cluster,
+    convert,
     data,
     doctor,
     evaluate,
@@ -46,6 +47,7 @@ for group in (
     segment,
     serve,
     info,
+    convert,
     shards,
     evaluate,
     train,

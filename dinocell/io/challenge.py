@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.errors import ImageFileError
+from dinocell.errors import ImageFileError, UsageError
 from dinocell.files import writing_folder
 from dinocell.io.write import write_labels
 from dinocell.labels import as_labels
@@ -39,9 +39,27 @@ def write_challenge_folder(path: str | os.PathLike[str], labels: NDArray[Any]) -
         (temporary / TRACKS_NAME).write_text(tracks, encoding="utf-8", newline="")
 
 
-def challenge_frames(folder: Path) -> list[Path]:
-    """The label images of a folder of the challenge, in the order of their frames; none in other folders."""
-    return sorted(path for path in folder.iterdir() if _FRAME.fullmatch(path.name))
+def challenge_frame(folder: Path, number: int | None) -> Path:
+    """The label image of a frame of a folder of the challenge, by its place from 0; None takes the only one.
+
+    Raises UsageError (no such folder, no such frame, or several and none is chosen).
+    """
+    frames = sorted(path for path in folder.iterdir() if _FRAME.fullmatch(path.name))
+    if not frames:
+        raise UsageError(
+            f"An image file is needed, '{folder}' is a folder without label images of the Cell Tracking "
+            "Challenge: name the files in it"
+        )
+    if number is None and len(frames) > 1:
+        raise UsageError(
+            f"`page` must be given for a film, '{folder}' has {len(frames)} frames: choose one, counted "
+            "from 0"
+        )
+    if number is not None and not 0 <= number < len(frames):
+        raise UsageError(
+            f"`page` must be one of the {len(frames)} frames of '{folder}', got {number}: count from 0"
+        )
+    return frames[number or 0]
 
 
 def _is_challenge(folder: Path) -> bool:

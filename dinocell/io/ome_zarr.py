@@ -16,6 +16,9 @@ from dinocell.io.stacks import Series, Stack, by_plane, series_of
 from dinocell.io.units import length_um, pixel_edges_um
 from dinocell.scratch import new_image, row_bands
 
+ZARR_LABELS = "cells"
+"""Name of the label image below `labels/` that we write."""
+
 
 @contextlib.contextmanager
 def open_zarr(path: Path, wanted: Selection) -> Iterator[Stack]:
@@ -58,6 +61,22 @@ def _attributes(folder: Path) -> dict[str, Any]:
         found = content.get("attributes", {}) if name == "zarr.json" else content
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def label_image(path: Path) -> Path:
+    """The folder of the labels that belong to an OME-Zarr image; `path` itself where it has none.
+
+    Raises ImageFileError (there are several label images, and none is named as ours).
+    """
+    names = _ome(_attributes(path / "labels")).get("labels") or []
+    if not names:
+        return path
+    if len(names) > 1 and ZARR_LABELS not in names:
+        raise ImageFileError(
+            f"One label image is needed, '{path}' has {', '.join(names)}: name one, for example "
+            f"'{path / 'labels' / names[0]}'"
+        )
+    return path / "labels" / (ZARR_LABELS if ZARR_LABELS in names else names[0])
 
 
 def _ome(attributes: Mapping[str, Any]) -> Any:

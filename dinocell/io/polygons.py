@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+_UINT32_MAX = 2**32 - 1
+
 
 class CellMask(NamedTuple):
     """The pixels of one cell: a boolean (h, w) mask whose upper left pixel is (top, left) of the image."""
@@ -110,18 +112,42 @@ def expand_run_lengths(text: str) -> list[int]:
 
 
 def paint_cells(
-    cells: Iterable[CellMask | None], shape: tuple[int, int]
+    cells: Iterable[CellMask | None],
+    shape: tuple[int, int],
+    numbers: Sequence[Any] | None = None,
 ) -> tuple[NDArray[np.uint32], int]:
     """Label image of cells that may overlap, and the number of pixels that several of them claim.
 
-    Cell 1 is the first; None stands for a cell without pixels.  Smaller cells lie on top of larger ones,
-    so that a small cell within a large one is kept.
+    Cell 1 is the first unless `numbers` says what each is called (see `distinct_numbers`); None stands for
+    a cell without pixels.  Smaller cells lie on top of larger ones, so that a small cell within a large
+    one is kept.
     """
     labels = np.zeros(shape, np.uint32)
-    found = [(number, cell) for number, cell in enumerate(cells, start=1) if cell is not None]
+    cells = list(cells)
+    names = range(1, len(cells) + 1) if numbers is None else distinct_numbers(numbers)
+    found = [(number, cell) for number, cell in zip(names, cells, strict=True) if cell is not None]
     areas = [int(np.count_nonzero(cell.mask)) for _, cell in found]
     for place in np.argsort(-np.array(areas, np.int64), kind="stable"):
         number, (top, left, mask) = found[place]
         window: NDArray[Any] = labels[top : top + mask.shape[0], left : left + mask.shape[1]]
         window[mask] = number
     return labels, sum(areas) - int(np.count_nonzero(labels))
+
+
+def distinct_numbers(given: Sequence[Any]) -> Sequence[int]:
+    """A number for each cell: the given one where it is a label that no earlier cell has, else a new one.
+
+    New numbers follow the highest one; if there is no room above it, all cells are numbered 1..n.
+    """
+    taken: set[int] = set()
+    kept: list[int | None] = []
+    for number in given:
+        whole = isinstance(number, int | float) and number == number // 1
+        fits = whole and 0 < number <= _UINT32_MAX and number not in taken
+        kept.append(int(number) if fits else None)
+        taken |= {int(number)} if fits else set()
+    following = max(taken, default=0) + 1
+    if following + kept.count(None) - 1 > _UINT32_MAX:
+        return range(1, len(kept) + 1)
+    new = iter(range(following, following + kept.count(None)))
+    return [next(new) if number is None else number for number in kept]

@@ -110,7 +110,9 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uint32]:
-    """Fill the ROIs of a zip in an image of (H, W) = `shape`; the first ROI is cell 1.
+    """Fill the ROIs of a zip in an image of (H, W) = `shape`.
+
+    A ROI whose name is a whole number is the cell of that number, as far as no other ROI has it.
 
     Raises MissingExtraError (without roifile); UsageError (`shape` is None); ImageFileError (no zip of
     ROIs, a line or a point among them, or a ROI outside the image).
@@ -153,4 +155,6 @@ def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uin
             f"'{path}' must be a zip of ImageJ ROIs, it holds no file that ends in .roi: give the zip "
             "that the ROI manager writes"
         )
-    return paint_cells(masks, shape)[0]
+    stems = [Path(name).stem for name in names]
+    numbers = [int(stem) if stem.isdecimal() else None for stem in stems]
+    return paint_cells(masks, shape, numbers)[0]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dinocell.errors import ImageFileError
 from dinocell.files import write_text_atomically, writing, writing_folder
+from dinocell.io.ome_zarr import ZARR_LABELS
 from dinocell.io.optional import library
 from dinocell.labels import as_labels
 
@@ -25,8 +26,6 @@ _CHUNK_EDGE_PX = 1024
 _CLASSIC_BYTES = 2**32 - 2**25  # what a TIFF with 32-bit offsets holds beside its header
 _CREATOR = {"name": "DINOCell"}
 """In the attributes of what `write_ome_zarr` has made, which it may therefore replace."""
-ZARR_LABELS = "cells"
-"""Name of the label image below `labels/`."""
 
 
 def write_ome_tiff_labels(

@@ -17,9 +17,11 @@ from typing import Unpack
 import numpy as np
 
 from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError, UsageError
+from dinocell.io.annotations import read_json_labels
+from dinocell.io.challenge import challenge_frame
 from dinocell.io.microscopes import MICROSCOPE_FILES
 from dinocell.io.names import UNREADABLE_KINDS
-from dinocell.io.ome_zarr import open_zarr
+from dinocell.io.ome_zarr import label_image, open_zarr
 from dinocell.io.planes import (
     MAX_PIXELS,
     RGB_NAMES,
@@ -182,22 +184,29 @@ def read_label_file(
     ----------
     path : path of a PNG, TIFF, BMP or `.npy` of whole numbers; floating point is accepted when every
         value is whole.  Palette PNGs give their palette positions, 1-bit files 0 and 1, and colours
-        with three equal channels count as gray.  Or a `_seg.npy` file of Cellpose, or a zip of
-        ImageJ ROIs.
-    page : int, optional, which plane of a stack, as in `read_image`
+        with three equal channels count as gray.  Or OME-Zarr, a `_seg.npy` file of Cellpose, a zip of
+        ImageJ ROIs, GeoJSON (`.geojson`), COCO of one image (`.json`), or a folder of the Cell Tracking
+        Challenge.
+    page : int, optional, which plane of a stack, as in `read_image`, or which frame of such a folder
     max_pixels : int, refuse files of more pixels than this
-    shape : (H, W), optional, size of the image that the labels belong to: ROIs need it, other files do
-        not use it
+    shape : (H, W), optional, size of the image that the labels belong to: ROIs and GeoJSON need it, other
+        files do not use it
 
     Returns Image: its pixels (H, W) are uint32, the numbers as stored; gaps and unconnected parts stay.
-    Turned upright, as images are; `notes` says so.  The pixel size is not read.
+    Turned upright, as images are; `notes` says so.
 
     Raises UsageError (the file or the page does not exist); ImageFileError (as for `read_image`;
     also colours, negative or fractional numbers, numbers above 2³² − 1).
     """
-    path = _existing_file(path)
-    if path.suffix.lower() == ".zip":
+    path = Path(path)
+    if path.is_dir():
+        path = label_image(path) if is_zarr(path) else challenge_frame(path, page)
+        page = page if is_zarr(path) else None
+    path, suffix = _existing_file(path), path.suffix.lower()
+    if suffix == ".zip":
         return Image(read_roi_labels(path, shape), path)
+    if suffix in (".json", ".geojson"):
+        return Image(read_json_labels(path, shape), path)
     if path.name.endswith(SEG_NPY):
         raw = RawImage(read_seg_npy(path))
     else:
@@ -223,7 +232,7 @@ def read_label_file(
             "from 1 with background 0"
         )
     notes = tuple(note for note in raw.notes if "`pixel_size_um`" not in note)
-    return Image(contiguous(pixels, np.uint32), path, notes=notes)
+    return Image(contiguous(pixels, np.uint32), path, raw.pixel_size_um, notes=notes)
 
 
 def _existing_file(path: str | os.PathLike[str]) -> Path:
