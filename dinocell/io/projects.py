@@ -126,7 +126,8 @@ def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uin
     masks = []
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.lower().endswith(".roi")]
+            listed = archive.namelist()
+            names = [name for name in listed if name.lower().endswith(".roi")]
             for name in names:
                 roi = roifile.ImagejRoi.frombytes(archive.read(name))
                 if roi.roitype.name in _LINES:
@@ -150,7 +151,7 @@ def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uin
             f"'{path}' must be a zip of ImageJ ROIs, it is damaged or cut short ({error}): save it "
             "again in the ROI manager"
         ) from error
-    if not names:
+    if listed and not names:  # without any file it is an image without cells
         raise ImageFileError(
             f"'{path}' must be a zip of ImageJ ROIs, it holds no file that ends in .roi: give the zip "
             "that the ROI manager writes"
