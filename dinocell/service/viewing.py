@@ -23,11 +23,11 @@ from dinocell.batch.journal import JOURNAL_NAME, read_journal
 from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.files import ensure_folder, write_text_atomically
-from dinocell.io import read_labels
+from dinocell.io import read_labels, write_labels
 from dinocell.io.planes import MAX_PIXELS
 from dinocell.network.model import DINOCell, load_model
 from dinocell.pipeline import DINOCellPipeline, Judgement, LoadedImage
-from dinocell.results.exports import EXPORT_FORMATS
+from dinocell.results.formats import EXPORT_FORMATS
 from dinocell.segmentation.thresholds import ThresholdChanges
 from dinocell.service.options import ServiceOptions
 from dinocell.service.queue import Job, Queue
@@ -194,7 +194,7 @@ class Viewed:
         now, segmentation = result.segmentation()
         segmentation.measure().to_csv(self._version(job.name, "cells.csv", version))
         target = self._version(job.name, "labels.tif", version)
-        EXPORT_FORMATS["tif"].write(target, segmentation.labels, segmentation.measure())
+        write_labels(target, segmentation.labels, pixel_size_um=segmentation.pixel_size_um)
         self._written[job.id] = now.revision.number
         write_text_atomically(note, json.dumps(now.revision.number))
 

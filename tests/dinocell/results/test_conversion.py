@@ -123,7 +123,7 @@ def test_simplified_outlines_keep_the_cells(tmp_path: Path, image: Path) -> None
     features = []
     for label, pieces in labels_to_polygons(labels).items():
         parts = [shapely.Polygon(r[0][:, ::-1], [h[:, ::-1] for h in r[1:]]) for r in pieces]
-        shape = shapely.MultiPolygon(parts).simplify(0.71)
+        shape = shapely.MultiPolygon(parts).simplify(0.4)
         geometry = json.loads(shapely.to_geojson(shape))
         properties = {"objectType": "cell", "name": str(label)}
         features.append({"type": "Feature", "geometry": geometry, "properties": properties})
