@@ -31,8 +31,8 @@ def convert(
         "Take size, pixel size and name from this image. Needed to read ROIs and GeoJSON, which do not say "
         "how large their image is."
     ),
-    page: int | None = option("Convert this plane or frame of several, counted from 0.", min=0),
-    add: bool = option("Add the labels to the OME-Zarr image OUT, which exists.", False),
+    page: int | None = option("Read this plane or frame of several, counted from 0.", min=0),
+    add: bool = option("Write the labels into the OME-Zarr image OUT, which exists.", False),
     overwrite: bool = option("Replace OUT, or with --add its labels of that name.", False),
 ) -> None:
     """Convert labels from one format to another, for example outlines corrected in QuPath.
