@@ -9,8 +9,8 @@ from dinocell.errors import UsageError
 from dinocell.io.planes import MAX_PIXELS, PlaneChoice, Selection
 from dinocell.network.precision import PRECISIONS
 from dinocell.pipeline import DEFAULT_MODEL
-from dinocell.segmentation.rescale import Scale
 from dinocell.results.formats import EXPORT_FORMATS
+from dinocell.segmentation.rescale import Scale
 
 # Not part of what an image's result depends on, so a resumed run may change them (the model is known
 # by the hash of its weights).
