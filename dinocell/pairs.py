@@ -46,7 +46,7 @@ ROI_ENDINGS: tuple[str, ...] = ("_RoiSet", "_rois")
 TRACKS_NAME = "res_track.txt"
 """The list of tracks in a folder of results of the Cell Tracking Challenge."""
 
-OUTPUT_ENDINGS: tuple[str, ...] = ("_labels", "_overlay", "_distance_map")
+OUTPUT_ENDINGS: tuple[str, ...] = ("_nuclei_labels", "_labels", "_overlay", "_distance_map")
 """Endings of the names of the images that DINOCell itself writes."""
 
 _CHALLENGE_NAME = re.compile(r"(?:man_seg|man_track|mask|t)(\d{3,})")

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import UsageError
-from dinocell.files import ensure_folder
-from dinocell.io import refuse_long_names
-from dinocell.io.planes import MAX_PIXELS, PlaneChoice
+from dinocell.io.planes import MAX_PIXELS, PlaneChoice, channel_of
 from dinocell.network.familiarity import Appearance
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
 from dinocell.results.confidence import scored_cells
+from dinocell.results.segmented import Segmentation
+from dinocell.segmentation.compartments import CellChoice, Surroundings, check_compartments
 from dinocell.segmentation.inference import Inference, predict_distance_map, start_appearance
 from dinocell.segmentation.intensity import (
     IntensityRange,
@@ -27,9 +28,6 @@ from dinocell.segmentation.intensity import (
 from dinocell.segmentation.rescale import Scale, ScaleChoice, rescaled_shape
 from dinocell.segmentation.source import read_source
 from dinocell.segmentation.thresholds import ThresholdChanges, Thresholds
-
-if TYPE_CHECKING:
-    from dinocell.results.table import CellTable
 
 DEFAULT_MODEL = "dinocell-cells"
 
@@ -42,7 +40,8 @@ class LoadedImage(NamedTuple):
     """The gray plane (H, W) to segment, its pixel size in µm, its name, what was noted on it, how its
     intensities map to those that a network sees; where the plane is the mean of several channels, these
     as they were read (H, W, C) with their names; where the model knows its training images, what
-    collects how this one looks; and how many times the image is enlarged for the network."""
+    collects how this one looks; how many times the image is enlarged for the network; and what the cells
+    around nuclei grow in."""
 
     plane: NDArray
     pixel_size_um: float | None
@@ -52,8 +51,9 @@ class LoadedImage(NamedTuple):
     channels: NDArray | None = None
     channel_names: tuple[str, ...] = ()
     appearance: Appearance | None = None
-    rescale: float = 1.0
     file_name: str = ""
+    rescale: float = 1.0
+    around: Surroundings | None = None
 
 
 class Judgement(NamedTuple):
@@ -64,174 +64,6 @@ class Judgement(NamedTuple):
     unfamiliar: float | None
     kind: str
     thresholds: Thresholds
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """Cells of one image.
-
-    Attributes
-    ----------
-    labels : (H, W) uint32 ndarray
-        0 background, cells 1..n.
-    distance_map : (H, W) float32 ndarray in [0, 1]
-    image : (H, W) ndarray
-        The gray plane the network saw, before normalisation; of several channels the mean after it.
-    pixel_size_um : float or None
-        From the file, or as given.
-    name : str
-        Stem of the file, or "image".
-    warnings : tuple of str
-        What a careful user should know (constant image, ...).
-    channels : (H, W, C) ndarray or None
-        Where the plane is the mean of several channels: these, as they were read.
-    channel_names : tuple of str
-        One name per channel, its position where the file has no names.
-    scores : (n,) float64 ndarray in [0, 1] or None
-        How well the distance map supports each cell: see `dinocell.results.confidence.cell_scores`.
-    unfamiliar : float or None
-        Distance from the model's training images as a share of the largest that is usual for images of
-        their kind; above 1 a warning says so.  None where the model does not know its training images.
-    kind : str
-        Name of the training data that the image resembles, whose thresholds were used; empty where it
-        resembles none.
-    rescale : float
-        How many times the image was enlarged for the network; all results are in pixels of the file.
-    file_name : str
-        Of the image, without folders; empty for an array.
-    """
-
-    labels: NDArray[np.uint32]
-    distance_map: NDArray[np.float32]
-    image: NDArray
-    pixel_size_um: float | None = None
-    name: str = "image"
-    warnings: tuple[str, ...] = field(default=())
-    channels: NDArray | None = None
-    channel_names: tuple[str, ...] = ()
-    scores: NDArray[np.float64] | None = None
-    unfamiliar: float | None = None
-    kind: str = ""
-    rescale: float = 1.0
-    file_name: str = ""
-
-    @property
-    def num_cells(self) -> int:
-        """How many cells were found."""
-        return int(self.labels.max(initial=0))
-
-    def measure(self) -> CellTable:
-        """One row per cell; scikit-image's names, µm columns where the pixel size is known.
-
-        Intensities are those of the file; with several channels each has columns of its own, such as
-        `intensity_mean_DNA`.
-        """
-        from dinocell.results.measure import measure_labels
-
-        one = self.channels is None
-        table = measure_labels(
-            self.labels,
-            self.image if one else self.channels,
-            pixel_size_um=self.pixel_size_um,
-            channel_names=None if one else self.channel_names,
-        )
-        if self.scores is None:
-            return table
-        return replace(table, data={**table.data, "score": self.scores})
-
-    def summary(self) -> dict[str, Any]:
-        """Number of cells, confluency, mean area of this image, and how the network saw it."""
-        from dinocell.results.measure import summarize
-
-        return summarize(self.labels, self.measure()) | self.seen()
-
-    def seen(self) -> dict[str, float | str]:
-        """The columns `rescale`, `unfamiliar` and `kind` of the summary; the last two where they are known."""
-        scale: dict[str, float | str] = {"rescale": round(self.rescale, 4)}
-        if self.unfamiliar is None:
-            return scale
-        return scale | {"unfamiliar": round(self.unfamiliar, 3), "kind": self.kind}
-
-    def save(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        formats: Sequence[str] = ("tif",),
-        table: CellTable | None = None,
-        overlay: bool = True,
-    ) -> dict[str, Path]:
-        """Write everything about this image into `folder`; the label image comes last.
-
-        `NAME_cells.csv`, `NAME_overlay.png` (unless `overlay=False`), and one label file per format
-        of `dinocell.results.formats.EXPORT_FORMATS` (`tif`, `png`, `geojson`, ...).  Each file appears
-        whole or not at all; a present label file therefore means the image is done.
-
-        Returns
-        -------
-        dict
-            Kind → path.
-
-        Raises
-        ------
-        UsageError
-            A format is unknown, or none is given.
-        DINOCellError
-            The name is too long for the file system; nothing was written.
-        """
-        from dinocell.results.formats import EXPORT_FORMATS, Cells
-        from dinocell.results.pictures import overlay_panel, write_png
-
-        paths = output_paths(folder, self.name, formats, overlay=overlay)
-        ensure_folder(Path(folder))
-        refuse_long_names(paths.values())
-        if table is None:
-            table = self.measure()
-        table.to_csv(paths["csv"])
-        if overlay:
-            panel = overlay_panel(
-                self.image,
-                self.labels,
-                self.distance_map,
-                title=self.name,
-                pixel_size_um=self.pixel_size_um,
-            )
-            write_png(paths["overlay"], panel)
-        cells = Cells(
-            self.labels,
-            table,
-            self.pixel_size_um,
-            self.name,
-            self.file_name,
-            self.image if self.channels is None else self.channels,
-            self.channel_names,
-        )
-        for name in list(paths)[1 + overlay :]:
-            EXPORT_FORMATS[name].write(paths[name], cells)
-        return paths
-
-
-def output_paths(
-    folder: str | os.PathLike[str], name: str, formats: Sequence[str], *, overlay: bool
-) -> dict[str, Path]:
-    """Kind → file that `Segmentation.save` writes, in the order in which it does.
-
-    Raises
-    ------
-    UsageError
-        A format is unknown, or none is given.
-    """
-    from dinocell.results.formats import EXPORT_FORMATS
-
-    unknown = [name for name in formats if name not in EXPORT_FORMATS]
-    if unknown or not formats:
-        raise UsageError(
-            f"`formats` must be some of {', '.join(EXPORT_FORMATS)}, got {', '.join(unknown) or 'none'}: "
-            "choose among them"
-        )
-    endings = {"csv": "_cells.csv"} | ({"overlay": "_overlay.png"} if overlay else {})
-    for kind in sorted(formats, key=lambda item: item in ("tif", "png")):
-        endings[kind] = EXPORT_FORMATS[kind].suffix
-    return {kind: Path(folder) / f"{name}{ending}" for kind, ending in endings.items()}
 
 
 class DINOCellPipeline:
@@ -314,6 +146,8 @@ class DINOCellPipeline:
         allow_mask: bool = False,
         name: str | None = None,
         progress: Callable[[int, int], None] | None = None,
+        nuclei: int | str | None = None,
+        cells: str | None = None,
         **choice: Unpack[PlaneChoice],
     ) -> Segmentation:
         """Segment one image.
@@ -328,6 +162,10 @@ class DINOCellPipeline:
             Segment an image that looks like a label image or a binary mask.
         progress : callable (done, total), optional
             After every batch of windows.
+        nuclei, cells : optional
+            Segment nuclei in the channel `nuclei` and let each grow to its cell: in the distance map of
+            the channels `cells` (``AGP``, ``AGP,ER`` or ``mean``), or by a ring (``ring:5um``,
+            ``ring:12px``).  Nucleus and cell have one number.  `nuclei` alone is `channels` with one.
         choice : channels, z, time, scene, page
             Which plane of a file with several, see `dinocell.io.read_image`; several channels are
             normalised one by one and averaged.
@@ -339,7 +177,14 @@ class DINOCellPipeline:
         ValueError
             The array does not fit: several channels and no choice, NaN, a mask.
         """
-        loaded = self.load(image, pixel_size_um=pixel_size_um, allow_mask=allow_mask, **choice)
+        loaded = self.load(
+            image,
+            pixel_size_um=pixel_size_um,
+            allow_mask=allow_mask,
+            nuclei=nuclei,
+            cells=cells,
+            **choice,
+        )
         loaded = loaded._replace(name=name or loaded.name)
         return self.finish(loaded, self.predict(loaded, progress=progress))
 
@@ -350,12 +195,46 @@ class DINOCellPipeline:
         pixel_size_um: float | None = None,
         allow_mask: bool = False,
         max_pixels: int = MAX_PIXELS,
+        nuclei: int | str | None = None,
+        cells: str | None = None,
         **choice: Unpack[PlaneChoice],
     ) -> LoadedImage:
         """First third of `run`: the gray plane (H, W), its pixel size, its name and notes.
 
         A file of more than `max_pixels` pixels is refused before they are read.
         """
+        check_compartments(nuclei, cells, choice.get("channels"))
+        load = partial(
+            self._load_plane,
+            image,
+            pixel_size_um=pixel_size_um,
+            allow_mask=allow_mask,
+            max_pixels=max_pixels,
+        )
+        if nuclei is None:
+            return load(**choice)
+        choice["channels"] = [channel_of(str(nuclei))]
+        loaded = load(**choice)
+        if cells is None:
+            return loaded
+        wanted = CellChoice.of(cells)
+        if not wanted.channels:
+            width = wanted.width_px(loaded.pixel_size_um)
+            return loaded._replace(around=Surroundings(width_px=width))
+        choice["channels"] = list(wanted.channels)
+        whole = load(**choice)
+        return _with_cell_channels(loaded, whole, (str(nuclei), cells))
+
+    def _load_plane(
+        self,
+        image: NDArray | str | os.PathLike[str],
+        *,
+        pixel_size_um: float | None,
+        allow_mask: bool,
+        max_pixels: int,
+        **choice: Unpack[PlaneChoice],
+    ) -> LoadedImage:
+        """`load` without nuclei."""
         source = read_source(
             image,
             max_pixels=max_pixels,
@@ -379,8 +258,8 @@ class DINOCellPipeline:
         loaded = LoadedImage(
             *(pixels, pixel_size_um, source.name, intensity, (*notes, *intensity.notes, *how)),
             *(channels_read, source.column_names),
-            rescale=rescale,
             file_name=Path(image).name if isinstance(image, str | os.PathLike) else "",
+            rescale=rescale,
         )
         if self.model.statistics is None:
             return loaded
@@ -392,8 +271,11 @@ class DINOCellPipeline:
     ) -> NDArray[np.float32]:
         """Second third of `run`: what `load` gave → distance map, see `predict_distance_map`.
 
-        Fills the appearance of `loaded`.
+        Fills the appearance of `loaded`, and the map of cells around nuclei.
         """
+        if loaded.around is not None and loaded.around.image is not None:
+            whole = self.predict(loaded.around.image, progress=progress)
+            loaded.around.distance_map = whole[0] if self.how.tta else whole
         return predict_distance_map(
             self.model,
             loaded.plane,
@@ -413,6 +295,11 @@ class DINOCellPipeline:
             target=self.model.config.target,
             min_score=self.min_score,
         )
+        nuclei = None
+        if loaded.around is not None:
+            whole = loaded.around.image
+            thresholds = judged.thresholds if whole is None else self.judge(whole).thresholds
+            nuclei, labels = labels, loaded.around.grow(labels, thresholds.fill_threshold)
         return Segmentation(
             labels=labels,
             distance_map=distance_map[0] if self.how.tta else distance_map,
@@ -425,8 +312,9 @@ class DINOCellPipeline:
             scores=scores,
             unfamiliar=judged.unfamiliar,
             kind=judged.kind,
-            rescale=loaded.rescale,
             file_name=loaded.file_name,
+            rescale=loaded.rescale,
+            nuclei=nuclei,
         )
 
     def _thresholds_of(self, loaded: LoadedImage) -> Thresholds:
@@ -470,6 +358,25 @@ class DINOCellPipeline:
         return average_channels(pixels, ranges, self.how.tile_px), notes
 
 
+def _with_cell_channels(
+    nuclei: LoadedImage, whole: LoadedImage, names: tuple[str, str]
+) -> LoadedImage:
+    """`nuclei` with the image that its cells grow in; all channels of both are measured, under their names."""
+    channels, columns = whole.channels, whole.channel_names
+    if channels is None:
+        channels, columns = whole.plane[..., None], (names[1],)
+    if names[0] not in columns:
+        channels = np.concatenate([nuclei.plane[..., None], channels], axis=-1)
+        columns = (names[0], *columns)
+    notes = dict.fromkeys((*nuclei.warnings, *whole.warnings))
+    return nuclei._replace(
+        around=Surroundings(image=whole),
+        channels=channels,
+        channel_names=columns,
+        warnings=tuple(notes),
+    )
+
+
 def segment(
     image: NDArray | str | os.PathLike[str],
     *,
@@ -486,7 +393,7 @@ def segment(
     """
     run_names = (
         *PlaneChoice.__annotations__,
-        *("pixel_size_um", "allow_mask", "name", "progress"),
+        *("pixel_size_um", "allow_mask", "name", "progress", "nuclei", "cells"),
     )
     run_options = {key: options.pop(key) for key in run_names if key in options}
     return DINOCellPipeline(model, device=device, **options).run(image, **run_options)

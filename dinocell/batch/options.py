@@ -10,6 +10,7 @@ from dinocell.io.planes import MAX_PIXELS, PlaneChoice, Selection
 from dinocell.network.precision import PRECISIONS
 from dinocell.pipeline import DEFAULT_MODEL
 from dinocell.results.formats import EXPORT_FORMATS
+from dinocell.segmentation.compartments import check_compartments
 from dinocell.segmentation.rescale import Scale
 
 # Not part of what an image's result depends on, so a resumed run may change them (the model is known
@@ -19,7 +20,10 @@ FREE_OPTIONS = (
     *("report", "resume", "overwrite"),
 )
 
-IMAGE_OPTIONS = (*PlaneChoice.__annotations__, "pixel_size_um", "allow_mask")
+IMAGE_OPTIONS = (
+    *PlaneChoice.__annotations__,
+    *("nuclei", "cells", "pixel_size_um", "allow_mask"),
+)
 """Options that say how a file is read: images of one folder may differ in them."""
 
 
@@ -34,6 +38,7 @@ class SegmentOptions:
     formats : label files to write, see `dinocell.results.formats.EXPORT_FORMATS`
     channels, page, z, time, scene : which plane of a file is segmented, see `dinocell.io.read_image`;
         several channels are averaged
+    nuclei, cells : channel of the nuclei, and what their cells grow in, see `DINOCellPipeline.run`
     pixel_size_um : edge of a pixel in µm, above 0
     peak_threshold, fill_threshold, min_prominence, min_area_px : see `Thresholds`
     min_score : cells whose score (0 to 1) is lower are left out
@@ -58,6 +63,8 @@ class SegmentOptions:
     z: int | str | None = None
     time: int | None = None
     scene: int | None = None
+    nuclei: str | None = None
+    cells: str | None = None
     pixel_size_um: float | None = None
     peak_threshold: float | None = None
     fill_threshold: float | None = None
@@ -107,6 +114,7 @@ def check_options(options: SegmentOptions) -> None:
     for fault in _faults(options):
         raise UsageError(fault)
     Scale(options.rescale, options.diameter_px)
+    check_compartments(options.nuclei, options.cells, options.channels)
     Selection(options.channels, options.page, options.z, options.time, options.scene)
 
 

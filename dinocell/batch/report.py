@@ -12,8 +12,9 @@ from dinocell.batch.inputs import is_unchanged
 from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions
 from dinocell.errors import DINOCellError
 from dinocell.io import read_labels
-from dinocell.pipeline import DINOCellPipeline, output_paths
+from dinocell.pipeline import DINOCellPipeline
 from dinocell.results.report import ReportEntry, make_entry, write_report
+from dinocell.results.segmented import output_paths
 
 REPORT_LIMIT = 500
 """Images that a report shows."""

@@ -48,10 +48,11 @@ from dinocell.files import (
 )
 from dinocell.io import refuse_long_names
 from dinocell.network.model import DINOCell, load_model
-from dinocell.pipeline import DINOCellPipeline, LoadedImage, Segmentation, output_paths
+from dinocell.pipeline import DINOCellPipeline, LoadedImage
 from dinocell.progress import Progress, progress
 from dinocell.results.formats import require_packages
 from dinocell.results.report import ReportEntry, make_entry
+from dinocell.results.segmented import Segmentation, output_paths
 
 WHOLE_BATCH = "The batch of a folder"
 """What the claim of an output folder stands for, in messages."""

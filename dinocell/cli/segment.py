@@ -42,6 +42,14 @@ class SegmentFlags:
         "counted from 0. If you name several, separated by commas, each is normalised, and then their "
         "average is segmented. The word mean or all stands for all channels."
     )
+    nuclei: str | None = option(
+        "Find nuclei in this channel (name, or index from 0) and, with --cells, the cell around each of them."
+    )
+    cells: str | None = option(
+        "Let each nucleus grow to its cell: in these channels (for example AGP or mean), or by a ring of this "
+        "width (ring:5um, ring:12px). Nucleus and cell have one number; the table has columns for nucleus, "
+        "cytoplasm and cell."
+    )
     page: int | None = option(
         "Use this plane of image stacks, counted from 0 through all scenes, times and z (in place of "
         "--z, --time and --scene)."

@@ -82,6 +82,7 @@ def write_ome_zarr(
     pixel_size_um: float | None = None,
     channel_names: Sequence[str] = (),
     name: str = "",
+    nuclei: NDArray[Any] | None = None,
 ) -> None:
     """Write an image with its labels as OME-Zarr 0.4, the version that most viewers read.
 
@@ -94,6 +95,7 @@ def write_ome_zarr(
         its place as well, because labels of OME-Zarr belong to an image.
     channel_names : one name per channel
     name : of the image
+    nuclei : (H, W) integer ndarray, optional, becomes ``labels/nuclei``
 
     Raises MissingExtraError (without the extra `formats`); TypeError, ValueError (see
     `dinocell.labels.as_labels`; or an edge is 0); DINOCellError (the folder cannot be written).
@@ -115,6 +117,8 @@ def write_ome_zarr(
             },
         )
         _write_labels(zarr, temporary / "labels", full, pixel_size_um, ZARR_LABELS)
+        if nuclei is not None:
+            _write_labels(zarr, temporary / "labels", _narrow(nuclei), pixel_size_um, "nuclei")
 
 
 def add_labels_to_ome_zarr(

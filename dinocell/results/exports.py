@@ -31,7 +31,10 @@ _CELLS_AT_A_TIME = 1024
 
 
 def write_geojson(
-    path: str | os.PathLike[str], labels: ArrayLike, table: CellTable | None = None
+    path: str | os.PathLike[str],
+    labels: ArrayLike,
+    table: CellTable | None = None,
+    nuclei: ArrayLike | None = None,
 ) -> None:
     """Write the cells' outlines as a GeoJSON FeatureCollection that QuPath opens.
 
@@ -44,6 +47,8 @@ def write_geojson(
     table : CellTable, optional
         `measure_labels(labels, ...)`: every column becomes a measurement of the cell; missing and infinite
         values are left out, booleans are 0 and 1.
+    nuclei : (H, W) integer array_like, optional
+        The nucleus of each cell, with its number: becomes its ``nucleusGeometry``.
 
     Raises
     ------
@@ -64,25 +69,35 @@ def write_geojson(
             f"`table` must hold the same labels as the image, got {len(table)} rows for "
             f"{len(polygons)} cells: call `measure_labels` on these labels"
         )
+    inner = {} if nuclei is None else dict(_geometries(*trace_polygons(nuclei)))
+    features = _features(_geometries(corners, stops, polygons), table, inner)
     with writing(path) as temporary, temporary.open("wb", buffering=_BUFFER) as file:
         file.write(b'{"type":"FeatureCollection","features":[')
-        _write_objects(file, _features(corners, stops, polygons, table), b"\n", b",\n")
+        _write_objects(file, features, b"\n", b",\n")
         file.write(b"\n]}\n" if polygons else b"\n\n]}\n")
 
 
-def _features(
-    corners: NDArray[np.int64],
-    stops: NDArray[np.int64],
-    polygons: Mapping[int, Polygons],
-    table: CellTable | None,
-) -> Iterator[dict[str, Any]]:
-    """Yield the feature of each cell of `trace_polygons`."""
+def _geometries(
+    corners: NDArray[np.int64], stops: NDArray[np.int64], polygons: Mapping[int, Polygons]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield label and geometry of each cell of `trace_polygons`."""
     first, number = np.append(0, stops)[:-1], np.arange(len(stops))
     xy = np.insert(corners[:, ::-1], stops, corners[first, ::-1], axis=0)  # closed rings
     bounds = np.stack([first + number, stops + number + 1], axis=1).tolist()
-    measured = _measurements(table) if table is not None else None
     for label, pieces in polygons.items():
         rings = [[xy[slice(*bounds[ring])] for ring in piece] for piece in pieces]
+        kind, coordinates = ("Polygon", rings[0]) if len(rings) == 1 else ("MultiPolygon", rings)
+        yield label, {"type": kind, "coordinates": coordinates}
+
+
+def _features(
+    geometries: Iterable[tuple[int, dict[str, Any]]],
+    table: CellTable | None,
+    nuclei: Mapping[int, dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """Yield the feature of each cell."""
+    measured = _measurements(table) if table is not None else None
+    for label, geometry in geometries:
         properties = {
             "objectType": "cell",
             "name": str(label),
@@ -91,9 +106,8 @@ def _features(
         }
         if measured is not None:
             properties["measurements"] = next(measured)
-        kind, coordinates = ("Polygon", rings[0]) if len(rings) == 1 else ("MultiPolygon", rings)
-        geometry = {"type": kind, "coordinates": coordinates}
-        yield {"type": "Feature", "geometry": geometry, "properties": properties}
+        inner = {"nucleusGeometry": nuclei[label]} if label in nuclei else {}
+        yield {"type": "Feature", "geometry": geometry, **inner, "properties": properties}
 
 
 def _measurements(table: CellTable) -> Iterator[dict[str, Any]]:

@@ -34,6 +34,7 @@ class Cells(NamedTuple):
     file_name : of the image, without folders
     image : (H, W) or (H, W, C) ndarray
     channel_names : one name per channel of the image
+    nuclei : (H, W) integer ndarray, the nucleus of each cell, with its number
     """
 
     labels: NDArray[Any]
@@ -43,6 +44,7 @@ class Cells(NamedTuple):
     file_name: str = ""
     image: NDArray[Any] | None = None
     channel_names: tuple[str, ...] = ()
+    nuclei: NDArray[Any] | None = None
 
     def measured(self) -> CellTable:
         """The table; measured now if there is none."""
@@ -91,6 +93,7 @@ def _write_ome_zarr(path: Path, cells: Cells) -> None:
         pixel_size_um=cells.pixel_size_um,
         channel_names=cells.channel_names,
         name=cells.name,
+        nuclei=cells.nuclei,
     )
 
 
@@ -110,7 +113,7 @@ EXPORT_FORMATS: Mapping[str, Exporter] = MappingProxyType(
         ),
         "geojson": Exporter(
             "_outlines.geojson",
-            lambda path, cells: write_geojson(path, cells.labels, cells.table),
+            lambda path, cells: write_geojson(path, cells.labels, cells.table, cells.nuclei),
             "application/geo+json",
         ),
         "roi": Exporter(

@@ -27,9 +27,10 @@ from dinocell.errors import UsageError
 from dinocell.files import atomic_path, ensure_folder, write_text_atomically
 from dinocell.io import read_labels
 from dinocell.io.planes import MAX_PIXELS
-from dinocell.pipeline import DINOCellPipeline, Judgement, LoadedImage, Segmentation, output_paths
+from dinocell.pipeline import DINOCellPipeline, Judgement, LoadedImage
 from dinocell.results.confidence import cell_scores, scored_cells
 from dinocell.results.formats import EXPORT_FORMATS
+from dinocell.results.segmented import Segmentation, output_paths
 from dinocell.segmentation import corrections
 from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.service.history import TOUCHED, Box, History, Revision
