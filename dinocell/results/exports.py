@@ -1,4 +1,4 @@
-"""Outlines and run lengths of cells as files that other programs read: GeoJSON, ImageJ ROIs, COCO.
+"""Outlines and run lengths of cells as files that other programs read: GeoJSON and COCO.
 
 Every file appears under its name when it is complete; a failure leaves the old file as it was, and
 missing folders are made.  A label image without cells gives a valid file without cells.
@@ -6,7 +6,6 @@ missing folders are made.  A label image without cells gives a valid file withou
 
 import math
 import os
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -15,16 +14,12 @@ import orjson
 from numpy.typing import ArrayLike, NDArray
 
 from dinocell.compilation import njit
-from dinocell.errors import ImageFileError
 from dinocell.files import writing
-from dinocell.io.optional import library
 from dinocell.labels import as_labels
 from dinocell.results.colors import CELL_COLORS
-from dinocell.results.outlines import Polygons, Ring, labels_to_polygons, trace_polygons
+from dinocell.results.outlines import Polygons, trace_polygons
 from dinocell.results.table import CellTable
 
-_MAX_ROI_PX = 60_535
-"""ImageJ's `RoiDecoder` takes 16-bit positions from 0 to this; it reads those above as negative."""
 _BUFFER = 2**20
 _CELLS_AT_A_TIME = 1024
 """Rows of the table that are Python values at a time: all of a large image would fill the memory."""
@@ -133,62 +128,6 @@ def _write_objects(
         file.write(before)
         file.write(orjson.dumps(item, option=orjson.OPT_SERIALIZE_NUMPY))
         before = between
-
-
-def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
-    """Write the cells' outlines as a zip of ImageJ ROIs, for the ROI manager of ImageJ and Fiji.
-
-    Parameters
-    ----------
-    path : path
-        File to write, by custom ``RoiSet.zip``.
-    labels : (H, W) integer array_like
-        0 is background.  Each label becomes one ROI of that name: a traced polygon, or a
-        composite where the cell has holes or several pieces.
-
-    Raises MissingExtraError (the package `roifile` is not installed); TypeError, ValueError (see
-    `dinocell.labels.as_labels`); ImageFileError (a side is longer than 60,535 px, the last position that
-    ImageJ reads); DINOCellError (`path` is a folder, or the disk refuses).
-    """
-    labels = as_labels(labels)
-    if max(labels.shape) > _MAX_ROI_PX:
-        raise ImageFileError(
-            f"ImageJ ROIs hold positions up to {_MAX_ROI_PX:,} px, '{path}' would need "
-            f"{max(labels.shape):,}: write geojson or coco instead"
-        )
-    roifile = library("roifile", "ImageJ ROIs")
-    polygons = labels_to_polygons(labels)
-    with (
-        writing(path) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
-    ):
-        for label, pieces in polygons.items():
-            rings = [ring[:, ::-1] for piece in pieces for ring in piece]
-            roi = roifile.ImagejRoi.frompoints(np.concatenate(rings), name=str(label))
-            # the bounds end where the outline does: corners, not pixels
-            roi.right -= 1
-            roi.bottom -= 1
-            if len(rings) == 1:
-                roi.roitype = roifile.ROI_TYPE.TRACED
-            else:
-                roi.roitype = roifile.ROI_TYPE.RECT
-                roi.n_coordinates = 0
-                roi.integer_coordinates = None
-                roi.subpixel_coordinates = None
-                roi.multi_coordinates = np.concatenate([_shape_path(ring) for ring in rings])
-                roi.shape_roi_size = len(roi.multi_coordinates)
-            # a fixed date keeps the file the same from run to run
-            entry = zipfile.ZipInfo(f"{label}.roi", date_time=(1980, 1, 1, 0, 0, 0))
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(entry, roi.tobytes())
-
-
-def _shape_path(ring: Ring) -> NDArray[np.float32]:
-    """Ring of (x, y) to ImageJ's shape array: 0 x y (move), 1 x y (line) ..., 4 (close)."""
-    path = np.ones((len(ring), 3), np.float32)
-    path[0, 0] = 0
-    path[:, 1:] = ring
-    return np.append(path.reshape(-1), np.float32(4))
 
 
 def _column_runs(labels: NDArray[np.uint32]) -> tuple[NDArray[Any], ...]:

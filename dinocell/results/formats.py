@@ -16,7 +16,8 @@ from dinocell.io.challenge import write_challenge_folder
 from dinocell.io.optional import library
 from dinocell.io.projects import write_seg_npy
 from dinocell.io.pyramids import write_ome_tiff_labels, write_ome_zarr
-from dinocell.results.exports import write_coco_rle, write_geojson, write_imagej_rois
+from dinocell.results.exports import write_coco_rle, write_geojson
+from dinocell.results.imagej_rois import write_imagej_rois
 from dinocell.results.measure import measure_labels
 from dinocell.results.table import CellTable
 from dinocell.results.table_files import write_anndata, write_parquet
@@ -120,7 +121,6 @@ EXPORT_FORMATS: Mapping[str, Exporter] = MappingProxyType(
             "_RoiSet.zip",
             lambda path, cells: write_imagej_rois(path, cells.labels),
             "application/zip",
-            ("roifile", "ImageJ ROIs", "formats"),
         ),
         "coco": Exporter(
             "_coco.json",

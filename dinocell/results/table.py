@@ -9,9 +9,12 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from dinocell.files import writing
+
+_ROWS_AT_A_TIME = 4096
 
 
 def align_columns(
@@ -136,17 +139,30 @@ class CellTable:
 
         Raises DINOCellError (`path` is a folder, or the disk refuses).
         """
-        text = StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.columns)
-        columns = [
-            ["true" if value else "false" for value in values]
-            if self.data[name].dtype == np.bool_
-            else values
-            for name, values in self.to_dict().items()
-        ]
-        writer.writerows(zip(*columns, strict=True))
-        write_text(path, text.getvalue())
+        head = StringIO()
+        csv.writer(head, lineterminator="\n").writerow(self.columns)
+        with writing(path) as temporary, temporary.open("wb") as file:
+            file.write(head.getvalue().encode())
+            for begin in range(0, len(self), _ROWS_AT_A_TIME):
+                rows = slice(begin, begin + _ROWS_AT_A_TIME)
+                file.write(_csv_lines([column[rows] for column in self.data.values()]))
+
+
+def _csv_lines(columns: Sequence[NDArray[Any]]) -> bytes:
+    kinds = {column.dtype.kind for column in columns}
+    if kinds <= set("biuf") and not any(np.isinf(c).any() for c in columns if c.dtype.kind == "f"):
+        # JSON has the same numbers, and null for NaN; it is written several times as fast as by `csv`
+        rows = orjson.dumps(list(zip(*(column.tolist() for column in columns), strict=True)))
+        return rows[2:-2].replace(b"],[", b"\n").replace(b"null", b"") + b"\n"
+    text = StringIO()
+    words = [
+        ["true" if value else "false" for value in column.tolist()]
+        if column.dtype == np.bool_
+        else _python_values(column)
+        for column in columns
+    ]
+    csv.writer(text, lineterminator="\n").writerows(zip(*words, strict=True))
+    return text.getvalue().encode()
 
 
 def _python_values(column: NDArray[Any]) -> list[Any]:

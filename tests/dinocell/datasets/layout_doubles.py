@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from dinocell.io import write_image, write_labels
-from dinocell.results.exports import write_coco_rle, write_geojson, write_imagej_rois
+from dinocell.results.exports import write_coco_rle, write_geojson
+from dinocell.results.imagej_rois import write_imagej_rois
 
 SHAPE = (12, 16)
 

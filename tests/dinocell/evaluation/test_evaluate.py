@@ -336,7 +336,7 @@ def test_folders_of_files_give_the_scores_of_their_arrays(tmp_path: Path) -> Non
 
 def test_projects_of_other_programs_give_the_scores_of_their_labels(tmp_path: Path) -> None:
     pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
-    from dinocell.results.exports import write_imagej_rois
+    from dinocell.results.imagej_rois import write_imagej_rois
 
     truth = np.zeros((8, 9), np.uint32)
     truth[1:4, 1:5], truth[5:7, 2:8] = 1, 2

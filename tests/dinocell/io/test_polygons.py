@@ -17,7 +17,8 @@ from dinocell.io.polygons import (
     paint_cells,
     run_lengths_to_mask,
 )
-from dinocell.results.exports import write_coco_rle, write_imagej_rois
+from dinocell.results.exports import write_coco_rle
+from dinocell.results.imagej_rois import write_imagej_rois
 from dinocell.results.outlines import labels_to_polygons
 
 

@@ -111,7 +111,8 @@ def rois_to_labels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 def check_outlines(path: Path, labels: np.ndarray) -> None:
     """GeoJSON, COCO and ROI files written to `path` give the labels back."""
-    from dinocell.results.exports import write_coco_rle, write_geojson, write_imagej_rois
+    from dinocell.results.exports import write_coco_rle, write_geojson
+    from dinocell.results.imagej_rois import write_imagej_rois
 
     expected = labels.astype(np.uint32)
     write_geojson(path, labels)

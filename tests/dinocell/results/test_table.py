@@ -74,3 +74,22 @@ def test_the_width_of_a_text_in_the_terminal_may_differ_from_its_length() -> Non
     wide = {"細胞": 4}
     lines = align_columns([("細胞", "1"), ("ab", "2")], width_of=lambda t: wide.get(t, len(t)))
     assert lines == ["細胞  1", "ab    2"]
+
+
+def test_csv_of_text_and_infinity(tmp_path):
+    """Columns that JSON cannot spell."""
+    table = CellTable(
+        {
+            "label": np.arange(1, 4),
+            'plate, "well"': np.array(["A01", 'a "quoted", name', "],["]),
+            "value": np.array([np.inf, np.nan, 1e-5]),
+            "flag": np.array([True, False, True]),
+        }
+    )
+    table.to_csv(tmp_path / "a.csv")
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == list(table.columns)
+    assert [row[1] for row in rows[1:]] == table['plate, "well"'].tolist()
+    assert [row[2] for row in rows[1:]] == ["inf", "", "1e-05"]
+    assert [row[3] for row in rows[1:]] == ["true", "false", "true"]
