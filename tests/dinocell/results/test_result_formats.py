@@ -312,3 +312,22 @@ def test_ome_zarr_without_an_image_shows_the_labels(tmp_path: Path) -> None:
     labels = cells().labels
     write_ome_zarr(tmp_path / "a.zarr", labels)
     np.testing.assert_array_equal(read_labels(tmp_path / "a.zarr" / "labels" / "cells"), labels)
+
+
+def test_an_image_without_cells_in_every_format(tmp_path: Path) -> None:
+    for needs in filter(None, (exporter.needs for exporter in EXPORT_FORMATS.values())):
+        pytest.importorskip(needs[0], reason=f"extra [{needs[2]}] is not installed")
+    from typer.testing import CliRunner
+
+    from dinocell.cli.app import app
+    from dinocell.io import write_image
+
+    write_image(tmp_path / "blank.tif", np.full((40, 50), 7, np.uint8), pixel_size_um=0.5)
+    formats = [word for kind in EXPORT_FORMATS for word in ("-f", kind)]
+    arguments = ["segment", str(tmp_path / "blank.tif"), "-o", str(tmp_path / "out"), *formats]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {f"blank{exporter.suffix}" for exporter in EXPORT_FORMATS.values()} <= written
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 2  # results are not replaced unasked
