@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError
+from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError, UsageError
 from dinocell.io import read_labels
 from dinocell.io.pyramids import add_labels_to_ome_zarr, write_ome_zarr
 from dinocell.results.columns import unit_of
@@ -330,4 +330,4 @@ def test_an_image_without_cells_in_every_format(tmp_path: Path) -> None:
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {f"blank{exporter.suffix}" for exporter in EXPORT_FORMATS.values()} <= written
     again = CliRunner().invoke(app, arguments)
-    assert again.exit_code == 2  # results are not replaced unasked
+    assert isinstance(again.exception, UsageError)  # results are not replaced unasked
