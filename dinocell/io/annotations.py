@@ -20,6 +20,7 @@ from dinocell.io.polygons import (
 )
 
 _AREA_TYPES = ("Polygon", "MultiPolygon")
+_NOT_AS_EXPECTED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class Annotation(NamedTuple):
@@ -40,6 +41,8 @@ def read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, l
         with open(path, encoding="utf-8") as file:
             content = json.load(file, object_hook=_compact)
         images = {image["id"]: image for image in content["images"]}
+        if len(images) < len(content["images"]):
+            raise ValueError("Several images have the same id")
         annotations = content["annotations"]
         annotations = annotations.values() if isinstance(annotations, dict) else annotations
         grouped: dict[Any, list[Annotation]] = defaultdict(list)
@@ -51,7 +54,7 @@ def read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, l
             if not annotation.is_crowd:
                 grouped[annotation.image_id].append(annotation)
         categories = len(content.get("categories", []))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *_NOT_AS_EXPECTED) as error:
         raise DataSetError(
             f"'{path}' must be a COCO file with images and annotations ({type(error).__name__}: "
             f"{error}): check that the download is complete"
@@ -95,7 +98,7 @@ def annotation_masks(
     """
     try:
         return [_mask(annotation.shape, shape) for annotation in annotations]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except _NOT_AS_EXPECTED as error:
         raise DataSetError(
             f"Each annotation must be polygons or run lengths of its image's size, got another one "
             f"for '{path.name}' ({error}): check the annotations"
@@ -109,6 +112,8 @@ def _mask(segmentation: Any, shape: tuple[int, int]) -> CellMask | None:
         counts = segmentation["counts"]
         counts = expand_run_lengths(counts) if isinstance(counts, str) else counts
         return run_lengths_to_mask(counts, shape)
+    if not isinstance(segmentation, list):
+        raise ValueError(f"A segmentation of type {type(segmentation).__name__}")
     rings = []
     for polygon in segmentation:
         if polygon.ndim != 1 or len(polygon) % 2 or not np.isfinite(polygon).all():
@@ -171,7 +176,7 @@ def read_geojson_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np
         )
     try:
         return _geojson_cells(path, shape)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except _NOT_AS_EXPECTED as error:
         raise ImageFileError(
             f"'{path}' must be GeoJSON with the outlines of cells ({type(error).__name__}: {error}): "
             "export the objects in QuPath again"
