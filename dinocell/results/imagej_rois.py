@@ -60,20 +60,23 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
     rings = [[ring for piece in pieces for ring in piece] for pieces in polygons.values()]
     names = [str(label) for label in polygons]
     begin = np.append(0, stops)
+    bounds = begin.tolist()
     places = _places(corners, begin, rings)
     paths = {
         number: b"".join(_shape_path(corners[begin[ring] : begin[ring + 1]]) for ring in own)
         for number, own in enumerate(rings)
         if len(own) > 1
     }
-    headers, second = _headers(begin, rings, places, names, paths)
+    before, after = _headers(begin, rings, places, names, paths)
+    along_x, along_y = _from_first_corner(corners, begin)
     with writing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for number, (own, name) in enumerate(zip(rings, names, strict=True)):
             shape = paths.get(number)
             if shape is None:
-                ring = corners[begin[own[0]] : begin[own[0] + 1]] - places[number, :2]
-                shape = ring.T[::-1].astype(">u2").tobytes()
-            content = (headers[number], shape, second[number], name.encode("utf-16-be"))
+                part = slice(2 * bounds[own[0]], 2 * bounds[own[0] + 1])
+                shape = along_x[part] + along_y[part]
+            place = slice(64 * number, 64 * number + 64)
+            content = (before[place], shape, after[place], name.encode("utf-16-be"))
             # a fixed date keeps the file the same from run to run
             entry = zipfile.ZipInfo(f"{name}.roi", date_time=(1980, 1, 1, 0, 0, 0))
             archive.writestr(entry, b"".join(content))
@@ -95,14 +98,23 @@ def _places(
     return np.concatenate([own_low, own_high], axis=1)
 
 
+def _from_first_corner(corners: NDArray[np.int64], begin: NDArray[np.int64]) -> tuple[bytes, bytes]:
+    """Positions along x and y of all corners, from the left and the top of their ring."""
+    if not len(corners):
+        return b"", b""
+    low = np.minimum.reduceat(corners, begin[:-1], axis=0)
+    near = (corners - np.repeat(low, np.diff(begin), axis=0)).astype(">u2")
+    return near[:, 1].tobytes(), near[:, 0].tobytes()
+
+
 def _headers(
     begin: NDArray[np.int64],
     rings: list[list[int]],
     places: NDArray[np.int64],
     names: list[str],
     paths: dict[int, bytes],
-) -> tuple[list[bytes], list[bytes]]:
-    """The two headers of each ROI: before its outline, and after it, before its name."""
+) -> tuple[bytes, bytes]:
+    """The two headers of all ROIs, 64 bytes each: before the outline, and after it, before the name."""
     num_points = (begin[1:] - begin[:-1])[[own[0] for own in rings]] if rings else begin[:0]
     lengths = 4 * num_points
     header = np.zeros(len(rings), _HEADER)
@@ -118,7 +130,7 @@ def _headers(
     second = np.zeros(len(rings), _SECOND_HEADER)
     second["name"] = _HEADER.itemsize + lengths + _SECOND_HEADER.itemsize
     second["name_length"] = list(map(len, names))
-    return [one.tobytes() for one in header], [one.tobytes() for one in second]
+    return header.tobytes(), second.tobytes()
 
 
 def _shape_path(ring: NDArray[np.int64]) -> bytes:
