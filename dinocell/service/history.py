@@ -199,4 +199,6 @@ class History:
             np.save(temporary, state, allow_pickle=False)
         write_text_atomically(self.folder / "current.json", json.dumps(new.to_mapping()))
         self._state_path(old).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "files", ignore_errors=True)
+        for folder in (self.folder / "files").glob("*"):
+            if folder.name != str(old.number):  # whose files may be on their way to somebody
+                shutil.rmtree(folder, ignore_errors=True)

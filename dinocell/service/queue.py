@@ -316,6 +316,8 @@ class Queue:
         Returns the ids of the jobs.
         """
         now = time.time() if now is None else now
+        folders = (self.folder / "jobs").iterdir()
+        sizes = {one.name: size_of(one) for one in folders if (one / "current.json").exists()}
         with self._transaction() as database:
             rows = database.execute(
                 "SELECT id, finished, bytes FROM jobs WHERE state IN ('done', 'failed') "
@@ -323,7 +325,7 @@ class Queue:
             ).fetchall()
             total, expired = 0, []
             for row in rows:
-                total += row["bytes"]
+                total += sizes.get(row["id"], row["bytes"])  # corrections add to it
                 if now - row["finished"] > keep_s or total > keep_bytes:
                     expired.append(row["id"])
             database.executemany(

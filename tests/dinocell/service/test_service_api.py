@@ -297,6 +297,17 @@ def _npy(array) -> bytes:
     return body.getvalue()
 
 
+def test_a_file_on_its_way_survives_a_correction(client, picture):
+    job = upload(client, picture).json()["job"]
+    base, files = f"/api/v1/jobs/{job}", client.service.queue.job_folder(job) / "files"
+    for kind, kept in (("remove", [0, 1]), ("undo", [1, 2]), ("redo", [2, 3])):
+        client.get(f"{base}/result/geojson")
+        body = {"kind": kind, "cells": [1] if kind == "remove" else []}
+        assert client.post(f"{base}/corrections", json=body).status_code == 200
+        client.get(f"{base}/result/geojson")
+        assert sorted(int(path.name) for path in files.iterdir()) == kept
+
+
 def test_pickles_are_not_read(client, picture):
     base = f"/api/v1/jobs/{upload(client, picture).json()['job']}"
     pickled = _npy(np.array([{"a": 1}], object))

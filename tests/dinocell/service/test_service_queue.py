@@ -144,7 +144,9 @@ def test_time_and_space_bound_what_is_kept(queue):
         queue.finish(queue.take())
     ended = queue.get(jobs[2].id).finished
     assert queue.expire(keep_s=60, keep_bytes=1e6, now=ended + 1) == []
-    assert queue.expire(keep_s=60, keep_bytes=2500, now=ended + 1) == [jobs[0].id]
+    (queue.job_folder(jobs[2].id) / "current.json").write_text("{}")
+    (queue.job_folder(jobs[2].id) / "undo").write_bytes(bytes(300))  # corrections count, too
+    assert queue.expire(keep_s=60, keep_bytes=3200, now=ended + 1) == [jobs[0].id]
     assert not queue.job_folder(jobs[0].id).exists()
     assert set(queue.expire(keep_s=60, keep_bytes=1e6, now=ended + 61)) == {jobs[1].id, jobs[2].id}
     assert [queue.get(job.id).state for job in jobs] == ["expired"] * 3 + ["queued"]
