@@ -14,6 +14,7 @@ from dinocell import __version__
 from dinocell.batch.inputs import is_unchanged, refuse_other_options
 from dinocell.batch.journal import complete_last_line, read_journal
 from dinocell.batch.options import FREE_OPTIONS, IMAGE_OPTIONS, SegmentOptions
+from dinocell.batch.units import Unit
 from dinocell.errors import ConfigError, DINOCellError, UsageError
 from dinocell.files import atomic_path, write_text_atomically
 from dinocell.network.model import DINOCell
@@ -22,22 +23,22 @@ from dinocell.results.formats import EXPORT_FORMATS
 SETTINGS_NAME = "settings.json"
 
 
-def present_results(paths: Sequence[Path], out: Path, formats: Sequence[str]) -> list[Path]:
-    """Those of the images that have results in a folder."""
+def present_results(units: Sequence[Unit], out: Path, formats: Sequence[str]) -> list[Unit]:
+    """Those of the units that have results in a folder."""
     endings = [EXPORT_FORMATS[name].suffix for name in formats if name in EXPORT_FORMATS]
     return [
-        path for path in paths if any(os.path.exists(out / f"{path.stem}{end}") for end in endings)
+        unit for unit in units if any(os.path.exists(out / f"{unit.name}{end}") for end in endings)
     ]
 
 
 def refuse_results(
-    paths: Sequence[Path], out: Path, formats: Sequence[str], *, resumable: bool = True
+    units: Sequence[Unit], out: Path, formats: Sequence[str], *, resumable: bool = True
 ) -> None:
     """Refuse to replace finished work unasked.
 
     Raises UsageError (the folder has results of the images).
     """
-    if present := present_results(paths, out, formats):
+    if present := present_results(units, out, formats):
         resume = "set `resume` to keep them, " if resumable else "set "
         raise UsageError(
             f"The output folder must not hold results of these images, got {len(present)} in {out}: "
@@ -100,7 +101,7 @@ def make_folder(out: Path) -> None:
 def open_folder(
     out: Path,
     journal_path: Path,
-    paths: Sequence[Path],
+    units: Sequence[Unit],
     settings: dict[str, Any],
     options: SegmentOptions,
     *,
@@ -116,21 +117,21 @@ def open_folder(
     changed : names of images whose files have changed since they were segmented
     """
     if not (options.resume or options.overwrite):
-        refuse_results(paths, out, options.formats)
+        refuse_results(units, out, options.formats)
     journal = read_journal(journal_path)
     settings_path = out / SETTINGS_NAME
     if settings_path.exists() and not options.overwrite:
         _refuse_other_settings(settings_path, settings)
-    elif options.resume and not is_part and present_results(paths, out, options.formats):
+    elif options.resume and not is_part and present_results(units, out, options.formats):
         raise UsageError(
             f"`resume` must find the settings of the results, got no {settings_path}: choose another "
             "folder, or set `overwrite`"
         )
-    done, changed = _done_rows(out, journal, paths, options) if options.resume else ({}, [])
+    done, changed = _done_rows(out, journal, units, options) if options.resume else ({}, [])
     complete_last_line(journal_path)
     if options.overwrite and journal:
-        stems = {path.stem for path in paths}
-        kept = [row for row in journal if row["name"] not in stems]
+        names = {unit.name for unit in units}
+        kept = [row for row in journal if row["name"] not in names]
         write_text_atomically(journal_path, "".join(json.dumps(row) + "\n" for row in kept))
     write_text_atomically(settings_path, json.dumps(settings, indent=1, sort_keys=True))
     return done, changed
@@ -151,15 +152,15 @@ def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _done_rows(
-    out: Path, journal: Sequence[dict[str, Any]], paths: Sequence[Path], options: SegmentOptions
+    out: Path, journal: Sequence[dict[str, Any]], units: Sequence[Unit], options: SegmentOptions
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Images whose label files all exist: rows of the unchanged ones, names of the others."""
     done: dict[str, dict[str, Any]] = {}
     changed = []
     suffixes = [EXPORT_FORMATS[name].suffix for name in options.formats]
     rows = {row["name"]: row for row in journal}  # the last one counts
-    for path in paths:
-        name, row = path.stem, rows.get(path.stem)
+    for unit in units:
+        path, name, row = unit.path, unit.name, rows.get(unit.name)
         if row is None or not all(os.path.exists(out / f"{name}{end}") for end in suffixes):
             continue
         if Path(row["source"]).resolve() != path.resolve():
@@ -168,7 +169,7 @@ def _done_rows(
                 f"results of {row['source']}: choose another folder"
             )
         if is_unchanged(path, row):
-            refuse_other_options(row, options)
+            refuse_other_options(row, unit.options(options))
             done[name] = row
         else:
             changed.append(name)
@@ -176,13 +177,15 @@ def _done_rows(
 
 
 def write_summary(
-    path: Path, rows: Sequence[dict[str, Any]], failures: Sequence[tuple[Path, str]]
+    path: Path, rows: Sequence[dict[str, Any]], failures: Sequence[tuple[Unit, str]]
 ) -> None:
     """One line per image; failed ones have their sentence in the last column `error`."""
     columns = ["name", "source"]
     rows = [{key: value for key, value in row.items() if key != "input"} for row in rows]
     for row in rows:
         columns += [key for key in row if key not in columns]
+    for unit, _ in failures:
+        columns += [key for key in unit.place if key not in columns]
     columns.append("error")
     with (
         atomic_path(path) as temporary,
@@ -191,5 +194,6 @@ def write_summary(
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
-        for failed, sentence in failures:
-            writer.writerow({"name": failed.stem, "source": str(failed), "error": sentence})
+        for unit, sentence in failures:
+            known = {"name": unit.name, "source": str(unit.path), **unit.place}
+            writer.writerow({**known, "error": sentence})

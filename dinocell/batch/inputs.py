@@ -9,6 +9,7 @@ about a second per gigabyte, beside minutes of segmentation.
 """
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def mark_input(path: Path, options: SegmentOptions) -> dict[str, Any]:
     mark = _image_options(options)
     if path.is_file() or path.is_dir():  # reading refuses everything else, and a pipe would wait
         size, time_ns = size_and_time(path)
-        mark |= {"bytes": size, "mtime_ns": time_ns, "blake2b": _hash(path)}
+        mark |= {"bytes": size, "mtime_ns": time_ns, "blake2b": _hash(path, size, time_ns)}
     return mark
 
 
@@ -38,7 +39,7 @@ def is_unchanged(path: Path, row: dict[str, Any]) -> bool:
         size, time_ns = size_and_time(path)
         if size != mark.get("bytes"):
             return False
-        return time_ns == mark.get("mtime_ns") or _hash(path) == mark.get("blake2b")
+        return time_ns == mark.get("mtime_ns") or _hash(path, size, time_ns) == mark.get("blake2b")
     except OSError:
         return True
 
@@ -72,7 +73,8 @@ def size_and_time(path: Path) -> tuple[int, int]:
     return sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)
 
 
-def _hash(path: Path) -> str:
+@lru_cache(maxsize=8)  # the planes of a file come one after the other
+def _hash(path: Path, size: int, time_ns: int) -> str:
     hashes = []
     for one in _files(path):
         with one.open("rb") as file:

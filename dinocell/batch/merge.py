@@ -12,8 +12,10 @@ from dinocell.batch.claims import CLAIM_NAME
 from dinocell.batch.folder import write_summary
 from dinocell.batch.journal import JOURNAL_NAME, read_journal, shard_folder
 from dinocell.batch.parts import ShardState, part_state, read_plan
+from dinocell.batch.units import Unit
 from dinocell.files import atomic_path, remove_temporary_files, write_text_atomically
 from dinocell.progress import progress
+from dinocell.results.wells import write_wells
 
 
 @dataclass(frozen=True)
@@ -66,39 +68,42 @@ def merge_shards(out: str | Path, *, shown: bool = True) -> MergedShards:
     """
     plan = read_plan(out)
     rows: dict[int, dict[str, Any]] = {}
-    failures: dict[int, tuple[Path, str]] = {}
-    unfinished: dict[int, tuple[Path, str]] = {}
+    failures: dict[int, tuple[Unit, str]] = {}
+    unfinished: dict[int, tuple[Unit, str]] = {}
     missing, is_running = [], False
     for index in range(plan.count):
         state, done, failed, listed = part_state(plan.out, index)
         is_running = is_running or (shard_folder(plan.out, index) / CLAIM_NAME).exists()
         if not state.complete:
             missing.append(state)
-        for place, path in listed:
-            if path.stem in done:
-                rows[place] = done[path.stem]
-            elif path.stem in failed:
-                failures[place] = (path, failed[path.stem])
+        for place, unit in listed:
+            if unit.name in done:
+                rows[place] = done[unit.name]
+            elif unit.name in failed:
+                failures[place] = (unit, failed[unit.name])
             else:
-                unfinished[place] = (path, f"not done: shard {index} is not finished")
+                unfinished[place] = (unit, f"not done: shard {index} is not finished")
     without = failures | unfinished
     # A folder may have had images before that are not of this plan.
     names = {str(row["name"]) for row in rows.values()}
-    names |= {path.stem for path, _ in without.values()}
+    names |= {unit.name for unit, _ in without.values()}
     others = [row for row in read_journal(plan.out / JOURNAL_NAME) if row["name"] not in names]
     ordered = [*others, *(rows[place] for place in sorted(rows))]
     write_summary(plan.out / "summary.csv", ordered, [without[place] for place in sorted(without)])
+    write_wells(plan.out / "wells.csv", ordered)
     write_text_atomically(
         plan.out / JOURNAL_NAME, "".join(json.dumps(row) + "\n" for row in ordered)
     )
     _merge_cells(plan.out, [str(row["name"]) for row in ordered], shown=shown)
     if not missing and not is_running:
-        remove_temporary_files(plan.out, before=time.time())
+        folders = {(plan.out / str(row["name"])).parent for row in ordered} | {plan.out}
+        for folder in folders:
+            remove_temporary_files(folder, before=time.time())
     return MergedShards(
         plan.out,
         len(rows),
         sum(int(row["num_cells"]) for row in rows.values()),
-        [failures[place] for place in sorted(failures)],
+        [(unit.path, sentence) for _, (unit, sentence) in sorted(failures.items())],
         missing,
     )
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from dinocell.errors import UsageError
 from dinocell.io.planes import MAX_PIXELS, PlaneChoice, Selection
@@ -19,6 +19,12 @@ FREE_OPTIONS = (
     *("model", "device", "batch_size", "tile_px", "max_pixels", "workers"),
     *("report", "resume", "overwrite"),
 )
+
+EACH = "each"
+"""The word for every place along an axis."""
+
+EACH_OPTIONS = ("scene", "time", "z")
+"""Options that may be this word, as they stand in the names of results."""
 
 IMAGE_OPTIONS = (
     *PlaneChoice.__annotations__,
@@ -37,7 +43,9 @@ class SegmentOptions:
     device : `auto`, `cpu`, `cuda`, `cuda:N` or `mps`
     formats : label files to write, see `dinocell.results.formats.EXPORT_FORMATS`
     channels, page, z, time, scene : which plane of a file is segmented, see `dinocell.io.read_image`;
-        several channels are averaged
+        several channels are averaged.  With the word `each` for `z`, `time` or `scene` every plane along
+        that axis is segmented, with results of its own
+    plate : how file names say well, site and channel, see `dinocell.io.plates.places_of`
     nuclei, cells : channel of the nuclei, and what their cells grow in, see `DINOCellPipeline.run`
     pixel_size_um : edge of a pixel in µm, above 0
     peak_threshold, fill_threshold, min_prominence, min_area_px : see `Thresholds`
@@ -61,8 +69,9 @@ class SegmentOptions:
     channels: tuple[int | str, ...] | None = None
     page: int | None = None
     z: int | str | None = None
-    time: int | None = None
-    scene: int | None = None
+    time: int | str | None = None
+    scene: int | str | None = None
+    plate: str = "auto"
     nuclei: str | None = None
     cells: str | None = None
     pixel_size_um: float | None = None
@@ -87,23 +96,14 @@ class SegmentOptions:
     allow_mask: bool = False
 
 
-def check_call(paths: Sequence[Path], options: SegmentOptions) -> None:
+def check_call(inputs: Sequence[Any], options: SegmentOptions) -> None:
     """Refuse what cannot be done, before a model is loaded.
 
-    Raises UsageError (nothing to do, two inputs of one name, an unknown or impossible value of an
-    option).
+    Raises UsageError (nothing to do, an unknown or impossible value of an option).
     """
-    if not paths:
+    if not inputs:
         raise UsageError("At least one image must be given, got none: name files or folders")
     check_options(options)
-    seen: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in seen:
-            raise UsageError(
-                f"Inputs must differ in name without suffix, because outputs are named so, got {path} "
-                f"and {seen[path.stem]}: segment them into two folders"
-            )
-        seen[path.stem] = path
 
 
 def check_options(options: SegmentOptions) -> None:
@@ -115,7 +115,9 @@ def check_options(options: SegmentOptions) -> None:
         raise UsageError(fault)
     Scale(options.rescale, options.diameter_px)
     check_compartments(options.nuclei, options.cells, options.channels)
-    Selection(options.channels, options.page, options.z, options.time, options.scene)
+    given = {name: getattr(options, name) for name in EACH_OPTIONS}
+    places: dict[str, Any] = {name: 0 if value == EACH else value for name, value in given.items()}
+    Selection(options.channels, options.page, **places)
 
 
 def _faults(options: SegmentOptions) -> Iterator[str]:

@@ -13,6 +13,7 @@ import heapq
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from dinocell.batch.journal import (
 )
 from dinocell.batch.options import FREE_OPTIONS, SegmentOptions, check_call
 from dinocell.batch.run import WHOLE_BATCH, BatchResult, segment_files
+from dinocell.batch.units import Unit, units_of
 from dinocell.errors import UsageError
 from dinocell.files import write_text_atomically
 
@@ -99,7 +101,7 @@ def plan_shards(
     Parameters
     ----------
     paths : sequence of paths
-        As from `find_images`.
+        As from `find_images`; their planes are divided where the options want each.
     out : folder
         Of the results.
     options : SegmentOptions
@@ -113,7 +115,7 @@ def plan_shards(
     Raises
     ------
     UsageError
-        Nothing to do, two files of one name, or `out` has another plan or results and there is no
+        Nothing to do, two files of one name in one folder, or `out` has another plan or results and there is no
         `overwrite`, which discards what was done; or a process is running a part that would be
         discarded.
     """
@@ -126,20 +128,22 @@ def plan_shards(
         raise UsageError(
             "`report` must be False for shards, got True: the merged summary.csv has every image"
         )
-    out = Path(out)
+    out, units = Path(out), units_of(paths, options)
     if not options.overwrite and has_begun(out):
         plan = replace(read_plan(out), options=options)  # device and the like may change
-        _refuse_another(plan, paths, count)
+        _refuse_another(plan, units, count)
         files = {out / "shards" / _PLAN_NAME: _plan_text(plan)}
     else:
-        sizes = [size_and_time(path)[0] for path in paths]
-        parts = _divide(sizes, min(count, len(paths)))
-        plan = ShardPlan(out, len(parts), len(paths), sum(sizes), options, fresh=True)
+        planes = Counter(unit.path for unit in units)
+        sizes = {path: size_and_time(path)[0] for path in planes}
+        shares = [sizes[unit.path] // planes[unit.path] for unit in units]
+        parts = _divide(shares, min(count, len(units)))
+        plan = ShardPlan(out, len(parts), len(units), sum(sizes.values()), options, fresh=True)
         if not options.overwrite:
-            refuse_results(paths, out, options.formats, resumable=False)
+            refuse_results(units, out, options.formats, resumable=False)
         _refuse_running(out, claimant)
         files = {
-            shard_folder(out, index) / _MANIFEST_NAME: _manifest_text(part, paths, sizes)
+            shard_folder(out, index) / _MANIFEST_NAME: _manifest_text(part, units, shares)
             for index, part in enumerate(parts)
         }
         files[out / "shards" / _PLAN_NAME] = _plan_text(plan)
@@ -200,12 +204,13 @@ def _divide(sizes: Sequence[int], count: int) -> list[list[int]]:
     return [sorted(part) for part in parts]
 
 
-def _manifest_text(part: Sequence[int], paths: Sequence[Path], sizes: Sequence[int]) -> str:
+def _manifest_text(part: Sequence[int], units: Sequence[Unit], sizes: Sequence[int]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["place", "bytes", "path"])
+    writer.writerow(["place", "bytes", "path", "unit"])
     for place in part:
-        writer.writerow([place, sizes[place], os.path.abspath(paths[place])])
+        unit = units[place]
+        writer.writerow([place, sizes[place], os.path.abspath(unit.path), unit.to_text()])
     return text.getvalue()
 
 
@@ -214,7 +219,7 @@ def _plan_text(plan: ShardPlan) -> str:
     return json.dumps(values | {"options": asdict(plan.options)}, indent=1, sort_keys=True) + "\n"
 
 
-def _refuse_another(plan: ShardPlan, paths: Sequence[Path], count: int) -> None:
+def _refuse_another(plan: ShardPlan, units: Sequence[Unit], count: int) -> None:
     """Only the same batch can continue.  Files that were deleted since are reported as failures later."""
     there = asdict(read_plan(plan.out).options)
     new = asdict(plan.options)
@@ -231,8 +236,8 @@ def _refuse_another(plan: ShardPlan, paths: Sequence[Path], count: int) -> None:
             f"A batch must continue with its {plan.count} shards, got {count}: set `shards` to "
             f"{plan.count}, choose another folder, or set `overwrite`"
         )
-    listed = {str(path) for index in range(plan.count) for _, path in _listed(plan.out, index)}
-    others = [path for path in paths if os.path.abspath(path) not in listed]
+    listed = {str(unit.path) for index in range(plan.count) for _, unit in _listed(plan.out, index)}
+    others = [unit.path for unit in units if os.path.abspath(unit.path) not in listed]
     if others:
         raise UsageError(
             f"A batch must continue with its images, got {len(others)} that {plan.out / 'shards'} does not "
@@ -261,11 +266,12 @@ def read_plan(out: str | Path) -> ShardPlan:
         ) from error
 
 
-def _listed(out: Path, index: int) -> list[tuple[int, Path]]:
-    """(place in the batch, file) of a part."""
+def _listed(out: Path, index: int) -> list[tuple[int, Unit]]:
+    """(place in the batch, unit) of a part."""
     path = shard_folder(out, index) / _MANIFEST_NAME
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return [(int(row["place"]), Path(row["path"])) for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [(int(row["place"]), Unit.of_text(Path(row["path"]), row.get("unit"))) for row in rows]
 
 
 def open_shards(plan: ShardPlan) -> list[int]:
@@ -276,7 +282,7 @@ def open_shards(plan: ShardPlan) -> list[int]:
     for index in range(plan.count):
         state, rows, _, listed = part_state(plan.out, index)
         if state.done < state.images or not all(
-            is_unchanged(path, rows[path.stem]) for _, path in listed
+            is_unchanged(unit.path, rows[unit.name]) for _, unit in listed
         ):
             found.append(index)
     return found
@@ -289,15 +295,15 @@ def shard_states(plan: ShardPlan) -> list[ShardState]:
 
 def part_state(
     out: Path, index: int
-) -> tuple[ShardState, dict[str, dict[str, Any]], dict[str, str], list[tuple[int, Path]]]:
-    """State, rows by name, failures by name, and files of a part."""
+) -> tuple[ShardState, dict[str, dict[str, Any]], dict[str, str], list[tuple[int, Unit]]]:
+    """State, rows by name, failures by name, and units of a part."""
     folder = shard_folder(out, index)
     listed = _listed(out, index)
     rows = {row["name"]: row for row in read_journal(folder / JOURNAL_NAME)}
     failed_rows = read_journal(folder / FAILURES_NAME)
     failures = {row["name"]: row["error"] for row in failed_rows if row["name"] not in rows}
-    done = sum(path.stem in rows for _, path in listed)
-    failed = sum(path.stem in failures for _, path in listed)
+    done = sum(unit.name in rows for _, unit in listed)
+    failed = sum(unit.name in failures for _, unit in listed)
     return ShardState(index, done, failed, len(listed)), rows, failures, listed
 
 
@@ -322,7 +328,7 @@ def run_shard(
     with claimed(folder, claimant):
         (folder / FAILURES_NAME).unlink(missing_ok=True)  # they are tried again
         return segment_files(
-            [path for _, path in _listed(plan.out, index)],
+            [unit for _, unit in _listed(plan.out, index)],
             plan.out,
             replace(plan.options, resume=True, overwrite=False),
             shown=shown,

@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from dinocell.batch.inputs import is_unchanged
 from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions
+from dinocell.batch.units import Unit
 from dinocell.errors import DINOCellError
 from dinocell.io import read_labels
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.results.report import ReportEntry, make_entry, write_report
 from dinocell.results.segmented import output_paths
+from dinocell.results.wells import heat_maps
 
 REPORT_LIMIT = 500
 """Images that a report shows."""
@@ -25,7 +27,7 @@ def write_report_page(
     names: Sequence[str],
     rows: Mapping[str, Mapping[str, Any]],
     entries: Mapping[str, ReportEntry],
-    failures: Sequence[tuple[Path, str]],
+    failures: Sequence[tuple[Unit, str]],
     pipeline: DINOCellPipeline,
     options: SegmentOptions,
 ) -> None:
@@ -37,10 +39,10 @@ def write_report_page(
     names : of all images, in the order of the page
     rows : by name, of images that are done
     entries : by name, of images of this run; those of other images are made from their files
-    failures : path and sentence of each image that failed
+    failures : unit and sentence of each image that failed
     pipeline : reads the images again, and holds the thresholds that the page names
     """
-    errors = {path.stem: sentence for path, sentence in failures}
+    errors = {unit.name: sentence for unit, sentence in failures}
     shown = set([name for name in names if name in rows][:REPORT_LIMIT])
     listed = []
     for name in names:
@@ -72,6 +74,7 @@ def write_report_page(
             **({"tta": True} if options.tta else {}),
         },
         notes=notes,
+        plates=heat_maps([rows[name] for name in names if name in rows]),
     )
 
 

@@ -38,8 +38,9 @@ from dinocell.batch.journal import (
 from dinocell.batch.library_warnings import LibraryWarnings
 from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions, check_call
 from dinocell.batch.report import REPORT_LIMIT, write_report_page
+from dinocell.batch.units import Unit, plate_notes, units_of
 from dinocell.batch.watcher import Watcher
-from dinocell.errors import DINOCellError, ScratchSpaceError
+from dinocell.errors import DINOCellError, ImageFileError, ScratchSpaceError
 from dinocell.files import (
     check_kept,
     kept_folder,
@@ -53,6 +54,7 @@ from dinocell.progress import Progress, progress
 from dinocell.results.formats import require_packages
 from dinocell.results.report import ReportEntry, make_entry
 from dinocell.results.segmented import Segmentation, output_paths
+from dinocell.results.wells import write_wells
 
 WHOLE_BATCH = "The batch of a folder"
 """What the claim of an output folder stands for, in messages."""
@@ -113,7 +115,7 @@ class BatchResult:
 
 
 def segment_files(
-    paths: Sequence[Path],
+    paths: Sequence[Path | Unit],
     out: str | os.PathLike[str],
     options: SegmentOptions,
     *,
@@ -130,8 +132,9 @@ def segment_files(
 
     Parameters
     ----------
-    paths : sequence of paths
-        As from `find_images`.
+    paths : sequence of paths or units
+        As from `find_images`.  `dinocell.batch.units.units_of` says which planes they are, and the names of
+        their results.
     out : folder
         Gets the files of `Segmentation.save` per image, `summary.csv`, `settings.json`, a journal
         (`images.jsonl`) that `resume` reads, and with `options.report` a `report.html`.
@@ -159,6 +162,7 @@ def segment_files(
     started = time.monotonic()
     out = Path(out)
     check_call(paths, options)
+    units = units_of(paths, options)
     require_packages(options.formats)  # missing, each image would fail after the network has run
     if out.exists() and not out.is_dir():
         make_folder(out)  # refuses, before the model is loaded
@@ -169,7 +173,7 @@ def segment_files(
     make_folder(out)
     with _saying_what_was_kept(), _claimed_folder(out, part, claimant):
         batch = _Batch(pipeline, out, options, part, watcher)
-        result = _segment_claimed(paths, batch, shown=shown)
+        result = _segment_claimed(units, batch, shown=shown)
     return replace(result, seconds=time.monotonic() - started)
 
 
@@ -194,37 +198,40 @@ def _claimed_folder(out: Path, part: Path | None, claimant: Claimant) -> Iterato
         yield
 
 
-def _segment_claimed(paths: Sequence[Path], batch: "_Batch", *, shown: bool) -> BatchResult:
+def _segment_claimed(units: Sequence[Unit], batch: "_Batch", *, shown: bool) -> BatchResult:
     """`segment_files` after all checks of the call; the seconds are still to be filled in."""
     started = time.monotonic()
     out, options, pipeline, part = batch.out, batch.options, batch.pipeline, batch.part
     settings = settings_of(options, pipeline.model)
     journal = (part or out) / JOURNAL_NAME
-    done, changed = open_folder(out, journal, paths, settings, options, is_part=part is not None)
-    batch.rows, batch.num_images = dict(done), len(paths)
+    done, changed = open_folder(out, journal, units, settings, options, is_part=part is not None)
+    batch.rows, batch.num_images = dict(done), len(units)
     with kept_folder(out / SETTINGS_NAME):
-        batch.segment([path for path in paths if path.stem not in done], shown=shown)
-        places = {path: place for place, path in enumerate(paths)}
-        batch.failures.sort(key=lambda item: places[item[0]])
-        ordered = [batch.rows[path.stem] for path in paths if path.stem in batch.rows]
+        batch.segment([unit for unit in units if unit.name not in done], shown=shown)
+        places = {unit.name: place for place, unit in enumerate(units)}
+        batch.failures.sort(key=lambda item: places[item[0].name])
+        ordered = [batch.rows[unit.name] for unit in units if unit.name in batch.rows]
         if part is not None:
             _write_failures(part / FAILURES_NAME, batch.failures)
             clear_suspicion(part)
         else:
-            stems = {path.stem for path in paths}
             earlier = {row["name"]: row for row in read_journal(journal)}
-            others = [row for name, row in earlier.items() if name not in stems]
+            others = [row for name, row in earlier.items() if name not in places]
             write_summary(out / "summary.csv", [*others, *ordered], batch.failures)
+            write_wells(out / "wells.csv", [*others, *ordered])
             if options.report:
                 rows = {row["name"]: row for row in (*others, *ordered)}
-                names = [row["name"] for row in others] + [path.stem for path in paths]
+                names = [row["name"] for row in others] + [unit.name for unit in units]
                 write_report_page(
                     out, names, rows, batch.entries, batch.failures, pipeline, options
                 )
-            remove_temporary_files(out, before=time.time() - (time.monotonic() - started))
+            for folder in {out, *((out / unit.name).parent for unit in units)}:
+                remove_temporary_files(folder, before=time.time() - (time.monotonic() - started))
     some = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
     note = f"segmented again, because files have changed: {some}"
-    return BatchResult(out, ordered, batch.failures, len(done), 0.0, (note,) if changed else ())
+    failures = [(unit.path, sentence) for unit, sentence in batch.failures]
+    notes = (*plate_notes(units), *([note] if changed else ()))
+    return BatchResult(out, ordered, failures, len(done), 0.0, notes)
 
 
 class _JournalError(DINOCellError):
@@ -257,68 +264,75 @@ class _Batch:
         self.pipeline, self.watcher = pipeline, watcher
         self.out, self.options, self.part = out, options, part
         self.rows: dict[str, dict[str, Any]] = {}
-        self.failures: list[tuple[Path, str]] = []
+        self.failures: list[tuple[Unit, str]] = []
         self.num_images = 0
         self.entries: dict[str, ReportEntry] = {}
-        self.pending: list[tuple[Path, int, Future[None]]] = []  # file, bytes, its work
+        self.pending: list[tuple[Unit, int, Future[None]]] = []  # unit, bytes, its work
         self.warned = LibraryWarnings()
 
-    def segment(self, paths: Sequence[Path], *, shown: bool) -> None:
+    def segment(self, units: Sequence[Unit], *, shown: bool) -> None:
         """Fill `rows`, `failures` and `entries`; images under suspicion come last and alone."""
         suspects = {} if self.part is None else kills(self.part)
         if self.part is not None:
             begin_part(self.part)
         with (
             self.warned.watched(),
-            progress("segmenting", len(paths), shown=shown) as bar,
+            progress("segmenting", len(units), shown=shown) as bar,
             ThreadPoolExecutor(max(1, self.options.workers)) as pool,
             ThreadPoolExecutor(1) as reader,
         ):
-            ordered = sorted(paths, key=lambda path: suspects.get(path.stem, 0))
-            ahead: dict[Path, Future[_Read]] = {}
-            for path, following in zip(ordered, [*ordered, None][1:], strict=True):
-                alone = path.stem in suspects
-                if suspects.get(path.stem, 0) >= MAX_KILLS:
-                    self.failures.append((path, _GIVEN_UP))
-                    bar.advance(note=path.name)
+            ordered = sorted(units, key=lambda unit: suspects.get(unit.name, 0))
+            ahead: dict[str, Future[_Read]] = {}
+            for unit, following in zip(ordered, [*ordered, None][1:], strict=True):
+                alone = unit.name in suspects
+                if suspects.get(unit.name, 0) >= MAX_KILLS:
+                    self.failures.append((unit, unit.described(_GIVEN_UP)))
+                    bar.advance(note=unit.path.name)
                     continue
                 if alone:
                     self._collect(0, bar)  # so that none is blamed for another
-                read = ahead.pop(path, None) or reader.submit(self._read, path)
+                read = ahead.pop(unit.name, None) or reader.submit(self._read, unit)
                 wait([read])
-                if following and following.stem not in suspects and _are_small(read, following):
-                    ahead[following] = reader.submit(self._read, following)
-                predicted = self._predict(path, read)
+                if (
+                    following
+                    and following.name not in suspects
+                    and _are_small(read, following.path)
+                ):
+                    ahead[following.name] = reader.submit(self._read, following)
+                predicted = self._predict(unit, read)
                 if predicted is None:
-                    bar.advance(note=path.name)
+                    bar.advance(note=unit.path.name)
                     continue
                 arrays = (predicted[0].plane, predicted[0].channels, predicted[1])
                 size = sum(array.nbytes for array in arrays if array is not None)
-                self.pending.append((path, size, pool.submit(self._finish, path, *predicted)))
+                self.pending.append((unit, size, pool.submit(self._finish, unit, *predicted)))
                 del predicted  # held by the other thread alone, until it is done
                 # Bounded, so that slow disks do not fill the memory with finished maps.
                 self._collect(0 if alone else 2 * self.options.workers, bar)
             self._collect(0, bar)
 
-    def _read(self, path: Path) -> _Read:
+    def _read(self, unit: Unit) -> _Read:
         """An image and the mark of its file; raises one of `_IMAGE_ERRORS` if it cannot be read."""
         if self.part is not None:
-            note_start(self.part, path.stem)
+            note_start(self.part, unit.name)
+        if unit.error:
+            raise ImageFileError(unit.error)
         outputs = output_paths(
-            self.out, path.stem, self.options.formats, overlay=self.options.overlay
+            self.out, unit.name, self.options.formats, overlay=self.options.overlay
         )
         refuse_long_names(outputs.values())  # before the work, not after it
-        mark = mark_input(path, self.options)
+        options = unit.options(self.options)
+        mark = mark_input(unit.path, options)
         with self.warned.of_image() as kept:
             loaded = self.pipeline.load(
-                path,
-                max_pixels=self.options.max_pixels,
-                **{name: getattr(self.options, name) for name in IMAGE_OPTIONS},
+                unit.path,
+                max_pixels=options.max_pixels,
+                **{name: getattr(options, name) for name in IMAGE_OPTIONS},
             )
-        return loaded._replace(warnings=(*loaded.warnings, *kept)), mark
+        return loaded._replace(name=unit.name, warnings=(*loaded.warnings, *kept)), mark
 
     def _predict(
-        self, path: Path, read: Future[_Read]
+        self, unit: Unit, read: Future[_Read]
     ) -> tuple[LoadedImage, NDArray, dict[str, Any]] | None:
         """What was read of a file, its distance map, its mark; None if the image has failed."""
         try:
@@ -330,17 +344,17 @@ class _Batch:
             self.watcher.predicted(self.pipeline, loaded, distance_map)
             return loaded, distance_map, mark
         except _IMAGE_ERRORS as error:
-            self._fail(path, error)
+            self._fail(unit, error)
             return None
 
     def _finish(
-        self, path: Path, loaded: LoadedImage, distance_map: NDArray, mark: dict[str, Any]
+        self, unit: Unit, loaded: LoadedImage, distance_map: NDArray, mark: dict[str, Any]
     ) -> None:
         """Separate, measure and write the cells; the line in the journal says that all is written."""
         with self.warned.of_image() as kept:
             result = self.pipeline.finish(loaded, distance_map)
-            row = self._write(path, result, kept) | {"input": mark}
-        self.rows[path.stem] = row
+            row = self._write(unit, result, kept) | {"input": mark}
+        self.rows[unit.name] = row
         journal = (self.part or self.out) / JOURNAL_NAME
         try:
             check_kept(Path(os.path.realpath(journal)))
@@ -349,11 +363,11 @@ class _Batch:
         except OSError as error:  # no later image could be noted
             raise _JournalError(str(_not_written(error))) from error
 
-    def _write(self, path: Path, result: Segmentation, warned: Sequence[str]) -> dict[str, Any]:
+    def _write(self, unit: Unit, result: Segmentation, warned: Sequence[str]) -> dict[str, Any]:
         """Write the files of an image; `warned` may grow meanwhile."""
         from dinocell.results.measure import summarize
 
-        table = result.measure()
+        table = replace(result.measure(), place=unit.place)
         files = result.save(
             self.out, formats=self.options.formats, table=table, overlay=self.options.overlay
         )
@@ -371,7 +385,8 @@ class _Batch:
             )
         return {
             "name": result.name,
-            "source": str(path.resolve()),
+            "source": str(unit.path.resolve()),
+            **unit.place,
             **summary,
             "warnings": "; ".join(result.warnings),
         }
@@ -381,18 +396,18 @@ class _Batch:
         while len(self.pending) > limit or (
             sum(size for _, size, _ in self.pending) > _MAX_WAITING_BYTES
         ):
-            path, _, future = self.pending.pop(0)
+            unit, _, future = self.pending.pop(0)
             try:
                 future.result()
             except _IMAGE_ERRORS as error:
-                self._fail(path, error)
-            bar.advance(note=path.name)
+                self._fail(unit, error)
+            bar.advance(note=unit.path.name)
 
-    def _fail(self, path: Path, error: Exception) -> None:
+    def _fail(self, unit: Unit, error: Exception) -> None:
         _stop_if_all_would_fail(error)
-        self.failures.append((path, str(error) or type(error).__name__))
+        self.failures.append((unit, unit.described(str(error) or type(error).__name__)))
         if self.part is not None:
-            note_failure(self.part, path.stem)
+            note_failure(self.part, unit.name)
 
 
 def _stop_if_all_would_fail(error: Exception) -> None:
@@ -423,6 +438,9 @@ def _not_written(error: Exception) -> DINOCellError:
     )
 
 
-def _write_failures(path: Path, failures: Sequence[tuple[Path, str]]) -> None:
-    rows = [{"name": f.stem, "source": str(f), "error": sentence} for f, sentence in failures]
+def _write_failures(path: Path, failures: Sequence[tuple[Unit, str]]) -> None:
+    rows = [
+        {"name": unit.name, "source": str(unit.path), "error": sentence}
+        for unit, sentence in failures
+    ]
     write_text_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -44,11 +44,13 @@ class Segment(Shards):
     def check_inputs(self, parameters: Mapping[str, Any]) -> None:
         """Refuse calls without images, with two of one name, or with an unreadable model."""
         from dinocell.batch.options import check_call
+        from dinocell.batch.units import units_of
         from dinocell.io import find_images
         from dinocell.network.model import read_model_header
 
         paths = find_images(parameters["images"], recursive=parameters["recursive"])
         check_call(paths, parameters["options"])
+        units_of(paths, parameters["options"])
         if parameters["model"] is not None:
             read_model_header(parameters["model"])
 
@@ -61,7 +63,9 @@ class Segment(Shards):
         if parameters["resume"] or parameters["overwrite"]:
             return
         from dinocell.batch.folder import refuse_results
+        from dinocell.batch.units import units_of
         from dinocell.io import find_images
 
         paths = find_images(parameters["images"], recursive=parameters["recursive"])
-        refuse_results(paths, run_dir, parameters["options"].formats)
+        options = parameters["options"]
+        refuse_results(units_of(paths, options), run_dir, options.formats)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -160,14 +160,11 @@ def channel_choice(text: str | None) -> tuple[int | str, ...] | None:
 
 def plane_choice(flags: Any) -> "PlaneChoice":
     """The options of a command that say which plane of a file is read, as `read_image` takes them."""
-    z = flags.z
-    return {
-        "channels": channel_choice(flags.channels),
-        "page": flags.page,
-        "z": int(z) if z is not None and z.isdecimal() else z,
-        "time": flags.time,
-        "scene": flags.scene,
-    }
+    choice: dict[str, Any] = {"channels": channel_choice(flags.channels), "page": flags.page}
+    for name in ("z", "time", "scene"):
+        value = getattr(flags, name)
+        choice[name] = int(value) if isinstance(value, str) and value.isdecimal() else value
+    return cast("PlaneChoice", choice)
 
 
 def in_options(text: str, context: Any) -> str:

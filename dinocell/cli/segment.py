@@ -56,11 +56,19 @@ class SegmentFlags:
     )
     z: str | None = option(
         "Use this plane along z, counted from 0, or the largest value (max) or the mean (mean) of each "
-        "pixel along z."
+        "pixel along z. The word each stands for every plane: NAME_z000, NAME_z001 and so on have results "
+        "of their own."
     )
-    time: int | None = option("Use this point in time, counted from 0.")
-    scene: int | None = option(
-        "Use this scene (position, series) of files with several, counted from 0."
+    time: str | None = option("Use this point in time, counted from 0, or each of them.")
+    scene: str | None = option(
+        "Use this scene (position, series) of files with several, counted from 0, or each of them."
+    )
+    plate: str = option(
+        "Read well, site, channel, z and time from the file names as this microscope writes them: operetta "
+        "(also Opera Phenix), imagexpress, cellvoyager, incucyte or opera; or by a regular expression with "
+        "named groups, or from a CSV file with the columns image, well and so on. The value auto takes one "
+        "of the first four if all names fit it, off none.",
+        "auto",
     )
     pixel_size_um: float | None = option(
         "Use this pixel size in µm in place of the one that the file states."

@@ -198,7 +198,8 @@ def summarize(labels: ArrayLike, table: CellTable) -> dict[str, Any]:
         Ready for JSON.  ``num_cells``; ``num_cells_touching_border``; ``confluency_percent``
         (share of image pixels that belong to a cell, 0..100); ``cells_per_megapixel``; mean,
         median and standard deviation (of the population) of ``area``; means of ``perimeter``,
-        ``eccentricity``, ``solidity``, ``circularity`` and ``num_neighbors``, over all cells, those at
+        ``eccentricity``, ``solidity``, ``circularity``, ``num_neighbors`` and ``intensity_mean`` (of each
+        channel; the last without a further ``_mean`` in its name), over all cells, those at
         the image's edge included; ``image_height_px``, ``image_width_px``.  With a column ``score`` also
         ``quality``, its mean (0..1).  With a pixel size also ``pixel_size_um``, ``image_area_mm2``,
         ``cells_per_mm2`` and the ``area_um2`` statistics.  Statistics over cells are None when there is
@@ -232,6 +233,9 @@ def summarize(labels: ArrayLike, table: CellTable) -> dict[str, Any]:
     summary |= _spread(table["area"], "area")
     for name in ("perimeter", "eccentricity", "solidity", "circularity", "num_neighbors"):
         summary[f"{name}_mean"] = float(table[name].mean()) if num_cells else None
+    for name in table.columns:
+        if name.startswith("intensity_mean"):
+            summary[name] = float(table[name].mean()) if num_cells else None
     pixel_size_um = table.pixel_size_um
     if pixel_size_um is not None:
         image_area_mm2 = labels.size * pixel_size_um**2 * 1e-6

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.files import write_text_atomically
+from dinocell.io.plates import row_letters
 from dinocell.results.report_numbers import area_histogram, count_text, number_text
 from dinocell.results.report_pictures import embedded_pictures
 
@@ -112,6 +113,7 @@ def write_report(
     title: str = "DINOCell report",
     summary: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    plates: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the page; the file appears whole or not at all.
 
@@ -121,6 +123,7 @@ def write_report(
     entries : in the order of the page; may be empty
     summary : facts about the run, shown at the top: model, device, seconds
     notes : sentences shown above the images
+    plates : as `dinocell.results.wells.heat_maps` returns them
 
     Raises DINOCellError (`path` is a folder).
     """
@@ -134,6 +137,7 @@ def write_report(
         notes=notes,
         problems=_problems(entries),
         areas=area_histogram(areas, unit, "all images"),
+        plates=plates,
         overview=_overview(entries),
         cards=(
             _card(entry, folder, rows) | {"number": number, "is_open": number <= _OPEN_CARDS}
@@ -154,6 +158,7 @@ def _template() -> Any:
         undefined=StrictUndefined,
     )
     environment.filters["number"] = number_text
+    environment.filters["row_letters"] = row_letters
     return environment.get_template("report.html.j2")
 
 

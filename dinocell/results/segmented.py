@@ -138,7 +138,7 @@ class Segmentation:
             The name is too long for the file system; nothing was written.
         """
         paths = output_paths(folder, self.name, formats, overlay=overlay)
-        ensure_folder(Path(folder))
+        ensure_folder(paths["csv"].parent)
         refuse_long_names(paths.values())
         if table is None:
             table = self.measure()

@@ -3,7 +3,7 @@
 import csv
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from types import MappingProxyType
 from typing import Any
@@ -66,6 +66,8 @@ class CellTable:
         Columns in their order; all of the same length N >= 0.  Arrays are copied.
     pixel_size_um : float, optional
         Side of a pixel in micrometres, where it is known.
+    place : mapping of str to value
+        Where the image is: its well, z and so on; columns before the others in files.
 
     Examples
     --------
@@ -80,6 +82,7 @@ class CellTable:
 
     data: Mapping[str, NDArray[Any]]
     pixel_size_um: float | None = None
+    place: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         columns: dict[str, NDArray[Any]] = {}
@@ -140,12 +143,14 @@ class CellTable:
         Raises DINOCellError (`path` is a folder, or the disk refuses).
         """
         head = StringIO()
-        csv.writer(head, lineterminator="\n").writerow(self.columns)
+        csv.writer(head, lineterminator="\n").writerow([*self.place, *self.columns])
+        columns = [np.full(len(self), value) for value in self.place.values()]
+        columns += self.data.values()
         with writing(path) as temporary, temporary.open("wb") as file:
             file.write(head.getvalue().encode())
             for begin in range(0, len(self), _ROWS_AT_A_TIME):
                 rows = slice(begin, begin + _ROWS_AT_A_TIME)
-                file.write(_csv_lines([column[rows] for column in self.data.values()]))
+                file.write(_csv_lines([column[rows] for column in columns]))
 
 
 def _csv_lines(columns: Sequence[NDArray[Any]]) -> bytes:

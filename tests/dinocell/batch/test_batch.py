@@ -240,7 +240,7 @@ def test_no_images_and_equal_names(images, tmp_path, mini_model):
     with pytest.raises(UsageError, match="At least one image"):
         run([], tmp_path / "out", mini_model)
     with pytest.raises(UsageError, match="differ in name"):
-        run([images[0], tmp_path / images[0].name], tmp_path / "out", mini_model)
+        run([images[0], images[0].with_suffix(".png")], tmp_path / "out", mini_model)
 
 
 def test_a_wrong_model_is_met_before_the_folder_is_made(images, tmp_path):

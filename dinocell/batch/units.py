@@ -1,0 +1,160 @@
+"""The units of a batch: one plane of one file each, with the name of its results.
+
+Mostly a file is one unit.  With the word `each` for `scene`, `time` or `z` every plane of a file along that
+axis is one.  A batch keeps, resumes, divides and reports units.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+from dinocell.batch.options import EACH, EACH_OPTIONS, SegmentOptions
+from dinocell.errors import DINOCellError, UsageError
+from dinocell.io import describe_image
+from dinocell.io.planes import Selection
+from dinocell.io.plates import place_notes, places_of
+from dinocell.io.stacks import choose
+
+_DIGITS = 3  # of a place in a name, at least
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One plane to segment.
+
+    Attributes
+    ----------
+    path : the file
+    name : of its results, below the output folder, without an ending; may hold folders
+    choice : options that replace those of the batch for this plane, such as `z`
+    place : columns that every table of the plane gets, such as `z`
+    error : why the planes of the file cannot be listed; then it fails with this sentence
+    """
+
+    path: Path
+    name: str
+    choice: Mapping[str, Any] = field(default_factory=dict)
+    place: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+    def options(self, options: SegmentOptions) -> SegmentOptions:
+        """The options of the batch, for this plane."""
+        return replace(options, **self.choice)
+
+    def described(self, sentence: str) -> str:
+        """A sentence on this unit, which says the plane where the file has several units."""
+        places = [f"{name} {self.choice[name]}" for name in EACH_OPTIONS if name in self.choice]
+        return f"{', '.join(places)}: {sentence}" if places else sentence
+
+    def to_text(self) -> str:
+        """All but the file, as JSON."""
+        values = {name: getattr(self, name) for name in ("name", "choice", "place", "error")}
+        return json.dumps({name: value for name, value in values.items() if value})
+
+    @classmethod
+    def of_text(cls, path: Path, text: str | None) -> "Unit":
+        """What `to_text` has written; None (a plan of an earlier version) is the whole file."""
+        return cls(path, **(json.loads(text) if text else {"name": path.stem}))
+
+
+def units_of(inputs: Sequence[Path | Unit], options: SegmentOptions) -> list[Unit]:
+    """The units of files; those given stay as they are.
+
+    Results are named after the file, without its suffix.  Where files of several folders have the same
+    name, all results mirror the folders, below the deepest one that holds all files.
+
+    Of a plate with one file for each channel, `channels` chooses the files.
+
+    Raises UsageError (two files of one folder have one name, or `plate` or the channel does not exist).
+    """
+    files = [one for one in inputs if isinstance(one, Path)]
+    found = [one for one in inputs if isinstance(one, Unit)]
+    places = dict(zip(files, places_of(files, options.plate), strict=True))
+    chosen, choice = _of_channel(places, options)
+    for path, name in zip(chosen, _names(chosen), strict=True):
+        found += _planes(Unit(path, name, choice, places[path]), options)
+    seen: dict[str, Path] = {}
+    for unit in found:
+        if unit.name in seen:
+            raise UsageError(
+                f"Inputs must differ in name without suffix, because outputs are named so, got {unit.path} "
+                f"and {seen[unit.name]}: segment them into two folders"
+            )
+        seen[unit.name] = unit.path
+    return found
+
+
+def _of_channel(
+    places: Mapping[Path, Mapping[str, Any]], options: SegmentOptions
+) -> tuple[list[Path], dict[str, Any]]:
+    """Files of the channel that is wanted of a plate with a file for each, and options for each of them."""
+    known = list(
+        dict.fromkeys(str(place["channel"]) for place in places.values() if "channel" in place)
+    )
+    wanted = [str(channel).casefold() for channel in options.channels or ()]
+    found = [channel for channel in known if channel.casefold() in wanted]
+    if not known or (len(known) == 1 and not found):
+        return list(places), {}
+    if len(wanted) != 1 or not found:
+        given = ", ".join(map(str, options.channels or ())) or "none"
+        raise UsageError(
+            f"`channels` must name one channel of a plate that has a file for each of {', '.join(sorted(known))}, "
+            f"got {given}: choose one of them, or set `plate` to off"
+        )
+    files = [path for path, place in places.items() if place.get("channel", found[0]) == found[0]]
+    return files, {"channels": None}
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    if len({path.stem for path in files}) == len(files):
+        return [path.stem for path in files]
+    folders = [path.absolute().parent for path in files]
+    top = commonpath(folders)
+    return [
+        (folder.relative_to(top) / path.stem).as_posix()
+        for folder, path in zip(folders, files, strict=True)
+    ]
+
+
+def _planes(unit: Unit, options: SegmentOptions) -> Iterator[Unit]:
+    """The planes of a file along the axes of which every place is wanted."""
+    each = [name for name in EACH_OPTIONS if getattr(options, name) == EACH]
+    if not each:
+        yield unit
+        return
+    options = unit.options(options)
+    given: dict[str, Any] = {
+        name: 0 if name in each else getattr(options, name) for name in EACH_OPTIONS
+    }
+    try:
+        series = describe_image(unit.path).series
+        scenes = range(len(series)) if "scene" in each else [options.scene]
+        for scene in scenes:
+            wanted = Selection(options.channels, **given | {"scene": scene})
+            sizes = choose(unit.path, series, wanted).series.sizes
+            counts = {"scene": len(series), "time": sizes.get("T", 1), "z": sizes.get("Z", 1)}
+            along = [[scene] if name == "scene" else range(counts[name]) for name in each]
+            for places in product(*along):
+                chosen = dict(zip(each, places, strict=True))
+                ending = "".join(
+                    f"_{name[0]}{place:0{max(_DIGITS, len(str(counts[name] - 1)))}d}"
+                    for name, place in chosen.items()
+                    if counts[name] > 1
+                )
+                yield replace(
+                    unit,
+                    name=unit.name + ending,
+                    choice={**unit.choice, **chosen},
+                    place={**unit.place, **chosen},
+                )
+    except DINOCellError as error:
+        yield replace(unit, error=str(error))
+
+
+def plate_notes(units: Sequence[Unit]) -> list[str]:
+    """What a careful user should know of the plates of a batch: see `dinocell.io.plates.place_notes`."""
+    return place_notes([dict(unit.place) for unit in units], [unit.name for unit in units])
