@@ -96,6 +96,7 @@ def export_model(
     path = Path(out)
     _check(path, to, precision, images)
     model = load_trainable(name)
+    model.card |= {"name": path.stem, "exported_from": model.card.get("name") or Path(name).name}
     windows = [] if images is None else list(calibration_windows(model, images))
     require_writable("out", path)
     digest = hashlib.sha256(model_path(name).read_bytes()).hexdigest()

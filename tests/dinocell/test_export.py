@@ -122,6 +122,8 @@ def test_segment_runs_the_graph(model, graphs):
 def test_the_header_travels(model, graphs, name):
     header = read_model_header(graphs / name)
     assert header["card"]["licence"] == "CC0"
+    assert header["card"]["name"] == Path(name).stem
+    assert header["card"]["exported_from"] == "small"
     assert header["model"] == read_model_header(model)["model"]
     assert header["source_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
     digest, file = (graphs / f"{name}.sha256").read_text().split()
