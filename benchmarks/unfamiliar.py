@@ -152,6 +152,7 @@ def look(pipeline: DINOCellPipeline, name: str, pixels: np.ndarray, crop: int | 
     return {
         "image": name,
         "unfamiliar": None if result.unfamiliar is None else round(result.unfamiliar, 3),
+        "kind": result.kind,
         "cells": result.num_cells,
         "note": notes[0] if notes else None,
     }

@@ -123,9 +123,23 @@ def writing_folder(
                 "another name"
             )
         ensure_folder(final.parent)
-        aside = _temporary_beside(final, "") if old else None
-        with atomic_folder(final, aside=aside) as temporary:
-            yield temporary
+        if not old:
+            with atomic_folder(final) as temporary:
+                yield temporary
+            return
+        # Only between the two renames there is no folder of that name.
+        new, aside = _temporary_beside(final, ""), _temporary_beside(final, "")
+        try:
+            with atomic_folder(new) as temporary:
+                yield temporary
+            os.replace(final, aside)
+            os.replace(new, final)
+        except BaseException:
+            if aside.exists():
+                os.replace(aside, final)
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -169,16 +183,10 @@ def write_text_atomically(
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike[str], *, aside: Path | None = None) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder that becomes `path`, new or empty, when the block ends well; else it vanishes.
 
-    Parameters
-    ----------
-    path : the folder to make: it must not exist, or be empty
-    aside : a new name beside it, under which a folder with contents waits to be deleted until the new
-        one has its name; only between these two renames there is no folder of that name
-
-    Raises OSError (`path` is a file or a folder with contents by the time the block ends).
+    Raises OSError (`path` is a file or a folder with contents by then).
     """
     final = Path(os.path.realpath(path))
     temporary = _temporary_beside(final, "")
@@ -188,19 +196,13 @@ def atomic_folder(path: str | os.PathLike[str], *, aside: Path | None = None) ->
         for file in temporary.rglob("*"):
             if file.is_file():
                 _flush_file(file)
-        if aside is not None:
-            os.replace(final, aside)
-        elif final.exists():
+        if final.exists():
             final.rmdir()
         os.replace(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if aside is not None and aside.exists():
-            os.replace(aside, final)
         raise
     _flush_folder(final.parent)
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def move_into_place(temporary: Path, final: Path, *, flush: bool = True) -> None:

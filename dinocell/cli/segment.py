@@ -46,7 +46,7 @@ class SegmentFlags:
         "Find nuclei in this channel (name, or index from 0) and, with --cells, the cell around each of them."
     )
     cells: str | None = option(
-        "Let each nucleus grow to its cell: in these channels (for example AGP or mean), or by a ring of this "
+        "Take the cell around each nucleus: in these channels (for example AGP or mean), or by a ring of this "
         "width (ring:5um, ring:12px). Nucleus and cell have one number; the table has columns for nucleus, "
         "cytoplasm and cell."
     )

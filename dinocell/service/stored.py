@@ -129,6 +129,7 @@ class StoredResult:
         predict: Callable[[], None] | None = None,
     ) -> None:
         self.folder, self.stem, self.name = folder, Path(file).stem, name
+        self.file_name = name + Path(file).suffix
         self.results, self.predict = results or folder / RESULT, predict
         self.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.history = History(folder, Revision.of(self.about))
@@ -180,6 +181,7 @@ class StoredResult:
             image=self.plane(),
             pixel_size_um=self.about["pixel_size_um"],
             name=self.stem,
+            file_name=self.file_name,
             warnings=tuple(self.about["warnings"]),
             channels=np.load(channels) if channels.exists() else None,
             channel_names=tuple(self.about["channel_names"]),

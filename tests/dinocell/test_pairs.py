@@ -51,7 +51,7 @@ def test_every_command_agrees(tmp_path, monkeypatch):
     from dinocell.evaluation.evaluate import evaluate_folders
     from dinocell.io import read_image, write_image, write_labels
     from dinocell.network.config import ModelConfig
-    from dinocell.pipeline import LoadedImage
+    from dinocell.pipeline import Judgement, LoadedImage
     from dinocell.probing.labelled_channels import find_channel_pairs
     from dinocell.segmentation.thresholds import Thresholds
     from dinocell.training.config import DataConfig, DatasetConfig
@@ -70,10 +70,10 @@ def test_every_command_agrees(tmp_path, monkeypatch):
             return np.zeros(loaded.plane.shape, np.float32)
 
         def judge(self, loaded):
-            return (), None
+            return Judgement((), None, "", self.thresholds)
 
     monkeypatch.setattr(model_evaluation, "DINOCellPipeline", Pipeline)
-    model = SimpleNamespace(config=ModelConfig())
+    model = SimpleNamespace(config=ModelConfig(), statistics=None)
     monkeypatch.setattr(model_evaluation, "load_model", lambda *_, **__: model)
     data = tmp_path / "sets" / "set"
     images, labels = data / "images", data / "labels"

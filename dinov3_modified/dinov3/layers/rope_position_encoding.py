@@ -114,7 +114,9 @@ class RopePositionEmbedding(nn.Module):
         Those of a grid are kept until the periods change.
         """
         # What a compiler traces, and tensors without a version, must not be kept.
-        plain = type(self.periods) is Tensor and not self.periods.is_meta
+        plain = type(self.periods) is Tensor and not (
+            self.periods.is_meta or self.periods.is_inference()
+        )
         if self.is_random or not plain or torch.is_inference_mode_enabled() or _is_traced():
             return self._make_tables(H, W)
         if (

@@ -61,12 +61,12 @@ def test_what_a_folder_holds(images, tmp_path, mini_model):
     assert "in 3 images" in result.text()
 
 
-def test_rois_without_their_package_are_refused_before_anything_is_written(
+def test_a_format_without_its_package_is_refused_before_anything_is_written(
     images, tmp_path, mini_model, monkeypatch
 ):
-    monkeypatch.setitem(sys.modules, "roifile", None)
-    with pytest.raises(MissingExtraError, match=r"pip install '\.\[formats\]'"):
-        run(images, tmp_path / "out", mini_model, formats=("tif", "roi"))
+    monkeypatch.setitem(sys.modules, "anndata", None)
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[tables\]'"):
+        run(images, tmp_path / "out", mini_model, formats=("tif", "h5ad"))
     assert not (tmp_path / "out").exists()
 
 

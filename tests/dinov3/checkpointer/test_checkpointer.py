@@ -138,7 +138,8 @@ def test_another_checksum_is_damage(tmp_path, change):
     listed = json.loads(manifest.read_text())
     listed["files"][".metadata"]["crc32"] += change
     manifest.write_text(json.dumps(listed))
-    assert find_latest_valid_checkpoint(tmp_path) is None
+    with pytest.raises(ValueError, match="another checksum"):
+        find_latest_valid_checkpoint(tmp_path)
 
 
 def test_an_optimizer_that_has_gradients_but_made_no_step(tmp_path):
