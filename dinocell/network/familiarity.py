@@ -4,8 +4,8 @@ A network answers on any image, also on one of a kind that it has never seen.  I
 kinds apart (`DINOCell.map_and_features`): their mean over the patches without cells is alike in all images of one kind (background,
 noise, optics) and far away in another.  A model therefore carries the mean and the covariance of that
 vector over the training images of each data set, and an image whose Mahalanobis distance from all of
-them exceeds a limit is flagged.  What an image resembles also says which thresholds suit it: cells of
-tissue are parted by shallower valleys than nuclei of a culture.
+them exceeds a limit is flagged.  What an image resembles also says which thresholds suit it: the
+distance maps of tissue have lower peaks than those of nuclei in a culture.
 
 The distance is that of Lee et al., "A simple unified framework for detecting out-of-distribution
 samples", NeurIPS 2018, with a data set for a class and a covariance for each.  The covariance of a few hundred images in D dimensions is
