@@ -99,7 +99,7 @@ def _description(model: DINOCell, num_features: int, opset: int) -> dict[str, An
     return {
         "type": "model",
         "format_version": _FORMAT,
-        "name": str(card.get("name") or "DINOCell model"),
+        "name": f"{card.get('name') or 'model'} (DINOCell)",  # theirs have five characters at least
         "description": str(card.get("description") or "Distance maps of cells."),
         "authors": [{"name": "the authors of DINOCell"}],
         "cite": [_CITED],

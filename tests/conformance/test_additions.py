@@ -153,8 +153,11 @@ def test_the_training_program_with_all_additions(ask, given, tree):
         float(backbone["cls_token"].mean())
     )
     assert (run / "ckpt" / "3").is_dir()
-    lines = [json.loads(line) for line in (run / "training_metrics.json").read_text().splitlines()]
-    assert all(line["total_loss"] > 0 for line in lines if "total_loss" in line)
-    assert any(line.get("score/mine", 0) > 1 for line in lines)
+    steps, scores = (
+        [json.loads(line) for line in (run / f"{name}_metrics.json").read_text().splitlines()]
+        for name in ("training", "monitor")
+    )
+    assert all(line["total_loss"] > 0 for line in steps)
+    assert any(line.get("score/mine", 0) > 1 for line in scores)
     assert (run / "wandb_run_id.txt").is_file()
     assert list(run.glob("wandb/offline-run-*/run-*.wandb"))

@@ -125,6 +125,8 @@ def _check_range(key: str, value: Any, default: Any, source: str) -> None:
     if allowed is None or (value is None and allowed.null):
         return
     for number in value if isinstance(value, list) and value else [value]:
+        if number is None and allowed.null:
+            continue
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             what = "a number"
         elif number not in allowed:
