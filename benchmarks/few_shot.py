@@ -202,7 +202,8 @@ def reptile(start: DINOCell, sets: Sequence[Path]) -> DINOCell:
     """A start from which a few steps on any of the data sets go far."""
     chance = np.random.default_rng(0)
     pairs = [
-        find_pairs(folder / "train" / "images", folder / "train" / "labels") for folder in sets
+        find_pairs(folder / "train" / "images", folder / "train" / "labels", "images")
+        for folder in sets
     ]
     model = copy.deepcopy(start)
     for _ in range(META_STEPS):
@@ -236,7 +237,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=adaptation.AdaptOptions().minutes)
     options = parser.parse_args()
     start = load_model(options.start)
-    pairs = find_pairs(options.data / "train" / "images", options.data / "train" / "labels")
+    pairs = find_pairs(
+        options.data / "train" / "images", options.data / "train" / "labels", "images"
+    )
     path = Path(__file__).parent / "results"
     path /= f"few_shot_{options.data.name}_{Path(options.start).stem}.json"
     head = {"data": options.data.name, "start": options.start, "meta": list(map(str, options.meta))}
