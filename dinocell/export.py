@@ -23,10 +23,10 @@ from torch.nn import functional
 from dinocell.errors import UsageError
 from dinocell.files import atomic_path, require_writable, write_text_atomically
 from dinocell.io import search_images
+from dinocell.io.optional import library
 from dinocell.model_zoo import package
 from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD
 from dinocell.network.model import HEADER_KEY, DINOCell, header_text, load_trainable, model_path
-from dinocell.network.onnx_graph import onnx_package
 from dinocell.pipeline import DINOCellPipeline
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -171,8 +171,8 @@ def _shapes(model: DINOCell) -> Any:
 
 def _onnx(graph: Graph, header: str, windows: list[NDArray[np.float32]]) -> bytes:
     """The file; in 8 bit if there are windows to calibrate with."""
-    onnx = onnx_package("onnx")
-    onnx_package("onnxscript")
+    onnx = library("onnx", "ONNX files", "onnx")
+    library("onnxscript", "ONNX files", "onnx")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells that torchvision is missing
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch by torch
         program = torch.onnx.export(
@@ -194,8 +194,8 @@ def _onnx(graph: Graph, header: str, windows: list[NDArray[np.float32]]) -> byte
 
 def _quantized(proto: Any, windows: list[NDArray[np.float32]]) -> Any:
     """The graph with convolutions and matrix products in 8 bit, in the form of QDQ nodes."""
-    onnx = onnx_package("onnx")
-    onnx_package("onnxruntime")
+    onnx = library("onnx", "ONNX files", "onnx")
+    library("onnxruntime", "ONNX files", "onnx")
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinocell.errors import CheckpointError, MissingExtraError
+from dinocell.errors import CheckpointError
+from dinocell.io.optional import library
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 """Where onnxruntime may compute, the first that its build has."""
-
-
-def onnx_package(name: str) -> Any:
-    """A package of the extra `onnx`.  Raises MissingExtraError (it is not installed)."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtraError(
-            "ONNX needs the extra `onnx`: run pip install '.[onnx]' in the clone of DINOCell"
-        ) from error
 
 
 def open_graph(path: Path, *, optimized: bool = True) -> Any:
@@ -31,7 +21,7 @@ def open_graph(path: Path, *, optimized: bool = True) -> Any:
 
     Raises CheckpointError (the file is no ONNX graph); MissingExtraError.
     """
-    runtime = onnx_package("onnxruntime")
+    runtime = library("onnxruntime", "ONNX files", "onnx")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # what is wrong comes as an exception

@@ -1,9 +1,22 @@
 """`dinocell export` refuses options that do not fit before it begins."""
 
+import sys
+
 import pytest
 
-from dinocell.errors import UsageError
+from dinocell.errors import MissingExtraError, UsageError
 from dinocell.export import export_model
+from dinocell.network.info import describe_bundled
+from dinocell.network.model import load_model
+
+
+def test_without_the_extra_the_fast_model_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[onnx\]'"):
+        load_model("dinocell-fast")
+    lines = describe_bundled().splitlines()
+    assert [line for line in lines if line.startswith("dinocell-fast  ONNX files need the package")]
+    assert [line for line in lines if line.startswith("dinocell-cells  convolutions")]
 
 
 @pytest.mark.parametrize(
