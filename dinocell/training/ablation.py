@@ -53,6 +53,7 @@ class AblationConfig:
     test: list[TestSet]
     output_dir: str = "runs/ablation"
     seeds: list[int] = field(default_factory=lambda: [0, 1])
+    overrides: list[str] = field(default_factory=list)  # `key=value` for all variants
 
     def __post_init__(self) -> None:
         names_of = {
@@ -99,13 +100,14 @@ def load_ablation(path: str | os.PathLike[str]) -> tuple[AblationConfig, list[Ru
         for seed in config.seeds:
             folder = Path(config.output_dir, variant.name, f"seed{seed}")
             own = [f"name={variant.name}", f"seed={seed}", f"output_dir={folder}"]
-            for override in variant.overrides:
+            overrides = [*config.overrides, *variant.overrides]
+            for override in overrides:
                 if override.partition("=")[0] in ("name", "seed", "output_dir"):
                     raise ConfigError(
                         f"A variant must leave name, seed and output_dir to the ablation, got {override!r}: "
                         "remove it"
                     )
-            train_config = load_train_config(config.base, [*variant.overrides, *own])
+            train_config = load_train_config(config.base, [*overrides, *own])
             runs.append(Run(variant.name, seed, train_config))
     return config, runs
 

@@ -26,9 +26,10 @@ pytestmark = pytest.mark.usefixtures("mini_networks")
 def described(blob_data, tmp_path):
     """A file with two variants and two seeds of one step."""
     base = tmp_path / "base.yaml"
-    base.write_text(yaml.safe_dump(small_run(blob_data, tmp_path / "unused", schedule__steps=1)))
+    base.write_text(yaml.safe_dump(small_run(blob_data, tmp_path / "unused", schedule__steps=2)))
     mapping = {
         "base": str(base),
+        "overrides": ["schedule.steps=1"],
         "output_dir": str(tmp_path / "out"),
         "seeds": [0, 1],
         "variants": [{"name": "plain"}, {"name": "bce", "overrides": ["loss.kind=bce"]}],
