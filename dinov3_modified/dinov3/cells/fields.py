@@ -42,19 +42,26 @@ class ChannelField:
         return self.planes.nbytes + self.foreground.nbytes + extra
 
     def window(
-        self, channel: int | None, top: int, left: int, height: int, width: int
+        self,
+        channel: int | tuple[int, ...] | None,
+        top: int,
+        left: int,
+        height: int,
+        width: int,
     ) -> np.ndarray:
-        """Part of one channel, or of the mean of all, scaled to its range: (h, w) float32 in [0, 1].
+        """Part of one channel, or of the mean of several, scaled to its range: (h, w) in [0, 1].
 
-        `channel`: index, None for the mean of the channels, each scaled before.
+        `channel`: index, or several or None (all) for the mean of channels, each scaled before.
+        float32.
         """
         rows, columns = slice(top, top + height), slice(left, left + width)
-        if channel is not None:
+        if isinstance(channel, int):
             return self._scaled(channel, rows, columns)
-        total = self._scaled(0, rows, columns)
-        for index in range(1, len(self.channels)):
+        chosen = range(len(self.channels)) if channel is None else channel
+        total = self._scaled(chosen[0], rows, columns)
+        for index in chosen[1:]:
             total += self._scaled(index, rows, columns)
-        total /= len(self.channels)
+        total /= len(chosen)
         return total
 
     def _scaled(self, channel: int, rows: slice, columns: slice) -> np.ndarray:

@@ -20,7 +20,7 @@ from dinov3.cells.fields import ChannelField
 from dinov3.cells.photometrics import FluorescencePhotometrics, photometrics_from_config
 from dinov3.cells.photometrics import photometrics_on_batch as photometrics_on_batch
 
-STRATEGIES = ("multiview", "average", "single", "pairwise")
+STRATEGIES = ("multiview", "average", "single", "pairwise", "others")
 _WINDOWS = ("overlapping", "same", "independent")
 _LOCAL_VIEWS = ("random", "mean", "single")
 _PHOTOMETRICS = ("worker", "device", "none")
@@ -35,6 +35,7 @@ _VIEW_KEYS = (
 )  # fmt: skip
 
 Window = tuple[int, int, int, int]  # top, left, height, width
+View = int | tuple[int, ...] | None  # a channel, the mean of some channels, or of all
 
 
 @dataclass(kw_only=True, eq=False)
@@ -42,7 +43,8 @@ class DataAugmentationMultiView:
     """Two global and some local crops of a field, each a view of its channels."""
 
     # `multiview` (mean and one random channel), `average` (mean twice), `single` (two channels
-    # drawn apart), `pairwise` (two different channels)
+    # drawn apart), `pairwise` (two different channels), `others` (one channel and the mean of the
+    # others, which does not contain it)
     strategy: str = "multiview"
     global_crops_size: int = 224
     local_crops_size: int = 96
@@ -93,7 +95,7 @@ class DataAugmentationMultiView:
 
     # --- draws ---
 
-    def draw_views(self, channels: int) -> tuple[int | None, int | None]:
+    def draw_views(self, channels: int) -> tuple[View, View]:
         """Channels of the two global crops; None is the mean of all."""
         if self.strategy == "average":
             return None, None
@@ -104,7 +106,10 @@ class DataAugmentationMultiView:
                 return 0, 0
             first, second = random.sample(range(channels), 2)
             return first, second
-        views: list[int | None] = [None, random.randrange(channels)]
+        one = random.randrange(channels)
+        views: list[View] = [None, one]
+        if self.strategy == "others" and channels > 1:
+            views[0] = tuple(index for index in range(channels) if index != one)
         if self.random_roles:
             random.shuffle(views)
         return views[0], views[1]
@@ -171,7 +176,7 @@ class DataAugmentationMultiView:
 
     # --- crops ---
 
-    def cut(self, field: ChannelField, view: int | None, window: Window, size: int) -> np.ndarray:
+    def cut(self, field: ChannelField, view: View, window: Window, size: int) -> np.ndarray:
         """A view's window, resized to (size, size) float32 in [0, 1]."""
         import cv2
 
@@ -234,7 +239,7 @@ class DataAugmentationMultiView:
         output["local_crops"] = self._finished(local)
         return output
 
-    def _local_view(self, channels: int) -> int | None:
+    def _local_view(self, channels: int) -> View:
         if self.strategy == "average" or self.local_view == "mean":
             return None
         if self.local_view == "random" and self.strategy == "multiview" and random.random() < 0.5:

@@ -396,6 +396,10 @@ def test_strategies():
     assert not any(None in pair for pair in single)
     assert all(a != b and None not in (a, b) for a, b in views("pairwise"))
     assert augmentation(strategy="pairwise").draw_views(1) == (0, 0)
+    for pair in views("others"):
+        one, rest = sorted(pair, key=lambda view: isinstance(view, tuple))
+        assert sorted([one, *rest]) == list(range(5))
+    assert set(augmentation(strategy="others").draw_views(1)) == {None, 0}
 
 
 def test_a_view_is_its_channel(field):
@@ -403,6 +407,8 @@ def test_a_view_is_its_channel(field):
     window = (10, 20, 64, 64)
     np.testing.assert_array_equal(made.cut(field, 1, window, 64), field.window(1, *window))
     np.testing.assert_array_equal(made.cut(field, None, window, 64), field.window(None, *window))
+    without = (field.window(0, *window) + field.window(2, *window)) / 2
+    np.testing.assert_allclose(made.cut(field, (0, 2), window, 64), without, atol=1e-6)
     assert made.cut(field, 0, (0, 0, 128, 128), 64).shape == (64, 64)
     halved = made.cut(field, 0, (0, 0, 128, 128), 64)
     full = field.window(0, 0, 0, 128, 128)
