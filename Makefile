@@ -9,6 +9,7 @@
 # make fuzz      TARGET=image SECONDS=600: damaged files (Linux; brings atheris; see tests/fuzz)
 # make check     ruff, mypy, tests
 # make bench     the benchmarks of benchmarks/ (minutes; writes benchmarks/results)
+# make docs      the documentation as a site in build/site; a broken link is an error
 # make wheel     build the wheel and try it in a clean environment
 # make clean     remove what the above made
 
@@ -27,7 +28,7 @@ SEED ?= 0
 # Tests start the program many times: Python must keep the byte code that it has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-gpu gpu-run mutants fuzz check check-style bench wheel clean
+.PHONY: demo test test-all test-gpu gpu-run mutants fuzz check check-style bench docs wheel clean
 
 demo: $(VENV)/.base
 	$(BIN)/dinocell demo
@@ -66,6 +67,10 @@ bench: $(VENV)/.test
 	for script in $(filter-out benchmarks/ssl_small_run.py benchmarks/soak_images.py benchmarks/gpu_run.py benchmarks/few_shot.py benchmarks/runtimes.py,$(wildcard benchmarks/*.py)); do \
 	  $(BIN)/python $$script || exit 1; done
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "the site is in build/site: $$(du -sk build/site | cut -f1) KiB"
+
 wheel: $(VENV)/.dev
 	PYTHON="$(BIN)/python" sh tests/packaging/try_wheel.sh
 
@@ -85,6 +90,10 @@ $(VENV)/.dev: setup.py constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e ".[test,dev]"
 	$(COMPILE)
 	@touch $(VENV)/.base $(VENV)/.test $@
+
+$(VENV)/.docs: setup.py constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e ".[docs]"
+	@touch $(VENV)/.base $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -54,6 +54,7 @@ TEST = [
     "axe-playwright-python>=0.1.4",  # looks for barriers in its page
 ]
 DEV = ["ruff>=0.14", "mypy>=1.15", "types-PyYAML", "build>=1.2", "cosmic-ray>=8.4"]
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings>=1", "mkdocstrings-python>=2"]
 
 setup(
     name="dinocell-segmentation",
@@ -101,6 +102,7 @@ setup(
         **EXTRAS,
         "test": TEST,
         "dev": DEV,
+        "docs": DOCS,
         "all": sorted({item for items in EXTRAS.values() for item in items}),
     },
     entry_points={"console_scripts": ["dinocell = dinocell.cli:main"]},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from dinocell.evaluation.scores import evaluate_pair
 from dinocell.pipeline import Segmentation
 from dinocell.results.columns import unit_of
 
@@ -15,7 +17,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "tables.md"
 
 def listed(heading: str) -> dict[str, tuple[str, str]]:
     """Column → (type, unit) of the table below a text."""
-    text = PAGE.read_text(encoding="utf-8").split(heading)[1]
+    text = PAGE.read_text(encoding="utf-8").split(heading)[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([^|]*)\|", text, flags=re.M)
     return {name: (kind, unit.strip()) for name, kind, unit in rows}
 
@@ -58,3 +60,14 @@ def test_the_formulas_of_the_page() -> None:
         "num_neighbors": np.array([1, 1]),
     }.items():
         np.testing.assert_allclose(table[name], expected, rtol=1e-12, err_msg=name)
+
+
+def test_the_page_lists_the_columns_of_the_summary_and_the_scores() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    images, scores = text.split("## Summary of images")[1].split("## Scores against the truth")
+    listed = re.findall(r"^\| `(\w+)` \|", images, flags=re.M)
+    result = replace(segmented(2), unfamiliar=0.5, kind="nuclei")
+    assert listed == ["name", "source", *result.summary(), "warnings", "error"]
+    listed = set(re.findall(r"^\| `(\w+)`", scores, flags=re.M))
+    found = evaluate_pair(result.labels, result.labels).scores()
+    assert listed == {name for name in found if not name.endswith(("75", "90"))}
