@@ -78,9 +78,7 @@ def make_channel_scene(
     return ChannelScene(seen, nuclei, cells, scene.pixel_size_um)
 
 
-def _cells(
-    nuclei: npt.NDArray[np.uint32], rng: np.random.Generator
-) -> npt.NDArray[np.uint32]:
+def _cells(nuclei: npt.NDArray[np.uint32], rng: np.random.Generator) -> npt.NDArray[np.uint32]:
     """Each nucleus with the pixels nearest to it, up to 6 to 16 px away."""
     distance, nearest = ndimage.distance_transform_edt(nuclei == 0, return_indices=True)
     owner = nuclei[tuple(nearest)]

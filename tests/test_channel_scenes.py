@@ -15,7 +15,8 @@ def test_the_same_arguments_give_the_same_field():
     one, again, other = (make_channel_scene(size_px=96, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.planes, again.planes)
     assert not np.array_equal(one.nuclei, other.nuclei)
-    assert one.planes.shape == (5, 96, 96) and one.planes.dtype == np.uint16
+    assert one.planes.shape == (5, 96, 96)
+    assert one.planes.dtype == np.uint16
 
 
 def test_every_nucleus_lies_in_its_cell():

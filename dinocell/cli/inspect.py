@@ -43,7 +43,12 @@ class Inspecting:
     patch_size: int | None = option(
         "Adapt the weights to this patch size in px.  [default: that of the weights]"
     )
-    attention: bool = option("Compare the attention maps, too; this takes a second pass.", True)
+    attention: bool = option("Compare the attention maps, too; this takes another pass.", True)
+    baselines: bool = option(
+        "Measure random weights of the same shape, raw pixels and a 4x4 thumbnail as well; this doubles "
+        "the time.",
+        True,
+    )
     device: Device = "auto"
     batch_size: int = option("Run the network on this many views at once.", 8)
     seed: int = option(

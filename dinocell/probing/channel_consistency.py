@@ -4,12 +4,14 @@ The cosine between channels alone is fooled by collapse: constant features score
 is therefore a row of numbers that are read together (docs/inspect.md), each beside the value that
 chance gives: cosine within and between fields, retrieval of a place through another channel, effective
 rank, spread, agreement of the attention maps, and how well the channel can still be decoded.
+Features that know the field, its illumination or a blurred layout alone also score well; retrieval
+within the field and among turned windows, and `shortcuts.py`, tell them apart.
 
 The view called ``mean`` is the mean of the channels and is compared with the single channels apart.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from itertools import product
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dinocell.probing.shortcuts import explained_share, found_warnings
 from dinocell.probing.views import (
     Estimate,
     Floats,
@@ -48,8 +51,9 @@ class ConsistencyReport:
     num_views: int
     embed_dim: int  # numbers per feature; an effective rank is at most this and `num_views`
     channels: tuple[str, ...]
-    # cosine_same_field (one location through two channels), cosine_other_field_same_channel,
-    # cosine_other_field_other_channel, retrieval_top1, effective_rank, effective_rank_centered,
+    # cosine_same_field (one location through two channels), cosine_other_place (two locations of one
+    # field through two channels), cosine_other_field_same_channel,
+    # cosine_other_field_other_channel, retrieval_within_field, retrieval_top1, effective_rank, effective_rank_centered,
     # feature_std, channel_decodability; with mean views mean_view_cosine_same_field,
     # mean_view_cosine_other_field, mean_view_retrieval_top1; with attention maps
     # attention_same_field, attention_other_field
@@ -65,28 +69,7 @@ class ConsistencyReport:
 
     def warnings(self) -> list[str]:
         """Sentences on what the numbers do not allow to be claimed."""
-        found = []
-        cosine, other = (
-            self.estimates[name].value
-            for name in ("cosine_same_field", "cosine_other_field_other_channel")
-        )
-        if math.isnan(other):
-            found.append(
-                "there is only one field, so channels of one field cannot be compared with those of different fields"
-            )
-        elif cosine - other < 0.05:
-            found.append(
-                f"different fields are nearly as alike ({other:.3f}) as channels of one field "
-                f"({cosine:.3f}): the cosine says little here"
-            )
-        retrieval = self.estimates["retrieval_top1"]
-        if not math.isnan(retrieval.low) and retrieval.low <= retrieval.chance:
-            found.append("retrieval is not better than chance")
-        if self.estimates["effective_rank_centered"].value < 2:
-            found.append("the features vary along fewer than two directions: collapsed")
-        if self.num_fields < 20:
-            found.append(f"{self.num_fields} fields: the intervals are rough")
-        return found
+        return found_warnings(self.estimates, self.num_fields)
 
     def to_mapping(self) -> dict[str, Any]:
         """Everything for JSON, nan as null."""
@@ -112,6 +95,8 @@ def channel_consistency(
     channels: Sequence[str] | NDArray[Any],
     *,
     attention: ArrayLike | None = None,
+    turned: ArrayLike | None = None,
+    shortcuts: Mapping[str, ArrayLike] | None = None,
     num_bootstrap: int = 1000,
     seed: int = 0,
 ) -> ConsistencyReport:
@@ -126,6 +111,8 @@ def channel_consistency(
         channels may be missing.  Views of channel `MEAN_VIEW` are means of channels.
     attention : (M, heads, N) array, optional
         Attention of CLS to the patches, in the order of `features`.
+    turned : (M, D) features of the same views after a turn or a mirroring, optional
+    shortcuts : (M, k) numbers per view, by name, that should not explain the features, optional
     num_bootstrap : draws of fields with replacement for the 95 % intervals; 0 leaves them out
     seed : of these draws and of the folds of the decoder
 
@@ -136,7 +123,8 @@ def channel_consistency(
     -----
     Cosines are means over pairs; each pair counts once.  `retrieval_top1`: a view of channel a asks
     among all views of channel b for its own location; of k equal best answers 1/k counts, so
-    constant features score 1/N and not 1.  The intervals draw fields, not views, because windows of
+    constant features score 1/N and not 1.  `retrieval_within_field` and `retrieval_turned` ask among the
+    windows of the own field only, the latter among turned ones.  The intervals draw fields, not views, because windows of
     one field are not independent; the gallery of the retrieval stays whole.
 
     References
@@ -156,6 +144,13 @@ def channel_consistency(
     single = replace(raw, features=unit_rows(raw.features))
     retrieval, retrieval_matrix = _retrieval(single, single, draws)
     estimates = _estimates(raw, single, retrieval, draws)
+    if turned is not None:
+        moved = Views.checked(turned, fields, locations, channels).where(~is_mean)
+        moved = replace(moved, features=unit_rows(moved.features))
+        estimates["retrieval_turned"] = _retrieval(single, moved, draws, within=True)[0]
+    for name, numbers in (shortcuts or {}).items():
+        share = explained_share(single, np.asarray(numbers, dtype=np.float64)[~is_mean])
+        estimates[f"explained_by_{name}"] = Estimate(share)
     estimates["channel_decodability"] = decode_channels(single, draws, seed)
     if is_mean.any():
         mean = views.where(is_mean)
@@ -188,8 +183,10 @@ def _estimates(
     same, other = _other_fields(single, draws)
     return {
         "cosine_same_field": _same_location(single, draws),
+        "cosine_other_place": _other_places(single, draws),
         "cosine_other_field_same_channel": same,
         "cosine_other_field_other_channel": other,
+        "retrieval_within_field": _retrieval(single, single, draws, within=True)[0],
         "retrieval_top1": retrieval,
         "effective_rank": Estimate(effective_rank(raw.features)),
         "effective_rank_centered": Estimate(effective_rank(raw.features, centered=True)),
@@ -229,6 +226,18 @@ def _same_location(views: Views, draws: Floats) -> Estimate:
         field = views.field[rows[0]]
         sums[field] += block[above].sum()
         counts[field] += len(above[0])
+    return estimate_by_field(sums, counts, draws)
+
+
+def _other_places(views: Views, draws: Floats) -> Estimate:
+    """Pairs of two places of one field through two channels."""
+    sums, counts = np.zeros(views.num_fields), np.zeros(views.num_fields)
+    for field in range(views.num_fields):
+        rows = np.flatnonzero(views.field == field)
+        place, channel = views.location[rows], views.channel[rows]
+        apart = (place[:, None] != place) & (channel[:, None] != channel)
+        products = views.features[rows] @ views.features[rows].T
+        sums[field], counts[field] = products[apart].sum(), apart.sum()
     return estimate_by_field(sums, counts, draws)
 
 
@@ -287,8 +296,13 @@ def _pairs(
     return rows_left[first], rows_right[second]
 
 
-def _retrieval(queries: Views, gallery: Views, draws: Floats) -> tuple[Estimate, Floats]:
-    """Top-1 over all ordered pairs of two different channels, and its table by channel."""
+def _retrieval(
+    queries: Views, gallery: Views, draws: Floats, *, within: bool = False
+) -> tuple[Estimate, Floats]:
+    """Top-1 over all ordered pairs of two different channels, and its table by channel.
+
+    `within`: only the windows of the same field are in the gallery; a field with one is left out.
+    """
     size = len(queries.names)
     sums, counts, chances = (np.zeros(queries.num_fields) for _ in range(3))
     table = np.full((size + 1, size + 1), np.nan)
@@ -302,10 +316,18 @@ def _retrieval(queries: Views, gallery: Views, draws: Floats) -> tuple[Estimate,
         starts = range(0, len(rows), _QUERIES_AT_ONCE)
         parts = [slice(start, start + _QUERIES_AT_ONCE) for start in starts]
         asking = queries.features[rows]
-        credit = np.concatenate([retrieval_credit(asking[p] @ answers, right[p]) for p in parts])
-        np.add.at(sums, queries.field[rows], credit)
-        np.add.at(counts, queries.field[rows], 1.0)
-        np.add.at(chances, queries.field[rows], 1.0 / len(candidates))
+        own, theirs = queries.field[rows], gallery.field[candidates]
+        credits, sizes = [], []
+        for part in parts:
+            alike = asking[part] @ answers
+            open_to = own[part, None] == theirs if within else np.ones(alike.shape, dtype=bool)
+            credits.append(retrieval_credit(np.where(open_to, alike, -np.inf), right[part]))
+            sizes.append(open_to.sum(axis=1))
+        credit, size_of = np.concatenate(credits), np.concatenate(sizes)
+        kept = size_of > 1
+        np.add.at(sums, own[kept], credit[kept])
+        np.add.at(counts, own[kept], 1.0)
+        np.add.at(chances, own[kept], 1.0 / size_of[kept])
         table[asked, answering] = credit.mean()
     return estimate_by_field(sums, counts, draws, chances), table[:size, :size]
 

@@ -6,8 +6,8 @@ The backbone does not learn here, so its features are computed once and the deco
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -85,6 +85,8 @@ class ProbeResult:
     seconds: float
     num_train: int  # windows
     num_val: int
+    # scores of the same decoder on other windows, by their name
+    elsewhere: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def probe_features(
@@ -93,6 +95,7 @@ def probe_features(
     val: Sequence[LabelledWindow],
     config: ProbeConfig,
     *,
+    elsewhere: Mapping[str, Sequence[LabelledWindow]] | None = None,
     advance: Callable[[float], None] | None = None,
 ) -> ProbeResult:
     """Train a decoder on frozen features of `train`, score it on `val`.
@@ -104,6 +107,7 @@ def probe_features(
     ----------
     vit : DinoVisionTransformer in eval mode; read only
     train, val : windows, all of `config.window_px`
+    elsewhere : more windows to score the decoder on, for example of other channels, by name
     advance : called with the loss after every step
 
     Raises ProbeTimeError (`max_seconds` were over before training could start or before all windows
@@ -124,15 +128,25 @@ def probe_features(
         val_features = probe.features(val)
         steps, train_loss = probe.fit(train, train_features, advance)
         thresholds = probe.tune(train, train_features)
-        maps = probe.predict(val, val_features, range(len(val)))
+
+        def scores(windows: Sequence[LabelledWindow], found: Sequence[Tensor]) -> dict[str, float]:
+            maps = probe.predict(windows, found, range(len(windows)))
+            return _scores_of(maps, windows, thresholds)
+
+        own = scores(val, val_features)
+        others = {
+            name: scores(windows, probe.features(windows))
+            for name, windows in (elsewhere or {}).items()
+        }
     return ProbeResult(
-        scores=_scores_of(maps, val, thresholds),
+        scores=own,
         thresholds=tuned_values(thresholds),
         steps=steps,
         train_loss=train_loss,
         seconds=time.monotonic() - started,
         num_train=len(train),
         num_val=len(val),
+        elsewhere=others,
     )
 
 

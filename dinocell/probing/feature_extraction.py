@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dinocell.errors import CheckpointError, DataSetError
 from dinocell.probing.views import MEAN_VIEW
 from dinocell.segmentation.intensity import normalize_intensity, to_model_input
+from dinocell.training.datasets import spread_evenly
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class ViewFeatures:
     locations: NDArray[np.int64]  # (M,), number of the window, counted over all fields
     cls: NDArray[np.float32]  # (M, D), CLS token after the final norm
     patch_mean: NDArray[np.float32]  # (M, D), mean of the patch tokens after the final norm
+    patch: NDArray[np.float32]  # (M, P, D), tokens of P patches, at the same places in each view
+    # the same three, of windows that were turned or mirrored, with the patches turned back
+    turned: dict[str, NDArray[np.float32]]
+    # what a network should not answer with: `illumination` (M, 2), slopes of the window's brightness;
+    # `layout` (M, 16), a 4 × 4 thumbnail without its mean
+    shortcuts: dict[str, NDArray[np.float32]]
     attention: NDArray[np.float32] | None  # (M, heads, N) of CLS to the patches in the last block
     example: ViewExample  # of the field with the most channels, the first of such
     # sentences: channels without signal, fields with fewer windows than asked for
@@ -108,7 +115,7 @@ def extract_views(
     window_px : a multiple of the patch size
     channels : use these only, in any case of letters; default all
     batch_size : views per network call
-    attention : also the attention of CLS in the last block (a second pass)
+    attention : also the attention of CLS in the last block (another pass)
     advance : called with the name of every finished field
 
     Raises DataSetError (a field is smaller than a window or lacks all asked channels, two have one
@@ -143,7 +150,11 @@ def extract_views(
                 for row, column in corners:
                     views = stack[:, row : row + window_px, column : column + window_px]
                     found = _run(vit, views, batch_size=batch_size, attention=attention)
-                    collected.add(item.name, (row, column), (*names, MEAN_VIEW), views, found)
+                    symmetry = 1 + collected.num_locations % 7  # never the identity
+                    other = _run(vit, turned(views, symmetry), batch_size=batch_size)
+                    other["patches"] = turned_back(other["patches"], symmetry)
+                    place = (item.name, (row, column), (*names, MEAN_VIEW))
+                    collected.add(*place, views, found, other)
             if advance is not None:
                 advance(item.name)
     finally:
@@ -189,6 +200,38 @@ def _corners(
     return corners
 
 
+def turned(images: NDArray[Any], symmetry: int) -> NDArray[Any]:
+    """(V, H, W, ...) images under one of the eight symmetries of the square; 0 is the identity."""
+    images = np.rot90(images, symmetry % 4, axes=(1, 2))
+    return np.ascontiguousarray(images[:, :, ::-1] if symmetry >= 4 else images)
+
+
+def turned_back(images: NDArray[Any], symmetry: int) -> NDArray[Any]:
+    """The inverse of `turned`."""
+    images = images[:, :, ::-1] if symmetry >= 4 else images
+    return np.ascontiguousarray(np.rot90(images, -(symmetry % 4), axes=(1, 2)))
+
+
+def thumbnail(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(V, H, W) → (V, 16): 4 × 4 means, minus the mean of all."""
+    cells = [np.array_split(row, 4, axis=2) for row in np.array_split(images, 4, axis=1)]
+    small = np.stack([cell.mean(axis=(1, 2)) for row in cells for cell in row], axis=1)
+    return small - small.mean(axis=1, keepdims=True)
+
+
+def slopes(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(V, H, W) → (V, 2): slopes of the plane that fits the brightness, along rows and columns."""
+    rows, columns = (np.linspace(-1, 1, n, dtype=np.float32) for n in images.shape[1:])
+    along_rows = images.mean(axis=2) @ rows / (rows @ rows)
+    return np.stack([along_rows, images.mean(axis=1) @ columns / (columns @ columns)], axis=1)
+
+
+def _sampled(patches: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(V, h, w, D) → (V, P, D): tokens on an even grid of at most 4 × 4 places."""
+    rows, columns = (spread_evenly(range(n), 4) for n in patches.shape[1:3])
+    return patches[:, rows][:, :, columns].reshape(len(patches), -1, patches.shape[-1])
+
+
 class _Collected:
     """The views so far."""
 
@@ -196,9 +239,13 @@ class _Collected:
         self.names: list[str] = []
         self.channels: list[str] = []
         self.locations: list[int] = []
-        self.parts: dict[str, list[NDArray[np.float32]]] = {"cls": [], "patch_mean": []}
+        self.parts: dict[str, list[NDArray[np.float32]]] = {}
         self.example: ViewExample | None = None
         self.left_out: list[str] = []
+
+    @property
+    def num_locations(self) -> int:
+        return self.locations[-1] + 1 if self.locations else 0
 
     def add(
         self,
@@ -207,16 +254,22 @@ class _Collected:
         channels: tuple[str, ...],
         views: NDArray[np.float32],
         found: dict[str, NDArray[np.float32]],
+        other: dict[str, NDArray[np.float32]],
     ) -> None:
-        """One location through all its channels."""
-        location = self.locations[-1] + 1 if self.locations else 0
+        """One location through all its channels; `other` is of the turned window."""
+        location = self.num_locations
         self.names += [name] * len(views)
         self.channels += channels
         self.locations += [location] * len(views)
-        self.parts["cls"].append(found["cls"])
-        self.parts["patch_mean"].append(found["patches"].mean(axis=(1, 2)))
+        parts = {"illumination": slopes(views), "layout": thumbnail(views)}
+        for prefix, features in (("", found), ("turned ", other)):
+            parts[f"{prefix}cls"] = features["cls"]
+            parts[f"{prefix}patch_mean"] = features["patches"].mean(axis=(1, 2))
+            parts[f"{prefix}patch"] = _sampled(features["patches"])
         if "attention" in found:
-            self.parts.setdefault("attention", []).append(found["attention"])
+            parts["attention"] = found["attention"]
+        for part, array in parts.items():
+            self.parts.setdefault(part, []).append(array)
         if self.example is None or len(channels) > len(self.example.channels):
             patches, maps = found["patches"], found.get("attention")
             if maps is not None:
@@ -231,6 +284,9 @@ class _Collected:
             locations=np.array(self.locations, dtype=np.int64),
             cls=whole["cls"],
             patch_mean=whole["patch_mean"],
+            patch=whole["patch"],
+            turned={kind: whole[f"turned {kind}"] for kind in ("cls", "patch_mean", "patch")},
+            shortcuts={name: whole[name] for name in ("illumination", "layout")},
             attention=whole.get("attention"),
             example=example,
             left_out=self.left_out,
@@ -261,7 +317,7 @@ def _usable_planes(
 
 
 def _run(
-    vit: nn.Module, views: NDArray[np.float32], *, batch_size: int, attention: bool
+    vit: nn.Module, views: NDArray[np.float32], *, batch_size: int, attention: bool = False
 ) -> dict[str, NDArray[np.float32]]:
     """(V, H, W) views → `cls` (V, D), `patches` (V, h, w, D), `attention` (V, heads, N)."""
     device = next(vit.parameters()).device

@@ -6,15 +6,25 @@ Reads checkpoints and fields, computes features, and writes the consistency scor
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import nn
+
 from dinocell.errors import UsageError
 from dinocell.files import write_text_atomically
-from dinocell.probing.backbones import load_backbone_of
+from dinocell.probing.backbones import InspectedBackbone, load_backbone_of
+from dinocell.probing.baselines import (
+    PIXELS,
+    RANDOM,
+    pixel_backbones,
+    principal_components,
+    with_random_weights,
+)
 from dinocell.probing.channel_consistency import ConsistencyReport, channel_consistency
 from dinocell.probing.decoder_probe import ProbeConfig
 from dinocell.probing.feature_extraction import ViewFeatures, extract_views
@@ -29,7 +39,15 @@ from dinocell.probing.labelled_channels import ChannelScores, channel_scores
 from dinocell.progress import progress
 
 _EXTRACTED = ("window_px", "windows_per_field", "batch_size", "attention")
-_SETTINGS_WRITTEN = ("windows_per_field", "window_px", "which", "patch_size", "attention", "seed")
+_SETTINGS_WRITTEN = (
+    "windows_per_field",
+    "window_px",
+    "which",
+    "patch_size",
+    "attention",
+    "baselines",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +59,8 @@ class InspectOptions:
     max_fields: int | None = None  # at most so many fields, spread evenly over the names
     which: str = "teacher"  # or `student` of a training checkpoint that holds both
     patch_size: int | None = None  # adapt weights of another patch size to this one
-    attention: bool = True  # also compare attention maps; this takes a second pass
+    attention: bool = True  # also compare attention maps; this takes another pass
+    baselines: bool = True  # also measure random weights of the same shape, pixels and a thumbnail
     device: str = "auto"
     batch_size: int = 8  # views per network call
     seed: int = 0  # random seed of the confidence intervals and the cross-validation
@@ -110,30 +129,16 @@ def inspect_checkpoints(
                 f"`window_px` must be a multiple of the patch size {loaded.facts['patch_size']} of "
                 f"{loaded.name}, got {options.window_px}: choose a multiple of {loaded.facts['patch_size']}"
             )
-    how: dict[str, Any] = {name: getattr(options, name) for name in _EXTRACTED}
-    inspections = []
-    left_out: list[str] = []
-    for name, loaded in zip(_short_names(checkpoints), backbones, strict=True):
-        started = time.monotonic()
-        vit = loaded.vit.to(where)
-        with progress(f"inspecting {name}", len(source), shown=shown) as bar:
-            features = extract_views(
-                vit, source, channels=reading.channels, advance=partial(bar.advance, 1), **how
-            )
-        left_out = features.left_out
-        reports = _score(features, options.seed)
-        scores: ChannelScores | None = None
-        if per_channel is not None:
-            scores = channel_scores(
-                vit,
-                per_channel.data,
-                per_channel.probe,
-                labels_name=per_channel.labels,
-                channels=reading.channels,
-                shown=shown,
-            )
-        parts = (name, loaded.facts, reports, features.example, scores)
-        inspections.append(Inspection(*parts, time.monotonic() - started))
+    names = _short_names(checkpoints)
+    inspector = _Inspector(source, options, reading, per_channel, shown)
+    inspections = [
+        inspector.inspect(name, loaded.vit.to(where), loaded.facts)
+        for name, loaded in zip(names, backbones, strict=True)
+    ]
+    baselines = []
+    if options.baselines:
+        for kind, made, facts in _baselines(backbones, options.seed):
+            baselines.append(inspector.inspect(kind, made.to(where), facts, attention=False))
     settings = {
         "data": None if isinstance(data, FieldSource) else os.fspath(data),
         "index": reading.index and os.fspath(reading.index),
@@ -148,7 +153,69 @@ def inspect_checkpoints(
     if per_channel is not None:
         given = {"data": os.fspath(per_channel.data), "labels": per_channel.labels}
         settings["per_channel"] = given | asdict(per_channel.probe)
-    return InspectionReport(inspections, settings, left_out)
+    return InspectionReport(inspections, settings, inspector.left_out, baselines)
+
+
+@dataclass
+class _Inspector:
+    """Measures one network after the other on the same windows."""
+
+    source: FieldSource
+    options: InspectOptions
+    reading: FieldOptions
+    per_channel: PerChannelOptions | None
+    shown: bool
+    left_out: list[str] = field(default_factory=list)
+
+    def inspect(
+        self, name: str, vit: nn.Module, facts: dict[str, Any], *, attention: bool = True
+    ) -> Inspection:
+        """`attention=False`: for a network whose maps mean nothing."""
+        started = time.monotonic()
+        how: dict[str, Any] = {key: getattr(self.options, key) for key in _EXTRACTED}
+        how["attention"] = how["attention"] and attention
+        with progress(f"inspecting {name}", len(self.source), shown=self.shown) as bar:
+            features = extract_views(
+                vit,
+                self.source,
+                channels=self.reading.channels,
+                advance=partial(bar.advance, 1),
+                **how,
+            )
+        if name == PIXELS:
+            features = principal_components(features)
+        self.left_out = features.left_out
+        reports = _score(features, self.options.seed)
+        scores: ChannelScores | None = None
+        asked = self.per_channel
+        if asked is not None and hasattr(vit, "get_intermediate_layers"):
+            scores = channel_scores(
+                vit,
+                asked.data,
+                asked.probe,
+                labels_name=asked.labels,
+                channels=self.reading.channels,
+                shown=self.shown,
+            )
+        parts = (name, facts, reports, features.example, scores)
+        return Inspection(*parts, time.monotonic() - started)
+
+
+def _baselines(
+    backbones: Sequence[InspectedBackbone], seed: int
+) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
+    """Name, network and facts of what each shape of the checkpoints is compared with."""
+    shapes: dict[tuple[Any, ...], InspectedBackbone] = {}
+    for loaded in backbones:
+        keys = ("patch_size", "embed_dim", "depth", "num_heads")
+        shapes.setdefault(tuple(loaded.facts[key] for key in keys), loaded)
+    for number, loaded in enumerate(shapes.values(), start=1):
+        name = RANDOM if len(shapes) == 1 else f"{RANDOM} {number}"
+        facts = {**loaded.facts, "path": None, "format": "random", "shape_of": loaded.name}
+        yield name, with_random_weights(loaded.vit, seed), facts
+    patch_size = backbones[0].facts["patch_size"]
+    for name, made in pixel_backbones(patch_size).items():
+        yield name, made, {"path": None, "format": "pixels", "patch_size": patch_size}
 
 
 def write_inspection(report: InspectionReport, out: str | os.PathLike[str]) -> list[Path]:
@@ -162,13 +229,28 @@ def write_inspection(report: InspectionReport, out: str | os.PathLike[str]) -> l
 
 def _score(features: ViewFeatures, seed: int) -> dict[str, ConsistencyReport]:
     places = (features.fields, features.locations, features.channels)
-    attention = {FEATURES[0]: features.attention}
-    return {
+    reports = {
         kind: channel_consistency(
-            getattr(features, kind), *places, attention=attention.get(kind), seed=seed
+            getattr(features, kind),
+            *places,
+            attention=features.attention if kind == FEATURES[0] else None,
+            turned=features.turned[kind],
+            shortcuts=features.shortcuts,
+            seed=seed,
         )
-        for kind in FEATURES
+        for kind in FEATURES[:2]
     }
+    # Each sampled patch is a place of its own.
+    patch, count = features.patch, features.patch.shape[1]
+    reports[FEATURES[2]] = channel_consistency(
+        patch.reshape(-1, patch.shape[-1]),
+        np.repeat(features.fields, count),
+        (features.locations[:, None] * count + np.arange(count)).ravel(),
+        np.repeat(features.channels, count),
+        turned=features.turned["patch"].reshape(-1, patch.shape[-1]),
+        seed=seed,
+    )
+    return reports
 
 
 def _short_names(checkpoints: Sequence[str | os.PathLike[str]]) -> list[str]:

@@ -19,18 +19,25 @@ from dinocell.probing.labelled_channels import ChannelScores
 from dinocell.probing.views import Estimate
 from dinocell.results.table import align_columns
 
-FEATURES = ("cls", "patch_mean")
-"""The two kinds of features that are scored: CLS token, mean of the patch tokens."""
+FEATURES = ("cls", "patch_mean", "patch")
+"""The kinds of features that are scored: CLS token, mean of the patch tokens, single patch tokens."""
+
+_FEATURE_TITLES = ("CLS token", "mean patch token", "single patch tokens")
 
 TITLES = {
     "cosine_same_field": "cosine, one place, two channels",
+    "cosine_other_place": "cosine, two places of a field, two channels",
     "cosine_other_field_same_channel": "cosine, two fields, one channel",
     "cosine_other_field_other_channel": "cosine, two fields, two channels",
-    "retrieval_top1": "retrieval of the place, top-1",
+    "retrieval_within_field": "retrieval within the field, top-1",
+    "retrieval_turned": "retrieval within the field, turned",
+    "retrieval_top1": "retrieval among all fields, top-1",
     "channel_decodability": "channel decoded by a linear probe",
     "effective_rank": "effective rank",
     "effective_rank_centered": "effective rank, centred",
     "feature_std": "spread of directions",
+    "explained_by_illumination": "explained by two slopes of brightness",
+    "explained_by_layout": "explained by a 4x4 thumbnail",
     "mean_view_cosine_same_field": "cosine with the mean view, one place",
     "mean_view_cosine_other_field": "cosine with the mean view, two fields",
     "mean_view_retrieval_top1": "retrieval in the mean view, top-1",
@@ -41,7 +48,8 @@ TITLES = {
 
 _MAX_CHANNELS_DRAWN = 7
 _NUMBERS_WRITTEN = (
-    *("cosine_same_field", "cosine_other_field_other_channel", "retrieval_top1"),
+    *("cosine_same_field", "cosine_other_field_other_channel", "retrieval_within_field"),
+    *("retrieval_turned", "retrieval_top1"),
     *("channel_decodability", "effective_rank_centered", "feature_std"),
     *("attention_same_field", "attention_other_field"),
 )
@@ -61,11 +69,15 @@ class Inspection:
 
 @dataclass(frozen=True)
 class InspectionReport:
-    """Results of all checkpoints of a call; `left_out` are channels and windows that were not used."""
+    """Results of all checkpoints of a call; `left_out` are channels and windows that were not used.
+
+    `baselines` are what no training was needed for, measured on the same windows.
+    """
 
     inspections: list[Inspection]
     settings: dict[str, Any]
     left_out: list[str] = field(default_factory=list)
+    baselines: list[Inspection] = field(default_factory=list)
 
     def table(self) -> list[str]:
         """Lines of plain text: a block per kind of feature, a column per checkpoint."""
@@ -77,20 +89,21 @@ class InspectionReport:
             f"{self.settings['window_px']} px, {first.num_views} views, channels "
             f"{', '.join(first.channels)}"
         ]
-        for kind in FEATURES:
-            title = {"cls": "CLS token", "patch_mean": "mean patch token"}[kind]
-            rows = [[title, *(item.name for item in self.inspections), "chance"]]
+        columns = [*self.inspections, *self.baselines]
+        for kind, head in zip(FEATURES, _FEATURE_TITLES, strict=True):
+            rows = [[head, *(item.name for item in columns), "chance"]]
             for name, title in TITLES.items():
-                found = [item.reports[kind].estimates.get(name) for item in self.inspections]
+                found = [item.reports[kind].estimates.get(name) for item in columns]
                 if not any(found) or (name.startswith("attention") and kind != FEATURES[0]):
                     continue
                 chance = next((item.chance for item in found if item), math.nan)
                 rows.append([title, *map(_estimate_text, found), number_text(chance)])
             lines += ["", *align_columns(rows, width_of=cell_len)]
-        scored = [(i.name, i.channel_scores) for i in self.inspections if i.channel_scores]
+        scored = [(i.name, i.channel_scores) for i in columns if i.channel_scores]
         lines += [""] if scored else []
         for item_name, scores in scored:
             lines += align_columns(_channel_rows(item_name, scores), width_of=cell_len)
+            lines += align_columns(_across_rows(item_name, scores), width_of=cell_len)
             lines.append(scores.split)
         for item, kind in product(self.inspections, FEATURES):
             found_notes = item.reports[kind].warnings()
@@ -102,17 +115,21 @@ class InspectionReport:
 
     def to_mapping(self) -> dict[str, Any]:
         """Everything for JSON, nan as null."""
-        checkpoints = [
-            {
-                "name": item.name,
-                "facts": item.facts,
-                "seconds": round(item.seconds, 3),
-                "features": {kind: item.reports[kind].to_mapping() for kind in FEATURES},
-                "channel_scores": item.channel_scores and item.channel_scores.to_mapping(),
-            }
-            for item in self.inspections
-        ]
-        whole = {"settings": self.settings, "left_out": self.left_out, "checkpoints": checkpoints}
+
+        def found(items: list[Inspection]) -> list[dict[str, Any]]:
+            return [
+                {
+                    "name": item.name,
+                    "facts": item.facts,
+                    "seconds": round(item.seconds, 3),
+                    "features": {kind: item.reports[kind].to_mapping() for kind in FEATURES},
+                    "channel_scores": item.channel_scores and item.channel_scores.to_mapping(),
+                }
+                for item in items
+            ]
+
+        whole: dict[str, Any] = {"settings": self.settings, "left_out": self.left_out}
+        whole |= {"checkpoints": found(self.inspections), "baselines": found(self.baselines)}
         return {"dinocell_version": __version__, **whole}
 
     def json_text(self) -> str:
@@ -124,6 +141,22 @@ def _channel_rows(name: str, scores: ChannelScores) -> list[list[str]]:
     lines |= {"mean": scores.mean, "std over channels": scores.std}
     head = [f"decoder per channel ({name})", *scores.mean]
     return [head, *([k, *(number_text(v[key]) for key in scores.mean)] for k, v in lines.items())]
+
+
+def _across_rows(name: str, scores: ChannelScores) -> list[list[str]]:
+    """AP at 0.5 of each channel's decoder (row) on each channel (column)."""
+    across = scores.across
+    if not across:
+        return []
+    channels, summary = list(scores.results), ("mean", "std", "worst")
+    rows = [[f"AP@0.5 trained on ({name})", *channels, *(f"others: {part}" for part in summary)]]
+    for channel, result in scores.results.items():
+        everywhere = {channel: result.scores, **result.elsewhere}
+        values = [everywhere[other]["ap50"] for other in channels]
+        rows.append(
+            [channel, *map(number_text, [*values, *(across[channel][part] for part in summary)])]
+        )
+    return rows
 
 
 def number_text(value: float) -> str:

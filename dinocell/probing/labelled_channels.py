@@ -1,7 +1,8 @@
 """One small decoder per channel of labelled fields: does a backbone serve each channel?
 
-A backbone that is consistent across channels should give features that segment cells in every one.
-The mean and the standard deviation over channels say so in two numbers.
+A backbone that is consistent across channels should give features that segment cells in every one,
+and a decoder that was trained on one channel should work on the others, which it never saw.  The
+mean and the standard deviation over channels say so in two numbers each.
 """
 
 import math
@@ -34,6 +35,24 @@ class ChannelScores:
     split: str
 
     @property
+    def across(self) -> dict[str, dict[str, float]]:
+        """By training channel: mean and standard deviation (n − 1) of AP at 0.5 over the other channels.
+
+        `mean`, `std` and `worst`; channels without another one are left out.
+        """
+        found = {}
+        for channel, result in self.results.items():
+            values = [scores["ap50"] for scores in result.elsewhere.values()]
+            if values:
+                spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+                found[channel] = {
+                    "mean": float(np.mean(values)),
+                    "std": spread,
+                    "worst": float(min(values)),
+                }
+        return found
+
+    @property
     def mean(self) -> dict[str, float]:
         return {name: float(np.mean(values)) for name, values in self._columns().items()}
 
@@ -50,6 +69,7 @@ class ChannelScores:
         channels = {
             channel: {
                 "scores": result.scores,
+                "on_other_channels": result.elsewhere,
                 "thresholds": result.thresholds,
                 "steps": result.steps,
                 "train_loss": result.train_loss,
@@ -59,6 +79,7 @@ class ChannelScores:
             for channel, result in self.results.items()
         }
         parts = {"split": self.split, "channels": channels, "mean": self.mean, "std": self.std}
+        parts["across"] = self.across
         return for_json(parts)
 
     def _columns(self) -> dict[str, list[float]]:
@@ -113,7 +134,7 @@ def channel_scores(
     channels: Sequence[str] | None = None,
     shown: bool = False,
 ) -> ChannelScores:
-    """Train and score a decoder per channel on the same places.
+    """Train a decoder per channel and score it on all channels of the held-out places.
 
     A third of the images is held out, at least one, the same fields for every channel.  Of a single
     image the left half trains and the right half is held out.
@@ -150,15 +171,21 @@ def channel_scores(
     held_out = _held_out(places, config.seed)
     results = {}
     with progress("per channel", len(by_place) * config.steps, shown=shown) as bar:
-        for channel, pairs in by_place.items():
-            train, val = _divided(pairs, held_out, config)
+        divided = {
+            channel: _divided(pairs, held_out, config) for channel, pairs in by_place.items()
+        }
+        for channel, (train, val) in divided.items():
             require_cells_in_some(train, f"the training part of channel {channel}")
             require_cells_in_some(val, f"the held-out part of channel {channel}")
+        for channel, (train, val) in divided.items():
+            others = {name: parts[1] for name, parts in divided.items() if name != channel}
 
             def note(loss: float, channel: str = channel) -> None:
                 bar.advance(note=f"{channel} loss {loss:.4f}")
 
-            results[channel] = probe_features(vit, train, val, config, advance=note)
+            results[channel] = probe_features(
+                vit, train, val, config, elsewhere=others, advance=note
+            )
     if not held_out:
         return ChannelScores(results, "one field: its left half trains, its right half is held out")
     return ChannelScores(results, f"{len(held_out)} of {len(places)} fields are held out")

@@ -280,7 +280,8 @@ def test_command_prints_the_table_and_writes_both_files(model_path, field_folder
         main([*arguments, "-o", str(tmp_path)])
     assert exit_info.value.code == 0
     output = capsys.readouterr()
-    assert "retrieval of the place, top-1" in output.out
+    assert "retrieval within the field, turned" in output.out
+    assert all(name in output.out for name in ("random weights", "pixels (PCA)", "4x4 thumbnail"))
     assert (tmp_path / "inspect.png").stat().st_size > 10_000
     written = json.loads((tmp_path / "inspect.json").read_text())
     with pytest.raises(SystemExit):

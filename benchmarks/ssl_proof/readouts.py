@@ -1,0 +1,169 @@
+"""What frozen features can do: find nuclei through channels that a probe never saw.
+
+Images are reduced by `SCALE`, the middle of the zooms of the training.  No truth lies in a part of a
+field that a training saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import data
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import RidgeClassifier
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from dinocell.pairs import find_pairs
+from dinocell.probing.backbones import load_backbone_of
+from dinocell.probing.decoder_probe import ProbeConfig, probe_features
+from dinocell.probing.feature_extraction import normalize_channels, to_batch
+from dinocell.probing.labelled_windows import LabelledWindow, cut_windows, read_windows
+from dinocell.training.datasets import spread_evenly
+
+SCALE = 1.4
+WINDOW_PX = 96  # of the linear probe, after the reduction
+LABEL_SHARES = (1.0, 0.1, 0.01)  # of LABELLED images of dsb2018/train
+LABELLED, HELD_OUT = 200, 53
+DECODER_CHANNELS = ("DNA", "ER")  # a decoder is trained on each of these and run on all channels
+
+
+def score(teacher: Path, root: Path) -> dict[str, Any]:
+    """All read-outs of one backbone, as plain numbers by unit (field or part of a field)."""
+    vit = load_backbone_of(teacher).vit
+    return {
+        "probe": {domain: _probe(vit, *fields) for domain, fields in _probe_fields(root).items()},
+        "decoder": _decoders(vit),
+        "labels": _few_labels(vit, root),
+    }
+
+
+def _probe_fields(root: Path) -> dict[str, tuple[list[data.Field], list[data.Field]]]:
+    """By domain, fields to fit the probe on and fields to test it on."""
+    real = {field.name: field for field in data.read_real(root) if field.nuclei is not None}
+    unseen = real.pop(data.UNSEEN)
+    left = [data.left_and_right(field)[0] for field in real.values()]
+    right = [data.left_and_right(field)[1] for field in real.values()]
+    return {
+        "nf1": (left, [unseen, *right]),
+        "generated": (
+            data.generated("probe", data.PROBE_FIELDS, data.TEST_PLATES),
+            data.generated("test", data.TEST_FIELDS, data.TEST_PLATES),
+        ),
+    }
+
+
+def _reduced(field: data.Field) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    """Normalised planes (C, h, w) in [0, 1] and nuclei (h, w), both reduced by `SCALE`."""
+    assert field.nuclei is not None
+    height, width = (round(edge / SCALE) for edge in field.nuclei.shape)
+    planes = [
+        cv2.resize(plane, (width, height), interpolation=cv2.INTER_AREA)
+        for plane in normalize_channels(field.planes)
+    ]
+    nuclei = field.nuclei.astype(np.uint16)
+    return np.stack(planes), cv2.resize(nuclei, (width, height), interpolation=cv2.INTER_NEAREST)
+
+
+def _windows(field: data.Field) -> Iterator[tuple[NDArray[np.float32], NDArray[Any]]]:
+    """Windows (C, w, w) of the reduced field with the share of nucleus in each patch of 8 px."""
+    planes, nuclei = _reduced(field)
+    height, width = nuclei.shape
+    for top in range(0, height - WINDOW_PX + 1, WINDOW_PX):
+        for left in range(0, width - WINDOW_PX + 1, WINDOW_PX):
+            part = (slice(top, top + WINDOW_PX), slice(left, left + WINDOW_PX))
+            inside = (nuclei[part] > 0).reshape(WINDOW_PX // 8, 8, WINDOW_PX // 8, 8)
+            yield planes[:, *part], inside.mean(axis=(1, 3))
+
+
+def _tokens(vit: nn.Module, images: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Patch tokens of (w, w) images: (images · patches, D)."""
+    with torch.inference_mode():
+        found = [
+            vit.forward_features(to_batch(images[start : start + 32], torch.device("cpu")))
+            for start in range(0, len(images), 32)
+        ]
+    return torch.cat([x["x_norm_patchtokens"].flatten(0, 1) for x in found]).numpy()
+
+
+def _probe(
+    vit: nn.Module, fitted: list[data.Field], tested: list[data.Field]
+) -> dict[str, dict[str, list[float]]]:
+    """AUC of a linear probe for nuclei, `[from channel][to channel]`: a number for each unit.
+
+    A unit is a generated test field, or a quarter of a real one.
+    """
+    channels = fitted[0].channels
+    train = [window for field in fitted for window in _windows(field)]
+    truth = np.concatenate([share.ravel() for _, share in train])
+    sure = (truth < 0.1) | (truth > 0.9)
+    probes = []
+    for index in range(len(channels)):
+        tokens = _tokens(vit, [planes[index] for planes, _ in train])
+        probe = make_pipeline(StandardScaler(), RidgeClassifier(10.0, class_weight="balanced"))
+        probes.append(probe.fit(tokens[sure], truth[sure] > 0.5))
+    found: dict[str, dict[str, list[float]]] = {a: {b: [] for b in channels} for a in channels}
+    for field in tested:
+        windows = list(_windows(field))
+        count = 4 if len(windows) >= 16 else 1
+        for unit in np.array_split(np.arange(len(windows)), count):
+            share = np.concatenate([windows[place][1].ravel() for place in unit])
+            sure = (share < 0.1) | (share > 0.9)
+            for to, name in enumerate(channels):
+                tokens = _tokens(vit, [windows[place][0][to] for place in unit])[sure]
+                for start, probe in zip(channels, probes, strict=True):
+                    value = roc_auc_score(share[sure] > 0.5, probe.decision_function(tokens))
+                    found[start][name].append(float(value))
+    return found
+
+
+def _cut(field: data.Field, channel: int) -> list[LabelledWindow]:
+    planes, nuclei = _reduced(field)
+    return cut_windows(field.name, planes[channel], nuclei, window_px=176, count=1)
+
+
+def _decoders(vit: nn.Module) -> dict[str, dict[str, float]]:
+    """AP at 0.5 of nuclei, `[from channel][to channel]`, on generated fields."""
+    fitted = data.generated("probe", 2 * data.PROBE_FIELDS, data.TEST_PLATES)
+    tested = data.generated("test", data.TEST_FIELDS, data.TEST_PLATES)
+    config = ProbeConfig(window_px=176, steps=60, max_seconds=1e6)
+    held_out = {
+        name: [window for field in tested for window in _cut(field, index)]
+        for index, name in enumerate(data.CHANNELS)
+    }
+    found = {}
+    for start in DECODER_CHANNELS:
+        index = data.CHANNELS.index(start)
+        train = [window for field in fitted for window in _cut(field, index)]
+        others = {name: windows for name, windows in held_out.items() if name != start}
+        result = probe_features(vit, train, held_out[start], config, elsewhere=others)
+        scores = {start: result.scores, **result.elsewhere}
+        found[start] = {name: scores[name]["ap50"] for name in data.CHANNELS}
+    return found
+
+
+def _few_labels(vit: nn.Module, root: Path) -> dict[str, float]:
+    """AP at 0.5 on dsb2018/val of decoders that saw a share of the labelled images."""
+    folder = root / "dsb2018"
+    sets = {
+        part: read_windows(
+            find_pairs(folder / part / "images", folder / part / "labels", part),
+            window_px=128,
+            windows_per_image=1,
+            max_images=limit,
+        )
+        for part, limit in (("train", LABELLED), ("val", HELD_OUT))
+    }
+    config = ProbeConfig(window_px=128, steps=60, max_seconds=1e6)
+    found = {}
+    for share in LABEL_SHARES:
+        train = spread_evenly(sets["train"], max(2, round(share * LABELLED)))
+        found[f"{share:g}"] = probe_features(vit, train, sets["val"], config).scores["ap50"]
+    return found

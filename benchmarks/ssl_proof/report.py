@@ -1,0 +1,122 @@
+"""The table of the comparison: means, and differences paired by unit with intervals and a test."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SMALLEST_EFFECT = 0.05  # of the AUC on other channels; fixed before the first run
+BASES = ("random", "average")
+_DRAWS = 10_000
+
+
+def summary(scores: list[dict[str, Any]], *, steps: int) -> dict[str, Any]:
+    """Everything for the file of results; `scores` are the rows of finished runs."""
+    from measure import processor_name
+
+    arms = list(dict.fromkeys(row["arm"] for row in scores))
+    by_arm = {arm: [row for row in scores if row["arm"] == arm] for arm in arms}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "command": f"python benchmarks/ssl_proof/run.py --steps {steps}",
+        "commit": commit,
+        "processor": processor_name(),
+        "smallest_effect": SMALLEST_EFFECT,
+        "arms": {arm: _arm(rows, by_arm) for arm, rows in by_arm.items()},
+        "runs": scores,
+    }
+
+
+def _arm(rows: list[dict[str, Any]], by_arm: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"seeds": [row["seed"] for row in rows]}
+    for domain in rows[0]["probe"]:
+        same, other = _same_and_other(rows, domain)
+        part: dict[str, Any] = {"same": float(same.mean()), "other": float(other.mean())}
+        part["other_by_seed"] = other.mean(axis=1).tolist()
+        for base in BASES:
+            if base in by_arm and by_arm[base] is not rows:
+                common = [row for row in by_arm[base] if row["seed"] in found["seeds"]]
+                ours = [row for row in rows if row["seed"] in {r["seed"] for r in common}]
+                for kind, index in (("same", 0), ("other", 1)):
+                    gain = _same_and_other(ours, domain)[index].mean(axis=0)
+                    gain = gain - _same_and_other(common, domain)[index].mean(axis=0)
+                    part[f"{kind}_minus_{base}"] = _paired(gain)
+        found[domain] = part
+    for start in rows[0]["decoder"]:
+        own = [row["decoder"][start][start] for row in rows]
+        others = [
+            np.mean([ap for name, ap in row["decoder"][start].items() if name != start])
+            for row in rows
+        ]
+        found[f"decoder_{start}"] = {"same": _seeds(own), "other": _seeds(others)}
+    for share in rows[0]["labels"]:
+        found[f"labels_{share}"] = _seeds([row["labels"][share] for row in rows])
+    return found
+
+
+def _same_and_other(
+    rows: list[dict[str, Any]], domain: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[seeds, units] AUC on the channel of the probe, and mean over all other channels."""
+    tables = []
+    for row in rows:
+        table = row["probe"][domain]
+        tables.append([[table[start][to] for to in table] for start in table])
+    values = np.array(tables)  # [seeds, from, to, units]
+    eye = np.eye(values.shape[1], dtype=bool)
+    return values[:, eye].mean(axis=1), values[:, ~eye].mean(axis=1)
+
+
+def _seeds(values: list[Any]) -> dict[str, Any]:
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": spread, "by_seed": [float(v) for v in values]}
+
+
+def _paired(gain: NDArray[np.float64]) -> dict[str, float]:
+    """Mean difference of units, 95 % interval (units drawn again), p of a sign-flip test."""
+    rng = np.random.default_rng(0)
+    drawn = gain[rng.integers(0, len(gain), (_DRAWS, len(gain)))].mean(axis=1)
+    signs = rng.choice([-1.0, 1.0], (_DRAWS, len(gain)))
+    extreme = np.abs((signs * gain).mean(axis=1)) >= abs(gain.mean()) - 1e-12
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    p = (1 + extreme.sum()) / (1 + _DRAWS)
+    return {"mean": float(gain.mean()), "low": float(low), "high": float(high), "p": float(p)}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Lines for the terminal."""
+    from dinocell.results.table import align_columns
+
+    arms = result["arms"]
+    if not arms:
+        return ["no run is finished"]
+    first = next(iter(arms.values()))
+    domains = [name for name in first if isinstance(first[name], dict) and "other" in first[name]]
+    labels = [name for name in first if name.startswith("labels_")]
+    head = ["arm", "seeds"]
+    for name in domains:
+        head += [f"{name} same", "other"]
+    rows = [[*head, *labels]]
+    for arm, found in arms.items():
+        row = [arm, str(len(found["seeds"]))]
+        for name in domains:
+            for kind in ("same", "other"):
+                value = found[name][kind]
+                row.append(f"{value if isinstance(value, float) else value['mean']:.3f}")
+        rows.append([*row, *(f"{found[name]['mean']:.3f}" for name in labels)])
+    lines = align_columns(rows)
+    for arm, found in arms.items():
+        for domain in ("nf1", "generated"):
+            for base in BASES:
+                gain = found[domain].get(f"other_minus_{base}")
+                if gain:
+                    lines.append(
+                        f"{arm} - {base}, {domain}, other channels: {gain['mean']:+.3f} "
+                        f"({gain['low']:+.3f} to {gain['high']:+.3f}), p {gain['p']:.4f}"
+                    )
+    return lines

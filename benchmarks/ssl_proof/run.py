@@ -1,0 +1,128 @@
+"""Does consistency across channels help?  Arms of pretraining × seeds, and what their features can do.
+
+    python benchmarks/ssl_proof/run.py                 # train what is missing, score it, write the table
+    python benchmarks/ssl_proof/run.py --only dense    # one arm
+    python benchmarks/ssl_proof/run.py --report        # the table alone
+
+Resumable: a training continues from its checkpoint, and a finished score is kept.  Runs stay in
+`--folder`, results in benchmarks/results/ssl_proof.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import data
+import readouts
+import report
+import torch
+
+from dinocell.files import write_text_atomically
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.append(str(HERE.parent))  # for measure.py
+DATA = Path(os.environ.get("DINOCELL_DATA", ROOT / ".." / "shared" / "data")).resolve()
+RESULT = ROOT / "benchmarks" / "results" / "ssl_proof.json"
+
+# All arms have the same windows, turns and photometrics; only the channels of the two views differ, and in
+# `cls` the loss.  `average` and `single` also ask for agreement at every patch, as `dense` does.
+ARMS: dict[str, tuple[str, ...]] = {
+    "random": (),
+    "single": ("multiview.strategy=single",),
+    "average": ("multiview.strategy=average",),
+    "cls": ("multiview.dense_weight=0",),
+    "dense": (),
+    "others": ("multiview.strategy=others",),
+    "shuffled": (),  # as `dense`, with channels of different places: a control that must not help
+}
+
+
+def vit_proof(patch_size: int = 8, **kwargs: Any) -> Any:
+    """`student.arch: vit_proof`: 96 wide, 4 blocks, 4 heads."""
+    from dinov3.models.vision_transformer import DinoVisionTransformer
+
+    return DinoVisionTransformer(
+        patch_size=patch_size, embed_dim=96, depth=4, num_heads=4, ffn_ratio=4, **kwargs
+    )
+
+
+def train(arm: str, seed: int, steps: int, folder: Path) -> Path:
+    """The teacher file of an arm; for `random` the weights that all arms of this seed begin with."""
+    from dinocell.pretraining.run import pretrain
+    from dinov3.models import vision_transformer
+
+    vision_transformer.vit_proof = vit_proof
+    out = folder / f"{arm}_{seed}"
+    if arm == "random":
+        return _start(seed, out)
+    index = folder / "fields" / ("shuffled.csv" if arm == "shuffled" else "fields.csv")
+    changes = [
+        f"train.dataset_path=JUMPCellPaintingMultiView:root={index.parent}:index={index}:missing=allow",
+        f"optim.epochs={steps // 100}",
+        f"train.seed={seed}",
+        *ARMS[arm],
+    ]
+    return pretrain(HERE / "proof.yaml", changes, output_dir=out, seed=seed)
+
+
+def _start(seed: int, out: Path) -> Path:
+    """Weights before the first step, in a file that reads as a teacher's."""
+    from dinov3.configs import config
+    from dinov3.train.ssl_meta_arch import SSLMetaArch
+
+    path = out / "start.pth"
+    if not path.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        args = config.DinoV3SetupArgs(str(HERE / "proof.yaml"), output_dir=str(out), opts=[])
+        torch.manual_seed(seed)
+        model = SSLMetaArch(config.get_cfg_from_args(args))
+        model.prepare_for_distributed_training()
+        model.init_weights()
+        torch.save(model.student.backbone.state_dict(), path)
+    return path
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/ssl_proof"))
+    parser.add_argument("--steps", type=int, default=400, help="a multiple of 100")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", choices=ARMS, action="append", help="these arms; repeatable")
+    parser.add_argument("--report", action="store_true", help="only the table of what is there")
+    args = parser.parse_args()
+    folder: Path = args.folder.resolve()
+    if not args.report:
+        data.write_training_fields(DATA, folder / "fields")
+        for seed in range(args.seeds):
+            for arm in args.only or ARMS:
+                _run(arm, seed, args.steps, folder)
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/score.json"))]
+    result = report.summary(found, steps=args.steps)
+    write_text_atomically(RESULT, json.dumps(result, indent=1) + "\n")
+    print(*report.table(result), f"written: {RESULT}", sep="\n")
+
+
+def _run(arm: str, seed: int, steps: int, folder: Path) -> None:
+    path = folder / f"{arm}_{seed}" / "score.json"
+    if path.is_file():
+        return
+    started = time.process_time()
+    teacher = train(arm, seed, steps, folder)
+    trained = time.process_time()
+    scores = readouts.score(teacher, DATA)
+    seconds = {"train_s": trained - started, "score_s": time.process_time() - trained}
+    row = {"arm": arm, "seed": seed, "steps": steps, **seconds, **scores}
+    write_text_atomically(path, json.dumps(row) + "\n")
+    print(f"{arm} seed {seed}: {seconds}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
