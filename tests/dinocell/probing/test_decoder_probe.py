@@ -151,6 +151,8 @@ def test_a_channel_without_cells_scores_less(vit, labelled_fields):
     scores = channel_scores(vit, labelled_fields, config)
     assert list(scores.results) == ["Dark", "DNA"]
     assert scores.results["DNA"].scores["mse"] < 0.6 * scores.results["Dark"].scores["mse"]
+    decoder = scores.results["DNA"]
+    assert decoder.elsewhere["Dark"]["mse"] > 1.5 * decoder.scores["mse"]
     values = [scores.results[name].scores["mse"] for name in ("DNA", "Dark")]
     assert scores.mean["mse"] == pytest.approx(np.mean(values))
     assert scores.std["mse"] == pytest.approx(np.std(values, ddof=1))
@@ -177,6 +179,12 @@ def test_folders_per_channel_and_chosen_channels(vit, tmp_path):
     both = channel_scores(vit, tmp_path, dataclasses.replace(QUICK, steps=2))
     # The same image in both: the same windows are held out, so the scores are the same.
     assert both.results["DNA"].scores == both.results["ER"].scores
+    # So the decoder of one channel scores on the other as on its own.
+    assert both.results["DNA"].elsewhere == {"ER": both.results["DNA"].scores}
+    across = both.to_mapping()["across"]["ER"]
+    assert across["mean"] == across["worst"] == both.results["ER"].scores["ap50"]
+    assert across["std"] is None, "one other channel"
+    assert scores.across == {}
 
 
 def test_one_field_is_split_into_halves(vit, tmp_path):
