@@ -2,9 +2,11 @@
 
 Rows are taken in chunks: the chunk's logits are made from the bottleneck and the prototypes, its
 loss and gradients follow at once, and the chunk is dropped.  The [M, K] matrix of the student and
-its gradient are never whole in memory.
+its gradient are never whole in memory.  Compiled, the teacher's probabilities are never written
+either, and the student's logits are written in the type of the product.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ def prototype_cross_entropy(
     *,
     student_temp: float,
     chunk_bytes: int = 2**28,
+    compiled: bool = False,
 ) -> Tensor:
     """Sum over rows of weight * cross-entropy(assignment, softmax(bottleneck prototypesᵀ / t)).
 
@@ -32,13 +35,45 @@ def prototype_cross_entropy(
         row_weights: [M].
         student_temp: temperature t.
         chunk_bytes: float32 memory of a chunk of logits.
+        compiled: run compiled kernels.
 
     Returns a scalar, float32; gradients flow to `bottleneck` and `prototypes`.
     """
     rows = max(1, chunk_bytes // (4 * prototypes.shape[0]))
     return _PrototypeCrossEntropy.apply(
-        bottleneck, prototypes, assignment, row_weights, student_temp, rows
+        bottleneck, prototypes, assignment, row_weights, student_temp, rows, compiled
     )
+
+
+def chunk_and_gradients(
+    x: Tensor,
+    weight: Tensor,
+    grad_weight: Tensor,
+    teacher: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    row_weight: Tensor,
+    student_temp: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of some rows, the gradient of x [m, d], and `grad_weight` [K, d] with their share added.
+
+    `teacher`: logits [m, K], shift [m, 1], temperature [], scales of prototypes [K] and rows [m, 1].
+    As `_chunk`, written so that a compiler makes few kernels of it.
+    """
+    logits, shift, temperature, prototype_scale, sample_scale = teacher
+    target = torch.exp((logits.float() - shift) / temperature) * prototype_scale * sample_scale
+    student = (x @ weight.T).float() / student_temp
+    student = student - student.amax(dim=1, keepdim=True)
+    exponentials = student.exp()
+    total = exponentials.sum(dim=1, keepdim=True)
+    agreement = (target * student).sum(dim=1)
+    loss = ((total[:, 0].log() - agreement) * row_weight).sum()
+    gradient = (exponentials / total - target) * (row_weight / student_temp)[:, None]
+    gradient = gradient.to(x.dtype)
+    return loss, gradient @ weight, grad_weight + (gradient.T @ x).float()
+
+
+@cache
+def _compiled_chunk() -> Any:
+    return torch.compile(chunk_and_gradients)
 
 
 def _chunk(
@@ -68,6 +103,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         row_weights: Tensor,
         student_temp: float,
         rows: int,
+        compiled: bool,
     ) -> Tensor:
         # The product runs in the bottleneck's type: under mixed precision that is bfloat16.
         weight = prototypes.to(bottleneck.dtype)
@@ -79,6 +115,17 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         with torch.autocast(bottleneck.device.type, enabled=False):
             for start in range(0, num_rows, rows):
                 part = slice(start, min(start + rows, num_rows))
+                if compiled and grad_x is not None and grad_w is not None:
+                    loss, grad_x[part], grad_w = _compiled_chunk()(
+                        bottleneck[part],
+                        weight,
+                        grad_w,
+                        assignment.parts(part),
+                        row_weights[part].float(),
+                        student_temp,
+                    )
+                    total += loss
+                    continue
                 loss, gradient = _chunk(
                     bottleneck[part],
                     weight,
@@ -105,4 +152,4 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             grad_x = (grad_x * grad_output).to(type_x)
         if grad_w is not None:
             grad_w = (grad_w * grad_output).to(type_w)
-        return grad_x, grad_w, None, None, None, None
+        return grad_x, grad_w, None, None, None, None, None

@@ -3,14 +3,17 @@
 Sinkhorn-Knopp works on two scaling vectors (Caron et al. 2020, SwAV, eq. 3 and 5).  The
 assignment is Q = diag(b) exp(Z / t) diag(a).  Sinkhorn's iteration divides columns, then rows, by
 their sums; a product of such divisions is again a scaling of rows and columns, so it is enough to
-update the vectors a [K] and b [M], and the result is that of rewriting the matrix.  The [M, K]
-matrix is only read, in chunks: two passes an iteration, O(M K) time, memory of one chunk.  At
-15,000 masked patches and 65,536 prototypes the whole matrix would have 3.9 GB in float32.
+update the vectors a [K] and b [M], and the result is that of rewriting the matrix.  A row's scale
+needs that row alone, so that one visit of a row gives its scale and its part of the columns' sums:
+one visit an iteration and one before, O(M K) time.  At 15,000 masked patches and 65,536 prototypes
+the whole matrix would have 3.9 GB in float32; it is never written: without compilation its
+exponentials are made in chunks, compiled they stay in registers.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,6 +50,12 @@ class Assignment:
             rows.mul_(self.prototype_scale)
         return rows.mul_(self.sample_scale[part])
 
+    def parts(self, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Some rows of all that a compiled kernel makes probabilities of."""
+        temperature = torch.tensor(self.temperature, device=self.logits.device)
+        rows = (self.logits[part], self.shift[part])
+        return *rows, temperature, self.prototype_scale, self.sample_scale[part]
+
     def probabilities(self) -> Tensor:
         """All rows [M, K], float32."""
         return self.rows(0, self.logits.shape[0])
@@ -60,6 +69,7 @@ def sinkhorn_knopp(
     n_iterations: int = 3,
     group: dist.ProcessGroup | None = None,
     chunk_bytes: int = 2**28,
+    compiled: bool = False,
 ) -> Assignment:
     """Assign samples to prototypes so that every prototype gets an equal share.
 
@@ -69,6 +79,7 @@ def sinkhorn_knopp(
         n_iterations: rescalings of columns, then rows.
         group: processes that share the assignment, None for all that a process group has.
         chunk_bytes: float32 memory that may be held for exponentials at once.
+        compiled: run compiled kernels, which hold none.
 
     Returns an `Assignment` whose rows sum to 1.
     """
@@ -86,31 +97,69 @@ def sinkhorn_knopp(
     if reduce:
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
     sample_scale = ((shift - top) / temperature).exp()  # [M, 1]
-    kept = _exponentials(logits, shift, temperature) if rows <= chunk else None
+    kept = None
+    if rows <= chunk and not compiled:
+        kept = _exponentials(logits, shift, temperature)
 
-    def chunks() -> Iterator[tuple[slice, Tensor]]:
-        if kept is not None:
-            yield slice(0, rows), kept
-            return
+    def visit(
+        scale: Tensor, prototype_scale: Tensor | None, *, last: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Scales of the rows, and the sums of the columns that follow; `last`: nobody reads the sums."""
+        if compiled and rows:
+            t = torch.tensor(temperature, device=logits.device)  # a number would compile anew
+            if prototype_scale is not None:
+                scale = _compiled(row_scales)(logits, shift, t, prototype_scale)
+            if last:
+                return scale, scale[:0]
+            return scale, _compiled(column_sums)(logits, shift, t, scale)
+        mass = logits.new_zeros(prototypes, dtype=torch.float32)
+        scales = [scale[:0]]
         for start in range(0, rows, chunk):
             part = slice(start, min(start + chunk, rows))
-            yield part, _exponentials(logits[part], shift[part], temperature)
+            e = kept if kept is not None else _exponentials(logits[part], shift[part], temperature)
+            scales.append(scale[part])
+            if prototype_scale is not None:
+                scales[-1] = 1.0 / (e @ prototype_scale[:, None]).clamp_min(_TINY)
+            if not last:
+                mass += (scales[-1].T @ e)[0]
+        return torch.cat(scales), mass
 
-    prototype_scale = logits.new_ones(prototypes, dtype=torch.float32)
+    prototype_scale = None
     for _ in range(n_iterations):
-        mass = logits.new_zeros(prototypes, dtype=torch.float32)
-        for part, exponentials in chunks():
-            mass += (sample_scale[part].T @ exponentials)[0]
+        sample_scale, mass = visit(sample_scale, prototype_scale)
         if reduce:
             dist.all_reduce(mass, group=group)
         # Only ratios matter: a common factor goes into the samples' scale.  A prototype that
         # underflows for every sample gets no mass instead of 0 / 0.
         prototype_scale = mass.mean() / mass.clamp_min(_TINY)
-        new_scale = torch.empty_like(sample_scale)
-        for part, exponentials in chunks():
-            new_scale[part] = 1.0 / (exponentials @ prototype_scale[:, None]).clamp_min(_TINY)
-        sample_scale = new_scale
+    if prototype_scale is None:
+        prototype_scale = logits.new_ones(prototypes, dtype=torch.float32)
+    else:
+        sample_scale, _ = visit(sample_scale, prototype_scale, last=True)
     return Assignment(logits, temperature, shift, prototype_scale, sample_scale, kept)
+
+
+# The next two are compiled apart, each to one pass over the logits: together the compiler would write
+# the exponentials that both need.  A matrix product would write them as well.
+
+
+def row_scales(
+    logits: Tensor, shift: Tensor, temperature: Tensor, prototype_scale: Tensor
+) -> Tensor:
+    """[M, 1]: one over the sums of exp((logits - shift) / temperature) * prototype_scale."""
+    e = torch.exp((logits.float() - shift) / temperature)
+    return 1.0 / (e * prototype_scale).sum(dim=1, keepdim=True).clamp_min(_TINY)
+
+
+def column_sums(logits: Tensor, shift: Tensor, temperature: Tensor, sample_scale: Tensor) -> Tensor:
+    """[K]: sums over rows of exp((logits - shift) / temperature) * sample_scale."""
+    e = torch.exp((logits.float() - shift) / temperature)
+    return (e * sample_scale).sum(dim=0)
+
+
+@cache
+def _compiled(function: Any) -> Any:
+    return torch.compile(function)
 
 
 @torch.no_grad()

@@ -167,8 +167,13 @@ class SSLLosses(nn.Module):
         }
 
     @property
-    def _chunk_bytes(self) -> int:
-        return int(self.cfg.accelerator.loss_chunk_mb) * 2**20
+    def _kernels(self) -> dict[str, Any]:
+        """How the losses over all prototypes run."""
+        where = self.device_.type == "cuda" or self.cfg.accelerator.compile_on_cpu
+        return {
+            "chunk_bytes": int(self.cfg.accelerator.loss_chunk_mb) * 2**20,
+            "compiled": bool(self.cfg.train.compile and where),
+        }
 
     def _patch_loss(
         self, masked: Tensor, assignment: Assignment, masks: Tensor, masks_weight: Tensor
@@ -190,7 +195,7 @@ class SSLLosses(nn.Module):
             assignment=assignment,
             student_masks_flat=masks,
             masks_weight=masks_weight,
-            chunk_bytes=self._chunk_bytes,
+            **self._kernels,
         )
         with self._precision():
             return self.student.ibot_head(masked, loss=loss)
@@ -205,7 +210,7 @@ class SSLLosses(nn.Module):
         if self.centering == "softmax":  # the centre follows the masked patches alone
             return softmax_assignment(logits, self.ibot_patch_loss.center[0], teacher_temp)
         return self.ibot_patch_loss.sinkhorn_knopp_teacher.assign(
-            logits, teacher_temp, chunk_bytes=self._chunk_bytes
+            logits, teacher_temp, **self._kernels
         )
 
     def _dense_loss(self, student_global: dict[str, Any], teacher_global: dict[str, Any]) -> Tensor:

@@ -23,6 +23,7 @@ class SinkhornKnoppTeacher(nn.Module):
         teacher_temp: float,
         n_iterations: int = 3,
         chunk_bytes: int = 2**28,
+        compiled: bool = False,
     ) -> Assignment:
         """As `forward`, without writing the [M, K] matrix."""
         return sinkhorn_knopp(
@@ -31,6 +32,7 @@ class SinkhornKnoppTeacher(nn.Module):
             n_iterations=n_iterations,
             group=get_process_subgroup(),
             chunk_bytes=chunk_bytes,
+            compiled=compiled,
         )
 
     @torch.no_grad()
@@ -124,6 +126,7 @@ class iBOTPatchLoss(CentredLoss):
         student_masks_flat: Tensor,
         masks_weight: Tensor | None = None,
         chunk_bytes: int = 2**28,
+        compiled: bool = False,
     ) -> Tensor:
         """`forward_masked` of logits = bottleneck prototypesᵀ, chunk by chunk.
 
@@ -138,6 +141,7 @@ class iBOTPatchLoss(CentredLoss):
             masks_weight,
             student_temp=self.student_temp,
             chunk_bytes=chunk_bytes,
+            compiled=compiled,
         )
         return total / student_masks_flat.shape[0]
 

@@ -310,7 +310,7 @@ class SSLMetaArch(SSLLosses):
         if self.centering == "sinkhorn_knopp":
             cls_centered = self.dino_loss.sinkhorn_knopp_teacher(cls_logits, teacher_temp)
             assignment = self.ibot_patch_loss.sinkhorn_knopp_teacher.assign(
-                masked_logits, teacher_temp, chunk_bytes=self._chunk_bytes
+                masked_logits, teacher_temp, **self._kernels
             )
         else:
             cls_centered = self.dino_loss.softmax_center_teacher(cls_logits, teacher_temp)
