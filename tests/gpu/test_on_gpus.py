@@ -103,6 +103,39 @@ def tuned_losses(out: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+def test_crops_are_copied_ahead_and_arrive_whole():
+    from dinov3.cells.run_data import crops_ahead
+
+    crops = [torch.randn(64, 3, 64, 64).pin_memory() for _ in range(4)]
+    batches = [{"collated_global_crops": x, "upperbound": n} for n, x in enumerate(crops)]
+    for number, batch in enumerate(crops_ahead(batches, torch.device("cuda"))):
+        x = batch["collated_global_crops"]
+        assert x.is_cuda
+        assert batch["upperbound"] == number
+        torch.testing.assert_close((2 * x).cpu(), 2 * crops[number])
+
+
+def test_compiled_losses_equal_the_plain_ones():
+    from dinov3.cells.patch_cross_entropy import prototype_cross_entropy
+    from dinov3.cells.sinkhorn import sinkhorn_knopp
+
+    x = torch.randn(300, 64, device="cuda")
+    w = torch.randn(4096, 64, device="cuda")
+    found = []
+    for compiled in (False, True):
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        logits = (x @ w.T).to(torch.bfloat16)
+        assignment = sinkhorn_knopp(logits / 8, 0.07, compiled=compiled)
+        weights = torch.ones(300, device="cuda")
+        loss = prototype_cross_entropy(
+            a, b, assignment, weights, student_temp=0.1, compiled=compiled
+        )
+        loss.backward()
+        found.append((loss.detach(), a.grad, b.grad))
+    for ours, plain in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
+
+
 def test_segment_as_on_the_cpu(blob_data, tmp_path):
     from dinocell.io import read_labels
 

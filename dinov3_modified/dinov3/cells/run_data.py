@@ -1,6 +1,6 @@
 """The batches of a training run in an order that the configuration sets, and what they hold (ours)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -96,6 +96,42 @@ def grouped(loader: Any, count: int) -> Iterator[list[dict[str, Any]]]:
     batches = iter(loader)
     while len(group := list(islice(batches, count))) == count:
         yield group
+
+
+def crops_ahead(
+    batches: Iterable[dict[str, Any]], device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """The batches with their crops on `device`.
+
+    On a GPU the crops of the next batch are copied on a stream of their own, beside the kernels of the
+    step before.  Elsewhere the batches pass unchanged.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    waiting: tuple[dict[str, Any], Any] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            moved = {
+                name: value.to(device, non_blocking=True) if name.startswith("collated_") else value
+                for name, value in batch.items()
+            }
+            upcoming = moved, stream.record_event()
+        if waiting is not None:
+            yield _arrived(*waiting)
+        waiting = upcoming
+    if waiting is not None:
+        yield _arrived(*waiting)
+
+
+def _arrived(batch: dict[str, Any], copied: Any) -> dict[str, Any]:
+    current = torch.cuda.current_stream()
+    current.wait_event(copied)
+    for name, value in batch.items():
+        if name.startswith("collated_"):
+            value.record_stream(current)  # its memory belongs to the other stream
+    return batch
 
 
 def sample_names(cfg: DictConfig, loader: Any, iteration: int) -> list[str]:

@@ -38,6 +38,15 @@ def resolve_device(cfg: Any) -> torch.device:
     return device
 
 
+def allow_tf32(cfg: Any, device: torch.device) -> None:
+    """On a GPU, products of float32 matrices run in TF32 (`accelerator.tf32`), about eight times faster.
+
+    What is computed in bfloat16 is not touched.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if cfg.accelerator.tf32 else "highest")
+
+
 def resolve_strategy(cfg: Any, device: torch.device) -> str:
     """`accelerator.strategy` of a configuration; "auto" is FSDP2 on GPUs, replicas on several
     processes without, and nothing for one process on a CPU.

@@ -53,7 +53,7 @@ _FREE_KEYS = {
     "train.output_dir", "train.num_workers", "train.compile", "train.cudagraphs",
     "train.checkpointing", "train.checkpointing_full", "train.sharded_eval_checkpoint",
     "accelerator.device", "accelerator.allow_changed_config", "accelerator.compile_on_cpu",
-    "accelerator.loss_chunk_mb", "accelerator.prefetch_factor",
+    "accelerator.loss_chunk_mb", "accelerator.prefetch_factor", "accelerator.tf32",
     "train.dataset_path",  # the same data from another place
     "student.pretrained_weights", "student.resume_from_teacher_chkpt",  # read at the start only
 }  # fmt: skip

@@ -32,7 +32,7 @@ from dinov3.cells.resumption import (
     sole_run,
     start_record,
 )
-from dinov3.cells.run_data import data_loader, grouped, sample_names
+from dinov3.cells.run_data import crops_ahead, data_loader, grouped, sample_names
 from dinov3.cells.schedules import (
     apply_optim_scheduler,
     build_optimizer,
@@ -49,7 +49,7 @@ from dinov3.cells.step import (
     seed_step,
     update_gram,
 )
-from dinov3.cells.strategy import average_gradients, full_state_dict
+from dinov3.cells.strategy import allow_tf32, average_gradients, full_state_dict
 from dinov3.checkpointer import (
     find_latest_checkpoint,
     find_latest_valid_checkpoint,
@@ -287,7 +287,7 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
     model.train()
     guard = FiniteGuard(model.device_)
     run = _Run(cfg, model, optimizer, schedules, loader, guard, process_group)
-    steps = grouped(loader, cfg.accelerator.accumulation_steps)
+    steps = grouped(crops_ahead(loader, model.device_), cfg.accelerator.accumulation_steps)
     try:
         with StopRequest(model.device_) as stop:
             for iteration, batches in enumerate(
@@ -391,6 +391,7 @@ def _run_alone(args: argparse.Namespace, cfg: DictConfig) -> None:
         cfg = setup_config(args, strict_cfg=True)
         logger.info("%s; torch %s", get_sha(), torch.__version__)
         model = SSLMetaArch(cfg)
+        allow_tf32(cfg, model.device_)
         model.prepare_for_distributed_training()
         if args.eval_only:
             _write_teacher_only(cfg, model)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from dinov3.cells import run_data
 from dinov3.cells.hooks import watched
+from dinov3.cells.strategy import allow_tf32
 from dinov3.models import vision_transformer
 from dinov3.train import train as program
 from dinov3.train.train import (
@@ -767,6 +768,24 @@ def test_each_worker_keeps_batches_ready(images, make_cfg, workers, ready):
         param_dtype=torch.float32, build_data_augmentation_dino=lambda cfg: None
     )
     assert run_data.data_loader(cfg, model, 0, 1).prefetch_factor == ready
+
+
+def test_without_a_gpu_batches_pass_unchanged():
+    batches = [{"collated_global_crops": torch.zeros(1), "upperbound": 3}, {}]
+    found = list(run_data.crops_ahead(batches, torch.device("cpu")))
+    assert all(a is b for a, b in zip(found, batches, strict=True))
+
+
+def test_tf32_is_for_gpus_and_follows_its_key(make_cfg):
+    before = torch.get_float32_matmul_precision()
+    try:
+        for device, key, expected in (
+            ("cpu", "true", before), ("cuda", "true", "high"), ("cuda", "false", "highest"),
+        ):  # fmt: skip
+            allow_tf32(make_cfg(f"accelerator.tf32={key}"), torch.device(device))
+            assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_stopped_says_how_to_go_on():
