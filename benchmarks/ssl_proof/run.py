@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="a multiple of 100")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=ARMS, action="append", help="these arms; repeatable")
-    parser.add_argument("--report", action="store_true", help="only the table of what is there")
+    parser.add_argument("--report", action="store_true", help="only the table of finished runs")
     args = parser.parse_args()
     folder: Path = args.folder.resolve()
     if not args.report:

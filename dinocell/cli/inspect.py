@@ -45,7 +45,7 @@ class Inspecting:
     )
     attention: bool = option("Compare the attention maps, too; this takes another pass.", True)
     baselines: bool = option(
-        "Measure random weights of the same shape, raw pixels and a 4x4 thumbnail as well; this doubles "
+        "Compare with random weights of the same shape, raw pixels and a 4x4 thumbnail; this doubles "
         "the time.",
         True,
     )

@@ -12,7 +12,7 @@ The view called ``mean`` is the mean of the channels and is compared with the si
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -76,6 +76,15 @@ class ConsistencyReport:
         return for_json(self) | {"warnings": self.warnings()}
 
 
+@dataclass(frozen=True)
+class Suspicions:
+    """Features of the same views after a turn or a mirroring (M, D), and numbers of each view (M, k), by
+    name, that should not explain the features."""
+
+    turned: ArrayLike
+    shortcuts: Mapping[str, ArrayLike] = field(default_factory=dict)
+
+
 def for_json(value: Any) -> Any:
     """Plain values of dataclasses, arrays and containers; null for numbers that are not finite."""
     value = vars(value) if is_dataclass(value) else value
@@ -95,8 +104,7 @@ def channel_consistency(
     channels: Sequence[str] | NDArray[Any],
     *,
     attention: ArrayLike | None = None,
-    turned: ArrayLike | None = None,
-    shortcuts: Mapping[str, ArrayLike] | None = None,
+    suspicions: Suspicions | None = None,
     num_bootstrap: int = 1000,
     seed: int = 0,
 ) -> ConsistencyReport:
@@ -111,8 +119,7 @@ def channel_consistency(
         channels may be missing.  Views of channel `MEAN_VIEW` are means of channels.
     attention : (M, heads, N) array, optional
         Attention of CLS to the patches, in the order of `features`.
-    turned : (M, D) features of the same views after a turn or a mirroring, optional
-    shortcuts : (M, k) numbers per view, by name, that should not explain the features, optional
+    suspicions : what tells features that know places from features that know less, optional
     num_bootstrap : draws of fields with replacement for the 95 % intervals; 0 leaves them out
     seed : of these draws and of the folds of the decoder
 
@@ -144,21 +151,16 @@ def channel_consistency(
     single = replace(raw, features=unit_rows(raw.features))
     retrieval, retrieval_matrix = _retrieval(single, single, draws)
     estimates = _estimates(raw, single, retrieval, draws)
-    if turned is not None:
-        moved = Views.checked(turned, fields, locations, channels).where(~is_mean)
+    if suspicions is not None:
+        moved = Views.checked(suspicions.turned, fields, locations, channels).where(~is_mean)
         moved = replace(moved, features=unit_rows(moved.features))
         estimates["retrieval_turned"] = _retrieval(single, moved, draws, within=True)[0]
-    for name, numbers in (shortcuts or {}).items():
-        share = explained_share(single, np.asarray(numbers, dtype=np.float64)[~is_mean])
-        estimates[f"explained_by_{name}"] = Estimate(share)
+        for name, numbers in suspicions.shortcuts.items():
+            share = explained_share(single, np.asarray(numbers, dtype=np.float64)[~is_mean])
+            estimates[f"explained_by_{name}"] = Estimate(share)
     estimates["channel_decodability"] = decode_channels(single, draws, seed)
     if is_mean.any():
-        mean = views.where(is_mean)
-        mean = replace(mean, features=unit_rows(mean.features))
-        within, between = _against_mean(single, mean, draws)
-        estimates["mean_view_cosine_same_field"] = within
-        estimates["mean_view_cosine_other_field"] = between
-        estimates["mean_view_retrieval_top1"] = _retrieval(single, mean, draws)[0]
+        estimates |= _with_mean_views(single, views.where(is_mean), draws)
     if attention is not None:
         seen = _with_attention(views, attention).where(~is_mean)
         estimates["attention_same_field"] = _same_location(seen, draws)
@@ -191,6 +193,16 @@ def _estimates(
         "effective_rank": Estimate(effective_rank(raw.features)),
         "effective_rank_centered": Estimate(effective_rank(raw.features, centered=True)),
         "feature_std": Estimate(feature_std(raw.features)),
+    }
+
+
+def _with_mean_views(single: Views, mean: Views, draws: Floats) -> dict[str, Estimate]:
+    mean = replace(mean, features=unit_rows(mean.features))
+    within, between = _against_mean(single, mean, draws)
+    return {
+        "mean_view_cosine_same_field": within,
+        "mean_view_cosine_other_field": between,
+        "mean_view_retrieval_top1": _retrieval(single, mean, draws)[0],
     }
 
 
@@ -232,12 +244,12 @@ def _same_location(views: Views, draws: Floats) -> Estimate:
 def _other_places(views: Views, draws: Floats) -> Estimate:
     """Pairs of two places of one field through two channels."""
     sums, counts = np.zeros(views.num_fields), np.zeros(views.num_fields)
-    for field in range(views.num_fields):
-        rows = np.flatnonzero(views.field == field)
+    for number in range(views.num_fields):
+        rows = np.flatnonzero(views.field == number)
         place, channel = views.location[rows], views.channel[rows]
         apart = (place[:, None] != place) & (channel[:, None] != channel)
         products = views.features[rows] @ views.features[rows].T
-        sums[field], counts[field] = products[apart].sum(), apart.sum()
+        sums[number], counts[number] = products[apart].sum(), apart.sum()
     return estimate_by_field(sums, counts, draws)
 
 

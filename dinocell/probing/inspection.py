@@ -25,7 +25,11 @@ from dinocell.probing.baselines import (
     principal_components,
     with_random_weights,
 )
-from dinocell.probing.channel_consistency import ConsistencyReport, channel_consistency
+from dinocell.probing.channel_consistency import (
+    ConsistencyReport,
+    Suspicions,
+    channel_consistency,
+)
 from dinocell.probing.decoder_probe import ProbeConfig
 from dinocell.probing.feature_extraction import ViewFeatures, extract_views
 from dinocell.probing.fields import FieldOptions, FieldSource, open_fields
@@ -234,8 +238,7 @@ def _score(features: ViewFeatures, seed: int) -> dict[str, ConsistencyReport]:
             getattr(features, kind),
             *places,
             attention=features.attention if kind == FEATURES[0] else None,
-            turned=features.turned[kind],
-            shortcuts=features.shortcuts,
+            suspicions=Suspicions(features.turned[kind], features.shortcuts),
             seed=seed,
         )
         for kind in FEATURES[:2]
@@ -247,7 +250,7 @@ def _score(features: ViewFeatures, seed: int) -> dict[str, ConsistencyReport]:
         np.repeat(features.fields, count),
         (features.locations[:, None] * count + np.arange(count)).ravel(),
         np.repeat(features.channels, count),
-        turned=features.turned["patch"].reshape(-1, patch.shape[-1]),
+        suspicions=Suspicions(features.turned["patch"].reshape(-1, patch.shape[-1])),
         seed=seed,
     )
     return reports

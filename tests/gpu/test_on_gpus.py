@@ -136,6 +136,21 @@ def test_compiled_losses_equal_the_plain_ones():
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["varlen", "xformers"])
+def test_packed_attention_equals_a_call_for_each_size(name):
+    from dinov3.cells.packed_attention import find_kernel, use_packed_attention
+    from dinov3.layers.attention import SelfAttention
+
+    if name == "xformers":
+        pytest.importorskip("xformers")
+    layer = SelfAttention(128, num_heads=2, device="cuda").to(torch.bfloat16)
+    crops = [torch.randn(4, n, 128, device="cuda", dtype=torch.bfloat16) for n in (785, 145)]
+    plain = layer.forward_list(crops)
+    use_packed_attention(layer, find_kernel(name, torch.device("cuda")))
+    for ours, expected in zip(layer.forward_list(crops), plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02)
+
+
 def test_segment_as_on_the_cpu(blob_data, tmp_path):
     from dinocell.io import read_labels
 

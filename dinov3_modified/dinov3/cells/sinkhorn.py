@@ -106,7 +106,9 @@ def sinkhorn_knopp(
     ) -> tuple[Tensor, Tensor]:
         """Scales of the rows, and the sums of the columns that follow; `last`: nobody reads the sums."""
         if compiled and rows:
-            t = torch.tensor(temperature, device=logits.device)  # a number would compile anew
+            t = torch.tensor(
+                temperature, device=logits.device
+            )  # for a number it would compile again
             if prototype_scale is not None:
                 scale = _compiled(row_scales)(logits, shift, t, prototype_scale)
             if last:

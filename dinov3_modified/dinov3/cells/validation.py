@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dinov3.cells.checks import one_of
+from dinov3.cells.packed_attention import KERNELS
 from dinov3.cells.ranges import RANGES
 
 logger = logging.getLogger("dinov3")
@@ -54,6 +55,7 @@ _FREE_KEYS = {
     "train.checkpointing", "train.checkpointing_full", "train.sharded_eval_checkpoint",
     "accelerator.device", "accelerator.allow_changed_config", "accelerator.compile_on_cpu",
     "accelerator.loss_chunk_mb", "accelerator.prefetch_factor", "accelerator.tf32",
+    "accelerator.packed_attention",
     "train.dataset_path",  # the same data from another place
     "student.pretrained_weights", "student.resume_from_teacher_chkpt",  # read at the start only
 }  # fmt: skip
@@ -67,6 +69,7 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "MODEL.META_ARCHITECTURE": ("SSLMetaArch",),
     "optim.optimizer": ("adamw",),
     "optim.scaling_rule": ("sqrt_wrt_1024", "linear_wrt_256", "none"),
+    "accelerator.packed_attention": ("", *KERNELS),
     "ibot.separate_head": (True,),  # the patch loss has a head of its own
     "dino.koleo_distributed_replicas": (0,),
 }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dinov3.cells.packed_attention import Kernel, packed_attention
 from dinov3.utils.utils import cat_keep_shapes, uncat_with_shapes
 
 
@@ -91,6 +92,7 @@ class SelfAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.packed_kernel: Kernel | None = None  # one call for all tensors of a list (ours)
 
     def apply_rope(
         self, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor]
@@ -124,13 +126,17 @@ class SelfAttention(nn.Module):
         """[B, N, 3D] → [B, N, D]; no mask is known, `attn_bias` must be None."""
         if attn_bias is not None:
             raise ValueError("`attn_bias` must be None, got one: attention here is without mask")
+        x = functional.scaled_dot_product_attention(*self._heads(qkv, rope))
+        return x.transpose(1, 2).flatten(2)
+
+    def _heads(
+        self, qkv: Tensor, rope: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, 3D] → q, k and v, each [B, heads, N, head width], positions applied."""
         batch, num_tokens, triple = qkv.shape
         split = qkv.reshape(batch, num_tokens, 3, self.num_heads, triple // 3 // self.num_heads)
-        q, k, v = split.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head width]
-        if rope is not None:
-            q, k = self.apply_rope(q, k, rope)
-        x = functional.scaled_dot_product_attention(q, k, v)
-        return x.transpose(1, 2).reshape(batch, num_tokens, triple // 3)
+        q, k, v = split.permute(2, 0, 3, 1, 4)
+        return (q, k, v) if rope is None else (*self.apply_rope(q, k, rope), v)
 
     def forward(
         self, x: Tensor, attn_bias: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None
@@ -149,9 +155,13 @@ class SelfAttention(nn.Module):
         ropes = rope_list if rope_list is not None else [None] * len(x_list)
         rows, shapes, num_tokens = cat_keep_shapes(x_list)
         qkv_list = uncat_with_shapes(self.qkv(rows), shapes, num_tokens)
-        attended = [
-            self.compute_attention(qkv, attn_bias=attn_bias, rope=rope)
-            for qkv, rope in zip(qkv_list, ropes, strict=True)
-        ]
+        if self.packed_kernel is not None and attn_bias is None:
+            parts = [self._heads(*pair) for pair in zip(qkv_list, ropes, strict=True)]
+            attended = packed_attention(parts, self.packed_kernel)
+        else:
+            attended = [
+                self.compute_attention(qkv, attn_bias=attn_bias, rope=rope)
+                for qkv, rope in zip(qkv_list, ropes, strict=True)
+            ]
         rows, shapes, num_tokens = cat_keep_shapes(attended)
         return uncat_with_shapes(self.proj(rows), shapes, num_tokens)

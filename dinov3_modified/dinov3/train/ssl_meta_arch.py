@@ -15,6 +15,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from dinov3.cells.packed_attention import find_kernel, use_packed_attention
 from dinov3.cells.resumption import fill_student
 from dinov3.cells.schedules import values_of_section
 from dinov3.cells.ssl_losses import Metrics, SSLLosses, centering_of, move_towards
@@ -89,6 +90,8 @@ class SSLMetaArch(SSLLosses):
             self.dino_local_loss_schedule = values_of_section(section, length, total)
         for module in self._frozen():
             module.requires_grad_(False)
+        if name := cfg.accelerator.packed_attention:
+            use_packed_attention(self.student, find_kernel(name, self.device_))
         self.train()
 
     # --- construction ---

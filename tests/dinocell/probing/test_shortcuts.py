@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dinocell.probing.baselines import PixelBackbone, principal_components, with_random_weights
-from dinocell.probing.channel_consistency import channel_consistency
+from dinocell.probing.channel_consistency import Suspicions, channel_consistency
 from dinocell.probing.feature_extraction import (
     FieldImage,
     extract_views,
@@ -46,8 +46,9 @@ class Scenes:
             self.field,
             self.location,
             self.channel,
-            turned=moved,
-            shortcuts={"illumination": slopes(self.images), "layout": thumbnail(self.images)},
+            suspicions=Suspicions(
+                moved, {"illumination": slopes(self.images), "layout": thumbnail(self.images)}
+            ),
             num_bootstrap=200,
         )
         return " ".join(report.warnings())

@@ -501,3 +501,10 @@ def test_unit_prototypes_make_logits_cosines(make_cfg, batch):
         bottleneck, rows = head(x, no_last_layer=True), head.last_layer.weight
         cosines = torch.nn.functional.cosine_similarity(bottleneck[:, None], rows[None], dim=-1)
         torch.testing.assert_close(head(x), cosines)
+
+
+def test_packed_attention_needs_a_gpu(make_cfg):
+    with pytest.raises(
+        ValueError, match="packed_attention` must be '' without a GPU, got xformers"
+    ):
+        SSLMetaArch(make_cfg("accelerator.packed_attention=xformers"))
