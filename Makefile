@@ -62,9 +62,9 @@ check-style: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# ssl_small_run.py and few_shot.py train for half an hour, gpu_run.py waits for a GPU: by hand.
+# few_shot.py and ssl_proof/run.py train for half an hour or more, gpu_run.py waits for a GPU: by hand.
 bench: $(VENV)/.test
-	for script in $(filter-out benchmarks/ssl_small_run.py benchmarks/soak_images.py benchmarks/gpu_run.py benchmarks/few_shot.py benchmarks/runtimes.py,$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out benchmarks/soak_images.py benchmarks/gpu_run.py benchmarks/few_shot.py benchmarks/runtimes.py,$(wildcard benchmarks/*.py)); do \
 	  $(BIN)/python $$script || exit 1; done
 
 docs: $(VENV)/.docs
