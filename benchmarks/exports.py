@@ -145,7 +145,8 @@ def measure_writers(size_px: int, out: Path) -> None:
             command = [sys.executable, __file__, "--write", kind, folder]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode:
-                rows[kind] = {"refused": run.stderr.strip().splitlines()[-1]}
+                sentence = run.stderr.strip().splitlines()[-1].partition(": ")[2]
+                rows[kind] = {"refused": sentence.partition(", '")[0]}
             else:
                 rows[kind] = json.loads(run.stdout)
             print(f"{kind:10} {rows[kind]}", flush=True)

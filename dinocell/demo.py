@@ -12,6 +12,7 @@ from dinocell.evaluation.evaluate import evaluate_pairs
 from dinocell.evaluation.report import EvaluationReport
 from dinocell.io import read_labels
 from dinocell.pipeline import DEFAULT_MODEL
+from dinocell.progress import count_text
 from dinocell.results.table import align_columns
 
 _MARKER = ".dinocell_demo"
@@ -46,7 +47,8 @@ class DemoResult:
         out = self.batch.out
         lines += [
             "",
-            f"{cells} cells found in {len(self.batch.rows)} images in {self.batch.seconds:.1f} s",
+            f"{count_text(cells, 'cell')} found in {count_text(len(self.batch.rows), 'image')} in "
+            f"{self.batch.seconds:.1f} s",
             f"page:         {out / 'report.html'}",
             f"labels:       {out}{os.sep}*_labels.tif",
             f"measurements: {out}{os.sep}*_cells.csv, {out / 'summary.csv'}",

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines in a log."""
+"""Progress of long work: a bar on a terminal, plain lines in a log; counts in messages."""
 
 import sys
 import time
@@ -7,6 +7,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 _LINE_EVERY_S = 10.0
+
+
+def count_text(number: int, noun: str) -> str:
+    """A count in a message: "1 cell", "12,100 cells"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 class Progress:

@@ -14,7 +14,7 @@ from dinocell.batch.journal import JOURNAL_NAME, read_journal, shard_folder
 from dinocell.batch.parts import ShardState, part_state, read_plan
 from dinocell.batch.units import Unit
 from dinocell.files import atomic_path, remove_temporary_files, write_text_atomically
-from dinocell.progress import progress
+from dinocell.progress import count_text, progress
 from dinocell.results.wells import write_wells
 
 
@@ -38,7 +38,8 @@ class MergedShards:
 
     def text(self) -> str:
         """A few lines for the terminal."""
-        lines = [f"{self.cells} cells in {self.images} images → {self.out / 'summary.csv'}"]
+        counts = f"{count_text(self.cells, 'cell')} in {count_text(self.images, 'image')}"
+        lines = [f"{counts} → {self.out / 'summary.csv'}"]
         lines += [f"failed: {path}: {sentence}" for path, sentence in self.failures[:50]]
         if len(self.failures) > 50:
             lines.append(f"... {len(self.failures) - 50} more in summary.csv")
@@ -90,7 +91,7 @@ def merge_shards(out: str | Path, *, shown: bool = True) -> MergedShards:
     others = [row for row in read_journal(plan.out / JOURNAL_NAME) if row["name"] not in names]
     ordered = [*others, *(rows[place] for place in sorted(rows))]
     write_summary(plan.out / "summary.csv", ordered, [without[place] for place in sorted(without)])
-    write_wells(plan.out / "wells.csv", ordered)
+    write_wells(plan.out, ordered, plan.options.formats)
     write_text_atomically(
         plan.out / JOURNAL_NAME, "".join(json.dumps(row) + "\n" for row in ordered)
     )

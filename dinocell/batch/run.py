@@ -50,7 +50,7 @@ from dinocell.files import (
 from dinocell.io import refuse_long_names
 from dinocell.network.model import DINOCell, load_model
 from dinocell.pipeline import DINOCellPipeline, LoadedImage
-from dinocell.progress import Progress, progress
+from dinocell.progress import Progress, count_text, progress
 from dinocell.results.formats import require_packages
 from dinocell.results.report import ReportEntry, make_entry
 from dinocell.results.segmented import Segmentation, output_paths
@@ -105,9 +105,9 @@ class BatchResult:
         if failed and not self.rows:
             notes = [f"note: {note}" for note in self.notes]
             return "\n".join([*notes, *failed, "No image was segmented: all of them failed."])
-        images = f"{len(self.rows)} image{'s' if len(self.rows) != 1 else ''}"
         before = f", {self.skipped} done before" if self.skipped else ""
-        lines = [f"{cells} cells in {images} ({self.seconds:.1f} s{before}) → {self.out}"]
+        counts = f"{count_text(cells, 'cell')} in {count_text(len(self.rows), 'image')}"
+        lines = [f"{counts} ({self.seconds:.1f} s{before}) → {self.out}"]
         noted = [row for row in self.rows if row["warnings"]]
         lines += [f"note: {row['name']}: {row['warnings']}" for row in noted]
         lines += [f"note: {note}" for note in self.notes]
@@ -218,7 +218,7 @@ def _segment_claimed(units: Sequence[Unit], batch: "_Batch", *, shown: bool) -> 
             earlier = {row["name"]: row for row in read_journal(journal)}
             others = [row for name, row in earlier.items() if name not in places]
             write_summary(out / "summary.csv", [*others, *ordered], batch.failures)
-            write_wells(out / "wells.csv", [*others, *ordered])
+            write_wells(out, [*others, *ordered], options.formats)
             if options.report:
                 rows = {row["name"]: row for row in (*others, *ordered)}
                 names = [row["name"] for row in others] + [unit.name for unit in units]

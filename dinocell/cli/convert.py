@@ -41,10 +41,12 @@ def convert(
 
     Example: `dinocell convert a.geojson a_labels.tif --image a.tif`
     """
+    from dinocell.progress import count_text
     from dinocell.results.conversion import convert_labels
 
     done = convert_labels(
         source, target, format=format, image=image, page=page, add=add, overwrite=overwrite
     )
     notes = "".join(f"\nnote: {note}" for note in done.notes)
-    print(in_options(f"{done.num_cells} cells → {done.path} ({done.format}){notes}", context))
+    text = f"{count_text(done.num_cells, 'cell')} → {done.path} ({done.format}){notes}"
+    print(in_options(text, context))

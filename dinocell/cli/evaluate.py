@@ -117,6 +117,9 @@ def evaluate(
         False,
         "--allow-missing",
     ),
+    overwrite: bool = option(
+        "Replace files of --out, --errors and --save-model that exist.", False
+    ),
     device: Device = "auto",
     per_image: bool = option(
         "Print a row for each image, too.", False, "--per-image/--no-per-image"
@@ -136,6 +139,8 @@ def evaluate(
     Example: `dinocell evaluate --pred out --truth data/test/labels`
     """
     check_evaluation(vars(inputs) | vars(scoring) | vars(tuning) | {"out": out})
+    if not overwrite:
+        _refuse_files(out, scoring.errors, tuning.save_to, inputs.model)
     scores: EvaluationReport
     pictures = scoring.error_pictures()
     settings = scoring.settings() | {"errors_to": pictures}
@@ -166,6 +171,20 @@ def check_evaluation(given: Mapping[str, Any]) -> None:
     """Raise UsageError if options of `evaluate`, all its parameters by name, do not go together."""
     for fault in _faults(given):
         raise UsageError(fault)
+
+
+def _refuse_files(
+    out: Path | None, errors: Path | None, save_to: Path | None, model: str | None
+) -> None:
+    """Raise UsageError if a file of an earlier evaluation would be replaced."""
+    if save_to is not None and model is not None and save_to.resolve() == Path(model).resolve():
+        save_to = None  # refused with a sentence of its own, whatever else is given
+    for path in (out, errors and errors / "errors.csv", save_to):
+        if path is not None and path.exists():
+            raise UsageError(
+                f"evaluate must not replace the file of an earlier evaluation, got {path}, which exists: "
+                "choose another name, or set --overwrite"
+            )
 
 
 def _faults(given: Mapping[str, Any]) -> Iterator[str]:

@@ -34,6 +34,9 @@ def info(
         metavar="IMAGE|DIR|GLOB...",
     ),
     plane: PlaneFlags,
+    recursive: bool = option(
+        "Search subfolders for images, too.", False, "--recursive/--no-recursive"
+    ),
     json: bool = option("Print the list as JSON.", False),
 ) -> None:
     """Show what image files hold, and what `dinocell segment` would do with them.
@@ -51,7 +54,7 @@ def info(
     segment = context.find_root().command.commands["segment"]  # type: ignore[attr-defined]
     context = segment.make_context("segment", [], resilient_parsing=True)  # spells its options
     found: list[dict[str, Any]] = []
-    for path in search_images(images).paths:
+    for path in search_images(images, recursive=recursive).paths:
         try:
             overview = inspect_image(path, **choice)
             found.append({**overview.as_dict(), "rows": overview.rows()})

@@ -33,11 +33,13 @@ def shards_plan(
     Example: `dinocell shards plan 16 plate/ -o out --model model.safetensors`
     """
     from dinocell.cluster.submission import plan_batch
+    from dinocell.progress import count_text
 
     parameters = checked_parameters(context.find_root().command, "segment", context.args)
     plan = plan_batch(parameters, count)
     print(
-        f"{plan.images} images, {plan.total_bytes / 1e9:.3f} GB in {plan.count} shards: "
+        f"{count_text(plan.images, 'image')}, {plan.total_bytes / 1e9:.3f} GB in "
+        f"{count_text(plan.count, 'shard')}: "
         f"{plan.out / 'shards'}"
     )
 

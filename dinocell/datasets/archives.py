@@ -116,8 +116,8 @@ def lynsec(source: Path, notes: list[str]) -> Iterator[Sample]:
         yield Sample(path.stem, path, partial(_read_colours_and_nuclei, path), stratum=found[2])
     if left_out:
         notes.append(
-            f"{left_out} images of lynsec 2 (0_l2 to 34_l2) were left out: their labels belong to other "
-            "images"
+            "Images of lynsec 2 (0_l2 to 34_l2) were left out, because their labels belong to other images: "
+            f"{left_out}"
         )
 
 

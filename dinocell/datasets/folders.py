@@ -262,7 +262,7 @@ def bbbc039(source: Path, notes: list[str]) -> Iterator[Sample]:
             continue
         yield Sample(sample.name, sample.source_file, sample.read, splits.get(sample.name))
     if left_out:
-        notes.append(f"{left_out} images are in no list of the splits and were left out")
+        notes.append(f"Images that no list of the splits has were left out: {left_out}")
 
 
 def _connected_colours(path: Path, shape: tuple[int, int]) -> NDArray:

@@ -29,7 +29,7 @@ from dinocell.errors import DataSetError, DINOCellError, UsageError
 from dinocell.files import move_into_place, write_text_atomically
 from dinocell.io import write_image, write_labels
 from dinocell.labels import check_labels, require_cells
-from dinocell.progress import progress
+from dinocell.progress import count_text, progress
 
 MANIFEST_CSV, MANIFEST_JSON = "manifest.csv", "manifest.json"
 _JOURNAL, _RECIPE = "journal.jsonl", "recipe.json"
@@ -57,7 +57,9 @@ class Prepared:
 
     def text(self) -> str:
         counts = ", ".join(f"{split} {count}" for split, count in self.manifest["splits"].items())
-        lines = [f"{self.folder}: {counts} images, {self.manifest['num_cells']:,} cells"]
+        lines = [
+            f"{self.folder}: {counts} images, {count_text(self.manifest['num_cells'], 'cell')}"
+        ]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

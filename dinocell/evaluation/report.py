@@ -25,6 +25,7 @@ import numpy as np
 from dinocell.evaluation.intervals import ap_intervals
 from dinocell.evaluation.scores import DEFAULT_IOU_THRESHOLDS, ImageScores, threshold_name
 from dinocell.files import atomic_path, write_text_atomically
+from dinocell.progress import count_text
 from dinocell.results.table import align_columns
 
 
@@ -95,12 +96,12 @@ class EvaluationReport:
         lines = [*self._image_lines(), ""] if per_image else []
         total, skipped, missing = self.total, self.num_empty_images, len(self.missing_predictions)
         lines.append(
-            f"{len(self.images)} images, {total.num_truth} true cells, "
-            f"{total.num_pred} predicted cells"
+            f"{count_text(len(self.images), 'image')}, {count_text(total.num_truth, 'true cell')}, "
+            f"{count_text(total.num_pred, 'predicted cell')}"
         )
         if missing:
             lines.append(
-                f"{missing} images have no prediction: they count as images without any found cell"
+                f"Images without a prediction count as images without any found cell: {missing}"
             )
         rows = [("score", "pooled", "95 % interval", "mean over images")]
         for name in total.scores():
@@ -111,8 +112,8 @@ class EvaluationReport:
         lines += align_columns(rows)
         if skipped:
             lines.append(
-                f"{skipped} of {len(self.images)} images have no true and no predicted cell: "
-                "left out of the means, except of the count error"
+                "Images without any true or predicted cell are left out of the means, except of the count "
+                f"error: {skipped} of {len(self.images)}"
             )
         lines += [f"note: {name}: {'; '.join(notes)}" for name, notes in self.notes.items()]
         return lines

@@ -22,9 +22,9 @@ class Evaluate(SubmittedCommand):
         return Path("runs/evaluate") / f"{Path(paths[0]).stem}-{digest}"
 
     def options_of_folder(self, run_dir: Path, parameters: Mapping[str, Any]) -> list[str]:
-        """Write the scores to `run_dir`, in the format that was asked for."""
+        """Write the scores to `run_dir`, in the format that was asked for; a job that starts over replaces them."""
         suffix = Path(parameters["out"]).suffix if parameters["out"] else ".json"
-        return ["--out", str(run_dir / f"scores{suffix}")]
+        return ["--overwrite", "--out", str(run_dir / f"scores{suffix}")]
 
     def check_inputs(self, parameters: Mapping[str, Any]) -> None:
         """Refuse folders that do not exist or have no pairs, and unreadable models."""

@@ -21,6 +21,7 @@ from dinocell.evaluation.ctc import ctc_counts
 from dinocell.evaluation.matching import OverlapTable, overlap_table
 from dinocell.evaluation.metrics import DSB2018_IOU_THRESHOLDS, match_counts
 from dinocell.network.config import TUNED_THRESHOLDS
+from dinocell.progress import count_text
 from dinocell.segmentation.thresholds import Thresholds
 
 _CTC_METRICS = ("seg", "det", "op_csb")
@@ -196,7 +197,7 @@ def _checked_samples(
     num_truth = sum(int(np.count_nonzero(np.unique(truth))) for _, truth in pairs)
     if not num_truth:
         raise DataSetError(
-            f"Thresholds must be tuned on images with cells, got {len(pairs)} images without any "
+            f"Thresholds must be tuned on images with cells, got {count_text(len(pairs), 'image')} without any "
             "true cell: give validation images whose labels hold cells"
         )
     return pairs, num_truth

@@ -74,7 +74,7 @@ def read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, l
     empty = len(images) - len(grouped)
     if empty:
         notes.append(
-            f"{empty} images of {path.name} have no annotation: they count as empty of cells"
+            f"Images of {path.name} without an annotation count as empty of cells: {empty}"
         )
     return images, grouped
 

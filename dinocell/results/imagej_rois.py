@@ -5,7 +5,7 @@ takes four times as long.
 """
 
 import os
-import zipfile
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,9 +14,11 @@ from dinocell.errors import ImageFileError
 from dinocell.files import writing
 from dinocell.labels import as_labels
 from dinocell.results.outlines import trace_polygons
+from dinocell.results.stored_zip import write_stored_zip
 
 _MAX_ROI_PX = 60_535
 """ImageJ's `RoiDecoder` takes 16-bit positions from 0 to this; it reads those above as negative."""
+_BUFFER = 2**20
 _TRACED, _COMPOSITE = 8, 1
 _OPTIONS = 40  # of roifile: scale strokes, and show labels
 _HEADER = np.dtype(
@@ -60,7 +62,6 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
     rings = [[ring for piece in pieces for ring in piece] for pieces in polygons.values()]
     names = [str(label) for label in polygons]
     begin = np.append(0, stops)
-    bounds = begin.tolist()
     places = _places(corners, begin, rings)
     paths = {
         number: b"".join(_shape_path(corners[begin[ring] : begin[ring + 1]]) for ring in own)
@@ -69,17 +70,31 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
     }
     before, after = _headers(begin, rings, places, names, paths)
     along_x, along_y = _from_first_corner(corners, begin)
-    with writing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for number, (own, name) in enumerate(zip(rings, names, strict=True)):
-            shape = paths.get(number)
-            if shape is None:
-                part = slice(2 * bounds[own[0]], 2 * bounds[own[0] + 1])
-                shape = along_x[part] + along_y[part]
-            place = slice(64 * number, 64 * number + 64)
-            content = (before[place], shape, after[place], name.encode("utf-16-be"))
-            # a fixed date keeps the file the same from run to run
-            entry = zipfile.ZipInfo(f"{name}.roi", date_time=(1980, 1, 1, 0, 0, 0))
-            archive.writestr(entry, b"".join(content))
+    with writing(path) as temporary, temporary.open("wb", buffering=_BUFFER) as file:
+        write_stored_zip(
+            file, _entries(begin, rings, names, (before, after), (along_x, along_y), paths)
+        )
+
+
+def _entries(
+    begin: NDArray[np.int64],
+    rings: list[list[int]],
+    names: list[str],
+    headers: tuple[bytes, bytes],
+    along: tuple[bytes, bytes],
+    paths: dict[int, bytes],
+) -> Iterator[tuple[str, bytes]]:
+    """Yield name and bytes of each ROI."""
+    bounds = (2 * begin).tolist()
+    (before, after), (along_x, along_y) = headers, along
+    for number, (own, name) in enumerate(zip(rings, names, strict=True)):
+        shape = paths.get(number)
+        if shape is None:
+            first, stop = bounds[own[0]], bounds[own[0] + 1]
+            shape = along_x[first:stop] + along_y[first:stop]
+        at = 64 * number
+        content = before[at : at + 64] + shape + after[at : at + 64] + name.encode("utf-16-be")
+        yield f"{name}.roi", content
 
 
 def _places(

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from dinocell.files import atomic_path
 from dinocell.labels import as_labels, cell_borders
+from dinocell.progress import count_text
 from dinocell.results.captions import draw_scale_bar, fitted, load_font, plain_text
 from dinocell.results.colors import color_distance_map, color_labels
 from dinocell.scratch import row_bands
@@ -205,7 +206,7 @@ def _panels(
     line_px = max(1, min(repeat // 2, 2))
     outlined = draw_contours(shown, _enlarge(small_labels, repeat), thickness_px=line_px)
     size = "" if factor == repeat == 1 else f" (1:{factor})" if factor > 1 else f" ({repeat}:1)"
-    cells = "1 cell" if num_cells == 1 else f"{num_cells} cells"
+    cells = count_text(num_cells, "cell")
     return [
         ("image" + size, shown),
         (f"contours: {cells}", outlined),

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from dinocell.files import write_text_atomically
 from dinocell.io.plates import row_letters
-from dinocell.results.report_numbers import area_histogram, count_text, number_text
+from dinocell.progress import count_text
+from dinocell.results.report_numbers import area_histogram, number_text
 from dinocell.results.report_pictures import embedded_pictures
 
 _OPEN_CARDS = 12

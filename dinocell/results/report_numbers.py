@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocell.progress import count_text
+
 
 def area_histogram(areas: NDArray[np.float64], unit: str, what: str) -> dict[str, Any] | None:
     """Bars, ticks and description of a histogram of cell areas, in SVG units; None without a cell."""
@@ -61,10 +63,6 @@ def _nice_ceiling(value: float) -> float:
     power = 10.0 ** math.floor(math.log10(value))
     steps = (1.0, 1.2, 1.6, 2.0, 2.4, 3.2, 4.0, 6.0, 8.0, 10.0)
     return next(s * power for s in steps if s * power >= value * (1 - 1e-9))
-
-
-def count_text(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def number_text(value: Any) -> str:

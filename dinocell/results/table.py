@@ -134,6 +134,11 @@ class CellTable:
         """Return the columns as lists of plain Python values, fit for JSON; NaN becomes None."""
         return {name: _python_values(column) for name, column in self.data.items()}
 
+    def with_place(self) -> dict[str, NDArray[Any]]:
+        """Columns of files: those of the place, the same value in each row, before the others."""
+        place = {name: np.full(len(self), value) for name, value in self.place.items()}
+        return place | dict(self.data)
+
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the table as CSV: UTF-8, one header line, comma, ``\\n``; whole or not at all.
 
@@ -143,9 +148,9 @@ class CellTable:
         Raises DINOCellError (`path` is a folder, or the disk refuses).
         """
         head = StringIO()
-        csv.writer(head, lineterminator="\n").writerow([*self.place, *self.columns])
-        columns = [np.full(len(self), value) for value in self.place.values()]
-        columns += self.data.values()
+        data = self.with_place()
+        csv.writer(head, lineterminator="\n").writerow(data)
+        columns = list(data.values())
         with writing(path) as temporary, temporary.open("wb") as file:
             file.write(head.getvalue().encode())
             for begin in range(0, len(self), _ROWS_AT_A_TIME):

@@ -15,11 +15,11 @@ _PLACES = ("bbox_", "centroid_")
 
 
 def write_parquet(path: str | os.PathLike[str], table: CellTable, *, image_name: str = "") -> None:
-    """Write a table as Parquet: one row per cell, columns named and typed as in `table`.
+    """Write a table as Parquet: one row per cell, columns named and typed as in `table`, its place first.
 
-    Whole numbers are int64, others double, flags boolean; a missing value (NaN) is null.  The unit of a
+    Whole numbers are int64, others double, flags boolean, texts string; a missing value (NaN) is null.  The unit of a
     column is in its name where it is µm or µm², and always in its metadata (``unit``).  The metadata of
-    the file hold ``pixel_size_um``, where it is known, and ``image``.
+    the file hold ``pixel_size_um`` and ``image``, where they are known.
 
     Raises MissingExtraError (without the extra `tables`); DINOCellError (the file cannot be written).
     """
@@ -27,11 +27,11 @@ def write_parquet(path: str | os.PathLike[str], table: CellTable, *, image_name:
         library(name, "Parquet files", "tables") for name in ("pyarrow", "pyarrow.parquet")
     )
     arrays, fields = [], []
-    for name, column in table.data.items():
+    for name, column in table.with_place().items():
         arrays.append(arrow.array(column, from_pandas=True))
         unit = unit_of(name)
         fields.append(arrow.field(name, arrays[-1].type, metadata={"unit": unit} if unit else None))
-    about = {"image": image_name}
+    about = {"image": image_name} if image_name else {}
     if table.pixel_size_um is not None:
         about["pixel_size_um"] = repr(table.pixel_size_um)
     content = arrow.Table.from_arrays(arrays, schema=arrow.schema(fields, metadata=about))
@@ -43,8 +43,8 @@ def write_anndata(path: str | os.PathLike[str], table: CellTable, *, image_name:
     """Write a table as AnnData (``.h5ad``), which scanpy and squidpy read.
 
     ``X`` (cells, measurements) float64 holds what was measured, NaN where a value is missing, with the
-    unit of each in ``var["unit"]``.  ``obs`` has the label, `touches_border`, the bounding box and the
-    centroid of each cell; ``obsm["spatial"]`` the centroid as (x, y), in µm where the pixel size is known,
+    unit of each in ``var["unit"]``.  ``obs`` has the place (texts as categories), the label,
+    `touches_border`, the bounding box and the centroid of each cell; ``obsm["spatial"]`` the centroid as (x, y), in µm where the pixel size is known,
     else in px; ``uns`` the name of the image, the unit of ``spatial`` and the pixel size.
 
     Raises MissingExtraError (without the extra `tables`); DINOCellError (the file cannot be written).
@@ -63,12 +63,18 @@ def write_anndata(path: str | os.PathLike[str], table: CellTable, *, image_name:
     def texts(values: Any) -> Any:  # of the type that anndata writes beside every pandas
         return pandas.Index(values, dtype=object)
 
+    obs = {
+        name: pandas.Categorical([value] * len(table), texts([value]))
+        if isinstance(value, str)
+        else np.full(len(table), value)
+        for name, value in table.place.items()
+    }
     values = np.empty((len(table), len(measured)))
     for number, name in enumerate(measured):
         values[:, number] = table[name]
     content = anndata.AnnData(
         X=values,
-        obs=pandas.DataFrame({name: table[name] for name in about}, index=texts(names)),
+        obs=pandas.DataFrame(obs | {name: table[name] for name in about}, index=texts(names)),
         var=pandas.DataFrame(
             {"unit": texts([unit_of(name) for name in measured])}, index=texts(measured)
         ),

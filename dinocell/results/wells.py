@@ -2,12 +2,18 @@
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dinocell.files import writing
+from dinocell.progress import count_text
 from dinocell.results.report_numbers import number_text
+from dinocell.results.table import CellTable
+from dinocell.results.table_files import write_parquet
 
 _PLATES = (
     (2, 3),
@@ -65,16 +71,34 @@ def _key(well: str) -> tuple[int, str, int, str]:
     return (len(parts[1]), parts[1], int(parts[2]), "") if parts else (9, "", 0, well)
 
 
-def write_wells(path: Path, rows: Sequence[Row]) -> None:
-    """Write `well_rows` as CSV, if any image has a well; raises DINOCellError if the disk refuses."""
+def write_wells(folder: Path, rows: Sequence[Row], formats: Iterable[str] = ()) -> None:
+    """Write `well_rows` as `wells.csv`, and with the format `parquet` also as `wells.parquet`.
+
+    Nothing is written if no image has a well.  Raises DINOCellError (the disk refuses).
+    """
     wells = well_rows(rows)
     if not wells:
         return
     columns = list(dict.fromkeys(name for row in wells for name in row))
-    with writing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with (
+        writing(folder / "wells.csv") as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(wells)
+    if "parquet" in formats:
+        data = {name: _column(name, [row.get(name) for row in wells]) for name in columns}
+        write_parquet(folder / "wells.parquet", CellTable(data))
+
+
+def _column(name: str, values: Sequence[Any]) -> NDArray[Any]:
+    """int64 for counts, texts (or None) for names, else float64 with NaN for what is not known."""
+    if name in ("images", "num_cells"):
+        return np.array(values, np.int64)
+    if name in ("plate", "well"):
+        return np.array(values, object)
+    return np.array(values, np.float64)
 
 
 def heat_maps(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -125,7 +149,7 @@ def _field(row: Row | None, name: str, known: Sequence[float]) -> dict[str, str]
     value, low, high = row.get(name), min(known), max(known)
     share = 0.0 if value is None or high <= low else (value - low) / (high - low)
     text = number_text(value)
-    images = f"{row['images']} image{'s' if row['images'] != 1 else ''}"
+    images = count_text(row["images"], "image")
     return {
         "text": text,
         "style": f"background: rgba({_HEAT}, {0.08 + 0.87 * share:.2f})"

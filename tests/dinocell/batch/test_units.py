@@ -2,6 +2,7 @@
 
 import csv
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -194,13 +195,14 @@ def plate(tmp_path):
 
 
 def test_one_channel_of_all_sites_of_a_plate(plate, tmp_path, mini_model):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra tables is not installed")
     paths, out = sorted(plate.iterdir()), tmp_path / "out"
     with pytest.raises(UsageError, match="has a file for each of 1, 2, got none"):
         units_of(paths, options())
     with pytest.raises(UsageError, match="got DNA"):
         units_of(paths, options(channels=("DNA",)))
     assert len(units_of(paths, options(plate="off"))) == 6
-    given = options(channels=(2,), report=True)
+    given = options(channels=(2,), report=True, formats=("tif", "parquet"))
     result = segment_files(paths, out, given, model=mini_model, shown=False)
     assert result.notes == ("Plate P7 has holes in 1 of 2 wells: B03 without site 2",)
     assert [(row["well"], row["site"], row["channel"]) for row in result.rows] == [
@@ -213,12 +215,13 @@ def test_one_channel_of_all_sites_of_a_plate(plate, tmp_path, mini_model):
     counts = [row["num_cells"] for row in result.rows]
     assert [int(row["num_cells"]) for row in wells] == [sum(counts[:2]), counts[2]]
     assert float(wells[1]["intensity_mean"]) == pytest.approx(result.rows[2]["intensity_mean"])
+    assert parquet.read_table(out / "wells.parquet")["well"].to_pylist() == ["A01", "B03"]
+    table = parquet.read_table(out / f"{result.rows[0]['name']}_cells.parquet")
+    assert set(table["well"].to_pylist()) == {"A01"}
     page = (out / "report.html").read_text()
     assert "P7: num_cells" in page
     assert "A01: " in page
-    again = segment_files(
-        paths, out, options(channels=(2,), resume=True), model=mini_model, shown=False
-    )
+    again = segment_files(paths, out, replace(given, resume=True), model=mini_model, shown=False)
     assert again.skipped == 3
 
 

@@ -340,6 +340,22 @@ class TestEvaluate:
             assert name in out.lower(), name
         saved = json.loads((tmp_path / "s.json").read_text())
         assert saved["pooled"]["ap50_pooled"] == 0.75
+        again = [
+            "evaluate",
+            "--pred",
+            pred,
+            "--truth",
+            truth,
+            "--iou",
+            "0.6",
+            "-o",
+            tmp_path / "s.json",
+        ]
+        code, _, err = call(capsys, *again)
+        assert (code, json.loads((tmp_path / "s.json").read_text())) == (2, saved)
+        assert "s.json, which exists: choose another name, or set --overwrite" in err
+        assert call(capsys, *again, "--overwrite")[0] == 0
+        assert json.loads((tmp_path / "s.json").read_text()) != saved
 
     def test_options(self, capsys, folders, tmp_path):
         pred, truth = folders
@@ -392,6 +408,9 @@ class TestEvaluate:
         assert "tuned here on ap50_pooled" in out
         tuned, before = load_model(tuned_path).config, load_model(model_path).config
         assert tuned.peak_threshold != before.peak_threshold
+        code, _, err = call(capsys, *base, "--tune", "--save-model", tuned_path)
+        assert code == 2
+        assert "tuned.safetensors, which exists" in err
         code, _, err = call(capsys, *base, "--tune", "--metric", "accuracy")
         assert code == 2
         assert "ap50" in err
@@ -586,7 +605,7 @@ def test_data_is_listed_and_prepared(tmp_path, capsys):
     command = ("data", "prepare", "seg_npy", source, "-o", tmp_path / "out")
     code, out, err = call(capsys, *command, "--licence", "mine", "--test-fraction", "0")
     assert code == 0, err
-    assert "train 1, val 0, test 0 images, 1 cells" in out
+    assert "train 1, val 0, test 0 images, 1 cell\n" in out
     assert '"licence": "mine"' in (tmp_path / "out" / "manifest.json").read_text()
     code, _, err = call(capsys, *command)
     assert (code, "--out must be a new or empty folder" in err) == (2, True)

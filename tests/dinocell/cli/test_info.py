@@ -32,6 +32,17 @@ def call(capsys, *arguments) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
+def test_folders_inside(capsys, stack):
+    inner = stack.parent / "deeper"
+    inner.mkdir()
+    stack.rename(inner / stack.name)
+    with pytest.raises(SystemExit):
+        main(["info", str(stack.parent)])
+    assert "set --recursive to search the folders inside" in capsys.readouterr().err
+    code, out = call(capsys, stack.parent, "--recursive")
+    assert (code, out.splitlines()[0]) == (0, str(inner / stack.name))
+
+
 def test_table(capsys, stack):
     code, out = call(capsys, stack)
     rows = dict(line.strip().split("  ", 1) for line in out.splitlines()[1:])

@@ -321,7 +321,7 @@ def test_rows_of_an_evaluation():
     assert base.name.startswith("all-")
     assert first.command == (
         "evaluate", "--truth", "t", "--out", "all.csv",
-        "--pred", "masks_a", "--out", f"{base}/a/scores.csv",
+        "--pred", "masks_a", "--overwrite", "--out", f"{base}/a/scores.csv",
     )  # fmt: skip
     assert second.run_dir == base / "b"
     (alone,) = planned("evaluate", "--truth", "t", table=[{"pred": "masks"}])

@@ -131,7 +131,10 @@ def test_channels_keep_their_meaning(made, tmp_path):
 
 def test_lynsec_has_colours_and_leaves_out_wrong_labels(made, tmp_path):
     text = prepared("lynsec", made("lynsec"), tmp_path / "out").text()
-    assert "1 images of lynsec 2 (0_l2 to 34_l2) were left out" in text
+    assert (
+        "lynsec 2 (0_l2 to 34_l2) were left out, because their labels belong to other images: 1"
+        in text
+    )
     for name, row in rows_of(tmp_path / "out").items():
         image = read_image(tmp_path / "out" / row["image"])
         assert (image.channel_names, image.pixels.dtype) == (("red", "green", "blue"), np.uint8)
@@ -288,7 +291,7 @@ def test_polygons_and_run_lengths_may_be_mixed_and_crowds_are_left_out(made, tmp
     none = SplitOptions(val_fraction=0, test_fraction=0)
     text = prepared("coco", source, tmp_path / "out", splits=none).text()
     assert "1 crowd annotations of all.json were left out" in text
-    assert "1 images of all.json have no annotation" in text
+    assert "Images of all.json without an annotation count as empty of cells: 1" in text
     rows = rows_of(tmp_path / "out")
     assert np.array_equal(read_labels(tmp_path / "out" / rows["a"]["labels"]), doubles.truth(0))
     assert "1 annotations cover no pixel" in rows["a"]["notes"]

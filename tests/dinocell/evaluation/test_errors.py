@@ -108,6 +108,16 @@ def test_command_writes_pictures_and_the_worst_image_first(tmp_path, capsys):
     assert [(row["image"], row["errors"]) for row in rows] == [("b", "8"), ("a", "1")]
     with Image.open(tmp_path / "out" / "a.png") as picture:
         assert picture.mode == "RGB"
+    before = (tmp_path / "out" / "errors.csv").stat().st_ino
+    again = ["evaluate", *folders, "--errors", str(tmp_path / "out")]
+    assert run(*again, "--iou", "0.9") == 2
+    assert (
+        "errors.csv, which exists: choose another name, or set --overwrite"
+        in capsys.readouterr().err
+    )
+    assert (tmp_path / "out" / "errors.csv").stat().st_ino == before
+    assert run(*again, "--iou", "0.9", "--overwrite") == 0
+    assert (tmp_path / "out" / "errors.csv").stat().st_ino != before
     assert run("evaluate", *folders, "--errors", str(tmp_path / "out" / "errors.csv")) == 2
     assert "--errors must be a folder" in capsys.readouterr().err
 

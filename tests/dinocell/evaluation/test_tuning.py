@@ -254,7 +254,7 @@ def test_samples_without_cells_are_refused() -> None:
     with pytest.raises(DataSetError, match="got 0 images without any true cell"):
         tune_thresholds([], to_labels=shifted)
     nothing = np.zeros((4, 4), np.uint32)
-    with pytest.raises(DataSetError, match="got 1 images without any true cell"):
+    with pytest.raises(DataSetError, match="got 1 image without any true cell"):
         tune_thresholds([(nothing.astype(np.float32), nothing)], to_labels=shifted)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -290,6 +291,35 @@ def test_anndata_opens_with_places_and_units(empty: bool, tmp_path: Path) -> Non
     np.testing.assert_array_equal(found.obsm["spatial"].T, places)
     assert (found.uns["spatial_unit"], found.uns["pixel_size_um"]) == ("µm", 0.5)
     assert found.var.loc["area_um2", "unit"] == "µm²"
+
+
+PLACE = {"plate": "P7", "well": "A01", "site": 2, "channel": "DNA", "z": 0, "time": 1}
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_tables_begin_with_the_place_of_the_image(empty: bool, tmp_path: Path) -> None:
+    """Texts and whole numbers, the same columns in CSV, Parquet and AnnData."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    anndata = pytest.importorskip("anndata")
+    given = cells(empty=empty)
+    assert given.table is not None
+    table = replace(given.table, place=PLACE)
+    placed = given._replace(table=table)
+    table.to_csv(tmp_path / "a.csv")
+    columns = [*PLACE, *table.columns]
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8").split("\n")[0].split(",") == columns
+    read = parquet.read_table(write("parquet", tmp_path, placed))
+    assert read.column_names == columns
+    assert [str(read.schema.field(name).type) for name in PLACE] == [
+        *("string", "string", "int64", "string", "int64", "int64")
+    ]
+    assert read.select(list(PLACE)).to_pylist() == [PLACE] * len(table)
+    path = write("h5ad", tmp_path, placed)
+    obs, before = anndata.read_h5ad(path).obs, contents(path)
+    assert list(obs.columns[: len(PLACE)]) == list(PLACE)
+    assert obs[list(PLACE)].to_dict("records") == [PLACE] * len(table)
+    assert list(obs["well"].cat.categories) == ["A01"]
+    assert contents(write("h5ad", tmp_path, placed)) == before
 
 
 def test_missing_packages_are_named_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:

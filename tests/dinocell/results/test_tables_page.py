@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dinocell.evaluation.scores import evaluate_pair
+from dinocell.io.plates import PLACE_NAMES
 from dinocell.pipeline import Segmentation
 from dinocell.results.columns import unit_of
 
@@ -16,9 +17,9 @@ PAGE = Path(__file__).parents[3] / "docs" / "tables.md"
 
 
 def listed(heading: str) -> dict[str, tuple[str, str]]:
-    """Column → (type, unit) of the table below a text."""
-    text = PAGE.read_text(encoding="utf-8").split(heading)[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([^|]*)\|", text, flags=re.M)
+    """Column → (type, unit or meaning) of the table below a heading."""
+    text = PAGE.read_text(encoding="utf-8").split(f"{heading}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)`(?:, `\w+`)? \| (\w+) \| ([^|]*)\|", text, flags=re.M)
     return {name: (kind, unit.strip()) for name, kind, unit in rows}
 
 
@@ -36,6 +37,15 @@ def test_the_page_lists_every_column() -> None:
         table = segmented(num_cells).measure()
         found = {name: (str(c.dtype), unit_of(name)) for name, c in table.data.items()}
         assert list(found.items()) == list(listed("# Tables of cells").items())
+
+
+def test_the_page_lists_the_columns_of_the_place() -> None:
+    found = listed("## Place of the image")
+    assert [*found] == [*PLACE_NAMES[:-1], "scene"]  # `time` shares the row of `z`
+    kinds = {"string": "plate well channel", "int64": "site z scene"}
+    assert {name: kind for name, (kind, _) in found.items()} == {
+        name: kind for kind, names in kinds.items() for name in names.split()
+    }
 
 
 def test_the_formulas_of_the_page() -> None:

@@ -30,14 +30,37 @@ def test_means_are_over_cells():
     assert second["quality"] == pytest.approx(0.6)
 
 
-def test_file(tmp_path):
-    write_wells(tmp_path / "wells.csv", ROWS)
+def test_files(tmp_path):
+    write_wells(tmp_path, ROWS)
     with (tmp_path / "wells.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["well"] for row in rows] == ["B2", "B10"]
     assert rows[0]["area_mean"] == ""
-    write_wells(tmp_path / "none.csv", ROWS[3:])
-    assert not (tmp_path / "none.csv").exists()
+    assert not (tmp_path / "wells.parquet").exists()
+    none = tmp_path / "none"
+    write_wells(none, ROWS[3:], ["parquet"])
+    assert not none.exists()
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the extra tables is not installed")
+    others = [{"plate": "P", "well": "B11", "num_cells": 2, "area_um2_mean": 4.0}]
+    others.append({"well": "C1", "num_cells": 0})
+    write_wells(tmp_path, [*ROWS, *others], ["tif", "parquet"])
+    table = parquet.read_table(tmp_path / "wells.parquet")
+    rows = well_rows([*ROWS, *others])
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    assert table.to_pylist() == [{name: row.get(name) for name in names} for row in rows]
+    types = {field.name: str(field.type) for field in table.schema}
+    assert types == dict.fromkeys(names, "double") | {
+        **dict.fromkeys(("plate", "well"), "string"),
+        **dict.fromkeys(("images", "num_cells"), "int64"),
+    }
+    units = {
+        field.name: (field.metadata or {}).get(b"unit", b"").decode() for field in table.schema
+    }
+    assert (units["area_mean"], units["area_um2_mean"], units["well"]) == ("px²", "µm²", "")
+    assert units["confluency_percent"] == "%"
 
 
 def test_heat_maps_have_the_shape_of_the_plate():
