@@ -17,7 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from dinocell.errors import DINOCellError
@@ -84,7 +84,7 @@ def claimed(folder: Path, claimant: Claimant, what: str = "A shard") -> Iterator
     except FileExistsError:
         other = read_claim(path)
         if claimant.finds_running(other) if other else _is_young(path):
-            raise _in_use(folder, other, what) from None
+            raise in_use(folder, other, what) from None
         try:
             _take_away(path, other)
             _make_claim(path, text)
@@ -104,10 +104,11 @@ def refuse_running(folder: Path, claimant: Claimant, what: str = "A shard") -> N
     """Raise the error of `claimed` if another process holds the claim of a folder."""
     other = read_claim(folder / CLAIM_NAME)
     if other and claimant.finds_running(other):
-        raise _in_use(folder, other, what)
+        raise in_use(folder, other, what)
 
 
-def _in_use(folder: Path, claim: dict[str, Any], what: str) -> DINOCellError:
+def in_use(folder: PurePath, claim: dict[str, Any], what: str) -> DINOCellError:
+    """The error of a folder that another process holds."""
     return DINOCellError(
         f"{what} must be run by one process at a time, got {folder}, which {owner_of(claim)} on "
         f"{claim.get('host')} is running: wait for it, or delete {folder / CLAIM_NAME} if it is gone"

@@ -17,6 +17,7 @@ from dinocell.batch.options import FREE_OPTIONS, IMAGE_OPTIONS, SegmentOptions
 from dinocell.batch.units import Unit
 from dinocell.errors import ConfigError, DINOCellError, UsageError
 from dinocell.files import atomic_path, write_text_atomically
+from dinocell.io.s3 import place_of
 from dinocell.network.model import DINOCell
 from dinocell.results.formats import EXPORT_FORMATS
 
@@ -163,7 +164,7 @@ def _done_rows(
         path, name, row = unit.path, unit.name, rows.get(unit.name)
         if row is None or not all(os.path.exists(out / f"{name}{end}") for end in suffixes):
             continue
-        if Path(row["source"]).resolve() != path.resolve():
+        if place_of(row["source"]).resolve() != path.resolve():
             raise UsageError(
                 f"`resume` must continue the same images, got {path.resolve()} where {out} holds "
                 f"results of {row['source']}: choose another folder"

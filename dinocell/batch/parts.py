@@ -37,10 +37,12 @@ from dinocell.batch.journal import (
     shard_folder,
 )
 from dinocell.batch.options import FREE_OPTIONS, SegmentOptions, check_call
+from dinocell.batch.remote import refuse_s3
 from dinocell.batch.run import WHOLE_BATCH, BatchResult, segment_files
 from dinocell.batch.units import Unit, units_of
 from dinocell.errors import UsageError
 from dinocell.files import write_text_atomically
+from dinocell.io.s3 import S3Path, place_of
 
 _PLAN_NAME = "plan.json"
 _MANIFEST_NAME = "manifest.csv"
@@ -119,6 +121,7 @@ def plan_shards(
         `overwrite`, which discards what was done; or a process is running a part that would be
         discarded.
     """
+    refuse_s3(Path(out))
     if count < 1:
         raise UsageError(
             f"The number of shards must be at least 1, got {count}: give a larger number"
@@ -210,8 +213,13 @@ def _manifest_text(part: Sequence[int], units: Sequence[Unit], sizes: Sequence[i
     writer.writerow(["place", "bytes", "path", "unit"])
     for place in part:
         unit = units[place]
-        writer.writerow([place, sizes[place], os.path.abspath(unit.path), unit.to_text()])
+        writer.writerow([place, sizes[place], _whole(unit.path), unit.to_text()])
     return text.getvalue()
+
+
+def _whole(path: Any) -> str:
+    """The path from the root on, without `..`; an address of S3 as it is."""
+    return str(path) if isinstance(path, S3Path) else os.path.abspath(path)
 
 
 def _plan_text(plan: ShardPlan) -> str:
@@ -237,7 +245,7 @@ def _refuse_another(plan: ShardPlan, units: Sequence[Unit], count: int) -> None:
             f"{plan.count}, choose another folder, or set `overwrite`"
         )
     listed = {str(unit.path) for index in range(plan.count) for _, unit in _listed(plan.out, index)}
-    others = [unit.path for unit in units if os.path.abspath(unit.path) not in listed]
+    others = [unit.path for unit in units if _whole(unit.path) not in listed]
     if others:
         raise UsageError(
             f"A batch must continue with its images, got {len(others)} that {plan.out / 'shards'} does not "
@@ -271,7 +279,9 @@ def _listed(out: Path, index: int) -> list[tuple[int, Unit]]:
     path = shard_folder(out, index) / _MANIFEST_NAME
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = list(csv.DictReader(file))
-    return [(int(row["place"]), Unit.of_text(Path(row["path"]), row.get("unit"))) for row in rows]
+    return [
+        (int(row["place"]), Unit.of_text(place_of(row["path"]), row.get("unit"))) for row in rows
+    ]
 
 
 def open_shards(plan: ShardPlan) -> list[int]:

@@ -383,6 +383,7 @@ class _Batch:
                 warnings=result.warnings,
                 num_images=self.num_images,
             )
+        self.watcher.written(files.values())
         return {
             "name": result.name,
             "source": str(unit.path.resolve()),

@@ -44,10 +44,12 @@ class Segment(Shards):
     def check_inputs(self, parameters: Mapping[str, Any]) -> None:
         """Refuse calls without images, with two of one name, or with an unreadable model."""
         from dinocell.batch.options import check_call
+        from dinocell.batch.remote import refuse_s3
         from dinocell.batch.units import units_of
         from dinocell.io import find_images
         from dinocell.network.model import read_model_header
 
+        refuse_s3(parameters["out"])
         paths = find_images(parameters["images"], recursive=parameters["recursive"])
         check_call(paths, parameters["options"])
         units_of(paths, parameters["options"])

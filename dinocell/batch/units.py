@@ -15,9 +15,12 @@ from typing import Any
 from dinocell.batch.options import EACH, EACH_OPTIONS, SegmentOptions
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.io import describe_image
+from dinocell.io.ome_zarr import fields_of_plate
 from dinocell.io.planes import Selection
 from dinocell.io.plates import place_notes, places_of
+from dinocell.io.s3 import S3Path
 from dinocell.io.stacks import choose
+from dinocell.pairs import is_zarr
 
 _DIGITS = 3  # of a place in a name, at least
 
@@ -67,12 +70,18 @@ def units_of(inputs: Sequence[Path | Unit], options: SegmentOptions) -> list[Uni
     Results are named after the file, without its suffix.  Where files of several folders have the same
     name, all results mirror the folders, below the deepest one that holds all files.
 
-    Of a plate with one file for each channel, `channels` chooses the files.
+    Of a plate with one file for each channel, `channels` chooses the files; each field of a plate in
+    OME-Zarr is a unit.
 
     Raises UsageError (two files of one folder have one name, or `plate` or the channel does not exist).
     """
-    files = [one for one in inputs if isinstance(one, Path)]
     found = [one for one in inputs if isinstance(one, Unit)]
+    files = []
+    for one in inputs:
+        if not isinstance(one, Unit):
+            fields = list(_fields(one))
+            files += [] if fields else [one]
+            found += [unit for field in fields for unit in _planes(field, options)]
     places = dict(zip(files, places_of(files, options.plate), strict=True))
     chosen, choice = _of_channel(places, options)
     for path, name in zip(chosen, _names(chosen), strict=True):
@@ -86,6 +95,19 @@ def units_of(inputs: Sequence[Path | Unit], options: SegmentOptions) -> list[Uni
             )
         seen[unit.name] = unit.path
     return found
+
+
+def _fields(path: Path) -> Iterator[Unit]:
+    """The fields of a plate in OME-Zarr, named after plate, well and site; none of other files."""
+    place: Any = path
+    try:
+        if not (place.is_zarr() if isinstance(place, S3Path) else is_zarr(path)):
+            return
+        for image, where in fields_of_plate(path):
+            yield Unit(image, f"{path.stem}_{where['well']}_s{where['site']}", {}, where)
+    except (DINOCellError, ValueError, KeyError, TypeError, AttributeError) as error:
+        wrong = error if isinstance(error, DINOCellError) else "its list of wells is damaged"
+        yield Unit(path, path.stem, error=f"'{path}' must be an image or a plate ({wrong})")
 
 
 def _of_channel(
@@ -113,7 +135,10 @@ def _names(files: Sequence[Path]) -> list[str]:
     if len({path.stem for path in files}) == len(files):
         return [path.stem for path in files]
     folders = [path.absolute().parent for path in files]
-    top = commonpath(folders)
+    try:
+        top = commonpath(folders)
+    except ValueError:  # some on S3, some here: their names must differ
+        return [path.stem for path in files]
     return [
         (folder.relative_to(top) / path.stem).as_posix()
         for folder, path in zip(folders, files, strict=True)
@@ -123,7 +148,7 @@ def _names(files: Sequence[Path]) -> list[str]:
 def _planes(unit: Unit, options: SegmentOptions) -> Iterator[Unit]:
     """The planes of a file along the axes of which every place is wanted."""
     each = [name for name in EACH_OPTIONS if getattr(options, name) == EACH]
-    if not each:
+    if not each or unit.error:
         yield unit
         return
     options = unit.options(options)

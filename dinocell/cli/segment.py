@@ -201,10 +201,15 @@ def segment(
     context: typer.Context,
     *,
     images: list[str] = argument(
-        "Image files, folders of images, or patterns such as 'plate/*.tif'.",
+        "Image files, folders of images, or patterns such as 'plate/*.tif'; also addresses of an image or "
+        "a folder on S3 (s3://bucket/plate.zarr).",
         metavar="IMAGE|DIR|GLOB...",
     ),
-    out: OutFolder,
+    out: Path = option(
+        "Write the results to this folder, or to this one on S3 (s3://bucket/name).",
+        ...,
+        names="--out -o",
+    ),
     options: SegmentFlags,
     recursive: bool = option(
         "Search subfolders for images, too.", False, "--recursive/--no-recursive"
@@ -221,12 +226,12 @@ def segment(
 
     Example: `dinocell segment images/ -o out --report`
     """
-    from dinocell.batch.run import segment_files
+    from dinocell.batch.remote import segment_anywhere
     from dinocell.cluster.slurm import claimant
     from dinocell.io import search_images
 
     found = search_images(images, recursive=recursive)
-    result = segment_files(found.paths, out, options.for_batch(), claimant=claimant())
+    result = segment_anywhere(found.paths, out, options.for_batch(), claimant=claimant())
     notes = "".join(f"\nnote: {note}" for note in found.notes)
     print(in_options(result.text() + notes, context))
     if result.failures:

@@ -11,8 +11,10 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dinocell.errors import DINOCellError, UsageError
+from dinocell.io.s3 import S3Path, images_below, place_of
 from dinocell.pairs import IMAGE_SUFFIXES, OUTPUT_ENDINGS, SEG_NPY, TRACKS_NAME, is_zarr
 
 UNREADABLE_KINDS: dict[str, str] = {
@@ -53,7 +55,8 @@ def search_images(
 
     Parameters
     ----------
-    inputs : sequence of paths: a file is taken as it is, whatever its suffix.  Of a folder, or of a
+    inputs : sequence of paths, or of addresses on S3 (an image or a folder, no pattern): a file is taken
+        as it is, whatever its suffix.  Of a folder, or of a
         pattern (`*`, `?`, `[…]`, `**` for any depth) that is not itself the name of a file, the
         files with a suffix of `dinocell.pairs.IMAGE_SUFFIXES` (in any case) are taken.
     recursive : bool
@@ -76,7 +79,12 @@ def search_images(
     named: dict[str, Path] = {}  # given by their names
     listed: dict[str, Path] = {}
     for given in inputs:
-        path = Path(given)
+        path = place_of(given)
+        place: Any = path
+        if isinstance(place, S3Path):
+            found = sorted(images_below(place, recursive=recursive), key=natural_key)
+            listed |= {str(image): image for image in found}
+            continue
         if _is_one_file(path):
             named[os.path.realpath(path)] = path
             listed.setdefault(os.path.realpath(path), path)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dinocell.errors import ImageFileError
 from dinocell.io.optional import library
 from dinocell.io.planes import Selection
+from dinocell.io.s3 import S3Path
 from dinocell.io.stacks import Series, Stack, by_plane, series_of
 from dinocell.io.units import length_um, pixel_edges_um
 from dinocell.scratch import new_image, row_bands
@@ -40,6 +41,7 @@ def open_zarr(path: Path, wanted: Selection) -> Iterator[Stack]:
             place[letters.index("Y")] = rows
             part = array[tuple(place)]
             pixels[rows] = part if order == ["Y", "X"] else part.T
+        _check_kept(images[number][0])
         return pixels
 
     version = _ome(images[0][1])["multiscales"][0].get("version") or _ome(images[0][1]).get(
@@ -47,6 +49,36 @@ def open_zarr(path: Path, wanted: Selection) -> Iterator[Stack]:
     )
     name = f"OME-Zarr {version}" if version else "OME-Zarr"
     yield by_plane(name, [series for _, (_, series) in found], plane, wanted.tile_px)
+
+
+def fields_of_plate(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Image and place (plate, well, site) of each field of a plate in OME-Zarr; empty for other folders.
+
+    Raises ImageFileError (the plate names a well that it lacks, or names one twice).
+    """
+    plate = _ome(_attributes(path)).get("plate")
+    if not plate:
+        return []
+    found: list[tuple[Path, dict[str, Any]]] = []
+    seen: set[str] = set()
+    for well in plate.get("wells") or ():
+        row, _, column = well["path"].partition("/")
+        if well["path"] in seen:
+            raise ImageFileError(
+                f"A plate must name each well once, '{path}' names {well['path']} twice: export it again"
+            )
+        seen.add(well["path"])
+        images = (_ome(_attributes(path / well["path"])).get("well") or {}).get("images")
+        if not images:
+            raise ImageFileError(
+                f"A plate must hold the wells that it names, '{path}' lacks {well['path']}: copy or export "
+                "it again"
+            )
+        name = f"{row.upper()}{int(column):02d}" if column.isdecimal() else f"{row}{column}"
+        for site, image in enumerate(images):
+            place = {"plate": plate.get("name") or path.stem, "well": name, "site": site}
+            found.append((path / well["path"] / image["path"], place))
+    return found
 
 
 def _attributes(folder: Path) -> dict[str, Any]:
@@ -123,7 +155,7 @@ def _series(
             f"A pyramid must hold its full resolution, '{path}' lacks the array '{level['path']}': copy or "
             "export it again"
         )
-    array = zarr.open_array(str(path / level["path"]), mode="r")
+    array = _opened(zarr, path / level["path"])
     axes = image.get("axes") or list("tczyx")
     axes = [{"name": axis} if isinstance(axis, str) else axis for axis in axes]
     letters = [_letter(axis) for axis in axes]
@@ -165,6 +197,23 @@ def _series(
         notes=tuple(notes),
     )
     return array, (letters, series)
+
+
+def _opened(zarr: Any, folder: Any) -> Any:
+    """An array of a folder, or of S3, of which chunks are fetched when they are read."""
+    if isinstance(folder, S3Path):
+        store = zarr.storage.ObjectStore(folder.store(folder.key), read_only=True)
+        return zarr.open_array(store, mode="r")
+    return zarr.open_array(str(folder), mode="r")
+
+
+def _check_kept(folder: Any) -> None:
+    """Raise ImageFileError if an image has gone while it was read: missing chunks count as empty.
+
+    A chunk that is missing has the fill value, and so have all that were deleted meanwhile.
+    """
+    if not any((folder / name).is_file() for name in ("zarr.json", ".zattrs")):
+        raise ImageFileError(f"'{folder}' was deleted while it was read: copy or export it again")
 
 
 def _letter(axis: Mapping[str, Any]) -> str:

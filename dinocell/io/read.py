@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from dinocell.io.planes import (
 )
 from dinocell.io.projects import read_roi_labels, read_seg_npy
 from dinocell.io.raster import open_npy, open_picture
+from dinocell.io.s3 import S3Error, S3Path, local_copy, place_of, refusal
 from dinocell.io.stacks import Series, Stack
 from dinocell.io.tiff import open_tiff
 from dinocell.labels import all_whole
@@ -84,7 +85,8 @@ def read_image(
 
     Parameters
     ----------
-    path : path of the file
+    path : path of the file, or its address on S3 (``s3://BUCKET/KEY``): of OME-Zarr the chunks of the
+        chosen planes are fetched, of other formats the file
     channels : sequence of int or str, optional
         Channels to keep, in this order: names (case does not matter) or positions from 0, see
         `select_channels`.  One channel gives `(H, W)`.
@@ -117,7 +119,8 @@ def read_image(
     """
     wanted = Selection(max_pixels=max_pixels, tile_px=tile_px, **choice)  # type: ignore[arg-type]
     path, channels = _existing_file(path), wanted.channels
-    raw = _read_raw(path, wanted)
+    with local_copy(path) as here:
+        raw = _read_raw(here, wanted)
     pixels, names = raw.pixels, raw.channel_names
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * np.uint8(255)
@@ -156,7 +159,7 @@ def describe_image(path: str | os.PathLike[str]) -> Contents:
     Raises UsageError, ImageFileError and MissingExtraError as `read_image` does.
     """
     path = _existing_file(path)
-    with _one_sentence(path), _opened(path, Selection()) as stack:
+    with local_copy(path) as here, _one_sentence(here), _opened(here, Selection()) as stack:
         return Contents(path, stack.format, tuple(stack.series))
 
 
@@ -236,17 +239,19 @@ def read_label_file(
 
 
 def _existing_file(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
+    path = place_of(path)
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError) as err:
         raise UsageError(f"There is no file '{path}': check the path") from err
+    except S3Error:
+        raise
     except OSError as err:
         raise ImageFileError(
             f"'{path}' cannot be opened ({err.strerror}): check the path and its rights"
         ) from err
     if stat.S_ISDIR(mode):
-        if is_zarr(path):
+        if path.is_zarr() if isinstance(path, S3Path) else is_zarr(path):
             return path
         raise UsageError(f"An image file is needed, '{path}' is a folder: name the files in it")
     if not stat.S_ISREG(mode):  # opening a pipe would wait for its other end
@@ -321,6 +326,9 @@ def _one_sentence(path: Path) -> Iterator[None]:
             f"'{path}' needs more memory than this machine has: crop it or use a larger machine"
         ) from err
     except Exception as err:  # decoders raise anything on damaged bytes
+        place: Any = path
+        if isinstance(place, S3Path) and (sentence := refusal(place, err)):
+            raise S3Error(sentence) from err
         if "requires the 'imagecodecs' package" in str(err):
             raise MissingExtraError(
                 f"The compression of '{path}' needs the package imagecodecs, which is not "
