@@ -182,7 +182,7 @@ def _refuse_files(
     for path in (out, errors and errors / "errors.csv", save_to):
         if path is not None and path.exists():
             raise UsageError(
-                f"evaluate must not replace the file of an earlier evaluation, got {path}, which exists: "
+                f"An evaluation must not replace the file of an earlier evaluation, got {path}, which exists: "
                 "choose another name, or set --overwrite"
             )
 

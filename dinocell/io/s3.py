@@ -305,10 +305,10 @@ def images_below(place: S3Path, *, recursive: bool) -> list[Path]:
     if place.is_file() or (place.key and place.is_zarr()):
         return [cast(Path, place)]
     found: list[S3Path] = []
-    waiting, is_there = [place], False
+    waiting, any_found = [place], False
     while waiting:
         folders, files = waiting.pop().entries()
-        is_there = is_there or bool(folders or files)
+        any_found = any_found or bool(folders or files)
         tables = {file.name for file in files if file.name.endswith("_cells.csv")}
         found += [
             file
@@ -325,7 +325,7 @@ def images_below(place: S3Path, *, recursive: bool) -> list[Path]:
                 found += [] if _is_result(folder, tables) else [folder]
             elif recursive:
                 waiting.append(folder)
-    if not is_there:
+    if not any_found:
         raise UsageError(f"There is no file or folder '{place}': check the address")
     return [cast(Path, image) for image in found]
 
