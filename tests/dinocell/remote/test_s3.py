@@ -298,7 +298,7 @@ def test_no_bucket_and_no_permission(server, mini_model, monkeypatch, model_path
 
 
 class Stopping(remote.Watcher):
-    """Stops the server once an image was read, or once its map is there."""
+    """Stops the server once an image was read, or once its map was predicted."""
 
     def __init__(self, server, when: str, number: int) -> None:
         self.server, self.when, self.left = server, when, number
