@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import UsageError
+from dinocell.io.channel_files import check_one_size
 from dinocell.io.planes import MAX_PIXELS, PlaneChoice, channel_of
 from dinocell.network.familiarity import Appearance
 from dinocell.network.model import DINOCell, load_model, resolve_device, with_config
@@ -362,6 +363,7 @@ def _with_cell_channels(
     nuclei: LoadedImage, whole: LoadedImage, names: tuple[str, str]
 ) -> LoadedImage:
     """`nuclei` with the image that its cells grow in; all channels of both are measured, under their names."""
+    check_one_size(nuclei.plane.shape, whole.plane.shape, nuclei.file_name)
     channels, columns = whole.channels, whole.channel_names
     if channels is None:
         channels, columns = whole.plane[..., None], (names[1],)

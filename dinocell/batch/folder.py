@@ -169,7 +169,7 @@ def _done_rows(
                 f"`resume` must continue the same images, got {path.resolve()} where {out} holds "
                 f"results of {row['source']}: choose another folder"
             )
-        if is_unchanged(path, row):
+        if is_unchanged(unit.image, row):
             refuse_other_options(row, unit.options(options))
             done[name] = row
         else:

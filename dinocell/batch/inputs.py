@@ -16,22 +16,25 @@ from typing import Any
 
 from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions
 from dinocell.errors import ConfigError
+from dinocell.io.channel_files import ChannelFiles
 from dinocell.io.s3 import S3Path
 
 
-def mark_input(path: Path, options: SegmentOptions) -> dict[str, Any]:
+def mark_input(path: Path | ChannelFiles, options: SegmentOptions) -> dict[str, Any]:
     """Size, time and hash of a file, and the options that say how it is read; JSON values.
 
     Made before the file is read: a file that is replaced meanwhile then counts as changed.
     """
     mark = _image_options(options)
-    if path.is_file() or path.is_dir():  # reading refuses everything else, and a pipe would wait
+    paths = path.paths if isinstance(path, ChannelFiles) else [path]
+    # reading refuses everything else, and a pipe would wait
+    if all(one.is_file() or one.is_dir() for one in paths):
         size, time_ns = size_and_time(path)
         mark |= {"bytes": size, "mtime_ns": time_ns, "blake2b": _hash(path, size, time_ns)}
     return mark
 
 
-def is_unchanged(path: Path, row: dict[str, Any]) -> bool:
+def is_unchanged(path: Path | ChannelFiles, row: dict[str, Any]) -> bool:
     """Whether a file still has the content that a row of the journal was made from.
 
     A file that is gone cannot be read again, so its results count as those of an unchanged file.
@@ -76,8 +79,11 @@ def _files(path: Path) -> list[Path]:
     return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
 
 
-def size_and_time(path: Path) -> tuple[int, int]:
-    """Bytes of a file or of all files of a folder, and the time of the last change in ns."""
+def size_and_time(path: Path | ChannelFiles) -> tuple[int, int]:
+    """Bytes of a file, of all files of a folder or of all channels, and the time of the last change in ns."""
+    if isinstance(path, ChannelFiles):
+        sizes, times = zip(*map(size_and_time, path.paths), strict=True)
+        return sum(sizes), max(times)
     if (objects := _objects(path)) is not None:
         last = max((one["last_modified"].timestamp() for one in objects), default=0.0)
         return sum(one["size"] for one in objects), int(last * 1e9)
@@ -86,7 +92,10 @@ def size_and_time(path: Path) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=8)  # the planes of a file come one after the other
-def _hash(path: Path, size: int, time_ns: int) -> str:
+def _hash(path: Path | ChannelFiles, size: int, time_ns: int) -> str:
+    if isinstance(path, ChannelFiles):
+        every = " ".join(_hash(one, size, time_ns) for one in path.paths)
+        return hashlib.blake2b(every.encode(), digest_size=16).hexdigest()
     if (objects := _objects(path)) is not None:
         tags = "\n".join(f"{one['path']}: {one['e_tag']}" for one in objects)
         return hashlib.blake2b(tags.encode(), digest_size=16).hexdigest()

@@ -138,7 +138,7 @@ def plan_shards(
         files = {out / "shards" / _PLAN_NAME: _plan_text(plan)}
     else:
         planes = Counter(unit.path for unit in units)
-        sizes = {path: size_and_time(path)[0] for path in planes}
+        sizes = {unit.path: size_and_time(unit.image)[0] for unit in units}
         shares = [sizes[unit.path] // planes[unit.path] for unit in units]
         parts = _divide(shares, min(count, len(units)))
         plan = ShardPlan(out, len(parts), len(units), sum(sizes.values()), options, fresh=True)
@@ -292,7 +292,7 @@ def open_shards(plan: ShardPlan) -> list[int]:
     for index in range(plan.count):
         state, rows, _, listed = part_state(plan.out, index)
         if state.done < state.images or not all(
-            is_unchanged(unit.path, rows[unit.name]) for _, unit in listed
+            is_unchanged(unit.image, rows[unit.name]) for _, unit in listed
         ):
             found.append(index)
     return found

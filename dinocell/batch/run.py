@@ -322,10 +322,10 @@ class _Batch:
         )
         refuse_long_names(outputs.values())  # before the work, not after it
         options = unit.options(self.options)
-        mark = mark_input(unit.path, options)
+        mark = mark_input(unit.image, options)
         with self.warned.of_image() as kept:
             loaded = self.pipeline.load(
-                unit.path,
+                unit.image,
                 max_pixels=options.max_pixels,
                 **{name: getattr(options, name) for name in IMAGE_OPTIONS},
             )

@@ -15,12 +15,14 @@ from typing import Any
 from dinocell.batch.options import EACH, EACH_OPTIONS, SegmentOptions
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.io import describe_image
+from dinocell.io.channel_files import ChannelFiles
 from dinocell.io.ome_zarr import fields_of_plate
-from dinocell.io.planes import Selection
+from dinocell.io.planes import Selection, channel_positions, takes_all
 from dinocell.io.plates import place_notes, places_of
-from dinocell.io.s3 import S3Path
+from dinocell.io.s3 import S3Path, place_of
 from dinocell.io.stacks import choose
 from dinocell.pairs import is_zarr
+from dinocell.segmentation.compartments import CellChoice
 
 _DIGITS = 3  # of a place in a name, at least
 
@@ -35,6 +37,7 @@ class Unit:
     name : of its results, below the output folder, without an ending; may hold folders
     choice : options that replace those of the batch for this plane, such as `z`
     place : columns that every table of the plane gets, such as `z`
+    files : channel → its file, where each channel of the image is a file of its own; `path` is the first
     error : why the planes of the file cannot be listed; then it fails with this sentence
     """
 
@@ -42,7 +45,15 @@ class Unit:
     name: str
     choice: Mapping[str, Any] = field(default_factory=dict)
     place: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
     error: str = ""
+
+    @property
+    def image(self) -> Path | ChannelFiles:
+        """What is read: the file, or the files of the channels."""
+        if not self.files:
+            return self.path
+        return ChannelFiles.of({name: place_of(path) for name, path in self.files.items()})
 
     def options(self, options: SegmentOptions) -> SegmentOptions:
         """The options of the batch, for this plane."""
@@ -55,7 +66,9 @@ class Unit:
 
     def to_text(self) -> str:
         """All but the file, as JSON."""
-        values = {name: getattr(self, name) for name in ("name", "choice", "place", "error")}
+        values = {
+            name: getattr(self, name) for name in ("name", "choice", "place", "files", "error")
+        }
         return json.dumps({name: value for name, value in values.items() if value})
 
     @classmethod
@@ -70,7 +83,8 @@ def units_of(inputs: Sequence[Path | Unit], options: SegmentOptions) -> list[Uni
     Results are named after the file, without its suffix.  Where files of several folders have the same
     name, all results mirror the folders, below the deepest one that holds all files.
 
-    Of a plate with one file for each channel, `channels` chooses the files; each field of a plate in
+    Of a plate with one file for each channel, one channel chooses the files; with several, and with nuclei and
+    cells, the files of a field are one image; each field of a plate in
     OME-Zarr is a unit.
 
     Raises UsageError (two files of one folder have one name, or `plate` or the channel does not exist).
@@ -83,9 +97,9 @@ def units_of(inputs: Sequence[Path | Unit], options: SegmentOptions) -> list[Uni
             files += [] if fields else [one]
             found += [unit for field in fields for unit in _planes(field, options)]
     places = dict(zip(files, places_of(files, options.plate), strict=True))
-    chosen, choice = _of_channel(places, options)
-    for path, name in zip(chosen, _names(chosen), strict=True):
-        found += _planes(Unit(path, name, choice, places[path]), options)
+    chosen = _joined(places, options) or _of_channel(places, options)
+    for unit, name in zip(chosen, _names([unit.path for unit in chosen]), strict=True):
+        found += _planes(replace(unit, name=name), options)
     seen: dict[str, Path] = {}
     for unit in found:
         if unit.name in seen:
@@ -110,25 +124,75 @@ def _fields(path: Path) -> Iterator[Unit]:
         yield Unit(path, path.stem, error=f"'{path}' must be an image or a plate ({wrong})")
 
 
-def _of_channel(
-    places: Mapping[Path, Mapping[str, Any]], options: SegmentOptions
-) -> tuple[list[Path], dict[str, Any]]:
-    """Files of the channel that is wanted of a plate with a file for each, and options for each of them."""
-    known = list(
+def _joined(places: Mapping[Path, Mapping[str, Any]], options: SegmentOptions) -> list[Unit]:
+    """The fields of a plate with a file for each channel, where several channels are wanted; else none.
+
+    A field without one of them has an error.  Raises UsageError (two files are one channel of one field, or
+    a channel does not exist).
+    """
+    known, nuclei = _channels_of(places), options.nuclei
+    wanted = list(options.channels or ())
+    if nuclei is not None:
+        wanted = [nuclei, *CellChoice.of(options.cells or "ring:1px").channels]
+    elif len(known) < 2 or (len(wanted) < 2 and not takes_all(wanted)):
+        return []
+    if not known:
+        return []
+    whole = takes_all(wanted[nuclei is not None :])
+    named = [channel for channel in wanted if not takes_all([channel])]
+    positions = {channel_positions(len(known), known, [channel])[0]: None for channel in named}
+    needed = known if whole else [known[position] for position in positions]
+    fields: dict[tuple[Any, ...], dict[str, Path]] = {}
+    units = []
+    for path, place in places.items():
+        if "channel" not in place:
+            units.append(Unit(path, "", {}, place))
+            continue
+        key = tuple((name, value) for name, value in place.items() if name != "channel")
+        files = fields.setdefault(key, {})
+        if (channel := str(place["channel"])) in files:
+            raise UsageError(
+                f"Channels of a field must differ, got '{files[channel]}' and '{path}', which both are channel "
+                f"{channel} of one place: let `plate` tell the two apart, or segment them one after the other"
+            )
+        files[channel] = path
+    for key, files in fields.items():
+        ordered = {channel: files[channel] for channel in needed if channel in files}
+        lacking = [channel for channel in needed if channel not in files]
+        path = next(iter((ordered or files).values()))
+        error = (
+            f"A field must have the channels {', '.join(needed)}, that of '{path}' lacks "
+            f"{', '.join(lacking)}: copy or export it again"
+        )
+        texts = {channel: str(file) for channel, file in ordered.items()}
+        units.append(Unit(path, "", {}, dict(key), texts, error if lacking else ""))
+    return units
+
+
+def _channels_of(places: Mapping[Path, Mapping[str, Any]]) -> list[str]:
+    return list(
         dict.fromkeys(str(place["channel"]) for place in places.values() if "channel" in place)
     )
+
+
+def _of_channel(places: Mapping[Path, Mapping[str, Any]], options: SegmentOptions) -> list[Unit]:
+    """The files of a batch; those of the wanted channel of a plate with a file for each."""
+    known = _channels_of(places)
     wanted = [str(channel).casefold() for channel in options.channels or ()]
     found = [channel for channel in known if channel.casefold() in wanted]
     if not known or (len(known) == 1 and not found):
-        return list(places), {}
+        return [Unit(path, "", {}, place) for path, place in places.items()]
     if len(wanted) != 1 or not found:
         given = ", ".join(map(str, options.channels or ())) or "none"
         raise UsageError(
-            f"`channels` must name one channel of a plate that has a file for each of {', '.join(sorted(known))}, "
-            f"got {given}: choose one of them, or set `plate` to off"
+            f"`channels` must name channels of a plate that has a file for each of {', '.join(sorted(known))}, "
+            f"got {given}: choose one or several of them, or set `plate` to off"
         )
-    files = [path for path, place in places.items() if place.get("channel", found[0]) == found[0]]
-    return files, {"channels": None}
+    return [
+        Unit(path, "", {"channels": None}, place)
+        for path, place in places.items()
+        if place.get("channel", found[0]) == found[0]
+    ]
 
 
 def _names(files: Sequence[Path]) -> list[str]:

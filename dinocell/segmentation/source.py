@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Unpack
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from dinocell.errors import ImageFileError, UsageError
 from dinocell.io import Image, read_image, select_channels
+from dinocell.io.channel_files import ChannelFiles
 from dinocell.io.planes import MAX_PIXELS, RGB_NAMES, PlaneChoice, distinct_names
 from dinocell.labels import looks_like_labels
 from dinocell.segmentation.intensity import check_values
@@ -55,7 +57,7 @@ def read_source(
 
     Parameters
     ----------
-    image : path, or (H, W) or (H, W, C) ndarray of any real data type
+    image : path, `ChannelFiles`, or (H, W) or (H, W, C) ndarray of any real data type
     max_pixels, tile_px, choice : as for `dinocell.io.read_image`; of an array only `channels` can be
         chosen, and one name or number need not be in a list.  All channels of a colour picture are taken
         by default.
@@ -67,7 +69,8 @@ def read_source(
     chosen = _listed(choice.get("channels"))
     if isinstance(image, str | os.PathLike):
         choice["channels"] = chosen
-        file = read_image(image, max_pixels=max_pixels, tile_px=tile_px, **choice)
+        read = image.read if isinstance(image, ChannelFiles) else partial(read_image, image)
+        file = read(max_pixels=max_pixels, tile_px=tile_px, **choice)
         return source_of(file, chosen, allow_mask=allow_mask)
     given = [name for name, value in choice.items() if name != "channels" and value is not None]
     if given:

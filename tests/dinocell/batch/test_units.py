@@ -15,7 +15,7 @@ from dinocell.batch.run import segment_files
 from dinocell.batch.units import Unit, units_of
 from dinocell.cli import main
 from dinocell.errors import UsageError
-from dinocell.io import read_labels, write_image
+from dinocell.io import read_image, read_labels, write_image
 from dinocell.network.model import save_model
 from dinocell.pipeline import segment
 
@@ -233,3 +233,88 @@ def test_parts_of_a_plate(plate, tmp_path, model_path):
     assert merge_shards(out, shown=False).images == 3
     assert [row["well"] for row in rows_of(out / "wells.csv")] == ["A01", "B03"]
     assert {row["well"] for row in rows_of(out / "cells.csv")} <= {"A01", "B03"}
+
+
+def test_files_of_a_field_are_one_image(plate, tmp_path, mini_model):
+    """Nuclei and cells of a plate with a file for each channel, as of one file with both channels."""
+    paths, out = sorted(plate.iterdir()), tmp_path / "out"
+    given = options(nuclei="2", cells="1")
+    units = units_of(paths, given)
+    assert [unit.name for unit in units] == [path.stem for path in paths[1::2]]
+    assert [dict(unit.place) for unit in units][2] == {
+        "plate": "P7", "well": "B03", "site": 1, "z": 1, "time": 1
+    }  # fmt: skip
+    assert Unit.of_text(units[0].path, units[0].to_text()) == units[0]
+    result = segment_files(paths, out, given, model=mini_model, shown=False)
+    assert result.failures == []
+    both = np.stack([read_image(path).pixels for path in paths[:2]])
+    tifffile.imwrite(
+        tmp_path / "both.ome.tif", both, metadata={"axes": "CYX", "Channel": {"Name": ["1", "2"]}}
+    )
+    expected = segment(tmp_path / "both.ome.tif", model=mini_model, nuclei="2", cells="1")
+    assert expected.num_cells
+    np.testing.assert_array_equal(read_labels(out / f"{units[0].name}_labels.tif"), expected.labels)
+    expected.save(tmp_path / "expected", overlay=False)
+    (table,) = (tmp_path / "expected").glob("*_cells.csv")
+    own = rows_of(out / f"{units[0].name}_cells.csv")
+    assert own[0]["well"] == "A01"
+    assert [
+        {name: row[name] for name in first} for row, first in zip(own, rows_of(table), strict=True)
+    ] == rows_of(table)
+    again = segment_files(paths, out, replace(given, resume=True), model=mini_model, shown=False)
+    assert again.skipped == 3
+    write_image(
+        paths[0], read_image(paths[0]).pixels[::-1]
+    )  # the other channel than that of the name
+    again = segment_files(paths, out, replace(given, resume=True), model=mini_model, shown=False)
+    assert again.skipped == 2
+
+
+def test_several_channels_of_a_plate_are_averaged(plate, tmp_path, mini_model):
+    paths = sorted(plate.iterdir())
+    for channels, count in ((("1", 2), 3), (("mean",), 3), ((1,), 3)):
+        assert len(units_of(paths, options(channels=channels))) == count
+    result = segment_files(
+        paths, tmp_path / "out", options(channels=("mean",)), model=mini_model, shown=False
+    )
+    assert {"intensity_mean_1", "intensity_mean_2"} <= result.rows[0].keys()
+    with pytest.raises(UsageError, match="must name channels of the image, got 'ER'"):
+        units_of(paths, options(nuclei="ER"))
+
+
+def test_a_field_that_lacks_a_channel_fails_alone(plate, tmp_path, mini_model):
+    paths = sorted(plate.iterdir())
+    paths[0].unlink()
+    result = segment_files(
+        paths[1:], tmp_path / "out", options(nuclei="2", cells="1"), model=mini_model, shown=False
+    )
+    ((path, sentence),) = result.failures
+    assert path == paths[1]
+    assert sentence == (
+        f"A field must have the channels 2, 1, that of '{paths[1]}' lacks 1: copy or export it again"
+    )
+    assert len(result.rows) == 2
+    write_image(paths[2], np.zeros((9, 9), np.uint8))
+    again = options(nuclei="2", cells="1", overwrite=True)
+    result = segment_files(paths[2:], tmp_path / "out", again, model=mini_model, shown=False)
+    ((_, sentence),) = result.failures
+    assert "The channels of a field must have one size, got 40 × 48 and 9 × 9 px" in sentence
+    copy = tmp_path / "P7b" / paths[2].name
+    write_image(copy, np.zeros((9, 9), np.uint8))
+    how = options(
+        nuclei="1", plate=r"r(?P<row>\d+)c(?P<column>\d+)f(?P<site>\d+)p01-ch(?P<channel>\d)"
+    )
+    with pytest.raises(UsageError, match="which both are channel 1 of one place"):
+        units_of([*paths[2:], copy], how)
+
+
+def test_parts_of_a_plate_with_nuclei(plate, tmp_path, model_path):
+    out, paths = tmp_path / "out", sorted(plate.iterdir())
+    given = options(nuclei="2", cells="ring:3px", model=str(model_path))
+    plan = plan_shards(paths, out, given, 2)
+    used = [path.stat().st_size for path in paths if "-ch2" in path.name]
+    assert (plan.images, plan.total_bytes) == (3, sum(used))
+    for index in range(2):
+        assert run_shard(out, index, shown=False).failures == []
+    assert merge_shards(out, shown=False).images == 3
+    assert len(list(out.glob("*_nuclei_labels.tif"))) == 3
