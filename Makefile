@@ -2,6 +2,7 @@
 # make test      set up, run the tests that take minutes and change nothing outside this folder
 # make test-all  the same, then in one go the slow tests and those on a real SLURM and in Chromium (root
 #                on Debian: installs both)
+# make test-napari  the plugin in the oldest and the newest napari, each in an environment of its own
 # make test-gpu  the tests that need a CUDA device, better two
 # make gpu-run   everything that waits for a CUDA device, in calls of at most ten minutes: repeat it
 # make mutants   FILES="dinocell/evaluation/matching.py ..." [SAMPLE=50] [SEED=0]: do the tests notice
@@ -28,7 +29,7 @@ SEED ?= 0
 # Tests start the program many times: Python must keep the byte code that it has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-gpu gpu-run mutants fuzz check check-style bench docs wheel clean
+.PHONY: demo test test-all test-napari test-gpu gpu-run mutants fuzz check check-style bench docs wheel clean
 
 demo: $(VENV)/.base
 	$(BIN)/dinocell demo
@@ -41,6 +42,18 @@ test-all: test
 	  apt-get install -y -qq --no-install-recommends chromium; } >/dev/null || true
 	$(BIN)/python -m pytest -m "(slow or slurm) and not gpu and not network" \
 	  -n $(SLOW_JOBS) --dist worksteal --durations=25
+
+# Not among the other tests: a package of theirs needs a pydantic that the newest napari refuses.
+test-napari: $(VENV)/napari-0.6.0/.done $(VENV)/napari-0.9.2/.done
+	for one in $(dir $^); do QT_QPA_PLATFORM=offscreen $$one/bin/python -m pytest -W default \
+	  -p no:napari tests/dinocell/napari_plugin || exit 1; done
+
+$(VENV)/napari-0.6.0/.done: WITH = npe2==0.7.9 pydantic==2.11.10
+$(VENV)/napari-%/.done: setup.py
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q -e ".[napari,formats]" napari==$* $(WITH) PyQt6 pytest \
+	  pytest-timeout filelock
+	@touch $@
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu -rs

@@ -71,7 +71,7 @@ setup(
     package_data={
         "dinocell": [
             *("models/*.safetensors", "models/*.onnx", "models/*.md", "models/*.png"),
-            *("samples/**/*", "results/*.j2", "service/static/*"),
+            *("samples/**/*", "results/*.j2", "service/static/*", "napari/napari.yaml"),
         ],
         "dinov3": ["configs/*.yaml", "cells/*.yaml"],
     },
@@ -105,9 +105,13 @@ setup(
         "docs": DOCS,
         "all": sorted({item for items in EXTRAS.values() for item in items}),
     },
-    entry_points={"console_scripts": ["dinocell = dinocell.cli:main"]},
+    entry_points={
+        "console_scripts": ["dinocell = dinocell.cli:main"],
+        "napari.manifest": ["dinocell-segmentation = dinocell.napari:napari.yaml"],
+    },
     classifiers=[
         "Intended Audience :: Science/Research",
+        "Framework :: napari",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # The rooms of `dinocell`, from the top floor down.  Each entry is a folder or a file; it imports from the
 # entries below it and from nothing else.  `docs/architecture.md` prints the same order.
 ROOMS = (
-    "cli", "service", "demo", "doctor", "export", "model_zoo", "cluster", "upstream", "pretraining", "probing", "training", "evaluation", "batch",
+    "cli", "napari", "service", "demo", "doctor", "export", "model_zoo", "cluster", "upstream", "pretraining", "probing", "training", "evaluation", "batch",
     "pipeline", "results", "segmentation", "network", "datasets", "io", "download",
     "compilation", "tree", "settings", "pairs", "labels", "scratch", "files", "progress", "submitted", "errors",
 )  # fmt: skip

@@ -70,7 +70,7 @@ def convert_labels(
     MissingExtraError.  Nothing is written then, and what exists stays as it was.
     """
     source, target = Path(source), Path(target)
-    kind = _format_of(target) if format is None else format
+    kind = format_of(target) if format is None else format
     if kind not in LABEL_FORMATS:
         raise UsageError(
             f"`format` must be one of {', '.join(LABEL_FORMATS)}, got {kind}: choose one of them"
@@ -110,7 +110,8 @@ def convert_labels(
     return Conversion(target, kind, num_cells, read.notes)
 
 
-def _format_of(target: Path) -> str:
+def format_of(target: Path) -> str:
+    """The format of `LABEL_FORMATS` that a name says; UsageError if it is none."""
     name = target.name.lower()
     found = next((kind for end, kind in _ENDINGS.items() if name.endswith(end)), None)
     if found is None and target.suffix:

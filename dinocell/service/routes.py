@@ -36,10 +36,9 @@ from dinocell.service.schemas import (
     job_info,
     metrics_of,
     revision_fields,
-    safe_name,
 )
 from dinocell.service.service import Service
-from dinocell.service.stored import KINDS, StoredResult
+from dinocell.service.stored import KINDS, StoredResult, safe_name
 
 _MEDIA = {
     **{kind: exporter.media_type for kind, exporter in EXPORT_FORMATS.items()},

@@ -1,7 +1,6 @@
 """What goes into and out of the HTTP API."""
 
 import base64
-import re
 import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -259,13 +258,6 @@ def job_info(job: Job, *, waiting_before: int | None, windows: tuple[int, int] |
 
 def _time(seconds: float | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
-
-
-def safe_name(filename: str | None) -> str:
-    """A name for downloads and messages from the name of an upload: no folders, no control characters."""
-    stem = re.split(r"[/\\]", filename or "")[-1].rpartition(".")[0] or (filename or "")
-    kept = re.sub(r"[^\w .()+-]+", "_", re.split(r"[/\\]", stem)[-1]).strip(" ._")
-    return kept[:80] or "image"
 
 
 def metrics_of(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ What changes of the labels add is described in `dinocell.service.history`.
 """
 
 import json
+import re
 import threading
 import zipfile
 from collections import defaultdict
@@ -379,3 +380,10 @@ def _without_gaps(now: Change) -> NDArray[np.uint32]:
     numbers = np.zeros(int(now.numbers.max(initial=0)) + 1, np.uint32)
     numbers[now.numbers] = np.arange(1, now.numbers.size + 1)
     return numbers[now.labels]
+
+
+def safe_name(filename: str | None) -> str:
+    """A name for downloads and messages from the name of an upload: no folders, no control characters."""
+    stem = re.split(r"[/\\]", filename or "")[-1].rpartition(".")[0] or (filename or "")
+    kept = re.sub(r"[^\w .()+-]+", "_", re.split(r"[/\\]", stem)[-1]).strip(" ._")
+    return kept[:80] or "image"

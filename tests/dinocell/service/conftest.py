@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import uvicorn
 from service_doubles import WorkerThread
 from starlette.testclient import TestClient
 
@@ -43,3 +46,19 @@ def client(start):
 @pytest.fixture
 def picture(blob_data) -> Path:
     return sorted((blob_data / "images").iterdir())[0]
+
+
+@pytest.fixture
+def address(client):
+    """The address of `client`'s service on a port of this computer."""
+    config = uvicorn.Config(client.app, port=0, lifespan="off", log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(10)

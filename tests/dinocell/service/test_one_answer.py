@@ -1,9 +1,10 @@
-"""Command line, Python, HTTP and the page of results give the same cells, to the last bit."""
+"""Command line, Python, HTTP, the page and napari give the same cells, to the last bit."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,10 @@ from typer.testing import CliRunner
 from dinocell import DINOCellPipeline
 from dinocell.cli.app import app
 from dinocell.io import read_labels, write_image
+from dinocell.napari.files import read_layers
+from dinocell.napari.pixels import pixels_of
+from dinocell.napari.remote import segment_there
+from dinocell.napari.session import Session, segment_here
 from dinocell.network.model import save_model
 
 
@@ -35,7 +40,28 @@ def digest(labels) -> str:
     return hashlib.sha256(np.ascontiguousarray(labels, np.uint32).tobytes()).hexdigest()
 
 
-def test_every_door_gives_the_same_answer(client, images, tmp_path, mini_model):
+def in_napari(path, tmp_path, **where):
+    """Digest of the labels, and the table, of the layers that napari shows of a file."""
+    layers = [
+        SimpleNamespace(
+            data=data,
+            name=about["name"],
+            rgb=about.get("rgb", False),
+            multiscale=False,
+            units=None,
+            scale=(1.0, 1.0),
+        )
+        for data, about, _ in read_layers(str(path))
+    ]
+    segment = segment_there if "url" in where else segment_here
+    session = Session(segment(**pixels_of(layers)._asdict(), **where))
+    session.result.copy_file("csv", tmp_path / "napari.csv")
+    labels = session.labels
+    session.result.close()
+    return digest(labels), (tmp_path / "napari.csv").read_text()
+
+
+def test_every_door_gives_the_same_answer(client, address, images, tmp_path, mini_model):
     model = tmp_path / "mini.safetensors"
     save_model(model, mini_model)
     options = ["-o", str(tmp_path / "out"), "--model", str(model), "--device", "cpu"]
@@ -53,6 +79,10 @@ def test_every_door_gives_the_same_answer(client, images, tmp_path, mini_model):
         base = f"/api/v1/jobs/{upload(client, path).json()['job']}"
         labels = np.load(io.BytesIO(client.get(f"{base}/result/npy").content))
         assert python == command == (digest(labels), client.get(f"{base}/result/csv").text)
+        page = np.load(io.BytesIO(client.get(f"{base}/labels/npy").content))
+        assert digest(page) == python[0]
+        assert in_napari(path, tmp_path, model=str(model), device="cpu") == python
+        assert in_napari(path, tmp_path, url=address) == python
         columns = client.get(f"{base}/cells").json()["columns"]
         assert columns == found.measure().to_dict()
         cells += found.num_cells

@@ -369,7 +369,7 @@ def test_files_that_are_no_images(client, name, content, word):
     ],
 )
 def test_names_of_uploads_choose_no_path(name, safe, tmp_path):
-    from dinocell.service.schemas import safe_name
+    from dinocell.service.stored import safe_name
 
     assert safe_name(name) == safe
 
