@@ -43,7 +43,7 @@ class CellsWidget(Container):
             choices=self._image_layers,
             tooltip="Several layers are normalised one by one and averaged",
         )
-        self.model = ComboBox(choices=bundled_models(), value=DEFAULT_MODEL)
+        self.model = ComboBox(label="model", choices=bundled_models(), value=DEFAULT_MODEL)
         self.model_file = FileEdit(
             label="or file", filter="*.safetensors *.onnx", tooltip="A model that you have trained"
         )
@@ -62,7 +62,7 @@ class CellsWidget(Container):
         self.target = FileEdit(label="save as", mode="w")
         self.save = PushButton(text="Save")
         self.says = Label(value="")
-        self.keys = Label(value="\n".join(f"{key}: {text}" for key, _, text in KEYS))
+        self.keys = Label(value="\n".join(f"{key.upper()}: {text}" for key, _, text in KEYS))
         super().__init__(
             widgets=[
                 *(self.images, self.model, self.model_file, self.url, self.token, self.run),
@@ -70,6 +70,7 @@ class CellsWidget(Container):
                 *(self.kind, self.target, self.save, self.says, self.keys),
             ]
         )
+        self.images.max_height = 90
         self._enable(False)
         for slider in (self.peak, self.fill, self.area):
             slider.changed.connect(partial(self._moved, slider))

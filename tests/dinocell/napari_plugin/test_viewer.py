@@ -25,12 +25,12 @@ def viewer():
 
 
 @pytest.fixture
-def said():
+def messages():
     return []
 
 
 @pytest.fixture
-def editor(viewer, blob_data, tmp_path, mini_model, said):
+def editor(viewer, blob_data, tmp_path, mini_model, messages):
     from dinocell.network.model import save_model
 
     save_model(tmp_path / "mini.safetensors", mini_model)
@@ -41,7 +41,7 @@ def editor(viewer, blob_data, tmp_path, mini_model, said):
     session = Session(
         segment_here(**found._asdict(), model=str(tmp_path / "mini.safetensors"), device="cpu")
     )
-    editor = Editor(viewer, session, image, say=said.append)
+    editor = Editor(viewer, session, image, say=messages.append)
     yield editor
     editor.close()
 
@@ -153,14 +153,14 @@ def test_two_points_split_a_cell_and_escape_ends(editor):
     assert len(np.unique(editor.layer.data[labels == cell])) == 2
 
 
-def test_s_twice_splits_the_selected_cell_or_says_why_not(editor, said):
+def test_s_twice_splits_the_selected_cell_or_says_why_not(editor, messages):
     labels = editor.session.labels.copy()
     cell = largest(labels)
     drag(editor, [middle(labels, cell)])
     press(editor, "s")
     press(editor, "s")
     split = len(np.unique(editor.layer.data[labels == cell])) == 2
-    assert split or "two peaks" in said[-1]
+    assert split or "two peaks" in messages[-1]
 
 
 def test_a_missed_cell_grows_where_the_mouse_is(editor):
@@ -197,12 +197,12 @@ def test_painting_is_taken_over_with_the_next_action(editor):
     assert not editor.session.revision.edited
 
 
-def test_doubtful_cells_and_outlines(editor, viewer, said):
+def test_doubtful_cells_and_outlines(editor, viewer, messages):
     numbers, columns = editor.session.columns()
     order = numbers[np.argsort(columns["score"], kind="stable")]
     press(editor, "q")
     assert editor.session.selected == [order[0]]
-    assert str(order[0]) in said[-1]
+    assert str(order[0]) in messages[-1]
     centre = np.subtract(np.asarray(viewer.camera.center)[-2:], 0)
     np.testing.assert_allclose(
         editor.layer.world_to_data(centre), editor.session.centres(order[:1])[0]
@@ -214,12 +214,12 @@ def test_doubtful_cells_and_outlines(editor, viewer, said):
     assert editor.layer.contour == 0
 
 
-def test_what_cannot_be_done_is_said(editor, said):
+def test_what_cannot_be_done_is_reported(editor, messages):
     labels = editor.session.labels.copy()
     press(editor, "j")
-    assert "name 2 cells or more" in said[-1]
+    assert "name 2 cells or more" in messages[-1]
     press(editor, "Control-Z")
-    assert "change to undo" in said[-1]
+    assert "change to undo" in messages[-1]
     np.testing.assert_array_equal(editor.layer.data, labels)
 
 

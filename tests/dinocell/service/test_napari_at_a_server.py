@@ -59,7 +59,7 @@ def test_a_change_of_somebody_else_is_shown(session):
     session.correct("remove", cells=[int(session.numbers()[1])])
 
 
-def test_what_the_service_refuses_is_said(session, address, monkeypatch):
+def test_what_the_service_refuses_is_reported(session, address, monkeypatch):
     with pytest.raises(UsageError, match="2 cells or more"):
         session.correct("merge", cells=[1])
     with pytest.raises(DINOCellError, match="no job of this id"):
