@@ -43,7 +43,7 @@ def panel(application, blob_data, tmp_path, mini_model):
 
 
 def wait_until(panel, there) -> None:
-    """Let Qt work until something is there."""
+    """Run the events of Qt until something has happened."""
     deadline = time.monotonic() + 60
     while not there():
         assert time.monotonic() < deadline, panel.says.value
