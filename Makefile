@@ -1,7 +1,7 @@
 # make demo      set up, segment the bundled sample images, print where the results are
 # make test      set up, run the tests that take minutes and change nothing outside this folder
-# make test-all  the same, then in one go the slow tests and those on a real SLURM and in Chromium (root
-#                on Debian: installs both)
+# make test-all  the same, then in one go the slow tests and those on a real SLURM and in Chromium, Groovy
+#                and Jython (root on Debian: installs them)
 # make test-napari  the plugin in the oldest and the newest napari, each in an environment of its own
 # make test-gpu  the tests that need a CUDA device, better two
 # make gpu-run   everything that waits for a CUDA device, in calls of at most ten minutes: repeat it
@@ -38,8 +38,8 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=25
 
 test-all: test
-	[ "$$(id -u)" != 0 ] || command -v chromium >/dev/null || { apt-get update -qq && \
-	  apt-get install -y -qq --no-install-recommends chromium; } >/dev/null || true
+	[ "$$(id -u)" != 0 ] || { command -v chromium && command -v jython; } >/dev/null || { apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium groovy jython imagej; } >/dev/null || true
 	$(BIN)/python -m pytest -m "(slow or slurm) and not gpu and not network" \
 	  -n $(SLOW_JOBS) --dist worksteal --durations=25
 

@@ -36,7 +36,8 @@ class CellsWidget(Container):
     """Segment layers of the viewer and correct the cells."""
 
     def __init__(self, viewer: Viewer) -> None:
-        self.viewer, self.editor, self._quiet = viewer, None, False
+        self.viewer, self._quiet = viewer, False
+        self.editor: Editor | None = None
         self._worker: Any = None
         self.images = Select(
             label="channels",
@@ -151,6 +152,8 @@ class CellsWidget(Container):
         self._say("; ".join((f"{session.num_cells} cells", *found.notes())))
 
     def _show_thresholds(self) -> None:
+        if self.editor is None:  # it is being made
+            return
         thresholds = self.editor.session.revision.thresholds
         self._quiet = True
         self.peak.value = thresholds.peak_threshold
@@ -172,9 +175,12 @@ class CellsWidget(Container):
         )
 
     def _jump(self) -> None:
-        self.editor.doubtful()
+        if self.editor is not None:
+            self.editor.doubtful()
 
     def _save(self) -> None:
+        if self.editor is None:
+            return
         target = Path(self.target.value)
         try:
             if target.name == "" or target.is_dir():
