@@ -314,7 +314,7 @@ def test_texts_and_names_have_no_private_words():
     files = [
         path for folder in paths for path in sorted(folder.rglob("*")) if path != Path(__file__)
     ]
-    files += [*ROOT.glob("*.md"), ROOT / "Makefile", ROOT / ".ci" / "run"]
+    files += [*ROOT.glob("*.md"), *documents(), ROOT / "Makefile", ROOT / ".ci" / "run"]
     wrong = [
         f"{named(path)}:{number}: {line.strip()}"
         for path in files
@@ -396,6 +396,7 @@ def test_all_is_exact():
 
 def documents() -> list[Path]:
     found = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "dinov3_modified" / "README.md"]
+    found.append(ROOT / "examples" / "browser" / "README.md")
     return found + sorted((ROOT / "docs").rglob("*.md"))
 
 
