@@ -59,10 +59,9 @@ def fill(folder: Path) -> None:
     for name in ("image.tif", "nuclei.tif"):
         shutil.copy(folder / "images" / "a.tif", folder / name)
     _czi(folder / "image.czi")
-    for name in ("fields", "FIELDS", "codex_experts"):
+    for name in ("fields", "FIELDS", "codex_experts", "data/cellpainting"):
         _fields(folder / name)
-    for path in ("fields.csv", "runs/ssl/cells_index.csv"):
-        _index(folder / "fields", folder / path)
+    _index(folder / "fields", folder / "fields.csv")
     doubles = _loaded(ROOT / "tests" / "dinocell" / "datasets" / "layout_doubles.py")
     for layout, name in (
         ("livecell", "LIVECell_dataset_2021"),
@@ -106,15 +105,14 @@ def _fields(folder: Path) -> None:
 
 
 def _index(fields: Path, path: Path) -> None:
-    """A list as `benchmarks/ssl_small_run.py index` writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A table that names channels, outside of their folder."""
     with (fields / "channels.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["field", "file", "channel", "split"])
+        writer.writerow(["field", "file", "channel"])
         for row in rows:
-            writer.writerow([row["field"], fields / row["file"], row["channel"], "train"])
+            writer.writerow([row["field"], fields / row["file"], row["channel"]])
 
 
 def _czi(path: Path) -> None:
