@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SMALLEST_EFFECT = 0.05  # of the AUC on other channels; fixed before the first run
-BASES = ("random", "average")
+BASES = ("random", "average", "shuffled")
 _DRAWS = 10_000
 
 
@@ -28,8 +28,17 @@ def summary(scores: list[dict[str, Any]], *, steps: int) -> dict[str, Any]:
         "processor": processor_name(),
         "smallest_effect": SMALLEST_EFFECT,
         "arms": {arm: _arm(rows, by_arm) for arm, rows in by_arm.items()},
-        "runs": scores,
+        "runs": _rounded(scores),
     }
+
+
+def _rounded(value: Any) -> Any:
+    """Floats of containers with four digits."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _arm(rows: list[dict[str, Any]], by_arm: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
