@@ -1,17 +1,24 @@
 """Does an image look like those that a model was trained on?
 
-A network answers on any image, also on one of a kind that it has never seen.  Its features tell the
-kinds apart (`DINOCell.map_and_features`): their mean over the patches without cells is alike in all images of one kind (background,
-noise, optics) and far away in another.  A model therefore carries the mean and the covariance of that
-vector over the training images of each data set, and an image whose Mahalanobis distance from all of
-them exceeds a limit is flagged.  What an image resembles also says which thresholds suit it: the
-distance maps of tissue have lower peaks than those of nuclei in a culture.
+A network answers on any image, also on one of a kind that it has never seen.  Two things tell the
+kinds apart: the features of the network (`DINOCell.map_and_features`), whose mean over the patches
+without cells is alike in all images of one kind (background, noise, optics); and five simple
+measures of the image and of the map, because where a network does not know what it sees, its map is
+neither 0 nor 1.  A model carries both for up to 200 training images of each data set.  An image is
+flagged if its distance from the third nearest of them exceeds a limit, for each data set.  What an
+image resembles also says which thresholds suit it: the distance maps of tissue have lower peaks
+than those of nuclei in a culture.
 
-The distance is that of Lee et al., "A simple unified framework for detecting out-of-distribution
-samples", NeurIPS 2018, with a data set for a class and a covariance for each.  The covariance of a few hundred images in D dimensions is
-shrunk towards a multiple of the identity (Ledoit & Wolf 2004), and stored as its largest eigenvectors
-and one variance for the rest.  The limit comes from images that a fit has not seen (`fit_statistics`).
-The features are computed anyway; collecting them adds sums over patches.
+This is the nearest-neighbour distance of Sun et al., "Out-of-distribution detection with deep nearest
+neighbors", ICML 2022, without their normalisation of features.  It asks for no shape of the cloud of
+training images, which often has several parts (a data set mixes laboratories).  The third nearest
+counts because one training image may be odd, and because data sets hold cut-outs of one field in
+pairs.  Each measure is scaled to the spread of the features along their widest direction, so that
+none of the two drowns the other.  Files of earlier versions hold mean and covariance in place of the
+images (`TrainingStatistics`).
+
+The limit comes from the distances of the training images from each other (`fit_statistics`).  The
+features are computed anyway; collecting them adds sums over patches.
 
 A field without signal, in which the network sees no cell, has nothing but noise to compare.  It is not
 flagged, unless the noise fills so much of the range of the data type that no camera has made it.
@@ -19,9 +26,11 @@ flagged, unless the noise fills so much of the range of the data type that no ca
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,15 +41,14 @@ from torch.nn import functional
 
 from dinocell.errors import CheckpointError
 
-_DIRECTIONS = 32  # eigenvectors kept: 16 and all 192 gave the same distances to 1 %
-_SHRINKAGE = 0.1
-_FOLDS = 5
-_MIN_IMAGES = 2 * _FOLDS
-_ODD = 40  # one image in so many is left out of the fit
-_QUANTILE = 0.95  # of the distances of held-out images: a few odd ones do not set the limit
-MARGIN = 3.0
-MARGIN_OF_CONVOLUTIONS = 1.8  # their features vary less from image to image, and from kind to kind
+_NEIGHBOR = 3  # whose distance counts, the nearest being 1
+_MIN_IMAGES = 10
+_ODD = 40  # one image in so many is left out
+_QUANTILE = 0.95  # of the distances of training images: a few odd ones do not set the limit
+_MARGIN = 1.6  # chosen on validation images and half of the foreign ones: benchmarks/unfamiliar.py
+_LEAST_SPREAD = 1e-3  # of a measure, where the training images are alike
 _BINS = 64  # of the histogram of intensities
+_MIDDLE = (0.2, 0.7)  # values of the map that are neither background nor the middle of a cell
 _CELL = 0.5  # mean of the map over a patch in which the network sees a cell; 0.05 in empty fields
 _LARGEST_NOISE = 0.5  # 20 standard deviations of the noise against the range of the data type
 _SLACK = 0.1  # of the span in training by which a measure must lie outside to be named as a reason
@@ -55,6 +63,9 @@ _WORDS = {
     ),
 }
 """Measure → below the training images, above them, what is measured."""
+
+_COMPARED = ("undecided", "middle", "edges", "texture", "background")
+"""Measures that are compared beside the features."""
 
 
 class Appearance:
@@ -73,7 +84,8 @@ class Appearance:
         self._largest_cell = 0.0
         self._features: NDArray[np.float64] | None = None
         self._histogram = np.zeros(_BINS)
-        self._sums = np.zeros(4)  # background, cells, steps, windows
+        # background, cells, undecided, middle, edges, steps, windows
+        self._sums = np.zeros(7)
 
     def add(self, gray: Tensor, features: Sequence[Tensor], maps: Tensor) -> None:
         """Add a batch of windows.
@@ -95,9 +107,15 @@ class Appearance:
         summed = weighted.sum(dim=(0, 2, 3)).double().cpu().numpy()  # [D]
         self._features = summed if self._features is None else self._features + summed
         self._histogram += torch.histc(gray.float(), _BINS, 0.0, 1.0).cpu().numpy()
-        steps = (gray[..., 1:] - gray[..., :-1]).abs().mean(dim=(1, 2, 3)).sum()
-        sums = (background.sum(), cells.mean(dim=(1, 2, 3)).sum(), steps, len(gray))
-        self._sums += [float(value) for value in sums]
+        across, down = gray.float().diff(dim=3), gray.float().diff(dim=2)
+        undecided = maps.float() * (1 - maps.float())
+        middle = ((maps >= _MIDDLE[0]) & (maps < _MIDDLE[1])).float()
+        edges = torch.hypot(across[..., :-1, :], down[..., :-1])
+        means = (
+            plane.mean(dim=(1, 2, 3)).sum()
+            for plane in (cells, undecided, middle, edges, across.abs())
+        )
+        self._sums += [float(value) for value in (background.sum(), *means, len(gray))]
 
     @property
     def features(self) -> NDArray[np.float64] | None:
@@ -110,12 +128,18 @@ class Appearance:
         return not self.is_noise or self._largest_cell > _CELL
 
     def measures(self) -> dict[str, float]:
-        """The numbers that `_WORDS` describes."""
-        _, cells, steps, windows = self._sums
+        """The numbers that `_WORDS` and `_COMPARED` name."""
+        _, cells, undecided, middle, edges, steps, windows = (float(value) for value in self._sums)
         below = np.cumsum(self._histogram)
         median = (np.searchsorted(below, 0.5 * below[-1]) + 0.5) / _BINS
-        values = (median, steps / windows, cells / windows)
-        return {name: float(value) for name, value in zip(_WORDS, values, strict=True)}
+        return {
+            "background": float(median),
+            "texture": steps / windows,
+            "cells": cells / windows,
+            "undecided": undecided / max(cells, 1e-9),  # m (1 - m) against m
+            "middle": middle / windows,
+            "edges": edges / windows,
+        }
 
 
 def contrast_of(span: float, dtype: np.dtype) -> float:
@@ -144,35 +168,62 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TrainingStatistics:
-    """What the training images of one data set look like."""
+    """What the training images of one data set look like.
 
-    mean: Sequence[float]  # D numbers, mean of `Appearance.features` over the images
-    # directions, variances: K lists of D numbers, K numbers: the eigenvectors of the shrunk
-    # covariance with the largest eigenvalues, and these
-    directions: Sequence[Sequence[float]]
-    variances: Sequence[float]
-    rest: float  # variance in each direction across them
+    An image is a point: D mean features (`Appearance.features`) and M scaled measures.  Files of
+    earlier versions describe the D features by a mean and a covariance, without examples and measures.
+    """
+
+    mean: Sequence[float]  # D + M numbers, the middle of the points
     limit: float  # distance above which an image is flagged
-    # name → (lowest, highest), of each of `Appearance.measures`
+    # name → (lowest, highest), of each of `_WORDS`
     ranges: Mapping[str, Sequence[float]]
     images: int  # how many images were looked at
+    # the points (N, D + M) as offsets from the mean in units of the limit: float16 in base64
+    examples: str = ""
+    scales: Mapping[str, float] = field(default_factory=dict)  # measure → its factor
     name: str = ""  # of the data set
     # peak_threshold, fill_threshold and min_prominence that suit it; empty where the model's do
     thresholds: Mapping[str, Any] = field(default_factory=dict)
+    # Of earlier versions.  directions, variances: K lists of D numbers, K numbers: the eigenvectors of
+    # the covariance with the largest eigenvalues, and these; rest: variance in each direction across
+    directions: Sequence[Sequence[float]] = ()
+    variances: Sequence[float] = ()
+    rest: float = 1.0
 
-    def distance(self, features: ArrayLike) -> NDArray[np.float64]:
-        """Mahalanobis distance of mean features (N, D) → (N,).
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return len(self.mean) - len(self.scales)
 
-        The K stored directions are orthonormal.  Along them each squared component is divided by its own
-        variance; what is left across them, by Pythagoras, by the common variance `rest`.  This is the
-        distance of a covariance whose smaller eigenvalues are replaced by their mean, in O(N K D) time
-        and with K · D stored numbers in place of D².
+    @cached_property
+    def _offsets(self) -> NDArray[np.float64]:
+        """The examples (N, D + M), offsets from the mean."""
+        stored = np.frombuffer(base64.b64decode(self.examples, validate=True), "<f2")
+        return stored.reshape(-1, len(self.mean)).astype(np.float64) * self.limit
+
+    def distance(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Distance of points (N, D + M) → (N,): the Euclidean one from the third nearest example.
+
+        Of earlier versions, the Mahalanobis distance from the mean: along the K directions, which are
+        orthonormal, each squared component is divided by its own variance, and what is left across
+        them, by Pythagoras, by `rest`.
         """
-        offset = np.asarray(features, dtype=np.float64) - np.asarray(self.mean)
+        offset = np.asarray(points, dtype=np.float64) - np.asarray(self.mean)
+        if self.examples:
+            return np.sqrt(
+                np.partition(_squared(offset, self._offsets), _NEIGHBOR - 1)[:, _NEIGHBOR - 1]
+            )
         along = offset @ np.reshape(self.directions, (-1, len(self.mean))).T  # [N, K]
         across = np.maximum((offset**2).sum(axis=1) - (along**2).sum(axis=1), 0.0)
         squared = (along**2 / np.asarray(self.variances)).sum(axis=1) + across / self.rest
         return np.sqrt(squared)
+
+    def point(self, appearance: Appearance) -> NDArray[np.float64]:
+        """Where an image lies, (D + M,)."""
+        measures = appearance.measures()
+        scaled = [measures[name] * self.scales[name] for name in _COMPARED if name in self.scales]
+        return np.concatenate([np.asarray(appearance.features), scaled])
 
     def compare(self, appearance: Appearance | None) -> Comparison | None:
         """Compare one image; None where the network saw nothing of it (a constant image)."""
@@ -183,12 +234,12 @@ class TrainingStatistics:
             noise = appearance.contrast / _LARGEST_NOISE
             words = "nothing but noise or fine texture, over much of the range of its data type"
             return Comparison(noise, (words,) if noise > 1 else ())
-        unfamiliar = float(self.distance(features[None])[0]) / self.limit
+        unfamiliar = float(self.distance(self.point(appearance)[None])[0]) / self.limit
         if unfamiliar <= 1:
             return Comparison(unfamiliar, kind=self)
-        reasons = []
-        for name, value in appearance.measures().items():
-            low, high = self.ranges[name]
+        reasons, measures = [], appearance.measures()
+        for name, (low, high) in self.ranges.items():
+            value = measures[name]
             slack = _SLACK * (high - low)
             if not low - slack <= value <= high + slack:
                 below, above, what = _WORDS[name]
@@ -198,11 +249,11 @@ class TrainingStatistics:
                     else (above, f"at most {high:.2g}")
                 )
                 reasons.append(f"{word} ({what} {value:.2g}, in training {end})")
-        return Comparison(unfamiliar, tuple(reasons) or ("other patterns in its background",))
+        return Comparison(unfamiliar, tuple(reasons) or ("other patterns",))
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON values, numbers with five digits."""
-        return json.loads(json.dumps(asdict(self)), parse_float=lambda t: float(f"{float(t):.5g}"))
+        """As JSON values, numbers with eight digits."""
+        return json.loads(json.dumps(asdict(self)), parse_float=lambda t: float(f"{float(t):.8g}"))
 
     @classmethod
     def from_mapping(cls, values: Any, source: object) -> TrainingStatistics:
@@ -214,9 +265,16 @@ class TrainingStatistics:
             found = cls(**values)
             ranges = [found.ranges[name] for name in _WORDS]
             numbers = [*found.mean, *found.variances, found.rest, found.limit, *np.ravel(ranges)]
-            found.distance(np.zeros((1, len(found.mean))))
+            distance = found.distance([found.mean])
+            numbers += [
+                *found.scales.values(),
+                *distance,
+                *np.ravel(found._offsets if found.examples else 0),
+            ]
             valid = bool(np.isfinite(np.asarray(numbers, dtype=np.float64)).all())
             valid &= np.shape(ranges) == (len(_WORDS), 2) and min(found.rest, found.limit) > 0
+            valid &= found.scales.keys() <= set(_COMPARED) and found.num_features > 0
+            valid &= bool(found.examples or found.directions)
         except (TypeError, ValueError, KeyError, AttributeError):
             valid = False
         if not valid:
@@ -269,56 +327,45 @@ class KnownKinds:
         return cls(tuple(TrainingStatistics.from_mapping(kind, source) for kind in kinds))
 
 
-def fit_statistics(
-    images: Sequence[Appearance], *, margin: float = MARGIN
-) -> TrainingStatistics | None:
+def fit_statistics(images: Sequence[Appearance]) -> TrainingStatistics | None:
     """Statistics of the training images; None for fewer than ten with signal.
 
-    Every image is measured once by a fit to the other four fifths.  The farthest of each forty (blurred,
-    almost empty) are left out, because they would widen the covariance towards other kinds; then the
-    rest is measured again.  The limit is `margin` times the 95th percentile of these distances: a new
-    image of the same kind stays below it, and most other kinds lie beyond (`benchmarks/unfamiliar.py`).
+    The farthest of each forty images (blurred, almost empty) are left out, because others of no known
+    kind lie near them.  The limit is `_MARGIN` times the 95th percentile of the distances of the rest
+    from each other: a new image of the same kind stays below it, and most other kinds lie beyond
+    (`benchmarks/unfamiliar.py`).
     """
     seen = [image for image in images if image.features is not None and image.has_signal]
     if len(seen) < _MIN_IMAGES:
         return None
+    measured = [image.measures() for image in seen]
     features = np.stack([np.asarray(image.features) for image in seen])  # [N, D]
-    nearest = np.argsort(_held_out_distances(features))
-    features = features[np.sort(nearest[: len(seen) - len(seen) // _ODD])]
-    measures = [image.measures() for image in seen]
-    ranges = {name: [f([row[name] for row in measures]) for f in (min, max)] for name in _WORDS}
-    limit = margin * float(np.quantile(_held_out_distances(features), _QUANTILE))
-    return _fit(features, limit=limit, ranges=ranges)
-
-
-def _held_out_distances(features: NDArray[np.float64]) -> NDArray[np.float64]:
-    distances = np.empty(len(features))
-    order = np.random.default_rng(0).permutation(len(features))
-    for fold in range(_FOLDS):
-        held_out = order[fold::_FOLDS]
-        fitted = _fit(np.delete(features, held_out, axis=0))
-        distances[held_out] = fitted.distance(features[held_out])
-    return distances
-
-
-def _fit(
-    features: NDArray[np.float64],
-    *,
-    limit: float = 1.0,
-    ranges: Mapping[str, Sequence[float]] | None = None,
-) -> TrainingStatistics:
-    num_images, width = features.shape
-    mean = features.mean(axis=0)
-    values, vectors = np.linalg.eigh(np.cov(features, rowvar=False, bias=True))  # ascending
-    kept = min(_DIRECTIONS, width)
-    floor = _SHRINKAGE * max(values.mean(), 1e-12)
-    shrunk = (1 - _SHRINKAGE) * np.maximum(values, 0.0) + floor
+    measures = np.array([[row[name] for name in _COMPARED] for row in measured])  # [N, M]
+    widest = np.linalg.norm(features - features.mean(axis=0), 2) / np.sqrt(len(seen))
+    factors = max(widest, 1e-6) / np.maximum(measures.std(axis=0), _LEAST_SPREAD)
+    points = np.hstack([features, measures * factors])
+    nearest = np.argsort(_distances_between(points))
+    points = points[np.sort(nearest[: len(seen) - len(seen) // _ODD])]
+    limit = _MARGIN * float(np.quantile(_distances_between(points), _QUANTILE))
+    mean = points.mean(axis=0)
+    offsets = ((points - mean) / max(limit, 1e-6)).astype("<f2")
     return TrainingStatistics(
         mean=mean.tolist(),
-        directions=vectors[:, -kept:].T.tolist(),
-        variances=shrunk[-kept:].tolist(),
-        rest=float(shrunk[:-kept].mean()) if kept < width else float(floor),
-        limit=limit,
-        ranges=ranges or {},
-        images=num_images,
+        limit=max(limit, 1e-6),
+        ranges={name: [f([row[name] for row in measured]) for f in (min, max)] for name in _WORDS},
+        images=len(points),
+        examples=base64.b64encode(offsets.tobytes()).decode(),
+        scales=dict(zip(_COMPARED, factors.tolist(), strict=True)),
     )
+
+
+def _distances_between(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each point from the third nearest of the others, (N,)."""
+    middle = points - points.mean(axis=0)
+    return np.sqrt(np.partition(_squared(middle, middle), _NEIGHBOR)[:, _NEIGHBOR])
+
+
+def _squared(points: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Squared Euclidean distances (N, others)."""
+    squares = (points**2).sum(axis=1)[:, None] + (others**2).sum(axis=1)
+    return np.maximum(squares - 2 * points @ others.T, 0.0)

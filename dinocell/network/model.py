@@ -343,7 +343,7 @@ def _known_kinds(values: Any, config: ModelConfig, path: Path) -> KnownKinds | N
         return None
     known = KnownKinds.from_mapping(values, path)
     # Earlier versions described convolutions by their deepest features alone.
-    if any(len(kind.mean) != _described_width(config) for kind in known.kinds):
+    if any(kind.num_features != _described_width(config) for kind in known.kinds):
         return None
     with raised_as(CheckpointError, TypeError, ConfigError):
         for kind in known.kinds:

@@ -13,8 +13,6 @@ from dinocell import __version__
 from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
 from dinocell.files import atomic_path
 from dinocell.network.familiarity import (
-    MARGIN,
-    MARGIN_OF_CONVOLUTIONS,
     Appearance,
     KnownKinds,
     fit_statistics,
@@ -181,8 +179,7 @@ def training_statistics(
             predict_distance_map(model, middle, intensity=intensity, appearance=appearance)
             seen[pair.dataset].append(appearance)
             bar.advance()
-        margin = MARGIN_OF_CONVOLUTIONS if config.size == "conv" else MARGIN
-        fitted = {name: fit_statistics(images, margin=margin) for name, images in seen.items()}
+        fitted = {name: fit_statistics(images) for name, images in seen.items()}
         kinds = tuple(replace(kind, name=name) for name, kind in fitted.items() if kind is not None)
         if not kinds:
             bar.write("too few images to describe: the model will not flag images of another kind")

@@ -72,7 +72,7 @@ def test_a_model_knows_its_training_images(finished, blob_data, tmp_path, monkey
     result = train(make_config(blob_data, tmp_path), shown=False)
     model = load_model(result.model_path)
     assert model.statistics.images == 6
-    assert len(model.statistics.kinds[0].mean) == model.backbone.embed_dim
+    assert model.statistics.kinds[0].num_features == model.backbone.embed_dim
 
 
 def test_a_model_knows_the_diameter_of_its_training_cells(finished, blob_data):
