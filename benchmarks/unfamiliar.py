@@ -4,30 +4,37 @@
     python benchmarks/unfamiliar.py --whole                         # on whole images, into the same file
     python benchmarks/unfamiliar.py --model MODEL                   # of another one; its own file of results
     python benchmarks/unfamiliar.py --describe OUT.safetensors --config configs/finetune/dsb2018_tiny.yaml
-                                                                    # with newly fitted statistics
+                                    # with newly fitted statistics; --graph FILE.onnx: these in a graph, too
 
 Images of the data sets that the model was trained on should not be flagged.  The statistics come from the
 training and validation images of the configuration alone; every rate is of images that neither the
-training nor the fit has seen.  Of images larger than
-`--crop` only the middle is segmented, unless `--whole` is given; then the sets without a goal are left out.
+training nor the fit has seen.  Half of the foreign images of each set (`mark_halves`, seeded) and the
+set `for development alone` helped to choose how images are compared; `foreign, report` counts the other
+half.  Of images larger than `--crop` only the middle is segmented, unless `--whole` is given; then the sets
+without a goal are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import skimage
+import sklearn
 from scipy.ndimage import gaussian_filter
 
+from dinocell.files import atomic_path
 from dinocell.io import read_image
-from dinocell.network.familiarity import Appearance
-from dinocell.network.model import DINOCell, save_model
+from dinocell.network.familiarity import Appearance, KnownKinds
+from dinocell.network.model import HEADER_KEY, DINOCell, read_model_header, save_model
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.segmentation.inference import predict_distance_map
 
@@ -39,6 +46,7 @@ PHOTOGRAPHS = (
     "coins.png", "grass.png", "gravel.png", "moon.png", "motorcycle_left.png", "motorcycle_right.png",
     "rocket.jpg",
 )  # fmt: skip
+SPLIT_SEED = 20261129
 Named = Iterator[tuple[str, np.ndarray]]
 
 
@@ -49,11 +57,12 @@ def files(pattern: str) -> Named:
             yield str(path.relative_to(DATA)), read_image(path).pixels
 
 
-def gray_pictures(*names: str) -> Named:
-    """Pictures that scikit-image brings along, their colours averaged."""
+def gray_pictures(*names: str | Path) -> Named:
+    """Pictures, mostly those that scikit-image brings along, their colours averaged."""
     for name in names:
         pixels = skimage.io.imread(PICTURES / name)
-        yield name, pixels if pixels.ndim == 2 else pixels[..., :3].mean(axis=2).astype(np.uint8)
+        gray = pixels if pixels.ndim == 2 else pixels[..., :3].mean(axis=2).astype(np.uint8)
+        yield Path(name).name, gray
 
 
 def stretched(values: np.ndarray) -> np.ndarray:
@@ -93,6 +102,31 @@ def faint_noise() -> Named:
         yield f"white, 16 bit {seed}", rng.normal(200, 8, (256, 256)).astype(np.uint16)
 
 
+def for_development() -> Named:
+    """Pictures of other packages, drawings, and noise of other seeds and kinds."""
+    photographs = Path(sklearn.__file__).parent / "datasets/images"
+    yield from gray_pictures(*(photographs / name for name in ("china.jpg", "flower.jpg")))
+    pictures = Path(matplotlib.get_data_path()) / "sample_data"
+    names = ("grace_hopper.jpg", "logo2.png", "Minduka_Present_Blue_Pack.png")
+    yield from gray_pictures(*(pictures / name for name in names))
+    drawings = ("color", "horse", "logo", "phantom", "microaneurysms", "cell", "chessboard_GRAY")
+    yield from gray_pictures(*(f"{name}.png" for name in drawings))
+    for seed in range(10, 14):
+        rng = np.random.default_rng(seed)
+        shape = (256, 320)
+        white = rng.standard_normal(shape)
+        frequency = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, shape), indexing="ij"))
+        frequency[0, 0] = 1.0
+        for power in (0.5, 1, 1.5, 2, 2.5):
+            spectrum = np.fft.fft2(white) / frequency**power
+            yield f"1/f^{power} {seed}", stretched(np.fft.ifft2(spectrum).real)
+        for sigma in (1.5, 3, 6):
+            yield f"white, blurred by {sigma} px {seed}", stretched(gaussian_filter(white, sigma))
+        blobs = skimage.data.binary_blobs(256, rng=seed) * 200
+        yield f"blobs {seed}", (blobs + rng.normal(20, 5, (256, 256))).clip(0, 255).astype(np.uint8)
+        yield f"uniform {seed}", rng.integers(0, 256, shape).astype(np.uint8)
+
+
 SETS: dict[str, tuple[str, Callable[[], Named]]] = {
     "fluorescent nuclei: dsb2018/test": ("own", lambda: files("dsb2018/test/images/*")),
     "fluorescent nuclei: dsb2018/stardist_test": (
@@ -117,6 +151,7 @@ SETS: dict[str, tuple[str, Callable[[], Named]]] = {
         "foreign",
         lambda: gray_pictures("page.png", "text.png", "ihc.png", "retina.jpg"),
     ),
+    "for development alone": ("development", for_development),
     "stars (Hubble deep field)": ("other", lambda: gray_pictures("hubble_deep_field.jpg")),
     "noise of a dark camera": ("other", faint_noise),
     "nuclei and micronuclei: mnfinder": ("other", lambda: files("mnfinder/[vt][ae][ls]*/images/*")),
@@ -128,6 +163,41 @@ SETS: dict[str, tuple[str, Callable[[], Named]]] = {
     "Cell Painting: BBBC022": ("other", lambda: files("cellpainting/bbbc022*/*")),
 }
 """Name → kind (`own` must not be flagged, `foreign` must, `other` has no goal), images."""
+
+
+def mark_halves(sets: dict[str, dict]) -> None:
+    """Say of the images of foreign sets which half chose the design; views of a scene are on one side."""
+    rng = np.random.default_rng(SPLIT_SEED)
+    for _, found in sorted(sets.items()):
+        if found["kind"] != "foreign":
+            continue
+        rows = found["images"]
+        scenes = [row["image"].replace("_left", "").replace("_right", "") for row in rows]
+        ordered = sorted(set(scenes))
+        drawn = rng.permutation(len(ordered))
+        chosen = {ordered[place] for place in drawn[: (len(ordered) + 1) // 2]}
+        for row, scene in zip(rows, scenes, strict=True):
+            row["half"] = "development" if scene in chosen else "report"
+
+
+def rates(sets: dict[str, dict]) -> dict[str, dict]:
+    """How many images of each kind are flagged, and of each half of the foreign ones."""
+    kinds: dict[str, list[bool]] = {}
+    for found in sets.values():
+        for row in found["images"]:
+            kinds.setdefault(found["kind"], []).append(row["note"] is not None)
+            if "half" in row:
+                half = f"{found['kind']}, {row['half']}"
+                kinds.setdefault(half, []).append(row["note"] is not None)
+    return {
+        kind: {
+            "flagged": sum(notes),
+            "images": len(notes),
+            "share": round(sum(notes) / len(notes), 4),
+            "interval": wilson(sum(notes), len(notes)),
+        }
+        for kind, notes in kinds.items()
+    }
 
 
 def wilson(flagged: int, count: int) -> list[float]:
@@ -159,19 +229,33 @@ def look(pipeline: DINOCellPipeline, name: str, pixels: np.ndarray, crop: int | 
 
 
 def describe(model: DINOCell, config_path: Path, out: Path) -> None:
-    """Write the model with statistics, and thresholds by kind, of the images that a configuration names."""
+    """Write the model with statistics of the images that a configuration names; all else stays."""
     from dinocell.training.config import load_train_config
-    from dinocell.training.datasets import read_pair, split_pairs
-    from dinocell.training.final_model import thresholds_by_kind, training_statistics
+    from dinocell.training.datasets import split_pairs
+    from dinocell.training.final_model import training_statistics
 
     config = load_train_config(config_path)
     train, val = split_pairs(config.data, config.seed)
-    known = training_statistics(model, [*train, *val], shown=True)
-    read = [read_pair(pair, **model.config.intensity) for pair in val]
-    samples = [(predict_distance_map(model, image), truth) for image, truth in read]
-    names = [pair.dataset for pair in val]
-    model.statistics = known and thresholds_by_kind(known, names, samples, model.config.min_area_px)
+    found = training_statistics(model, [*train, *val], shown=True)
+    assert found is not None
+    known = model.statistics.kinds if model.statistics else ()
+    thresholds = {kind.name: kind.thresholds for kind in known}
+    model.statistics = KnownKinds(
+        tuple(replace(kind, thresholds=thresholds.get(kind.name, {})) for kind in found.kinds)
+    )
     save_model(out, model, half=True)
+
+
+def describe_graph(graph: Path, source: Path) -> None:
+    """Write the statistics of a model file into the header of a graph that was exported from it."""
+    import onnx
+
+    header, proto = read_model_header(graph), onnx.load(graph)
+    header["statistics"] = read_model_header(source)["statistics"]
+    header["source_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
+    onnx.helper.set_model_props(proto, {HEADER_KEY: json.dumps(header, sort_keys=True)})
+    with atomic_path(graph) as temporary:
+        temporary.write_bytes(proto.SerializeToString(deterministic=True))
 
 
 def cost(pipeline: DINOCellPipeline) -> dict[str, float]:
@@ -195,6 +279,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=224)
     parser.add_argument("--whole", action="store_true", help="segment whole images")
     parser.add_argument("--describe", type=Path)
+    parser.add_argument("--graph", type=Path)
     parser.add_argument(
         "--config", type=Path, default=HERE.parent / "configs/finetune/dsb2018_tiny.yaml"
     )
@@ -202,6 +287,8 @@ def main() -> None:
     pipeline = DINOCellPipeline(options.model)
     if options.describe:
         describe(pipeline.model, options.config, options.describe)
+        if options.graph:
+            describe_graph(options.graph, options.describe)
         return
     known = pipeline.model.card["data"]
     title = (
@@ -214,7 +301,6 @@ def main() -> None:
     record = json.loads(out.read_text()) if out.is_file() else {}
     part: dict = {"model": options.model, "rates": {}, "sets": {}}
     record["whole images" if options.whole else f"middle {crop} px"] = part
-    kinds: dict[str, list[int]] = {}
     for name, (kind, images) in SETS.items():
         if any(f": {data}/" in name for data in known):
             kind = "own"
@@ -226,18 +312,13 @@ def main() -> None:
         part["sets"][name] = {
             "kind": kind, "flagged": flagged, "interval": interval, "images": rows,
         }  # fmt: skip
-        counts = kinds.setdefault(kind, [0, 0])
-        counts[0] += flagged
-        counts[1] += len(rows)
         print(
             f"{name:45} {flagged:3} of {len(rows):3}  [{interval[0]:.3f}, {interval[1]:.3f}]",
             flush=True,
         )
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part["rates"] = {
-        kind: {"flagged": a, "images": n, "share": round(a / n, 4), "interval": wilson(a, n)}
-        for kind, (a, n) in kinds.items()
-    }
+    mark_halves(part["sets"])
+    part["rates"] = rates(part["sets"])
     print(json.dumps(part["rates"], indent=1))
     part["cost_s"] = cost(pipeline)
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
