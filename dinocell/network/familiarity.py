@@ -115,7 +115,7 @@ class Appearance:
             plane.mean(dim=(1, 2, 3)).sum()
             for plane in (cells, undecided, middle, edges, across.abs())
         )
-        self._sums += [float(value) for value in (background.sum(), *means, len(gray))]
+        self._sums += [float(background.sum()), *map(float, means), len(gray)]
 
     @property
     def features(self) -> NDArray[np.float64] | None:
