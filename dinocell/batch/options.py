@@ -32,6 +32,13 @@ IMAGE_OPTIONS = (
 )
 """Options that say how a file is read: images of one folder may differ in them."""
 
+PIPELINE_OPTIONS = (
+    *("batch_size", "tile_px", "precision", "tta", "percentiles", "min_score"),
+    *("rescale", "diameter_px"),
+    *("peak_threshold", "fill_threshold", "min_prominence", "min_area_px"),
+)
+"""Options of `DINOCellPipeline`."""
+
 
 @dataclass(frozen=True)
 class SegmentOptions:

@@ -36,7 +36,7 @@ from dinocell.batch.journal import (
     shard_folder,
 )
 from dinocell.batch.library_warnings import LibraryWarnings
-from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions, check_call
+from dinocell.batch.options import IMAGE_OPTIONS, PIPELINE_OPTIONS, SegmentOptions, check_call
 from dinocell.batch.report import REPORT_LIMIT, write_report_page
 from dinocell.batch.units import Unit, plate_notes, units_of
 from dinocell.batch.watcher import Watcher
@@ -67,11 +67,6 @@ _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE)
 _GIVEN_UP = (
     f"the image must fit into the memory, got a process killed {MAX_KILLS} times while it read or "
     "segmented this image: raise mem, set a smaller `tile_px`, or check the file"
-)
-_PIPELINE_OPTIONS = (
-    *("batch_size", "tile_px", "precision", "tta", "percentiles", "min_score"),
-    *("rescale", "diameter_px"),
-    *("peak_threshold", "fill_threshold", "min_prominence", "min_area_px"),
 )
 # What costs one image and not the batch: anything, as decoders and OpenCV have errors of their own.
 _IMAGE_ERRORS = (Exception,)
@@ -168,7 +163,7 @@ def segment_files(
         make_folder(out)  # refuses, before the model is loaded
     loaded = model if model is not None else load_model(options.model, device=options.device)
     pipeline = DINOCellPipeline(  # refuses wrong thresholds before a folder is made
-        loaded, **{name: getattr(options, name) for name in _PIPELINE_OPTIONS}
+        loaded, **{name: getattr(options, name) for name in PIPELINE_OPTIONS}
     )
     make_folder(out)
     with _saying_what_was_kept(), _claimed_folder(out, part, claimant):

@@ -96,6 +96,7 @@ def keep_about(
         "unfamiliar": judged.unfamiliar,
         "kind": judged.kind,
         "rescale": image.rescale,
+        "grown": image.around is not None,
         "target": pipeline.model.config.target,
         "min_score": pipeline.min_score,
         **asdict(judged.thresholds),
@@ -197,17 +198,25 @@ class StoredResult:
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         """Scores of the cells, and the map that says so."""
         target = self.about["target"]
-        if not (self.folder / "map.npy").exists():
+        as_found = self._is_grown and not now.revision.edited
+        if as_found or not (self.folder / "map.npy").exists():
             # those of the table, of cells that are as they were
             table, touched = np.load(self.folder / "scores.npy"), np.isin(now.numbers, now.touched)
             known = np.append(table, np.nan)[np.minimum(now.numbers - 1, table.size)]
             whole = labels_to_distance_map(labels, target=target)
             return np.where(touched, np.nan, known), whole
         mean, spread = self._map()
-        if now.revision.edited:
-            return cell_scores(labels, mean, target=target, spread=spread), mean
-        # those of cells that `min_score` has removed count for their neighbours
-        return self._separate(now.revision)[1], mean
+        if not now.revision.edited:
+            # those of cells that `min_score` has removed count for their neighbours
+            scores = self._separate(now.revision)[1]
+            if scores.size == now.numbers.size:  # else another device has made the labels
+                return scores, mean
+        return cell_scores(labels, mean, target=target, spread=spread), mean
+
+    @property
+    def _is_grown(self) -> bool:
+        """Whether the cells were grown from nuclei; their map is that of the cells."""
+        return bool(self.about.get("grown"))
 
     def _map(self) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         stored = self._stored_map()
@@ -226,9 +235,14 @@ class StoredResult:
         `changes` are fields of `Thresholds`, and `min_score`; what is left out stays as it was.
         `amend` makes one step of this and the relabel before it.
 
-        Raises UsageError (the values do not fit together); ChangedError (the labels have another
-        revision than `revision`).
+        Raises UsageError (the values do not fit together, or the cells were grown from nuclei);
+        ChangedError (the labels have another revision than `revision`).
         """
+        if self._is_grown:
+            raise UsageError(
+                "Other thresholds are for cells that the network has found, and these were grown from "
+                "nuclei: segment the image again with other thresholds"
+            )
         given = {name: value for name, value in changes.items() if value is not None}
         with self._lock:
             before = self.history.require(revision)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dinocell.batch.folder import SETTINGS_NAME, settings_of
 from dinocell.batch.journal import JOURNAL_NAME, read_journal
-from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions
+from dinocell.batch.options import IMAGE_OPTIONS, PIPELINE_OPTIONS, SegmentOptions
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.files import ensure_folder, write_text_atomically
 from dinocell.io import read_labels, write_labels
@@ -36,11 +36,6 @@ from dinocell.service.stored import StoredResult, keep_about, keep_arrays
 
 CORRECTIONS = "corrections"
 """Folder of the service in a folder of results."""
-
-_OF_THE_PIPELINE = (
-    *("precision", "tta", "percentiles", "min_score"),
-    *("peak_threshold", "fill_threshold", "min_prominence", "min_area_px"),
-)
 
 
 class Viewed:
@@ -101,11 +96,12 @@ class Viewed:
         if not (folder / "about.json").exists():
             with self._lock:
                 self._prepare(folder, job.name)
+        name = Path(job.name)  # holds folders where files of several have one name
         return StoredResult(
             folder,
-            job.file,
-            job.name,
-            results=self.out,
+            Path(job.file).name,
+            name.name,
+            results=self.out / name.parent,
             predict=lambda: self._predict(folder, job.name),
         )
 
@@ -151,7 +147,7 @@ class Viewed:
         options = SegmentOptions(**kept)
         if self._network is None:
             self._network = load_model(self.model, device=self.device)
-        given = {name: getattr(options, name) for name in _OF_THE_PIPELINE}
+        given = {name: getattr(options, name) for name in PIPELINE_OPTIONS}
         for name in ThresholdChanges.__annotations__:
             if given[name] == getattr(self._network.config, name):
                 given[name] = None  # else it would replace the thresholds of each kind of image
@@ -171,6 +167,8 @@ class Viewed:
                     f"`model` must be the one that made these results, got {self.model}, which is another: "
                     "start the page with that model"
                 )
+            if loaded.around is not None and loaded.around.image is not None:
+                loaded = loaded.around.image  # the labels are of its cells
             keep_arrays(folder, map=pipeline.predict(loaded))
 
     def write_back(self, folder: Path, job: Job) -> None:

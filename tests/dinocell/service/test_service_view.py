@@ -119,6 +119,76 @@ def test_other_thresholds_run_the_network_of_the_results(view, results, tmp_path
     assert (array_of(client.get(f"{base}/labels/npy")) == true).all()
 
 
+def page_of(tmp_path, model, images, **options) -> TestClient:
+    """The page of new results of some images, which the caller closes."""
+    save_model(tmp_path / "mini.safetensors", model)
+    options = SegmentOptions(device="cpu", overlay=False, min_area_px=2, **options)
+    segment_files(images, tmp_path / "out", options, model=model, shown=False)
+    viewed = Viewed(tmp_path / "out", str(tmp_path / "mini.safetensors"), "cpu")
+    folder = tmp_path / "out" / "corrections"
+    service = ViewService(ServiceOptions(jobs=folder), Queue(folder), viewed)
+    return TestClient(create_app(service), base_url="http://127.0.0.1")
+
+
+def test_images_of_one_name_in_two_folders_keep_apart(tmp_path, mini_model):
+    for place in ("x", "y"):
+        (tmp_path / place).mkdir()
+    images = [tmp_path / "b.tif", tmp_path / "x" / "b.tif", tmp_path / "y" / "b.tif"]
+    images = [noise(path, seed) for seed, path in enumerate(images)]
+    with page_of(tmp_path, mini_model, images) as client:
+        jobs = {
+            job["name"]: f"/api/v1/jobs/{job['id']}" for job in client.get("/api/v1/jobs").json()
+        }
+        assert list(jobs) == ["b", "x/b", "y/b"]
+        for name, base in jobs.items():
+            true = read_labels(tmp_path / "out" / f"{name}_labels.tif")
+            assert (array_of(client.get(f"{base}/labels/npy")) == true).all()
+            written = (tmp_path / "out" / f"{name}_cells.csv").read_text()
+            answer = client.get(f"{base}/result/csv")
+            assert answer.text == written
+            assert 'filename="b_cells.csv"' in answer.headers["content-disposition"]
+        client.post(f"{jobs['x/b']}/corrections", json={"kind": "remove", "cells": [1]})
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in tmp_path.rglob("*_v2.tif")}
+    assert found == {"x/b_labels_v2.tif"}
+
+
+def test_other_thresholds_see_the_image_at_the_scale_of_the_results(tmp_path, mini_model):
+    with page_of(tmp_path, mini_model, [noise(tmp_path / "a.tif", 0)], rescale=2.0) as client:
+        base = f"/api/v1/jobs/{client.get('/api/v1/jobs').json()[0]['id']}"
+        before = array_of(client.get(f"{base}/labels/npy"))
+        assert client.post(f"{base}/relabel", json={"min_score": 1e-6}).status_code == 200
+        assert (array_of(client.get(f"{base}/labels/npy")) == before).all()
+
+
+@pytest.mark.parametrize("cells", ["ring:3px", "0"])
+def test_cells_grown_from_nuclei_stay_cells(tmp_path, mini_model, cells):
+    images = [noise(tmp_path / "a.tif", 0)]
+    with page_of(tmp_path, mini_model, images, nuclei="0", cells=cells) as client:
+        base = f"/api/v1/jobs/{client.get('/api/v1/jobs').json()[0]['id']}"
+        before = array_of(client.get(f"{base}/labels/npy"))
+        answer = client.post(f"{base}/relabel", json={"peak_threshold": 0.5})
+        assert answer.status_code == 422
+        assert "grown from nuclei" in answer.json()["detail"]
+        assert (array_of(client.get(f"{base}/labels/npy")) == before).all()
+        line = {"kind": "cut", "points": [[0, 0], [95, 95]]}
+        assert client.post(f"{base}/corrections", json=line).status_code == 200
+        scores = client.get(f"{base}/cells").json()["columns"]["score"]
+        assert len(scores) > before.max()
+        assert client.post(f"{base}/corrections", json={"kind": "undo"}).status_code == 200
+        scores = client.get(f"{base}/cells").json()["columns"]["score"]
+        assert scores == pytest.approx(column(tmp_path / "out" / "a_cells.csv", "score"))
+
+
+def test_labels_of_another_device_are_scored_by_the_map(view, results):
+    client = view()
+    job = client.get("/api/v1/jobs").json()[0]["id"]
+    assert client.get(f"/api/v1/jobs/{job}/image").status_code == 200
+    shape = read_labels(results / "a_labels.tif").shape
+    np.save(results / "corrections" / "jobs" / job / "map.npy", np.zeros(shape, np.float32))
+    scores = client.get(f"/api/v1/jobs/{job}/cells").json()["columns"]["score"]
+    assert len(scores) == read_labels(results / "a_labels.tif").max()
+
+
 def test_another_model_or_a_missing_image_is_named(view, results, tmp_path, mini_model):
     other = copy.deepcopy(mini_model)
     next(other.decoder.parameters()).data.mul_(2)
