@@ -14,7 +14,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.31"],
     "slurm": ["submitit>=1.5"],
     "tables": ["pyarrow>=18", "anndata>=0.12", "pandas>=2.2"],
-    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.9"],
+    "serve": ["fastapi>=0.121", "uvicorn>=0.30", "python-multipart>=0.0.9"],
     "napari": ["napari>=0.6"],
     "onnx": ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"],
     "formats": [

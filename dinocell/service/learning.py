@@ -82,6 +82,7 @@ class Learning:
                     f"Learning needs {LEAST_IMAGES} corrected images or more, got {len(corrected)}: "
                     "correct all cells of another image"
                 )
+            self.state, self.note, self.error = "idle", "", ""  # if what follows fails
             shutil.rmtree(self.work, ignore_errors=True)
             *learned, judge = corrected
             for number, result in enumerate(learned):
@@ -131,10 +132,11 @@ class Learning:
         with self._lock:
             process, self._process = self._process, None
             self.state, self.note, self.error = "idle", "", ""
-        if process is not None:
-            _close(process)
-            process.wait()
-        shutil.rmtree(self.work, ignore_errors=True)
+            if process is not None:
+                _close(process)
+                process.wait()
+            # no other adaptation may have begun in this folder
+            shutil.rmtree(self.work, ignore_errors=True)
 
     def keep(self, use: Callable[[Path], None]) -> Path:
         """Move the new model to the others and `use` it; returns its path.

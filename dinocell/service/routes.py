@@ -113,7 +113,8 @@ def _in_turn(request: Request) -> Iterator[None]:
 
 AnyJob = Annotated[Job, Depends(_any_job)]
 Result = Annotated[StoredResult, Depends(_result)]
-IN_TURN = [Depends(_in_turn)]
+# given back before the answer is sent, which a slow client may take minutes to read
+IN_TURN = [Depends(_in_turn, scope="function")]
 
 
 def _info(service: Service, job: Job) -> JobInfo:
@@ -257,7 +258,11 @@ def get_image(result: Result) -> Response:
     return _npy(result.plane() if colours is None else colours)
 
 
-@api.get("/jobs/{job_id}/labels", summary="The thresholds and the revision of the labels")
+@api.get(
+    "/jobs/{job_id}/labels",
+    dependencies=IN_TURN,
+    summary="The thresholds and the revision of the labels",
+)
 def get_revision(result: Result) -> RevisionInfo:
     """The labels themselves are `result/npy`, or `labels/npy` with the numbers of corrections."""
     return RevisionInfo(**revision_fields(result.state()))

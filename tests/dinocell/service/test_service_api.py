@@ -632,13 +632,34 @@ def test_few_requests_compute_at_once(client, picture, monkeypatch):
     places = client.service.places
     taken = [places.acquire(blocking=False) for _ in range(9)]
     assert taken.count(True) == 4
-    answer = client.get(f"{base}/cells")
-    assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
+    for path in ("cells", "labels"):
+        answer = client.get(f"{base}/{path}")
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
     assert client.get(base).status_code == 200
     for _ in range(4):
         places.release()
     for _ in range(9):  # each gives its place back
         assert client.get(f"{base}/cells").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["cells", "labels", "labels/npy", "result/csv"])
+def test_a_slow_reader_of_an_answer_holds_no_place(client, picture, path):
+    job = upload(client, picture).json()["job"]
+    free, left = [], client.service.places
+
+    async def watched(scope, receive, send) -> None:
+        async def passed(message) -> None:
+            if message["type"] == "http.response.start":
+                taken = [left.acquire(blocking=False) for _ in range(5)]
+                free.append(taken.count(True))
+                left.release(taken.count(True))
+            await send(message)
+
+        await client.app(scope, receive, passed)
+
+    reader = TestClient(watched, base_url="http://127.0.0.1")
+    assert reader.get(f"/api/v1/jobs/{job}/{path}").status_code == 200
+    assert free == [4]
 
 
 def test_files_that_vanish_are_gone_and_no_fault(client, picture):

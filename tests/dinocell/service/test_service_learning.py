@@ -88,6 +88,33 @@ def test_learning_is_stopped_or_fails_with_its_reason(corrected, tmp_path):
     assert client.get("/api/v1/learning/pictures/after").status_code == 404
 
 
+def test_a_start_that_fails_leaves_nothing_to_decide(corrected):
+    client = corrected
+    learning = client.service.learning
+    learning.program = ("-c", _COPIES)
+    client.post("/api/v1/learning")
+    assert ended(client)["state"] == "done"
+    for result in client.service.corrected():
+        (result.folder / "plane.npy").unlink()
+    assert client.post("/api/v1/learning").status_code == 410
+    assert client.get("/api/v1/learning").json()["state"] == "idle"
+    assert client.post("/api/v1/learning/keep").status_code == 422
+
+
+def test_nothing_starts_while_an_adaptation_is_discarded(corrected, monkeypatch):
+    learning = corrected.service.learning
+    learning.program = ("-c", _WAITS)
+    corrected.post("/api/v1/learning")
+    free = []
+
+    def remove(folder, ignore_errors) -> None:
+        free.append(not learning._lock.locked())
+
+    monkeypatch.setattr("dinocell.service.learning.shutil.rmtree", remove)
+    assert corrected.delete("/api/v1/learning").json()["state"] == "idle"
+    assert free == [False]
+
+
 @pytest.mark.slow
 def test_the_learner_compares_both_models_on_the_image_held_out(
     corrected, tmp_path, monkeypatch, mini_model
