@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import DataSetError, ImageFileError, UsageError
+from dinocell.io.planes import check_size
 from dinocell.io.polygons import (
     CellMask,
     expand_run_lengths,
@@ -128,10 +129,11 @@ def _mask(segmentation: Any, shape: tuple[int, int]) -> CellMask | None:
     return CellMask(0, 0, together)
 
 
-def read_coco_labels(path: Path) -> NDArray[np.uint32]:
+def read_coco_labels(path: Path, max_pixels: int) -> NDArray[np.uint32]:
     """Labels (H, W) of a COCO file of one image; the id of an annotation is the cell's number.
 
-    Raises DataSetError (as `read_coco` and `annotation_masks`; or the file has several images).
+    Raises DataSetError (as `read_coco` and `annotation_masks`; or the file has several images);
+    ImageFileError (the image has more than `max_pixels`).
     """
     images, annotations = read_coco(path, [])
     if len(images) != 1:
@@ -142,21 +144,26 @@ def read_coco_labels(path: Path) -> NDArray[np.uint32]:
     ((key, image),) = images.items()
     try:
         shape = (int(image["height"]), int(image["width"]))
-    except (KeyError, TypeError, ValueError) as error:
+        if min(shape) < 1:
+            raise ValueError(f"{shape[0]} × {shape[1]}")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataSetError(
             f"'{path}' must state height and width of its image, it does not: export it again"
         ) from error
+    check_size(path, *shape, 1, max_pixels)
     own = annotations.get(key, [])
     masks = annotation_masks(own, shape, path)
     return paint_cells(masks, shape, [annotation.number for annotation in own])[0]
 
 
-def read_json_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uint32]:
+def read_json_labels(
+    path: Path, shape: tuple[int, int] | None, max_pixels: int
+) -> NDArray[np.uint32]:
     """Labels of a COCO or GeoJSON file; `shape` is only needed for GeoJSON."""
     with open(path, "rb") as file:
         head = file.read(4096)
     is_coco = path.suffix.lower() == ".json" and b'"Feature' not in head
-    return read_coco_labels(path) if is_coco else read_geojson_labels(path, shape)
+    return read_coco_labels(path, max_pixels) if is_coco else read_geojson_labels(path, shape)
 
 
 def read_geojson_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uint32]:

@@ -95,6 +95,11 @@ def _attributes(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def is_one_image(path: Path) -> bool:
+    """Whether a folder is an image itself, and no collection of images, plate or well."""
+    return bool(_ome(_attributes(path)).get("multiscales"))
+
+
 def label_image(path: Path) -> Path:
     """The folder of the labels that belong to an OME-Zarr image; `path` itself where it has none.
 

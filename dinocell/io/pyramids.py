@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from dinocell.errors import ImageFileError
 from dinocell.files import write_text_atomically, writing, writing_folder
-from dinocell.io.ome_zarr import ZARR_LABELS
+from dinocell.io.ome_zarr import ZARR_LABELS, is_one_image
 from dinocell.io.optional import library
+from dinocell.io.read import describe_image
 from dinocell.labels import as_labels
 
 _TILE_EDGE_PX = 512
@@ -131,17 +132,28 @@ def add_labels_to_ome_zarr(
 ) -> None:
     """Add a label image to an OME-Zarr image that exists, as ``labels/NAME``.
 
-    The image itself is not changed.  Its version of Zarr is kept (OME-Zarr 0.4 or 0.5).
+    The image itself is not changed.  Its version of Zarr is kept (OME-Zarr 0.4 or 0.5), and its pixel
+    size, where it states one, is that of the labels in place of `pixel_size_um`: else viewers would show
+    them at another place.
 
-    Raises MissingExtraError (without the extra `formats`); ImageFileError (there is no such image, or it
-    has labels of that name and not `overwrite`); DINOCellError (the folder cannot be written).
+    Raises MissingExtraError (without the extra `formats`); ImageFileError (there is no such image, it has
+    another size than the labels, or it has labels of that name and not `overwrite`); DINOCellError (the
+    folder cannot be written).
     """
     zarr = library("zarr", "OME-Zarr images")
     folder = Path(path)
-    if not any((folder / file).is_file() for file in ("zarr.json", ".zattrs")):
+    if not is_one_image(folder):
         raise ImageFileError(
-            f"'{path}' must be an OME-Zarr image, to which labels can be added: name its folder"
+            f"'{path}' must be one OME-Zarr image, to which labels can be added: name its folder"
         )
+    (about,) = describe_image(folder).series
+    size = (about.sizes["Y"], about.sizes["X"])
+    if size != np.shape(labels):
+        raise ImageFileError(
+            f"Labels must have the size of their image, got {np.shape(labels)} for {size} px of '{path}': "
+            "name the image that they belong to"
+        )
+    pixel_size_um = pixel_size_um if about.edge_um is None else about.edge_um
     target = folder / "labels" / name
     if target.exists() and not overwrite:
         raise ImageFileError(f"'{path}' has labels named '{name}': set `overwrite` to replace them")
@@ -288,10 +300,10 @@ def _write_labels(
         )
     file = home / (".zattrs" if version == 2 else "zarr.json")
     before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    before = before if version == 2 else before.get("attributes", {}).get("ome", {})
-    names = sorted({*before.get("labels", ()), name})
-    listed = before | {"labels": names}
-    _write_group(home, listed if version == 2 else {"ome": {"version": "0.5"} | listed}, version)
+    before = before if version == 2 else before.get("attributes", {})
+    listed = before if version == 2 else {"version": "0.5"} | before.get("ome", {})
+    listed |= {"labels": sorted({*listed.get("labels", ()), name})}
+    _write_group(home, listed if version == 2 else before | {"ome": listed}, version)
 
 
 def _is_ours(folder: Path) -> bool:

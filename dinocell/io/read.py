@@ -209,7 +209,7 @@ def read_label_file(
     if suffix == ".zip":
         return Image(read_roi_labels(path, shape), path)
     if suffix in (".json", ".geojson"):
-        return Image(read_json_labels(path, shape), path)
+        return Image(read_json_labels(path, shape, max_pixels), path)
     if path.name.endswith(SEG_NPY):
         raw = RawImage(read_seg_npy(path))
     else:

@@ -85,6 +85,10 @@ def convert_labels(
         )
     if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
         raise UsageError(f"`target` must be another file than the source, got '{target}' for both")
+    if not add and target.resolve() in source.resolve().parents:
+        raise UsageError(
+            f"`target` must not hold the source, got '{target}' for '{source}': choose another folder"
+        )
     if image is None and source.suffix.lower() in (".zip", ".geojson"):
         raise UsageError(
             f"`image` must be given for ROIs and GeoJSON, which do not say how large their image is, got "

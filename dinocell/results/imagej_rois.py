@@ -19,6 +19,7 @@ from dinocell.results.stored_zip import write_stored_zip
 _MAX_ROI_PX = 60_535
 """ImageJ's `RoiDecoder` takes 16-bit positions from 0 to this; it reads those above as negative."""
 _BUFFER = 2**20
+_MAX_POINTS = 65_535  # of a polygon, whose header counts them in 16 bits
 _TRACED, _COMPOSITE = 8, 1
 _OPTIONS = 40  # of roifile: scale strokes, and show labels
 _HEADER = np.dtype(
@@ -43,7 +44,7 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
         File to write, by custom ``RoiSet.zip``.
     labels : (H, W) integer array_like
         0 is background.  Each label becomes one ROI of that name: a traced polygon, or a
-        composite where the cell has holes or several pieces.
+        composite where the cell has holes, several pieces or more than 65,535 corners.
 
     Raises TypeError, ValueError (see `dinocell.labels.as_labels`); ImageFileError (a side is longer than
     60,535 px, the last position that ImageJ reads); DINOCellError (`path` is a folder, or the disk refuses).
@@ -66,7 +67,7 @@ def write_imagej_rois(path: str | os.PathLike[str], labels: ArrayLike) -> None:
     paths = {
         number: b"".join(_shape_path(corners[begin[ring] : begin[ring + 1]]) for ring in own)
         for number, own in enumerate(rings)
-        if len(own) > 1
+        if len(own) > 1 or begin[own[0] + 1] - begin[own[0]] > _MAX_POINTS
     }
     before, after = _headers(begin, rings, places, names, paths)
     along_x, along_y = _from_first_corner(corners, begin)
@@ -134,7 +135,7 @@ def _headers(
     lengths = 4 * num_points
     header = np.zeros(len(rings), _HEADER)
     header["magic"], header["version"], header["options"] = b"Iout", 229, _OPTIONS
-    header["type"], header["num_points"] = _TRACED, num_points
+    header["type"], header["num_points"] = _TRACED, np.minimum(num_points, _MAX_POINTS)
     for number, path in paths.items():
         header[number]["type"], header[number]["num_points"] = _COMPOSITE, 0
         header[number]["num_floats"] = len(path) // 4

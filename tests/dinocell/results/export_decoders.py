@@ -100,7 +100,8 @@ def rois_to_labels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
             roi = roifile.ImagejRoi.frombytes(archive.read(name))
             assert name == f"{roi.name}.roi"
             rings = [np.asarray(ring)[:, ::-1].astype(int) for ring in roi.coordinates(multi=True)]
-            assert (roi.roitype == roifile.ROI_TYPE.TRACED) == (len(rings) == 1)
+            is_simple = len(rings) == 1 and len(rings[0]) <= 65_535
+            assert (roi.roitype == roifile.ROI_TYPE.TRACED) == is_simple
             inside = fill(rings, shape)
             rows, cols = np.nonzero(inside)
             ends = [rows.min(), cols.min(), rows.max() + 1, cols.max() + 1]

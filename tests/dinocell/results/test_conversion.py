@@ -158,6 +158,29 @@ def test_coco_polygons(tmp_path: Path) -> None:
     path.write_text(json.dumps({"images": [image, image | {"id": 5}], "annotations": []}))
     with pytest.raises(DataSetError, match="must be a COCO file of one image, got 2"):
         convert_labels(path, tmp_path / "b.tif")
+    for height, message in (
+        (-3, "must state height and width"),
+        (0, "must state height and width"),
+        (10**9, "may have up to 2,000,000,000 pixels"),
+    ):
+        path.write_text(json.dumps({"images": [image | {"height": height}], "annotations": []}))
+        with pytest.raises(DINOCellError, match=message):
+            convert_labels(path, tmp_path / "b.tif")
+
+
+def test_a_folder_that_holds_the_source_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "RES"
+    write_film(folder)
+    with pytest.raises(UsageError, match="must not hold the source"):
+        convert_labels(folder / "mask001.tif", folder, format="ctc", overwrite=True)
+    assert (folder / "mask000.tif").exists()
+
+
+def write_film(folder: Path) -> None:
+    folder.mkdir()
+    for frame in range(2):
+        write_labels(folder / f"mask00{frame}.tif", scene())
+    (folder / "res_track.txt").write_text("1 0 1 0\n")
 
 
 def test_one_frame_of_a_film(tmp_path: Path) -> None:

@@ -212,6 +212,14 @@ def test_imagej_rois_of_long_images(tmp_path: Path) -> None:
             write_imagej_rois(tmp_path / "RoiSet.zip", too_long)
 
 
+def test_imagej_rois_of_more_corners_than_16_bits_count(tmp_path: Path) -> None:
+    pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
+    labels = np.zeros((300, 360), np.uint32)
+    labels[:, 0] = labels[::3] = labels[1::3, 1::2] = 1  # a comb of combs
+    write_imagej_rois(tmp_path / "RoiSet.zip", labels)
+    np.testing.assert_array_equal(rois_to_labels(tmp_path / "RoiSet.zip", labels.shape), labels)
+
+
 @pytest.mark.parametrize("name", SCENES)
 def test_imagej_rois_are_those_of_roifile(name: str, tmp_path: Path) -> None:
     """Byte for byte what the package writes for the same outlines."""

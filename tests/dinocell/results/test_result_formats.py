@@ -6,12 +6,13 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dinocell.errors import DINOCellError, ImageFileError, MissingExtraError, UsageError
-from dinocell.io import read_labels
+from dinocell.io import describe_image, read_labels
 from dinocell.io.pyramids import add_labels_to_ome_zarr, write_ome_zarr
 from dinocell.results.columns import unit_of
 from dinocell.results.exports import write_coco_rle, write_geojson
@@ -128,29 +129,67 @@ def test_ome_zarr_is_what_its_specification_asks_for(tmp_path: Path) -> None:
     assert [axis.unit for axis in pyramid.axes] == ["micrometer"] * 2
 
 
+def foreign_image(zarr: Any, path: Path, version: int, **axis: str) -> None:
+    """An image of 2 × 2 pixels by another program, 0.5 units of `axis` apart."""
+    scale = [{"type": "scale", "scale": [0.5, 0.5]}]
+    image = {
+        "version": f"0.{version + 2}",
+        "axes": [{"name": name, "type": "space", **axis} for name in "yx"],
+        "datasets": [{"path": "0", "coordinateTransformations": scale}],
+    }
+    ome = {"multiscales": [image]}
+    attributes = ome if version == 2 else {"ome": ome | {"version": "0.5"}}
+    attributes = {"of the user": 1, **attributes}
+    group = zarr.create_group(str(path), zarr_format=version, attributes=attributes)
+    group.create_array("0", data=np.zeros((2, 2), np.uint8))
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_labels_go_into_a_zarr_that_exists(version: int, tmp_path: Path) -> None:
     zarr = pytest.importorskip("zarr", reason="zarr is not installed: extra [formats]")
     path = tmp_path / "source.zarr"
-    with pytest.raises(ImageFileError, match="must be an OME-Zarr image"):
+    with pytest.raises(ImageFileError, match="must be one OME-Zarr image"):
         add_labels_to_ome_zarr(path, np.ones((2, 2), np.uint8))
-    zarr.create_group(str(path), zarr_format=version, attributes={"of the user": 1})
+    foreign_image(zarr, path, version)
     before = contents(path)
     add_labels_to_ome_zarr(path, np.ones((2, 2), np.uint8), name="b")
-    add_labels_to_ome_zarr(path, np.eye(3, dtype=np.uint8), pixel_size_um=2.0, name="a")
+    group = zarr.open_group(str(path / "labels"), mode="r+", zarr_format=version)
+    group.attrs["theirs"] = 5
+    add_labels_to_ome_zarr(path, np.eye(2, dtype=np.uint8), pixel_size_um=2.0, name="a")
     assert before.items() <= contents(path).items()
     group = zarr.open_group(str(path), mode="r")
     attributes = dict(group["labels"].attrs)
+    assert attributes["theirs"] == 5
     assert attributes.get("ome", attributes)["labels"] == ["a", "b"]
-    np.testing.assert_array_equal(group["labels/a/0"][:], np.eye(3))
-    np.testing.assert_array_equal(read_labels(path / "labels" / "a"), np.eye(3))
+    np.testing.assert_array_equal(group["labels/a/0"][:], np.eye(2))
+    np.testing.assert_array_equal(read_labels(path / "labels" / "a"), np.eye(2))
+    assert describe_image(path / "labels" / "a").series[0].edge_um == 2.0
     with pytest.raises(ImageFileError, match="has labels named 'a': set `overwrite`"):
         add_labels_to_ome_zarr(path, np.zeros((2, 2), np.uint8), name="a")
     models = pytest.importorskip(f"ome_zarr_models.v0{version + 2}.image_label")
     attributes = dict(group["labels/a"].attrs)
     models.ImageLabelAttrs.model_validate(attributes.get("ome", attributes))
     add_labels_to_ome_zarr(path, np.zeros((2, 2), np.uint8), name="a", overwrite=True)
-    assert read_labels(path / "labels" / "a").shape == (2, 2)
+    assert not read_labels(path / "labels" / "a").any()
+
+
+def test_labels_lie_on_the_image_they_are_added_to(tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr", reason="zarr is not installed: extra [formats]")
+    path = tmp_path / "source.zarr"
+    foreign_image(zarr, path, 2, unit="micrometer")
+    for size_um in (None, 2.0):
+        add_labels_to_ome_zarr(
+            path, np.eye(2, dtype=np.uint8), pixel_size_um=size_um, overwrite=True
+        )
+        assert describe_image(path / "labels" / "cells").series[0].edge_um == 0.5
+    before = contents(path)
+    with pytest.raises(ImageFileError, match=r"size of their image, got \(3, 3\) for \(2, 2\) px"):
+        add_labels_to_ome_zarr(path, np.eye(3, dtype=np.uint8), overwrite=True)
+    plate = {"plate": {"wells": [{"path": "A/1"}]}}
+    zarr.create_group(str(tmp_path / "plate.zarr"), zarr_format=2, attributes=plate)
+    with pytest.raises(ImageFileError, match="must be one OME-Zarr image"):
+        add_labels_to_ome_zarr(tmp_path / "plate.zarr", np.eye(2, dtype=np.uint8))
+    assert contents(path) == before
 
 
 def test_folders_of_others_are_not_replaced(tmp_path: Path) -> None:
