@@ -10,6 +10,7 @@ of their bytes.
 """
 
 import hashlib
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def mark_input(path: Path | ChannelFiles, options: SegmentOptions) -> dict[str, 
     # reading refuses everything else, and a pipe would wait
     if all(one.is_file() or one.is_dir() for one in paths):
         size, time_ns = size_and_time(path)
-        mark |= {"bytes": size, "mtime_ns": time_ns, "blake2b": _hash(path, size, time_ns)}
+        with suppress(PermissionError):  # reading says so in a sentence
+            mark |= {"bytes": size, "mtime_ns": time_ns, "blake2b": _hash(path, size, time_ns)}
     return mark
 
 

@@ -119,9 +119,11 @@ def _fields(path: Path) -> Iterator[Unit]:
             return
         for image, where in fields_of_plate(path):
             yield Unit(image, f"{path.stem}_{where['well']}_s{where['site']}", {}, where)
-    except (DINOCellError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (DINOCellError, KeyError, TypeError, AttributeError) as error:
         wrong = error if isinstance(error, DINOCellError) else "its list of wells is damaged"
         yield Unit(path, path.stem, error=f"'{path}' must be an image or a plate ({wrong})")
+    except (OSError, ValueError):
+        return  # who reads it says why it cannot be read
 
 
 def _joined(places: Mapping[Path, Mapping[str, Any]], options: SegmentOptions) -> list[Unit]:

@@ -27,7 +27,13 @@ def open_zarr(path: Path, wanted: Selection) -> Iterator[Stack]:
     zarr = library("zarr", "OME-Zarr images")
     attributes = _attributes(path)
     images = [(path / inner, _attributes(path / inner)) for inner in _scenes(path, attributes)]
-    found = [_series(zarr, place, described) for place, described in images]
+    try:
+        found = [_series(zarr, place, described) for place, described in images]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ImageFileError(
+            f"The 'multiscales' of '{path}' must list arrays, axes and scales that fit each other, got others "
+            f"({type(error).__name__}: {error}): export the image again"
+        ) from error
     arrays = [array for array, _ in found]
     axes = [axes for _, (axes, _) in found]
 

@@ -1,6 +1,8 @@
 """Planes of a file as images of their own, and folders that hold images of one name."""
 
+import builtins
 import csv
+import io
 import os
 from dataclasses import replace
 
@@ -318,3 +320,57 @@ def test_parts_of_a_plate_with_nuclei(plate, tmp_path, model_path):
         assert run_shard(out, index, shown=False).failures == []
     assert merge_shards(out, shown=False).images == 3
     assert len(list(out.glob("*_nuclei_labels.tif"))) == 3
+
+
+def test_files_without_permission_fail_alone(tmp_path, mini_model, monkeypatch):
+    """An image, and a chunk of a folder in Zarr format; also for root, to whom all is permitted."""
+    zarr = pytest.importorskip("zarr", reason="zarr is not installed: extra [formats]")
+    for name in ("a.tif", "b.tif"):
+        write_image(
+            tmp_path / name, np.random.default_rng(0).integers(0, 255, (32, 40)).astype(np.uint8)
+        )
+    group = zarr.open_group(str(tmp_path / "c.zarr"), mode="w", zarr_format=2)
+    group.create_array("0", shape=(32, 40), chunks=(32, 40), dtype="uint8")[...] = 1
+    group.attrs["multiscales"] = [{"axes": ["y", "x"], "datasets": [{"path": "0"}]}]
+    closed = {str(tmp_path / "b.tif"), str(tmp_path / "c.zarr" / "0" / "0.0")}
+    opened = io.open
+
+    def guarded(file, *args, **kwargs):
+        if str(file) in closed:
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", guarded)
+    monkeypatch.setattr(builtins, "open", guarded)
+    paths = [tmp_path / name for name in ("a.tif", "b.tif", "c.zarr")]
+    result = segment_files(paths, tmp_path / "out", options(), model=mini_model, shown=False)
+    assert [row["name"] for row in result.rows] == ["a"]
+    assert [sentence for _, sentence in result.failures] == [
+        f"You have no permission to read '{path}': change the rights of the file"
+        for path in paths[1:]
+    ]
+
+
+def test_plates_in_zarr_with_faults_fail_alone(tmp_path, mini_model):
+    """A well that is named twice, one that is missing, a field that is, and a list that is none."""
+    zarr = pytest.importorskip("zarr", reason="zarr is not installed: extra [formats]")
+    plates = {
+        "twice": [{"path": "A/1"}, {"path": "A/1"}],
+        "hole": [{"path": "A/1"}, {"path": "B/1"}],
+        "field": [{"path": "A/1"}],
+        "odd": [{"row": 1}],
+    }
+    for name, wells in plates.items():
+        group = zarr.open_group(str(tmp_path / f"{name}.zarr"), mode="w", zarr_format=2)
+        group.attrs["plate"] = {"wells": wells}
+        well = zarr.open_group(str(tmp_path / f"{name}.zarr" / "A" / "1"), mode="w", zarr_format=2)
+        well.attrs["well"] = {"images": [{"path": "0"}]}
+    write_image(tmp_path / "a.tif", np.zeros((32, 40), np.uint8))
+    paths = sorted(tmp_path.glob("*.*"))
+    result = segment_files(paths, tmp_path / "out", options(), model=mini_model, shown=False)
+    assert [row["name"] for row in result.rows] == ["a"]
+    sentences = {path.relative_to(tmp_path).parts[0]: text for path, text in result.failures}
+    assert "names A/1 twice" in sentences["twice.zarr"]
+    assert "lacks B/1" in sentences["hole.zarr"]
+    assert "There is no file" in sentences["field.zarr"]
+    assert "its list of wells is damaged" in sentences["odd.zarr"]

@@ -357,6 +357,13 @@ def test_damaged_zarr(stacks, tmp_path):
     (place / ".zattrs").write_text(json.dumps(described))
     with pytest.raises(ImageFileError, match="Axes must differ and have y and x"):
         read_image(place)
+    steps = [{"type": "scale", "scale": [1, 2, 3]}]
+    for wrong in ("x", {"datasets": 1}, [{}], [{"datasets": []}], [{"datasets": [{"path": 0}]}],
+                  [{"datasets": [{"path": "0", "coordinateTransformations": steps}]}]):  # fmt: skip
+        (place / ".zattrs").write_text(json.dumps({"multiscales": wrong}))
+        with pytest.raises(ImageFileError, match="must list arrays, axes and scales") as caught:
+            read_image(place)
+        assert one_sentence(caught.value)
     (place / ".zattrs").write_text("{")
     with pytest.raises(ImageFileError, match="damaged or cut short") as caught:
         read_image(place)
