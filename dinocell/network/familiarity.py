@@ -265,17 +265,18 @@ class TrainingStatistics:
             found = cls(**values)
             ranges = [found.ranges[name] for name in _WORDS]
             numbers = [*found.mean, *found.variances, found.rest, found.limit, *np.ravel(ranges)]
-            distance = found.distance([found.mean])
-            numbers += [
-                *found.scales.values(),
-                *distance,
-                *np.ravel(found._offsets if found.examples else 0),
-            ]
+            with np.errstate(all="ignore"):
+                offsets = found._offsets if found.examples else np.zeros(1)
+                numbers += [
+                    *found.scales.values(),
+                    *found.distance([found.mean, np.zeros(len(found.mean))]),
+                    *offsets.ravel(),
+                ]
             valid = bool(np.isfinite(np.asarray(numbers, dtype=np.float64)).all())
             valid &= np.shape(ranges) == (len(_WORDS), 2) and min(found.rest, found.limit) > 0
             valid &= found.scales.keys() <= set(_COMPARED) and found.num_features > 0
             valid &= bool(found.examples or found.directions)
-        except (TypeError, ValueError, KeyError, AttributeError):
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError):
             valid = False
         if not valid:
             raise CheckpointError(

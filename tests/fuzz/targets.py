@@ -23,6 +23,7 @@ from test_damaged_files import valid_files  # noqa: E402
 from dinocell.errors import ConfigError, DINOCellError  # noqa: E402
 from dinocell.io import read_image, read_labels  # noqa: E402
 from dinocell.network.config import ModelConfig  # noqa: E402
+from dinocell.network.familiarity import KnownKinds  # noqa: E402
 from dinocell.network.model import read_model_header  # noqa: E402
 from dinocell.settings import config_from_mapping  # noqa: E402
 
@@ -83,6 +84,8 @@ def model(content: bytes) -> None:
         header = read_model_header(path)
         with contextlib.suppress(ConfigError):  # which has a line for each wrong key
             config_from_mapping(ModelConfig, header.get("model"))
+        if header.get("statistics") is not None:
+            KnownKinds.from_mapping(header["statistics"], path)
     except DINOCellError as error:
         _check_sentence(error)
 
@@ -94,8 +97,20 @@ def _model_file(text: str) -> bytes:
 
 
 def _headers() -> list[bytes]:
-    text = json.dumps(read_model_header("dinocell-tiny") | {"statistics": None})
-    return [_model_file(text), b"{" + text.encode()]
+    header = read_model_header("dinocell-tiny")
+    ranges = {name: [0, 1] for name in ("background", "texture", "cells")}
+    new = {
+        "mean": [1, 0.5],
+        "limit": 2,
+        "ranges": ranges,
+        "images": 3,
+        "examples": "AAAAAAAAAAAAAAAA",
+    }
+    old = {"mean": [1], "limit": 2, "ranges": ranges, "images": 3, "directions": [[1]]}
+    known = [new | {"scales": {"edges": 9}}, old | {"variances": [4], "rest": 1}]
+    texts = [json.dumps(header | {"statistics": statistics}) for statistics in (None, known)]
+    short = json.dumps({"format": 1, "statistics": known})
+    return [_model_file(texts[0]), *(b"{" + text.encode() for text in (*texts, short))]
 
 
 def exports(content: bytes) -> None:

@@ -235,6 +235,8 @@ def test_statistics_travel_in_the_header_of_the_model_file(small_model, statisti
         {"examples": base64.b64encode(np.full(3 * 11, np.nan, "<f2")).decode()},
         {"examples": base64.b64encode(np.zeros(2 * 11, "<f2")).decode()},
         {"scales": {"length": 1.0}},
+        {"limit": 10**400},
+        {"mean": [1e308, -1e308] * 5 + [1.0]},
         {"directions": [[1.0]], "examples": ""},
         {"unknown": 1},
     ],
