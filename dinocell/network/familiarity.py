@@ -269,7 +269,7 @@ class TrainingStatistics:
                 offsets = found._offsets if found.examples else np.zeros(1)
                 numbers += [
                     *found.scales.values(),
-                    *found.distance([found.mean, np.zeros(len(found.mean))]),
+                    *found.distance([list(found.mean), [0.0] * len(found.mean)]),
                     *offsets.ravel(),
                 ]
             valid = bool(np.isfinite(np.asarray(numbers, dtype=np.float64)).all())
