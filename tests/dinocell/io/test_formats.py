@@ -13,7 +13,7 @@ import tifffile
 from io_doubles import one_sentence, textured
 
 from dinocell.errors import ImageFileError, MissingExtraError, UsageError
-from dinocell.io import describe_image, find_images, read_image
+from dinocell.io import describe_image, find_images, ome_zarr, read_image
 
 # T 2, Z 3, C 2, rows and columns
 STACK = textured((2, 3, 2, 8, 6))
@@ -368,6 +368,21 @@ def test_damaged_zarr(stacks, tmp_path):
     with pytest.raises(ImageFileError, match="damaged or cut short") as caught:
         read_image(place)
     assert one_sentence(caught.value)
+
+
+def test_a_zarr_that_is_deleted_while_it_is_read(stacks, tmp_path, monkeypatch):
+    """Its chunks would count as empty."""
+    place = tmp_path / "a.zarr"
+    shutil.copytree(stacks / "v2.zarr", place)
+    bands = ome_zarr.row_bands
+
+    def deleting(shape):
+        shutil.rmtree(place, ignore_errors=True)
+        return bands(shape)
+
+    monkeypatch.setattr(ome_zarr, "row_bands", deleting)
+    with pytest.raises(ImageFileError, match="was deleted while it was read"):
+        read_image(place, scene=0, time=0, z=0, channels=[0])
 
 
 def test_ome_tiff_without_its_xml_is_a_plain_stack(tmp_path):

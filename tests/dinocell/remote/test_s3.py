@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,9 @@ def test_resume_refusal_and_overwriting(server, plate, mini_model, monkeypatch) 
     again = segmented(resume=True, report=True)
     assert again.skipped == 2
     assert again.notes[-1].endswith("files have changed: P1_A01_s0")
-    assert "P1_B12_s0" in server.get("out/report.html").decode()
+    page = server.get("out/report.html").decode()
+    assert "P1_B12_s0" in page
+    assert page.count("data:image/") >= 3  # of the images of the earlier run, too
 
 
 def test_a_second_run_is_refused(server, plate, mini_model) -> None:
@@ -243,6 +246,31 @@ def test_a_second_run_is_refused(server, plate, mini_model) -> None:
     server.put("out/claim.json", json.dumps({"host": "gone", "pid": 1}).encode())
     with pytest.raises(DINOCellError, match=r"delete s3://bucket/out/claim\.json if it is gone"):
         segment_anywhere(paths, out, options(z=0), model=mini_model, shown=False)
+
+
+def test_an_interrupted_run_continues(server, tmp_path, mini_model) -> None:
+    """What was finished is noted; the claim of a process that died on this machine is taken over."""
+    for number in range(3):
+        (tmp_path / f"a{number}.tif").write_bytes(tiff(picture(number)))
+    paths, out = sorted(tmp_path.glob("a*.tif")), Path("s3://bucket/out")
+
+    class Interrupting(remote.Watcher):
+        def loaded(self, image) -> None:
+            if image.name == "a2":
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment_anywhere(
+            paths, out, options(), model=mini_model, shown=False, watcher=Interrupting()
+        )
+    assert "out/a0_labels.tif" in server.listed("out/")
+    assert "out/claim.json" not in server.listed("out/")
+    dead = {"host": socket.gethostname(), "pid": 2**30, "began": "1"}
+    server.put("out/claim.json", json.dumps(dead).encode())
+    again = segment_anywhere(paths, out, options(resume=True), model=mini_model, shown=False)
+    assert again.skipped >= 1
+    assert len(again.rows) == 3
+    assert "out/claim.json" not in server.listed("out/")
 
 
 @pytest.mark.slow
