@@ -422,6 +422,25 @@ def test_documents_are_wrapped():
     assert wrong == []
 
 
+def test_pictures_come_from_one_script_and_are_shown():
+    made = re.findall(
+        r'^    "(\S+\.(?:png|jpg))":', (ROOT / "benchmarks/pictures.py").read_text(), flags=re.M
+    )
+    assert sorted(made) == sorted(path.name for path in (ROOT / "docs" / "images").iterdir())
+    pages = [*documents(), *(ROOT / "dinocell" / "models").glob("*.md")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in pages)
+    assert [name for name in made if f"images/{name})" not in text] == []
+
+
+def test_the_site_lists_every_page():
+    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
+    listed = {
+        name for name in re.findall(r"(\S+\.md)$", nav, flags=re.M) if "repository/" not in name
+    }
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert listed == pages
+
+
 def test_readme_commands_are_known():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     from typer.main import get_command
