@@ -77,7 +77,7 @@ check-style: $(VENV)/.dev
 
 # few_shot.py and ssl_proof/run.py train for half an hour or more, gpu_run.py waits for a GPU: by hand.
 bench: $(VENV)/.test
-	for script in $(filter-out benchmarks/soak_images.py benchmarks/gpu_run.py benchmarks/few_shot.py benchmarks/runtimes.py benchmarks/pictures.py,$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out benchmarks/soak_images.py benchmarks/gpu_run.py benchmarks/few_shot.py benchmarks/runtimes.py benchmarks/pictures.py benchmarks/tensorrt_engine.py,$(wildcard benchmarks/*.py)); do \
 	  $(BIN)/python $$script || exit 1; done
 
 docs: $(VENV)/.docs

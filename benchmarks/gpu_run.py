@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,8 @@ PARTS: dict[str, list[str]] = {
         "quality", *(str(FOLDER / name / "model.safetensors") for name in ("cells", "nuclei"))
     ),
 }
+if shutil.which("trtexec"):
+    PARTS["tensorrt"] = _measured("tensorrt_engine")
 
 
 def run_parts(parts: Mapping[str, Sequence[str]], folder: Path, *, seconds: float) -> list[str]:

@@ -113,7 +113,7 @@ def export_model(
         else:
             content = _onnx(graph, header, windows)
             if to == "bioimageio":
-                content = package(graph, model, content, _OPSET)
+                content = package(graph, model, content, _OPSET, header)
             temporary.write_bytes(content)
         digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
         megabytes = temporary.stat().st_size / 1e6

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from dinocell.network.config import ModelConfig
-from dinocell.network.model import DINOCell, header_text
+from dinocell.network.model import DINOCell
 
 _FORMAT = "0.5.4"
 _EPSILON = 1e-6  # of their operation `scale_range`
@@ -26,11 +26,13 @@ _SPDX = {"CC0": "CC0-1.0", "MIT": "MIT", "CC BY 4.0": "CC-BY-4.0"}
 _SIDE = 256  # of the test image in px, rounded to patches
 
 
-def package(graph: torch.nn.Module, model: DINOCell, onnx_file: bytes, opset: int) -> bytes:
+def package(
+    graph: torch.nn.Module, model: DINOCell, onnx_file: bytes, opset: int, header: str
+) -> bytes:
     """The zip: description, graph, test tensors, cover and README.
 
     `graph` (see `dinocell.export.Graph`) gives the expected outputs of the test image; `onnx_file` is
-    the same graph as a file.
+    the same graph as a file; `header`: the JSON that it carries.
     """
     from dinocell.io import read_image
     from dinocell.results.pictures import overlay_panel
@@ -46,7 +48,9 @@ def package(graph: torch.nn.Module, model: DINOCell, onnx_file: bytes, opset: in
     labels = _labels(maps[0, 0].numpy(), config)
     files = {
         "rdf.yaml": yaml.safe_dump(
-            _description(model, features.shape[1], opset), sort_keys=False, allow_unicode=True
+            _description(model, features.shape[1], opset, header),
+            sort_keys=False,
+            allow_unicode=True,
         ).encode(),
         "weights.onnx": onnx_file,
         "test_input.npy": _npy(pixels[None, None]),
@@ -83,7 +87,7 @@ def _npy(array: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _description(model: DINOCell, num_features: int, opset: int) -> dict[str, Any]:
+def _description(model: DINOCell, num_features: int, opset: int, header: str) -> dict[str, Any]:
     config, card = model.config, model.card
     patch = config.patch_size
 
@@ -160,7 +164,7 @@ def _description(model: DINOCell, num_features: int, opset: int) -> dict[str, An
             },
         ],
         "weights": {"onnx": {"source": "weights.onnx", "opset_version": opset}},
-        "config": {"dinocell": json.loads(header_text(model))},
+        "config": {"dinocell": json.loads(header)},
     }
 
 

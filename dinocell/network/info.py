@@ -26,6 +26,7 @@ from dinocell.network.model import (
     read_model_header,
     untrained,
 )
+from dinocell.network.weights import EXPORTED
 
 _ATTENTION_OPS = (
     "aten::scaled_dot_product_attention",
@@ -80,7 +81,7 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
         model = create_dinocell_model(size, patch_size=patch, decoder=decoder, **options)
         return _describe_architecture(model, image_px)
     path = model_path(name)
-    is_graph = path.suffix in (".onnx", ".pt2")
+    is_graph = path.suffix in EXPORTED
     model = untrained(read_model_header(name), path) if is_graph else load_model(name)
     config, card = model.config, model.card
     of_kinds = {} if model.statistics is None else model.statistics.thresholds()

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD, TUNED_THRESHOLD
 from dinocell.network.decoder import create_decoder
 from dinocell.network.detail import ConvPyramid, pyramid_widths
 from dinocell.network.familiarity import KnownKinds
-from dinocell.network.onnx_graph import open_graph, run_graph
+from dinocell.network.onnx_graph import exported_header, open_graph, run_graph
 from dinocell.network.weights import BUNDLED_FOLDER as _BUNDLED_FOLDER
+from dinocell.network.weights import EXPORTED
 from dinocell.settings import config_from_mapping, config_to_mapping, require
 from dinocell.tree import tree_imports
 
@@ -233,8 +233,8 @@ def read_model_header(name: str | Path) -> dict[str, Any]:
     file, without the extra `onnx`).
     """
     path = model_path(name)
-    readers = {".onnx": _onnx_header, ".pt2": _program_header}
-    text = readers.get(path.suffix, _safetensors_header)(path)
+    exported = path.suffix in EXPORTED
+    text = exported_header(path, HEADER_KEY) if exported else _safetensors_header(path)
     if text is None:
         raise CheckpointError(
             f"A model file must carry DINOCell's header, got {path} without it, which another "
@@ -273,22 +273,6 @@ def _safetensors_header(path: Path) -> str | None:
         ) from error
 
 
-def _onnx_header(path: Path) -> str | None:
-    return open_graph(path, optimized=False).get_modelmeta().custom_metadata_map.get(HEADER_KEY)
-
-
-def _program_header(path: Path) -> str | None:
-    """Of a program of `torch.export`, which is a zip archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(f"/{HEADER_KEY}")]
-            return archive.read(names[0]).decode() if names else None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"A .pt2 file must be complete, got {path} ({error}): export the model again"
-        ) from error
-
-
 def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOCell:
     """Load a model file or a bundled model, in eval mode, in float32.
 
@@ -298,9 +282,9 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
     not fit the header's architecture, or the file is one for other programs).
     """
     header, path = read_model_header(name), model_path(name)
-    if path.suffix == ".pt2":
+    if path.suffix in (".pt2", ".zip"):
         raise UsageError(
-            f"A model must be a .safetensors or .onnx file, got {path}, which `torch.export.load` reads: "
+            f"A model must be a .safetensors or .onnx file, got {path}, which is for other programs: "
             "give the file that it was exported from"
         )
     model = untrained(header, path)

@@ -1,12 +1,15 @@
-"""ONNX graphs that `dinocell export` wrote, run by onnxruntime."""
+"""Files that `dinocell export` wrote: their headers; ONNX graphs, run by onnxruntime."""
 
 from __future__ import annotations
 
+import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from dinocell.errors import CheckpointError
@@ -14,6 +17,34 @@ from dinocell.io.optional import library
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 """Where onnxruntime may compute, the first that its build has."""
+
+
+def exported_header(path: Path, key: str) -> str | None:
+    """The JSON header of an exported file, its entry `key`; None without it.
+
+    Raises CheckpointError (the file is damaged); MissingExtraError.
+    """
+    if path.suffix == ".onnx":
+        return open_graph(path, optimized=False).get_modelmeta().custom_metadata_map.get(key)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if path.suffix == ".zip":
+                described = yaml.safe_load(archive.read("rdf.yaml"))
+                return json.dumps(described["config"][key])
+            names = [name for name in archive.namelist() if name.endswith(f"/{key}")]
+            return archive.read(names[0]).decode() if names else None
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        zipfile.BadZipFile,
+        yaml.YAMLError,
+    ) as error:
+        raise CheckpointError(
+            f"A {path.suffix} file must be complete, as `dinocell export` wrote it, got {path} ({error}): "
+            "export the model again"
+        ) from error
 
 
 def open_graph(path: Path, *, optimized: bool = True) -> Any:

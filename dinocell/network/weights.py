@@ -21,6 +21,9 @@ RELEASED: dict[str, str] = {
 }
 
 
+EXPORTED = (".onnx", ".pt2", ".zip")
+"""Endings of the files that `dinocell export` writes."""
+
 BUNDLED_FOLDER = Path(__file__).parents[1] / "models"
 
 
@@ -74,7 +77,7 @@ def is_backbone_file(path: str | Path) -> bool:
     if not path.is_file():
         return False
     if path.suffix != ".safetensors":
-        return path.suffix not in (".onnx", ".pt2")  # graphs of `dinocell export`
+        return path.suffix not in EXPORTED
     from safetensors import SafetensorError, safe_open
 
     try:

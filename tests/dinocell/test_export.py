@@ -58,6 +58,7 @@ def graphs(model, tmp_path_factory):
     export_model(model, folder / "fp16.onnx", precision="fp16")
     export_model(model, folder / "int8.onnx", precision="int8", images=folder / "images")
     export_model(model, folder / "program.pt2", to="torch")
+    export_model(model, folder / "package.zip", to="bioimageio")
     return folder
 
 
@@ -120,7 +121,7 @@ def test_segment_runs_the_graph(model, graphs):
     assert (given.labels == ours.labels).mean() > 0.999
 
 
-@pytest.mark.parametrize("name", ["fp32.onnx", "int8.onnx", "program.pt2"])
+@pytest.mark.parametrize("name", ["fp32.onnx", "int8.onnx", "program.pt2", "package.zip"])
 def test_the_header_travels(model, graphs, name):
     header = read_model_header(graphs / name)
     assert header["card"]["licence"] == "CC0"
@@ -133,6 +134,33 @@ def test_the_header_travels(model, graphs, name):
     done = CliRunner().invoke(app, ["weights", "info", str(graphs / name)])
     assert done.exit_code == 0
     assert "licence: CC0" in done.output
+
+
+@pytest.mark.parametrize("name", ["program.pt2", "package.zip"])
+def test_files_for_other_programs_are_no_model(graphs, tmp_path, name):
+    with pytest.raises(UsageError, match="which is for other programs"):
+        load_model(graphs / name)
+    half = tmp_path / name
+    half.write_bytes((graphs / name).read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=f"A {half.suffix} file must be complete"):
+        read_model_header(half)
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("rdf.yaml", "name: another model")
+    with pytest.raises(CheckpointError, match=r"A \.zip file must be complete"):
+        read_model_header(tmp_path / "other.zip")
+
+
+def test_opencv_reads_the_graph(model, graphs):
+    """QuPath runs ONNX files with OpenCV's module `dnn`."""
+    import cv2
+
+    net = cv2.dnn.readNetFromONNX(str(graphs / "fp32.onnx"))
+    for shape in SHAPES:
+        gray = windows(shape)
+        net.setInput(gray.numpy())
+        with torch.inference_mode():
+            expected = Graph(load_model(model)).eval()(gray)[0]
+        assert np.abs(net.forward("map") - expected.numpy()).max() < 1e-4
 
 
 def test_the_same_model_gives_the_same_bytes(model, graphs, tmp_path):

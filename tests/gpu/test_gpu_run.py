@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from waiting import wait_until
 
-from benchmarks import gpu_run
+from benchmarks import gpu_run, tensorrt_engine
 from benchmarks.gpu_run import PARTS, ROOT, left, run_parts
 
 # Counts its calls in the file that it is given; with "cut" the first call waits for SIGTERM.
@@ -69,3 +70,28 @@ def test_every_part_names_files_that_exist(name):
     assert named or "pytest" in command
     assert all((ROOT / part).is_file() for part in named)
     assert left(PARTS, Path("nowhere")) == list(PARTS)
+
+
+def test_tensorrt_runs_where_it_is_installed(tmp_path, monkeypatch):
+    (tmp_path / "trtexec").write_text("#!/bin/sh\n")
+    (tmp_path / "trtexec").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with_it = importlib.reload(gpu_run).PARTS
+    monkeypatch.setenv("PATH", "")
+    without = importlib.reload(gpu_run).PARTS
+    assert with_it.keys() - without.keys() == {"tensorrt"}
+    assert (ROOT / with_it["tensorrt"][1]).is_file()
+
+
+def test_the_command_of_tensorrt_is_that_of_the_page():
+    """And its figures are read as trtexec 10 prints them."""
+    command = " ".join(tensorrt_engine.trtexec_command(Path("dinocell-cells_fp16.onnx"), "fp16"))
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8").replace("\\\n", "")
+    assert command in " ".join(page.split())
+    printed = (
+        "[I] Throughput: 512.25 qps\n"
+        "[I] GPU Compute Time: min = 1.9 ms, max = 2.4 ms, mean = 2.0 ms, median = 1.95 ms, percentile(90%) = 2"
+    )
+    assert tensorrt_engine.figures(printed) == {"windows_per_s": 4098.0, "batch_median_ms": 1.95}
+    with pytest.raises(SystemExit, match="no figures"):
+        tensorrt_engine.figures("error")
