@@ -54,7 +54,7 @@ async function segment(file) {
   const side = config.window_px;
   const predict = async (window) => {
     const { map, features } = await session.run({ gray: new ort.Tensor("float32", window, [1, 1, side, side]) });
-    if (window.some((value) => value)) appearance.add(map.data, side, features.data, config.patch_size);
+    if (window.some((value) => value)) appearance.add(window, map.data, side, features.data, config.patch_size);
     return map.data;
   };
   const started = performance.now();

@@ -30,8 +30,8 @@ pytestmark = [
 SEGMENT = """async ({ name, bytes }) => {
   const { segment } = await import("./page.js");
   const file = new File([Uint8Array.from(atob(bytes), (c) => c.charCodeAt(0))], name);
-  const { labels, map, width, height, kind } = await segment(file);
-  return { labels: Array.from(labels), map: Array.from(map), width, height, kind };
+  const { labels, map, width, height, kind, unfamiliar } = await segment(file);
+  return { labels: Array.from(labels), map: Array.from(map), width, height, kind, unfamiliar };
 }"""
 SEPARATE = """async ({ map, width, height, thresholds }) => {
   const { separateCells } = await import("./cells.js");
@@ -92,14 +92,21 @@ def page(browser, site):
     assert [url for url in outside if not url.startswith(("data:", "blob:"))] == []
 
 
-def segmented(page, path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+def segmented(page, path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, float | None]]:
     import base64
 
     content = base64.b64encode(path.read_bytes()).decode()
     found = page.evaluate(SEGMENT, {"name": path.name, "bytes": content})
     shape = found["height"], found["width"]
     labels = np.reshape(np.array(found["labels"], np.uint32), shape)
-    return labels, np.reshape(np.array(found["map"], np.float32), shape), found["kind"]
+    return (
+        labels,
+        np.reshape(np.array(found["map"], np.float32), shape),
+        (
+            found["kind"],
+            found["unfamiliar"],
+        ),
+    )
 
 
 def test_the_page_finds_the_cells_of_segment(page):
@@ -107,9 +114,11 @@ def test_the_page_finds_the_cells_of_segment(page):
     pipeline = DINOCellPipeline("dinocell-fast")
     for path in SAMPLES:
         expected = pipeline.run(path)
-        labels, distance_map, kind = segmented(page, path)
+        labels, distance_map, (kind, unfamiliar) = segmented(page, path)
         assert np.abs(distance_map - expected.distance_map).max() < 1e-5
         assert kind == expected.kind
+        if kind:
+            assert unfamiliar == pytest.approx(expected.unfamiliar, rel=1e-3)
         np.testing.assert_array_equal(labels, expected.labels, err_msg=path.name)
 
 
