@@ -28,7 +28,7 @@ from dinocell.demo import sample_paths
 from dinocell.evaluation.errors import draw_errors, find_errors
 from dinocell.evaluation.matching import overlap_table
 from dinocell.evaluation.metrics import match_counts
-from dinocell.io import read_image, read_labels
+from dinocell.io import read_image, read_labels, write_image
 from dinocell.pairs import find_pairs
 from dinocell.pipeline import DINOCellPipeline
 
@@ -123,6 +123,33 @@ def napari() -> None:
     QApplication.instance().exec_()
 
 
+def plate() -> None:
+    """The heat map of a report: crops of bbbc039/test under the names of an Operetta; two wells are left out."""
+    from playwright.sync_api import sync_playwright
+
+    wells = [(row, column) for row in range(2, 8) for column in range(2, 12)]
+    del wells[-1], wells[25]
+    paths = sorted((DATA / "bbbc039" / "test" / "images").iterdir())
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        images = Path(folder, "BR7", "Images")
+        images.mkdir(parents=True)
+        for number, (row, column) in enumerate(wells):
+            pixels = read_image(paths[number % len(paths)]).pixels
+            left = 200 * (number // len(paths) % 3)
+            name = f"r{row:02}c{column:02}f01p01-ch1sk1fk1fl1.tiff"
+            write_image(images / name, pixels[100:300, left : left + 200])
+        program = [sys.executable, "-m", "dinocell", "segment", str(images)]
+        subprocess.run([*program, "-o", f"{folder}/out", "--report", "--no-overlay"], check=True)
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 880, "height": 900})
+        page.goto(Path(folder, "out", "report.html").as_uri())
+        page.locator("div.scroll", has=page.locator("table.plate")).first.screenshot(
+            path=FOLDER / "plate.png"
+        )
+        browser.close()
+
+
 def _opened(page, address: str) -> bool:
     from playwright.sync_api import Error
 
@@ -137,6 +164,7 @@ PICTURES: dict[str, Callable[[], None]] = {
     "demo.png": demo,
     "service.png": service,
     "napari.png": napari,
+    "plate.png": plate,
     "cells_phase_contrast.jpg": phase_contrast,
     "results_bbbc039_test.jpg": partial(draw, MODEL, "bbbc039/test", DATA),
     "results_dsb2018_test.jpg": partial(draw, MODEL, "dsb2018/test", DATA),
