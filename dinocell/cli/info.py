@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from dinocell.cli.options import App, argument, in_options, option, plane_choice
-from dinocell.errors import DINOCellError
+from dinocell.errors import DINOCellError, ImageFileError
 
 app = App()
 
@@ -47,7 +47,10 @@ def info(
 
     Example: `dinocell info image.czi`
     """
+    from dinocell.batch.options import SegmentOptions
+    from dinocell.batch.units import units_of
     from dinocell.io import search_images
+    from dinocell.progress import count_text
     from dinocell.segmentation.overview import inspect_image
 
     choice = plane_choice(plane)
@@ -56,8 +59,17 @@ def info(
     found: list[dict[str, Any]] = []
     for path in search_images(images, recursive=recursive).paths:
         try:
-            overview = inspect_image(path, **choice)
-            found.append({**overview.as_dict(), "rows": overview.rows()})
+            first, *others = units_of([path], SegmentOptions(plate="off"))
+            if first.error:
+                raise ImageFileError(first.error)
+            overview = inspect_image(first.path, **choice)
+            rows, about = overview.rows(), overview.as_dict()
+            if first.place:  # of a plate in OME-Zarr, all fields of which are segmented
+                fields = len(others) + 1
+                text = f"{count_text(fields, 'field')}; below is the first of them, {first.path}"
+                rows.insert(0, ("plate", text))
+                about |= {"path": str(path), "fields": fields, "field": str(first.path)}
+            found.append({**about, "rows": rows})
         except DINOCellError as error:
             found.append({"path": str(path), "error": str(error), "rows": [("error", str(error))]})
     for one in found:

@@ -122,3 +122,28 @@ def test_real_files(capsys, data_dir):
     assert "choose with --time and --z" in stack["segment"]
     assert (plane["ranges"], plane["ready"]) == ({"AF568": [52, 7437]}, True)
     assert "choose with --z" in noise["segment"]
+
+
+def test_a_plate_in_zarr_is_described_by_its_first_field(capsys, tmp_path):
+    zarr = pytest.importorskip("zarr", reason="zarr is not installed: extra [formats]")
+    place = tmp_path / "p.zarr"
+    group = zarr.open_group(str(place), mode="w", zarr_format=2)
+    group.attrs["plate"] = {"wells": [{"path": "A/1"}]}
+    well = zarr.open_group(str(place / "A" / "1"), mode="w", zarr_format=2)
+    well.attrs["well"] = {"images": [{"path": "0"}, {"path": "1"}]}
+    for field in "01":
+        image = zarr.open_group(str(place / "A" / "1" / field), mode="w", zarr_format=2)
+        image.create_array("0", shape=(8, 6), dtype="uint8")[...] = np.arange(48).reshape(8, 6)
+        image.attrs["multiscales"] = [{"axes": ["y", "x"], "datasets": [{"path": "0"}]}]
+    code, out = call(capsys, place)
+    assert code == 0
+    assert out.splitlines()[0] == str(place)
+    first = place / "A" / "1" / "0"
+    assert f"2 fields; below is the first of them, {first}" in out
+    assert "ready: this plane is segmented" in out
+    (one,) = json.loads(call(capsys, place, "--json")[1])
+    assert (one["path"], one["fields"], one["field"]) == (str(place), 2, str(first))
+    group.attrs["plate"] = {"wells": [{"path": "B/1"}]}
+    code, out = call(capsys, place)
+    assert code == 1
+    assert "lacks B/1" in out
