@@ -29,7 +29,7 @@ PAGES = [
 ]
 SHOWN = {"yaml", "text", "console"}  # files, and output as an example
 BLOCK = re.compile(
-    r"^(?: *<!-- not run(?P<some>, [^:]*)?: (?P<why>[^>]*) -->\n)?(?P<indent> *)```(?P<language>\S*)\n"
+    r"^(?: *<!-- not run(?P<some>, [^:]*)?:\s+(?P<why>[^>]*) -->\n)?(?P<indent> *)```(?P<language>\S*)\n"
     r"(?P<text>.*?)^ *```$",
     flags=re.M | re.S,
 )
@@ -39,7 +39,9 @@ def blocks(path: Path) -> Iterator[tuple[int, re.Match[str]]]:
     """Line number and parts of each fenced block."""
     text = path.read_text(encoding="utf-8")
     assert len(re.findall(r"^ *```", text, flags=re.M)) == 2 * len(BLOCK.findall(text)), path
-    for match in BLOCK.finditer(text):
+    found = list(BLOCK.finditer(text))
+    assert text.count("<!-- not run") == sum(bool(match["why"]) for match in found), path
+    for match in found:
         yield text[: match.start("indent")].count("\n") + 1, match
 
 
@@ -103,6 +105,19 @@ def test_commands_that_are_left_out_need_a_reason_and_a_place(tmp_path):
     ((_, block),) = blocks(page)
     with pytest.raises(AssertionError, match="names `x`"):
         commands(block)
+
+
+def test_no_page_changes_what_is_installed():
+    """Where blocks run, they must not install, clone or submit."""
+    wrong = [
+        f"{path.name}:{number}: {line}"
+        for path in PAGES
+        for number, block in blocks(path)
+        if block["language"] == "sh" and (block["some"] or not block["why"])
+        for line in commands(block).splitlines()
+        if re.match(r"(pip|npm|conda|apt|git|docker|make|sbatch|srun|dinocell submit)\b", line)
+    ]
+    assert wrong == []
 
 
 @pytest.fixture(scope="session")
