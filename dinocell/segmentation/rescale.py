@@ -17,7 +17,7 @@ from dinocell.errors import ConfigError, ImageFileError, UsageError
 from dinocell.network.config import ModelConfig
 from dinocell.scratch import row_bands
 
-_SAME = 1.1
+SAME_SCALE = 1.1
 """Scales that differ less count as equal: training varies them more, and resampling costs some detail."""
 
 _FARTHEST = 8.0
@@ -105,7 +105,7 @@ class Scale:
                 return 1.0, (note,)
         else:
             factor = float(self.rescale)
-        if 1 / _SAME < factor < _SAME:
+        if 1 / SAME_SCALE < factor < SAME_SCALE:
             return 1.0, ()
         done = f"enlarged {factor:.3g}" if factor > 1 else f"reduced {1 / factor:.3g}"
         return factor, (

@@ -27,7 +27,7 @@ from dinocell.evaluation.matching import overlap_table
 from dinocell.evaluation.metrics import match_counts, pooled_ap
 from dinocell.evaluation.tuning import tuned_values
 from dinocell.files import require_writable
-from dinocell.io import write_labels
+from dinocell.io import describe_image, write_labels
 from dinocell.network.backbone import DINOv3Backbone
 from dinocell.network.config import TUNED_THRESHOLDS
 from dinocell.network.model import DINOCell, load_trainable, resolve_device, save_model, with_config
@@ -36,6 +36,7 @@ from dinocell.pairs import Pair, find_pairs
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.progress import Progress, progress
 from dinocell.segmentation.inference import predict_distance_map
+from dinocell.segmentation.rescale import SAME_SCALE
 from dinocell.segmentation.thresholds import Thresholds
 from dinocell.segmentation.watershed import separate_cells
 from dinocell.settings import require_at_least
@@ -147,6 +148,8 @@ def adapt(
         pairs = _several(found, model, folder)
         run = _Adaptation(model, pairs, options, shown=shown)
         result, adapted = run.result(path)
+    if model.config.pixel_size_um is not None:
+        adapted = with_config(adapted, pixel_size_um=_common_pixel_size(found))
     adapted.card = {
         **{key: value for key, value in model.card.items() if key != "metrics"},
         "name": path.stem,
@@ -164,6 +167,15 @@ def adapt(
     }
     save_model(path, adapted, half=True)
     return result
+
+
+def _common_pixel_size(pairs: Sequence[Pair]) -> float | None:
+    """Pixel size of the images in µm, which were learned as they are; None unless all state about the same."""
+    sizes = [describe_image(pair.image_path).series[0].edge_um for pair in pairs]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes) or max(known) > SAME_SCALE * min(known):
+        return None
+    return float(np.median(known))
 
 
 def _several(pairs: list[Pair], model: DINOCell, folder: str) -> list[Pair]:

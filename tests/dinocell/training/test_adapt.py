@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from small_runs import small_run
 
 from dinocell.cli import main
 from dinocell.errors import ConfigError, DataSetError, UsageError
-from dinocell.io import write_image, write_labels
-from dinocell.network.model import DINOCell, create_dinocell_model, load_model
+from dinocell.io import read_image, write_image, write_labels
+from dinocell.network.model import (
+    DINOCell,
+    create_dinocell_model,
+    load_model,
+    save_model,
+    with_config,
+)
 from dinocell.pairs import find_pairs
 from dinocell.progress import progress
 from dinocell.settings import config_from_mapping
 from dinocell.training import adapt as module
-from dinocell.training.adapt import CANDIDATES, AdaptOptions, adapt
+from dinocell.training.adapt import CANDIDATES, AdaptOptions, AdaptResult, adapt
 from dinocell.training.config import TrainConfig
 from dinocell.training.trainer import train
+
+RESULT = AdaptResult(Path("out"), "start", 1, {}, {})
 
 pytestmark = pytest.mark.usefixtures("mini_networks")
 
@@ -135,6 +145,29 @@ def test_folds_are_disjoint_and_nothing_is_scored_by_its_own_labels(start, blob_
     assert run._cross_validated(counts) == (0.0, 0.0), "each fold has the thresholds of the other"
     assert module._best(counts, run.folds[0]) == 0
     assert module._best(counts, run.folds[1]) == 1
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [([0.5], 0.5), ([None], None), ([0.5, 0.2], None)])
+def test_the_pixel_size_is_that_of_the_images(
+    sizes, expected, start, blob_data, tmp_path, monkeypatch
+):
+    """Else `segment` would show the network the images at another scale than it has learned."""
+    whole = with_config(load_model(start), pixel_size_um=1.0)
+    save_model(tmp_path / "start.safetensors", whole)
+    (tmp_path / "images").mkdir()
+    shutil.copytree(blob_data / "labels", tmp_path / "labels")
+    for index, path in enumerate(sorted((blob_data / "images").iterdir())):
+        target = tmp_path / "images" / f"{path.stem}.tif"
+        tifffile.imwrite(
+            target,
+            read_image(path).pixels,
+            imagej=True,
+            resolution=(1 / (sizes[index % len(sizes)] or 1),) * 2,
+            metadata={"unit": "um"} if sizes[0] else None,
+        )
+    monkeypatch.setattr(module._Adaptation, "result", lambda self, path: (RESULT, self.start))
+    adapted(tmp_path, tmp_path / "start.safetensors", tmp_path / "out.safetensors")
+    assert load_model(tmp_path / "out.safetensors").config.pixel_size_um == expected
 
 
 def test_large_images_are_scored_on_their_middles():
