@@ -318,7 +318,7 @@ class DINOCellPipeline:
             nuclei=nuclei,
         )
 
-    def _thresholds_of(self, loaded: LoadedImage) -> Thresholds:
+    def thresholds_of(self, loaded: LoadedImage) -> Thresholds:
         """The thresholds in pixels of an image: the model's smallest area is one at the model's scale."""
         if self._has_min_area or loaded.rescale == 1:
             return self.thresholds
@@ -328,7 +328,7 @@ class DINOCellPipeline:
     def judge(self, loaded: LoadedImage) -> Judgement:
         """What the model makes of an image that `predict` has seen."""
         notes: tuple[str, ...] = ()
-        thresholds = self._thresholds_of(loaded)
+        thresholds = self.thresholds_of(loaded)
         plane, statistics = loaded.plane, self.model.statistics
         if plane.size and plane.min() == plane.max():
             notes = ("Constant image: no cells can be found",)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dinocell.datasets.sample import Content, Sample, split_of
 from dinocell.errors import DataSetError
 from dinocell.io import natural_key
+from dinocell.labels import all_whole
 
 _DAMAGED = (
     *(OSError, ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error),
@@ -134,6 +135,6 @@ def _read_colours_and_nuclei(path: Path) -> Content:
             f"{array.shape}: is it LyNSeC?"
         )
     image, labels = array[..., :3], array[..., 3].astype(np.int64)
-    if image.dtype != np.uint8 and image.min() >= 0 and image.max() <= 255:
+    if image.dtype != np.uint8 and 0 <= image.min() <= image.max() <= 255 and all_whole(image):
         image = image.astype(np.uint8)
     return Content(np.array(image), labels, None, _RGB)

@@ -4,7 +4,8 @@ import asyncio
 import base64
 import io
 import shutil
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,6 +70,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 _LONGEST_TURN_S = 20.0
+_LOOK_AGAIN_S = 0.05
 _BINARY = {"content": {"application/octet-stream": {}}, "description": "A numpy file (npy)."}
 
 api = APIRouter(responses=PROBLEMS)
@@ -98,13 +100,18 @@ def _result(request: Request, job_id: str) -> StoredResult:
         raise HTTPException(410, "The files of the job are gone: upload it again") from error
 
 
-def _in_turn(request: Request) -> Iterator[None]:
-    """A place among the requests that compute or write files; memory is for few at a time."""
-    places = _service(request).places
-    if not places.acquire(timeout=_LONGEST_TURN_S):
-        raise HTTPException(
-            429, "Too many requests compute at once: try again later", {"retry-after": "5"}
-        )
+async def _in_turn(request: Request) -> AsyncIterator[None]:
+    """A place among the requests that compute or write files; memory is for few at a time.
+
+    Those that wait hold no thread, of which there are forty for everything else.
+    """
+    places, until = _service(request).places, time.monotonic() + _LONGEST_TURN_S
+    while not places.acquire(blocking=False):
+        if time.monotonic() > until:
+            raise HTTPException(
+                429, "Too many requests compute at once: try again later", {"retry-after": "5"}
+            )
+        await asyncio.sleep(_LOOK_AGAIN_S)
     try:
         yield
     finally:

@@ -122,7 +122,7 @@ class Viewed:
         scores = _scores_in(self.out / f"{name}_cells.csv", int(labels.max(initial=0)))
         keep_arrays(folder, plane=loaded.plane, channels=loaded.channels, scores=scores)
         notes = row.get("warnings", "")
-        kind, thresholds = row.get("kind", ""), pipeline.thresholds
+        kind, thresholds = row.get("kind", ""), pipeline.thresholds_of(loaded)
         for known in pipeline.model.statistics.kinds if pipeline.model.statistics else ():
             if known.name == kind:
                 thresholds = replace(thresholds, **known.thresholds)

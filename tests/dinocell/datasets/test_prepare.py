@@ -142,6 +142,17 @@ def test_lynsec_has_colours_and_leaves_out_wrong_labels(made, tmp_path):
     assert {row["stratum"] for row in rows_of(tmp_path / "out").values()} == {"l1", "l2", "l3"}
 
 
+def test_fractions_of_lynsec_stay_fractions(made, tmp_path):
+    source = made("lynsec")
+    path = source / "lynsec 1" / "0_l1.npy"
+    array = np.load(path).astype(np.float64)
+    array[..., :3] /= 255
+    np.save(path, array)
+    prepared("lynsec", source, tmp_path / "out")
+    (image,) = (tmp_path / "out").rglob("images/0_l1.*")
+    assert read_image(image).pixels == pytest.approx(array[..., :3])
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_tissuenet_has_two_channels_and_two_truths(tmp_path, compressed):
     source, out = tmp_path / "source", tmp_path / "out"

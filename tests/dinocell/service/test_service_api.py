@@ -6,9 +6,11 @@ import base64
 import gc
 import io
 import json
+import time
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -640,6 +642,22 @@ def test_few_requests_compute_at_once(client, picture, monkeypatch):
         places.release()
     for _ in range(9):  # each gives its place back
         assert client.get(f"{base}/cells").status_code == 200
+
+
+def test_those_who_wait_for_a_place_stop_nobody_else(client, picture, monkeypatch):
+    base = f"/api/v1/jobs/{upload(client, picture).json()['job']}"
+    monkeypatch.setattr("dinocell.service.routes._LONGEST_TURN_S", 60.0)
+    places = client.service.places
+    for _ in range(4):
+        places.acquire()
+    with ThreadPoolExecutor(60) as pool:
+        waiting = [pool.submit(client.get, f"{base}/cells") for _ in range(60)]
+        time.sleep(0.5)
+        asked = time.monotonic()
+        assert client.get("/health").status_code == 200
+        assert time.monotonic() - asked < 1
+        places.release(4)
+        assert {one.result().status_code for one in waiting} == {200}
 
 
 @pytest.mark.parametrize("path", ["cells", "labels", "labels/npy", "result/csv"])

@@ -122,7 +122,7 @@ def test_other_thresholds_run_the_network_of_the_results(view, results, tmp_path
 def page_of(tmp_path, model, images, **options) -> TestClient:
     """The page of new results of some images, which the caller closes."""
     save_model(tmp_path / "mini.safetensors", model)
-    options = SegmentOptions(device="cpu", overlay=False, min_area_px=2, **options)
+    options = SegmentOptions(device="cpu", overlay=False, **options)
     segment_files(images, tmp_path / "out", options, model=model, shown=False)
     viewed = Viewed(tmp_path / "out", str(tmp_path / "mini.safetensors"), "cpu")
     folder = tmp_path / "out" / "corrections"
@@ -153,8 +153,10 @@ def test_images_of_one_name_in_two_folders_keep_apart(tmp_path, mini_model):
 
 
 def test_other_thresholds_see_the_image_at_the_scale_of_the_results(tmp_path, mini_model):
-    with page_of(tmp_path, mini_model, [noise(tmp_path / "a.tif", 0)], rescale=2.0) as client:
+    model = with_config(mini_model, min_area_px=40)  # 10 px of the file
+    with page_of(tmp_path, model, [noise(tmp_path / "a.tif", 0)], rescale=2.0) as client:
         base = f"/api/v1/jobs/{client.get('/api/v1/jobs').json()[0]['id']}"
+        assert client.get(f"{base}/labels").json()["min_area_px"] == 10
         before = array_of(client.get(f"{base}/labels/npy"))
         assert client.post(f"{base}/relabel", json={"min_score": 1e-6}).status_code == 200
         assert (array_of(client.get(f"{base}/labels/npy")) == before).all()
