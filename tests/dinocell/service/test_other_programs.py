@@ -83,7 +83,8 @@ def test_what_is_recorded_stands_in_the_script(program):
     sent, text = recorded(program), SCRIPTS[program].read_text(encoding="utf-8")
     pieces = [sent["target"], f'"{sent["method"]}"', f"{sent['content_type']}; boundary="]
     pieces += [part["content_type"] for part in sent["parts"] if "file" in part]
-    pieces += ['name=\\"image\\"; filename=', '"Bearer " + token', '"dinocell"']
+    pieces += ['name="image"; filename=', '"Bearer " + token', '"dinocell"']
+    text = text.replace('\\"', '"')  # quotes within a string
     for piece in pieces:
         assert piece in text, piece
 
