@@ -25,6 +25,7 @@ from dinocell.service.news import News
 from dinocell.service.queue import QueueFullError
 from dinocell.service.routes import api, open_routes
 from dinocell.service.service import Service
+from dinocell.service.tiles import tile_routes
 
 STATIC = Path(__file__).parent / "static"
 _RETRY_AFTER_S = 5
@@ -60,6 +61,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(open_routes)
     app.include_router(api, prefix="/api/v1")
+    app.include_router(tile_routes, prefix="/api/v1")
     app.include_router(learning_routes, prefix="/api/v1")
     _handle_errors(app)
     if STATIC.is_dir() and (STATIC / "index.html").exists():

@@ -38,6 +38,10 @@ def problem(
     }
 
 
+_LARGEST_AT_ONCE = 4
+"""Uploads of the largest size that may be in temporary files at once, or more smaller ones."""
+
+
 class Guard:
     """ASGI middleware; refuses with problem+json.
 
@@ -48,6 +52,7 @@ class Guard:
 
     def __init__(self, app: Any, options: ServiceOptions) -> None:
         self.app, self.options = app, options
+        self._bytes = 0  # of all requests that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it."""
@@ -71,7 +76,11 @@ class Guard:
         given = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         refusal = self._refusal(scope["path"], given)
         if refusal is None:
-            await self.app(scope, self._counted(receive), send_with_headers)
+            seen: list[int] = []
+            try:
+                await self.app(scope, self._counted(receive, seen), send_with_headers)
+            finally:
+                self._bytes -= sum(seen)
             return
         status, detail, extra = refusal
         body, headers = problem(status, detail, extra)
@@ -119,16 +128,20 @@ class Guard:
     def _too_large(self) -> str:
         return f"An upload may have up to {self.options.max_mb:g} MB: send a smaller file"
 
-    def _counted(self, receive: Receive) -> Receive:
-        """Requests without a length are stopped when they have become too large."""
-        seen = 0
+    def _counted(self, receive: Receive, seen: list[int]) -> Receive:
+        """Stops requests that become too large, alone or together; an upload is a file until its answer."""
 
         async def counted() -> MutableMapping[str, Any]:
-            nonlocal seen
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._limit():
+            size = len(message.get("body", b""))
+            seen.append(size)
+            self._bytes += size
+            if sum(seen) > self._limit():
                 raise HTTPException(413, self._too_large())
+            if self._bytes > _LARGEST_AT_ONCE * self._limit():
+                raise HTTPException(
+                    429, "Too many uploads arrive at once: try again later", {"retry-after": "5"}
+                )
             return message
 
         return counted

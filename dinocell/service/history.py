@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,10 +92,10 @@ class History:
         path = self.folder / "current.json"
         return Revision.of(json.loads(path.read_text("utf-8"))) if path.exists() else self.first
 
-    def state(self) -> NDArray[np.uint32] | None:
-        """The labels with their bits; None before the first change."""
+    def state(self, mmap_mode: Literal["r"] | None = None) -> NDArray[np.uint32] | None:
+        """The labels with their bits, read from their file as by `numpy.load`; None before the first change."""
         path = self._state_path(self.revision())
-        return np.load(path) if path.exists() else None
+        return np.load(path, mmap_mode) if path.exists() else None
 
     def change(
         self,

@@ -42,7 +42,7 @@ from dinocell.service.service import Service
 from dinocell.service.stored import KINDS, StoredResult, safe_name
 
 _MEDIA = {
-    **{kind: exporter.media_type for kind, exporter in EXPORT_FORMATS.items()},
+    **{kind: one.media_type or "application/zip" for kind, one in EXPORT_FORMATS.items()},
     "csv": "text/csv; charset=utf-8",
     "overlay": "image/png",
     "npy": "application/octet-stream",
@@ -287,14 +287,20 @@ def get_numbered_labels(result: Result) -> Response:
     return _npy(result.state().labels)
 
 
-def _npy(array: np.ndarray) -> Response:
+def npy_bytes(array: np.ndarray) -> bytes:
+    """What `numpy.save` writes."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _npy(array: np.ndarray) -> Response:
     headers = {"cache-control": "no-store"}
-    return Response(buffer.getvalue(), media_type="application/octet-stream", headers=headers)
+    return Response(npy_bytes(array), media_type="application/octet-stream", headers=headers)
 
 
 Expected = Annotated[int | None, Query(ge=0, le=2**31)]
+WithPixels = Annotated[bool, Query(description="Whether the answer has the changed pixels.")]
 
 
 @api.post(
@@ -307,23 +313,29 @@ def relabel(
     amend: Annotated[
         bool, Query(description="One step, for undo, with the relabel before it.")
     ] = False,
+    pixels: WithPixels = True,
 ) -> ChangeInfo:
     """Runs the watershed on the stored distance map; cells that were changed by hand stay.
 
     With `revision`, labels of another revision are not replaced (409).
     """
     changes = thresholds.model_dump()
-    return change_info(result.relabel(changes, revision=revision, amend=amend))
+    return change_info(result.relabel(changes, revision=revision, amend=amend), pixels)
 
 
 @api.post("/jobs/{job_id}/corrections", dependencies=IN_TURN, summary="Change the labels by hand")
-def correct(result: Result, correction: Correction, revision: Expected = None) -> ChangeInfo:
+def correct(
+    result: Result,
+    correction: Correction,
+    revision: Expected = None,
+    pixels: WithPixels = True,
+) -> ChangeInfo:
     """Removes, merges, splits, grows or paints cells; undo and redo are corrections, too.
 
     With `revision`, labels of another revision are not changed (409).
     """
     values = correction.model_dump()
-    return change_info(result.correct(correction.kind, values, revision=revision))
+    return change_info(result.correct(correction.kind, values, revision=revision), pixels)
 
 
 @api.put(

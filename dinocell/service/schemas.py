@@ -169,7 +169,8 @@ class ChangeInfo(RevisionInfo):
     height: int
     width: int
     labels: str = Field(
-        description="Their labels: uint32, little endian, row by row, zlib, base64.", examples=[""]
+        description="Their labels: uint32, little endian, row by row, zlib, base64; empty if `pixels` is false.",
+        examples=[""],
     )
 
 
@@ -182,11 +183,13 @@ def revision_fields(change: Change) -> dict[str, Any]:
     }
 
 
-def change_info(change: Change) -> ChangeInfo:
+def change_info(change: Change, with_pixels: bool = True) -> ChangeInfo:
     """A change as the API shows it."""
     row, column = change.corner
     height, width = change.labels.shape
-    pixels = zlib.compress(np.ascontiguousarray(change.labels, "<u4").tobytes(), 1)
+    pixels = b""
+    if with_pixels:
+        pixels = zlib.compress(np.ascontiguousarray(change.labels, "<u4").tobytes(), 1)
     return ChangeInfo(
         **revision_fields(change),
         row=row,

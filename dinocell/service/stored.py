@@ -4,6 +4,7 @@ image.tif     the upload, under a name of ours
 result/       what `segment_files` writes
 plane.npy     the gray plane (H, W); of several channels the mean
 channels.npy  (H, W, C), where the plane is such a mean
+labels.npy    labels of the batch (H, W) uint32, if tiles of them were asked for
 map.npy       distance map (H, W) float32, or (2, H, W) with the spread of flips
 about.json    pixel size, names, notes, target, thresholds
 files/        further formats of the labels now, written when somebody asks for them
@@ -13,6 +14,7 @@ What changes of the labels add is described in `dinocell.service.history`.
 
 import json
 import re
+import tempfile
 import threading
 import zipfile
 from collections import defaultdict
@@ -39,11 +41,9 @@ from dinocell.service.history import TOUCHED, Box, History, Revision
 RESULT = "result"
 """Folder of what the batch writes, in the folder of a job."""
 
-KINDS = (
-    *(kind for kind, exporter in EXPORT_FORMATS.items() if exporter.media_type),  # no folders
-    *("csv", "overlay", "npy", "zip"),
-)
-"""What can be downloaded: the label files of `segment`, table, picture, labels as an array, and all in one."""
+KINDS = (*EXPORT_FORMATS, "csv", "overlay", "npy", "zip")
+"""What can be downloaded: the label files of `segment`, of which folders are zipped, table, picture, labels as
+an array, and all in one."""
 
 _locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 """One for the labels of each job; the service has one process."""
@@ -151,6 +151,8 @@ class StoredResult:
         state = self.history.state()
         if state is not None:
             return state
+        if (self.folder / "labels.npy").exists():  # quicker to read
+            return np.load(self.folder / "labels.npy")
         paths = [
             self.results / f"{self.stem}{EXPORT_FORMATS[kind].suffix}" for kind in ("tif", "png")
         ]
@@ -170,6 +172,26 @@ class StoredResult:
             return None
         channels = np.load(self.folder / "channels.npy")
         return channels if channels.dtype == np.uint8 else None
+
+    def stored_pixels(self) -> NDArray[Any]:
+        """`colours`, or else `plane`, in its file: only what is used is read."""
+        colour = self.about["channel_names"] == ["red", "green", "blue"]
+        if colour:
+            channels = np.load(self.folder / "channels.npy", mmap_mode="r")
+            if channels.dtype == np.uint8:
+                return channels
+        return np.load(self.folder / "plane.npy", mmap_mode="r")
+
+    def stored_labels(self) -> NDArray[np.uint32]:
+        """The labels now with `TOUCHED` in their file, which is written when it is asked for first."""
+        stored = self.history.state(mmap_mode="r")
+        if stored is not None:
+            return stored
+        path = self.folder / "labels.npy"
+        with self._lock:
+            if not path.exists():
+                _write_array(path, self._state())
+        return np.load(path, mmap_mode="r")
 
     def segmentation(self) -> tuple[Change, Segmentation]:
         """The labels now, and the image with them, their gaps closed."""
@@ -350,9 +372,11 @@ class StoredResult:
             raise UsageError(
                 f"The format must be one of {', '.join(KINDS)}, got {kind}: choose one"
             )
-        number = self.revision().number
+        number, is_folder = self.revision().number, False
         name = {"csv": "cells.csv", "overlay": "overlay.png", "npy": "labels.npy", "zip": "all.zip"}
         suffix = EXPORT_FORMATS[kind].suffix if kind in EXPORT_FORMATS else f"_{name[kind]}"
+        if kind in EXPORT_FORMATS and not EXPORT_FORMATS[kind].media_type:
+            suffix, is_folder = f"{suffix}.zip", True
         if number == 0 and (written := self.results / f"{self.stem}{suffix}").exists():
             return written
         folder = self.folder / "files" / str(number)
@@ -364,6 +388,8 @@ class StoredResult:
             _write_array(path, self.labels())
         elif kind == "zip":
             self._write_zip(path)
+        elif is_folder:
+            self._write_zipped_folder(path, kind)
         else:
             formats = (kind,) if kind in EXPORT_FORMATS else ("tif",)
             self.segmentation()[1].save(folder, formats=formats, overlay=kind == "overlay")
@@ -376,6 +402,14 @@ class StoredResult:
         with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             for file in files:
                 archive.write(file, self.download_name(file), zipfile.ZIP_DEFLATED)
+
+    def _write_zipped_folder(self, path: Path, kind: str) -> None:
+        """A format that is a folder, which is the only entry at the top of the zip."""
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            written = self.segmentation()[1].save(temporary, formats=(kind,), overlay=False)[kind]
+            with atomic_path(path) as target, zipfile.ZipFile(target, "w") as archive:
+                for file in sorted(written.rglob("*")):
+                    archive.write(file, written.name / file.relative_to(written))
 
     def download_name(self, file: Path) -> str:
         """What a file of this result is called where it leaves the service."""

@@ -54,6 +54,10 @@ export const cells = (id) => json(`/jobs/${id}/cells`);
 export const revision = (id) => json(`/jobs/${id}/labels`);
 export const image = (id) => npy(`/jobs/${id}/image`);
 export const labels = (id) => npy(`/jobs/${id}/labels/npy`);
+const tile = (kind) => (id, level, row, column) =>
+  npy(`/jobs/${id}/${kind}/tile?level=${level}&row=${row}&column=${column}`);
+export const imageTile = tile("image");
+export const labelsTile = tile("labels");
 export const remove = (id) => json(`/jobs/${id}`, { method: "DELETE" });
 
 export function upload(file) {
@@ -66,9 +70,10 @@ const send = (path, body) => json(path, {
   method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
 });
 
-export const relabel = (id, thresholds, revision, amend) =>
-  send(`/jobs/${id}/relabel?revision=${revision}&amend=${amend}`, thresholds);
-export const correct = (id, correction, revision) => send(`/jobs/${id}/corrections?revision=${revision}`, correction);
+export const relabel = (id, thresholds, revision, amend, pixels) =>
+  send(`/jobs/${id}/relabel?revision=${revision}&amend=${amend}&pixels=${pixels}`, thresholds);
+export const correct = (id, correction, revision, pixels) =>
+  send(`/jobs/${id}/corrections?revision=${revision}&pixels=${pixels}`, correction);
 
 export const learning = () => json("/learning");
 export const learn = () => json("/learning", { method: "POST" });

@@ -16,13 +16,13 @@ let waiting = 0; // corrections that the service does not have yet
 // Ask the service for a correction; it is saved there at once.  Waits while the service is away.
 export async function correct(kind, values = {}) {
   const shown = page.open;
-  if (!shown?.labels) return;
+  if (shown?.revision === undefined) return;
   endMovement();
   waiting += 1;
   await guarded(() => inTurn(async () => {
     for (;;) {
       try {
-        const change = await api.correct(shown.id, { kind, ...values }, shown.revision);
+        const change = await api.correct(shown.id, { kind, ...values }, shown.revision, !shown.tiles);
         view.selected.clear();
         const found = await applyChange(shown, change);
         if (page.open === shown) select(["undo", "redo", "remove", "erase"].includes(kind) ? [] : found);

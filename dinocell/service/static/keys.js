@@ -48,7 +48,7 @@ document.addEventListener("keydown", (event) => {
   if (target.matches("input:not([type=range], [type=checkbox]), select, textarea")) return;
   if (target.matches("input[type=range]") && /^(Arrow|Page|Home|End)/.test(key)) return;
   if (key === "?") return toggleHelp();
-  if (!page.open?.labels) return;
+  if (!page.open) return;
   if ((event.ctrlKey || event.metaKey) && /^[zy]$/i.test(key)) {
     event.preventDefault();
     correct(key.toLowerCase() === "y" || event.shiftKey ? "redo" : "undo");

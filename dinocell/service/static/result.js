@@ -5,11 +5,14 @@ import { drawJobs, noteJob } from "./jobs.js";
 import { showLearning } from "./learn.js";
 import { $, guarded, inTurn, page, plot, say, table, view } from "./state.js";
 import { element } from "./table.js";
+import { Tiles } from "./tiles.js";
 
-const LARGEST = 64e6; // pixels that the page shows; the results of larger images can be downloaded
-const KINDS = {
-  tif: "Labels (TIFF)", png: "Labels (PNG)", csv: "Table (CSV)", geojson: "Outlines (GeoJSON)",
-  roi: "ImageJ ROIs", coco: "COCO", overlay: "Picture", npy: "Labels (npy)", zip: "All in one (zip)",
+const TILED = 32e6; // pixels; larger images come in tiles
+const KINDS = { // all of KINDS in stored.py
+  tif: "Labels (TIFF)", png: "Labels (PNG)", "ome-tiff": "Labels (OME-TIFF)",
+  "ome-zarr": "Image and labels (OME-Zarr)", ctc: "Cell Tracking Challenge", csv: "Table (CSV)",
+  parquet: "Table (Parquet)", h5ad: "Table (AnnData)", geojson: "Outlines (GeoJSON)", roi: "ImageJ ROIs", coco: "COCO",
+  cellpose: "Cellpose (_seg.npy)", overlay: "Picture", npy: "Labels (npy)", zip: "All in one (zip)",
 };
 let doubtful = -1;
 
@@ -19,12 +22,8 @@ export async function openJob(id) {
     say("Loading");
     const job = page.jobs.get(id);
     const { image_height_px: height, image_width_px: width } = job.summary;
-    if (height * width > LARGEST) {
-      view.close();
-      page.open = { id };
-      showPanel(job);
-      say(`${job.name} has ${height} × ${width} pixels, too many to be shown here; its results can be downloaded`);
-      $("downloads").closest("details").open = true;
+    if (height * width > TILED) {
+      await openTiles(id, job, height, width);
       return;
     }
     const [image, state] = await Promise.all([api.image(id), loaded(id)]);
@@ -43,6 +42,36 @@ export async function openJob(id) {
   });
 }
 
+// The picture first; measurements follow when the service has them.
+async function openTiles(id, job, height, width) {
+  const tiles = new Tiles(id, height, width, () => view.draw());
+  const image = await tiles.start();
+  if (page.asked !== id) return;
+  doubtful = -1;
+  page.open = { id, height, width, tiles, touched: new Set() };
+  view.showTiles(tiles, image);
+  $("empty").hidden = true;
+  $("tools").hidden = false;
+  showPanel(job);
+  showWindow();
+  drawJobs();
+  say("The cells of a large image are being measured; you can look at it meanwhile");
+  const state = await measured(id);
+  if (page.asked !== id) return;
+  Object.assign(page.open, state);
+  view.setLabels(null, page.open.touched);
+  showState();
+  showLearning();
+  say("");
+}
+
+async function measured(id) {
+  for (;;) {
+    const cells = await api.cells(id), revision = await api.revision(id);
+    if (cells.revision === revision.revision) return { cells, numbers: cells.numbers, ...stateOf(revision) };
+  }
+}
+
 // Labels, revision and measurements that belong together, although somebody may change them meanwhile.
 async function loaded(id) {
   for (;;) {
@@ -56,8 +85,9 @@ async function loaded(id) {
 // Load the labels of the open image again, because somebody else has changed them.
 export async function reload() {
   const shown = page.open;
-  Object.assign(shown, await loaded(shown.id));
+  Object.assign(shown, await (shown.tiles ? measured : loaded)(shown.id));
   if (page.open !== shown) return;
+  await shown.tiles?.refresh({ row: 0, column: 0, height: shown.height, width: shown.width });
   view.setLabels(shown.labels, shown.touched);
   select([]);
   showState();
@@ -74,6 +104,7 @@ function stateOf(change) {
 
 // Take over the pixels and the revision of a change that the service has made; returns the new numbers.
 export async function applyChange(shown, change) {
+  if (shown.tiles) return applyToTiles(shown, change);
   const pixels = await api.pixelsOf(change);
   const { row, column, height, width } = change;
   const before = new Set(), after = new Set();
@@ -94,6 +125,17 @@ export async function applyChange(shown, change) {
   showState();
   cellsSoon();
   return [...after];
+}
+
+async function applyToTiles(shown, change) {
+  const before = new Set(shown.numbers);
+  Object.assign(shown, stateOf(change));
+  await shown.tiles.refresh(change);
+  if (page.open !== shown) return [];
+  view.setLabels(null, shown.touched);
+  showState();
+  cellsSoon();
+  return change.touched.filter((number) => !before.has(number)).slice(0, 2);
 }
 
 let timer = 0;
@@ -177,9 +219,7 @@ export function hovered(at) {
     return;
   }
   const { x, y, label } = at;
-  const { data, shape } = view.image;
-  const place = y * shape[1] + x;
-  const value = shape.length === 3 ? [...data.slice(3 * place, 3 * place + 3)].join(" ") : Number(data[place].toPrecision(6));
+  const value = view.valueIn(x, y)?.map((one) => Number(one.toPrecision(6))).join(" ") ?? "";
   $("pixel").textContent = `row ${y}, column ${x}: ${value}${label ? `, cell ${rowOf(label) + 1}` : ""}`;
 }
 
@@ -190,7 +230,7 @@ function rowOf(label) {
 
 export function select(labels, show = false) {
   view.selected = new Set(labels);
-  if (page.open?.labels) view.paintLabels();
+  if (page.open) view.paintLabels();
   if (show && labels.length) {
     const row = rowOf(labels[0]);
     const { centroid_row: y, centroid_col: x } = table.columns;
@@ -213,7 +253,7 @@ function showSelection() {
 
 export function nextDoubtful(step) {
   const scores = table.columns.score;
-  if (!scores?.length) return;
+  if (!scores?.length || !page.open.numbers) return;
   const order = [...scores.keys()].sort((a, b) => scores[a] - scores[b] || a - b);
   doubtful = (doubtful + step + order.length) % order.length;
   const row = order[doubtful];
@@ -245,7 +285,7 @@ function thresholdMoved(moved) {
 
 // One relabel at a time; of values that come meanwhile, the last one counts.  One movement is one step.
 async function relabelSoon() {
-  if (relabelling || !page.open?.labels) return;
+  if (relabelling || page.open?.revision === undefined) return;
   relabelling = true;
   const shown = page.open;
   while (wanted && page.open === shown) {
@@ -253,7 +293,7 @@ async function relabelSoon() {
     wanted = null;
     await guarded(() => inTurn(async () => {
       const amend = Date.now() - relabelled < 1500;
-      const change = await api.relabel(shown.id, thresholds, shown.revision, amend);
+      const change = await api.relabel(shown.id, thresholds, shown.revision, amend, !shown.tiles);
       relabelled = Date.now();
       view.selected.clear();
       await applyChange(shown, change);
@@ -279,11 +319,11 @@ function filter() {
   $("filter-note").textContent = wrong || (table.conditions.length ? `${table.order().length} of ${table.length} cells` : "");
 }
 
-const selectRows = (rows) => select(rows.map((row) => page.open.numbers[row]));
+const selectRows = (rows) => page.open.numbers && select(rows.map((row) => page.open.numbers[row]));
 plot.onBrush = selectRows;
 $("filter").addEventListener("input", filter);
 $("filter-select").addEventListener("click", () => selectRows(table.order()));
-table.onPick = (row) => select([page.open.numbers[row]], true);
+table.onPick = (row) => page.open.numbers && select([page.open.numbers[row]], true);
 for (const id of ["low", "high"]) $(id).addEventListener("input", () => setWindow(id));
 for (const id of ["peak", "fill", "area"]) $(id).addEventListener("input", () => thresholdMoved(id));
 $("opacity").addEventListener("input", () => {

@@ -40,8 +40,25 @@ export class View {
     new ResizeObserver(() => this.resize()).observe(canvas);
   }
 
+  // Tiles of a large image, and the whole image at their smallest scale.
+  showTiles(tiles, image) {
+    this.clear();
+    Object.assign(this, { tiles, image, height: tiles.height, width: tiles.width, labels: null });
+    this.touched = new Set();
+    this.selected.clear();
+    this.statistics();
+    this.auto();
+    this.fit();
+  }
+
+  clear() {
+    this.tiles?.close();
+    this.tiles = this.image = null;
+  }
+
   // { data, shape } of (H, W) or (H, W, 3), and Uint32 labels
   show(image, labels, touched) {
+    this.clear();
     this.image = image;
     [this.height, this.width] = image.shape;
     for (const layer of [this.picture, this.overlay]) {
@@ -64,7 +81,7 @@ export class View {
   }
 
   close() {
-    this.image = null;
+    this.clear();
     this.draw();
   }
 
@@ -101,9 +118,25 @@ export class View {
   }
 
   paintPicture() {
-    const { data, shape } = this.image;
-    const context = this.picture.getContext("2d");
-    const target = context.createImageData(this.width, this.height);
+    if (this.tiles) this.tiles.repaint();
+    else this.paintPixels(this.picture, this.image);
+  }
+
+  paintLabels() {
+    if (this.tiles) this.tiles.repaint();
+    else this.paintCells(this.overlay, this.labels, this.width, this.height, this.thickness);
+    this.draw();
+  }
+
+  paintTile(tile) {
+    this.paintPixels(tile.picture, tile.image);
+    if (tile.labels) this.paintCells(tile.overlay, tile.labels, tile.width, tile.height, 1);
+    tile.stale = false;
+  }
+
+  paintPixels(canvas, { data, shape }) {
+    const context = canvas.getContext("2d");
+    const target = context.createImageData(canvas.width, canvas.height);
     const pixels = new Uint32Array(target.data.buffer);
     const factor = 255 / (this.high - this.low);
     const level = (value) => {
@@ -120,13 +153,13 @@ export class View {
     context.putImageData(target, 0, 0);
   }
 
-  paintLabels() {
-    const { width, height, labels, selected, touched } = this;
-    const context = this.overlay.getContext("2d");
+  paintCells(canvas, labels, width, height, t) {
+    const { selected, touched } = this;
+    const context = canvas.getContext("2d");
     const target = context.createImageData(width, height);
     const pixels = new Uint32Array(target.data.buffer);
     const outline = this.style !== "fill";
-    const t = this.thickness, down = t * width;
+    const down = t * width;
     for (let y = 0, i = 0; y < height; y++) {
       for (let x = 0; x < width; x++, i++) {
         const label = labels[i];
@@ -143,7 +176,14 @@ export class View {
       }
     }
     context.putImageData(target, 0, 0);
-    this.draw();
+  }
+
+  showsLabels() {
+    return !this.hidden && this.style !== "none";
+  }
+
+  labelAlpha() {
+    return this.opacity * (this.style === "fill" ? 0.5 : 1);
   }
 
   resize() {
@@ -173,7 +213,7 @@ export class View {
     if (!this.image) return;
     const { width, height } = this.canvas.getBoundingClientRect();
     [px, py] = px === undefined ? [width / 2, height / 2] : [px, py];
-    const scale = Math.min(64, Math.max(0.02, this.scale * factor));
+    const scale = Math.min(64, Math.max(0.01, this.scale * factor));
     this.x += px / this.scale - px / scale;
     this.y += py / this.scale - py / scale;
     this.scale = scale;
@@ -208,6 +248,13 @@ export class View {
       context.clearRect(0, 0, canvas.width, canvas.height);
       if (!this.image) return;
       const scale = this.scale * ratio;
+      if (this.tiles) {
+        context.setTransform(scale, 0, 0, scale, -this.x * scale, -this.y * scale);
+        context.imageSmoothingEnabled = scale < 1;
+        this.tiles.draw(context, this, ratio);
+        this.drawTool(context, ratio);
+        return;
+      }
       const thickness = scale < 0.8 ? Math.min(6, Math.round(1.6 / scale)) : 1;
       if (thickness !== this.thickness) { // seen from far, thin lines would fade
         this.thickness = thickness;
@@ -216,8 +263,8 @@ export class View {
       context.setTransform(scale, 0, 0, scale, -this.x * scale, -this.y * scale);
       context.imageSmoothingEnabled = scale < 1;
       context.drawImage(this.picture, 0, 0);
-      if (!this.hidden && this.style !== "none") {
-        context.globalAlpha = this.opacity * (this.style === "fill" ? 0.5 : 1);
+      if (this.showsLabels()) {
+        context.globalAlpha = this.labelAlpha();
         context.drawImage(this.overlay, 0, 0);
         context.globalAlpha = 1;
       }
@@ -285,7 +332,14 @@ export class View {
   labelIn(x, y) {
     [x, y] = [Math.floor(x), Math.floor(y)];
     if (!this.image || x < 0 || y < 0 || x >= this.width || y >= this.height) return undefined;
-    return this.labels[y * this.width + x];
+    return this.tiles ? this.tiles.labelIn(x, y) : this.labels[y * this.width + x];
+  }
+
+  // The values at a pixel: one, or three of a colour picture; null where they are not loaded.
+  valueIn(x, y) {
+    if (this.tiles) return this.tiles.valueIn(x, y);
+    const { data, shape } = this.image, place = y * this.width + x;
+    return shape.length === 3 ? [...data.slice(3 * place, 3 * place + 3)] : [data[place]];
   }
 
   labelAt(event) {
@@ -311,12 +365,14 @@ export class View {
   // The labels of a rectangle.
   labelsIn(x0, y0, x1, y1) {
     const found = new Set();
-    for (let y = Math.max(0, Math.floor(y0)); y <= Math.min(this.height - 1, y1); y++) {
-      for (let x = Math.max(0, Math.floor(x0)); x <= Math.min(this.width - 1, x1); x++) {
-        found.add(this.labels[y * this.width + x]);
+    const step = this.tiles ? Math.max(1, Math.floor(1 / this.scale)) : 1;
+    for (let y = Math.max(0, Math.floor(y0)); y <= Math.min(this.height - 1, y1); y += step) {
+      for (let x = Math.max(0, Math.floor(x0)); x <= Math.min(this.width - 1, x1); x += step) {
+        found.add(this.labelIn(x, y));
       }
     }
     found.delete(0);
+    found.delete(undefined);
     return [...found];
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,3 +81,30 @@ def noise(path: Path, seed: int, shape=(40, 48)) -> Path:
     rng = np.random.default_rng(seed)
     write_image(path, rng.integers(0, 4000, shape).astype(np.uint16))
     return path
+
+
+def add_finished(service: Service, side: int, spacing: int) -> np.ndarray:
+    """A finished job of a square image with one bright square of half the spacing in each place of a grid.
+
+    Returns its labels, which are numbered row by row.
+    """
+    per_row = side // spacing
+    rows, columns = np.divmod(np.arange(side), spacing)[0], np.arange(side) // spacing
+    numbers = rows[:, None] * per_row + columns + 1
+    inside = (np.arange(side) % spacing < spacing // 2) & (rows < per_row)
+    labels = np.where(inside[:, None] & inside, numbers, 0).astype(np.uint32)
+    job = service.queue.add("large", "image.tif", {}, lambda path: path.write_bytes(b"x"), limit=9)
+    folder = service.queue.job_folder(job.id)
+    np.save(folder / "plane.npy", (1000 * (labels > 0) + np.arange(side) % 256).astype(np.uint16))
+    np.save(folder / "labels.npy", labels)
+    np.save(folder / "scores.npy", np.linspace(0.2, 1, int(labels.max())))
+    about = {"pixel_size_um": None, "channel_names": [], "warnings": [], "unfamiliar": None}
+    about |= {"target": "sqrt", "min_score": 0.0, "peak_threshold": 0.5, "fill_threshold": 0.2}
+    about |= {"min_prominence": 0.1, "min_area_px": 0}
+    (folder / "about.json").write_text(json.dumps(about))
+    summary = {"num_cells": int(labels.max()), "warnings": ""}
+    summary |= {"image_height_px": side, "image_width_px": side}
+    taken = service.queue.take()
+    assert taken is not None
+    service.queue.finish(taken, summary=summary)
+    return labels

@@ -6,6 +6,7 @@ import base64
 import gc
 import io
 import json
+import threading
 import time
 import warnings
 import zipfile
@@ -18,6 +19,7 @@ import tifffile
 from PIL import Image
 from service_doubles import finished, noise, upload
 from starlette.testclient import TestClient
+from waiting import wait_until
 
 from dinocell.batch.options import SegmentOptions
 from dinocell.batch.run import segment_files
@@ -725,4 +727,43 @@ def test_a_job_that_takes_too_long_fails(client, picture):
         assert "A job may take 0 minutes" in answer.json()["detail"]
     assert len(ended) <= 1
     worker.limit_s = 60.0
+    assert upload(client, picture).status_code == 200
+
+
+def test_folders_are_zipped(client, picture):
+    base = f"/api/v1/jobs/{upload(client, picture).json()['job']}/result"
+    for kind, folder, entry in (
+        ("ome-zarr", "_labels.zarr", ".zattrs"),
+        ("ctc", "_RES", "res_track.txt"),
+    ):
+        answer = client.get(f"{base}/{kind}")
+        assert answer.headers["content-type"] == "application/zip"
+        names = zipfile.ZipFile(io.BytesIO(answer.content)).namelist()
+        assert f"image{folder}/{entry}" in names
+        assert all(name.startswith(f"image{folder}/") for name in names)
+        assert f'{picture.stem}{folder}.zip"' in answer.headers["content-disposition"]
+
+
+def test_uploads_that_arrive_together_have_a_limit(start, picture):
+    size_mb = (picture.stat().st_size + 500) / 1e6
+    client = start(max_mb=size_mb)
+    client.service.worker.hold()
+    try:
+        # the form may add 64 kB to each, so that many small files have room
+        statuses = []
+        limit = 4 * (client.service.options.max_bytes + 2**16)
+        count = limit // picture.stat().st_size + 3
+        threads = [
+            threading.Thread(target=lambda: statuses.append(upload(client, picture).status_code))
+            for _ in range(count)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: 429 in statuses)
+        assert len(statuses) < 8
+    finally:
+        client.service.worker.release()
+    for thread in threads:
+        thread.join()
+    assert statuses.count(200) >= count - 8
     assert upload(client, picture).status_code == 200

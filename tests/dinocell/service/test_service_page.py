@@ -56,6 +56,12 @@ def test_the_page_is_served_under_a_strict_policy(client):
     assert client.get("/static/../queue.py").status_code == 404
 
 
+class Address(str):
+    """Where `service` answers."""
+
+    service: Service
+
+
 @pytest.fixture
 def address(tmp_path, mini_model):
     """A real server with a small network, in a thread."""
@@ -70,7 +76,9 @@ def address(tmp_path, mini_model):
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        found = Address(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        found.service = service
+        yield found
         server.should_exit = True
         thread.join()
 

@@ -1,0 +1,156 @@
+// Large images: tiles at several scales from the service, as many as the screen shows.
+// A tile of level L covers EDGE · 2^L pixels of the image and has every 2^L-th of them.
+
+import * as api from "./api.js";
+
+const EDGE = 512; // as in dinocell/service/tiles.py
+const KEPT = 160; // tiles in memory, each with its pixels, labels and two canvases: 3.5 MB
+const AT_ONCE = 4; // requests
+const PAINT_MS = 8; // of a frame
+
+export class Tiles {
+  constructor(id, height, width, changed) {
+    Object.assign(this, { id, height, width, changed });
+    this.top = Math.max(0, Math.ceil(Math.log2(Math.max(height, width) / EDGE)));
+    this.tiles = new Map(); // "level/row/column" → { data, labels, picture, overlay, paint, used }
+    this.loading = new Set();
+    this.wanted = [];
+    this.frame = 0;
+  }
+
+  // The whole image at its smallest scale.
+  async start() {
+    const image = await api.imageTile(this.id, this.top, 0, 0);
+    this.put(this.top, 0, 0, { image });
+    this.fetchLabels(this.top, 0, 0);
+    return image;
+  }
+
+  close() {
+    this.closed = true;
+    this.tiles.clear();
+  }
+
+  put(level, row, column, { image }) {
+    const [height, width] = image.shape;
+    const tile = { level, row, column, height, width, image, labels: null, used: this.frame, stale: true };
+    tile.picture = new OffscreenCanvas(width, height);
+    tile.overlay = new OffscreenCanvas(width, height);
+    this.tiles.set(`${level}/${row}/${column}`, tile);
+    return tile;
+  }
+
+  async fetch(level, row, column) {
+    const key = `${level}/${row}/${column}`;
+    this.loading.add(key);
+    try {
+      const image = await api.imageTile(this.id, level, row, column);
+      if (this.closed) return;
+      this.put(level, row, column, { image });
+      this.changed();
+      await this.fetchLabels(level, row, column);
+    } catch (error) {
+      if (error.status !== 0) throw error; // the service is away: the next frame asks again
+    } finally {
+      this.loading.delete(key);
+      this.more();
+    }
+  }
+
+  async fetchLabels(level, row, column) {
+    const labels = await api.labelsTile(this.id, level, row, column);
+    const tile = this.tiles.get(`${level}/${row}/${column}`);
+    if (!tile || this.closed) return;
+    tile.labels = labels.data;
+    tile.stale = true;
+    this.changed();
+  }
+
+  more() {
+    while (!this.closed && this.loading.size < AT_ONCE && this.wanted.length) {
+      const [level, row, column] = this.wanted.shift();
+      this.fetch(level, row, column).catch((error) => console.error(error));
+    }
+  }
+
+  // Contrast, selection or style have changed.
+  repaint() {
+    for (const tile of this.tiles.values()) tile.stale = true;
+  }
+
+  // Labels of a box of pixels have changed.
+  async refresh(box) {
+    const work = [];
+    for (const { level, row, column } of this.tiles.values()) {
+      const size = EDGE * 2 ** level;
+      if (row * size < box.row + box.height && (row + 1) * size > box.row &&
+        column * size < box.column + box.width && (column + 1) * size > box.column) {
+        work.push(this.fetchLabels(level, row, column));
+      }
+    }
+    await Promise.all(work);
+  }
+
+  labelIn(x, y) {
+    for (let level = 0; level <= this.top; level++) {
+      const size = EDGE * 2 ** level, step = 2 ** level;
+      const [row, column] = [Math.floor(y / size), Math.floor(x / size)];
+      const tile = this.tiles.get(`${level}/${row}/${column}`);
+      if (!tile?.labels) continue;
+      return tile.labels[Math.floor((y - row * size) / step) * tile.width + Math.floor((x - column * size) / step)];
+    }
+    return undefined;
+  }
+
+  valueIn(x, y) {
+    const tile = this.tiles.get(`0/${Math.floor(y / EDGE)}/${Math.floor(x / EDGE)}`);
+    if (!tile) return null;
+    const place = (y % EDGE) * tile.width + (x % EDGE);
+    const { data, shape } = tile.image;
+    return shape.length === 3 ? [...data.slice(3 * place, 3 * place + 3)] : [data[place]];
+  }
+
+  // Draw what is visible: from coarse to fine, so that there is always something.
+  draw(context, view, ratio) {
+    this.frame += 1;
+    const level = Math.min(this.top, Math.max(0, Math.floor(Math.log2(1 / (view.scale * ratio)))));
+    const [width, height] = [context.canvas.width / ratio / view.scale, context.canvas.height / ratio / view.scale];
+    const started = performance.now();
+    this.wanted = [];
+    let later = false;
+    for (let at = this.top; at >= level; at--) {
+      if (at !== this.top && at > level + 1) continue;
+      const size = EDGE * 2 ** at;
+      const last = (extent, end) => Math.min(Math.ceil(extent / size) - 1, Math.floor(end / size));
+      for (let row = Math.max(0, Math.floor(view.y / size)); row <= last(this.height, view.y + height); row++) {
+        for (let column = Math.max(0, Math.floor(view.x / size)); column <= last(this.width, view.x + width); column++) {
+          const key = `${at}/${row}/${column}`, tile = this.tiles.get(key);
+          if (!tile) {
+            if (at === level && !this.loading.has(key)) this.wanted.push([at, row, column]);
+            continue;
+          }
+          tile.used = this.frame;
+          if (tile.stale && (at === this.top || performance.now() - started < PAINT_MS)) view.paintTile(tile);
+          else if (tile.stale) later = true;
+          const place = [column * size, row * size, tile.width * 2 ** at, tile.height * 2 ** at];
+          context.globalAlpha = 1;
+          context.drawImage(tile.picture, ...place);
+          if (view.showsLabels() && tile.labels) {
+            context.globalAlpha = view.labelAlpha();
+            context.drawImage(tile.overlay, ...place);
+          }
+        }
+      }
+    }
+    context.globalAlpha = 1;
+    this.more();
+    this.forget();
+    if (later) view.draw();
+  }
+
+  forget() {
+    if (this.tiles.size <= KEPT) return;
+    const old = [...this.tiles].filter(([, tile]) => tile.level !== this.top).sort(([, a], [, b]) => a.used - b.used);
+    for (const [key] of old.slice(0, this.tiles.size - KEPT)) this.tiles.delete(key);
+  }
+}

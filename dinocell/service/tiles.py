@@ -1,0 +1,72 @@
+"""Parts of large images and of their labels at several scales, of which the page builds its picture."""
+
+import zlib
+from typing import Annotated
+
+import numpy as np
+from fastapi import APIRouter, Query, Response
+from numpy.typing import NDArray
+
+from dinocell.errors import UsageError
+from dinocell.service.history import TOUCHED
+from dinocell.service.routes import PROBLEMS, Result, npy_bytes
+
+TILE_PX = 512
+"""Edge of a tile; the page knows this number, too."""
+
+tile_routes = APIRouter(responses=PROBLEMS)
+Place = Annotated[int, Query(ge=0, le=2**16)]
+Level = Annotated[int, Query(ge=0, le=16, description="Every 2**level-th pixel is sent.")]
+_BINARY = {200: {"content": {"application/octet-stream": {}}, "description": "A numpy file (npy)."}}
+
+
+def tile_of(pixels: NDArray, level: int, row: int, column: int) -> NDArray:
+    """Every 2**level-th pixel of a tile.
+
+    Parameters
+    ----------
+    pixels : (H, W) or (H, W, 3) ndarray, usually in a file
+    level, row, column : the tile covers `TILE_PX` · 2**level pixels from `row` and `column` times that on
+
+    Returns (h, w) or (h, w, 3) ndarray, h and w at most `TILE_PX`.
+
+    Raises UsageError (the tile is outside of the image).
+    """
+    step = 2**level
+    size = TILE_PX * step
+    if row * size >= pixels.shape[0] or column * size >= pixels.shape[1]:
+        raise UsageError(
+            f"A tile must be inside the image of {pixels.shape[0]} × {pixels.shape[1]} pixels, got row "
+            f"{row}, column {column} of level {level}: choose smaller numbers"
+        )
+    rows = slice(row * size, (row + 1) * size, step)
+    return np.ascontiguousarray(pixels[rows, column * size : (column + 1) * size : step])
+
+
+def _packed(tile: NDArray) -> Response:
+    """A numpy file, compressed on its way."""
+    headers = {"cache-control": "no-store", "content-encoding": "deflate"}
+    body = zlib.compress(npy_bytes(tile), 1)
+    return Response(body, media_type="application/octet-stream", headers=headers)
+
+
+@tile_routes.get(
+    "/jobs/{job_id}/image/tile",
+    summary="A tile of the pixels that were segmented",
+    responses=_BINARY,
+    response_class=Response,
+)
+def get_image_tile(result: Result, level: Level, row: Place, column: Place) -> Response:
+    """At most 512 × 512 pixels, as in `image`."""
+    return _packed(tile_of(result.stored_pixels(), level, row, column))
+
+
+@tile_routes.get(
+    "/jobs/{job_id}/labels/tile",
+    summary="A tile of the labels as corrections number them",
+    responses=_BINARY,
+    response_class=Response,
+)
+def get_labels_tile(result: Result, level: Level, row: Place, column: Place) -> Response:
+    """At most 512 × 512 pixels, uint32, as in `labels/npy`."""
+    return _packed(tile_of(result.stored_labels(), level, row, column) & ~TOUCHED)
