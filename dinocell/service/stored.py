@@ -36,6 +36,7 @@ from dinocell.results.formats import EXPORT_FORMATS
 from dinocell.results.segmented import Segmentation, output_paths
 from dinocell.segmentation import corrections
 from dinocell.segmentation.distance_map import labels_to_distance_map
+from dinocell.segmentation.watershed import separate_cells
 from dinocell.service.history import TOUCHED, Box, History, Revision
 
 RESULT = "result"
@@ -274,9 +275,17 @@ class StoredResult:
                 raise UsageError(str(error)) from error
             state = self._state()
             kept = state >= TOUCHED
-            labels = corrections.keep_touched(self._separate(new)[0], state & ~TOUCHED, kept)
-            labels[kept] |= TOUCHED
+            labels = self._labels_by(new)
+            if kept.any():
+                labels = corrections.keep_touched(labels, state & ~TOUCHED, kept)
+                labels[kept] |= TOUCHED
             return self._changed(state, labels, new, amend=amend)
+
+    def _labels_by(self, by: Revision) -> NDArray[np.uint32]:
+        """Labels of the stored map; scores take time, and only `min_score` needs them."""
+        if by.min_score > 0:
+            return self._separate(by)[0]
+        return separate_cells(self._map()[0], by.thresholds)
 
     def _separate(self, by: Revision) -> tuple[NDArray[np.uint32], NDArray[Any], tuple[str, ...]]:
         return scored_cells(

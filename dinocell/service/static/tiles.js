@@ -6,7 +6,7 @@ import * as api from "./api.js";
 const EDGE = 512; // as in dinocell/service/tiles.py
 const KEPT = 160; // tiles in memory, each with its pixels, labels and two canvases: 3.5 MB
 const AT_ONCE = 4; // requests
-const PAINT_MS = 8; // of a frame
+const PAINTED = 2; // tiles in a frame
 
 export class Tiles {
   constructor(id, height, width, changed) {
@@ -110,42 +110,46 @@ export class Tiles {
     return shape.length === 3 ? [...data.slice(3 * place, 3 * place + 3)] : [data[place]];
   }
 
-  // Draw what is visible: from coarse to fine, so that there is always something.
+  // Draw what is visible; coarser tiles below where finer ones are still to come.
   draw(context, view, ratio) {
     this.frame += 1;
     const level = Math.min(this.top, Math.max(0, Math.floor(Math.log2(1 / (view.scale * ratio)))));
     const [width, height] = [context.canvas.width / ratio / view.scale, context.canvas.height / ratio / view.scale];
-    const started = performance.now();
-    this.wanted = [];
-    let later = false;
-    for (let at = this.top; at >= level; at--) {
-      if (at !== this.top && at > level + 1) continue;
-      const size = EDGE * 2 ** at;
-      const last = (extent, end) => Math.min(Math.ceil(extent / size) - 1, Math.floor(end / size));
-      for (let row = Math.max(0, Math.floor(view.y / size)); row <= last(this.height, view.y + height); row++) {
-        for (let column = Math.max(0, Math.floor(view.x / size)); column <= last(this.width, view.x + width); column++) {
-          const key = `${at}/${row}/${column}`, tile = this.tiles.get(key);
-          if (!tile) {
-            if (at === level && !this.loading.has(key)) this.wanted.push([at, row, column]);
-            continue;
-          }
-          tile.used = this.frame;
-          if (tile.stale && (at === this.top || performance.now() - started < PAINT_MS)) view.paintTile(tile);
-          else if (tile.stale) later = true;
-          const place = [column * size, row * size, tile.width * 2 ** at, tile.height * 2 ** at];
+    const fine = [...this.places(level, view.x, view.y, width, height)];
+    const missing = fine.filter((place) => !this.tiles.has(place.join("/")));
+    this.wanted = missing.filter((place) => !this.loading.has(place.join("/")));
+    const levels = missing.length ? [this.top, level + 1, level] : [level];
+    let left = PAINTED;
+    for (const at of new Set(levels.filter((one) => one <= this.top))) {
+      for (const [, row, column] of at === level ? fine : this.places(at, view.x, view.y, width, height)) {
+        const tile = this.tiles.get(`${at}/${row}/${column}`);
+        if (!tile) continue;
+        tile.used = this.frame;
+        if (tile.stale && (at === this.top || left-- > 0)) view.paintTile(tile);
+        const size = EDGE * 2 ** at;
+        const place = [column * size, row * size, tile.width * 2 ** at, tile.height * 2 ** at];
+        context.drawImage(tile.picture, ...place);
+        if (view.showsLabels() && tile.labels) {
+          context.globalAlpha = view.labelAlpha();
+          context.drawImage(tile.overlay, ...place);
           context.globalAlpha = 1;
-          context.drawImage(tile.picture, ...place);
-          if (view.showsLabels() && tile.labels) {
-            context.globalAlpha = view.labelAlpha();
-            context.drawImage(tile.overlay, ...place);
-          }
         }
       }
     }
-    context.globalAlpha = 1;
     this.more();
     this.forget();
-    if (later) view.draw();
+    if (left < 0) view.draw(); // the others in the next frame
+  }
+
+  // [level, row, column] of the tiles in a rectangle of the image.
+  *places(level, x, y, width, height) {
+    const size = EDGE * 2 ** level;
+    const last = (extent, end) => Math.min(Math.ceil(extent / size) - 1, Math.floor(end / size));
+    for (let row = Math.max(0, Math.floor(y / size)); row <= last(this.height, y + height); row++) {
+      for (let column = Math.max(0, Math.floor(x / size)); column <= last(this.width, x + width); column++) {
+        yield [level, row, column];
+      }
+    }
   }
 
   forget() {
