@@ -1,7 +1,7 @@
 """Parts of large images and of their labels at several scales, of which the page builds its picture."""
 
 import zlib
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Query, Response
@@ -17,7 +17,9 @@ TILE_PX = 512
 tile_routes = APIRouter(responses=PROBLEMS)
 Place = Annotated[int, Query(ge=0, le=2**16)]
 Level = Annotated[int, Query(ge=0, le=16, description="Every 2**level-th pixel is sent.")]
-_BINARY = {200: {"content": {"application/octet-stream": {}}, "description": "A numpy file (npy)."}}
+_BINARY: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {}}, "description": "A numpy file (npy)."}
+}
 
 
 def tile_of(pixels: NDArray, level: int, row: int, column: int) -> NDArray:
