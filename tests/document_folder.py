@@ -21,7 +21,7 @@ SAMPLES = ROOT / "dinocell" / "samples"
 MODELS = ROOT / "dinocell" / "models"
 SIDE = 192  # of every image, in px
 
-# What a command gets in addition, so that it works for seconds.  Each option is one that a user may give.
+# A word of a command → what it gets in addition, so that it works for seconds: options that a user may give.
 SHORTER = {
     "adapt": ["--steps", "1"],
     "train": [
@@ -38,6 +38,7 @@ SHORTER = {
         *("teacher.warmup_teacher_temp_epochs=0", "multiview.pixel_size_um=null"),
     ],
     "inspect": ["--windows-per-field", "2", "--window-px", "64"],
+    "--per-channel-data": ["--per-channel-steps", "2"],
 }
 # Names in pages that depend on how long a run is.
 RENAMED = {"training_999": "training_1"}
@@ -169,7 +170,8 @@ if words[0] in ("serve", "view"):
         except OSError:
             pass
     sys.exit("the server does not answer")
-sys.exit(subprocess.run([*program, *words, *shorter.get(words[0], [])]).returncode)
+more = [option for word, options in shorter.items() if word in words for option in options]
+sys.exit(subprocess.run([*program, *words, *more]).returncode)
 """
     )
     (folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -P "$@"\n')
