@@ -417,7 +417,7 @@ def test_documents_are_wrapped():
         in_code = False
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             in_code ^= line.lstrip().startswith("```")
-            if len(line) > 100 and not in_code and not line.startswith("|"):
+            if len(line) > 100 and not in_code and not line.lstrip().startswith("|"):
                 wrong.append(f"{named(path)}:{number}")
     assert wrong == []
 
