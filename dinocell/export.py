@@ -105,6 +105,8 @@ def export_model(
     with atomic_path(path) as temporary:
         if to == "torch":
             program = torch.export.export(graph, (_example(model),), dynamic_shapes=_shapes(model))
+            for node in program.graph.nodes:  # where it was made: paths of this machine
+                node.meta.pop("stack_trace", None)
             # torch refuses a name that does not end in .pt2
             with tempfile.TemporaryDirectory() as folder:
                 whole = Path(folder, "model.pt2")
@@ -187,9 +189,18 @@ def _onnx(graph: Graph, header: str, windows: list[NDArray[np.float32]]) -> byte
         )
     assert program is not None
     proto = _quantized(program.model_proto, windows) if windows else program.model_proto
+    forget_source_lines(proto)
     onnx.helper.set_model_props(proto, {HEADER_KEY: header})
     content: bytes = proto.SerializeToString(deterministic=True)
     return content
+
+
+def forget_source_lines(proto: Any) -> None:
+    """Remove from an ONNX model where in the program each node was made: these are paths of this machine."""
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
+        del part.metadata_props[:]
+        part.doc_string = ""
 
 
 def _quantized(proto: Any, windows: list[NDArray[np.float32]]) -> Any:
