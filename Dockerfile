@@ -10,7 +10,7 @@ RUN pip install --no-cache-dir -c /build/constraints.txt '/build[serve,formats]'
  && useradd --uid 10001 --create-home dinocell \
  && install -d -o dinocell /data
 
-USER dinocell
+USER 10001
 WORKDIR /data
 # compiled functions and settings of libraries
 ENV NUMBA_CACHE_DIR=/tmp/numba MPLCONFIGDIR=/tmp/matplotlib HOME=/tmp PYTHONDONTWRITEBYTECODE=1
