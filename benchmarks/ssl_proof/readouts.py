@@ -1,7 +1,7 @@
 """What frozen features can do: find nuclei through channels that a probe never saw.
 
-Images are reduced by `SCALE`, the middle of the zooms of the training.  No truth lies in a part of a
-field that a training saw.
+Images are reduced by `SCALE`, the middle of the zooms of the training.  Nothing that is tested on lies in a
+part of a field that a training saw; the probe of the real fields is fitted on such parts.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _probe(
 ) -> dict[str, dict[str, list[float]]]:
     """AUC of a linear probe for nuclei, `[from channel][to channel]`: a number for each unit.
 
-    A unit is a generated test field, or a quarter of a real one.
+    A unit is a test field or the right part of one; a whole real field has four.
     """
     channels = fitted[0].channels
     train = [window for field in fitted for window in _windows(field)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,18 +13,15 @@ BASES = ("random", "average", "shuffled")
 _DRAWS = 10_000
 
 
-def summary(scores: list[dict[str, Any]], *, steps: int) -> dict[str, Any]:
-    """Everything for the file of results; `scores` are the rows of finished runs."""
+def summary(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything for the file of results; `scores` are the rows of finished runs, of as many steps."""
     from measure import processor_name
 
     arms = list(dict.fromkeys(row["arm"] for row in scores))
     by_arm = {arm: [row for row in scores if row["arm"] == arm] for arm in arms}
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    steps, seeds = scores[0]["steps"], 1 + max(row["seed"] for row in scores)
     return {
-        "command": f"python benchmarks/ssl_proof/run.py --steps {steps}",
-        "commit": commit,
+        "command": f"python benchmarks/ssl_proof/run.py --steps {steps} --seeds {seeds}",
         "processor": processor_name(),
         "smallest_effect": SMALLEST_EFFECT,
         "arms": {arm: _arm(rows, by_arm) for arm, rows in by_arm.items()},
@@ -52,9 +49,10 @@ def _arm(rows: list[dict[str, Any]], by_arm: dict[str, list[dict[str, Any]]]) ->
                 common = [row for row in by_arm[base] if row["seed"] in found["seeds"]]
                 ours = [row for row in rows if row["seed"] in {r["seed"] for r in common}]
                 for kind, index in (("same", 0), ("other", 1)):
-                    gain = _same_and_other(ours, domain)[index].mean(axis=0)
-                    gain = gain - _same_and_other(common, domain)[index].mean(axis=0)
-                    part[f"{kind}_minus_{base}"] = _paired(gain)
+                    gain = _same_and_other(ours, domain)[index]  # [seeds, units]
+                    gain = gain - _same_and_other(common, domain)[index]
+                    part[f"{kind}_minus_{base}"] = _paired(gain.mean(axis=0))
+                    part[f"{kind}_minus_{base}"]["by_seed"] = gain.mean(axis=1).tolist()
         found[domain] = part
     for start in rows[0]["decoder"]:
         own = [row["decoder"][start][start] for row in rows]
@@ -90,10 +88,15 @@ def _paired(gain: NDArray[np.float64]) -> dict[str, float]:
     """Mean difference of units, 95 % interval (units drawn again), p of a sign-flip test."""
     rng = np.random.default_rng(0)
     drawn = gain[rng.integers(0, len(gain), (_DRAWS, len(gain)))].mean(axis=1)
-    signs = rng.choice([-1.0, 1.0], (_DRAWS, len(gain)))
-    extreme = np.abs((signs * gain).mean(axis=1)) >= abs(gain.mean()) - 1e-12
     low, high = np.percentile(drawn, [2.5, 97.5])
-    p = (1 + extreme.sum()) / (1 + _DRAWS)
+    every = len(gain) <= 13  # all signs are few enough
+    signs = (
+        np.array(list(product([-1.0, 1.0], repeat=len(gain))))
+        if every
+        else rng.choice([-1.0, 1.0], (_DRAWS, len(gain)))
+    )
+    extreme = np.abs((signs * gain).mean(axis=1)) >= abs(gain.mean()) - 1e-12
+    p = extreme.mean() if every else (1 + extreme.sum()) / (1 + _DRAWS)
     return {"mean": float(gain.mean()), "low": float(low), "high": float(high), "p": float(p)}
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,8 +32,9 @@ sys.path.append(str(HERE.parent))  # for measure.py
 DATA = Path(os.environ.get("DINOCELL_DATA", ROOT / ".." / "shared" / "data")).resolve()
 RESULT = ROOT / "benchmarks" / "results" / "ssl_proof.json"
 
-# All arms have the same windows, turns and photometrics; only the channels of the two views differ, and in
-# `cls` the loss.  `average` and `single` also ask for agreement at every patch, as `dense` does.
+# All arms have the same windows, turns and photometrics; the channels of the two views differ, and in `cls`
+# the loss.  `average` and `single` also ask for agreement at every patch, as `dense` does.  The local crop is
+# the mean or a channel in `cls`, `dense` and `shuffled`, the mean in `average`, a channel elsewhere.
 ARMS: dict[str, tuple[str, ...]] = {
     "random": (),
     "single": ("multiview.strategy=single",),
@@ -105,21 +107,31 @@ def main() -> None:
             for arm in args.only or ARMS:
                 _run(arm, seed, args.steps, folder)
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/score.json"))]
-    result = report.summary(found, steps=args.steps)
+    found = [row for row in found if row["steps"] == args.steps and row["seed"] < args.seeds]
+    if not found:
+        raise SystemExit(f"No run of {args.steps} steps is finished in {folder}")
+    result = report.summary(found)
     write_text_atomically(RESULT, json.dumps(result, indent=1) + "\n")
     print(*report.table(result), f"written: {RESULT}", sep="\n")
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _run(arm: str, seed: int, steps: int, folder: Path) -> None:
     path = folder / f"{arm}_{seed}" / "score.json"
     if path.is_file():
+        if json.loads(path.read_text())["steps"] != steps:
+            raise SystemExit(f"{path.parent} holds a run of another number of steps: give --folder")
         return
     started = time.process_time()
     teacher = train(arm, seed, steps, folder)
     trained = time.process_time()
     scores = readouts.score(teacher, DATA)
     seconds = {"train_s": trained - started, "score_s": time.process_time() - trained}
-    row = {"arm": arm, "seed": seed, "steps": steps, **seconds, **scores}
+    row = {"arm": arm, "seed": seed, "steps": steps, "commit": _commit(), **seconds, **scores}
     write_text_atomically(path, json.dumps(row) + "\n")
     print(f"{arm} seed {seed}: {seconds}", flush=True)
 

@@ -52,9 +52,9 @@ class PixelBackbone(nn.Module):
 def with_random_weights(vit: nn.Module, seed: int) -> nn.Module:
     """A network of the same shape as `vit` before any training; LayerScale is 1, as with 1e-5 nothing of
     the image would pass.  The random generator of the caller is left as it was."""
-    made = copy.deepcopy(vit)
+    made = copy.deepcopy(vit).cpu()  # the same weights on every device
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         made.init_weights()  # type: ignore[operator]
     with torch.no_grad():
         for name, parameter in made.named_parameters():

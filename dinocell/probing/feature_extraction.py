@@ -56,8 +56,7 @@ class ViewFeatures:
     patch: NDArray[np.float32]  # (M, P, D), tokens of P patches, at the same places in each view
     # the same three, of windows that were turned or mirrored, with the patches turned back
     turned: dict[str, NDArray[np.float32]]
-    # what a network should not answer with: `illumination` (M, 2), slopes of the window's brightness;
-    # `layout` (M, 16), a 4 × 4 thumbnail without its mean
+    # what a network should not answer with, as `shortcut_numbers` gives it
     shortcuts: dict[str, NDArray[np.float32]]
     attention: NDArray[np.float32] | None  # (M, heads, N) of CLS to the patches in the last block
     example: ViewExample  # of the field with the most channels, the first of such
@@ -226,6 +225,18 @@ def slopes(images: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.stack([along_rows, images.mean(axis=1) @ columns / (columns @ columns)], axis=1)
 
 
+def shortcut_numbers(images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """What a network should not answer with, whatever the contrast: (V, H, W) → numbers by name.
+
+    `illumination` (V, 2): slopes of the brightness; `layout` (V, 16): a 4 × 4 thumbnail without its mean.
+    Both are divided by the length of the thumbnail, as the features that they explain have length 1.
+    """
+    small = thumbnail(images)
+    length = np.linalg.norm(small, axis=1, keepdims=True)
+    length = np.where(length > 0, length, 1.0).astype(np.float32)
+    return {"illumination": slopes(images) / length, "layout": small / length}
+
+
 def _sampled(patches: NDArray[np.float32]) -> NDArray[np.float32]:
     """(V, h, w, D) → (V, P, D): tokens on an even grid of at most 4 × 4 places."""
     rows, columns = (spread_evenly(range(n), 4) for n in patches.shape[1:3])
@@ -261,7 +272,7 @@ class _Collected:
         self.names += [name] * len(views)
         self.channels += channels
         self.locations += [location] * len(views)
-        parts = {"illumination": slopes(views), "layout": thumbnail(views)}
+        parts = shortcut_numbers(views)
         for prefix, features in (("", found), ("turned ", other)):
             parts[f"{prefix}cls"] = features["cls"]
             parts[f"{prefix}patch_mean"] = features["patches"].mean(axis=(1, 2))

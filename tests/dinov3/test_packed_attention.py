@@ -47,4 +47,9 @@ def test_one_call_equals_a_call_for_each_size():
 
 def test_without_a_gpu_it_is_refused():
     with pytest.raises(ValueError, match="must be '' without a GPU, got varlen: leave it out"):
-        find_kernel("varlen", torch.device("cpu"))
+        find_kernel("varlen", torch.device("cpu"), torch.bfloat16)
+
+
+def test_in_float32_it_is_refused():
+    with pytest.raises(ValueError, match="must be '' in float32, got varlen"):
+        find_kernel("varlen", torch.device("cuda"), torch.float32)

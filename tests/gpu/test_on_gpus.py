@@ -146,7 +146,7 @@ def test_packed_attention_equals_a_call_for_each_size(name):
     layer = SelfAttention(128, num_heads=2, device="cuda").to(torch.bfloat16)
     crops = [torch.randn(4, n, 128, device="cuda", dtype=torch.bfloat16) for n in (785, 145)]
     plain = layer.forward_list(crops)
-    use_packed_attention(layer, find_kernel(name, torch.device("cuda")))
+    use_packed_attention(layer, find_kernel(name, torch.device("cuda"), torch.bfloat16))
     for ours, expected in zip(layer.forward_list(crops), plain, strict=True):
         torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02)
 

@@ -48,14 +48,19 @@ def use_packed_attention(module: nn.Module, kernel: Kernel) -> None:
             part.packed_kernel = kernel  # type: ignore[assignment]
 
 
-def find_kernel(name: str, device: torch.device) -> Kernel:
-    """The kernel of `accelerator.packed_attention`.
+def find_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The kernel of `accelerator.packed_attention` for a network that computes in `dtype`.
 
-    Raises ValueError (the device is no GPU), ImportError (the package of the kernel is not installed).
+    Raises ValueError (the device is no GPU, or the precision is float32), ImportError (the package of the kernel is not installed).
     """
     if device.type != "cuda":
         raise ValueError(
             f"`accelerator.packed_attention` must be '' without a GPU, got {name}: leave it out"
+        )
+    if dtype == torch.float32:
+        raise ValueError(
+            f"`accelerator.packed_attention` must be '' in float32, got {name}: leave it out, or set "
+            "compute_precision.param_dtype=bf16"
         )
     return _varlen() if name == "varlen" else _xformers()
 

@@ -119,14 +119,14 @@ def crops_ahead(
             }
             upcoming = moved, stream.record_event()
         if waiting is not None:
-            yield _arrived(*waiting)
+            yield _arrived(*waiting, device)
         waiting = upcoming
     if waiting is not None:
-        yield _arrived(*waiting)
+        yield _arrived(*waiting, device)
 
 
-def _arrived(batch: dict[str, Any], copied: Any) -> dict[str, Any]:
-    current = torch.cuda.current_stream()
+def _arrived(batch: dict[str, Any], copied: Any, device: torch.device) -> dict[str, Any]:
+    current = torch.cuda.current_stream(device)
     current.wait_event(copied)
     for name, value in batch.items():
         if name.startswith("collated_"):

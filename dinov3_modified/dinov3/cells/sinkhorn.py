@@ -24,6 +24,11 @@ from dinov3.distributed import get_process_subgroup, is_enabled
 _TINY = torch.finfo(torch.float32).tiny
 
 
+def _on_device(value: float, device: torch.device) -> Tensor:
+    """A number as a tensor, filled on the device: a copy of it would make the host wait."""
+    return torch.full((), value, device=device)
+
+
 @dataclass(frozen=True)
 class Assignment:
     """Soft assignment of samples to prototypes, made row by row when asked for.
@@ -52,7 +57,7 @@ class Assignment:
 
     def parts(self, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Some rows of all that a compiled kernel makes probabilities of."""
-        temperature = torch.tensor(self.temperature, device=self.logits.device)
+        temperature = _on_device(self.temperature, self.logits.device)
         rows = (self.logits[part], self.shift[part])
         return *rows, temperature, self.prototype_scale, self.sample_scale[part]
 
@@ -62,7 +67,13 @@ class Assignment:
 
 
 @torch.no_grad()
-def sinkhorn_knopp(
+def sinkhorn_knopp(logits: Tensor, temperature: float, **options: Any) -> Assignment:
+    """As `_sinkhorn_knopp`, in float32 also where the caller computes in half precision."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return _sinkhorn_knopp(logits, temperature, **options)
+
+
+def _sinkhorn_knopp(
     logits: Tensor,
     temperature: float,
     *,

@@ -91,7 +91,7 @@ class SSLMetaArch(SSLLosses):
         for module in self._frozen():
             module.requires_grad_(False)
         if name := cfg.accelerator.packed_attention:
-            use_packed_attention(self.student, find_kernel(name, self.device_))
+            use_packed_attention(self.student, find_kernel(name, self.device_, self.param_dtype))
         self.train()
 
     # --- construction ---
