@@ -130,7 +130,7 @@ def test_several_checkpoints_stand_side_by_side(model_path, mini_model, source, 
     assert before["retrieval_top1"].value > 0.2
     header = next(line for line in report.table() if line.startswith("CLS token"))
     assert header.split()[2:4] == ["small.safetensors", "after.safetensors"]
-    assert header.split()[4:] == "random weights pixels (PCA) 4x4 thumbnail chance".split()
+    assert " ".join(header.split()[4:]) == "random weights pixels (PCA) 4x4 thumbnail chance"
     assert any("after.safetensors, cls): the features vary" in line for line in report.table())
     write_inspection(report, tmp_path)
 
