@@ -114,8 +114,9 @@ def snakemake(tmp_path_factory: pytest.TempPathFactory) -> str:
     done = subprocess.run(
         [python, "-m", "pip", "install", "-q", "snakemake>=8"], capture_output=True, text=True
     )
-    if done.returncode:
-        pytest.skip(f"snakemake does not install: {done.stderr.strip().splitlines()[-1]}")
+    if "No matching distribution" in done.stderr:  # no index of packages can be reached
+        pytest.skip("snakemake does not install: no index of packages has it")
+    assert done.returncode == 0, done.stderr
     return str(folder / "bin" / "snakemake")
 
 

@@ -8,13 +8,14 @@
 # segmented; several are averaged.  This is Jython: Python 2.7 with the classes of Java.
 
 import json
+import traceback
 
 from ij import IJ
 from ij.io import RoiDecoder
 from ij.plugin import Duplicator
 from ij.plugin.frame import RoiManager
 from java.io import BufferedInputStream, ByteArrayOutputStream, File
-from java.lang import String
+from java.lang import String, Throwable
 from java.net import URL
 from java.nio.file import Files
 from java.util import UUID
@@ -106,8 +107,9 @@ def find_cells(image, address, token, channels):
 def main():
     try:
         cells = find_cells(image, address, token or "", channels or "")
-    except Exception as error:
-        IJ.error("DINOCell", str(error))
+    except (Exception, Throwable) as error:  # Jython does not count those of Java as the first
+        IJ.log(traceback.format_exc())
+        IJ.error("DINOCell", str(error) or repr(error))
         return
     manager = RoiManager.getInstance() or RoiManager()
     for cell in cells:

@@ -197,6 +197,9 @@ try:
     find_cells(image, address + "/nowhere", token, "")
 except IOError as error:
     print("error", error)
+address = "http://127.0.0.1:9"
+main()
+print("ended")
 """
 
 
@@ -223,3 +226,6 @@ def test_the_script_for_fiji_sends_what_is_recorded(requests_seen, address, pict
     assert abs(both - whole) < 0.1 * whole  # two equal channels, averaged
     assert [part["value"] for part in requests_seen[2]["parts"][:2]] == ["0", "1"]
     assert "'error'" in answer
+    # Where nobody answers, ImageJ says so (an exception of Java), and the script ends.
+    assert "Connection refused" in answer.split("'error'")[1]
+    assert answer.rstrip().endswith("ended")
