@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def left_and_right(field: Field) -> tuple[Field, Field]:
     return left, right
 
 
+@cache
 def generated(kind: str, count: int, plates: int) -> list[Field]:
     """Generated fields of a `kind` (train, probe, test); fields of two kinds share no plate or cell."""
     start = {"train": 0, "probe": 100_000, "test": 200_000}[kind]

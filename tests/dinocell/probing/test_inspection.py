@@ -155,6 +155,16 @@ def test_every_option_changes_the_result(model_path, source):
     assert len(set(values)) == len(changes)
 
 
+def test_baselines_stand_beside_the_checkpoint_unless_left_out(model_path, source):
+    report = inspected([model_path], source, attention=False)
+    names = [item.name for item in report.baselines]
+    assert names == ["random weights", "pixels (PCA)", "4x4 thumbnail"]
+    assert [item["name"] for item in report.to_mapping()["baselines"]] == names
+    alone = inspected([model_path], source, attention=False, baselines=False)
+    assert alone.baselines == []
+    assert not any("random weights" in line for line in alone.table())
+
+
 def test_batch_size_does_not_change_it_and_the_seed_only_the_interval(model_path, source):
     options = {"attention": False}
     base = inspected([model_path], source, **options).inspections[0].reports["cls"]
