@@ -170,6 +170,6 @@ def _namesakes() -> Iterator[Finding]:
 
 def _holds_another_dinocell(folder: Path) -> bool:
     package = folder / "dinocell"
-    return (package / "__init__.py").is_file() and package.resolve() != Path(
-        __file__
-    ).parent.resolve()
+    # `Path.is_file` raises where the folder cannot be read
+    is_package = os.path.isfile(package / "__init__.py")
+    return is_package and package.resolve() != Path(__file__).parent.resolve()
