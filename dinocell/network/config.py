@@ -21,7 +21,7 @@ class ModelConfig:
     """Everything that must be known to rebuild and run a model; it travels in the model file."""
 
     # start from this trained model: a bundled name or a model file, or null for random weights; the other
-    # keys of this section then have its values unless they are given
+    # keys of this section, but for pixel_size_um, then have its values unless they are given
     init: str | None = None
     # backbone size: `tiny` (192 wide, 3 heads), `small`, `base`, `large`, or `conv`: no transformer,
     # the convolutions of decoder `detail` alone (patch size 16 or 32)

@@ -370,11 +370,14 @@ def _refuse_other_weights(
 def config_with_start(model: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of a configuration's section `model`, those missing as in the model that `init` names.
 
+    All but the pixel size, because that of the new images may be another.
+
     Raises UsageError, CheckpointError (as `read_model_header`).
     """
     if model.get("init") is None:
         return dict(model)
-    return {**read_model_header(str(model["init"]))["model"], **model}
+    start = read_model_header(str(model["init"]))["model"]
+    return {**start, "pixel_size_um": None, **model}
 
 
 def load_start(model: DINOCell) -> None:

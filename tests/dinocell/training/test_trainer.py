@@ -27,7 +27,7 @@ from dinocell.errors import (
     UsageError,
 )
 from dinocell.network import familiarity
-from dinocell.network.model import DINOCell, load_model
+from dinocell.network.model import DINOCell, load_model, save_model, with_config
 from dinocell.pairs import find_pairs
 from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.intensity import find_range
@@ -430,17 +430,22 @@ def test_parameter_groups_cover_each_parameter_once():
 
 
 def test_a_run_starts_from_a_trained_model(finished, blob_data, tmp_path):
-    first = load_model(finished[1].model_path)
+    first = with_config(load_model(finished[1].model_path), pixel_size_um=0.5, diameter_px=99.0)
+    start = tmp_path / "start.safetensors"
+    save_model(start, first)
     mapping = small_run(blob_data, tmp_path / "run")
-    mapping["model"] = {"init": str(finished[1].model_path), "overlap_px": 4}
+    mapping["model"] = {"init": str(start), "overlap_px": 4}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(mapping))
     config = load_train_config(path, ["optimizer.lr=1e-9"])
     assert config.model.window_px == first.config.window_px == 32
     assert (config.model.overlap_px, first.config.overlap_px) == (4, 8)
     assert config.model.peak_threshold == first.config.peak_threshold
+    assert config.model.pixel_size_um is None, "that of its images, not of the new ones"
+    assert load_train_config(path, ["model.pixel_size_um=0.2"]).model.pixel_size_um == 0.2
     result = load_model(train(config, shown=False).model_path)
-    assert result.card["start"] == str(finished[1].model_path)
+    assert result.card["start"] == str(start)
+    assert result.config.diameter_px < 99
     assert first.card["start"] == "random weights"
     assert result.config.init is None, "the file stands alone"
     for key, value in first.state_dict().items():
