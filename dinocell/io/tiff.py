@@ -18,6 +18,10 @@ from dinocell.io.stacks import Choice, Series, Stack, series_of, stacked
 from dinocell.io.units import length_um, pixel_edges_um
 from dinocell.scratch import is_large, picked, zeros_in_file
 
+_NO_OME = (
+    "The OME metadata that the file should have is missing, damaged or in another file: names of channels "
+    "and the size of a pixel may be lacking"
+)
 _LARGE_TILE_PX = 2**26  # a larger tile needs a larger image: damage must not ask for all memory
 
 
@@ -252,6 +256,10 @@ class _Description:
         if sizes.get("S", 1) > 1:
             is_rgb = int(keyframe.photometric) in (2, 6) and sizes["S"] - len(_alpha(keyframe)) == 3
             described["channel_names"] = RGB_NAMES if is_rgb else None
+        # tifffile's kinds for pages without a description that it can use
+        should_be_ome = self.is_ome or self.tif.filename.lower().endswith((".ome.tif", ".ome.tiff"))
+        if should_be_ome and series.kind in ("generic", "uniform"):
+            described["notes"] = (*described.get("notes", ()), _NO_OME)
         return series_of(str(series.axes), map(int, series.shape), series.dtype, **described)
 
 

@@ -254,6 +254,23 @@ def test_multi_file_ome_with_a_missing_part(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b"</OME>", b"     <"), (b"Pixels", b"Pixelz"), (b'SizeX="6"', b'SizeX="9"')],
+    ids=["cut short", "without pixels", "of another image"],
+)
+def test_ome_metadata_that_cannot_be_used_is_a_note(tmp_path, old, new):
+    path = tmp_path / "a.ome.tif"
+    metadata = {"axes": "CYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+    tifffile.imwrite(path, textured((2, 8, 6)), metadata=metadata)
+    assert not read_image(path, channels=[0]).notes
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    (note,) = read_image(path, page=0).notes
+    assert "OME metadata that the file should have is missing, damaged" in note
+
+
 def test_messages_of_tifffile_outside_our_reader_still_reach_its_log(caplog):
     with caplog.at_level(logging.WARNING, logger="tifffile"):
         logging.getLogger("tifffile").warning("hello")
