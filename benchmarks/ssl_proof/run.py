@@ -5,7 +5,7 @@
     python benchmarks/ssl_proof/run.py --report        # the table alone
 
 Resumable: a training continues from its checkpoint, and a finished score is kept.  Runs stay in
-`--folder`, results in benchmarks/results/ssl_proof.json.
+`--folder`, results in benchmarks/results/ssl_proof.json; what this file has is not run again.
 """
 
 from __future__ import annotations
@@ -101,18 +101,27 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only the table of finished runs")
     args = parser.parse_args()
     folder: Path = args.folder.resolve()
+    found = _finished(folder, args.steps)
     if not args.report:
         data.write_training_fields(DATA, folder / "fields")
         for seed in range(args.seeds):
             for arm in args.only or ARMS:
-                _run(arm, seed, args.steps, folder)
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/score.json"))]
-    found = [row for row in found if row["steps"] == args.steps and row["seed"] < args.seeds]
-    if not found:
+                if (arm, seed) not in found:
+                    _run(arm, seed, args.steps, folder)
+        found = _finished(folder, args.steps)
+    rows = [found[key] for key in sorted(found) if key[1] < args.seeds]
+    if not rows:
         raise SystemExit(f"No run of {args.steps} steps is finished in {folder}")
-    result = report.summary(found)
+    result = report.summary(rows)
     write_text_atomically(RESULT, json.dumps(result, indent=1) + "\n")
     print(*report.table(result), f"written: {RESULT}", sep="\n")
+
+
+def _finished(folder: Path, steps: int) -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows of finished runs of so many steps, by arm and seed: those in the file of results, then the folder's."""
+    rows = json.loads(RESULT.read_text())["runs"] if RESULT.is_file() else []
+    rows += [json.loads(path.read_text()) for path in sorted(folder.glob("*/score.json"))]
+    return {(row["arm"], row["seed"]): row for row in rows if row["steps"] == steps}
 
 
 def _commit() -> str:
