@@ -7,6 +7,7 @@ number is invented; of images the mean of two by two pixels.
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def add_labels_to_ome_zarr(
 ) -> None:
     """Add a label image to an OME-Zarr image that exists, as ``labels/NAME``.
 
-    The image itself is not changed.  Its version of Zarr is kept (OME-Zarr 0.4 or 0.5), and its pixel
+    The image itself is not changed, but for consolidated metadata, which are brought up to date.  Its version of Zarr is kept (OME-Zarr 0.4 or 0.5), and its pixel
     size, where it states one, is that of the labels in place of `pixel_size_um`: else viewers would show
     them at another place.
 
@@ -159,6 +160,22 @@ def add_labels_to_ome_zarr(
         raise ImageFileError(f"'{path}' has labels named '{name}': set `overwrite` to replace them")
     version = 3 if (folder / "zarr.json").is_file() else 2
     _write_labels(zarr, folder / "labels", _narrow(labels), pixel_size_um, name, version)
+    _consolidate_again(zarr, folder / "labels", version)
+
+
+def _consolidate_again(zarr: Any, folder: Path, version: int) -> None:
+    """Bring up to date the consolidated metadata that a group and those above it have.
+
+    Programs that find these do not look further: they would not see new labels.
+    """
+    for group in (folder, *folder.absolute().parents):
+        file = group / (".zgroup" if version == 2 else "zarr.json")
+        if not file.is_file():
+            return
+        text = file.read_text(encoding="utf-8")
+        if (group / ".zmetadata").is_file() or json.loads(text).get("consolidated_metadata"):
+            with warnings.catch_warnings(action="ignore"):  # Zarr 3 does not specify them yet
+                zarr.consolidate_metadata(str(group), zarr_format=version)
 
 
 def _narrow(labels: NDArray[Any]) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,28 @@ def test_labels_go_into_a_zarr_that_exists(version: int, tmp_path: Path) -> None
     models.ImageLabelAttrs.model_validate(attributes.get("ome", attributes))
     add_labels_to_ome_zarr(path, np.zeros((2, 2), np.uint8), name="a", overwrite=True)
     assert not read_labels(path / "labels" / "a").any()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_added_labels_are_in_consolidated_metadata(version: int, tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr", reason="zarr is not installed: extra [formats]")
+    collection, image = tmp_path / "collection.zarr", tmp_path / "collection.zarr" / "0"
+    zarr.create_group(str(collection), zarr_format=version)
+    foreign_image(zarr, image, version)
+    before = contents(collection)
+    add_labels_to_ome_zarr(image, np.eye(2, dtype=np.uint8), name="a")
+    assert before.items() <= contents(collection).items(), "there were none, and none are made"
+    for group in (image / "labels", image, collection):
+        with warnings.catch_warnings(action="ignore"):
+            zarr.consolidate_metadata(str(group), zarr_format=version)
+    add_labels_to_ome_zarr(image, np.eye(2, dtype=np.uint8), name="b")
+    for group in (image / "labels", image, collection):
+        found = zarr.open_group(str(group), mode="r")  # with them, where there are any
+        names = [name for name, _ in found.members(max_depth=None)]
+        assert any(name.endswith("b/0") for name in names), names
+        inner = {collection: "0/labels", image: "labels"}.get(group)
+        attributes = dict((found[inner] if inner else found).attrs)
+        assert attributes.get("ome", attributes)["labels"] == ["a", "b"]
 
 
 def test_labels_lie_on_the_image_they_are_added_to(tmp_path: Path) -> None:
