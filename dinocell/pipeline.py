@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dinocell.errors import UsageError
@@ -123,6 +124,8 @@ class DINOCellPipeline:
             model = load_model(os.fspath(model), device=device or "cpu")
         elif device is not None:
             model = model.to(resolve_device(device))
+        # As `load_model` does: in another layout convolutions round otherwise.
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         given: dict[str, Any] = {k: value for k, value in changes.items() if value is not None}
         scaling = {name: given.pop(name) for name in ScaleChoice.__annotations__ if name in given}
         self.scale = Scale(**scaling)

@@ -223,6 +223,16 @@ def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None
         temporary.chmod(0o666 & ~umask)
 
 
+def round_weights(model: DINOCell) -> None:
+    """Round the weights, in place, to float16: those that `save_model(half=True)` writes.
+
+    Before thresholds and statistics are found, which must suit the file.
+    """
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(value.half())
+
+
 def read_model_header(name: str | Path) -> dict[str, Any]:
     """The JSON header of a model file: keys `format`, `model`, `card`, and mostly `statistics`.
 

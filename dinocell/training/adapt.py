@@ -30,7 +30,14 @@ from dinocell.files import require_writable
 from dinocell.io import describe_image, write_labels
 from dinocell.network.backbone import DINOv3Backbone
 from dinocell.network.config import TUNED_THRESHOLDS
-from dinocell.network.model import DINOCell, load_trainable, resolve_device, save_model, with_config
+from dinocell.network.model import (
+    DINOCell,
+    load_trainable,
+    resolve_device,
+    round_weights,
+    save_model,
+    with_config,
+)
 from dinocell.network.precision import autocast
 from dinocell.pairs import Pair, find_pairs
 from dinocell.pipeline import DINOCellPipeline
@@ -143,6 +150,7 @@ def adapt(
         )
     require_writable("out", path)
     model = load_trainable(start, device=options.device)
+    round_weights(model)
     with tempfile.TemporaryDirectory() as folder:
         found = find_pairs(images, labels, "images", options.channels)
         pairs = _several(found, model, folder)
@@ -321,6 +329,7 @@ class _Adaptation:
             torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm)
             optimizer.step()
             bar.advance(note=name)
+        round_weights(model)
         return model.eval().requires_grad_(True)
 
 

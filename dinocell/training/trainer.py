@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from dinocell.errors import CheckpointError, ConfigError, StoppedError
 from dinocell.evaluation.tuning import ThresholdGrids, tune_thresholds, tuned_values
 from dinocell.network.backbone import DINOv3Backbone, load_backbone_weights
-from dinocell.network.model import DINOCell, load_start, save_model, with_config
+from dinocell.network.model import DINOCell, load_start, round_weights, save_model, with_config
 from dinocell.network.precision import autocast
 from dinocell.progress import Progress, progress
 from dinocell.training.config import TrainConfig
@@ -303,9 +303,7 @@ class _Trainer:
         if self.processes.is_main:
             best = DINOCell.from_pretrained(self.folder.best, device=self.device)
         self.processes.share_weights(best)
-        for value in best.state_dict().values():
-            if value.is_floating_point():
-                value.copy_(value.half())
+        round_weights(best)
         with progress("final validation", 1, shown=self.shown) as bar:
             return best, self.validation.predict(best, bar, self._check_stop)
 

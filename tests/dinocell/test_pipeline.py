@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 from dinocell.errors import ConfigError, ImageFileError, UsageError
 from dinocell.io import read_labels, write_image
+from dinocell.network.model import load_model, save_model
 from dinocell.pipeline import DINOCellPipeline, segment
 from dinocell.results.confidence import cell_scores
 from dinocell.segmentation.inference import Inference, predict_distance_map
@@ -42,6 +44,17 @@ def test_labels_do_not_depend_on_batch_or_tile(mini_model):
         other = segment(image, model=mini_model, **options)
         np.testing.assert_allclose(other.distance_map, reference.distance_map, atol=1e-5)
         assert (other.labels != reference.labels).mean() < 1e-3
+
+
+def test_a_saved_model_gives_the_same_numbers(tmp_path):
+    image = field(150, 170)
+    model = load_model("dinocell-nuclei").to(memory_format=torch.contiguous_format)
+    before = segment(image, model=model)
+    assert before.num_cells == 3
+    save_model(tmp_path / "a.safetensors", model)
+    after = segment(image, model=tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(after.distance_map, before.distance_map)
+    np.testing.assert_array_equal(after.scores, before.scores)
 
 
 def test_cells_of_low_score_are_left_out(mini_model):

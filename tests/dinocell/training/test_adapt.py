@@ -84,6 +84,29 @@ def test_a_model_that_knows_nothing_learns(blob_data, tmp_path):
     assert f"chosen: {result.chosen}, 25 steps" in result.text()
 
 
+@pytest.mark.parametrize("best", ["start", "decoder"])
+def test_scores_and_statistics_are_of_the_weights_in_the_file(
+    blob_data, tmp_path, monkeypatch, best
+):
+    start = tmp_path / "start.safetensors"
+    save_model(start, create_dinocell_model("tiny", window_px=32, overlap_px=8))
+    scores = iter([0.0, 2.0 * (best == "decoder"), 0.0, 0.0])  # of thresholds and candidates
+    monkeypatch.setattr(
+        module._Adaptation, "_cross_validated", lambda self, counts: (next(scores), 0.0)
+    )
+    judged = []
+
+    def keep(path, model, **how):
+        judged.append(model.state_dict())
+        save_model(path, model, **how)
+
+    monkeypatch.setattr(module, "save_model", keep)
+    result = adapted(blob_data, start, tmp_path / "mine.safetensors", steps=1)
+    assert result.chosen == best
+    for key, value in weights_of(result.model_path).items():
+        assert torch.equal(value, judged[0][key]), key
+
+
 def test_the_result_is_never_worse_than_the_start(start, blob_data, tmp_path, monkeypatch):
     honest = module.distance_loss
     monkeypatch.setattr(module, "distance_loss", lambda *a, **b: -100 * honest(*a, **b))

@@ -452,7 +452,10 @@ def test_a_run_starts_from_a_trained_model(finished, blob_data, tmp_path):
         if "running" not in key and "num_batches" not in key:  # batch norm still follows the images
             torch.testing.assert_close(result.state_dict()[key], value, atol=2e-3, rtol=0)
     with pytest.raises(ConfigError, match=r"`model.target` must be sqrt as in .*, got linear"):
-        train(load_train_config(path, ["model.target=linear", f"output_dir={tmp_path}/other"]), shown=False)
+        train(
+            load_train_config(path, ["model.target=linear", f"output_dir={tmp_path}/other"]),
+            shown=False,
+        )
     with pytest.raises(ConfigError, match=r"`backbone.weights` must be null with `model.init`"):
         load_train_config(path, ["backbone.weights=dinov3_vits16"])
     with pytest.raises(UsageError, match="must be a file or a bundled name"):
