@@ -233,7 +233,8 @@ def home_folder() -> Path | None:
 def remove_temporary_files(folder: Path, *, before: float) -> None:
     """Delete what `atomic_path` and `atomic_folder` left in `folder` when their process was killed.
 
-    `before` is in seconds since 1970: what is younger stays, another process may be writing it.
+    `before` is in seconds since 1970: what is younger stays, another process may be writing it.  A
+    `folder` that does not exist has none.
     """
     for path in folder.glob(".tmp-*"):
         with contextlib.suppress(FileNotFoundError):  # another process was first

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from dinocell.datasets.pulling import DOWNLOAD_JSON
 from dinocell.datasets.sample import Content, Sample, require_found
 from dinocell.datasets.splits import SplitOptions, count_splits, divide
 from dinocell.errors import DataSetError, DINOCellError, UsageError
-from dinocell.files import move_into_place, write_text_atomically
+from dinocell.files import move_into_place, remove_temporary_files, write_text_atomically
 from dinocell.io import write_image, write_labels
 from dinocell.labels import check_labels, require_cells
 from dinocell.progress import count_text, progress
@@ -103,8 +104,11 @@ def prepare(
         "facts": dataclasses.asdict(facts),
     }
     if (known := _finished(out, recipe)) is not None:
+        _forget_progress(out)  # a kill may have come before
         return Prepared(out, known, ("it was prepared before; nothing was changed",))
     part = out.with_name(f"{out.name}.part")
+    for folder in (part, *part.rglob("*/")):
+        remove_temporary_files(folder, before=math.inf)
     _check_part(part, recipe)
     notes: list[str] = []
     samples = require_found(list(layout.read(source, notes)), source, layout.files)
@@ -119,10 +123,14 @@ def prepare(
     if (pulled := source / DOWNLOAD_JSON).is_file():
         manifest["download"] = json.loads(pulled.read_text(encoding="utf-8"))
     _write_manifest(part, manifest, rows)
-    for file in (_JOURNAL, _RECIPE):
-        (part / file).unlink()
     move_into_place(part, out)
+    _forget_progress(out)
     return Prepared(out, manifest, tuple(notes))
+
+
+def _forget_progress(out: Path) -> None:
+    for file in (_JOURNAL, _RECIPE):
+        (out / file).unlink(missing_ok=True)
 
 
 def _finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:

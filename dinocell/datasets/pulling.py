@@ -6,6 +6,7 @@ command continues after an interruption.  `OUT` appears when everything is in it
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -18,7 +19,7 @@ from dinocell.datasets.layouts import LAYOUTS
 from dinocell.datasets.remote import Remote, RemoteFile, find_remote
 from dinocell.download import Advice, bring, is_url
 from dinocell.errors import DataSetError, DINOCellError, UsageError
-from dinocell.files import move_into_place, write_text_atomically
+from dinocell.files import move_into_place, remove_temporary_files, write_text_atomically
 from dinocell.progress import progress
 
 DOWNLOAD_JSON = "download.json"
@@ -99,8 +100,8 @@ def pull(
     remote, out = find_remote(name), Path(os.path.abspath(out))
     part = out.with_name(f"{out.name}.part")
     if (record := _finished(out, name)) is not None:
-        if _is_part_of(part, name):
-            shutil.rmtree(part)
+        if _is_part_of(part, name) or part.exists():  # then it is empty
+            _remove(part)
         return Pulled(out, record, is_new=False)
     if not _is_part_of(part, name):
         write_text_atomically(part / _NAME, name)
@@ -109,7 +110,7 @@ def pull(
         rows = [_fetch(file, part / "files", source, offline=offline) for file in remote.files]
     except DINOCellError:
         if not any((part / "files").iterdir()):
-            shutil.rmtree(part)
+            _remove(part)
         raise
     record = {
         "data_set": name,
@@ -123,8 +124,14 @@ def pull(
     _unpack(remote, part / "files", content, shown=shown)
     write_text_atomically(content / DOWNLOAD_JSON, json.dumps(record, indent=1) + "\n")
     move_into_place(content, out)
-    shutil.rmtree(part)
+    _remove(part)
     return Pulled(out, record)
+
+
+def _remove(part: Path) -> None:
+    """The name last: a call that is killed here must know what is left."""
+    shutil.rmtree(part / "files", ignore_errors=True)
+    shutil.rmtree(part)
 
 
 def _finished(out: Path, name: str) -> dict[str, Any] | None:
@@ -144,6 +151,7 @@ def _finished(out: Path, name: str) -> dict[str, Any] | None:
 
 def _is_part_of(part: Path, name: str) -> bool:
     """Whether `part` holds what an interrupted call has downloaded of this data set."""
+    remove_temporary_files(part, before=math.inf)
     if not part.exists() or (part.is_dir() and not any(part.iterdir())):
         return False
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import layout_doubles as doubles
 import numpy as np
 import pytest
+from killing import kills_of
 
 from dinocell.datasets import LAYOUTS, Facts, SplitOptions, describe_layouts, prepare
 from dinocell.datasets.sample import Sample, split_of
@@ -253,6 +254,16 @@ def test_an_interruption_costs_one_image(made, tmp_path, monkeypatch):
     assert len(written) == 3
     assert rows_of(out) == rows_of(tmp_path / "whole")
     assert not (tmp_path / "out.part").exists()
+
+
+def test_a_kill_at_any_step_leaves_nothing_half(made, tmp_path):
+    script = (
+        "from pathlib import Path\n"
+        "from dinocell.datasets.preparation import prepare\n"
+        f"source, folder = {str(made('dsb2018'))!r}, Path({str(tmp_path)!r})\n"
+        "kill_everywhere(lambda out: prepare('dsb2018', source, out, shown=False), folder)\n"
+    )
+    assert kills_of(script) > 10
 
 
 def test_other_contents_of_the_output_folder_are_kept(made, tmp_path):

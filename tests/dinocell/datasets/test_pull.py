@@ -17,6 +17,7 @@ from pathlib import Path
 import layout_doubles as doubles
 import numpy as np
 import pytest
+from killing import kills_of
 from typer.testing import CliRunner
 
 from dinocell import download
@@ -171,6 +172,20 @@ def test_a_killed_process_is_continued(server, tmp_path):
     pull("dsb2018", tmp_path / "out", source=url, shown=False)
     assert handler.asked == [f"{ARCHIVE} 0", f"{ARCHIVE} {begun}"]
     assert any((tmp_path / "out").rglob("masks"))
+
+
+def test_a_kill_at_any_step_leaves_nothing_half(tmp_path):
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    (mirror / ARCHIVE).write_bytes(zipped(tmp_path / "published"))
+    script = (
+        "from pathlib import Path\n"
+        "from dinocell.datasets import pull, remote\n"
+        f"remote.REMOTES['dsb2018'] = remote.Remote((remote.RemoteFile('{ARCHIVE}', 'stage1_train'),))\n"
+        f"mirror, folder = {str(mirror)!r}, Path({str(tmp_path)!r})\n"
+        "kill_everywhere(lambda out: pull('dsb2018', out, source=mirror, shown=False), folder)\n"
+    )
+    assert kills_of(script) > 5
 
 
 def test_an_unknown_checksum_is_shown_as_not_verified(server, tmp_path):
