@@ -28,6 +28,7 @@ from dinocell.model_zoo import package
 from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD
 from dinocell.network.model import HEADER_KEY, DINOCell, header_text, load_trainable, model_path
 from dinocell.pipeline import DINOCellPipeline
+from dinocell.segmentation.rescale import resample, rescaled_shape
 
 PRECISIONS = ("fp32", "fp16", "int8")
 ENDINGS = {"onnx": ".onnx", "torch": ".pt2", "bioimageio": ".zip"}
@@ -145,12 +146,16 @@ def _check(path: Path, to: str, precision: str, images: object) -> None:
 def calibration_windows(
     model: DINOCell, images: str | os.PathLike[str]
 ) -> Iterator[NDArray[np.float32]]:
-    """Up to 100 windows (1, 1, H, W) in [0, 1], two of each image."""
+    """Up to 100 windows (1, 1, H, W) in [0, 1] as `segment` would show them, two of each image."""
     pipeline, side = DINOCellPipeline(model), model.config.window_px
     paths = search_images([os.fspath(images)]).paths
     for path in paths[:: -(-2 * len(paths) // _WINDOWS)]:
         loaded = pipeline.load(path)
         gray = loaded.intensity.apply(loaded.plane)
+        if loaded.rescale != 1:
+            seen = np.empty(rescaled_shape(gray.shape, loaded.rescale), np.float32)
+            resample(gray, seen)
+            gray = seen.clip(0.0, 1.0)
         gray = np.pad(gray, [(0, max(0, side - size)) for size in gray.shape], mode="symmetric")
         for place in (0.25, 0.75):
             top, left = (int(place * (size - side)) for size in gray.shape)

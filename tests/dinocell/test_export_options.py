@@ -1,13 +1,17 @@
-"""`dinocell export` refuses options that do not fit before it begins."""
+"""`dinocell export` before it writes: options that do not fit, and the windows of int8."""
 
 import sys
 
+import numpy as np
 import pytest
 
 from dinocell.errors import MissingExtraError, UsageError
-from dinocell.export import export_model
+from dinocell.export import calibration_windows, export_model
+from dinocell.io import write_image
+from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD
 from dinocell.network.info import describe_bundled
-from dinocell.network.model import load_model
+from dinocell.network.model import load_model, with_config
+from dinocell.pipeline import DINOCellPipeline
 
 
 def test_without_the_extra_the_fast_model_says_what_to_install(monkeypatch):
@@ -37,3 +41,25 @@ def test_what_does_not_fit_is_refused(tmp_path, name, options, words):
     with pytest.raises(UsageError, match=words.replace("(", r"\(")):
         export_model("dinocell-cells", tmp_path / name, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("pixel_size_um", [0.5, 0.25])
+def test_int8_is_calibrated_with_what_the_network_sees(
+    small_model, tmp_path, monkeypatch, pixel_size_um
+):
+    model = with_config(small_model, pixel_size_um=0.5)
+    side = round(model.config.window_px * 0.5 / pixel_size_um)
+    image = np.random.default_rng(0).integers(0, 1000, (side, side)).astype(np.uint16)
+    write_image(tmp_path / "a.tif", image, pixel_size_um=pixel_size_um)
+    seen, ask = [], model.map_and_features
+
+    def looks(batch):
+        seen.append(batch)
+        return ask(batch)
+
+    monkeypatch.setattr(model, "map_and_features", looks)
+    DINOCellPipeline(model).run(tmp_path / "a.tif")
+    (expected,) = seen  # one window
+    gray = expected[:, :1].numpy() * IMAGENET_STD[0] + IMAGENET_MEAN[0]
+    for window in calibration_windows(model, tmp_path):
+        np.testing.assert_allclose(window, gray, atol=1e-6)
