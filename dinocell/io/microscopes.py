@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.io.optional import library
-from dinocell.io.planes import RGB_NAMES, Selection
+from dinocell.io.planes import RGB_NAMES, Selection, known_colours
 from dinocell.io.stacks import Series, Stack, by_plane, series_of
 from dinocell.io.tiff import LIBRARY_LOG
 from dinocell.io.units import length_um, pixel_edges_um
@@ -110,9 +110,12 @@ def _about_czi(xml: str, num_channels: int) -> dict[str, Any]:
         return sizes_um(edges, "m")
     names = [one.get("Name") for one in image.findall("Dimensions/Channels/Channel")]
     known = len(names) == num_channels and all(names)
+    shown = tree.findall(".//DisplaySetting/Channels/Channel/Color")  # alpha, red, green, blue
+    colours = [(one.text or "").strip()[3:] for one in shown]
     return {
         **sizes_um(edges, "m"),
         "channel_names": tuple(map(str, names)) if known else None,
+        "channel_colours": known_colours(colours, num_channels),
         "acquired": image.findtext("AcquisitionDateAndTime"),
     }
 
@@ -130,6 +133,9 @@ def _open_nd2(path: Path, wanted: Selection) -> Iterator[Stack]:
         }
         names = [channel.channel.name for channel in file.metadata.channels or ()]
         about = _about_nd2(file)
+        parts = [channel.channel.color for channel in file.metadata.channels or ()]
+        colours = [f"{one.r:02x}{one.g:02x}{one.b:02x}" for one in parts]
+        about["channel_colours"] = known_colours(colours, sizes.get("C", 1))
         if "S" in sizes and sizes["S"] == 3:
             about["channel_names"] = RGB_NAMES
         elif len(names) == sizes.get("C", 1) and all(names):

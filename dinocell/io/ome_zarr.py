@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dinocell.errors import ImageFileError
 from dinocell.io.optional import library
-from dinocell.io.planes import Selection
+from dinocell.io.planes import Selection, known_colours
 from dinocell.io.s3 import S3Path
 from dinocell.io.stacks import Series, Stack, by_plane, series_of
 from dinocell.io.units import length_um, pixel_edges_um
@@ -204,6 +204,9 @@ def _series(
         channel_names=tuple(map(str, labels))
         if len(labels) == sizes.get("C", 1) and all(labels)
         else None,
+        channel_colours=known_colours(
+            [channel.get("color") for channel in channels], sizes.get("C", 1)
+        ),
         pixel_size_um=(*(square or (None, None)), depth),
         notes=tuple(notes),
     )

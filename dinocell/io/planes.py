@@ -1,6 +1,7 @@
 """What of a file becomes the image: the choice as it is given, and the channels."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -203,6 +204,13 @@ def check_size(path: Path, height: int, width: int, channels: int, max_pixels: i
             f"'{path}' claims {height:,} × {width:,} × {channels:,} = {values:,}: choose fewer channels, "
             "or crop it"
         )
+
+
+def known_colours(texts: Iterable[Any], num_channels: int) -> tuple[str, ...] | None:
+    """Colours of all channels as #rrggbb, from `rrggbb` with or without `#`; None if one is not known."""
+    found = [str(text or "").lower().lstrip("#") for text in texts]
+    whole = len(found) == num_channels and all(re.fullmatch("[0-9a-f]{6}", one) for one in found)
+    return tuple(f"#{one}" for one in found) if whole else None
 
 
 def distinct_names(

@@ -38,6 +38,7 @@ class Series:
     dtype : data type of the pixels
     name : str, as in the file
     channel_names : tuple of str, or None; red, green and blue for colours
+    channel_colours : tuple of str, or None: in which colour to show each channel, as #rrggbb
     pixel_size_um : (x, y, z) in µm, each None where the file does not say
     acquired : str or None, date and time of the first plane as in ISO 8601
     notes : tuple of str, such as that a pixel size is not used
@@ -51,6 +52,7 @@ class Series:
     pixel_size_um: tuple[float | None, float | None, float | None] = (None, None, None)
     acquired: str | None = None
     notes: tuple[str, ...] = ()
+    channel_colours: tuple[str, ...] | None = None
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from dinocell.io.planes import RGB_NAMES, RawImage, Selection
+from dinocell.io.planes import RGB_NAMES, RawImage, Selection, known_colours
 from dinocell.io.stacks import Choice, Series, Stack, series_of, stacked
 from dinocell.io.units import length_um, pixel_edges_um
 from dinocell.scratch import is_large, picked, zeros_in_file
@@ -269,7 +269,9 @@ def _of_imagej(tif: Any, num_channels: int) -> dict[str, Any]:
     if labels and len(labels) == num_channels and len(set(labels)) == num_channels > 1:
         names = tuple(str(label).strip() for label in labels)
     unit = str(described.get("unit", ""))
-    found = {"channel_names": names}
+    tables = [np.asarray(table) for table in described.get("LUTs") or ()]  # (3, 256), black first
+    brightest = ["".join(f"{part:02x}" for part in table[:, -1]) for table in tables]
+    found = {"channel_names": names, "channel_colours": known_colours(brightest, num_channels)}
     try:
         # stored as a fraction of two 32-bit numbers: no more than nine digits are meant
         edges = [float(f"{1.0 / float(value):.9g}") for value in tif.pages[0].resolution]
@@ -286,9 +288,13 @@ def _of_ome(image: Any, num_channels: int) -> dict[str, Any]:
     pixels = image.find("{*}Pixels")
     if pixels is None:
         return described
-    found = [channel.get("Name") for channel in pixels.findall("{*}Channel")]
+    channels = pixels.findall("{*}Channel")
+    found = [channel.get("Name") for channel in channels]
     if len(found) == num_channels and all(found):
         described["channel_names"] = tuple(str(name) for name in found)
+    with contextlib.suppress(TypeError, ValueError):  # red, green, blue, alpha in a signed number
+        colours = [f"{int(one.get('Color')) % 2**32:08x}"[:6] for one in channels]
+        described["channel_colours"] = known_colours(colours, num_channels)
     edges = [_number(pixels.get(f"PhysicalSize{axis}")) for axis in "XY"]
     if None in edges:
         return described

@@ -18,6 +18,7 @@ from dinocell.io import describe_image, find_images, ome_zarr, read_image
 # T 2, Z 3, C 2, rows and columns
 STACK = textured((2, 3, 2, 8, 6))
 NAMES = ("DNA", "ER")
+COLOURS = ("#0000ff", "#12cd00")
 
 
 def write_czi(path: Path) -> None:
@@ -31,7 +32,14 @@ def write_czi(path: Path) -> None:
                 place = {"T": t, "Z": z, "C": c}
                 file.write(plane, plane=place, scene=scene, location=(0, top))
         size = {"scale_x": 0.3e-6, "scale_y": 0.3e-6, "scale_z": 1e-6}
-        file.write_metadata("a", channel_names=dict(enumerate(NAMES)), **size)
+        shown = {
+            channel: czi.ChannelDisplaySettingsDataClass(
+                True, czi.TintingMode.Color, czi.Rgb8Color(*bytes.fromhex(colour[1:])), 0.0, 1.0
+            )
+            for channel, colour in enumerate(COLOURS)
+        }
+        names = dict(enumerate(NAMES))
+        file.write_metadata("a", channel_names=names, display_settings=shown, **size)
 
 
 def write_zarr(path: Path, version: int) -> None:
@@ -57,7 +65,8 @@ def write_zarr(path: Path, version: int) -> None:
         for i, scale in enumerate(scales)
     ]
     image = {"axes": axes, "datasets": levels} | ({"version": "0.4"} if version == 2 else {})
-    shown = {"channels": [{"label": name} for name in NAMES]}
+    colours = zip(NAMES, COLOURS, strict=True)
+    shown = {"channels": [{"label": name, "color": one[1:].upper()} for name, one in colours]}
     described = {"multiscales": [image], "omero": shown}
     group.attrs.update({"ome": described | {"version": "0.5"}} if version == 3 else described)
 
@@ -143,6 +152,19 @@ def test_axes_names_and_sizes(stacks, name):
     assert series.dtype == np.uint16
     assert series.channel_names == NAMES
     assert series.pixel_size_um == pytest.approx((0.3, 0.3, 1.0))
+    if name.endswith((".czi", ".zarr")):
+        assert series.channel_colours == COLOURS
+
+
+@pytest.mark.parametrize(
+    ("colours", "known"),
+    [([65535, "-16776961"], ("#0000ff", "#ff0000")), ([255, "red"], None)],
+)
+def test_colours_of_channels_in_ome_tiff(tmp_path, colours, known):
+    metadata = {"axes": "CYX", "Channel": {"Color": colours}}
+    tifffile.imwrite(tmp_path / "a.ome.tif", np.ones((2, 4, 5), np.uint8), metadata=metadata)
+    (series,) = describe_image(tmp_path / "a.ome.tif").series
+    assert series.channel_colours == known
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -414,7 +436,7 @@ def test_real_czi(data_dir):
     contents = describe_image(path)
     (series,) = contents.series
     assert (contents.format, series.axes, series.shape) == ("CZI", "YX", (1024, 1024))
-    assert series.channel_names == ("AF568",)
+    assert (series.channel_names, series.channel_colours) == (("AF568",), ("#ff1800",))
     assert series.pixel_size_um[:2] == pytest.approx((0.457, 0.457), abs=1e-3)
     assert series.acquired is not None
     assert series.acquired.startswith("2016-07-04T14:52:08")
@@ -436,6 +458,7 @@ def test_real_nd2(data_dir, tmp_path, monkeypatch):
     assert series.shape == whole.shape == (3, 10, 2, 31, 38)
     assert series.pixel_size_um == pytest.approx((0.168, 0.168, 0.5), abs=1e-3)
     assert series.channel_names == ("5-FAM/pH 9.0", "FM 4-64/2% CHAPS")
+    assert series.channel_colours == ("#78e90f", "#fe0100")
     assert series.acquired == "2014-06-18T13:55:23Z"
     assert whole[0, 3].max(axis=(1, 2)).tolist() == [2915, 1043]
     for time, z, channel in np.ndindex(3, 10, 2):
@@ -487,6 +510,7 @@ def test_real_tiffs(data_dir):
     assert (tissue.text(), tissue.channel_names) == ("C 3", ("red", "green", "blue"))
     (hyperstack,) = describe_image(formats / "imagej_hyperstack_2channel.tif").series
     assert (hyperstack.axes, hyperstack.shape) == ("CYX", (2, 450, 450))
+    assert hyperstack.channel_colours == ("#00ff00", "#0000ff")
     (field,) = describe_image(
         formats / "operetta_plate" / "Images" / "r03c03f01p01-ch1sk1fk1fl1.tiff"
     ).series
