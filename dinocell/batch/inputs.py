@@ -18,22 +18,34 @@ from typing import Any
 from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions
 from dinocell.errors import ConfigError
 from dinocell.io.channel_files import ChannelFiles
-from dinocell.io.s3 import S3Path
+from dinocell.io.s3 import S3Path, place_of
 
 
 def mark_input(path: Path | ChannelFiles, options: SegmentOptions) -> dict[str, Any]:
     """Size, time and hash of a file, and the options that say how it is read; JSON values.
 
+    Of channels in files of their own, also these.
+
     Made before the file is read: a file that is replaced meanwhile then counts as changed.
     """
     mark = _image_options(options)
     paths = path.paths if isinstance(path, ChannelFiles) else [path]
+    if isinstance(path, ChannelFiles):
+        mark["files"] = {name: str(one.absolute()) for name, one in path.files}
     # reading refuses everything else, and a pipe would wait
     if all(one.is_file() or one.is_dir() for one in paths):
         size, time_ns = size_and_time(path)
         with suppress(PermissionError):  # reading says so in a sentence
             mark |= {"bytes": size, "mtime_ns": time_ns, "blake2b": _hash(path, size, time_ns)}
     return mark
+
+
+def image_of(row: dict[str, Any]) -> Path | ChannelFiles:
+    """What a row of the journal was made from."""
+    files = row.get("input", {}).get("files")
+    if files is None:
+        return place_of(row["source"])
+    return ChannelFiles.of({name: place_of(path) for name, path in files.items()})
 
 
 def is_unchanged(path: Path | ChannelFiles, row: dict[str, Any]) -> bool:

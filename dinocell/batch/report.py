@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.batch.inputs import is_unchanged
+from dinocell.batch.inputs import image_of, is_unchanged
 from dinocell.batch.options import IMAGE_OPTIONS, SegmentOptions
 from dinocell.batch.units import Unit
 from dinocell.errors import DINOCellError
 from dinocell.io import read_labels
-from dinocell.io.s3 import place_of
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.results.report import ReportEntry, make_entry, write_report
 from dinocell.results.segmented import output_paths
@@ -93,7 +92,7 @@ def _entry_from_files(
     try:
         label_file = files.get("tif", files.get("png"))
         labels = None if label_file is None else read_labels(label_file)
-        source = place_of(row["source"])
+        source = image_of(dict(row))
         if is_unchanged(source, dict(row)):
             mark = row.get("input", {})
             how = {name: mark[name] for name in IMAGE_OPTIONS if name in mark}
