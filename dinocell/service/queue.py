@@ -317,7 +317,7 @@ class Queue:
         """
         now = time.time() if now is None else now
         folders = (self.folder / "jobs").iterdir()
-        sizes = {one.name: size_of(one) for one in folders if (one / "current.json").exists()}
+        sizes = {one.name: size_of(one) for one in folders}
         with self._transaction() as database:
             rows = database.execute(
                 "SELECT id, finished, bytes FROM jobs WHERE state IN ('done', 'failed') "
@@ -325,7 +325,7 @@ class Queue:
             ).fetchall()
             total, expired = 0, []
             for row in rows:
-                total += sizes.get(row["id"], row["bytes"])  # corrections add to it
+                total += sizes.get(row["id"], 0)  # corrections and channels add to what it had
                 if now - row["finished"] > keep_s or total > keep_bytes:
                     expired.append(row["id"])
             database.executemany(

@@ -120,6 +120,9 @@ async def _in_turn(request: Request) -> AsyncIterator[None]:
 
 AnyJob = Annotated[Job, Depends(_any_job)]
 Result = Annotated[StoredResult, Depends(_result)]
+Channel = Annotated[
+    int | None, Query(ge=0, le=9999, description="A channel of the file, in place of that plane.")
+]
 # given back before the answer is sent, which a slow client may take minutes to read
 IN_TURN = [Depends(_in_turn, scope="function")]
 
@@ -259,10 +262,9 @@ def get_cells(result: Result) -> Cells:
     responses={200: _BINARY},
     response_class=Response,
 )
-def get_image(result: Result) -> Response:
-    """(H, W) as in the file, or (H, W, 3) uint8 of a colour picture."""
-    colours = result.colours()
-    return _npy(result.plane() if colours is None else colours)
+def get_image(result: Result, channel: Channel = None) -> Response:
+    """(H, W) as in the file, of several channels their mean; or one of the `channels` of the file."""
+    return _npy(result.stored_pixels(channel))
 
 
 @api.get(

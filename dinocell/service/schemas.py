@@ -200,6 +200,16 @@ def change_info(change: Change, with_pixels: bool = True) -> ChangeInfo:
     )
 
 
+class ChannelInfo(BaseModel):
+    """A channel of the file."""
+
+    name: str = Field(description="In the file, else its position.", examples=["DNA"])
+    colour: str = Field(
+        description="In the file, else the usual one, as #rrggbb.", examples=["#0000ff"]
+    )
+    shown: bool = Field(description="Whether the page shows it at first.")
+
+
 class Cells(BaseModel):
     """Measurements: one list per column, one value per cell; units are px, or µm in `_um` columns."""
 

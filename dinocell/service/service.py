@@ -2,9 +2,11 @@
 
 import contextlib
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from dinocell.service.channels import Original, keep_channels_apart
 from dinocell.service.learning import Learning
 from dinocell.service.news import News
 from dinocell.service.options import ServiceOptions
@@ -63,7 +65,10 @@ class Service:
 
     def result(self, job: Job) -> StoredResult:
         """The files of a job that is done."""
-        return StoredResult(self.queue.job_folder(job.id), job.file, job.name)
+        folder = self.queue.job_folder(job.id)
+        original = Original.of(folder / job.file, job.options)
+        read = partial(keep_channels_apart, folder, original)
+        return StoredResult(folder, job.file, job.name, read=read)
 
     def corrected(self) -> list[StoredResult]:
         """The images that somebody has corrected, the latest last."""

@@ -4,9 +4,10 @@ image.tif     the upload, under a name of ours
 result/       what `segment_files` writes
 plane.npy     the gray plane (H, W); of several channels the mean
 channels.npy  (H, W, C), where the plane is such a mean
+channel_N.npy channels of the file (H, W) that somebody has looked at
 labels.npy    labels of the batch (H, W) uint32, if tiles of them were asked for
 map.npy       distance map (H, W) float32, or (2, H, W) with the spread of flips
-about.json    pixel size, names, notes, target, thresholds
+about.json    pixel size, names, channels of the file, notes, target, thresholds
 files/        further formats of the labels now, written when somebody asks for them
 
 What changes of the labels add is described in `dinocell.service.history`.
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.errors import UsageError
+from dinocell.errors import DINOCellError, UsageError
 from dinocell.files import atomic_path, ensure_folder, write_text_atomically
 from dinocell.io import read_labels
 from dinocell.io.planes import MAX_PIXELS
@@ -37,6 +38,7 @@ from dinocell.results.segmented import Segmentation, output_paths
 from dinocell.segmentation import corrections
 from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.segmentation.watershed import separate_cells
+from dinocell.service.channels import Original, channel_path
 from dinocell.service.history import TOUCHED, Box, History, Revision
 
 RESULT = "result"
@@ -48,6 +50,8 @@ an array, and all in one."""
 
 _locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 """One for the labels of each job; the service has one process."""
+
+_reading = threading.Lock()  # of channels: one file in memory at a time
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,20 @@ class Change:
 
 
 def keep_prediction(
-    folder: Path, pipeline: DINOCellPipeline, image: LoadedImage, distance_map: NDArray
+    folder: Path,
+    pipeline: DINOCellPipeline,
+    image: LoadedImage,
+    distance_map: NDArray,
+    original: Original | None = None,
 ) -> None:
-    """Write what `StoredResult` needs into the folder of a job; OSError if the disk refuses."""
+    """Write what `StoredResult` needs into the folder of a job; OSError if the disk refuses.
+
+    The channels of `original` can be shown.
+    """
     keep_arrays(folder, plane=image.plane, channels=image.channels, map=distance_map)
     judged = pipeline.judge(image)
     judged = judged._replace(notes=(*image.warnings, *judged.notes))
-    keep_about(folder, image, pipeline, judged)
+    keep_about(folder, image, pipeline, judged, original)
 
 
 def keep_arrays(folder: Path, **arrays: NDArray | None) -> None:
@@ -87,12 +98,17 @@ def keep_arrays(folder: Path, **arrays: NDArray | None) -> None:
 
 
 def keep_about(
-    folder: Path, image: LoadedImage, pipeline: DINOCellPipeline, judged: Judgement
+    folder: Path,
+    image: LoadedImage,
+    pipeline: DINOCellPipeline,
+    judged: Judgement,
+    original: Original | None,
 ) -> None:
     """Write `about.json`, with all notes on the image; the last file that a finished job needs."""
     about = {
         "pixel_size_um": image.pixel_size_um,
         "channel_names": list(image.channel_names),
+        "channels": [] if original is None else original.channels(),
         "warnings": judged.notes,
         "unfamiliar": judged.unfamiliar,
         "kind": judged.kind,
@@ -120,6 +136,7 @@ class StoredResult:
     name : what downloads are called, without an ending
     results : folder of what the batch wrote; `RESULT` in `folder` by default
     predict : writes `map.npy` where it is missing, see `dinocell.service.viewing`
+    read : writes channels of the file, given the names of all and the positions of some
     """
 
     def __init__(
@@ -130,10 +147,11 @@ class StoredResult:
         *,
         results: Path | None = None,
         predict: Callable[[], None] | None = None,
+        read: Callable[[Sequence[str], Sequence[int]], None] | None = None,
     ) -> None:
         self.folder, self.stem, self.name = folder, Path(file).stem, name
         self.file_name = name + Path(file).suffix
-        self.results, self.predict = results or folder / RESULT, predict
+        self.results, self.predict, self._read = results or folder / RESULT, predict, read
         self.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.history = History(folder, Revision.of(self.about))
         self._lock = _locks[folder]
@@ -167,21 +185,41 @@ class StoredResult:
         """The gray plane (H, W) that was segmented, as in the file; of several channels the mean."""
         return np.load(self.folder / "plane.npy")
 
-    def colours(self) -> NDArray[np.uint8] | None:
-        """(H, W, 3) of a colour picture; None of other images."""
-        if self.about["channel_names"] != ["red", "green", "blue"]:
-            return None
-        channels = np.load(self.folder / "channels.npy")
-        return channels if channels.dtype == np.uint8 else None
+    def channels(self) -> list[dict[str, Any]]:
+        """The channels of the file, see `Original.channels`; empty where it has one."""
+        return self.about.get("channels", [])  # jobs of earlier versions have none
 
-    def stored_pixels(self) -> NDArray[Any]:
-        """`colours`, or else `plane`, in its file: only what is used is read."""
-        colour = self.about["channel_names"] == ["red", "green", "blue"]
-        if colour:
-            channels = np.load(self.folder / "channels.npy", mmap_mode="r")
-            if channels.dtype == np.uint8:
-                return channels
-        return np.load(self.folder / "plane.npy", mmap_mode="r")
+    def stored_pixels(self, channel: int | None = None) -> NDArray[Any]:
+        """(H, W) `plane`, or a channel, in its file: only what is used is read.
+
+        Raises UsageError (the channel does not exist); DINOCellError (it cannot be read any more).
+        """
+        if channel is None:
+            return np.load(self.folder / "plane.npy", mmap_mode="r")
+        known = self.channels()
+        names = [one["name"] for one in known]
+        if channel >= len(names):
+            has = f"the channels 0 to {len(names) - 1} ({', '.join(names)})" if names else "none"
+            raise UsageError(
+                f"`channel` must be a channel of the image, which has {has}, got {channel}: choose one, or "
+                "leave it out for the plane that was segmented"
+            )
+        if names[channel] in self.about["channel_names"]:  # of several that were segmented
+            place = self.about["channel_names"].index(names[channel])
+            return np.load(self.folder / "channels.npy", mmap_mode="r")[..., place]
+        path = channel_path(self.folder, channel)
+        if not path.exists() and self._read is not None:
+            with _reading:
+                others = [place for place, one in enumerate(known) if one["shown"]]
+                wanted = dict.fromkeys([channel, *others])  # they will be asked for next
+                missing = [one for one in wanted if not channel_path(self.folder, one).exists()]
+                try:
+                    if channel in missing:
+                        self._read(names, missing)
+                except (DINOCellError, OSError):
+                    if not path.exists():  # else another one of them is at fault
+                        raise
+        return np.load(path, mmap_mode="r")
 
     def stored_labels(self) -> NDArray[np.uint32]:
         """The labels now with `TOUCHED` in their file, which is written when it is asked for first."""

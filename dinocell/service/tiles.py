@@ -1,4 +1,4 @@
-"""Parts of large images and of their labels at several scales, of which the page builds its picture."""
+"""What the page builds its picture of: channels, and parts of large images and labels at several scales."""
 
 import zlib
 from typing import Annotated, Any
@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from dinocell.errors import UsageError
 from dinocell.service.history import TOUCHED
-from dinocell.service.routes import PROBLEMS, Result, npy_bytes
+from dinocell.service.routes import PROBLEMS, Channel, Result, npy_bytes
+from dinocell.service.schemas import ChannelInfo
 
 TILE_PX = 512
 """Edge of a tile; the page knows this number, too."""
@@ -27,10 +28,10 @@ def tile_of(pixels: NDArray, level: int, row: int, column: int) -> NDArray:
 
     Parameters
     ----------
-    pixels : (H, W) or (H, W, 3) ndarray, usually in a file
+    pixels : (H, W) ndarray, usually in a file
     level, row, column : the tile covers `TILE_PX` · 2**level pixels from `row` and `column` times that on
 
-    Returns (h, w) or (h, w, 3) ndarray, h and w at most `TILE_PX`.
+    Returns (h, w) ndarray, h and w at most `TILE_PX`.
 
     Raises UsageError (the tile is outside of the image).
     """
@@ -52,15 +53,23 @@ def _packed(tile: NDArray) -> Response:
     return Response(body, media_type="application/octet-stream", headers=headers)
 
 
+@tile_routes.get("/jobs/{job_id}/channels", summary="The channels of the file")
+def get_channels(result: Result) -> list[ChannelInfo]:
+    """In the order of the file, which is what `channel` of `image` counts; empty where it has one."""
+    return [ChannelInfo(**one) for one in result.channels()]
+
+
 @tile_routes.get(
     "/jobs/{job_id}/image/tile",
     summary="A tile of the pixels that were segmented",
     responses=_BINARY,
     response_class=Response,
 )
-def get_image_tile(result: Result, level: Level, row: Place, column: Place) -> Response:
+def get_image_tile(
+    result: Result, level: Level, row: Place, column: Place, channel: Channel = None
+) -> Response:
     """At most 512 × 512 pixels, as in `image`."""
-    return _packed(tile_of(result.stored_pixels(), level, row, column))
+    return _packed(tile_of(result.stored_pixels(channel), level, row, column))
 
 
 @tile_routes.get(

@@ -6,11 +6,13 @@ labels are written beside the original ones as NAME_labels_vN.tif with their tab
 service uses a new N, from 2 on.  The original files stay as they are.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.batch.folder import SETTINGS_NAME, settings_of
+from dinocell.batch.inputs import image_of
 from dinocell.batch.journal import JOURNAL_NAME, read_journal
 from dinocell.batch.options import IMAGE_OPTIONS, PIPELINE_OPTIONS, SegmentOptions
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.files import ensure_folder, write_text_atomically
-from dinocell.io import read_labels, write_labels
+from dinocell.io import find_images, read_labels, write_labels
+from dinocell.io.channel_files import ChannelFiles
 from dinocell.io.planes import MAX_PIXELS
+from dinocell.io.plates import PLACE_NAMES, places_of
+from dinocell.io.s3 import S3Path
 from dinocell.network.model import DINOCell, load_model
 from dinocell.pipeline import DINOCellPipeline, Judgement, LoadedImage
 from dinocell.results.formats import EXPORT_FORMATS
 from dinocell.segmentation.thresholds import ThresholdChanges
+from dinocell.service.channels import Original, keep_channels
 from dinocell.service.options import ServiceOptions
 from dinocell.service.queue import Job, Queue
 from dinocell.service.service import Service
@@ -61,6 +68,7 @@ class Viewed:
         self.settings: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
         self._network: DINOCell | None = None
         self._lock = threading.Lock()  # one image is read, or predicted, at a time
+        self._fields: dict[Path, dict[Any, dict[str, Path]]] = {}  # of a folder: place → channels
         self._versions: dict[str, int] = {}
         self._written: dict[str, int] = {}
 
@@ -103,6 +111,7 @@ class Viewed:
             name.name,
             results=self.out / name.parent,
             predict=lambda: self._predict(folder, job.name),
+            read=lambda names, positions: self._read(folder, job.name, names, positions),
         )
 
     def _prepare(self, folder: Path, name: str) -> None:
@@ -129,15 +138,31 @@ class Viewed:
         judged = Judgement(
             tuple(notes.split("; ")) if notes else (), row.get("unfamiliar"), kind, thresholds
         )
-        keep_about(folder, loaded, pipeline, judged)
+        keep_about(folder, loaded, pipeline, judged, self._original(row))
+
+    def _read(
+        self, folder: Path, name: str, names: Sequence[str], positions: Sequence[int]
+    ) -> None:
+        """Store channels of an image."""
+        with self._lock:
+            _image_there(self.rows[name])
+            keep_channels(folder, self._original(self.rows[name]), names, positions)
+
+    def _original(self, row: dict[str, Any]) -> Original:
+        """The file of an image; of a plate with a file for each channel, all files of the field."""
+        image, options = image_of(row), {**self.settings, **row.get("input", {})}
+        if "channel" in row and isinstance(image, Path) and not isinstance(image, S3Path):
+            if image.parent not in self._fields:
+                self._fields[image.parent] = _fields_in(image.parent, self.settings["plate"])
+            files = self._fields[image.parent].get(_field_of(row), {})
+            if len(files) > 1 and row["channel"] in files:
+                return Original.of(
+                    ChannelFiles.of(files), {**options, "channels": [row["channel"]]}
+                )
+        return Original.of(image, options)
 
     def _load(self, row: dict[str, Any]) -> tuple[LoadedImage, DINOCellPipeline]:
-        source = Path(row["source"])
-        if not source.exists():
-            raise DINOCellError(
-                f"The image of {row['name']} must be where it was when it was segmented, and {source} is "
-                "gone: put it back"
-            )
+        source = _image_there(row)
         known = {field.name for field in fields(SegmentOptions)}
         kept: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
@@ -199,6 +224,33 @@ class Viewed:
     def _version(self, name: str, ending: str, version: int) -> Path:
         stem, _, suffix = ending.partition(".")
         return self.out / f"{name}_{stem}_v{version}.{suffix}"
+
+
+def _image_there(row: dict[str, Any]) -> Path | ChannelFiles:
+    """The file of an image, or the files of its channels; DINOCellError if one of them is gone."""
+    image = image_of(row)
+    for path in image.paths if isinstance(image, ChannelFiles) else [image]:
+        if not path.exists():
+            raise DINOCellError(
+                f"The image of {row['name']} must be where it was when it was segmented, and {path} is "
+                "gone: put it back"
+            )
+    return image
+
+
+def _field_of(place: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(place.get(name) for name in PLACE_NAMES if name != "channel")
+
+
+def _fields_in(folder: Path, plate: str) -> dict[Any, dict[str, Path]]:
+    """The files of each field of a folder by their channels; empty where the names say nothing."""
+    found: dict[Any, dict[str, Path]] = {}
+    with contextlib.suppress(UsageError):  # there is no image any more: who reads it says so
+        paths = find_images([folder])
+        for path, place in zip(paths, places_of(paths, plate), strict=True):
+            if "channel" in place and "thumb" not in place["channel"]:
+                found.setdefault(_field_of(place), {})[place["channel"]] = path
+    return found
 
 
 def _scores_in(path: Path, num_cells: int) -> NDArray[np.float64]:

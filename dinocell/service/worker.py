@@ -28,6 +28,7 @@ from dinocell.errors import DINOCellError
 from dinocell.network.model import DINOCell, load_model
 from dinocell.pipeline import DINOCellPipeline, LoadedImage
 from dinocell.segmentation.thresholds import Thresholds
+from dinocell.service.channels import Original
 from dinocell.service.queue import Job, Queue
 from dinocell.service.stored import RESULT, keep_prediction
 
@@ -53,7 +54,9 @@ class _Follower(Watcher):
         self, pipeline: DINOCellPipeline, image: LoadedImage, distance_map: NDArray
     ) -> None:
         self.predicted_at = time.monotonic()
-        keep_prediction(self.queue.job_folder(self.job.id), pipeline, image, distance_map)
+        folder = self.queue.job_folder(self.job.id)
+        original = Original.of(folder / self.job.file, self.job.options)
+        keep_prediction(folder, pipeline, image, distance_map, original)
 
 
 class Worker:

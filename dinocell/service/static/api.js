@@ -52,16 +52,20 @@ export const jobs = () => json("/jobs?limit=1000");
 export const job = (id) => json(`/jobs/${id}`);
 export const cells = (id) => json(`/jobs/${id}/cells`);
 export const revision = (id) => json(`/jobs/${id}/labels`);
-export const image = (id) => npy(`/jobs/${id}/image`);
+export const channels = (id) => json(`/jobs/${id}/channels`);
+// Without a channel, the gray plane that was segmented.
+export const image = (id, channel) => npy(`/jobs/${id}/image${channel === null ? "" : `?channel=${channel}`}`);
 export const labels = (id) => npy(`/jobs/${id}/labels/npy`);
-const tile = (kind) => (id, level, row, column) =>
-  npy(`/jobs/${id}/${kind}/tile?level=${level}&row=${row}&column=${column}`);
-export const imageTile = tile("image");
-export const labelsTile = tile("labels");
+const place = (level, row, column) => `tile?level=${level}&row=${row}&column=${column}`;
+export const imageTile = (id, level, row, column, channel) =>
+  npy(`/jobs/${id}/image/${place(level, row, column)}${channel === null ? "" : `&channel=${channel}`}`);
+export const labelsTile = (id, level, row, column) => npy(`/jobs/${id}/labels/${place(level, row, column)}`);
 export const remove = (id) => json(`/jobs/${id}`, { method: "DELETE" });
 
-export function upload(file) {
+// `channels` are names or positions of those to segment; none where the image has one.
+export function upload(file, channels) {
   const form = new FormData();
+  for (const channel of channels) form.append("channels", channel);
   form.append("image", file, file.name);
   return json("/jobs", { method: "POST", body: form });
 }

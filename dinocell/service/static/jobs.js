@@ -8,11 +8,12 @@ import { element } from "./table.js";
 const GONE = ["deleted", "cancelled", "expired"];
 
 export async function add(files) {
+  const channels = $("upload-channels").value.split(",").map((name) => name.trim()).filter(Boolean);
   for (const file of files) {
     for (;;) {
       try {
         say(`Uploading ${file.name}`);
-        const job = await api.upload(file);
+        const job = await api.upload(file, channels);
         noteJob(job);
         watch(job.id, true);
         say("");

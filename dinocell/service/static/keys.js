@@ -1,8 +1,9 @@
 // Every key of the page, and the list of them.
 
+import { autoContrast, toggleChannel, toggleGray } from "./channels.js";
 import { correct, grow, merge, remove, setRadius, setTool, toggleTool } from "./corrections.js";
 import { neighbour } from "./jobs.js";
-import { autoContrast, nextDoubtful, select, setStyle } from "./result.js";
+import { nextDoubtful, select, setStyle } from "./result.js";
 import { $, page, view } from "./state.js";
 import { element } from "./table.js";
 
@@ -14,7 +15,8 @@ const KEYS = [
   ["S, S", "split the selected cell by itself"], ["N, double click", "find a missed cell there"],
   ["B", "brush: a new cell, or more of the selected one"], ["E", "eraser"], ["[ ]", "smaller, larger brush"],
   ["Ctrl + Z, Ctrl + Y", "undo, redo"], ["Space (held)", "hide the labels"],
-  ["Z", "outlines, filled, hidden"], ["W", "automatic contrast"], ["Wheel, + −", "zoom"],
+  ["Z", "outlines, filled, hidden"], ["W, Shift + W", "automatic contrast: of the sliders' channel, of all"],
+  ["1 … 9", "show or hide a channel"], ["G", "gray picture of the network, or channels"], ["Wheel, + −", "zoom"],
   ["Drag, Shift + ← ↑ → ↓", "move the picture"], ["0", "show the whole picture"],
   ["← →, A, D", "previous, next image"], ["?", "show or hide this list"],
 ];
@@ -24,7 +26,7 @@ const ACTIONS = {
   "+": () => view.zoom(1.25), "=": () => view.zoom(1.25), "-": () => view.zoom(0.8), 0: () => view.fit(),
   ArrowLeft: () => neighbour(-1), ArrowRight: () => neighbour(1),
   ArrowUp: () => view.pan(0, -60), ArrowDown: () => view.pan(0, 60),
-  w: autoContrast,
+  w: () => autoContrast(), W: () => autoContrast(true), g: toggleGray,
   z: () => setStyle({ outline: "fill", fill: "none", none: "outline" }[view.style]),
   q: () => nextDoubtful(1), Q: () => nextDoubtful(-1),
   Delete: () => remove(chosen()), Backspace: () => remove(chosen()), j: () => merge(chosen()),
@@ -36,6 +38,7 @@ const ACTIONS = {
     select([]);
   },
 };
+for (let place = 1; place <= 9; place++) ACTIONS[place] = () => toggleChannel(place);
 const PANS = { ArrowLeft: [-60, 0], ArrowRight: [60, 0], ArrowUp: [0, -60], ArrowDown: [0, 60] };
 
 export function toggleHelp() {
@@ -45,7 +48,7 @@ export function toggleHelp() {
 
 document.addEventListener("keydown", (event) => {
   const { target, key } = event;
-  if (target.matches("input:not([type=range], [type=checkbox]), select, textarea")) return;
+  if (target.matches("input:not([type=range], [type=checkbox], [type=radio], [type=color]), select, textarea")) return;
   if (target.matches("input[type=range]") && /^(Arrow|Page|Home|End)/.test(key)) return;
   if (key === "?") return toggleHelp();
   if (!page.open) return;

@@ -38,7 +38,7 @@ async function start() {
   await guarded(async () => {
     const [model] = await api.models();
     $("model").textContent = model.device ? `${model.name} on ${model.device}` : model.name;
-    $("drop").hidden = $("delete-job").hidden = !(page.takesImages = model.takes_images);
+    $("drop").hidden = $("segmented").hidden = $("delete-job").hidden = !(page.takesImages = model.takes_images);
     for (const job of (await api.jobs()).reverse()) {
       noteJob(job);
       if (job.state === "queued" || job.state === "running") watch(job.id, false);

@@ -1,6 +1,7 @@
-// The image that is open: its picture, contrast, selection, measurements, thresholds, downloads.
+// The image that is open: its picture, selection, measurements, thresholds, downloads.
 
 import * as api from "./api.js";
+import { layersOf, showChannels } from "./channels.js";
 import { drawJobs, noteJob } from "./jobs.js";
 import { showLearning } from "./learn.js";
 import { $, guarded, inTurn, page, plot, say, table, view } from "./state.js";
@@ -26,17 +27,15 @@ export async function openJob(id) {
       await openTiles(id, job, height, width);
       return;
     }
-    const [image, state] = await Promise.all([api.image(id), loaded(id)]);
+    const fetch = async (layer) => {
+      layer.pixels = (await api.image(id, layer.channel)).data;
+      layer.learn(layer.pixels);
+    };
+    const [opened, state] = await Promise.all([layersOf(id, fetch), loaded(id)]);
     if (page.asked !== id) return;
-    page.open = { id, height, width, ...state };
-    doubtful = -1;
-    view.show(image, page.open.labels, page.open.touched);
-    $("empty").hidden = true;
-    $("tools").hidden = false;
-    showPanel(job);
-    showWindow();
+    page.open = { id, height, width, ...opened, ...state };
+    show(job);
     showState();
-    drawJobs();
     showLearning();
     say("");
   });
@@ -44,17 +43,12 @@ export async function openJob(id) {
 
 // The picture first; measurements follow when the service has them.
 async function openTiles(id, job, height, width) {
-  const tiles = new Tiles(id, height, width, () => view.draw());
-  const image = await tiles.start();
+  const tiles = new Tiles(id, height, width, () => view.shown(), () => view.draw());
+  const opened = await layersOf(id, async (layer) => layer.learn(await tiles.whole(layer)));
   if (page.asked !== id) return;
-  doubtful = -1;
-  page.open = { id, height, width, tiles, touched: new Set() };
-  view.showTiles(tiles, image);
-  $("empty").hidden = true;
-  $("tools").hidden = false;
-  showPanel(job);
-  showWindow();
-  drawJobs();
+  page.open = { id, height, width, tiles, touched: new Set(), ...opened };
+  show(job);
+  tiles.fetchLabels(tiles.top, 0, 0).catch((error) => console.error(error));
   say("The cells of a large image are being measured; you can look at it meanwhile");
   const state = await measured(id);
   if (page.asked !== id) return;
@@ -63,6 +57,16 @@ async function openTiles(id, job, height, width) {
   showState();
   showLearning();
   say("");
+}
+
+function show(job) {
+  doubtful = -1;
+  view.show(page.open);
+  $("empty").hidden = true;
+  $("tools").hidden = false;
+  showPanel(job);
+  showChannels();
+  drawJobs();
 }
 
 async function measured(id) {
@@ -183,28 +187,7 @@ function showState() {
   showSelection();
 }
 
-// --- contrast and labels ---
-
-function showWindow() {
-  const [least, most] = view.range;
-  for (const [id, value] of [["low", view.low], ["high", view.high]]) {
-    $(id).value = Math.round((1000 * (value - least)) / (most - least));
-    $(`${id}-value`).textContent = most - least > 20 ? Math.round(value) : value.toPrecision(3);
-  }
-}
-
-function setWindow(moved) {
-  const [least, most] = view.range;
-  let [low, high] = ["low", "high"].map((id) => least + ($(id).value / 1000) * (most - least));
-  if (high <= low) [low, high] = moved === "low" ? [low, low] : [high, high];
-  view.setWindow(low, high);
-  showWindow();
-}
-
-export function autoContrast() {
-  view.auto();
-  showWindow();
-}
+// --- labels ---
 
 export function setStyle(style) {
   view.style = $("style").value = style;
@@ -219,8 +202,8 @@ export function hovered(at) {
     return;
   }
   const { x, y, label } = at;
-  const value = view.valueIn(x, y)?.map((one) => Number(one.toPrecision(6))).join(" ") ?? "";
-  $("pixel").textContent = `row ${y}, column ${x}: ${value}${label ? `, cell ${rowOf(label) + 1}` : ""}`;
+  const values = view.valuesIn(x, y).map(([layer, value]) => `${layer.title} ${Number(value.toPrecision(6))}`.trim());
+  $("pixel").textContent = `row ${y}, column ${x}: ${values.join(", ")}${label ? `, cell ${rowOf(label) + 1}` : ""}`;
 }
 
 // The row of the table of a label, -1 if there is none.
@@ -324,7 +307,6 @@ plot.onBrush = selectRows;
 $("filter").addEventListener("input", filter);
 $("filter-select").addEventListener("click", () => selectRows(table.order()));
 table.onPick = (row) => page.open.numbers && select([page.open.numbers[row]], true);
-for (const id of ["low", "high"]) $(id).addEventListener("input", () => setWindow(id));
 for (const id of ["peak", "fill", "area"]) $(id).addEventListener("input", () => thresholdMoved(id));
 $("opacity").addEventListener("input", () => {
   view.opacity = $("opacity").value / 100;
@@ -333,7 +315,6 @@ $("opacity").addEventListener("input", () => {
 });
 $("opacity").dispatchEvent(new Event("input"));
 $("style").addEventListener("change", () => setStyle($("style").value));
-$("auto").addEventListener("click", autoContrast);
 $("doubtful").addEventListener("click", () => nextDoubtful(1));
 $("all-columns").addEventListener("change", () => {
   table.all = $("all-columns").checked;

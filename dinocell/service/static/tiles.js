@@ -4,26 +4,26 @@
 import * as api from "./api.js";
 
 const EDGE = 512; // as in dinocell/service/tiles.py
-const KEPT = 160; // tiles in memory, each with its pixels, labels and two canvases: 3.5 MB
+const KEPT_MB = 560; // of tiles in memory: labels and two canvases need 3 MB, each channel 0.5 MB
 const AT_ONCE = 4; // requests
 const PAINTED = 2; // tiles in a frame
 
 export class Tiles {
-  constructor(id, height, width, changed) {
-    Object.assign(this, { id, height, width, changed });
+  // `shown` gives the layers that are drawn; `changed` is called when a tile has come
+  constructor(id, height, width, shown, changed) {
+    Object.assign(this, { id, height, width, shown, changed });
     this.top = Math.max(0, Math.ceil(Math.log2(Math.max(height, width) / EDGE)));
-    this.tiles = new Map(); // "level/row/column" → { data, labels, picture, overlay, paint, used }
+    this.tiles = new Map(); // "level/row/column" → tile; its parts are the pixels of channels, and "labels"
     this.loading = new Set();
     this.wanted = [];
     this.frame = 0;
   }
 
-  // The whole image at its smallest scale.
-  async start() {
-    const image = await api.imageTile(this.id, this.top, 0, 0);
-    this.put(this.top, 0, 0, { image });
-    this.fetchLabels(this.top, 0, 0);
-    return image;
+  // The pixels of a layer in the whole image at its smallest scale.
+  async whole({ channel }) {
+    const { data } = await api.imageTile(this.id, this.top, 0, 0, channel);
+    this.put(this.top, 0, 0, channel, data);
+    return data;
   }
 
   close() {
@@ -31,24 +31,37 @@ export class Tiles {
     this.tiles.clear();
   }
 
-  put(level, row, column, { image }) {
-    const [height, width] = image.shape;
-    const tile = { level, row, column, height, width, image, labels: null, used: this.frame, stale: true };
-    tile.picture = new OffscreenCanvas(width, height);
-    tile.overlay = new OffscreenCanvas(width, height);
-    this.tiles.set(`${level}/${row}/${column}`, tile);
-    return tile;
+  put(level, row, column, part, data) {
+    const key = `${level}/${row}/${column}`;
+    let tile = this.tiles.get(key);
+    if (!tile) {
+      const size = (extent, place) => Math.min(EDGE, Math.ceil(extent / 2 ** level) - place * EDGE);
+      const [height, width] = [size(this.height, row), size(this.width, column)];
+      tile = { level, row, column, height, width, parts: new Map(), used: this.frame };
+      tile.picture = new OffscreenCanvas(width, height);
+      tile.overlay = new OffscreenCanvas(width, height);
+      this.tiles.set(key, tile);
+    }
+    tile.parts.set(part, data);
+    tile.stale = true;
+  }
+
+  // The channels that a tile lacks, and "labels" if it lacks them.
+  lacks(place) {
+    const parts = this.tiles.get(place.join("/"))?.parts;
+    return [...this.shown().map(({ channel }) => channel), "labels"].filter((part) => !parts?.has(part));
   }
 
   async fetch(level, row, column) {
     const key = `${level}/${row}/${column}`;
     this.loading.add(key);
     try {
-      const image = await api.imageTile(this.id, level, row, column);
+      const channels = this.lacks([level, row, column]).filter((part) => part !== "labels");
+      const found = await Promise.all(channels.map((one) => api.imageTile(this.id, level, row, column, one)));
       if (this.closed) return;
-      this.put(level, row, column, { image });
+      channels.forEach((channel, k) => this.put(level, row, column, channel, found[k].data));
       this.changed();
-      await this.fetchLabels(level, row, column);
+      if (!this.tiles.get(key)?.parts.has("labels")) await this.fetchLabels(level, row, column);
     } catch (error) {
       if (error.status !== 0) throw error; // the service is away: the next frame asks again
     } finally {
@@ -58,11 +71,9 @@ export class Tiles {
   }
 
   async fetchLabels(level, row, column) {
-    const labels = await api.labelsTile(this.id, level, row, column);
-    const tile = this.tiles.get(`${level}/${row}/${column}`);
-    if (!tile || this.closed) return;
-    tile.labels = labels.data;
-    tile.stale = true;
+    const { data } = await api.labelsTile(this.id, level, row, column);
+    if (this.closed) return;
+    this.put(level, row, column, "labels", data);
     this.changed();
   }
 
@@ -73,7 +84,7 @@ export class Tiles {
     }
   }
 
-  // Contrast, selection or style have changed.
+  // Layers, contrast, selection or style have changed.
   repaint() {
     for (const tile of this.tiles.values()) tile.stale = true;
   }
@@ -95,19 +106,17 @@ export class Tiles {
     for (let level = 0; level <= this.top; level++) {
       const size = EDGE * 2 ** level, step = 2 ** level;
       const [row, column] = [Math.floor(y / size), Math.floor(x / size)];
-      const tile = this.tiles.get(`${level}/${row}/${column}`);
-      if (!tile?.labels) continue;
-      return tile.labels[Math.floor((y - row * size) / step) * tile.width + Math.floor((x - column * size) / step)];
+      const tile = this.tiles.get(`${level}/${row}/${column}`), labels = tile?.parts.get("labels");
+      if (labels) return labels[Math.floor((y - row * size) / step) * tile.width + Math.floor((x - column * size) / step)];
     }
     return undefined;
   }
 
-  valueIn(x, y) {
+  valuesIn(x, y) {
     const tile = this.tiles.get(`0/${Math.floor(y / EDGE)}/${Math.floor(x / EDGE)}`);
-    if (!tile) return null;
-    const place = (y % EDGE) * tile.width + (x % EDGE);
-    const { data, shape } = tile.image;
-    return shape.length === 3 ? [...data.slice(3 * place, 3 * place + 3)] : [data[place]];
+    const there = this.shown().filter(({ channel }) => tile?.parts.has(channel));
+    const place = (y % EDGE) * tile?.width + (x % EDGE);
+    return there.map((layer) => [layer, tile.parts.get(layer.channel)[place]]);
   }
 
   // Draw what is visible; coarser tiles below where finer ones are still to come.
@@ -116,20 +125,21 @@ export class Tiles {
     const level = Math.min(this.top, Math.max(0, Math.floor(Math.log2(1 / (view.scale * ratio)))));
     const [width, height] = [context.canvas.width / ratio / view.scale, context.canvas.height / ratio / view.scale];
     const fine = [...this.places(level, view.x, view.y, width, height)];
-    const missing = fine.filter((place) => !this.tiles.has(place.join("/")));
+    const missing = fine.filter((place) => this.lacks(place).length);
     this.wanted = missing.filter((place) => !this.loading.has(place.join("/")));
     const levels = missing.length ? [this.top, level + 1, level] : [level];
+    const shown = this.shown();
     let left = PAINTED;
     for (const at of new Set(levels.filter((one) => one <= this.top))) {
       for (const [, row, column] of at === level ? fine : this.places(at, view.x, view.y, width, height)) {
         const tile = this.tiles.get(`${at}/${row}/${column}`);
-        if (!tile) continue;
+        if (!tile || (shown.length && !shown.some(({ channel }) => tile.parts.has(channel)))) continue;
         tile.used = this.frame;
         if (tile.stale && (at === this.top || left-- > 0)) view.paintTile(tile);
         const size = EDGE * 2 ** at;
         const place = [column * size, row * size, tile.width * 2 ** at, tile.height * 2 ** at];
         context.drawImage(tile.picture, ...place);
-        if (view.showsLabels() && tile.labels) {
+        if (view.showsLabels() && tile.parts.has("labels")) {
           context.globalAlpha = view.labelAlpha();
           context.drawImage(tile.overlay, ...place);
           context.globalAlpha = 1;
@@ -153,8 +163,10 @@ export class Tiles {
   }
 
   forget() {
-    if (this.tiles.size <= KEPT) return;
-    const old = [...this.tiles].filter(([, tile]) => tile.level !== this.top).sort(([, a], [, b]) => a.used - b.used);
-    for (const [key] of old.slice(0, this.tiles.size - KEPT)) this.tiles.delete(key);
+    const most = KEPT_MB / (3 + 0.5 * this.shown().length);
+    if (this.tiles.size <= most) return;
+    const old = [...this.tiles].filter(([, tile]) => tile.level !== this.top && tile.used < this.frame);
+    old.sort(([, a], [, b]) => a.used - b.used);
+    for (const [key] of old.slice(0, this.tiles.size - most)) this.tiles.delete(key);
   }
 }

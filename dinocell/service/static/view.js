@@ -1,5 +1,7 @@
 // The picture: intensities, labels on top, pan and zoom.  Positions are (x, y) = (column, row) in pixels.
 
+import { paintLayers } from "./layers.js";
+
 const hues = new Uint32Array(4096);
 for (let i = 0; i < hues.length; i++) hues[i] = colour((i * 0.6180339887 + 0.1) % 1, i % 3);
 
@@ -20,7 +22,7 @@ export class View {
     this.context = canvas.getContext("2d");
     this.picture = document.createElement("canvas");
     this.overlay = document.createElement("canvas");
-    this.image = null;
+    this.layers = null;
     this.scale = 1;
     this.x = this.y = 0; // image position at the upper left corner of the canvas
     this.style = "outline";
@@ -40,38 +42,32 @@ export class View {
     new ResizeObserver(() => this.resize()).observe(canvas);
   }
 
-  // Tiles of a large image, and the whole image at their smallest scale.
-  showTiles(tiles, image) {
-    this.clear();
-    Object.assign(this, { tiles, image, height: tiles.height, width: tiles.width, labels: null });
-    this.touched = new Set();
-    this.selected.clear();
-    this.statistics();
-    this.auto();
-    this.fit();
-  }
-
   clear() {
     this.tiles?.close();
-    this.tiles = this.image = null;
+    this.tiles = this.layers = null;
   }
 
-  // { data, shape } of (H, W) or (H, W, 3), and Uint32 labels
-  show(image, labels, touched) {
+  // `layers` are the gray plane and the channels of the file.  With `tiles` their pixels and the labels
+  // come from there, else each layer has its pixels, and the labels are Uint32.
+  show({ layers, height, width, tiles = null, labels = null, touched = new Set() }) {
     this.clear();
-    this.image = image;
-    [this.height, this.width] = image.shape;
-    for (const layer of [this.picture, this.overlay]) {
-      layer.width = this.width;
-      layer.height = this.height;
+    Object.assign(this, { layers, height, width, tiles, labels, touched });
+    if (!tiles) {
+      for (const layer of [this.picture, this.overlay]) {
+        layer.width = width;
+        layer.height = height;
+      }
+      this.paintLabels();
     }
-    this.statistics();
-    this.labels = labels;
-    this.touched = touched;
     this.selected.clear();
-    this.auto();
-    this.paintLabels();
+    this.repaint();
     this.fit();
+  }
+
+  // The layers that are drawn: the gray plane, or else channels.
+  shown() {
+    const [plane, ...channels] = this.layers;
+    return plane.visible ? [plane] : channels.filter((one) => one.visible && one.sample);
   }
 
   setLabels(labels, touched) {
@@ -85,41 +81,16 @@ export class View {
     this.draw();
   }
 
-  // Range of the values, and the percentiles 0.5 and 99.8 of a sample of them.
-  statistics() {
-    const { data } = this.image;
-    const step = Math.max(1, Math.floor(data.length / 200000));
-    const sample = [];
-    let least = Infinity, most = -Infinity;
-    for (let i = 0; i < data.length; i++) {
-      const value = data[i];
-      if (value < least) least = value;
-      if (value > most) most = value;
-      if (i % step === 0) sample.push(value);
-    }
-    sample.sort((a, b) => a - b);
-    this.range = [least, most > least ? most : least + 1];
-    const colours = this.image.shape.length === 3;
-    const at = (share) => sample[Math.min(sample.length - 1, Math.floor(share * sample.length))];
-    this.usual = colours ? [0, 255] : [at(0.005), at(0.998)];
-    if (this.usual[1] <= this.usual[0]) this.usual = [...this.range];
-    if (colours) this.range = [0, 255];
-  }
-
-  auto() {
-    this.setWindow(...this.usual);
-  }
-
-  setWindow(low, high) {
-    this.low = low;
-    this.high = Math.max(high, low + (this.range[1] - this.range[0]) / 1e6);
-    this.paintPicture();
+  // Layers, their windows or colours have changed; the next frame shows it.
+  repaint() {
+    this.stale = true;
     this.draw();
   }
 
   paintPicture() {
+    this.stale = false;
     if (this.tiles) this.tiles.repaint();
-    else this.paintPixels(this.picture, this.image);
+    else paintLayers(this.picture, this.shown().map((layer) => [layer, layer.pixels]));
   }
 
   paintLabels() {
@@ -129,28 +100,11 @@ export class View {
   }
 
   paintTile(tile) {
-    this.paintPixels(tile.picture, tile.image);
-    if (tile.labels) this.paintCells(tile.overlay, tile.labels, tile.width, tile.height, 1);
+    const { parts } = tile;
+    const there = this.shown().filter(({ channel }) => parts.has(channel));
+    paintLayers(tile.picture, there.map((layer) => [layer, parts.get(layer.channel)]));
+    if (parts.has("labels")) this.paintCells(tile.overlay, parts.get("labels"), tile.width, tile.height, 1);
     tile.stale = false;
-  }
-
-  paintPixels(canvas, { data, shape }) {
-    const context = canvas.getContext("2d");
-    const target = context.createImageData(canvas.width, canvas.height);
-    const pixels = new Uint32Array(target.data.buffer);
-    const factor = 255 / (this.high - this.low);
-    const level = (value) => {
-      const scaled = (value - this.low) * factor;
-      return scaled <= 0 ? 0 : scaled >= 255 ? 255 : scaled | 0;
-    };
-    if (shape.length === 3) {
-      for (let i = 0, j = 0; i < pixels.length; i++, j += 3) {
-        pixels[i] = (255 << 24) | (level(data[j + 2]) << 16) | (level(data[j + 1]) << 8) | level(data[j]);
-      }
-    } else {
-      for (let i = 0; i < pixels.length; i++) pixels[i] = (255 << 24) | (level(data[i]) * 0x010101);
-    }
-    context.putImageData(target, 0, 0);
   }
 
   paintCells(canvas, labels, width, height, t) {
@@ -199,7 +153,7 @@ export class View {
   }
 
   fit() {
-    if (!this.image) return;
+    if (!this.layers) return;
     const { width, height } = this.canvas.getBoundingClientRect();
     this.scale = Math.min(width / this.width, height / this.height) * 0.98 || 1;
     this.x = (this.width - width / this.scale) / 2;
@@ -210,7 +164,7 @@ export class View {
 
   // Zoom, with the position (px, py) of the canvas held; without one its centre.
   zoom(factor, px, py) {
-    if (!this.image) return;
+    if (!this.layers) return;
     const { width, height } = this.canvas.getBoundingClientRect();
     [px, py] = px === undefined ? [width / 2, height / 2] : [px, py];
     const scale = Math.min(64, Math.max(0.01, this.scale * factor));
@@ -246,7 +200,8 @@ export class View {
       const ratio = devicePixelRatio || 1;
       context.setTransform(1, 0, 0, 1, 0, 0);
       context.clearRect(0, 0, canvas.width, canvas.height);
-      if (!this.image) return;
+      if (!this.layers) return;
+      if (this.stale) this.paintPicture();
       const scale = this.scale * ratio;
       if (this.tiles) {
         context.setTransform(scale, 0, 0, scale, -this.x * scale, -this.y * scale);
@@ -331,15 +286,14 @@ export class View {
   // The label at a position; undefined outside the image.
   labelIn(x, y) {
     [x, y] = [Math.floor(x), Math.floor(y)];
-    if (!this.image || x < 0 || y < 0 || x >= this.width || y >= this.height) return undefined;
+    if (!this.layers || x < 0 || y < 0 || x >= this.width || y >= this.height) return undefined;
     return this.tiles ? this.tiles.labelIn(x, y) : this.labels[y * this.width + x];
   }
 
-  // The values at a pixel: one, or three of a colour picture; null where they are not loaded.
-  valueIn(x, y) {
-    if (this.tiles) return this.tiles.valueIn(x, y);
-    const { data, shape } = this.image, place = y * this.width + x;
-    return shape.length === 3 ? [...data.slice(3 * place, 3 * place + 3)] : [data[place]];
+  // [layer, value] of what is drawn at a pixel, as far as it is loaded.
+  valuesIn(x, y) {
+    if (this.tiles) return this.tiles.valuesIn(x, y);
+    return this.shown().map((layer) => [layer, layer.pixels[y * this.width + x]]);
   }
 
   labelAt(event) {
@@ -392,7 +346,7 @@ export class View {
       else {
         moved = 0;
         this.boxed = this.tool === "box" || (!this.tool && event.shiftKey);
-        if (this.image && event.button === 0 && (this.tool || this.boxed)) this.stroke = [this.positionOf(event)];
+        if (this.layers && event.button === 0 && (this.tool || this.boxed)) this.stroke = [this.positionOf(event)];
       }
     });
     canvas.addEventListener("pointermove", (event) => {
@@ -400,7 +354,7 @@ export class View {
       this.at = event.pointerType === "touch" ? null : this.positionOf(event);
       if (this.tool) this.draw();
       if (!before) {
-        this.onHover(this.image ? this.labelAt(event) : null);
+        this.onHover(this.layers ? this.labelAt(event) : null);
         return;
       }
       if (pointers.size === 2) {
@@ -427,7 +381,7 @@ export class View {
       this.stroke = null;
       this.draw();
       if (stroke && (this.tool || moved > 4)) this.onStroke(stroke);
-      else if (moved <= 4) this.onClick(this.image ? this.labelAt(event) : null, event);
+      else if (moved <= 4) this.onClick(this.layers ? this.labelAt(event) : null, event);
     });
     canvas.addEventListener("pointercancel", (event) => {
       pointers.delete(event.pointerId);

@@ -1,0 +1,294 @@
+"""The channels of a file on the page, in headless Chromium: what is drawn, pixel by pixel."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from service_doubles import add_finished
+from test_service_page import Pointer, address, browser, opened  # noqa: F401  fixtures
+
+from dinocell.io import read_image, write_image
+
+pytestmark = pytest.mark.slow
+SHAPE = (40, 48)
+DNA, ER, BACK = (10, 10), (25, 25), (2, 40)
+BLACK, BLUE, GREEN, WHITE = (0, 0, 0), (0, 0, 255), (0, 255, 0), (255, 255, 255)
+NOISE = np.random.default_rng(0).integers(0, 50, (8, 48)).astype(np.uint16)
+_COLOUR = """([x, y, wanted, tolerance]) => {
+  const canvas = document.getElementById("canvas"), box = canvas.getBoundingClientRect();
+  const pixel = canvas.getContext("2d").getImageData(Math.floor(x - box.x), Math.floor(y - box.y), 1, 1).data;
+  return wanted.every((value, k) => Math.abs(value - pixel[k]) <= tolerance);
+}"""
+
+
+def two_channels(path, brightest: int = 4000):
+    """A square of 1000 in DNA and one of 2000 in ER, on 100 and noise; ER has one brighter pixel."""
+    pixels = np.full((*SHAPE, 3), 100, np.uint16)
+    pixels[32:] += NOISE[..., None]
+    pixels[5:15, 5:15, 0], pixels[20:30, 20:30, 1], pixels[38, 1, 1] = 1000, 2000, brightest
+    write_image(path, pixels, channel_names=["DNA", "ER", "Bright field"])
+    return path
+
+
+def without_labels(browser, address, images, channels="DNA"):  # noqa: F811
+    """The page with images of several channels, of which no labels are drawn."""
+    page = browser.new_page()
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.goto(address)
+    page.locator("#upload-channels").fill(channels)
+    page.set_input_files("#files", [str(path) for path in images])
+    page.locator("#panel:not([hidden]) #count").wait_for()
+    hide_labels(page)
+    return page
+
+
+def hide_labels(page) -> None:
+    page.locator("#style").select_option("none")
+    let_go(page)
+
+
+def let_go(page) -> None:
+    """Leave a field, in which keys would be typed."""
+    page.evaluate("document.activeElement.blur()")
+
+
+def sees(page, colour, place, shape=SHAPE, tolerance: int = 1) -> None:
+    """Waits until a pixel of the image has a colour on the canvas, which shows the whole image."""
+    x, y = Pointer(page, shape).at(*place)
+    page.wait_for_function(_COLOUR, arg=[x, y, list(colour), tolerance], timeout=30_000)
+
+
+def test_channels_have_colours_windows_and_keys(browser, address, tmp_path):  # noqa: F811
+    from playwright.sync_api import expect
+
+    page = without_labels(browser, address, [two_channels(tmp_path / "a.tif")])
+    for place, colour in ((DNA, BLUE), (ER, GREEN), (BACK, BLACK)):
+        sees(page, colour, place)
+    page.mouse.move(*Pointer(page, SHAPE).at(*ER))
+    expect(page.locator("#pixel")).to_contain_text("row 25, column 25: DNA 100, ER 2000")
+
+    page.keyboard.press("2")
+    sees(page, BLACK, ER)
+    sees(page, BLUE, DNA)
+    expect(page.locator("#status")).to_have_text("ER is hidden")
+    expect(page.get_by_label("Show ER")).not_to_be_checked()
+    page.get_by_label("Show ER").check()
+    sees(page, GREEN, ER)
+    page.get_by_label("Colour of ER").fill("#ff8000")
+    sees(page, (255, 128, 0), ER)
+
+    page.get_by_label("Contrast of ER").check()
+    expect(page.get_by_label("White of ER", exact=True)).to_have_value("2000")
+    page.get_by_label("White of ER, exact").fill("3900")
+    page.keyboard.press("Enter")
+    sees(page, (128, 64, 0), ER)
+    sees(page, BLUE, DNA)
+    page.get_by_label("Black of ER", exact=True).fill("1000")
+    sees(page, (88, 44, 0), ER)
+    page.keyboard.press("w")
+    sees(page, (255, 128, 0), ER)
+    page.locator("#percentiles").select_option("0 100")
+    sees(page, (124, 62, 0), ER)
+    sees(page, BLUE, DNA)
+
+    let_go(page)
+    page.keyboard.press("g")
+    expect(page.locator("#contrast")).to_have_text("Contrast of the gray picture")
+    sees(page, WHITE, DNA)
+    sees(page, BLACK, ER)
+    page.get_by_label("gray, as the network saw it").uncheck()
+    sees(page, BLUE, DNA)
+    page.get_by_label("Contrast of all channels").check()
+    page.locator("#low-value").fill("1500")
+    let_go(page)
+    sees(page, BLACK, DNA)
+    page.keyboard.press("Shift+W")
+    sees(page, BLUE, DNA)
+    page.keyboard.press("3")  # constant, and gray
+    sees(page, (0, 0, 255), DNA)
+
+
+def test_choices_stay_from_image_to_image(browser, address, tmp_path):  # noqa: F811
+    from playwright.sync_api import expect
+
+    images = [two_channels(tmp_path / f"{name}.tif") for name in "ab"]
+    page = without_labels(browser, address, images)
+    page.locator("#job-list .quiet", has_text="cells").nth(1).wait_for()
+    title = page.locator("#title").inner_text()
+    page.keyboard.press("1")
+    page.get_by_label("Colour of ER").fill("#ff00ff")
+    page.get_by_label("Contrast of ER").check()
+    page.locator("#high-value").fill("3900")
+    let_go(page)
+    for key in ("d" if title == "b" else "a", ""):
+        if key:
+            page.keyboard.press(key)
+            expect(page.locator("#title")).not_to_have_text(title)
+        else:
+            page.reload()
+            page.locator("#panel:not([hidden]) #count").wait_for()
+        expect(page.get_by_label("Show DNA")).not_to_be_checked()
+        expect(page.get_by_label("Contrast of ER")).to_be_checked()
+        hide_labels(page)
+        sees(page, (128, 0, 128), ER)
+        sees(page, BLACK, DNA)
+
+
+def test_a_real_hyperstack_has_the_colours_of_its_file(browser, address, data_dir):  # noqa: F811
+    path = data_dir / "formats" / "imagej_hyperstack_2channel.tif"
+    pixels = read_image(path).pixels.astype(float)
+    page = without_labels(browser, address, [path], "0")
+    low, high = np.percentile(pixels, [0.5, 99.8], axis=(0, 1), method="lower")
+    levels = 255 * np.clip((pixels - low) / (high - low), 0, 1)
+    rng = np.random.default_rng(0)
+    bright = np.argwhere(levels.max(2) > 100)
+    for row, column in rng.choice(bright, 12):
+        green, blue = levels[row, column]
+        sees(page, (0, green, blue), (row, column), pixels.shape[:2], tolerance=3)
+
+
+def test_a_colour_picture_is_shown_as_it_is(browser, address, data_dir, tmp_path):  # noqa: F811
+    from playwright.sync_api import expect
+
+    tissue = read_image(data_dir / "formats" / "HE_example.ome.tif").pixels[:256, :256]
+    write_image(tmp_path / "tissue.png", tissue)
+    page = without_labels(browser, address, [tmp_path / "tissue.png"], "")
+    for row, column in np.random.default_rng(0).integers(0, 256, (12, 2)):
+        sees(page, tissue[row, column].tolist(), (row, column), (256, 256))
+    expect(page.get_by_label("Contrast of all channels")).to_be_checked()
+    page.keyboard.press("1")
+    row, column = 100, 100
+    sees(page, (0, *tissue[row, column, 1:].tolist()), (row, column), (256, 256))
+    page.locator("#percentiles").select_option("2 98")
+    low, high = np.percentile(tissue, [2, 98], axis=(0, 1), method="lower")
+    level = 255 * np.clip((tissue[row, column] - low.min()) / (high.max() - low.min()), 0, 1)
+    sees(page, (0, level[1], level[2]), (row, column), (256, 256))
+
+
+def test_channels_of_a_large_image_come_in_tiles(browser, address):  # noqa: F811
+    from playwright.sync_api import expect
+
+    side = 6000
+    labels = add_finished(address.service, side=side, spacing=400)
+    (job,) = address.service.queue.newest(1)
+    folder = address.service.queue.job_folder(job.id)
+    for channel, part in enumerate((labels > 0, labels == 0)):
+        np.save(folder / f"channel_{channel}.npy", np.where(part, 1000, 0).astype(np.uint16))
+    about = json.loads((folder / "about.json").read_text())
+    about["channels"] = [
+        {"name": "cells", "colour": "#ff0000", "shown": True},
+        {"name": "gaps", "colour": "#00ff00", "shown": False},
+    ]
+    (folder / "about.json").write_text(json.dumps(about))
+    page = browser.new_page()
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.goto(address)
+    page.locator("#panel:not([hidden])").wait_for()
+    hide_labels(page)
+    cell, gap = (5700, 5700), (5900, 5900)
+    sees(page, (255, 0, 0), cell, labels.shape)
+    sees(page, BLACK, gap, labels.shape)
+    page.keyboard.press("2")  # read now
+    sees(page, GREEN, gap, labels.shape)
+    expect(page.get_by_label("Contrast of gaps")).to_be_visible()
+    page.keyboard.press("1")
+    sees(page, BLACK, cell, labels.shape)
+    at = Pointer(page, labels.shape).at(*gap)
+    page.mouse.move(*at)
+    for _ in range(12):
+        page.mouse.wheel(0, -400)
+    page.wait_for_function(_COLOUR, arg=[*at, list(GREEN), 1], timeout=30_000)
+    for _ in range(100):  # until the tile of the full scale has come
+        page.mouse.move(at[0] + 1, at[1])
+        page.wait_for_timeout(200)
+        page.mouse.move(*at)
+        if "gaps" in page.locator("#pixel").inner_text():
+            break
+    expect(page.locator("#pixel")).to_contain_text("gaps 1000")
+    expect(page.locator("#pixel")).not_to_contain_text("cells 0")
+
+
+def test_the_page_says_why_channels_are_not_shown(browser, address, tmp_path):  # noqa: F811
+    from playwright.sync_api import expect
+
+    whole = two_channels(tmp_path / "a.tif").read_bytes()
+    page = browser.new_page()
+    image = {"name": "a.tif", "mimeType": "image/tiff", "buffer": whole}
+    form = {"image": image, "channels": "DNA"}
+    assert page.request.post(f"{address}/api/v1/segment", multipart=form).ok
+    (job,) = address.service.queue.newest(1)
+    file = address.service.queue.job_folder(job.id) / "image.tif"
+    file.write_bytes(whole[:100])
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.goto(address)
+    page.locator("#panel:not([hidden]) #count").wait_for()
+    hide_labels(page)
+    expect(page.locator("#channels-note")).to_contain_text("The channels cannot be shown.")
+    expect(page.locator("#channels-note")).to_contain_text("must be a whole image file")
+    sees(page, WHITE, DNA)
+    page.keyboard.press("g")
+    expect(page.locator("#status")).to_contain_text("must be a whole image file", timeout=30_000)
+    sees(page, WHITE, DNA)
+    file.write_bytes(whole)
+    page.keyboard.press("g")
+    sees(page, BLUE, DNA)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_fault_in_channels(browser, address, tmp_path, scheme):  # noqa: F811
+    from axe_playwright_python.sync_playwright import Axe
+
+    context = browser.new_context(color_scheme=scheme)
+    page = without_labels(context, address, [two_channels(tmp_path / "a.tif")])
+    for key in ("", "g"):
+        if key:
+            page.keyboard.press(key)
+            page.get_by_label("gray, as the network saw it").wait_for()
+        faults = [
+            f"{fault['id']}: {[node['html'] for node in fault['nodes']]}"
+            for fault in Axe().run(page).response["violations"]
+            if fault["impact"] in ("serious", "critical")
+        ]
+        assert faults == []
+
+
+@pytest.mark.parametrize("width", [900, 420])
+def test_channels_fit_and_work_with_the_keyboard_alone(browser, address, tmp_path, width):  # noqa: F811
+    from playwright.sync_api import expect
+
+    page = without_labels(browser, address, [two_channels(tmp_path / "a.tif")])
+    page.set_viewport_size({"width": width, "height": 900})
+    for name in ("#channels", "#low-value", "#percentiles"):
+        box = page.locator(name).bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width + 1
+    page.get_by_label("Show DNA").focus()
+    page.keyboard.press("Space")
+    expect(page.get_by_label("Show DNA")).not_to_be_checked()
+    expect(page.get_by_label("Show DNA")).to_be_focused()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowDown")
+    expect(page.get_by_label("Contrast of ER")).to_be_checked()
+    expect(page.locator("#contrast")).to_have_text("Contrast of ER")
+
+
+def test_an_image_of_one_channel_has_no_choice(browser, address, tmp_path):  # noqa: F811
+    from playwright.sync_api import expect
+
+    pixels = np.full(SHAPE, 100, np.uint16)
+    pixels[5:15, 5:15], pixels[32:] = 1000, 100 + NOISE
+    write_image(tmp_path / "a.tif", pixels)
+    page = opened(browser, address, [tmp_path / "a.tif"])
+    hide_labels(page)
+    expect(page.locator("#channels")).to_be_hidden()
+    expect(page.locator("#contrast")).to_have_text("")
+    sees(page, WHITE, DNA)
+    page.keyboard.press("g")
+    page.keyboard.press("1")
+    page.locator("#high-value").fill("1900")
+    page.keyboard.press("Enter")
+    sees(page, (127, 127, 127), DNA)
+    assert page.faults == []
