@@ -49,6 +49,11 @@ class ServiceFlags:
         "may need as much.",
         10.0,
     )
+    read_from: list[str] | None = option(
+        "Read images by their path, too, if they are in this folder or below this address on S3; repeat the "
+        "option for several. Everybody who can use the service can then read all images there.",
+        names="--read-from",
+    )
 
 
 @app.command()
@@ -66,7 +71,8 @@ def serve(*, flags: ServiceFlags) -> None:
     from dinocell.service.options import ServiceOptions
     from dinocell.service.serve import run_service
 
-    run_service(ServiceOptions(**vars(flags)))
+    values = {**vars(flags), "read_from": tuple(flags.read_from or ())}
+    run_service(ServiceOptions(**values))
 
 
 @dataclass(frozen=True)

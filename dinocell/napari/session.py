@@ -21,7 +21,8 @@ from dinocell.io import write_image
 from dinocell.pipeline import DINOCellPipeline
 from dinocell.segmentation.corrections import Position
 from dinocell.service.history import ChangedError
-from dinocell.service.stored import RESULT, Change, StoredResult, keep_prediction
+from dinocell.service.keeping import RESULT, keep_prediction
+from dinocell.service.stored import Change, StoredResult
 
 _ONE_STEP_S = 1.5
 """Relabels that follow each other faster are one step for undo, as on the page."""
@@ -137,7 +138,7 @@ def segment_here(
         distance_map = pipeline.predict(image, progress=progress)
         keep_prediction(folder, pipeline, image, distance_map)
         pipeline.finish(image, distance_map).save(folder / RESULT, overlay=False)
-        return LocalResult(folder, UPLOAD, name)
+        return LocalResult(folder, f"{name}.tif", name)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -18,14 +18,18 @@ from starlette.exceptions import HTTPException
 
 from dinocell import __version__
 from dinocell.errors import DINOCellError, UsageError
+from dinocell.service.download import download_routes
 from dinocell.service.guard import Guard, problem
 from dinocell.service.history import ChangedError
+from dinocell.service.large_routes import large_routes
 from dinocell.service.learning_routes import learning_routes
 from dinocell.service.news import News
 from dinocell.service.queue import QueueFullError
+from dinocell.service.reading import ForbiddenError
 from dinocell.service.routes import api, open_routes
 from dinocell.service.service import Service
 from dinocell.service.tiles import tile_routes
+from dinocell.service.uploads import BusyError
 
 STATIC = Path(__file__).parent / "static"
 _RETRY_AFTER_S = 5
@@ -61,8 +65,8 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(open_routes)
     app.include_router(api, prefix="/api/v1")
-    app.include_router(tile_routes, prefix="/api/v1")
-    app.include_router(learning_routes, prefix="/api/v1")
+    for others in (large_routes, tile_routes, download_routes, learning_routes):
+        app.include_router(others, prefix="/api/v1")
     _handle_errors(app)
     if STATIC.is_dir() and (STATIC / "index.html").exists():
         app.mount("/static", StaticFiles(directory=STATIC))
@@ -107,6 +111,7 @@ def _fault(fault: Mapping[str, Any]) -> str:
         "less_than_equal": f"at most {limits.get('le')}",
         "literal_error": f"one of {limits.get('expected')}",
         "string_pattern_mismatch": "max, mean or a whole number",
+        "string_type": "text",
         "string_too_long": f"up to {limits.get('max_length')} characters long",
         "too_long": f"a list of up to {limits.get('max_length')} values",
     }
@@ -139,8 +144,9 @@ def _handle_errors(app: FastAPI) -> None:
     async def of_ours(request: Request, error: DINOCellError) -> Response:
         if isinstance(error, QueueFullError):
             return _answer(429, str(error), {"retry-after": str(_RETRY_AFTER_S)})
-        if isinstance(error, ChangedError):
-            return _answer(409, str(error))
+        for kind, status in ((ChangedError, 409), (BusyError, 409), (ForbiddenError, 403)):
+            if isinstance(error, kind):
+                return _answer(status, str(error))
         return _answer(422 if isinstance(error, UsageError) else 500, str(error))
 
     @app.exception_handler(OSError)

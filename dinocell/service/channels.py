@@ -24,6 +24,7 @@ from dinocell.files import atomic_path
 from dinocell.io import describe_image, read_image
 from dinocell.io.channel_files import ChannelFiles
 from dinocell.io.planes import PlaneChoice, Selection, channel_of, channel_positions
+from dinocell.io.s3 import place_of
 from dinocell.io.stacks import choose
 
 _MOST_SHOWN = 4  # channels at first: where more overlap, colours are hard to distinguish
@@ -204,12 +205,13 @@ def keep_channels_apart(
     if answer.get("errno") is not None:
         raise OSError(answer["errno"], answer["error"])
     if "error" in answer:
-        raise DINOCellError(answer["error"].replace(str(folder), "").replace("'/", "'"))
+        sentence = answer["error"].replace(str(original.image), Path(str(original.image)).name)
+        raise DINOCellError(sentence.replace(str(folder), "").replace("'/", "'"))
 
 
 def _main() -> None:
     given = json.loads(sys.stdin.read())
-    original = Original(Path(given["image"]), given["choice"])
+    original = Original(place_of(given["image"]), given["choice"])
     answer: dict[str, Any] = {}
     try:
         keep_channels(Path(given["folder"]), original, given["names"], given["positions"])

@@ -1,7 +1,11 @@
 """What every request must pass: host, origin, token, size; and the headers of every answer."""
 
+import ipaddress
 import json
+import math
 import secrets
+import time
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any
@@ -13,6 +17,7 @@ from dinocell.service.options import ServiceOptions, is_loopback
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Refusal = tuple[int, str, dict[str, str] | None]
 
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -41,6 +46,47 @@ def problem(
 _LARGEST_AT_ONCE = 4
 """Uploads of the largest size that may be in temporary files at once, or more smaller ones."""
 
+_MOST_WRONG, _WINDOW_S = 10, 60.0
+"""Wrong tokens that an address may send within so many seconds."""
+
+_MOST_ADDRESSES = 10_000  # that are remembered
+
+
+class _WrongTokens:
+    """When wrong tokens came, by address; others than the guessing address never wait.
+
+    The /64 of an IPv6 address counts, of which one computer usually has all addresses.
+    """
+
+    def __init__(self) -> None:
+        self._times: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def note(self, address: str) -> None:
+        """A wrong token came from there."""
+        key = _place_of(address)
+        times = self._times.setdefault(key, deque(maxlen=_MOST_WRONG))
+        times.append(time.monotonic())
+        self._times.move_to_end(key)
+        if len(self._times) > _MOST_ADDRESSES:
+            self._times.popitem(last=False)
+
+    def wait_s(self, address: str) -> float:
+        """How long no token from there is looked at."""
+        times = self._times.get(_place_of(address))
+        if times is None or len(times) < _MOST_WRONG:
+            return 0.0
+        return _WINDOW_S - (time.monotonic() - times[0])
+
+
+def _place_of(address: str) -> str:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:  # a socket of the file system
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return str(parsed.ipv4_mapped or ipaddress.ip_network((int(parsed), 64), strict=False))
+    return str(parsed)
+
 
 class Guard:
     """ASGI middleware; refuses with problem+json.
@@ -53,6 +99,7 @@ class Guard:
     def __init__(self, app: Any, options: ServiceOptions) -> None:
         self.app, self.options = app, options
         self._bytes = 0  # of all requests that are being answered
+        self._wrong = _WrongTokens()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it."""
@@ -74,7 +121,10 @@ class Guard:
             await send(message)
 
         given = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        refusal = self._refusal(scope["path"], given)
+        address = (scope.get("client") or ("",))[0]
+        refusal = self._refusal(given) or self._token_refusal(
+            scope["path"], given.get("authorization", ""), address
+        )
         if refusal is None:
             seen: list[int] = []
             try:
@@ -92,32 +142,36 @@ class Guard:
         await send_with_headers(start)
         await send({"type": "http.response.body", "body": body})
 
-    def _refusal(
-        self, path: str, given: dict[str, str]
-    ) -> tuple[int, str, dict[str, str] | None] | None:
+    def _refusal(self, given: dict[str, str]) -> Refusal | None:
         host = given.get("host", "")
         if self.options.token is None and not self._is_own(_name_of(host)):
             return 403, "The host must be a name of this computer: open http://127.0.0.1", None
         origin = given.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             return 403, "Pages of other sites may not use the service: open its own page", None
-        if self.options.token is not None and _is_protected(path):
-            kind, _, token = given.get("authorization", "").partition(" ")
-            right = self.options.token.encode()
-            if kind.lower() != "bearer" or not secrets.compare_digest(
-                token.strip().encode("latin-1"), right
-            ):
-                return (
-                    *(
-                        401,
-                        "The token is missing or wrong: send it as `Authorization: Bearer TOKEN`",
-                    ),
-                    {"www-authenticate": "Bearer"},
-                )
         length = given.get("content-length", "")
         if length.isdecimal() and int(length[:18]) > self._limit():
             return 413, self._too_large(), {"connection": "close"}
         return None
+
+    def _token_refusal(self, path: str, authorization: str, address: str) -> Refusal | None:
+        """While an address waits, the right token is refused, too: else guessing would go on."""
+        if self.options.token is None or not _is_protected(path):
+            return None
+        if (wait_s := math.ceil(self._wrong.wait_s(address))) > 0:
+            text = f"{_MOST_WRONG} wrong tokens came from this address within {_WINDOW_S:g} s"
+            return 429, f"{text}: try again in {wait_s} s", {"retry-after": str(wait_s)}
+        kind, _, token = authorization.partition(" ")
+        token, right = token.strip(), self.options.token.encode()
+        if kind.lower() == "bearer" and secrets.compare_digest(token.encode("latin-1"), right):
+            return None
+        if authorization:
+            self._wrong.note(address)
+        return (
+            401,
+            "The token is missing or wrong: send it as `Authorization: Bearer TOKEN`",
+            {"www-authenticate": "Bearer"},
+        )
 
     def _is_own(self, name: str) -> bool:
         return is_loopback(name) or name == self.options.host

@@ -93,10 +93,20 @@ class History:
         path = self.folder / "current.json"
         return Revision.of(json.loads(path.read_text("utf-8"))) if path.exists() else self.first
 
-    def state(self, mmap_mode: Literal["r"] | None = None) -> NDArray[np.uint32] | None:
-        """The labels with their bits, read from their file as by `numpy.load`; None before the first change."""
-        path = self._state_path(self.revision())
-        return np.load(path, mmap_mode) if path.exists() else None
+    def state(
+        self, mmap_mode: Literal["r"] | None = None
+    ) -> tuple[Revision, NDArray[np.uint32] | None]:
+        """The revision, and its labels with their bits, read from their file as by `numpy.load`.
+
+        None in place of labels before the first change.
+        """
+        while True:
+            now = self.revision()
+            try:
+                return now, np.load(self._state_path(now), mmap_mode)
+            except FileNotFoundError:
+                if self.revision() == now:  # else a change in another thread has replaced it
+                    return now, None
 
     def change(
         self,
@@ -140,7 +150,7 @@ class History:
             raise UsageError(
                 f"There must be a change to {direction}, got none: all are {direction}ne"
             )
-        state = self.state()
+        state = self.state()[1]
         assert state is not None  # a change has written it
         with np.load(self.folder / direction / f"{place}.npz") as entry:
             row, column = (int(value) for value in entry["corner"])

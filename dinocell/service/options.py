@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinocell.errors import MissingExtraError, UsageError
+from dinocell.service.reading import places_to_read
 
 MIN_TOKEN = 16
 """Characters of a token: short ones can be guessed."""
@@ -27,7 +28,8 @@ class ServiceOptions:
     learn_minutes : about how long the model may learn from corrected images
     max_minutes : a job that takes longer fails
     keep_hours, keep_gb : finished jobs are deleted after so long, the oldest first if all need more;
-        uploads that wait may need as much
+        uploads that wait may need as much, and unfinished ones are deleted after so long
+    read_from : folders, and addresses on S3, below which images may be read by their path
     """
 
     jobs: Path = Path("dinocell_jobs")
@@ -45,6 +47,7 @@ class ServiceOptions:
     learn_minutes: float = 5.0
     keep_hours: float = 24.0
     keep_gb: float = 10.0
+    read_from: tuple[str, ...] = ()
 
     @property
     def max_bytes(self) -> int:
@@ -60,11 +63,12 @@ class ServiceOptions:
 def check_service(options: ServiceOptions) -> None:
     """Refuse what cannot be served.
 
-    Raises UsageError (a value is out of its range, or other computers could use the service without a
-    token).
+    Raises UsageError (a value is out of its range, other computers could use the service without a
+    token, or `read_from` names no folder).
     """
     for fault in _faults(options):
         raise UsageError(fault)
+    places_to_read(options.read_from)
 
 
 def _faults(options: ServiceOptions) -> Iterator[str]:

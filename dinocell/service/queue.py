@@ -53,7 +53,8 @@ class Job:
     ----------
     id : 32 hexadecimal digits, drawn at random
     name : name of the upload without its ending, for messages and downloads; never a path
-    file : name of the upload in `folder`, chosen by the service
+    file : name of the upload in the folder of the job, chosen by the service; or the absolute path, or
+        address on S3, of an image that is read where it is
     options : fields of `SegmentOptions`
     created, started, finished : seconds since 1970
     stop : whether somebody has cancelled the job
@@ -73,6 +74,11 @@ class Job:
     error: str | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     bytes: int = 0
+
+    @property
+    def is_upload(self) -> bool:
+        """Whether the image lies in the folder of the job."""
+        return Path(self.file).name == self.file
 
 
 class Queue:
@@ -124,14 +130,18 @@ class Queue:
         *,
         limit: int,
         limit_bytes: float = float("inf"),
+        job_id: str = "",
     ) -> Job:
         """Queue a job; `write` gets the path where the upload is to be written.
+
+        `job_id` is drawn at random if it is empty.
 
         Raises QueueFullError (`limit` jobs wait already, or together they have more than `limit_bytes`);
         what `write` raises.  Nothing remains of it.
         """
         self.refuse_if_full(limit)
-        job = Job(secrets.token_hex(16), name, file, "queued", dict(options), time.time())
+        job_id = job_id or secrets.token_hex(16)
+        job = Job(job_id, name, file, "queued", dict(options), time.time())
         folder = self.job_folder(job.id)
         folder.mkdir()
         try:
@@ -139,14 +149,7 @@ class Queue:
             with self._transaction() as database:
                 self._refuse_if_full(database, limit)
                 size = size_of(folder)
-                (waiting,) = database.execute(
-                    "SELECT COALESCE(SUM(bytes), 0) FROM jobs WHERE state IN ('queued', 'running')"
-                ).fetchone()
-                if waiting + size > limit_bytes:
-                    raise QueueFullError(
-                        f"Waiting uploads may have {limit_bytes / 1e9:g} GB together, and the disk space "
-                        "for them is full: try again later"
-                    )
+                _refuse_if_large(database, size, limit_bytes)
                 database.execute(
                     "INSERT INTO jobs (id, name, file, state, options, created, bytes) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -189,6 +192,11 @@ class Queue:
             raise QueueFullError(
                 f"The queue may hold {limit} waiting jobs, and it is full: try again later"
             )
+
+    def refuse_if_large(self, size: int, limit_bytes: float) -> None:
+        """Raise QueueFullError if the uploads that wait would have more than `limit_bytes` with `size` more."""
+        with self._lock:
+            _refuse_if_large(self._database, size, limit_bytes)
 
     def get(self, job_id: str) -> Job | None:
         """A job by its id; None if there is none."""
@@ -358,6 +366,17 @@ class Queue:
                 "GROUP BY state"
             ).fetchall()
         return {"queued": 0, "running": 0} | {row["state"]: row["n"] for row in rows}
+
+
+def _refuse_if_large(database: sqlite3.Connection, size: int, limit_bytes: float) -> None:
+    (waiting,) = database.execute(
+        "SELECT COALESCE(SUM(bytes), 0) FROM jobs WHERE state IN ('queued', 'running')"
+    ).fetchone()
+    if waiting + size > limit_bytes:
+        raise QueueFullError(
+            f"Waiting uploads may have {limit_bytes / 1e9:g} GB together, and the disk space for them is "
+            "full: try again later"
+        )
 
 
 def _count(database: sqlite3.Connection, counts: Mapping[str, float]) -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import contextlib
 import io
+import math
 import shutil
 import time
 from collections.abc import AsyncIterator
@@ -16,7 +18,6 @@ from starlette.exceptions import HTTPException
 
 from dinocell import __version__
 from dinocell.errors import DINOCellError, UsageError
-from dinocell.pairs import IMAGE_SUFFIXES
 from dinocell.results.formats import EXPORT_FORMATS
 from dinocell.service.metrics import prometheus_text
 from dinocell.service.queue import FINAL, Job
@@ -39,7 +40,7 @@ from dinocell.service.schemas import (
     revision_fields,
 )
 from dinocell.service.service import Service
-from dinocell.service.stored import KINDS, StoredResult, safe_name
+from dinocell.service.stored import KINDS, StoredResult, stored_name
 
 _MEDIA = {
     **{kind: one.media_type or "application/zip" for kind, one in EXPORT_FORMATS.items()},
@@ -60,13 +61,14 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "The request could not be read.",
         401: "The token is missing or wrong.",
-        403: "The request comes from another site's page.",
-        404: "There is no such job.",
+        403: "The request comes from another site's page, or the path may not be read.",
+        404: "There is no such job or upload.",
+        408: "No more of the upload came for a while.",
         409: "The job is not done, or its labels have changed meanwhile.",
         410: "The files of the job are gone.",
         413: "The upload is too large.",
         422: "A value is wrong, or the image cannot be segmented.",
-        429: "The queue is full; see Retry-After.",
+        429: "The queue is full, or too many wrong tokens came; see Retry-After.",
     }.items()
 }
 _LONGEST_TURN_S = 20.0
@@ -100,13 +102,15 @@ def _result(request: Request, job_id: str) -> StoredResult:
         raise HTTPException(410, "The files of the job are gone: upload it again") from error
 
 
-async def _in_turn(request: Request) -> AsyncIterator[None]:
+@contextlib.asynccontextmanager
+async def in_turn(service: Service, longest_s: float = math.inf) -> AsyncIterator[None]:
     """A place among the requests that compute or write files; memory is for few at a time.
 
-    Those that wait hold no thread, of which there are forty for everything else.
+    Those that wait hold no thread, of which there are forty for everything else.  Raises HTTPException
+    (429) if none is free for `longest_s`.
     """
-    places, until = _service(request).places, time.monotonic() + _LONGEST_TURN_S
-    while not places.acquire(blocking=False):
+    until = time.monotonic() + longest_s
+    while not service.places.acquire(blocking=False):
         if time.monotonic() > until:
             raise HTTPException(
                 429, "Too many requests compute at once: try again later", {"retry-after": "5"}
@@ -115,7 +119,12 @@ async def _in_turn(request: Request) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        places.release()
+        service.places.release()
+
+
+async def _in_turn(request: Request) -> AsyncIterator[None]:
+    async with in_turn(_service(request), _LONGEST_TURN_S):
+        yield
 
 
 AnyJob = Annotated[Job, Depends(_any_job)]
@@ -133,7 +142,8 @@ def _info(service: Service, job: Job) -> JobInfo:
     return job_info(job, waiting_before=before, windows=windows)
 
 
-def _refuse_if_viewing(service: Service) -> None:
+def refuse_if_viewing(service: Service) -> None:
+    """Raise HTTPException where only results are shown."""
     if not _model(service).takes_images:
         raise HTTPException(
             409, "This service shows results, and takes or deletes no images: start dinocell serve"
@@ -141,37 +151,32 @@ def _refuse_if_viewing(service: Service) -> None:
 
 
 def _enqueue(service: Service, form: JobForm) -> Job:
-    _refuse_if_viewing(service)
-    name, upload = safe_name(form.image.filename), form.image
-    ending = Path(upload.filename or "").suffix.lower()
-    file = f"image{ending if ending in IMAGE_SUFFIXES else '.tif'}"  # the content decides how it is read
+    refuse_if_viewing(service)
+    upload = form.image
 
     def write(path: Path) -> None:
         with path.open("wb") as target:
             shutil.copyfileobj(upload.file, target, 2**20)
 
-    options = {**form.options(), "max_pixels": service.options.max_pixels}
     if not upload.size:
         raise UsageError(
             "`image` must be a file that is not empty, got 0 bytes: choose another one"
         )
-    job = service.queue.add(
-        *(name, file, options, write),
-        limit=service.options.queue,
-        limit_bytes=1e9 * service.options.keep_gb,
-    )
-    if service.worker is not None:
-        service.worker.wake()
-    return job
+    name = upload.filename or ""
+    return service.enqueue(name, stored_name(name), form.options(), write)
+
+
+def queued(response: Response, service: Service, job: Job) -> JobInfo:
+    """The answer to a new job."""
+    response.headers["location"] = f"/api/v1/jobs/{job.id}"
+    return _info(service, job)
 
 
 @api.post("/jobs", status_code=202, summary="Upload an image and queue it")
 def create_job(request: Request, response: Response, form: JobRequest) -> JobInfo:
     """Answers at once; follow the job by its `events`."""
     service = _service(request)
-    job = _enqueue(service, form)
-    response.headers["location"] = f"/api/v1/jobs/{job.id}"
-    return _info(service, job)
+    return queued(response, service, _enqueue(service, form))
 
 
 @api.get("/jobs", summary="The newest jobs, newest first")
@@ -191,7 +196,7 @@ def get_job(request: Request, job: AnyJob) -> JobInfo:
 def delete_job(request: Request, job: AnyJob) -> JobInfo:
     """A running job stops after the next windows; the files are deleted."""
     service = _service(request)
-    _refuse_if_viewing(service)
+    refuse_if_viewing(service)
     service.queue.remove(job.id)
     service.hear({"job": job.id})
     return _info(service, _any_job(request, job.id))
@@ -412,11 +417,12 @@ async def segment(
     kind = format or _BY_ACCEPT.get(accept.partition(",")[0].partition(";")[0].strip())
     headers = {"location": f"/api/v1/jobs/{job.id}"}
     result = await asyncio.to_thread(service.result, ended)
-    if kind is not None:
-        answer = await asyncio.to_thread(_file, result, kind)
-        answer.headers.update(headers)
-        return answer
-    whole = await asyncio.to_thread(_segmented, service, ended, result)
+    async with in_turn(service):
+        if kind is not None:
+            answer = await asyncio.to_thread(_file, result, kind)
+            answer.headers.update(headers)
+            return answer
+        whole = await asyncio.to_thread(_segmented, service, ended, result)
     return Response(whole.model_dump_json(), media_type="application/json", headers=headers)
 
 

@@ -41,10 +41,9 @@ class ThresholdFields(BaseModel):
     )
 
 
-class JobForm(ThresholdFields):
-    """An upload with its options, as multipart form."""
+class JobOptions(ThresholdFields):
+    """How an image is segmented."""
 
-    image: UploadFile = Field(description="TIFF, PNG, JPEG, BMP, CZI, ND2, LIF or npy file.")
     channels: list[Annotated[str, Field(max_length=100)]] = Field(
         [], description="Names or positions of channels; several are averaged."
     )
@@ -70,7 +69,7 @@ class JobForm(ThresholdFields):
 
     def options(self) -> dict[str, Any]:
         """The fields of `SegmentOptions` that differ from their defaults."""
-        given = self.model_dump(exclude={"image"}, exclude_defaults=True)
+        given = self.model_dump(include=set(JobOptions.model_fields), exclude_defaults=True)
         if self.channels:
             given["channels"] = [channel_of(name) for name in self.channels]
         if self.z is not None and self.z.isdecimal():
@@ -78,7 +77,44 @@ class JobForm(ThresholdFields):
         return given
 
 
+class JobForm(JobOptions):
+    """An upload with its options, as multipart form."""
+
+    image: UploadFile = Field(description="TIFF, PNG, JPEG, BMP, CZI, ND2, LIF or npy file.")
+
+
 JobRequest = Annotated[JobForm, Form(media_type="multipart/form-data")]
+
+
+class JobOfPath(JobOptions):
+    """An image that the service can read, with its options."""
+
+    path: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="Absolute path of a file or an OME-Zarr folder on the computer of the service, or "
+        "address on S3, in a place that the service may read from.",
+        examples=["/data/plate/A01.tif"],
+    )
+
+
+class UploadRequest(JobOptions):
+    """An upload in parts, with the options of its job."""
+
+    name: str = Field("", max_length=1000, description="Name of the file.", examples=["A01.tif"])
+    bytes: int = Field(ge=1, le=2**53, description="Size of the file.", examples=[250_000_000])
+    sha256: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$")] = Field(
+        None, description="SHA-256 of the file, which is checked when it is whole."
+    )
+
+
+class UploadInfo(BaseModel):
+    """How much of an upload has come."""
+
+    id: str = Field(description="Of the upload, then of its job.", examples=[_EXAMPLE_ID])
+    name: str = Field(examples=["A01"])
+    offset: int = Field(description="Where the next part begins, in bytes.", examples=[8_388_608])
+    bytes: int = Field(description="Size of the file.", examples=[250_000_000])
 
 
 class ModelInfo(BaseModel):

@@ -65,7 +65,7 @@ def run_service(options: ServiceOptions) -> None:
         queue.sweep()
         service = Service(options, queue)
         worker = WorkerProcess(options.jobs, asdict(shared), service.hear)
-        worker.limit_s = 60 * options.max_minutes
+        worker.limit_s, worker.places = 60 * options.max_minutes, service.readable
         worker.start()
         service.worker = worker
         try:

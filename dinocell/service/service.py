@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,9 @@ from dinocell.service.learning import Learning
 from dinocell.service.news import News
 from dinocell.service.options import ServiceOptions
 from dinocell.service.queue import Job, Queue
-from dinocell.service.stored import StoredResult
+from dinocell.service.reading import image_of_job, places_to_read
+from dinocell.service.stored import StoredResult, safe_name
+from dinocell.service.uploads import Uploads
 
 _PLACES = 4  # requests that compute or write files at once
 _MOST_LOOKED_AT = 1000  # newest jobs, for corrected ones
@@ -57,18 +59,42 @@ class Service:
         self.learning = Learning(queue.folder / "learning", options.device, options.learn_minutes)
         self.model = options.model
         self.places = threading.BoundedSemaphore(_PLACES)
+        self.uploads = Uploads(queue.folder / "uploads")
+        self.readable = places_to_read(options.read_from)
 
     def hear(self, line: dict[str, Any]) -> None:
         """Take a line of the worker, in any thread."""
         if self.news is not None:
             self.news.hear(line)
 
+    def enqueue(
+        self,
+        name: str,
+        file: str,
+        options: Mapping[str, Any],
+        write: Callable[[Path], None],
+        job_id: str = "",
+    ) -> Job:
+        """Queue an image with the limits of the service; the other parameters are those of `Queue.add`."""
+        job = self.queue.add(
+            *(safe_name(name), file, {**options, "max_pixels": self.options.max_pixels}, write),
+            limit=self.options.queue,
+            limit_bytes=1e9 * self.options.keep_gb,
+            job_id=job_id,
+        )
+        if self.worker is not None:
+            self.worker.wake()
+        return job
+
     def result(self, job: Job) -> StoredResult:
         """The files of a job that is done."""
         folder = self.queue.job_folder(job.id)
-        original = Original.of(folder / job.file, job.options)
-        read = partial(keep_channels_apart, folder, original)
-        return StoredResult(folder, job.file, job.name, read=read)
+
+        def read(names: Sequence[str], positions: Sequence[int]) -> None:
+            original = Original.of(image_of_job(folder, job, self.readable), job.options)
+            keep_channels_apart(folder, original, names, positions)
+
+        return StoredResult(folder, job.name + Path(job.file).suffix, job.name, read=read)
 
     def corrected(self) -> list[StoredResult]:
         """The images that somebody has corrected, the latest last."""
@@ -93,6 +119,6 @@ class Service:
 
     def expire(self) -> None:
         """Delete what was kept long enough, or needs too much space."""
-        self.queue.expire(
-            keep_s=3600 * self.options.keep_hours, keep_bytes=1e9 * self.options.keep_gb
-        )
+        keep_s = 3600 * self.options.keep_hours
+        self.queue.expire(keep_s=keep_s, keep_bytes=1e9 * self.options.keep_gb)
+        self.uploads.expire(keep_s)

@@ -1,4 +1,4 @@
-"""The files of a finished job: what the batch wrote, and what a relabel needs without the network.
+"""The files of a finished job: what the batch wrote, and what `keeping` adds for a relabel without the network.
 
 image.tif     the upload, under a name of ours
 result/       what `segment_files` writes
@@ -19,8 +19,8 @@ import tempfile
 import threading
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import DINOCellError, UsageError
-from dinocell.files import atomic_path, ensure_folder, write_text_atomically
+from dinocell.files import ensure_folder, move_into_place
 from dinocell.io import read_labels
 from dinocell.io.planes import MAX_PIXELS
-from dinocell.pipeline import DINOCellPipeline, Judgement, LoadedImage
+from dinocell.pairs import IMAGE_SUFFIXES
 from dinocell.results.confidence import cell_scores, scored_cells
 from dinocell.results.formats import EXPORT_FORMATS
-from dinocell.results.segmented import Segmentation, output_paths
+from dinocell.results.segmented import Segmentation
 from dinocell.segmentation import corrections
 from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.segmentation.watershed import separate_cells
-from dinocell.service.channels import Original, channel_path
+from dinocell.service.channels import channel_path
 from dinocell.service.history import TOUCHED, Box, History, Revision
-
-RESULT = "result"
-"""Folder of what the batch writes, in the folder of a job."""
+from dinocell.service.keeping import RESULT, STEM, write_array
 
 KINDS = (*EXPORT_FORMATS, "csv", "overlay", "npy", "zip")
 """What can be downloaded: the label files of `segment`, of which folders are zipped, table, picture, labels as
@@ -73,67 +71,15 @@ class Change:
     labels: NDArray[np.uint32]
 
 
-def keep_prediction(
-    folder: Path,
-    pipeline: DINOCellPipeline,
-    image: LoadedImage,
-    distance_map: NDArray,
-    original: Original | None = None,
-) -> None:
-    """Write what `StoredResult` needs into the folder of a job; OSError if the disk refuses.
-
-    The channels of `original` can be shown.
-    """
-    keep_arrays(folder, plane=image.plane, channels=image.channels, map=distance_map)
-    judged = pipeline.judge(image)
-    judged = judged._replace(notes=(*image.warnings, *judged.notes))
-    keep_about(folder, image, pipeline, judged, original)
-
-
-def keep_arrays(folder: Path, **arrays: NDArray | None) -> None:
-    """Write NAME.npy of each array."""
-    for name, array in arrays.items():
-        if array is not None:
-            _write_array(folder / f"{name}.npy", array)
-
-
-def keep_about(
-    folder: Path,
-    image: LoadedImage,
-    pipeline: DINOCellPipeline,
-    judged: Judgement,
-    original: Original | None,
-) -> None:
-    """Write `about.json`, with all notes on the image; the last file that a finished job needs."""
-    about = {
-        "pixel_size_um": image.pixel_size_um,
-        "channel_names": list(image.channel_names),
-        "channels": [] if original is None else original.channels(),
-        "warnings": judged.notes,
-        "unfamiliar": judged.unfamiliar,
-        "kind": judged.kind,
-        "rescale": image.rescale,
-        "grown": image.around is not None,
-        "target": pipeline.model.config.target,
-        "min_score": pipeline.min_score,
-        **asdict(judged.thresholds),
-    }
-    write_text_atomically(folder / "about.json", json.dumps(about, indent=1))
-
-
-def _write_array(path: Path, array: NDArray) -> None:
-    with atomic_path(path) as temporary:
-        np.save(temporary, array, allow_pickle=False)
-
-
 class StoredResult:
     """The result of a job that is done.
 
     Parameters
     ----------
     folder : of the job
-    file : name of the upload in it
+    file_name : of the image, for formats that say it
     name : what downloads are called, without an ending
+    stem : how the files of the batch begin
     results : folder of what the batch wrote; `RESULT` in `folder` by default
     predict : writes `map.npy` where it is missing, see `dinocell.service.viewing`
     read : writes channels of the file, given the names of all and the positions of some
@@ -142,15 +88,15 @@ class StoredResult:
     def __init__(
         self,
         folder: Path,
-        file: str,
+        file_name: str,
         name: str,
         *,
+        stem: str = STEM,
         results: Path | None = None,
         predict: Callable[[], None] | None = None,
         read: Callable[[Sequence[str], Sequence[int]], None] | None = None,
     ) -> None:
-        self.folder, self.stem, self.name = folder, Path(file).stem, name
-        self.file_name = name + Path(file).suffix
+        self.folder, self.file_name, self.name, self.stem = folder, file_name, name, stem
         self.results, self.predict, self._read = results or folder / RESULT, predict, read
         self.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.history = History(folder, Revision.of(self.about))
@@ -167,9 +113,11 @@ class StoredResult:
         return _change_of(revision, state, (slice(0, state.shape[0]), slice(0, state.shape[1])))
 
     def _state(self) -> NDArray[np.uint32]:
-        state = self.history.state()
-        if state is not None:
-            return state
+        state = self.history.state()[1]
+        return self._as_found() if state is None else state
+
+    def _as_found(self) -> NDArray[np.uint32]:
+        """The labels of the batch."""
         if (self.folder / "labels.npy").exists():  # quicker to read
             return np.load(self.folder / "labels.npy")
         paths = [
@@ -221,16 +169,19 @@ class StoredResult:
                         raise
         return np.load(path, mmap_mode="r")
 
-    def stored_labels(self) -> NDArray[np.uint32]:
-        """The labels now with `TOUCHED` in their file, which is written when it is asked for first."""
-        stored = self.history.state(mmap_mode="r")
-        if stored is not None:
-            return stored
-        path = self.folder / "labels.npy"
-        with self._lock:
-            if not path.exists():
-                _write_array(path, self._state())
-        return np.load(path, mmap_mode="r")
+    def stored_labels(self) -> tuple[int, NDArray[np.uint32]]:
+        """The labels now with `TOUCHED` in their file, and the number of their revision.
+
+        The file is written when it is asked for first.
+        """
+        now, stored = self.history.state(mmap_mode="r")
+        if stored is None:
+            path = self.folder / "labels.npy"
+            with self._lock:
+                if not path.exists():
+                    write_array(path, self._as_found())
+            stored = np.load(path, mmap_mode="r")
+        return now.number, stored
 
     def segmentation(self) -> tuple[Change, Segmentation]:
         """The labels now, and the image with them, their gaps closed."""
@@ -410,53 +361,74 @@ class StoredResult:
         return _change_of(revision, after, box)
 
     def file(self, kind: str) -> Path:
-        """A file of the revision, one of `KINDS`, written if it does not exist yet.
+        """A file of the labels now, one of `KINDS`; raises as `files`."""
+        return self.files((kind,))[kind]
+
+    def files(self, kinds: Collection[str]) -> dict[str, Path]:
+        """Files of the labels now, all of one revision, written where they do not exist yet.
+
+        They may be gone after two more changes of the labels.
 
         Raises UsageError (an unknown kind); DINOCellError (the format cannot hold the labels, or the
         disk refuses); MissingExtraError (`roi` without its package).
         """
-        if kind not in KINDS:
+        if unknown := [kind for kind in kinds if kind not in KINDS]:
             raise UsageError(
-                f"The format must be one of {', '.join(KINDS)}, got {kind}: choose one"
+                f"The format must be one of {', '.join(KINDS)}, got {unknown[0]}: choose one"
             )
-        number, is_folder = self.revision().number, False
+        number = self.revision().number
+        if not all(self._place(kind, number).exists() for kind in kinds):
+            # beside `files`, of which those of old revisions may be deleted at any time
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                number, files = self._written(Path(folder), kinds)
+                for kind, file in files.items():
+                    place = self._place(kind, number)
+                    if not place.exists():
+                        ensure_folder(place.parent)
+                        move_into_place(file, place)
+        return {kind: self._place(kind, number) for kind in kinds}
+
+    def _written(self, folder: Path, kinds: Collection[str]) -> tuple[int, dict[str, Path]]:
+        """Write kinds of files, and maybe others, into a folder; returns the number of their revision."""
+        files: dict[str, Path] = {}
+        if set(kinds) == {"npy"}:
+            now = self.state()
+            labels = _without_gaps(now)
+        else:
+            now, segmentation = self.segmentation()
+            labels = segmentation.labels
+            formats = [kind for kind in kinds if kind in EXPORT_FORMATS]
+            if "zip" in kinds or not formats:
+                formats.append("tif")
+            overlay = "zip" in kinds or "overlay" in kinds
+            files = segmentation.save(folder, formats=formats, overlay=overlay)
+        if "npy" in kinds:
+            files["npy"] = folder / "labels.npy"
+            np.save(files["npy"], labels, allow_pickle=False)
+        if "zip" in kinds:
+            files["zip"] = self._all_in_one(files, now.revision.number)
+        zipped = {kind: _zipped(file) for kind, file in files.items() if file.is_dir()}
+        return now.revision.number, files | zipped
+
+    def _place(self, kind: str, number: int) -> Path:
+        """Where a file of a revision is, or belongs."""
         name = {"csv": "cells.csv", "overlay": "overlay.png", "npy": "labels.npy", "zip": "all.zip"}
         suffix = EXPORT_FORMATS[kind].suffix if kind in EXPORT_FORMATS else f"_{name[kind]}"
         if kind in EXPORT_FORMATS and not EXPORT_FORMATS[kind].media_type:
-            suffix, is_folder = f"{suffix}.zip", True
+            suffix += ".zip"
         if number == 0 and (written := self.results / f"{self.stem}{suffix}").exists():
             return written
-        folder = self.folder / "files" / str(number)
-        path = folder / f"{self.stem}{suffix}"
-        if path.exists():
-            return path
-        ensure_folder(folder)
-        if kind == "npy":
-            _write_array(path, self.labels())
-        elif kind == "zip":
-            self._write_zip(path)
-        elif is_folder:
-            self._write_zipped_folder(path, kind)
-        else:
-            formats = (kind,) if kind in EXPORT_FORMATS else ("tif",)
-            self.segmentation()[1].save(folder, formats=formats, overlay=kind == "overlay")
+        return self.folder / "files" / str(number) / f"{self.stem}{suffix}"
+
+    def _all_in_one(self, files: Mapping[str, Path], number: int) -> Path:
+        """Labels, table and picture; those of the batch, which are complete, where it has written them."""
+        path = files["tif"].with_name("all.zip")
+        with zipfile.ZipFile(path, "w") as archive:
+            for kind in ("tif", "csv", "overlay"):
+                place = self._place(kind, number)
+                source = place if place.parent == self.results else files[kind]
+                archive.write(source, self.download_name(files[kind]), zipfile.ZIP_DEFLATED)
         return path
-
-    def _write_zip(self, path: Path) -> None:
-        """Labels, table and picture, under the names that `segment` gives them."""
-        kinds = list(output_paths(path.parent, self.stem, ("tif",), overlay=True))
-        files = [self.file(kind) for kind in kinds]
-        with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            for file in files:
-                archive.write(file, self.download_name(file), zipfile.ZIP_DEFLATED)
-
-    def _write_zipped_folder(self, path: Path, kind: str) -> None:
-        """A format that is a folder, which is the only entry at the top of the zip."""
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            written = self.segmentation()[1].save(temporary, formats=(kind,), overlay=False)[kind]
-            with atomic_path(path) as target, zipfile.ZipFile(target, "w") as archive:
-                for file in sorted(written.rglob("*")):
-                    archive.write(file, written.name / file.relative_to(written))
 
     def download_name(self, file: Path) -> str:
         """What a file of this result is called where it leaves the service."""
@@ -475,6 +447,21 @@ def _without_gaps(now: Change) -> NDArray[np.uint32]:
     numbers = np.zeros(int(now.numbers.max(initial=0)) + 1, np.uint32)
     numbers[now.numbers] = np.arange(1, now.numbers.size + 1)
     return numbers[now.labels]
+
+
+def _zipped(folder: Path) -> Path:
+    """A zip of a format that is a folder, which is its only entry at the top."""
+    path = folder.with_name(f"{folder.name}.zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, folder.name / file.relative_to(folder))
+    return path
+
+
+def stored_name(filename: str) -> str:
+    """The name of an upload in the folder of its job; its content decides how it is read."""
+    ending = Path(filename).suffix.lower()
+    return f"{STEM}{ending if ending in IMAGE_SUFFIXES else '.tif'}"
 
 
 def safe_name(filename: str | None) -> str:

@@ -26,6 +26,7 @@ class WorkerProcess:
     Attributes
     ----------
     limit_s : a job that takes longer fails
+    places : where images may be read that are no uploads
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class WorkerProcess:
     ) -> None:
         self.folder, self.options, self.hear = folder, options, hear
         self.limit_s = float("inf")
+        self.places: tuple[Path, ...] = ()
         self.model: dict[str, Any] | None = None
         self._process: subprocess.Popen[str] | None = None
         self._ready = False
@@ -97,7 +99,12 @@ class WorkerProcess:
     def _launch(self) -> None:
         """Start a process, and read its first line."""
         self._ready = False
-        settings = {"folder": str(self.folder), "options": self.options, "recover": True}
+        settings = {
+            "folder": str(self.folder),
+            "options": self.options,
+            "places": [str(place) for place in self.places],
+            "recover": True,
+        }
         if self.limit_s < float("inf"):
             settings["limit_s"] = self.limit_s
         self._process = subprocess.Popen(

@@ -46,9 +46,9 @@ def tile_of(pixels: NDArray, level: int, row: int, column: int) -> NDArray:
     return np.ascontiguousarray(pixels[rows, column * size : (column + 1) * size : step])
 
 
-def _packed(tile: NDArray) -> Response:
+def _packed(tile: NDArray, **more: str) -> Response:
     """A numpy file, compressed on its way."""
-    headers = {"cache-control": "no-store", "content-encoding": "deflate"}
+    headers = {"cache-control": "no-store", "content-encoding": "deflate", **more}
     body = zlib.compress(npy_bytes(tile), 1)
     return Response(body, media_type="application/octet-stream", headers=headers)
 
@@ -79,5 +79,6 @@ def get_image_tile(
     response_class=Response,
 )
 def get_labels_tile(result: Result, level: Level, row: Place, column: Place) -> Response:
-    """At most 512 × 512 pixels, uint32, as in `labels/npy`."""
-    return _packed(tile_of(result.stored_labels(), level, row, column) & ~TOUCHED)
+    """At most 512 × 512 pixels, uint32, as in `labels/npy`; the header ETag has their revision."""
+    revision, labels = result.stored_labels()
+    return _packed(tile_of(labels, level, row, column) & ~TOUCHED, etag=f'"{revision}"')

@@ -36,10 +36,11 @@ from dinocell.pipeline import DINOCellPipeline, Judgement, LoadedImage
 from dinocell.results.formats import EXPORT_FORMATS
 from dinocell.segmentation.thresholds import ThresholdChanges
 from dinocell.service.channels import Original, keep_channels
+from dinocell.service.keeping import keep_about, keep_arrays
 from dinocell.service.options import ServiceOptions
 from dinocell.service.queue import Job, Queue
 from dinocell.service.service import Service
-from dinocell.service.stored import StoredResult, keep_about, keep_arrays
+from dinocell.service.stored import StoredResult
 
 CORRECTIONS = "corrections"
 """Folder of the service in a folder of results."""
@@ -107,8 +108,9 @@ class Viewed:
         name = Path(job.name)  # holds folders where files of several have one name
         return StoredResult(
             folder,
-            Path(job.file).name,
+            Path(self.rows[job.name]["source"]).name,
             name.name,
+            stem=name.name,
             results=self.out / name.parent,
             predict=lambda: self._predict(folder, job.name),
             read=lambda names, positions: self._read(folder, job.name, names, positions),

@@ -23,14 +23,17 @@ from numpy.typing import NDArray
 from dinocell.batch.claims import Claimant, claimed
 from dinocell.batch.options import SegmentOptions
 from dinocell.batch.run import segment_files
+from dinocell.batch.units import Unit
 from dinocell.batch.watcher import Watcher
 from dinocell.errors import DINOCellError
+from dinocell.io.s3 import place_of
 from dinocell.network.model import DINOCell, load_model
 from dinocell.pipeline import DINOCellPipeline, LoadedImage
 from dinocell.segmentation.thresholds import Thresholds
 from dinocell.service.channels import Original
+from dinocell.service.keeping import RESULT, STEM, keep_prediction
 from dinocell.service.queue import Job, Queue
-from dinocell.service.stored import RESULT, keep_prediction
+from dinocell.service.reading import image_of_job
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -40,6 +43,7 @@ class _Follower(Watcher):
 
     def __init__(self, queue: Queue, job: Job, report: Report) -> None:
         self.queue, self.job, self.report = queue, job, report
+        self.image = Path()  # that is segmented
         self.read_at = self.predicted_at = time.monotonic()
 
     def loaded(self, image: LoadedImage) -> None:
@@ -55,7 +59,7 @@ class _Follower(Watcher):
     ) -> None:
         self.predicted_at = time.monotonic()
         folder = self.queue.job_folder(self.job.id)
-        original = Original.of(folder / self.job.file, self.job.options)
+        original = Original.of(self.image, self.job.options)
         keep_prediction(folder, pipeline, image, distance_map, original)
 
 
@@ -71,6 +75,7 @@ class Worker:
 
     Attributes
     ----------
+    places : where images may be read that are no uploads, see `dinocell.service.reading`
     limit_s : a job that takes longer fails, and `give_up` ends the process, which is inside of it
     """
 
@@ -78,6 +83,7 @@ class Worker:
         self, queue: Queue, model: DINOCell, options: SegmentOptions, report: Report
     ) -> None:
         self.queue, self.model, self.options, self.report = queue, model, options, report
+        self.places: tuple[Path, ...] = ()
         self.limit_s = threading.TIMEOUT_MAX
         self.give_up: Callable[[int], object] = os._exit
 
@@ -106,8 +112,9 @@ class Worker:
         folder, started = self.queue.job_folder(job.id), time.monotonic()
         follower = _Follower(self.queue, job, self.report)
         try:
+            follower.image = image_of_job(folder, job, self.places)
             result = segment_files(
-                [folder / job.file],
+                [Unit(follower.image, STEM)],
                 folder / RESULT,
                 SegmentOptions(**vars(self.options) | _with_tuples(job.options)),
                 model=self.model,
@@ -147,7 +154,9 @@ def _sentence(error: object, folder: Path, job: Job) -> str:
     text = str(error)
     if not isinstance(error, (str, DINOCellError)):
         text = f"{type(error).__name__}: {text}"
-    return text.replace(str(folder / job.file), job.name).replace(str(folder), job.name)
+    for path in (str(folder / job.file), str(folder)) if job.is_upload else (job.file,):
+        text = text.replace(path, job.name)
+    return text
 
 
 def describe_model(model: DINOCell, name: str) -> dict[str, Any]:
@@ -195,6 +204,7 @@ def _main() -> None:
             model = load_model(options.model, device=options.device)
             warm_up(model, options)
             worker = Worker(Queue(folder), model, options, report)
+            worker.places = tuple(map(place_of, settings["places"]))
             worker.limit_s = settings.get("limit_s", worker.limit_s)
             worker.queue.recover(killed=settings["recover"])
             report({"ready": describe_model(model, options.model)})

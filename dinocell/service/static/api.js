@@ -59,7 +59,13 @@ export const labels = (id) => npy(`/jobs/${id}/labels/npy`);
 const place = (level, row, column) => `tile?level=${level}&row=${row}&column=${column}`;
 export const imageTile = (id, level, row, column, channel) =>
   npy(`/jobs/${id}/image/${place(level, row, column)}${channel === null ? "" : `&channel=${channel}`}`);
-export const labelsTile = (id, level, row, column) => npy(`/jobs/${id}/labels/${place(level, row, column)}`);
+
+export async function labelsTile(id, level, row, column) {
+  const answer = await ask(`/jobs/${id}/labels/${place(level, row, column)}`);
+  const { data } = parseNpy(await answer.arrayBuffer());
+  return { data, revision: Number(answer.headers.get("etag").replaceAll('"', "")) };
+}
+
 export const remove = (id) => json(`/jobs/${id}`, { method: "DELETE" });
 
 // `channels` are names or positions of those to segment; none where the image has one.
@@ -73,6 +79,15 @@ export function upload(file, channels) {
 const send = (path, body) => json(path, {
   method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
 });
+
+const PART = 4 * 2 ** 20; // bytes
+
+export const beginUpload = (file, channels) => send("/uploads", { name: file.name, bytes: file.size, channels });
+export const uploaded = (id) => json(`/uploads/${id}`);
+export const sendPart = (id, file, offset) =>
+  json(`/uploads/${id}?offset=${offset}`, { method: "PUT", body: file.slice(offset, offset + PART) });
+export const finishUpload = (id) => json(`/uploads/${id}/finish`, { method: "POST" });
+export const dropUpload = (id) => ask(`/uploads/${id}`, { method: "DELETE" });
 
 export const relabel = (id, thresholds, revision, amend, pixels) =>
   send(`/jobs/${id}/relabel?revision=${revision}&amend=${amend}&pixels=${pixels}`, thresholds);
@@ -92,14 +107,17 @@ export async function pixelsOf(change) {
   return new Uint32Array(await new Response(stream).arrayBuffer());
 }
 
-export async function download(id, kind) {
-  const answer = await ask(`/jobs/${id}/result/${kind}`);
+export const download = (id, kind) => save(`/jobs/${id}/result/${kind}`, kind);
+export const downloadAll = () => save("/results", "results.zip");
+
+async function save(path, name) {
+  const answer = await ask(path);
   const disposition = answer.headers.get("content-disposition") || "";
   const encoded = /filename\*=utf-8''([^;]+)/i.exec(disposition);
   const plain = /filename="([^"]+)"/.exec(disposition);
   const link = document.createElement("a");
   link.href = URL.createObjectURL(await answer.blob());
-  link.download = encoded ? decodeURIComponent(encoded[1]) : plain ? plain[1] : kind;
+  link.download = encoded ? decodeURIComponent(encoded[1]) : plain ? plain[1] : name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }

@@ -6,6 +6,7 @@ import { $, guarded, page, say } from "./state.js";
 import { element } from "./table.js";
 
 const GONE = ["deleted", "cancelled", "expired"];
+const LARGE = 16 * 2 ** 20; // bytes; such files come in parts
 
 export async function add(files) {
   const channels = $("upload-channels").value.split(",").map((name) => name.trim()).filter(Boolean);
@@ -13,7 +14,8 @@ export async function add(files) {
     for (;;) {
       try {
         say(`Uploading ${file.name}`);
-        const job = await api.upload(file, channels);
+        const job = await (file.size > LARGE ? inParts : api.upload)(file, channels);
+        if (!job) break; // cancelled
         noteJob(job);
         watch(job.id, true);
         say("");
@@ -28,6 +30,40 @@ export async function add(files) {
       }
     }
   }
+}
+
+// Upload a file in parts; continues where it was after a cut connection, and after the page was closed.
+async function inParts(file, channels) {
+  const key = `upload ${[file.name, file.size, file.lastModified, ...channels].join(" ")}`;
+  const begun = localStorage.getItem(key);
+  let upload = begun && (await api.uploaded(begun).catch(() => null));
+  upload ||= await api.beginUpload(file, channels);
+  const { id } = upload;
+  localStorage.setItem(key, id);
+  noteJob({ ...upload, state: "uploading" });
+  while (page.jobs.get(id).state === "uploading") {
+    try {
+      if (upload.offset === upload.bytes) {
+        const job = await api.finishUpload(id);
+        localStorage.removeItem(key);
+        return job;
+      }
+      upload = await api.sendPart(id, file, upload.offset);
+      say(`Uploading ${file.name}`);
+    } catch (error) {
+      if (![0, 408, 409, 429].includes(error.status)) {
+        page.jobs.delete(id);
+        drawJobs();
+        throw error;
+      }
+      say(`The upload of ${file.name} continues when the service answers`);
+      await new Promise((resolve) => setTimeout(resolve, 1000 * (error.retryAfter || 2)));
+      upload = await api.uploaded(id).catch(() => upload);
+    }
+    if (page.jobs.get(id).state === "uploading") noteJob({ ...upload, state: "uploading" });
+  }
+  await api.dropUpload(id).catch(() => {}); // cancelled; else the service deletes it later
+  return null;
 }
 
 // Follow a job until it has ended; a broken connection is tried again.
@@ -68,10 +104,13 @@ export function drawJobs() {
     name.title = job.name;
     const state = button.appendChild(element("span", stateOf(job)));
     state.className = job.state === "failed" ? "quiet failed" : "quiet";
-    if (job.state === "running" || job.state === "queued") {
+    if (["uploading", "running", "queued"].includes(job.state)) {
       const bar = button.appendChild(element("progress"));
       bar.setAttribute("aria-label", `Progress of ${job.name}`);
-      if (job.windows_total) {
+      if (job.state === "uploading") {
+        bar.max = job.bytes;
+        bar.value = job.offset;
+      } else if (job.windows_total) {
         bar.max = job.windows_total;
         bar.value = job.windows_done;
       } else if (job.state === "queued") bar.value = 0;
@@ -80,10 +119,12 @@ export function drawJobs() {
     lines.push(line);
   }
   list.replaceChildren(...lines);
+  $("download-all").hidden = [...page.jobs.values()].filter((job) => job.state === "done").length < 2;
   if (focused) list.querySelector(`[data-id="${focused}"]`)?.focus();
 }
 
 function stateOf(job) {
+  if (job.state === "uploading") return `uploading, ${Math.floor((100 * job.offset) / job.bytes)} % · click cancels`;
   if (job.state === "done") return `${job.summary.num_cells} cells`;
   if (job.state === "failed") return job.error;
   if (job.state === "queued") return job.waiting_before ? `${job.waiting_before} before it · click cancels` : "waits · click cancels";
@@ -92,7 +133,7 @@ function stateOf(job) {
 
 async function drop(job) {
   await guarded(async () => {
-    noteJob(await api.remove(job.id));
+    noteJob(job.state === "uploading" ? { ...job, state: "cancelled" } : await api.remove(job.id));
   });
 }
 
@@ -102,3 +143,9 @@ export function neighbour(step) {
   const next = ids[ids.indexOf(page.open?.id) + step];
   if (next) openJob(next);
 }
+
+$("download-all").addEventListener("click", () => guarded(async () => {
+  say("Collecting the results of all images");
+  await api.downloadAll();
+  say("");
+}));

@@ -50,11 +50,13 @@ async function openTiles(id, job, height, width) {
   show(job);
   tiles.fetchLabels(tiles.top, 0, 0).catch((error) => console.error(error));
   say("The cells of a large image are being measured; you can look at it meanwhile");
-  const state = await measured(id);
+  const cells = await api.cells(id), state = stateOf(await api.revision(id));
+  await tiles.upTo(state.revision); // somebody may correct the image meanwhile
   if (page.asked !== id) return;
-  Object.assign(page.open, state);
+  Object.assign(page.open, { cells, numbers: cells.numbers }, state);
   view.setLabels(null, page.open.touched);
   showState();
+  if (cells.revision !== state.revision) cellsSoon();
   showLearning();
   say("");
 }
@@ -67,13 +69,6 @@ function show(job) {
   showPanel(job);
   showChannels();
   drawJobs();
-}
-
-async function measured(id) {
-  for (;;) {
-    const cells = await api.cells(id), revision = await api.revision(id);
-    if (cells.revision === revision.revision) return { cells, numbers: cells.numbers, ...stateOf(revision) };
-  }
 }
 
 // Labels, revision and measurements that belong together, although somebody may change them meanwhile.
@@ -89,12 +84,14 @@ async function loaded(id) {
 // Load the labels of the open image again, because somebody else has changed them.
 export async function reload() {
   const shown = page.open;
-  Object.assign(shown, await (shown.tiles ? measured : loaded)(shown.id));
+  const state = shown.tiles ? stateOf(await api.revision(shown.id)) : await loaded(shown.id);
+  await shown.tiles?.upTo(state.revision); // before a correction may name this revision
+  Object.assign(shown, state);
   if (page.open !== shown) return;
-  await shown.tiles?.refresh({ row: 0, column: 0, height: shown.height, width: shown.width });
   view.setLabels(shown.labels, shown.touched);
   select([]);
   showState();
+  if (shown.tiles) cellsSoon();
 }
 
 function stateOf(change) {

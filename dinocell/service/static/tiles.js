@@ -14,6 +14,7 @@ export class Tiles {
     Object.assign(this, { id, height, width, shown, changed });
     this.top = Math.max(0, Math.ceil(Math.log2(Math.max(height, width) / EDGE)));
     this.tiles = new Map(); // "level/row/column" → tile; its parts are the pixels of channels, and "labels"
+    this.turns = new Map(); // of the same keys: how often labels were asked for
     this.loading = new Set();
     this.wanted = [];
     this.frame = 0;
@@ -71,9 +72,12 @@ export class Tiles {
   }
 
   async fetchLabels(level, row, column) {
-    const { data } = await api.labelsTile(this.id, level, row, column);
-    if (this.closed) return;
+    const key = `${level}/${row}/${column}`, turn = (this.turns.get(key) || 0) + 1;
+    this.turns.set(key, turn);
+    const { data, revision } = await api.labelsTile(this.id, level, row, column);
+    if (this.closed || this.turns.get(key) !== turn) return; // a later request counts
     this.put(level, row, column, "labels", data);
+    this.tiles.get(key).revision = revision;
     this.changed();
   }
 
@@ -87,6 +91,12 @@ export class Tiles {
   // Layers, contrast, selection or style have changed.
   repaint() {
     for (const tile of this.tiles.values()) tile.stale = true;
+  }
+
+  // Fetch labels that are older than a revision, or on their way, again.
+  async upTo(revision) {
+    const old = [...this.turns.keys()].filter((key) => !(this.tiles.get(key)?.revision >= revision));
+    await Promise.all(old.map((key) => this.fetchLabels(...key.split("/").map(Number))));
   }
 
   // Labels of a box of pixels have changed.
@@ -167,6 +177,9 @@ export class Tiles {
     if (this.tiles.size <= most) return;
     const old = [...this.tiles].filter(([, tile]) => tile.level !== this.top && tile.used < this.frame);
     old.sort(([, a], [, b]) => a.used - b.used);
-    for (const [key] of old.slice(0, this.tiles.size - most)) this.tiles.delete(key);
+    for (const [key] of old.slice(0, this.tiles.size - most)) {
+      this.tiles.delete(key);
+      this.turns.delete(key);
+    }
   }
 }

@@ -394,3 +394,23 @@ def test_units_of_s3_and_of_this_machine(server, tmp_path) -> None:
     with pytest.raises(UsageError, match="must differ in name"):
         units_of([remote_paths[0], tmp_path / "a.tif"], options())
     assert images_below(S3Path("s3://bucket/in"), recursive=False) == remote_paths[:1]
+
+
+def test_a_service_reads_below_the_addresses_that_it_may(server, tmp_path, mini_model) -> None:
+    from dinocell.service.queue import Queue
+    from dinocell.service.worker import Worker
+
+    for key in ("open/a.tif", "a.tif"):
+        server.put(key, tiff(picture(0)))
+    queue = Queue(tmp_path)
+    worker = Worker(queue, mini_model, options(), lambda line: None)
+    worker.places = (place_of("s3://bucket/open"),)
+    addresses = [f"s3://bucket/{key}" for key in ("open/a.tif", "a.tif", "open/missing.tif")]
+    jobs = [queue.add("a", address, {}, lambda path: None, limit=9) for address in addresses]
+    worker.work_off()
+    first, outside, missing = (queue.get(job.id) for job in jobs)
+    assert None not in (first, outside, missing)
+    assert (first.state, first.summary["num_cells"] > 0) == ("done", True)
+    assert (outside.state, "may not read" in str(outside.error)) == ("failed", True)
+    assert (missing.state, "bucket" in str(missing.error)) == ("failed", False)
+    queue.close()

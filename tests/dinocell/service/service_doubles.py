@@ -22,6 +22,7 @@ class WorkerThread:
     def __init__(self, service: Service, model) -> None:
         self.model = describe_model(model, "mini")
         self.worker = Worker(service.queue, model, shared_options(service.options), service.hear)
+        self.worker.places = service.readable
         self.work, self.ended, self.free = threading.Event(), threading.Event(), threading.Event()
         self.free.set()
         self.thread = threading.Thread(target=self._run, daemon=True)

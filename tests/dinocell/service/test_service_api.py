@@ -24,6 +24,7 @@ from waiting import wait_until
 from dinocell.batch.options import SegmentOptions
 from dinocell.batch.run import segment_files
 from dinocell.io import read_labels, write_image
+from dinocell.results.segmented import Segmentation
 
 
 @pytest.fixture
@@ -312,6 +313,52 @@ def test_a_file_on_its_way_survives_a_correction(client, picture):
         assert sorted(int(path.name) for path in files.iterdir()) == kept
 
 
+@pytest.mark.parametrize("changes", [1, 2])
+def test_what_is_written_has_one_revision_while_somebody_corrects(
+    client, picture, monkeypatch, changes
+):
+    job = upload(client, picture).json()["job"]
+    base = f"/api/v1/jobs/{job}"
+
+    def remove_one():
+        result = client.service.result(client.service.queue.get(job))
+        first = int(result.state().numbers[0])
+        result.correct("remove", {"cells": [first], "points": [], "radius_px": 3}, revision=None)
+
+    remove_one()
+    save = Segmentation.save
+
+    def slow(*args, **values):
+        for _ in range(changes):
+            remove_one()
+        return save(*args, **values)
+
+    before = array_of(client.get(f"{base}/result/npy"))
+    monkeypatch.setattr(Segmentation, "save", slow)
+    answer = client.get(f"{base}/result/zip")
+    monkeypatch.undo()
+    assert answer.status_code == 200, answer.text
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        files = {name.removeprefix(picture.stem): archive.read(name) for name in archive.namelist()}
+    labels = tifffile.imread(io.BytesIO(files["_labels.tif"]))
+    assert (labels == before).all()
+    assert files["_cells.csv"].count(b"\n") == labels.max() + 1
+    now = tifffile.imread(io.BytesIO(client.get(f"{base}/result/tif").content))
+    assert now.max() == labels.max() - changes
+
+
+def test_a_state_that_is_replaced_while_it_is_read_is_read_again(client, picture, monkeypatch):
+    job = upload(client, picture).json()["job"]
+    base, result = f"/api/v1/jobs/{job}", client.service.result(client.service.queue.get(job))
+    for cell in (1, 2):
+        earlier = result.revision()
+        client.post(f"{base}/corrections", json={"kind": "remove", "cells": [cell]})
+    read, seen = result.history.revision, [earlier]  # its state is gone
+    monkeypatch.setattr(result.history, "revision", lambda: seen.pop() if seen else read())
+    number, labels = result.stored_labels()
+    assert (number, set(range(4)) & set(np.unique(labels))) == (2, {0, 3})
+
+
 def test_pickles_are_not_read(client, picture):
     base = f"/api/v1/jobs/{upload(client, picture).json()['job']}"
     pickled = _npy(np.array([{"a": 1}], object))
@@ -554,14 +601,58 @@ def test_a_token_opens_the_api(start, picture):
         "Bearer é",
     ):
         headers = {} if given is None else {"authorization": given.encode("latin-1")}
+        guesser = from_address(client, str(given))
         for path in ("/api/v1/jobs", "/metrics", "/api/v1/openapi.json"):
-            answer = client.get(path, headers=headers)
+            answer = guesser.get(path, headers=headers)
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
             assert answer.json()["status"] == 401
     right = {"authorization": f"Bearer {TOKEN}", "host": "microscope.example"}
     assert client.get("/api/v1/jobs", headers=right).status_code == 200
     assert client.get("/health").status_code == 200
+
+
+def from_address(client, address: str) -> TestClient:
+    """The service for a client of another address."""
+    return TestClient(client.app, base_url="http://127.0.0.1", client=(address, 1))
+
+
+def test_an_address_that_guesses_tokens_waits_and_no_other(start, monkeypatch):
+    client, now = start(token=TOKEN, host="0.0.0.0"), [1000.0]
+    monkeypatch.setattr("dinocell.service.guard.time.monotonic", lambda: now[0])
+    right, wrong = ({"authorization": f"Bearer {token}"} for token in (TOKEN, "wrong"))
+
+    def status(address, headers) -> int:
+        return from_address(client, address).get("/api/v1/jobs", headers=headers).status_code
+
+    assert [status("10.0.0.1", {}) for _ in range(20)] == [401] * 20  # a guess is a token
+    assert [status("10.0.0.1", wrong) for _ in range(10)] == [401] * 10
+    answer = from_address(client, "10.0.0.1").get("/api/v1/jobs", headers=right)
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "60")
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["detail"].endswith("try again in 60 s")
+    assert from_address(client, "10.0.0.1").get("/health").status_code == 200
+    assert status("10.0.0.2", right) == 200
+    now[0] += 59
+    assert status("10.0.0.1", right) == 429
+    now[0] += 1
+    assert status("10.0.0.1", right) == 200
+    for number in range(10):  # one computer has many addresses of IPv6
+        assert status(f"2001:db8:0:1::{number}", wrong) == 401
+    assert [status(f"2001:db8:0:{net}::ffff", right) for net in (1, 2)] == [429, 200]
+    for _ in range(10):  # IPv4 in IPv6 is no network
+        assert status("::ffff:10.0.0.3", wrong) == 401
+    assert [status(one, right) for one in ("10.0.0.3", "::ffff:10.0.0.4")] == [429, 200]
+
+
+def test_few_addresses_are_remembered(monkeypatch):
+    from dinocell.service import guard
+
+    monkeypatch.setattr(guard, "_MOST_ADDRESSES", 3)
+    wrong = guard._WrongTokens()
+    for address in ("a", "b", "c", "a", "d"):
+        wrong.note(address)
+    assert list(wrong._times) == ["c", "a", "d"]
 
 
 def test_pages_of_other_sites_are_refused(start, picture):
@@ -660,6 +751,19 @@ def test_those_who_wait_for_a_place_stop_nobody_else(client, picture, monkeypatc
         assert time.monotonic() - asked < 1
         places.release(4)
         assert {one.result().status_code for one in waiting} == {200}
+
+
+def test_the_answer_to_one_picture_is_written_in_a_place(client, picture):
+    places, queue = client.service.places, client.service.queue
+    for _ in range(4):
+        places.acquire()
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(upload, client, picture, to="segment?format=roi")
+        wait_until(lambda: [job.state for job in queue.newest()] == ["done"])
+        time.sleep(0.5)
+        assert not list(queue.folder.glob("jobs/*/files"))
+        places.release(4)
+        assert waiting.result().status_code == 200
 
 
 @pytest.mark.parametrize("path", ["cells", "labels", "labels/npy", "result/csv"])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import uvicorn
 from service_doubles import WorkerThread, noise
+from waiting import wait_until
 
 import dinocell.service
 from dinocell.service.app import create_app
@@ -258,6 +259,61 @@ def test_cells_are_merged_split_grown_painted_and_erased(browser, address, tmp_p
     expect(page.locator("#undo")).to_be_disabled()
     assert (labels_of(page, address) == labels).all()
     assert page.faults == []
+
+
+@pytest.mark.slow
+def test_a_large_file_comes_in_parts_and_continues(browser, address, tmp_path):
+    from playwright.sync_api import expect
+
+    path = noise(tmp_path / "field.tif", 1)
+    cells = opened(browser, address, [path]).locator("#count").inner_text()
+    large = tmp_path / "large.tif"
+    large.write_bytes(path.read_bytes() + bytes(17 * 2**20))
+    context = browser.new_context()
+    page = context.new_page()
+    sent = []
+
+    def cut(route):
+        """The second part once, and the third for good."""
+        sent.append(int(route.request.url.partition("offset=")[2]))
+        fails = sent[-1] >= 8 * 2**20 or sent == [0, 4 * 2**20]
+        route.abort() if fails else route.continue_()
+
+    context.route("**/uploads/*?offset=*", cut)
+    page.goto(address)
+    page.set_input_files("#files", [str(large)])
+    expect(page.locator("#job-list")).to_contain_text("uploading, 47 %", timeout=30_000)
+    expect(page.locator("#status")).to_contain_text("continues when the service answers")
+    assert [offset // 2**20 for offset in sent][:4] == [0, 4, 4, 8]
+    page.close()
+    context.unroute("**/uploads/*?offset=*")
+    page, sent = context.new_page(), []
+    page.on("request", lambda r: "offset=" in r.url and sent.append(r.url.partition("offset=")[2]))
+    page.goto(address)
+    page.set_input_files("#files", [str(large)])
+    button = page.get_by_role("button", name=re.compile("large.* cells", re.S))
+    button.click(timeout=30_000)
+    expect(page.locator("#title")).to_have_text("large")
+    expect(page.locator("#count")).to_have_text(cells)
+    assert int(sent[0]) == 8 * 2**20
+    assert list(address.service.uploads.folder.iterdir()) == []
+    assert page.evaluate("localStorage.length") == 0
+
+
+@pytest.mark.slow
+def test_an_upload_is_cancelled_by_a_click(browser, address, tmp_path):
+    from playwright.sync_api import expect
+
+    large = tmp_path / "large.tif"
+    large.write_bytes(bytes(17 * 2**20))
+    page = browser.new_page()
+    page.route("**/uploads/*?offset=4*", lambda route: route.abort())
+    page.goto(address)
+    page.set_input_files("#files", [str(large)])
+    page.get_by_role("button", name=re.compile("uploading, 23 %")).click()
+    expect(page.locator("#job-list li")).to_have_count(0)
+    wait_until(lambda: not list(address.service.uploads.folder.iterdir()))
+    assert page.request.get(f"{address}/api/v1/jobs").json() == []
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 from service_doubles import noise
+from waiting import wait_until
 
 from dinocell.cli import main
 from dinocell.demo import sample_paths
@@ -152,6 +153,53 @@ def test_killed_amid_twenty_jobs_it_finishes_all_after_a_restart(tmp_path, small
 
 
 @pytest.mark.slow
+def test_killed_amid_an_upload_it_continues_after_a_restart(tmp_path, small_path):
+    content = noise(tmp_path / "image.tif", 0, (1500, 1500)).read_bytes()
+    hashed = hashlib.sha256(content).hexdigest()
+    with serving(tmp_path / "jobs", "--model", small_path) as (process, client):
+        about = {"name": "image.tif", "bytes": len(content), "sha256": hashed}
+        upload = f"/api/v1/uploads/{client.post('/api/v1/uploads', json=about).json()['id']}"
+
+        def blocks():
+            for start in range(0, len(content) // 2, 100_000):
+                yield content[start : start + 100_000]
+            while client.get(upload).json()["offset"] < len(content) // 4:
+                time.sleep(0.02)
+            process.kill()
+            yield content[:1]
+
+        with pytest.raises(httpx.TransportError):
+            httpx.put(f"{client.base_url}{upload}?offset=0", content=blocks(), timeout=120)
+    with serving(tmp_path / "jobs", "--model", small_path) as (_, client):
+        begun = client.get(upload).json()["offset"]
+        assert len(content) // 4 <= begun <= len(content) // 2 + 100_000
+        assert client.put(upload, params={"offset": begun}, content=content[begun:]).is_success
+        job = client.post(f"{upload}/finish").json()
+        with client.stream("GET", f"/api/v1/jobs/{job['id']}/events") as stream:
+            *_, last = (line for line in stream.iter_lines() if line.startswith("data"))
+        assert '"state":"done"' in last
+
+
+@pytest.mark.slow
+def test_paths_are_read_only_while_they_are_allowed(tmp_path, small_path):
+    (tmp_path / "open").mkdir()
+    path = noise(tmp_path / "open" / "image.tif", 0)
+    common = (tmp_path / "jobs", "--model", small_path)
+    with serving(*common, "--read-from", str(tmp_path / "open")) as (process, client):
+        (worker,) = _children(process.pid)
+        os.kill(worker, signal.SIGSTOP)  # the job waits
+        answer = client.post("/api/v1/jobs/path", json={"path": str(path)})
+        assert answer.status_code == 202
+        process.kill()
+        os.kill(worker, signal.SIGKILL)
+    with serving(*common) as (_, client):
+        assert client.post("/api/v1/jobs/path", json={"path": str(path)}).status_code == 403
+        job = f"/api/v1/jobs/{answer.json()['id']}"
+        wait_until(lambda: client.get(job).json()["state"] == "failed")
+        assert "may not read" in client.get(job).json()["error"]
+
+
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(tmp_path, running):
     image = noise(tmp_path / "image.tif", 0)
     process, client = running
@@ -182,7 +230,8 @@ def _children(pid: int) -> list[int]:
 @pytest.mark.slow
 def test_the_description_of_the_api_is_true(tmp_path, small_path):
     """schemathesis sends what the description allows and what it forbids."""
-    with serving(tmp_path / "jobs", "--queue", "5", "--model", small_path) as (_, client):
+    options = ("--queue", "5", "--model", small_path, "--read-from", str(tmp_path))
+    with serving(tmp_path / "jobs", *options) as (_, client):
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "run"),
@@ -208,6 +257,8 @@ def test_the_description_of_the_api_is_true(tmp_path, small_path):
         ({"token": "ö" * 20}, "ASCII"),
         ({"max_mb": 0.0}, "max_mb"),
         ({"keep_hours": float("nan")}, "keep_hours"),
+        ({"read_from": ("nowhere",)}, "`read_from` must be a folder"),
+        ({"read_from": (__file__,)}, "`read_from` must be a folder"),
     ],
 )
 def test_what_is_refused_before_it_starts(options, word):
@@ -239,10 +290,15 @@ def test_the_command_passes_its_options_on(tmp_path, monkeypatch):
         "keep_hours": 6.0,
         "keep_gb": 7.0,
     }
-    for arguments in ([], [f"--{k.replace('_', '-')}={v}" for k, v in given.items()]):
+    places = ("a", "s3://b/c")
+    repeated = [f"--read-from={place}" for place in places]
+    for arguments in ([], [f"--{k.replace('_', '-')}={v}" for k, v in given.items()] + repeated):
         with pytest.raises(SystemExit):
             main(["serve", *arguments])
-    assert seen == [ServiceOptions(token="of the environment"), ServiceOptions(**given)]
+    assert seen == [
+        ServiceOptions(token="of the environment"),
+        ServiceOptions(**given, read_from=places),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,12 @@ import re
 import numpy as np
 import pytest
 from service_doubles import add_finished, upload
-from test_service_page import STATIC, address, browser  # noqa: F401  fixtures
+from test_service_page import (  # noqa: F401  two of them are fixtures
+    STATIC,
+    Pointer,
+    address,
+    browser,
+)
 
 from dinocell.errors import UsageError
 from dinocell.service.stored import KINDS
@@ -41,7 +46,9 @@ def test_tiles_of_a_job_and_of_its_corrections(client, picture):
     image = npy(client.get(f"{base}/image"))
     np.testing.assert_array_equal(npy(client.get(f"{base}/image/tile", params=place)), image)
     labels = npy(client.get(f"{base}/labels/npy"))
-    np.testing.assert_array_equal(npy(client.get(f"{base}/labels/tile", params=place)), labels)
+    answer = client.get(f"{base}/labels/tile", params=place)
+    np.testing.assert_array_equal(npy(answer), labels)
+    assert answer.headers["etag"] == '"0"'
     cell = int(labels.max())
     body = {"kind": "remove", "cells": [cell]}
     change = client.post(f"{base}/corrections?revision=0&pixels=false", json=body).json()
@@ -49,8 +56,9 @@ def test_tiles_of_a_job_and_of_its_corrections(client, picture):
     assert (labels == cell).any(axis=1).sum() == change["height"]
     relabelled = {**place, "level": 1}
     expected = np.where(labels == cell, 0, labels)[::2, ::2]
-    found = npy(client.get(f"{base}/labels/tile", params=relabelled))
-    np.testing.assert_array_equal(found, expected)
+    answer = client.get(f"{base}/labels/tile", params=relabelled)
+    np.testing.assert_array_equal(npy(answer), expected)
+    assert answer.headers["etag"] == '"1"'
     answer = client.get(f"{base}/labels/tile", params={**place, "row": 1})
     assert (answer.status_code, "inside the image" in answer.json()["detail"]) == (422, True)
     answer = client.post(f"{base}/relabel?pixels=false", json={"peak_threshold": 0.6})
@@ -100,3 +108,55 @@ def test_a_large_image_is_shown_and_corrected(browser, address):  # noqa: F811
     expect(page.locator("#count")).to_contain_text("900 cells", timeout=30_000)
     page.locator("#canvas").screenshot()
     assert faults == []
+
+
+@pytest.mark.slow
+def test_two_users_of_a_large_image_never_act_on_an_outdated_picture(browser, address):  # noqa: F811
+    from playwright.sync_api import expect
+
+    labels = add_finished(address.service, side=1200, spacing=100)
+    (job,) = address.service.queue.newest(1)
+    result = address.service.result(job)
+
+    def remove(cell):
+        result.correct("remove", {"cells": [cell], "points": [], "radius_px": 3}, revision=None)
+
+    page = browser.new_page()
+    text = (STATIC / "result.js").read_text(encoding="utf-8")
+    smaller = text.replace("TILED = 32e6", "TILED = 1e6")
+    assert smaller != text
+    kind = "text/javascript"
+    page.route("**/result.js", lambda route: route.fulfill(body=smaller, content_type=kind))
+    shown = []
+    page.on("response", lambda answer: "labels/tile" in answer.url and shown.append(answer.url))
+    held = []
+    page.route("**/cells", lambda route: held.append(route), times=1)
+    page.goto(address)
+    while not (shown and held):
+        page.wait_for_timeout(50)
+    at = Pointer(page, labels.shape).at(525, 925)  # inside cell 70
+    page.mouse.move(*at)
+    expect(page.locator("#pixel")).to_contain_text("cell")
+    remove(70)  # by somebody else, while the cells are being measured
+    held[0].continue_()
+    expect(page.locator("#count")).to_contain_text("143 cells", timeout=30_000)
+    expect(page.locator("#status")).to_have_text("", timeout=30_000)
+    page.mouse.move(at[0] + 1, at[1])
+    expect(page.locator("#pixel")).not_to_contain_text("cell")
+
+    def correct():
+        with page.expect_response(lambda r: "/corrections" in r.url, timeout=30_000) as answer:
+            page.keyboard.press("Delete")
+        return answer.value
+
+    page.keyboard.press("q")
+    expect(page.locator("#selection")).to_contain_text("area")
+    remove(71)
+    assert correct().status == 409
+    expect(page.locator("#status")).to_contain_text("Somebody else")
+    expect(page.locator("#count")).to_contain_text("142 cells", timeout=30_000)
+    page.keyboard.press("q")
+    expect(page.locator("#selection")).to_contain_text("area")
+    assert correct().status == 200
+    expect(page.locator("#count")).to_contain_text("141 cells", timeout=30_000)
+    assert result.revision().number == 3

@@ -152,6 +152,18 @@ def test_images_of_one_name_in_two_folders_keep_apart(tmp_path, mini_model):
     assert found == {"x/b_labels_v2.tif"}
 
 
+def test_formats_name_the_image_as_segment_does(tmp_path, mini_model):
+    images = [noise(tmp_path / "field.v1.png", 0)]
+    with page_of(tmp_path, mini_model, images, formats=("tif", "coco")) as client:
+        written = (tmp_path / "out" / "field.v1_coco.json").read_text()
+        assert '"field.v1.png"' in written
+        base = f"/api/v1/jobs/{client.get('/api/v1/jobs').json()[0]['id']}"
+        assert client.get(f"{base}/result/coco").text == written
+        for kind, cells in (("remove", [1]), ("undo", [])):
+            client.post(f"{base}/corrections", json={"kind": kind, "cells": cells})
+            assert '"field.v1.png"' in client.get(f"{base}/result/coco").text
+
+
 def test_other_thresholds_see_the_image_at_the_scale_of_the_results(tmp_path, mini_model):
     model = with_config(mini_model, min_area_px=40)  # 10 px of the file
     with page_of(tmp_path, model, [noise(tmp_path / "a.tif", 0)], rescale=2.0) as client:
