@@ -1,8 +1,9 @@
 # make demo      set up, segment the bundled sample images, print where the results are
 # make test      set up, run the tests that take minutes and change nothing outside this folder
 # make test-all  the same, then in one go the slow tests and those on a real SLURM and in Chromium, Groovy
-#                and Jython (root on Debian: installs them)
-# make test-napari  the plugin in the oldest and the newest napari, each in an environment of its own
+#                and Jython (root on Debian: installs them), then test-napari
+# make test-napari  the plugin in the oldest and the newest napari (NAPARI="0.6.0 0.9.2"), each in an
+#                environment of its own, with Xvfb in a window too; not where the index has no napari
 # make test-gpu  the tests that need a CUDA device, better two
 # make gpu-run   everything that waits for a CUDA device, in calls of at most ten minutes: repeat it
 # make mutants   FILES="dinocell/evaluation/matching.py ..." [SAMPLE=50] [SEED=0]: do the tests notice
@@ -23,6 +24,7 @@ COMPILE = $(BIN)/dinocell demo -o $(VENV)/demo >$(VENV)/demo.log
 JOBS ?= 2
 # Tests on SLURM mostly wait for the cluster: beside them there is room for slow tests.
 SLOW_JOBS ?= 4
+NAPARI ?= 0.6.0 0.9.2
 SAMPLE ?= 50
 SEED ?= 0
 
@@ -38,22 +40,16 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=25
 
 test-all: test
-	[ "$$(id -u)" != 0 ] || { command -v chromium && command -v jython; } >/dev/null || { apt-get update -qq && \
-	  apt-get install -y -qq --no-install-recommends chromium groovy jython imagej; } >/dev/null || true
+	[ "$$(id -u)" != 0 ] || { command -v chromium && command -v jython && command -v xvfb-run; } >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium groovy jython imagej \
+	  xvfb xauth qt6-qpa-plugins; } >/dev/null || true
 	$(BIN)/python -m pytest -m "(slow or slurm) and not gpu and not network" \
 	  -n $(SLOW_JOBS) --dist worksteal --durations=25
+	$(MAKE) --no-print-directory test-napari
 
 # Not among the other tests: a package of theirs needs a pydantic that the newest napari refuses.
-test-napari: $(VENV)/napari-0.6.0/.done $(VENV)/napari-0.9.2/.done
-	for one in $(dir $^); do QT_QPA_PLATFORM=offscreen $$one/bin/python -m pytest -W default \
-	  -p no:napari tests/dinocell/napari_plugin || exit 1; done
-
-$(VENV)/napari-0.6.0/.done: WITH = npe2==0.7.9 pydantic==2.11.10
-$(VENV)/napari-%/.done: setup.py
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install -q -e ".[napari,formats]" napari==$* $(WITH) PyQt6 pytest \
-	  pytest-timeout filelock
-	@touch $@
+test-napari: $(VENV)/.test
+	PYTHON=$(BIN)/python JOBS=$(JOBS) sh tests/packaging/try_napari.sh $(NAPARI)
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu -rs

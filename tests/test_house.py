@@ -508,3 +508,11 @@ def test_constraints_pin_what_setup_asks_for():
     }
     assert len(asked) > 20
     assert asked - pinned == set()
+
+
+def test_the_versions_of_napari_that_are_tested_are_those_that_are_named():
+    (tested,) = re.findall(r"^NAPARI \?= (.+)$", (ROOT / "Makefile").read_text(), flags=re.M)
+    (least,) = re.findall(r'"napari>=([\d.]+)"', (ROOT / "setup.py").read_text())
+    assert tested.split()[0].startswith(least)
+    page = (ROOT / "docs" / "napari.md").read_text(encoding="utf-8")
+    assert f"is tested with napari {' and '.join(tested.split())} " in page

@@ -1,4 +1,4 @@
-"""The panel in napari, on Qt without a screen."""
+"""The panel in napari: on Qt without a screen, and in a window where there is a screen."""
 
 from __future__ import annotations
 
@@ -115,3 +115,27 @@ def test_a_pixel_is_saved_only_where_a_file_is_chosen(panel):
     segmented(panel)
     panel.save.changed.emit(True)
     assert "must be chosen" in panel.says.value
+
+
+@pytest.mark.skipif(
+    "DISPLAY" not in os.environ,
+    reason="there is no screen: make test-napari starts a virtual one if xvfb-run is installed",
+)
+def test_in_a_window(application, blob_data, tmp_path, mini_model):
+    """The manifest leads to the panel, and the canvas shows the cells."""
+    from napari import Viewer
+
+    from dinocell.network.model import save_model
+
+    save_model(tmp_path / "mini.safetensors", mini_model)
+    viewer = Viewer()
+    try:
+        viewer.open(sorted((blob_data / "images").iterdir())[0], plugin="dinocell-segmentation")
+        _, panel = viewer.window.add_plugin_dock_widget("dinocell-segmentation", "Cells")
+        panel.model_file.value, panel.application = tmp_path / "mini.safetensors", application
+        layer = segmented(panel).layer
+        shown = viewer.screenshot(flash=False)
+        layer.visible = False
+        assert (viewer.screenshot(flash=False) != shown).any()
+    finally:
+        viewer.close()
