@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -161,3 +164,40 @@ def random_model():  # type: ignore[no-untyped-def]
         model.decoder.head.bias.zero_()
         model.decoder.head.bias.sub_(torch.logit(model(image)).mean())
     return model
+
+
+@pytest.fixture
+def read_history() -> Callable[[Path], list[dict]]:
+    """Reader of wandb's offline files."""
+    return _read_history
+
+
+def _read_history(path: Path) -> list[dict]:
+    """Rows of a .wandb file: a log of LevelDB's form, blocks of 32 KiB, protobuf records."""
+    from wandb.proto import wandb_internal_pb2
+
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    offset, whole, rows = 7, b"", []
+    while offset + 7 <= len(data):
+        left = 32768 - offset % 32768
+        if left < 7:
+            offset += left
+            continue
+        checksum, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
+        body = data[offset + 7 : offset + 7 + length]
+        if len(body) < length or kind not in (1, 2, 3, 4):
+            break
+        assert checksum == zlib.crc32(body, zlib.crc32(bytes([kind])))
+        offset += 7 + length
+        whole = body if kind in (1, 2) else whole + body
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record.FromString(whole)
+            if record.HasField("history"):
+                rows.append(
+                    {
+                        item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                        for item in record.history.item
+                    }
+                )
+    return rows

@@ -54,6 +54,12 @@ class ServiceFlags:
         "option for several. Everybody who can use the service can then read all images there.",
         names="--read-from",
     )
+    wandb: str | None = option(
+        "Record the figures of /metrics in this project of Weights & Biases, as production/... Without an "
+        "API key they are kept in the folder of jobs.",
+        metavar="PROJECT",
+    )
+    wandb_seconds: float = option("Record them at this interval, in seconds.", 60.0)
 
 
 @app.command()

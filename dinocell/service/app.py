@@ -42,6 +42,8 @@ def create_app(service: Service) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.news = News(asyncio.get_running_loop(), service.queue.get)
         sweeper = asyncio.create_task(_sweep(service))
+        if service.production is not None:
+            service.production.start()
         try:
             yield
         finally:
@@ -51,6 +53,8 @@ def create_app(service: Service) -> FastAPI:
             await asyncio.to_thread(service.learning.discard)
             await asyncio.to_thread(service.expire)
             service.queue.recover(killed=False)
+            if service.production is not None:
+                await asyncio.to_thread(service.production.stop)
             service.queue.close()
 
     app = FastAPI(

@@ -1,5 +1,6 @@
 """The options of the service, and what is refused before it starts."""
 
+import importlib.util
 import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class ServiceOptions:
     max_minutes : a job that takes longer fails
     keep_hours, keep_gb : finished jobs are deleted after so long, the oldest first if all need more;
         uploads that wait may need as much, and unfinished ones are deleted after so long
+    wandb, wandb_seconds : project at Weights & Biases that gets the figures, and how often; None: none does
     read_from : folders, and addresses on S3, below which images may be read by their path
     """
 
@@ -48,6 +50,8 @@ class ServiceOptions:
     keep_hours: float = 24.0
     keep_gb: float = 10.0
     read_from: tuple[str, ...] = ()
+    wandb: str | None = None
+    wandb_seconds: float = 60.0
 
     @property
     def max_bytes(self) -> int:
@@ -64,11 +68,16 @@ def check_service(options: ServiceOptions) -> None:
     """Refuse what cannot be served.
 
     Raises UsageError (a value is out of its range, other computers could use the service without a
-    token, or `read_from` names no folder).
+    token, or `read_from` names no folder); MissingExtraError (wandb is not installed).
     """
     for fault in _faults(options):
         raise UsageError(fault)
     places_to_read(options.read_from)
+    if options.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise MissingExtraError(
+            "`wandb` needs the package wandb, which is not installed: run pip install '.[wandb]' in the "
+            "clone of DINOCell"
+        )
 
 
 def _faults(options: ServiceOptions) -> Iterator[str]:
@@ -94,6 +103,7 @@ def _faults(options: ServiceOptions) -> Iterator[str]:
         "learn_minutes",
         "keep_hours",
         "keep_gb",
+        "wandb_seconds",
     ):
         value = getattr(options, name)
         if not 0 < value < float("inf"):

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 from dinocell.service.channels import Original, keep_channels_apart
 from dinocell.service.learning import Learning
+from dinocell.service.metrics import production_figures
 from dinocell.service.news import News
 from dinocell.service.options import ServiceOptions
+from dinocell.service.production import Production
 from dinocell.service.queue import Job, Queue
 from dinocell.service.reading import image_of_job, places_to_read
 from dinocell.service.stored import StoredResult, safe_name
@@ -56,6 +58,11 @@ class Service:
         self.options, self.queue = options, queue
         self.worker: WorkerLike | None = None
         self.news: News | None = None
+        self.production: Production | None = None
+        if options.wandb is not None:
+            self.production = Production(
+                queue.folder, options.wandb, options.wandb_seconds, self.figures
+            )
         self.learning = Learning(queue.folder / "learning", options.device, options.learn_minutes)
         self.model = options.model
         self.places = threading.BoundedSemaphore(_PLACES)
@@ -66,6 +73,10 @@ class Service:
         """Take a line of the worker, in any thread."""
         if self.news is not None:
             self.news.hear(line)
+
+    def figures(self) -> dict[str, float]:
+        """What is recorded at Weights & Biases."""
+        return production_figures(self.queue.counters(), self.queue.depths())
 
     def enqueue(
         self,

@@ -115,8 +115,8 @@ class WandbLogger:
             except (Exception, SystemExit) as error:
                 self.enabled = False
                 logger.warning(
-                    "Logging to wandb is switched off: %s (%s); the training continues, and "
-                    "training_metrics.json has all metrics", what, _line(error),
+                    "Logging to wandb is switched off: %s (%s); everything else continues, and a "
+                    "training keeps all metrics in a file of its own", what, _line(error),
                 )  # fmt: skip
                 if self._wandb is not None:
                     # Now, because wandb would print a traceback for a dead service at exit.

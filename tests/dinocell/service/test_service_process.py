@@ -257,6 +257,7 @@ def test_the_description_of_the_api_is_true(tmp_path, small_path):
         ({"token": "ö" * 20}, "ASCII"),
         ({"max_mb": 0.0}, "max_mb"),
         ({"keep_hours": float("nan")}, "keep_hours"),
+        ({"wandb_seconds": 0.0}, "wandb_seconds"),
         ({"read_from": ("nowhere",)}, "`read_from` must be a folder"),
         ({"read_from": (__file__,)}, "`read_from` must be a folder"),
     ],
@@ -289,6 +290,8 @@ def test_the_command_passes_its_options_on(tmp_path, monkeypatch):
         "max_megapixels": 5.0,
         "keep_hours": 6.0,
         "keep_gb": 7.0,
+        "wandb": "cells",
+        "wandb_seconds": 8.0,
     }
     places = ("a", "s3://b/c")
     repeated = [f"--read-from={place}" for place in places]
