@@ -171,10 +171,15 @@ def pair_folders(
     }
     problems = [f"{what}: {len(names)} ({_some(names)})" for what, names in alone.items() if names]
     if problems:
+        way_out = (
+            "set `allow_missing_predictions` to score a missing prediction as an image without cells"
+            if missing
+            else "name a folder that holds only the predictions that have a true label image"
+        )
         raise DataSetError(
             f"File names of '{pred_dir}' and '{truth_dir}' must match, got {', '.join(problems)}: "
             f"give both files of a pair the same name before the suffix (the endings {_ENDINGS} do "
-            "not count), or set `allow_missing_predictions` to score a missing prediction as an image without cells"
+            f"not count), or {way_out}"
         )
     return [(name, preds.get(name), truths[name]) for name in sorted(truths)]
 

@@ -76,7 +76,10 @@ export async function watch(id, show) {
     }
     const job = page.jobs.get(id);
     if (["done", "failed", ...GONE].includes(job.state)) {
-      if (job.state === "done" && show && !page.asked) openJob(id);
+      if (job.state === "done" && show) {
+        if (page.asked) say(`The cells of ${job.name} are found`);
+        else openJob(id);
+      }
       return;
     }
     await new Promise((resolve) => setTimeout(resolve, pause));

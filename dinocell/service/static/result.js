@@ -172,7 +172,7 @@ function showState() {
     plot.set(open.cells.columns);
     filter();
   }
-  const low = (table.columns.score || []).filter((score) => score < 0.5).length;
+  const low = (table.columns.score || []).filter((score) => score !== null && score < 0.5).length;
   const notes = [low && `${low} with a score below 0.5`, open.touched.size && `${open.touched.size} corrected`];
   $("count").replaceChildren(`${open.count} cells `, element("small", notes.filter(Boolean).join(" · ")));
   const job = jobs.get(open.id);
@@ -234,7 +234,9 @@ function showSelection() {
 export function nextDoubtful(step) {
   const scores = table.columns.score;
   if (!scores?.length || !page.open.numbers) return;
-  const order = [...scores.keys()].sort((a, b) => scores[a] - scores[b] || a - b);
+  const order = [...scores.keys()].filter((row) => scores[row] !== null); // a drawn cell has none
+  if (!order.length) return;
+  order.sort((a, b) => scores[a] - scores[b] || a - b);
   doubtful = (doubtful + step + order.length) % order.length;
   const row = order[doubtful];
   select([page.open.numbers[row]], true);

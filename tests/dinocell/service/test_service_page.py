@@ -370,6 +370,27 @@ def test_the_page_fits_and_works_with_the_keyboard_alone(width, browser, address
 
 
 @pytest.mark.slow
+def test_cells_without_a_score_are_not_doubtful(browser, address, tmp_path):
+    from playwright.sync_api import expect
+
+    def without_scores(route):
+        answer = route.fetch()
+        found = answer.json()
+        found["columns"]["score"] = [None, 0.25, *(1.0 for _ in found["columns"]["score"][2:])]
+        route.fulfill(response=answer, json=found)
+
+    page = opened(browser, address, [noise(tmp_path / "field.tif", 1)])
+    job = page.request.get(f"{address}/api/v1/jobs").json()[0]
+    page.route("**/cells*", without_scores)
+    page.reload()
+    expect(page.locator("#count")).to_contain_text("1 with a score below 0.5")
+    page.keyboard.press("q")
+    scored = job["summary"]["num_cells"] - 1
+    expect(page.locator("#status")).to_have_text(f"Cell 2, score 0.25: 1 of {scored} by doubt")
+    assert page.faults == []
+
+
+@pytest.mark.slow
 def test_a_filter_and_a_plot_select_cells(browser, address, tmp_path):
     from playwright.sync_api import expect
 
