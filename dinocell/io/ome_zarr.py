@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ def open_zarr(path: Path, wanted: Selection) -> Iterator[Stack]:
     """Open a folder; the images of a collection (bioformats2raw, a well) are scenes."""
     zarr = library("zarr", "OME-Zarr images")
     attributes = _attributes(path)
-    images = [(path / inner, _attributes(path / inner)) for inner in _scenes(path, attributes)]
+    scenes = _scenes(path, attributes)
     try:
+        places = [_inside(path, inner) for inner in scenes]
+        images = [(place, _attributes(place)) for place in places]
         found = [_series(zarr, place, described) for place, described in images]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ImageFileError(
@@ -74,7 +77,8 @@ def fields_of_plate(path: Path) -> list[tuple[Path, dict[str, Any]]]:
                 f"A plate must name each well once, '{path}' names {well['path']} twice: export it again"
             )
         seen.add(well["path"])
-        images = (_ome(_attributes(path / well["path"])).get("well") or {}).get("images")
+        folder = _inside(path, well["path"])
+        images = (_ome(_attributes(folder)).get("well") or {}).get("images")
         if not images:
             raise ImageFileError(
                 f"A plate must hold the wells that it names, '{path}' lacks {well['path']}: copy or export "
@@ -83,7 +87,7 @@ def fields_of_plate(path: Path) -> list[tuple[Path, dict[str, Any]]]:
         name = f"{row.upper()}{int(column):02d}" if column.isdecimal() else f"{row}{column}"
         for site, image in enumerate(images):
             place = {"plate": plate.get("name") or path.stem, "well": name, "site": site}
-            found.append((path / well["path"] / image["path"], place))
+            found.append((_inside(folder, image["path"]), place))
     return found
 
 
@@ -119,7 +123,20 @@ def label_image(path: Path) -> Path:
             f"One label image is needed, '{path}' has {', '.join(names)}: name one, for example "
             f"'{path / 'labels' / names[0]}'"
         )
-    return path / "labels" / (ZARR_LABELS if ZARR_LABELS in names else names[0])
+    return _inside(path / "labels", ZARR_LABELS if ZARR_LABELS in names else names[0])
+
+
+def _inside(path: Path, inner: Any) -> Path:
+    """The folder below `path` that its metadata name.
+
+    Raises ImageFileError where they lead out of `path`: who may read one image may not read others for that.
+    """
+    parts = re.split(r"[/\\]", inner)
+    if ".." in parts or parts[0] == "" or ":" in parts[0]:
+        raise ImageFileError(
+            f"Folders that the metadata of '{path}' name must lie in it, got '{inner}': export the image again"
+        )
+    return path / inner
 
 
 def _ome(attributes: Mapping[str, Any]) -> Any:
@@ -161,12 +178,13 @@ def _series(
         )
     image = ome["multiscales"][0]
     level = image["datasets"][0]
-    if not any((path / level["path"] / name).is_file() for name in ("zarr.json", ".zarray")):
+    full = _inside(path, level["path"])
+    if not any((full / name).is_file() for name in ("zarr.json", ".zarray")):
         raise ImageFileError(
             f"A pyramid must hold its full resolution, '{path}' lacks the array '{level['path']}': copy or "
             "export it again"
         )
-    array = _opened(zarr, path / level["path"])
+    array = _opened(zarr, full)
     axes = image.get("axes") or list("tczyx")
     axes = [{"name": axis} if isinstance(axis, str) else axis for axis in axes]
     letters = [_letter(axis) for axis in axes]

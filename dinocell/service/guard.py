@@ -155,16 +155,16 @@ class Guard:
         return None
 
     def _token_refusal(self, path: str, authorization: str, address: str) -> Refusal | None:
-        """While an address waits, the right token is refused, too: else guessing would go on."""
+        """The right token is let in at all times: behind a proxy all users may have one address."""
         if self.options.token is None or not _is_protected(path):
             return None
-        if (wait_s := math.ceil(self._wrong.wait_s(address))) > 0:
-            text = f"{_MOST_WRONG} wrong tokens came from this address within {_WINDOW_S:g} s"
-            return 429, f"{text}: try again in {wait_s} s", {"retry-after": str(wait_s)}
         kind, _, token = authorization.partition(" ")
         token, right = token.strip(), self.options.token.encode()
         if kind.lower() == "bearer" and secrets.compare_digest(token.encode("latin-1"), right):
             return None
+        if authorization and (wait_s := math.ceil(self._wrong.wait_s(address))) > 0:
+            text = f"{_MOST_WRONG} wrong tokens came from this address within {_WINDOW_S:g} s"
+            return 429, f"{text}: try again in {wait_s} s", {"retry-after": str(wait_s)}
         if authorization:
             self._wrong.note(address)
         return (

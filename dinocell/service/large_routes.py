@@ -136,15 +136,18 @@ def finish_upload(request: Request, response: Response, upload_id: str) -> JobIn
     job = service.queue.get(upload_id)
     if job is None:
         job = _job_of(service, _upload(request, upload_id))
-    service.uploads.remove(upload_id)
     return queued(response, service, job)
 
 
 def _job_of(service: Service, upload: Upload) -> Job:
     with service.uploads.alone(upload):
-        service.uploads.check_whole(upload)
-        file = stored_name(upload.name)
-        return service.enqueue(upload.name, file, upload.options, upload.put, upload.id)
+        job = service.queue.get(upload.id)  # another request may have made it meanwhile
+        if job is None:
+            service.uploads.check_whole(upload)
+            file = stored_name(upload.name)
+            job = service.enqueue(upload.name, file, upload.options, upload.put, upload.id)
+        service.uploads.remove(upload.id)
+        return job
 
 
 @large_routes.delete("/uploads/{upload_id}", status_code=204, summary="Give an upload up")

@@ -152,7 +152,8 @@ class StoredResult:
                 f"`channel` must be a channel of the image, which has {has}, got {channel}: choose one, or "
                 "leave it out for the plane that was segmented"
             )
-        if names[channel] in self.about["channel_names"]:  # of several that were segmented
+        # of several that were segmented; not by a name that two channels have
+        if names[channel] in self.about["channel_names"] and names.count(names[channel]) == 1:
             place = self.about["channel_names"].index(names[channel])
             return np.load(self.folder / "channels.npy", mmap_mode="r")[..., place]
         path = channel_path(self.folder, channel)

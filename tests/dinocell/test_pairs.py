@@ -244,7 +244,9 @@ def test_missing_predictions_may_be_allowed_but_not_extra_ones(tmp_path):
     allowed = paired(pred, truth, allow_missing_predictions=True)
     assert allowed == {"a": ("a.png", "a.png"), "b": (None, "b.png")}
     touch(pred, "z.png")
-    with pytest.raises(DataSetError, match=r"predictions without a true label image: 1 \(z\)") as error:
+    with pytest.raises(
+        DataSetError, match=r"predictions without a true label image: 1 \(z\)"
+    ) as error:
         pair_folders(pred, truth, allow_missing_predictions=True)
     assert "only the predictions that have a true label" in str(error.value)
     assert "allow" not in str(error.value)

@@ -386,6 +386,21 @@ def test_damaged_zarr(stacks, tmp_path):
         with pytest.raises(ImageFileError, match="must list arrays, axes and scales") as caught:
             read_image(place)
         assert one_sentence(caught.value)
+    for leads_out in (
+        "../v2.zarr/0",
+        str(stacks / "v2.zarr" / "0"),
+        "a/../../v2.zarr/0",
+        "..\\v2.zarr",
+    ):
+        (place / ".zattrs").write_text(
+            json.dumps({"multiscales": [{"datasets": [{"path": leads_out}]}]})
+        )
+        with pytest.raises(ImageFileError, match="must lie in it") as caught:
+            read_image(place)
+        assert one_sentence(caught.value)
+        (place / ".zattrs").write_text(json.dumps({"well": {"images": [{"path": leads_out}]}}))
+        with pytest.raises(ImageFileError, match="must lie in it"):
+            read_image(place)
     (place / ".zattrs").write_text("{")
     with pytest.raises(ImageFileError, match="damaged or cut short") as caught:
         read_image(place)

@@ -58,6 +58,15 @@ def test_colours_are_those_of_the_file_or_the_usual_ones(names, given, expected)
     assert colours_of(names, given) == expected
 
 
+def test_channels_of_one_name_are_kept_apart(client, tmp_path):
+    pixels = stack(tmp_path / "a.tif", ["DAPI", "DAPI", "GFP"])
+    answer = upload(client, tmp_path / "a.tif", channels=["1", "2"])
+    base = f"/api/v1/jobs/{answer.json()['job']}"
+    for channel in range(3):
+        found = array_of(client.get(f"{base}/image", params={"channel": channel}))
+        assert (found == pixels[..., channel]).all()
+
+
 def test_every_channel_of_the_file_can_be_looked_at(client, tmp_path):
     pixels = stack(tmp_path / "a.tif")
     base = f"/api/v1/jobs/{upload(client, tmp_path / 'a.tif', channels=['ER']).json()['job']}"
