@@ -1,8 +1,9 @@
 """A large image on the page of `dinocell serve`, in headless Chromium.
 
-    python benchmarks/large_page.py             # 20,000 x 20,000 px with 100,000 cells
+    python benchmarks/large_page.py                 # 20,000 x 20,000 px with 100,000 cells
+    python benchmarks/large_page.py --channels 4    # and four channels, which are shown in colours
 
-A finished job is written by hand: 16-bit pixels, labels, no map.  Chromium opens the page; then the mouse
+A finished job is written by hand: 16-bit pixels, labels, no map.  Its channels all have the same pixels.  Chromium opens the page; then the mouse
 drags the picture and the wheel zooms for `--seconds`.  Measured are the time from the click to the first
 picture, the intervals between the frames that Chromium draws (`requestAnimationFrame`) while labels are
 shown, once while the service measures the cells and once afterwards, and how long that takes.
@@ -42,8 +43,9 @@ _FIRST = """
 """
 
 
-def make_job(folder: Path, side: int, num_cells: int) -> None:
+def make_job(folder: Path, side: int, num_cells: int, num_channels: int) -> None:
     """A finished job in a queue: squares on a grid, bright on a ramp with noise."""
+    from dinocell.service.channels import channel_path, colours_of
     from dinocell.service.queue import Queue
 
     queue = Queue(folder)
@@ -68,6 +70,12 @@ def make_job(folder: Path, side: int, num_cells: int) -> None:
     about = {"pixel_size_um": None, "channel_names": [], "warnings": [], "unfamiliar": None}
     about |= {"target": "sqrt", "min_score": 0.0, "peak_threshold": 0.5, "fill_threshold": 0.2}
     about |= {"min_prominence": 0.1, "min_area_px": 0}
+    about["channels"] = [
+        {"name": f"{channel}", "colour": colour, "shown": True}
+        for channel, colour in enumerate(colours_of(["0"] * num_channels, None))
+    ]
+    for channel in range(num_channels):
+        os.link(place / "plane.npy", channel_path(place, channel))
     (place / "about.json").write_text(json.dumps(about))
     summary = {"num_cells": count, "warnings": ""}
     summary |= {"image_height_px": side, "image_width_px": side}
@@ -112,12 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--side", type=int, default=20_000)
     parser.add_argument("--cells", type=int, default=100_000)
+    parser.add_argument("--channels", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=15.0)
     given = parser.parse_args()
     chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
     row = {"side_px": given.side, "command": " ".join(["python", *sys.argv])}
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        make_job(Path(folder), given.side, given.cells)
+        make_job(Path(folder), given.side, given.cells, given.channels)
         command = [sys.executable, "-m", "dinocell", "serve", "-o", folder, "--port", "8765"]
         command += ["--model", "dinocell-tiny", "--device", "cpu"]
         service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -143,6 +152,7 @@ def main() -> None:
             service.wait(60)
     row |= {
         "cells": given.cells,
+        "channels": given.channels,
         "cores": os.cpu_count(),
         "machine": platform.processor() or "x86_64",
     }

@@ -15,7 +15,7 @@ const KEYS = [
   ["S, S", "split the selected cell by itself"], ["N, double click", "find a missed cell there"],
   ["B", "brush: a new cell, or more of the selected one"], ["E", "eraser"], ["[ ]", "smaller, larger brush"],
   ["Ctrl + Z, Ctrl + Y", "undo, redo"], ["Space (held)", "hide the labels"],
-  ["Z", "outlines, filled, hidden"], ["W, Shift + W", "automatic contrast: of the sliders' channel, of all"],
+  ["Z", "outlines, filled, hidden"], ["W, Shift + W", "automatic contrast, of all channels"],
   ["1 … 9", "show or hide a channel"], ["G", "gray picture of the network, or channels"], ["Wheel, + −", "zoom"],
   ["Drag, Shift + ← ↑ → ↓", "move the picture"], ["0", "show the whole picture"],
   ["← →, A, D", "previous, next image"], ["?", "show or hide this list"],

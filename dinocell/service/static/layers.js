@@ -43,10 +43,11 @@ export class Layer {
     this.high = Math.max(high, low + (this.range[1] - this.range[0]) / 1e6);
   }
 
-  // [place, share] of red, green and blue, as far as the colour has them.
-  parts() {
+  // What each of 256 levels adds to red, green and blue, in ten bits each.
+  levels() {
     const value = parseInt(this.colour.slice(1), 16);
-    return [16, 8, 0].map((shift, place) => [place, ((value >> shift) & 255) / 255]).filter(([, share]) => share);
+    const part = (level, shift) => Math.round((level * ((value >> shift) & 255)) / 255);
+    return Int32Array.from({ length: 256 }, (_, level) => (part(level, 16) << 20) | (part(level, 8) << 10) | part(level, 0));
   }
 }
 
@@ -54,28 +55,38 @@ export class Layer {
 export function paintLayers(canvas, pairs) {
   const context = canvas.getContext("2d");
   const target = context.createImageData(canvas.width, canvas.height);
-  const whole = new Uint32Array(target.data.buffer).fill(255 << 24);
-  if (pairs.length === 1 && pairs[0][0].colour === "#ffffff") paintGray(whole, ...pairs[0]);
-  else for (const [layer, data] of pairs) addLayer(target.data, layer, data);
+  const pixels = new Int32Array(target.data.buffer);
+  if (pairs.length === 1 && pairs[0][0].colour === "#ffffff") paintGray(pixels, ...pairs[0]);
+  else {
+    pairs.forEach(([layer, data], k) => {
+      if (k > 3 && k % 3 === 1) finish(pixels, 20, 10, 0, 0); // four sums fit into ten bits
+      addLayer(pixels, layer, data);
+    });
+    finish(pixels, 0, 8, 16, 255 << 24);
+  }
   context.putImageData(target, 0, 0);
 }
 
-function paintGray(whole, { low, high }, data) {
+function paintGray(pixels, { low, high }, data) {
   const factor = 255 / (high - low);
   for (let i = 0; i < data.length; i++) {
-    const level = (data[i] - low) * factor;
-    whole[i] = (255 << 24) | ((level <= 0 ? 0 : level >= 255 ? 255 : level | 0) * 0x010101);
+    const level = (data[i] - low) * factor + 0.5;
+    pixels[i] = (255 << 24) | ((level <= 0 ? 0 : level >= 255 ? 255 : level | 0) * 0x010101);
   }
 }
 
-// `bytes` cuts off what is above 255.
-function addLayer(bytes, layer, data) {
-  const { low, high } = layer;
-  for (const [place, share] of layer.parts()) {
-    const most = 255 * share, factor = most / (high - low);
-    for (let i = 0, j = place; i < data.length; i++, j += 4) {
-      const level = (data[i] - low) * factor;
-      if (level > 0) bytes[j] += level < most ? level : most;
-    }
+function addLayer(sums, layer, data) {
+  const { low, high } = layer, levels = layer.levels(), factor = 255 / (high - low);
+  for (let i = 0; i < data.length; i++) {
+    const level = (data[i] - low) * factor + 0.5;
+    sums[i] = (sums[i] + levels[level <= 0 ? 0 : level >= 255 ? 255 : level | 0]) | 0;
+  }
+}
+
+// Cut sums off at 255, and move them to their bits.
+function finish(sums, toRed, toGreen, toBlue, more) {
+  for (let i = 0; i < sums.length; i++) {
+    const red = sums[i] >> 20, green = (sums[i] >> 10) & 1023, blue = sums[i] & 1023;
+    sums[i] = more | ((red > 255 ? 255 : red) << toRed) | ((green > 255 ? 255 : green) << toGreen) | ((blue > 255 ? 255 : blue) << toBlue);
   }
 }

@@ -17,6 +17,7 @@ from dinocell.io import read_image, write_image
 from dinocell.service import channels as channels_module
 from dinocell.service.channels import Original, colours_of, keep_channels, keep_channels_apart
 from dinocell.service.queue import size_of
+from dinocell.service.viewing import _fields_in
 
 BLUE, GREEN, RED, MAGENTA = "#0000ff", "#00ff00", "#ff0000", "#ff00ff"
 NAMES = ["DNA", "ER", "Mito", "Bright field"]
@@ -225,3 +226,11 @@ def test_jobs_of_earlier_versions_have_their_plane(client, picture):
     about.write_text(json.dumps(known))
     assert client.get(f"/api/v1/jobs/{job}/channels").json() == []
     assert client.get(f"/api/v1/jobs/{job}/image").status_code == 200
+
+
+def test_small_copies_are_no_channels_of_a_plate(tmp_path):
+    for ending in ("w1", "w2", "w1_thumb"):
+        noise(tmp_path / f"plate_A01_s1_{ending}.tif", 0)
+    ((_, files),) = _fields_in(tmp_path, "auto").items()
+    assert list(files) == ["1", "2"]
+    assert _fields_in(tmp_path, "off") == {}

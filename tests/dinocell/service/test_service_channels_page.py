@@ -292,3 +292,18 @@ def test_an_image_of_one_channel_has_no_choice(browser, address, tmp_path):  # n
     page.keyboard.press("Enter")
     sees(page, (127, 127, 127), DNA)
     assert page.faults == []
+
+
+def test_the_sum_of_many_channels_ends_at_white(browser, address, tmp_path):  # noqa: F811
+    pixels = np.full((*SHAPE, 6), 100, np.uint16)
+    pixels[32:] += NOISE[..., None]
+    pixels[5:15, 5:15], pixels[20:30, 20:30], pixels[20:30, 5:15] = 1000, 200, 710
+    names = [f"phase {letter}" for letter in "abcdef"]  # white, and hidden but for the first
+    write_image(tmp_path / "a.tif", pixels, channel_names=names)
+    page = without_labels(browser, address, [tmp_path / "a.tif"], "0")
+    sees(page, (28, 28, 28), ER)
+    for key in "23456":
+        page.keyboard.press(key)
+    sees(page, (170, 170, 170), ER, tolerance=3)
+    sees(page, WHITE, (25, 10))  # six times 173, which ten bits do not hold
+    sees(page, WHITE, DNA)
