@@ -11,7 +11,7 @@ from dinocell.pipeline import DINOCellPipeline
 
 # Model → set → least and largest share of flagged images; `benchmarks/unfamiliar.py` looks at more.
 NUCLEI = {
-    "dsb2018/test/images": (0.0, 0.04),
+    "dsb2018/test/images": (0.0, 0.06),  # of 54 one is flagged, which is among the 18 seen here
     "bbbc039/test/images": (0.0, 0.0),
     "bbbc039/edge_cases/images": (0.0, 0.0),
     "ctc/c2c12_phase/01": (0.95, 1.0),
