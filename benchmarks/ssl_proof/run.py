@@ -6,6 +6,7 @@
 
 Resumable: a training continues from its checkpoint, and a finished score is kept.  Runs stay in
 `--folder`, results in benchmarks/results/ssl_proof.json; what this file has is not run again.
+The file holds runs of one number of steps: those of another number replace them.
 """
 
 from __future__ import annotations

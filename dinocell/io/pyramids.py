@@ -133,9 +133,9 @@ def add_labels_to_ome_zarr(
 ) -> None:
     """Add a label image to an OME-Zarr image that exists, as ``labels/NAME``.
 
-    The image itself is not changed, but for consolidated metadata, which are brought up to date.  Its version of Zarr is kept (OME-Zarr 0.4 or 0.5), and its pixel
-    size, where it states one, is that of the labels in place of `pixel_size_um`: else viewers would show
-    them at another place.
+    The image itself is not changed, but for consolidated metadata, which are brought up to date.  Its
+    version of Zarr is kept (OME-Zarr 0.4 or 0.5), and its pixel size, where it states one, is that of
+    the labels in place of `pixel_size_um`: else viewers would show them at another place.
 
     Raises MissingExtraError (without the extra `formats`); ImageFileError (there is no such image, it has
     another size than the labels, or it has labels of that name and not `overwrite`); DINOCellError (the

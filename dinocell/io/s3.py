@@ -10,6 +10,7 @@ import datetime
 import errno
 import io
 import os
+import shutil
 import stat
 import tempfile
 import threading
@@ -253,6 +254,7 @@ class _Copies:
     def __init__(self) -> None:
         self.kept: OrderedDict[tuple[str, str], tempfile.TemporaryDirectory[str]] = OrderedDict()
         self.lock = threading.Lock()
+        self.folder: Path | None = None  # where the folders are; None: where temporary files are
 
     def of(self, place: S3Path) -> Path:
         about = place.head()
@@ -261,7 +263,7 @@ class _Copies:
             if wanted not in self.kept:
                 while len(self.kept) >= _COPIES:
                     self.kept.popitem(last=False)[1].cleanup()
-                folder = tempfile.TemporaryDirectory(prefix="dinocell-s3-")
+                folder = tempfile.TemporaryDirectory(prefix="dinocell-s3-", dir=self.folder)
                 with answered(place), Path(folder.name, place.name).open("wb") as file:
                     body = library("obstore", "Addresses on S3", "s3").get(place.store(), place.key)
                     for piece in body.stream():
@@ -272,6 +274,16 @@ class _Copies:
 
 
 _copies = _Copies()
+
+
+def keep_copies_in(folder: Path) -> None:
+    """Keep copies of objects in `folder`, which is emptied first: a process that was killed has left its own.
+
+    Raises OSError (it cannot be written).
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    _copies.folder = folder
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import DINOCellError
-from dinocell.files import atomic_path
 from dinocell.io import describe_image, read_image
 from dinocell.io.channel_files import ChannelFiles
 from dinocell.io.planes import PlaneChoice, Selection, channel_of, channel_positions
-from dinocell.io.s3 import place_of
+from dinocell.io.s3 import keep_copies_in, place_of
 from dinocell.io.stacks import choose
+from dinocell.service.history import write_array
 
 _MOST_SHOWN = 4  # channels at first: where more overlap, colours are hard to distinguish
 _LONGEST_S = 120.0
@@ -163,8 +164,7 @@ def keep_channels(
                 f"The channel {names[position]} must have the size of the plane that was segmented {shape}, "
                 f"got {pixels.shape}: segment the image again"
             )
-        with atomic_path(channel_path(folder, position)) as temporary:
-            np.save(temporary, pixels, allow_pickle=False)
+        write_array(channel_path(folder, position), pixels)
 
 
 def keep_channels_apart(
@@ -182,16 +182,17 @@ def keep_channels_apart(
         "positions": positions,
     }
     try:
-        ended = subprocess.run(
-            [sys.executable, "-m", "dinocell.service.channels"],
-            input=json.dumps(request),
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            timeout=_LONGEST_S,
-            start_new_session=True,
-            check=False,
-        )
+        with tempfile.TemporaryDirectory(prefix="dinocell-s3-") as copies:
+            ended = subprocess.run(
+                [sys.executable, "-m", "dinocell.service.channels"],
+                input=json.dumps(request | {"copies": copies}),
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                timeout=_LONGEST_S,
+                start_new_session=True,
+                check=False,
+            )
     except subprocess.TimeoutExpired as error:
         raise DINOCellError(
             f"Channels must be read within {_LONGEST_S:g} s, and these take longer: crop the image"
@@ -213,6 +214,7 @@ def _main() -> None:
     given = json.loads(sys.stdin.read())
     original = Original(place_of(given["image"]), given["choice"])
     answer: dict[str, Any] = {}
+    keep_copies_in(Path(given["copies"]))
     try:
         keep_channels(Path(given["folder"]), original, given["names"], given["positions"])
     except (DINOCellError, OSError) as error:

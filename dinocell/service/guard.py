@@ -47,13 +47,13 @@ _LARGEST_AT_ONCE = 4
 """Uploads of the largest size that may be in temporary files at once, or more smaller ones."""
 
 _MOST_WRONG, _WINDOW_S = 10, 60.0
-"""Wrong tokens that an address may send within so many seconds."""
+"""Wrong tokens from an address within so many seconds after which it is asked to wait."""
 
 _MOST_ADDRESSES = 10_000  # that are remembered
 
 
 class _WrongTokens:
-    """When wrong tokens came, by address; others than the guessing address never wait.
+    """When wrong tokens came, by address.
 
     The /64 of an IPv6 address counts, of which one computer usually has all addresses.
     """
@@ -71,7 +71,7 @@ class _WrongTokens:
             self._times.popitem(last=False)
 
     def wait_s(self, address: str) -> float:
-        """How long no token from there is looked at."""
+        """How long the next wrong token from there is answered with 429; the right one always passes."""
         times = self._times.get(_place_of(address))
         if times is None or len(times) < _MOST_WRONG:
             return 0.0

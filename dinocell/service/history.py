@@ -209,10 +209,15 @@ class History:
         return (then.thresholds, then.min_score) != (now.thresholds, now.min_score)
 
     def _set(self, state: NDArray[np.uint32], new: Revision, old: Revision) -> None:
-        with atomic_path(self._state_path(new)) as temporary:
-            np.save(temporary, state, allow_pickle=False)
+        write_array(self._state_path(new), state)
         write_text_atomically(self.folder / "current.json", json.dumps(new.to_mapping()))
         self._state_path(old).unlink(missing_ok=True)
         for folder in (self.folder / "files").glob("*"):
             if folder.name != str(old.number):  # whose files may be on their way to somebody
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write a numpy file, whole or not at all; OSError if the disk refuses."""
+    with atomic_path(path) as temporary:
+        np.save(temporary, array, allow_pickle=False)

@@ -7,12 +7,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.files import atomic_path, write_text_atomically
+from dinocell.files import write_text_atomically
 from dinocell.pipeline import DINOCellPipeline, Judgement, LoadedImage
 from dinocell.service.channels import Original
+from dinocell.service.history import write_array
 
 RESULT, STEM = "result", "image"
 """Folder of what the batch writes, in the folder of a job, and how its files begin, as does the upload."""
@@ -64,9 +64,3 @@ def keep_about(
         **asdict(judged.thresholds),
     }
     write_text_atomically(folder / "about.json", json.dumps(about, indent=1))
-
-
-def write_array(path: Path, array: NDArray) -> None:
-    """Write a numpy file, whole or not at all; OSError if the disk refuses."""
-    with atomic_path(path) as temporary:
-        np.save(temporary, array, allow_pickle=False)

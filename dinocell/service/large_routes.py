@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 
 from dinocell.service.queue import Job
 from dinocell.service.reading import readable
-from dinocell.service.routes import IN_TURN, PROBLEMS, queued, refuse_if_viewing
+from dinocell.service.routes import BODY_OF_BYTES, IN_TURN, PROBLEMS, queued, refuse_if_viewing
 from dinocell.service.schemas import JobInfo, JobOfPath, UploadInfo, UploadRequest
 from dinocell.service.service import Service
 from dinocell.service.stored import safe_name, stored_name
@@ -78,14 +78,7 @@ def get_upload(upload: AnUpload) -> UploadInfo:
 @large_routes.put(
     "/uploads/{upload_id}",
     summary="Send a part",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}}
-            },
-        }
-    },
+    openapi_extra=BODY_OF_BYTES,
 )
 async def put_part(
     request: Request,

@@ -73,6 +73,12 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 _LONGEST_TURN_S = 20.0
 _LOOK_AGAIN_S = 0.05
+BODY_OF_BYTES = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 _BINARY = {"content": {"application/octet-stream": {}}, "description": "A numpy file (npy)."}
 
 api = APIRouter(responses=PROBLEMS)
@@ -349,14 +355,7 @@ def correct(
     "/jobs/{job_id}/labels",
     dependencies=IN_TURN,
     summary="Replace the labels by corrected ones",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}}
-            },
-        }
-    },
+    openapi_extra=BODY_OF_BYTES,
 )
 async def put_labels(
     request: Request, result: Result, revision: Annotated[int, Query(ge=0, le=2**31)]

@@ -39,8 +39,8 @@ from dinocell.segmentation import corrections
 from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.segmentation.watershed import separate_cells
 from dinocell.service.channels import channel_path
-from dinocell.service.history import TOUCHED, Box, History, Revision
-from dinocell.service.keeping import RESULT, STEM, write_array
+from dinocell.service.history import TOUCHED, Box, History, Revision, write_array
+from dinocell.service.keeping import RESULT, STEM
 
 KINDS = (*EXPORT_FORMATS, "csv", "overlay", "npy", "zip")
 """What can be downloaded: the label files of `segment`, of which folders are zipped, table, picture, labels as
@@ -405,7 +405,7 @@ class StoredResult:
             files = segmentation.save(folder, formats=formats, overlay=overlay)
         if "npy" in kinds:
             files["npy"] = folder / "labels.npy"
-            np.save(files["npy"], labels, allow_pickle=False)
+            write_array(files["npy"], labels)
         if "zip" in kinds:
             files["zip"] = self._all_in_one(files, now.revision.number)
         zipped = {kind: _zipped(file) for kind, file in files.items() if file.is_dir()}

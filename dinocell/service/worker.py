@@ -26,7 +26,7 @@ from dinocell.batch.run import segment_files
 from dinocell.batch.units import Unit
 from dinocell.batch.watcher import Watcher
 from dinocell.errors import DINOCellError
-from dinocell.io.s3 import place_of
+from dinocell.io.s3 import keep_copies_in, place_of
 from dinocell.network.model import DINOCell, load_model
 from dinocell.pipeline import DINOCellPipeline, LoadedImage
 from dinocell.segmentation.thresholds import Thresholds
@@ -201,6 +201,7 @@ def _main() -> None:
         options = SegmentOptions(**settings["options"])
         folder = Path(settings["folder"])
         with claimed(folder, Claimant(), "The worker of a service"):
+            keep_copies_in(folder / "copies")
             model = load_model(options.model, device=options.device)
             warm_up(model, options)
             worker = Worker(Queue(folder), model, options, report)

@@ -8,6 +8,7 @@ import { element } from "./table.js";
 
 const USUAL = "0.5 99.8"; // percentiles
 const setOf = (channels) => JSON.stringify(channels.map(({ name }) => name));
+const keyOf = ({ channel }) => channel ?? "gray"; // a name may come twice
 const PICTURE = setOf([{ name: "red" }, { name: "green" }, { name: "blue" }]);
 const choices = JSON.parse(sessionStorage.getItem("channels") || "{}");
 
@@ -17,9 +18,9 @@ let choice = {};
 function keep() {
   const { open } = page;
   for (const layer of open.layers) {
-    const { visible, colour, byHand, type, name } = layer;
+    const { visible, colour, byHand, type } = layer, key = keyOf(layer);
     if (open.problem || !type) continue;
-    choice.layers[name] = { visible, colour, windows: { ...choice.layers[name]?.windows, [type]: byHand } };
+    choice.layers[key] = { visible, colour, windows: { ...choice.layers[key]?.windows, [type]: byHand } };
   }
   sessionStorage.setItem("channels", JSON.stringify(choices));
 }
@@ -35,17 +36,18 @@ export async function layersOf(id, fetch) {
   listed.forEach(({ name, colour, shown }, channel) => layers.push(new Layer({ channel, name, colour, visible: shown })));
   const [plane, ...channels] = layers;
   for (const layer of layers) {
-    const { visible, colour } = chosen.layers[layer.name] || layer;
+    const { visible, colour } = chosen.layers[keyOf(layer)] || layer;
     Object.assign(layer, { visible, colour });
   }
   const opened = { layers, choice: chosen, problem: "" };
   opened.fetch = async (layer) => {
     await fetch(layer);
-    layer.byHand = chosen.layers[layer.name]?.windows[layer.type] || null;
+    layer.byHand = chosen.layers[keyOf(layer)]?.windows[layer.type] || null;
   };
   try {
     const wanted = plane.visible ? [plane] : channels.filter((one) => one.visible);
-    await Promise.all(wanted.map(opened.fetch));
+    // One after the other: others who use the server wait less.
+    for (const layer of wanted) await opened.fetch(layer);
   } catch (error) {
     if (plane.visible || !error.status) throw error;
     opened.problem = error.message;
@@ -170,8 +172,10 @@ export function toggleChannel(place) {
 export async function setGray(gray) {
   const { open } = page, [plane, ...channels] = open.layers;
   if (!channels.length) return;
-  if (!gray) await Promise.all(channels.filter((one) => one.visible && !one.sample).map((one) => setVisible(one, true)));
-  if (page.open !== open) return;
+  for (const one of gray ? [] : channels.filter(({ visible, sample }) => visible && !sample)) {
+    await setVisible(one, true);
+    if (page.open !== open) return;
+  }
   if (gray || channels.some((one) => one.sample)) await setVisible(plane, gray);
   else drawList();
 }

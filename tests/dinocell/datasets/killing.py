@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,16 @@ def kill_everywhere(call: Callable[[Path], object], folder: Path) -> None:
         out.parent.mkdir()
         pid = os.fork()
         if pid == 0:
-            _dies_before_step(kills)
-            call(out)
-            os._exit(0)
-        if os.WIFEXITED(os.waitpid(pid, 0)[1]):
+            try:
+                _dies_before_step(kills)
+                call(out)
+                os._exit(0)
+            finally:  # the call has raised: the loop is the parent's
+                traceback.print_exc()
+                os._exit(1)
+        status = os.waitpid(pid, 0)[1]
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0, "the call failed where nothing killed it"
             break
         kills += 1
         if out.exists():

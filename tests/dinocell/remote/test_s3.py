@@ -21,7 +21,7 @@ from dinocell.batch.run import segment_files
 from dinocell.batch.units import units_of
 from dinocell.cli import main
 from dinocell.errors import DINOCellError, UsageError
-from dinocell.io import describe_image, find_images, read_image
+from dinocell.io import describe_image, find_images, read_image, s3
 from dinocell.io.s3 import S3Error, S3Path, images_below, place_of
 from dinocell.network.model import save_model
 
@@ -131,6 +131,22 @@ def test_files_are_fetched_and_named_in_errors(server) -> None:
         read_image("s3://bucket/in/c.tif")
     with pytest.raises(UsageError, match="'s3://bucket/in' is a folder"):
         read_image("s3://bucket/in")
+
+
+def test_copies_that_a_killed_process_left_are_removed(server, tmp_path, monkeypatch) -> None:
+    copies = s3._Copies()
+    monkeypatch.setattr(s3, "_copies", copies)
+    server.put("in/a.tif", tiff(picture(1)))
+    folder = tmp_path / "copies"
+    left = folder / "dinocell-s3-left" / "a.tif"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of a process that was killed")
+    s3.keep_copies_in(folder)
+    assert list(folder.iterdir()) == []
+    read_image(place_of("s3://bucket/in/a.tif"))
+    assert [path.name for path in folder.glob("*/*")] == ["a.tif"]
+    for kept in copies.kept.values():
+        kept.cleanup()
 
 
 def test_folders(server, tmp_path) -> None:

@@ -192,7 +192,9 @@ def test_paths_are_read_only_while_they_are_allowed(tmp_path, small_path):
         assert answer.status_code == 202
         process.kill()
         os.kill(worker, signal.SIGKILL)
+    (tmp_path / "jobs" / "copies" / "dinocell-s3-left").mkdir()  # of the worker that was killed
     with serving(*common) as (_, client):
+        assert list((tmp_path / "jobs" / "copies").iterdir()) == []
         assert client.post("/api/v1/jobs/path", json={"path": str(path)}).status_code == 403
         job = f"/api/v1/jobs/{answer.json()['id']}"
         wait_until(lambda: client.get(job).json()["state"] == "failed")
