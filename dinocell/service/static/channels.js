@@ -8,7 +8,7 @@ import { element } from "./table.js";
 
 const USUAL = "0.5 99.8"; // percentiles
 const setOf = (channels) => JSON.stringify(channels.map(({ name }) => name));
-const keyOf = ({ channel }) => channel ?? "gray"; // a name may come twice
+const keyOf = ({ channel }) => channel ?? "gray"; // names may be any, even "__proto__"
 const PICTURE = setOf([{ name: "red" }, { name: "green" }, { name: "blue" }]);
 const choices = JSON.parse(sessionStorage.getItem("channels") || "{}");
 

@@ -23,12 +23,12 @@ _COLOUR = """([x, y, wanted, tolerance]) => {
 }"""
 
 
-def two_channels(path, brightest: int = 4000):
+def two_channels(path, brightest: int = 4000, names=("DNA", "ER", "Bright field")):
     """A square of 1000 in DNA and one of 2000 in ER, on 100 and noise; ER has one brighter pixel."""
     pixels = np.full((*SHAPE, 3), 100, np.uint16)
     pixels[32:] += NOISE[..., None]
     pixels[5:15, 5:15, 0], pixels[20:30, 20:30, 1], pixels[38, 1, 1] = 1000, 2000, brightest
-    write_image(path, pixels, channel_names=["DNA", "ER", "Bright field"])
+    write_image(path, pixels, channel_names=list(names))
     return path
 
 
@@ -134,6 +134,19 @@ def test_choices_stay_from_image_to_image(browser, address, tmp_path):  # noqa: 
         hide_labels(page)
         sees(page, (128, 0, 128), ER)
         sees(page, BLACK, DNA)
+
+
+def test_choices_are_kept_whatever_a_channel_is_called(browser, address, tmp_path):  # noqa: F811
+    path = two_channels(tmp_path / "a.tif", names=("__proto__", "constructor", "ER"))
+    page = without_labels(browser, address, [path], "0")
+    for layer in (1, 2):
+        page.locator(f"#channel-list > div:nth-of-type({layer}) input[type=color]").fill("#00ff00")
+    page.locator("#channel-list > div:nth-of-type(2) input[type=color]").fill("#ff8000")
+    page.reload()
+    page.locator("#panel:not([hidden]) #count").wait_for()
+    hide_labels(page)
+    sees(page, GREEN, DNA)
+    sees(page, (255, 128, 0), ER)
 
 
 def test_a_real_hyperstack_has_the_colours_of_its_file(browser, address, data_dir):  # noqa: F811
