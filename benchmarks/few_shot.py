@@ -3,8 +3,9 @@
     python benchmarks/few_shot.py START --data DATA/mnfinder [--images 1 5 10 50] [--minutes 5]
 
 For each number of images (spread evenly over DATA/train) and each way the model is scored on
-DATA/val and DATA/test:
+DATA/val and DATA/test (`--parts`):
 
+start       as it was, with 0 images
 adapt       `dinocell adapt`, which chooses what learns by cross-validation
 decoder, all
             the same training of the decoder alone, and of everything, without that choice
@@ -12,10 +13,11 @@ prototypes  no training: a place is as deep as the mean features that it resembl
             Prototypical networks), for background, rims and insides of cells
 readout     no training: ridge regression of the distance map on the features
 reptile     `all` from a start that learns fast on the data sets of `--meta` (Nichol et al. 2018, Reptile)
-random      `all` from random weights
+random      `all` from random weights, with as many steps as all trainings of `adapt` together
 
-Writes benchmarks/results/few_shot_SET_START.json; AP is pooled, with the bounds of 95 % of 2,000
-draws of as many images.
+Writes benchmarks/results/few_shot_SET_START.json, where a row takes the place of one with the same
+number of images and way and the others stay; steps are those of the row of `adapt`, or 100.  AP is
+pooled, with the bounds of 95 % of 2,000 draws of as many images.
 """
 
 from __future__ import annotations
@@ -23,16 +25,20 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import operator
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from measure import processor_name
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -48,18 +54,19 @@ from dinocell.segmentation.intensity import to_model_input
 from dinocell.training import adapt as adaptation
 from dinocell.training.datasets import read_pair, spread_evenly
 
-WAYS = ("adapt", "decoder", "all", "prototypes", "readout", "reptile", "random")
+WAYS = ("start", "adapt", "decoder", "all", "prototypes", "readout", "reptile", "random")
 LAYERS = (0.01, 0.5)  # depths that part background, rims and insides
 SHARPNESS = 20.0  # of the softmax over cosines
 RIDGE = 1e-3
-META_STEPS, META_IMAGES, META_INNER, META_RATE = 150, 4, 5, 0.3
+TRAININGS = 2 * len(adaptation.CANDIDATES) + 1  # of `adapt`: both folds, then all images
+META_IMAGES, META_INNER, META_RATE = 4, 5, 0.3
 
 
-def scores(model: DINOCell, data: Path) -> dict[str, Any]:
-    """Pooled AP of the parts val and test, with intervals."""
+def scores(model: DINOCell, data: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """Pooled AP of parts of the data, with intervals."""
     pipeline = DINOCellPipeline(model)
     found: dict[str, Any] = {}
-    for part in ("val", "test"):
+    for part in parts:
         pairs = find_pairs(data / part / "images", data / part / "labels")
         report = evaluate_pairs(
             (
@@ -134,29 +141,42 @@ def upsampled(depth: Tensor, image: Tensor) -> Tensor:
     return depth.clamp(0.001, 0.999).logit()
 
 
-def places(model: DINOCell, pairs: Sequence[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features (N, D) and depths (N,) of the finest grid, image by image."""
+def samples_of(model: DINOCell, pairs: Sequence[Pair]) -> list[tuple[NDArray, NDArray[np.uint32]]]:
+    """Images and labels, of many pixels the middles, as `adapt` predicts them."""
+    read = [read_pair(pair, **model.config.intensity) for pair in pairs]
+    return adaptation._middles(read, adaptation._MOST_PIXELS)
+
+
+def places(
+    model: DINOCell, samples: Sequence[tuple[NDArray, NDArray]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features (N, D) and depths (N,) of the finest grid, window by window."""
     patch = model.config.patch_size
-    for pair in pairs:
-        image, labels = read_pair(pair, **model.config.intensity)
-        height, width = (side - side % patch for side in image.shape)
-        tensor = torch.from_numpy(to_model_input(image[:height, :width].astype(np.float32)))[None]
-        if model.config.intensities == "compressed":
-            tensor = compress_intensities(tensor)
-        with torch.inference_mode():
-            features = joined(model.backbone(tensor))[0]
-        depth = labels_to_distance_map(labels[:height, :width], target=model.config.target)
-        factor = height // features.shape[-2]
-        small = functional.avg_pool2d(torch.from_numpy(depth)[None], factor)
-        yield features.flatten(1).T, small.flatten()
+    for image, labels in samples:
+        tensor = torch.from_numpy(to_model_input(image.astype(np.float32)))  # [3, H, W]
+        depth = torch.from_numpy(labels_to_distance_map(labels, target=model.config.target))
+        sides = [min(side - side % patch, model.config.window_px) for side in image.shape]
+        starts = [
+            np.linspace(0, whole - side, -(-whole // side)).astype(int).tolist()
+            for whole, side in zip(image.shape, sides, strict=True)
+        ]
+        for corner in product(*starts):
+            cut = tuple(slice(at, at + side) for at, side in zip(corner, sides, strict=True))
+            window = tensor[(slice(None), *cut)][None]
+            if model.config.intensities == "compressed":
+                window = compress_intensities(window)
+            with torch.inference_mode():
+                features = joined(model.backbone(window))[0]
+            small = functional.avg_pool2d(depth[cut][None], sides[0] // features.shape[-2])
+            yield features.flatten(1).T, small.flatten()
 
 
 def without_training(way: str, start: DINOCell, pairs: Sequence[Pair]) -> DINOCell:
     """The start with another decoder, and thresholds chosen on the same images."""
-    model = copy.deepcopy(start)
+    model, given = copy.deepcopy(start), samples_of(start, pairs)
     if way == "prototypes":
         sums: Tensor | float = 0.0
-        for features, depth in places(start, pairs):
+        for features, depth in places(start, given):
             layer = functional.one_hot(torch.bucketize(depth, torch.tensor(LAYERS)), 3).float()
             table = torch.cat([features, depth[:, None], torch.ones_like(depth)[:, None]], dim=1)
             sums = sums + layer.T @ table
@@ -165,7 +185,7 @@ def without_training(way: str, start: DINOCell, pairs: Sequence[Pair]) -> DINOCe
     else:
         gram: Tensor | float = 0.0
         right: Tensor | float = 0.0
-        for features, depth in places(start, pairs):
+        for features, depth in places(start, given):
             table = torch.cat([features, torch.ones_like(depth)[:, None]], dim=1).double()
             gram, right = (
                 gram + table.T @ table / len(table),
@@ -175,15 +195,29 @@ def without_training(way: str, start: DINOCell, pairs: Sequence[Pair]) -> DINOCe
         assert isinstance(right, Tensor)
         ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
         model.decoder = Readout(torch.linalg.solve(gram + ridge, right).float())
-    samples = []
-    for pair in pairs:
-        image, labels = read_pair(pair, **model.config.intensity)
-        samples.append((predict_distance_map(model, image), labels))
-    best = tune_thresholds(samples).thresholds
+    maps = [(predict_distance_map(model, image), labels) for image, labels in given]
+    best = tune_thresholds(maps).thresholds
     return with_config(model, **tuned_values(best))
 
 
 # --- with training ---
+
+
+def adapted(
+    options: argparse.Namespace, pairs: Sequence[Pair], folder: Path
+) -> tuple[DINOCell, dict[str, Any]]:
+    """What `dinocell adapt` makes, its choice and its steps."""
+    folder_of(pairs, folder)
+    out = folder / "adapted.safetensors"
+    result = adaptation.adapt(
+        folder / "images",
+        folder / "labels",
+        out,
+        start=options.start,
+        options=adaptation.AdaptOptions(minutes=options.minutes),
+        shown=False,
+    )
+    return load_model(out), {"chosen": result.chosen, "steps": result.steps}
 
 
 def trained(way: str, start: DINOCell, pairs: Sequence[Pair], steps: int) -> DINOCell:
@@ -198,7 +232,7 @@ def trained(way: str, start: DINOCell, pairs: Sequence[Pair], steps: int) -> DIN
     return with_config(model, **tuned_values(tuned))
 
 
-def reptile(start: DINOCell, sets: Sequence[Path]) -> DINOCell:
+def reptile(start: DINOCell, sets: Sequence[Path], steps: int) -> DINOCell:
     """A start from which a few steps on any of the data sets go far."""
     chance = np.random.default_rng(0)
     pairs = [
@@ -206,7 +240,7 @@ def reptile(start: DINOCell, sets: Sequence[Path]) -> DINOCell:
         for folder in sets
     ]
     model = copy.deepcopy(start)
-    for _ in range(META_STEPS):
+    for _ in range(steps):
         among = pairs[chance.integers(len(pairs))]
         chosen = [among[index] for index in chance.choice(len(among), META_IMAGES, replace=False)]
         options = adaptation.AdaptOptions(steps=META_INNER, seed=int(chance.integers(2**31)))
@@ -226,6 +260,47 @@ def reptile(start: DINOCell, sets: Sequence[Path]) -> DINOCell:
     return model
 
 
+# --- the table ---
+
+
+class Table:
+    """The rows of a result file, written at each new one."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.data, self.parts = options.data, options.parts
+        name = f"few_shot_{self.data.name}_{Path(options.start).stem}.json"
+        self.path = Path(__file__).parent / "results" / name
+        self.head = {"data": self.data.name, "start": Path(options.start).stem}
+        self.rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            self.rows = json.loads(self.path.read_text(encoding="utf-8"))["rows"]
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        self.behind = {
+            "minutes": options.minutes,
+            "commit": commit,
+            "processor": processor_name(),
+        }
+
+    def steps(self, images: int) -> int:
+        """Steps of `adapt` with as many images."""
+        found = (
+            row["steps"] for row in self.rows if (row["images"], row["way"]) == (images, "adapt")
+        )
+        return next(found, 100)
+
+    def add(self, row: dict[str, Any], model: DINOCell) -> None:
+        """Score a model; its row replaces that of the same images and way."""
+        row |= scores(model, self.data, self.parts) | self.behind
+        print(json.dumps(row), flush=True)
+        place = operator.itemgetter("images", "way")
+        self.rows = [row, *(other for other in self.rows if place(other) != place(row))]
+        self.rows.sort(key=lambda item: (item["images"], WAYS.index(item["way"])))
+        text = json.dumps(self.head | {"rows": self.rows}, indent=1)
+        self.path.write_text(text + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Make, score and write the models of all ways."""
     parser = argparse.ArgumentParser(description="Score ways to learn from a few images.")
@@ -234,64 +309,39 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[1, 5, 10, 50])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--meta", type=Path, nargs="+", default=[], help="data sets of `reptile`")
+    parser.add_argument("--meta-steps", type=int, default=150, help="outer steps of `reptile`")
+    parser.add_argument("--parts", nargs="+", choices=("val", "test"), default=("val", "test"))
     parser.add_argument("--minutes", type=float, default=adaptation.AdaptOptions().minutes)
     options = parser.parse_args()
-    start = load_model(options.start)
-    pairs = find_pairs(
-        options.data / "train" / "images", options.data / "train" / "labels", "images"
-    )
-    path = Path(__file__).parent / "results"
-    path /= f"few_shot_{options.data.name}_{Path(options.start).stem}.json"
-    head = {"data": options.data.name, "start": options.start, "meta": list(map(str, options.meta))}
-    rows: list[dict[str, Any]] = []
-
-    def add(row: dict[str, Any], model: DINOCell) -> None:
-        rows.append(row | scores(model, options.data))
-        print(json.dumps(rows[-1]), flush=True)
-        found = head | {"processor": processor_name(), "rows": rows}
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-    add({"images": 0, "way": "start"}, start)
-    meta = reptile(start, options.meta) if options.meta and "reptile" in options.ways else None
+    table, start = Table(options), load_model(options.start)
+    folder = options.data / "train"
+    pairs = find_pairs(folder / "images", folder / "labels", "images")
+    if "start" in options.ways:
+        table.add({"images": 0, "way": "start"}, start)
     torch.manual_seed(0)
-    starts = {"reptile": meta, "random": DINOCell(start.config)}
+    starts = {"random": DINOCell(start.config)}
+    if options.meta and "reptile" in options.ways:
+        starts["reptile"] = reptile(start, options.meta, options.meta_steps)
+    ways = [way for way in options.ways if way != "start" and (way != "reptile" or way in starts)]
     for count in sorted({min(count, len(pairs)) for count in options.images}):
-        few, steps = list(spread_evenly(pairs, count)), 0
+        few = list(spread_evenly(pairs, count))
         with tempfile.TemporaryDirectory() as temporary:
-            folder = folder_of(few, Path(temporary))
             halves = adaptation._several(few, start, temporary)
-            for way in options.ways:
-                began, chosen = time.monotonic(), way
+            for way in sorted(ways, key=WAYS.index):  # `adapt` first: it gives the number of steps
+                began = time.process_time()
+                row: dict[str, Any] = {"images": count, "way": way}
                 if way == "adapt":
-                    out = folder / "adapted.safetensors"
-                    how = adaptation.AdaptOptions(minutes=options.minutes)
-                    result = adaptation.adapt(
-                        folder / "images",
-                        folder / "labels",
-                        out,
-                        start=options.start,
-                        options=how,
-                        shown=False,
-                    )
-                    steps, chosen, model = result.steps, result.chosen, load_model(out)
+                    model, more = adapted(options, few, Path(temporary))
+                    row |= more
                 elif way in ("prototypes", "readout"):
                     model = without_training(way, start, few)
                 else:
-                    began_from = starts.get(way, start)
-                    if began_from is None:
-                        continue
-                    model = trained(way, began_from, halves, steps or 100)
-                seconds = round(time.monotonic() - began, 1)
-                add(
-                    {
-                        "images": count,
-                        "way": way,
-                        "chosen": chosen,
-                        "steps": steps,
-                        "seconds": seconds,
-                    },
-                    model,
-                )
+                    row["steps"] = table.steps(count) * (TRAININGS if way == "random" else 1)
+                    if way == "reptile":
+                        names = [folder.name for folder in options.meta]
+                        row |= {"meta": names, "meta_steps": options.meta_steps}
+                    model = trained(way, starts.get(way, start), halves, row["steps"])
+                table.add(row | {"processor_s": round(time.process_time() - began, 1)}, model)
 
 
 if __name__ == "__main__":
