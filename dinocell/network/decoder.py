@@ -142,11 +142,11 @@ def create_decoder(
     *,
     num_features: int = 4,
     image_channels: int = 0,
-    has_pyramid: bool = True,
+    widths: Sequence[int] | None = None,
 ) -> nn.Module:
     """The decoder called `name`: `unet`, `unet_wide`, `linear` or `detail`.
 
-    `has_pyramid` is False where the backbone is a pyramid already (`detail` only).
+    `widths` are the channels of a backbone that is a pyramid already (`detail` only).
 
     Raises ValueError (unknown name, or `image_channels` for a decoder without an image skip).
     """
@@ -160,7 +160,7 @@ def create_decoder(
         )
     if name == "detail":
         return DetailDecoder(
-            embed_dim, patch_size, num_features=num_features, has_pyramid=has_pyramid
+            embed_dim, patch_size, num_features=num_features, widths=widths
         )
     if name == "linear":
         return LinearDecoder(embed_dim, patch_size, num_features=num_features)
