@@ -159,9 +159,7 @@ def create_decoder(
             f"`image_channels` must be 0 for decoder {name}, got {image_channels}: use unet"
         )
     if name == "detail":
-        return DetailDecoder(
-            embed_dim, patch_size, num_features=num_features, widths=widths
-        )
+        return DetailDecoder(embed_dim, patch_size, num_features=num_features, widths=widths)
     if name == "linear":
         return LinearDecoder(embed_dim, patch_size, num_features=num_features)
     # `unet_wide` is as first drawn: four stages whatever the patch, skips at their full width.
