@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import "./corrections.js";
-import { add, neighbour, noteJob, watch } from "./jobs.js";
+import { add, drawJobs, neighbour, watch } from "./jobs.js";
 import "./keys.js";
 import { hovered } from "./result.js";
 import { $, guarded, page, say, view } from "./state.js";
@@ -36,13 +36,14 @@ document.addEventListener("drop", (event) => {
 
 async function start() {
   await guarded(async () => {
-    const [model] = await api.models();
+    const [[model], jobs] = await Promise.all([api.models(), api.jobs()]);
     $("model").textContent = model.device ? `${model.name} on ${model.device}` : model.name;
     $("drop").hidden = $("segmented").hidden = $("delete-job").hidden = !(page.takesImages = model.takes_images);
-    for (const job of (await api.jobs()).reverse()) {
-      noteJob(job);
+    for (const job of jobs.reverse()) {
+      page.jobs.set(job.id, job);
       if (job.state === "queued" || job.state === "running") watch(job.id, false);
     }
+    drawJobs();
     if (!page.asked) neighbour(1); // the newest one
     $("token-form").hidden = true;
     say("");
