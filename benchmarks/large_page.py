@@ -3,9 +3,10 @@
     python benchmarks/large_page.py                 # 20,000 x 20,000 px with 100,000 cells
     python benchmarks/large_page.py --channels 4    # and four channels, which are shown in colours
 
-A finished job is written by hand: 16-bit pixels, labels, no map.  Its channels all have the same pixels.  Chromium opens the page; then the mouse
-drags the picture and the wheel zooms for `--seconds`.  Measured are the time from the click to the first
-picture, the intervals between the frames that Chromium draws (`requestAnimationFrame`) while labels are
+A finished job is written by hand: 16-bit pixels, labels, no map.  Its channels all have the same pixels.
+When the service has loaded its model and Chromium has started, which both take all cores for seconds,
+Chromium opens the page; then the mouse drags the picture and the wheel zooms for `--seconds`.  Measured are
+the time from the address to the first picture, the intervals between the frames that Chromium draws (`requestAnimationFrame`) while labels are
 shown, once while the service measures the cells and once afterwards, and how long that takes.
 
 Writes a line to benchmarks/results/large_page.jsonl.  The load of the machine is part of it.
@@ -14,6 +15,7 @@ Writes a line to benchmarks/results/large_page.jsonl.  The load of the machine i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -22,6 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,8 +40,8 @@ _FRAMES = """
 _FIRST = """
 () => new Promise((done) => { const look = () => {
     const canvas = document.getElementById("canvas");
-    const [x, y] = [canvas.width >> 1, canvas.height >> 1];
-    const there = canvas.width > 1 && canvas.getContext("2d").getImageData(x - 40, y - 40, 80, 80).data.some((v) => v);
+    const [x, y] = [canvas?.width >> 1, canvas?.height >> 1];
+    const there = canvas?.width > 1 && canvas.getContext("2d").getImageData(x - 40, y - 40, 80, 80).data.some((v) => v);
     if (there) done(performance.now()); else requestAnimationFrame(look); };
     look(); })
 """
@@ -83,6 +87,14 @@ def make_job(folder: Path, side: int, num_cells: int, num_channels: int) -> None
     assert taken is not None
     queue.finish(taken, summary=summary)
     queue.close()
+
+
+def until_ready(address: str) -> None:
+    """Wait until the service has its model."""
+    for _ in range(600):
+        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(address):
+            return
+        time.sleep(0.1)
 
 
 def move(page, seconds: float) -> dict[str, float]:
@@ -132,9 +144,12 @@ def main() -> None:
         service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             assert "DINOCell is at" in service.stdout.readline()
+            until_ready("http://127.0.0.1:8765/health")
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1440, "height": 900})
-            row["load"] = os.getloadavg()[0]
+            page.goto("about:blank")
+            page.wait_for_timeout(4000)
+            row["load"], row["settled"] = os.getloadavg()[0], True
             page.goto("http://127.0.0.1:8765", wait_until="commit")
             row["first_picture_ms"] = round(page.evaluate(_FIRST))  # since the address was opened
             measured = time.monotonic()

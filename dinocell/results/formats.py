@@ -4,6 +4,7 @@ Every file or folder appears under its name when it is complete, and the same ce
 An image without cells gives a valid file without cells.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from dinocell.errors import MissingExtraError
 from dinocell.io import write_labels
 from dinocell.io.challenge import write_challenge_folder
 from dinocell.io.optional import library
@@ -153,3 +155,15 @@ def require_packages(formats: Iterable[str]) -> None:
     for name in formats:
         if (needs := EXPORT_FORMATS[name].needs) is not None:
             library(*needs)
+
+
+def missing_formats() -> dict[str, str]:
+    """Formats that need a package which is not installed, each with the sentence that says so."""
+    found = {}
+    for name, one in EXPORT_FORMATS.items():
+        if one.needs is not None and importlib.util.find_spec(one.needs[0]) is None:
+            try:
+                library(*one.needs)
+            except MissingExtraError as error:
+                found[name] = str(error)
+    return found

@@ -42,7 +42,7 @@ class ReportEntry:
     warnings : sentences
     summary : see `dinocell.results.measure.summarize`
     files : kind → file to link to
-    areas_by_unit : unit ("µm²", "px") → areas of all cells
+    areas_by_unit : unit ("µm²", "px²") → areas of all cells
     columns : name → the first rows of a column of the table
     num_rows : rows of the whole table
     pictures : as `embedded_pictures` returns them
@@ -60,8 +60,8 @@ class ReportEntry:
 
     @property
     def area_unit(self) -> str:
-        """µm² where known, else px."""
-        return "µm²" if "µm²" in self.areas_by_unit else "px"
+        """µm² where known, else px²."""
+        return "µm²" if "µm²" in self.areas_by_unit else "px²"
 
     @property
     def areas(self) -> NDArray[np.float64]:
@@ -89,7 +89,7 @@ def make_entry(
     num_images : of the page, on which the size of the pictures depends
     """
     areas = {}
-    for unit, column in (("µm²", "area_um2"), ("px", "area")):
+    for unit, column in (("µm²", "area_um2"), ("px²", "area")):
         if column in columns:
             values = np.asarray(columns[column], dtype=np.float64)
             areas[unit] = values[np.isfinite(values)]
@@ -193,10 +193,10 @@ def _problems(entries: Sequence[ReportEntry]) -> list[dict[str, Any]]:
 def _all_areas(entries: Sequence[ReportEntry]) -> tuple[NDArray[np.float64], str]:
     """Areas of all cells in one unit: µm² where every image has it, else pixels; none if they differ."""
     filled = [entry.areas_by_unit for entry in entries if len(entry.areas)]
-    for unit in ("µm²", "px"):
+    for unit in ("µm²", "px²"):
         if filled and all(unit in areas for areas in filled):
             return np.concatenate([areas[unit] for areas in filled]), unit
-    return np.zeros(0), "px"
+    return np.zeros(0), "px²"
 
 
 def _overview(entries: Sequence[ReportEntry]) -> dict[str, Any]:

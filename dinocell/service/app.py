@@ -17,7 +17,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from dinocell import __version__
-from dinocell.errors import DINOCellError, UsageError
+from dinocell.errors import DINOCellError, MissingExtraError, UsageError
 from dinocell.service.download import download_routes
 from dinocell.service.guard import Guard, problem
 from dinocell.service.history import ChangedError
@@ -151,6 +151,8 @@ def _handle_errors(app: FastAPI) -> None:
         for kind, status in ((ChangedError, 409), (BusyError, 409), (ForbiddenError, 403)):
             if isinstance(error, kind):
                 return _answer(status, str(error))
+        if isinstance(error, MissingExtraError):
+            return _answer(501, str(error))
         return _answer(422 if isinstance(error, UsageError) else 500, str(error))
 
     @app.exception_handler(OSError)

@@ -11,6 +11,7 @@ from fastapi import Form, UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
 from dinocell.io.planes import channel_of
+from dinocell.results.formats import missing_formats
 from dinocell.service.queue import Job
 from dinocell.service.stored import Change
 
@@ -128,6 +129,10 @@ class ModelInfo(BaseModel):
     )
     takes_images: bool = Field(
         True, description="Whether new images are segmented; a page of results takes none."
+    )
+    missing_formats: dict[str, str] = Field(
+        default_factory=missing_formats,
+        description="Formats that cannot be written, because a package is not installed; and what to do.",
     )
     peak_threshold: float
     fill_threshold: float

@@ -1,6 +1,7 @@
 """What the page builds its picture of: channels, and parts of large images and labels at several scales."""
 
 import zlib
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from dinocell.errors import UsageError
 from dinocell.service.history import TOUCHED
-from dinocell.service.routes import PROBLEMS, Channel, Result, npy_bytes
+from dinocell.service.routes import PROBLEMS, Result, npy_bytes
 from dinocell.service.schemas import ChannelInfo
 
 TILE_PX = 512
@@ -18,6 +19,10 @@ TILE_PX = 512
 tile_routes = APIRouter(responses=PROBLEMS)
 Place = Annotated[int, Query(ge=0, le=2**16)]
 Level = Annotated[int, Query(ge=0, le=16, description="Every 2**level-th pixel is sent.")]
+Channels = Annotated[
+    Sequence[Annotated[int, Query(ge=0, le=9999)]],
+    Query(max_length=1000, description="Channels of the file, in place of that plane."),
+]
 _BINARY: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {}}, "description": "A numpy file (npy)."}
 }
@@ -46,10 +51,10 @@ def tile_of(pixels: NDArray, level: int, row: int, column: int) -> NDArray:
     return np.ascontiguousarray(pixels[rows, column * size : (column + 1) * size : step])
 
 
-def _packed(tile: NDArray, **more: str) -> Response:
-    """A numpy file, compressed on its way."""
+def _packed(*tiles: NDArray, **more: str) -> Response:
+    """A numpy file for each tile, one after the other, compressed on their way."""
     headers = {"cache-control": "no-store", "content-encoding": "deflate", **more}
-    body = zlib.compress(npy_bytes(tile), 1)
+    body = zlib.compress(b"".join(map(npy_bytes, tiles)), 1)
     return Response(body, media_type="application/octet-stream", headers=headers)
 
 
@@ -66,10 +71,11 @@ def get_channels(result: Result) -> list[ChannelInfo]:
     response_class=Response,
 )
 def get_image_tile(
-    result: Result, level: Level, row: Place, column: Place, channel: Channel = None
+    result: Result, level: Level, row: Place, column: Place, channel: Channels = ()
 ) -> Response:
-    """At most 512 × 512 pixels, as in `image`."""
-    return _packed(tile_of(result.stored_pixels(channel), level, row, column))
+    """At most 512 × 512 pixels, as in `image`; of several channels one numpy file after the other."""
+    planes = map(result.stored_pixels, channel or (None,))
+    return _packed(*(tile_of(plane, level, row, column) for plane in planes))
 
 
 @tile_routes.get(

@@ -219,8 +219,9 @@ class _Adaptation:
         self.folds = order[::2].tolist(), order[1::2].tolist()
         if not all(sum(cells[index] for index in fold) for fold in self.folds):
             raise DataSetError(
-                f"Labelled images must show cells in both halves of the images, got {cells} cells in "
-                f"{len(cells)} images: label more cells or images"
+                "Half of the images (of one image, half of it) tests what was learned from the others, so "
+                f"both must show labelled cells, got {cells} cells in {len(cells)} parts: label all cells "
+                "of one more image"
             )
 
     def result(self, path: Path) -> tuple[AdaptResult, DINOCell]:

@@ -57,8 +57,14 @@ export const channels = (id) => json(`/jobs/${id}/channels`);
 export const image = (id, channel) => npy(`/jobs/${id}/image${channel === null ? "" : `?channel=${channel}`}`);
 export const labels = (id) => npy(`/jobs/${id}/labels/npy`);
 const place = (level, row, column) => `tile?level=${level}&row=${row}&column=${column}`;
-export const imageTile = (id, level, row, column, channel) =>
-  npy(`/jobs/${id}/image/${place(level, row, column)}${channel === null ? "" : `&channel=${channel}`}`);
+// The pixels of a tile in each of some channels; null is the gray plane, which comes alone.
+export async function imageTile(id, level, row, column, channels) {
+  const chosen = channels.filter((one) => one !== null).map((one) => `&channel=${one}`);
+  const answer = await ask(`/jobs/${id}/image/${place(level, row, column)}${chosen.join("")}`);
+  const buffer = await answer.arrayBuffer(), found = [];
+  for (let at = 0; at < buffer.byteLength; at = found.at(-1).end) found.push(parseNpy(buffer, at));
+  return found.map(({ data }) => data);
+}
 
 export async function labelsTile(id, level, row, column) {
   const answer = await ask(`/jobs/${id}/labels/${place(level, row, column)}`);
@@ -140,19 +146,20 @@ export async function follow(id, hear) {
   }
 }
 
-export function parseNpy(buffer) {
-  const view = new DataView(buffer);
+// The numpy file that begins `at` a byte; `end` is the byte after it.
+export function parseNpy(buffer, at = 0) {
+  const view = new DataView(buffer, at);
   const long = view.getUint8(6) > 1;
   const length = long ? view.getUint32(8, true) : view.getUint16(8, true);
-  const start = (long ? 12 : 10) + length;
+  const start = at + (long ? 12 : 10) + length;
   const header = new TextDecoder("latin1").decode(new Uint8Array(buffer, start - length, length));
   const type = /'descr': '([^']+)'/.exec(header)[1];
   const shape = /'shape': \(([^)]*)\)/.exec(header)[1].split(",").filter((s) => s.trim()).map(Number);
   if (!TYPES[type] || /'fortran_order': True/.test(header)) {
     throw new Problem(0, `Pixels of type ${type} cannot be shown`);
   }
-  const bytes = TYPES[type].BYTES_PER_ELEMENT;
-  const data = start % bytes ? new TYPES[type](buffer.slice(start)) : new TYPES[type](buffer, start);
+  const bytes = TYPES[type].BYTES_PER_ELEMENT, count = shape.reduce((a, b) => a * b, 1), end = start + count * bytes;
+  const data = start % bytes ? new TYPES[type](buffer.slice(start, end)) : new TYPES[type](buffer, start, count);
   const whole = type.endsWith("8") && type !== "<f8" ? Float64Array.from(data, Number) : data;
-  return { data: whole, shape };
+  return { data: whole, shape, end };
 }

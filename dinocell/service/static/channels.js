@@ -26,7 +26,7 @@ function keep() {
 }
 
 // The gray plane and the channels of an image, with the pixels of those that are drawn; `fetch` gets the
-// pixels of a layer.  Channels that cannot be read are a `problem`, and the gray plane is drawn.
+// pixels of layers.  Channels that cannot be read are a `problem`, and the gray plane is drawn.
 export async function layersOf(id, fetch) {
   const listed = await api.channels(id);
   const set = setOf(listed);
@@ -40,14 +40,13 @@ export async function layersOf(id, fetch) {
     Object.assign(layer, { visible, colour });
   }
   const opened = { layers, choice: chosen, problem: "" };
-  opened.fetch = async (layer) => {
-    await fetch(layer);
-    layer.byHand = chosen.layers[keyOf(layer)]?.windows[layer.type] || null;
+  opened.fetch = async (...wanted) => {
+    await fetch(wanted);
+    for (const layer of wanted) layer.byHand = chosen.layers[keyOf(layer)]?.windows[layer.type] || null;
   };
   try {
     const wanted = plane.visible ? [plane] : channels.filter((one) => one.visible);
-    // One after the other: others who use the server wait less.
-    for (const layer of wanted) await opened.fetch(layer);
+    if (wanted.length) await opened.fetch(...wanted);
   } catch (error) {
     if (plane.visible || !error.status) throw error;
     opened.problem = error.message;

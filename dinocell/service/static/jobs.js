@@ -10,6 +10,7 @@ const LARGE = 16 * 2 ** 20; // bytes; such files come in parts
 
 export async function add(files) {
   const channels = $("upload-channels").value.split(",").map((name) => name.trim()).filter(Boolean);
+  $("upload-channels").value = ""; // the next images may be gray
   for (const file of files) {
     for (;;) {
       try {
@@ -18,7 +19,7 @@ export async function add(files) {
         if (!job) break; // cancelled
         noteJob(job);
         watch(job.id, true);
-        say("");
+        say(channels.length ? `${file.name} is segmented by ${channels.join(", ")}; name the channels of other images again` : "");
         break;
       } catch (error) {
         if (error.status !== 429) {

@@ -43,7 +43,11 @@ function noteOf(state) {
       : `Tested on ${state.held_out}, which was not learned from. Keep the new model if it is better.`;
   }
   const count = `${images} ${images === 1 ? "image is" : "images are"} corrected`;
-  if (images < needed) return `${count}; ${needed} are needed: one or more to learn from, and one to test on.`;
+  if (images < needed) {
+    const more = needed - images, are = images === 1 ? "one is" : `${images} are`;
+    return `Correct all cells of ${more} ${images ? "more " : ""}${more === 1 ? "image" : "images"}, then press Learn: ` +
+      `it learns from all but the last one, which tests the result (so far ${images ? are : "none is"} corrected).`;
+  }
   const advice = "The one that you corrected last tests the result. What is wrong in the others is learned, too.";
   return state.note ? `${state.note}. ${count}.` : `${count}. ${advice}`;
 }

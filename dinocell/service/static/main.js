@@ -4,7 +4,7 @@ import * as api from "./api.js";
 import "./corrections.js";
 import { add, drawJobs, neighbour, watch } from "./jobs.js";
 import "./keys.js";
-import { hovered } from "./result.js";
+import { greyOut, hovered } from "./result.js";
 import { $, guarded, page, say, view } from "./state.js";
 
 view.onHover = hovered;
@@ -38,6 +38,7 @@ async function start() {
   await guarded(async () => {
     const [[model], jobs] = await Promise.all([api.models(), api.jobs()]);
     $("model").textContent = model.device ? `${model.name} on ${model.device}` : model.name;
+    greyOut(model.missing_formats);
     $("drop").hidden = $("segmented").hidden = $("delete-job").hidden = !(page.takesImages = model.takes_images);
     for (const job of jobs.reverse()) {
       page.jobs.set(job.id, job);

@@ -27,9 +27,12 @@ export async function openJob(id) {
       await openTiles(id, job, height, width);
       return;
     }
-    const fetch = async (layer) => {
-      layer.pixels = (await api.image(id, layer.channel)).data;
-      layer.learn(layer.pixels);
+    const fetch = async (layers) => {
+      // One after the other: others who use the server wait less.
+      for (const layer of layers) {
+        layer.pixels = (await api.image(id, layer.channel)).data;
+        layer.learn(layer.pixels);
+      }
     };
     const [opened, state] = await Promise.all([layersOf(id, fetch), loaded(id)]);
     if (page.asked !== id) return;
@@ -44,10 +47,14 @@ export async function openJob(id) {
 // The picture first; measurements follow when the service has them.
 async function openTiles(id, job, height, width) {
   const tiles = new Tiles(id, height, width, () => view.shown(), () => view.draw());
-  const opened = await layersOf(id, async (layer) => layer.learn(await tiles.whole(layer)));
+  const opened = await layersOf(id, async (layers) => {
+    (await tiles.whole(layers)).forEach((pixels, k) => layers[k].learn(pixels));
+  });
   if (page.asked !== id) return;
   page.open = { id, height, width, tiles, touched: new Set(), ...opened };
   show(job);
+  await nextFrame();
+  if (page.asked !== id) return;
   tiles.fetchLabels(tiles.top, 0, 0).catch((error) => console.error(error));
   say("The cells of a large image are being measured; you can look at it meanwhile");
   const cells = await api.cells(id), state = stateOf(await api.revision(id));
@@ -59,6 +66,14 @@ async function openTiles(id, job, height, width) {
   if (cells.revision !== state.revision) cellsSoon();
   showLearning();
   say("");
+}
+
+// After the next frame, or soon where none is drawn, as in a hidden page.
+function nextFrame() {
+  return new Promise((done) => {
+    requestAnimationFrame(() => setTimeout(done));
+    setTimeout(done, 500);
+  });
 }
 
 function show(job) {
@@ -249,7 +264,7 @@ function showThresholds({ peak_threshold, fill_threshold, min_area_px }) {
   if (wanted) return; // the slider is ahead
   for (const [id, value] of [["peak", peak_threshold], ["fill", fill_threshold], ["area", min_area_px]]) {
     $(id).value = value;
-    $(`${id}-value`).textContent = id === "area" ? `${value} px` : Number(value).toFixed(2);
+    $(`${id}-value`).textContent = id === "area" ? `${value} px²` : Number(value).toFixed(2);
   }
 }
 
@@ -292,6 +307,14 @@ export function endMovement() {
   relabelled = 0;
 }
 
+// Formats that the service cannot write, each with the reason.
+export function greyOut(missing) {
+  for (const button of $("downloads").children) {
+    button.disabled = button.value in missing;
+    button.title = missing[button.value] || "";
+  }
+}
+
 // --- wiring ---
 
 // Show the rows that the filter asks for.
@@ -328,6 +351,6 @@ $("delete-job").addEventListener("click", () => guarded(async () => {
 }));
 for (const [kind, text] of Object.entries(KINDS)) {
   const button = $("downloads").appendChild(element("button", text));
-  button.type = "button";
+  Object.assign(button, { type: "button", value: kind });
   button.addEventListener("click", () => guarded(() => inTurn(() => api.download(page.open.id, kind))));
 }

@@ -20,11 +20,12 @@ export class Tiles {
     this.frame = 0;
   }
 
-  // The pixels of a layer in the whole image at its smallest scale.
-  async whole({ channel }) {
-    const { data } = await api.imageTile(this.id, this.top, 0, 0, channel);
-    this.put(this.top, 0, 0, channel, data);
-    return data;
+  // The pixels of layers in the whole image at its smallest scale.
+  async whole(layers) {
+    const channels = layers.map(({ channel }) => channel);
+    const found = await api.imageTile(this.id, this.top, 0, 0, channels);
+    channels.forEach((channel, k) => this.put(this.top, 0, 0, channel, found[k]));
+    return found;
   }
 
   close() {
@@ -58,9 +59,9 @@ export class Tiles {
     this.loading.add(key);
     try {
       const channels = this.lacks([level, row, column]).filter((part) => part !== "labels");
-      const found = await Promise.all(channels.map((one) => api.imageTile(this.id, level, row, column, one)));
+      const found = channels.length ? await api.imageTile(this.id, level, row, column, channels) : [];
       if (this.closed) return;
-      channels.forEach((channel, k) => this.put(level, row, column, channel, found[k].data));
+      channels.forEach((channel, k) => this.put(level, row, column, channel, found[k]));
       this.changed();
       if (!this.tiles.get(key)?.parts.has("labels")) await this.fetchLabels(level, row, column);
     } catch (error) {

@@ -275,7 +275,7 @@ def test_histogram_holds_every_cell_once(tmp_path):
     parsed = page(tmp_path, [entry_of_table({"label": np.arange(401), "area": areas})])
     assert sum(histogram_counts(parsed)) == 401
     caption = parsed.text("figcaption")
-    assert f"median {np.median(areas):.4g} px" in caption
+    assert f"median {np.median(areas):.4g} px²" in caption
     beyond = int(re.search(r"the last bar holds (\d+) larger", caption)[1])
     assert 1 <= beyond <= 4
     assert histogram_counts(parsed)[-1] >= beyond

@@ -82,6 +82,11 @@ def test_every_channel_of_the_file_can_be_looked_at(client, tmp_path):
         assert (found == pixels[..., channel]).all()
         tile = client.get(f"{base}/image/tile", params={**place, "channel": channel})
         assert (array_of(tile) == pixels[::2, ::2, channel]).all()
+    several = client.get(f"{base}/image/tile", params={**place, "channel": [2, 0]})
+    files = io.BytesIO(several.content)
+    for channel in (2, 0):
+        assert (np.load(files) == pixels[::2, ::2, channel]).all()
+    assert files.read() == b""
     for path in ("image", "image/tile"):
         refused(client.get(f"{base}/{path}", params={**place, "channel": 4}), 422, "0 to 3 (DNA, ")
     refused(client.get(f"{base}/image", params={"channel": -1}), 422, "`channel` must be at least")

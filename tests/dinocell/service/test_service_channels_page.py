@@ -64,6 +64,7 @@ def test_channels_have_colours_windows_and_keys(browser, address, tmp_path):  # 
     from playwright.sync_api import expect
 
     page = without_labels(browser, address, [two_channels(tmp_path / "a.tif")])
+    expect(page.locator("#upload-channels")).to_have_value("")  # the next image may be gray
     for place, colour in ((DNA, BLUE), (ER, GREEN), (BACK, BLACK)):
         sees(page, colour, place)
     page.mouse.move(*Pointer(page, SHAPE).at(*ER))
@@ -180,9 +181,8 @@ def test_a_colour_picture_is_shown_as_it_is(browser, address, data_dir, tmp_path
     sees(page, (0, level[1], level[2]), (row, column), (256, 256))
 
 
-def test_channels_of_a_large_image_come_in_tiles(browser, address):  # noqa: F811
-    from playwright.sync_api import expect
-
+def add_large(address, second_shown):  # noqa: F811
+    """A finished job of a large image with two channels: what is in a cell, and what is in none."""
     side = 6000
     labels = add_finished(address.service, side=side, spacing=400)
     (job,) = address.service.queue.newest(1)
@@ -192,9 +192,32 @@ def test_channels_of_a_large_image_come_in_tiles(browser, address):  # noqa: F81
     about = json.loads((folder / "about.json").read_text())
     about["channels"] = [
         {"name": "cells", "colour": "#ff0000", "shown": True},
-        {"name": "gaps", "colour": "#00ff00", "shown": False},
+        {"name": "gaps", "colour": "#00ff00", "shown": second_shown},
     ]
     (folder / "about.json").write_text(json.dumps(about))
+    return labels
+
+
+def test_channels_of_a_large_image_come_in_one_request_for_a_tile(browser, address):  # noqa: F811
+    labels = add_large(address, second_shown=True)
+    page = browser.new_page()
+    page.set_viewport_size({"width": 1440, "height": 900})
+    asked = []
+    page.on("request", lambda request: "/image/tile" in request.url and asked.append(request.url))
+    page.goto(address)
+    page.locator("#panel:not([hidden])").wait_for()
+    hide_labels(page)
+    sees(page, (255, 0, 0), (5700, 5700), labels.shape)
+    sees(page, GREEN, (5900, 5900), labels.shape)
+    assert asked
+    assert all(url.endswith("&channel=0&channel=1") for url in asked)
+    assert len(asked) == len(set(asked))
+
+
+def test_channels_of_a_large_image_come_in_tiles(browser, address):  # noqa: F811
+    from playwright.sync_api import expect
+
+    labels = add_large(address, second_shown=False)
     page = browser.new_page()
     page.set_viewport_size({"width": 1440, "height": 900})
     page.goto(address)

@@ -6,6 +6,7 @@ import asyncio
 import csv
 import io
 import shutil
+import sys
 import zipfile
 
 import numpy as np
@@ -133,3 +134,16 @@ def test_a_large_file_comes_in_blocks(start):
 
     found = asyncio.run(sizes())
     assert max(found) < 2.2 * 2**20 < sum(found)
+
+
+def test_a_format_without_its_package_says_what_to_install(client, picture, monkeypatch):
+    job = upload(client, picture).json()["job"]
+    assert client.get("/api/v1/models").json()[0]["missing_formats"] == {}
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    answer = client.get(f"/api/v1/jobs/{job}/result/parquet")
+    assert (answer.status_code, answer.json()["title"]) == (501, "Not Implemented")
+    assert answer.headers["content-type"] == "application/problem+json"
+    sentence = answer.json()["detail"]
+    assert "Parquet files need the package pyarrow" in sentence
+    assert client.get("/api/v1/models").json()[0]["missing_formats"] == {"parquet": sentence}
+    assert client.get(f"/api/v1/jobs/{job}/result/csv").status_code == 200

@@ -6,6 +6,7 @@ import io
 import re
 import shutil
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -54,6 +55,8 @@ def test_the_page_is_served_under_a_strict_policy(client):
         for name in re.findall(r'(?:from|import) "\./(\w+\.js)"', path.read_text())
     }
     assert modules | {"main.js"} == {path.name for path in STATIC.glob("*.js")}
+    preloaded = set(re.findall(r'rel="modulepreload" href="/static/([^"]+)"', page.text))
+    assert preloaded == modules  # else each module waits for those that import it
     assert client.get("/static/../queue.py").status_code == 404
 
 
@@ -442,13 +445,27 @@ def test_axe_finds_no_serious_fault(browser, address, tmp_path, scheme):
     page.keyboard.press("?")
     for part in ("Plot", "Table", "Improve"):
         page.locator("summary", has_text=part).click()
-    page.locator("#learn-note", has_text="corrected").wait_for()
+    page.locator(
+        "#learn-note", has_text="Correct all cells of 2 images, then press Learn"
+    ).wait_for()
     faults = [
         f"{fault['id']}: {[node['html'] for node in fault['nodes']]}"
         for fault in Axe().run(page).response["violations"]
         if fault["impact"] in ("serious", "critical")
     ]
     assert faults == []
+
+
+@pytest.mark.slow
+def test_the_page_offers_no_format_that_cannot_be_written(browser, address, tmp_path, monkeypatch):
+    from playwright.sync_api import expect
+
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    page = opened(browser, address, [noise(tmp_path / "field.tif", 1)])
+    button = page.get_by_role("button", name="Table (Parquet)")
+    expect(button).to_be_disabled()
+    assert "pip install '.[tables]'" in button.get_attribute("title")
+    expect(page.get_by_role("button", name="Table (CSV)")).to_be_enabled()
 
 
 @pytest.mark.slow

@@ -247,7 +247,7 @@ def test_wrong_inputs_leave_nothing(start, blob_data, tmp_path, capsys):
     for name in "ab":
         write_image(tmp_path / "images" / f"{name}.png", image)
         write_labels(tmp_path / "labels" / f"{name}.png", np.zeros((64, 64), np.uint16))
-    with pytest.raises(DataSetError, match="must show cells in both halves"):
+    with pytest.raises(DataSetError, match="label all cells of one more image"):
         adapted(tmp_path, start, tmp_path / "mine.safetensors")
     call = ["adapt", str(tmp_path / "images"), str(tmp_path / "none"), "-m", str(start)]
     with pytest.raises(SystemExit) as left:
