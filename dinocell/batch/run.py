@@ -225,7 +225,7 @@ def _segment_claimed(units: Sequence[Unit], batch: "_Batch", *, shown: bool) -> 
     some = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
     note = f"segmented again, because files have changed: {some}"
     failures = [(unit.path, sentence) for unit, sentence in batch.failures]
-    notes = (*plate_notes(units), *([note] if changed else ()))
+    notes = (*plate_notes(units, options.plate), *([note] if changed else ()))
     return BatchResult(out, ordered, failures, len(done), 0.0, notes)
 
 

@@ -18,7 +18,7 @@ from dinocell.io import describe_image
 from dinocell.io.channel_files import ChannelFiles
 from dinocell.io.ome_zarr import fields_of_plate
 from dinocell.io.planes import Selection, channel_positions, takes_all
-from dinocell.io.plates import place_notes, places_of
+from dinocell.io.plates import place_notes, places_of, unread_plate
 from dinocell.io.s3 import S3Path, place_of
 from dinocell.io.stacks import choose
 from dinocell.pairs import is_zarr
@@ -246,6 +246,8 @@ def _planes(unit: Unit, options: SegmentOptions) -> Iterator[Unit]:
         yield replace(unit, error=str(error))
 
 
-def plate_notes(units: Sequence[Unit]) -> list[str]:
-    """What a careful user should know of the plates of a batch: see `dinocell.io.plates.place_notes`."""
+def plate_notes(units: Sequence[Unit], plate: str) -> list[str]:
+    """What a careful user should know of the plates of a batch, see `dinocell.io.plates`; `plate` is the option."""
+    if plate == "auto" and not any("well" in unit.place for unit in units):
+        return list(filter(None, [unread_plate([unit.path for unit in units])]))
     return place_notes([dict(unit.place) for unit in units], [unit.name for unit in units])

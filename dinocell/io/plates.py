@@ -68,6 +68,28 @@ def places_of(paths: Sequence[Path], plate: str = "auto") -> list[Place]:
     return [_matched(_compiled(plate), path) for path in paths]
 
 
+def unread_plate(paths: Sequence[Path]) -> str:
+    """A sentence where names of a plate with a file for each channel lie among others; else empty.
+
+    `auto` reads no place from such names, because not all of them fit.
+    """
+    for layout in _AUTO:
+        found = {path: _matched(re.compile(LAYOUTS[layout]), path) for path in paths}
+        channels: dict[Any, set[str]] = {}
+        for place in filter(None, found.values()):
+            field = tuple((name, value) for name, value in place.items() if name != "channel")
+            channels.setdefault(field, set()).add(place.get("channel", ""))
+        most = max(channels.values(), key=len, default=set())
+        others = [path for path, place in found.items() if not place]
+        if len(most) > 1 and others:
+            return (
+                f"{len(paths) - len(others)} of {len(paths)} names are those of {layout}, with a file for each "
+                f"of the channels {', '.join(sorted(most))}, and each file was segmented alone, because others "
+                f"such as {others[0].name} do not fit: set `plate` to {layout} and name `channels`"
+            )
+    return ""
+
+
 def _compiled(text: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(text)

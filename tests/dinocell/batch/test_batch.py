@@ -482,6 +482,17 @@ def test_names_that_are_no_utf8_end_no_batch(images, tmp_path, mini_model, capsy
     assert result.skipped == 1
 
 
+def test_channels_that_are_segmented_alone_are_noted(images, tmp_path, mini_model):
+    (tmp_path / "plate").mkdir()
+    for name in ("r01c01f01p01-ch1sk1fk1fl1", "r01c01f01p01-ch2sk1fk1fl1", "overview"):
+        (tmp_path / "plate" / f"{name}.tif").write_bytes(images[0].read_bytes())
+    files = find_images([tmp_path / "plate"])
+    (note,) = run(files, tmp_path / "out", mini_model).notes
+    assert note.startswith("2 of 3 names are those of operetta")
+    assert note.endswith("set `plate` to operetta and name `channels`")
+    assert run(files, tmp_path / "off", mini_model, plate="off").notes == ()
+
+
 def test_a_name_too_long_for_its_outputs_is_refused_before_any_is_written(
     images, tmp_path, mini_model
 ):

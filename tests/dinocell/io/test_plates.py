@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dinocell.errors import UsageError
-from dinocell.io.plates import place_notes, places_of, row_letters
+from dinocell.io.plates import place_notes, places_of, row_letters, unread_plate
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,19 @@ def test_csv(tmp_path):
 def test_wrong_layouts(text):
     with pytest.raises(UsageError, match="`plate` must be"):
         places_of([Path("a.tif")], text)
+
+
+def test_a_plate_among_other_files_is_noted():
+    plate = [Path(f"r01c01f0{f}p01-ch{c}sk1fk1fl1.tiff") for f in (1, 2) for c in (1, 2)]
+    note = unread_plate([*plate, Path("overview.tif")])
+    assert note == (
+        "4 of 5 names are those of operetta, with a file for each of the channels 1, 2, and each file was "
+        "segmented alone, because others such as overview.tif do not fit: set `plate` to operetta and name "
+        "`channels`"
+    )
+    assert unread_plate([plate[0], plate[2], Path("overview.tif")]) == ""  # one channel
+    assert unread_plate(plate) == ""  # which `auto` reads
+    assert unread_plate([Path("a.tif"), Path("b.tif")]) == ""
 
 
 def test_notes_on_doubles_holes_and_strangers():
