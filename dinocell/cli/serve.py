@@ -50,8 +50,8 @@ class ServiceFlags:
         10.0,
     )
     read_from: list[str] | None = option(
-        "Read images by their path, too, if they are in this folder or below this address on S3; repeat the "
-        "option for several. Everybody who can use the service can then read all images there.",
+        "Read images by their path, too, if they are in this folder or below this address on S3 or the web; "
+        "repeat the option for several. Everybody who can use the service can then read all images there.",
         names="--read-from",
     )
     wandb: str | None = option(

@@ -30,6 +30,7 @@ from dinocell.service.routes import api, open_routes
 from dinocell.service.service import Service
 from dinocell.service.tiles import tile_routes
 from dinocell.service.uploads import BusyError
+from dinocell.service.web import WebError
 
 STATIC = Path(__file__).parent / "static"
 _RETRY_AFTER_S = 5
@@ -151,6 +152,8 @@ def _handle_errors(app: FastAPI) -> None:
         for kind, status in ((ChangedError, 409), (BusyError, 409), (ForbiddenError, 403)):
             if isinstance(error, kind):
                 return _answer(status, str(error))
+        if isinstance(error, WebError):
+            return _answer(error.status, str(error))
         if isinstance(error, MissingExtraError):
             return _answer(501, str(error))
         return _answer(422 if isinstance(error, UsageError) else 500, str(error))

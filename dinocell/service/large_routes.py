@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -9,12 +10,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from dinocell.service.queue import Job
-from dinocell.service.reading import readable
+from dinocell.service.reading import is_web, readable
 from dinocell.service.routes import BODY_OF_BYTES, IN_TURN, PROBLEMS, queued, refuse_if_viewing
 from dinocell.service.schemas import JobInfo, JobOfPath, UploadInfo, UploadRequest
 from dinocell.service.service import Service
 from dinocell.service.stored import safe_name, stored_name
 from dinocell.service.uploads import Upload
+from dinocell.service.web import allowed, fetch
 
 _LONGEST_PAUSE_S = 30.0  # between two blocks of a part; a connection may be lost without a sign
 
@@ -41,9 +43,18 @@ def _info(upload: Upload) -> UploadInfo:
     "/jobs/path", status_code=202, summary="Queue an image of the service's computer"
 )
 def create_job_of_path(request: Request, response: Response, form: JobOfPath) -> JobInfo:
-    """Only below the folders that `serve` was started with; the file is read where it is."""
+    """Only below the places that `serve` was started with; a file is read where it is, or fetched from the web."""
     service: Service = request.app.state.service
     refuse_if_viewing(service)
+    if is_web(form.path):
+        address = allowed(form.path, service.web)
+
+        def write(target: Path) -> None:
+            fetch(address, service.web, target, service.options.max_mb)
+
+        name = address.parts[-1]
+        job = service.enqueue(name, stored_name(name), form.options(), write)
+        return queued(response, service, job)
     path = readable(form.path, service.readable)
     job = service.enqueue(path.name, str(path), form.options(), lambda upload: None)
     return queued(response, service, job)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dinocell.errors import MissingExtraError, UsageError
 from dinocell.service.reading import places_to_read
+from dinocell.service.web import web_places
 
 MIN_TOKEN = 16
 """Characters of a token: short ones can be guessed."""
@@ -31,7 +32,7 @@ class ServiceOptions:
     keep_hours, keep_gb : finished jobs are deleted after so long, the oldest first if all need more;
         uploads that wait may need as much, and unfinished ones are deleted after so long
     wandb, wandb_seconds : project at Weights & Biases that gets the figures, and how often; None: none does
-    read_from : folders, and addresses on S3, below which images may be read by their path
+    read_from : folders, and addresses on S3 and the web, below which images may be read by their path
     """
 
     jobs: Path = Path("dinocell_jobs")
@@ -73,6 +74,7 @@ def check_service(options: ServiceOptions) -> None:
     for fault in _faults(options):
         raise UsageError(fault)
     places_to_read(options.read_from)
+    web_places(options.read_from)
     if options.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise MissingExtraError(
             "`wandb` needs the package wandb, which is not installed: run pip install '.[wandb]' in the "

@@ -20,13 +20,20 @@ class ForbiddenError(DINOCellError):
     """A path leads out of the places that may be read."""
 
 
+def is_web(text: str) -> bool:
+    """Whether a place is an address on the web, see `dinocell.service.web`."""
+    return text.lower().startswith(("http://", "https://"))
+
+
 def places_to_read(given: Iterable[str]) -> tuple[Path, ...]:
-    """The folders with their links followed, and the addresses on S3.
+    """The folders with their links followed, and the addresses on S3; those on the web are left out.
 
     Raises UsageError (one is no folder, or an address without a bucket).
     """
     places: list[Path] = []
     for text in given:
+        if is_web(text):
+            continue
         place = place_of(text)
         if not isinstance(place, S3Path):
             place = Path(os.path.realpath(place))

@@ -94,7 +94,7 @@ class JobOfPath(JobOptions):
         min_length=1,
         max_length=4096,
         description="Absolute path of a file or an OME-Zarr folder on the computer of the service, or "
-        "address on S3, in a place that the service may read from.",
+        "address on S3 or the web, in a place that the service may read from.",
         examples=["/data/plate/A01.tif"],
     )
 

@@ -16,6 +16,7 @@ from dinocell.service.queue import Job, Queue
 from dinocell.service.reading import image_of_job, places_to_read
 from dinocell.service.stored import StoredResult, safe_name
 from dinocell.service.uploads import Uploads
+from dinocell.service.web import web_places
 
 _PLACES = 4  # requests that compute or write files at once
 _MOST_LOOKED_AT = 1000  # newest jobs, for corrected ones
@@ -68,6 +69,7 @@ class Service:
         self.places = threading.BoundedSemaphore(_PLACES)
         self.uploads = Uploads(queue.folder / "uploads")
         self.readable = places_to_read(options.read_from)
+        self.web = web_places(options.read_from)
 
     def hear(self, line: dict[str, Any]) -> None:
         """Take a line of the worker, in any thread."""
