@@ -14,13 +14,16 @@ from dinov3.cells.interruption import STOP_SIGNALS, StopRequest
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_one_process_stops_after_any_step(number):
-    before = signal.getsignal(number)
-    with StopRequest(torch.device("cpu")) as stop:
-        assert not stop.agreed(1)
-        os.kill(os.getpid(), number)
-        assert stop.agreed(2)
-        assert stop.received is number
-    assert signal.getsignal(number) is before
+    before = signal.signal(number, signal.default_int_handler)  # under nohup SIGHUP is ignored
+    try:
+        with StopRequest(torch.device("cpu")) as stop:
+            assert not stop.agreed(1)
+            os.kill(os.getpid(), number)
+            assert stop.agreed(2)
+            assert stop.received is number
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_second_interrupt_ends_at_once():
