@@ -205,6 +205,17 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     _flush_folder(final.parent)
 
 
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A folder in `parent` that vanishes when the block ends, or by `remove_temporary_files` after a kill."""
+    folder = _temporary_beside(parent / "folder", "")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def move_into_place(temporary: Path, final: Path, *, flush: bool = True) -> None:
     """Give a finished file or folder its name, replacing a file that has it; both lie on one file system.
 
@@ -231,7 +242,7 @@ def home_folder() -> Path | None:
 
 
 def remove_temporary_files(folder: Path, *, before: float) -> None:
-    """Delete what `atomic_path` and `atomic_folder` left in `folder` when their process was killed.
+    """Delete what `atomic_path` and the folders of this module left in `folder` when their process was killed.
 
     `before` is in seconds since 1970: what is younger stays, another process may be writing it.  A
     `folder` that does not exist has none.

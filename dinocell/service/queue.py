@@ -8,6 +8,7 @@ A job that was running when its process died is queued again by `recover`, at mo
 
 import contextlib
 import json
+import math
 import re
 import secrets
 import shutil
@@ -21,6 +22,7 @@ from typing import Any
 
 from dinocell.batch.journal import MAX_KILLS
 from dinocell.errors import DINOCellError
+from dinocell.files import remove_temporary_files
 
 FINAL = ("done", "failed", "cancelled", "deleted", "expired")
 """States that a job does not leave to be worked on again."""
@@ -308,14 +310,16 @@ class Queue:
             shutil.rmtree(self.job_folder(row["id"]), ignore_errors=True)
 
     def sweep(self) -> None:
-        """Delete folders that belong to no job, or to one whose files should be gone."""
+        """Delete what killed processes left, while none works: temporary files, and folders without a job."""
         with self._lock:
             rows = self._database.execute(
                 "SELECT id FROM jobs WHERE state NOT IN ('cancelled', 'deleted', 'expired')"
             ).fetchall()
         known = {row["id"] for row in rows}
         for folder in (self.folder / "jobs").iterdir():
-            if folder.name not in known:
+            if folder.name in known:
+                remove_temporary_files(folder, before=math.inf)
+            else:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def expire(self, *, keep_s: float, keep_bytes: float, now: float | None = None) -> list[str]:

@@ -15,7 +15,6 @@ What changes of the labels add is described in `dinocell.service.history`.
 
 import json
 import re
-import tempfile
 import threading
 import zipfile
 from collections import defaultdict
@@ -28,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import DINOCellError, UsageError
-from dinocell.files import ensure_folder, move_into_place
+from dinocell.files import ensure_folder, move_into_place, temporary_folder
 from dinocell.io import read_labels
 from dinocell.io.planes import MAX_PIXELS
 from dinocell.pairs import IMAGE_SUFFIXES
@@ -380,8 +379,8 @@ class StoredResult:
         number = self.revision().number
         if not all(self._place(kind, number).exists() for kind in kinds):
             # beside `files`, of which those of old revisions may be deleted at any time
-            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-                number, files = self._written(Path(folder), kinds)
+            with temporary_folder(self.folder) as folder:
+                number, files = self._written(folder, kinds)
                 for kind, file in files.items():
                     place = self._place(kind, number)
                     if not place.exists():

@@ -293,6 +293,7 @@ class ViewService(Service):
         super().__init__(options, queue)
         self.viewed, self.worker = viewed, Reader(viewed)
         viewed.fill(queue)
+        queue.sweep()
 
     def result(self, job: Job) -> StoredResult:
         """The files of an image, read when it is opened for the first time."""

@@ -318,7 +318,7 @@ def test_what_is_written_has_one_revision_while_somebody_corrects(
     client, picture, monkeypatch, changes
 ):
     job = upload(client, picture).json()["job"]
-    base = f"/api/v1/jobs/{job}"
+    base, folder = f"/api/v1/jobs/{job}", client.service.queue.job_folder(job)
 
     def remove_one():
         result = client.service.result(client.service.queue.get(job))
@@ -345,6 +345,11 @@ def test_what_is_written_has_one_revision_while_somebody_corrects(
     assert files["_cells.csv"].count(b"\n") == labels.max() + 1
     now = tifffile.imread(io.BytesIO(client.get(f"{base}/result/tif").content))
     assert now.max() == labels.max() - changes
+    names = {path.name for path in (folder / "files").glob("*/*")} - {"image_labels.npy"}
+    assert names == {
+        f"image_{one}" for one in ("all.zip", "cells.csv", "labels.tif", "overlay.png")
+    }
+    assert not [path for path in folder.rglob("*") if path.name.startswith((".", "tmp"))]
 
 
 def test_a_state_that_is_replaced_while_it_is_read_is_read_again(client, picture, monkeypatch):

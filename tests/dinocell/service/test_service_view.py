@@ -86,6 +86,20 @@ def test_results_are_shown_as_they_were_written(view, results):
     assert client.delete(base).status_code == 409
 
 
+def test_what_a_killed_export_left_is_deleted(view, results, monkeypatch):
+    client = view()
+    job = client.get("/api/v1/jobs").json()[0]["id"]
+    place = client.service.queue.job_folder(job)
+    monkeypatch.setattr("shutil.rmtree", lambda *args, **values: None)  # as if it were killed
+    assert client.get(f"/api/v1/jobs/{job}/result/geojson").status_code == 200
+    monkeypatch.undo()
+    before = {path.name for path in place.iterdir()}
+    client = view()
+    (left,) = before - {path.name for path in place.iterdir()}
+    assert left.startswith(".tmp-")
+    assert client.get(f"/api/v1/jobs/{job}/result/geojson").status_code == 200
+
+
 def test_corrected_labels_are_written_beside_the_original(view, results):
     original = {path.name: path.read_bytes() for path in results.glob("*.*")}
     client = view()
