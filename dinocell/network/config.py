@@ -10,8 +10,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 TUNED_THRESHOLDS = ("peak_threshold", "fill_threshold", "min_prominence")
 """Fields of `ModelConfig` that are chosen on validation images."""
 
-CONV_SIZES = ("conv", "conv_wide")
-MODEL_SIZES = ("tiny", "small", "base", "large", *CONV_SIZES)
+MODEL_SIZES = ("tiny", "small", "base", "large", "conv")
 DECODERS = ("unet", "unet_wide", "linear", "detail")
 
 _MAX_IMAGE_CHANNELS = 1024  # a damaged header must not ask for all memory
@@ -25,8 +24,7 @@ class ModelConfig:
     # keys of this section, but for pixel_size_um, then have its values unless they are given
     init: str | None = None
     # backbone size: `tiny` (192 wide, 3 heads), `small`, `base`, `large`, or `conv`: no transformer,
-    # the convolutions of decoder `detail` alone (patch size 16 or 32); `conv_wide`: up to twice their
-    # channels, which may start from a trained `conv` (`init`)
+    # the convolutions of decoder `detail` alone (patch size 16 or 32)
     size: str = "small"
     patch_size: int = 8  # edge of a patch in px: 4, 8, 14 or 16; 32 for size `conv`
     # `unet`, `unet_wide`, `linear`, or `detail`: a U-Net with a convolutional pyramid of the image
@@ -60,7 +58,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_choice("`model.size`", self.size, MODEL_SIZES)
-        patch_sizes = (16, 32) if self.is_convolutional else (4, 8, 14, 16)
+        patch_sizes = (16, 32) if self.size == "conv" else (4, 8, 14, 16)
         require_choice("`model.patch_size`", self.patch_size, patch_sizes)
         require_choice("`model.decoder`", self.decoder, DECODERS)
         require_choice("`model.intensities`", self.intensities, ("gray", "compressed"))
@@ -70,8 +68,8 @@ class ModelConfig:
             "16, or another decoder",
         )
         require(
-            not self.is_convolutional or self.decoder == "detail",
-            f"`model.size` {self.size} must have decoder detail, got {self.decoder}: change it, or choose the "
+            self.size != "conv" or self.decoder == "detail",
+            f"`model.size` conv must have decoder detail, got {self.decoder}: change it, or choose the "
             "size of a transformer",
         )
         require_choice("`model.target`", self.target, ("linear", "sqrt"))
@@ -112,11 +110,6 @@ class ModelConfig:
             0.0 <= self.drop_path_rate < 1.0,
             f"`model.drop_path_rate` must be in [0, 1), got {self.drop_path_rate}: 0.1 is usual",
         )
-
-    @property
-    def is_convolutional(self) -> bool:
-        """Whether there is no transformer."""
-        return self.size in CONV_SIZES
 
     @property
     def intensity(self) -> dict[str, float]:

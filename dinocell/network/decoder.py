@@ -142,11 +142,11 @@ def create_decoder(
     *,
     num_features: int = 4,
     image_channels: int = 0,
-    widths: Sequence[int] | None = None,
+    has_pyramid: bool = True,
 ) -> nn.Module:
     """The decoder called `name`: `unet`, `unet_wide`, `linear` or `detail`.
 
-    `widths` are the channels of a backbone that is a pyramid already (`detail` only).
+    `has_pyramid` is False where the backbone is a pyramid already (`detail` only).
 
     Raises ValueError (unknown name, or `image_channels` for a decoder without an image skip).
     """
@@ -159,7 +159,9 @@ def create_decoder(
             f"`image_channels` must be 0 for decoder {name}, got {image_channels}: use unet"
         )
     if name == "detail":
-        return DetailDecoder(embed_dim, patch_size, num_features=num_features, widths=widths)
+        return DetailDecoder(
+            embed_dim, patch_size, num_features=num_features, has_pyramid=has_pyramid
+        )
     if name == "linear":
         return LinearDecoder(embed_dim, patch_size, num_features=num_features)
     # `unet_wide` is as first drawn: four stages whatever the patch, skips at their full width.

@@ -9,7 +9,7 @@ No convolution works on single pixels: 2 x 2 pixels become 4 times the channels 
 are put back the same way (Shi et al. 2016), which loses nothing and works on a quarter of the places.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +18,20 @@ from torch.nn import functional
 from dinocell.network.layers import PRIOR_LOGIT, conv_bn_relu, resize
 
 CELL_PX = 2  # edge of the square of pixels that is one place of the finest level
-# channels at strides 2, 4, 8, 16 and 32
-_WIDTHS = {"conv": (32, 64, 96, 128, 192), "conv_wide": (64, 128, 192, 192, 192)}
+PYRAMID_WIDTHS = (32, 64, 96, 128, 192)  # channels at strides 2, 4, 8, 16 and 32
 
 
-def pyramid_widths(coarsest: int, size: str = "conv") -> tuple[int, ...]:
+def pyramid_widths(coarsest: int) -> tuple[int, ...]:
     """Channels of the levels from stride 2 to the stride `coarsest`: 4, 8, 16 or 32.
-
-    Those of `size` conv, unless it is conv_wide.
 
     Raises ValueError (another stride).
     """
     num_levels = coarsest.bit_length() - 1
-    widths = _WIDTHS.get(size, _WIDTHS["conv"])
-    if not 2 <= num_levels <= len(widths) or 2**num_levels != coarsest:
+    if not 2 <= num_levels <= len(PYRAMID_WIDTHS) or 2**num_levels != coarsest:
         raise ValueError(
             f"`patch_size` must be 4, 8, 16 or 32 for decoder detail, got {coarsest}: use unet"
         )
-    return widths[:num_levels]
+    return PYRAMID_WIDTHS[:num_levels]
 
 
 class ConvPyramid(nn.Module):
@@ -58,7 +54,6 @@ class ConvPyramid(nn.Module):
                 )
             )
             width_in = width
-        self.widths = tuple(widths)
         self.embed_dim = widths[-1]
         self.blocks_read = tuple(range(len(widths)))
 
@@ -83,27 +78,21 @@ class DetailDecoder(nn.Module):
     embed_dim : channels of each feature map of the transformer
     patch_size : 4, 8, 16 or 32; the pyramid has the strides below it
     num_features : feature maps given to `forward`
-    widths : channels of the levels of a backbone that is itself a pyramid, whose finer maps are the
-        skips; None where the decoder has a pyramid of its own
+    has_pyramid : False where the backbone is itself a pyramid, whose finer maps are the skips
     """
 
     def __init__(
-        self,
-        embed_dim: int,
-        patch_size: int,
-        *,
-        num_features: int = 4,
-        widths: Sequence[int] | None = None,
+        self, embed_dim: int, patch_size: int, *, num_features: int = 4, has_pyramid: bool = True
     ) -> None:
         super().__init__()
-        *finer, bottom = widths or pyramid_widths(patch_size)
-        self.pyramid = None if widths else ConvPyramid(finer)
-        joined = embed_dim if widths else embed_dim * num_features
+        *widths, bottom = pyramid_widths(patch_size)
+        self.pyramid = ConvPyramid(widths) if has_pyramid else None
+        joined = embed_dim * num_features if has_pyramid else embed_dim
         self.fuse = conv_bn_relu(joined, bottom, kernel_size=1)
         self.project = nn.ModuleList()
         self.convolve = nn.ModuleList()
         width_in = bottom
-        for width in reversed(finer):
+        for width in reversed(widths):
             self.project.append(nn.Conv2d(width_in, width, kernel_size=1))
             self.convolve.append(
                 nn.Sequential(conv_bn_relu(2 * width, width), conv_bn_relu(width, width))
@@ -128,24 +117,3 @@ class DetailDecoder(nn.Module):
             x = resize(project(x), detail.shape[-2:])
             x = convolve(torch.cat([x, detail], dim=1))
         return functional.pixel_shuffle(self.head(x), CELL_PX)  # [B, 1, H, W]
-
-
-@torch.no_grad()
-def widen(model: nn.Module, narrow: Mapping[str, Tensor]) -> None:
-    """Give `model` of size conv_wide the map of a conv, which it then trains further.
-
-    As Net2Net (Chen et al. 2016), but the new channels have random weights and zeros where the old
-    channels and the head would read them: the map stays the same, and they differ from the first step.
-
-    `narrow` is the state of the conv of the same patch size; raises KeyError (it is not).
-    """
-    for key, wide in model.state_dict().items():
-        old = narrow[key]
-        if wide.ndim < 2:  # of a bias or norm, one number a channel; or the batches it has seen
-            (wide[: len(old)] if wide.ndim else wide).copy_(old)
-            continue
-        # These read the coarser map and the skip side by side.
-        sides = 2 if ".convolve." in key and key.endswith(".0.0.weight") else 1
-        for new_part, old_part in zip(wide.chunk(sides, 1), old.chunk(sides, 1), strict=True):
-            new_part[: len(old)] = 0
-            new_part[: len(old), : old_part.shape[1]] = old_part

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dinocell.errors import MissingExtraError, UsageError
-from dinocell.network.config import CONV_SIZES, MODEL_SIZES
+from dinocell.network.config import MODEL_SIZES
 from dinocell.network.model import (
     DINOCell,
     bundled_models,
@@ -114,7 +114,7 @@ def _described(value: Any) -> str:
 
 
 def _backbone_name(size: str, patch_size: int) -> str:
-    return "convolutions" if size in CONV_SIZES else f"ViT {size}/{patch_size}"
+    return "convolutions" if size == "conv" else f"ViT {size}/{patch_size}"
 
 
 def _describe_statistics(model: DINOCell) -> str:

@@ -23,7 +23,7 @@ from dinocell.files import atomic_path
 from dinocell.network.backbone import BACKBONE_SIZES, DINOv3Backbone
 from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD, TUNED_THRESHOLDS, ModelConfig
 from dinocell.network.decoder import create_decoder
-from dinocell.network.detail import ConvPyramid, pyramid_widths, widen
+from dinocell.network.detail import ConvPyramid, pyramid_widths
 from dinocell.network.familiarity import KnownKinds
 from dinocell.network.onnx_graph import exported_header, open_graph, run_graph
 from dinocell.network.weights import BUNDLED_FOLDER as _BUNDLED_FOLDER
@@ -55,8 +55,8 @@ class DINOCell(nn.Module):
         # what its training images look like; None where they are not recorded
         self.statistics: KnownKinds | None = None
         self.backbone: DINOv3Backbone | ConvPyramid
-        if config.is_convolutional:
-            self.backbone = ConvPyramid(pyramid_widths(config.patch_size, config.size))
+        if config.size == "conv":
+            self.backbone = ConvPyramid(pyramid_widths(config.patch_size))
         else:
             self.backbone = DINOv3Backbone(
                 config.size,
@@ -70,7 +70,7 @@ class DINOCell(nn.Module):
             config.patch_size,
             num_features=len(self.backbone.blocks_read),
             image_channels=config.image_channels,
-            widths=self.backbone.widths if isinstance(self.backbone, ConvPyramid) else None,
+            has_pyramid=config.size != "conv",
         )
 
     def forward(self, image: Tensor) -> Tensor:
@@ -393,8 +393,6 @@ def config_with_start(model: Mapping[str, Any]) -> dict[str, Any]:
 def load_start(model: DINOCell) -> None:
     """Give `model` the weights of the model that its `config.init` names, if any.
 
-    A `conv_wide` may start from a `conv`, whose map it then gives.
-
     Raises UsageError, CheckpointError (as `load_model`); ConfigError (a key of the architecture differs
     from that model's).
     """
@@ -402,18 +400,14 @@ def load_start(model: DINOCell) -> None:
     if config.init is None:
         return
     start = load_trainable(config.init)
-    widened = start.config.size == "conv" and config.size == "conv_wide"
-    for key in _ARCHITECTURE[widened:]:
+    for key in _ARCHITECTURE:
         own, given = getattr(start.config, key), getattr(config, key)
         require(
             own == given,
             f"`model.{key}` must be {own} as in {config.init}, got {given}: leave this key out, or set "
             "`model.init=null`",
         )
-    if widened:
-        widen(model, start.state_dict())
-    else:
-        model.load_state_dict(start.state_dict())
+    model.load_state_dict(start.state_dict())
 
 
 def bundled_models() -> list[str]:
@@ -464,8 +458,8 @@ def with_config(model: DINOCell, **changes: Any) -> DINOCell:
 
 def _described_width(config: ModelConfig) -> int:
     """Numbers that `map_and_features` gives for a patch."""
-    if config.is_convolutional:
-        return sum(pyramid_widths(config.patch_size, config.size))
+    if config.size == "conv":
+        return sum(pyramid_widths(config.patch_size))
     return BACKBONE_SIZES[config.size].embed_dim
 
 

@@ -237,8 +237,8 @@ class TrainConfig:
             "and labels",
         )
         require(
-            not self.model.is_convolutional or self.backbone.weights is None,
-            f"`backbone.weights` must be null for `model.size` {self.model.size}, got {self.backbone.weights}: choose "
+            self.model.size != "conv" or self.backbone.weights is None,
+            f"`backbone.weights` must be null for `model.size` conv, got {self.backbone.weights}: choose "
             "the size of a transformer, or leave the weights out",
         )
         require(

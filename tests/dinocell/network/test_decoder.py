@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ import torch
 from dinocell.errors import ConfigError
 from dinocell.network.decoder import UNetDecoder, create_decoder, unet_widths
 from dinocell.network.info import count_macs, model_cost
-from dinocell.network.model import DINOCell, create_dinocell_model, load_start
+from dinocell.network.model import create_dinocell_model
 
 
 def features(dim: int, patch: int, height: int, width: int) -> list[torch.Tensor]:
@@ -71,33 +69,6 @@ def test_convolutions_alone_are_small_and_see_the_image():
     deeper = create_dinocell_model("conv", patch_size=32, decoder="detail").eval()
     with torch.no_grad():
         assert deeper.map_and_features(torch.zeros(1, 3, 64, 96))[1][-1].shape == (1, 192, 2, 3)
-
-
-@pytest.mark.parametrize("patch_size", [16, 32])
-def test_a_wider_network_starts_with_the_map_of_the_narrow_one(tmp_path, patch_size):
-    torch.manual_seed(0)
-    narrow = create_dinocell_model("conv", patch_size=patch_size, decoder="detail")
-    image = torch.randn(2, 3, 64, 96)
-    narrow.train()(image)  # norms that differ from channel to channel
-    torch.nn.init.normal_(narrow.decoder.head.weight)
-    narrow.eval().save(tmp_path / "narrow.safetensors")
-    options = {"size": "conv_wide", "init": str(tmp_path / "narrow.safetensors")}
-    wide = DINOCell(replace(narrow.config, **options))
-    load_start(wide)
-    with torch.no_grad():
-        assert float(narrow(image).std()) > 0.01
-        torch.testing.assert_close(wide.eval()(image), narrow(image), atol=1e-6, rtol=1e-5)
-    # each new channel gets weight from the first step on
-    optimizer = torch.optim.SGD(wide.parameters(), lr=1.0)
-    wide.train()(image).pow(2).mean().backward()
-    optimizer.step()
-    for name, weight in wide.named_parameters():
-        if weight.ndim == 4:
-            assert not (weight.abs().sum((0, 2, 3)) == 0).any(), name
-    wide.save(tmp_path / "wide.safetensors")
-    narrower = DINOCell(replace(narrow.config, init=str(tmp_path / "wide.safetensors")))
-    with pytest.raises(ConfigError, match=r"`model.size` must be conv_wide"):
-        load_start(narrower)
 
 
 def test_compressed_intensities_by_hand():
