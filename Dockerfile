@@ -1,7 +1,11 @@
 # The service in a container that runs as an ordinary user and needs no writable file outside /data and
 # /tmp: docs/service.md has the command.
-FROM python:3.11-slim
+FROM python:3.11-slim-bookworm
 
+# libraries of the system that OpenCV opens, and slim images do not have
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends libgl1 libglib2.0-0 libxcb1 \
+ && rm -rf /var/lib/apt/lists/*
 COPY constraints.txt /build/
 RUN pip install --no-cache-dir -c /build/constraints.txt torch --index-url https://download.pytorch.org/whl/cpu
 COPY . /build/

@@ -1,5 +1,6 @@
 """What this installation is and can do, and how to repair what is wrong: `dinocell doctor`."""
 
+import importlib
 import os
 import platform
 import re
@@ -15,7 +16,7 @@ from packaging.requirements import Requirement
 
 from dinocell import DISTRIBUTION, __version__
 from dinocell.compilation import cache_folder
-from dinocell.errors import DINOCellError, MissingExtraError
+from dinocell.errors import DINOCellError, MissingExtraError, how_to_load
 from dinocell.network.model import bundled_models, load_model
 from dinocell.network.precision import has_bf16_unit
 from dinocell.tree import TREE_VARIABLE, tree_imports
@@ -40,6 +41,7 @@ def examine() -> list[Finding]:
         Finding("python", f"{platform.python_version()} in {sys.prefix}"),
         Finding("system", f"{platform.platform()}, {os.cpu_count()} cores"),
         *_packages(),
+        *_program(),
         *_devices(),
         *_extras(),
         *_folders(),
@@ -60,6 +62,16 @@ def _packages() -> Iterator[Finding]:
     """Versions of what every installation needs, against what is asked for."""
     for requirement in _requirements(""):
         yield _package(requirement)
+
+
+def _program() -> Iterator[Finding]:
+    """Whether all that `segment` imports can be loaded, which may need libraries of the system."""
+    try:
+        importlib.import_module("dinocell.batch.run")
+    except ImportError as error:
+        yield Finding("program", "cannot be loaded", how_to_load(error))
+    else:
+        yield Finding("program", "can be loaded")
 
 
 def _package(requirement: Requirement) -> Finding:

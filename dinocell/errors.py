@@ -62,3 +62,15 @@ def raised_as(kind: type[DINOCellError], *foreign: type[Exception]) -> Iterator[
         yield
     except foreign as error:
         raise kind(str(error)) from error
+
+
+def how_to_load(error: ImportError) -> str:
+    """What to do about a package that is installed and cannot be loaded, in one sentence."""
+    cure = "install it again with `pip install --force-reinstall`"
+    if "cannot open shared object file" in str(error):
+        cure = (
+            "install this library of the system; what OpenCV needs comes with `apt install libgl1 "
+            "libglib2.0-0 libxcb1`, and without administrator's rights opencv-python-headless in place of "
+            "opencv-python needs none"
+        )
+    return f"A package cannot be loaded ({error}): {cure}"

@@ -31,7 +31,7 @@ from dinocell.cli import (
     weights,
 )
 from dinocell.cli.options import Call, expand_dataclasses, in_options, option
-from dinocell.errors import DINOCellError, StoppedError, UsageError
+from dinocell.errors import DINOCellError, StoppedError, UsageError, how_to_load
 from dinocell.tree import tree_imports
 
 app = typer.Typer(
@@ -79,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error, error.exit_code, call)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         _fail(error, 1, call)
+    except ImportError as error:
+        _fail(ImportError(how_to_load(error)), 1, call)
     except KeyboardInterrupt:
         print("dinocell: stopped", file=sys.stderr)
         sys.exit(1)

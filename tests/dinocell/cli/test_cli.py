@@ -552,6 +552,18 @@ def in_a_process(*arguments: object, **variables: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.parametrize("command", [["demo"], ["info", "x.png"], ["doctor"]])
+def test_a_library_of_the_system_that_is_missing_is_named(tmp_path, command):
+    sentence = "libGL.so.1: cannot open shared object file: No such file or directory"
+    (tmp_path / "cv2.py").write_text(f"raise ImportError({sentence!r})")
+    path = f"{tmp_path}:{ROOT}:{ROOT / 'dinov3_modified'}"
+    done = in_a_process("-m", "dinocell", *command, PYTHONPATH=path, HOME=str(tmp_path))
+    assert done.returncode == 1
+    assert sentence in done.stdout + done.stderr
+    assert "apt install libgl1" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_module_is_the_command():
     done = in_a_process("-m", "dinocell", "--version")
     assert (done.returncode, done.stdout) == (0, f"dinocell {__version__}\n"), done.stderr
