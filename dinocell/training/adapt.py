@@ -94,7 +94,7 @@ class AdaptOptions:
 class AdaptResult:
     """The scores of all candidates on images that they were not trained on, and the choice.
 
-    `scores` has for each candidate, also `start` (the model as it was) and `thresholds` (with new
+    `hurried` says that the time sufficed for the fewest steps only.  `scores` has for each candidate, also `start` (the model as it was) and `thresholds` (with new
     thresholds only), the mean AP at IoU 0.5, 0.75 and 0.9 and the AP at 0.5, pooled.
     """
 
@@ -103,6 +103,7 @@ class AdaptResult:
     steps: int
     scores: dict[str, tuple[float, float]]
     thresholds: dict[str, float]
+    hurried: bool = False
 
     def text(self) -> str:
         """A table of the candidates and what was written."""
@@ -119,6 +120,11 @@ class AdaptResult:
                 f", {self.steps} steps on all images" if self.chosen in CANDIDATES else " alone"
             )
             lines.append(f"chosen: {self.chosen}{trained}; {values}")
+        if self.hurried:
+            lines.append(
+                f"note: the time was over after {self.steps} steps, the fewest, which may have taught it little: "
+                "allow more --minutes, or use a smaller model"
+            )
         return "\n".join([*lines, f"model: {self.model_path}"])
 
 
@@ -231,6 +237,7 @@ class _Adaptation:
         counts = {"start": self._counts(samples)}
         predicting_s = (1 + len(CANDIDATES)) * (time.monotonic() - started)
         steps = self.options.steps or self._steps_that_fit(predicting_s)
+        hurried = self.options.steps is None and steps == _LEAST_STEPS
         total = steps * (2 * len(CANDIDATES) + 1)
         with progress("adapting", total, shown=self.shown) as bar:
             bar.write(f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {steps} steps each")
@@ -244,7 +251,7 @@ class _Adaptation:
             everything = range(len(self.pairs))
             if chosen == "start":
                 values = tuned_values(self.thresholds[0])
-                return AdaptResult(path, chosen, steps, scores, values), self.start
+                return AdaptResult(path, chosen, steps, scores, values, hurried), self.start
             adapted = self.start
             if chosen in CANDIDATES:
                 adapted = self._train(chosen, everything, steps, bar)
@@ -254,7 +261,7 @@ class _Adaptation:
         if chosen in CANDIDATES:
             adapted = with_config(adapted, diameter_px=typical_diameter(self.pairs))
             adapted.statistics = training_statistics(adapted, self.pairs, shown=self.shown)
-        return AdaptResult(path, chosen, steps, scores, values), adapted
+        return AdaptResult(path, chosen, steps, scores, values, hurried), adapted
 
     def _steps_that_fit(self, predicting_s: float) -> int:
         started = time.monotonic()

@@ -209,6 +209,16 @@ def test_one_image_is_cut_in_two(start, blob_data, tmp_path):
     assert load_model(result.model_path).card["adapted"]["images"] == 1
 
 
+def test_the_fewest_steps_are_noted(start, blob_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_LEAST_STEPS", 2)
+    for fitting, noted in ((2, True), (3, False)):
+        monkeypatch.setattr(module._Adaptation, "_steps_that_fit", lambda *_, n=fitting: n)
+        result = adapted(blob_data, start, tmp_path / f"{fitting}.safetensors", steps=None)
+        assert ("time was over after 2 steps" in result.text()) == noted
+    chosen = adapted(blob_data, start, tmp_path / "b.safetensors", steps=2)
+    assert "time was over" not in chosen.text()
+
+
 def test_time_sets_the_steps_and_a_seed_repeats_them(start, blob_data, monkeypatch):
     clock = iter([0.0, 3.0])  # three steps in three seconds
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
