@@ -295,7 +295,14 @@ class Table:
         row |= scores(model, self.data, self.parts) | self.behind
         print(json.dumps(row), flush=True)
         place = operator.itemgetter("images", "way")
-        self.rows = [row, *(other for other in self.rows if place(other) != place(row))]
+        self.rows = [
+            *(
+                other
+                for other in self.rows
+                if place(other) != place(row) or other.get("given_steps") != row.get("given_steps")
+            ),
+            row,
+        ]
         self.rows.sort(key=lambda item: (item["images"], WAYS.index(item["way"])))
         text = json.dumps(self.head | {"rows": self.rows}, indent=1)
         self.path.write_text(text + "\n", encoding="utf-8")
@@ -311,6 +318,9 @@ def main() -> None:
     parser.add_argument("--meta", type=Path, nargs="+", default=[], help="data sets of `reptile`")
     parser.add_argument("--meta-steps", type=int, default=150, help="outer steps of `reptile`")
     parser.add_argument("--parts", nargs="+", choices=("val", "test"), default=("val", "test"))
+    parser.add_argument(
+        "--steps", type=int, help="of each training; these rows stand beside those with fewer"
+    )
     parser.add_argument("--minutes", type=float, default=adaptation.AdaptOptions().minutes)
     options = parser.parse_args()
     table, start = Table(options), load_model(options.start)
@@ -337,6 +347,8 @@ def main() -> None:
                     model = without_training(way, start, few)
                 else:
                     row["steps"] = table.steps(count) * (TRAININGS if way == "random" else 1)
+                    if options.steps:
+                        row["steps"] = row["given_steps"] = options.steps
                     if way == "reptile":
                         names = [folder.name for folder in options.meta]
                         row |= {"meta": names, "meta_steps": options.meta_steps}

@@ -66,7 +66,7 @@ def raised_as(kind: type[DINOCellError], *foreign: type[Exception]) -> Iterator[
 
 def how_to_load(error: ImportError) -> str:
     """What to do about a package that is installed and cannot be loaded, in one sentence."""
-    cure = "install it again with `pip install --force-reinstall`"
+    cure = "remove and install it once more with pip"
     if "cannot open shared object file" in str(error):
         cure = (
             "install this library of the system; what OpenCV needs comes with `apt install libgl1 "

@@ -123,7 +123,7 @@ class AdaptResult:
         if self.hurried:
             lines.append(
                 f"note: the time was over after {self.steps} steps, the fewest, which may have taught it little: "
-                "allow more --minutes, or use a smaller model"
+                "allow more minutes, or use a smaller model"
             )
         return "\n".join([*lines, f"model: {self.model_path}"])
 
