@@ -22,6 +22,8 @@ from dinocell.network.precision import has_bf16_unit
 from dinocell.tree import TREE_VARIABLE, tree_imports
 
 _LEAST_FREE_GB = 2.0  # temporary files of an image of 8,000 x 8,000 px need 1.4
+# packages of other names with the same modules
+_SAME = {"opencv-python": ("opencv-python-headless", "opencv-contrib-python")}
 _FLAGS = ("avx2", "avx512_bf16", "amx_bf16")
 
 
@@ -75,13 +77,22 @@ def _program() -> Iterator[Finding]:
 
 
 def _package(requirement: Requirement) -> Finding:
-    try:
-        found = metadata.version(requirement.name)
-    except metadata.PackageNotFoundError:
+    names = (requirement.name, *_SAME.get(requirement.name, ()))
+    name = next((name for name in names if _is_installed(name)), None)
+    if name is None:
         return Finding(requirement.name, "missing", f"pip install '{requirement}'")
+    found = metadata.version(name)
     fits = requirement.specifier.contains(found, prereleases=True)
     cure = "" if fits else f"must be {requirement.specifier}: pip install '{requirement}'"
-    return Finding(requirement.name, found, cure)
+    return Finding(name, found, cure)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _requirements(extra: str) -> list[Requirement]:

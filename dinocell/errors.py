@@ -65,12 +65,15 @@ def raised_as(kind: type[DINOCellError], *foreign: type[Exception]) -> Iterator[
 
 
 def how_to_load(error: ImportError) -> str:
-    """What to do about a package that is installed and cannot be loaded, in one sentence."""
-    cure = "remove and install it once more with pip"
-    if "cannot open shared object file" in str(error):
+    """What to do about a package that cannot be loaded, in one sentence."""
+    if isinstance(error, ModuleNotFoundError):
+        cure = "install what is missing with pip"
+    elif "cannot open shared object file" in str(error):
         cure = (
             "install this library of the system; what OpenCV needs comes with `apt install libgl1 "
             "libglib2.0-0 libxcb1`, and without administrator's rights opencv-python-headless in place of "
             "opencv-python needs none"
         )
+    else:
+        cure = "remove and install it once more with pip"
     return f"A package cannot be loaded ({error}): {cure}"

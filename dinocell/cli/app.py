@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         _fail(error, 1, call)
     except ImportError as error:
-        _fail(ImportError(how_to_load(error)), 1, call)
+        error.msg = how_to_load(error)
+        _fail(error, 1, call)
     except KeyboardInterrupt:
         print("dinocell: stopped", file=sys.stderr)
         sys.exit(1)

@@ -73,6 +73,7 @@ def unread_plate(paths: Sequence[Path]) -> str:
 
     `auto` reads no place from such names, because not all of them fit.
     """
+    paths = list(dict.fromkeys(paths))  # a file may give several planes
     for layout in _AUTO:
         found = {path: _matched(re.compile(LAYOUTS[layout]), path) for path in paths}
         channels: dict[Any, set[str]] = {}

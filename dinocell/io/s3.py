@@ -248,6 +248,9 @@ def refusal(place: S3Path, error: Exception) -> str | None:
     )
 
 
+_PREFIX = "dinocell-s3-"  # of the names of folders with copies
+
+
 class _Copies:
     """Files of S3 in temporary folders; the last few are kept."""
 
@@ -263,7 +266,7 @@ class _Copies:
             if wanted not in self.kept:
                 while len(self.kept) >= _COPIES:
                     self.kept.popitem(last=False)[1].cleanup()
-                folder = tempfile.TemporaryDirectory(prefix="dinocell-s3-", dir=self.folder)
+                folder = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=self.folder)
                 with answered(place), Path(folder.name, place.name).open("wb") as file:
                     body = library("obstore", "Addresses on S3", "s3").get(place.store(), place.key)
                     for piece in body.stream():
@@ -277,12 +280,13 @@ _copies = _Copies()
 
 
 def keep_copies_in(folder: Path) -> None:
-    """Keep copies of objects in `folder`, which is emptied first: a process that was killed has left its own.
+    """Keep copies of objects in `folder`; those that a process which was killed has left there are removed.
 
     Raises OSError (it cannot be written).
     """
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
     _copies.folder = folder
 
 

@@ -11,7 +11,6 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import DINOCellError
+from dinocell.files import temporary_folder
 from dinocell.io import describe_image, read_image
 from dinocell.io.channel_files import ChannelFiles
 from dinocell.io.planes import PlaneChoice, Selection, channel_of, channel_positions
@@ -182,10 +182,10 @@ def keep_channels_apart(
         "positions": positions,
     }
     try:
-        with tempfile.TemporaryDirectory(prefix="dinocell-s3-") as copies:
+        with temporary_folder(folder) as copies:
             ended = subprocess.run(
                 [sys.executable, "-m", "dinocell.service.channels"],
-                input=json.dumps(request | {"copies": copies}),
+                input=json.dumps(request | {"copies": str(copies)}),
                 stdout=subprocess.PIPE,
                 text=True,
                 encoding="utf-8",

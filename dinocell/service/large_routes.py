@@ -48,6 +48,7 @@ def create_job_of_path(request: Request, response: Response, form: JobOfPath) ->
     refuse_if_viewing(service)
     if is_web(form.path):
         address = allowed(form.path, service.web)
+        service.queue.refuse_if_large(0, 1e9 * service.options.keep_gb)
 
         def write(target: Path) -> None:
             fetch(address, service.web, target, service.options.max_mb)

@@ -318,7 +318,10 @@ class Queue:
         known = {row["id"] for row in rows}
         for folder in (self.folder / "jobs").iterdir():
             if folder.name in known:
-                remove_temporary_files(folder, before=math.inf)
+                with contextlib.suppress(
+                    OSError
+                ):  # one that cannot be removed is no reason not to start
+                    remove_temporary_files(folder, before=math.inf)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
 

@@ -16,12 +16,15 @@ from dinocell.service.schemas import ChannelInfo
 TILE_PX = 512
 """Edge of a tile; the page knows this number, too."""
 
+MOST_CHANNELS = 16
+"""Of one answer; the page knows this number, too."""
+
 tile_routes = APIRouter(responses=PROBLEMS)
 Place = Annotated[int, Query(ge=0, le=2**16)]
 Level = Annotated[int, Query(ge=0, le=16, description="Every 2**level-th pixel is sent.")]
 Channels = Annotated[
     Sequence[Annotated[int, Query(ge=0, le=9999)]],
-    Query(max_length=1000, description="Channels of the file, in place of that plane."),
+    Query(max_length=MOST_CHANNELS, description="Channels of the file, in place of that plane."),
 ]
 _BINARY: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {}}, "description": "A numpy file (npy)."}
@@ -73,8 +76,8 @@ def get_channels(result: Result) -> list[ChannelInfo]:
 def get_image_tile(
     result: Result, level: Level, row: Place, column: Place, channel: Channels = ()
 ) -> Response:
-    """At most 512 × 512 pixels, as in `image`; of several channels one numpy file after the other."""
-    planes = map(result.stored_pixels, channel or (None,))
+    """At most 512 × 512 pixels, as in `image`; of several channels, each once, one numpy file after the other."""
+    planes = map(result.stored_pixels, dict.fromkeys(channel) or (None,))
     return _packed(*(tile_of(plane, level, row, column) for plane in planes))
 
 

@@ -35,6 +35,14 @@ class WebError(DINOCellError):
         self.status = status
 
 
+class _DiskError(Exception):
+    """The own disk, not the other server, has failed with `error`."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+
 class Address(NamedTuple):
     """An address on the web, in a form that can be compared; `parts` are those of the path."""
 
@@ -49,9 +57,14 @@ class Address(NamedTuple):
         with suppress(ValueError):  # of a wrong port or host
             found = urlsplit(text)
             parts = tuple(map(unquote, found.path.split("/")[1:]))
-            port = found.port or {"http": 80, "https": 443}.get(found.scheme, 0)
+            port = (
+                {"http": 80, "https": 443}.get(found.scheme, 0)
+                if found.port is None
+                else found.port
+            )
             plain = text.isprintable() and not set(text) & set(" \\?#@")
-            if plain and is_web(text) and found.hostname and all(map(_is_plain, parts)):
+            (found.hostname or "").encode("idna")  # a UnicodeError is a ValueError
+            if plain and is_web(text) and found.hostname and port and all(map(_is_plain, parts)):
                 return cls(found.scheme, found.hostname, port, parts)
         raise UsageError(
             f"An address must be http(s)://HOST/PATH without user, query, fragment and `..`, got {text!r}: "
@@ -87,7 +100,8 @@ def fetch(address: Address, places: Sequence[Address], target: Path, max_mb: flo
     """Write the file at an address of `allowed` to `target`, which may be incomplete after an error.
 
     Raises UsageError (there is no such file, or it is empty); ForbiddenError (it is elsewhere);
-    WebError (413: above `max_mb`; 502: the other server fails; 504: it takes too long);
+    WebError (413: above `max_mb`; 502: the other server fails; 504: it takes too long); OSError (the own
+    disk is full or fails);
     QueueFullError (others are being fetched).
     """
     if not _places.acquire(blocking=False):
@@ -105,6 +119,8 @@ def fetch(address: Address, places: Sequence[Address], target: Path, max_mb: flo
                     "The other server redirects to where the service may not read: choose another file"
                 ) from error
         raise WebError(502, "The other server redirects too often: give the last address")
+    except _DiskError as error:
+        raise error.error from None
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, TimeoutError) or time.monotonic() > until:
             raise WebError(504, "The other server is too slow: try again later") from error
@@ -117,13 +133,16 @@ def _fetch(address: Address, target: Path, max_mb: float, until: float) -> str |
     """One request; returns where it is redirected to."""
     is_safe = address.scheme == "https"
     kind = http.client.HTTPSConnection if is_safe else http.client.HTTPConnection
-    connection = kind(address.host, address.port, timeout=_SILENCE_S)
+    connection = kind(
+        address.host, address.port, timeout=max(0.1, min(_SILENCE_S, until - time.monotonic()))
+    )
     path = "/" + "/".join(quote(part, safe="") for part in address.parts)
 
     def end() -> None:  # also where single bytes come for ever
         with suppress(OSError):
             plug.shutdown(socket.SHUT_RDWR)
 
+    answer: http.client.HTTPResponse | None = None
     connection.connect()
     plug = connection.sock  # the connection lets go of it before the answer is read
     timer = threading.Timer(max(0.0, until - time.monotonic()), end)
@@ -145,15 +164,27 @@ def _fetch(address: Address, target: Path, max_mb: float, until: float) -> str |
             raise TimeoutError
     finally:
         timer.cancel()
+        if answer is not None:
+            answer.close()
         connection.close()
     return None
 
 
 def _write(answer: http.client.HTTPResponse, target: Path, max_mb: float) -> None:
     size, left = 0, answer.length or 0
-    with target.open("wb") as file:
+    try:
+        file = target.open("wb", buffering=0)  # so that closing it writes nothing
+    except OSError as error:
+        raise _DiskError(error) from error
+    with file:
         while block := answer.read1(_BLOCK_BYTES) if size + left <= 1e6 * max_mb else b"":
-            size += file.write(block)
+            try:
+                written = 0
+                while written < len(block):
+                    written += file.write(block[written:])
+            except OSError as error:
+                raise _DiskError(error) from error
+            size += len(block)
             left = answer.length or 0
     if size + left > 1e6 * max_mb:
         raise WebError(413, f"A file may have up to {max_mb:g} MB: choose a smaller one")

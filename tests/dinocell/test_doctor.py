@@ -34,6 +34,18 @@ def test_a_package_that_is_missing_or_too_old(monkeypatch, text):
     assert f"to repair: {requirement.name}: " in done.output
 
 
+def test_a_package_of_another_name_with_the_same_modules(monkeypatch):
+    def version(name: str) -> str:
+        if name == "opencv-python":
+            raise doctor.metadata.PackageNotFoundError
+        return "5.0"
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    assert doctor._package(Requirement("opencv-python>=4.10")) == doctor.Finding(
+        "opencv-python-headless", "5.0"
+    )
+
+
 def test_an_extra_that_is_not_installed_is_named_and_not_wrong(monkeypatch):
     real = doctor._requirements
     absent = [Requirement("no-such-package")]

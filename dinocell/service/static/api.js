@@ -57,12 +57,16 @@ export const channels = (id) => json(`/jobs/${id}/channels`);
 export const image = (id, channel) => npy(`/jobs/${id}/image${channel === null ? "" : `?channel=${channel}`}`);
 export const labels = (id) => npy(`/jobs/${id}/labels/npy`);
 const place = (level, row, column) => `tile?level=${level}&row=${row}&column=${column}`;
+const MOST_CHANNELS = 16; // of one answer
 // The pixels of a tile in each of some channels; null is the gray plane, which comes alone.
 export async function imageTile(id, level, row, column, channels) {
-  const chosen = channels.filter((one) => one !== null).map((one) => `&channel=${one}`);
-  const answer = await ask(`/jobs/${id}/image/${place(level, row, column)}${chosen.join("")}`);
-  const buffer = await answer.arrayBuffer(), found = [];
-  for (let at = 0; at < buffer.byteLength; at = found.at(-1).end) found.push(parseNpy(buffer, at));
+  const found = [];
+  for (let first = 0; first < channels.length; first += MOST_CHANNELS) {
+    const chosen = channels.slice(first, first + MOST_CHANNELS).filter((one) => one !== null).map((one) => `&channel=${one}`);
+    const answer = await ask(`/jobs/${id}/image/${place(level, row, column)}${chosen.join("")}`);
+    const buffer = await answer.arrayBuffer();
+    for (let at = 0; at < buffer.byteLength; at = found.at(-1).end) found.push(parseNpy(buffer, at));
+  }
   return found.map(({ data }) => data);
 }
 

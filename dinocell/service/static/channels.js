@@ -172,7 +172,7 @@ export async function setGray(gray) {
   const { open } = page, [plane, ...channels] = open.layers;
   if (!channels.length) return;
   for (const one of gray ? [] : channels.filter(({ visible, sample }) => visible && !sample)) {
-    await setVisible(one, true);
+    if (one.visible) await setVisible(one, true); // still, after others were fetched
     if (page.open !== open) return;
   }
   if (gray || channels.some((one) => one.sample)) await setVisible(plane, gray);

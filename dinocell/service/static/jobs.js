@@ -10,7 +10,7 @@ const LARGE = 16 * 2 ** 20; // bytes; such files come in parts
 
 export async function add(files) {
   const channels = $("upload-channels").value.split(",").map((name) => name.trim()).filter(Boolean);
-  $("upload-channels").value = ""; // the next images may be gray
+  const given = $("upload-channels").value;
   for (const file of files) {
     for (;;) {
       try {
@@ -19,6 +19,7 @@ export async function add(files) {
         if (!job) break; // cancelled
         noteJob(job);
         watch(job.id, true);
+        if ($("upload-channels").value === given) $("upload-channels").value = ""; // the next images may be gray
         say(channels.length ? `${file.name} is segmented by ${channels.join(", ")}; name the channels of other images again` : "");
         break;
       } catch (error) {

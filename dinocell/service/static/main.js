@@ -34,8 +34,10 @@ document.addEventListener("drop", (event) => {
   if (page.takesImages) add([...event.dataTransfer.files]);
 });
 
-async function start() {
+async function start(entered = false) {
   await guarded(async () => {
+    // A token that was just entered may be wrong, and counts once.
+    if (entered) await api.models();
     const [[model], jobs] = await Promise.all([api.models(), api.jobs()]);
     $("model").textContent = model.device ? `${model.name} on ${model.device}` : model.name;
     greyOut(model.missing_formats);
@@ -53,6 +55,6 @@ async function start() {
 $("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
   api.setToken($("token").value);
-  start();
+  start(true);
 });
 start();

@@ -562,6 +562,10 @@ def test_a_library_of_the_system_that_is_missing_is_named(tmp_path, command):
     assert sentence in done.stdout + done.stderr
     assert "apt install libgl1" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+    if command != ["doctor"]:
+        shown = in_a_process("-m", "dinocell", "-v", *command, PYTHONPATH=path, HOME=str(tmp_path))
+        assert "Traceback" in shown.stderr
+        assert "cv2.py" in shown.stderr
 
 
 def test_the_module_is_the_command():

@@ -135,6 +135,7 @@ def test_a_plate_among_other_files_is_noted():
         "segmented alone, because others such as overview.tif do not fit: set `plate` to operetta and name "
         "`channels`"
     )
+    assert unread_plate(3 * [*plate, Path("overview.tif")]) == note  # of three planes each
     assert unread_plate([plate[0], plate[2], Path("overview.tif")]) == ""  # one channel
     assert unread_plate(plate) == ""  # which `auto` reads
     assert unread_plate([Path("a.tif"), Path("b.tif")]) == ""

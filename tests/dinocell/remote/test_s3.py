@@ -141,8 +141,10 @@ def test_copies_that_a_killed_process_left_are_removed(server, tmp_path, monkeyp
     left = folder / "dinocell-s3-left" / "a.tif"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"of a process that was killed")
+    other = folder / "mine.tif"
+    other.write_bytes(b"of somebody who keeps copies there")
     s3.keep_copies_in(folder)
-    assert list(folder.iterdir()) == []
+    assert list(folder.iterdir()) == [other]
     read_image(place_of("s3://bucket/in/a.tif"))
     assert [path.name for path in folder.glob("*/*")] == ["a.tif"]
     for kept in copies.kept.values():

@@ -17,6 +17,7 @@ from dinocell.io import read_image, write_image
 from dinocell.service import channels as channels_module
 from dinocell.service.channels import Original, colours_of, keep_channels, keep_channels_apart
 from dinocell.service.queue import size_of
+from dinocell.service.tiles import MOST_CHANNELS
 from dinocell.service.viewing import _fields_in
 
 BLUE, GREEN, RED, MAGENTA = "#0000ff", "#00ff00", "#ff0000", "#ff00ff"
@@ -82,11 +83,15 @@ def test_every_channel_of_the_file_can_be_looked_at(client, tmp_path):
         assert (found == pixels[..., channel]).all()
         tile = client.get(f"{base}/image/tile", params={**place, "channel": channel})
         assert (array_of(tile) == pixels[::2, ::2, channel]).all()
-    several = client.get(f"{base}/image/tile", params={**place, "channel": [2, 0]})
+    several = client.get(f"{base}/image/tile", params={**place, "channel": [2, 0, 2]})
     files = io.BytesIO(several.content)
     for channel in (2, 0):
         assert (np.load(files) == pixels[::2, ::2, channel]).all()
-    assert files.read() == b""
+    assert files.read() == b""  # each once
+    many = client.get(f"{base}/image/tile", params={**place, "channel": MOST_CHANNELS * [0]})
+    assert many.status_code == 200
+    many = client.get(f"{base}/image/tile", params={**place, "channel": (MOST_CHANNELS + 1) * [0]})
+    assert many.status_code == 422
     for path in ("image", "image/tile"):
         refused(client.get(f"{base}/{path}", params={**place, "channel": 4}), 422, "0 to 3 (DNA, ")
     refused(client.get(f"{base}/image", params={"channel": -1}), 422, "`channel` must be at least")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from dinocell.batch.journal import MAX_KILLS
+from dinocell.service import queue as module
 from dinocell.service.news import News
 from dinocell.service.queue import Queue, QueueFullError
 
@@ -136,6 +137,17 @@ def test_sweeping_deletes_folders_of_no_job(queue):
     (queue.folder / "jobs" / "left").mkdir()
     queue.sweep()
     assert [path.name for path in (queue.folder / "jobs").iterdir()] == [job.id]
+
+
+def test_what_cannot_be_swept_stays(queue, monkeypatch):
+    job = add(queue)
+
+    def refuse(*_, **more):
+        raise PermissionError("of another user")
+
+    monkeypatch.setattr(module, "remove_temporary_files", refuse)
+    queue.sweep()
+    assert queue.job_folder(job.id).is_dir()
 
 
 def test_time_and_space_bound_what_is_kept(queue):

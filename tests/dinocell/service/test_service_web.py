@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from service_doubles import finished, noise, upload
@@ -12,6 +14,7 @@ from service_doubles import finished, noise, upload
 from dinocell.errors import UsageError
 from dinocell.service import web
 from dinocell.service.options import ServiceOptions, check_service
+from dinocell.service.queue import QueueFullError
 from dinocell.service.reading import ForbiddenError
 from dinocell.service.web import Address, allowed, web_places
 
@@ -166,6 +169,29 @@ def test_what_cannot_be_fetched_leaves_nothing(start, other, monkeypatch):
     assert list((client.service.queue.folder / "jobs").iterdir()) == []
 
 
+def test_a_full_disk_is_not_blamed_on_the_other_server(other, tmp_path):
+    places = web_places([f"{other.address}/open"])
+    address = allowed(f"{other.address}/open/near.tif", places)
+    for target, error in (
+        (Path("/dev/full"), errno.ENOSPC),
+        (tmp_path / "none" / "a", errno.ENOENT),
+    ):
+        with pytest.raises(OSError) as raised:
+            web.fetch(address, places, target, 1.0)
+        assert raised.value.errno == error
+
+
+def test_nothing_is_fetched_while_too_much_waits(start, other, monkeypatch):
+    client = start(read_from=(f"{other.address}/open",))
+
+    def refuse(*_):
+        raise QueueFullError("full")
+
+    monkeypatch.setattr(client.service.queue, "refuse_if_large", refuse)
+    assert fetched(client, f"{other.address}/open/near.tif").status_code == 429
+    assert other.asked == []
+
+
 def test_few_files_are_fetched_at_once(start, other, monkeypatch):
     client = start(read_from=(f"{other.address}/open",))
     monkeypatch.setattr(web, "_places", threading.BoundedSemaphore(1))
@@ -184,7 +210,14 @@ def test_addresses_are_compared_part_by_part():
     for wrong in ("https://example.org./data/a.tif", "https://example.org:444/data/a.tif"):
         with pytest.raises(ForbiddenError):
             allowed(wrong, places)
-    for wrong in ("http:///a.tif", "http://[::1/a.tif", "http://a:b/c", "ftp://a/b"):
+    for wrong in (
+        "http:///a.tif",
+        "http://[::1/a.tif",
+        "http://a:b/c",
+        "ftp://a/b",
+        "http://a..b/c",
+        "http://a:0/b",
+    ):
         with pytest.raises(UsageError, match="An address must be"):
             Address.of(wrong)
 
