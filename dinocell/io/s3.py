@@ -10,6 +10,7 @@ import datetime
 import errno
 import io
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -236,7 +237,9 @@ def refusal(place: S3Path, error: Exception) -> str | None:
         return f"There is no bucket '{place.bucket}' on S3: check the address '{place}' and AWS_ENDPOINT_URL"
     if kind.__module__ != "obstore.exceptions" or kind.__name__ == "AlreadyExistsError":
         return None
-    if kind.__name__ in ("PermissionDeniedError", "UnauthenticatedError") or "403" in text:
+    if kind.__name__ in ("PermissionDeniedError", "UnauthenticatedError") or _FORBIDDEN.search(
+        text
+    ):
         return (
             f"You have no permission for '{place}' on S3: check the credentials (AWS_PROFILE, or "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and the rights of the bucket"
@@ -248,6 +251,7 @@ def refusal(place: S3Path, error: Exception) -> str | None:
     )
 
 
+_FORBIDDEN = re.compile(r"(?<![.:\d])403\b")  # the status, and no part of a port or time
 _PREFIX = "dinocell-s3-"  # of the names of folders with copies
 
 

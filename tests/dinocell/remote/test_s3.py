@@ -362,6 +362,19 @@ class Stopping(remote.Watcher):
         self.count("predicted")
 
 
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("Generic S3 error: Error after 2 retries: tcp connect error 127.0.0.1:40351", "S3 must"),
+        ("Generic S3 error: Error after 2 retries in 1.403s: connection reset", "S3 must"),
+        ("Generic S3 error: Server returned non-2xx status code: 403 Forbidden", "You have no"),
+    ],
+)
+def test_a_number_in_an_error_is_no_status(text, start) -> None:
+    kind = type("GenericError", (Exception,), {"__module__": "obstore.exceptions"})
+    assert str(s3.refusal(place_of("s3://bucket/a"), kind(text))).startswith(start)
+
+
 def test_s3_disappears_while_it_is_read(mortal_server, tmp_path, mini_model) -> None:
     """The images of this machine are still segmented; the others are listed with a sentence each."""
     for number in range(4):
