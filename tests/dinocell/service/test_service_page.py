@@ -147,7 +147,7 @@ def test_a_picture_is_segmented_corrected_and_downloaded(browser, address, tmp_p
 
     with page.expect_response(lambda r: "/relabel" in r.url) as answer:
         page.locator("#area").fill("12")
-    expect(page.locator("#area-value")).to_have_text("12 px")
+    expect(page.locator("#area-value")).to_have_text("12 px²")
     expect(page.locator("#count")).to_contain_text(f"{answer.value.json()['num_cells']} cells")
     assert np.bincount(labels_of(page, address).ravel())[1:].min() >= 12
 
@@ -156,7 +156,7 @@ def test_a_picture_is_segmented_corrected_and_downloaded(browser, address, tmp_p
     expect(page.locator("#redo")).to_be_disabled()
     with corrected(page) as answer:
         page.locator("#undo").click()
-    expect(page.locator("#area-value")).to_have_text("0 px")
+    expect(page.locator("#area-value")).to_have_text("0 px²")
     assert answer.value.json()["num_cells"] == cells - 1
 
     with page.expect_download() as download:
