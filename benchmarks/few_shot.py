@@ -16,7 +16,8 @@ reptile     `all` from a start that learns fast on the data sets of `--meta` (Ni
 random      `all` from random weights, with as many steps as all trainings of `adapt` together
 
 Writes benchmarks/results/few_shot_SET_START.json, where a row takes the place of one with the same
-number of images and way and the others stay; steps are those of the row of `adapt`, or 100.  AP is
+number of images and way and the others stay; steps are those of the row of `adapt`, or 100;
+with `--steps` decoder, all and random get so many, and their rows stand beside the others.  AP is
 pooled, with the bounds of 95 % of 2,000 draws of as many images.
 """
 

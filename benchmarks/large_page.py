@@ -6,8 +6,9 @@
 A finished job is written by hand: 16-bit pixels, labels, no map.  Its channels all have the same pixels.
 When the service has loaded its model and Chromium has started, which both take all cores for seconds,
 Chromium opens the page; then the mouse drags the picture and the wheel zooms for `--seconds`.  Measured are
-the time from the address to the first picture, the intervals between the frames that Chromium draws (`requestAnimationFrame`) while labels are
-shown, once while the service measures the cells and once afterwards, and how long that takes.
+the time from the address to the first picture, the intervals between the frames that Chromium draws
+(`requestAnimationFrame`) while labels are shown, once while the service measures the cells and once
+afterwards, and how long that takes.
 
 Writes a line to benchmarks/results/large_page.jsonl.  The load of the machine is part of it.
 """

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -77,22 +78,15 @@ def _program() -> Iterator[Finding]:
 
 
 def _package(requirement: Requirement) -> Finding:
-    names = (requirement.name, *_SAME.get(requirement.name, ()))
-    name = next((name for name in names if _is_installed(name)), None)
-    if name is None:
+    for name in (requirement.name, *_SAME.get(requirement.name, ())):
+        with suppress(metadata.PackageNotFoundError):
+            found = metadata.version(name)
+            break
+    else:
         return Finding(requirement.name, "missing", f"pip install '{requirement}'")
-    found = metadata.version(name)
     fits = requirement.specifier.contains(found, prereleases=True)
     cure = "" if fits else f"must be {requirement.specifier}: pip install '{requirement}'"
     return Finding(name, found, cure)
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _requirements(extra: str) -> list[Requirement]:

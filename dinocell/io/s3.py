@@ -29,6 +29,8 @@ from dinocell.pairs import IMAGE_SUFFIXES, OUTPUT_ENDINGS, SEG_NPY
 _SCHEME = "s3://"
 _RETRY_S = 60.0  # of one request
 _TIMEOUT_S, _CONNECT_S = 30.0, 5.0
+_FORBIDDEN = re.compile(r"(?<![.:\d])403\b")  # the status, and no part of a port or time
+_PREFIX = "dinocell-s3-"  # of the names of folders with copies
 _COPIES = 2  # files that are kept here: the planes of a file come one after the other
 _ZARR_FILES = ("zarr.json", ".zattrs")
 
@@ -237,9 +239,8 @@ def refusal(place: S3Path, error: Exception) -> str | None:
         return f"There is no bucket '{place.bucket}' on S3: check the address '{place}' and AWS_ENDPOINT_URL"
     if kind.__module__ != "obstore.exceptions" or kind.__name__ == "AlreadyExistsError":
         return None
-    if kind.__name__ in ("PermissionDeniedError", "UnauthenticatedError") or _FORBIDDEN.search(
-        text
-    ):
+    denied = kind.__name__ in ("PermissionDeniedError", "UnauthenticatedError")
+    if denied or _FORBIDDEN.search(text):
         return (
             f"You have no permission for '{place}' on S3: check the credentials (AWS_PROFILE, or "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and the rights of the bucket"
@@ -249,10 +250,6 @@ def refusal(place: S3Path, error: Exception) -> str | None:
         f"S3 must answer, got nothing for '{place}' after several tries ({reason.strip()[:120]}): check the "
         "network and AWS_ENDPOINT_URL, then run the same command again"
     )
-
-
-_FORBIDDEN = re.compile(r"(?<![.:\d])403\b")  # the status, and no part of a port or time
-_PREFIX = "dinocell-s3-"  # of the names of folders with copies
 
 
 class _Copies:

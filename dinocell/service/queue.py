@@ -318,9 +318,8 @@ class Queue:
         known = {row["id"] for row in rows}
         for folder in (self.folder / "jobs").iterdir():
             if folder.name in known:
-                with contextlib.suppress(
-                    OSError
-                ):  # one that cannot be removed is no reason not to start
+                # One that cannot be removed is no reason not to start.
+                with contextlib.suppress(OSError):
                     remove_temporary_files(folder, before=math.inf)
             else:
                 shutil.rmtree(folder, ignore_errors=True)

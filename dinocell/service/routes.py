@@ -69,9 +69,9 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         413: "The upload is too large.",
         422: "A value is wrong, or the image cannot be segmented.",
         429: "The queue is full, or too many wrong tokens came; see Retry-After.",
+        501: "The format needs a package that the service does not have.",
         502: "The server of the image fails.",
         504: "The server of the image is too slow.",
-        501: "The format needs a package that the service does not have.",
     }.items()
 }
 _LONGEST_TURN_S = 20.0

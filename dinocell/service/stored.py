@@ -404,7 +404,7 @@ class StoredResult:
             files = segmentation.save(folder, formats=formats, overlay=overlay)
         if "npy" in kinds:
             files["npy"] = folder / "labels.npy"
-            write_array(files["npy"], labels)
+            np.save(files["npy"], labels, allow_pickle=False)
         if "zip" in kinds:
             files["zip"] = self._all_in_one(files, now.revision.number)
         zipped = {kind: _zipped(file) for kind, file in files.items() if file.is_dir()}

@@ -57,11 +57,8 @@ class Address(NamedTuple):
         with suppress(ValueError):  # of a wrong port or host
             found = urlsplit(text)
             parts = tuple(map(unquote, found.path.split("/")[1:]))
-            port = (
-                {"http": 80, "https": 443}.get(found.scheme, 0)
-                if found.port is None
-                else found.port
-            )
+            usual = {"http": 80, "https": 443}.get(found.scheme, 0)
+            port = usual if found.port is None else found.port
             plain = text.isprintable() and not set(text) & set(" \\?#@")
             (found.hostname or "").encode("idna")  # a UnicodeError is a ValueError
             if plain and is_web(text) and found.hostname and port and all(map(_is_plain, parts)):
@@ -101,8 +98,7 @@ def fetch(address: Address, places: Sequence[Address], target: Path, max_mb: flo
 
     Raises UsageError (there is no such file, or it is empty); ForbiddenError (it is elsewhere);
     WebError (413: above `max_mb`; 502: the other server fails; 504: it takes too long); OSError (the own
-    disk is full or fails);
-    QueueFullError (others are being fetched).
+    disk is full or fails); QueueFullError (others are being fetched).
     """
     if not _places.acquire(blocking=False):
         raise QueueFullError("As many files as can be at once are being fetched: try again later")

@@ -94,8 +94,9 @@ class AdaptOptions:
 class AdaptResult:
     """The scores of all candidates on images that they were not trained on, and the choice.
 
-    `hurried` says that the time sufficed for the fewest steps only.  `scores` has for each candidate, also `start` (the model as it was) and `thresholds` (with new
-    thresholds only), the mean AP at IoU 0.5, 0.75 and 0.9 and the AP at 0.5, pooled.
+    `scores` has for each candidate, also `start` (the model as it was) and `thresholds` (with new
+    thresholds only), the mean AP at IoU 0.5, 0.75 and 0.9 and the AP at 0.5, pooled.  `hurried` says
+    that the time sufficed for the fewest steps only.
     """
 
     model_path: Path

@@ -36,9 +36,9 @@ document.addEventListener("drop", (event) => {
 
 async function start(entered = false) {
   await guarded(async () => {
-    // A token that was just entered may be wrong, and counts once.
-    if (entered) await api.models();
-    const [[model], jobs] = await Promise.all([api.models(), api.jobs()]);
+    const models = api.models();
+    if (entered) await models; // a token that was just entered may be wrong, and counts once
+    const [[model], jobs] = await Promise.all([models, api.jobs()]);
     $("model").textContent = model.device ? `${model.name} on ${model.device}` : model.name;
     greyOut(model.missing_formats);
     $("drop").hidden = $("segmented").hidden = $("delete-job").hidden = !(page.takesImages = model.takes_images);
