@@ -45,7 +45,7 @@ async function ask(path, options = {}) {
 }
 
 const json = async (path, options) => (await ask(path, options)).json();
-const npy = async (path) => parseNpy(await (await ask(path)).arrayBuffer());
+const npy = async (path, options) => parseNpy(await (await ask(path, options)).arrayBuffer());
 
 export const models = () => json("/models");
 export const jobs = () => json("/jobs?limit=1000");
@@ -54,7 +54,7 @@ export const cells = (id) => json(`/jobs/${id}/cells`);
 export const revision = (id) => json(`/jobs/${id}/labels`);
 export const channels = (id) => json(`/jobs/${id}/channels`);
 // Without a channel, the gray plane that was segmented.
-export const image = (id, channel) => npy(`/jobs/${id}/image${channel === null ? "" : `?channel=${channel}`}`);
+export const image = (id, channel, signal) => npy(`/jobs/${id}/image${channel === null ? "" : `?channel=${channel}`}`, { signal });
 export const labels = (id) => npy(`/jobs/${id}/labels/npy`);
 const place = (level, row, column) => `tile?level=${level}&row=${row}&column=${column}`;
 const MOST_CHANNELS = 16; // of one answer
@@ -78,10 +78,10 @@ export async function labelsTile(id, level, row, column) {
 
 export const remove = (id) => json(`/jobs/${id}`, { method: "DELETE" });
 
-// `channels` are names or positions of those to segment; none where the image has one.
-export function upload(file, channels) {
+// `options` are those of the job: a list of `channels`, names or positions; `z`, `time`, `scene`.
+export function upload(file, options) {
   const form = new FormData();
-  for (const channel of channels) form.append("channels", channel);
+  for (const [name, value] of Object.entries(options)) for (const one of [value].flat()) form.append(name, one);
   form.append("image", file, file.name);
   return json("/jobs", { method: "POST", body: form });
 }
@@ -92,7 +92,7 @@ const send = (path, body) => json(path, {
 
 const PART = 4 * 2 ** 20; // bytes
 
-export const beginUpload = (file, channels) => send("/uploads", { name: file.name, bytes: file.size, channels });
+export const beginUpload = (file, options) => send("/uploads", { name: file.name, bytes: file.size, ...options });
 export const uploaded = (id) => json(`/uploads/${id}`);
 export const sendPart = (id, file, offset) =>
   json(`/uploads/${id}?offset=${offset}`, { method: "PUT", body: file.slice(offset, offset + PART) });

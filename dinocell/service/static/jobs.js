@@ -8,19 +8,24 @@ import { element } from "./table.js";
 const GONE = ["deleted", "cancelled", "expired"];
 const LARGE = 16 * 2 ** 20; // bytes; such files come in parts
 
+const FIELDS = [...$("segmented").querySelectorAll("input")];
+const written = () => Object.fromEntries(FIELDS.map(({ name, value }) => [name, value.trim()]).filter(([, value]) => value));
+
 export async function add(files) {
-  const channels = $("upload-channels").value.split(",").map((name) => name.trim()).filter(Boolean);
-  const given = $("upload-channels").value;
+  const fields = written(), given = JSON.stringify(fields);
+  const options = { ...fields, channels: (fields.channels || "").split(",").map((name) => name.trim()).filter(Boolean) };
   for (const file of files) {
     for (;;) {
       try {
         say(`Uploading ${file.name}`);
-        const job = await (file.size > LARGE ? inParts : api.upload)(file, channels);
+        const job = await (file.size > LARGE ? inParts : api.upload)(file, options);
         if (!job) break; // cancelled
         noteJob(job);
         watch(job.id, true);
-        if ($("upload-channels").value === given) $("upload-channels").value = ""; // the next images may be gray
-        say(channels.length ? `${file.name} is segmented by ${channels.join(", ")}; name the channels of other images again` : "");
+        // The next images may be gray, and no stacks.
+        if (JSON.stringify(written()) === given) for (const field of FIELDS) field.value = "";
+        const chosen = Object.entries(fields).map(([name, value]) => `${name} ${value}`).join(", ");
+        say(chosen && `${file.name} is segmented with ${chosen}; write it again for other images`);
         break;
       } catch (error) {
         if (error.status !== 429) {
@@ -35,11 +40,11 @@ export async function add(files) {
 }
 
 // Upload a file in parts; continues where it was after a cut connection, and after the page was closed.
-async function inParts(file, channels) {
-  const key = `upload ${[file.name, file.size, file.lastModified, ...channels].join(" ")}`;
+async function inParts(file, options) {
+  const key = `upload ${JSON.stringify([file.name, file.size, file.lastModified, options])}`;
   const begun = localStorage.getItem(key);
   let upload = begun && (await api.uploaded(begun).catch(() => null));
-  upload ||= await api.beginUpload(file, channels);
+  upload ||= await api.beginUpload(file, options);
   const { id } = upload;
   localStorage.setItem(key, id);
   noteJob({ ...upload, state: "uploading" });

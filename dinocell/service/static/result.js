@@ -19,6 +19,8 @@ let doubtful = -1;
 
 export async function openJob(id) {
   page.asked = id;
+  page.left?.abort();
+  const { signal } = (page.left = new AbortController());
   await guarded(async () => {
     say("Loading");
     const job = page.jobs.get(id);
@@ -30,7 +32,7 @@ export async function openJob(id) {
     const fetch = async (layers) => {
       // One after the other: others who use the server wait less.
       for (const layer of layers) {
-        layer.pixels = (await api.image(id, layer.channel)).data;
+        layer.pixels = (await api.image(id, layer.channel, signal)).data;
         layer.learn(layer.pixels);
       }
     };

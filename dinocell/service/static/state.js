@@ -8,8 +8,8 @@ import { View } from "./view.js";
 export const $ = (id) => document.getElementById(id);
 
 // `open`: { id, height, width, labels, numbers (of the rows of the table), revision, thresholds, ... }
-// `asked`: the id of the image that was asked for last
-export const page = { jobs: new Map(), open: null, asked: null, takesImages: true };
+// `asked`: the id of the image that was asked for last; `left` aborts requests for its pixels
+export const page = { jobs: new Map(), open: null, asked: null, left: null, takesImages: true };
 export const view = new View($("canvas"));
 export const table = new Table($("table"));
 export const plot = new Plot($("plot"), $("plot-across"), $("plot-up"));
@@ -22,6 +22,7 @@ export async function guarded(work) {
   try {
     return await work();
   } catch (error) {
+    if (error.name === "AbortError") return undefined; // of an image that the user has left
     if (error.status === 401) $("token-form").hidden = false;
     say(error.message);
     if (!(error instanceof api.Problem)) console.error(error);

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 from service_doubles import add_finished
 from test_service_page import Pointer, address, browser, opened  # noqa: F401  fixtures
 
@@ -37,7 +38,7 @@ def without_labels(browser, address, images, channels="DNA"):  # noqa: F811
     page = browser.new_page()
     page.set_viewport_size({"width": 1440, "height": 900})
     page.goto(address)
-    page.locator("#upload-channels").fill(channels)
+    page.locator("[name=channels]").fill(channels)
     page.set_input_files("#files", [str(path) for path in images])
     page.locator("#panel:not([hidden]) #count").wait_for()
     hide_labels(page)
@@ -64,7 +65,7 @@ def test_channels_have_colours_windows_and_keys(browser, address, tmp_path):  # 
     from playwright.sync_api import expect
 
     page = without_labels(browser, address, [two_channels(tmp_path / "a.tif")])
-    expect(page.locator("#upload-channels")).to_have_value("")  # the next image may be gray
+    expect(page.locator("[name=channels]")).to_have_value("")  # the next image may be gray
     for place, colour in ((DNA, BLUE), (ER, GREEN), (BACK, BLACK)):
         sees(page, colour, place)
     page.mouse.move(*Pointer(page, SHAPE).at(*ER))
@@ -109,6 +110,56 @@ def test_channels_have_colours_windows_and_keys(browser, address, tmp_path):  # 
     sees(page, BLUE, DNA)
     page.keyboard.press("3")  # constant, and gray
     sees(page, (0, 0, 255), DNA)
+
+
+def test_a_stack_is_segmented_at_the_planes_that_are_written(browser, address, tmp_path):  # noqa: F811
+    from playwright.sync_api import expect
+
+    stack = np.full((2, 3, *SHAPE), 100, np.uint16)
+    stack[..., 32:, :] += NOISE
+    for time in range(2):
+        for z in range(3):
+            stack[time, z, 30, 10 + 10 * time + z] = 5000
+    tifffile.imwrite(tmp_path / "stack.tif", stack, imagej=True, metadata={"axes": "TZYX"})
+    page = browser.new_page()
+    page.goto(address)
+    page.set_input_files("#files", str(tmp_path / "stack.tif"))
+    expect(page.locator("#job-list .failed")).to_contain_text("time")
+    page.get_by_text("Planes of a stack").click()
+    page.locator("[name=z]").fill("2")
+    page.locator("[name=time]").fill(" 1")
+    page.set_input_files("#files", str(tmp_path / "stack.tif"))
+    page.locator("#panel:not([hidden]) #count").wait_for()
+    expect(page.locator("[name=z]")).to_have_value("")
+    page.mouse.move(*Pointer(page, SHAPE).at(30, 22))
+    expect(page.locator("#pixel")).to_contain_text("row 30, column 22: 5000")
+
+    page.locator("[name=z]").fill("first")
+    page.set_input_files("#files", str(tmp_path / "stack.tif"))
+    expect(page.locator("#status")).to_contain_text("z")
+    expect(page.locator("[name=z]")).to_have_value("first")  # to be corrected
+
+
+def test_channels_of_an_image_that_was_left_are_not_fetched(browser, address, tmp_path):  # noqa: F811
+    images = [two_channels(tmp_path / f"{name}.tif") for name in "ab"]
+    page = without_labels(browser, address, images)
+    page.locator("#job-list .quiet", has_text="cells").nth(1).wait_for()
+    shown = page.locator("#title").inner_text()
+    other = {"a": "b", "b": "a"}[shown]
+    left = page.locator("#job-list button", has_text=other).get_attribute("data-id")
+    asked, held, failed = [], [], []
+    page.on("requestfailed", lambda request: failed.append(request.url))
+    page.on("request", lambda request: asked.append(request.url))
+    page.route(f"**/{left}/image?channel=0", lambda route: held.append(route))  # no answer comes
+    page.locator("#job-list button", has_text=other).click()
+    while not held:
+        page.wait_for_timeout(20)
+    page.locator("#job-list button", has_text=shown).click()
+    while not failed:
+        page.wait_for_timeout(20)
+    page.locator("#panel #title", has_text=shown).wait_for()
+    assert not [url for url in asked if url.endswith(f"{left}/image?channel=1")]
+    page.locator("#status:empty").wait_for(state="attached")
 
 
 def test_choices_stay_from_image_to_image(browser, address, tmp_path):  # noqa: F811
