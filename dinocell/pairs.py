@@ -170,6 +170,18 @@ def pair_folders(
         "predictions without a true label image": sorted(preds.keys() - truths.keys()),
     }
     problems = [f"{what}: {len(names)} ({_some(names)})" for what, names in alone.items() if names]
+    lonely = {name for some in alone.values() for name in some}
+    left_aside = [
+        path.name
+        for paths, taken in ((pred_paths, preds), (truth_paths, truths))
+        for path in paths
+        if _stem(path) in lonely - taken.keys() and not _is_project(path)
+    ]
+    if left_aside:
+        problems.append(
+            f"left aside, since names beside them have an ending: {len(left_aside)} "
+            f"({_some(left_aside)})"
+        )
     if problems:
         way_out = (
             "set `allow_missing_predictions` to score a missing prediction as an image without cells"

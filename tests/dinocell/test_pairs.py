@@ -236,6 +236,20 @@ def test_names_without_a_partner_are_named(tmp_path):
         find_pairs(pred, truth, "mine")
 
 
+def test_a_file_left_aside_because_another_has_an_ending_is_named(tmp_path):
+    pred = touch(tmp_path / "p", "a_labels.tif", "b_labels.tif")
+    truth = touch(tmp_path / "t", "a_labels.tif", "b.png", "c.png")
+    with pytest.raises(
+        DataSetError, match=r"label image: 1 \(b\), left aside, .*: 1 \(b.png\): give"
+    ):
+        pair_folders(pred, truth)
+    touch(truth, "b_labels.tif")
+    assert paired(pred, truth) == {name: (f"{name}_labels.tif",) * 2 for name in "ab"}
+    with pytest.raises(DataSetError) as error:
+        pair_folders(touch(tmp_path / "p2", "a.png"), touch(tmp_path / "t2", "a.png", "d.png"))
+    assert "left aside" not in str(error.value)
+
+
 def test_missing_predictions_may_be_allowed_but_not_extra_ones(tmp_path):
     pred = touch(tmp_path / "p", "a.png")
     truth = touch(tmp_path / "t", "a.png", "b.png")

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
+import ssl
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from service_doubles import finished, noise, upload
 
 from dinocell.errors import UsageError
@@ -107,6 +114,62 @@ def test_an_image_is_fetched(start, other, tmp_path):
         "near",
         "field",
     }
+
+
+def certificate(folder: Path, host: str) -> Path:
+    """A file with a new private key and a certificate for an IP address, signed by itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.now(UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host))]),
+            critical=False,
+        )
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "both.pem").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        + signed.public_bytes(Encoding.PEM)
+    )
+    return folder / "both.pem"
+
+
+@pytest.mark.parametrize(
+    ("host", "is_trusted", "status"),
+    [("127.0.0.1", True, 202), ("127.0.0.1", False, 502), ("127.0.0.2", True, 502)],
+)
+def test_only_trusted_certificates_of_the_host_count(
+    start, other, tmp_path, monkeypatch, host, is_trusted, status
+):
+    pem = certificate(tmp_path, host)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(pem)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), other)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.handle_error = lambda *_: (
+        None
+    )  # the service hangs up on a certificate that it does not trust
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    if is_trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    address = f"https://127.0.0.1:{server.server_port}/open"
+    try:
+        client = start(read_from=(address,))
+        answer = fetched(client, f"{address}/field%20µ.tif")
+        assert answer.status_code == status, answer.text
+        if status == 202:
+            assert finished(client, answer.json()["id"])["state"] == "done"
+        else:
+            assert "certificate" in answer.json()["detail"]
+            assert other.asked == []
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_addresses_elsewhere_are_never_asked(start, other):
