@@ -43,7 +43,9 @@ class ServiceFlags:
     learn_minutes: float = option(
         "Take about this long to learn from corrected images, in minutes.", 5.0
     )
-    keep_hours: float = option("Keep finished jobs for this long, in hours.", 24.0)
+    keep_hours: float = option(
+        "Keep finished jobs for this long after their last correction, in hours.", 24.0
+    )
     keep_gb: float = option(
         "Keep at most this much of finished jobs, in GB; the oldest are deleted first. Uploads that wait "
         "may need as much.",

@@ -29,8 +29,8 @@ class ServiceOptions:
     max_megapixels : largest image in 10⁶ pixels
     learn_minutes : about how long the model may learn from corrected images
     max_minutes : a job that takes longer fails
-    keep_hours, keep_gb : finished jobs are deleted after so long, the oldest first if all need more;
-        uploads that wait may need as much, and unfinished ones are deleted after so long
+    keep_hours, keep_gb : finished jobs are deleted so long after the last change of their labels, the oldest
+        first if all need more; uploads that wait may need as much, and unfinished ones are deleted after so long
     wandb, wandb_seconds : project at Weights & Biases that gets the figures, and how often; None: none does
     read_from : folders, and addresses on S3 and the web, below which images may be read by their path
     """

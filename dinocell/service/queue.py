@@ -327,21 +327,27 @@ class Queue:
     def expire(self, *, keep_s: float, keep_bytes: float, now: float | None = None) -> list[str]:
         """Delete files of finished jobs: those older than `keep_s`, then the oldest above `keep_bytes`.
 
+        A job is as old as its last change: its end, or the last change of its labels.
+
         Returns the ids of the jobs.
         """
         now = time.time() if now is None else now
-        folders = (self.folder / "jobs").iterdir()
+        folders = list((self.folder / "jobs").iterdir())
         sizes = {one.name: size_of(one) for one in folders}
+        changed = {one.name: _last_change(one) for one in folders}
         with self._transaction() as database:
             rows = database.execute(
-                "SELECT id, finished, bytes FROM jobs WHERE state IN ('done', 'failed') "
-                "ORDER BY finished DESC, seq DESC"
+                "SELECT id, finished, seq FROM jobs WHERE state IN ('done', 'failed')"
             ).fetchall()
+            ages = [
+                (max(row["finished"], changed.get(row["id"], 0)), row["seq"], row["id"])
+                for row in rows
+            ]
             total, expired = 0, []
-            for row in rows:
-                total += sizes.get(row["id"], 0)  # corrections and channels add to what it had
-                if now - row["finished"] > keep_s or total > keep_bytes:
-                    expired.append(row["id"])
+            for last_s, _, job_id in sorted(ages, reverse=True):
+                total += sizes.get(job_id, 0)  # corrections and channels add to what it had
+                if now - last_s > keep_s or total > keep_bytes:
+                    expired.append(job_id)
             database.executemany(
                 "UPDATE jobs SET state = 'expired' WHERE id = ?", [(job_id,) for job_id in expired]
             )
@@ -400,6 +406,14 @@ def _job(row: sqlite3.Row) -> Job:
     values["summary"] = json.loads(values["summary"] or "{}")
     values["stop"] = bool(values["stop"])
     return Job(**values)
+
+
+def _last_change(folder: Path) -> float:
+    """When the labels in the folder of a job were changed last, in seconds since 1970; 0 if never."""
+    try:
+        return (folder / "current.json").stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def size_of(folder: Path) -> int:

@@ -5,11 +5,13 @@ import base64
 import contextlib
 import io
 import math
+import re
 import shutil
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import numpy as np
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -236,10 +238,17 @@ async def follow_job(request: Request, job: AnyJob) -> Response:
 
 def _file(result: StoredResult, kind: str) -> Response:
     path = result.file(kind)
-    name = result.download_name(path)
-    return FileResponse(
-        path, media_type=_MEDIA[kind], filename=name, headers={"cache-control": "no-store"}
-    )
+    headers = {
+        "cache-control": "no-store",
+        "content-disposition": _as_attachment(result.download_name(path)),
+    }
+    return FileResponse(path, media_type=_MEDIA[kind], headers=headers)
+
+
+def _as_attachment(name: str) -> str:
+    """The header Content-Disposition (RFC 6266); curl and others read only the first name, which is ASCII."""
+    plain = re.sub(r'[^ -~]|["%\\]', "_", name)
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
 
 
 @api.get(

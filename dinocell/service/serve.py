@@ -1,6 +1,7 @@
 """Start the service: the worker, then the web server."""
 
 import socket
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -69,7 +70,11 @@ def run_service(options: ServiceOptions) -> None:
         worker.start()
         service.worker = worker
         try:
-            _serve(service, listener)
+            kept = (
+                f"Results are deleted {options.keep_hours:g} hours after they were made or last corrected, "
+                f"the oldest earlier if all need more than {options.keep_gb:g} GB"
+            )
+            _serve(service, listener, [kept])
         finally:
             worker.stop()
 
@@ -94,10 +99,11 @@ def run_view(out: Path, options: ServiceOptions) -> None:
         claimed(folder / "service", Claimant(), "A folder of results"),
         _listening(options) as listener,
     ):
-        _serve(ViewService(replace(options, jobs=folder), Queue(folder), viewed), listener)
+        service = ViewService(replace(options, jobs=folder), Queue(folder), viewed)
+        _serve(service, listener, viewed.notes())
 
 
-def _serve(service: "Service", listener: socket.socket) -> None:
+def _serve(service: "Service", listener: socket.socket, notes: Sequence[str]) -> None:
     import uvicorn
 
     from dinocell.service.app import create_app
@@ -119,5 +125,5 @@ def _serve(service: "Service", listener: socket.socket) -> None:
 
     host = service.options.host
     name = f"[{host}]" if ":" in host else host
-    print(f"DINOCell is at http://{name}:{listener.getsockname()[1]}", flush=True)
+    print(f"DINOCell is at http://{name}:{listener.getsockname()[1]}", *notes, sep="\n", flush=True)
     Server(config).run(sockets=[listener])

@@ -45,6 +45,8 @@ KINDS = (*EXPORT_FORMATS, "csv", "overlay", "npy", "zip")
 """What can be downloaded: the label files of `segment`, of which folders are zipped, table, picture, labels as
 an array, and all in one."""
 
+_MOST_NAME_BYTES = 160  # most file systems allow 255, and the endings of results follow
+
 _locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 """One for the labels of each job; the service has one process."""
 
@@ -194,7 +196,7 @@ class StoredResult:
             distance_map=mean,
             image=self.plane(),
             pixel_size_um=self.about["pixel_size_um"],
-            name=self.stem,
+            name=self.name,
             file_name=self.file_name,
             warnings=tuple(self.about["warnings"]),
             channels=np.load(channels) if channels.exists() else None,
@@ -427,7 +429,7 @@ class StoredResult:
             for kind in ("tif", "csv", "overlay"):
                 place = self._place(kind, number)
                 source = place if place.parent == self.results else files[kind]
-                archive.write(source, self.download_name(files[kind]), zipfile.ZIP_DEFLATED)
+                archive.write(source, files[kind].name, zipfile.ZIP_DEFLATED)
         return path
 
     def download_name(self, file: Path) -> str:
@@ -468,4 +470,4 @@ def safe_name(filename: str | None) -> str:
     """A name for downloads and messages from the name of an upload: no folders, no control characters."""
     stem = re.split(r"[/\\]", filename or "")[-1].rpartition(".")[0] or (filename or "")
     kept = re.sub(r"[^\w .()+-]+", "_", re.split(r"[/\\]", stem)[-1]).strip(" ._")
-    return kept[:80] or "image"
+    return kept[:80].encode()[:_MOST_NAME_BYTES].decode(errors="ignore") or "image"

@@ -45,6 +45,8 @@ from dinocell.service.stored import StoredResult
 CORRECTIONS = "corrections"
 """Folder of the service in a folder of results."""
 
+_MOST_NAMED = 5  # images in a note
+
 
 class Viewed:
     """A folder of results that a service shows.
@@ -84,6 +86,19 @@ class Viewed:
             "takes_images": False,
             **{name: self.settings[name] for name in names},
         }
+
+    def notes(self) -> list[str]:
+        """What somebody should know who opens the page: where corrections are written, what is missing."""
+        notes = [
+            f"Corrected labels are written to {self.out / 'NAME_labels_v2.tif'}, or v3 and so on where that "
+            "exists"
+        ]
+        failed = _failed_in(self.out / "summary.csv")
+        if failed:
+            some = ", ".join(failed[:_MOST_NAMED]) + ", ..." * (len(failed) > _MOST_NAMED)
+            count = "1 image" if len(failed) == 1 else f"{len(failed)} images"
+            notes.append(f"Segmentation failed for {count}, and summary.csv says why: {some}")
+        return notes
 
     def fill(self, queue: Queue) -> None:
         """List the images as finished jobs; those whose labels were made again since are forgotten."""
@@ -253,6 +268,14 @@ def _fields_in(folder: Path, plate: str) -> dict[Any, dict[str, Path]]:
             if "channel" in place and "thumb" not in place["channel"]:
                 found.setdefault(_field_of(place), {})[place["channel"]] = path
     return found
+
+
+def _failed_in(path: Path) -> list[str]:
+    """The images that a summary says `segment` failed on."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row["name"] for row in csv.DictReader(file) if row.get("error")]
 
 
 def _scores_in(path: Path, num_cells: int) -> NDArray[np.float64]:

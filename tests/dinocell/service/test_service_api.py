@@ -6,6 +6,9 @@ import base64
 import gc
 import io
 import json
+import os
+import shutil
+import subprocess
 import threading
 import time
 import warnings
@@ -422,6 +425,7 @@ def test_files_that_are_no_images(client, name, content, word):
         ("....", "image"),
         ("ä (1).tif", "ä (1)"),
         ("x" * 300 + ".tif", "x" * 80),
+        ("細" * 80 + ".tif", "細" * 53),  # of three bytes each
     ],
 )
 def test_names_of_uploads_choose_no_path(name, safe, tmp_path):
@@ -850,9 +854,69 @@ def test_folders_are_zipped(client, picture):
         answer = client.get(f"{base}/{kind}")
         assert answer.headers["content-type"] == "application/zip"
         names = zipfile.ZipFile(io.BytesIO(answer.content)).namelist()
-        assert f"image{folder}/{entry}" in names
-        assert all(name.startswith(f"image{folder}/") for name in names)
+        assert f"{picture.stem}{folder}/{entry}" in names
+        assert all(name.startswith(f"{picture.stem}{folder}/") for name in names)
         assert f'{picture.stem}{folder}.zip"' in answer.headers["content-disposition"]
+
+
+def test_downloads_hold_the_name_of_the_image(client, tmp_path):
+    import anndata
+    import pyarrow.parquet
+
+    job = upload(client, noise(tmp_path / "image ü 7.tif", 0)).json()["job"]
+
+    def file(kind: str) -> bytes:
+        return client.get(f"/api/v1/jobs/{job}/result/{kind}").content
+
+    for kind in ("ome-tiff", "h5ad", "parquet", "ome-zarr", "zip"):
+        (tmp_path / kind).write_bytes(file(kind))
+    with tifffile.TiffFile(tmp_path / "ome-tiff") as tif:
+        assert 'Name="image ü 7"' in tif.ome_metadata
+    assert anndata.read_h5ad(tmp_path / "h5ad").uns["image"] == "image ü 7"
+    assert (
+        pyarrow.parquet.read_schema(tmp_path / "parquet").metadata[b"image"] == "image ü 7".encode()
+    )
+    with zipfile.ZipFile(tmp_path / "ome-zarr") as archive:
+        about = json.loads(archive.read("image ü 7_labels.zarr/.zattrs"))
+    assert about["multiscales"][0]["name"] == "image ü 7"
+    with zipfile.ZipFile(tmp_path / "zip") as archive:
+        assert sorted(archive.namelist())[0] == "image ü 7_cells.csv"
+
+
+def test_names_of_downloads_suit_programs_that_read_ascii_alone(client, picture):
+    for name, plain, encoded in (
+        ("Zellen grün.tif", "Zellen gr_n_cells.csv", "Zellen%20gr%C3%BCn_cells.csv"),
+        ("a(1)+b.tif", "a(1)+b_cells.csv", "a%281%29%2Bb_cells.csv"),
+    ):
+        job = upload_bytes(client, name, picture.read_bytes()).json()["job"]
+        answer = client.get(f"/api/v1/jobs/{job}/result/csv")
+        assert answer.headers["content-disposition"] == (
+            f"attachment; filename=\"{plain}\"; filename*=UTF-8''{encoded}"
+        )
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl_names_files_as_the_service_does(address, client, picture, tmp_path):
+    job = upload_bytes(client, "Zellen grün.tif", picture.read_bytes()).json()["job"]
+    (tmp_path / "got").mkdir()
+    command = ["curl", "-sSOJ", f"{address}/api/v1/jobs/{job}/result/csv"]
+    subprocess.run(command, cwd=tmp_path / "got", check=True)
+    assert [path.name for path in (tmp_path / "got").iterdir()] == ["Zellen gr_n_cells.csv"]
+
+
+def test_a_correction_renews_the_time_for_which_a_result_is_kept(client, picture):
+    base = f"/api/v1/jobs/{upload(client, picture).json()['job']}"
+    kept_s = client.service.options.keep_hours * 3600
+    queue = client.service.queue
+    queue._database.execute("UPDATE jobs SET finished = finished - ?", (kept_s + 60,))
+    body = {"kind": "remove", "cells": [1]}
+    assert client.post(f"{base}/corrections", json=body).status_code == 200
+    client.service.expire()
+    assert client.get(f"{base}/labels").json()["num_cells"] > 0
+    changed = queue.job_folder(base.rpartition("/")[2]) / "current.json"
+    os.utime(changed, (time.time() - kept_s - 60,) * 2)
+    client.service.expire()
+    assert client.get(f"{base}/labels").status_code == 410
 
 
 def test_uploads_that_arrive_together_have_a_limit(start, picture):

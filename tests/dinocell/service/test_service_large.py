@@ -113,7 +113,7 @@ def test_ome_zarr_is_read_by_its_path(start, places, tmp_path):
     labels = labels_of(client, tif, tmp_path)
     archive = io.BytesIO(client.get(f"/api/v1/jobs/{tif}/result/ome-zarr").content)
     zipfile.ZipFile(archive).extractall(places / "open")
-    zarr = by_path(client, places / "open" / "image_labels.zarr").json()["id"]
+    zarr = by_path(client, places / "open" / "field_labels.zarr").json()["id"]
     assert (labels_of(client, zarr, tmp_path) == labels).all()
 
 

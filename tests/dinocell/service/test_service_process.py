@@ -27,6 +27,7 @@ from dinocell.errors import UsageError
 from dinocell.io import read_labels
 from dinocell.network.model import save_model
 from dinocell.service.options import ServiceOptions, check_service
+from dinocell.service.serve import run_service
 from dinocell.service.supervision import WorkerProcess
 
 
@@ -327,6 +328,17 @@ def test_a_port_that_is_taken_is_refused_in_one_sentence(tmp_path, capsys):
         main(["serve", "-o", str(tmp_path), "--port", str(other.getsockname()[1])])
     assert ended.value.code == 1
     assert "choose another --port" in capsys.readouterr().err
+
+
+def test_the_start_says_how_long_results_are_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
+    monkeypatch.setattr(WorkerProcess, "start", lambda self: None)
+    monkeypatch.setattr(WorkerProcess, "stop", lambda self: None)
+    capsys.readouterr()
+    run_service(ServiceOptions(jobs=tmp_path, port=0, keep_hours=36.0, keep_gb=5.0))
+    _, kept = capsys.readouterr().out.splitlines()
+    assert kept.startswith("Results are deleted 36 hours after they were made or last corrected")
+    assert kept.endswith("more than 5 GB")
 
 
 def test_requests_that_wait_hear_of_a_new_worker(tmp_path, monkeypatch):

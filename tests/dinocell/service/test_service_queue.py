@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from types import SimpleNamespace
@@ -164,6 +165,19 @@ def test_time_and_space_bound_what_is_kept(queue):
     assert [queue.get(job.id).state for job in jobs] == ["expired"] * 3 + ["queued"]
     queue.expire(keep_s=60, keep_bytes=1e6, now=ended + 40 * 86_400)
     assert queue.get(jobs[0].id) is None
+
+
+def test_what_was_changed_last_stays_longest(queue):
+    jobs = [add(queue, size=1000) for _ in range(3)]
+    for _ in jobs:
+        queue.finish(queue.take())
+    ended = queue.get(jobs[2].id).finished
+    changed = queue.job_folder(jobs[0].id) / "current.json"
+    changed.write_text("{}")
+    os.utime(changed, (ended + 50, ended + 50))
+    assert queue.expire(keep_s=60, keep_bytes=2500, now=ended + 55) == [jobs[1].id]
+    assert queue.expire(keep_s=60, keep_bytes=1e6, now=ended + 70) == [jobs[2].id]
+    assert queue.expire(keep_s=60, keep_bytes=1e6, now=ended + 111) == [jobs[0].id]
 
 
 def test_nobody_follows_a_job_when_the_service_stops():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from dinocell.network.model import save_model, with_config
 from dinocell.service.app import create_app
 from dinocell.service.options import ServiceOptions
 from dinocell.service.queue import Queue
+from dinocell.service.serve import run_view
 from dinocell.service.viewing import Viewed, ViewService
 
 
@@ -84,6 +86,29 @@ def test_results_are_shown_as_they_were_written(view, results):
     with (results / "a_cells.csv").open("rb") as file:
         assert client.post("/api/v1/jobs", files={"image": ("a.png", file)}).status_code == 409
     assert client.delete(base).status_code == 409
+
+
+def test_the_start_says_what_failed_and_where_corrections_are_written(
+    results, tmp_path, mini_model, monkeypatch, capsys
+):
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: self.config.app)
+    (tmp_path / "c.tif").write_bytes(b"no image")
+    images = [tmp_path / f"{name}.tif" for name in "abc"]
+    options = SegmentOptions(device="cpu", overlay=False, min_area_px=2)
+
+    def lines() -> list[str]:
+        run_view(results, ServiceOptions(port=0))
+        return capsys.readouterr().out.splitlines()
+
+    capsys.readouterr()
+    assert len(lines()) == 2
+    options = replace(options, resume=True)
+    segment_files(images, results, options, model=mini_model, shown=False)
+    _, written, failed = lines()
+    assert str(results / "NAME_labels_v2.tif") in written
+    assert failed == "Segmentation failed for 1 image, and summary.csv says why: c"
+    (results / "summary.csv").unlink()
+    assert len(lines()) == 2
 
 
 def test_what_a_killed_export_left_is_deleted(view, results, monkeypatch):
