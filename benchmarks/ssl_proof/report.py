@@ -13,13 +13,13 @@ BASES = ("random", "average", "shuffled")
 _DRAWS = 10_000
 
 
-def summary(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything for the file of results; `scores` are the rows of finished runs, of as many steps."""
+def summary(scores: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """Everything for the file of results; `scores` are the rows of finished runs of so many `steps`."""
     from measure import processor_name
 
     arms = list(dict.fromkeys(row["arm"] for row in scores))
     by_arm = {arm: [row for row in scores if row["arm"] == arm] for arm in arms}
-    steps, seeds = scores[0]["steps"], 1 + max(row["seed"] for row in scores)
+    seeds = 1 + max(row["seed"] for row in scores)
     return {
         "command": f"python benchmarks/ssl_proof/run.py --steps {steps} --seeds {seeds}",
         "processor": processor_name(),

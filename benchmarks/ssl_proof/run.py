@@ -5,8 +5,7 @@
     python benchmarks/ssl_proof/run.py --report        # the table alone
 
 Resumable: a training continues from its checkpoint, and a finished score is kept.  Runs stay in
-`--folder`, results in benchmarks/results/ssl_proof.json; what this file has is not run again.
-The file holds runs of one number of steps: those of another number replace them.
+`--folder`, results in benchmarks/results/ssl_proof_STEPS.json; what such a file has is not run again.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.append(str(HERE.parent))  # for measure.py
 DATA = Path(os.environ.get("DINOCELL_DATA", ROOT / ".." / "shared" / "data")).resolve()
-RESULT = ROOT / "benchmarks" / "results" / "ssl_proof.json"
+RESULTS = ROOT / "benchmarks" / "results"
 
 # All arms have the same windows, turns and photometrics; the channels of the two views differ, and in `cls`
 # the loss.  `average` and `single` also ask for agreement at every patch, as `dense` does.  The local crop is
@@ -113,16 +112,23 @@ def main() -> None:
     rows = [found[key] for key in sorted(found) if key[1] < args.seeds]
     if not rows:
         raise SystemExit(f"No run of {args.steps} steps is finished in {folder}")
-    result = report.summary(rows)
-    write_text_atomically(RESULT, json.dumps(result, indent=1) + "\n")
-    print(*report.table(result), f"written: {RESULT}", sep="\n")
+    result = report.summary(rows, args.steps)
+    path = RESULTS / f"ssl_proof_{args.steps}.json"
+    write_text_atomically(path, json.dumps(result, indent=1) + "\n")
+    print(*report.table(result), f"written: {path}", sep="\n")
 
 
 def _finished(folder: Path, steps: int) -> dict[tuple[str, int], dict[str, Any]]:
-    """Rows of finished runs of so many steps, by arm and seed: those in the file of results, then the folder's."""
-    rows = json.loads(RESULT.read_text())["runs"] if RESULT.is_file() else []
+    """Rows of finished runs of so many steps, by arm and seed: those in files of results, then the folder's.
+
+    Random weights have had no step, so that their rows count for every number.
+    """
+    rows = []
+    for path in sorted(RESULTS.glob("ssl_proof_*.json")):
+        rows += json.loads(path.read_text())["runs"]
     rows += [json.loads(path.read_text()) for path in sorted(folder.glob("*/score.json"))]
-    return {(row["arm"], row["seed"]): row for row in rows if row["steps"] == steps}
+    chosen = (row for row in rows if row["steps"] == steps or row["arm"] == "random")
+    return {(row["arm"], row["seed"]): row for row in chosen}
 
 
 def _commit() -> str:
