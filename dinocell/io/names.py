@@ -8,7 +8,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,12 @@ def search_images(
     include_outputs : bool
         Take also the results of earlier runs, which are left out by default.  Of files whose name ends
         (before the suffix) in one of `dinocell.pairs.OUTPUT_ENDINGS` these are results: `a_labels.tif`
-        beside `a_cells.csv`, which every run writes, and, with a note, `a_labels.tif` where an image
+        (or the corrected `a_labels_v2.tif`) beside `a_cells.csv`, which every run writes, and, with a note, `a_labels.tif` where an image
         `a` was found.  Hidden files and folders (the name starts with a dot) are always left out.
 
     Returns FoundImages: paths in the order of `inputs`, within a folder or pattern in natural order
-    (2 before 10), each file once.  Notes on folders that cannot be opened, and on files that were
-    left out.
+    (2 before 10), each file once.  Notes on folders that cannot be opened, on files that were left out,
+    and on a folder in a given one that holds images and was not searched.
 
     Raises UsageError (a path does not exist, or no image was found).
     """
@@ -107,6 +107,8 @@ def search_images(
             f"At least one image is needed, but {where} holds none: images end in "
             f"{', '.join(IMAGE_SUFFIXES)}{hint}"
         )
+    if not recursive:
+        search.note_subfolder(inputs, listed)
     return FoundImages(list(listed.values()), tuple(search.notes))
 
 
@@ -166,7 +168,7 @@ class _Search:
         stems = {path.stem for path in images if not path.stem.endswith(OUTPUT_ENDINGS)}
         results, likely = set(), []
         for path in paths:
-            stem = path.stem.removesuffix(".ome")
+            stem = re.sub(r"_v\d+$", "", path.stem.removesuffix(".ome"))  # corrected labels
             ending = next((end for end in OUTPUT_ENDINGS if stem.endswith(end)), "")
             name = stem.removesuffix(ending)
             if path.name.startswith("mask") and os.path.lexists(path.with_name(TRACKS_NAME)):
@@ -185,6 +187,27 @@ class _Search:
                 "name a file itself to segment it"
             )
         return results.union(likely)
+
+    def note_subfolder(
+        self, inputs: Iterable[str | os.PathLike[str]], listed: Collection[str]
+    ) -> None:
+        """Note the first folder in a given one that holds an image, unless that is `listed`, too."""
+        for given in map(place_of, inputs):
+            if isinstance(given, S3Path) or not os.path.isdir(given) or is_zarr(given):
+                continue
+            for entry in self._entries(given):
+                if _is_folder(entry) and not is_zarr(given / entry.name):
+                    inner = _Search(recursive=False)  # whose notes nobody needs
+                    if any(
+                        os.path.realpath(path) not in listed
+                        for path in inner.candidates(given / entry.name)
+                        if not inner.results_among([path], [path])
+                    ):
+                        self._note(
+                            f"Images in folders inside '{given}' were left out, such as those in "
+                            f"'{entry.name}': set `recursive` to segment them, too"
+                        )
+                        return
 
     def _matching(self, base: Path, parts: Sequence[str]) -> Iterator[Path]:
         """Files (with `recursive` also of folders) whose path below `base` matches a pattern."""

@@ -33,7 +33,8 @@ class Source:
     name : stem of the file, or "image"
     pixel_size_um : float or None, from the file
     names : names of the channels in the file, or None
-    column_names : one name per channel, its position where the file has no names; empty for one channel
+    column_names : one name per channel, its position where the file has no names; empty for the only channel
+        of a file without names
     notes : what was noted on the file
     """
 
@@ -125,7 +126,7 @@ def source_of(
             f"An image of intensities is needed, got what looks like a mask or label image{where}: "
             "give the raw image, or set `allow_mask` if it is the raw image"
         )
-    columns = distinct_names(names, chosen, pixels.shape[2]) if pixels.ndim == 3 else ()
+    columns = distinct_names(names, chosen, pixels.shape[2] if pixels.ndim == 3 else 1)
     return Source(pixels, stem, size_um, names, columns, notes)
 
 

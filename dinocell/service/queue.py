@@ -165,8 +165,10 @@ class Queue:
             raise
         return job
 
-    def set_finished(self, jobs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
-        """Have exactly these finished jobs: id → name and summary; the files of others are deleted."""
+    def set_finished(
+        self, jobs: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]]
+    ) -> None:
+        """Have exactly these finished jobs: id → name, options, summary; the files of others are deleted."""
         now = time.time()
         with self._transaction() as database:
             rows = database.execute("SELECT id FROM jobs").fetchall()
@@ -174,10 +176,18 @@ class Queue:
             database.executemany("DELETE FROM jobs WHERE id = ?", [(job_id,) for job_id in gone])
             database.executemany(
                 "INSERT OR IGNORE INTO jobs (id, name, file, state, options, created, finished, summary) "
-                "VALUES (?, ?, ?, 'done', '{}', ?, ?, ?)",
+                "VALUES (?, ?, ?, 'done', ?, ?, ?, ?)",
                 [
-                    (job_id, name, f"{name}.tif", now, now, json.dumps(dict(summary)))
-                    for job_id, (name, summary) in reversed(list(jobs.items()))
+                    (
+                        job_id,
+                        name,
+                        f"{name}.tif",
+                        json.dumps(options),
+                        now,
+                        now,
+                        json.dumps(summary),
+                    )
+                    for job_id, (name, options, summary) in reversed(list(jobs.items()))
                 ],
             )
         for job_id in gone:

@@ -159,7 +159,11 @@ class JobInfo(BaseModel):
     summary: dict[str, Any] = Field(
         {}, description="As summary.csv of segment.", examples=[{"num_cells": 42, "warnings": ""}]
     )
-    options: dict[str, Any] = Field({}, examples=[{"peak_threshold": 0.5}])
+    options: dict[str, Any] = Field(
+        {},
+        description="What was asked for: channels, page, z, time, scene, thresholds and so on, as far as they were given.",
+        examples=[{"channels": ["DNA"], "z": "max", "peak_threshold": 0.5}],
+    )
 
 
 class Correction(BaseModel):
@@ -306,7 +310,9 @@ def job_info(job: Job, *, waiting_before: int | None, windows: tuple[int, int] |
         windows_total=total,
         error=job.error,
         summary=job.summary,
-        options=job.options,
+        options={
+            name: job.options[name] for name in JobOptions.model_fields if name in job.options
+        },
     )
 
 

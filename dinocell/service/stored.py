@@ -153,9 +153,12 @@ class StoredResult:
                 f"`channel` must be a channel of the image, which has {has}, got {channel}: choose one, or "
                 "leave it out for the plane that was segmented"
             )
-        # of several that were segmented; not by a name that two channels have
-        if names[channel] in self.about["channel_names"] and names.count(names[channel]) == 1:
-            place = self.about["channel_names"].index(names[channel])
+        # of those that were segmented; not by a name that two channels have
+        segmented = self.about["channel_names"]
+        if names[channel] in segmented and names.count(names[channel]) == 1:
+            if len(segmented) == 1:
+                return self.stored_pixels()
+            place = segmented.index(names[channel])
             return np.load(self.folder / "channels.npy", mmap_mode="r")[..., place]
         path = channel_path(self.folder, channel)
         if not path.exists() and self._read is not None:

@@ -28,7 +28,7 @@ from dinocell.errors import DINOCellError, UsageError
 from dinocell.files import ensure_folder, write_text_atomically
 from dinocell.io import find_images, read_labels, write_labels
 from dinocell.io.channel_files import ChannelFiles
-from dinocell.io.planes import MAX_PIXELS
+from dinocell.io.planes import MAX_PIXELS, PlaneChoice
 from dinocell.io.plates import PLACE_NAMES, places_of
 from dinocell.io.s3 import S3Path
 from dinocell.network.model import DINOCell, load_model
@@ -108,7 +108,12 @@ class Viewed:
             if labels is not None:
                 text = f"{name}\0{labels.name}\0{labels.stat().st_mtime_ns}"
                 summary = {k: v for k, v in row.items() if k not in ("name", "source", "input")}
-                jobs[hashlib.blake2b(text.encode(), digest_size=16).hexdigest()] = (name, summary)
+                given = {**self.settings, **row.get("input", {})}
+                options = {
+                    k: given[k] for k in PlaneChoice.__annotations__ if given.get(k) is not None
+                }
+                job_id = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+                jobs[job_id] = (name, options, summary)
         queue.set_finished(jobs)
 
     def _label_file(self, name: str) -> Path | None:

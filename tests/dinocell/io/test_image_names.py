@@ -52,6 +52,26 @@ def test_recursive_goes_into_folders_but_not_into_zarr(folder):
     assert found == ["data.zarr", "IMG1.PNG", "img2.tif", "img10.tif", "sub/deep.jpg"]
 
 
+def test_images_in_folders_inside_are_noted(folder):
+    notes = [
+        f"Images in folders inside '{folder}' were left out, such as those in 'sub': set `recursive` to "
+        "segment them, too"
+    ]
+    assert search_images([folder]).notes == (*notes,)
+    assert search_images([folder], recursive=True).notes == ()
+    assert search_images([folder, folder / "sub"]).notes == ()
+    assert search_images([folder / "*.tif"]).notes == ()
+    (folder / "sub" / "deep.jpg").unlink()
+    (folder / "sub" / "notes.txt").write_text("no image")
+    (folder / "sub" / "far").mkdir()
+    (folder / "sub" / "far" / "a.tif").write_bytes(b"x")
+    out = folder / "out"  # of an earlier run
+    out.mkdir()
+    for name in ("a_labels.tif", "a_overlay.png", "a_cells.csv", "a_labels_v2.tif"):
+        (out / name).write_bytes(b"x")
+    assert search_images([folder]).notes == ()
+
+
 def test_outputs_on_request(folder):
     found = names(find_images([folder], include_outputs=True), folder)
     assert {"a_labels.tif", "a_overlay.png", "a_distance_map.tif"} <= set(found)

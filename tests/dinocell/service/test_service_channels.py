@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ import tifffile
 from service_doubles import noise, upload
 from test_service_view import page_of
 
+from dinocell.batch.options import SegmentOptions
+from dinocell.batch.run import segment_files
 from dinocell.errors import DINOCellError
 from dinocell.io import read_image, write_image
+from dinocell.io.planes import channel_of
 from dinocell.service import channels as channels_module
 from dinocell.service.channels import Original, colours_of, keep_channels, keep_channels_apart
 from dinocell.service.queue import size_of
@@ -67,6 +71,41 @@ def test_channels_of_one_name_are_kept_apart(client, tmp_path):
     for channel in range(3):
         found = array_of(client.get(f"{base}/image", params={"channel": channel}))
         assert (found == pixels[..., channel]).all()
+
+
+def test_ome_zarr_names_the_channel_that_was_segmented(client, tmp_path, mini_model):
+    stack(tmp_path / "a.tif", ["DNA", "ER", "AGP"])
+    for chosen, names in ((["ER"], ["ER"]), (["2"], ["AGP"]), (["0", "2"], ["DNA", "AGP"])):
+        answer = upload(client, tmp_path / "a.tif", channels=chosen)
+        job = f"/api/v1/jobs/{answer.json()['job']}"
+        url = f"{job}/result/ome-zarr"
+        with zipfile.ZipFile(io.BytesIO(client.get(url).content)) as archive:
+            served = archive.read("a_labels.zarr/.zattrs")
+        assert [one["label"] for one in json.loads(served)["omero"]["channels"]] == names
+        out = tmp_path / "".join(chosen)
+        options = SegmentOptions(
+            device="cpu",
+            overlay=False,
+            formats=("ome-zarr",),
+            channels=tuple(map(channel_of, chosen)),
+        )
+        segment_files([tmp_path / "a.tif"], out, options, model=mini_model, shown=False)
+        assert (out / "a_labels.zarr" / ".zattrs").read_bytes() == served
+
+
+def test_a_job_says_which_channels_and_planes_were_asked_for(client, tmp_path, mini_model):
+    stack(tmp_path / "a.tif")
+    plain = upload(client, noise(tmp_path / "b.tif", 0)).json()["job"]
+    assert client.get(f"/api/v1/jobs/{plain}").json()["options"] == {}
+    given = {"channels": ["ER", "0"], "min_area_px": 3}
+    job = upload(client, tmp_path / "a.tif", **given).json()["job"]
+    expected = {"channels": ["ER", 0], "min_area_px": 3}
+    assert client.get(f"/api/v1/jobs/{job}").json()["options"] == expected
+    np.save(tmp_path / "z.npy", np.random.default_rng(0).integers(0, 99, (2, 40, 48)))
+    images, options = [tmp_path / "z.npy"], {"z": "max", "channels": (0,), "min_area_px": 3}
+    with page_of(tmp_path, mini_model, images, **options) as page:
+        (shown,) = page.get("/api/v1/jobs").json()
+        assert shown["options"] == {"z": "max", "channels": [0]}
 
 
 def test_every_channel_of_the_file_can_be_looked_at(client, tmp_path):
