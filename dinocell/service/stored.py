@@ -213,12 +213,12 @@ class StoredResult:
     def _scores(
         self, now: Change, labels: NDArray[np.uint32]
     ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        """Scores of the cells, and the map that says so."""
-        target = self.about["target"]
+        """Scores of the cells, NaN of those that were changed by hand, and the map that says so."""
+        target, touched = self.about["target"], np.isin(now.numbers, now.touched)
         as_found = self._is_grown and not now.revision.edited
         if as_found or not (self.folder / "map.npy").exists():
             # those of the table, of cells that are as they were
-            table, touched = np.load(self.folder / "scores.npy"), np.isin(now.numbers, now.touched)
+            table = np.load(self.folder / "scores.npy")
             known = np.append(table, np.nan)[np.minimum(now.numbers - 1, table.size)]
             whole = labels_to_distance_map(labels, target=target)
             return np.where(touched, np.nan, known), whole
@@ -228,7 +228,8 @@ class StoredResult:
             scores = self._separate(now.revision)[1]
             if scores.size == now.numbers.size:  # else another device has made the labels
                 return scores, mean
-        return cell_scores(labels, mean, target=target, spread=spread), mean
+        scores = cell_scores(labels, mean, target=target, spread=spread)
+        return np.where(touched, np.nan, scores), mean
 
     @property
     def _is_grown(self) -> bool:

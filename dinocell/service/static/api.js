@@ -19,6 +19,8 @@ export function setToken(token) {
   sessionStorage.setItem("token", token);
 }
 
+export const hasToken = () => Boolean(sessionStorage.getItem("token"));
+
 // A token may come in the address, as http://host:8000/#token=...; it is not sent to the server that way.
 const given = new URLSearchParams(location.hash.slice(1)).get("token");
 if (given) {

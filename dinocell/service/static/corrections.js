@@ -6,7 +6,7 @@ import { $, guarded, inTurn, page, say, view } from "./state.js";
 
 const HINTS = {
   split: "Draw a line through a cell, or click two points in it. S once more splits the selected cell by itself; Esc ends",
-  paint: "Paint a new cell, or more of the selected one. [ and ] change the brush; B or Esc ends",
+  paint: "Paint a new cell, or from the selected one on more of it. [ and ] change the brush; B or Esc ends",
   erase: "Erase cells, or the selected ones only. [ and ] change the eraser; E or Esc ends",
   box: "Draw a rectangle: the cells in it are selected, and Delete removes them",
 };
@@ -43,11 +43,15 @@ export async function correct(kind, values = {}) {
   waiting -= 1;
 }
 
-export const remove = (cells) => cells.length && correct("remove", { cells });
+export function remove(cells) {
+  if (cells.length) correct("remove", { cells });
+  else say("No cell is selected: click one first");
+}
 
 export function merge(cells) {
   const chosen = [...new Set(cells)];
   if (chosen.length > 1) correct("merge", { cells: chosen });
+  else say("Two cells or more must be selected to merge them: click one, then Shift + click others");
 }
 
 addEventListener("beforeunload", (event) => {
@@ -67,11 +71,11 @@ export function setTool(tool) {
 }
 
 export function toggleTool(tool) {
-  if (tool === "split" && view.tool === "split" && view.selected.size === 1) {
-    correct("split", { cells: [...view.selected] });
-    tool = null;
-  }
-  setTool(view.tool === tool ? null : tool);
+  const again = view.tool === tool;
+  setTool(again ? null : tool);
+  if (!again || tool !== "split") return;
+  if (view.selected.size === 1) correct("split", { cells: [...view.selected] });
+  else say("One cell must be selected to split it by itself: click it first");
 }
 
 export function setRadius(radius) {
@@ -91,7 +95,10 @@ view.onStroke = (points) => {
   const positions = points.map(([x, y]) => [y, x]);
   const cells = [...view.selected];
   if (tool === "split") cut(positions);
-  else if (tool === "paint") correct("paint", { points: positions, radius_px: view.radius, cells: cells.slice(0, 1) });
+  else if (tool === "paint") {
+    const under = view.labelsAlong(points);
+    correct("paint", { points: positions, radius_px: view.radius, cells: cells.filter((cell) => under.has(cell)).slice(0, 1) });
+  }
   else if (tool === "erase") correct("erase", { points: positions, radius_px: view.radius, cells });
   else {
     const [[x0, y0], [x1, y1]] = [points[0], points.at(-1)];

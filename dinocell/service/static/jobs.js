@@ -2,12 +2,13 @@
 
 import * as api from "./api.js";
 import { openJob } from "./result.js";
-import { $, guarded, page, say } from "./state.js";
-import { element } from "./table.js";
+import { $, explained, guarded, page, say } from "./state.js";
+import { cellsOf, element } from "./table.js";
 
 const GONE = ["deleted", "cancelled", "expired"];
 const LARGE = 16 * 2 ** 20; // bytes; such files come in parts
 
+let refused = 0; // files that the service has not taken
 const FIELDS = [...$("segmented").querySelectorAll("input")];
 const written = () => Object.fromEntries(FIELDS.map(({ name, value }) => [name, value.trim()]).filter(([, value]) => value));
 
@@ -30,6 +31,8 @@ export async function add(files) {
       } catch (error) {
         if (error.status !== 429) {
           await guarded(() => { throw error; });
+          if (error.status === 401) return; // so would be the others
+          noteJob({ id: `refused ${refused++}`, name: file.name, state: "failed", error: error.message, isHere: true });
           break;
         }
         say(`The queue is full; ${file.name} waits`);
@@ -37,6 +40,39 @@ export async function add(files) {
       }
     }
   }
+}
+
+// The images that are dropped, also those in folders; of a folder, only files that have a known suffix.
+export async function addDropped(items) {
+  const entries = [...items].map((item) => item.webkitGetAsEntry()).filter(Boolean); // gone after the event
+  const files = [], found = [];
+  for (const entry of entries) {
+    if (entry.isFile) files.push(await fileOf(entry));
+    else found.push(...(await filesIn(entry)));
+  }
+  if (entries.length) await addFrom(found, files);
+}
+
+// Those files of folders that may be images, after `others`.
+export function addFrom(found, others = []) {
+  const suffixes = $("files").accept.split(",");
+  const images = found.filter(({ name }) => name[0] !== "." && suffixes.some((suffix) => name.toLowerCase().endsWith(suffix)));
+  if (!images.length && !others.length) say(`No image is in that folder: its files must end in one of ${suffixes.join(" ")}`);
+  return add([...others, ...images]);
+}
+
+const fileOf = (entry) => new Promise((done, fail) => entry.file(done, fail));
+
+async function filesIn(folder) {
+  const reader = folder.createReader(), entries = [], files = [];
+  for (;;) { // at most 100 at a time
+    const some = await new Promise((done, fail) => reader.readEntries(done, fail));
+    if (!some.length) break;
+    entries.push(...some);
+  }
+  entries.sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
+  for (const entry of entries) files.push(...(entry.isFile ? [await fileOf(entry)] : await filesIn(entry)));
+  return files;
 }
 
 // Upload a file in parts; continues where it was after a cut connection, and after the page was closed.
@@ -73,20 +109,35 @@ async function inParts(file, options) {
   return null;
 }
 
+// Jobs are followed one by one, as they run: a browser has six connections to a server, for all its windows.
+let watched = Promise.resolve();
+export function watch(id, show) {
+  watched = watched.then(() => watchOne(id, show));
+}
+
 // Follow a job until it has ended; a broken connection is tried again.
-export async function watch(id, show) {
+async function watchOne(id, show) {
+  if (GONE.includes(page.jobs.get(id).state)) return;
+  let isAway = false;
+  const hear = (job) => {
+    if (isAway) say("");
+    isAway = false;
+    noteJob(job);
+  };
   for (let pause = 1000; ; pause = Math.min(2 * pause, 30000)) {
     try {
-      await api.follow(id, noteJob);
+      await api.follow(id, hear);
     } catch (error) {
       if (error.status) return;
+      isAway = true;
+      say(`The service does not answer. ${page.jobs.get(id).name} continues when it does`);
     }
     const job = page.jobs.get(id);
     if (["done", "failed", ...GONE].includes(job.state)) {
       if (job.state === "done" && show) {
         if (page.asked) say(`The cells of ${job.name} are found`);
         else openJob(id);
-      }
+      } else if (job.state === "failed" && show) sayWhy(job);
       return;
     }
     await new Promise((resolve) => setTimeout(resolve, pause));
@@ -98,44 +149,69 @@ export function noteJob(job) {
   drawJobs();
 }
 
+const lines = new Map(); // of the list, by the ids of their jobs
+
+// Lines stay where they are, and so do the focus and a press that has begun.
 export function drawJobs() {
   const list = $("job-list");
-  const focused = list.contains(document.activeElement) ? document.activeElement.dataset.id : null;
-  const lines = [];
-  for (const job of [...page.jobs.values()].reverse()) {
-    if (GONE.includes(job.state)) continue;
-    const line = element("li");
-    const button = line.appendChild(element("button"));
-    button.type = "button";
-    button.dataset.id = job.id;
-    if (page.open?.id === job.id) button.setAttribute("aria-current", "true");
-    const name = button.appendChild(element("span", job.name));
-    name.className = "name";
-    name.title = job.name;
-    const state = button.appendChild(element("span", stateOf(job)));
-    state.className = job.state === "failed" ? "quiet failed" : "quiet";
-    if (["uploading", "running", "queued"].includes(job.state)) {
-      const bar = button.appendChild(element("progress"));
-      bar.setAttribute("aria-label", `Progress of ${job.name}`);
-      if (job.state === "uploading") {
-        bar.max = job.bytes;
-        bar.value = job.offset;
-      } else if (job.windows_total) {
-        bar.max = job.windows_total;
-        bar.value = job.windows_done;
-      } else if (job.state === "queued") bar.value = 0;
-    }
-    button.addEventListener("click", () => (job.state === "done" ? openJob(job.id) : drop(job)));
-    lines.push(line);
+  const jobs = [...page.jobs.values()].reverse().filter((job) => !GONE.includes(job.state));
+  for (const [id, line] of lines) {
+    if (jobs.some((job) => job.id === id)) continue;
+    const next = line.contains(document.activeElement) && (line.nextSibling || line.previousSibling);
+    line.remove();
+    lines.delete(id);
+    next?.firstChild?.focus();
   }
-  list.replaceChildren(...lines);
+  jobs.forEach((job, place) => {
+    if (!lines.has(job.id)) lines.set(job.id, lineOf(job));
+    const line = lines.get(job.id);
+    if (list.children[place] !== line) list.insertBefore(line, list.children[place] || null);
+    drawLine(line, job);
+  });
   $("download-all").hidden = [...page.jobs.values()].filter((job) => job.state === "done").length < 2;
-  if (focused) list.querySelector(`[data-id="${focused}"]`)?.focus();
 }
+
+function lineOf({ id, name }) {
+  const line = element("li");
+  const button = line.appendChild(element("button"));
+  Object.assign(button, { type: "button" }).dataset.id = id;
+  button.append(element("span", name), element("span"), element("progress"));
+  button.firstChild.className = "name";
+  button.firstChild.title = name;
+  button.lastChild.setAttribute("aria-label", `Progress of ${name}`);
+  button.addEventListener("click", () => {
+    const job = page.jobs.get(id);
+    if (job.state === "done") openJob(id);
+    else if (job.state === "failed") sayWhy(job);
+    else drop(job);
+  });
+  const remove = line.appendChild(element("button", "×"));
+  Object.assign(remove, { type: "button", className: "remove", title: "Remove from the list" });
+  remove.setAttribute("aria-label", `Remove ${name}`);
+  remove.addEventListener("click", () => drop(page.jobs.get(id)));
+  return line;
+}
+
+function drawLine(line, job) {
+  const [button, remove] = line.children, [, state, bar] = button.children;
+  const failed = job.state === "failed", text = stateOf(job);
+  if (page.open?.id === job.id) button.setAttribute("aria-current", "true");
+  else button.removeAttribute("aria-current");
+  if (state.textContent !== text) state.textContent = text;
+  state.className = failed ? "quiet failed" : "quiet";
+  remove.hidden = !failed;
+  bar.hidden = !["uploading", "running", "queued"].includes(job.state);
+  const [value, max] = job.state === "uploading" ? [job.offset, job.bytes] : [job.windows_done, job.windows_total];
+  if (max) Object.assign(bar, { max, value });
+  else if (job.state === "queued") bar.value = 0;
+  else bar.removeAttribute("value");
+}
+
+const sayWhy = (job) => say(`${job.name}: ${explained(job.error)}`);
 
 function stateOf(job) {
   if (job.state === "uploading") return `uploading, ${Math.floor((100 * job.offset) / job.bytes)} % · click cancels`;
-  if (job.state === "done") return `${job.summary.num_cells} cells`;
+  if (job.state === "done") return cellsOf(job.summary.num_cells);
   if (job.state === "failed") return job.error;
   if (job.state === "queued") return job.waiting_before ? `${job.waiting_before} before it · click cancels` : "waits · click cancels";
   return job.windows_total ? `${Math.round((100 * job.windows_done) / job.windows_total)} % · click cancels` : "starts";
@@ -143,7 +219,7 @@ function stateOf(job) {
 
 async function drop(job) {
   await guarded(async () => {
-    noteJob(job.state === "uploading" ? { ...job, state: "cancelled" } : await api.remove(job.id));
+    noteJob(job.state === "uploading" || job.isHere ? { ...job, state: "cancelled" } : await api.remove(job.id));
   });
 }
 

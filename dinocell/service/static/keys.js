@@ -9,11 +9,11 @@ import { element } from "./table.js";
 
 const KEYS = [
   ["Click, Enter", "select the cell there, or in the middle"], ["Shift + click", "select one more"],
-  ["R, Shift + drag", "select the cells in a rectangle"], ["Esc", "select nothing, end a tool"],
+  ["R, Shift + drag", "select the cells in a rectangle"], ["Esc", "select nothing, end a tool; close this list"],
   ["Q, Shift + Q", "next, previous doubtful cell"], ["Delete, Ctrl + click", "remove cells"],
   ["J, Alt + click", "merge cells"], ["S, then line or 2 clicks", "split a cell"],
   ["S, S", "split the selected cell by itself"], ["N, double click", "find a missed cell there"],
-  ["B", "brush: a new cell, or more of the selected one"], ["E", "eraser"], ["[ ]", "smaller, larger brush"],
+  ["B", "brush: a new cell, or, from the selected one on, more of it"], ["E", "eraser"], ["[ ]", "smaller, larger brush"],
   ["Ctrl + Z, Ctrl + Y", "undo, redo"], ["Space (held)", "hide the labels"],
   ["Z", "outlines, filled, hidden"], ["W, Shift + W", "automatic contrast, of all channels"],
   ["1 … 9", "show or hide a channel"], ["G", "gray picture of the network, or channels"], ["Wheel, + −", "zoom"],
@@ -50,7 +50,7 @@ document.addEventListener("keydown", (event) => {
   const { target, key } = event;
   if (target.matches("input:not([type=range], [type=checkbox], [type=radio], [type=color]), select, textarea")) return;
   if (target.matches("input[type=range]") && /^(Arrow|Page|Home|End)/.test(key)) return;
-  if (key === "?") return toggleHelp();
+  if (key === "?" || (key === "Escape" && !$("help").hidden)) return toggleHelp();
   if (!page.open) return;
   if ((event.ctrlKey || event.metaKey) && /^[zy]$/i.test(key)) {
     event.preventDefault();

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { $, guarded } from "./state.js";
-import { element } from "./table.js";
+import { cellsOf, element } from "./table.js";
 
 let timer = 0;
 
@@ -65,7 +65,7 @@ async function drawPictures(state) {
     const picture = figure.appendChild(element("img"));
     picture.src = URL.createObjectURL(await api.learningPicture(name));
     const scores = state[name];
-    const text = scores ? `${title}: ${scores.num_cells} cells, AP ${scores.ap50.toFixed(3)} at IoU 0.5, ${scores.ap.toFixed(3)} on average` : title;
+    const text = scores ? `${title}: ${cellsOf(scores.num_cells)}, AP ${scores.ap50.toFixed(3)} at IoU 0.5, ${scores.ap.toFixed(3)} on average` : title;
     picture.alt = `${state.held_out}. ${text}`;
     figure.append(element("figcaption", text));
     figures.push(figure);

@@ -2,9 +2,9 @@
 
 import * as api from "./api.js";
 import "./corrections.js";
-import { add, drawJobs, neighbour, watch } from "./jobs.js";
+import { add, addDropped, addFrom, drawJobs, neighbour, watch } from "./jobs.js";
 import "./keys.js";
-import { greyOut, hovered } from "./result.js";
+import { greyOut, hovered, openJob } from "./result.js";
 import { $, guarded, page, say, view } from "./state.js";
 
 view.onHover = hovered;
@@ -14,6 +14,11 @@ $("zoom-fit").addEventListener("click", () => view.fit());
 $("files").addEventListener("change", () => {
   add([...$("files").files]);
   $("files").value = "";
+});
+$("choose-folder").addEventListener("click", () => $("folder").click());
+$("folder").addEventListener("change", () => {
+  addFrom([...$("folder").files]);
+  $("folder").value = "";
 });
 
 let entered = 0;
@@ -31,7 +36,7 @@ document.addEventListener("drop", (event) => {
   event.preventDefault();
   entered = 0;
   document.body.classList.remove("dropping");
-  if (page.takesImages) add([...event.dataTransfer.files]);
+  if (page.takesImages) guarded(() => addDropped(event.dataTransfer.items));
 });
 
 async function start(entered = false) {
@@ -41,13 +46,15 @@ async function start(entered = false) {
     const [[model], jobs] = await Promise.all([models, api.jobs()]);
     $("model").textContent = model.device ? `${model.name} on ${model.device}` : model.name;
     greyOut(model.missing_formats);
-    $("drop").hidden = $("segmented").hidden = $("delete-job").hidden = !(page.takesImages = model.takes_images);
+    $("drop").hidden = $("choose-folder").hidden = $("segmented").hidden = $("delete-job").hidden = !(page.takesImages = model.takes_images);
     for (const job of jobs.reverse()) {
       page.jobs.set(job.id, job);
       if (job.state === "queued" || job.state === "running") watch(job.id, false);
     }
     drawJobs();
-    if (!page.asked) neighbour(1); // the newest one
+    const last = sessionStorage.getItem("open");
+    if (page.asked) { /* an image of before the token */ } else if (page.jobs.get(last)?.state === "done") openJob(last);
+    else neighbour(1); // the newest one
     $("token-form").hidden = true;
     say("");
   });

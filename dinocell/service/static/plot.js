@@ -1,6 +1,6 @@
 // A histogram of one measurement, or a scatter plot of two; a rectangle drawn in it selects cells.
 
-import { element, shown } from "./table.js";
+import { cellsOf, element, shown } from "./table.js";
 
 const LEFT = 46, BOTTOM = 22, TOP = 8, RIGHT = 10; // margins in pixels of the screen
 const MOST_BINS = 40;
@@ -95,7 +95,7 @@ export class Plot {
       context.strokeRect(sx, sy, ex - sx, ey - sy);
     }
     const names = scatter ? `${this.up.value} against ${this.across.value}` : `Histogram of ${this.across.value}`;
-    canvas.setAttribute("aria-label", `${names} of ${points.length} cells, from ${shown(a)} to ${shown(b)}`);
+    canvas.setAttribute("aria-label", `${names} of ${cellsOf(points.length)}, from ${shown(a)} to ${shown(b)}`);
   }
 
   bars(context, points, accent, strong) {

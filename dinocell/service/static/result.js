@@ -5,7 +5,7 @@ import { layersOf, showChannels } from "./channels.js";
 import { drawJobs, noteJob } from "./jobs.js";
 import { showLearning } from "./learn.js";
 import { $, guarded, inTurn, page, plot, say, table, view } from "./state.js";
-import { element } from "./table.js";
+import { cellsOf, element } from "./table.js";
 import { Tiles } from "./tiles.js";
 
 const TILED = 32e6; // pixels; larger images come in tiles
@@ -15,10 +15,11 @@ const KINDS = { // all of KINDS in stored.py
   parquet: "Table (Parquet)", h5ad: "Table (AnnData)", geojson: "Outlines (GeoJSON)", roi: "ImageJ ROIs", coco: "COCO",
   cellpose: "Cellpose (_seg.npy)", overlay: "Picture", npy: "Labels (npy)", zip: "All in one (zip)",
 };
-let doubtful = -1;
+let doubtful = null; // [score, number] of the doubtful cell that was shown last
 
 export async function openJob(id) {
   page.asked = id;
+  sessionStorage.setItem("open", id); // a reload opens it again
   page.left?.abort();
   const { signal } = (page.left = new AbortController());
   await guarded(async () => {
@@ -79,7 +80,8 @@ function nextFrame() {
 }
 
 function show(job) {
-  doubtful = -1;
+  doubtful = null;
+  askNoMore();
   view.show(page.open);
   $("empty").hidden = true;
   $("tools").hidden = false;
@@ -172,9 +174,11 @@ function cellsSoon() {
 function showPanel(job) {
   $("panel").hidden = false;
   $("title").textContent = job.name;
+  const chosen = ["channels", "page", "z", "time", "scene"].filter((name) => name in job.options);
+  $("segmented-as").textContent = chosen.map((name) => `${name} ${[job.options[name]].flat().join(", ")}`).join(" · ");
   $("notes").hidden = !job.summary.warnings;
   $("notes").textContent = job.summary.warnings || "";
-  $("count").textContent = `${job.summary.num_cells} cells`;
+  $("count").textContent = cellsOf(job.summary.num_cells);
   select([]);
 }
 
@@ -191,9 +195,9 @@ function showState() {
   }
   const low = (table.columns.score || []).filter((score) => score !== null && score < 0.5).length;
   const notes = [low && `${low} with a score below 0.5`, open.touched.size && `${open.touched.size} corrected`];
-  $("count").replaceChildren(`${open.count} cells `, element("small", notes.filter(Boolean).join(" · ")));
+  $("count").replaceChildren(`${cellsOf(open.count)} `, element("small", notes.filter(Boolean).join(" · ")));
   const job = jobs.get(open.id);
-  view.canvas.setAttribute("aria-label", `${job.name}: ${open.count} cells`);
+  view.canvas.setAttribute("aria-label", `${job.name}: ${cellsOf(open.count)}`);
   if (job.summary.num_cells !== open.count) {
     job.summary.num_cells = open.count;
     drawJobs();
@@ -249,15 +253,26 @@ function showSelection() {
 }
 
 export function nextDoubtful(step) {
-  const scores = table.columns.score;
-  if (!scores?.length || !page.open.numbers) return;
-  const order = [...scores.keys()].filter((row) => scores[row] !== null); // a drawn cell has none
-  if (!order.length) return;
-  order.sort((a, b) => scores[a] - scores[b] || a - b);
-  doubtful = (doubtful + step + order.length) % order.length;
-  const row = order[doubtful];
-  select([page.open.numbers[row]], true);
-  say(`Cell ${row + 1}, score ${scores[row].toFixed(2)}: ${doubtful + 1} of ${order.length} by doubt`);
+  const scores = table.columns.score || [], { numbers } = page.open;
+  if (!numbers) return;
+  const order = [...scores.keys()].filter((row) => scores[row] !== null); // a corrected cell has none
+  if (!order.length) {
+    say("No cell has a score");
+    return;
+  }
+  const apart = (a, b) => a[0] - b[0] || a[1] - b[1];
+  const rank = (row) => [scores[row], numbers[row]];
+  order.sort((a, b) => apart(rank(a), rank(b)));
+  // No position in the list is kept, because cells leave it.
+  let place = step > 0 ? 0 : order.length - 1;
+  if (doubtful) {
+    const next = order[step > 0 ? "findIndex" : "findLastIndex"]((row) => step * apart(rank(row), doubtful) > 0);
+    if (next >= 0) place = next;
+  }
+  const row = order[place];
+  doubtful = rank(row);
+  select([numbers[row]], true);
+  say(`Cell ${row + 1}, score ${scores[row].toFixed(2)}: ${place + 1} of ${order.length} by doubt`);
 }
 
 // --- thresholds ---
@@ -296,9 +311,12 @@ async function relabelSoon() {
       relabelled = Date.now();
       view.selected.clear();
       await applyChange(shown, change);
-    }).catch((error) => {
+    }).catch(async (error) => {
       if (error.status !== 409) throw error;
-      return reload();
+      endMovement(); // the change of somebody else is not part of it
+      await reload();
+      wanted ||= thresholds;
+      say("Somebody else has changed these labels. The thresholds are applied to theirs");
     }));
   }
   relabelling = false;
@@ -344,7 +362,24 @@ $("all-columns").addEventListener("change", () => {
   table.all = $("all-columns").checked;
   table.draw();
 });
-$("delete-job").addEventListener("click", () => guarded(async () => {
+
+// The first press asks, the second one deletes; the second half of a double click does not count.
+const DELETES = $("delete-job").textContent;
+let asking = 0;
+function askNoMore() {
+  clearTimeout(asking);
+  asking = 0;
+  $("delete-job").textContent = DELETES;
+}
+$("delete-job").addEventListener("blur", askNoMore);
+$("delete-job").addEventListener("click", (event) => guarded(async () => {
+  if (event.detail > 1) return;
+  if (!asking) {
+    $("delete-job").textContent = `Press again to delete ${cellsOf(page.open.count)} and their corrections`;
+    asking = setTimeout(askNoMore, 6000);
+    return;
+  }
+  askNoMore();
   noteJob(await api.remove(page.open.id));
   page.open = page.asked = null;
   view.close();

@@ -14,6 +14,11 @@ export const view = new View($("canvas"));
 export const table = new Table($("table"));
 export const plot = new Plot($("plot"), $("plot-across"), $("plot-up"));
 
+const HERE = "On this page the fields are below Choose images: fill them in, then choose the file again";
+
+// An error of the service names fields of its API; this page has some of them.
+export const explained = (text) => (/`(channels|z|time|scene)`/.test(text) ? `${text}. ${HERE}` : text);
+
 export function say(text) {
   $("status").textContent = text;
 }
@@ -23,8 +28,10 @@ export async function guarded(work) {
     return await work();
   } catch (error) {
     if (error.name === "AbortError") return undefined; // of an image that the user has left
-    if (error.status === 401) $("token-form").hidden = false;
-    say(error.message);
+    if (error.status === 401) {
+      $("token-form").hidden = false;
+      say(`This service needs ${api.hasToken() ? "another token than the one given" : "a token"}: write it into the field at the top`);
+    } else say(explained(error.message));
     if (!(error instanceof api.Problem)) console.error(error);
   }
   return undefined;

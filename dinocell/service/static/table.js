@@ -2,6 +2,9 @@
 
 const USUAL = ["label", "score", "area_um2", "area", "circularity", "eccentricity", "solidity", "intensity_mean"];
 const MOST = 500;
+const WORDS = { yes: 1, true: 1, no: 0, false: 0 };
+
+export const cellsOf = (number) => `${number} ${number === 1 ? "cell" : "cells"}`;
 
 export function shown(value) {
   if (value === null || value === undefined) return "";
@@ -49,15 +52,17 @@ export class Table {
     return some.includes("area_um2") ? some.filter((name) => name !== "area") : some;
   }
 
-  // Show the cells that meet conditions as "score < 0.5, area > 300"; returns what is wrong with them.
+  // Show the cells that meet conditions as "score < 0.5, area > 300" or "touches_border = yes"; returns
+  // what is wrong with them.
   filter(text) {
-    const parts = text.split(",").map((part) => part.trim()).filter(Boolean);
+    const parts = text.split(/,|\s+and\s+/i).map((part) => part.trim()).filter(Boolean);
     const conditions = [];
     for (const part of parts) {
-      const [, name, sign, number] = /^(\w+)\s*(<=|>=|<|>|=)\s*(-?[\d.]+)$/.exec(part) || [];
-      if (!name) return `"${part}" must be a column, one of < <= = >= >, and a number`;
+      const [, name, sign, value] = /^(\w+)\s*(<=|>=|<|>|=)\s*(\S+)$/.exec(part) || [];
+      const number = value?.toLowerCase() in WORDS ? WORDS[value.toLowerCase()] : Number(value);
+      if (Number.isNaN(number)) return `"${part}" must be a column, one of < <= = >= >, and a number, yes or no`;
       if (!(name in this.columns)) return `There is no column ${name}`;
-      conditions.push([name, sign, Number(number)]);
+      conditions.push([name, sign, number]);
     }
     this.conditions = conditions;
     this.draw();
@@ -69,8 +74,8 @@ export class Table {
     const values = this.columns[this.column] || [];
     const sign = this.up ? 1 : -1;
     const meets = (row) => this.conditions.every(([name, operator, number]) => {
-      const value = this.columns[name]?.[row];
-      if (value === null || value === undefined) return false;
+      if ((this.columns[name]?.[row] ?? null) === null) return false;
+      const value = Number(this.columns[name][row]); // yes is 1
       return { "<": value < number, "<=": value <= number, "=": value === number, ">=": value >= number, ">": value > number }[operator];
     });
     return [...values.keys()].filter(meets).sort((a, b) => {

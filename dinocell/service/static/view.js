@@ -330,6 +330,23 @@ export class View {
     return [...found];
   }
 
+  // The labels that the brush touches on its way along positions [x, y].
+  labelsAlong(points) {
+    const found = new Set(), reach = this.radius + 1, step = Math.max(1, this.radius / 2);
+    points.forEach(([x, y], k) => {
+      const [fromX, fromY] = points[Math.max(0, k - 1)];
+      const parts = Math.max(1, Math.ceil(Math.hypot(x - fromX, y - fromY) / step));
+      for (let part = 1; part <= parts; part++) {
+        const [midX, midY] = [fromX + (part / parts) * (x - fromX), fromY + (part / parts) * (y - fromY)];
+        for (let dy = -reach; dy <= reach; dy++) {
+          const wide = Math.sqrt(reach * reach - dy * dy);
+          for (let dx = -wide; dx <= wide; dx++) found.add(this.labelIn(midX + dx, midY + dy));
+        }
+      }
+    });
+    return found;
+  }
+
   listen() {
     const { canvas, pointers } = this;
     let moved = 0;
