@@ -6,6 +6,7 @@
 
 Resumable: a training continues from its checkpoint, and a finished score is kept.  Runs stay in
 `--folder`, results in benchmarks/results/ssl_proof_STEPS.json; what such a file has is not run again.
+Seconds of an interrupted training are those of its last part.
 """
 
 from __future__ import annotations
