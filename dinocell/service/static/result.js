@@ -174,8 +174,9 @@ function cellsSoon() {
 function showPanel(job) {
   $("panel").hidden = false;
   $("title").textContent = job.name;
-  const chosen = ["channels", "page", "z", "time", "scene"].filter((name) => name in job.options);
-  $("segmented-as").textContent = chosen.map((name) => `${name} ${[job.options[name]].flat().join(", ")}`).join(" · ");
+  const chosen = ["channels", "page", "z", "time", "scene"].map((name) => [name, [job.options[name] ?? []].flat()]);
+  const parts = chosen.filter(([, given]) => given.length).map(([name, given]) => `${name} ${given.join(", ")}`);
+  $("segmented-as").textContent = parts.join(" · ");
   $("notes").hidden = !job.summary.warnings;
   $("notes").textContent = job.summary.warnings || "";
   $("count").textContent = cellsOf(job.summary.num_cells);
