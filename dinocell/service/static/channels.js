@@ -138,8 +138,8 @@ function changed() {
 
 // --- channels ---
 
-// Draw or hide a layer; its pixels come when they are needed first.
-async function setVisible(layer, visible) {
+// Draw or hide a layer; its pixels come when they are needed first.  Returns whether they could.
+async function setVisible(layer, visible, quiet = false) {
   const { open } = page;
   if (visible && !layer.sample) {
     say(`Loading ${layer.title || "the gray picture"}`);
@@ -147,17 +147,18 @@ async function setVisible(layer, visible) {
       await open.fetch(layer);
       return true;
     });
-    if (page.open !== open) return;
+    if (page.open !== open) return false;
     if (!loaded) {
       drawList();
-      return;
+      return false;
     }
     fitWindows(open);
   }
   layer.visible = visible;
-  say(`${layer.channel === null ? "The gray picture" : layer.title} is ${visible ? "shown" : "hidden"}`);
+  if (!quiet) say(`${layer.channel === null ? "The gray picture" : layer.title} is ${visible ? "shown" : "hidden"}`);
   drawList();
   changed();
+  return true;
 }
 
 export function toggleChannel(place) {
@@ -171,11 +172,12 @@ export function toggleChannel(place) {
 export async function setGray(gray) {
   const { open } = page, [plane, ...channels] = open.layers;
   if (!channels.length) return;
+  let failed = false; // the reason is on the screen, and stays there
   for (const one of gray ? [] : channels.filter(({ visible, sample }) => visible && !sample)) {
-    if (one.visible) await setVisible(one, true); // still, after others were fetched
+    if (one.visible) failed = !(await setVisible(one, true, failed)) || failed; // still, after others were fetched
     if (page.open !== open) return;
   }
-  if (gray || channels.some((one) => one.sample)) await setVisible(plane, gray);
+  if (gray || channels.some((one) => one.sample)) await setVisible(plane, gray, failed);
   else drawList();
 }
 

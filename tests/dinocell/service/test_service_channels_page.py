@@ -317,10 +317,13 @@ def test_the_page_says_why_channels_are_not_shown(browser, address, tmp_path):  
     sees(page, WHITE, DNA)
     page.keyboard.press("g")
     expect(page.locator("#status")).to_contain_text("must be a whole image file", timeout=30_000)
-    sees(page, WHITE, DNA)
+    sees(page, BLUE, DNA)  # which was segmented: the service keeps its pixels
+    expect(page.locator("#status")).to_contain_text("must be a whole image file")
     file.write_bytes(whole)
     page.keyboard.press("g")
-    sees(page, BLUE, DNA)
+    sees(page, WHITE, DNA)
+    page.keyboard.press("g")
+    sees(page, GREEN, ER)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
