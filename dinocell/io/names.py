@@ -15,7 +15,14 @@ from typing import Any
 
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.io.s3 import S3Path, images_below, place_of
-from dinocell.pairs import IMAGE_SUFFIXES, OUTPUT_ENDINGS, SEG_NPY, TRACKS_NAME, is_zarr
+from dinocell.pairs import (
+    IMAGE_SUFFIXES,
+    LABEL_NAME_ENDINGS,
+    OUTPUT_ENDINGS,
+    SEG_NPY,
+    TRACKS_NAME,
+    is_zarr,
+)
 
 UNREADABLE_KINDS: dict[str, str] = {
     ".oib": "Olympus OIB",
@@ -142,7 +149,9 @@ class _Search:
         self.notes: list[str] = []
         self.unreadable: set[str] = set()
 
-    def candidates(self, given: str | os.PathLike[str]) -> Iterator[Path]:
+    def candidates(
+        self, given: str | os.PathLike[str], *, must_exist: bool = True
+    ) -> Iterator[Path]:
         """Files of a folder or pattern that are images by their suffix, in any order."""
         if os.path.isdir(given):  # no image itself, see `search_images`
             matches: Iterable[Path] = self._files_below(Path(given))
@@ -150,8 +159,10 @@ class _Search:
             parts = Path(os.path.expanduser(given)).parts
             absolute = bool(parts) and os.path.isabs(parts[0])
             matches = self._matching(Path(parts[0] if absolute else "."), parts[absolute:])
-        else:
+        elif must_exist:
             raise UsageError(f"There is no file or folder '{given}': check the path")
+        else:
+            matches = ()
         for path in matches:
             suffix = path.suffix.lower()
             if path.name.endswith(SEG_NPY):  # a project of Cellpose, no image
@@ -200,8 +211,9 @@ class _Search:
                     inner = _Search(recursive=False)  # whose notes nobody needs
                     if any(
                         os.path.realpath(path) not in listed
-                        for path in inner.candidates(given / entry.name)
-                        if not inner.results_among([path], [path])
+                        for path in inner.candidates(given / entry.name, must_exist=False)
+                        if not path.stem.endswith(LABEL_NAME_ENDINGS)
+                        and not inner.results_among([path], [path])
                     ):
                         self._note(
                             f"Images in folders inside '{given}' were left out, such as those in "

@@ -163,7 +163,8 @@ class Session:
         self.result = result
         self.selected: list[int] = []
         self._columns: tuple[int, NDArray[np.int64], dict[str, Any]] | None = None
-        self._doubtful, self._relabelled = -1, -np.inf
+        self._doubtful: tuple[float, int] | None = None
+        self._relabelled = -np.inf
         self._load()
 
     def _load(self) -> None:
@@ -279,12 +280,18 @@ class Session:
         """
         numbers, columns = self.columns()
         scores = np.asarray(columns.get("score", []), float)
-        if not scores.size:
+        # Corrected cells have no score.  No position in the list is kept, because cells leave it.
+        order = sorted((scores[row], int(numbers[row]), row) for row in np.flatnonzero(scores >= 0))
+        if not order:
             raise UsageError(
                 "There must be a cell with a score, and there is none: lower the thresholds"
             )
-        self._doubtful = (self._doubtful + step) % scores.size
-        row = int(np.argsort(scores, kind="stable")[self._doubtful])
+        last = self._doubtful
+        if step > 0:
+            found = next((one for one in order if last is None or one[:2] > last), order[0])
+        else:
+            found = next((one for one in order[::-1] if last and one[:2] < last), order[-1])
+        self._doubtful, row = found[:2], found[2]
         self.selected = [int(numbers[row])]
         return float(columns["centroid_row"][row]), float(columns["centroid_col"][row])
 
@@ -292,7 +299,8 @@ class Session:
         """The score of a cell, NaN where it has none."""
         numbers, columns = self.columns()
         found = dict(zip(numbers.tolist(), columns.get("score", []), strict=False))
-        return float(found.get(cell, np.nan))
+        score = found.get(cell)
+        return np.nan if score is None else float(score)
 
     def centres(self, cells: Iterable[int]) -> NDArray[np.float64]:
         """(n, 2) row and column of the middle of cells, in the coordinates of pixel centres."""

@@ -359,7 +359,8 @@ class Queue:
                 if now - last_s > keep_s or total > keep_bytes:
                     expired.append(job_id)
             database.executemany(
-                "UPDATE jobs SET state = 'expired' WHERE id = ?", [(job_id,) for job_id in expired]
+                "UPDATE jobs SET state = 'expired', finished = ? WHERE id = ?",
+                [(now, job_id) for job_id in expired],
             )
             database.execute(
                 "DELETE FROM jobs WHERE state IN ('cancelled', 'deleted', 'expired') AND finished < ?",

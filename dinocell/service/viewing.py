@@ -279,8 +279,10 @@ def _failed_in(path: Path) -> list[str]:
     """The images that a summary says `segment` failed on."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row["name"] for row in csv.DictReader(file) if row.get("error")]
+    with path.open(
+        newline="", encoding="utf-8-sig", errors="replace"
+    ) as file:  # Excel may have saved it
+        return [row.get("name") or "?" for row in csv.DictReader(file) if row.get("error")]
 
 
 def _scores_in(path: Path, num_cells: int) -> NDArray[np.float64]:

@@ -96,7 +96,7 @@ view.onStroke = (points) => {
   const cells = [...view.selected];
   if (tool === "split") cut(positions);
   else if (tool === "paint") {
-    const under = view.labelsAlong(points);
+    const under = cells.length ? view.labelsAlong(points) : new Set();
     correct("paint", { points: positions, radius_px: view.radius, cells: cells.filter((cell) => under.has(cell)).slice(0, 1) });
   }
   else if (tool === "erase") correct("erase", { points: positions, radius_px: view.radius, cells });

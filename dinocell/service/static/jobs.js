@@ -8,12 +8,14 @@ import { cellsOf, element } from "./table.js";
 const GONE = ["deleted", "cancelled", "expired"];
 const LARGE = 16 * 2 ** 20; // bytes; such files come in parts
 
+const RESULT = /^(.+?)(?:_nuclei)?_(?:labels|overlay|distance_map)(?:_v\d+)?\.\w+$/; // of `segment`
 let refused = 0; // files that the service has not taken
 const FIELDS = [...$("segmented").querySelectorAll("input")];
 const written = () => Object.fromEntries(FIELDS.map(({ name, value }) => [name, value.trim()]).filter(([, value]) => value));
 
 export async function add(files) {
-  const fields = written(), given = JSON.stringify(fields);
+  const fields = written();
+  let given = JSON.stringify(fields);
   const options = { ...fields, channels: (fields.channels || "").split(",").map((name) => name.trim()).filter(Boolean) };
   for (const file of files) {
     for (;;) {
@@ -25,6 +27,7 @@ export async function add(files) {
         watch(job.id, true);
         // The next images may be gray, and no stacks.
         if (JSON.stringify(written()) === given) for (const field of FIELDS) field.value = "";
+        given = null; // what is written from now on is for the images after these
         const chosen = Object.entries(fields).map(([name, value]) => `${name} ${value}`).join(", ");
         say(chosen && `${file.name} is segmented with ${chosen}; write it again for other images`);
         break;
@@ -32,7 +35,7 @@ export async function add(files) {
         if (error.status !== 429) {
           await guarded(() => { throw error; });
           if (error.status === 401) return; // so would be the others
-          noteJob({ id: `refused ${refused++}`, name: file.name, state: "failed", error: error.message, isHere: true });
+          noteRefused(file.name, error.message);
           break;
         }
         say(`The queue is full; ${file.name} waits`);
@@ -42,26 +45,40 @@ export async function add(files) {
   }
 }
 
+function noteRefused(name, error) {
+  noteJob({ id: `refused ${refused++}`, name, state: "failed", error, isHere: true });
+}
+
 // The images that are dropped, also those in folders; of a folder, only files that have a known suffix.
-export async function addDropped(items) {
-  const entries = [...items].map((item) => item.webkitGetAsEntry()).filter(Boolean); // gone after the event
-  const files = [], found = [];
-  for (const entry of entries) {
-    if (entry.isFile) files.push(await fileOf(entry));
-    else found.push(...(await filesIn(entry)));
-  }
-  if (entries.length) await addFrom(found, files);
+export async function addDropped({ items, files }) {
+  const plain = [...files], entries = [...items].map((item) => item.webkitGetAsEntry()).filter(Boolean); // gone after the event
+  if (!entries.length) return add(plain); // as from another page
+  const own = [], found = [];
+  for (const entry of entries) (entry.isFile ? own : found).push(...(await filesOf(entry)));
+  return addFrom(found, own);
 }
 
 // Those files of folders that may be images, after `others`.
 export function addFrom(found, others = []) {
-  const suffixes = $("files").accept.split(",");
-  const images = found.filter(({ name }) => name[0] !== "." && suffixes.some((suffix) => name.toLowerCase().endsWith(suffix)));
+  const suffixes = $("files").accept.split(","), tables = new Set(found.map(({ name }) => name));
+  const images = found.filter(({ name, webkitRelativePath }) => {
+    const [, stem] = RESULT.exec(name) || [];
+    const isHidden = name[0] === "." || webkitRelativePath.includes("/.");
+    return !isHidden && !tables.has(`${stem}_cells.csv`) && suffixes.some((suffix) => name.toLowerCase().endsWith(suffix));
+  });
   if (!images.length && !others.length) say(`No image is in that folder: its files must end in one of ${suffixes.join(" ")}`);
   return add([...others, ...images]);
 }
 
-const fileOf = (entry) => new Promise((done, fail) => entry.file(done, fail));
+// The file of an entry, or those in a folder that are not hidden; the list says which cannot be read.
+async function filesOf(entry) {
+  try {
+    return entry.isFile ? [await new Promise((done, fail) => entry.file(done, fail))] : await filesIn(entry);
+  } catch {
+    noteRefused(entry.name, "It cannot be read: check that it is still there, and that you may read it");
+    return [];
+  }
+}
 
 async function filesIn(folder) {
   const reader = folder.createReader(), entries = [], files = [];
@@ -71,7 +88,7 @@ async function filesIn(folder) {
     entries.push(...some);
   }
   entries.sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
-  for (const entry of entries) files.push(...(entry.isFile ? [await fileOf(entry)] : await filesIn(entry)));
+  for (const entry of entries) if (entry.name[0] !== ".") files.push(...(await filesOf(entry)));
   return files;
 }
 
@@ -112,7 +129,7 @@ async function inParts(file, options) {
 // Jobs are followed one by one, as they run: a browser has six connections to a server, for all its windows.
 let watched = Promise.resolve();
 export function watch(id, show) {
-  watched = watched.then(() => watchOne(id, show));
+  watched = watched.then(() => watchOne(id, show)).catch(console.error);
 }
 
 // Follow a job until it has ended; a broken connection is tried again.

@@ -36,7 +36,7 @@ document.addEventListener("drop", (event) => {
   event.preventDefault();
   entered = 0;
   document.body.classList.remove("dropping");
-  if (page.takesImages) guarded(() => addDropped(event.dataTransfer.items));
+  if (page.takesImages) guarded(() => addDropped(event.dataTransfer));
 });
 
 async function start(entered = false) {

@@ -21,7 +21,7 @@ export async function openJob(id) {
   page.asked = id;
   sessionStorage.setItem("open", id); // a reload opens it again
   page.left?.abort();
-  const { signal } = (page.left = new AbortController());
+  const left = (page.left = new AbortController());
   await guarded(async () => {
     say("Loading");
     const job = page.jobs.get(id);
@@ -33,14 +33,13 @@ export async function openJob(id) {
     const fetch = async (layers) => {
       // One after the other: others who use the server wait less.
       for (const layer of layers) {
-        layer.pixels = (await api.image(id, layer.channel, signal)).data;
+        layer.pixels = (await api.image(id, layer.channel, left.signal)).data;
         layer.learn(layer.pixels);
       }
     };
     const [opened, state] = await Promise.all([layersOf(id, fetch), loaded(id)]);
     if (page.asked !== id) return;
-    page.open = { id, height, width, ...opened, ...state };
-    show(job);
+    show({ id, height, width, left, ...opened, ...state }, job);
     showState();
     showLearning();
     say("");
@@ -54,8 +53,7 @@ async function openTiles(id, job, height, width) {
     (await tiles.whole(layers)).forEach((pixels, k) => layers[k].learn(pixels));
   });
   if (page.asked !== id) return;
-  page.open = { id, height, width, tiles, touched: new Set(), ...opened };
-  show(job);
+  show({ id, height, width, tiles, touched: new Set(), ...opened }, job);
   await nextFrame();
   if (page.asked !== id) return;
   tiles.fetchLabels(tiles.top, 0, 0).catch((error) => console.error(error));
@@ -79,8 +77,11 @@ function nextFrame() {
   });
 }
 
-function show(job) {
-  doubtful = null;
+function show(opened, job) {
+  page.open?.left?.abort();
+  page.left = null; // the picture that is shown may fetch more channels, also while another one is opened
+  page.open = opened;
+  doubtful = wanted = null;
   askNoMore();
   view.show(page.open);
   $("empty").hidden = true;
@@ -316,7 +317,7 @@ async function relabelSoon() {
       if (error.status !== 409) throw error;
       endMovement(); // the change of somebody else is not part of it
       await reload();
-      wanted ||= thresholds;
+      if (page.open === shown) wanted ||= thresholds;
       say("Somebody else has changed these labels. The thresholds are applied to theirs");
     }));
   }

@@ -8,7 +8,7 @@ import { View } from "./view.js";
 export const $ = (id) => document.getElementById(id);
 
 // `open`: { id, height, width, labels, numbers (of the rows of the table), revision, thresholds, ... }
-// `asked`: the id of the image that was asked for last; `left` aborts requests for its pixels
+// `asked`: the id of the image that was asked for last; `left` aborts requests for its pixels until it is open
 export const page = { jobs: new Map(), open: null, asked: null, left: null, takesImages: true };
 export const view = new View($("canvas"));
 export const table = new Table($("table"));

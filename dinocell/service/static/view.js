@@ -333,8 +333,9 @@ export class View {
   // The labels that the brush touches on its way along positions [x, y].
   labelsAlong(points) {
     const found = new Set(), reach = this.radius + 1, step = Math.max(1, this.radius / 2);
+    let [fromX, fromY] = points[0];
     points.forEach(([x, y], k) => {
-      const [fromX, fromY] = points[Math.max(0, k - 1)];
+      if (k > 0 && k < points.length - 1 && Math.hypot(x - fromX, y - fromY) < step) return;
       const parts = Math.max(1, Math.ceil(Math.hypot(x - fromX, y - fromY) / step));
       for (let part = 1; part <= parts; part++) {
         const [midX, midY] = [fromX + (part / parts) * (x - fromX), fromY + (part / parts) * (y - fromY)];
@@ -343,6 +344,7 @@ export class View {
           for (let dx = -wide; dx <= wide; dx++) found.add(this.labelIn(midX + dx, midY + dy));
         }
       }
+      [fromX, fromY] = [x, y];
     });
     return found;
   }

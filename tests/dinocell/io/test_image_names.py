@@ -61,7 +61,9 @@ def test_images_in_folders_inside_are_noted(folder):
     assert search_images([folder], recursive=True).notes == ()
     assert search_images([folder, folder / "sub"]).notes == ()
     assert search_images([folder / "*.tif"]).notes == ()
-    (folder / "sub" / "deep.jpg").unlink()
+    (folder / "sub" / "deep.jpg").rename(folder / "sub" / "deep_masks.jpg")  # are labels
+    assert search_images([folder]).notes == ()
+    (folder / "sub" / "deep_masks.jpg").unlink()
     (folder / "sub" / "notes.txt").write_text("no image")
     (folder / "sub" / "far").mkdir()
     (folder / "sub" / "far" / "a.tif").write_bytes(b"x")

@@ -115,6 +115,15 @@ def test_doubtful_cells_come_by_their_score(session):
     session.next_doubtful(-1)
     assert session.selected == [order[1]]
     assert session.score(order[0]) == min(columns["score"])
+    session.correct("remove", cells=[int(order[1])])
+    session.next_doubtful()
+    assert session.selected == [order[2]]  # although the list is shorter now
+    middle = session.centres([order[2]])[0].tolist()
+    session.correct("erase", cells=[int(order[2])], points=[middle], radius_px=1)
+    assert np.isnan(session.score(int(order[2])))
+    for _ in range(len(order)):
+        session.next_doubtful()
+        assert session.selected != [order[2]]
     session.correct("remove", cells=numbers.tolist())
     assert session.num_cells == 0
     with pytest.raises(UsageError, match="no"):

@@ -162,6 +162,23 @@ def test_channels_of_an_image_that_was_left_are_not_fetched(browser, address, tm
     page.locator("#status:empty").wait_for(state="attached")
 
 
+def test_an_image_that_stays_because_another_fails_can_show_more_channels(
+    browser,  # noqa: F811
+    address,  # noqa: F811
+    tmp_path,
+):
+    images = [two_channels(tmp_path / f"{name}.tif") for name in "ab"]
+    page = without_labels(browser, address, images)
+    page.locator("#job-list .quiet", has_text="cells").nth(1).wait_for()
+    other = {"a": "b", "b": "a"}[page.locator("#title").inner_text()]
+    left = page.locator("#job-list button", has_text=other).get_attribute("data-id")
+    page.route(f"**/{left}/labels", lambda route: route.fulfill(status=410, body="gone"))
+    page.locator("#job-list button", has_text=other).click()
+    page.locator("#status", has_text="Gone").wait_for()
+    page.get_by_label("Show Bright field").check()
+    page.locator("#status", has_text="Bright field is shown").wait_for()
+
+
 def test_choices_stay_from_image_to_image(browser, address, tmp_path):  # noqa: F811
     from playwright.sync_api import expect
 

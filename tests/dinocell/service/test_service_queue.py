@@ -177,7 +177,8 @@ def test_what_was_changed_last_stays_longest(queue):
     os.utime(changed, (ended + 50, ended + 50))
     assert queue.expire(keep_s=60, keep_bytes=2500, now=ended + 55) == [jobs[1].id]
     assert queue.expire(keep_s=60, keep_bytes=1e6, now=ended + 70) == [jobs[2].id]
-    assert queue.expire(keep_s=60, keep_bytes=1e6, now=ended + 111) == [jobs[0].id]
+    assert queue.expire(keep_s=60, keep_bytes=1e6, now=ended + 40 * 86_400) == [jobs[0].id]
+    assert queue.get(jobs[0].id).state == "expired"  # whoever asks for it soon is answered
 
 
 def test_nobody_follows_a_job_when_the_service_stops():

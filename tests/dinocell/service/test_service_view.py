@@ -107,6 +107,9 @@ def test_the_start_says_what_failed_and_where_corrections_are_written(
     _, written, failed = lines()
     assert str(results / "NAME_labels_v2.tif") in written
     assert failed == "Segmentation failed for 1 image, and summary.csv says why: c"
+    excel = (results / "summary.csv").read_text(encoding="utf-8").replace(",c.tif", ",\u00b5.tif")
+    (results / "summary.csv").write_bytes(b"\xef\xbb\xbf" + excel.encode("latin-1"))
+    assert lines()[2] == failed
     (results / "summary.csv").unlink()
     assert len(lines()) == 2
 
