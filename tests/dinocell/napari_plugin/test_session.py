@@ -124,7 +124,7 @@ def test_doubtful_cells_come_by_their_score(session):
     for _ in range(len(order)):
         session.next_doubtful()
         assert session.selected != [order[2]]
-    session.correct("remove", cells=numbers.tolist())
+    session.correct("remove", cells=session.numbers().tolist())
     assert session.num_cells == 0
     with pytest.raises(UsageError, match="no"):
         session.next_doubtful()
