@@ -149,9 +149,7 @@ class _Search:
         self.notes: list[str] = []
         self.unreadable: set[str] = set()
 
-    def candidates(
-        self, given: str | os.PathLike[str], *, must_exist: bool = True
-    ) -> Iterator[Path]:
+    def candidates(self, given: str | os.PathLike[str]) -> Iterator[Path]:
         """Files of a folder or pattern that are images by their suffix, in any order."""
         if os.path.isdir(given):  # no image itself, see `search_images`
             matches: Iterable[Path] = self._files_below(Path(given))
@@ -159,10 +157,8 @@ class _Search:
             parts = Path(os.path.expanduser(given)).parts
             absolute = bool(parts) and os.path.isabs(parts[0])
             matches = self._matching(Path(parts[0] if absolute else "."), parts[absolute:])
-        elif must_exist:
-            raise UsageError(f"There is no file or folder '{given}': check the path")
         else:
-            matches = ()
+            raise UsageError(f"There is no file or folder '{given}': check the path")
         for path in matches:
             suffix = path.suffix.lower()
             if path.name.endswith(SEG_NPY):  # a project of Cellpose, no image
@@ -207,19 +203,22 @@ class _Search:
             if isinstance(given, S3Path) or not os.path.isdir(given) or is_zarr(given):
                 continue
             for entry in self._entries(given):
-                if _is_folder(entry) and not is_zarr(given / entry.name):
-                    inner = _Search(recursive=False)  # whose notes nobody needs
-                    if any(
-                        os.path.realpath(path) not in listed
-                        for path in inner.candidates(given / entry.name, must_exist=False)
-                        if not path.stem.endswith(LABEL_NAME_ENDINGS)
-                        and not inner.results_among([path], [path])
-                    ):
-                        self._note(
-                            f"Images in folders inside '{given}' were left out, such as those in "
-                            f"'{entry.name}': set `recursive` to segment them, too"
-                        )
-                        return
+                folder = given / entry.name
+                # An entry may be called a folder that nobody may look into.
+                if not _is_folder(entry) or not os.path.isdir(folder) or is_zarr(folder):
+                    continue
+                inner = _Search(recursive=False)  # whose notes nobody needs
+                if any(
+                    os.path.realpath(path) not in listed
+                    for path in inner.candidates(folder)
+                    if not path.stem.endswith(LABEL_NAME_ENDINGS)
+                    and not inner.results_among([path], [path])
+                ):
+                    self._note(
+                        f"Images in folders inside '{given}' were left out, such as those in "
+                        f"'{entry.name}': set `recursive` to segment them, too"
+                    )
+                    return
 
     def _matching(self, base: Path, parts: Sequence[str]) -> Iterator[Path]:
         """Files (with `recursive` also of folders) whose path below `base` matches a pattern."""

@@ -224,6 +224,24 @@ def test_a_folder_is_dropped_pressed_while_it_runs_and_reloaded(browser, address
     assert page.faults == []
 
 
+def test_a_folder_is_chosen_without_results_and_hidden_files(browser, address, tmp_path):  # noqa: F811
+    from playwright.sync_api import expect
+
+    folder = tmp_path / "plate"
+    (folder / ".cache").mkdir(parents=True)
+    for name in ("a.tif", "a_overlay.png", "a_labels_v2.tif", "b_labels.tif", ".cache/c.tif"):
+        noise(folder / "plain.tif", 1).rename(folder / name)
+    (folder / "a_cells.csv").write_text("label\n")
+    page = browser.new_page()
+    page.goto(address)
+    with page.expect_file_chooser() as chosen:
+        page.get_by_role("button", name="Choose a folder").click()
+    chosen.value.set_files(str(folder))
+    lines = page.locator("#job-list li .name")
+    expect(lines).to_have_text(["b_labels", "a"])  # of b no table says that it is a result
+    page.locator("#panel:not([hidden]) #count").wait_for()
+
+
 def test_an_image_is_deleted_by_the_second_press(browser, address, tmp_path):  # noqa: F811
     from playwright.sync_api import expect
 
