@@ -9,7 +9,7 @@ the exit code of the command line: 2 for a wrong call, 1 for work that failed, 7
 stopped after its state was saved, so that the same command continues it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -77,3 +77,8 @@ def how_to_load(error: ImportError) -> str:
     else:
         cure = "remove and install it once more with pip"
     return f"A package cannot be loaded ({error}): {cure}"
+
+
+def some(names: Sequence[str]) -> str:
+    """Up to five names for a sentence, and dots if there are more."""
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinocell.errors import DataSetError
+from dinocell.errors import DataSetError, some
 
 IMAGE_SUFFIXES: tuple[str, ...] = (
     *(".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".npy"),
@@ -51,7 +51,6 @@ OUTPUT_ENDINGS: tuple[str, ...] = ("_nuclei_labels", "_labels", "_overlay", "_di
 
 _CHALLENGE_NAME = re.compile(r"(?:man_seg|man_track|mask|t)(\d{3,})")
 _CHALLENGE_LABELS = re.compile(r"(?:man_seg|man_track|mask)\d{3,}")
-_NAMES_SHOWN = 5
 
 
 def is_zarr(path: Path) -> bool:
@@ -116,7 +115,7 @@ def find_pairs(
     if alone:
         raise DataSetError(
             f"Every image{of} must have one label file of its name and every label file an image, got "
-            f"{len(alone)} without a partner ({_some(alone)}) in '{images}' and '{labels}': rename or "
+            f"{len(alone)} without a partner ({some(alone)}) in '{images}' and '{labels}': rename or "
             f"remove them; the labels of a.tif may be named a.png, or a with {_ENDINGS} before the suffix"
         )
     pairs = [
@@ -169,8 +168,8 @@ def pair_folders(
         "true label images without a prediction": missing,
         "predictions without a true label image": sorted(preds.keys() - truths.keys()),
     }
-    problems = [f"{what}: {len(names)} ({_some(names)})" for what, names in alone.items() if names]
-    lonely = {name for some in alone.values() for name in some}
+    problems = [f"{what}: {len(names)} ({some(names)})" for what, names in alone.items() if names]
+    lonely = {name for found in alone.values() for name in found}
     left_aside = [
         path.name
         for paths, taken in ((pred_paths, preds), (truth_paths, truths))
@@ -180,7 +179,7 @@ def pair_folders(
     if left_aside:
         problems.append(
             f"left aside, since names beside them have an ending: {len(left_aside)} "
-            f"({_some(left_aside)})"
+            f"({some(left_aside)})"
         )
     if problems:
         way_out = (
@@ -338,11 +337,6 @@ def _image_name(stem: str) -> str:
         name = name[: -len(ending)].removesuffix(".ome")
     frame = _CHALLENGE_NAME.fullmatch(name)
     return frame[1] if frame else name
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return f"{shown}, ..." if len(names) > _NAMES_SHOWN else shown
 
 
 _ENDINGS = ", ".join(LABEL_NAME_ENDINGS)

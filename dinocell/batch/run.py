@@ -40,7 +40,7 @@ from dinocell.batch.options import IMAGE_OPTIONS, PIPELINE_OPTIONS, SegmentOptio
 from dinocell.batch.report import REPORT_LIMIT, write_report_page
 from dinocell.batch.units import Unit, plate_notes, units_of
 from dinocell.batch.watcher import Watcher
-from dinocell.errors import DINOCellError, ImageFileError, ScratchSpaceError
+from dinocell.errors import DINOCellError, ImageFileError, ScratchSpaceError, some
 from dinocell.files import (
     check_kept,
     kept_folder,
@@ -222,8 +222,7 @@ def _segment_claimed(units: Sequence[Unit], batch: "_Batch", *, shown: bool) -> 
                 )
             for folder in {out, *((out / unit.name).parent for unit in units)}:
                 remove_temporary_files(folder, before=time.time() - (time.monotonic() - started))
-    some = ", ".join(changed[:5]) + ", ..." * (len(changed) > 5)
-    note = f"segmented again, because files have changed: {some}"
+    note = f"segmented again, because files have changed: {some(changed)}"
     failures = [(unit.path, sentence) for unit, sentence in batch.failures]
     notes = (*plate_notes(units, options.plate), *([note] if changed else ()))
     return BatchResult(out, ordered, failures, len(done), 0.0, notes)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinocell.errors import DINOCellError, UsageError
+from dinocell.errors import DINOCellError, UsageError, some
 from dinocell.io.s3 import S3Path, images_below, place_of
 from dinocell.pairs import (
     IMAGE_SUFFIXES,
@@ -187,7 +187,7 @@ class _Search:
             elif name in stems:
                 likely.append(path)
         if likely:
-            shown = ", ".join(path.name for path in likely[:5]) + ", ..." * (len(likely) > 5)
+            shown = some([path.name for path in likely])
             count = "1 file was" if len(likely) == 1 else f"{len(likely)} files were"
             self._note(
                 f"{count} left out, because the names say that they belong to other images ({shown}): "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinocell.errors import UsageError
+from dinocell.errors import UsageError, some
 from dinocell.files import atomic_path
 from dinocell.pretraining.jump_fields import streaming_errors
 from dinocell.progress import progress
@@ -86,10 +86,9 @@ def index_plates(
             )
     text = f"{out}: {len(writer)} fields of {len(plates) - len(writer.skipped)} plates"
     if writer.skipped:
-        shown = ", ".join(writer.skipped[:5]) + (", ..." if len(writer.skipped) > 5 else "")
         text += (
             f"\nleft out: {len(writer.skipped)} plates without a load_data table and without known "
-            f"channels ({shown}); a `channels_table` includes them"
+            f"channels ({some(writer.skipped)}); a `channels_table` includes them"
         )
     return text
 

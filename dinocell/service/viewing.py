@@ -24,7 +24,7 @@ from dinocell.batch.folder import SETTINGS_NAME, settings_of
 from dinocell.batch.inputs import image_of
 from dinocell.batch.journal import JOURNAL_NAME, read_journal
 from dinocell.batch.options import IMAGE_OPTIONS, PIPELINE_OPTIONS, SegmentOptions
-from dinocell.errors import DINOCellError, UsageError
+from dinocell.errors import DINOCellError, UsageError, some
 from dinocell.files import ensure_folder, write_text_atomically
 from dinocell.io import find_images, read_labels, write_labels
 from dinocell.io.channel_files import ChannelFiles
@@ -44,8 +44,6 @@ from dinocell.service.stored import StoredResult
 
 CORRECTIONS = "corrections"
 """Folder of the service in a folder of results."""
-
-_MOST_NAMED = 5  # images in a note
 
 
 class Viewed:
@@ -95,9 +93,10 @@ class Viewed:
         ]
         failed = _failed_in(self.out / "summary.csv")
         if failed:
-            some = ", ".join(failed[:_MOST_NAMED]) + ", ..." * (len(failed) > _MOST_NAMED)
             count = "1 image" if len(failed) == 1 else f"{len(failed)} images"
-            notes.append(f"Segmentation failed for {count}, and summary.csv says why: {some}")
+            notes.append(
+                f"Segmentation failed for {count}, and summary.csv says why: {some(failed)}"
+            )
         return notes
 
     def fill(self, queue: Queue) -> None:
@@ -279,9 +278,8 @@ def _failed_in(path: Path) -> list[str]:
     """The images that a summary says `segment` failed on."""
     if not path.exists():
         return []
-    with path.open(
-        newline="", encoding="utf-8-sig", errors="replace"
-    ) as file:  # Excel may have saved it
+    # Excel may have saved it.
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         return [row.get("name") or "?" for row in csv.DictReader(file) if row.get("error")]
 
 

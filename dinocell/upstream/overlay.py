@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinocell.errors import UsageError
+from dinocell.errors import UsageError, some
 from dinocell.files import atomic_folder, move_into_place, write_text_atomically
 from dinocell.upstream.git import Commit, Scratch, run_git
 from dinocell.upstream.merge import Merged, Outcome, merge_series
@@ -168,9 +168,8 @@ def apply_series(
         recover(scratch)
         commit = scratch.commit("HEAD")
         if out is None and (changed := _foreign_changes(scratch, series)):
-            shown = ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else "")
             raise UsageError(
-                f"The checkout must have no changes of its own, got {len(changed)} ({shown}): commit or "
+                f"The checkout must have no changes of its own, got {len(changed)} ({some(changed)}): commit or "
                 "stash them, or write a copy with `out`"
             )
         merged = merge_series(scratch, commit, series)
