@@ -12,14 +12,15 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import document_folder
 import pytest
 from document_folder import RENAMED, ROOT
+from ports import held_port
 
 PAGES = [
     ROOT / "README.md",
@@ -74,13 +75,14 @@ def script(path: Path, folder: Path, port: int) -> str:
 
 
 @pytest.fixture
-def port() -> int:
-    """The first of two that are free."""
-    for number in range(20000 + os.getpid() % 10000, 40000, 2):
-        with socket.socket() as one, socket.socket() as two, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", number))
-            two.bind(("127.0.0.1", number + 1))
-            return number
+def port() -> Iterator[int]:
+    """The first of two that nobody else is given."""
+    for number in range(20000, 40000, 2):
+        with ExitStack() as held, contextlib.suppress(OSError):
+            held.enter_context(held_port(number))
+            held.enter_context(held_port(number + 1))
+            yield number
+            return
     raise AssertionError("no port is free")
 
 

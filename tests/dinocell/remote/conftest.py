@@ -10,15 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from ports import held_port
 from waiting import wait_until
 
 from dinocell.io import s3
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _answers(port: int) -> bool:
@@ -30,11 +25,10 @@ def _answers(port: int) -> bool:
 class Server:
     """moto's server with the bucket `bucket`, which anybody may use who signs."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int) -> None:
         boto3 = pytest.importorskip("boto3", reason="boto3 is not installed: extra [s3]")
         for name in ("moto", "obstore"):
             pytest.importorskip(name, reason=f"{name} is not installed: extras [s3] and [test]")
-        port = _free_port()
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -67,10 +61,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def running_server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.client.close()
-    server.stop()
+    with _serving() as server:
+        yield server
 
 
 @pytest.fixture
@@ -85,11 +77,18 @@ def server(running_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 @pytest.fixture
 def mortal_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server of its own, for a test that stops it."""
-    server = Server()
-    _use(server, monkeypatch)
-    yield server
-    server.client.close()
-    server.stop()
+    with _serving() as server:
+        _use(server, monkeypatch)
+        yield server
+
+
+@contextlib.contextmanager
+def _serving() -> Iterator[Server]:
+    with held_port() as port:
+        server = Server(port)
+        yield server
+        server.client.close()
+        server.stop()
 
 
 def _use(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+from ports import held_port
 from service_doubles import noise
 from waiting import wait_until
 
@@ -34,36 +35,24 @@ from dinocell.service.supervision import WorkerProcess
 @contextlib.contextmanager
 def serving(folder, *arguments, **environment):
     """A running `dinocell serve`, as (process, client)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "dinocell",
-            "serve",
-            "-o",
-            str(folder),
-            "--port",
-            str(port),
-            *arguments,
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    try:
-        assert "DINOCell is at" in process.stdout.readline()
-        with httpx.Client(
-            base_url=f"http://127.0.0.1:{port}",
-            timeout=120,
-        ) as client:
-            yield process, client
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-        process.stdout.close()
+    with held_port() as port:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "dinocell", "serve", "-o", str(folder)),
+                *("--port", str(port), *arguments),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        try:
+            assert "DINOCell is at" in process.stdout.readline()
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+                yield process, client
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+            process.stdout.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ports import held_port
 from small_runs import small_run
 from torch import nn
 
@@ -192,22 +192,22 @@ main(["train", sys.argv[2]])
 """
 
 
-def start_two(*command: str) -> list[subprocess.Popen[str]]:
-    """Two processes of a run without torchrun, which is a third start of torch."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**environment(), **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
+def outcomes_of_two(*command: str) -> tuple[list[str], list[int]]:
+    """Outputs and codes of two processes, without torchrun, which is a third start of torch."""
+    with held_port() as port:
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        started = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**environment(), **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in (0, 1)
+        ]
+        outputs = [process.communicate(timeout=900)[0] for process in started]
+    return outputs, [process.returncode for process in started]
 
 
 @pytest.mark.slow
@@ -228,10 +228,8 @@ def test_a_signal_to_one_stops_both_and_the_run_continues_exactly(blob_data, tmp
     def trained(out: Path, signal_at: int = 0) -> list[int]:
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump(settings(blob_data, out, **changes)))
-        started = start_two(str(program), str(signal_at), str(path))
-        outputs = [process.communicate(timeout=900)[0] for process in started]
+        outputs, codes = outcomes_of_two(str(program), str(signal_at), str(path))
         assert bool(signal_at) == ("Training was interrupted at step" in outputs[0]), outputs
-        codes = [process.returncode for process in started]
         assert codes == [75 if signal_at else 0] * 2, outputs
         return codes
 
@@ -323,9 +321,10 @@ def test_norm_over_processes_is_norm_of_the_whole_batch(tmp_path):
     torch.save({"state": whole.state_dict(), "batches": batches}, tmp_path / "given.pt")
     program = tmp_path / "norm.py"
     program.write_text(NORM)
-    processes = start_two(str(program), str(tmp_path / "given.pt"), str(tmp_path / "found.pt"))
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs, codes = outcomes_of_two(
+        str(program), str(tmp_path / "given.pt"), str(tmp_path / "found.pt")
+    )
+    assert codes == [0, 0], outputs
     found = torch.load(tmp_path / "found.pt")
     (first, first_weights, first_low), (second, second_weights, second_low) = found["answers"]
     for position, (batch, gradient) in enumerate(batches):

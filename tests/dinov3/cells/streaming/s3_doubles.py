@@ -23,12 +23,6 @@ from dinov3.cells.streaming.index import FieldRecord, IndexWriter
 CHANNELS = ("AGP", "DNA", "ER", "Mito", "RNA")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def plane(seed: int, size: int = 64) -> np.ndarray:
     return np.random.default_rng(seed).integers(100, 4000, (size, size)).astype(np.uint16)
 
