@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { openJob } from "./result.js";
-import { $, explained, guarded, page, say } from "./state.js";
+import { $, explained, guarded, page, say, worded } from "./state.js";
 import { cellsOf, element } from "./table.js";
 
 const GONE = ["deleted", "cancelled", "expired"];
@@ -11,7 +11,13 @@ const LARGE = 16 * 2 ** 20; // bytes; such files come in parts
 const RESULT = /^(.+?)(?:_nuclei)?_(?:labels|overlay|distance_map)(?:_v\d+)?\.\w+$/; // of `segment`
 let refused = 0; // files that the service has not taken
 const FIELDS = [...$("segmented").querySelectorAll("input")];
-const written = () => Object.fromEntries(FIELDS.map(({ name, value }) => [name, value.trim()]).filter(([, value]) => value));
+const valueOf = ({ type, value, checked }) => (type === "checkbox" && !checked ? "" : value.trim());
+const written = () => Object.fromEntries(FIELDS.map((field) => [field.name, valueOf(field)]).filter(([, value]) => value));
+
+function empty(field) {
+  if (field.type === "checkbox") field.checked = false;
+  else field.value = "";
+}
 
 export async function add(files) {
   const fields = written();
@@ -26,9 +32,9 @@ export async function add(files) {
         noteJob(job);
         watch(job.id, true);
         // The next images may be gray, and no stacks.
-        if (JSON.stringify(written()) === given) for (const field of FIELDS) field.value = "";
+        if (JSON.stringify(written()) === given) for (const field of FIELDS) empty(field);
         given = null; // what is written from now on is for the images after these
-        const chosen = Object.entries(fields).map(([name, value]) => `${name} ${value}`).join(", ");
+        const chosen = Object.entries(fields).map(([name, value]) => worded(name, value)).join(", ");
         say(chosen && `${file.name} is segmented with ${chosen}; write it again for other images`);
         break;
       } catch (error) {

@@ -4,7 +4,7 @@ import * as api from "./api.js";
 import { layersOf, showChannels } from "./channels.js";
 import { drawJobs, noteJob } from "./jobs.js";
 import { showLearning } from "./learn.js";
-import { $, guarded, inTurn, page, plot, say, table, view } from "./state.js";
+import { $, guarded, inTurn, page, plot, say, table, view, worded } from "./state.js";
 import { cellsOf, element } from "./table.js";
 import { Tiles } from "./tiles.js";
 
@@ -175,8 +175,8 @@ function cellsSoon() {
 function showPanel(job) {
   $("panel").hidden = false;
   $("title").textContent = job.name;
-  const chosen = ["channels", "page", "z", "time", "scene"].map((name) => [name, [job.options[name] ?? []].flat()]);
-  const parts = chosen.filter(([, given]) => given.length).map(([name, given]) => `${name} ${given.join(", ")}`);
+  const chosen = ["channels", "page", "z", "time", "scene", "diameter_px", "pixel_size_um", "allow_mask"].map((name) => [name, [job.options[name] ?? []].flat()]);
+  const parts = chosen.filter(([, given]) => given.length).map(([name, given]) => worded(name, given.join(", ")));
   $("segmented-as").textContent = parts.join(" · ");
   $("notes").hidden = !job.summary.warnings;
   $("notes").textContent = job.summary.warnings || "";

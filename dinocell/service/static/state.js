@@ -14,10 +14,19 @@ export const view = new View($("canvas"));
 export const table = new Table($("table"));
 export const plot = new Plot($("plot"), $("plot-across"), $("plot-up"));
 
+const WORDS = {
+  diameter_px: (value) => `cells of ${value} px`,
+  pixel_size_um: (value) => `pixels of ${value} µm`,
+  allow_mask: () => "even if it looks like labels",
+};
+
+// An option of a job as a user reads it.
+export const worded = (name, value) => (WORDS[name] ? WORDS[name](value) : `${name} ${value}`);
+
 const HERE = "On this page the fields are below Choose images: fill them in, then choose the file again";
 
 // An error of the service names fields of its API; this page has some of them.
-export const explained = (text) => (/`(channels|z|time|scene)`/.test(text) ? `${text}. ${HERE}` : text);
+export const explained = (text) => (/`(channels|z|time|scene|diameter_px|pixel_size_um|allow_mask)`/.test(text) ? `${text}. ${HERE}` : text);
 
 export function say(text) {
   $("status").textContent = text;

@@ -11,6 +11,7 @@ from service_doubles import add_finished
 from test_service_page import Pointer, address, browser, opened  # noqa: F401  fixtures
 
 from dinocell.io import read_image, write_image
+from dinocell.network.model import with_config
 
 pytestmark = pytest.mark.slow
 SHAPE = (40, 48)
@@ -138,6 +139,34 @@ def test_a_stack_is_segmented_at_the_planes_that_are_written(browser, address, t
     page.set_input_files("#files", str(tmp_path / "stack.tif"))
     expect(page.locator("#status")).to_contain_text("z")
     expect(page.locator("[name=z]")).to_have_value("first")  # to be corrected
+
+
+def test_an_image_like_labels_is_taken_with_the_sizes_that_are_written(browser, address, tmp_path):  # noqa: F811
+    from playwright.sync_api import expect
+
+    labels = np.kron([[0, 1], [2, 0]], np.ones((32, 32))).astype(np.uint8)
+    write_image(tmp_path / "a.png", labels)
+    worker = address.service.worker.worker
+    worker.model = with_config(worker.model, diameter_px=15.0)
+    page = browser.new_page()
+    page.goto(address)
+    page.set_input_files("#files", str(tmp_path / "a.png"))
+    expect(page.locator("#job-list .failed")).to_contain_text("allow_mask")
+    page.get_by_text("Sizes, images like labels").click()
+    page.get_by_label("take an image that looks like labels").check()
+    page.get_by_label("cell in px").fill("many")
+    page.set_input_files("#files", str(tmp_path / "a.png"))
+    expect(page.locator("#status")).to_contain_text("below Choose images")
+    expect(page.get_by_label("cell in px")).to_have_value("many")  # to be corrected
+    page.get_by_label("cell in px").fill("30")
+    page.get_by_label("pixel in µm").fill("0.5")
+    page.set_input_files("#files", str(tmp_path / "a.png"))
+    page.locator("#panel:not([hidden]) #count").wait_for()
+    expect(page.locator("#segmented-as")).to_have_text(
+        "cells of 30 px · pixels of 0.5 µm · even if it looks like labels"
+    )
+    expect(page.get_by_label("cell in px")).to_have_value("")
+    expect(page.get_by_label("take an image that looks like labels")).not_to_be_checked()
 
 
 def test_channels_of_an_image_that_was_left_are_not_fetched(browser, address, tmp_path):  # noqa: F811
