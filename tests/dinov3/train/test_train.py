@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from held_run import held_python
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -99,13 +100,21 @@ def run(images: Path, out: Path, *changes: str) -> None:
 
 
 def start(
-    data: str, out: Path, *changes: str, command: Sequence[str] = ("dinov3.train.train",)
+    data: str,
+    out: Path,
+    *changes: str,
+    command: Sequence[str] = ("dinov3.train.train",),
+    go: Path | None = None,
 ) -> subprocess.Popen:
-    """A run in a process of its own; `command` is a module and its first arguments."""
+    """A run in a process of its own; `command` is a module and its first arguments.
+
+    With `go` it waits in iteration 2 until that file is there.
+    """
+    python = held_python(go) if go else [sys.executable, "-u", "-m"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", *command, *arguments(data, out, *changes)],
+        [*python, *command, *arguments(data, out, *changes)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -188,7 +197,7 @@ def test_what_a_run_leaves(whole_run):
 def test_killed_run_continues_bit_for_bit(vit_of_processes, images, whole_run, tmp_path):
     """kill -9 at some moment after a checkpoint; the number of workers changes nothing either."""
     data = f"ImageFolder:root={images}"
-    process = start(data, tmp_path, "train.num_workers=2")
+    process = start(data, tmp_path, "train.num_workers=2", go=tmp_path / "never")
     wait_for(process, "Checkpoint of iteration 1 saved")
     process.kill()
     process.communicate()
@@ -251,9 +260,10 @@ def test_signal_ends_a_process_with_one_sentence(
     if program == "dinocell":
         (tmp_path / "empty.yaml").write_text("{}\n")
         command += ["pretrain", str(tmp_path / "empty.yaml")]
-    process = start(data, out, *changes, command=command)
+    process = start(data, out, *changes, command=command, go=tmp_path / "go")
     seen = wait_for(process, "Training [0/6]")
     process.send_signal(number)
+    (tmp_path / "go").touch()
     code, output = finish(process)
     assert code == expected, output
     assert f"stopped by {number.name} after iteration" in output
@@ -275,9 +285,10 @@ def test_wandb_has_the_lines_of_both_halves(images, tmp_path, read_history, monk
     monkeypatch.setenv("HOME", str(tmp_path))
     data, out = f"ImageFolder:root={images}", tmp_path / "out"
     changes = ["wandb.enabled=true", "monitor.visuals_period_iterations=4"]
-    process = start(data, out, *changes)
+    process = start(data, out, *changes, go=tmp_path / "go")
     wait_for(process, "Training [0/6]")
     process.send_signal(signal.SIGTERM)
+    (tmp_path / "go").touch()
     code, _ = finish(process)
     assert code == 1
     code, output = finish(start(data, out, *changes))

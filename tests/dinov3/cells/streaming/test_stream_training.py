@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from held_run import held_python
 
 from dinov3.train.train import main
 
@@ -69,7 +70,7 @@ def test_a_run_that_began_over_the_network_continues_from_a_copy(
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'dinov3_modified'}"
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "dinov3.train.train",
+        [*held_python(tmp_path / "go"), "dinov3.train.train",
          *arguments(index_file, tmp_path, f"streaming.endpoint={rclone}", "train.num_workers=0")],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
     )  # fmt: skip
@@ -77,6 +78,7 @@ def test_a_run_that_began_over_the_network_continues_from_a_copy(
     for line in process.stdout:
         if "Training [0/6]" in line:
             process.send_signal(signal.SIGTERM)
+            (tmp_path / "go").touch()
             break
     output, _ = process.communicate(timeout=900)
     assert "stopped by SIGTERM" in output
