@@ -670,7 +670,7 @@ def test_the_next_image_is_read_while_the_network_runs(
 
     def predicted(self, *arguments, **options):
         if limit > 1:
-            assert second_read.wait(60)
+            assert second_read.wait(600)
         read_at.append(len(reads))
         return predict(self, *arguments, **options)
 

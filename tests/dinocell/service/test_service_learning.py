@@ -48,9 +48,7 @@ def corrected(start, tmp_path, mini_model):
 
 def ended(client) -> dict:
     """What learning says when it runs no longer."""
-    until = time.monotonic() + 60
     while (info := client.get("/api/v1/learning").json())["state"] == "running":
-        assert time.monotonic() < until
         time.sleep(0.02)
     return info
 

@@ -51,7 +51,7 @@ def serving(folder, *arguments, **environment):
                 yield process, client
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(60)
+            process.wait()
             process.stdout.close()
 
 

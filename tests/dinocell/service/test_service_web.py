@@ -59,7 +59,7 @@ class Other(BaseHTTPRequestHandler):
             self.wfile.write(self.image)
 
     def write_slowly(self) -> None:
-        for _ in range(600):
+        while True:
             self.wfile.write(b"x")
             self.wfile.flush()
             time.sleep(0.05)
@@ -225,10 +225,8 @@ def test_what_cannot_be_fetched_leaves_nothing(start, other, monkeypatch):
         assert answer.headers["content-type"] == "application/problem+json"
     assert fetched(client, "http://127.0.0.1:9/open/a.tif").status_code == 502  # nobody listens
     monkeypatch.setattr(web, "LONGEST_S", 0.5)
-    begun = time.monotonic()
     answer = fetched(client, f"{other.address}/open/slow.tif")  # a byte comes again and again
     assert answer.status_code == 504
-    assert time.monotonic() - begun < 15
     assert list((client.service.queue.folder / "jobs").iterdir()) == []
 
 
