@@ -19,13 +19,16 @@ export async function correct(kind, values = {}) {
   if (shown?.revision === undefined) return;
   endMovement();
   waiting += 1;
+  const chosen = view.selected; // `select` makes another set
   await guarded(() => inTurn(async () => {
     for (;;) {
       try {
         const change = await api.correct(shown.id, { kind, ...values }, shown.revision, !shown.tiles);
-        view.selected.clear();
+        const again = ["undo", "redo"].includes(kind); // numbers may be those of other cells
+        const stays = () => !again && view.selected !== chosen; // the user has gone on meanwhile
+        if (!stays()) view.selected.clear();
         const found = await applyChange(shown, change);
-        if (page.open === shown) select(["undo", "redo", "remove", "erase"].includes(kind) ? [] : found);
+        if (page.open === shown && !stays()) select(again || ["remove", "erase"].includes(kind) ? [] : found);
         say("");
         return;
       } catch (error) {

@@ -56,7 +56,7 @@ async function start(entered = false) {
     if (page.asked) { /* an image of before the token */ } else if (page.jobs.get(last)?.state === "done") openJob(last);
     else neighbour(1); // the newest one
     $("token-form").hidden = true;
-    say("");
+    if (entered) say(""); // else what stands there is about images that were chosen meanwhile
   });
 }
 $("token-form").addEventListener("submit", (event) => {

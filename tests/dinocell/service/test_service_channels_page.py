@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 import tifffile
+from page_hands import Pointer, hover
 from service_doubles import add_finished
-from test_service_page import Pointer, address, browser, opened  # noqa: F401  fixtures
+from test_service_page import address, browser, opened  # noqa: F401  fixtures
 
 from dinocell.io import read_image, write_image
 from dinocell.network.model import with_config
@@ -156,6 +157,7 @@ def test_an_image_like_labels_is_taken_with_the_sizes_that_are_written(browser, 
     page.get_by_label("take an image that looks like labels").check()
     page.get_by_label("cell in px").fill("many")
     page.set_input_files("#files", str(tmp_path / "a.png"))
+    expect(page.locator("#job-list .failed")).to_have_count(2)
     expect(page.locator("#status")).to_contain_text("below Choose images")
     expect(page.get_by_label("cell in px")).to_have_value("many")  # to be corrected
     page.get_by_label("cell in px").fill("30")
@@ -333,12 +335,7 @@ def test_channels_of_a_large_image_come_in_tiles(browser, address):  # noqa: F81
     for _ in range(12):
         page.mouse.wheel(0, -400)
     page.wait_for_function(_COLOUR, arg=[*at, list(GREEN), 1], timeout=30_000)
-    for _ in range(100):  # until the tile of the full scale has come
-        page.mouse.move(at[0] + 1, at[1])
-        page.wait_for_timeout(200)
-        page.mouse.move(*at)
-        if "gaps" in page.locator("#pixel").inner_text():
-            break
+    hover(page, at, "gaps")  # the tile of the full scale has come
     expect(page.locator("#pixel")).to_contain_text("gaps 1000")
     expect(page.locator("#pixel")).not_to_contain_text("cells 0")
 

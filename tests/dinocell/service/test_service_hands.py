@@ -7,8 +7,9 @@ import re
 import numpy as np
 import pytest
 import tifffile
+from page_hands import Pointer, corrected, fitted, until
 from service_doubles import noise
-from test_service_page import Pointer, address, browser, corrected, count, labels_of, opened  # noqa: F401  fixtures
+from test_service_page import address, browser, count, labels_of, opened  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +52,7 @@ def test_a_key_with_a_click_merges_removes_and_gives_seeds(browser, address, tmp
 
 def test_two_fingers_zoom(browser, address, tmp_path):  # noqa: F811
     page = opened(browser, address, [noise(tmp_path / "field.tif", 1)])
-    box = page.locator("#canvas").bounding_box()
+    box = fitted(page)
     middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     place = middle[0], middle[1] + 100
 
@@ -104,6 +105,51 @@ def test_corrections_on_a_slow_network_are_all_kept(browser, address, tmp_path):
     assert page.faults == []
 
 
+def test_what_is_selected_while_a_correction_is_on_its_way_stays_selected(
+    browser,  # noqa: F811
+    address,  # noqa: F811
+    tmp_path,
+):
+    from playwright.sync_api import expect
+
+    page = opened(browser, address, [noise(tmp_path / "field.tif", 1)])
+    cells, labels = count(page), labels_of(page, address)
+    pointer, held = Pointer(page, labels.shape), []
+    page.route("**/corrections?*", lambda route: held.append(route), times=1)
+    pointer.click(*inside(labels, 2))
+    page.keyboard.press("Delete")
+    until(page, lambda: held)
+    pointer.click(*inside(labels, 3))
+    with corrected(page):
+        held[0].continue_()
+    expect(page.locator("#count")).to_contain_text(f"{cells - 1} cells")
+    with corrected(page):
+        page.keyboard.press("Delete")
+    after = labels_of(page, address)
+    assert [after[inside(labels, label)] for label in (2, 3)] == [0, 0]
+    pointer.click(*inside(labels, 4))
+    with corrected(page):
+        page.keyboard.press("Control+z")
+    expect(page.locator("#remove")).to_be_disabled()  # the number may be that of another cell
+    assert page.faults == []
+
+
+def test_a_reason_stays_while_the_page_still_starts(browser, address, tmp_path):  # noqa: F811
+    from playwright.sync_api import expect
+
+    page, held = browser.new_page(), []
+    page.route("**/api/v1/models", lambda route: held.append(route), times=1)
+    page.goto(address)
+    until(page, lambda: held)
+    page.get_by_text("Planes of a stack").click()
+    page.locator("[name=z]").fill("first")
+    page.set_input_files("#files", str(noise(tmp_path / "refused.tif", 1)))
+    expect(page.locator("#status")).to_contain_text("the fields are below Choose images")
+    held[0].continue_()
+    expect(page.locator("#model")).to_contain_text("mini")
+    expect(page.locator("#status")).to_contain_text("the fields are below Choose images")
+
+
 def test_doubtful_cells_follow_a_removal_and_strokes_apart_are_cells(browser, address, tmp_path):  # noqa: F811
     from playwright.sync_api import expect
 
@@ -138,10 +184,11 @@ def test_doubtful_cells_follow_a_removal_and_strokes_apart_are_cells(browser, ad
     page.keyboard.press("b")
     strokes = [((5, 5), (5, 15)), ((20, 5), (20, 15)), ((35, 5), (35, 15))]
     for number, stroke in enumerate(strokes, 1):
-        with page.expect_response(lambda r: r.url.endswith("/cells")):
+        with corrected(page):
             pointer.drag(*stroke)
         expect(page.locator("#count")).to_contain_text(re.compile(rf"^{number} cells?\b"))
-    with page.expect_response(lambda r: r.url.endswith("/cells")):
+        expect(page.locator("#table tbody tr")).to_have_count(number)  # read anew, without scores
+    with corrected(page):
         pointer.drag((35, 15), (35, 40))  # from the selected cell on
     expect(page.locator("#count")).to_contain_text("3 cells")
     page.keyboard.press("Escape")
@@ -176,6 +223,7 @@ def test_files_that_fail_stay_in_the_list_with_their_reason(browser, address, tm
     page.set_input_files("#files", str(tmp_path / "stack.tif"))
     expect(page.locator("#job-list .failed")).to_have_count(4, timeout=30_000)
     assert max(line.bounding_box()["height"] for line in lines.all()) < 90
+    expect(status).to_contain_text("stack")  # the last reason, after which none comes by itself
     broken = lines.filter(has_text="broken")
     broken.get_by_role("button").first.click()
     expect(status).to_have_text(re.compile("^broken.*: .{20}"))

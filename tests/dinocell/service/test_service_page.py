@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import re
 import shutil
@@ -14,14 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import uvicorn
+from page_hands import Pointer, corrected, until
 from service_doubles import WorkerThread, noise
-from waiting import wait_until
 
 import dinocell.service
 from dinocell.service.app import create_app
 from dinocell.service.options import ServiceOptions
 from dinocell.service.queue import Queue
+from dinocell.service.serve import shared_options
 from dinocell.service.service import Service
+from dinocell.service.worker import warm_up
 
 STATIC = Path(dinocell.service.__file__).parent / "static"
 CHROMIUM = next(
@@ -71,6 +74,7 @@ def address(tmp_path, mini_model):
     """A real server with a small network, in a thread."""
     options = ServiceOptions(jobs=tmp_path / "jobs", device="cpu")
     service = Service(options, Queue(options.jobs))
+    warm_up(mini_model, shared_options(options))  # as the worker does before it is ready
     service.worker = WorkerThread(service, mini_model)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -89,10 +93,11 @@ def address(tmp_path, mini_model):
 
 @pytest.fixture
 def browser():
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
+    expect.set_options(timeout=30_000)  # ms, as all else waits; of 5 s a busy computer needs more
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -145,6 +150,7 @@ def test_a_picture_is_segmented_corrected_and_downloaded(browser, address, tmp_p
         page.keyboard.press("Control+y")
     expect(page.locator("#count")).to_contain_text(f"{cells - 1} cells")
 
+    page.clock.set_fixed_time(datetime.datetime.now())  # one movement, however slow the test is
     with page.expect_response(lambda r: "/relabel" in r.url) as answer:
         page.locator("#area").fill("12")
     expect(page.locator("#area-value")).to_have_text("12 px²")
@@ -163,37 +169,6 @@ def test_a_picture_is_segmented_corrected_and_downloaded(browser, address, tmp_p
         page.get_by_role("button", name="Table (CSV)").click()
     assert download.value.suggested_filename == "field_cells.csv"
     assert page.faults == []
-
-
-def corrected(page):
-    """Waits for the answer to a correction."""
-    return page.expect_response(lambda r: r.url.partition("?")[0].endswith("/corrections"))
-
-
-class Pointer:
-    """The mouse at pixels of the image, which the canvas shows whole."""
-
-    def __init__(self, page, shape) -> None:
-        self.mouse, self.box = page.mouse, page.locator("#canvas").bounding_box()
-        height, width = self.shape = shape
-        self.scale = min(self.box["width"] / width, self.box["height"] / height) * 0.98
-
-    def at(self, row, column) -> tuple[float, float]:
-        height, width = self.shape
-        return (
-            self.box["x"] + self.box["width"] / 2 + (column + 0.5 - width / 2) * self.scale,
-            self.box["y"] + self.box["height"] / 2 + (row + 0.5 - height / 2) * self.scale,
-        )
-
-    def drag(self, *places) -> None:
-        self.mouse.move(*self.at(*places[0]))
-        self.mouse.down()
-        for place in places[1:]:
-            self.mouse.move(*self.at(*place), steps=4)
-        self.mouse.up()
-
-    def click(self, row, column) -> None:
-        self.mouse.click(*self.at(row, column))
 
 
 @pytest.mark.slow
@@ -252,7 +227,7 @@ def test_cells_are_merged_split_grown_painted_and_erased(browser, address, tmp_p
     with corrected(page) as answer:
         page.keyboard.press("Delete")
     assert answer.value.json()["num_cells"] == 0
-    expect(page.locator("#count")).to_contain_text("0 cells")
+    expect(page.locator("#count")).to_have_text(re.compile(r"^0 cells"))
     with corrected(page) as answer:
         pointer.mouse.dblclick(*pointer.at(*inside(largest)))
     assert answer.value.json()["num_cells"] == 1
@@ -315,7 +290,7 @@ def test_an_upload_is_cancelled_by_a_click(browser, address, tmp_path):
     page.set_input_files("#files", [str(large)])
     page.get_by_role("button", name=re.compile("uploading, 23 %")).click()
     expect(page.locator("#job-list li")).to_have_count(0)
-    wait_until(lambda: not list(address.service.uploads.folder.iterdir()))
+    until(page, lambda: not list(address.service.uploads.folder.iterdir()))
     assert page.request.get(f"{address}/api/v1/jobs").json() == []
 
 
@@ -479,8 +454,8 @@ def test_a_correction_waits_for_the_service_and_outlives_the_page(browser, addre
     page.keyboard.press("Delete")
     expect(page.locator("#status")).to_contain_text("Your correction waits")
     expect(page.locator("#count")).to_contain_text(f"{cells} cells")
-    page.unroute("**/corrections?*")
-    with corrected(page):
+    with corrected(page):  # the page asks again every two seconds, and may at once
+        page.unroute("**/corrections?*")
         expect(page.locator("#count")).to_contain_text(f"{cells - 1} cells")
     page.reload()
     expect(page.locator("#count")).to_contain_text(f"{cells - 1} cells")

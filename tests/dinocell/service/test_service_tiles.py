@@ -7,13 +7,9 @@ import re
 
 import numpy as np
 import pytest
+from page_hands import Pointer, fitted, hover
 from service_doubles import add_finished, upload
-from test_service_page import (  # noqa: F401  two of them are fixtures
-    STATIC,
-    Pointer,
-    address,
-    browser,
-)
+from test_service_page import STATIC, address, browser  # noqa: F401  two of them are fixtures
 
 from dinocell.errors import UsageError
 from dinocell.service.stored import KINDS
@@ -88,25 +84,23 @@ def test_a_large_image_is_shown_and_corrected(browser, address):  # noqa: F811
     page.locator("#undo").wait_for()
     expect(page.locator("#status")).to_have_text("", timeout=PATIENT)
     expect(page.locator("#count")).to_contain_text("900 cells", timeout=PATIENT)
-    box = page.locator("#canvas").bounding_box()
+    box = fitted(page)
     at = box["x"] + box["width"] / 2 + 7, box["y"] + box["height"] / 2 + 7
     page.mouse.move(*at)
     for _ in range(8):
         page.mouse.wheel(0, -300)
         page.wait_for_timeout(50)
-    page.wait_for_load_state("networkidle")
-    page.mouse.move(at[0] + 1, at[1])
-    pointed = re.compile(r"row \d+, column \d+: \d+, cell \d+")
-    expect(page.locator("#pixel")).to_have_text(pointed, timeout=PATIENT)
+    at = at[0] + 1, at[1]
+    hover(page, at, r"row \d+, column \d+: \d+, cell \d+")  # the tiles of the full scale have come
     text = page.locator("#pixel").inner_text()
     row, column, value, cell = map(int, re.findall(r"\d+", text))
     assert labels[row, column] == cell  # numbers have no gaps yet
     assert value == 1000 + column % 256
-    page.mouse.click(at[0] + 1, at[1])
+    page.mouse.click(*at)
     expect(page.locator("#selection")).to_contain_text("area", timeout=PATIENT)
     page.keyboard.press("Delete")
     expect(page.locator("#count")).to_contain_text("899 cells", timeout=PATIENT)
-    page.mouse.move(*at)
+    page.mouse.move(at[0] - 1, at[1])
     expect(page.locator("#pixel")).not_to_contain_text("cell", timeout=PATIENT)
     page.keyboard.press("Control+z")
     expect(page.locator("#count")).to_contain_text("900 cells", timeout=PATIENT)
@@ -139,8 +133,7 @@ def test_two_users_of_a_large_image_never_act_on_an_outdated_picture(browser, ad
     while not (shown and held):
         page.wait_for_timeout(50)
     at = Pointer(page, labels.shape).at(525, 925)  # inside cell 70
-    page.mouse.move(*at)
-    expect(page.locator("#pixel")).to_contain_text("cell")
+    hover(page, at, "cell")
     remove(70)  # by somebody else, while the cells are being measured
     held[0].continue_()
     expect(page.locator("#count")).to_contain_text("143 cells", timeout=30_000)
