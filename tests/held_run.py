@@ -27,5 +27,5 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def held_python(go: Path) -> list[str]:
-    """In place of `python -m` before a module: its run stays in iteration 2 until the file `go` is there."""
+    """In place of `python -m` before a module: its run stays in iteration 2 until the file `go` exists."""
     return [sys.executable, "-u", "-c", _HELD, str(go)]

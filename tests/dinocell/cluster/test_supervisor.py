@@ -356,8 +356,8 @@ def test_a_process_that_hangs_after_another_failed_is_ended(job, slurm, clock):
     slurm.job("5")
     job("sys.exit('dinocell: error: the disk is full')", **of(1))
     states = seen(clock)
-    clock.stands = lambda: not Path("told").exists()
-    behaviour = "signal.signal(signal.SIGTERM, signal.SIG_IGN); tell('SIGTERM'); Path('told').touch(); hang()"
+    clock.stands = lambda: not Path("sent").exists()
+    behaviour = "signal.signal(signal.SIGTERM, signal.SIG_IGN); tell('SIGTERM'); Path('sent').touch(); hang()"
     assert job(behaviour, **of(0))[0] == 1
     assert ("stopping", "process 1 of 2: the disk is full") in states  # should SLURM end it then
     assert the_record().state == "failed"

@@ -187,7 +187,7 @@ def test_doubtful_cells_follow_a_removal_and_strokes_apart_are_cells(browser, ad
         with corrected(page):
             pointer.drag(*stroke)
         expect(page.locator("#count")).to_contain_text(re.compile(rf"^{number} cells?\b"))
-        expect(page.locator("#table tbody tr")).to_have_count(number)  # read anew, without scores
+        expect(page.locator("#table tbody tr")).to_have_count(number)  # which have no scores
     with corrected(page):
         pointer.drag((35, 15), (35, 40))  # from the selected cell on
     expect(page.locator("#count")).to_contain_text("3 cells")

@@ -108,7 +108,7 @@ def start(
 ) -> subprocess.Popen:
     """A run in a process of its own; `command` is a module and its first arguments.
 
-    With `go` it waits in iteration 2 until that file is there.
+    With `go` it waits in iteration 2 until that file exists.
     """
     python = held_python(go) if go else [sys.executable, "-u", "-m"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
