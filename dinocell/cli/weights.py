@@ -32,7 +32,7 @@ def weights_info(
         "backbone file, or checkpoint folder."
     ),
     decoder: str = option(
-        "Use this decoder with SIZE/PATCH: unet, unet_wide, detail or linear.", "unet"
+        "Use this decoder with SIZE/PATCH: unet, unet_wide, detail, fpn or linear.", "unet"
     ),
     image_px: int = option(
         "Count the operations for a square image with this edge length in px.", 256, min=1

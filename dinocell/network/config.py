@@ -11,7 +11,8 @@ TUNED_THRESHOLDS = ("peak_threshold", "fill_threshold", "min_prominence")
 """Fields of `ModelConfig` that are chosen on validation images."""
 
 MODEL_SIZES = ("tiny", "small", "base", "large", "conv")
-DECODERS = ("unet", "unet_wide", "linear", "detail")
+PYRAMID_DECODERS = ("detail", "fpn")  # read a convolutional pyramid of the image
+DECODERS = ("unet", "unet_wide", "linear", *PYRAMID_DECODERS)
 
 _MAX_IMAGE_CHANNELS = 1024  # a damaged header must not ask for all memory
 
@@ -24,10 +25,11 @@ class ModelConfig:
     # keys of this section, but for pixel_size_um, then have its values unless they are given
     init: str | None = None
     # backbone size: `tiny` (192 wide, 3 heads), `small`, `base`, `large`, or `conv`: no transformer,
-    # the convolutions of decoder `detail` alone (patch size 16 or 32)
+    # the convolutions of decoders `detail` and `fpn` alone (patch size 16 or 32)
     size: str = "small"
     patch_size: int = 8  # edge of a patch in px: 4, 8, 14 or 16; 32 for size `conv`
-    # `unet`, `unet_wide`, `linear`, or `detail`: a U-Net with a convolutional pyramid of the image
+    # `unet`, `unet_wide`, `linear`, or with a convolutional pyramid of the image: `detail`, a U-Net, and
+    # `fpn`, a feature pyramid network
     decoder: str = "unet"
     image_channels: int = 0  # channels of the full-resolution image skip of `unet`; 0 leaves it out
     # what the network sees: `gray`, or `compressed`: the same intensities on one linear and two
@@ -63,14 +65,14 @@ class ModelConfig:
         require_choice("`model.decoder`", self.decoder, DECODERS)
         require_choice("`model.intensities`", self.intensities, ("gray", "compressed"))
         require(
-            self.decoder != "detail" or self.patch_size != 14,
-            f"`model.patch_size` must be 4, 8 or 16 for decoder detail, got {self.patch_size}: choose "
-            "16, or another decoder",
+            self.decoder not in PYRAMID_DECODERS or self.patch_size != 14,
+            f"`model.patch_size` must be 4, 8 or 16 for decoder {self.decoder}, got {self.patch_size}: "
+            "choose 16, or another decoder",
         )
         require(
-            self.size != "conv" or self.decoder == "detail",
-            f"`model.size` conv must have decoder detail, got {self.decoder}: change it, or choose the "
-            "size of a transformer",
+            self.size != "conv" or self.decoder in PYRAMID_DECODERS,
+            f"`model.size` conv must have decoder detail or fpn, got {self.decoder}: change it, or choose "
+            "the size of a transformer",
         )
         require_choice("`model.target`", self.target, ("linear", "sqrt"))
         require(

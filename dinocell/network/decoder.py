@@ -1,7 +1,7 @@
 """Decoders: patch features of four depths → one logit per pixel.
 
 `unet` is the default, `unet_wide` the original drawing kept for comparison, `linear` the floor
-(Ronneberger et al. 2015 for the U-Net), `detail` a U-Net with its own look at the image.
+(Ronneberger et al. 2015 for the U-Net), `detail` and `fpn` look at the image themselves.
 """
 
 import math
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dinocell.network.config import DECODERS
-from dinocell.network.detail import DetailDecoder
+from dinocell.network.config import DECODERS, PYRAMID_DECODERS
+from dinocell.network.detail import DetailDecoder, FPNDecoder
 from dinocell.network.layers import PRIOR_LOGIT, conv_bn_relu, resize
 
 
@@ -144,9 +144,9 @@ def create_decoder(
     image_channels: int = 0,
     has_pyramid: bool = True,
 ) -> nn.Module:
-    """The decoder called `name`: `unet`, `unet_wide`, `linear` or `detail`.
+    """The decoder called `name`: `unet`, `unet_wide`, `linear`, `detail` or `fpn`.
 
-    `has_pyramid` is False where the backbone is a pyramid already (`detail` only).
+    `has_pyramid` is False where the backbone is a pyramid already (`detail` and `fpn` only).
 
     Raises ValueError (unknown name, or `image_channels` for a decoder without an image skip).
     """
@@ -158,10 +158,9 @@ def create_decoder(
         raise ValueError(
             f"`image_channels` must be 0 for decoder {name}, got {image_channels}: use unet"
         )
-    if name == "detail":
-        return DetailDecoder(
-            embed_dim, patch_size, num_features=num_features, has_pyramid=has_pyramid
-        )
+    if name in PYRAMID_DECODERS:
+        kind = DetailDecoder if name == "detail" else FPNDecoder
+        return kind(embed_dim, patch_size, num_features=num_features, has_pyramid=has_pyramid)
     if name == "linear":
         return LinearDecoder(embed_dim, patch_size, num_features=num_features)
     # `unet_wide` is as first drawn: four stages whatever the patch, skips at their full width.

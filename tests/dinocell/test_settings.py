@@ -143,7 +143,7 @@ def test_text_that_looks_like_a_reference_stays(text):
     [
         (ModelConfig, {"size": "huge"}, "tiny, small, base, large"),
         (ModelConfig, {"patch_size": 7}, "4, 8, 14, 16"),
-        (ModelConfig, {"decoder": "fpn"}, "unet, unet_wide, linear"),
+        (ModelConfig, {"decoder": "mlp"}, "unet, unet_wide, linear"),
         (ModelConfig, {"target": "cube"}, "linear, sqrt"),
         (ModelConfig, {"window_px": 100}, "multiple of `model.patch_size` 8"),
         (ModelConfig, {"overlap_px": 200}, "half of `model.window_px`"),

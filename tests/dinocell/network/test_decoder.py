@@ -29,10 +29,11 @@ def test_output_has_the_size_of_the_input(name, patch):
         assert decoder(features(32, patch, height, width), image).shape == (2, 1, height, width)
 
 
+@pytest.mark.parametrize("name", ["detail", "fpn"])
 @pytest.mark.parametrize("patch", [4, 8, 16])
-def test_detail_has_the_size_of_the_input_and_sees_both(patch):
+def test_decoders_with_a_pyramid_have_the_size_of_the_input_and_see_both(name, patch):
     height, width = 3 * patch, 5 * patch
-    decoder = create_decoder("detail", 32, patch).eval()
+    decoder = create_decoder(name, 32, patch).eval()
     image, maps = torch.zeros(2, 3, height, width), features(32, patch, height, width)
     with torch.no_grad():
         before = decoder(maps, image)
@@ -43,8 +44,9 @@ def test_detail_has_the_size_of_the_input_and_sees_both(patch):
             assert not torch.equal(decoder(changed, image), before)
 
 
-def test_detail_keeps_pixels_at_their_place():
-    decoder = create_decoder("detail", 32, 16).eval()
+@pytest.mark.parametrize("name", ["detail", "fpn"])
+def test_decoders_with_a_pyramid_keep_pixels_at_their_place(name):
+    decoder = create_decoder(name, 32, 16).eval()
     image, maps = torch.zeros(1, 3, 128, 128), features(32, 16, 128, 128)
     maps = [value[:1] for value in maps]
     spot = image.clone()
@@ -56,8 +58,9 @@ def test_detail_keeps_pixels_at_their_place():
     assert abs(float(columns.float().mean()) - 82) < 6
 
 
-def test_convolutions_alone_are_small_and_see_the_image():
-    model = create_dinocell_model("conv", patch_size=16, decoder="detail").eval()
+@pytest.mark.parametrize("name", ["detail", "fpn"])
+def test_convolutions_alone_are_small_and_see_the_image(name):
+    model = create_dinocell_model("conv", patch_size=16, decoder=name).eval()
     assert sum(p.numel() for p in model.parameters()) < 1e6
     with torch.no_grad():
         empty, deepest = model.map_and_features(torch.zeros(1, 3, 64, 96))
@@ -66,7 +69,7 @@ def test_convolutions_alone_are_small_and_see_the_image():
         assert deepest[-1].shape == (1, 128, 4, 6)
         assert not torch.equal(model(torch.ones(1, 3, 64, 96)), empty)
     assert model_cost(model, 64).backbone_macs > 0
-    deeper = create_dinocell_model("conv", patch_size=32, decoder="detail").eval()
+    deeper = create_dinocell_model("conv", patch_size=32, decoder=name).eval()
     with torch.no_grad():
         assert deeper.map_and_features(torch.zeros(1, 3, 64, 96))[1][-1].shape == (1, 192, 2, 3)
 
@@ -96,7 +99,8 @@ def test_compressed_intensities_by_hand():
     ("options", "message"),
     [
         ({"patch_size": 14, "decoder": "detail"}, "must be 4, 8 or 16"),
-        ({"size": "conv", "patch_size": 16}, "conv must have decoder detail"),
+        ({"patch_size": 14, "decoder": "fpn"}, "must be 4, 8 or 16 for decoder fpn"),
+        ({"size": "conv", "patch_size": 16}, "conv must have decoder detail or fpn"),
         ({"size": "conv", "decoder": "detail"}, "must be one of 16, 32, got 8"),
         ({"decoder": "detail", "patch_size": 32}, "must be one of 4, 8, 14, 16, got 32"),
         ({"intensities": "colour"}, "gray, compressed"),
@@ -146,7 +150,7 @@ def test_linear_puts_pixels_in_their_patch():
 
 def test_wrong_options():
     with pytest.raises(ValueError, match="unet, unet_wide, linear"):
-        create_decoder("fpn", 8, 8)
+        create_decoder("mlp", 8, 8)
     with pytest.raises(ValueError, match="must be 0 for decoder linear"):
         create_decoder("linear", 8, 8, image_channels=3)
     with pytest.raises(ValueError, match="at least 4 widths"):
