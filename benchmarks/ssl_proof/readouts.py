@@ -35,13 +35,13 @@ LABELLED, HELD_OUT = 200, 53
 DECODER_CHANNELS = ("DNA", "ER")  # a decoder is trained on each of these and run on all channels
 
 
-def score(teacher: Path, root: Path) -> dict[str, Any]:
+def score(teacher: Path | str, root: Path, *, decoders: bool = True) -> dict[str, Any]:
     """All read-outs of one backbone, as plain numbers by unit (field or part of a field)."""
     vit = load_backbone_of(teacher).vit
     return {
         "probe": {domain: _probe(vit, *fields) for domain, fields in _probe_fields(root).items()},
-        "decoder": _decoders(vit),
-        "labels": _few_labels(vit, root),
+        "decoder": _decoders(vit) if decoders else {},
+        "labels": _few_labels(vit, root) if decoders else {},
     }
 
 

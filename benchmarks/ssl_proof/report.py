@@ -13,7 +13,7 @@ BASES = ("random", "average", "shuffled")
 _DRAWS = 10_000
 
 
-def summary(scores: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+def summary(scores: list[dict[str, Any]], steps: int, start: str | None = None) -> dict[str, Any]:
     """Everything for the file of results; `scores` are the rows of finished runs of so many `steps`."""
     from measure import processor_name
 
@@ -21,7 +21,8 @@ def summary(scores: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     by_arm = {arm: [row for row in scores if row["arm"] == arm] for arm in arms}
     seeds = 1 + max(row["seed"] for row in scores)
     return {
-        "command": f"python benchmarks/ssl_proof/run.py --steps {steps} --seeds {seeds}",
+        "command": f"python benchmarks/ssl_proof/run.py --steps {steps} --seeds {seeds}"
+        + (f" --start {start} --probes-only" if start else ""),
         "processor": processor_name(),
         "smallest_effect": SMALLEST_EFFECT,
         "arms": {arm: _arm(rows, by_arm) for arm, rows in by_arm.items()},

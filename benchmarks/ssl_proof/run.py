@@ -3,10 +3,11 @@
     python benchmarks/ssl_proof/run.py                 # train what is missing, score it, write the table
     python benchmarks/ssl_proof/run.py --only dense    # one arm
     python benchmarks/ssl_proof/run.py --report        # the table alone
+    python benchmarks/ssl_proof/run.py --start dinocell-tiny --probes-only   # continued from trained weights
 
 Resumable: a training continues from its checkpoint, and a finished score is kept.  Runs stay in
-`--folder`, results in benchmarks/results/ssl_proof_STEPS.json; what such a file has is not run again.
-Seconds of an interrupted training are those of its last part.
+`--folder`, results in benchmarks/results/ssl_proof_STEPS.json (ssl_proof_START_STEPS.json); what such a
+file has is not run again.  Seconds of an interrupted training are those of its last part.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 # All arms have the same windows, turns and photometrics; the channels of the two views differ, and in `cls`
 # the loss.  `average` and `single` also ask for agreement at every patch, as `dense` does.  The local crop is
-# the mean or a channel in `cls`, `dense` and `shuffled`, the mean in `average`, a channel elsewhere.
+# the mean or a channel in `cls`, `dense` and `shuffled`, the mean in `average`, a channel elsewhere.  With a
+# start `random` is the start as it is.
 ARMS: dict[str, tuple[str, ...]] = {
-    "random": (),
+    "random": (),  # no training
     "single": ("multiview.strategy=single",),
     "average": ("multiview.strategy=average",),
     "cls": ("multiview.dense_weight=0",),
@@ -56,7 +58,16 @@ def vit_proof(patch_size: int = 8, **kwargs: Any) -> Any:
     )
 
 
-def train(arm: str, seed: int, steps: int, folder: Path) -> Path:
+# A trained ViT-Ti is changed at a quarter of the rate that suits random weights of a smaller network.
+START = (
+    "student.arch=vit_tiny",
+    "student.n_storage_tokens=4",
+    "student.mask_k_bias=true",
+    "optim.lr=1.4e-4",
+)
+
+
+def train(arm: str, seed: int, steps: int, folder: Path, start: str | None = None) -> Path | str:
     """The teacher file of an arm; for `random` the weights that all arms of this seed begin with."""
     from dinocell.pretraining.run import pretrain
     from dinov3.models import vision_transformer
@@ -64,13 +75,14 @@ def train(arm: str, seed: int, steps: int, folder: Path) -> Path:
     vision_transformer.vit_proof = vit_proof
     out = folder / f"{arm}_{seed}"
     if arm == "random":
-        return _start(seed, out)
+        return start or _start(seed, out)
     index = folder / "fields" / ("shuffled.csv" if arm == "shuffled" else "fields.csv")
     changes = [
         f"train.dataset_path=JUMPCellPaintingMultiView:root={index.parent}:index={index}:missing=allow",
         f"optim.epochs={steps // 100}",
         f"train.seed={seed}",
         *ARMS[arm],
+        *((*START, f"student.pretrained_weights={start}") if start else ()),
     ]
     return pretrain(HERE / "proof.yaml", changes, output_dir=out, seed=seed)
 
@@ -99,33 +111,40 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="a multiple of 100")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=ARMS, action="append", help="these arms; repeatable")
+    parser.add_argument(
+        "--start", help="a bundled ViT-Ti/8 in place of random weights: dinocell-tiny"
+    )
+    parser.add_argument(
+        "--probes-only", action="store_true", help="train no decoder on the features"
+    )
     parser.add_argument("--report", action="store_true", help="only the table of finished runs")
     args = parser.parse_args()
     folder: Path = args.folder.resolve()
-    found = _finished(folder, args.steps)
+    name = f"ssl_proof_{args.start}_" if args.start else "ssl_proof_"
+    found = _finished(folder, args.steps, name)
     if not args.report:
         data.write_training_fields(DATA, folder / "fields")
         for seed in range(args.seeds):
             for arm in args.only or ARMS:
                 if (arm, seed) not in found:
-                    _run(arm, seed, args.steps, folder)
-        found = _finished(folder, args.steps)
+                    _run(arm, seed, args, folder)
+        found = _finished(folder, args.steps, name)
     rows = [found[key] for key in sorted(found) if key[1] < args.seeds]
     if not rows:
         raise SystemExit(f"No run of {args.steps} steps is finished in {folder}")
-    result = report.summary(rows, args.steps)
-    path = RESULTS / f"ssl_proof_{args.steps}.json"
+    result = report.summary(rows, args.steps, args.start)
+    path = RESULTS / f"{name}{args.steps}.json"
     write_text_atomically(path, json.dumps(result, indent=1) + "\n")
     print(*report.table(result), f"written: {path}", sep="\n")
 
 
-def _finished(folder: Path, steps: int) -> dict[tuple[str, int], dict[str, Any]]:
+def _finished(folder: Path, steps: int, name: str) -> dict[tuple[str, int], dict[str, Any]]:
     """Rows of finished runs of so many steps, by arm and seed: those in files of results, then the folder's.
 
-    Random weights have had no step, so that their rows count for every number.
+    `name` is how the files begin, before the number of steps.  Random weights have had no step, so that their rows count for every number.
     """
     rows = []
-    for path in sorted(RESULTS.glob("ssl_proof_*.json")):
+    for path in sorted(RESULTS.glob(f"{name}[0-9]*.json")):
         rows += json.loads(path.read_text())["runs"]
     rows += [json.loads(path.read_text()) for path in sorted(folder.glob("*/score.json"))]
     chosen = (row for row in rows if row["steps"] == steps or row["arm"] == "random")
@@ -137,16 +156,17 @@ def _commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _run(arm: str, seed: int, steps: int, folder: Path) -> None:
+def _run(arm: str, seed: int, args: argparse.Namespace, folder: Path) -> None:
+    steps = args.steps
     path = folder / f"{arm}_{seed}" / "score.json"
     if path.is_file():
         if json.loads(path.read_text())["steps"] != steps:
             raise SystemExit(f"{path.parent} holds a run of another number of steps: give --folder")
         return
     started = time.process_time()
-    teacher = train(arm, seed, steps, folder)
+    teacher = train(arm, seed, steps, folder, args.start)
     trained = time.process_time()
-    scores = readouts.score(teacher, DATA)
+    scores = readouts.score(teacher, DATA, decoders=not args.probes_only)
     seconds = {"train_s": trained - started, "score_s": time.process_time() - trained}
     row = {"arm": arm, "seed": seed, "steps": steps, "commit": _commit(), **seconds, **scores}
     write_text_atomically(path, json.dumps(row) + "\n")
