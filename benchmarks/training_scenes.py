@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="gets the folders images and labels")
     folder: Path = parser.parse_args().folder
     for name in ("images", "labels"):
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)  # the same files are written again
     rng = np.random.default_rng(0)
     kinds = [kind for kind, (count, _) in KINDS.items() for _ in range(count)]
     for seed, kind in enumerate(kinds):

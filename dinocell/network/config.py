@@ -14,6 +14,12 @@ MODEL_SIZES = ("tiny", "small", "base", "large", "conv")
 PYRAMID_DECODERS = ("detail", "fpn")  # read a convolutional pyramid of the image
 DECODERS = ("unet", "unet_wide", "linear", *PYRAMID_DECODERS)
 
+
+def patch_sizes(size: str) -> tuple[int, ...]:
+    """The patch sizes in px that a backbone of this size may have."""
+    return (16, 32) if size == "conv" else (4, 8, 14, 16)
+
+
 _MAX_IMAGE_CHANNELS = 1024  # a damaged header must not ask for all memory
 
 
@@ -60,8 +66,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_choice("`model.size`", self.size, MODEL_SIZES)
-        patch_sizes = (16, 32) if self.size == "conv" else (4, 8, 14, 16)
-        require_choice("`model.patch_size`", self.patch_size, patch_sizes)
+        require_choice("`model.patch_size`", self.patch_size, patch_sizes(self.size))
         require_choice("`model.decoder`", self.decoder, DECODERS)
         require_choice("`model.intensities`", self.intensities, ("gray", "compressed"))
         require(

@@ -120,8 +120,8 @@ class DetailDecoder(nn.Module):
 class FPNDecoder(nn.Module):
     """Feature pyramid network (Lin et al. 2017, section 3), its levels summed at stride 2.
 
-    The sum is that of Kirillov et al. 2019, section 3.1, with one convolution a level.  All levels reach
-    the output by a short way, so that it learns in fewer steps than `DetailDecoder`.
+    The sum is that of Kirillov et al. 2019, section 3.1, with one convolution a level.  docs/results.md
+    compares it with `DetailDecoder`.
 
     Parameters are those of `DetailDecoder`.
     """

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dinocell.errors import MissingExtraError, UsageError
-from dinocell.network.config import MODEL_SIZES
+from dinocell.network.config import MODEL_SIZES, patch_sizes
 from dinocell.network.model import (
     DINOCell,
     bundled_models,
@@ -73,9 +73,11 @@ def describe_model(name: str, *, decoder: str = "unet", image_px: int = 256) -> 
                 f"An architecture must be SIZE/PATCH with a size of {', '.join(MODEL_SIZES)}, got "
                 f"{name}: for example small/8"
             )
-        if patch not in (4, 8, 14, 16):
+        if patch not in patch_sizes(size):
+            *most, last = patch_sizes(size)
             raise UsageError(
-                f"The patch size must be 4, 8, 14 or 16, got {name}: for example small/8"
+                f"The patch size of {size} must be {', '.join(map(str, most))} or {last}, got {name}: "
+                "for example small/8"
             )
         options = {"window_px": 256 // patch * patch}
         model = create_dinocell_model(size, patch_size=patch, decoder=decoder, **options)

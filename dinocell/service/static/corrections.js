@@ -12,6 +12,7 @@ const HINTS = {
 };
 let seeds = [];
 let waiting = 0; // corrections that the service does not have yet
+let result = null; // the selection that the answer to a correction made
 
 // Ask the service for a correction; it is saved there at once.  Waits while the service is away.
 export async function correct(kind, values = {}) {
@@ -24,11 +25,14 @@ export async function correct(kind, values = {}) {
     for (;;) {
       try {
         const change = await api.correct(shown.id, { kind, ...values }, shown.revision, !shown.tiles);
-        const again = ["undo", "redo"].includes(kind); // numbers may be those of other cells
-        const stays = () => !again && view.selected !== chosen; // the user has gone on meanwhile
+        const reverts = ["undo", "redo"].includes(kind); // numbers may be those of other cells
+        const stays = () => !reverts && ![chosen, result].includes(view.selected); // the user has gone on meanwhile
         if (!stays()) view.selected.clear();
         const found = await applyChange(shown, change);
-        if (page.open === shown && !stays()) select(again || ["remove", "erase"].includes(kind) ? [] : found);
+        if (page.open === shown && !stays()) {
+          select(reverts || ["remove", "erase"].includes(kind) ? [] : found);
+          result = view.selected;
+        }
         say("");
         return;
       } catch (error) {

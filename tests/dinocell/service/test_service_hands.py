@@ -131,6 +131,33 @@ def test_what_is_selected_while_a_correction_is_on_its_way_stays_selected(
     with corrected(page):
         page.keyboard.press("Control+z")
     expect(page.locator("#remove")).to_be_disabled()  # the number may be that of another cell
+
+
+def test_a_cell_that_is_removed_before_an_earlier_answer_is_not_selected(
+    browser,  # noqa: F811
+    address,  # noqa: F811
+    tmp_path,
+):
+    from playwright.sync_api import expect
+
+    page = opened(browser, address, [noise(tmp_path / "field.tif", 1)])
+    pointer, held = Pointer(page, labels_of(page, address).shape), []
+    page.keyboard.press("r")
+    pointer.drag((0, 0), (39, 47))
+    with corrected(page):
+        page.keyboard.press("Delete")
+    page.keyboard.press("b")
+    with corrected(page):
+        pointer.drag((20, 5), (20, 15))
+    expect(page.locator("#count")).to_contain_text(re.compile(r"^1 cell\b"))
+    page.route("**/corrections?*", lambda route: held.append(route), times=1)
+    pointer.drag((20, 15), (20, 40))  # more of the same cell
+    page.keyboard.press("b")
+    page.keyboard.press("Delete")
+    until(page, lambda: held)
+    held[0].continue_()
+    expect(page.locator("#count")).to_contain_text(re.compile(r"^0 cells\b"))
+    expect(page.locator("#remove")).to_be_disabled()
     assert page.faults == []
 
 
