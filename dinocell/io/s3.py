@@ -29,7 +29,7 @@ from dinocell.pairs import IMAGE_SUFFIXES, OUTPUT_ENDINGS, SEG_NPY
 _SCHEME = "s3://"
 _RETRY_S = 60.0  # of one request
 _TIMEOUT_S, _CONNECT_S = 30.0, 5.0
-_FORBIDDEN = re.compile(r"(?<![.:\d])403\b")  # the status, and no part of a port or time
+_FORBIDDEN = re.compile(r"status(?: code)?:? 403\b")  # and no part of a port or time
 _PREFIX = "dinocell-s3-"  # of the names of folders with copies
 _COPIES = 2  # files that are kept here: the planes of a file come one after the other
 _ZARR_FILES = ("zarr.json", ".zattrs")

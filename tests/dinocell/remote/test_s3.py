@@ -367,6 +367,10 @@ class Stopping(remote.Watcher):
     [
         ("Generic S3 error: Error after 2 retries: tcp connect error 127.0.0.1:40351", "S3 must"),
         ("Generic S3 error: Error after 2 retries in 1.403s: connection reset", "S3 must"),
+        (
+            "Generic S3 error: Error performing GET http://a/b in 403.7ms, after 3 retries",
+            "S3 must",
+        ),
         ("Generic S3 error: Server returned non-2xx status code: 403 Forbidden", "You have no"),
     ],
 )
