@@ -22,7 +22,7 @@ def summary(scores: list[dict[str, Any]], steps: int, start: str | None = None) 
     seeds = 1 + max(row["seed"] for row in scores)
     return {
         "command": f"python benchmarks/ssl_proof/run.py --steps {steps} --seeds {seeds}"
-        + (f" --start {start} --probes-only" if start else ""),
+        + (f" --start {start}" if start else ""),
         "processor": processor_name(),
         "smallest_effect": SMALLEST_EFFECT,
         "arms": {arm: _arm(rows, by_arm) for arm, rows in by_arm.items()},

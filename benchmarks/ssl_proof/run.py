@@ -3,7 +3,7 @@
     python benchmarks/ssl_proof/run.py                 # train what is missing, score it, write the table
     python benchmarks/ssl_proof/run.py --only dense    # one arm
     python benchmarks/ssl_proof/run.py --report        # the table alone
-    python benchmarks/ssl_proof/run.py --start dinocell-tiny --probes-only   # continued from trained weights
+    python benchmarks/ssl_proof/run.py --start dinocell-tiny   # continued from trained weights
 
 Resumable: a training continues from its checkpoint, and a finished score is kept.  Runs stay in
 `--folder`, results in benchmarks/results/ssl_proof_STEPS.json (ssl_proof_START_STEPS.json); what such a
@@ -37,7 +37,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # All arms have the same windows, turns and photometrics; the channels of the two views differ, and in `cls`
 # the loss.  `average` and `single` also ask for agreement at every patch, as `dense` does.  The local crop is
 # the mean or a channel in `cls`, `dense` and `shuffled`, the mean in `average`, a channel elsewhere.  With a
-# start `random` is the start as it is.
+# start, `random` is the start as it is.
 ARMS: dict[str, tuple[str, ...]] = {
     "random": (),  # no training
     "single": ("multiview.strategy=single",),
@@ -112,10 +112,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=ARMS, action="append", help="these arms; repeatable")
     parser.add_argument(
-        "--start", help="a bundled ViT-Ti/8 in place of random weights: dinocell-tiny"
-    )
-    parser.add_argument(
-        "--probes-only", action="store_true", help="train no decoder on the features"
+        "--start",
+        help="a bundled ViT-Ti/8 in place of random weights: dinocell-tiny; no decoder is trained on its "
+        "features, which would take longer than the pretraining",
     )
     parser.add_argument("--report", action="store_true", help="only the table of finished runs")
     args = parser.parse_args()
@@ -141,7 +140,8 @@ def main() -> None:
 def _finished(folder: Path, steps: int, name: str) -> dict[tuple[str, int], dict[str, Any]]:
     """Rows of finished runs of so many steps, by arm and seed: those in files of results, then the folder's.
 
-    `name` is how the files begin, before the number of steps.  Random weights have had no step, so that their rows count for every number.
+    `name` is how the files begin, before the number of steps.  Random weights have had no step, so that
+    their rows count for every number.
     """
     rows = []
     for path in sorted(RESULTS.glob(f"{name}[0-9]*.json")):
@@ -166,7 +166,7 @@ def _run(arm: str, seed: int, args: argparse.Namespace, folder: Path) -> None:
     started = time.process_time()
     teacher = train(arm, seed, steps, folder, args.start)
     trained = time.process_time()
-    scores = readouts.score(teacher, DATA, decoders=not args.probes_only)
+    scores = readouts.score(teacher, DATA, decoders=args.start is None)
     seconds = {"train_s": trained - started, "score_s": time.process_time() - trained}
     row = {"arm": arm, "seed": seed, "steps": steps, "commit": _commit(), **seconds, **scores}
     write_text_atomically(path, json.dumps(row) + "\n")
