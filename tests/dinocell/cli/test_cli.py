@@ -529,8 +529,17 @@ class TestWeights:
         assert call(capsys, *command.split())[:2] == (0, "text\n")
         assert asked == [(("tiny/16",), {"decoder": "linear", "image_px": 64})]
 
+    def test_info_of_convolutions_with_each_decoder(self, capsys):
+        found = [
+            call(capsys, "weights", "info", "conv/32", "--decoder", name, "--image-px", "64")
+            for name in ("detail", "fpn")
+        ]
+        assert [code for code, _, _ in found] == [0, 0]
+        assert "parameters: 1.93 M" in found[0][1]
+        assert "parameters: 1.26 M" in found[1][1]
+
     def test_wrong_names(self, capsys):
-        for line in ("giant/8", "tiny/7", "tiny/0", "nothing", "tiny/16 --image-px 3"):
+        for line in ("giant/8", "conv/8", "tiny/7", "tiny/0", "nothing", "tiny/16 --image-px 3"):
             assert call(capsys, "weights", "info", *line.split())[0] == 2, line
 
     def test_list(self, capsys):
