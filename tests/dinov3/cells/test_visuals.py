@@ -215,7 +215,7 @@ def test_thread_has_one_core_and_later_ones_the_usual():
 
 def test_busy_thread_is_not_waited_for(tmp_path, caplog):
     gate = threading.Event()
-    visuals = VisualLogger(make_vit, tmp_path, lambda pictures, it: gate.wait(20))
+    visuals = VisualLogger(make_vit, tmp_path, lambda pictures, it: gate.wait())
     state = make_vit().state_dict()
     assert visuals.submit(state, images(), 0)
     assert visuals.busy
