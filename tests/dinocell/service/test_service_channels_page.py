@@ -52,6 +52,17 @@ def hide_labels(page) -> None:
     let_go(page)
 
 
+def all_segmented(page, number: int) -> None:
+    """Waits for the cells of all images, and until the page writes no more about them by itself.
+
+    Its message that cells are found comes some time after the list shows them, over any other one;
+    after a reload it follows no image that is done.
+    """
+    page.locator("#job-list .quiet", has_text="cells").nth(number - 1).wait_for()
+    page.reload()
+    page.locator("#panel:not([hidden]) #count").wait_for()
+
+
 def let_go(page) -> None:
     """Leave a field, in which keys would be typed."""
     page.evaluate("document.activeElement.blur()")
@@ -174,7 +185,7 @@ def test_an_image_like_labels_is_taken_with_the_sizes_that_are_written(browser, 
 def test_channels_of_an_image_that_was_left_are_not_fetched(browser, address, tmp_path):  # noqa: F811
     images = [two_channels(tmp_path / f"{name}.tif") for name in "ab"]
     page = without_labels(browser, address, images)
-    page.locator("#job-list .quiet", has_text="cells").nth(1).wait_for()
+    all_segmented(page, 2)
     shown = page.locator("#title").inner_text()
     other = {"a": "b", "b": "a"}[shown]
     left = page.locator("#job-list button", has_text=other).get_attribute("data-id")
@@ -189,8 +200,8 @@ def test_channels_of_an_image_that_was_left_are_not_fetched(browser, address, tm
     while not failed:
         page.wait_for_timeout(20)
     page.locator("#panel #title", has_text=shown).wait_for()
+    page.locator("#status:empty").wait_for(state="attached")  # "Loading" since the click
     assert not [url for url in asked if url.endswith(f"{left}/image?channel=1")]
-    page.locator("#status:empty").wait_for(state="attached")
 
 
 def test_an_image_that_stays_because_another_fails_can_show_more_channels(
@@ -200,7 +211,7 @@ def test_an_image_that_stays_because_another_fails_can_show_more_channels(
 ):
     images = [two_channels(tmp_path / f"{name}.tif") for name in "ab"]
     page = without_labels(browser, address, images)
-    page.locator("#job-list .quiet", has_text="cells").nth(1).wait_for()
+    all_segmented(page, 2)
     other = {"a": "b", "b": "a"}[page.locator("#title").inner_text()]
     left = page.locator("#job-list button", has_text=other).get_attribute("data-id")
     page.route(f"**/{left}/labels", lambda route: route.fulfill(status=410, body="gone"))
