@@ -525,6 +525,7 @@ def program(folder: Path) -> dict[str, Any]:
     Of upstream's tree also: which `resume` its loop hands to `watched`, where `do_train` gets 2.
     """
     import torch.distributed as dist
+    from ports import held_port
 
     from dinov3.train import train
 
@@ -539,15 +540,12 @@ def program(folder: Path) -> dict[str, Any]:
             del os.environ[name]
         train.main(arguments)
     else:
-        import socket
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-        sys.argv = ["train.py", *arguments]
-        handed = _note_resume(train)
-        train.main()
-        dist.destroy_process_group()
+        with held_port() as port:
+            os.environ["MASTER_PORT"] = str(port)
+            sys.argv = ["train.py", *arguments]
+            handed = _note_resume(train)
+            train.main()
+            dist.destroy_process_group()
         return {"handed to watched": handed}
     return {}
 
@@ -570,6 +568,7 @@ def _note_resume(train: Any) -> list[Any]:
 
 def answer(name: str, folder: Path) -> None:
     sys.path[:0] = [str(folder), str(Path(__file__).parent)]
+    sys.path.append(str(Path(__file__).parents[1]))  # last: it has a folder `dinov3` of tests
     if not _is_ours():
         import stand_ins
 
