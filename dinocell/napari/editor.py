@@ -12,6 +12,7 @@ import numpy as np
 
 from dinocell.errors import DINOCellError
 from dinocell.napari.session import Session
+from dinocell.service.history import ChangedError
 
 if TYPE_CHECKING:
     from napari.components import ViewerModel
@@ -101,13 +102,29 @@ class Editor:
     def _tried(self, work: Callable[[], object]) -> None:
         """Do something with the labels as they are on the screen, painted pixels included."""
         try:
-            self.session.adopt(self.layer.data)
+            self._adopt()
+        except DINOCellError as error:
+            self.say(str(error))
+            return
+        try:
             work()
         except DINOCellError as error:
             self.say(str(error))
         else:
             self.say("")
         self.show()
+
+    def _adopt(self) -> None:
+        """Keep what was painted.
+
+        Raises ChangedError (somebody else has changed the labels, which are shown now); DINOCellError (the
+        pixels could not be stored, and stay on the screen for the next action).
+        """
+        try:
+            self.session.adopt(self.layer.data)
+        except ChangedError:
+            self.show()
+            raise
 
     def show(self) -> None:
         """Bring the screen to the state of the session."""
@@ -193,7 +210,7 @@ class Editor:
 
         Raises DINOCellError (the format cannot hold them, or the disk refuses).
         """
-        self.session.adopt(self.layer.data)
+        self._adopt()
         self.show()
         self.session.result.copy_file(kind, target)
 

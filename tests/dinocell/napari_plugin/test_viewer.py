@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from dinocell.demo import sample_paths
+from dinocell.errors import DINOCellError
 from dinocell.io import read_image, read_labels, write_image, write_labels
 from dinocell.napari.editor import KEYS, Editor
 from dinocell.napari.files import get_reader, sample, write_labels_layer
 from dinocell.napari.pixels import pixels_of
 from dinocell.napari.session import Session, segment_here
+from dinocell.service.history import ChangedError
 
 pytest.importorskip("napari", reason="napari is not installed: make test-napari brings it")
 
@@ -235,6 +237,33 @@ def test_export_has_what_is_on_the_screen(editor, tmp_path):
     editor.export("tif", tmp_path / "cells.tif")
     np.testing.assert_array_equal(read_labels(tmp_path / "cells.tif") > 0, editor.layer.data > 0)
     assert read_labels(tmp_path / "cells.tif")[2, 2]
+
+
+def test_what_was_painted_stays_while_it_cannot_be_stored(editor, messages, monkeypatch):
+    def away(*given, **options):
+        raise DINOCellError("The service does not answer: is it running?")
+
+    new = editor.session.labels.max() + 1
+    editor.layer.paint((2, 2), int(new))
+    with monkeypatch.context() as patched:
+        patched.setattr(editor.session.result, "replace_labels", away)
+        press(editor, "Escape")
+    assert "does not answer" in messages[-1]
+    assert editor.layer.data[2, 2] == new
+    press(editor, "Escape")
+    assert messages[-1] == ""
+    assert editor.session.labels[2, 2]
+
+
+def test_saving_does_not_replace_what_somebody_else_has_changed(editor, tmp_path):
+    other = Session(editor.session.result)
+    other.correct("remove", cells=[largest(other.labels)])
+    editor.layer.paint((2, 2), int(editor.layer.data.max()) + 1)
+    with pytest.raises(ChangedError):
+        editor.export("tif", tmp_path / "cells.tif")
+    np.testing.assert_array_equal(editor.layer.data, other.labels)
+    press(editor, "Escape")
+    np.testing.assert_array_equal(editor.session.labels, other.labels)
 
 
 def test_every_key_has_a_method_of_the_editor():
