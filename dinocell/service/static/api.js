@@ -1,6 +1,7 @@
 // Requests to the service, and numpy files to typed arrays.
 
 const BASE = "/api/v1";
+const AWAY = "The service does not answer: is it running?";
 const TYPES = {
   "|b1": Uint8Array, "|u1": Uint8Array, "|i1": Int8Array, "<u2": Uint16Array, "<i2": Int16Array,
   "<u4": Uint32Array, "<i4": Int32Array, "<f4": Float32Array, "<f8": Float64Array,
@@ -32,13 +33,16 @@ async function ask(path, options = {}) {
   const token = sessionStorage.getItem("token");
   const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
   let answer;
+  if (/[^ -~]/.test(token)) throw new Problem(401, ""); // no header can hold it, and no token has such letters
   try {
     answer = await fetch(BASE + path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Problem(0, "The service does not answer: is it running?");
+    throw new Problem(0, AWAY);
   }
   if (answer.ok) return answer;
+  // So says a proxy between, while the service is away; what waits for the service then waits on.
+  if ([502, 503, 504].includes(answer.status)) throw new Problem(0, AWAY);
   let detail = answer.statusText;
   try {
     detail = (await answer.json()).detail || detail;

@@ -82,6 +82,7 @@ function show(opened, job) {
   page.left = null; // the picture that is shown may fetch more channels, also while another one is opened
   page.open = opened;
   doubtful = wanted = null;
+  endMovement();
   askNoMore();
   view.show(page.open);
   $("empty").hidden = true;
@@ -322,6 +323,9 @@ async function relabelSoon() {
     }));
   }
   relabelling = false;
+  if (page.open?.revision === undefined) return;
+  if (wanted) relabelSoon(); // moved in an image that was opened meanwhile
+  else showThresholds(page.open.thresholds); // those of the labels, if the service has refused others
 }
 
 // The next movement of a slider is a step of its own.
