@@ -383,7 +383,8 @@ class _Batch:
             "source": str(unit.path.resolve()),
             **unit.place,
             **summary,
-            "warnings": "; ".join(result.warnings),
+            # Who reads the row takes them apart again.
+            "warnings": "; ".join(note.replace("; ", ": ") for note in result.warnings),
         }
 
     def _collect(self, limit: int, bar: Progress) -> None:

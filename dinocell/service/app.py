@@ -27,6 +27,7 @@ from dinocell.service.news import News
 from dinocell.service.queue import QueueFullError
 from dinocell.service.reading import ForbiddenError
 from dinocell.service.routes import api, open_routes
+from dinocell.service.schemas import PLANE, SHA256
 from dinocell.service.service import Service
 from dinocell.service.tiles import tile_routes
 from dinocell.service.uploads import BusyError
@@ -34,6 +35,8 @@ from dinocell.service.web import WebError
 
 STATIC = Path(__file__).parent / "static"
 _RETRY_AFTER_S = 5
+_LONGEST_NAME, _MOST_FAULTS = 100, 10  # of a field, and in one answer: a body may hold any
+_PATTERNS = {PLANE: "max, mean or a whole number", SHA256: "64 digits from 0 to 9 and a to f"}
 
 
 def create_app(service: Service) -> FastAPI:
@@ -101,6 +104,7 @@ def _answer(status: int, detail: str, headers: dict[str, str] | None = None) -> 
 def _fault(fault: Mapping[str, Any]) -> str:
     """A fault of a request in words of its own, as pydantic's name its types."""
     name = ".".join(map(str, fault["loc"][1:])) or str(fault["loc"][0])
+    name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
     kind, limits = fault["type"], fault.get("ctx", {})
     if kind == "missing":
         return f"`{name}` must be given"
@@ -115,7 +119,7 @@ def _fault(fault: Mapping[str, Any]) -> str:
         "less_than": f"below {limits.get('lt')}",
         "less_than_equal": f"at most {limits.get('le')}",
         "literal_error": f"one of {limits.get('expected')}",
-        "string_pattern_mismatch": "max, mean or a whole number",
+        "string_pattern_mismatch": _PATTERNS.get(limits.get("pattern"), ""),
         "string_type": "text",
         "string_too_long": f"up to {limits.get('max_length')} characters long",
         "too_long": f"a list of up to {limits.get('max_length')} values",
@@ -143,7 +147,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_values(request: Request, error: RequestValidationError) -> Response:
-        return _answer(422, "; ".join(map(_fault, error.errors())))
+        return _answer(422, "; ".join(map(_fault, error.errors()[:_MOST_FAULTS])))
 
     @app.exception_handler(DINOCellError)
     async def of_ours(request: Request, error: DINOCellError) -> Response:

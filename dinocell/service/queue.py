@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dinocell.batch.journal import MAX_KILLS
-from dinocell.errors import DINOCellError
+from dinocell.errors import DINOCellError, UsageError
 from dinocell.files import remove_temporary_files
 
 FINAL = ("done", "failed", "cancelled", "deleted", "expired")
@@ -139,7 +139,7 @@ class Queue:
         `job_id` is drawn at random if it is empty.
 
         Raises QueueFullError (`limit` jobs wait already, or together they have more than `limit_bytes`);
-        what `write` raises.  Nothing remains of it.
+        UsageError (this one alone has more); what `write` raises.  Nothing remains of it.
         """
         self.refuse_if_full(limit)
         job_id = job_id or secrets.token_hex(16)
@@ -206,7 +206,10 @@ class Queue:
             )
 
     def refuse_if_large(self, size: int, limit_bytes: float) -> None:
-        """Raise QueueFullError if the uploads that wait would have more than `limit_bytes` with `size` more."""
+        """Raise QueueFullError if the uploads that wait would have more than `limit_bytes` with `size` more.
+
+        UsageError if `size` alone is more.
+        """
         with self._lock:
             _refuse_if_large(self._database, size, limit_bytes)
 
@@ -337,7 +340,8 @@ class Queue:
     def expire(self, *, keep_s: float, keep_bytes: float, now: float | None = None) -> list[str]:
         """Delete files of finished jobs: those older than `keep_s`, then the oldest above `keep_bytes`.
 
-        A job is as old as its last change: its end, or the last change of its labels.
+        A job is as old as its last change: its end, or the last change of its labels.  The newest one stays,
+        whatever its size.
 
         Returns the ids of the jobs.
         """
@@ -354,9 +358,10 @@ class Queue:
                 for row in rows
             ]
             total, expired = 0, []
-            for last_s, _, job_id in sorted(ages, reverse=True):
+            for place, (last_s, _, job_id) in enumerate(sorted(ages, reverse=True)):
                 total += sizes.get(job_id, 0)  # corrections and channels add to what it had
-                if now - last_s > keep_s or total > keep_bytes:
+                # The newest may need more space alone, and somebody waits for it.
+                if now - last_s > keep_s or (place and total > keep_bytes):
                     expired.append(job_id)
             database.executemany(
                 "UPDATE jobs SET state = 'expired', finished = ? WHERE id = ?",
@@ -392,6 +397,11 @@ class Queue:
 
 
 def _refuse_if_large(database: sqlite3.Connection, size: int, limit_bytes: float) -> None:
+    if size > limit_bytes:  # to wait does not help
+        raise UsageError(
+            f"An upload may have up to {limit_bytes / 1e9:g} GB, got {size / 1e9:g}: send a smaller file, or "
+            "start the service with a larger `keep_gb`"
+        )
     (waiting,) = database.execute(
         "SELECT COALESCE(SUM(bytes), 0) FROM jobs WHERE state IN ('queued', 'running')"
     ).fetchone()

@@ -16,6 +16,8 @@ from dinocell.service.queue import Job
 from dinocell.service.stored import Change
 
 _EXAMPLE_ID = "3f0c9a5be3d14f0f8a3f0c9a5be3d14f"
+PLANE = r"^(max|mean|[0-9]{1,9})$"
+SHA256 = "^[0-9a-f]{64}$"
 Coordinate = Annotated[float, Field(ge=-1e6, le=1e6)]
 Threshold = Annotated[float | None, Field(ge=0, lt=1, examples=[0.47])]
 
@@ -51,7 +53,7 @@ class JobOptions(ThresholdFields):
     page: Annotated[int | None, Field(ge=0, le=2**31)] = Field(
         None, description="Plane of a stack."
     )
-    z: Annotated[str | None, Field(pattern=r"^(max|mean|[0-9]{1,9})$")] = Field(
+    z: Annotated[str | None, Field(pattern=PLANE)] = Field(
         None, description="Plane along z, or max or mean of all."
     )
     time: Annotated[int | None, Field(ge=0, le=2**31)] = Field(None, description="Point in time.")
@@ -104,7 +106,7 @@ class UploadRequest(JobOptions):
 
     name: str = Field("", max_length=1000, description="Name of the file.", examples=["A01.tif"])
     bytes: int = Field(ge=1, le=2**53, description="Size of the file.", examples=[250_000_000])
-    sha256: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$")] = Field(
+    sha256: Annotated[str | None, Field(pattern=SHA256)] = Field(
         None, description="SHA-256 of the file, which is checked when it is whole."
     )
 

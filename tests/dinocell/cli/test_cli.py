@@ -198,7 +198,7 @@ class TestSegment:
         code, text, err = call(capsys, "segment", tmp_path, "-o", out, "-m", model_path)
         assert code == 0
         assert err == ""
-        assert re.search(r"^note: a: Pixels must be square .*; set --pixel-size-um$", text, re.M)
+        assert re.search(r"^note: a: Pixels must be square .*: set --pixel-size-um$", text, re.M)
         assert re.search(r"^note: 1 file was left out.* \(a_labels.tif\)", text, re.M)
         with (out / "summary.csv").open() as file:
             assert "Pixels must be square" in next(csv.DictReader(file))["warnings"]

@@ -730,6 +730,9 @@ def test_waiting_uploads_have_a_limit_of_their_own(start, tmp_path):
     ]
     assert codes[0] == 202
     assert codes[-1] == 429
+    alone = upload(client, noise(tmp_path / "large.tif", 1, (100, 100)), to="jobs")
+    assert alone.status_code == 422  # there will never be place for it
+    assert "larger `keep_gb`" in alone.json()["detail"]
 
 
 def test_few_requests_compute_at_once(client, picture, monkeypatch):
@@ -823,6 +826,25 @@ def test_a_service_without_a_living_worker_is_not_ready(client, monkeypatch):
 )
 def test_errors_of_values_are_sentences(client, picture, fields, sentence):
     assert upload(client, picture, **fields).json()["detail"] == sentence
+
+
+def test_a_warning_of_two_parts_is_one(client, tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(3)
+    Image.fromarray(rng.integers(0, 255, (40, 48, 3), np.uint8)).save(tmp_path / "colour.png")
+    warnings = upload(client, tmp_path / "colour.png").json()["warnings"]
+    (colour,) = [text for text in warnings if "colour picture" in text]
+    assert colour.endswith("choose it with `channels`")
+
+
+def test_a_file_given_as_the_whole_body_has_a_short_answer(client):
+    body = np.random.default_rng(3).bytes(200_000)
+    form = {"content-type": "application/x-www-form-urlencoded"}  # as curl sends --data-binary
+    answer = client.post("/api/v1/segment", content=body, headers=form)
+    assert answer.status_code in (400, 422)
+    assert "`image` must be given" in answer.json()["detail"]
+    assert len(answer.content) < 10_000
 
 
 def test_a_form_without_a_file_says_so(client):

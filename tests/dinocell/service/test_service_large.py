@@ -269,6 +269,7 @@ def test_unfinished_uploads_have_limits(start, content):
     assert begin(client, b"x").status_code == 201
     assert begin(client, b"x").status_code == 201
     assert begin(client, b"x").status_code == 429  # three are unfinished
+    assert "64 digits" in begin(client, content, sha256="AB" * 32).json()["detail"]
     for wrong in ({"bytes": 0}, {"sha256": "abc"}, {"size": 3}, {"min_area_px": -1}):
         assert begin(client, content, **wrong).status_code == 422, wrong
     for unknown in ("..", "0" * 32, "x"):

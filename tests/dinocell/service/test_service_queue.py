@@ -167,6 +167,15 @@ def test_time_and_space_bound_what_is_kept(queue):
     assert queue.get(jobs[0].id) is None
 
 
+def test_the_newest_stays_although_it_is_too_large_alone(queue):
+    jobs = [add(queue, size=1000) for _ in range(2)]
+    for _ in jobs:
+        queue.finish(queue.take())
+    ended = queue.get(jobs[1].id).finished
+    assert queue.expire(keep_s=60, keep_bytes=500, now=ended + 1) == [jobs[0].id]
+    assert queue.expire(keep_s=60, keep_bytes=500, now=ended + 61) == [jobs[1].id]
+
+
 def test_what_was_changed_last_stays_longest(queue):
     jobs = [add(queue, size=1000) for _ in range(3)]
     for _ in jobs:
