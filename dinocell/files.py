@@ -232,6 +232,11 @@ def move_into_place(temporary: Path, final: Path, *, flush: bool = True) -> None
         _flush_folder(final.parent)
 
 
+def as_utf8(name: str) -> str:
+    """The name of a file for the content of another: bytes that are no UTF-8 become ``\\udcff`` and the like."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def home_folder() -> Path | None:
     """The user's home; None without HOME for a user number that the system does not know.
 

@@ -149,7 +149,7 @@ def looks_like_labels(pixels: NDArray[Any]) -> bool:
     elif pixels.ndim != 2:
         return False
     if pixels.dtype.kind == "f":
-        if not all_whole(pixels) or np.abs(pixels).max() >= 2.0**63:
+        if not all_whole(pixels) or float(np.abs(pixels).max()) >= 2.0**63:
             return False
         pixels = pixels.astype(np.int64)
     across, down = pixels[:, 1:] == pixels[:, :-1], pixels[1:] == pixels[:-1]

@@ -123,7 +123,7 @@ class EvaluationReport:
         rows = self.image_rows()
         with (
             atomic_path(path) as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as file,
+            open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
         ):
             writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
@@ -150,7 +150,7 @@ class EvaluationReport:
             ],
         }
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-        write_text_atomically(path, text + "\n")
+        write_text_atomically(path, text + "\n", errors="backslashreplace")
 
     def _image_lines(self) -> list[str]:
         usual = [iou for iou in self.iou_thresholds if iou in DEFAULT_IOU_THRESHOLDS]

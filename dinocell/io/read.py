@@ -228,7 +228,7 @@ def read_label_file(
             f"A label image must hold whole numbers, '{path}' ({pixels.dtype}) holds fractions or "
             "NaN: it looks like an intensity image or a distance map, give the labels"
         )
-    low, high = pixels.min(), pixels.max()
+    low, high = pixels.min().item(), pixels.max().item()  # float16 cannot hold the bound
     if low < 0 or high > np.iinfo(np.uint32).max:
         raise ImageFileError(
             f"Labels must lie in 0 … 4,294,967,295, '{path}' holds {low} … {high}: renumber them "

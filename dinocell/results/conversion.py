@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import DataSetError, ImageFileError, UsageError
+from dinocell.files import as_utf8
 from dinocell.io import describe_image, read_label_file
 from dinocell.io.pyramids import add_labels_to_ome_zarr
 from dinocell.results.formats import EXPORT_FORMATS, Cells, require_packages
@@ -108,8 +109,9 @@ def convert_labels(
         add_labels_to_ome_zarr(target, labels, pixel_size_um=size_um, overwrite=overwrite)
     else:
         named = source if image is None else Path(image)
-        file_name = "" if image is None else named.name
-        EXPORT_FORMATS[kind].write(target, Cells(labels, None, size_um, named.stem, file_name))
+        file_name = "" if image is None else as_utf8(named.name)
+        cells = Cells(labels, None, size_um, as_utf8(named.stem), file_name)
+        EXPORT_FORMATS[kind].write(target, cells)
     num_cells = int(np.count_nonzero(np.unique(labels)))
     return Conversion(target, kind, num_cells, read.notes)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import UsageError
-from dinocell.files import ensure_folder
+from dinocell.files import as_utf8, ensure_folder
 from dinocell.io import refuse_long_names
 from dinocell.results.compartments import with_compartments
 from dinocell.results.formats import EXPORT_FORMATS, Cells
@@ -156,8 +156,8 @@ class Segmentation:
             self.labels,
             table,
             self.pixel_size_um,
-            self.name,
-            self.file_name,
+            as_utf8(self.name),
+            as_utf8(self.file_name),
             self.image if self.channels is None else self.channels,
             self.channel_names,
             self.nuclei,

@@ -152,7 +152,7 @@ class CellTable:
         csv.writer(head, lineterminator="\n").writerow(data)
         columns = list(data.values())
         with writing(path) as temporary, temporary.open("wb") as file:
-            file.write(head.getvalue().encode())
+            file.write(head.getvalue().encode(errors="backslashreplace"))
             for begin in range(0, len(self), _ROWS_AT_A_TIME):
                 rows = slice(begin, begin + _ROWS_AT_A_TIME)
                 file.write(_csv_lines([column[rows] for column in columns]))
@@ -172,7 +172,7 @@ def _csv_lines(columns: Sequence[NDArray[Any]]) -> bytes:
         for column in columns
     ]
     csv.writer(text, lineterminator="\n").writerows(zip(*words, strict=True))
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="backslashreplace")
 
 
 def _python_values(column: NDArray[Any]) -> list[Any]:

@@ -208,3 +208,12 @@ def test_real_labels_are_labels(data_dir: Path) -> None:
     assert len(paths) > 50
     for path in paths:
         require_cells(read_labels(path), path)
+
+
+def test_half_precision_is_compared_without_overflow(tmp_path):
+    """Warnings are errors here."""
+    labels = np.zeros((32, 32), np.float16)
+    labels[4:28, 4:28] = 3
+    assert looks_like_labels(labels)
+    np.save(tmp_path / "half.npy", labels)
+    assert read_labels(tmp_path / "half.npy").max() == 3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -234,3 +236,13 @@ def test_a_format_that_cannot_hold_the_labels_keeps_the_old_file(tmp_path: Path)
     with pytest.raises(ImageFileError, match="PNG holds labels up to 65,535"):
         convert_labels(tmp_path / "a.tif", tmp_path / "b.png", overwrite=True)
     assert read_labels(tmp_path / "b.png").max() == 1
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="the file system refuses such names")
+@pytest.mark.parametrize("kind", ["coco", "ome-tiff"])
+def test_names_that_are_no_utf8(kind: str, tmp_path: Path, image: Path) -> None:
+    named = image.rename(tmp_path / os.fsdecode(b"b\xff.tif"))
+    write_labels(tmp_path / "labels.png", scene())
+    target = tmp_path / "there"
+    convert_labels(tmp_path / "labels.png", target, format=kind, image=named)
+    assert b"b\\" in target.read_bytes()
