@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from dinocell.batch.inputs import is_unchanged, refuse_other_options
 from dinocell.batch.journal import complete_last_line, read_journal
 from dinocell.batch.options import FREE_OPTIONS, IMAGE_OPTIONS, SegmentOptions
 from dinocell.batch.units import Unit
-from dinocell.errors import ConfigError, DINOCellError, UsageError
+from dinocell.errors import ConfigError, DINOCellError, UsageError, some
 from dinocell.files import atomic_path, write_text_atomically
 from dinocell.io.s3 import place_of
 from dinocell.network.model import DINOCell
@@ -121,8 +121,9 @@ def open_folder(
         refuse_results(units, out, options.formats)
     journal = read_journal(journal_path)
     settings_path = out / SETTINGS_NAME
-    if settings_path.exists() and not options.overwrite:
-        _refuse_other_settings(settings_path, settings)
+    others = {row["name"] for row in journal} - {unit.name for unit in units}
+    if settings_path.exists() and (others or not options.overwrite):
+        _refuse_other_settings(settings_path, settings, others if options.overwrite else ())
     elif options.resume and not is_part and present_results(units, out, options.formats):
         raise UsageError(
             f"`resume` must find the settings of the results, got no {settings_path}: choose another "
@@ -138,7 +139,10 @@ def open_folder(
     return done, changed
 
 
-def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
+def _refuse_other_settings(
+    path: Path, settings: dict[str, Any], others: Collection[str] = ()
+) -> None:
+    """Raise ConfigError if a folder has other settings; `others` are its images that would keep theirs."""
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -146,9 +150,12 @@ def _refuse_other_settings(path: Path, settings: dict[str, Any]) -> None:
     earlier = asdict(SegmentOptions()) | earlier  # an option that did not exist yet has its default
     differing = sorted(key for key in settings if settings[key] != earlier.get(key))
     if differing:
+        way_out = (
+            f"name also its other images ({some(sorted(others))})" if others else "set `overwrite`"
+        )
         raise ConfigError(
             f"Results in one folder must share their settings, got other values of "
-            f"{', '.join(differing)} than {path}: choose another folder, or set `overwrite`"
+            f"{', '.join(differing)} than {path}: choose another folder, or {way_out}"
         )
 
 

@@ -29,6 +29,7 @@ from dinocell.errors import (
 )
 from dinocell.io import find_images, read_image, read_labels, write_image
 from dinocell.pipeline import segment
+from dinocell.results.formats import EXPORT_FORMATS
 
 OPTIONS = SegmentOptions(device="cpu")
 
@@ -206,6 +207,18 @@ def test_overwrite_replaces(images, tmp_path, mini_model):
     settings = json.loads((out / "settings.json").read_text())
     assert settings["peak_threshold"] == 0.95
     assert len((out / "images.jsonl").read_text().splitlines()) == len(images)
+
+
+def test_overwriting_some_images_with_other_settings_is_refused(images, tmp_path, mini_model):
+    """Else `resume` would take the others for results of the new settings."""
+    out = tmp_path / "out"
+    run(images, out, mini_model)
+    others = f"{images[1].stem}, {images[2].stem}"
+    with pytest.raises(ConfigError, match=rf"peak_threshold .*its other images \({others}\)"):
+        run(images[:1], out, mini_model, overwrite=True, peak_threshold=0.95)
+    assert run(images, out, mini_model, resume=True).skipped == len(images)
+    assert run(images[:1], out, mini_model, overwrite=True).skipped == 0
+    run(images, out, mini_model, overwrite=True, peak_threshold=0.95)
 
 
 def test_options_reach_the_files(images, tmp_path, mini_model):
@@ -750,3 +763,13 @@ def test_images_of_more_pixels_are_refused(images, tmp_path, mini_model):
     assert run(images[:1], tmp_path / "new", mini_model, max_pixels=64 * 80).failures == []
     with pytest.raises(UsageError, match="max_pixels"):
         run(images[:1], tmp_path / "none", mini_model, max_pixels=0)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="the file system refuses such names")
+@pytest.mark.parametrize("kind", EXPORT_FORMATS)
+def test_names_that_are_no_utf8_have_results_of_every_format(images, tmp_path, mini_model, kind):
+    for package in filter(None, [EXPORT_FORMATS[kind].needs]):
+        pytest.importorskip(package[0], reason=f"extra [{package[2]}] is not installed")
+    path = tmp_path / os.fsdecode(b"b\xff.tif")
+    path.write_bytes(images[0].read_bytes())
+    assert not run([path], tmp_path / "out", mini_model, formats=(kind,)).failures
