@@ -1,7 +1,7 @@
 """The `dinocell` command: its groups of commands, its errors and its exit codes.
 
 Exit codes: 0 done, 1 the work failed (for some files, perhaps), 2 the call was wrong, 75 stopped by
-a signal after everything was saved (run the same command again).
+a signal after everything was saved (run the same command again), 130 stopped by Ctrl-C.
 """
 
 import io
@@ -62,6 +62,8 @@ for group in (
 ):
     app.add_typer(group.app, short_help=group.app.info.help)  # whole: click would shorten it
 
+_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
@@ -82,9 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError as error:
         error.msg = how_to_load(error)
         _fail(error, 1, call)
-    except KeyboardInterrupt:
-        print("dinocell: stopped", file=sys.stderr)
-        sys.exit(1)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            print("dinocell: stopped", file=sys.stderr)
+        raise
 
 
 def _fail(error: BaseException, exit_code: int, call: Call) -> None:

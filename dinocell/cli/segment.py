@@ -1,5 +1,6 @@
 """`dinocell demo` and `dinocell segment`."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -231,7 +232,14 @@ def segment(
     from dinocell.io import search_images
 
     found = search_images(images, recursive=recursive)
-    result = segment_anywhere(found.paths, out, options.for_batch(), claimant=claimant())
+    try:
+        result = segment_anywhere(found.paths, out, options.for_batch(), claimant=claimant())
+    except KeyboardInterrupt:
+        print(
+            f"Images that were finished are kept in {out}: set --resume to continue",
+            file=sys.stderr,
+        )
+        raise
     notes = "".join(f"\nnote: {note}" for note in found.notes)
     print(in_options(result.text() + notes, context))
     if result.failures:

@@ -66,6 +66,12 @@ class Viewed:
                 f"`out` must be a folder of results of segment, got {out}, which has no finished image: "
                 "choose another folder"
             )
+        self.without = [name for name in self.rows if self._label_file(name) is None]
+        if len(self.without) == len(self.rows):
+            raise UsageError(
+                f"`out` must hold label images of the format tif or png, got {out} without any: segment with "
+                "one of these formats, too, or convert the labels"
+            )
         self.settings: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
         self._network: DINOCell | None = None
         self._lock = threading.Lock()  # one image is read, or predicted, at a time
@@ -91,6 +97,9 @@ class Viewed:
             f"Corrected labels are written to {self.out / 'NAME_labels_v2.tif'}, or v3 and so on where that "
             "exists"
         ]
+        if self.without:
+            count = "1 image is" if len(self.without) == 1 else f"{len(self.without)} images are"
+            notes.append(f"{count} not shown, because labels are missing: {some(self.without)}")
         failed = _failed_in(self.out / "summary.csv")
         if failed:
             count = "1 image" if len(failed) == 1 else f"{len(failed)} images"

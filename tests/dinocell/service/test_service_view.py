@@ -264,7 +264,7 @@ def test_new_labels_of_segment_forget_old_corrections(view, results, tmp_path, m
     client = view()
     (job, _) = client.get("/api/v1/jobs").json()
     client.post(f"/api/v1/jobs/{job['id']}/corrections", json={"kind": "remove", "cells": [1]})
-    options = SegmentOptions(device="cpu", overlay=False, overwrite=True)
+    options = SegmentOptions(device="cpu", overlay=False, min_area_px=2, overwrite=True)
     segment_files([tmp_path / "a.tif"], results, options, model=mini_model, shown=False)
     client = view()
     names = {job["name"]: job["id"] for job in client.get("/api/v1/jobs").json()}
@@ -285,3 +285,12 @@ def test_the_hash_of_weights_follows_changes_in_place(mini_model):
         next(changed.decoder.parameters()).mul_(2)
     assert digest(changed) != first
     assert digest(mini_model) == first
+
+
+def test_results_without_label_images_are_refused(results, tmp_path):
+    (results / "a_labels.tif").unlink()
+    viewed = Viewed(results, str(tmp_path / "mini.safetensors"), "cpu")
+    assert "1 image is not shown, because labels are missing: a" in viewed.notes()
+    (results / "b_labels.tif").unlink()
+    with pytest.raises(UsageError, match="`out` must hold label images of the format tif or png"):
+        Viewed(results, str(tmp_path / "mini.safetensors"), "cpu")
