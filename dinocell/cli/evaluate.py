@@ -138,7 +138,8 @@ def evaluate(
 
     Example: `dinocell evaluate --pred out --truth data/test/labels`
     """
-    check_evaluation(vars(inputs) | vars(scoring) | vars(tuning) | {"out": out})
+    options = {"out": out, "allow_missing_predictions": allow_missing_predictions}
+    check_evaluation(vars(inputs) | vars(scoring) | vars(tuning) | options)
     if not overwrite:
         _refuse_files(out, scoring.errors, tuning.save_to, inputs.model)
     scores: EvaluationReport
@@ -176,14 +177,15 @@ def check_evaluation(given: Mapping[str, Any]) -> None:
 def _refuse_files(
     out: Path | None, errors: Path | None, save_to: Path | None, model: str | None
 ) -> None:
-    """Raise UsageError if a file of an earlier evaluation would be replaced."""
+    """Raise UsageError if a file of an earlier evaluation, or any picture, could be replaced."""
     if save_to is not None and model is not None and save_to.resolve() == Path(model).resolve():
         save_to = None  # refused with a sentence of its own, whatever else is given
-    for path in (out, errors and errors / "errors.csv", save_to):
+    pictures = () if errors is None else (errors / "errors.csv", *sorted(errors.glob("*.png")))
+    for path in (out, *pictures, save_to):
         if path is not None and path.exists():
             raise UsageError(
-                f"An evaluation must not replace the file of an earlier evaluation, got {path}, which exists: "
-                "choose another name, or set --overwrite"
+                f"An evaluation must not replace files unasked, got {path}, which exists: choose another "
+                "name, or set --overwrite"
             )
 
 
@@ -216,6 +218,17 @@ def _faults(given: Mapping[str, Any]) -> Iterator[str]:
         yield f"--precision must be one of {', '.join(PRECISIONS)}, got {precision!r}: give one of these"
     if save_to is not None and not tune:
         yield "--save-model must come with --tune, got it alone: add --tune, or leave out --save-model"
+    if not tune and given["metric"] != "ap":
+        yield f"--metric must come with --tune, got {given['metric']} alone: add --tune, or leave it out"
+    if model is not None and given["allow_missing_predictions"]:
+        yield "--allow-missing must have --pred and --truth, got --model: leave it out"
+    read = [folder.resolve() for folder in (pred, truth, data) if folder is not None]
+    read += [folder / inner for folder in read for inner in ("images", "labels")]
+    if given["errors"] is not None and given["errors"].resolve() in read:
+        yield (
+            f"--errors must be another folder than those of the images and labels, got {given['errors']}: "
+            "choose a new one, because pictures could replace them"
+        )
     if out is not None and out.suffix not in (".csv", ".json"):
         yield f"--out must end in .csv or .json, got {out}: change the ending of the file name"
     if not all(0 < value <= 1 for value in values):

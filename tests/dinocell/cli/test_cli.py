@@ -295,6 +295,21 @@ class TestSegment:
             assert len(err.strip().splitlines()) == 1
             assert not out.exists()
 
+    def test_an_interruption_says_what_was_kept(
+        self, capsys, monkeypatch, blob_data, model_path, tmp_path
+    ):
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("dinocell.batch.remote.segment_anywhere", interrupted)
+        images, out = blob_data / "images", tmp_path / "out"
+        code, _, err = call(capsys, "segment", images, "-o", out, "--model", model_path)
+        assert code == 130
+        assert err == (
+            f"Images that were finished are kept in {out}: set --resume to continue\n"
+            "dinocell: stopped\n"
+        )
+
     def test_wrong_model_file(self, capsys, blob_data, tmp_path):
         (tmp_path / "m.pth").write_bytes(b"PK\x03\x04rest of a zip")
         code, _, err = call(
@@ -391,6 +406,8 @@ class TestEvaluate:
             ("--pred x --truth x --precision bf16", "no network runs"),
             ("--pred x --truth x --tta", "no network runs"),
             ("--model m --data d --precision fp8", "auto, fp32, bf16"),
+            ("--pred x --truth x --metric seg", "--metric must come with --tune"),
+            ("--model m --data d --allow-missing", "--allow-missing must have --pred"),
             ("--pred no --truth no", "no"),
         ):
             code, _, err = call(capsys, "evaluate", *line.split())

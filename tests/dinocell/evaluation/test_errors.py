@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -136,3 +138,35 @@ def test_pictures_of_a_model_show_its_images(tmp_path, capsys, small_model):
     with Image.open(tmp_path / "out" / "x.png") as picture:
         gray = np.asarray(picture)[40 * 8 : 63 * 8, 40 * 8 : 63 * 8]
     assert len(np.unique(gray)) > 20  # the image, not black
+
+
+def test_pictures_never_replace_what_is_compared(tmp_path, capsys):
+    for folder in ("truth", "pred", "pictures"):
+        write_labels(tmp_path / folder / "a.png", TRUTH.astype(np.uint16))
+    before = (tmp_path / "truth" / "a.png").read_bytes()
+    call = ["evaluate", "--pred", str(tmp_path / "pred"), "--truth", str(tmp_path / "truth")]
+    for folder in ("truth", "pred", "truth/../pred", "truth/labels"):
+        errors = ["--errors", str(tmp_path / folder), "--overwrite"]
+        assert run(*call, *errors) == 2, folder
+        assert "--errors must be another folder" in capsys.readouterr().err
+    assert run(*call, "--errors", str(tmp_path / "pictures")) == 2
+    assert "a.png, which exists" in capsys.readouterr().err
+    for folder in ("truth", "pred", "pictures"):
+        assert (tmp_path / folder / "a.png").read_bytes() == before
+    model = ["evaluate", "--model", "dinocell-cells", "--data", str(tmp_path)]
+    for folder in ("images", "labels"):
+        assert run(*model, "--errors", str(tmp_path / folder)) == 2
+        assert "--errors must be another folder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="the file system refuses such names")
+def test_scores_of_names_that_are_no_utf8(tmp_path):
+    name = os.fsdecode(b"b\xff.png")
+    for folder in ("truth", "pred"):
+        write_labels(tmp_path / folder / name, TRUTH.astype(np.uint16))
+    call = ["evaluate", "--pred", str(tmp_path / "pred"), "--truth", str(tmp_path / "truth")]
+    for ending in ("csv", "json"):
+        assert run(*call, "--out", str(tmp_path / f"scores.{ending}")) == 0
+        assert "b\\udcff" in (tmp_path / f"scores.{ending}").read_text()
+    assert run(*call, "--errors", str(tmp_path / "pictures")) == 0
+    assert "b\\udcff" in (tmp_path / "pictures" / "errors.csv").read_text()
