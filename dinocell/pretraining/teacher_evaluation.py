@@ -14,13 +14,15 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
+from torch import Tensor, nn
 
 from dinocell.errors import ConfigError, DataSetError
 from dinocell.files import write_text_atomically
@@ -42,7 +44,7 @@ class Evaluation:
     """Callable that scores a backbone; `make_evaluation` makes it.
 
     The windows are read once, at the start of the run.  Results with another `fingerprint`, which is
-    that of the config and the windows, are not reused.
+    that of the config and the windows, or of other weights are not reused.
     """
 
     config: ProbeConfig
@@ -64,12 +66,19 @@ class Evaluation:
 
         Returns dict of float: ``eval/op_csb``, ``eval/seg``, ``eval/det``, ``eval/ap50``,
         ``eval/ap75``, ``eval/f1_50``, ``eval/mse``, ``eval/train_loss``, ``eval/steps``,
-        ``eval/seconds``. Read from `evaluation.jsonl` if this iteration was evaluated before.
+        ``eval/seconds``. Read from `evaluation.jsonl` if these weights were evaluated at this
+        iteration before.
         """
         path = Path(output_dir) / RESULTS_NAME
         rows = _read_rows(path)
+        # An earlier run of the folder may have had the same iteration with other weights.
+        key = {
+            "iteration": iteration,
+            "fingerprint": self.fingerprint,
+            "weights": _digest(backbone.state_dict()),
+        }
         for row in rows:
-            if row.get("iteration") == iteration and row.get("fingerprint") == self.fingerprint:
+            if {name: row.get(name) for name in key} == key:
                 logger.info("The scores of iteration %d are read from %s", iteration, path)
                 return {str(key): float(value) for key, value in row["metrics"].items()}
         frozen = copy.deepcopy(backbone).float().eval().requires_grad_(False)
@@ -82,7 +91,7 @@ class Evaluation:
             )  # fmt: skip
         metrics = _metrics(result)
         rows = [row for row in rows if row.get("iteration") != iteration]
-        rows.append({"iteration": iteration, "fingerprint": self.fingerprint, "metrics": metrics})
+        rows.append({**key, "metrics": metrics})
         rows.sort(key=lambda row: int(row["iteration"]))
         write_text_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         text = ", ".join(f"{key.removeprefix(_PREFIX)} {v:.4g}" for key, v in metrics.items())
@@ -180,6 +189,14 @@ def _fingerprint(
             digest.update(f"{part}/{window.name}".encode())
             digest.update(window.image.tobytes())
             digest.update(window.target.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in weights.items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -139,6 +139,19 @@ def test_what_was_done_is_not_done_again(data, backbone, tmp_path, monkeypatch):
     assert [(row["iteration"], row["metrics"]["eval/steps"]) for row in rows] == [(10, 9), (20, 8)]
 
 
+def test_scores_of_other_weights_are_not_taken_over(data, backbone, tmp_path):
+    """A run that starts over in the folder meets the same iterations."""
+    evaluation = make_evaluation(config(data))
+    evaluation(backbone, 10, tmp_path)
+    changed = copy.deepcopy(backbone)
+    with torch.no_grad():
+        changed.blocks[3].mlp.fc1.weight.mul_(3.0)
+    second = evaluation(changed, 10, tmp_path)
+    assert without_time(second) == without_time(evaluation(changed, 10, tmp_path / "empty"))
+    (line,) = (tmp_path / RESULTS_NAME).read_text().splitlines()
+    assert json.loads(line)["metrics"] == second
+
+
 def test_a_line_cut_by_a_crash_is_done_again(data, backbone, tmp_path):
     evaluation = make_evaluation(config(data))
     evaluation(backbone, 1, tmp_path)
