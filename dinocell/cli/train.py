@@ -28,7 +28,8 @@ def pretrain(
         names="--output-dir -o",
     ),
     no_resume: bool = option(
-        "Start over; the checkpoints of the earlier run are moved aside, not deleted.", False
+        "Start over; checkpoints, teachers and pictures of the earlier run are moved aside, not deleted.",
+        False,
     ),
     seed: int = option(
         "Use this random seed for weight initialisation and dropout. The key train.seed of the "

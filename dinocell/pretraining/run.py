@@ -30,8 +30,8 @@ def pretrain(
     overrides : `key=value`, which replace values of the file.  `student.pretrained_weights` may be
         the name of a bundled model or of a fetched backbone, also in the file.
     output_dir : `runs/ssl/NAME` of the configuration's file name by default
-    resume : continue from the newest complete checkpoint.  Otherwise start over; earlier
-        checkpoints are moved aside.
+    resume : continue from the newest complete checkpoint.  Otherwise start over; what an earlier
+        run left is moved aside.
     seed : random seed of weight initialisation, dropout and drop path; `train.seed` is that of the
         data
 

@@ -30,6 +30,8 @@ logger = logging.getLogger("dinov3")
 _START_FILE = "start.json"
 _LOCK_FILE = "run.lock"
 _NAMES_COMPARED = 20_000
+# What a run has in its folder for each iteration, or reads again when it continues.
+_RESULTS = ("ckpt", "eval", "visuals", "nan_logs", "evaluation.jsonl", "lost.jsonl")
 
 
 @contextlib.contextmanager
@@ -116,16 +118,10 @@ def _samples(loader: Any) -> dict[str, Any]:
 def check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
     """Before anything is written: may this configuration continue the run of the folder?
 
-    Without `resume` the checkpoints of an earlier run are kept as ckpt_1, ckpt_2, ...  Raises
-    ValueError (a key that makes it another run has changed).
+    Without `resume` or a checkpoint any may.  Raises ValueError (a key that makes it another run has
+    changed).
     """
-    ckpt_dir = output_dir / "ckpt"
-    if find_latest_checkpoint(ckpt_dir) is None:
-        return
-    if not resume:
-        if distributed.TorchDistributedEnvironment().rank == 0:  # earlier work is kept
-            number = next(n for n in range(1, 10_000) if not (output_dir / f"ckpt_{n}").exists())
-            move_into_place(ckpt_dir, output_dir / f"ckpt_{number}")
+    if not resume or find_latest_checkpoint(output_dir / "ckpt") is None:
         return
     path = output_dir / "config.yaml"
     if not path.is_file():
@@ -142,6 +138,28 @@ def check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:
             f"({listed(differences, 10, '; ')}): undo them, use another output folder, or set "
             "accelerator.allow_changed_config=true"
         )
+
+
+def set_earlier_run_aside(output_dir: Path, resume: bool) -> None:
+    """Unless a run continues, keep what an earlier one left in its folder as ckpt_1, eval_1, ...
+
+    Otherwise its teachers, pictures, scores and lost fields would pass for those of the run that starts.
+    """
+    if distributed.TorchDistributedEnvironment().rank != 0:
+        return
+    if resume and find_latest_checkpoint(output_dir / "ckpt") is not None:
+        return
+    left = [path for path in map(output_dir.joinpath, _RESULTS) if path.exists()]
+    left = [path for path in left if path.is_file() or any(path.glob("[!.]*"))]
+
+    def numbered(path: Path, number: int) -> Path:
+        return path.with_name(f"{path.stem}_{number}{path.suffix}")
+
+    number = 1
+    while any(numbered(output_dir / name, number).exists() for name in _RESULTS):
+        number += 1
+    for path in left:
+        move_into_place(path, numbered(path, number))
 
 
 def start_record(cfg: DictConfig, model: Any, output_dir: Path, *, fresh: bool) -> dict[str, Any]:

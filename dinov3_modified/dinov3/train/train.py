@@ -29,6 +29,7 @@ from dinov3.cells.resumption import (
     apply_start_record,
     check_resumption,
     check_samples,
+    set_earlier_run_aside,
     sole_run,
     start_record,
 )
@@ -275,6 +276,9 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
     schedules = build_schedulers(cfg)
     max_iter = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
     _log_plan(cfg, schedules[0], max_iter)
+    if start_iter > 0 and _teacher_is_due(cfg, start_iter, max_iter):
+        # The run may have been killed between its checkpoint and this file.
+        do_test(cfg, model, f"training_{start_iter - 1}", process_group)
     if start_iter >= max_iter:
         logger.info("Nothing left to do: %d of %d iterations are done", start_iter, max_iter)
         return
@@ -305,8 +309,7 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
                 stopping = not last and stop.agreed(iteration)
                 if last or stopping or done % cfg.checkpointing.period == 0:
                     run.save(iteration, batches, values["total_loss"])
-                period = cfg.evaluation.eval_period_iterations
-                if last or (period > 0 and done % period == 0):
+                if _teacher_is_due(cfg, done, max_iter):
                     do_test(cfg, model, f"training_{iteration}", process_group)
                 if stopping:
                     reason = stop.received.name if stop.received else "a signal to another process"
@@ -318,6 +321,12 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
         diagnostics.close()
     if distributed.is_subgroup_main_process():
         logger.info("Done: %d iterations", max_iter)
+
+
+def _teacher_is_due(cfg: DictConfig, done: int, max_iter: int) -> bool:
+    """Whether the teacher is written after so many iterations."""
+    period = cfg.evaluation.eval_period_iterations
+    return done >= max_iter or bool(period > 0 and done % period == 0)
 
 
 def _start_or_resume(
@@ -376,6 +385,8 @@ def _run_alone(args: argparse.Namespace, cfg: DictConfig) -> None:
     """`main`, in a folder that no other run is using."""
     resume = not args.no_resume
     check_resumption(cfg, Path(args.output_dir), resume)
+    if not args.eval_only:
+        set_earlier_run_aside(Path(args.output_dir), resume)
     grouped = _needs_process_group(cfg)
     compute_on("cpu" if cfg.accelerator.device == "cpu" else None)
     setup_job(

@@ -22,6 +22,7 @@ from PIL import Image
 
 from dinov3.cells import run_data
 from dinov3.cells.hooks import watched
+from dinov3.cells.resumption import set_earlier_run_aside
 from dinov3.cells.strategy import allow_tf32
 from dinov3.models import vision_transformer
 from dinov3.train import train as program
@@ -340,8 +341,29 @@ def test_only_damaged_checkpoints_stop_the_run(images, copied_run):
     ):
         run(images, copied_run)
     assert sorted(path.name for path in (copied_run / "ckpt").iterdir()) == names
+    (copied_run / "eval" / "training_5").rename(copied_run / "eval" / "training_9")
     main(["--no-resume", *arguments(f"ImageFolder:root={images}", copied_run)])
     assert (copied_run / "ckpt_1").is_dir()
+    assert (copied_run / "eval_1" / "training_9").is_dir(), "no teacher of the run that starts"
+    assert [path.name for path in (copied_run / "eval").iterdir()] == ["training_5"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_that_starts_has_nothing_of_an_earlier_one(tmp_path, resume):
+    """Also without `--no-resume`, where no checkpoint was written yet."""
+    files = ["eval/training_9/teacher_checkpoint.pth", "visuals/images.pt", "evaluation.jsonl"]
+    for name in [*files, "lost.jsonl", "eval_1/kept", "config.yaml"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "ckpt" / ".3.part").mkdir(parents=True)
+    set_earlier_run_aside(tmp_path, resume)
+    expected = ["ckpt", "config.yaml", "eval_1", "eval_2", "evaluation_2.jsonl", "lost_2.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*expected, "visuals_2"]
+    (tmp_path / "ckpt" / "3").mkdir()
+    (tmp_path / "lost.jsonl").touch()
+    set_earlier_run_aside(tmp_path, resume)
+    assert (tmp_path / "lost.jsonl").exists() == resume, "a run that continues reads it"
+    assert (tmp_path / "ckpt_3").exists() != resume
 
 
 @pytest.mark.parametrize("change", ["removed", "renamed"])
@@ -402,6 +424,19 @@ def test_finished_run_does_nothing(images, copied_run):
     assert (copied_run / "training_metrics.json").read_text() == before
 
 
+def test_a_teacher_that_is_missing_is_written(images, whole_run, copied_run):
+    """As after a kill, or on a full disk, between the last checkpoint and the teacher's file."""
+    shutil.rmtree(copied_run / "eval")
+    run(images, copied_run)
+    assert same(teacher(copied_run), teacher(whole_run))
+    shutil.rmtree(copied_run / "ckpt" / "5")
+    run(images, copied_run, "evaluation.eval_period_iterations=4")
+    assert sorted(path.name for path in (copied_run / "eval").iterdir()) == [
+        "training_3",
+        "training_5",
+    ]
+
+
 def test_changed_configuration_is_refused(images, copied_run):
     with pytest.raises(ValueError, match=r"1 changes .*optim.lr: 0.001 → 0.5"):
         run(images, copied_run, "optim.lr=0.5")
@@ -436,8 +471,11 @@ def test_eval_only_writes_the_teacher(images, whole_run, tmp_path):
     main(["--eval-only", *arguments(f"ImageFolder:root={images}", tmp_path / "run")])
     path = tmp_path / "run" / "eval" / "manual_5" / "teacher_checkpoint.pth"
     assert same(torch.load(path, weights_only=True)["teacher"], teacher(whole_run))
+    other = tmp_path / "none" / "eval" / "training_5"
+    other.mkdir(parents=True)
     with pytest.raises(ValueError, match="must find a checkpoint"):
         main(["--eval-only", *arguments(f"ImageFolder:root={images}", tmp_path / "none")])
+    assert other.is_dir()
 
 
 @pytest.mark.slow
