@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dinov3.cells.checks import one_of
 from dinov3.cells.packed_attention import KERNELS
-from dinov3.cells.ranges import RANGES
+from dinov3.cells.ranges import RANGES, Range
 
 logger = logging.getLogger("dinov3")
 
@@ -60,6 +60,9 @@ _FREE_KEYS = {
     "student.pretrained_weights", "student.resume_from_teacher_chkpt",  # read at the start only
 }  # fmt: skip
 
+_NEEDED_OF_SCHEDULE = ("start", "peak", "end", "warmup_epochs")
+_KEYS_OF_SCHEDULE = (*_NEEDED_OF_SCHEDULE, "cosine_epochs", "freeze_last_layer_epochs")
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _KNOWN: dict[str, tuple[Any, ...]] = {
     "train.centering": ("sinkhorn_knopp", "softmax", "auto"),
@@ -103,12 +106,15 @@ def check_keys(cfg: DictConfig, default: DictConfig, source: str) -> None:
     `source`: where `cfg` comes from, for the message.  Raises ValueError (names the nearest known
     keys, or what the value must be).
     """
-    # Schedules of the second form are free; gram.loss_weight_schedule is null or such a section.
+    # Schedules of the second form have no defaults; gram.loss_weight_schedule is null or such a section.
     known = dict(leaves(default))
     for key, value in leaves(cfg):
-        if key.startswith(("schedules.", "multidistillation.", "gram.loss_weight_schedule.")):
+        if key.startswith(("schedules.", "gram.loss_weight_schedule.")) or (
+            key == "dino.local_loss_weight_schedule.cosine_epochs"
+        ):
+            _check_key_of_schedule(key, value, source)
             continue
-        if key.startswith("dino.local_loss_weight_schedule.") and key.endswith(".cosine_epochs"):
+        if key.startswith("multidistillation."):
             continue
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
@@ -122,6 +128,18 @@ def check_keys(cfg: DictConfig, default: DictConfig, source: str) -> None:
             one_of(key, value, _KNOWN[key])
 
 
+def _check_key_of_schedule(key: str, value: Any, source: str) -> None:
+    name = key.rpartition(".")[2]
+    one_of(f"The last part of {key}", name, _KEYS_OF_SCHEDULE)
+    if name == "cosine_epochs" and value is None:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    whole = key.endswith("_epochs")
+    if not number or value not in Range(0) or (whole and not isinstance(value, int)):
+        what = "a whole number, at least 0" if whole else "a number, at least 0"
+        raise ValueError(f"`{key}` must be {what}, got {value!r} in {source}: correct it")
+
+
 def _check_range(key: str, value: Any, default: Any, source: str) -> None:
     """Of a number, or of each number of a list."""
     allowed = RANGES.get(key)
@@ -132,6 +150,8 @@ def _check_range(key: str, value: Any, default: Any, source: str) -> None:
             continue
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             what = "a number"
+        elif allowed.whole and not float(number).is_integer():
+            what = "a whole number"
         elif number not in allowed:
             what = str(allowed)
         else:
@@ -148,19 +168,22 @@ def _check_type(key: str, value: Any, default: Any, source: str) -> None:
     # Crop sizes and ratios may be lists of resolutions.
     if isinstance(value, list) != isinstance(default, list) and not key.startswith("crops."):
         kind = "a list" if isinstance(default, list) else "one value"
+    elif (
+        isinstance(value, list)
+        and isinstance(default, list)
+        and len(default)
+        not in (
+            0,
+            len(value),
+        )
+    ):
+        kind = f"a list of {len(default)} numbers"
     elif isinstance(value, list) or isinstance(default, list):
         return
     elif isinstance(default, bool) != isinstance(value, bool):
         kind = "true or false" if isinstance(default, bool) else "not a truth value"
     elif isinstance(default, (int, float)) and not isinstance(value, (int, float)):
         kind = "a number"
-    elif isinstance(default, int) and isinstance(value, float) and not value.is_integer():
-        # Whole by default, but these are shares and factors.
-        if key.startswith(
-            ("optim.", "teacher.", "crops.", "monitor.", "wandb.", "multiview.", "streaming.")
-        ):
-            return
-        kind = "a whole number"
     else:
         return
     raise ValueError(
@@ -226,6 +249,18 @@ def check_ssl_settings(cfg: DictConfig) -> None:
     )
     if cfg.gram.use_loss:
         _check_gram(cfg)
+    sections = ["gram.loss_weight_schedule"] if cfg.gram.loss_weight_schedule is not None else []
+    if "schedules" in cfg:
+        sections += [
+            f"schedules.{name}" for name in ("lr", "weight_decay", "momentum", "teacher_temp")
+        ]
+    for name in sections:
+        section = OmegaConf.select(cfg, name)
+        missing = [key for key in _NEEDED_OF_SCHEDULE if key not in (section or {})]
+        _require(
+            not missing,
+            f"`{name}` must have {', '.join(_NEEDED_OF_SCHEDULE)}, got none of {', '.join(missing)}: add what is missing",
+        )
 
 
 def _check_gram(cfg: DictConfig) -> None:

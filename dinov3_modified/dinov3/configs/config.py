@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import dinov3.distributed as distributed
 from dinov3.cells.files import atomic_path
+from dinov3.cells.ranges import RANGES
 from dinov3.cells.validation import check_keys, warn_of_ignored_keys
 
 logger = logging.getLogger("dinov3")
@@ -83,10 +84,20 @@ def get_cfg_from_args(
             check_keys(part, default, source)
         merged = OmegaConf.merge(merged, part)  # type: ignore[assignment]
     OmegaConf.resolve(merged)
+    for key, allowed in RANGES.items():
+        if allowed.whole:
+            OmegaConf.update(merged, key, _whole(OmegaConf.select(merged, key)))
     for key in _PATHS:
         if str(value := OmegaConf.select(merged, key)).startswith("~"):
             OmegaConf.update(merged, key, os.path.expanduser(value))
     return merged
+
+
+def _whole(value: Any) -> Any:
+    """2.0 as 2, also in a list, for the functions that take nothing else."""
+    if isinstance(value, ListConfig):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _read(path: Path) -> DictConfig:

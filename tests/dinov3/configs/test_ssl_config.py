@@ -55,7 +55,19 @@ def test_order_default_file_command_line(tmp_path):
         ("", ("train.compile=3",), r"train.compile` must be true or false, got 3"),
         ("", ("optim.lr=true",), "must be not a truth value"),
         ("", ("train.batch_size_per_gpu=2.5",), "must be a whole number, got 2.5"),
+        ("", ("optim.epochs=0.5",), "epochs` must be a whole number, got 0.5"),
+        ("", ("crops.global_crops_size=[64,32.5]",), "must be a whole number, got 32.5"),
+        ("", ("monitor.images=1.5",), "must be a whole number, got 1.5"),
         ("", ("ibot.mask_ratio_min_max=0.3",), "must be a list"),
+        ("", ("ibot.mask_ratio_min_max=[0.3]",), "must be a list of 2 numbers"),
+        ("", ("crops.rgb_std=[0.3]",), "must be a list of 3 numbers"),
+        ("schedules: {lr: {peek: 1}}", (), "part of schedules.lr.peek must be one of start, peak"),
+        (
+            "",
+            ("gram.loss_weight_schedule.end=high",),
+            "end` must be a number, at least 0, got 'high'",
+        ),
+        ("", ("schedules.lr.warmup_epochs=0.5",), "must be a whole number, at least 0, got 0.5"),
         ("", ("optim.lr=",), r"optim.lr` must be a number, got nothing in the command line"),
         ("", ("optim.lr=-0.1",), r"optim.lr` must be at least 0, got -0.1 in"),
         ("", ("optim.lr=.nan",), r"optim.lr` must be at least 0, got nan in"),
@@ -130,6 +142,8 @@ def test_what_is_allowed(tmp_path):
         merged(tmp_path, "", f"gram.loss_weight_schedule={section}").gram.loss_weight_schedule.peak
         == 1
     )
+    cfg = merged(tmp_path, "optim: {epochs: 2.0}", "crops.local_crops_size=[16.0,32]")
+    assert repr((cfg.optim.epochs, list(cfg.crops.local_crops_size))) == "(2, [16, 32])"
     assert merged(tmp_path, "x: 1", strict=False).x == 1
     with pytest.raises(FileNotFoundError, match=r"must be a file, got nowhere.yaml"):
         get_cfg_from_args(DinoV3SetupArgs("nowhere.yaml"))

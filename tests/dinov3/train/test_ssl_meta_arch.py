@@ -424,6 +424,15 @@ def test_start_from_a_teacher_file_with_and_without_heads(make_cfg, tmp_path, ca
             ["gram.use_loss=true", "gram.tokens_used=masked", "gram.img_level=true"],
             "gram.img_level` must be false",
         ),
+        (
+            ["schedules.lr={start: 0, peak: 1}"],
+            "got none of end, warmup_epochs: add what is missing",
+        ),
+        (["schedules={}"], "`schedules.lr` must have start, peak, end, warmup_epochs, got none of"),
+        (
+            ["gram.loss_weight_schedule={peak: 1}"],
+            "`gram.loss_weight_schedule` must have .*got none of start, end",
+        ),
         (["accelerator.accumulation_steps=0"], "accumulation_steps` must be at least 1"),
         (["accelerator.strategy=dream"], "accelerator.strategy` must be one of"),
         (["accelerator.device=toaster"], "accelerator.device` must be auto"),
