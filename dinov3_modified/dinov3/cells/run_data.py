@@ -57,6 +57,14 @@ def data_loader(cfg: DictConfig, model: Any, batches_done: int, seed_offset: int
         raise ValueError(
             f"`train.dataset_path` must hold samples, got none in {cfg.train.dataset_path!r}: check its folder or index"
         )
+    if getattr(dataset, "gives_fields", False) != bool(cfg.multiview.strategy):
+        what, advice = "set for a data set of fields", "for example multiview.strategy=multiview"
+        if cfg.multiview.strategy:
+            what, advice = "'' for a data set of pictures", "JUMPCellPaintingMultiView reads fields"
+        raise ValueError(
+            f"`multiview.strategy` must be {what}, got {cfg.multiview.strategy!r} for "
+            f"{cfg.train.dataset_path}: {advice}"
+        )
     if hasattr(dataset, "set_options"):  # fields that arrive over a network
         dataset.set_options(
             type(dataset.options).from_config(OmegaConf.to_container(cfg.streaming)),

@@ -385,6 +385,16 @@ def test_files_that_went_between_stop_and_resumption_are_named(
     assert f"samples are {what}" in (copied_run / "logs" / "log.txt").read_text()
 
 
+def test_views_by_channel_belong_to_fields(images, fields, tmp_path):
+    with pytest.raises(
+        ValueError, match="strategy` must be '' for a data set of pictures, got 'sin"
+    ):
+        run(images, tmp_path, "multiview.strategy=single")
+    data = f"JUMPCellPaintingMultiView:root={fields}:pattern=(?P<field>f.)_(?P<channel>.*)[.]tif"
+    with pytest.raises(ValueError, match="strategy` must be set for a data set of fields, got ''"):
+        main(arguments(data, tmp_path))
+
+
 def test_a_second_run_in_a_folder_is_refused(images, tmp_path, monkeypatch):
     """From inside the first one: the lock belongs to the opened file, not to the process."""
     refused: list[str] = []
