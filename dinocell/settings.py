@@ -156,7 +156,11 @@ def _fitted(value: Any, hint: Any, where: str) -> Any:
             f"`{where}` must be of type {hint.__name__}, got {value!r}: write a value of that type"
         )
     if isinstance(value, str):  # without a reference in it, as OmegaConf sees it
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", _expand_environment(value))
+        value = re.sub(r"(\\*)\$\{", r"\1\1\\${", _expand_environment(value))
+    if hint is float and str(value).strip().lstrip("+-").lower() in ("inf", "infinity", "nan"):
+        raise ConfigError(f"`{where}` must be a finite number, got {value}: write another number")
+    if isinstance(value, str):
+        return value
     inner = arguments[-1] if arguments else None
     if isinstance(value, Mapping):
         hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}

@@ -13,6 +13,8 @@ from dinocell.settings import (
     require_choice,
 )
 
+_LARGEST_SEED = 2**44  # what `step_seed` makes of it must fit into 64 bits
+
 
 @dataclass(frozen=True)
 class DatasetConfig:
@@ -231,6 +233,10 @@ class TrainConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
+        require(
+            0 <= self.seed <= _LARGEST_SEED,
+            f"`seed` must be between 0 and {_LARGEST_SEED}, got {self.seed}: choose another number",
+        )
         require(
             len(self.data.datasets) > 0,
             "`data.datasets` must name at least one data set, got none: add one with name, images "

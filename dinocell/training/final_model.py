@@ -124,7 +124,7 @@ def draw_curves(log_path: str | Path, out_path: str | Path) -> None:
     if losses:
         axes[0].plot(*zip(*losses, strict=True), color="#1b6ca8", linewidth=0.8)
         axes[0].set_yscale("log")
-    axes[0].set(xlabel="step", ylabel="training loss (MSE)")
+    axes[0].set(xlabel="step", ylabel="training loss")
     if scores:
         axes[1].plot(*zip(*scores, strict=True), color="#c0392b", marker="o", markersize=3)
         axes[1].set_ylim(0, 1)

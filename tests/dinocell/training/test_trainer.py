@@ -66,6 +66,19 @@ def finished(blob_data, tmp_path_factory):
     return out, train(make_config(blob_data, out), shown=False)
 
 
+def test_curves_do_not_name_one_kind_of_loss(tmp_path, monkeypatch):
+    """A run with `loss.kind=bce` has no MSE."""
+    from matplotlib import pyplot
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    drawn: list = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    final_model.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    monkeypatch.undo()
+    assert drawn[0].axes[0].get_ylabel() == "training loss"
+    pyplot.close(drawn[0])
+
+
 def test_a_model_knows_its_training_images(finished, blob_data, tmp_path, monkeypatch):
     assert load_model(finished[1].model_path).statistics is None, "six images are too few"
     monkeypatch.setattr(familiarity, "_MIN_IMAGES", 6)
