@@ -31,6 +31,7 @@ from dinocell.files import move_into_place, remove_temporary_files, write_text_a
 from dinocell.io import write_image, write_labels
 from dinocell.labels import check_labels, require_cells
 from dinocell.progress import count_text, progress
+from dinocell.settings import require
 
 MANIFEST_CSV, MANIFEST_JSON = "manifest.csv", "manifest.json"
 _JOURNAL, _RECIPE = "journal.jsonl", "recipe.json"
@@ -46,6 +47,13 @@ class Facts:
 
     licence: str | None = None
     pixel_size_um: float | None = None
+
+    def __post_init__(self) -> None:
+        size = self.pixel_size_um
+        require(
+            size is None or 0 < size < math.inf,
+            f"`pixel_size_um` must be above 0, got {size}: give micrometres, or leave it out",
+        )
 
 
 @dataclass(frozen=True)

@@ -530,6 +530,8 @@ def test_calls_that_are_wrong(made, tmp_path):
         prepared("coco", tmp_path / "absent", tmp_path / "out")
     with pytest.raises(ConfigError, match="below 1 together"):
         SplitOptions(val_fraction=0.5, test_fraction=0.5)
+    with pytest.raises(ConfigError, match=r"pixel_size_um` must be above 0, got 0\.0"):
+        Facts(pixel_size_um=0.0)
     shutil.copytree(source / "pictures", source / "more")
     for copy in (source / "all.json", source / "again.json"):
         copy.write_text(json.dumps(doubles.coco_content(["pictures/a.tif"])))
