@@ -167,7 +167,7 @@ class _Trainer:
                 speed.fetched()
                 loss, gradient_norm = self._step(image, target, weight)
                 self.step += 1
-                speed.losses.append(loss)
+                speed.stepped(loss)
                 best = f"  best AP {self.best_ap:.3f}" if self.best_ap >= 0 else ""
                 bar.advance(note=f"loss {loss:.4f}{best}")
                 if self.step % schedule.log_every == 0 or self.step == schedule.steps:
@@ -364,11 +364,14 @@ class _Trainer:
 
 
 class _Speed:
-    """Losses, crops per second and time spent waiting for crops, between two lines of metrics."""
+    """Losses, crops per second and share of the wait for crops, of the steps between two lines of metrics.
+
+    Validations and checkpoints do not count: they come at intervals of their own.
+    """
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self._waited_s, self._logged_at = 0.0, time.monotonic()
+        self._waited_s = self._elapsed_s = 0.0
 
     def start(self) -> None:
         """The wait for a batch begins."""
@@ -378,13 +381,17 @@ class _Speed:
         """The batch has arrived."""
         self._waited_s += time.monotonic() - self._waits_since
 
+    def stepped(self, loss: float) -> None:
+        """The step is done."""
+        self.losses.append(loss)
+        self._elapsed_s += time.monotonic() - self._waits_since
+
     def since_last_log(self, batch_size: int) -> dict[str, float]:
         """`crops_per_s` and `wait_share`; starts over."""
-        now = time.monotonic()
-        elapsed_s = now - self._logged_at
+        elapsed_s = max(self._elapsed_s, 1e-9)
         crops_per_s = len(self.losses) * batch_size / elapsed_s
         row = {"crops_per_s": crops_per_s, "wait_share": self._waited_s / elapsed_s}
-        self.losses, self._waited_s, self._logged_at = [], 0.0, now
+        self.losses, self._waited_s, self._elapsed_s = [], 0.0, 0.0
         return row
 
 

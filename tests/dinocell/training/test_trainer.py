@@ -32,7 +32,7 @@ from dinocell.pairs import find_pairs
 from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.intensity import find_range
 from dinocell.settings import config_from_mapping, config_to_mapping
-from dinocell.training import final_model, validation
+from dinocell.training import final_model, trainer, validation
 from dinocell.training.config import TrainConfig, load_train_config
 from dinocell.training.datasets import read_pair
 from dinocell.training.optimizer import average_weights, learning_rate_factor, parameter_groups
@@ -64,6 +64,22 @@ def losses(out: Path) -> list[tuple[int, float]]:
 def finished(blob_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     return out, train(make_config(blob_data, out), shown=False)
+
+
+def test_speed_is_that_of_steps(monkeypatch):
+    """A long validation between two steps made crops seem slow, and the run long."""
+    clock = [0.0]
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: clock[0])
+    speed = trainer._Speed()
+    for pause_s in (0, 100):
+        clock[0] += pause_s
+        speed.start()
+        clock[0] += 1
+        speed.fetched()
+        clock[0] += 3
+        speed.stepped(0.5)
+    assert speed.since_last_log(batch_size=4) == {"crops_per_s": 1.0, "wait_share": 0.25}
+    assert speed.losses == []
 
 
 def test_curves_do_not_name_one_kind_of_loss(tmp_path, monkeypatch):
