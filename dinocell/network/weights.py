@@ -152,6 +152,10 @@ def convert_weights(
             raise UsageError(
                 f"`target` must end in .pth or .safetensors, got {target}: or choose the format by `to`"
             )
+    if patch_size is None and patch_method != "nearest":
+        raise UsageError(
+            f"`patch_method` must come with `patch_size`, got {patch_method} alone: give both, or neither"
+        )
     state, description = _read(source, which)
     note = ""
     if patch_size is not None:

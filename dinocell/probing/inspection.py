@@ -74,10 +74,13 @@ class InspectOptions:
             raise UsageError(
                 f"`which` must be teacher or student, got {self.which!r}: choose one of these"
             )
-        for name in ("windows_per_field", "window_px", "batch_size", "max_fields"):
+        counts = ("windows_per_field", "window_px", "batch_size", "max_fields", "patch_size")
+        for name, least in {**dict.fromkeys(counts, 1), "seed": 0}.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"`{name}` must be at least 1, got {value}: give a larger number")
+            if value is not None and value < least:
+                raise UsageError(
+                    f"`{name}` must be at least {least}, got {value}: give a larger number"
+                )
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,10 @@ def test_format_follows_the_ending(backbone, tmp_path):
     assert "(hf)" in convert_weights(backbone, tmp_path / "x")
     with pytest.raises(UsageError, match=r"`target` must end in .pth or .safetensors"):
         convert_weights(backbone, tmp_path / "x.bin")
+    with pytest.raises(UsageError, match="`patch_method` must come with `patch_size`, got bicubic"):
+        convert_weights(backbone, tmp_path / "y.pth", patch_method="bicubic")
+    with pytest.raises(UsageError, match=r"`method` must be one of nearest, .*, got 'best'"):
+        convert_weights(backbone, tmp_path / "y.pth", patch_size=16, patch_method="best")
 
 
 def test_options_change_the_result(backbone, tmp_path):

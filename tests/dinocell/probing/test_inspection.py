@@ -272,6 +272,8 @@ def test_wrong_calls_are_refused(model_path, source, tmp_path):
         ({"windows_per_field": 0}, "`windows_per_field` must be at least 1"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"max_fields": 0}, "`max_fields` must be at least 1"),
+        ({"patch_size": 0}, "`patch_size` must be at least 1"),
+        ({"seed": -1}, "`seed` must be at least 0"),
     ):
         with pytest.raises(UsageError, match=message):
             run(**change)
