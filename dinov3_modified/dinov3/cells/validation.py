@@ -168,18 +168,11 @@ def _check_type(key: str, value: Any, default: Any, source: str) -> None:
     # Crop sizes and ratios may be lists of resolutions.
     if isinstance(value, list) != isinstance(default, list) and not key.startswith("crops."):
         kind = "a list" if isinstance(default, list) else "one value"
-    elif (
-        isinstance(value, list)
-        and isinstance(default, list)
-        and len(default)
-        not in (
-            0,
-            len(value),
-        )
-    ):
-        kind = f"a list of {len(default)} numbers"
     elif isinstance(value, list) or isinstance(default, list):
-        return
+        both = isinstance(value, list) and isinstance(default, list)
+        if not both or len(default) in (0, len(value)):
+            return
+        kind = f"a list of {len(default)} numbers"
     elif isinstance(default, bool) != isinstance(value, bool):
         kind = "true or false" if isinstance(default, bool) else "not a truth value"
     elif isinstance(default, (int, float)) and not isinstance(value, (int, float)):
