@@ -10,7 +10,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def export_model(
     to: str = "onnx",
     precision: str = "fp32",
     images: str | os.PathLike[str] | None = None,
+    channels: Sequence[int | str] | None = None,
 ) -> str:
     """Write the graph of a model, and beside it `OUT.sha256`, which `sha256sum -c` reads.
 
@@ -89,16 +91,17 @@ def export_model(
     precision : `fp32`, `fp16`, or for ONNX `int8`: weights (by channel) and activations in 8 bit
     images : for `int8`: folder of images like those that will be segmented, from which the ranges of the
         activations come
+    channels : names or positions of the channels of these images; several are averaged
 
     Returns what was written, in one line.  Raises UsageError (an option or a file does not fit);
     CheckpointError (no model file); ImageFileError (an image cannot be read); MissingExtraError (the
     extra `onnx` is not installed).
     """
     path = Path(out)
-    _check(path, to, precision, images)
+    _check(path, to, precision, images, channels)
     model = load_trainable(name)
     model.card |= {"name": path.stem, "exported_from": model.card.get("name") or Path(name).name}
-    windows = [] if images is None else list(calibration_windows(model, images))
+    windows = [] if images is None else list(calibration_windows(model, images, channels))
     require_writable("out", path)
     digest = hashlib.sha256(model_path(name).read_bytes()).hexdigest()
     header = header_text(model, source_sha256=digest)
@@ -124,7 +127,7 @@ def export_model(
     return f"{path}: {to}, {precision}, {megabytes:.1f} MB, SHA-256 {digest}"
 
 
-def _check(path: Path, to: str, precision: str, images: object) -> None:
+def _check(path: Path, to: str, precision: str, images: object, channels: object) -> None:
     if to not in ENDINGS:
         raise UsageError(f"`to` must be one of {', '.join(ENDINGS)}, got {to}: choose one of these")
     known = {"onnx": PRECISIONS, "torch": PRECISIONS[:2]}.get(to, PRECISIONS[:1])
@@ -141,16 +144,22 @@ def _check(path: Path, to: str, precision: str, images: object) -> None:
             f"`images` must be given for int8, and only there, got {images} for {precision}: name a folder of "
             "images like those that will be segmented, or leave it out"
         )
+    if channels is not None and images is None:
+        raise UsageError(
+            f"`channels` must come with `images`, got {channels} for {precision}: leave it out"
+        )
 
 
 def calibration_windows(
-    model: DINOCell, images: str | os.PathLike[str]
+    model: DINOCell,
+    images: str | os.PathLike[str],
+    channels: Sequence[int | str] | None = None,
 ) -> Iterator[NDArray[np.float32]]:
     """Up to 100 windows (1, 1, H, W) in [0, 1] as `segment` would show them, two of each image."""
     pipeline, side = DINOCellPipeline(model), model.config.window_px
     paths = search_images([os.fspath(images)]).paths
     for path in paths[:: -(-2 * len(paths) // _WINDOWS)]:
-        loaded = pipeline.load(path)
+        loaded = pipeline.load(path, channels=channels)
         gray = loaded.intensity.apply(loaded.plane)
         if loaded.rescale != 1:
             seen = np.empty(rescaled_shape(gray.shape, loaded.rescale), np.float32)
@@ -208,6 +217,21 @@ def forget_source_lines(proto: Any) -> None:
         part.doc_string = ""
 
 
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep back the advice of onnxruntime to change a graph before it is quantized: it is for developers."""
+
+    def is_no_advice(record: logging.LogRecord) -> bool:
+        return "pre-processing" not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(is_no_advice)
+    try:
+        yield
+    finally:
+        root.removeFilter(is_no_advice)
+
+
 def _quantized(proto: Any, windows: list[NDArray[np.float32]]) -> Any:
     """The graph with convolutions and matrix products in 8 bit, in the form of QDQ nodes."""
     onnx = library("onnx", "ONNX files", "onnx")
@@ -225,14 +249,15 @@ def _quantized(proto: Any, windows: list[NDArray[np.float32]]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
         onnx.save(proto, source)
-        quantize_static(
-            source,
-            target,
-            Reader(),
-            per_channel=True,
-            reduce_range=True,  # processors without VNNI add pairs in 16 bit, which 8-bit weights overflow
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-        )
+        with _without_advice():
+            quantize_static(
+                source,
+                target,
+                Reader(),
+                per_channel=True,
+                reduce_range=True,  # processors without VNNI add pairs in 16 bit, which 8-bit weights overflow
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            )
         return onnx.load(target)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinocell.cli.options import App, argument, option
+from dinocell.cli.options import App, argument, channel_choice, option
 
 app = App()
 
@@ -24,6 +24,10 @@ class Export:
         "Take the ranges of int8 from the images in this folder, which must be like those that will be "
         "segmented."
     )
+    channels: str | None = option(
+        "Use these channels of the images: names or indices counted from 0, separated by commas. "
+        "Several are averaged."
+    )
 
 
 @app.command()
@@ -43,4 +47,5 @@ def export(
     """
     from dinocell.export import export_model
 
-    print(export_model(name, out, **vars(options)))
+    given = vars(options) | {"channels": channel_choice(options.channels)}
+    print(export_model(name, out, **given))

@@ -83,6 +83,11 @@ def test_maps_and_features_of_any_size(model, graphs, name, most):
             assert (0 if name == "fp32" else 1e-6) < difference + 1e-12 <= most
 
 
+def test_int8_does_not_pass_on_advice_to_developers(model, graphs, tmp_path, caplog):
+    export_model(model, tmp_path / "a.onnx", precision="int8", images=graphs / "images")
+    assert [record.getMessage() for record in caplog.records if record.name == "root"] == []
+
+
 def test_int8_and_fp16_are_smaller(graphs):
     sizes = {name: (graphs / f"{name}.onnx").stat().st_size for name in ("fp32", "fp16", "int8")}
     assert sizes["fp16"] < 0.7 * sizes["fp32"]

@@ -4,7 +4,9 @@ import sys
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from dinocell.cli.app import app
 from dinocell.errors import MissingExtraError, UsageError
 from dinocell.export import calibration_windows, export_model
 from dinocell.io import write_image
@@ -35,6 +37,7 @@ def test_without_the_extra_the_fast_model_says_what_to_install(monkeypatch):
         ("a.zip", {"to": "bioimageio", "precision": "fp16"}, "must be one of fp32 for bioimageio"),
         ("a.onnx", {"precision": "int8"}, "`images` must be given"),
         ("a.onnx", {"images": "."}, "only there"),
+        ("a.onnx", {"channels": ["DNA"]}, "must come with `images`"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, name, options, words):
@@ -63,3 +66,24 @@ def test_int8_is_calibrated_with_what_the_network_sees(
     gray = expected[:, :1].numpy() * IMAGENET_STD[0] + IMAGENET_MEAN[0]
     for window in calibration_windows(model, tmp_path):
         np.testing.assert_allclose(window, gray, atol=1e-6)
+
+
+def test_a_channel_is_chosen_for_the_ranges_of_int8(small_model, tmp_path):
+    rng = np.random.default_rng(0)
+    side = small_model.config.window_px
+    image = rng.integers(0, 1000, (side, side, 5)).astype(np.uint16)
+    names = ["DNA", "ER", "RNA", "AGP", "Mito"]
+    write_image(tmp_path / "a.tif", image, channel_names=names)
+    with pytest.raises(UsageError, match="choose one with `channels`"):
+        list(calibration_windows(small_model, tmp_path))
+    loaded = DINOCellPipeline(small_model).load(image[..., 3])
+    for window in calibration_windows(small_model, tmp_path, ["AGP"]):
+        np.testing.assert_allclose(window[0, 0], loaded.intensity.apply(loaded.plane), atol=1e-6)
+
+
+def test_channels_of_the_command_line_reach_the_export(monkeypatch):
+    seen = []
+    monkeypatch.setattr("dinocell.export.export_model", lambda *_, **given: seen.append(given))
+    words = ["export", "dinocell-cells", "--images", "a", "--channels", "0, DNA", "-o", "a.onnx"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert (seen[0]["channels"], str(seen[0]["images"])) == ((0, "DNA"), "a")
