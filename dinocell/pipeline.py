@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dinocell.errors import UsageError
+from dinocell.errors import ConfigError, UsageError, raised_as
 from dinocell.io.channel_files import check_one_size
 from dinocell.io.planes import MAX_PIXELS, PlaneChoice, channel_of
 from dinocell.network.familiarity import Appearance
@@ -130,11 +130,13 @@ class DINOCellPipeline:
         scaling = {name: given.pop(name) for name in ScaleChoice.__annotations__ if name in given}
         self.scale = Scale(**scaling)
         self._has_min_area = "min_area_px" in given
+        changed = {name: given[name] for name in ThresholdChanges.__annotations__ if name in given}
+        with raised_as(ConfigError, ValueError):  # `ModelConfig` names keys of a training file
+            self.thresholds = replace(Thresholds.of(model.config), **changed)
         if percentiles is not None:
             given["low_percentile"], given["high_percentile"] = percentiles
         self.model = with_config(model, **given).eval()
         self.scale.check_model(self.model.config)
-        self.thresholds = Thresholds.of(self.model.config)
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}: 8 is usual")
         self.how = Inference(batch_size, tile_px, precision, tta)

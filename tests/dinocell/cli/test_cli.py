@@ -155,6 +155,23 @@ class TestSegment:
             assert code == 2
             assert sentence in err
 
+    def test_wrong_thresholds_name_their_options(self, capsys, two, model_path, tmp_path):
+        path = sorted((two / "images").iterdir())[0]
+        base = ["segment", path, "-m", model_path, "--device", "cpu", "-o", tmp_path / "out"]
+        both = "0 <= --fill-threshold < --peak-threshold < 1"
+        for name, value, sentence in (
+            ("--peak-threshold", "2", both),
+            ("--fill-threshold", "-1", both),
+            ("--min-prominence", "nan", "--min-prominence must be in [0, 1], got nan"),
+            ("--min-prominence", "2", "--min-prominence must be in [0, 1], got 2.0"),
+            ("--min-area-px", "-3", "--min-area-px must be at least 0, got -3"),
+        ):
+            code, _, err = call(capsys, *base, name, value)
+            assert code == 2
+            assert sentence in err
+            assert "`" not in err
+        assert not (tmp_path / "out").exists()
+
     def test_channels_and_page(self, capsys, model_path, tmp_path):
         rng = np.random.default_rng(0)
         path = tmp_path / "rgb.png"
