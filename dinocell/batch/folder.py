@@ -12,7 +12,7 @@ from typing import Any
 
 from dinocell import __version__
 from dinocell.batch.inputs import is_unchanged, refuse_other_options
-from dinocell.batch.journal import complete_last_line, read_journal
+from dinocell.batch.journal import JOURNAL_NAME, complete_last_line, read_journal
 from dinocell.batch.options import FREE_OPTIONS, IMAGE_OPTIONS, SegmentOptions
 from dinocell.batch.units import Unit
 from dinocell.errors import ConfigError, DINOCellError, UsageError, some
@@ -20,6 +20,7 @@ from dinocell.files import atomic_path, write_text_atomically
 from dinocell.io.s3 import place_of
 from dinocell.network.model import DINOCell
 from dinocell.results.formats import EXPORT_FORMATS
+from dinocell.segmentation.thresholds import ThresholdChanges
 
 SETTINGS_NAME = "settings.json"
 
@@ -49,15 +50,21 @@ def refuse_results(
 
 def settings_of(options: SegmentOptions, model: DINOCell) -> dict[str, Any]:
     """Everything that all results depend on, as JSON values; kept beside them in `settings.json`."""
-    own = (*FREE_OPTIONS, *IMAGE_OPTIONS)
-    kept = {key: value for key, value in asdict(options).items() if key not in own}
-    config = model.config
-    for key in ("peak_threshold", "fill_threshold", "min_prominence", "min_area_px"):
-        if kept[key] is None:
-            kept[key] = getattr(config, key)
+    kept = _settings_without_model(options)
+    for key in ThresholdChanges.__annotations__:
+        kept.setdefault(key, getattr(model.config, key))
     kept["weights_sha256"] = _hash_of_weights(model)
     kept["dinocell_version"] = __version__
     return json.loads(json.dumps(kept))
+
+
+def _settings_without_model(options: SegmentOptions) -> dict[str, Any]:
+    """The part of `settings_of` that is known before a model is read: no thresholds that are its own."""
+    own = (*FREE_OPTIONS, *IMAGE_OPTIONS)
+    own += tuple(
+        name for name in ThresholdChanges.__annotations__ if getattr(options, name) is None
+    )
+    return json.loads(json.dumps({k: v for k, v in asdict(options).items() if k not in own}))
 
 
 def _hash_of_weights(model: DINOCell) -> str:
@@ -123,7 +130,9 @@ def open_folder(
     settings_path = out / SETTINGS_NAME
     others = {row["name"] for row in journal} - {unit.name for unit in units}
     if settings_path.exists() and (others or not options.overwrite):
-        _refuse_other_settings(settings_path, settings, others if options.overwrite else ())
+        _refuse_other_settings(
+            settings_path, settings, others if options.overwrite else (), is_part=is_part
+        )
     elif options.resume and not is_part and present_results(units, out, options.formats):
         raise UsageError(
             f"`resume` must find the settings of the results, got no {settings_path}: choose another "
@@ -131,16 +140,45 @@ def open_folder(
         )
     done, changed = _done_rows(out, journal, units, options) if options.resume else ({}, [])
     complete_last_line(journal_path)
-    if options.overwrite and journal:
-        names = {unit.name for unit in units}
-        kept = [row for row in journal if row["name"] not in names]
-        write_text_atomically(journal_path, "".join(json.dumps(row) + "\n" for row in kept))
+    if options.overwrite:
+        _forget_rows(journal_path, units)
     write_text_atomically(settings_path, json.dumps(settings, indent=1, sort_keys=True))
     return done, changed
 
 
+def _forget_rows(journal_path: Path, units: Sequence[Unit]) -> None:
+    """Remove images that are to be segmented again from a journal."""
+    journal, names = read_journal(journal_path), {unit.name for unit in units}
+    kept = [row for row in journal if row["name"] not in names]
+    if len(kept) < len(journal):
+        write_text_atomically(journal_path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def prepare_overwriting(
+    out: Path, units: Sequence[Unit], options: SegmentOptions, *, write: bool
+) -> None:
+    """Make a folder ready for parts of a batch that replace results, or only check that they may.
+
+    Settings of the model are compared when a part runs; nothing here reads a model.
+
+    Raises ConfigError (the folder has results of other images, and these have other settings).
+    """
+    journal_path, settings_path = out / JOURNAL_NAME, out / SETTINGS_NAME
+    others = {row["name"] for row in read_journal(journal_path)} - {unit.name for unit in units}
+    if others and settings_path.exists():
+        _refuse_other_settings(settings_path, _settings_without_model(options), others)
+    if write:
+        _forget_rows(journal_path, units)
+        if not others:
+            settings_path.unlink(missing_ok=True)
+
+
 def _refuse_other_settings(
-    path: Path, settings: dict[str, Any], others: Collection[str] = ()
+    path: Path,
+    settings: dict[str, Any],
+    others: Collection[str] = (),
+    *,
+    is_part: bool = False,
 ) -> None:
     """Raise ConfigError if a folder has other settings; `others` are its images that would keep theirs."""
     try:
@@ -150,9 +188,9 @@ def _refuse_other_settings(
     earlier = asdict(SegmentOptions()) | earlier  # an option that did not exist yet has its default
     differing = sorted(key for key in settings if settings[key] != earlier.get(key))
     if differing:
-        way_out = (
-            f"name also its other images ({some(sorted(others))})" if others else "set `overwrite`"
-        )
+        way_out = "plan all its images with `overwrite`" if is_part else "set `overwrite`"
+        if others:
+            way_out = f"name also its other images ({some(sorted(others))})"
         raise ConfigError(
             f"Results in one folder must share their settings, got other values of "
             f"{', '.join(differing)} than {path}: choose another folder, or {way_out}"

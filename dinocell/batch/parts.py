@@ -27,7 +27,7 @@ from dinocell.batch.claims import (
     read_claim,
     refuse_running,
 )
-from dinocell.batch.folder import SETTINGS_NAME, refuse_results
+from dinocell.batch.folder import prepare_overwriting, refuse_results
 from dinocell.batch.inputs import is_unchanged, size_and_time
 from dinocell.batch.journal import (
     FAILURES_NAME,
@@ -39,7 +39,7 @@ from dinocell.batch.journal import (
 from dinocell.batch.options import FREE_OPTIONS, SegmentOptions, check_call
 from dinocell.batch.remote import refuse_s3
 from dinocell.batch.run import WHOLE_BATCH, BatchResult, segment_files
-from dinocell.batch.units import Unit, units_of
+from dinocell.batch.units import Unit, named_as_before, units_of
 from dinocell.errors import UsageError
 from dinocell.files import write_text_atomically
 from dinocell.io.s3 import S3Path, place_of
@@ -116,6 +116,8 @@ def plan_shards(
 
     Raises
     ------
+    ConfigError
+        `overwrite` with other settings, and the folder has results of images that are not given.
     UsageError
         Nothing to do, two files of one name in one folder, or `out` has another plan or results and there is no
         `overwrite`, which discards what was done; or a process is running a part that would be
@@ -131,7 +133,8 @@ def plan_shards(
         raise UsageError(
             "`report` must be False for shards, got True: the merged summary.csv has every image"
         )
-    out, units = Path(out), units_of(paths, options)
+    out = Path(out)
+    units = named_as_before(units_of(paths, options), out)
     if not options.overwrite and has_begun(out):
         plan = replace(read_plan(out), options=options)  # device and the like may change
         _refuse_another(plan, units, count)
@@ -145,6 +148,8 @@ def plan_shards(
         if not options.overwrite:
             refuse_results(units, out, options.formats, resumable=False)
         _refuse_running(out, claimant)
+        if options.overwrite:
+            prepare_overwriting(out, units, options, write=False)
         files = {
             shard_folder(out, index) / _MANIFEST_NAME: _manifest_text(part, units, shares)
             for index, part in enumerate(parts)
@@ -155,7 +160,7 @@ def plan_shards(
     if plan.fresh:
         _forget(out)
         if options.overwrite:
-            (out / SETTINGS_NAME).unlink(missing_ok=True)
+            prepare_overwriting(out, units, options, write=True)
     for path, text in files.items():  # the plan last: it says that the manifests are written
         write_text_atomically(path, text, errors="surrogateescape")
     return replace(plan, fresh=False)

@@ -38,7 +38,7 @@ from dinocell.batch.journal import (
 from dinocell.batch.library_warnings import LibraryWarnings
 from dinocell.batch.options import IMAGE_OPTIONS, PIPELINE_OPTIONS, SegmentOptions, check_call
 from dinocell.batch.report import REPORT_LIMIT, write_report_page
-from dinocell.batch.units import Unit, plate_notes, units_of
+from dinocell.batch.units import Unit, named_as_before, plate_notes, units_of
 from dinocell.batch.watcher import Watcher
 from dinocell.errors import DINOCellError, ImageFileError, ScratchSpaceError, some
 from dinocell.files import (
@@ -166,19 +166,22 @@ def segment_files(
         loaded, **{name: getattr(options, name) for name in PIPELINE_OPTIONS}
     )
     make_folder(out)
-    with _saying_what_was_kept(), _claimed_folder(out, part, claimant):
+    with _saying_what_was_kept(_again(options, part)), _claimed_folder(out, part, claimant):
         batch = _Batch(pipeline, out, options, part, watcher)
         result = _segment_claimed(units, batch, shown=shown)
     return replace(result, seconds=time.monotonic() - started)
 
 
 @contextmanager
-def _saying_what_was_kept() -> Iterator[None]:
-    """Turn what the system says of the journal, the summary, and other files of the whole batch into a sentence."""
+def _saying_what_was_kept(again: str) -> Iterator[None]:
+    """Turn what the system says of the journal, the summary, and other files of the whole batch into a sentence.
+
+    `again` is the end of it, see `_again`.
+    """
     try:
         yield
     except OSError as error:
-        raise _not_written(error) from error
+        raise _not_written(error, again) from error
 
 
 @contextmanager
@@ -197,6 +200,8 @@ def _segment_claimed(units: Sequence[Unit], batch: "_Batch", *, shown: bool) -> 
     """`segment_files` after all checks of the call; the seconds are still to be filled in."""
     started = time.monotonic()
     out, options, pipeline, part = batch.out, batch.options, batch.pipeline, batch.part
+    if part is None:
+        units = named_as_before(units, out)
     settings = settings_of(options, pipeline.model)
     journal = (part or out) / JOURNAL_NAME
     done, changed = open_folder(out, journal, units, settings, options, is_part=part is not None)
@@ -355,7 +360,8 @@ class _Batch:
             with journal.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:  # no later image could be noted
-            raise _JournalError(str(_not_written(error))) from error
+            again = _again(self.options, self.part)
+            raise _JournalError(str(_not_written(error, again))) from error
 
     def _write(self, unit: Unit, result: Segmentation, warned: Sequence[str]) -> dict[str, Any]:
         """Write the files of an image; `warned` may grow meanwhile."""
@@ -400,13 +406,13 @@ class _Batch:
             bar.advance(note=unit.path.name)
 
     def _fail(self, unit: Unit, error: Exception) -> None:
-        _stop_if_all_would_fail(error)
+        _stop_if_all_would_fail(error, _again(self.options, self.part))
         self.failures.append((unit, unit.described(str(error) or type(error).__name__)))
         if self.part is not None:
             note_failure(self.part, unit.name)
 
 
-def _stop_if_all_would_fail(error: Exception) -> None:
+def _stop_if_all_would_fail(error: Exception, again: str) -> None:
     """Raise if the machine has failed, not the image: every image that is left would fail, too."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, RuntimeError) and re.search(r"CUDA error|cuDNN error|CUBLAS_STATUS", text):
@@ -421,16 +427,22 @@ def _stop_if_all_would_fail(error: Exception) -> None:
     if isinstance(error, ScratchSpaceError):
         return  # a smaller image may fit
     if any(isinstance(cause, OSError) and cause.errno in _LASTING for cause in causes):
-        raise _not_written(error) from error
+        raise _not_written(error, again) from error
 
 
-def _not_written(error: Exception) -> DINOCellError:
+def _again(options: SegmentOptions, part: Path | None) -> str:
+    """What to do to continue a batch that has stopped; without `resume` its results would be refused."""
+    continues = options.resume or options.overwrite or part is not None
+    return "run the same command again" + ("" if continues else " with `resume`")
+
+
+def _not_written(error: Exception, again: str) -> DINOCellError:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename2 or error.filename or 'a file of the batch'}"
     return DINOCellError(
         f"The results could not be written ({text}); finished images were kept; free space, repair the "
-        "mount or change the rights, then run the same command again"
+        f"mount or change the rights, then {again}"
     )
 
 

@@ -65,9 +65,10 @@ class Segment(Shards):
         if parameters["resume"] or parameters["overwrite"]:
             return
         from dinocell.batch.folder import refuse_results
-        from dinocell.batch.units import units_of
+        from dinocell.batch.units import named_as_before, units_of
         from dinocell.io import find_images
 
         paths = find_images(parameters["images"], recursive=parameters["recursive"])
         options = parameters["options"]
-        refuse_results(units_of(paths, options), run_dir, options.formats)
+        units = named_as_before(units_of(paths, options), run_dir)
+        refuse_results(units, run_dir, options.formats)

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from os.path import commonpath
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dinocell.batch.journal import JOURNAL_NAME, read_journal
 from dinocell.batch.options import EACH, EACH_OPTIONS, SegmentOptions
 from dinocell.errors import DINOCellError, UsageError
 from dinocell.io import describe_image
@@ -81,7 +82,8 @@ def units_of(inputs: Sequence[Path | Unit], options: SegmentOptions) -> list[Uni
     """The units of files; those given stay as they are.
 
     Results are named after the file, without its suffix.  Where files of several folders have the same
-    name, all results mirror the folders, below the deepest one that holds all files.
+    name, all results mirror the folders, below the deepest one that holds all files; but see
+    `named_as_before`.
 
     Of a plate with one file for each channel, one channel chooses the files; with several, and with nuclei and
     cells, the files of a field are one image; each field of a plate in
@@ -100,15 +102,42 @@ def units_of(inputs: Sequence[Path | Unit], options: SegmentOptions) -> list[Uni
     chosen = _joined(places, options) or _of_channel(places, options)
     for unit, name in zip(chosen, _names([unit.path for unit in chosen]), strict=True):
         found += _planes(replace(unit, name=name), options)
+    _refuse_same_names(found)
+    return found
+
+
+def _refuse_same_names(units: Sequence[Unit]) -> None:
     seen: dict[str, Path] = {}
-    for unit in found:
+    for unit in units:
         if unit.name in seen:
             raise UsageError(
                 f"Inputs must differ in name without suffix, because outputs are named so, got {unit.path} "
                 f"and {seen[unit.name]}: segment them into two folders"
             )
         seen[unit.name] = unit.path
-    return found
+
+
+def named_as_before(units: Sequence[Unit], out: Path) -> list[Unit]:
+    """The units, each with the name that its result already has in a folder of results.
+
+    Which folders a name holds depends on the other inputs of a call: `a` is `x/a` beside `y/a`.  With
+    the new name `resume` would not find the result, and the summary would count the image twice.
+
+    Raises UsageError (an earlier name is also that of another unit).
+    """
+    names: dict[tuple[str, str], list[str]] = {}
+    for row in read_journal(out / JOURNAL_NAME):
+        key = (str(row.get("source")), PurePosixPath(row["name"]).name)
+        names.setdefault(key, []).append(row["name"])
+    if not names:
+        return list(units)
+    renamed = []
+    for unit in units:
+        key = (str(unit.path.resolve()), PurePosixPath(unit.name).name)
+        known = names.get(key, [unit.name])
+        renamed.append(unit if unit.name in known else replace(unit, name=known[-1]))
+    _refuse_same_names(renamed)
+    return renamed
 
 
 def _fields(path: Path) -> Iterator[Unit]:

@@ -335,9 +335,15 @@ def test_a_full_disk_is_no_fault_of_the_images(images, tmp_path, mini_model, mon
         return replace(source, target, *rest)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(DINOCellError, match=r"could not be written .*No space left.*free space"):
+    with pytest.raises(
+        DINOCellError, match=r"could not be written .*No space left.*free space"
+    ) as caught:
         run(images, tmp_path / "out", mini_model)
     assert not (tmp_path / "out" / "summary.csv").exists()
+    # Without it the same command is refused where an image was finished.
+    assert str(caught.value).endswith("run the same command again with `resume`")
+    with pytest.raises(DINOCellError, match=r"run the same command again$"):
+        run(images, tmp_path / "out", mini_model, overwrite=True)
 
 
 def at_second_image(monkeypatch, strike):

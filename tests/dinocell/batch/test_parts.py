@@ -214,6 +214,37 @@ def test_other_images_of_a_folder_keep_their_settings(plate, options, tmp_path):
         run_shard(tmp_path, 0, shown=False)
 
 
+def test_overwriting_some_images_of_a_folder_mixes_no_settings(plate, options, tmp_path):
+    """Else `segment --resume` would take the others for results of the new settings."""
+    from dataclasses import replace
+
+    paths = [path for path in find_images([str(plate)]) if path.stem != "broken"][:3]
+    segment_files(paths, tmp_path, options, shown=False)
+    changed = replace(options, overwrite=True, peak_threshold=0.3)
+    before = results(tmp_path)
+    for write in (False, True):
+        with pytest.raises(ConfigError, match=r"peak_threshold .*its other images \(f1, f2\)"):
+            plan_shards(paths[:1], tmp_path, changed, 1, write=write)
+    assert results(tmp_path) == before
+    run_all(plan_shards(paths[:1], tmp_path, replace(options, overwrite=True), 1))
+    plan_shards(paths, tmp_path, changed, 3)
+    run_shard(tmp_path, 0, shown=False)
+    now = replace(changed, overwrite=False, resume=True)
+    with_new_settings = segment_files(paths, tmp_path, now, shown=False)
+    assert with_new_settings.skipped == 0  # the parts that have not run are no results of them
+
+
+def test_other_settings_of_a_model_are_refused_when_a_part_runs(plate, options, tmp_path):
+    """Planning reads no model."""
+    from dataclasses import replace
+
+    paths = [path for path in find_images([str(plate)]) if path.stem != "broken"][:2]
+    segment_files(paths, tmp_path, replace(options, peak_threshold=0.3), shown=False)
+    plan_shards(paths[:1], tmp_path, replace(options, overwrite=True), 1)
+    with pytest.raises(ConfigError, match=r"peak_threshold .*plan all its images with `overwrite`"):
+        run_shard(tmp_path, 0, shown=False)
+
+
 def test_a_broken_plan_is_overwritten(plate, options, tmp_path):
     from dataclasses import replace
 

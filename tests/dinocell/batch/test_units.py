@@ -174,6 +174,63 @@ def test_results_mirror_folders_where_names_repeat(tmp_path, mini_model):
         units_of([*paths, tmp_path / "in" / "p1" / "a.png"], options())
 
 
+@pytest.fixture
+def namesakes(tmp_path):
+    """One file in each of three folders, all of one name."""
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / "in" / folder / "a.tif" for folder in "xyz"]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        write_image(path, rng.integers(0, 255, (32, 40)).astype(np.uint8))
+    return paths
+
+
+def test_an_image_keeps_its_name_when_others_join(namesakes, tmp_path, mini_model):
+    """Alone it is `a`, beside y/a.tif it would be `x/a`."""
+    x, y, z = namesakes
+
+    def names(*paths, **given):
+        result = segment_files(
+            paths, tmp_path / "out", options(**given), model=mini_model, shown=False
+        )
+        rows = rows_of(tmp_path / "out" / "summary.csv")
+        return result.skipped, [row["name"] for row in rows]
+
+    assert names(x) == (0, ["a"])
+    with pytest.raises(UsageError, match="must not hold results of these images, got 1"):
+        names(x, y)
+    assert names(x, y, resume=True) == (1, ["a", "y/a"])
+    assert names(z, y, x, resume=True) == (2, ["z/a", "y/a", "a"])
+    assert names(y, resume=True) == (1, ["a", "z/a", "y/a"])
+    changed = {"overwrite": True, "peak_threshold": 0.3}
+    assert names(x, y, z, **changed) == (0, ["a", "y/a", "z/a"])
+    assert not (tmp_path / "out" / "x").exists()
+
+
+def test_parts_keep_the_names_of_a_folder(namesakes, tmp_path, model_path):
+    out, given = tmp_path / "out", {"model": str(model_path)}
+    segment_files(namesakes[:1], out, options(**given), shown=False)
+    with pytest.raises(UsageError, match="must not hold results of these images, got 1"):
+        plan_shards(namesakes, out, options(**given), 2)
+    plan = plan_shards(namesakes, out, options(overwrite=True, **given), 2)
+    for index in range(plan.count):
+        run_shard(out, index, shown=False)
+    merge_shards(out, shown=False)
+    assert [row["name"] for row in rows_of(out / "summary.csv")] == ["a", "y/a", "z/a"]
+
+
+def test_an_earlier_name_must_not_be_that_of_another_image(namesakes, tmp_path, mini_model):
+    x, y, _ = namesakes
+    inner = x.parent / "x" / "a.tif"
+    inner.parent.mkdir()
+    inner.write_bytes(y.read_bytes())
+    segment_files([x, y], tmp_path / "out", options(), model=mini_model, shown=False)
+    with pytest.raises(UsageError, match=r"must differ in name .* into two folders"):
+        segment_files(
+            [x, inner], tmp_path / "out", options(resume=True), model=mini_model, shown=False
+        )
+
+
 def test_wrong_words_are_refused(stack, capsys):
     for given, sentence in (
         (["--z", "every"], "--z must be max, mean or a number"),
