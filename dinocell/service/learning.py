@@ -86,8 +86,9 @@ class Learning:
             shutil.rmtree(self.work, ignore_errors=True)
             *learned, judge = corrected
             for number, result in enumerate(learned):
-                self._copy(result, f"images/{number}.npy", f"labels/{number}.tif")
-            self._copy(judge, "held_out/image.npy", "held_out/labels.tif")
+                names = f"images/{number}.npy", f"labels/{number}.tif", f"about/{number}.json"
+                self._copy(result, *names)
+            self._copy(judge, "held_out/image.npy", "held_out/labels.tif", "held_out/about.json")
             options = {"start": model, "device": self.device, "minutes": self.minutes}
             self._process = subprocess.Popen(
                 [sys.executable, *self.program, str(self.work), json.dumps(options)],
@@ -104,10 +105,11 @@ class Learning:
             self.held_out = judge.name
             threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
 
-    def _copy(self, result: StoredResult, image: str, labels: str) -> None:
-        for path in (self.work / image, self.work / labels):
-            ensure_folder(path.parent)
+    def _copy(self, result: StoredResult, image: str, labels: str, about: str) -> None:
+        for name in (image, labels, about):
+            ensure_folder((self.work / name).parent)
         shutil.copyfile(result.folder / "plane.npy", self.work / image)
+        shutil.copyfile(result.folder / "about.json", self.work / about)
         write_labels(self.work / labels, result.labels())
 
     def _listen(self, process: "subprocess.Popen[str]") -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from service_doubles import noise, upload
 
-from dinocell.network.model import save_model
+from dinocell.io import read_image, read_labels, write_image
+from dinocell.network.model import save_model, with_config
 from dinocell.training import adapt as adaptation
 
 # In place of the process that adapts: it copies the model, and says the numbers of the images.
@@ -62,7 +64,11 @@ def test_a_model_is_learned_judged_and_kept(corrected, tmp_path):
     info = ended(client)
     assert (info["state"], info["held_out"], info["chosen"]) == ("done", "second", "last")
     assert (info["done"], info["total"]) == (3, 7)
-    assert info["after"] == {"num_cells": 4, "ap": 0.5, "ap50": 0.75}  # two images with labels
+    assert info["after"] == {
+        "num_cells": 6,
+        "ap": 0.5,
+        "ap50": 0.75,
+    }  # two images with labels, and their scales
     assert client.get("/api/v1/learning/pictures/after").text == "after"
     assert client.get("/api/v1/learning/pictures/model").status_code == 422
     assert client.post("/api/v1/learning/keep").json()["state"] == "idle"
@@ -131,3 +137,40 @@ def test_the_learner_compares_both_models_on_the_image_held_out(
     assert 0.5 < result["before"]["ap50"] < 1  # one of its cells was removed by hand
     assert set(result) == {"chosen", "before", "after"}
     assert (work / "model.safetensors").exists()
+
+
+def test_images_are_learned_at_the_scale_at_which_they_were_segmented(
+    start, tmp_path, monkeypatch, mini_model
+):
+    from dinocell.service.learner import learn
+
+    model = with_config(mini_model, pixel_size_um=0.5)
+    save_model(tmp_path / "mini.safetensors", model)
+    client = start(model=str(tmp_path / "mini.safetensors"))
+    client.service.worker.worker.model = model
+    for seed in (1, 2):  # the picture, each pixel of which is four
+        image = read_image(noise(tmp_path / f"{seed}.tif", seed)).pixels.repeat(2, 0).repeat(2, 1)
+        write_image(tmp_path / f"{seed}.tif", image, pixel_size_um=0.25)
+        job = upload(client, tmp_path / f"{seed}.tif").json()["job"]
+        body = {"kind": "remove", "cells": [1]}
+        assert client.post(f"/api/v1/jobs/{job}/corrections", json=body).status_code == 200
+    client.service.learning.program = ("-c", _WAITS)
+    client.post("/api/v1/learning")
+    work = tmp_path / "jobs" / "learning" / "work"
+    whole = read_labels(work / "labels" / "0.tif")
+    learned = []
+
+    def adapt(images, labels, path, **_):
+        learned.append((read_image(images / "0.tif"), read_labels(labels / "0.tif")))
+        save_model(path, model)
+        return SimpleNamespace(chosen="start")
+
+    monkeypatch.setattr("dinocell.service.learner.adapt", adapt)
+    learn(work, start=str(tmp_path / "mini.safetensors"), device="cpu", minutes=0.1)
+    ((seen, cells),) = learned
+    assert seen.pixels.shape == cells.shape == tuple(side // 2 for side in whole.shape)
+    assert (seen.pixels.dtype, seen.pixel_size_um) == (image.dtype, 0.5)
+    np.testing.assert_array_equal(cells, whole[1::2, 1::2])
+    result = json.loads((work / "result.json").read_text())
+    found = client.get(f"/api/v1/jobs/{job}").json()["summary"]["num_cells"]
+    assert result["before"]["num_cells"] == result["after"]["num_cells"] == found
