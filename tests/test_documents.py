@@ -7,6 +7,7 @@ Every fenced block names its language.  Blocks of `sh` and `python` of a page ru
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import re
@@ -155,3 +156,16 @@ def test_the_commands_of_a_page_run(path, small_files, tmp_path, port):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(pid), signal.SIGTERM)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_the_page_of_installation_lists_every_extra():
+    setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    (extras,) = (
+        line.value
+        for line in setup.body
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "EXTRAS"
+    )
+    assert isinstance(extras, ast.Dict)
+    names = {ast.literal_eval(key) for key in extras.keys if key is not None}
+    page = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == names | {"all"}
