@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinocell.cli.options import App, argument, option
+import typer
+
+from dinocell.cli.options import App, argument, in_options, option
 
 app = App(
     name="data",
@@ -108,6 +110,7 @@ def data_prepare(
     out: Path = option("Write the images and labels to this new folder.", ..., names="--out -o"),
     division: Division,
     known: Known,
+    context: typer.Context,
 ) -> None:
     """Turn a downloaded data set into folders of images and labels that `train` and `evaluate` read.
 
@@ -123,4 +126,5 @@ def data_prepare(
     from dinocell.datasets import Facts, SplitOptions, prepare
 
     splits, facts = SplitOptions(**vars(division)), Facts(**vars(known))
-    print(prepare(name, source, out, splits=splits, facts=facts).text())
+    text = prepare(name, source, out, splits=splits, facts=facts).text()
+    print(in_options(text, context))

@@ -87,7 +87,7 @@ def prepare(
     ----------
     name : one of `LAYOUTS`
     source : the folder (or the file, for one npz or JSON) as it was downloaded and unpacked
-    out : a new or empty folder, or one that this same call has made
+    out : a new or empty folder outside `source`, or one that this same call has made
     splits : how the samples are divided
     facts : licence and pixel size, where the table of layouts does not know them
 
@@ -97,7 +97,7 @@ def prepare(
     Raises
     ------
     UsageError
-        `name` is unknown, `source` does not exist, or `out` holds something else.
+        `name` is unknown, `source` does not exist, or `out` is inside it or holds something else.
     DataSetError, ImageFileError
         The source is not what `name` says, or a file is damaged.  What was finished stays in `out.part`.
     """
@@ -105,6 +105,11 @@ def prepare(
     source, out = Path(source), Path(os.path.abspath(out))
     if not source.exists():
         raise UsageError(f"`source` must be a file or folder, got '{source}': check the path")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(
+            f"`out` must be outside `source`, whose files are all read, got '{out}' in '{source}': choose "
+            "another folder"
+        )
     recipe = {
         "data_set": name,
         "source": str(source.resolve()),

@@ -661,6 +661,8 @@ def test_data_is_listed_and_prepared(tmp_path, capsys):
     np.save(source / "a_seg.npy", {"masks": labels})
     code, out, _ = call(capsys, "data", "list")
     assert (code, "livecell: phase contrast" in out) == (0, True)
+    code, out, err = call(capsys, "data", "prepare", "seg_npy", source, "-o", tmp_path / "unknown")
+    assert (code, "and set --licence\n" in out) == (0, True), err
     command = ("data", "prepare", "seg_npy", source, "-o", tmp_path / "out")
     code, out, err = call(capsys, *command, "--licence", "mine", "--test-fraction", "0")
     assert code == 0, err

@@ -279,6 +279,15 @@ def test_other_contents_of_the_output_folder_are_kept(made, tmp_path):
         prepared("coco", source, out, facts=Facts(licence="CC0"))
 
 
+@pytest.mark.parametrize("inside", ["", "out", "deeper/out"])
+def test_an_output_folder_inside_the_source_is_refused(made, inside):
+    source = made("bbbc006")  # its second run would read the labels of its first
+    before = sorted(source.rglob("*"))
+    with pytest.raises(UsageError, match="`out` must be outside `source`"):
+        prepared("bbbc006", source, source / inside)
+    assert sorted(source.rglob("*")) == before
+
+
 def test_an_unknown_licence_is_a_note_until_it_is_given(made, tmp_path):
     source = made("coco")
     assert "licence is unknown" in prepared("coco", source, tmp_path / "a").text()
