@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -153,7 +154,7 @@ class DINOCellPipeline:
         name: str | None = None,
         progress: Callable[[int, int], None] | None = None,
         nuclei: int | str | None = None,
-        cells: str | None = None,
+        cells: int | str | None = None,
         **choice: Unpack[PlaneChoice],
     ) -> Segmentation:
         """Segment one image.
@@ -202,13 +203,14 @@ class DINOCellPipeline:
         allow_mask: bool = False,
         max_pixels: int = MAX_PIXELS,
         nuclei: int | str | None = None,
-        cells: str | None = None,
+        cells: int | str | None = None,
         **choice: Unpack[PlaneChoice],
     ) -> LoadedImage:
         """First third of `run`: the gray plane (H, W), its pixel size, its name and notes.
 
         A file of more than `max_pixels` pixels is refused before they are read.
         """
+        cells = None if cells is None else str(cells)  # a position, as `nuclei` may be one
         check_compartments(nuclei, cells, choice.get("channels"))
         load = partial(
             self._load_plane,
@@ -251,7 +253,12 @@ class DINOCellPipeline:
         pixels, notes = source.pixels, source.notes
         if pixel_size_um is None:
             pixel_size_um = source.pixel_size_um
-        else:  # the note says to do what was done
+        else:
+            if not 0 < pixel_size_um < math.inf:
+                raise UsageError(
+                    f"`pixel_size_um` must be above 0, got {pixel_size_um}: give micrometres"
+                )
+            # The note says to do what was done.
             notes = tuple(note for note in notes if "`pixel_size_um`" not in note)
         channels_read: NDArray | None = None
         if pixels.ndim == 3:

@@ -205,7 +205,14 @@ def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None
     """Write weights and header to one `.safetensors`, under a temporary name first.
 
     `half` stores float tensors as float16 (half the size; they are float32 again when loaded).
+
+    Raises UsageError (the network is a graph, which has no weights to write).
     """
+    if isinstance(model, OnnxModel):
+        raise UsageError(
+            "A model that is saved must have weights, got the graph of an .onnx file: copy that file, or "
+            "save the model that it was exported from"
+        )
     from safetensors.torch import save_file
 
     path = Path(path)

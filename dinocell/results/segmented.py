@@ -114,7 +114,7 @@ class Segmentation:
         self,
         folder: str | os.PathLike[str],
         *,
-        formats: Sequence[str] = ("tif",),
+        formats: str | Sequence[str] = ("tif",),
         table: CellTable | None = None,
         overlay: bool = True,
     ) -> dict[str, Path]:
@@ -172,7 +172,7 @@ class Segmentation:
 
 
 def output_paths(
-    folder: str | os.PathLike[str], name: str, formats: Sequence[str], *, overlay: bool
+    folder: str | os.PathLike[str], name: str, formats: str | Sequence[str], *, overlay: bool
 ) -> dict[str, Path]:
     """Kind → file that `Segmentation.save` writes, in the order in which it does.
 
@@ -181,6 +181,7 @@ def output_paths(
     UsageError
         A format is unknown, or none is given.
     """
+    formats = [formats] if isinstance(formats, str) else list(formats)
     unknown = [name for name in formats if name not in EXPORT_FORMATS]
     if unknown or not formats:
         raise UsageError(

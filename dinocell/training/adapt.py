@@ -134,7 +134,7 @@ def adapt(
     labels: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    start: str = "dinocell-cells",
+    start: str | Path = "dinocell-cells",
     options: AdaptOptions = AdaptOptions(),
     shown: bool = True,
 ) -> AdaptResult:
@@ -171,7 +171,7 @@ def adapt(
         "description": f"{model.card.get('name') or start}, adapted to {len(found)} images.",
         "licence": f"of the start: {model.card.get('licence') or 'unknown'}; of your images: not recorded",
         "data": {**model.card.get("data", {}), "your images": {"train_images": len(found)}},
-        "start": start,
+        "start": str(start),
         "adapted": {
             "chosen": result.chosen,
             "steps": result.steps,

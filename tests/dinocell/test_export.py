@@ -205,7 +205,10 @@ def test_a_finished_file_is_not_replaced(model, graphs):
     assert (graphs / "fp32.onnx").read_bytes() == before
 
 
-def test_a_graph_is_neither_exported_nor_trained(graphs, tmp_path):
+def test_a_graph_is_neither_exported_nor_trained_nor_saved(graphs, tmp_path):
+    with pytest.raises(UsageError, match="must have weights"):
+        load_model(graphs / "fp32.onnx").save(tmp_path / "b.safetensors")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(UsageError, match="safetensors"):
         export_model(graphs / "fp32.onnx", tmp_path / "b.onnx")
     with pytest.raises(UsageError, match="onnx"):

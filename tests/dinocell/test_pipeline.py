@@ -378,6 +378,14 @@ def test_save_writes_every_format(mini_model, tmp_path):
     with pytest.raises(UsageError, match="tif, png"):
         result.save(tmp_path, formats=("svg",))
     assert "overlay" not in result.save(tmp_path / "plain", overlay=False)
+    assert "geojson" in result.save(tmp_path / "one", formats="geojson")
+    assert "png" in result.save(tmp_path / "drawn", formats=(name for name in ["png"]))
+
+
+@pytest.mark.parametrize("size", [0, -1, float("nan"), float("inf")])
+def test_a_pixel_size_that_cannot_be_is_refused_before_the_work(mini_model, size):
+    with pytest.raises(UsageError, match="`pixel_size_um` must be above 0"):
+        DINOCellPipeline(mini_model).load(field(), pixel_size_um=size)
 
 
 def test_an_unknown_keyword_is_refused(mini_model):

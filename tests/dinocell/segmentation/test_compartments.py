@@ -159,6 +159,14 @@ def test_nuclei_alone_is_one_channel(tmp_path: Path) -> None:
     assert result.nuclei is None
 
 
+def test_both_may_be_positions_of_an_array() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 2)).astype(np.uint8)
+    numbers = segment(image, model="dinocell-cells", nuclei=0, cells=1)
+    words = segment(image, model="dinocell-cells", nuclei="0", cells="1")
+    np.testing.assert_array_equal(numbers.labels, words.labels)
+    assert numbers.nuclei is not None
+
+
 def test_the_command_writes_both(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 

@@ -58,7 +58,7 @@ def adapted(data, start, out, **options):
         data / "images",
         data / "labels",
         out,
-        start=str(start),
+        start=start,
         options=AdaptOptions(**options),
         shown=False,
     )
