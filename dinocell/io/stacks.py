@@ -322,7 +322,7 @@ def _which(path: Path, series: Sequence[Series], wanted: Selection) -> str:
         names = ["`scene`"] * (len(series) > 1)
         names += [f"`{_OPTION_OF_AXIS[axis]}`" for axis in "TZ" if axis in axes]
         way = " and ".join(names)
-    return f"One 2-D image is needed, '{path}' holds {held}: choose with {way}"
+    return f"One 2-D image is needed, '{path}' holds {held}: choose with {way}, or save one plane"
 
 
 def _projected(

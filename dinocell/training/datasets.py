@@ -87,7 +87,7 @@ def read_pair(pair: Pair, **intensity: float) -> tuple[NDArray, NDArray[np.uint3
     if image.ndim != 2:
         raise DataSetError(
             f"Training images must be gray (H, W), got shape {image.shape} in {pair.image_path}: "
-            "name the channels of the data set, or save one of them"
+            "choose with `channels` (of the data set), or save one of them"
         )
     if looks_like_labels(image):
         raise DataSetError(

@@ -55,7 +55,9 @@ def test_table(capsys, stack):
     assert rows["pixel size"] == "x 0.25, y 0.25, z 1.5 µm"
     assert rows["data type"] == "uint16"
     assert "intensity" not in out
-    assert rows["segment"].endswith("holds T 2 × Z 3 × C 2: choose with --time and --z")
+    assert rows["segment"].endswith(
+        "holds T 2 × Z 3 × C 2: choose with --time and --z, or save one plane"
+    )
 
 
 @pytest.mark.parametrize(

@@ -210,9 +210,12 @@ def test_scenes(stacks, name):
 
 @pytest.mark.parametrize("name", sorted(set(WRITERS) - set(SCENES)))
 def test_a_stack_without_a_choice_is_refused_with_what_it_holds(stacks, name):
-    with pytest.raises(ImageFileError, match=r"holds T 2 × Z 3 × C 2: choose with `time` and `z`$"):
+    with pytest.raises(
+        ImageFileError,
+        match=r"holds T 2 × Z 3 × C 2: choose with `time` and `z`, or save one plane$",
+    ):
         read_image(stacks / name)
-    with pytest.raises(ImageFileError, match=r"choose with `time`$"):
+    with pytest.raises(ImageFileError, match=r"choose with `time`, or save one plane$"):
         read_image(stacks / name, z="max")
     with pytest.raises(UsageError, match=r"`z` must be 0 … 2 .*, got 3"):
         read_image(stacks / name, z=3, time=0)

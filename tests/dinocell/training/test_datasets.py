@@ -179,7 +179,7 @@ class TestWrongFolders:
             imagej=True,
             metadata={"axes": "CYX"},
         )
-        with pytest.raises(DataSetError, match="must be gray"):
+        with pytest.raises(DataSetError, match=r"must be gray.*choose with `channels`"):
             read_pair(pair)  # three channels that are not colours
 
     def test_a_truncated_image_is_met_before_training(self, blob_data, tmp_path):
