@@ -166,7 +166,10 @@ def segment_files(
         loaded, **{name: getattr(options, name) for name in PIPELINE_OPTIONS}
     )
     make_folder(out)
-    with _saying_what_was_kept(_again(options, part)), _claimed_folder(out, part, claimant):
+    with (
+        _saying_what_was_kept(how_to_continue(options, part)),
+        _claimed_folder(out, part, claimant),
+    ):
         batch = _Batch(pipeline, out, options, part, watcher)
         result = _segment_claimed(units, batch, shown=shown)
     return replace(result, seconds=time.monotonic() - started)
@@ -176,7 +179,7 @@ def segment_files(
 def _saying_what_was_kept(again: str) -> Iterator[None]:
     """Turn what the system says of the journal, the summary, and other files of the whole batch into a sentence.
 
-    `again` is the end of it, see `_again`.
+    `again` is the end of it, see `how_to_continue`.
     """
     try:
         yield
@@ -360,7 +363,7 @@ class _Batch:
             with journal.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:  # no later image could be noted
-            again = _again(self.options, self.part)
+            again = how_to_continue(self.options, self.part)
             raise _JournalError(str(_not_written(error, again))) from error
 
     def _write(self, unit: Unit, result: Segmentation, warned: Sequence[str]) -> dict[str, Any]:
@@ -406,7 +409,7 @@ class _Batch:
             bar.advance(note=unit.path.name)
 
     def _fail(self, unit: Unit, error: Exception) -> None:
-        _stop_if_all_would_fail(error, _again(self.options, self.part))
+        _stop_if_all_would_fail(error, how_to_continue(self.options, self.part))
         self.failures.append((unit, unit.described(str(error) or type(error).__name__)))
         if self.part is not None:
             note_failure(self.part, unit.name)
@@ -430,10 +433,15 @@ def _stop_if_all_would_fail(error: Exception, again: str) -> None:
         raise _not_written(error, again) from error
 
 
-def _again(options: SegmentOptions, part: Path | None) -> str:
-    """What to do to continue a batch that has stopped; without `resume` its results would be refused."""
-    continues = options.resume or options.overwrite or part is not None
-    return "run the same command again" + ("" if continues else " with `resume`")
+def how_to_continue(options: SegmentOptions, part: Path | None = None) -> str:
+    """What to do to continue a batch, or a part of one, that has stopped.
+
+    Without `resume` its results would be refused, and with `overwrite` be replaced once more.
+    """
+    if part is not None or options.resume:
+        return "run the same command again"
+    instead = " in place of `overwrite`" if options.overwrite else ""
+    return f"run the same command again with `resume`{instead}"
 
 
 def _not_written(error: Exception, again: str) -> DINOCellError:

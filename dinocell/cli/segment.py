@@ -228,17 +228,18 @@ def segment(
     Example: `dinocell segment images/ -o out --report`
     """
     from dinocell.batch.remote import segment_anywhere
+    from dinocell.batch.run import how_to_continue
     from dinocell.cluster.slurm import claimant
     from dinocell.io import search_images
+    from dinocell.io.s3 import place_of
 
     found = search_images(images, recursive=recursive)
+    wanted = options.for_batch()
     try:
-        result = segment_anywhere(found.paths, out, options.for_batch(), claimant=claimant())
+        result = segment_anywhere(found.paths, out, wanted, claimant=claimant())
     except KeyboardInterrupt:
-        print(
-            f"Images that were finished are kept in {out}: set --resume to continue",
-            file=sys.stderr,
-        )
+        kept = f"Images that were finished are kept in {place_of(out)}: {how_to_continue(wanted)}"
+        print(in_options(kept, context), file=sys.stderr)
         raise
     notes = "".join(f"\nnote: {note}" for note in found.notes)
     print(in_options(result.text() + notes, context))

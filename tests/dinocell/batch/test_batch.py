@@ -342,8 +342,10 @@ def test_a_full_disk_is_no_fault_of_the_images(images, tmp_path, mini_model, mon
     assert not (tmp_path / "out" / "summary.csv").exists()
     # Without it the same command is refused where an image was finished.
     assert str(caught.value).endswith("run the same command again with `resume`")
-    with pytest.raises(DINOCellError, match=r"run the same command again$"):
+    with pytest.raises(DINOCellError, match=r"again with `resume` in place of `overwrite`$"):
         run(images, tmp_path / "out", mini_model, overwrite=True)
+    with pytest.raises(DINOCellError, match=r"run the same command again$"):
+        run(images, tmp_path / "out", mini_model, resume=True)
 
 
 def at_second_image(monkeypatch, strike):

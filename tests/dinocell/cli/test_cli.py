@@ -320,12 +320,19 @@ class TestSegment:
 
         monkeypatch.setattr("dinocell.batch.remote.segment_anywhere", interrupted)
         images, out = blob_data / "images", tmp_path / "out"
-        code, _, err = call(capsys, "segment", images, "-o", out, "--model", model_path)
-        assert code == 130
-        assert err == (
-            f"Images that were finished are kept in {out}: set --resume to continue\n"
-            "dinocell: stopped\n"
-        )
+        again = "run the same command again"
+        for where, given, advice in (
+            (out, [], f"{again} with --resume"),
+            (out, ["--resume"], again),
+            (out, ["--overwrite"], f"{again} with --resume in place of --overwrite"),
+            ("s3://bucket/out", [], f"{again} with --resume"),
+        ):
+            call_line = ["segment", images, "-o", where, "--model", model_path, *given]
+            code, _, err = call(capsys, *call_line)
+            assert code == 130
+            assert err == (
+                f"Images that were finished are kept in {where}: {advice}\ndinocell: stopped\n"
+            )
 
     def test_wrong_model_file(self, capsys, blob_data, tmp_path):
         (tmp_path / "m.pth").write_bytes(b"PK\x03\x04rest of a zip")
