@@ -140,6 +140,8 @@ def convert_weights(
     Raises UsageError, CheckpointError (the file does not exist, or holds no backbone; an option is
     wrong; the target exists).
     """
+    from dinov3.checkpointer import patch_size_adaptation as adaptation
+
     formats = _formats()
     source, target = find_weights(source), Path(target)
     if target.resolve() == source.resolve():
@@ -152,6 +154,11 @@ def convert_weights(
             raise UsageError(
                 f"`target` must end in .pth or .safetensors, got {target}: or choose the format by `to`"
             )
+    if patch_method not in adaptation.METHODS:
+        raise UsageError(
+            f"`patch_method` must be one of {', '.join(adaptation.METHODS)}, got {patch_method}: choose one "
+            "of these"
+        )
     if patch_size is None and patch_method != "nearest":
         raise UsageError(
             f"`patch_method` must come with `patch_size`, got {patch_method} alone: give both, or neither"
@@ -159,8 +166,6 @@ def convert_weights(
     state, description = _read(source, which)
     note = ""
     if patch_size is not None:
-        from dinov3.checkpointer import patch_size_adaptation as adaptation
-
         with raised_as(UsageError, ValueError):
             state, done = adaptation.adapt_state_dict(state, patch_size, patch_method)
         note = f"; {done}" if done is not None else ""

@@ -105,7 +105,6 @@ def adapt_state_dict(
     `state`: of the backbone, in upstream's names; `key`: of the kernel.  Returns the new state
     dict, and what was done (None if the size is right already).
     """
-    one_of("method", method, METHODS)
     before = patch_size_of(state, key)
     adapted = dict(state)
     if before == patch_size:

@@ -81,7 +81,9 @@ def test_format_follows_the_ending(backbone, tmp_path):
         convert_weights(backbone, tmp_path / "x.bin")
     with pytest.raises(UsageError, match="`patch_method` must come with `patch_size`, got bicubic"):
         convert_weights(backbone, tmp_path / "y.pth", patch_method="bicubic")
-    with pytest.raises(UsageError, match=r"`method` must be one of nearest, .*, got 'best'"):
+    with pytest.raises(
+        UsageError, match=r"`patch_method` must be one of nearest, .*, got best: choose"
+    ):
         convert_weights(backbone, tmp_path / "y.pth", patch_size=16, patch_method="best")
 
 
