@@ -340,8 +340,8 @@ class Queue:
     def expire(self, *, keep_s: float, keep_bytes: float, now: float | None = None) -> list[str]:
         """Delete files of finished jobs: those older than `keep_s`, then the oldest above `keep_bytes`.
 
-        A job is as old as its last change: its end, or the last change of its labels.  The newest one stays,
-        whatever its size.
+        A job is as old as its last change: its end, or the last change of its labels.  The newest result
+        stays, whatever its size.
 
         Returns the ids of the jobs.
         """
@@ -351,17 +351,19 @@ class Queue:
         changed = {one.name: _last_change(one) for one in folders}
         with self._transaction() as database:
             rows = database.execute(
-                "SELECT id, finished, seq FROM jobs WHERE state IN ('done', 'failed')"
+                "SELECT id, finished, seq, state FROM jobs WHERE state IN ('done', 'failed')"
             ).fetchall()
             ages = [
                 (max(row["finished"], changed.get(row["id"], 0)), row["seq"], row["id"])
                 for row in rows
             ]
+            done = {row["id"] for row in rows if row["state"] == "done"}
+            # It may need more space alone, and somebody waits for it.
+            newest = max((age for age in ages if age[-1] in done), default=(0, 0, ""))[-1]
             total, expired = 0, []
-            for place, (last_s, _, job_id) in enumerate(sorted(ages, reverse=True)):
+            for last_s, _, job_id in sorted(ages, reverse=True):
                 total += sizes.get(job_id, 0)  # corrections and channels add to what it had
-                # The newest may need more space alone, and somebody waits for it.
-                if now - last_s > keep_s or (place and total > keep_bytes):
+                if now - last_s > keep_s or (job_id != newest and total > keep_bytes):
                     expired.append(job_id)
             database.executemany(
                 "UPDATE jobs SET state = 'expired', finished = ? WHERE id = ?",

@@ -149,8 +149,10 @@ def test_pictures_never_replace_what_is_compared(tmp_path, capsys):
         errors = ["--errors", str(tmp_path / folder), "--overwrite"]
         assert run(*call, *errors) == 2, folder
         assert "--errors must be another folder" in capsys.readouterr().err
-    assert run(*call, "--errors", str(tmp_path / "pictures")) == 2
-    assert "a.png, which exists" in capsys.readouterr().err
+    write_labels(tmp_path / "deep" / "x" / "a.png", TRUTH.astype(np.uint16))
+    for folder in ("pictures", "deep"):
+        assert run(*call, "--errors", str(tmp_path / folder)) == 2
+        assert "a.png, which exists" in capsys.readouterr().err
     for folder in ("truth", "pred", "pictures"):
         assert (tmp_path / folder / "a.png").read_bytes() == before
     model = ["evaluate", "--model", "dinocell-cells", "--data", str(tmp_path)]

@@ -176,6 +176,15 @@ def test_the_newest_stays_although_it_is_too_large_alone(queue):
     assert queue.expire(keep_s=60, keep_bytes=500, now=ended + 61) == [jobs[1].id]
 
 
+def test_a_later_failure_does_not_take_the_place_of_the_newest_result(queue):
+    result, failure = add(queue, size=1000), add(queue, size=10)
+    queue.finish(queue.take())
+    queue.finish(queue.take(), error="broken")
+    now = queue.get(failure.id).finished
+    assert queue.expire(keep_s=60, keep_bytes=500, now=now) == []
+    assert queue.get(result.id).state == "done"
+
+
 def test_what_was_changed_last_stays_longest(queue):
     jobs = [add(queue, size=1000) for _ in range(3)]
     for _ in jobs:
