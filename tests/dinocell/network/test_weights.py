@@ -136,7 +136,7 @@ def test_a_model_gives_its_backbone(capsys, tmp_path):
         (["weights", "convert", "IN", "o.pth", "--to", "onnx"], 2, "must be one of meta, hf"),
         (["weights", "convert", "IN", "o.pth", "--which", "aunt"], 2, "teacher or student"),
         (["weights", "convert", "IN", "o.pth", "--patch-size", "8", "--patch-method", "x"], 2,
-         "`method` must be one of"),
+         "--patch-method must be one of"),
         (["weights", "convert", "BAD", "o.pth"], 1, "a web page"),
         (["weights", "info", "BAD"], 1, "a web page"),
         (["weights", "fetch", "a/b"], 2, "NAME must be one of"),
