@@ -141,36 +141,39 @@ def open_folder(
     done, changed = _done_rows(out, journal, units, options) if options.resume else ({}, [])
     complete_last_line(journal_path)
     if options.overwrite:
-        _forget_rows(journal_path, units)
+        _forget_rows(journal_path, journal, units)
     write_text_atomically(settings_path, json.dumps(settings, indent=1, sort_keys=True))
     return done, changed
 
 
-def _forget_rows(journal_path: Path, units: Sequence[Unit]) -> None:
-    """Remove images that are to be segmented again from a journal."""
-    journal, names = read_journal(journal_path), {unit.name for unit in units}
+def _forget_rows(
+    journal_path: Path, journal: Sequence[dict[str, Any]], units: Sequence[Unit]
+) -> list[dict[str, Any]]:
+    """Remove images that are to be segmented again from a journal with these rows; the rows that stay."""
+    names = {unit.name for unit in units}
     kept = [row for row in journal if row["name"] not in names]
     if len(kept) < len(journal):
         write_text_atomically(journal_path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
 
 
-def prepare_overwriting(
-    out: Path, units: Sequence[Unit], options: SegmentOptions, *, write: bool
-) -> None:
-    """Make a folder ready for parts of a batch that replace results, or only check that they may.
+def refuse_mixture(out: Path, units: Sequence[Unit], options: SegmentOptions) -> None:
+    """Raise ConfigError if results of other images would stay in a folder beside those of other settings.
 
     Settings of the model are compared when a part runs; nothing here reads a model.
-
-    Raises ConfigError (the folder has results of other images, and these have other settings).
     """
-    journal_path, settings_path = out / JOURNAL_NAME, out / SETTINGS_NAME
-    others = {row["name"] for row in read_journal(journal_path)} - {unit.name for unit in units}
-    if others and settings_path.exists():
-        _refuse_other_settings(settings_path, _settings_without_model(options), others)
-    if write:
-        _forget_rows(journal_path, units)
-        if not others:
-            settings_path.unlink(missing_ok=True)
+    others = {row["name"] for row in read_journal(out / JOURNAL_NAME)} - {
+        unit.name for unit in units
+    }
+    if others and (out / SETTINGS_NAME).exists():
+        _refuse_other_settings(out / SETTINGS_NAME, _settings_without_model(options), others)
+
+
+def forget_results(out: Path, units: Sequence[Unit]) -> None:
+    """Take images that are to be segmented again from the journal, and settings that no image has."""
+    journal_path = out / JOURNAL_NAME
+    if not _forget_rows(journal_path, read_journal(journal_path), units):
+        (out / SETTINGS_NAME).unlink(missing_ok=True)
 
 
 def _refuse_other_settings(

@@ -27,7 +27,7 @@ from dinocell.batch.claims import (
     read_claim,
     refuse_running,
 )
-from dinocell.batch.folder import prepare_overwriting, refuse_results
+from dinocell.batch.folder import forget_results, refuse_mixture, refuse_results
 from dinocell.batch.inputs import is_unchanged, size_and_time
 from dinocell.batch.journal import (
     FAILURES_NAME,
@@ -149,7 +149,7 @@ def plan_shards(
             refuse_results(units, out, options.formats, resumable=False)
         _refuse_running(out, claimant)
         if options.overwrite:
-            prepare_overwriting(out, units, options, write=False)
+            refuse_mixture(out, units, options)
         files = {
             shard_folder(out, index) / _MANIFEST_NAME: _manifest_text(part, units, shares)
             for index, part in enumerate(parts)
@@ -160,7 +160,7 @@ def plan_shards(
     if plan.fresh:
         _forget(out)
         if options.overwrite:
-            prepare_overwriting(out, units, options, write=True)
+            forget_results(out, units)
     for path, text in files.items():  # the plan last: it says that the manifests are written
         write_text_atomically(path, text, errors="surrogateescape")
     return replace(plan, fresh=False)

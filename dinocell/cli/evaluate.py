@@ -180,8 +180,8 @@ def _refuse_files(
     """Raise UsageError if a file of an earlier evaluation, or any picture, could be replaced."""
     if save_to is not None and model is not None and save_to.resolve() == Path(model).resolve():
         save_to = None  # refused with a sentence of its own, whatever else is given
-    pictures = () if errors is None else (errors / "errors.csv", *sorted(errors.rglob("*.png")))
-    for path in (out, *pictures, save_to):
+    made = () if errors is None else (errors / "errors.csv", next(errors.rglob("*.png"), None))
+    for path in (out, *made, save_to):
         if path is not None and path.exists():
             raise UsageError(
                 f"An evaluation must not replace files unasked, got {path}, which exists: choose another "
