@@ -1,5 +1,6 @@
 """Tables of cells as files with types: Parquet and AnnData."""
 
+import io
 import os
 from typing import Any
 
@@ -40,7 +41,7 @@ def write_parquet(path: str | os.PathLike[str], table: CellTable, *, image_name:
 
 
 def write_anndata(path: str | os.PathLike[str], table: CellTable, *, image_name: str = "") -> None:
-    """Write a table as AnnData (``.h5ad``), which scanpy and squidpy read.
+    """Write a table as AnnData (``.h5ad``), which scanpy and squidpy read; the file is made in memory first.
 
     ``X`` (cells, measurements) float64 holds what was measured, NaN where a value is missing, with the
     unit of each in ``var["unit"]``.  ``obs`` has the place (texts as categories), the label,
@@ -51,6 +52,7 @@ def write_anndata(path: str | os.PathLike[str], table: CellTable, *, image_name:
     """
     anndata = library("anndata", "AnnData files", "tables")
     pandas = library("pandas", "AnnData files", "tables")
+    h5py = library("h5py", "AnnData files", "tables")
     about = [n for n in table.columns if n in _ABOUT_CELL or n.startswith(_PLACES)]
     measured = [name for name in table.columns if name not in about]
     names = [str(label) for label in table["label"].tolist()]
@@ -81,5 +83,11 @@ def write_anndata(path: str | os.PathLike[str], table: CellTable, *, image_name:
         obsm={"spatial": places * (size_um or 1.0)},
         uns=uns,
     )
+    # Where a disk is full, h5py prints an error for every open part of the file; memory never is.
+    memory = io.BytesIO()
+    with h5py.File(memory, "w") as file:
+        content.strings_to_categoricals()  # this and the next lines are `content.write_h5ad`
+        anndata.io.write_elem(file, "/", content)
+        file.pop("raw", None)  # empty, and of a type that anndata before 0.12 cannot read
     with writing(path) as temporary:
-        content.write_h5ad(temporary)
+        temporary.write_bytes(memory.getbuffer())

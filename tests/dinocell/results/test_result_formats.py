@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 import zipfile
@@ -353,6 +354,57 @@ def test_anndata_opens_with_places_and_units(empty: bool, tmp_path: Path) -> Non
     np.testing.assert_array_equal(found.obsm["spatial"].T, places)
     assert (found.uns["spatial_unit"], found.uns["pixel_size_um"]) == ("µm", 0.5)
     assert found.var.loc["area_um2", "unit"] == "µm²"
+
+
+@pytest.mark.parametrize("most_bytes", [0, 4096, 8192, 16384])
+def test_anndata_on_a_full_disk_is_one_sentence(
+    most_bytes: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """h5py would print an error for each open part of the file, before and after ours."""
+    pytest.importorskip("anndata", reason="anndata is not installed: extra [tables]")
+    resource = pytest.importorskip("resource", reason="limits of files are those of Unix")
+    write("h5ad", tmp_path, cells())
+    before = contents(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, limits[1]))  # stands for the disk
+    try:
+        with pytest.raises(DINOCellError) as caught:
+            write("h5ad", tmp_path, cells())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    reason = r"cannot be written \(File too large\): choose another folder or free some space"
+    assert re.search(reason, str(caught.value))
+    assert capfd.readouterr() == ("", "")
+    assert contents(tmp_path) == before
+
+
+def test_anndata_holds_what_its_own_writer_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same parts with the same attributes, and none of a type that earlier readers do not know."""
+    anndata = pytest.importorskip("anndata", reason="anndata is not installed: extra [tables]")
+    import h5py
+
+    def parts(path: Path) -> list[tuple[str, ...]]:
+        found: list[tuple[str, ...]] = []
+        with h5py.File(path) as file:
+
+            def note(name: str, item: Any) -> None:
+                values = "" if isinstance(item, h5py.Group) else repr(item[()])
+                found.append((name, values, repr(sorted(dict(item.attrs).items()))))
+
+            note("/", file)
+            file.visititems(note)
+        return found
+
+    real, theirs = anndata.io.write_elem, tmp_path / "theirs.h5ad"
+
+    def written_twice(file: Any, name: str, content: Any) -> None:
+        content.write_h5ad(theirs)
+        real(file, name, content)
+
+    monkeypatch.setattr(anndata.io, "write_elem", written_twice)
+    assert parts(write("h5ad", tmp_path, cells())) == parts(theirs)
 
 
 PLACE = {"plate": "P7", "well": "A01", "site": 2, "channel": "DNA", "z": 0, "time": 1}
