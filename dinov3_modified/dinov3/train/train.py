@@ -276,8 +276,9 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> None:
     schedules = build_schedulers(cfg)
     max_iter = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
     _log_plan(cfg, schedules[0], max_iter)
-    if start_iter > 0 and _teacher_is_due(cfg, start_iter, max_iter):
-        # The run may have been killed between its checkpoint and this file.
+    due = start_iter > 0 and _teacher_is_due(cfg, start_iter, max_iter)
+    if due and not _teacher_is_written(cfg, start_iter - 1):
+        # The run was killed between its checkpoint and this file.
         do_test(cfg, model, f"training_{start_iter - 1}", process_group)
     if start_iter >= max_iter:
         logger.info("Nothing left to do: %d of %d iterations are done", start_iter, max_iter)
@@ -327,6 +328,16 @@ def _teacher_is_due(cfg: DictConfig, done: int, max_iter: int) -> bool:
     """Whether the teacher is written after so many iterations."""
     period = cfg.evaluation.eval_period_iterations
     return done >= max_iter or bool(period > 0 and done % period == 0)
+
+
+def _teacher_is_written(cfg: DictConfig, iteration: int) -> bool:
+    """Whether `do_test` has written the teacher of an iteration; rank 0 looks, all get its answer."""
+    sharded = cfg.train.sharded_eval_checkpoint
+    name = "sharded_teacher_checkpoint" if sharded else "teacher_checkpoint.pth"
+    answer = [(Path(cfg.train.output_dir) / "eval" / f"training_{iteration}" / name).exists()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 def _start_or_resume(

@@ -434,6 +434,19 @@ def test_finished_run_does_nothing(images, copied_run):
     assert (copied_run / "training_metrics.json").read_text() == before
 
 
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_finished_run_leaves_its_teacher_as_it_is(images, copied_run, sharded):
+    def written() -> dict[str, tuple[int, int]]:
+        found = {path.name: path.stat() for path in (copied_run / "eval/training_5").iterdir()}
+        return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
+
+    run(images, copied_run, f"train.sharded_eval_checkpoint={sharded}")
+    before = written()
+    assert ("sharded_teacher_checkpoint" in before) == (sharded == "true")
+    run(images, copied_run, f"train.sharded_eval_checkpoint={sharded}")
+    assert written() == before
+
+
 def test_a_teacher_that_is_missing_is_written(images, whole_run, copied_run):
     """As after a kill, or on a full disk, between the last checkpoint and the teacher's file."""
     shutil.rmtree(copied_run / "eval")
