@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dinocell.batch.journal import JOURNAL_NAME, count_rows
+from dinocell.batch.journal import JOURNAL_NAME, count_rows, merging_folder
 from dinocell.submitted import RunProgress, SubmittedCommand
 
 
@@ -19,7 +19,14 @@ class Shards(SubmittedCommand):
         return count_rows(run_dir / JOURNAL_NAME)
 
     def progress(self, run_dir: Path) -> RunProgress | None:
-        """Images in the journal, of those in the manifest if the folder is a part of a batch."""
+        """Images in the journal, of those in the manifest if the folder is a part of a batch.
+
+        Of the folder of a merging: those that are merged; None before the first merging.
+        """
+        whole = run_dir.parent.parent
+        if run_dir == merging_folder(whole):
+            journal = whole / JOURNAL_NAME
+            return RunProgress(count_rows(journal), None, "images") if journal.is_file() else None
         listed = run_dir / "manifest.csv"
         total = max(count_rows(listed) - 1, 0) if listed.is_file() else None
         return RunProgress(self.saved(run_dir), total, "images")

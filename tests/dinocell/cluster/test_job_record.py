@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dinocell.batch.journal import merging_folder, shard_folder
 from dinocell.cluster.commands import command_of
 from dinocell.cluster.record import (
     JobRecord,
@@ -204,6 +205,19 @@ def test_progress_of_a_segmentation_without_a_list(tmp_path):
     assert run_progress(command, tmp_path) == RunProgress(0, None, "images")
     lines(tmp_path / "images.jsonl", {"name": "a"}, {"name": "b"})
     assert str(run_progress(command, tmp_path)) == "2 images"
+
+
+def test_progress_of_a_merging_is_what_is_merged(tmp_path):
+    """Its own folder has no images; those of the whole batch are in the journal that it writes."""
+    command, folder = ("shards", "merge", str(tmp_path)), merging_folder(tmp_path)
+    folder.mkdir(parents=True)
+    assert run_progress(command, folder) is None
+    lines(tmp_path / "images.jsonl", {"name": "a"}, {"name": "b"}, {"name": "c"})
+    assert run_progress(command, folder) == RunProgress(3, None, "images")
+    assert run_progress(command, merging_folder(tmp_path / "unlike")) is None
+    part = shard_folder(tmp_path, 0)
+    part.mkdir()
+    assert run_progress(("shards", "run", str(tmp_path), "0"), part).done == 0
 
 
 def test_nothing_of_nothing():
