@@ -46,6 +46,16 @@ IGNORED_KEYS: dict[str, str] = {
     "evaluation.config_files.low_freq": "ssl_evaluation evaluates",
 }
 
+# Keys that act on RGB pictures, but not on fields, whose crops `multiview.strategy` makes.
+_IGNORED_FOR_FIELDS: dict[str, str] = {
+    "crops.global_crops_scale": "multiview.zoom sets the size of windows",
+    "crops.local_crops_scale": "multiview.zoom sets the size of windows",
+    "crops.localcrops_subset_of_globalcrops": "multiview.local_inside places local crops",
+    "crops.horizontal_flips": "multiview.rotate turns and mirrors crops",
+    "crops.share_color_jitter": "multiview.photometrics changes each crop by itself",
+    "crops.gram_teacher_no_distortions": "crops of the Gram teacher of fields are never distorted",
+}
+
 # Keys that a resumed run may change without becoming another run.
 _FREE_PREFIXES = (
     "streaming.", "wandb.", "monitor.", "ssl_evaluation.", "checkpointing.", "evaluation.",
@@ -185,9 +195,17 @@ def _check_type(key: str, value: Any, default: Any, source: str) -> None:
 
 
 def warn_of_ignored_keys(cfg: DictConfig, default: DictConfig) -> list[str]:
-    """Warn of every key of `IGNORED_KEYS` with another value than its default; returns them."""
-    found = []
-    for key, instead in IGNORED_KEYS.items():
+    """Warn of every key without effect that has another value than its default; returns them.
+
+    These are `IGNORED_KEYS`, and the keys that act only with, or only without, `multiview.strategy`.
+    """
+    found, reasons = [], dict(IGNORED_KEYS)
+    if cfg.multiview.strategy:
+        reasons |= _IGNORED_FOR_FIELDS
+    else:
+        why = "multiview.strategy is not set"
+        reasons |= {key: why for key, _ in leaves(default.multiview, "multiview.")}
+    for key, instead in reasons.items():
         value, usual = OmegaConf.select(cfg, key), OmegaConf.select(default, key)
         if value != usual:
             logger.warning("%s=%r has no effect: %s", key, value, instead)

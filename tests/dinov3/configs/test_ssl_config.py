@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dinov3.cells.ranges import RANGES
 from dinov3.cells.validation import check_keys, leaves, warn_of_ignored_keys
@@ -20,6 +22,7 @@ from dinov3.configs import (
     setup_config,
     write_config,
 )
+from dinov3.data.augmentations_multiview import build_multiview_augmentation
 
 ROOT = Path(__file__).parents[3]
 
@@ -184,6 +187,48 @@ def test_ignored_keys_warn_and_are_documented(caplog):
     text = (ROOT / "docs" / "ssl_config.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `([\w.]+)` \|", text, flags=re.M)
     assert listed == list(IGNORED_KEYS), "the table of docs/ssl_config.md is that of IGNORED_KEYS"
+
+
+class _Read:
+    """A section of a configuration that notes which of its keys are read."""
+
+    def __init__(self, section: DictConfig) -> None:
+        self.section, self.names = section, set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return self.section[name]
+
+    __getattr__ = __getitem__
+
+
+def test_keys_of_crops_that_views_by_channel_do_not_read_warn(caplog):
+    default = get_default_config()
+    default.multiview.strategy = "multiview"
+    crops = _Read(default.crops)
+    build_multiview_augmentation(SimpleNamespace(multiview=default.multiview, crops=crops))
+    # Those that the loader reads.
+    read = crops.names | {"global_local_crop_pairs_ratios", "teacher_to_student_resolution_scale"}
+    cfg = get_default_config()
+    for name, value in default.crops.items():
+        changed = [one / 2 for one in value] if isinstance(value, ListConfig) else not value
+        cfg.crops[name] = changed
+    assert warn_of_ignored_keys(cfg, get_default_config()) == [], "all act on pictures"
+    cfg.multiview.strategy = "multiview"
+    with caplog.at_level("WARNING"):
+        found = warn_of_ignored_keys(cfg, get_default_config())
+    assert sorted(found) == sorted(f"crops.{name}" for name in set(default.crops) - read)
+    assert "crops.horizontal_flips=False has no effect: multiview.rotate turns" in caplog.text
+
+
+def test_keys_of_views_by_channel_warn_without_a_strategy(caplog):
+    default, cfg = get_default_config(), get_default_config()
+    cfg.multiview.update({"window": "same", "noise": 0.2})
+    with caplog.at_level("WARNING"):
+        assert warn_of_ignored_keys(cfg, default) == ["multiview.window", "multiview.noise"]
+    assert "multiview.noise=0.2 has no effect: multiview.strategy is not set" in caplog.text
+    cfg.multiview.strategy = "single"
+    assert warn_of_ignored_keys(cfg, default) == []
 
 
 def test_ignored_keys_are_read_nowhere():
