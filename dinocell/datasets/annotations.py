@@ -25,7 +25,7 @@ def coco(source: Path, notes: list[str], *, stratified: bool = False) -> Iterato
     Annotations of one file at a time are read; their polygons stay in memory as 32-bit numbers.
     With `stratified`, the first word of an image's name is its stratum.
     """
-    files = [source] if source.is_file() else sorted(source.rglob("*.json"))
+    files = [source] if source.is_file() else files_below(source, (".json",))
     home = source.parent if source.is_file() else source
     by_name: dict[str, list[Path]] = defaultdict(list)
     for path in files_below(home):

@@ -13,9 +13,9 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocell.datasets.folders import files_below
 from dinocell.datasets.sample import Content, Sample, split_of
 from dinocell.errors import DataSetError
-from dinocell.io import natural_key
 from dinocell.labels import all_whole
 
 _DAMAGED = (
@@ -77,7 +77,7 @@ def tissuenet(source: Path, notes: list[str], *, labels: int) -> Iterator[Sample
 
     `labels` is the channel of y: 0 whole cells, 1 nuclei.
     """
-    paths = [source] if source.is_file() else sorted(source.rglob("*.npz"))
+    paths = [source] if source.is_file() else files_below(source, (".npz",))
     for path in paths:
         images, truth = _ArrayInArchive(path, "X"), _ArrayInArchive(path, "y")
         if images.shape[:3] != truth.shape[:3] or images.shape[3] != 2 or truth.shape[3] <= labels:
@@ -106,7 +106,7 @@ _LYNSEC_WRONG = ("l2", 34)  # so torch-em, which leaves them out, too
 def lynsec(source: Path, notes: list[str]) -> Iterator[Sample]:
     """`lynsec 1/0_l1.npy` to `lynsec 3`: (H, W, 4 or 5) red, green, blue, number of the nucleus, class."""
     left_out = 0
-    for path in sorted(source.rglob("*.npy"), key=natural_key):
+    for path in files_below(source, (".npy",)):
         found = _LYNSEC_NAME.fullmatch(path.stem)
         if found is None:
             continue

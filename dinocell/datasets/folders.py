@@ -12,10 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.datasets.sample import Content, Sample, name_below, split_of, split_of_path
-from dinocell.errors import DataSetError
+from dinocell.errors import DataSetError, some
 from dinocell.io import Image, natural_key, read_image, read_labels
+from dinocell.io.names import walk_folders
 from dinocell.io.polygons import CellMask, paint_cells
-from dinocell.pairs import IMAGE_SUFFIXES, LABEL_SUFFIXES, ROI_ENDINGS, SEG_NPY
+from dinocell.pairs import (
+    IMAGE_SUFFIXES,
+    LABEL_NAME_ENDINGS,
+    LABEL_SUFFIXES,
+    OUTPUT_ENDINGS,
+    ROI_ENDINGS,
+    SEG_NPY,
+)
 
 LabelReader = Callable[[Path, tuple[int, int]], NDArray]
 
@@ -29,23 +37,37 @@ def files_below(
     wanted = tuple(suffixes)
     found = [
         path
-        for path in source.rglob("*")
-        if path.suffix.lower() in wanted
-        and path.stem.endswith(ending)
-        and not any(part.startswith(".") for part in path.relative_to(source).parts)
-        and path.is_file()
+        for _, files in walk_folders(source)
+        for path in files
+        if path.name.lower().endswith(wanted) and path.stem.endswith(ending) and path.is_file()
     ]
     return sorted(found, key=natural_key)
 
 
-def image_named(folder: Path, names: Iterable[str]) -> Path | None:
-    """The image of a folder with the first of some names that exists, before the suffix."""
-    for name in names:
-        for suffix in IMAGE_SUFFIXES:
-            for path in (folder / f"{name}{suffix}", folder / f"{name}{suffix.upper()}"):
-                if path.is_file() and not path.name.endswith(SEG_NPY):
-                    return path
-    return None
+def folders_below(source: Path) -> list[Path]:
+    """Folders below a folder, but for hidden ones, in natural order."""
+    return sorted((one for one, _ in walk_folders(source) if one != source), key=natural_key)
+
+
+class Images:
+    """The images below a folder, found by their folder and their name before the suffix."""
+
+    def __init__(self, source: Path) -> None:
+        found = files_below(source) if source.is_dir() else []
+        self.paths = [path for path in found if not path.name.endswith(SEG_NPY)]
+        self._known: dict[tuple[Path, str], Path] = {}
+        for suffix in IMAGE_SUFFIXES:  # of two images of one name, the first of these
+            for path in self.paths:
+                if path.suffix.lower() == suffix:
+                    self._known.setdefault((path.parent, path.stem), path)
+        for (folder, stem), path in list(self._known.items()):
+            if stem.lower().endswith(".ome"):
+                self._known.setdefault((folder, stem[: -len(".ome")]), path)
+
+    def find(self, folder: Path, names: Iterable[str]) -> Path | None:
+        """The image in a folder with the first of some names that exists."""
+        places = ((folder, name) for name in names)
+        return next((self._known[place] for place in places if place in self._known), None)
 
 
 def _plain_labels(path: Path, shape: tuple[int, int]) -> NDArray:
@@ -76,9 +98,10 @@ def _is_stored_as_colour(path: Path) -> bool:
 
 def beside_masks(source: Path, notes: list[str], *, colour: bool = False) -> Iterator[Sample]:
     """`a_masks.png` beside `a_img.png` or `a.png`, in folders train and test: Cellpose, Omnipose."""
+    images = Images(source)
     for path in files_below(source, LABEL_SUFFIXES, "_masks"):
         stem = path.stem.removesuffix("_masks").removesuffix("_cp")
-        image = image_named(path.parent, (f"{stem}_img", stem))
+        image = images.find(path.parent, (f"{stem}_img", stem))
         yield _sample(source, path, image, stem, partial(read_files, colour=colour))
 
 
@@ -86,15 +109,25 @@ def beside_files(
     source: Path, notes: list[str], *, suffix: str, endings: tuple[str, ...], read: LabelReader
 ) -> Iterator[Sample]:
     """A file of another program beside each image: `a_seg.npy`, `a_RoiSet.zip`, `a.geojson`."""
-    paths = [path for path in source.rglob(f"*{suffix}") if not path.name.startswith(".")]
-    for path in sorted(paths, key=natural_key):
-        stem = path.name.removesuffix(suffix)
+    images, taken = Images(source), set()
+    for path in files_below(source, (suffix,)):
+        stem = path.name[: -len(suffix)]
         ending = next((end for end in endings if stem.endswith(end)), "")
         stem = stem.removesuffix(ending)
         # QuPath names the file of a.tif either a.geojson or a.tif.geojson
-        image = image_named(path.parent, (stem, Path(stem).stem, f"{stem}_img"))
+        image = images.find(path.parent, (stem, Path(stem).stem, f"{stem}_img"))
         name = image.stem if image else stem
+        taken.add(image)
         yield _sample(source, path, image, name, partial(read_files, read=read))
+    alone = [
+        path.name
+        for path in images.paths
+        if path not in taken and not path.stem.endswith(LABEL_NAME_ENDINGS + OUTPUT_ENDINGS)
+    ]
+    if alone:
+        notes.append(
+            f"Images without a file of labels beside them were left out: {len(alone)} ({some(alone)})"
+        )
 
 
 seg_npy = partial(beside_files, suffix=SEG_NPY, endings=(), read=_plain_labels)
@@ -115,7 +148,9 @@ def _sample(
 
 def one_mask_per_cell(source: Path, notes: list[str]) -> Iterator[Sample]:
     """`ID/images/ID.png` and one binary picture per cell in `ID/masks`: Data Science Bowl 2018."""
-    for folder in sorted(source.rglob("masks"), key=natural_key):
+    for folder in folders_below(source):
+        if folder.name != "masks":
+            continue
         home = folder.parent
         pictures = files_below(home / "images") if (home / "images").is_dir() else []
         if len(pictures) != 1:
@@ -156,18 +191,19 @@ def in_two_folders(
 
     `labels` are names of the labels' folders, the better first.
     """
-    for folder in sorted(source.rglob(images), key=natural_key):
+    for folder in folders_below(source):
         homes = [folder.parent / name for name in labels if (folder.parent / name).is_dir()]
-        if not homes or not folder.is_dir():
+        if not homes or folder.name != images:
             continue
+        found = Images(homes[0])
         for image in files_below(folder):
-            path = _labels_named(homes[0], image)
+            path = _labels_named(found, homes[0], image)
             how = partial(read_files, image, path, read)
             yield Sample(image.stem, image, how, None, stratum(image))
 
 
-def _labels_named(folder: Path, image: Path) -> Path:
-    path = image_named(folder, (image.stem,))
+def _labels_named(labels: Images, folder: Path, image: Path) -> Path:
+    path = labels.find(folder, (image.stem,))
     if path is None:
         raise DataSetError(
             f"Every image must have labels of its name, '{image}' has none in '{folder}': download the "
@@ -211,11 +247,12 @@ def tnbc(source: Path, notes: list[str]) -> Iterator[Sample]:
 
     The patients stay whole: 1 to 6 train, 7 and 8 validate, 9 to 11 test.
     """
-    for folder in sorted(source.rglob("Slide_*"), key=natural_key):
+    for folder in folders_below(source):
         number = folder.name.removeprefix("Slide_")
         home = folder.with_name(f"GT_{number}")
-        if not folder.is_dir() or not number.isdigit():
+        if folder.name == number or not number.isdigit():
             continue
+        labels = Images(home)
         patient = int(number)
         split = (
             "train"
@@ -225,7 +262,7 @@ def tnbc(source: Path, notes: list[str]) -> Iterator[Sample]:
             else "test"
         )
         for image in files_below(folder):
-            path = _labels_named(home, image)
+            path = _labels_named(labels, home, image)
             read = partial(read_files, image, path, _connected_colours, colour=True)
             yield Sample(image.stem, image, read, split)
 
@@ -236,18 +273,18 @@ def vicar(source: Path, notes: list[str]) -> Iterator[Sample]:
     Whether the masks number the cells or only show them is not documented: connected regions of one
     value are cells either way.
     """
+    images = Images(source)
     for path in files_below(source, LABEL_SUFFIXES, "_mask"):
         stem = path.stem.removesuffix("_mask")
-        found = _sample(
-            source, path, image_named(path.parent, (f"{stem}_img",)), stem, _read_connected
-        )
+        image = images.find(path.parent, (f"{stem}_img",))
+        found = _sample(source, path, image, stem, _read_connected)
         yield replace(found, stratum=path.parent.name)
 
 
 def bbbc039(source: Path, notes: list[str]) -> Iterator[Sample]:
     """`images/*.tif`, `masks/*.png`, and the lists of the splits in `metadata/{training,...}.txt`."""
     splits: dict[str, str] = {}
-    for path in sorted(source.rglob("*.txt")):
+    for path in files_below(source, (".txt",)):
         split = split_of(path.stem)
         if split is not None:
             names = path.read_text(encoding="utf-8", errors="replace").split()
@@ -307,15 +344,15 @@ def challenge(source: Path, notes: list[str]) -> Iterator[Sample]:
     """
     films = [
         path
-        for path in sorted(source.rglob("*"), key=natural_key)
-        if re.fullmatch(r"\d\d", path.name) and path.is_dir() and _truth_of(path) is not None
+        for path in folders_below(source)
+        if re.fullmatch(r"\d\d", path.name) and _truth_of(path) is not None
     ]
     if len(films) == 1:
         notes.append(
             "There is one film: all of it is in train, because its frames resemble each other"
         )
     for film in films:
-        truth = _truth_of(film)
+        images, truth = Images(film), _truth_of(film)
         assert truth is not None
         split = "val" if film == films[-1] and len(films) > 1 else "train"
         if truth.parent.name.endswith("_GT"):
@@ -325,7 +362,7 @@ def challenge(source: Path, notes: list[str]) -> Iterator[Sample]:
             )
         for path in files_below(truth, (".tif", ".tiff")):
             frame = re.fullmatch(r"man_seg_?(\d+)", path.stem)
-            image = frame and image_named(film, (f"t{frame[1]}",))
+            image = frame and images.find(film, (f"t{frame[1]}",))
             if not frame or image is None:
                 raise DataSetError(
                     f"Every file of SEG must be man_segNNN.tif with an image tNNN.tif, got '{path}' "

@@ -119,6 +119,20 @@ def search_images(
     return FoundImages(list(listed.values()), tuple(search.notes))
 
 
+def walk_folders(top: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Folders in `top` and below with what they hold besides folders; links are followed, hidden files left out.
+
+    Raises DINOCellError (a folder cannot be opened).
+    """
+    search = _Search(recursive=True)
+    yield from search._walk(top, recursive=True)
+    if search.notes:
+        raise DINOCellError(
+            f"All folders in '{top}' must be readable, got one that is not ({search.notes[0]}): change its "
+            "rights"
+        )
+
+
 def _is_one_file(path: Path) -> bool:
     """Whether a given path exists and is to be read as one image, as a file or a folder of a known kind."""
     try:
