@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from dinocell.datasets.folders import beside_files, files_below
-from dinocell.datasets.sample import Content, Sample, split_of
+from dinocell.datasets.sample import Content, Sample, name_below, split_of, split_of_path
 from dinocell.errors import DataSetError
 from dinocell.io import read_image
 from dinocell.io.annotations import Annotation, annotation_masks, read_coco, read_geojson_labels
@@ -20,18 +22,18 @@ _SHOWN = 5
 
 
 def coco(source: Path, notes: list[str], *, stratified: bool = False) -> Iterator[Sample]:
-    """Images and annotations of COCO files; a file's name says the split.
+    """Images and annotations of COCO files; the name of a file or its folder says the split.
 
     Annotations of one file at a time are read; their polygons stay in memory as 32-bit numbers.
     With `stratified`, the first word of an image's name is its stratum.
     """
     files = [source] if source.is_file() else files_below(source, (".json",))
-    home = source.parent if source.is_file() else source
+    home = Path(os.path.normpath(source.parent if source.is_file() else source))
     by_name: dict[str, list[Path]] = defaultdict(list)
     for path in files_below(home):
         by_name[path.name].append(path)
     whole = [path for path in files if path.stem.startswith("livecell_coco_")] or files
-    seen: set[str] = set()
+    found: dict[Path, Sample] = {}
     for path in whole:
         images, annotations = read_coco(path, notes)
         places = {key: _place(image, path, home, by_name) for key, image in images.items()}
@@ -43,19 +45,22 @@ def coco(source: Path, notes: list[str], *, stratified: bool = False) -> Iterato
             )
         for key, image_path in places.items():
             assert image_path is not None
-            if image_path.stem in seen:
+            if image_path in found:
                 raise DataSetError(
-                    f"An image must be listed once, '{image_path.name}' is in several files or folders "
-                    f"of '{home}': name one of the JSON files as `source`"
+                    f"An image must be listed once, '{image_path}' is listed several times in "
+                    f"'{source}': name one of the JSON files as `source`, or correct its list"
                 )
-            seen.add(image_path.stem)
-            yield Sample(
+            found[image_path] = Sample(
                 image_path.stem,
                 image_path,
                 partial(_read_annotated, image_path, images[key], annotations.get(key, [])),
-                split_of(path.stem),
+                split_of(path.stem) or split_of_path(path, home) or split_of_path(image_path, home),
                 image_path.stem.split("_")[0] if stratified else "",
             )
+    names = Counter(sample.name for sample in found.values())
+    for path, sample in found.items():
+        is_unique = names[sample.name] == 1
+        yield sample if is_unique else replace(sample, name=name_below(path, home, path.stem))
 
 
 livecell = partial(coco, stratified=True)
@@ -64,13 +69,22 @@ livecell = partial(coco, stratified=True)
 def _place(
     image: dict[str, Any], path: Path, home: Path, by_name: dict[str, list[Path]]
 ) -> Path | None:
-    name = str(image.get("file_name", ""))
+    """The file of an image of a list, which may state a path of Windows, an address, or other folders."""
+    stated = str(image.get("file_name", ""))
+    names = [stated, stated.replace("\\", "/")]
+    names += [unquote(names[1]), unquote(urlsplit(names[1]).path)]
     for folder in (path.parent, home):
-        place = Path(os.path.abspath(folder / name))
-        if place.is_relative_to(os.path.abspath(home)) and place.is_file():
-            return folder / name
-    found = by_name.get(Path(name).name, [])
-    return found[0] if len(found) == 1 else None
+        for name in names:
+            place = Path(os.path.abspath(folder / name))
+            if place.is_relative_to(os.path.abspath(home)) and place.is_file():
+                return Path(os.path.normpath(folder / name))
+    for name in names:
+        found = by_name.get(Path(name).name, [])
+        if len(found) > 1:
+            found = [one for one in found if f"/{one.as_posix()}".endswith(f"/{name.lstrip('/')}")]
+        if len(found) == 1:
+            return found[0]
+    return None
 
 
 def _read_annotated(path: Path, entry: dict[str, Any], annotations: list[Annotation]) -> Content:

@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.datasets.sample import Content, Sample, name_below, split_of, split_of_path
+from dinocell.datasets.sample import (
+    MANIFESTS,
+    PROGRESS,
+    Content,
+    Sample,
+    name_below,
+    split_of,
+    split_of_path,
+)
 from dinocell.errors import DataSetError, some
 from dinocell.io import Image, natural_key, read_image, read_labels
 from dinocell.io.names import walk_folders
@@ -37,7 +45,7 @@ def files_below(
     wanted = tuple(suffixes)
     found = [
         path
-        for _, files in walk_folders(source)
+        for _, files in _source_folders(source)
         for path in files
         if path.name.lower().endswith(wanted) and path.stem.endswith(ending) and path.is_file()
     ]
@@ -46,7 +54,19 @@ def files_below(
 
 def folders_below(source: Path) -> list[Path]:
     """Folders below a folder, but for hidden ones, in natural order."""
-    return sorted((one for one, _ in walk_folders(source) if one != source), key=natural_key)
+    return sorted((one for one, _ in _source_folders(source) if one != source), key=natural_key)
+
+
+def _source_folders(source: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """`walk_folders` without what `prepare` itself has written below the source, finished or not."""
+    made: set[Path] = set()
+    for folder, files in walk_folders(source):
+        names = {path.name for path in files}
+        ours = any(names.issuperset(own) for own in (MANIFESTS, PROGRESS)) and folder != source
+        if ours or folder.parent in made:
+            made.add(folder)
+        else:
+            yield folder, files
 
 
 class Images:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from dinocell.datasets.layouts import Layout, find_layout
 from dinocell.datasets.pulling import DOWNLOAD_JSON
-from dinocell.datasets.sample import Content, Sample, require_found
+from dinocell.datasets.sample import MANIFESTS, PROGRESS, Content, Sample, require_found
 from dinocell.datasets.splits import SplitOptions, count_splits, divide
 from dinocell.errors import DataSetError, DINOCellError, UsageError
 from dinocell.files import move_into_place, remove_temporary_files, write_text_atomically
@@ -33,8 +33,8 @@ from dinocell.labels import check_labels, require_cells
 from dinocell.progress import count_text, progress
 from dinocell.settings import require
 
-MANIFEST_CSV, MANIFEST_JSON = "manifest.csv", "manifest.json"
-_JOURNAL, _RECIPE = "journal.jsonl", "recipe.json"
+MANIFEST_CSV, MANIFEST_JSON = MANIFESTS
+_JOURNAL, _RECIPE = PROGRESS
 _COLUMNS = (
     *("name", "split", "stratum", "image", "labels", "height_px", "width_px", "channels"),
     *("num_cells", "pixel_size_um", "source_file", "image_sha256", "labels_sha256", "notes"),

@@ -13,6 +13,12 @@ from dinocell.errors import DataSetError
 
 SPLITS = ("train", "val", "test")
 
+MANIFESTS = ("manifest.csv", "manifest.json")
+"""Files beside the splits of a prepared data set."""
+
+PROGRESS = ("journal.jsonl", "recipe.json")
+"""Files beside the splits until all of them are written."""
+
 
 @dataclass(frozen=True)
 class Content:
@@ -59,10 +65,11 @@ def split_of(text: str) -> str | None:
     """The split that a folder or file is named after: `Training`, `livecell_coco_val`; else None.
 
     A whole word of the name must say it: `testis` and `valve` are tissues, and `dev 2` is no `device`.
+    `train_val` is no single split.
     """
     words = [word for word in re.split(r"[\s_.-]+", text.lower()) if word]
-    found = filter(None, map(_SPLIT_WORD.fullmatch, reversed(words)))
-    return next((match.lastgroup for match in found), None)
+    found = {match.lastgroup for match in map(_SPLIT_WORD.fullmatch, words) if match}
+    return found.pop() if len(found) == 1 else None
 
 
 _SPLIT_WORD = re.compile(

@@ -39,7 +39,7 @@ def read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, l
     Raises DataSetError (no COCO file, or an annotation of an unknown image).
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             content = json.load(file, object_hook=_compact)
         images = {image["id"]: image for image in content["images"]}
         if len(images) < len(content["images"]):
@@ -47,13 +47,26 @@ def read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, l
         annotations = content["annotations"]
         annotations = annotations.values() if isinstance(annotations, dict) else annotations
         grouped: dict[Any, list[Annotation]] = defaultdict(list)
-        crowds = 0
-        for annotation in annotations:
+        crowds = count = 0
+        for count, annotation in enumerate(annotations, start=1):
             if not isinstance(annotation, Annotation):
                 raise TypeError("An annotation has no segmentation")
             crowds += annotation.is_crowd
-            if not annotation.is_crowd:
-                grouped[annotation.image_id].append(annotation)
+            grouped[annotation.image_id].append(annotation)
+        if all_crowds := 0 < crowds == count:
+            notes.append(
+                f"All {crowds} annotations of {path.name} are marked as crowds, as CVAT marks painted "
+                "masks: they are taken as single cells"
+            )
+        elif crowds:
+            notes.append(
+                f"{crowds} crowd annotations of {path.name} were left out: they are no single cells (CVAT "
+                "marks painted masks as crowds, too: set iscrowd to 0 where that is the case)"
+            )
+        if not all_crowds:
+            grouped = {
+                key: [one for one in own if not one.is_crowd] for key, own in grouped.items()
+            }
         categories = len(content.get("categories", []))
     except (OSError, *_NOT_AS_EXPECTED) as error:
         raise DataSetError(
@@ -66,13 +79,9 @@ def read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, l
             f"Every annotation of '{path}' must belong to an image of its list, got the unknown image "
             f"{unknown[0]!r}: download the file again"
         )
-    if crowds:
-        notes.append(
-            f"{crowds} crowd annotations of {path.name} were left out: they are no single cells"
-        )
     if categories > 1:
         notes.append(f"The {categories} categories of {path.name} are all taken as cells")
-    empty = len(images) - len(grouped)
+    empty = len(images) - sum(map(bool, grouped.values()))
     if empty:
         notes.append(
             f"Images of {path.name} without an annotation count as empty of cells: {empty}"
@@ -115,6 +124,8 @@ def _mask(segmentation: Any, shape: tuple[int, int]) -> CellMask | None:
         return run_lengths_to_mask(counts, shape)
     if not isinstance(segmentation, list):
         raise ValueError(f"A segmentation of type {type(segmentation).__name__}")
+    if not segmentation:
+        raise ValueError("A box without an outline")
     rings = []
     for polygon in segmentation:
         if polygon.ndim != 1 or len(polygon) % 2 or not np.isfinite(polygon).all():
@@ -191,7 +202,7 @@ def read_geojson_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np
 
 
 def _geojson_cells(path: Path, shape: tuple[int, int]) -> NDArray[np.uint32]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
     features = content.get("features", [content]) if isinstance(content, dict) else content
     kinds = Counter(_kind(feature) for feature in features)
     if kinds["cell"] and kinds["annotation"]:  # regions around the cells

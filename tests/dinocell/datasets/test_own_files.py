@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from dinocell.datasets import SplitOptions, prepare
-from dinocell.errors import DINOCellError
+from dinocell.errors import DataSetError, DINOCellError, ImageFileError
 from dinocell.io import read_labels
 
 ALL_TRAIN = SplitOptions(val_fraction=0, test_fraction=0)
@@ -71,7 +72,7 @@ def test_a_folder_that_cannot_be_opened_stops_the_preparation(tmp_path, monkeypa
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuses)
-    with pytest.raises(DINOCellError, match="closed' was left out.*change its rights"):
+    with pytest.raises(DINOCellError, match=r"closed' was left out.*change its rights"):
         prepared("seg_npy", tmp_path / "source", tmp_path / "out")
 
 
@@ -81,3 +82,92 @@ def test_images_without_labels_are_noted(tmp_path):
     doubles.labels(source / "0_cp_masks.tif")
     _, text = prepared("seg_npy", source, tmp_path / "out")
     assert "Images without a file of labels beside them were left out: 1 (forgotten.tif)" in text
+
+
+def coco(source: Path, names: list[str], **changes) -> dict:
+    """Images `names` below `source`, and the content of a COCO file that lists them."""
+    for number, name in enumerate(names):
+        doubles.image(source / name, number)
+    content = doubles.coco_content(names)
+    for annotation in content["annotations"]:
+        annotation |= changes
+    return content
+
+
+def save(path: Path, content: dict, encoding: str = "utf-8") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(json.dumps(content).encode(encoding))
+
+
+@pytest.mark.parametrize(
+    ("file_name", "stated"),
+    [
+        ("images/a b.tif", "images\\a b.tif"),
+        ("images/a b.tif", "..\\..\\upload\\4\\a b.tif"),
+        ("images/a b.tif", "/data/local-files/?d=project/a%20b.tif"),
+        ("images/ä 5% #1.tif", "%C3%A4%205%25%20%231.tif"),
+        ("images/ä 5% #1.tif", "ä 5% #1.tif"),
+        ("images/a%20b.tif", "a%20b.tif"),
+        ("images/a.tif", "https://example.org/a.tif?signature=1/2"),
+    ],
+)
+def test_names_of_coco_files_may_be_paths_of_windows_and_addresses(tmp_path, file_name, stated):
+    content = coco(tmp_path / "source", [file_name])
+    content["images"][0]["file_name"] = stated
+    save(tmp_path / "source" / "all.json", content, "utf-8-sig")  # as PowerShell writes it
+    rows, _ = prepared("coco", tmp_path / "source", tmp_path / "out")
+    assert list(rows) == [Path(file_name).stem]
+
+
+def test_images_of_one_name_in_several_folders_have_the_folders_in_their_names(tmp_path):
+    names = ["p1/a.tif", "p2/a.tif", "p2/b.tif"]
+    content = coco(tmp_path / "source" / "images", names)
+    save(tmp_path / "source" / "all.json", content)
+    rows, _ = prepared("coco", tmp_path / "source", tmp_path / "out")
+    assert list(rows) == ["p1_a", "p2_a", "b"]
+    for number, name in enumerate(rows):
+        labels = read_labels(tmp_path / "out" / rows[name]["labels"])
+        assert np.array_equal(labels, doubles.truth(number))
+    content["images"].append(content["images"][0] | {"id": 99})
+    save(tmp_path / "source" / "all.json", content)
+    with pytest.raises(DataSetError, match=r"p1/a\.tif' is listed several times"):
+        prepared("coco", tmp_path / "source", tmp_path / "out2")
+
+
+def test_the_folder_of_a_coco_file_says_the_split(tmp_path):
+    """Roboflow: train/_annotations.coco.json beside its images, valid, test."""
+    for folder in ("train", "valid", "test"):
+        home = tmp_path / "source" / folder
+        save(home / "_annotations.coco.json", coco(home, [f"of_{folder}.tif"]))
+    rows, _ = prepared("coco", tmp_path / "source", tmp_path / "out")
+    splits = {name: row["split"] for name, row in rows.items()}
+    assert splits == {"of_train": "train", "of_valid": "val", "of_test": "test"}
+
+
+def test_a_file_of_crowds_alone_holds_cells(tmp_path):
+    """CVAT marks every painted mask as a crowd."""
+    save(tmp_path / "source" / "all.json", coco(tmp_path / "source", ["a.tif"], iscrowd=1))
+    rows, text = prepared("coco", tmp_path / "source", tmp_path / "out")
+    assert "All 2 annotations of all.json are marked as crowds" in text
+    assert np.array_equal(read_labels(tmp_path / "out" / rows["a"]["labels"]), doubles.truth())
+
+
+def test_boxes_are_no_cells(tmp_path):
+    content = coco(tmp_path / "source", ["a.tif"])
+    content["annotations"][1]["segmentation"] = []
+    save(tmp_path / "source" / "all.json", content)
+    with pytest.raises(DataSetError, match=r"'a\.tif' .A box without an outline"):
+        prepared("coco", tmp_path / "source", tmp_path / "out")
+
+
+def test_a_preparation_beside_its_images_can_be_continued(tmp_path):
+    source = tmp_path / "source"
+    save(source / "all.json", coco(source / "images", ["a.tif", "b.tif"]))
+    whole = (source / "images" / "b.tif").read_bytes()
+    (source / "images" / "b.tif").write_bytes(whole[:200])
+    for folder in ("one", "two"):
+        with pytest.raises(ImageFileError, match="1 finished images were kept"):
+            prepared("coco", source / "all.json", source / folder)
+    (source / "images" / "b.tif").write_bytes(whole)
+    for folder in ("one", "two"):
+        assert list(prepared("coco", source / "all.json", source / folder)[0]) == ["a", "b"]

@@ -219,9 +219,9 @@ def test_names_of_splits():
         "validation",
         "livecell_coco_val",
         "TestSet 2",
-        *("images", "testis", "heart_valve", "device-1", "trained by hand"),
+        *("images", "testis", "heart_valve", "device-1", "trained by hand", "train_val_images"),
     )
-    assert [split_of(name) for name in names] == ["train"] * 3 + ["val"] * 2 + ["test"] + [None] * 5
+    assert [split_of(name) for name in names] == ["train"] * 3 + ["val"] * 2 + ["test"] + [None] * 6
 
 
 def test_an_interruption_costs_one_image(made, tmp_path, monkeypatch):
