@@ -34,7 +34,7 @@ class Annotation(NamedTuple):
 
 
 def read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, list[Annotation]]]:
-    """Images of a COCO file by their id, and the annotations of each; crowds are left out, with a note.
+    """Images of a COCO file by their id, and the annotations of each; see `_single_cells` for crowds.
 
     Raises DataSetError (no COCO file, or an annotation of an unknown image).
     """
@@ -47,26 +47,10 @@ def read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, l
         annotations = content["annotations"]
         annotations = annotations.values() if isinstance(annotations, dict) else annotations
         grouped: dict[Any, list[Annotation]] = defaultdict(list)
-        crowds = count = 0
-        for count, annotation in enumerate(annotations, start=1):
+        for annotation in annotations:
             if not isinstance(annotation, Annotation):
                 raise TypeError("An annotation has no segmentation")
-            crowds += annotation.is_crowd
             grouped[annotation.image_id].append(annotation)
-        if all_crowds := 0 < crowds == count:
-            notes.append(
-                f"All {crowds} annotations of {path.name} are marked as crowds, as CVAT marks painted "
-                "masks: they are taken as single cells"
-            )
-        elif crowds:
-            notes.append(
-                f"{crowds} crowd annotations of {path.name} were left out: they are no single cells (CVAT "
-                "marks painted masks as crowds, too: set iscrowd to 0 where that is the case)"
-            )
-        if not all_crowds:
-            grouped = {
-                key: [one for one in own if not one.is_crowd] for key, own in grouped.items()
-            }
         categories = len(content.get("categories", []))
     except (OSError, *_NOT_AS_EXPECTED) as error:
         raise DataSetError(
@@ -79,6 +63,7 @@ def read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, l
             f"Every annotation of '{path}' must belong to an image of its list, got the unknown image "
             f"{unknown[0]!r}: download the file again"
         )
+    grouped = _single_cells(grouped, path.name, notes)
     if categories > 1:
         notes.append(f"The {categories} categories of {path.name} are all taken as cells")
     empty = len(images) - sum(map(bool, grouped.values()))
@@ -87,6 +72,26 @@ def read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, l
             f"Images of {path.name} without an annotation count as empty of cells: {empty}"
         )
     return images, grouped
+
+
+def _single_cells(
+    grouped: dict[Any, list[Annotation]], file_name: str, notes: list[str]
+) -> dict[Any, list[Annotation]]:
+    """The annotations without crowds; all of them if all are marked as crowds."""
+    crowds = sum(one.is_crowd for own in grouped.values() for one in own)
+    if not crowds:
+        return grouped
+    if crowds == sum(map(len, grouped.values())):
+        notes.append(
+            f"All {crowds} annotations of {file_name} are marked as crowds, as CVAT marks painted masks: they "
+            "are taken as single cells"
+        )
+        return grouped
+    notes.append(
+        f"{crowds} crowd annotations of {file_name} were left out: they are no single cells (CVAT marks "
+        "painted masks as crowds, too: set iscrowd to 0 where that is the case)"
+    )
+    return {key: [one for one in own if not one.is_crowd] for key, own in grouped.items()}
 
 
 def _compact(item: dict[str, Any]) -> Any:
