@@ -246,8 +246,8 @@ def _write_sample(
     content = sample.read()
     labels = _numbered(_checked(content, sample))
     image, names = content.image, content.channel_names
-    if image.dtype.kind == "f":
-        image = image.astype(np.float32)
+    if image.dtype.kind in "iu" and image.dtype.itemsize > 4:  # TIFF readers know no such numbers
+        image = image.astype(np.float64)
     pixel_size_um = content.pixel_size_um or pixel_size_um
     num_cells = int(labels.max(initial=0))
     image_path = Path(split) / "images" / f"{sample.name}.tif"

@@ -14,7 +14,7 @@ import pytest
 
 from dinocell.datasets import SplitOptions, prepare
 from dinocell.errors import DataSetError, DINOCellError, ImageFileError
-from dinocell.io import read_labels
+from dinocell.io import read_image, read_labels
 
 ALL_TRAIN = SplitOptions(val_fraction=0, test_fraction=0)
 
@@ -171,3 +171,18 @@ def test_a_preparation_beside_its_images_can_be_continued(tmp_path):
     (source / "images" / "b.tif").write_bytes(whole)
     for folder in ("one", "two"):
         assert list(prepared("coco", source / "all.json", source / folder)[0]) == ["a", "b"]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64", "uint64"])
+def test_numbers_of_64_bit_keep_their_values(tmp_path, dtype):
+    source = tmp_path / "source"
+    pixels = doubles.picture().astype(dtype) * np.array(
+        1e200 if dtype == "float64" else 2**40, dtype
+    )
+    source.mkdir()
+    np.save(source / "a.npy", pixels)
+    seg_npy(source / "a_seg.npy", 0)
+    rows, _ = prepared("seg_npy", source, tmp_path / "out")
+    image = read_image(tmp_path / "out" / rows["a"]["image"]).pixels
+    assert image.dtype == np.float64
+    assert np.array_equal(image, pixels.astype(np.float64))
