@@ -86,7 +86,7 @@ def _entry_from_files(
     num_images: int,
 ) -> ReportEntry:
     """Entry of an image of an earlier run, without what cannot be read any more."""
-    files = output_paths(out, row["name"], options.formats, overlay=True)
+    files = output_paths(out, row["name"], options.formats, overlay=True, nuclei=True)
     files = {kind: path for kind, path in files.items() if path.exists()}
     labels = image = None
     try:

@@ -319,11 +319,13 @@ class _Batch:
             note_start(self.part, unit.name)
         if unit.error:
             raise ImageFileError(unit.error)
+        options = unit.options(self.options)
         outputs = output_paths(
-            self.out, unit.name, self.options.formats, overlay=self.options.overlay
+            *(self.out, unit.name, options.formats),
+            overlay=options.overlay,
+            nuclei=options.cells is not None,
         )
         refuse_long_names(outputs.values())  # before the work, not after it
-        options = unit.options(self.options)
         mark = mark_input(unit.image, options)
         with self.warned.of_image() as kept:
             loaded = self.pipeline.load(

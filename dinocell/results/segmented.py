@@ -137,7 +137,8 @@ class Segmentation:
         DINOCellError
             The name is too long for the file system; nothing was written.
         """
-        paths = output_paths(folder, self.name, formats, overlay=overlay)
+        nuclei = self.nuclei is not None
+        paths = output_paths(folder, self.name, formats, overlay=overlay, nuclei=nuclei)
         ensure_folder(paths["csv"].parent)
         refuse_long_names(paths.values())
         if table is None:
@@ -162,9 +163,8 @@ class Segmentation:
             self.channel_names,
             self.nuclei,
         )
-        formats = list(paths)[1 + overlay :]
+        formats = list(paths)[1 + overlay + nuclei :]
         if self.nuclei is not None:
-            paths["nuclei"] = Path(folder) / f"{self.name}_nuclei_labels.tif"
             EXPORT_FORMATS["tif"].write(paths["nuclei"], cells._replace(labels=self.nuclei))
         for name in formats:
             EXPORT_FORMATS[name].write(paths[name], cells)
@@ -172,9 +172,16 @@ class Segmentation:
 
 
 def output_paths(
-    folder: str | os.PathLike[str], name: str, formats: str | Sequence[str], *, overlay: bool
+    folder: str | os.PathLike[str],
+    name: str,
+    formats: str | Sequence[str],
+    *,
+    overlay: bool,
+    nuclei: bool = False,
 ) -> dict[str, Path]:
     """Kind → file that `Segmentation.save` writes, in the order in which it does.
+
+    `nuclei` says that cells were grown from nuclei, whose labels have a file of their own.
 
     Raises
     ------
@@ -189,6 +196,8 @@ def output_paths(
             "choose among them"
         )
     endings = {"csv": "_cells.csv"} | ({"overlay": "_overlay.png"} if overlay else {})
+    if nuclei:
+        endings["nuclei"] = "_nuclei_labels.tif"
     for kind in sorted(formats, key=lambda item: item in ("tif", "png")):
         endings[kind] = EXPORT_FORMATS[kind].suffix
     return {kind: Path(folder) / f"{name}{ending}" for kind, ending in endings.items()}

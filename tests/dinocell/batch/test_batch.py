@@ -536,6 +536,18 @@ def test_a_name_too_long_for_its_outputs_is_refused_before_any_is_written(
     assert run([path], tmp_path / "out", mini_model, overwrite=True).failures
 
 
+def test_a_name_too_long_for_the_labels_of_nuclei_is_refused_too(images, tmp_path, mini_model):
+    path = tmp_path / ("x" * 238 + ".npy")
+    np.save(path, np.stack([read_image(images[0]).pixels] * 2, axis=-1))
+    choice = {"nuclei": "0", "cells": "ring:3px"}
+    ((_, sentence),) = run([path], tmp_path / "out", mini_model, **choice).failures
+    assert "got 256 for" in sentence
+    assert not list((tmp_path / "out").glob("x*"))
+    with pytest.raises(DINOCellError, match="_nuclei_labels"):
+        segment(path, model=mini_model, nuclei=0, cells="ring:3px").save(tmp_path / "single")
+    assert not list((tmp_path / "single").iterdir())
+
+
 def test_a_file_in_place_of_the_folder(images, tmp_path, mini_model):
     (tmp_path / "out").write_text("mine")
     for out in (tmp_path / "out", tmp_path / "out" / "below"):
