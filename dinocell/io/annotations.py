@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,8 +189,8 @@ def read_geojson_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np
     cell without a number, or with one that another cell has (QuPath copies the name of a divided cell), gets
     a new one.
 
-    Raises UsageError (`shape` is None); ImageFileError (no GeoJSON, lines or points, or an area outside
-    the image).
+    Raises UsageError (`shape` is None); ImageFileError (no GeoJSON, lines or points, areas of several
+    planes, or one outside the image).
     """
     if shape is None:
         raise UsageError(
@@ -209,9 +209,14 @@ def read_geojson_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np
 def _geojson_cells(path: Path, shape: tuple[int, int]) -> NDArray[np.uint32]:
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     features = content.get("features", [content]) if isinstance(content, dict) else content
-    kinds = Counter(_kind(feature) for feature in features)
-    if kinds["cell"] and kinds["annotation"]:  # regions around the cells
-        features = [feature for feature in features if _kind(feature) == "cell"]
+    kinds = {_kind(feature) for feature in features}
+    taken = "cell" if "cell" in kinds else "annotation"  # which else are regions around the cells
+    features = [feature for feature in features if _kind(feature) == taken or taken not in kinds]
+    planes = sorted({_plane(feature["geometry"]) for feature in features})
+    if len(planes) > 1:
+        raise ValueError(
+            f"Outlines must lie in one plane, got (z, t) = {' and '.join(map(str, planes[:5]))}"
+        )
     cells = []
     for feature in features:
         geometry = feature["geometry"]
@@ -233,6 +238,12 @@ def _geojson_cells(path: Path, shape: tuple[int, int]) -> NDArray[np.uint32]:
 def _kind(feature: dict[str, Any]) -> str:
     kind = (feature.get("properties") or {}).get("objectType", "annotation")
     return "cell" if kind in ("cell", "detection") else kind
+
+
+def _plane(geometry: dict[str, Any]) -> tuple[int, int]:
+    """Places along z and in time; QuPath leaves out those of the first plane."""
+    plane = geometry.get("plane") or {}
+    return int(plane.get("z", 0)), int(plane.get("t", 0))
 
 
 def _number(feature: dict[str, Any]) -> Any:

@@ -115,7 +115,7 @@ def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uin
     A ROI whose name is a whole number is the cell of that number, as far as no other ROI has it.
 
     Raises MissingExtraError (without roifile); UsageError (`shape` is None); ImageFileError (no zip of
-    ROIs, a line or a point among them, or a ROI outside the image).
+    ROIs, a line or a point among them, ROIs of several slices, or one outside the image).
     """
     if shape is None:
         raise UsageError(
@@ -123,13 +123,14 @@ def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uin
             f"'{path}' alone: write the labels as TIFF in ImageJ, or give the image"
         )
     roifile = library("roifile", "ImageJ ROIs")
-    masks = []
+    masks, planes = [], []
     try:
         with zipfile.ZipFile(path) as archive:
-            listed = archive.namelist()
-            names = [name for name in listed if name.lower().endswith(".roi")]
-            for name in names:
-                roi = roifile.ImagejRoi.frombytes(archive.read(name))
+            listed = archive.infolist()  # two entries may have one name
+            entries = [entry for entry in listed if entry.filename.lower().endswith(".roi")]
+            for entry in entries:
+                name, roi = entry.filename, roifile.ImagejRoi.frombytes(archive.read(entry))
+                planes.append((roi.position, roi.z_position, roi.t_position))
                 if roi.roitype.name in _LINES:
                     raise ImageFileError(
                         f"ROIs of cells must be areas, '{name}' of '{path}' is of type "
@@ -151,11 +152,17 @@ def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uin
             f"'{path}' must be a zip of ImageJ ROIs, it is damaged or cut short ({error}): save it "
             "again in the ROI manager"
         ) from error
-    if listed and not names:  # without any file it is an image without cells
+    if listed and not entries:  # without any file it is an image without cells
         raise ImageFileError(
             f"'{path}' must be a zip of ImageJ ROIs, it holds no file that ends in .roi: give the zip "
             "that the ROI manager writes"
         )
-    stems = [Path(name).stem for name in names]
+    for slices in map(set, zip(*planes, strict=True)):
+        if len(known := sorted(slices - {0})) > 1:  # 0 is every slice
+            raise ImageFileError(
+                f"ROIs must lie on one slice, those of '{path}' lie on {', '.join(map(str, known[:5]))}: save "
+                "those of one slice, or remove their positions in the ROI manager"
+            )
+    stems = [Path(entry.filename).stem for entry in entries]
     numbers = [int(stem) if stem.isdecimal() else None for stem in stems]
     return paint_cells(masks, shape, numbers)[0]

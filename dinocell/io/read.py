@@ -206,6 +206,10 @@ def read_label_file(
         path = label_image(path) if is_zarr(path) else challenge_frame(path, page)
         page = page if is_zarr(path) else None
     path, suffix = _existing_file(path), path.suffix.lower()
+    if page and (suffix in (".zip", ".json", ".geojson") or path.name.endswith(SEG_NPY)):
+        raise UsageError(
+            f"`page` must be 0 for '{path}', whose labels lie in one plane, got {page}: leave it out"
+        )
     if suffix == ".zip":
         return Image(read_roi_labels(path, shape), path)
     if suffix in (".json", ".geojson"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 import zipfile
 
 import numpy as np
@@ -115,6 +116,60 @@ def test_lines_and_other_zips_are_no_rois_of_cells(tmp_path):
             archive.writestr(name, content)
         with pytest.raises(ImageFileError, match=message):
             read_labels(tmp_path / "a.zip", shape=(5, 5))
+
+
+def test_rois_of_one_name_are_all_read_and_those_of_several_slices_refused(tmp_path):
+    roifile = pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
+
+    def labels_of(*slices: int, axis: str = "position"):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of two entries of one name
+            for number, place in enumerate(slices):
+                top = 2 * number
+                corners = np.array([[0, top], [2, top], [2, top + 1], [0, top + 1]])
+                roi = roifile.ImagejRoi.frompoints(corners)
+                setattr(roi, axis, place)
+                archive.writestr("1.roi", roi.tobytes())
+        return read_labels(tmp_path / "a.zip", shape=(5, 5))
+
+    assert np.array_equal(labels_of(0, 3), drawn("11000 00000 22000 00000 00000"))
+    for axis in ("position", "z_position", "t_position"):
+        assert labels_of(2, 2, 0, axis=axis).max() == 3
+        with pytest.raises(ImageFileError, match=r"must lie on one slice, those of .* 1, 2: save"):
+            labels_of(1, 2, axis=axis)
+    assert labels_of(1, 2, axis="c_position").max() == 2
+
+
+def test_geojson_of_one_plane_without_tiles(tmp_path):
+    def area(top: int, kind: str, **plane: int) -> dict:
+        corners = [[0, top], [2, top], [2, top + 1], [0, top + 1]]
+        geometry = {"type": "Polygon", "coordinates": [corners]}
+        geometry |= {"plane": {"c": -1, "z": 0, "t": 0} | plane} if plane else {}
+        return {"geometry": geometry, "properties": {"objectType": kind}}
+
+    def labels_of(*features: dict):
+        content = {"type": "FeatureCollection", "features": features}
+        (tmp_path / "a.geojson").write_text(json.dumps(content), encoding="utf-8-sig")
+        return read_labels(tmp_path / "a.geojson", shape=(3, 3))
+
+    root = {"geometry": None, "properties": {"objectType": "root"}}
+    one = drawn("000 110 000")
+    assert np.array_equal(labels_of(root, area(0, "tile"), area(1, "detection")), one)
+    assert np.array_equal(labels_of(root, area(0, "tile"), area(1, "annotation")), one)
+    assert np.array_equal(labels_of(area(0, "annotation", z=2), area(1, "cell", z=1)), one)
+    assert labels_of(area(0, "tile"), area(1, "tile")).max() == 2
+    for plane in ({"z": 1}, {"t": 1}):
+        with pytest.raises(ImageFileError, match=r"one plane, got \(z, t\) = \(0, 0\) and \("):
+            labels_of(area(0, "cell"), area(1, "cell", **plane))
+
+
+def test_a_page_of_labels_that_have_none_is_refused(tmp_path):
+    np.save(tmp_path / "a_seg.npy", {"masks": RING})
+    write_coco_rle(tmp_path / "a.json", RING)
+    for name in ("a_seg.npy", "a.json"):
+        assert np.array_equal(read_labels(tmp_path / name, page=0), RING)
+        with pytest.raises(UsageError, match="`page` must be 0 for"):
+            read_labels(tmp_path / name, page=1)
 
 
 class Trap:
