@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dinocell.errors import UsageError
-from dinocell.files import atomic_path, require_writable, write_text_atomically
+from dinocell.files import require_writable, saying_what_failed, write_text_atomically, writing
 from dinocell.io import search_images
 from dinocell.io.optional import library
 from dinocell.model_zoo import package
@@ -106,7 +106,7 @@ def export_model(
     digest = hashlib.sha256(model_path(name).read_bytes()).hexdigest()
     header = header_text(model, source_sha256=digest)
     graph = Graph(model, half=precision == "fp16").eval()
-    with atomic_path(path) as temporary:
+    with writing(path) as temporary:
         if to == "torch":
             program = torch.export.export(graph, (_example(model),), dynamic_shapes=_shapes(model))
             for node in program.graph.nodes:  # where it was made: paths of this machine
@@ -123,7 +123,9 @@ def export_model(
             temporary.write_bytes(content)
         digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
         megabytes = temporary.stat().st_size / 1e6
-    write_text_atomically(path.with_name(f"{path.name}.sha256"), f"{digest}  {path.name}\n")
+    beside = path.with_name(f"{path.name}.sha256")
+    with saying_what_failed(beside):
+        write_text_atomically(beside, f"{digest}  {path.name}\n")
     return f"{path}: {to}, {precision}, {megabytes:.1f} MB, SHA-256 {digest}"
 
 
@@ -135,7 +137,7 @@ def _check(path: Path, to: str, precision: str, images: object, channels: object
         raise UsageError(
             f"`precision` must be one of {', '.join(known)} for {to}, got {precision}: choose one of these"
         )
-    if path.suffix != ENDINGS[to] or path.exists():
+    if path.suffix != ENDINGS[to] or os.path.exists(path):
         raise UsageError(
             f"`out` must be a new file that ends in {ENDINGS[to]}, got {path}: choose another name"
         )

@@ -100,7 +100,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """`atomic_path` whose failures, DINOCellError, say which file was meant and what to do."""
-    with _one_sentence(path), atomic_path(path) as temporary:
+    with saying_what_failed(path), atomic_path(path) as temporary:
         yield temporary
 
 
@@ -115,7 +115,7 @@ def writing_folder(
     refused.
     """
     final = Path(os.path.realpath(path))
-    with _one_sentence(path):
+    with saying_what_failed(path):
         old = final.exists() and not (final.is_dir() and not any(final.iterdir()))
         if old and not (final.is_dir() and replaces(final)):
             raise DINOCellError(
@@ -143,13 +143,16 @@ def writing_folder(
 
 
 @contextlib.contextmanager
-def _one_sentence(path: str | os.PathLike[str]) -> Iterator[None]:
+def saying_what_failed(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise a DINOCellError for any OSError of the block, which writes the file or folder `path`."""
     try:
         yield
     except OSError as error:
+        reason = error.strerror or error
+        if isinstance(error, (FileExistsError, NotADirectoryError)):  # "File exists" of a folder
+            reason = "a file has the name of its folder, or of one above it"
         raise DINOCellError(
-            f"'{path}' cannot be written ({error.strerror or error}): choose another folder or free "
-            "some space"
+            f"'{path}' cannot be written ({reason}): choose another folder or free some space"
         ) from error
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from dinocell.evaluation.intervals import ap_intervals
 from dinocell.evaluation.scores import DEFAULT_IOU_THRESHOLDS, ImageScores, threshold_name
-from dinocell.files import atomic_path, write_text_atomically
+from dinocell.files import saying_what_failed, write_text_atomically, writing
 from dinocell.progress import count_text
 from dinocell.results.table import align_columns
 
@@ -119,10 +119,13 @@ class EvaluationReport:
         return lines
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write `image_rows` atomically ("nan" where a score does not exist), without the summary."""
+        """Write `image_rows` atomically ("nan" where a score does not exist), without the summary.
+
+        Raises DINOCellError (the file cannot be written), as `to_json` does.
+        """
         rows = self.image_rows()
         with (
-            atomic_path(path) as temporary,
+            writing(path) as temporary,
             open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
         ):
             writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
@@ -150,7 +153,8 @@ class EvaluationReport:
             ],
         }
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-        write_text_atomically(path, text + "\n", errors="backslashreplace")
+        with saying_what_failed(path):
+            write_text_atomically(path, text + "\n", errors="backslashreplace")
 
     def _image_lines(self) -> list[str]:
         usual = [iou for iou in self.iou_thresholds if iou in DEFAULT_IOU_THRESHOLDS]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dinocell.errors import CheckpointError, ConfigError, UsageError, raised_as
-from dinocell.files import atomic_path
+from dinocell.files import writing
 from dinocell.network.backbone import BACKBONE_SIZES, DINOv3Backbone
 from dinocell.network.config import IMAGENET_MEAN, IMAGENET_STD, TUNED_THRESHOLDS, ModelConfig
 from dinocell.network.decoder import create_decoder
@@ -206,7 +206,7 @@ def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None
 
     `half` stores float tensors as float16 (half the size; they are float32 again when loaded).
 
-    Raises UsageError (the network is a graph, which has no weights to write).
+    Raises UsageError (the network is a graph, which has no weights); DINOCellError (the disk refuses).
     """
     if isinstance(model, OnnxModel):
         raise UsageError(
@@ -222,7 +222,7 @@ def save_model(path: str | Path, model: DINOCell, *, half: bool = False) -> None
         if half and value.is_floating_point():
             value = value.half()
         state[key] = value.contiguous()
-    with atomic_path(path) as temporary:
+    with writing(path) as temporary:
         save_file(state, temporary, metadata={HEADER_KEY: header_text(model)})
         # safetensors makes files only their owner can read; a model is made to be shared.
         umask = os.umask(0)

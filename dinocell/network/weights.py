@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dinocell.errors import CheckpointError, UsageError, raised_as
-from dinocell.files import home_folder
+from dinocell.files import home_folder, require_writable, saying_what_failed
 from dinocell.tree import tree_imports
 
 # Meta's released ViTs: name → file.  Eight digits of the SHA-256 are part of the file's name.
@@ -138,7 +138,7 @@ def convert_weights(
     Returns what was written, adapted, filled in and left out.
 
     Raises UsageError, CheckpointError (the file does not exist, or holds no backbone; an option is
-    wrong; the target exists).
+    wrong; the target exists); DINOCellError (the disk refuses).
     """
     from dinov3.checkpointer import patch_size_adaptation as adaptation
 
@@ -170,7 +170,9 @@ def convert_weights(
             state, done = adaptation.adapt_state_dict(state, patch_size, patch_method)
         note = f"; {done}" if done is not None else ""
     losses: list[str] = []
-    with raised_as(UsageError, FileExistsError, formats.WeightsError):
+    require_writable("target", target)
+    refused = raised_as(UsageError, FileExistsError, formats.WeightsError)
+    with saying_what_failed(target), refused:
         formats.write_backbone(state, target, to, overwrite=overwrite, notes=losses)
     written = f"{description.name} ({description.format}) → {target} ({to}){note}"
     return "\n".join([written, *(f"note: {text}" for text in (*description.notes, *losses))])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from dinocell.files import atomic_path
+from dinocell.files import writing
 from dinocell.labels import as_labels, cell_borders
 from dinocell.progress import count_text
 from dinocell.results.captions import draw_scale_bar, fitted, load_font, plain_text
@@ -215,10 +215,13 @@ def _panels(
 
 
 def write_png(path: str | os.PathLike[str], rgb: RGBImage) -> None:
-    """Write a picture as PNG; the file appears whole or not at all, and replaces an older one."""
+    """Write a picture as PNG; the file appears whole or not at all, and replaces an older one.
+
+    Raises DINOCellError (`path` is a folder, or the disk refuses).
+    """
     from PIL import Image
 
-    with atomic_path(path) as temporary:
+    with writing(path) as temporary:
         Image.fromarray(rgb).save(temporary, format="PNG", compress_level=2)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocell.errors import UsageError
-from dinocell.files import as_utf8, ensure_folder
+from dinocell.files import as_utf8, ensure_folder, saying_what_failed
 from dinocell.io import refuse_long_names
 from dinocell.results.compartments import with_compartments
 from dinocell.results.formats import EXPORT_FORMATS, Cells
@@ -135,11 +135,13 @@ class Segmentation:
         UsageError
             A format is unknown, or none is given.
         DINOCellError
-            The name is too long for the file system; nothing was written.
+            The name is too long for the file system; nothing was written.  Or the folder or a file in
+            it cannot be written.
         """
         nuclei = self.nuclei is not None
         paths = output_paths(folder, self.name, formats, overlay=overlay, nuclei=nuclei)
-        ensure_folder(paths["csv"].parent)
+        with saying_what_failed(folder):
+            ensure_folder(paths["csv"].parent)
         refuse_long_names(paths.values())
         if table is None:
             table = self.measure()

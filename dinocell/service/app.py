@@ -37,6 +37,7 @@ STATIC = Path(__file__).parent / "static"
 _RETRY_AFTER_S = 5
 _LONGEST_NAME, _MOST_FAULTS = 100, 10  # of a field, and in one answer: a body may hold any
 _PATTERNS = {PLANE: "max, mean or a whole number", SHA256: "64 digits from 0 to 9 and a to f"}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -160,11 +161,13 @@ def _handle_errors(app: FastAPI) -> None:
             return _answer(error.status, str(error))
         if isinstance(error, MissingExtraError):
             return _answer(501, str(error))
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL:
+            return await of_the_system(request, error.__cause__)  # the sentence names our folders
         return _answer(422 if isinstance(error, UsageError) else 500, str(error))
 
     @app.exception_handler(OSError)
     async def of_the_system(request: Request, error: OSError) -> Response:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             return _answer(507, "The disk of the service is full: try again later")
         if isinstance(error, FileNotFoundError):  # deleted by another request, or too old
             return _answer(410, "The files of the job are gone: upload it again")

@@ -12,7 +12,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from dinocell.errors import DataSetError, ImageFileError
+from dinocell.errors import DataSetError, DINOCellError, ImageFileError
 from dinocell.evaluation.evaluate import evaluate_folders, evaluate_pairs
 from dinocell.evaluation.scores import evaluate_pair, threshold_name
 
@@ -276,7 +276,7 @@ def test_a_failing_write_leaves_the_old_file(
 
     monkeypatch.setattr(csv.DictWriter, "writerows", fail)
     monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DINOCellError, match=r"scores' cannot be written \(disk full\)"):
         getattr(evaluate_pairs(three_images()), method)(path)
     assert path.read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["scores"]

@@ -436,7 +436,7 @@ def test_a_failed_png_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DINOCellError, match=r"a\.png' cannot be written \(disk full\)"):
         write_png(path, np.zeros((2, 2, 3), np.uint8))
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.png"]

@@ -706,6 +706,20 @@ def test_failures_of_the_service_show_nothing_of_it(client, picture, monkeypatch
     assert not list((client.service.options.jobs / "jobs").iterdir())
 
 
+def test_a_full_disk_during_an_export_shows_nothing_of_the_service(client, picture, monkeypatch):
+    job = finished(client, upload(client, picture).json()["job"])["id"]
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    answer = client.get(f"/api/v1/jobs/{job}/result/geojson")
+    assert answer.status_code == 507
+    assert answer.json()["detail"] == "The disk of the service is full: try again later"
+    monkeypatch.undo()
+    assert client.get(f"/api/v1/jobs/{job}/result/geojson").status_code == 200
+
+
 def test_values_of_all_channels_are_limited(start, tmp_path):
     client = start(max_megapixels=0.002)  # 2000 pixels, 8000 values
     tifffile.imwrite(
