@@ -22,6 +22,7 @@ The range is always that of the whole image, never of a tile.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -53,6 +54,7 @@ _NOTED_SHARE = 5e-4  # single hot pixels are common and need no note
 _REACH_PX = 32  # `apply` reads twice the fill's reach and the median's: 12 + 2 + 12
 _LARGEST_VALUE = float(np.finfo(np.float32).max)
 _SMALLEST_SPAN = 1e-30  # far above the smallest float32, 1e-38
+_FEWEST_LEVELS = 64  # that float32 leaves between the darkest and the brightest pixel
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ class IntensityRange:
 
 
 def check_values(pixels: NDArray, where: str, failure: type[Exception]) -> None:
-    """Refuse floating-point pixels that a network, which computes in float32, cannot take."""
+    """Refuse pixels that a network, which computes in float32, cannot take."""
+    if pixels.dtype.kind != "f" and pixels.dtype.itemsize < 4:
+        return
     if not all_finite(pixels):
         raise failure(
             f"The image must be finite, got NaN or infinite pixels{where}: replace them first, for "
@@ -112,6 +116,17 @@ def check_values(pixels: NDArray, where: str, failure: type[Exception]) -> None:
             f"Pixels must differ by {_SMALLEST_SPAN:g} or more, got {low:g} to {high:g}{where}: multiply "
             "them by a constant"
         )
+    steps = [_step(max(-low, high), dtype) for dtype in (np.dtype(np.float32), pixels.dtype)]
+    if steps[1] < steps[0] and 0 < high - low < _FEWEST_LEVELS * steps[0]:
+        raise failure(
+            f"Pixels must differ by {_FEWEST_LEVELS * steps[0]:g} or more where they are so large, got {low:.17g} "
+            f"to {high:.17g}{where}: subtract a constant"
+        )
+
+
+def _step(value: float, dtype: np.dtype[Any]) -> float:
+    """Distance of neighbouring numbers of a data type near `value`, at least 1 of whole numbers."""
+    return 1.0 if dtype.kind in "bui" else float(np.spacing(np.abs(dtype.type(value))))
 
 
 def find_range(

@@ -109,8 +109,7 @@ def source_of(
         raise failure(
             f"The image must hold real numbers, got dtype {pixels.dtype}{where}: convert it first"
         )
-    if pixels.dtype.kind == "f":
-        check_values(pixels, where, failure)
+    check_values(pixels, where, failure)
     if chosen is not None and failure is ValueError:
         pixels = select_channels(pixels, None, chosen)
     if pixels.ndim == 3 and pixels.shape[2] == 1:

@@ -22,6 +22,7 @@ from dinocell.progress import progress
 from dinocell.segmentation.distance_map import labels_to_distance_map
 from dinocell.segmentation.intensity import (
     average_channels,
+    check_values,
     find_range,
     normalize_intensity,
     to_model_input,
@@ -80,6 +81,7 @@ def read_pair(pair: Pair, **intensity: float) -> tuple[NDArray, NDArray[np.uint3
     """
     file = read_image(pair.image_path, channels=pair.channels or None)
     image = file.pixels
+    check_values(image, f" in {pair.image_path}", DataSetError)
     if image.ndim == 3 and (pair.channels or file.is_colour):
         planes = np.moveaxis(image, 2, 0)
         image = average_channels(image, [find_range(plane, **intensity) for plane in planes])

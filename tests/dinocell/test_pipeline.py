@@ -265,6 +265,16 @@ def test_values_beyond_float32_are_refused(mini_model, tmp_path, value):
         segment(tmp_path / "a.npy", model=mini_model)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "int64", "uint64", "uint32"])
+def test_an_offset_that_float32_cannot_keep_is_refused(mini_model, dtype):
+    image = field().astype(dtype)
+    offset = 1e12 if dtype == "float64" else 2**31 if dtype == "uint32" else 2**60
+    with pytest.raises(ValueError, match=r"or more where they are so large.*: subtract a constant"):
+        segment(image + np.array(offset, dtype), model=mini_model)
+    assert segment(image + np.array(10**6, dtype), model=mini_model).num_cells
+    assert segment((field() + 1e7).astype(np.float32), model=mini_model).num_cells
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1e34])
 def test_any_scale_within_float32_gives_the_same_cells(mini_model, scale):
     image = field().astype(np.float64)

@@ -182,6 +182,13 @@ class TestWrongFolders:
         with pytest.raises(DataSetError, match=r"must be gray.*choose with `channels`"):
             read_pair(pair)  # three channels that are not colours
 
+    def test_values_beyond_float32(self, tmp_path):
+        (tmp_path / "i").mkdir()
+        np.save(tmp_path / "i" / "a.npy", 1e200 * np.random.default_rng(0).random((9, 9)))
+        write_labels(tmp_path / "l" / "a.png", np.eye(9, dtype=np.uint8))
+        with pytest.raises(DataSetError, match=r"Pixels must lie within .* in .*a\.npy: divide"):
+            read_pair(find_pairs(tmp_path / "i", tmp_path / "l")[0])
+
     def test_a_truncated_image_is_met_before_training(self, blob_data, tmp_path):
         (tmp_path / "i").mkdir()
         content = (blob_data / "images" / "blob0.tif").read_bytes()
