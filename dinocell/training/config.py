@@ -141,14 +141,17 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay.
+    """AdamW (Loshchilov & Hutter 2019) or Muon, with linear warm-up and cosine decay.
 
-    `weight_decay` acts on matrices only, not on biases, norms, tokens or LayerScale.
+    `kind` is `adamw`, or `muon`: Muon (Jordan et al. 2024) for the matrices and convolutions between
+    the first and the last layer, AdamW for the rest, with the same learning rate.  `weight_decay`
+    acts on matrices only, not on biases, norms, tokens or LayerScale.
     `min_lr_ratio` is the final learning rate as a share of `lr`.  `clip_norm` bounds the gradient
     norm (0: off).  `scaling_rule` multiplies `lr` where several processes make the batch larger:
     `sqrt` by the square root of their number, `linear` by their number, `none` not at all.
     """
 
+    kind: str = "adamw"
     lr: float = 5e-4
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
@@ -158,6 +161,7 @@ class OptimizerConfig:
     scaling_rule: str = "sqrt"
 
     def __post_init__(self) -> None:
+        require_choice("`optimizer.kind`", self.kind, ("adamw", "muon"))
         require_choice("`optimizer.scaling_rule`", self.scaling_rule, ("none", "sqrt", "linear"))
         require(self.lr > 0, f"`optimizer.lr` must be above 0, got {self.lr}: 5e-4 is usual")
         for name in ("weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm"):

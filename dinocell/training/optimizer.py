@@ -12,6 +12,57 @@ from dinocell.network.backbone import DINOv3Backbone
 from dinocell.network.model import DINOCell
 from dinocell.training.config import OptimizerConfig, TrainConfig
 
+_MOMENTUM = 0.95  # of Muon, as Jordan et al. use
+_STEPS = 5  # of its iteration, with these coefficients
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Weights that read the image or write the map: Muon is made for those between (Jordan et al. 2024).
+_ENDS = ("head.", "patch_embed.", "image_stem.", "levels.0.0.")
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for groups with `muon`, AdamW for the others.
+
+    Muon moves a matrix by its gradient's moving average made nearly orthogonal, so that all directions learn
+    at one speed.  A convolution counts as the matrix (channels out, all the rest).  A step is 0.2 √(larger
+    side) times that (Liu et al. 2025, section 2.2), about as long as AdamW's, whose learning rates and decay
+    therefore serve for both.  `torch.optim.Muon` has the same rule for two dimensions, and computes in bf16
+    on every processor.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of all groups; the gradients of those with `muon` are used up."""
+        for group in self.param_groups:
+            for parameter in group["params"] if group.get("muon") else ():
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                average = state["momentum"].mul_(_MOMENTUM).add_(gradient)
+                wanted = gradient.add(average, alpha=_MOMENTUM).flatten(1)  # Nesterov's
+                length = 0.2 * math.sqrt(max(wanted.shape)) * group["lr"]
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(orthogonalized(wanted).reshape(parameter.shape), alpha=length)
+                parameter.grad = None  # AdamW passes over it
+        return super().step(closure)
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """(m, n) floats → a matrix with the same singular vectors and singular values of about 0.7 to 1.2.
+
+    Five steps of a Newton-Schulz iteration with the coefficients of Jordan et al. 2024.
+    """
+    a, b, c = _COEFFICIENTS
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix if wide else matrix.T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(_STEPS):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x if wide else x.T
+
 
 def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:
     """Share of the peak learning rate at 0-based `step`: linear warm-up, cosine to the minimum.
@@ -50,14 +101,14 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 
 
 def parameter_groups(model: DINOCell, config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW groups: backbone and decoder apart, weight decay on matrices only, layer decay.
+    """Groups of `MuonAdamW`: backbone and decoder apart, weight decay on matrices only, layer decay.
 
-    Each group has `lr_scale`, the multiple of the scheduled learning rate, and `params`.  Biases,
-    norms, LayerScale and tokens do not decay.  A frozen backbone has no group.
+    Each group has `lr_scale`, the multiple of the scheduled learning rate, `params` and `muon`.  Biases,
+    norms, LayerScale and tokens do not decay, and do not learn by Muon.  A frozen backbone has no group.
     """
     backbone = model.backbone
     depth = len(backbone.vit.blocks) if isinstance(backbone, DINOv3Backbone) else 0
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -66,11 +117,12 @@ def parameter_groups(model: DINOCell, config: TrainConfig) -> list[dict[str, Any
             distance = _distance_from_top(name, depth)
             scale = config.backbone.lr_mult * config.backbone.layer_decay**distance
         decays = parameter.ndim >= 2 and not name.endswith(("_token", "_tokens"))
-        groups.setdefault((scale, decays), []).append(parameter)
+        muon = config.optimizer.kind == "muon" and decays and not any(end in name for end in _ENDS)
+        groups.setdefault((scale, decays, muon), []).append(parameter)
     decay = {True: config.optimizer.weight_decay, False: 0.0}
     return [
-        {"params": parameters, "lr_scale": scale, "weight_decay": decay[decays]}
-        for (scale, decays), parameters in groups.items()
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay[decays], "muon": muon}
+        for (scale, decays, muon), parameters in groups.items()
     ]
 
 

@@ -26,6 +26,7 @@ from dinocell.training.config import TrainConfig
 from dinocell.training.datasets import CropDataset, split_pairs
 from dinocell.training.final_model import TrainResult, write_final_model
 from dinocell.training.optimizer import (
+    MuonAdamW,
     average_weights,
     learning_rate_factor,
     parameter_groups,
@@ -144,7 +145,7 @@ class _Trainer:
             # After the copy: what is validated and saved stays a plain model.
             synchronize_batch_norm(self.model)
         rates: dict[str, Any] = {"lr": config.optimizer.lr, "betas": config.optimizer.betas}
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config), **rates)
+        self.optimizer = MuonAdamW(parameter_groups(self.model, config), **rates)
 
     def _loop(self, dataset: CropDataset) -> bool:
         """Train to the last step; True if the run ended early for lack of progress."""

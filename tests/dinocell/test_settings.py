@@ -42,7 +42,7 @@ def test_unknown_key_names_the_nearest(tmp_path):
     path = write(
         tmp_path / "c.yaml", {"data": DATA, "optimizer": {"leraning": 1, "wieght_decay": 1}}
     )
-    with pytest.raises(ConfigError, match=r"optimizer\.leraning.*known: lr, weight_decay"):
+    with pytest.raises(ConfigError, match=r"optimizer\.leraning.*known: kind, lr, weight_decay"):
         load_settings(TrainConfig, path)
     path = write(tmp_path / "c.yaml", {"data": DATA, "optimizer": {"wieght_decay": 1}})
     with pytest.raises(ConfigError, match=r"did you mean optimizer\.weight_decay"):
