@@ -75,8 +75,9 @@ class DINOCellPipeline:
     Parameters
     ----------
     model : DINOCell, model file or bundled name
-    device : str
-        Where the network runs; None leaves a given `DINOCell` where it is.
+    device : `cpu`, `cuda`, `cuda:N`, `mps` or `auto` (a GPU if one exists), optional
+        Where the network runs.  None leaves a given `DINOCell` where it is, and takes the CPU for a file
+        or name.
     batch_size : int
         Windows per network call.
     tile_px : int, optional
@@ -180,9 +181,10 @@ class DINOCellPipeline:
         Raises
         ------
         UsageError, ImageFileError
-            The file is missing or unreadable, or its axes do not fit.
+            The file is missing or unreadable, or its axes do not fit; it has several channels, and none is
+            chosen; it looks like a mask.
         ValueError
-            The array does not fit: several channels and no choice, NaN, a mask.
+            The array is not 2-D or 3-D, holds NaN, or looks like a mask.
         """
         loaded = self.load(
             image,

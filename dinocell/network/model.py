@@ -116,7 +116,7 @@ class DINOCell(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu") -> DINOCell:
-        """A trained model in eval mode: a bundled name (`dinocell-cells`) or a model file."""
+        """A trained model in eval mode: see `load_model`."""
         return load_model(name, device=device)
 
     def save(self, path: str | Path, *, half: bool = False) -> None:
