@@ -33,6 +33,9 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 """Orientation tag → what turns the stored rows upright (TIFF 6.0, tag 274; EXIF has the same)."""
 
+SIDEWAYS = (5, 6, 7, 8)
+"""Orientation tags of pictures whose rows become columns."""
+
 
 class PlaneChoice(TypedDict, total=False):
     """Which plane of a file, as keyword arguments; see `dinocell.io.read_image`."""

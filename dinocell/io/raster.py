@@ -91,6 +91,8 @@ def open_picture(path: Path, head: bytes, wanted: Selection) -> Iterator[Stack]:
         axes, shape = ("YX", ()) if gray else ("YXS", (3,))
         series = series_of(axes, (picture.height, picture.width, *shape), wide)
         series = series if gray else replace(series, channel_names=RGB_NAMES)
+        if kind == "JPEG" or "exif" in picture.info:  # else Pillow would read the pixels to find it
+            series = replace(series, orientation=_orientation(picture))
 
         def read(choice: Choice, page: int) -> RawImage:
             picture.load()
@@ -125,7 +127,7 @@ def _loaded(picture: Any, bits: int, colour_type: int, wanted: Selection) -> Raw
 
 
 def _orientation(picture: Any) -> int:
-    """The EXIF orientation of a loaded picture; 1 (upright) where there is none that can be read."""
+    """The EXIF orientation of a picture; 1 (upright) where there is none that can be read."""
     with _HEADER_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -15,7 +15,14 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from dinocell.errors import ImageFileError, UsageError
-from dinocell.io.planes import RGB_NAMES, RawImage, Selection, channel_positions, check_size
+from dinocell.io.planes import (
+    RGB_NAMES,
+    SIDEWAYS,
+    RawImage,
+    Selection,
+    channel_positions,
+    check_size,
+)
 from dinocell.io.units import is_square
 from dinocell.scratch import copied, new_image, row_bands
 
@@ -42,6 +49,7 @@ class Series:
     pixel_size_um : (x, y, z) in µm, each None where the file does not say
     acquired : str or None, date and time of the first plane as in ISO 8601
     notes : tuple of str, such as that a pixel size is not used
+    orientation : int, the EXIF and TIFF tag 274 of the file; `shape` is that of the stored pixels
     """
 
     axes: str
@@ -53,6 +61,13 @@ class Series:
     acquired: str | None = None
     notes: tuple[str, ...] = ()
     channel_colours: tuple[str, ...] | None = None
+    orientation: int = 1
+
+    @property
+    def upright_shape(self) -> tuple[int, int]:
+        """Rows and columns of a plane after it was turned upright."""
+        height, width = self.sizes["Y"], self.sizes["X"]
+        return (width, height) if self.orientation in SIDEWAYS else (height, width)
 
     @property
     def sizes(self) -> dict[str, int]:

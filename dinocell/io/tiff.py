@@ -127,14 +127,13 @@ def _read_plane(series: Any, choice: Choice, page: int, wanted: Selection) -> Ra
             pixels = pixels[..., 0]
     if int(keyframe.photometric) == 0 and not wanted.as_labels:  # white is zero
         pixels = _inverted(pixels, keyframe.bitspersample)
-    orientation = keyframe.tags.valueof(274, 1)
     return RawImage(
         pixels,
         is_rgb,
         choice.positions is not None,
         choice.series.edge_um,
         names,
-        orientation=int(orientation) if isinstance(orientation, int) else 1,
+        orientation=choice.series.orientation,
         notes=choice.series.notes,
     )
 
@@ -248,6 +247,7 @@ class _Description:
         )  # C and S occur once
         keyframe, channels = series.keyframe, sizes.get("C", 1)
         described: dict[str, Any] = {}
+        turned = keyframe.tags.valueof(274, 1)
         if self.is_ome:
             if place < len(self.images):
                 described = _of_ome(self.images[place], channels)
@@ -260,6 +260,7 @@ class _Description:
         should_be_ome = self.is_ome or self.tif.filename.lower().endswith((".ome.tif", ".ome.tiff"))
         if should_be_ome and series.kind in ("generic", "uniform"):
             described["notes"] = (*described.get("notes", ()), _NO_OME)
+        described["orientation"] = turned if isinstance(turned, int) else 1
         return series_of(str(series.axes), map(int, series.shape), series.dtype, **described)
 
 

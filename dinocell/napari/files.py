@@ -95,7 +95,7 @@ def _stack(path: Path, series: Series, choice: PlaneChoice, samples: tuple[int, 
         if at:  # axes that have no option: the first scene has the first pages
             place = {"page": page, "channels": choice.get("channels")}
         reads.append(partial(_plane, path, place))
-    plane = (series.sizes["Y"], series.sizes["X"], *samples)
+    plane = (*series.upright_shape, *samples)
     shape = (*sizes.values(), *plane)
     if np.prod(shape) * np.dtype(series.dtype).itemsize <= _EAGER_BYTES:
         return np.stack([read() for read in reads]).reshape(shape)

@@ -135,7 +135,7 @@ def _about_image(
     if image is None:
         return None, None
     series = describe_image(image).series
-    shapes = {(one.sizes["Y"], one.sizes["X"]) for one in series}
+    shapes = {one.upright_shape for one in series}
     if len(shapes) != 1:
         raise ImageFileError(
             f"The scenes of '{image}' must have one size, got {len(shapes)}: export the one that the labels "

@@ -112,14 +112,15 @@ def _what_is_done(source: Source) -> str:
 
 
 def _axes_text(scene: Series) -> str:
-    height, width = scene.sizes["Y"], scene.sizes["X"]
+    height, width = scene.upright_shape
     return f"{scene.text()}{' × ' if scene.text() else ''}Y {height} × X {width}"
 
 
 def _scene_values(scene: Series) -> dict[str, Any]:
+    sizes = scene.sizes | dict(zip("YX", scene.upright_shape, strict=True))
     return {
         "name": scene.name,
-        "axes": {("C" if axis == "S" else axis): size for axis, size in scene.sizes.items()},
+        "axes": {("C" if axis == "S" else axis): size for axis, size in sizes.items()},
         "dtype": np.dtype(scene.dtype).name,
         "channels": list(scene.channel_names or ()),
         "pixel_size_um": dict(zip("xyz", scene.pixel_size_um, strict=True)),

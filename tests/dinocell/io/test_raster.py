@@ -11,6 +11,7 @@ from PIL import Image as PillowImage
 
 from dinocell.errors import ImageFileError, UsageError
 from dinocell.io import (
+    describe_image,
     read_image,
     read_labels,
     write_image,
@@ -143,6 +144,7 @@ def test_pictures_are_turned_upright_as_their_file_states(tmp_path, orientation,
     PillowImage.fromarray(stored).save(path, exif=exif)
     image = read_image(path)
     np.testing.assert_array_equal(image.pixels, UPRIGHT[orientation])
+    assert describe_image(path).series[0].upright_shape == image.pixels.shape
     np.testing.assert_array_equal(read_labels(path), UPRIGHT[orientation])
     assert image.pixels.flags.c_contiguous
     stated = f"(orientation {orientation}): it was turned upright"

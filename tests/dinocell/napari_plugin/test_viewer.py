@@ -307,6 +307,19 @@ def test_a_large_stack_is_read_when_it_is_shown(tmp_path, monkeypatch):
     np.testing.assert_array_equal(np.asarray(data), stack)
 
 
+def test_a_stack_that_is_turned_opens_upright(tmp_path, monkeypatch):
+    import tifffile
+
+    path = str(tmp_path / "turned.tif")
+    stack = np.random.default_rng(0).integers(0, 999, (3, 20, 30)).astype(np.uint16)
+    turned = {"photometric": "minisblack", "extratags": [(274, "H", 1, 6, False)]}
+    tifffile.imwrite(path, stack, metadata=None, **turned)
+    for limit in (10**9, 100):
+        monkeypatch.setattr("dinocell.napari.files._EAGER_BYTES", limit)
+        ((data, _, _),) = get_reader(path)(path)
+        np.testing.assert_array_equal(np.asarray(data), np.rot90(stack, -1, (1, 2)))
+
+
 def test_colours_labels_and_samples_open(viewer, tmp_path):
     colour = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
     write_image(tmp_path / "colour.png", colour)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
 from dinocell.errors import DataSetError, DINOCellError, ImageFileError, UsageError
 from dinocell.io import read_labels, write_image, write_labels
@@ -246,3 +247,16 @@ def test_names_that_are_no_utf8(kind: str, tmp_path: Path, image: Path) -> None:
     target = tmp_path / "there"
     convert_labels(tmp_path / "labels.png", target, format=kind, image=named)
     assert b"b\\" in target.read_bytes()
+
+
+def test_the_image_of_outlines_may_be_turned(tmp_path: Path) -> None:
+    """The outlines are those of the picture upright, as `segment` sees it."""
+    labels = scene()
+    turned = tmp_path / "turned.tif"
+    stored = np.zeros(labels.shape[::-1], np.uint8)
+    tifffile.imwrite(turned, stored, extratags=[(274, "H", 1, 6, True)])
+    write_labels(tmp_path / "a.tif", labels)
+    for name in ("a.geojson", "b.tif"):
+        convert_labels(tmp_path / "a.tif", tmp_path / name, image=turned)
+    convert_labels(tmp_path / "a.geojson", tmp_path / "c.tif", image=turned)
+    assert np.array_equal(read_labels(tmp_path / "c.tif"), labels)
