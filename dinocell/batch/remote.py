@@ -1,7 +1,7 @@
 """Results on S3: the files of each image are written here first, and uploaded when the image is finished.
 
 A temporary folder stands for the one on S3.  An object that S3 has is an empty file in it, so that a batch finds
-what is done; settings and journal have their content.  So `resume`, and the refusal to replace results, work
+what is done; settings, journal and summary have their content.  So `resume`, and the refusal to replace results, work
 as in a folder of this machine.  The journal is uploaded every few seconds and at the end: a process that is
 killed repeats at most the images of the last seconds.
 """
@@ -31,8 +31,8 @@ from dinocell.io.s3 import S3Error, S3Path, place_of
 from dinocell.pipeline import DINOCellPipeline, LoadedImage
 from dinocell.results.formats import EXPORT_FORMATS
 
-_KEPT = (SETTINGS_NAME, JOURNAL_NAME)
-_OF_THE_BATCH = (*_KEPT, "summary.csv", "wells.csv", "wells.parquet", "report.html")
+_KEPT = (SETTINGS_NAME, JOURNAL_NAME, "summary.csv")
+_OF_THE_BATCH = (*_KEPT, "wells.csv", "wells.parquet", "report.html")
 _FOLDERS = tuple(one.suffix for one in EXPORT_FORMATS.values() if not one.media_type)
 _JOURNAL_EVERY_S = 10.0
 
@@ -128,7 +128,7 @@ class _Mirror(Watcher):
         self.uploaded_s = float("-inf")
 
     def fetch(self, *, whole: bool) -> None:
-        """Settings and journal, and a file for every other object: empty, unless the `whole` is wanted."""
+        """Settings, journal and summary, and a file for every other object: empty, unless the `whole` is wanted."""
         self.here.mkdir()
         prefix = f"{self.place.key}/" if self.place.key else ""
         for one in self.place.objects():
@@ -178,7 +178,8 @@ class _Mirror(Watcher):
         """Upload the files of the whole batch, as far as they exist."""
         for name in _OF_THE_BATCH:
             path = self.here / name
-            if path.is_file() and path.stat().st_size:
+            # Others that are empty stand for what S3 has; a journal is empty when `overwrite` begins.
+            if path.is_file() and (name in _KEPT or path.stat().st_size):
                 (self.place / name).put(path.read_bytes())
         self.uploaded_s = time.monotonic()
 

@@ -4,8 +4,9 @@ Mostly a file is one unit.  With the word `each` for `scene`, `time` or `z` ever
 axis is one.  A batch keeps, resumes, divides and reports units.
 """
 
+import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from os.path import commonpath
@@ -121,23 +122,46 @@ def named_as_before(units: Sequence[Unit], out: Path) -> list[Unit]:
     """The units, each with the name that its result already has in a folder of results.
 
     Which folders a name holds depends on the other inputs of a call: `a` is `x/a` beside `y/a`.  With
-    the new name `resume` would not find the result, and the summary would count the image twice.
+    the new name `resume` would not find the result, and the summary would count the image twice.  The
+    summary of the run before counts, too: `overwrite` takes images from the journal at its start, and if
+    it is stopped, they are in the summary alone.
 
     Raises UsageError (an earlier name is also that of another unit).
     """
-    names: dict[tuple[str, str], list[str]] = {}
-    for row in read_journal(out / JOURNAL_NAME):
-        key = (str(row.get("source")), PurePosixPath(row["name"]).name)
-        names.setdefault(key, []).append(row["name"])
+    journal = read_journal(out / JOURNAL_NAME)
+    names = _names_by_source(journal)
+    taken = {row["name"] for row in journal}
+    summary = [row for row in _rows_of_summary(out) if row["name"] not in taken]
+    names = _names_by_source(summary) | names
     if not names:
         return list(units)
     renamed = []
     for unit in units:
-        key = (str(unit.path.resolve()), PurePosixPath(unit.name).name)
-        known = names.get(key, [unit.name])
+        known = names.get(_source_of(str(unit.path.resolve()), unit.name), [unit.name])
         renamed.append(unit if unit.name in known else replace(unit, name=known[-1]))
     _refuse_same_names(renamed)
     return renamed
+
+
+def _source_of(file: str, name: str) -> tuple[str, str]:
+    """What tells a unit from others, whatever folders its name holds."""
+    return file, PurePosixPath(name).name
+
+
+def _names_by_source(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    names: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        names.setdefault(_source_of(str(row.get("source")), row["name"]), []).append(row["name"])
+    return names
+
+
+def _rows_of_summary(out: Path) -> list[dict[str, str]]:
+    """Rows of the images that were done; none where no summary can be read."""
+    try:
+        with (out / "summary.csv").open(encoding="utf-8", errors="replace", newline="") as file:
+            return [row for row in csv.DictReader(file) if row.get("name") and not row.get("error")]
+    except (OSError, csv.Error):
+        return []
 
 
 def _fields(path: Path) -> Iterator[Unit]:

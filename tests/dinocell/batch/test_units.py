@@ -3,6 +3,7 @@
 import builtins
 import csv
 import io
+import json
 import os
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from dinocell.batch.merge import merge_shards
 from dinocell.batch.options import SegmentOptions
 from dinocell.batch.parts import plan_shards, run_shard
 from dinocell.batch.run import segment_files
-from dinocell.batch.units import Unit, units_of
+from dinocell.batch.units import Unit, named_as_before, units_of
 from dinocell.cli import main
 from dinocell.errors import UsageError
 from dinocell.io import read_image, read_labels, write_image
@@ -205,6 +206,45 @@ def test_an_image_keeps_its_name_when_others_join(namesakes, tmp_path, mini_mode
     changed = {"overwrite": True, "peak_threshold": 0.3}
     assert names(x, y, z, **changed) == (0, ["a", "y/a", "z/a"])
     assert not (tmp_path / "out" / "x").exists()
+
+
+@pytest.mark.parametrize("then", ["resume", "overwrite"])
+def test_an_image_keeps_its_name_when_its_replacement_was_stopped(
+    namesakes, tmp_path, mini_model, monkeypatch, then
+):
+    """`overwrite` takes it from the journal before it is segmented again."""
+    x, y, _ = namesakes
+    out = tmp_path / "out"
+    segment_files([x], out, options(), model=mini_model, shown=False)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dinocell.batch.run._Batch._predict", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            segment_files([x, y], out, options(overwrite=True), model=mini_model, shown=False)
+    assert (out / "images.jsonl").read_text() == ""
+    segment_files([x, y], out, options(**{then: True}), model=mini_model, shown=False)
+    assert [row["name"] for row in rows_of(out / "summary.csv")] == ["a", "y/a"]
+    assert not (out / "x").exists()
+
+
+def test_a_name_in_the_summary_that_another_image_has_taken_is_free(namesakes, tmp_path):
+    x, y, _ = (path.resolve() for path in namesakes)
+    (tmp_path / "summary.csv").write_text(f"name,source,error\na,{x},\nz/a,{y},unreadable\n")
+    assert [unit.name for unit in named_as_before(units_of([x, y], options()), tmp_path)] == [
+        "a",
+        "y/a",
+    ]
+    (tmp_path / "images.jsonl").write_text(json.dumps({"name": "a", "source": str(y)}) + "\n")
+    assert [unit.name for unit in named_as_before(units_of([x, y], options()), tmp_path)] == [
+        "x/a",
+        "a",
+    ]
+    (tmp_path / "images.jsonl").write_text(json.dumps({"name": "x/a", "source": str(x)}) + "\n")
+    (unit,) = named_as_before(units_of([x], options()), tmp_path)
+    assert unit.name == "x/a", "the journal is newer"
 
 
 def test_parts_keep_the_names_of_a_folder(namesakes, tmp_path, model_path):

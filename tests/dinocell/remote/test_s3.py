@@ -291,6 +291,27 @@ def test_an_interrupted_run_continues(server, tmp_path, mini_model) -> None:
     assert "out/claim.json" not in server.listed("out/")
 
 
+def test_a_replacement_that_was_stopped_is_repeated_with_its_name(
+    server, tmp_path, mini_model
+) -> None:
+    """The old journal would call the image done, and without the summary it would be `x/a`."""
+    paths, out = [tmp_path / "x" / "a.tif", tmp_path / "y" / "a.tif"], Path("s3://bucket/out")
+    for number, path in enumerate(paths):
+        path.parent.mkdir()
+        path.write_bytes(tiff(picture(number)))
+
+    class Interrupting(remote.Watcher):
+        def loaded(self, image) -> None:
+            raise KeyboardInterrupt
+
+    how = {"model": mini_model, "shown": False}
+    segment_anywhere(paths[:1], out, options(), **how)
+    with pytest.raises(KeyboardInterrupt):
+        segment_anywhere(paths, out, options(overwrite=True), watcher=Interrupting(), **how)
+    again = segment_anywhere(paths, out, options(resume=True), **how)
+    assert (again.skipped, [row["name"] for row in again.rows]) == (0, ["a", "y/a"])
+
+
 @pytest.mark.slow
 def test_parts_of_a_plate_on_s3(server, plate, tmp_path, model_path) -> None:
     given = options(z="each", model=str(model_path))
