@@ -60,7 +60,7 @@ def folders_below(source: Path) -> list[Path]:
 def _source_folders(source: Path) -> Iterator[tuple[Path, list[Path]]]:
     """`walk_folders` without what `prepare` itself has written below the source, finished or not."""
     made: set[Path] = set()
-    for folder, files in walk_folders(source):
+    for folder, files in walk_folders(source) if source.is_dir() else ():
         names = {path.name for path in files}
         ours = any(names.issuperset(own) for own in (MANIFESTS, PROGRESS)) and folder != source
         if ours or folder.parent in made:
@@ -73,8 +73,7 @@ class Images:
     """The images below a folder, found by their folder and their name before the suffix."""
 
     def __init__(self, source: Path) -> None:
-        found = files_below(source) if source.is_dir() else []
-        self.paths = [path for path in found if not path.name.endswith(SEG_NPY)]
+        self.paths = [path for path in files_below(source) if not path.name.endswith(SEG_NPY)]
         self._known: dict[tuple[Path, str], Path] = {}
         for suffix in IMAGE_SUFFIXES:  # of two images of one name, the first of these
             for path in self.paths:

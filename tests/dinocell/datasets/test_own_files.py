@@ -76,6 +76,12 @@ def test_a_folder_that_cannot_be_opened_stops_the_preparation(tmp_path, monkeypa
         prepared("seg_npy", tmp_path / "source", tmp_path / "out")
 
 
+def test_a_file_for_a_folder_says_what_is_needed(tmp_path):
+    doubles.seg_npy(source := tmp_path / "source")
+    with pytest.raises(DataSetError, match=r"must hold a_seg\.npy of Cellpose beside the image a"):
+        prepared("seg_npy", source / "0_seg.npy", tmp_path / "out")
+
+
 def test_images_without_labels_are_noted(tmp_path):
     doubles.seg_npy(source := tmp_path / "source")
     doubles.image(source / "forgotten.tif")
