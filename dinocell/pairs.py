@@ -17,6 +17,7 @@ ending, those without one are taken for images, overlays or maps and left aside.
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,11 @@ OUTPUT_ENDINGS: tuple[str, ...] = ("_nuclei_labels", "_labels", "_overlay", "_di
 
 _CHALLENGE_NAME = re.compile(r"(?:man_seg|man_track|mask|t)(\d{3,})")
 _CHALLENGE_LABELS = re.compile(r"(?:man_seg|man_track|mask)\d{3,}")
+
+
+def composed(name: str) -> str:
+    """A name with its accents in the letters (NFC), to compare it: files from a Mac may have them apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def is_zarr(path: Path) -> bool:
@@ -322,10 +328,10 @@ def _refuse_second(by_name: dict[str, Path], name: str, path: Path) -> None:
 
 
 def _stem(path: Path) -> str:
+    stem = composed(path.stem)
     if path.suffix.lower() == ".zip":
-        ending = next((end for end in ROI_ENDINGS if path.stem.endswith(end)), "")
-        return path.stem.removesuffix(ending)
-    return path.stem[: -len(".ome")] if path.stem.lower().endswith(".ome") else path.stem
+        return stem.removesuffix(next((end for end in ROI_ENDINGS if stem.endswith(end)), ""))
+    return stem[: -len(".ome")] if stem.lower().endswith(".ome") else stem
 
 
 def _image_name(stem: str) -> str:

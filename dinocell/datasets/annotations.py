@@ -17,6 +17,7 @@ from dinocell.errors import DataSetError
 from dinocell.io import read_image
 from dinocell.io.annotations import Annotation, annotation_masks, read_coco, read_geojson_labels
 from dinocell.io.polygons import paint_cells
+from dinocell.pairs import composed
 
 _SHOWN = 5
 
@@ -31,7 +32,7 @@ def coco(source: Path, notes: list[str], *, stratified: bool = False) -> Iterato
     home = Path(os.path.normpath(source.parent if source.is_file() else source))
     by_name: dict[str, list[Path]] = defaultdict(list)
     for path in files_below(home):
-        by_name[path.name].append(path)
+        by_name[composed(path.name)].append(path)
     whole = [path for path in files if path.stem.startswith("livecell_coco_")] or files
     found: dict[Path, Sample] = {}
     for path in whole:
@@ -79,9 +80,10 @@ def _place(
             if place.is_relative_to(os.path.abspath(home)) and place.is_file():
                 return Path(os.path.normpath(folder / name))
     for name in names:
-        found = by_name.get(Path(name).name, [])
+        found = by_name.get(composed(Path(name).name), [])
         if len(found) > 1:
-            found = [one for one in found if f"/{one.as_posix()}".endswith(f"/{name.lstrip('/')}")]
+            end = f"/{composed(name).lstrip('/')}"
+            found = [one for one in found if composed(f"/{one.as_posix()}").endswith(end)]
         if len(found) == 1:
             return found[0]
     return None

@@ -31,6 +31,7 @@ from dinocell.pairs import (
     OUTPUT_ENDINGS,
     ROI_ENDINGS,
     SEG_NPY,
+    composed,
 )
 
 LabelReader = Callable[[Path, tuple[int, int]], NDArray]
@@ -78,14 +79,14 @@ class Images:
         for suffix in IMAGE_SUFFIXES:  # of two images of one name, the first of these
             for path in self.paths:
                 if path.suffix.lower() == suffix:
-                    self._known.setdefault((path.parent, path.stem), path)
+                    self._known.setdefault((path.parent, composed(path.stem)), path)
         for (folder, stem), path in list(self._known.items()):
             if stem.lower().endswith(".ome"):
                 self._known.setdefault((folder, stem[: -len(".ome")]), path)
 
     def find(self, folder: Path, names: Iterable[str]) -> Path | None:
         """The image in a folder with the first of some names that exists."""
-        places = ((folder, name) for name in names)
+        places = ((folder, composed(name)) for name in names)
         return next((self._known[place] for place in places if place in self._known), None)
 
 

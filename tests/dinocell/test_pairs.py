@@ -310,3 +310,15 @@ def test_projects_take_the_place_of_missing_label_images(tmp_path):
         path.rename(images / path.name)
     (images / "a.png").unlink()
     assert with_images(images, images) == found | {"a.tif": "a_seg.npy"}
+
+
+def test_accents_may_be_apart_from_their_letters(tmp_path):
+    """As macOS stores them."""
+    images = touch(tmp_path / "i", "\u00e4.tif", "o\u0308.tif")
+    labels = touch(tmp_path / "l", "a\u0308_masks.png", "\u00f6_seg.npy")
+    assert with_images(images, labels) == {
+        "\u00e4.tif": "a\u0308_masks.png",
+        "o\u0308.tif": "\u00f6_seg.npy",
+    }
+    predicted = touch(tmp_path / "p", "a\u0308_labels.tif", "\u00f6_labels.tif")
+    assert list(paired(predicted, images)) == ["\u00e4", "\u00f6"]

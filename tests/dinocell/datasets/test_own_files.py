@@ -50,6 +50,14 @@ def test_endings_may_be_in_capitals_and_an_ome_tiff_has_labels_of_its_short_name
     assert list(prepared("geojson", source, tmp_path / "out2")[0]) == ["0", "1"]
 
 
+def test_accents_may_be_apart_from_their_letters(tmp_path):
+    """As macOS stores them."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    doubles.image(source / "\u00e4.tif")
+    seg_npy(source / "a\u0308_seg.npy", 0)
+    assert list(prepared("seg_npy", source, out)[0]) == ["\u00e4"]
+
+
 def test_folders_behind_links_are_read_once(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     for folder, number in ((source, 0), (tmp_path / "elsewhere", 1)):
@@ -113,6 +121,8 @@ def save(path: Path, content: dict, encoding: str = "utf-8") -> None:
         ("images/a b.tif", "/data/local-files/?d=project/a%20b.tif"),
         ("images/ä 5% #1.tif", "%C3%A4%205%25%20%231.tif"),
         ("images/ä 5% #1.tif", "ä 5% #1.tif"),
+        ("images/a\u0308.tif", "\u00e4.tif"),
+        ("images/\u00e4.tif", "a%CC%88.tif"),
         ("images/a%20b.tif", "a%20b.tif"),
         ("images/a.tif", "https://example.org/a.tif?signature=1/2"),
     ],
