@@ -15,8 +15,8 @@ from dinocell.datasets.folders import beside_files, files_below
 from dinocell.datasets.sample import Content, Sample, name_below, split_of, split_of_path
 from dinocell.errors import DataSetError
 from dinocell.io import read_image
-from dinocell.io.annotations import Annotation, annotation_masks, read_coco, read_geojson_labels
-from dinocell.io.polygons import paint_cells
+from dinocell.io.annotations import Annotation, annotation_masks, read_coco
+from dinocell.io.polygons import paint_with_notes
 from dinocell.pairs import composed
 
 _SHOWN = 5
@@ -101,14 +101,9 @@ def _read_annotated(path: Path, entry: dict[str, Any], annotations: list[Annotat
             f"{shape[0]} × {shape[1]} in '{path}': do the images belong to these annotations?"
         )
     cells = annotation_masks(annotations, shape, path)
-    empty = sum(cell is None for cell in cells)
-    labels, overlap_px = paint_cells(cells, shape)
     notes = [*image.notes]
-    if empty:
-        notes.append(f"{empty} annotations cover no pixel")
-    if overlap_px:
-        notes.append(f"{overlap_px} px belong to several cells: the smaller cell is on top")
+    labels = paint_with_notes(cells, shape, notes)
     return Content(image.pixels, labels, image.pixel_size_um, image.channel_names, tuple(notes))
 
 
-geojson = partial(beside_files, suffix=".geojson", endings=("_outlines",), read=read_geojson_labels)
+geojson = partial(beside_files, suffix=".geojson", endings=("_outlines",))

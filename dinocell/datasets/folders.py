@@ -21,7 +21,7 @@ from dinocell.datasets.sample import (
     split_of_path,
 )
 from dinocell.errors import DataSetError, some
-from dinocell.io import Image, natural_key, read_image, read_labels
+from dinocell.io import Image, natural_key, read_image, read_label_file, read_labels
 from dinocell.io.names import walk_folders
 from dinocell.io.polygons import CellMask, paint_cells
 from dinocell.pairs import (
@@ -90,21 +90,24 @@ class Images:
         return next((self._known[place] for place in places if place in self._known), None)
 
 
-def _plain_labels(path: Path, shape: tuple[int, int]) -> NDArray:
-    return read_labels(path, shape=shape)
-
-
 def read_files(
-    image_path: Path, labels_path: Path, read: LabelReader = _plain_labels, *, colour: bool = False
+    image_path: Path, labels_path: Path, read: LabelReader | None = None, *, colour: bool = False
 ) -> Content:
-    """A sample of two files; with `colour`, gray pictures that are stored as colours stay colours."""
+    """A sample of two files, the labels by `read_label_file` or `read`; with `colour`, gray pictures that are stored as colours stay colours."""
     image: Image = read_image(image_path)
     pixels = image.pixels
     if colour and pixels.ndim == 2 and _is_stored_as_colour(image_path):
         pixels = np.repeat(pixels[..., None], 3, axis=2)
     names = _RGB if colour and pixels.ndim == 3 and pixels.shape[2] == 3 else image.channel_names
-    labels = read(labels_path, (pixels.shape[0], pixels.shape[1]))
-    return Content(pixels, labels, image.pixel_size_um, names, image.notes)
+    shape = pixels.shape[0], pixels.shape[1]
+    notes = image.notes
+    if read is None:
+        file = read_label_file(labels_path, shape=shape)
+        labels: NDArray = file.pixels
+        notes += tuple(f"labels: {note}" for note in file.notes)
+    else:
+        labels = read(labels_path, shape)
+    return Content(pixels, labels, image.pixel_size_um, names, notes)
 
 
 def _is_stored_as_colour(path: Path) -> bool:
@@ -126,7 +129,7 @@ def beside_masks(source: Path, notes: list[str], *, colour: bool = False) -> Ite
 
 
 def beside_files(
-    source: Path, notes: list[str], *, suffix: str, endings: tuple[str, ...], read: LabelReader
+    source: Path, notes: list[str], *, suffix: str, endings: tuple[str, ...]
 ) -> Iterator[Sample]:
     """A file of another program beside each image: `a_seg.npy`, `a_RoiSet.zip`, `a.geojson`."""
     images, taken = Images(source), set()
@@ -138,7 +141,7 @@ def beside_files(
         image = images.find(path.parent, (stem, Path(stem).stem, f"{stem}_img"))
         name = image.stem if image else stem
         taken.add(image)
-        yield _sample(source, path, image, name, partial(read_files, read=read))
+        yield _sample(source, path, image, name, read_files)
     alone = [
         path.name
         for path in images.paths
@@ -150,8 +153,8 @@ def beside_files(
         )
 
 
-seg_npy = partial(beside_files, suffix=SEG_NPY, endings=(), read=_plain_labels)
-imagej_rois = partial(beside_files, suffix=".zip", endings=ROI_ENDINGS, read=_plain_labels)
+seg_npy = partial(beside_files, suffix=SEG_NPY, endings=())
+imagej_rois = partial(beside_files, suffix=".zip", endings=ROI_ENDINGS)
 
 
 def _sample(
@@ -204,7 +207,7 @@ def in_two_folders(
     *,
     images: str,
     labels: tuple[str, ...],
-    read: LabelReader = _plain_labels,
+    read: LabelReader | None = None,
     stratum: Callable[[Path], str] = lambda path: "",
 ) -> Iterator[Sample]:
     """Images in folders of one name and labels of the same names in folders of another beside them.

@@ -16,7 +16,7 @@ from dinocell.io.polygons import (
     CellMask,
     expand_run_lengths,
     fill_rings,
-    paint_cells,
+    paint_with_notes,
     run_lengths_to_mask,
 )
 
@@ -145,13 +145,13 @@ def _mask(segmentation: Any, shape: tuple[int, int]) -> CellMask | None:
     return CellMask(0, 0, together)
 
 
-def read_coco_labels(path: Path, max_pixels: int) -> NDArray[np.uint32]:
+def read_coco_labels(path: Path, max_pixels: int, notes: list[str]) -> NDArray[np.uint32]:
     """Labels (H, W) of a COCO file of one image; the id of an annotation is the cell's number.
 
     Raises DataSetError (as `read_coco` and `annotation_masks`; or the file has several images);
     ImageFileError (the image has more than `max_pixels`).
     """
-    images, annotations = read_coco(path, [])
+    images, annotations = read_coco(path, notes)
     if len(images) != 1:
         raise DataSetError(
             f"'{path}' must be a COCO file of one image, got {len(images)}: prepare the images as a data "
@@ -169,20 +169,24 @@ def read_coco_labels(path: Path, max_pixels: int) -> NDArray[np.uint32]:
     check_size(path, *shape, 1, max_pixels)
     own = annotations.get(key, [])
     masks = annotation_masks(own, shape, path)
-    return paint_cells(masks, shape, [annotation.number for annotation in own])[0]
+    return paint_with_notes(masks, shape, notes, [annotation.number for annotation in own])
 
 
 def read_json_labels(
-    path: Path, shape: tuple[int, int] | None, max_pixels: int
+    path: Path, shape: tuple[int, int] | None, max_pixels: int, notes: list[str]
 ) -> NDArray[np.uint32]:
-    """Labels of a COCO or GeoJSON file; `shape` is only needed for GeoJSON."""
+    """Labels of a COCO or GeoJSON file, and notes on them; `shape` is only needed for GeoJSON."""
     with open(path, "rb") as file:
         head = file.read(4096)
     is_coco = path.suffix.lower() == ".json" and b'"Feature' not in head
-    return read_coco_labels(path, max_pixels) if is_coco else read_geojson_labels(path, shape)
+    if is_coco:
+        return read_coco_labels(path, max_pixels, notes)
+    return read_geojson_labels(path, shape, notes)
 
 
-def read_geojson_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uint32]:
+def read_geojson_labels(
+    path: Path, shape: tuple[int, int] | None, notes: list[str]
+) -> NDArray[np.uint32]:
     """Labels of a GeoJSON file of QuPath: one cell per area; cells are taken before annotations.
 
     A cell's number is its property or measurement `label`, else its name where that is a whole number; a
@@ -198,7 +202,7 @@ def read_geojson_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np
             "alone: give the image"
         )
     try:
-        return _geojson_cells(path, shape)
+        return _geojson_cells(path, shape, notes)
     except _NOT_AS_EXPECTED as error:
         raise ImageFileError(
             f"'{path}' must be GeoJSON with the outlines of cells ({type(error).__name__}: {error}): "
@@ -206,7 +210,7 @@ def read_geojson_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np
         ) from error
 
 
-def _geojson_cells(path: Path, shape: tuple[int, int]) -> NDArray[np.uint32]:
+def _geojson_cells(path: Path, shape: tuple[int, int], notes: list[str]) -> NDArray[np.uint32]:
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     features = content.get("features", [content]) if isinstance(content, dict) else content
     kinds = {_kind(feature) for feature in features}
@@ -232,7 +236,7 @@ def _geojson_cells(path: Path, shape: tuple[int, int]) -> NDArray[np.uint32]:
                 f"{corners.max(axis=0).tolist()}"
             )
         cells.append(fill_rings(rings, shape))
-    return paint_cells(cells, shape, [_number(feature) for feature in features])[0]
+    return paint_with_notes(cells, shape, notes, [_number(feature) for feature in features])
 
 
 def _kind(feature: dict[str, Any]) -> str:

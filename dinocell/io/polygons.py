@@ -134,6 +134,21 @@ def paint_cells(
     return labels, sum(areas) - int(np.count_nonzero(labels))
 
 
+def paint_with_notes(
+    cells: Sequence[CellMask | None],
+    shape: tuple[int, int],
+    notes: list[str],
+    numbers: Sequence[Any] | None = None,
+) -> NDArray[np.uint32]:
+    """The label image of `paint_cells`; what it cannot show is noted."""
+    labels, overlap_px = paint_cells(cells, shape, numbers)
+    if empty := sum(cell is None for cell in cells):
+        notes.append(f"{empty} annotations cover no pixel")
+    if overlap_px:
+        notes.append(f"{overlap_px} px belong to several cells: the smaller cell is on top")
+    return labels
+
+
 def distinct_numbers(given: Sequence[Any]) -> Sequence[int]:
     """A number for each cell: the given one where it is a label that no earlier cell has, else a new one.
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dinocell.errors import DINOCellError, ImageFileError, UsageError
 from dinocell.files import writing
 from dinocell.io.optional import library
-from dinocell.io.polygons import fill_rings, paint_cells
+from dinocell.io.polygons import fill_rings, paint_with_notes
 from dinocell.labels import as_labels, cell_borders
 
 _LINES = ("LINE", "POLYLINE", "FREELINE", "ANGLE", "POINT", "NOROI")
@@ -109,7 +109,9 @@ class _ArraysOnly(pickle.Unpickler):
         return _Ignored
 
 
-def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uint32]:
+def read_roi_labels(
+    path: Path, shape: tuple[int, int] | None, notes: list[str]
+) -> NDArray[np.uint32]:
     """Fill the ROIs of a zip in an image of (H, W) = `shape`.
 
     A ROI whose name is a whole number is the cell of that number, as far as no other ROI has it.
@@ -165,4 +167,4 @@ def read_roi_labels(path: Path, shape: tuple[int, int] | None) -> NDArray[np.uin
             )
     stems = [Path(entry.filename).stem for entry in entries]
     numbers = [int(stem) if stem.isdecimal() else None for stem in stems]
-    return paint_cells(masks, shape, numbers)[0]
+    return paint_with_notes(masks, shape, notes, numbers)

@@ -196,7 +196,7 @@ def read_label_file(
         files do not use it
 
     Returns Image: its pixels (H, W) are uint32, the numbers as stored; gaps and unconnected parts stay.
-    Turned upright, as images are; `notes` says so.
+    Turned upright, as images are; `notes` says so, and what of outlines was left out.
 
     Raises UsageError (the file or the page does not exist); ImageFileError (as for `read_image`;
     also colours, negative or fractional numbers, numbers above 2³² − 1).
@@ -210,10 +210,11 @@ def read_label_file(
         raise UsageError(
             f"`page` must be 0 for '{path}', whose labels lie in one plane, got {page}: leave it out"
         )
+    found: list[str] = []
     if suffix == ".zip":
-        return Image(read_roi_labels(path, shape), path)
+        return Image(read_roi_labels(path, shape, found), path, notes=tuple(found))
     if suffix in (".json", ".geojson"):
-        return Image(read_json_labels(path, shape, max_pixels), path)
+        return Image(read_json_labels(path, shape, max_pixels, found), path, notes=tuple(found))
     if path.name.endswith(SEG_NPY):
         raw = RawImage(read_seg_npy(path))
     else:

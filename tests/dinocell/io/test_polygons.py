@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dinocell.errors import ImageFileError, UsageError
-from dinocell.io import read_labels
+from dinocell.io import read_label_file, read_labels
 from dinocell.io.polygons import (
     expand_run_lengths,
     fill_rings,
@@ -161,6 +161,35 @@ def test_geojson_of_one_plane_without_tiles(tmp_path):
     for plane in ({"z": 1}, {"t": 1}):
         with pytest.raises(ImageFileError, match=r"one plane, got \(z, t\) = \(0, 0\) and \("):
             labels_of(area(0, "cell"), area(1, "cell", **plane))
+
+
+def test_what_outlines_cannot_show_is_noted(tmp_path):
+    def corners(left: int, size: float) -> list[list[float]]:
+        return [[left, 0], [left + size, 0], [left + size, size], [left, size]]
+
+    outlines = [corners(0, 3), corners(2, 3), corners(6, 0.2)]
+    expected = [
+        "1 annotations cover no pixel",
+        "3 px belong to several cells: the smaller cell is on top",
+    ]
+    areas = [{"geometry": {"type": "Polygon", "coordinates": [one]}} for one in outlines]
+    (tmp_path / "a.geojson").write_text(json.dumps({"features": areas}))
+    assert list(read_label_file(tmp_path / "a.geojson", shape=(4, 8)).notes) == expected
+    annotations = [
+        {"image_id": 1, "iscrowd": 0, "segmentation": [np.ravel(one).tolist()]} for one in outlines
+    ]
+    annotations.append(annotations[0] | {"iscrowd": 1})
+    image = {"id": 1, "height": 4, "width": 8}
+    (tmp_path / "a.json").write_text(json.dumps({"images": [image], "annotations": annotations}))
+    crowds, *notes = read_label_file(tmp_path / "a.json").notes
+    assert notes == expected
+    assert crowds.startswith("1 crowd annotations of a.json were left out")
+    roifile = pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number, one in enumerate(outlines):
+            roi = roifile.ImagejRoi.frompoints(np.array(one, np.float32))
+            archive.writestr(f"{number}.roi", roi.tobytes())
+    assert list(read_label_file(tmp_path / "a.zip", shape=(4, 8)).notes) == expected
 
 
 def test_a_page_of_labels_that_have_none_is_refused(tmp_path):
