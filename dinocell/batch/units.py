@@ -303,4 +303,9 @@ def plate_notes(units: Sequence[Unit], plate: str) -> list[str]:
     """What a careful user should know of the plates of a batch, see `dinocell.io.plates`; `plate` is the option."""
     if plate == "auto" and not any("well" in unit.place for unit in units):
         return list(filter(None, [unread_plate([unit.path for unit in units])]))
+    if plate not in ("auto", "off") and not any(unit.place for unit in units):
+        return [
+            f"`plate` {plate!r} fits none of the images, such as {units[0].path.name}: no place is known, "
+            "and there is no table of wells"
+        ]
     return place_notes([dict(unit.place) for unit in units], [unit.name for unit in units])

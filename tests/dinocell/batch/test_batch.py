@@ -514,6 +514,12 @@ def test_channels_that_are_segmented_alone_are_noted(images, tmp_path, mini_mode
     assert run(files, tmp_path / "off", mini_model, plate="off").notes == ()
 
 
+@pytest.mark.parametrize("plate", [r"(?P<well>[A-H]\d\d)_s", "operetta"])
+def test_a_plate_that_fits_no_name_is_noted(images, tmp_path, mini_model, plate):
+    (note,) = run(images[:1], tmp_path / "out", mini_model, plate=plate).notes
+    assert note.startswith(f"`plate` {plate!r} fits none of the images, such as {images[0].name}")
+
+
 def test_a_name_too_long_for_its_outputs_is_refused_before_any_is_written(
     images, tmp_path, mini_model
 ):
