@@ -410,6 +410,36 @@ def test_links_and_named_files_exist(path):
         assert (ROOT / target).exists(), target
 
 
+OTHERS_OPTIONS = {
+    *("--chan", "--chan2"),  # Cellpose
+    *("--kill-on-bad-exit", "--config-file"),  # srun, python -m dinov3.train.train
+    *("--network", "--parts", "--preset", "--seeds", "--start"),  # programs in benchmarks/
+}
+
+
+def options_of(command) -> set[str]:
+    """The long options of a command and of those below it."""
+    found = {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
+    return found.union(*map(options_of, getattr(command, "commands", {}).values()))
+
+
+def test_options_that_pages_name_exist():
+    """Those at the beginning of text between backticks."""
+    from typer.main import get_command
+
+    from dinocell.cli.app import app
+
+    known = options_of(get_command(app)) | OTHERS_OPTIONS | {"--help"}
+    wrong = []
+    for path in documents():
+        if path.name == "CHANGELOG.md" or "decisions" in path.parts:
+            continue
+        text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        named = re.findall(r"`(--[a-z][a-z0-9-]*)[^`]*`", text)
+        wrong += [f"{path.name}: {name}" for name in named if name not in known]
+    assert wrong == []
+
+
 def test_documents_are_wrapped():
     """At 100 columns, but for tables and code, which a line break would change."""
     wrong = []
