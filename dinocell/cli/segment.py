@@ -179,6 +179,11 @@ def segment_options(parameters: Mapping[str, Any]) -> "SegmentOptions":
     return SegmentFlags(**{f.name: parameters[f.name] for f in fields(SegmentFlags)}).for_batch()
 
 
+_OTHER_MODEL = (
+    "dinocell-cells knows several kinds of cells; of fluorescent nuclei `-m dinocell-nuclei` finds more"
+)
+
+
 @app.command()
 def demo(
     out: OutFolder = Path("demo_out"),
@@ -241,7 +246,10 @@ def segment(
         kept = f"Images that were finished are kept in {place_of(out)}: {how_to_continue(wanted)}"
         print(in_options(kept, context), file=sys.stderr)
         raise
-    notes = "".join(f"\nnote: {note}" for note in found.notes)
-    print(in_options(result.text() + notes, context))
+    notes = list(found.notes)
+    source = context.get_parameter_source("model")
+    if source is not None and source.name == "DEFAULT":
+        notes.append(_OTHER_MODEL)
+    print(in_options(result.text() + "".join(f"\nnote: {note}" for note in notes), context))
     if result.failures:
         raise typer.Exit(1)

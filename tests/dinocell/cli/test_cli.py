@@ -95,6 +95,16 @@ class TestSegment:
         assert code == 0
         assert "before" not in text
 
+    def test_the_other_model_is_named_where_none_was_chosen(self, capsys, two, model_path, tmp_path):
+        image = two / "images" / "blob0.tif"
+        call_alone = ["segment", image, "--device", "cpu", "--no-overlay", "-o"]
+        code, text, _ = call(capsys, *call_alone, tmp_path / "a")
+        assert code == 0
+        assert "`-m dinocell-nuclei` finds more" in text
+        for model in ("dinocell-cells", model_path):
+            _, text, _ = call(capsys, *call_alone, tmp_path / Path(model).stem, "-m", model)
+            assert "dinocell-nuclei" not in text
+
     def test_pattern_formats_and_thresholds(self, capsys, blob_data, model_path, tmp_path):
         out = tmp_path / "out"
         code, _, _ = call(
