@@ -39,7 +39,10 @@ class MuonAdamW(torch.optim.AdamW):
                     continue
                 state = self.state[parameter]
                 if not state:
+                    # AdamW asks every parameter for its `step` when a checkpoint is loaded.
+                    state["step"] = torch.zeros(())
                     state["momentum"] = torch.zeros_like(parameter)
+                state["step"] += 1
                 average = state["momentum"].mul_(_MOMENTUM).add_(gradient)
                 wanted = gradient.add(average, alpha=_MOMENTUM).flatten(1)  # Nesterov's
                 length = 0.2 * math.sqrt(max(wanted.shape)) * group["lr"]
