@@ -95,7 +95,9 @@ class TestSegment:
         assert code == 0
         assert "before" not in text
 
-    def test_the_other_model_is_named_where_none_was_chosen(self, capsys, two, model_path, tmp_path):
+    def test_the_other_model_is_named_where_none_was_chosen(
+        self, capsys, two, model_path, tmp_path
+    ):
         image = two / "images" / "blob0.tif"
         call_alone = ["segment", image, "--device", "cpu", "--no-overlay", "-o"]
         code, text, _ = call(capsys, *call_alone, tmp_path / "a")
