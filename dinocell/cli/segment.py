@@ -179,7 +179,10 @@ def segment_options(parameters: Mapping[str, Any]) -> "SegmentOptions":
     return SegmentFlags(**{f.name: parameters[f.name] for f in fields(SegmentFlags)}).for_batch()
 
 
-_OTHER_MODEL = "dinocell-cells knows several kinds of cells; of fluorescent nuclei `-m dinocell-nuclei` finds more"
+_OTHER_MODEL = (
+    "dinocell-cells knows several kinds of cells; `-m dinocell-nuclei` finds more nuclei in most "
+    "fluorescence images"
+)
 
 
 @app.command()

@@ -98,7 +98,7 @@ class IntensityRange:
 
 def check_values(pixels: NDArray, where: str, failure: type[Exception]) -> None:
     """Refuse pixels that a network, which computes in float32, cannot take."""
-    if pixels.dtype.kind != "f" and pixels.dtype.itemsize < 4:
+    if pixels.size == 0 or (pixels.dtype.kind != "f" and pixels.dtype.itemsize < 4):
         return
     if not all_finite(pixels):
         raise failure(

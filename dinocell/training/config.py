@@ -144,8 +144,9 @@ class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019) or Muon, with linear warm-up and cosine decay.
 
     `kind` is `adamw`, or `muon`: Muon (Jordan et al. 2024) for the matrices and convolutions between
-    the first and the last layer, AdamW for the rest, with the same learning rate.  `weight_decay`
-    acts on matrices only, not on biases, norms, tokens or LayerScale.
+    the first and the last layer, AdamW for the rest, with the same learning rate.  Muon has its own
+    momentum in place of `betas`, and its steps do not grow with the gradient.  `weight_decay` acts on
+    matrices only, not on biases, norms, tokens or LayerScale.
     `min_lr_ratio` is the final learning rate as a share of `lr`.  `clip_norm` bounds the gradient
     norm (0: off).  `scaling_rule` multiplies `lr` where several processes make the batch larger:
     `sqrt` by the square root of their number, `linear` by their number, `none` not at all.

@@ -176,7 +176,7 @@ def test_what_a_run_leaves(finished):
     assert len(find_checkpoints(out / "checkpoints")) == 2
 
 
-@pytest.mark.parametrize(("kind", "cut"), [("adamw", 1), ("adamw", 2), ("muon", 1)])
+@pytest.mark.parametrize(("kind", "cut"), [("adamw", 1), ("adamw", 2), ("muon", 1), ("muon", 2)])
 def test_resume_is_bit_for_bit(blob_data, tmp_path, finished, kind, cut):
     whole, _ = finished
     if kind == "muon":
