@@ -1,6 +1,9 @@
 """Signals that ask a run to stop (ours): recorded at once, obeyed between two steps."""
 
+import contextlib
+import os
 import signal
+import sys
 import time
 from types import FrameType
 from typing import Any, Self
@@ -8,13 +11,14 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from dinov3.distributed import get_world_size
+from dinov3.distributed import get_rank, get_world_size
 
+_PATIENCE = b"\nstopping after this step; Ctrl-C again stops at once, and loses what is not saved\n"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """Context that records `STOP_SIGNALS`; a second SIGINT interrupts as usual.
+    """Context that records `STOP_SIGNALS`; a second SIGINT interrupts as usual, as the first one says.
 
     A SIGHUP that is ignored, as under nohup, stays ignored.
 
@@ -53,6 +57,10 @@ class StopRequest:
         self.received = signal.Signals(number)
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGINT and get_rank() == 0:
+            # Not by `print`: the signal may have come while the stream's buffer was written.
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.write(sys.stderr.fileno(), _PATIENCE)
 
     def agreed(self, step: int) -> bool:
         """Whether all processes stop after this step, with the same answer in all of them.

@@ -32,6 +32,15 @@ def test_a_second_interrupt_ends_at_once():
         signal.raise_signal(signal.SIGINT)
 
 
+def test_the_first_interrupt_says_how_to_stop_at_once(capfd):
+    with StopRequest(torch.device("cpu")) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert capfd.readouterr().err == ""
+        stop.received = None
+        signal.raise_signal(signal.SIGINT)
+    assert "Ctrl-C again stops at once" in capfd.readouterr().err
+
+
 def test_an_ignored_hangup_stays_ignored():
     """As `nohup` leaves it: the end of the terminal does not end the run."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
