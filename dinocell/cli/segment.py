@@ -249,7 +249,8 @@ def segment(
         raise
     notes = list(found.notes)
     source = context.get_parameter_source("model")
-    if source is not None and source.name == "DEFAULT":
+    whole = not result.skipped and not result.failures
+    if whole and source is not None and source.name == "DEFAULT":
         notes.append(_OTHER_MODEL)
     print(in_options(result.text() + "".join(f"\nnote: {note}" for note in notes), context))
     if result.failures:

@@ -106,6 +106,8 @@ class TestSegment:
         for model in ("dinocell-cells", model_path):
             _, text, _ = call(capsys, *call_alone, tmp_path / Path(model).stem, "-m", model)
             assert "dinocell-nuclei" not in text
+        _, text, _ = call(capsys, *call_alone, tmp_path / "a", "--resume")
+        assert "dinocell-nuclei" not in text
 
     def test_pattern_formats_and_thresholds(self, capsys, blob_data, model_path, tmp_path):
         out = tmp_path / "out"
