@@ -424,7 +424,7 @@ def options_of(command) -> set[str]:
 
 
 def test_options_that_pages_name_exist():
-    """Those at the beginning of text between backticks."""
+    """Those of `dinocell ...` and `--...` between backticks, of any command."""
     from typer.main import get_command
 
     from dinocell.cli.app import app
@@ -435,7 +435,8 @@ def test_options_that_pages_name_exist():
         if path.name == "CHANGELOG.md" or "decisions" in path.parts:
             continue
         text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-        named = re.findall(r"`(--[a-z][a-z0-9-]*)[^`]*`", text)
+        spans = re.findall(r"`((?:dinocell |--)[^`]+)`", text)
+        named = [name for span in spans for name in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", span)]
         wrong += [f"{path.name}: {name}" for name in named if name not in known]
     assert wrong == []
 
