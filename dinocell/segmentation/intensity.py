@@ -126,7 +126,10 @@ def check_values(pixels: NDArray, where: str, failure: type[Exception]) -> None:
 
 def _step(value: float, dtype: np.dtype[Any]) -> float:
     """Distance of neighbouring numbers of a data type near `value`, at least 1 of whole numbers."""
-    return 1.0 if dtype.kind in "bui" else float(np.spacing(np.abs(dtype.type(value))))
+    if dtype.kind in "bui":
+        return 1.0
+    number = np.abs(dtype.type(value))
+    return float(number - np.nextafter(number, dtype.type(0)))  # the largest has none above it
 
 
 def find_range(

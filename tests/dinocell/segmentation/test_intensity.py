@@ -165,3 +165,10 @@ def test_noise_counts_where_it_is_asked_for():
     below[205:] = True
     assert estimate_noise(image) < 1e-6
     assert estimate_noise(image, below) == pytest.approx(5, rel=0.05)
+
+
+def test_the_largest_value_of_float32_is_taken():
+    """As saturated or missing pixels have it."""
+    image = np.array([[0, 1], [2, np.finfo(np.float32).max]], np.float32)
+    check_values(image, "", ValueError)
+    check_values(-image, "", ValueError)

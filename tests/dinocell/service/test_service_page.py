@@ -450,6 +450,8 @@ def test_a_correction_waits_for_the_service_and_outlives_the_page(browser, addre
     page = opened(browser, address, [noise(tmp_path / "field.tif", 1)])
     cells = count(page)
     page.route("**/corrections?*", lambda route: route.abort())
+    page.reload()  # with the route from its beginning: once a request has passed a new one
+    expect(page.locator("#count")).to_contain_text(f"{cells} cells")
     page.keyboard.press("q")
     page.keyboard.press("Delete")
     expect(page.locator("#status")).to_contain_text("Your correction waits")
