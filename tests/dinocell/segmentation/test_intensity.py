@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dinocell.segmentation.intensity import estimate_noise, find_range
+from dinocell.segmentation.intensity import check_values, estimate_noise, find_range
 
 
 def field(dtype: type = np.uint16, seed: int = 0) -> np.ndarray:
