@@ -180,7 +180,7 @@ def segment_options(parameters: Mapping[str, Any]) -> "SegmentOptions":
 
 
 _OTHER_MODEL = (
-    "dinocell-cells knows several kinds of cells; `-m dinocell-nuclei` finds more nuclei in most "
+    "dinocell-cells knows several kinds of cells; `-m dinocell-nuclei` finds more nuclei on most sets of "
     "fluorescence images"
 )
 

@@ -23,11 +23,10 @@ class MuonAdamW(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for groups with `muon`, AdamW for the others.
 
     Muon moves a matrix by its gradient's moving average made nearly orthogonal, so that all directions learn
-    at one speed.  A convolution counts as the matrix (channels out, all the rest), a
-    transposed one as (channels in, all the rest).  A step is 0.2 √(larger
-    side) times that (Liu et al. 2025, section 2.2), about as long as AdamW's, whose learning rates and decay
-    therefore serve for both.  `torch.optim.Muon` has the same rule for two dimensions, and computes in bf16
-    on every processor.
+    at one speed.  A convolution counts as the matrix (channels out, all the rest), a transposed one as
+    (channels in, all the rest).  A step is 0.2 √(larger side) times that (Liu et al. 2025, section 2.2),
+    about as long as AdamW's, whose learning rates and decay therefore serve for both.  `torch.optim.Muon`
+    has the same rule for two dimensions, and computes in bf16 on every processor.
     """
 
     @torch.no_grad()
