@@ -26,10 +26,10 @@ from dinocell.network.decoder import create_decoder
 from dinocell.network.detail import ConvPyramid, pyramid_widths
 from dinocell.network.familiarity import KnownKinds
 from dinocell.network.onnx_graph import exported_header, open_graph, run_graph
+from dinocell.network.tensors import read_tensors
 from dinocell.network.weights import BUNDLED_FOLDER as _BUNDLED_FOLDER
 from dinocell.network.weights import EXPORTED
 from dinocell.settings import config_from_mapping, config_to_mapping, require
-from dinocell.tree import tree_imports
 
 HEADER_KEY = "dinocell"
 """Where a model file keeps the JSON header."""
@@ -307,7 +307,9 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> DINOC
     model = untrained(header, path)
     if path.suffix == ".onnx":
         return OnnxModel(model, path).eval()
-    _load_weights(model, path)
+    expected = model.state_dict()
+    state = read_tensors(path, expected, config=model.config)
+    model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.1 times as fast
     return model.eval().to(resolve_device(device))
 
@@ -350,38 +352,6 @@ def _known_kinds(values: Any, config: ModelConfig, path: Path) -> KnownKinds | N
         for kind in known.kinds:
             dataclasses.replace(config, **kind.thresholds)
     return known
-
-
-def _load_weights(model: DINOCell, path: Path) -> None:
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(path)
-    except Exception as error:
-        raise CheckpointError(
-            f"A model file must be complete, got {path} ({error}): fetch it again"
-        ) from error
-    expected = model.state_dict()
-    _refuse_other_weights(path, state, expected, model.config)
-    model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
-
-
-def _refuse_other_weights(
-    path: Path, state: dict[str, Tensor], expected: dict[str, Tensor], config: ModelConfig
-) -> None:
-    shapes = {key: tuple(value.shape) for key, value in expected.items()}
-    if {key: tuple(value.shape) for key, value in state.items()} == shapes:
-        return  # without our part of the tree, so that upstream's own tree segments too
-    with tree_imports():
-        from dinov3.cells.weights.fit import WeightsError, refuse_differences
-    with raised_as(CheckpointError, WeightsError):
-        refuse_differences(
-            state,
-            shapes,
-            f"The weights of '{path}' must fit its header ({config.size}/{config.patch_size}, "
-            f"{config.decoder})",
-            "the file is damaged or was made by another program, so fetch it again",
-        )
 
 
 def config_with_start(model: Mapping[str, Any]) -> dict[str, Any]:

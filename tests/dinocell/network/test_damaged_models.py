@@ -6,11 +6,23 @@ import json
 import struct
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dinocell.cli import main
 from dinocell.errors import CheckpointError, DINOCellError
-from dinocell.network.model import load_model, read_model_header, save_model
+from dinocell.network.config import DECODERS
+from dinocell.network.info import describe_model
+from dinocell.network.model import (
+    create_dinocell_model,
+    load_model,
+    load_trainable,
+    read_model_header,
+    save_model,
+)
+from dinocell.network.weights import convert_weights
+from dinocell.probing.backbones import load_backbone_of
 
 WEIRD = st.one_of(
     st.none(),
@@ -95,3 +107,70 @@ def test_headers_with_other_values(whole, tmp_path):
         assert len(sentences) == 1
 
     run()
+
+
+# --- zeros in place of weights, as behind the end of a download ---
+
+
+def zeroed(path, model, *names: str):
+    state = model.state_dict()
+    with torch.no_grad():
+        saved = {name: state[name].clone() for name in names}
+        for name in names:
+            state[name].zero_()
+        save_model(path, model)
+        for name, value in saved.items():
+            state[name].copy_(value)
+    return path
+
+
+@pytest.mark.parametrize("part", ["backbone.vit.blocks.1.mlp.fc2.weight", "decoder.head.weight"])
+def test_zeros_in_place_of_weights(mini_model, tmp_path, capsys, part):
+    """The same sentence at each door, those that want the backbone alone too."""
+    path = zeroed(tmp_path / "m.safetensors", mini_model, part)
+    sentence = (
+        f"Weights must have been trained, got zeros in {part} of {path}: the download was cut short, or "
+        "the file was never filled; fetch it again"
+    )
+    for read in (
+        load_model,
+        load_trainable,
+        describe_model,
+        load_backbone_of,
+        lambda name: load_backbone_of(name, patch_size=8),
+        lambda name: convert_weights(name, tmp_path / "b.pth"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            read(str(path))
+        assert str(caught.value) == sentence
+    with pytest.raises(SystemExit) as stop:
+        main(["weights", "info", str(path)])
+    assert stop.value.code not in (0, None)
+    assert capsys.readouterr().err.strip().endswith(sentence)
+
+
+def test_zeros_of_many_weights_are_not_all_listed(mini_model, tmp_path):
+    names = [n for n, v in mini_model.state_dict().items() if n.endswith(".weight") and v.ndim > 1]
+    assert len(names) > 8
+    with pytest.raises(CheckpointError, match=rf"got zeros in .*, \.\.\. \({len(names)}\) of "):
+        load_model(zeroed(tmp_path / "m.safetensors", mini_model, *names))
+
+
+@pytest.mark.parametrize(
+    ("size", "patch_size", "decoder"),
+    [("conv", 16, "detail"), ("conv", 16, "fpn"), *(("tiny", 16, name) for name in DECODERS)],
+)
+def test_zeros_that_may_be(tmp_path, size, patch_size, decoder):
+    """A model without training; and one whose biases, norms, scales and mask token are zero."""
+    model = create_dinocell_model(size, patch_size=patch_size, decoder=decoder)
+    path = tmp_path / "m.safetensors"
+    state = model.state_dict()
+    may_be = [
+        n for n, v in state.items() if v.ndim < 2 and not n.endswith((".periods", ".bias_mask"))
+    ]
+    may_be += [name for name in state if name.endswith("mask_token")]
+    for names in ((), may_be):
+        zeroed(path, model, *names)
+        found = load_model(path).state_dict()
+        assert found.keys() == state.keys()
+        assert all(not found[name].any() for name in names)

@@ -110,6 +110,14 @@ def test_student_or_teacher(tmp_path):
         assert torch.equal(torch.load(tmp_path / f"{name}.pth")["cls_token"], state["cls_token"])
 
 
+@pytest.mark.parametrize("name", bundled_models())
+def test_bundled_models_load(name):
+    """None is taken for a file that was cut short."""
+    from dinocell.network.model import load_model
+
+    assert load_model(name).card
+
+
 def test_a_model_gives_its_backbone(capsys, tmp_path):
     if not bundled_models():
         pytest.skip("no bundled model in this tree")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from dinov3.cells.weights.architecture import KERNEL
-from dinov3.cells.weights.fit import State, WeightsError
+from dinov3.cells.weights.fit import State, WeightsError, refuse_zeros
 from dinov3.cells.weights.foreign import HF_KERNEL, hf_facts
 
 HEADER = "dinov3_backbone"
@@ -63,6 +63,8 @@ def read_network(path: Path, which: str) -> FoundNetwork:
         tensors, metadata = _open_safetensors(path)
         if HEADER in metadata or "dinocell" in metadata:
             kind = "dinocell"
+        if "dinocell" in metadata:  # a whole model, whose decoder is not looked at below
+            refuse_zeros(tensors, path, whole=True)
         return _network(tensors, which, path, kind)
     content = read_pickled(path)
     if not isinstance(content, Mapping):

@@ -1,6 +1,7 @@
 """Do the entries of a file fit a network?  The one answer for backbones, teachers and the hub."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -41,3 +42,24 @@ def refuse_differences(
             f"{len(keys)} {kind}: {listed(keys, _SHOWN)}" for kind, keys in problems.items() if keys
         )
         raise WeightsError(f"{fact} ({shown}): {advice}", problems)
+
+
+def refuse_zeros(state: Mapping[str, Tensor], path: Path, *, whole: bool = False) -> None:
+    """Raise WeightsError where zeros stand in place of weights, as in a file that was cut short.
+
+    A download into a file of the full size leaves them behind its end, so that a last row tells.
+    `whole`: only matrices and kernels that are zero everywhere count.
+    """
+    zero = [
+        key
+        for key, value in state.items()
+        if key.endswith(".weight")
+        and value.numel() > 0
+        and value.ndim > int(whole)
+        and not bool((value if whole else value[-1]).any())
+    ]
+    if zero:
+        raise WeightsError(
+            f"Weights must have been trained, got zeros in {listed(zero)} of {path}: the download was "
+            "cut short, or the file was never filled; fetch it again"
+        )

@@ -20,7 +20,7 @@ from dinov3.cells.weights.architecture import (
     rope_periods,
 )
 from dinov3.cells.weights.containers import NETWORKS, FoundNetwork, read_network
-from dinov3.cells.weights.fit import State, WeightsError, refuse_differences
+from dinov3.cells.weights.fit import State, WeightsError, refuse_differences, refuse_zeros
 from dinov3.cells.weights.foreign import HF_KERNEL, from_hf, from_timm
 from dinov3.checkpointer.patch_size_adaptation import adapt_state_dict
 
@@ -84,13 +84,7 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
     heads = [key for key in state if _CLASSIFIER.fullmatch(key)]
     for key in heads:
         del state[key]
-    if zero := [
-        key for key, value in state.items() if key.endswith(".weight") and _ends_in_zeros(value)
-    ]:
-        raise WeightsError(
-            f"Weights must have been trained, got zeros in {listed(zero)} of {path}: the download was "
-            "cut short, or the file was never filled; fetch it again"
-        )
+    refuse_zeros(state, path)
     notes, heads_known = _fill_in(state, found)
     if heads:
         notes.append(f"The classifier of the file is left out: {listed(heads)}")
@@ -104,11 +98,6 @@ def read_backbone(path: str | Path, *, which: str = "teacher") -> tuple[State, W
         "fetch or convert it again",
     )
     return state, description
-
-
-def _ends_in_zeros(value: Tensor) -> bool:
-    """Whether the last row is zero, as behind the end of a download into a file of the full size."""
-    return value.numel() > 0 and not bool(value[-1].any())
 
 
 def _fill_in(state: State, found: FoundNetwork) -> tuple[list[str], bool]:
