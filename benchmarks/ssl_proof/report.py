@@ -41,19 +41,23 @@ def _rounded(value: Any) -> Any:
 
 def _arm(rows: list[dict[str, Any]], by_arm: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     found: dict[str, Any] = {"seeds": [row["seed"] for row in rows]}
-    for domain in rows[0]["probe"]:
-        same, other = _same_and_other(rows, domain)
+    for domain in dict.fromkeys(name for row in rows for name in row["probe"]):
+        ours = [row for row in rows if domain in row["probe"]]
+        same, other = _same_and_other(ours, domain)
         part: dict[str, Any] = {"same": float(same.mean()), "other": float(other.mean())}
         part["other_by_seed"] = other.mean(axis=1).tolist()
         for base in BASES:
-            if base in by_arm and by_arm[base] is not rows:
-                common = [row for row in by_arm[base] if row["seed"] in found["seeds"]]
-                ours = [row for row in rows if row["seed"] in {r["seed"] for r in common}]
+            theirs = [row for row in by_arm.get(base, []) if domain in row["probe"]]
+            if theirs and by_arm[base] is not rows:
                 for kind, index in (("same", 0), ("other", 1)):
-                    gain = _same_and_other(ours, domain)[index]  # [seeds, units]
-                    gain = gain - _same_and_other(common, domain)[index]
-                    part[f"{kind}_minus_{base}"] = _paired(gain.mean(axis=0))
-                    part[f"{kind}_minus_{base}"]["by_seed"] = gain.mean(axis=1).tolist()
+                    pair = (
+                        {r["seed"]: values for r, values in zip(x, table, strict=True)}
+                        for x, table in (
+                            (ours, _same_and_other(ours, domain)[index]),
+                            (theirs, _same_and_other(theirs, domain)[index]),
+                        )
+                    )
+                    part[f"{kind}_minus_{base}"] = _difference(*pair)
         found[domain] = part
     for start in rows[0]["decoder"]:
         own = [row["decoder"][start][start] for row in rows]
@@ -64,7 +68,51 @@ def _arm(rows: list[dict[str, Any]], by_arm: dict[str, list[dict[str, Any]]]) ->
         found[f"decoder_{start}"] = {"same": _seeds(own), "other": _seeds(others)}
     for share in rows[0]["labels"]:
         found[f"labels_{share}"] = _seeds([row["labels"][share] for row in rows])
+    seen = [row for row in rows if row.get("views")]
+    if seen:
+        bases = {
+            base: [row for row in by_arm.get(base, []) if row.get("views")]
+            for base in BASES
+            if by_arm.get(base) is not rows
+        }
+        found["views"] = {
+            domain: {
+                kind: _views(seen, bases, domain, kind)
+                for kind, numbers in kinds.items()
+                if isinstance(numbers, dict)
+            }
+            for domain, kinds in seen[0]["views"].items()
+        }
     return found
+
+
+def _views(
+    rows: list[dict[str, Any]], bases: dict[str, list[dict[str, Any]]], domain: str, kind: str
+) -> dict[str, Any]:
+    """Means over seeds and fields, and differences of the retrievals paired by field."""
+
+    def values(which: list[dict[str, Any]], name: str) -> dict[int, NDArray[np.float64]]:
+        return {row["seed"]: np.array(row["views"][domain][kind][name]) for row in which}
+
+    found: dict[str, Any] = {}
+    for name in rows[0]["views"][domain][kind]:
+        ours = values(rows, name)
+        found[name] = float(np.mean(list(ours.values())))
+        if name.startswith("retrieval"):
+            for base, others in bases.items():
+                theirs = values(others, name)
+                if theirs:
+                    found[f"{name}_minus_{base}"] = _difference(ours, theirs)
+    return found
+
+
+def _difference(
+    ours: dict[int, NDArray[np.float64]], theirs: dict[int, NDArray[np.float64]]
+) -> dict[str, Any]:
+    """Of numbers of units by seed: seeds that both have, averaged first, then `_paired`."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    gain = np.array([ours[seed] - theirs[seed] for seed in seeds])  # [seeds, units]
+    return {**_paired(gain.mean(axis=0)), "by_seed": gain.mean(axis=1).tolist()}
 
 
 def _same_and_other(
@@ -124,7 +172,7 @@ def table(result: dict[str, Any]) -> list[str]:
         rows.append([*row, *(f"{found[name]['mean']:.3f}" for name in labels)])
     lines = align_columns(rows)
     for arm, found in arms.items():
-        for domain in ("nf1", "generated"):
+        for domain in domains:
             for base in BASES:
                 gain = found[domain].get(f"other_minus_{base}")
                 if gain:

@@ -7,7 +7,9 @@
 
 Resumable: a training continues from its checkpoint, and a finished score is kept.  Runs stay in
 `--folder`, results in benchmarks/results/ssl_proof_STEPS.json (ssl_proof_START_STEPS.json); what such a
-file has is not run again.  Seconds of an interrupted training are those of its last part.
+file has is not run again.  Where a file lacks a read-out that was added later, the network is trained again,
+if its folder is gone, and that read-out alone is made (`added` has its commit).  Seconds of an interrupted
+training are those of its last part.
 """
 
 from __future__ import annotations
@@ -125,8 +127,9 @@ def main() -> None:
         data.write_training_fields(DATA, folder / "fields")
         for seed in range(args.seeds):
             for arm in args.only or ARMS:
-                if (arm, seed) not in found:
-                    _run(arm, seed, args, folder)
+                row = found.get((arm, seed))
+                if row is None or not readouts.is_complete(row, more=args.start is None):
+                    _run(arm, seed, args, folder, row)
         found = _finished(folder, args.steps, name)
     rows = [found[key] for key in sorted(found) if key[1] < args.seeds]
     if not rows:
@@ -147,6 +150,7 @@ def _finished(folder: Path, steps: int, name: str) -> dict[tuple[str, int], dict
     for path in sorted(RESULTS.glob(f"{name}[0-9]*.json")):
         rows += json.loads(path.read_text())["runs"]
     rows += [json.loads(path.read_text()) for path in sorted(folder.glob("*/score.json"))]
+    rows.sort(key=readouts.is_complete)  # of two rows the last counts
     chosen = (row for row in rows if row["steps"] == steps or row["arm"] == "random")
     return {(row["arm"], row["seed"]): row for row in chosen}
 
@@ -156,20 +160,27 @@ def _commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _run(arm: str, seed: int, args: argparse.Namespace, folder: Path) -> None:
-    steps = args.steps
+def _run(
+    arm: str, seed: int, args: argparse.Namespace, folder: Path, known: dict[str, Any] | None = None
+) -> None:
+    """Train and score; of a row that is `known` only what it lacks is made."""
+    steps, more = args.steps, args.start is None
     path = folder / f"{arm}_{seed}" / "score.json"
     if path.is_file():
-        if json.loads(path.read_text())["steps"] != steps:
+        known = json.loads(path.read_text())
+        if known["steps"] != steps:
             raise SystemExit(f"{path.parent} holds a run of another number of steps: give --folder")
-        return
+        if readouts.is_complete(known, more=more):
+            return
     started = time.process_time()
     teacher = train(arm, seed, steps, folder, args.start)
     trained = time.process_time()
-    scores = readouts.score(teacher, DATA, decoders=args.start is None)
+    scores = readouts.score(teacher, DATA, more=more, known=known)
     seconds = {"train_s": trained - started, "score_s": time.process_time() - trained}
-    row = {"arm": arm, "seed": seed, "steps": steps, "commit": _commit(), **seconds, **scores}
-    write_text_atomically(path, json.dumps(row) + "\n")
+    row: dict[str, Any] = {"arm": arm, "seed": seed, "steps": steps, "commit": _commit()}
+    added = {**seconds, "commit": row["commit"]}
+    row |= {**known, "added": added} if known else seconds
+    write_text_atomically(path, json.dumps(row | scores) + "\n")
     print(f"{arm} seed {seed}: {seconds}", flush=True)
 
 
