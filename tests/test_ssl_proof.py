@@ -43,9 +43,11 @@ def test_a_paired_difference_has_its_interval_and_the_exact_p(proof: Namespace) 
     sums = [abs(a + 2 * b + 3 * c - 10 * d) for a, b, c, d in product(SIGNS, repeat=4)]
     found = proof.report._paired(gain)
     assert found["p"] == pytest.approx(np.mean([value >= 4 for value in sums]))
-    assert found["low"] < -1 < found["high"] and found["mean"] == -1
+    assert found["low"] < -1 < found["high"]
+    assert found["mean"] == -1
     many = proof.report._paired(np.random.default_rng(0).normal(0.5, 1, 40))  # drawn signs
-    assert 0 < many["p"] < 0.05 and many["low"] > 0
+    assert 0 < many["p"] < 0.05
+    assert many["low"] > 0
 
 
 def test_seeds_are_averaged_before_units_are_compared(proof: Namespace) -> None:
@@ -53,7 +55,8 @@ def test_seeds_are_averaged_before_units_are_compared(proof: Namespace) -> None:
     theirs = {1: np.array([1.0, 1.0]), 0: np.array([1.0, 1.0])}
     found = proof.report._difference(ours, theirs)
     assert found["by_seed"] == [0.5, 2.5]  # seed 2 has no partner
-    assert found["mean"] == 1.5 and (found["low"], found["high"]) == (1.0, 2.0)
+    assert found["mean"] == 1.5
+    assert (found["low"], found["high"]) == (1.0, 2.0)
 
 
 def test_what_is_tested_on_lies_apart_from_what_is_trained_on(proof: Namespace) -> None:
@@ -61,8 +64,10 @@ def test_what_is_tested_on_lies_apart_from_what_is_trained_on(proof: Namespace) 
     left, right = proof.data.left_and_right(
         proof.data.Field("field", ("DNA",), planes, planes[0].astype(np.uint16))
     )
-    assert left.planes.max() == 599 and right.planes.min() == 600 + 96
-    assert left.nuclei.max() == 599 and right.nuclei.min() == 600 + 96
+    assert left.planes.max() == 599
+    assert right.planes.min() == 600 + 96
+    assert left.nuclei.max() == 599
+    assert right.nuclei.min() == 600 + 96
 
 
 def test_the_control_pairs_channels_of_different_places(
@@ -70,7 +75,7 @@ def test_the_control_pairs_channels_of_different_places(
 ) -> None:
     """And no training field is the unseen one."""
     planes = np.stack([np.full((640, 640), value, np.uint16) for value in range(3)])
-    planes += np.arange(640, dtype=np.uint16)[:, None] * 3  # rows can be told apart
+    planes += np.arange(640, dtype=np.uint16)[:, None] * 3  # each row has another value
     real = [
         proof.data.Field(name, ("DNA", "ER", "Actin"), planes, None)
         for name in ("seen", proof.data.UNSEEN)
@@ -83,7 +88,8 @@ def test_the_control_pairs_channels_of_different_places(
         rows[name] = {}
         with (tmp_path / f"{name}.csv").open(newline="") as stream:
             for row in csv.DictReader(stream):
-                assert proof.data.UNSEEN not in row["file"] and (tmp_path / row["file"]).is_file()
+                assert proof.data.UNSEEN not in row["file"]
+                assert (tmp_path / row["file"]).is_file()
                 rows[name].setdefault(row["field"], []).append(row["file"])
     assert rows["fields"].keys() == rows["shuffled"].keys()
     for field, files in rows["fields"].items():
@@ -135,7 +141,8 @@ def test_a_network_that_knows_the_pixels_of_a_patch_finds_places_again(proof: Na
     """Also where the window is shifted by a patch; a turned patch has other pixels."""
     found = proof.views.view_numbers(Backbone(_pixels), [_one_scene(0), _one_scene(1)])
     patch = found["patch"]
-    assert patch["retrieval_within_field"] == [1, 1] and patch["retrieval_shifted"] == [1, 1]
+    assert patch["retrieval_within_field"] == [1, 1]
+    assert patch["retrieval_shifted"] == [1, 1]
     assert max(patch["retrieval_turned"]) < 0.5
     assert patch["chance"] == pytest.approx([1 / (16 * 9)] * 2)
     assert patch["cosine_same_field"] == pytest.approx([1, 1])
@@ -179,7 +186,8 @@ def test_a_row_that_lacks_a_read_out_is_completed_and_kept(
     assert {name: row[name] for name in ("commit", "train_s", "decoder", "labels")} == {
         name: old[name] for name in ("commit", "train_s", "decoder", "labels")
     }
-    assert row["probe"] == {"nf1": 1, "generated": 2, "five": 5} and row["views"] == {"real": 6}
+    assert row["probe"] == {"nf1": 1, "generated": 2, "five": 5}
+    assert row["views"] == {"real": 6}
     assert set(row["added"]) == {"commit", "train_s", "score_s"}
     run._run("dense", 0, args, tmp_path / "runs", row)
     assert made == ["trained", "five"]  # a finished row is not run again
