@@ -108,15 +108,18 @@ def test_cosines_are_means_over_the_pairs_of_a_double_loop():
         item[kept] for item in (features, fields, locations, channels)
     )
     report = channel_consistency(features, fields, locations, channels)
-    sums: dict[str, list[float]] = {"here": [], "same": [], "other": []}
+    sums: dict[str, list[float]] = {"here": [], "beside": [], "same": [], "other": []}
     for first, second in itertools.combinations(range(len(features)), 2):
         left, right = features[first], features[second]
         cosine = left @ right / math.sqrt((left @ left) * (right @ right))
         if locations[first] == locations[second]:
             sums["here"].append(cosine)
+        elif fields[first] == fields[second] and channels[first] != channels[second]:
+            sums["beside"].append(cosine)
         elif fields[first] != fields[second]:
             sums["same" if channels[first] == channels[second] else "other"].append(cosine)
     assert report["cosine_same_field"].value == pytest.approx(np.mean(sums["here"]))
+    assert report["cosine_other_place"].value == pytest.approx(np.mean(sums["beside"]))
     assert report["cosine_other_field_same_channel"].value == pytest.approx(np.mean(sums["same"]))
     assert report["cosine_other_field_other_channel"].value == pytest.approx(np.mean(sums["other"]))
 
