@@ -1,6 +1,7 @@
 """What a trained backbone must beat: random weights of its shape, raw pixels, and a thumbnail."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,29 +25,42 @@ class PixelBackbone(nn.Module):
     """Answers with the reduced image itself: of the window as CLS, of each patch as patch token.
 
     `edge_px` is that of the reduced window and, where a patch is larger, of the reduced patch; the
-    mean is subtracted, so that brightness alone tells nothing.
+    mean is subtracted, so that brightness alone tells nothing.  The decoder of `probe_features` gets the
+    patches with their mean: cells may be found by their brightness.
     """
 
     def __init__(self, patch_size: int, edge_px: int) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.edge_px = edge_px
+        self.embed_dim = min(edge_px, patch_size) ** 2  # of a patch token
+        self.blocks = nn.ModuleList([nn.Identity()])  # one depth, for readers of several
         self.device_of = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def forward_features(self, batch: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] → `x_norm_clstoken` [B, D] and `x_norm_patchtokens` [B, N, D']."""
-        gray, size = batch[:, :1], self.patch_size
-        patches = functional.unfold(gray, size, stride=size)  # [B, size², N]
-        squares = patches.transpose(1, 2).unflatten(2, (1, size, size))  # [B, N, 1, size, size]
-        tokens = self._reduced(squares.flatten(0, 1), min(self.edge_px, size))
+        window = functional.adaptive_avg_pool2d(batch[:, :1], self.edge_px).flatten(1)
+        patches = self._patches(batch)
         return {
-            "x_norm_clstoken": self._reduced(gray, self.edge_px),
-            "x_norm_patchtokens": tokens.unflatten(0, (len(batch), -1)),
+            "x_norm_clstoken": window - window.mean(dim=1, keepdim=True),
+            "x_norm_patchtokens": patches - patches.mean(dim=2, keepdim=True),
         }
 
-    def _reduced(self, images: Tensor, edge: int) -> Tensor:
-        small = functional.adaptive_avg_pool2d(images, edge).flatten(1)
-        return small - small.mean(dim=1, keepdim=True)
+    def get_intermediate_layers(
+        self, batch: Tensor, *, n: Sequence[int], reshape: bool, norm: bool
+    ) -> list[Tensor]:
+        """[B, 3, H, W] → the reduced patches [B, D', h, w], once; the options are those of a ViT."""
+        del n, reshape, norm
+        rows = batch.shape[2] // self.patch_size
+        return [self._patches(batch).unflatten(1, (rows, -1)).permute(0, 3, 1, 2)]
+
+    def _patches(self, batch: Tensor) -> Tensor:
+        """[B, 3, H, W] → [B, N, D']"""
+        size = self.patch_size
+        patches = functional.unfold(batch[:, :1], size, stride=size)  # [B, size², N]
+        squares = patches.transpose(1, 2).unflatten(2, (1, size, size))  # [B, N, 1, size, size]
+        small = functional.adaptive_avg_pool2d(squares.flatten(0, 1), min(self.edge_px, size))
+        return small.flatten(1).unflatten(0, (len(batch), -1))
 
 
 def with_random_weights(vit: nn.Module, seed: int) -> nn.Module:

@@ -195,7 +195,7 @@ class _Inspector:
         reports = _score(features, self.options.seed)
         scores: ChannelScores | None = None
         asked = self.per_channel
-        if asked is not None and hasattr(vit, "get_intermediate_layers"):
+        if asked is not None:
             scores = channel_scores(
                 vit,
                 asked.data,

@@ -160,6 +160,9 @@ def test_baselines_stand_beside_the_checkpoint_unless_left_out(model_path, sourc
     names = [item.name for item in report.baselines]
     assert names == ["random weights", "pixels (PCA)", "4x4 thumbnail"]
     assert [item["name"] for item in report.to_mapping()["baselines"]] == names
+    # Principal components of 32 × 32 pixels, and of the 16 × 16 of a patch; a thumbnail is not reduced.
+    for kind in ("cls", "patch"):
+        assert [item.reports[kind].embed_dim for item in report.baselines] == [48, 64, 16]
     alone = inspected([model_path], source, attention=False, baselines=False)
     assert alone.baselines == []
     assert not any("random weights" in line for line in alone.table())
@@ -199,6 +202,8 @@ def test_scores_per_channel_are_reported_with_their_spread(model_path, source, t
     )
     table = report.table()
     assert any(line.startswith("std over channels") for line in table)
+    for name in ("small.safetensors", "random weights", "pixels (PCA)", "4x4 thumbnail"):
+        assert any(line.startswith(f"AP@0.5 trained on ({name})") for line in table), name
     scores = report.to_mapping()["checkpoints"][0]["channel_scores"]
     assert list(scores["channels"]) == ["DNA", "ER"]
     assert scores["std"]["mse"] is not None

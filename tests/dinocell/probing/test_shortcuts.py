@@ -3,17 +3,16 @@
 import numpy as np
 import pytest
 
-from dinocell.probing.baselines import PixelBackbone, principal_components, with_random_weights
 from dinocell.probing.channel_consistency import Suspicions, channel_consistency
 from dinocell.probing.feature_extraction import (
-    FieldImage,
-    extract_views,
     shortcut_numbers,
     slopes,
     thumbnail,
     turned,
     turned_back,
 )
+from dinocell.probing.shortcuts import found_warnings
+from dinocell.probing.views import Estimate
 
 FIELDS, WINDOWS, CHANNELS = 16, 6, ("DNA", "ER", "RNA", "AGP")
 DIM = 48
@@ -61,9 +60,22 @@ def collapse(s):
     return [constant + 0.1 * s.normal(len(s.field), DIM) for _ in range(2)]
 
 
+def constant(s):
+    """The same everywhere, but for rounding."""
+    features = np.tile(s.normal(DIM), (len(s.field), 1))
+    return [features * (1 + 1e-7 * s.normal(*features.shape)) for _ in range(2)]
+
+
 def batch(s):
     field = 3 * s.normal(FIELDS, DIM)
     return [field[s.field] + s.normal(len(s.field), DIM) for _ in range(2)]
+
+
+def batch_and_a_little_place(s):
+    """A place is found again within its field, but by a thirtieth of the variation."""
+    place = 0.5 * s.normal(FIELDS * WINDOWS, DIM)
+    common = 3 * s.normal(FIELDS, DIM)[s.field] + place[s.location]
+    return [common + 0.1 * s.normal(len(s.field), DIM) for _ in range(2)]
 
 
 def illumination(s):
@@ -74,6 +86,21 @@ def illumination(s):
 def layout(s):
     matrix = s.normal(16, DIM)
     return [thumbnail(x) @ matrix + 0.1 * s.normal(len(s.field), DIM) for x in (s.images, s.turned)]
+
+
+def layout_that_is_no_sum(s):
+    """Products of cells: a thumbnail does not explain them, and nothing is left of them after a turn."""
+    first, second = np.triu_indices(16, k=1)
+    matrix = s.normal(len(first), DIM)
+    small = [thumbnail(x) for x in (s.images, s.turned)]
+    return [(x[:, first] * x[:, second]) @ matrix for x in small]
+
+
+def layout_and_place(s):
+    """Places are found again when they are turned, but most of the variation is the layout."""
+    length = np.linalg.norm(thumbnail(s.images), axis=1, keepdims=True)
+    matrix, place = s.normal(16, DIM), 0.12 * s.normal(FIELDS * WINDOWS, DIM)[s.location]
+    return [thumbnail(x) / length @ matrix + place for x in (s.images, s.turned)]
 
 
 def honest(s):
@@ -89,7 +116,16 @@ def honest(s):
 
 @pytest.mark.parametrize(
     ("fooling", "expected"),
-    [(collapse, COLLAPSE), (batch, BATCH), (illumination, ILLUMINATION), (layout, LAYOUT)],
+    [
+        (constant, COLLAPSE),
+        (collapse, COLLAPSE),
+        (batch, BATCH),
+        (batch_and_a_little_place, BATCH),
+        (illumination, ILLUMINATION),
+        (layout, LAYOUT),
+        (layout_that_is_no_sum, LAYOUT),
+        (layout_and_place, LAYOUT),
+    ],
 )
 @pytest.mark.parametrize("seed", range(5))
 def test_a_fooling_backbone_fires_its_warning_and_no_other(fooling, expected, seed):
@@ -98,6 +134,81 @@ def test_a_fooling_backbone_fires_its_warning_and_no_other(fooling, expected, se
     assert expected in found
     others = {COLLAPSE, BATCH, ILLUMINATION, LAYOUT} - {expected}
     assert not any(other in found for other in others), found
+
+
+def beyond_doubt(value):
+    return Estimate(value, value - 0.1, value + 0.1, 0.05)
+
+
+GOOD = {
+    "cosine_same_field": Estimate(0.9),
+    "cosine_other_place": Estimate(0.3),
+    "cosine_other_field_other_channel": Estimate(0.1),
+    "retrieval_top1": beyond_doubt(0.8),
+    "retrieval_within_field": beyond_doubt(0.8),
+    "retrieval_turned": beyond_doubt(0.8),
+    "effective_rank_centered": Estimate(10.0),
+    "feature_std": Estimate(0.8),
+    "explained_by_illumination": Estimate(0.1),
+    "explained_by_layout": Estimate(0.1),
+}
+LIKELY = Estimate(0.15, 0.04, 0.3, 0.05)  # above chance, but the interval holds chance
+UNKNOWN = Estimate(0.05, chance=0.05)  # without an interval
+ALIKE, NOT_FOUND = "nearly as alike", "not better than chance"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"effective_rank_centered": 1.99}, [COLLAPSE]),
+        ({"effective_rank_centered": 2.01}, []),
+        ({"feature_std": 0.09, "retrieval_top1": LIKELY}, [NOT_FOUND, COLLAPSE]),
+        ({"feature_std": 0.11, "retrieval_top1": LIKELY}, [NOT_FOUND]),
+        ({"feature_std": 0.09}, []),  # places are found again: no constant with noise
+        ({"feature_std": 0.09, "retrieval_top1": UNKNOWN}, []),
+        # Of the 0.8 that one place has in common, two places have 0.73 or 0.71: 0.9 lies between.
+        ({"cosine_other_place": 0.83}, [BATCH]),
+        ({"cosine_other_place": 0.81}, []),
+        ({"cosine_other_place": 0.83, "retrieval_top1": LIKELY}, [NOT_FOUND]),
+        ({"cosine_other_place": 0.83, "retrieval_top1": UNKNOWN}, []),
+        ({"retrieval_within_field": LIKELY}, [BATCH]),
+        ({"retrieval_within_field": UNKNOWN}, []),
+        ({"explained_by_illumination": 0.51}, [ILLUMINATION]),
+        ({"explained_by_illumination": 0.49}, []),
+        ({"explained_by_layout": 0.51}, [LAYOUT]),
+        ({"explained_by_layout": 0.49}, []),
+        # A thumbnail holds the slopes: the illumination is the more exact name.
+        ({"explained_by_layout": 0.51, "explained_by_illumination": 0.51}, [ILLUMINATION]),
+        ({"retrieval_turned": LIKELY}, [LAYOUT]),
+        ({"retrieval_turned": UNKNOWN}, []),
+        # Without a place that is found upright, a turn tells nothing.
+        ({"retrieval_turned": LIKELY, "retrieval_within_field": LIKELY}, [BATCH]),
+        ({"cosine_other_field_other_channel": 0.86, "cosine_other_place": 0.86}, [ALIKE]),
+        ({"cosine_other_field_other_channel": 0.84, "cosine_other_place": 0.86}, []),
+    ],
+)
+def test_each_warning_on_both_sides_of_its_limit(changes, expected):
+    given = {
+        name: change if isinstance(change, Estimate) else Estimate(change)
+        for name, change in changes.items()
+    }
+    found = found_warnings(GOOD | given, 20)
+    assert len(found) == len(expected), found
+    for text, part in zip(found, expected, strict=True):
+        assert part in text
+
+
+def test_fewer_than_twenty_fields_are_few():
+    assert found_warnings(GOOD, 20) == []
+    (text,) = found_warnings(GOOD, 19)
+    assert text == "19 fields: the intervals are rough"
+
+
+def test_numbers_of_single_patches_have_no_shares_and_no_warning_of_them():
+    """Nor has a score without turned windows."""
+    names = ("retrieval_turned", "explained_by_illumination", "explained_by_layout")
+    assert found_warnings({k: v for k, v in GOOD.items() if k not in names}, 20) == []
 
 
 def false_alarms(seeds):
@@ -134,39 +245,3 @@ def test_slopes_and_thumbnail_of_a_plane():
     assert abs(small.mean()) < 1e-6
     assert (np.diff(small, axis=0) > 0).all()
     assert (np.diff(small, axis=1) < 0).all()
-
-
-@pytest.fixture
-def fields():
-    rng = np.random.default_rng(2)
-    return [FieldImage(f"f{n}", ("DNA", "ER"), rng.integers(0, 999, (2, 48, 48))) for n in range(3)]
-
-
-def test_pixels_are_their_own_features(fields):
-    found = extract_views(
-        PixelBackbone(8, 4), fields, window_px=16, windows_per_field=4, attention=False
-    )
-    assert found.cls.shape == (36, 16)
-    assert found.patch.shape == (36, 4, 16)
-    np.testing.assert_allclose(found.cls.mean(axis=1), 0, atol=1e-6)
-    # A window that is turned has the same numbers in another order.
-    np.testing.assert_allclose(
-        np.sort(found.turned["cls"], axis=1), np.sort(found.cls, axis=1), atol=1e-6
-    )
-    reduced = principal_components(found)
-    centred = found.cls - found.cls.mean(axis=0)
-    np.testing.assert_allclose(reduced.cls @ reduced.cls.T, centred @ centred.T, atol=1e-4)
-
-
-def test_random_weights_pass_the_image_and_leave_the_generator(mini_model):
-    import torch
-
-    vit = mini_model.backbone.vit
-    before = torch.random.get_rng_state()
-    first, again, other = (with_random_weights(vit, seed) for seed in (0, 0, 1))
-    assert torch.equal(before, torch.random.get_rng_state())
-    batch = torch.rand(2, 3, 32, 32)
-    a, b, c = (made.forward_features(batch)["x_norm_patchtokens"] for made in (first, again, other))
-    assert torch.equal(a, b)
-    assert not torch.allclose(a, c)
-    assert (a[0] - a[1]).abs().mean() > 0.05
