@@ -74,8 +74,9 @@ def sole_run(output_dir: Path) -> Iterator[None]:
 def check_samples(cfg: DictConfig, loader: Any, output_dir: Path, *, fresh: bool) -> None:
     """Refuse to continue a run when files of its data set have come or gone since its start.
 
-    The order of the samples is drawn from their number: with other files it is another order.  Keeps
-    the number and a digest of the names in OUT/start.json.
+    The order of the samples is drawn from their number: with other files it is another order, and with
+    other channels of a field its views are others.  Keeps the number and digests of names and channels
+    in OUT/start.json; a run of an earlier version has those of the names alone.
 
     `loader`: of the batches; `fresh`: the run starts.  Raises ValueError (other samples).
     """
@@ -85,12 +86,13 @@ def check_samples(cfg: DictConfig, loader: Any, output_dir: Path, *, fresh: bool
     record = json.loads(path.read_text(encoding="utf-8"))
     found = _samples(loader)
     known = None if fresh else record.get("samples")
-    if known is not None and known != found:
-        what = (
-            f"{found['count']} instead of {known['count']} samples"
-            if found["count"] != known["count"]
-            else "others of the same number"
-        )
+    if known is not None and any(known[key] != found[key] for key in known):
+        if found["count"] != known["count"]:
+            what = f"{found['count']} instead of {known['count']} samples"
+        elif found["names"] != known["names"]:
+            what = "others of the same number"
+        else:
+            what = "the same fields with other channels"
         if not cfg.accelerator.allow_changed_config:
             raise ValueError(
                 f"A resumed run must have the samples that it started with, got {what}: restore or "
@@ -103,16 +105,16 @@ def check_samples(cfg: DictConfig, loader: Any, output_dir: Path, *, fresh: bool
 
 
 def _samples(loader: Any) -> dict[str, Any]:
-    """Number of samples and a digest of their names, evenly spread ones of a large data set."""
+    """Number of samples and digests of their names and channels, evenly spread ones of many."""
     if isinstance(loader, CombinedDataLoader):  # all resolutions read the same data set
         loader = loader.loaders[0]
-    count = len(loader.dataset)
-    digest = hashlib.blake2b(digest_size=16)
-    for index in range(0, count, -(-count // _NAMES_COMPARED)):
-        digest.update(
-            loader.dataset.get_sample_name(index).encode("utf-8", "surrogateescape") + b"\n"
-        )
-    return {"count": count, "names": digest.hexdigest()}
+    data = loader.dataset
+    names, channels = (hashlib.blake2b(digest_size=16) for _ in range(2))
+    for index in range(0, len(data), -(-len(data) // _NAMES_COMPARED)):
+        names.update(data.get_sample_name(index).encode("utf-8", "surrogateescape") + b"\n")
+        own = "\t".join(data.get_sample_channels(index))
+        channels.update(own.encode("utf-8", "surrogateescape") + b"\n")
+    return {"count": len(data), "names": names.hexdigest(), "channels": channels.hexdigest()}
 
 
 def check_resumption(cfg: DictConfig, output_dir: Path, resume: bool) -> None:

@@ -148,6 +148,11 @@ class SeededDataset(Dataset[Any]):
         name = getattr(self.dataset, "get_sample_name", None)
         return name(int(index)) if name is not None else f"sample {int(index)}"
 
+    def get_sample_channels(self, index: int) -> tuple[str, ...]:
+        """Channels of a field; () of other samples."""
+        channels = getattr(self.dataset, "get_sample_channels", None)
+        return channels(int(index)) if channels is not None else ()
+
 
 def _seeded_batch(
     samples: Sequence[tuple[int, Any]], collate_fn: Callable[[list[Any]], Any], seed: int

@@ -36,6 +36,7 @@ from dinov3.train.train import (
 )
 
 ROOT = Path(__file__).parents[3]
+BY_NAME = r"pattern=(?P<field>f\d)_(?P<channel>\w+)\.tif"  # of the files of `fields`
 SMALL = [
     "student.arch=vit_tiny",
     "student.patch_size=8",
@@ -385,6 +386,36 @@ def test_files_that_went_between_stop_and_resumption_are_named(
     assert f"samples are {what}" in (copied_run / "logs" / "log.txt").read_text()
 
 
+def test_channels_that_went_between_stop_and_resumption_are_noticed(fields, tmp_path):
+    """Of a field that keeps its name; a run of an earlier version recorded names alone."""
+    folder = Path(shutil.copytree(fields, tmp_path / "fields"))
+    data = rf"JUMPCellPaintingMultiView:root={folder}:missing=allow:{BY_NAME}"
+    out = tmp_path / "out"
+
+    def whole_run_of_fields(*changes: str) -> dict:
+        main(arguments(data, out, "multiview.strategy=multiview", *changes))
+        shutil.rmtree(out / "ckpt" / "5")
+        return json.loads((out / "start.json").read_text())
+
+    record = whole_run_of_fields()
+    assert record["samples"].keys() == {"count", "names", "channels"}
+    (folder / "f3_er.tif").unlink()
+    message = "that it started with, got the same fields with other channels: restore or remove"
+    with pytest.raises(ValueError, match=message):
+        whole_run_of_fields()
+    del record["samples"]["channels"]
+    (out / "start.json").write_text(json.dumps(record))
+    found = whole_run_of_fields()
+    assert "samples are" not in (out / "logs" / "log.txt").read_text()
+    assert found["samples"].keys() == {"count", "names", "channels"}, "compared from now on"
+    (folder / "f3_agp.tif").unlink()
+    with pytest.raises(ValueError, match=message):
+        whole_run_of_fields()
+    whole_run_of_fields("accelerator.allow_changed_config=true")
+    text = (out / "logs" / "log.txt").read_text()
+    assert "samples are the same fields with other channels since the start" in text
+
+
 def test_views_by_channel_belong_to_fields(images, fields, tmp_path):
     with pytest.raises(
         ValueError, match="strategy` must be '' for a data set of pictures, got 'sin"
@@ -561,10 +592,7 @@ def test_accumulation_sees_other_samples(images, tmp_path):
 
 @pytest.mark.parametrize("photometrics", ["worker", pytest.param("device", marks=pytest.mark.slow)])
 def test_multiview_run(fields, tmp_path, photometrics):
-    data = (
-        f"JUMPCellPaintingMultiView:root={fields}:"
-        r"pattern=(?P<field>f\d)_(?P<channel>\w+)\.tif"
-    )
+    data = f"JUMPCellPaintingMultiView:root={fields}:{BY_NAME}"
     main(
         arguments(
             data,

@@ -310,6 +310,10 @@ class JUMPCellPaintingMultiView(ExtendedVisionDataset):
     def get_sample_name(self, index: int) -> str:
         return self.fields[index].name
 
+    def get_sample_channels(self, index: int) -> tuple[str, ...]:
+        """Channels of a field that have files."""
+        return tuple(self.fields[index].files)
+
     def load_field(self, index: int) -> ChannelField:
         """Read a field, or take it from this process's cache.
 

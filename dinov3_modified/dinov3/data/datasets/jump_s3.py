@@ -274,6 +274,10 @@ class JUMPS3Dataset(ExtendedVisionDataset):
         """Key of the field of a position, as planned: a lost one has a stand-in."""
         return self.index[self.rows[self.order.visit(index).field]].name
 
+    def get_sample_channels(self, index: int) -> tuple[str, ...]:
+        """Channels of a field, which all fields have."""
+        return self.channels
+
     def record(self, number: int) -> FieldRecord:
         """Plate, well, site and keys of a field by its number in this data set."""
         return self.index[self.rows[number]]
