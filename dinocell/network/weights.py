@@ -49,8 +49,9 @@ def find_weights(name: str | Path) -> Path:
     path = Path(name)
     if path.exists() or path.name != str(name):
         return path
-    if (bundled := BUNDLED_FOLDER / f"{path.name}.safetensors").is_file():
-        return bundled
+    for suffix in (".safetensors", ".onnx"):
+        if (bundled := BUNDLED_FOLDER / f"{path.name}{suffix}").is_file():
+            return bundled
     cached = cache_folder() / RELEASED.get(path.name, path.name)
     if cached.is_file():
         return cached

@@ -31,7 +31,7 @@ def load_backbone_of(
     given.  Raises UsageError, CheckpointError (the file does not exist, or it holds no backbone, or
     none that fits).
     """
-    from dinocell.network.model import bundled_models, load_model, read_model_header
+    from dinocell.network.model import OnnxModel, bundled_models, load_model, read_model_header
 
     name = os.fspath(path)
     is_model = name in bundled_models() and not Path(name).exists()
@@ -48,7 +48,7 @@ def load_backbone_of(
                 f"`patch_size` of a bundled model must be its own, {model.config.patch_size}, got "
                 f"{patch_size}: name a file, or leave it out"
             )
-        if not isinstance(model.backbone, DINOv3Backbone):
+        if isinstance(model, OnnxModel) or not isinstance(model.backbone, DINOv3Backbone):
             raise UsageError(
                 f"A model to look into must have a transformer, got {name} of size "
                 f"{model.config.size}: name another model"

@@ -54,6 +54,8 @@ def read_network(path: Path, which: str) -> FoundNetwork:
     """The backbone of a file or folder; `which` is a key of `NETWORKS`.  WeightsError: it has none."""
     if path.is_dir():
         return _read_folder(path, which)
+    if path.suffix == ".onnx":
+        raise _no_backbone(path, "a graph without weights")
     with path.open("rb") as stream:
         start = stream.read(64)
     page = start.lstrip()[:1] == b"<" or start.startswith(b"version https://git-lfs")
@@ -65,6 +67,8 @@ def read_network(path: Path, which: str) -> FoundNetwork:
             kind = "dinocell"
         if "dinocell" in metadata:  # a whole model, whose decoder is not looked at below
             refuse_zeros(tensors, path, whole=True)
+            if not any(name.endswith(KERNEL) for name in tensors):
+                raise _no_backbone(path, "a model of convolutions")
         return _network(tensors, which, path, kind)
     content = read_pickled(path)
     if not isinstance(content, Mapping):
@@ -74,6 +78,13 @@ def read_network(path: Path, which: str) -> FoundNetwork:
         )
     found = _network(dict(_flat(content)), which, path, kind)
     return found if found.which is None else replace(found, format="checkpoint")
+
+
+def _no_backbone(path: Path, kind: str) -> WeightsError:
+    return WeightsError(
+        f"Weights must hold a DINOv3 ViT backbone, got {path}, {kind}: give a backbone file, a teacher "
+        "file, or a model with a transformer"
+    )
 
 
 def _network(tensors: Mapping[str, Tensor], which: str, path: Path, kind: str) -> FoundNetwork:
