@@ -66,6 +66,13 @@ def constant(s):
     return [features * (1 + 1e-7 * s.normal(*features.shape)) for _ in range(2)]
 
 
+def one_direction(s):
+    """Places are found again, but all of them lie on one line."""
+    start, direction = s.normal(2, DIM)
+    features = start + s.normal(FIELDS * WINDOWS, 1)[s.location] * direction
+    return [features + 1e-4 * s.normal(*features.shape) for _ in range(2)]
+
+
 def batch(s):
     field = 3 * s.normal(FIELDS, DIM)
     return [field[s.field] + s.normal(len(s.field), DIM) for _ in range(2)]
@@ -119,6 +126,7 @@ def honest(s):
     [
         (constant, COLLAPSE),
         (collapse, COLLAPSE),
+        (one_direction, COLLAPSE),
         (batch, BATCH),
         (batch_and_a_little_place, BATCH),
         (illumination, ILLUMINATION),
