@@ -43,11 +43,12 @@ PARTS: dict[str, list[str]] = {
     "tests": [sys.executable, "-m", "pytest", "-m", "gpu", "-rs"],
     "ssl_step": _measured("ssl_step"),
     "cells": _trained("generalist_conv", "cells", "schedule.steps=60000"),
-    "nuclei": _trained(
-        "dsb2018_tiny", "nuclei", "schedule.steps=60000", "schedule.eval_every=5000"
-    ),
+    "nuclei": _trained("nuclei_conv", "nuclei", "schedule.steps=20000"),
+    "tiny": _trained("dsb2018_tiny", "tiny", "schedule.steps=60000", "schedule.eval_every=5000"),
+    "throughput": _measured("throughput"),
     "quality": _measured(
-        "quality", *(str(FOLDER / name / "model.safetensors") for name in ("cells", "nuclei"))
+        "quality",
+        *(str(FOLDER / name / "model.safetensors") for name in ("cells", "nuclei", "tiny")),
     ),
 }
 if shutil.which("trtexec"):
