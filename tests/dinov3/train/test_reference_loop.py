@@ -66,15 +66,30 @@ SETTINGS = {
     "accelerator.device": "cpu",
     "monitor.enabled": "false",
 }
+DENSE = {  # crops of fields that show one window, turned alike
+    "multiview.strategy": "multiview",
+    "multiview.window": "same",
+    "multiview.turn_together": "true",
+    "multiview.photometrics": "worker",
+    "multiview.dense_weight": 0.6,
+}
+TWO = "accelerator.accumulation_steps"
 
 
 @pytest.fixture
 def recorded(request, tmp_path, monkeypatch):
     """A run of the program: its networks before and after, batches and losses."""
     rng = np.random.default_rng(3)
+    data = f"ImageFolder:root={tmp_path}"
+    if DENSE.items() <= request.param.items():
+        pattern = r"(?P<field>\d)_(?P<channel>\w+)[.]png"
+        data = f"JUMPCellPaintingMultiView:root={tmp_path}:pattern={pattern}"
     for index in range(8):
         picture = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(tmp_path / f"{index}.png")
+        if data.startswith("ImageFolder"):
+            Image.fromarray(picture).save(tmp_path / f"{index}.png")
+        for channel in range(0 if data.startswith("ImageFolder") else 3):
+            Image.fromarray(picture[..., channel]).save(tmp_path / f"{index}_c{channel}.png")
     found: dict[str, Any] = {"batches": [], "losses": []}
     step = program._Run.step
 
@@ -89,22 +104,32 @@ def recorded(request, tmp_path, monkeypatch):
 
     monkeypatch.setattr(program._Run, "step", noted)
     changes = [f"{key}={value}" for key, value in (SETTINGS | request.param).items()]
-    data = f"train.dataset_path=ImageFolder:root={tmp_path}"
-    program.main(["--output-dir", str(tmp_path / "out"), *changes, data])
+    path = f"train.dataset_path={data}"
+    program.main(["--output-dir", str(tmp_path / "out"), *changes, path])
     return found
 
 
 @pytest.mark.parametrize(
     "recorded",
-    [{"train.centering": "sinkhorn_knopp"}, {"train.centering": "softmax"}],
+    [
+        {"train.centering": "sinkhorn_knopp"},
+        {"train.centering": "softmax"},
+        {"train.centering": "sinkhorn_knopp", **DENSE},
+        {"train.centering": "auto", **DENSE, TWO: 2},  # softmax for so few samples
+    ],
     indirect=True,
-    ids=lambda change: change["train.centering"],
+    ids=["sinkhorn_knopp", "softmax", "dense and sinkhorn_knopp", "dense, accumulated"],
 )
 def test_twenty_iterations_are_those_of_the_reference(recorded):
     cfg = recorded["model"].cfg
-    student, teacher, losses = reference(
-        recorded["start"], recorded["batches"], sinkhorn=cfg.train.centering == "sinkhorn_knopp"
+    student, teacher, losses, centres = reference(
+        recorded["start"],
+        recorded["batches"],
+        sinkhorn=cfg.train.centering == "sinkhorn_knopp",
+        dense=float(cfg.multiview.dense_weight),
+        accumulated=int(cfg.accelerator.accumulation_steps),
     )
+    assert len(losses) == TOTAL
     assert OmegaConf.select(cfg, "optim.lr") == LR
     np.testing.assert_allclose(recorded["losses"], losses, rtol=2e-4)
     for network, expected in (("student", student), ("model_ema", teacher)):
@@ -114,13 +139,24 @@ def test_twenty_iterations_are_those_of_the_reference(recorded):
             way = (value - start[name].detach().double()).norm()
             error = (found[name].detach().double() - value).norm()
             assert error <= 0.02 * way + 1e-6, (network, name, float(error), float(way))
+    for name, part in (("cls", "dino_loss"), ("patches", "ibot_patch_loss")):
+        found = getattr(recorded["model"], part).center.flatten()
+        expected = torch.zeros(len(found)) if centres[name] is None else centres[name].float()
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-4)
 
 
 # --- the reference ---
 
 
-def reference(start: Any, batches: list[dict[str, Any]], *, sinkhorn: bool):
-    """Parameters of student and teacher, and the losses, after an iteration for each batch."""
+def reference(
+    start: Any,
+    batches: list[dict[str, Any]],
+    *,
+    sinkhorn: bool,
+    dense: float = 0.0,
+    accumulated: int = 1,
+):
+    """Parameters of student and teacher, the losses, and the centres, which move with each batch."""
     student, teacher = (copy.deepcopy(part) for part in (start.student, start.model_ema))
     for network in (student, teacher):
         network.double()
@@ -128,18 +164,22 @@ def reference(start: Any, batches: list[dict[str, Any]], *, sinkhorn: bool):
     moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in named(student)}
     centres: dict[str, Tensor | None] = {"cls": None, "patches": None}
     losses = []
-    for iteration, batch in enumerate(batches):
-        loss = total_loss(student, teacher, batch, temperature_of(iteration), centres, sinkhorn)
-        losses.append(float(loss.detach()))
+    for iteration in range(len(batches) // accumulated):
         for parameter in student.parameters():
             parameter.grad = None
-        loss.backward()
+        losses.append(0.0)
+        for batch in batches[iteration * accumulated : (iteration + 1) * accumulated]:
+            loss = total_loss(
+                student, teacher, batch, temperature_of(iteration), centres, sinkhorn, dense
+            )
+            (loss / accumulated).backward()
+            losses[-1] += float(loss.detach()) / accumulated
         adamw(student, moments, iteration)
         keep = cosine(iteration, TOTAL, MOMENTUM, MOMENTUM_END)
         with torch.no_grad():
             for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
                 mine.copy_(keep * mine + (1 - keep) * theirs)
-    return dict(named(student)), dict(named(teacher)), losses
+    return dict(named(student)), dict(named(teacher)), losses, centres
 
 
 def named(network: Any) -> list[tuple[str, Tensor]]:
@@ -161,12 +201,15 @@ def temperature_of(iteration: int) -> float:
     return 0.2 if iteration >= 16 else 0.05 + 0.15 * iteration / 15
 
 
-def total_loss(student, teacher, batch, temperature, centres, sinkhorn) -> Tensor:
+def total_loss(student, teacher, batch, temperature, centres, sinkhorn, dense) -> Tensor:
     large, small = batch["collated_global_crops"].double(), batch["collated_local_crops"].double()
     masks = batch["collated_masks"]
     with torch.no_grad():
         out = teacher["backbone"](large, is_training=True)
         patches = out["x_norm_patchtokens"][masks]
+        # Of the other crop; before the centre moves, and without moving it.
+        every = teacher["ibot_head"](out["x_norm_patchtokens"].roll(BATCH, dims=0).flatten(0, 1))
+        of_other = assigned(every, temperature, dict(centres), "patches", sinkhorn)
         targets = {
             name: assigned(logits, temperature, centres, name, sinkhorn)
             for name, logits in (
@@ -195,7 +238,11 @@ def total_loss(student, teacher, batch, temperature, centres, sinkhorn) -> Tenso
     entropy = -(targets["patches"] * torch.log_softmax(predicted, -1)).sum(-1)
     image_of = masks.nonzero()[:, 0]
     means = [entropy[image_of == image].mean() for image in image_of.unique()]
-    return loss + 0.7 * sum(means) / len(masks)
+    loss = loss + 0.7 * sum(means) / len(masks)
+    if dense:
+        predicted = student["ibot_head"](seen["x_norm_patchtokens"].flatten(0, 1)) / TEMPERATURE
+        loss = loss - dense * (of_other * torch.log_softmax(predicted, -1)).sum(-1).mean()
+    return loss
 
 
 def assigned(logits, temperature, centres, name, sinkhorn) -> Tensor:

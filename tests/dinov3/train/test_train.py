@@ -605,6 +605,27 @@ def test_multiview_run(fields, tmp_path, photometrics):
     assert np.isfinite(list(losses(tmp_path).values())).all()
 
 
+def test_dense_loss_resumes_bit_for_bit(fields, tmp_path):
+    """With softmax centring, whose running centre is part of the state."""
+    data = f"JUMPCellPaintingMultiView:root={fields}:{BY_NAME}"
+    aligned = ("strategy=multiview", "window=same", "turn_together=true")
+    changes = [*(f"multiview.{change}" for change in aligned), "train.centering=auto"]
+
+    def train(name: str, weight: float) -> Path:
+        out = tmp_path / name
+        main(arguments(data, out, *changes, f"multiview.dense_weight={weight}"))
+        return out
+
+    whole = train("a", 1.0)
+    assert "`train.centering`: softmax" in (whole / "logs" / "log.txt").read_text()
+    copied = Path(shutil.copytree(whole, tmp_path / "b"))
+    for part in ("ckpt/3", "ckpt/5", "eval"):
+        shutil.rmtree(copied / part)
+    assert same(teacher(train("b", 1.0)), teacher(whole))
+    assert "continuing with iteration 2" in (copied / "logs" / "log.txt").read_text()
+    assert not same(teacher(train("c", 0.0)), teacher(whole))
+
+
 @pytest.mark.slow
 def test_evaluation_hook_and_its_failure(images, tmp_path, monkeypatch):
     calls = []
