@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from dinocell.datasets.folders import beside_files, files_below
-from dinocell.datasets.sample import Content, Sample, name_below, split_of, split_of_path
+from dinocell.datasets.folders import Images, beside_files, files_below
+from dinocell.datasets.sample import (
+    Content,
+    Sample,
+    Unlabelled,
+    name_below,
+    split_of,
+    split_of_path,
+)
 from dinocell.errors import DataSetError
 from dinocell.io import read_image
 from dinocell.io.annotations import Annotation, annotation_masks, read_coco
@@ -22,16 +29,20 @@ from dinocell.pairs import composed
 _SHOWN = 5
 
 
-def coco(source: Path, notes: list[str], *, stratified: bool = False) -> Iterator[Sample]:
+def coco(
+    source: Path, notes: list[str], *, stratified: bool = False
+) -> Iterator[Sample | Unlabelled]:
     """Images and annotations of COCO files; the name of a file or its folder says the split.
 
     Annotations of one file at a time are read; their polygons stay in memory as 32-bit numbers.
-    With `stratified`, the first word of an image's name is its stratum.
+    An image that no file of a folder lists has no labels; one that is listed without annotations has no
+    cells.  With `stratified`, the first word of an image's name is its stratum.
     """
     files = [source] if source.is_file() else files_below(source, (".json",))
     home = Path(os.path.normpath(source.parent if source.is_file() else source))
     by_name: dict[str, list[Path]] = defaultdict(list)
-    for path in files_below(home):
+    pictures = Images(home)
+    for path in pictures.paths:
         by_name[composed(path.name)].append(path)
     whole = [path for path in files if path.stem.startswith("livecell_coco_")] or files
     found: dict[Path, Sample] = {}
@@ -62,6 +73,8 @@ def coco(source: Path, notes: list[str], *, stratified: bool = False) -> Iterato
     for path, sample in found.items():
         is_unique = names[sample.name] == 1
         yield sample if is_unique else replace(sample, name=name_below(path, home, path.stem))
+    if source.is_dir():
+        yield from pictures.without_labels(found)
 
 
 livecell = partial(coco, stratified=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,12 @@ from dinocell.datasets.sample import (
     PROGRESS,
     Content,
     Sample,
+    Unlabelled,
     name_below,
     split_of,
     split_of_path,
 )
-from dinocell.errors import DataSetError, some
+from dinocell.errors import DataSetError
 from dinocell.io import Image, natural_key, read_image, read_label_file, read_labels
 from dinocell.io.names import walk_folders
 from dinocell.io.polygons import CellMask, paint_cells
@@ -37,6 +38,9 @@ from dinocell.pairs import (
 LabelReader = Callable[[Path, tuple[int, int]], NDArray]
 
 _RGB = ("red", "green", "blue")
+
+_NO_IMAGES = (*LABEL_NAME_ENDINGS, *OUTPUT_ENDINGS, "_flows", "_outlines")
+"""Endings of what lies beside images but is none: labels, and what DINOCell and Cellpose write."""
 
 
 def files_below(
@@ -89,6 +93,15 @@ class Images:
         places = ((folder, composed(name)) for name in names)
         return next((self._known[place] for place in places if place in self._known), None)
 
+    def without_labels(
+        self, taken: Container[Path | None], ending: str = ""
+    ) -> Iterator[Unlabelled]:
+        """The images that no file of labels has taken, of those whose names have this ending."""
+        for path in self.paths:
+            is_image = path.stem.endswith(ending) and not path.stem.endswith(_NO_IMAGES)
+            if is_image and path not in taken:
+                yield Unlabelled(path)
+
 
 def read_files(
     image_path: Path, labels_path: Path, read: LabelReader | None = None, *, colour: bool = False
@@ -119,18 +132,22 @@ def _is_stored_as_colour(path: Path) -> bool:
         return picture.mode in ("RGB", "RGBA")
 
 
-def beside_masks(source: Path, notes: list[str], *, colour: bool = False) -> Iterator[Sample]:
+def beside_masks(
+    source: Path, notes: list[str], *, colour: bool = False
+) -> Iterator[Sample | Unlabelled]:
     """`a_masks.png` beside `a_img.png` or `a.png`, in folders train and test: Cellpose, Omnipose."""
-    images = Images(source)
+    images, taken = Images(source), set()
     for path in files_below(source, LABEL_SUFFIXES, "_masks"):
         stem = path.stem.removesuffix("_masks").removesuffix("_cp")
         image = images.find(path.parent, (f"{stem}_img", stem))
+        taken.add(image)
         yield _sample(source, path, image, stem, partial(read_files, colour=colour))
+    yield from images.without_labels(taken)
 
 
 def beside_files(
     source: Path, notes: list[str], *, suffix: str, endings: tuple[str, ...]
-) -> Iterator[Sample]:
+) -> Iterator[Sample | Unlabelled]:
     """A file of another program beside each image: `a_seg.npy`, `a_RoiSet.zip`, `a.geojson`."""
     images, taken = Images(source), set()
     for path in files_below(source, (suffix,)):
@@ -142,15 +159,7 @@ def beside_files(
         name = image.stem if image else stem
         taken.add(image)
         yield _sample(source, path, image, name, read_files)
-    alone = [
-        path.name
-        for path in images.paths
-        if path not in taken and not path.stem.endswith(LABEL_NAME_ENDINGS + OUTPUT_ENDINGS)
-    ]
-    if alone:
-        notes.append(
-            f"Images without a file of labels beside them were left out: {len(alone)} ({some(alone)})"
-        )
+    yield from images.without_labels(taken)
 
 
 seg_npy = partial(beside_files, suffix=SEG_NPY, endings=())
@@ -169,12 +178,16 @@ def _sample(
     return Sample(name, image, partial(read, image, path), split_of_path(path, source))
 
 
-def one_mask_per_cell(source: Path, notes: list[str]) -> Iterator[Sample]:
+def one_mask_per_cell(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
     """`ID/images/ID.png` and one binary picture per cell in `ID/masks`: Data Science Bowl 2018."""
-    for folder in folders_below(source):
+    folders = folders_below(source)
+    with_masks = {folder.parent for folder in folders if folder.name == "masks"}
+    for folder in folders:
+        home = folder.parent
+        if folder.name == "images" and home not in with_masks:
+            yield from map(Unlabelled, files_below(folder))
         if folder.name != "masks":
             continue
-        home = folder.parent
         pictures = files_below(home / "images") if (home / "images").is_dir() else []
         if len(pictures) != 1:
             raise DataSetError(
@@ -209,33 +222,26 @@ def in_two_folders(
     labels: tuple[str, ...],
     read: LabelReader | None = None,
     stratum: Callable[[Path], str] = lambda path: "",
-) -> Iterator[Sample]:
+) -> Iterator[Sample | Unlabelled]:
     """Images in folders of one name and labels of the same names in folders of another beside them.
 
     `labels` are names of the labels' folders, the better first.
     """
     for folder in folders_below(source):
         homes = [folder.parent / name for name in labels if (folder.parent / name).is_dir()]
-        if not homes or folder.name != images:
+        if folder.name != images:
             continue
-        found = Images(homes[0])
+        found = Images(homes[0]) if homes else None
         for image in files_below(folder):
-            path = _labels_named(found, homes[0], image)
+            path = found.find(homes[0], (image.stem,)) if found else None
+            if path is None:
+                yield Unlabelled(image)
+                continue
             how = partial(read_files, image, path, read)
             yield Sample(image.stem, image, how, None, stratum(image))
 
 
-def _labels_named(labels: Images, folder: Path, image: Path) -> Path:
-    path = labels.find(folder, (image.stem,))
-    if path is None:
-        raise DataSetError(
-            f"Every image must have labels of its name, '{image}' has none in '{folder}': download the "
-            "data again"
-        )
-    return path
-
-
-def nuinsseg(source: Path, notes: list[str]) -> Iterator[Sample]:
+def nuinsseg(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
     """`human liver/tissue images/*.png` and `human liver/label masks modify/*.tif`."""
     yield from in_two_folders(
         source,
@@ -246,7 +252,7 @@ def nuinsseg(source: Path, notes: list[str]) -> Iterator[Sample]:
     )
 
 
-def s_bsst265(source: Path, notes: list[str]) -> Iterator[Sample]:
+def s_bsst265(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
     """`rawimages/*.tif` and `groundtruth/*.tif`; the name begins with the kind of tissue."""
     yield from in_two_folders(
         source,
@@ -257,7 +263,7 @@ def s_bsst265(source: Path, notes: list[str]) -> Iterator[Sample]:
     )
 
 
-def yeastsam(source: Path, notes: list[str]) -> Iterator[Sample]:
+def yeastsam(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
     """`DIC/*.tif` and `DIC_mask/*.tif`."""
     yield from in_two_folders(source, notes, images="DIC", labels=("DIC_mask",))
 
@@ -265,7 +271,7 @@ def yeastsam(source: Path, notes: list[str]) -> Iterator[Sample]:
 _TNBC_LAST_TRAIN, _TNBC_LAST_VAL = 6, 8
 
 
-def tnbc(source: Path, notes: list[str]) -> Iterator[Sample]:
+def tnbc(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
     """`Slide_01/01_1.png` and its nuclei in black and white, `GT_01/01_1.png`: one folder per patient.
 
     The patients stay whole: 1 to 6 train, 7 and 8 validate, 9 to 11 test.
@@ -285,26 +291,31 @@ def tnbc(source: Path, notes: list[str]) -> Iterator[Sample]:
             else "test"
         )
         for image in files_below(folder):
-            path = _labels_named(labels, home, image)
+            path = labels.find(home, (image.stem,))
+            if path is None:
+                yield Unlabelled(image)
+                continue
             read = partial(read_files, image, path, _connected_colours, colour=True)
             yield Sample(image.stem, image, read, split)
 
 
-def vicar(source: Path, notes: list[str]) -> Iterator[Sample]:
+def vicar(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
     """`A2058/a_img.tif` and `A2058/a_mask.png`; the folder is the cell line.
 
     Whether the masks number the cells or only show them is not documented: connected regions of one
     value are cells either way.
     """
-    images = Images(source)
+    images, taken = Images(source), set()
     for path in files_below(source, LABEL_SUFFIXES, "_mask"):
         stem = path.stem.removesuffix("_mask")
         image = images.find(path.parent, (f"{stem}_img",))
+        taken.add(image)
         found = _sample(source, path, image, stem, _read_connected)
         yield replace(found, stratum=path.parent.name)
+    yield from images.without_labels(taken, "_img")
 
 
-def bbbc039(source: Path, notes: list[str]) -> Iterator[Sample]:
+def bbbc039(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
     """`images/*.tif`, `masks/*.png`, and the lists of the splits in `metadata/{training,...}.txt`."""
     splits: dict[str, str] = {}
     for path in files_below(source, (".txt",)):
@@ -317,10 +328,12 @@ def bbbc039(source: Path, notes: list[str]) -> Iterator[Sample]:
     )
     left_out = 0
     for sample in found:
-        if splits and sample.name not in splits:
+        if isinstance(sample, Unlabelled):
+            yield sample
+        elif splits and sample.name not in splits:
             left_out += 1
-            continue
-        yield Sample(sample.name, sample.source_file, sample.read, splits.get(sample.name))
+        else:
+            yield replace(sample, split=splits.get(sample.name))
     if left_out:
         notes.append(f"Images that no list of the splits has were left out: {left_out}")
 
@@ -339,7 +352,7 @@ _read_connected = partial(read_files, read=_connected_colours)
 _BBBC006_NAME = re.compile(r"(.+_[a-p]\d\d_s\d+)_w1.*", re.IGNORECASE)
 
 
-def bbbc006(source: Path, notes: list[str]) -> Iterator[Sample]:
+def bbbc006(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
     """`BBBC006_v1_images_z_16/*_w1*.tif` (nuclei, in focus) and `BBBC006_v1_labels/*.png`."""
     labels = {
         path.stem.lower(): path
@@ -353,23 +366,24 @@ def bbbc006(source: Path, notes: list[str]) -> Iterator[Sample]:
             continue  # w2 is phalloidin, which the labels do not show
         path = labels.get(found[1].lower())
         if path is None:
-            raise DataSetError(
-                f"Every image must have labels of its well and site, '{image}' has none: unpack "
-                "BBBC006_v1_labels beside the images"
-            )
+            yield Unlabelled(image)
+            continue
         yield Sample(found[1], image, partial(read_files, image, path))
 
 
-def challenge(source: Path, notes: list[str]) -> Iterator[Sample]:
+def challenge(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
     """`01/t000.tif` with `01_ST/SEG/man_seg000.tif`, else `01_GT/SEG`: Cell Tracking Challenge.
 
     A film stays whole, because its frames resemble one another: the last one is for validation.
     """
-    films = [
-        path
-        for path in folders_below(source)
-        if re.fullmatch(r"\d\d", path.name) and _truth_of(path) is not None
-    ]
+    films = []
+    for path in folders_below(source):
+        if not re.fullmatch(r"\d\d", path.name):
+            continue
+        if _truth_of(path) is not None:
+            films.append(path)
+        else:
+            yield from _frames_without_labels(Images(path), ())
     if len(films) == 1:
         notes.append(
             "There is one film: all of it is in train, because its frames resemble each other"
@@ -383,6 +397,7 @@ def challenge(source: Path, notes: list[str]) -> Iterator[Sample]:
                 f"Film {film.name} has no silver truth (ST): the gold truth is used, in which cells of a "
                 "frame may be missing"
             )
+        taken = set()
         for path in files_below(truth, (".tif", ".tiff")):
             frame = re.fullmatch(r"man_seg_?(\d+)", path.stem)
             image = frame and images.find(film, (f"t{frame[1]}",))
@@ -391,8 +406,16 @@ def challenge(source: Path, notes: list[str]) -> Iterator[Sample]:
                     f"Every file of SEG must be man_segNNN.tif with an image tNNN.tif, got '{path}' "
                     "without one: planes of 3-D films are not read"
                 )
+            taken.add(image)
             name = name_below(image, source.parent, image.stem)
             yield Sample(name, image, partial(read_files, image, path), split)
+        yield from _frames_without_labels(images, taken)
+
+
+def _frames_without_labels(film: Images, taken: Container[Path | None]) -> Iterator[Unlabelled]:
+    for one in film.without_labels(taken):
+        if re.fullmatch(r"t\d{3,}", one.source_file.stem):
+            yield one
 
 
 def _truth_of(film: Path) -> Path | None:

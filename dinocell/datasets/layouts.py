@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from dinocell.datasets import annotations, archives, folders
-from dinocell.datasets.sample import Sample
+from dinocell.datasets.sample import Sample, Unlabelled
 from dinocell.errors import UsageError
 
-Reader = Callable[[Path, list[str]], Iterator[Sample]]
+Reader = Callable[[Path, list[str]], Iterator[Sample | Unlabelled]]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Layout:
     holds : what the images show, in a few words
         Empty for a layout of any source.
     files : the layout that `read` expects, in words
-    read : (source, notes) → samples; appends sentences on what was left out to the notes
+    read : (source, notes) → samples, and images without labels
+        Appends sentences on what else was left out to the notes.
     licence : as its publishers state it, None if it is not known here
     address : where it is published
     pixel_size_um : edge of a pixel in µm where it is published and the files do not say it

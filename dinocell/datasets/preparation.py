@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from dinocell.datasets.layouts import Layout, find_layout
 from dinocell.datasets.pulling import DOWNLOAD_JSON
-from dinocell.datasets.sample import MANIFESTS, PROGRESS, Content, Sample, require_found
+from dinocell.datasets.sample import MANIFESTS, PROGRESS, Content, Sample, labelled
 from dinocell.datasets.splits import SplitOptions, count_splits, divide
-from dinocell.errors import DataSetError, DINOCellError, UsageError
+from dinocell.errors import DataSetError, DINOCellError, UsageError, some
 from dinocell.files import move_into_place, remove_temporary_files, write_text_atomically
 from dinocell.io import write_image, write_labels
 from dinocell.labels import check_labels, require_cells
@@ -91,7 +91,7 @@ def prepare(
     splits : how the samples are divided
     facts : licence and pixel size, where the table of layouts does not know them
 
-    Images become TIFF in their own data type, labels 16-bit PNG (TIFF above 65,535 cells) with the cells
+    Images without labels are left out, with a note, and the manifest lists them.  Images become TIFF in their own data type, labels 16-bit PNG (TIFF above 65,535 cells) with the cells
     numbered 1..n.  One image is in memory at a time.
 
     Raises
@@ -99,7 +99,7 @@ def prepare(
     UsageError
         `name` is unknown, `source` does not exist, or `out` is inside it or holds something else.
     DataSetError, ImageFileError
-        The source is not what `name` says, or a file is damaged.  What was finished stays in `out.part`.
+        The source is not what `name` says, no image has labels, or a file is damaged.  What was finished stays in `out.part`.
     """
     layout, splits, facts = find_layout(name), splits or SplitOptions(), facts or Facts()
     source, out = Path(source), Path(os.path.abspath(out))
@@ -124,14 +124,15 @@ def prepare(
         remove_temporary_files(folder, before=math.inf)
     _check_part(part, recipe)
     notes: list[str] = []
-    samples = require_found(list(layout.read(source, notes)), source, layout.files)
+    samples, alone = labelled(layout.read(source, notes), source, layout.files)
     _refuse_same_names(samples)
     chosen = divide(samples, splits)
     part.mkdir(parents=True, exist_ok=True)
     write_text_atomically(part / _RECIPE, json.dumps(recipe, indent=1))
     rows = _write_samples(part, chosen, facts.pixel_size_um or layout.pixel_size_um, shown=shown)
     manifest = _manifest(recipe, layout, facts, rows)
-    notes += _general_notes(layout, manifest, rows)
+    manifest["images_without_labels"] = [_below(source, path) for path in alone]
+    notes += _notes_without_labels(alone) + _general_notes(layout, manifest, rows)
     manifest["notes"] = notes
     if (pulled := source / DOWNLOAD_JSON).is_file():
         manifest["download"] = json.loads(pulled.read_text(encoding="utf-8"))
@@ -301,6 +302,19 @@ def _manifest(
         "pixel_sizes_um": sorted({row["pixel_size_um"] for row in rows} - {None}),
         "recipe": recipe,
     }
+
+
+def _below(source: Path, path: Path) -> str:
+    return Path(os.path.relpath(path, source)).as_posix()
+
+
+def _notes_without_labels(alone: Sequence[Path]) -> list[str]:
+    if not alone:
+        return []
+    return [
+        f"Images without labels were left out: {len(alone)} ({some([path.name for path in alone])}); "
+        f"{MANIFEST_JSON} lists all of them"
+    ]
 
 
 def _general_notes(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from numpy.typing import NDArray
 
-from dinocell.errors import DataSetError
+from dinocell.errors import DataSetError, some
 
 SPLITS = ("train", "val", "test")
 
@@ -61,6 +61,13 @@ class Sample:
     stratum: str = ""
 
 
+@dataclass(frozen=True)
+class Unlabelled:
+    """An image of the source that has no labels: it is left out, and the manifest lists it."""
+
+    source_file: Path
+
+
 def split_of(text: str) -> str | None:
     """The split that a folder or file is named after: `Training`, `livecell_coco_val`; else None.
 
@@ -94,11 +101,27 @@ def name_below(path: Path, source: Path, stem: str) -> str:
 _PLAIN = ("images", "image", "img", "masks", "labels", "data")
 
 
-def require_found(samples: list[Sample], source: Path, layout: str) -> list[Sample]:
-    """Refuse a source in which a reader finds nothing; `layout` says what it looks for."""
+def labelled(
+    found: Iterable[Sample | Unlabelled], source: Path, layout: str
+) -> tuple[list[Sample], list[Path]]:
+    """The samples of a source, and its images without labels; `layout` says what a reader looks for.
+
+    Raises DataSetError (nothing is found, or no image has labels).
+    """
+    samples, alone = [], []
+    for one in found:
+        if isinstance(one, Sample):
+            samples.append(one)
+        else:
+            alone.append(one.source_file)
+    if alone and not samples:
+        raise DataSetError(
+            f"The images of '{source}' must have labels, none of the {len(alone)} has "
+            f"({some([path.name for path in alone])}): they must lie as {layout}"
+        )
     if not samples:
         raise DataSetError(
             f"`source` must hold {layout}, '{source}' holds none: check the folder and the name of the "
             "data set"
         )
-    return samples
+    return samples, alone

@@ -94,8 +94,9 @@ def test_images_without_labels_are_noted(tmp_path):
     doubles.seg_npy(source := tmp_path / "source")
     doubles.image(source / "forgotten.tif")
     doubles.labels(source / "0_cp_masks.tif")
+    doubles.image(source / "0_flows.tif")  # of Cellpose, no image
     _, text = prepared("seg_npy", source, tmp_path / "out")
-    assert "Images without a file of labels beside them were left out: 1 (forgotten.tif)" in text
+    assert "Images without labels were left out: 1 (forgotten.tif); manifest.json lists" in text
 
 
 def coco(source: Path, names: list[str], **changes) -> dict:

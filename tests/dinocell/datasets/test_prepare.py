@@ -439,11 +439,6 @@ BAD = {
         ),
         "got 'the labels of .*0.tif', which looks like intensities",
     ),
-    "labels that are absent": (
-        "nuinsseg",
-        lambda s: (s / "mouse spleen/label masks modify/mouse_spleen_0.tif").unlink(),
-        "must have labels of its name",
-    ),
     "image that is absent": ("cellpose", lambda s: (s / "train/000_img.png").unlink(), "beside it"),
     "truncated array": ("lynsec", lambda s: cut(s / "lynsec 1/0_l1.npy"), "download is damaged"),
     "array of something else": (
@@ -455,11 +450,6 @@ BAD = {
         "lynsec",
         lambda s: np.save(s / "lynsec 1/0_l1.npy", np.array([{}])),
         "download is damaged",
-    ),
-    "patient without labels": (
-        "tnbc",
-        lambda s: shutil.rmtree(s / "TNBC_NucleiSegmentation/GT_07"),
-        "must have labels of its name",
     ),
     "phase image that is absent": (
         "vicar",
@@ -494,6 +484,86 @@ BAD = {
         "must be GeoJSON with the outlines of cells",
     ),
 }
+
+
+LABELS_OF_ONE = {  # the labels to remove, and the images that have none then
+    "cellpose": ("train/001_masks.png", ["train/001_img.png"]),
+    "omnipose": (
+        "bact_phase/test_sorted/caulo/0_masks.tif",
+        ["bact_phase/test_sorted/caulo/0.tif"],
+    ),
+    "dsb2018": ("stage1_train/id1/masks", ["stage1_train/id1/images/id1.png"]),
+    "nuinsseg": (
+        "mouse spleen/label masks modify/mouse_spleen_0.tif",
+        ["mouse spleen/tissue images/mouse_spleen_0.png"],
+    ),
+    "tnbc": (
+        "TNBC_NucleiSegmentation/GT_07",
+        ["TNBC_NucleiSegmentation/Slide_07/07_1.png"],
+    ),
+    "vicar": ("labelled/PC3/1_mask.png", ["labelled/PC3/1_img.tif"]),
+    "yeastsam": ("DIC_mask/1.tif", ["DIC/1.tif"]),
+    "s-bsst265": ("dataset/groundtruth/HaCaT_1.tif", ["dataset/rawimages/HaCaT_1.tif"]),
+    "bbbc039": ("masks/w1.png", ["images/w1.tif"]),
+    "bbbc006": (
+        "BBBC006_v1_labels/mcf-z-stacks-03212011_a02_s1.png",
+        ["BBBC006_v1_images_z_16/mcf-z-stacks-03212011_a02_s1_w1abc16.tif"],
+    ),
+    "ctc": ("02_GT/SEG/man_seg001.tif", ["02/t001.tif"]),
+    "seg_npy": ("1_seg.npy", ["1.tif"]),
+    "imagej-roi": ("1_RoiSet.zip", ["1.tif"]),
+    "geojson": ("1.tif.geojson", ["1.tif"]),
+}
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("name", LABELS_OF_ONE)
+def test_images_without_labels_are_left_out_and_listed(made, tmp_path, name):
+    if name == "imagej-roi":
+        pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
+    source, out = made(name), tmp_path / "out"
+    removed, alone = LABELS_OF_ONE[name]
+    remove(source / removed)
+    text = prepared(name, source, out).text()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["images_without_labels"] == alone
+    assert len(rows_of(out)) == len(EXPECTED[name]) - 1
+    names = Path(alone[0]).name
+    assert f"note: Images without labels were left out: 1 ({names}); manifest.json" in text
+
+
+def test_images_that_no_coco_file_of_a_folder_lists_have_no_labels(made, tmp_path):
+    source = made("coco")
+    doubles.image(source / "pictures" / "c.tif")
+    result = prepared("coco", source, tmp_path / "out")
+    assert result.manifest["images_without_labels"] == ["pictures/c.tif"]
+    result = prepared("coco", source / "all.json", tmp_path / "of one file")
+    assert result.manifest["images_without_labels"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("cellpose", "*/*_masks.png"),
+        ("dsb2018", "*/*/masks"),
+        ("nuinsseg", "*/label masks*"),
+        ("tnbc", "*/GT_*"),
+        ("bbbc006", "*_labels"),
+        ("ctc", "*_[GS]T"),
+        ("seg_npy", "*_seg.npy"),
+    ],
+)
+def test_a_source_without_any_labels_is_refused(made, tmp_path, name, labels):
+    source = made(name)
+    for path in list(source.glob(labels)):
+        remove(path)
+    count = len(EXPECTED[name])
+    with pytest.raises(DataSetError, match=rf"must have labels, none of the {count} has \("):
+        prepared(name, source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def test_geojson_may_leave_the_properties_empty(made, tmp_path):
