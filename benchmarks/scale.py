@@ -37,9 +37,9 @@ def describe(name: str, config_path: Path, out: Path) -> None:
     """Write a model file whose header has the typical diameter of the training cells of a configuration."""
     from safetensors.torch import load_file, save_file
 
-    from dinocell.training.config import load_train_config
     from dinocell.training.datasets import split_pairs
     from dinocell.training.final_model import typical_diameter
+    from dinocell.training.start import load_train_config
 
     config = load_train_config(config_path)
     header = read_model_header(name)

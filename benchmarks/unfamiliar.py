@@ -230,9 +230,9 @@ def look(pipeline: DINOCellPipeline, name: str, pixels: np.ndarray, crop: int | 
 
 def describe(model: DINOCell, config_path: Path, out: Path) -> None:
     """Write the model with statistics of the images that a configuration names; all else stays."""
-    from dinocell.training.config import load_train_config
     from dinocell.training.datasets import split_pairs
     from dinocell.training.final_model import training_statistics
+    from dinocell.training.start import load_train_config
 
     config = load_train_config(config_path)
     train, val = split_pairs(config.data, config.seed)

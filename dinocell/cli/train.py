@@ -1,5 +1,6 @@
 """`dinocell pretrain` and `dinocell train`."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -65,15 +66,21 @@ def train(
 
     Example: `dinocell train configs/finetune/dsb2018_tiny.yaml optimizer.lr=5e-4`
 
-    Start from a trained model, not from random weights: `model.init=dinocell-cells`
+    Start from a trained model, not from random weights: `model.init=dinocell-cells`. With at most 50
+    training images this is the default where the configuration names no network (no `model.init`,
+    `model.size`, `backbone.weights` or the like); `model.init=null` then means random weights.
 
     On 2 GPUs: `torchrun --nproc-per-node=2 -m dinocell train configs/finetune/dsb2018_tiny.yaml`
     """
-    from dinocell.training.config import load_train_config
     from dinocell.training.processes import is_main_process
+    from dinocell.training.start import load_train_config
     from dinocell.training.trainer import train as run_training
 
-    result = run_training(load_train_config(config, overrides or []))
+    def note(text: str) -> None:
+        if is_main_process():
+            print(f"dinocell: {text}", file=sys.stderr)
+
+    result = run_training(load_train_config(config, overrides or [], note=note))
     if not is_main_process():
         return
     settings = ", ".join(f"{name} {value:g}" for name, value in result.thresholds.items())

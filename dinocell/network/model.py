@@ -35,7 +35,8 @@ HEADER_KEY = "dinocell"
 """Where a model file keeps the JSON header."""
 _FORMAT_VERSION = 1
 # what weights are made for
-_ARCHITECTURE = ("size", "patch_size", "decoder", "image_channels", "intensities", "target")
+ARCHITECTURE = ("size", "patch_size", "decoder", "image_channels", "intensities", "target")
+"""Fields of `ModelConfig` in which a model must equal the one that it starts from."""
 _KNEES = (0.1, 0.01)  # of `compress_intensities`, as shares of the range
 
 
@@ -377,7 +378,7 @@ def load_start(model: DINOCell) -> None:
     if config.init is None:
         return
     start = load_trainable(config.init)
-    for key in _ARCHITECTURE:
+    for key in ARCHITECTURE:
         own, given = getattr(start.config, key), getattr(config, key)
         require(
             own == given,

@@ -7,7 +7,8 @@ resampling the test images, the same ones for both.
 
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from dinocell.evaluation.metrics import pooled_ap
 from dinocell.evaluation.model_evaluation import check_data_folder, evaluate_model
 from dinocell.results.table import CellTable, align_columns
 from dinocell.settings import load_settings, require
-from dinocell.training.config import TrainConfig, load_train_config
+from dinocell.training.config import TrainConfig
 from dinocell.training.run_folder import RunFolder, refuse_other_run
+from dinocell.training.start import load_train_config
 from dinocell.training.trainer import train
 
 IOU_THRESHOLDS = (0.5, 0.75, 0.9)
@@ -86,8 +88,10 @@ class Run:
     config: TrainConfig
 
 
-def load_ablation(path: str | os.PathLike[str]) -> tuple[AblationConfig, list[Run]]:
-    """The configuration in a YAML file and its runs, variants first.
+def load_ablation(
+    path: str | os.PathLike[str], *, note: Callable[[str], None] | None = None
+) -> tuple[AblationConfig, list[Run]]:
+    """The configuration in a YAML file and its runs, variants first; `note` as in `load_train_config`.
 
     Raises ConfigError, UsageError, CheckpointError (as `load_train_config`, for any of the runs);
     DataSetError (a test set is no such folder).
@@ -107,7 +111,7 @@ def load_ablation(path: str | os.PathLike[str]) -> tuple[AblationConfig, list[Ru
                         f"A variant must leave name, seed and output_dir to the ablation, got {override!r}: "
                         "remove it"
                     )
-            train_config = load_train_config(config.base, [*overrides, *own])
+            train_config = load_train_config(config.base, [*overrides, *own], note=note)
             runs.append(Run(variant.name, seed, train_config))
     return config, runs
 
@@ -124,7 +128,11 @@ def ablate(
     Raises UsageError, ConfigError, DataSetError, CheckpointError, StoppedError (as `load_ablation`,
     `train` and `evaluate_model`); ConfigError (there is no run `only`).
     """
-    config, runs = load_ablation(path)
+    notes: dict[str, None] = {}  # most runs have the same one
+    config, runs = load_ablation(path, note=lambda text: notes.update({text: None}))
+    if shown:
+        for text in notes:
+            print(f"dinocell: {text}", file=sys.stderr)
     if only is not None and not 0 <= only < len(runs):
         raise ConfigError(
             f"`only` must be a run from 0 to {len(runs) - 1}, got {only}: there are {len(runs)} runs"

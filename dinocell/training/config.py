@@ -1,13 +1,9 @@
 """Configuration of a fine-tuning run: data, augmentation, optimizer, schedule and logging."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dinocell.network.config import BackboneConfig, ModelConfig
 from dinocell.settings import (
-    config_from_mapping,
-    read_settings,
     require,
     require_at_least,
     require_choice,
@@ -263,18 +259,3 @@ class TrainConfig:
             f"`schedule.crop_px` must be a multiple of patch_size {patch_size}, got {crop_px}: leave it "
             "out to take the window",
         )
-
-
-def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The configuration in a YAML file, changed by `key=value`; see `dinocell.settings.load_settings`.
-
-    With `model.init` the other keys of `model` are those of that model unless they are given.
-
-    Raises ConfigError (as `load_settings`); UsageError, CheckpointError (`model.init` is no model).
-    """
-    from dinocell.network.model import config_with_start
-
-    settings = read_settings(path, overrides)
-    if isinstance(settings.get("model"), dict):
-        settings["model"] = config_with_start(settings["model"])
-    return config_from_mapping(TrainConfig, settings)

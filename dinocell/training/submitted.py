@@ -22,7 +22,7 @@ class Train(SubmittedCommand):
 
     def read(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters, and the configuration as `settings`."""
-        from dinocell.training.config import load_train_config
+        from dinocell.training.start import load_train_config
 
         settings = load_train_config(parameters["config"], parameters["overrides"] or [])
         return {**parameters, "settings": settings}

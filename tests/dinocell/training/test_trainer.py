@@ -33,7 +33,7 @@ from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.intensity import find_range
 from dinocell.settings import config_from_mapping, config_to_mapping
 from dinocell.training import final_model, trainer, validation
-from dinocell.training.config import TrainConfig, load_train_config
+from dinocell.training.config import TrainConfig
 from dinocell.training.datasets import read_pair
 from dinocell.training.run_folder import (
     find_checkpoints,
@@ -41,6 +41,7 @@ from dinocell.training.run_folder import (
     refuse_other_run,
     save_checkpoint,
 )
+from dinocell.training.start import load_train_config
 from dinocell.training.trainer import TrainingInterruptedError, distance_loss, train
 
 pytestmark = pytest.mark.usefixtures("mini_networks")
