@@ -48,8 +48,14 @@ def coco(
     found: dict[Path, Sample] = {}
     for path in whole:
         images, annotations = read_coco(path, notes)
+        unnamed = sum(image.get("file_name") in (None, "") for image in images.values())
+        if unnamed:
+            raise DataSetError(
+                f"Every image of '{path}' must state its file in `file_name`, {unnamed} of {len(images)} have no "
+                "file name: enter the names, or export the annotations again"
+            )
         places = {key: _place(image, path, home, by_name) for key, image in images.items()}
-        absent = [str(images[key].get("file_name")) for key, place in places.items() if not place]
+        absent = [str(images[key]["file_name"]) for key, place in places.items() if not place]
         if absent:
             raise DataSetError(
                 f"Every image of '{path}' must be below '{home}', {len(absent)} of {len(images)} are "
@@ -84,7 +90,7 @@ def _place(
     image: dict[str, Any], path: Path, home: Path, by_name: dict[str, list[Path]]
 ) -> Path | None:
     """The file of an image of a list, which may state a path of Windows, an address, or other folders."""
-    stated = str(image.get("file_name", ""))
+    stated = str(image["file_name"])
     names = [stated, stated.replace("\\", "/")]
     names += [unquote(names[1]), unquote(urlsplit(names[1]).path)]
     for folder in (path.parent, home):

@@ -372,6 +372,15 @@ def compressed_and_damaged(source: Path) -> None:
     damage(source / "tissuenet_val.npz")
 
 
+def no_names(content):
+    del content["images"][0]["file_name"]
+    content["images"][1]["file_name"] = None
+
+
+def empty_name(content):
+    content["images"][0]["file_name"] = ""
+
+
 def unknown_image(content):
     content["annotations"][0]["image_id"] = 99
 
@@ -407,6 +416,16 @@ BAD = {
         "coco",
         lambda s: (s / "pictures/a.tif").unlink(),
         r"1 of 2 are absent \(a.tif\)",
+    ),
+    "images without a name": (
+        "coco",
+        lambda s: change_coco(s, no_names),
+        "must state its file in `file_name`, 2 of 2 have no file name",
+    ),
+    "an image with an empty name": (
+        "coco",
+        lambda s: change_coco(s, empty_name),
+        "must state its file in `file_name`, 1 of 2 have no file name",
     ),
     "other size in the list": ("coco", lambda s: change_coco(s, larger), "13 × 16 px, got 12 × 16"),
     "odd polygon": ("coco", lambda s: change_coco(s, odd), "odd count of numbers"),
