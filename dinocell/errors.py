@@ -34,7 +34,7 @@ class DataSetError(UsageError):
 
 
 class ImageFileError(DINOCellError):
-    """An image file is missing, unreadable, truncated, or does not hold a 2-D image."""
+    """A file of images or labels is missing, damaged, cut short, or of another kind than it must be."""
 
 
 class ScratchSpaceError(DINOCellError):

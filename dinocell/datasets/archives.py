@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dinocell.datasets.folders import files_below
 from dinocell.datasets.sample import Content, Sample, split_of
-from dinocell.errors import DataSetError
+from dinocell.errors import DataSetError, ImageFileError
 from dinocell.labels import all_whole
 
 _DAMAGED = (
@@ -39,7 +39,7 @@ class _ArrayInArchive:
                 self._start = file.tell()
                 size = archive.getinfo(self._name).file_size
         except _DAMAGED as error:
-            raise DataSetError(
+            raise ImageFileError(
                 f"'{path}' must be an npz archive with the array {key} ({type(error).__name__}: {error}): "
                 "check that the download is complete"
             ) from error
@@ -50,7 +50,7 @@ class _ArrayInArchive:
             )
         self._item_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         if size != self._start + self._item_bytes * self.shape[0]:
-            raise DataSetError(
+            raise ImageFileError(
                 f"The array {key} of '{path}' must have {self._item_bytes * self.shape[0]:,} bytes, got "
                 f"{size - self._start:,}: the archive is cut short, download it again"
             )
@@ -66,7 +66,7 @@ class _ArrayInArchive:
             data = self._file.read(self._item_bytes)
             return np.frombuffer(data, self.dtype).reshape(self.shape[1:])
         except _DAMAGED as error:
-            raise DataSetError(
+            raise ImageFileError(
                 f"Item {index} of '{self.path}' cannot be read ({error}): the archive is damaged, "
                 "download it again"
             ) from error
@@ -126,7 +126,7 @@ def _read_colours_and_nuclei(path: Path) -> Content:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataSetError(
+        raise ImageFileError(
             f"'{path}' must be an array of NumPy ({error}): the download is damaged, repeat it"
         ) from error
     if array.ndim != 3 or array.shape[2] not in (4, 5) or array.dtype.kind not in "iuf":

@@ -36,7 +36,7 @@ class Annotation(NamedTuple):
 def read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, list[Annotation]]]:
     """Images of a COCO file by their id, and the annotations of each; see `_single_cells` for crowds.
 
-    Raises DataSetError (no COCO file, or an annotation of an unknown image).
+    Raises ImageFileError (no COCO file, or a damaged one); DataSetError (an annotation of an unknown image).
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -53,7 +53,7 @@ def read_coco(path: Path, notes: list[str]) -> tuple[dict[Any, Any], dict[Any, l
             grouped[annotation.image_id].append(annotation)
         categories = len(content.get("categories", []))
     except (OSError, *_NOT_AS_EXPECTED) as error:
-        raise DataSetError(
+        raise ImageFileError(
             f"'{path}' must be a COCO file with images and annotations ({type(error).__name__}: "
             f"{error}): check that the download is complete"
         ) from error
@@ -109,12 +109,12 @@ def annotation_masks(
 ) -> list[CellMask | None]:
     """The pixels of each annotation of an image of (H, W) = `shape`; None where it covers no pixel.
 
-    Raises DataSetError, which names `path` (an annotation is no polygon or run length of this size).
+    Raises ImageFileError, which names `path` (an annotation is no polygon or run length of this size).
     """
     try:
         return [_mask(annotation.shape, shape) for annotation in annotations]
     except _NOT_AS_EXPECTED as error:
-        raise DataSetError(
+        raise ImageFileError(
             f"Each annotation must be polygons or run lengths of its image's size, got another one "
             f"for '{path.name}' ({error}): check the annotations"
         ) from error
@@ -148,8 +148,8 @@ def _mask(segmentation: Any, shape: tuple[int, int]) -> CellMask | None:
 def read_coco_labels(path: Path, max_pixels: int, notes: list[str]) -> NDArray[np.uint32]:
     """Labels (H, W) of a COCO file of one image; the id of an annotation is the cell's number.
 
-    Raises DataSetError (as `read_coco` and `annotation_masks`; or the file has several images);
-    ImageFileError (the image has more than `max_pixels`).
+    Raises DataSetError, ImageFileError (as `read_coco` and `annotation_masks`; or the file has several
+    images, or its image more than `max_pixels`).
     """
     images, annotations = read_coco(path, notes)
     if len(images) != 1:
@@ -193,8 +193,8 @@ def read_geojson_labels(
     cell without a number, or with one that another cell has (QuPath copies the name of a divided cell), gets
     a new one.
 
-    Raises UsageError (`shape` is None); ImageFileError (no GeoJSON, lines or points, areas of several
-    planes, or one outside the image).
+    Raises UsageError (`shape` is None); ImageFileError (no GeoJSON, lines or points, or areas of several
+    planes); DataSetError (an area outside the image).
     """
     if shape is None:
         raise UsageError(
@@ -231,9 +231,10 @@ def _geojson_cells(path: Path, shape: tuple[int, int], notes: list[str]) -> NDAr
         rings = [np.asarray(ring, np.float64)[:, 1::-1] for part in parts for ring in part]
         corners = np.concatenate(rings)
         if (corners < -1).any() or (corners > np.array(shape) + 1).any():
-            raise ValueError(
-                f"Outlines must lie in the image of {shape[0]} × {shape[1]} px, one reaches to "
-                f"{corners.max(axis=0).tolist()}"
+            raise DataSetError(
+                f"Outlines must lie in the image of {shape[0]} × {shape[1]} px, one of '{path}' reaches from "
+                f"{corners.min(axis=0).tolist()} to {corners.max(axis=0).tolist()} (row, column): do they "
+                "belong to this image?"
             )
         cells.append(fill_rings(rings, shape))
     return paint_with_notes(cells, shape, notes, [_number(feature) for feature in features])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocell.errors import DINOCellError, ImageFileError, UsageError
+from dinocell.errors import DataSetError, DINOCellError, ImageFileError, UsageError
 from dinocell.files import writing
 from dinocell.io.optional import library
 from dinocell.io.polygons import fill_rings, paint_with_notes
@@ -117,7 +117,7 @@ def read_roi_labels(
     A ROI whose name is a whole number is the cell of that number, as far as no other ROI has it.
 
     Raises MissingExtraError (without roifile); UsageError (`shape` is None); ImageFileError (no zip of
-    ROIs, a line or a point among them, ROIs of several slices, or one outside the image).
+    ROIs, a line or a point among them, or ROIs of several slices); DataSetError (one outside the image).
     """
     if shape is None:
         raise UsageError(
@@ -141,7 +141,7 @@ def read_roi_labels(
                 rings = [np.asarray(ring)[:, ::-1] for ring in roi.coordinates(multi=True)]
                 corners = np.concatenate(rings)
                 if (corners < -1).any() or (corners > np.array(shape) + 1).any():
-                    raise ImageFileError(
+                    raise DataSetError(
                         f"ROIs must lie in the image of {shape[0]} × {shape[1]} px, '{name}' of "
                         f"'{path}' reaches from {corners.min(axis=0).tolist()} to "
                         f"{corners.max(axis=0).tolist()} (row, column): do they belong to this image?"

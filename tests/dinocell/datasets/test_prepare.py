@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from killing import kills_of
 
+from dinocell.cli.app import main
 from dinocell.datasets import LAYOUTS, Facts, SplitOptions, describe_layouts, prepare
 from dinocell.datasets.sample import Sample, split_of
 from dinocell.datasets.splits import divide
@@ -583,6 +584,48 @@ def test_a_source_without_any_labels_is_refused(made, tmp_path, name, labels):
     with pytest.raises(DataSetError, match=rf"must have labels, none of the {count} has \("):
         prepared(name, source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+DAMAGED = {  # files that cannot be read, each kind of file, cut short or of another content
+    "seg_npy": lambda s: cut(s / "0_seg.npy"),
+    "imagej-roi": lambda s: cut(s / "0.zip"),
+    "geojson": lambda s: cut(s / "0.geojson"),
+    "tissuenet": lambda s: cut(s / "tissuenet_val.npz"),
+    "lynsec": lambda s: cut(s / "lynsec 1/0_l1.npy"),
+    "coco": lambda s: cut(s / "all.json"),
+    "livecell": lambda s: cut(s / "livecell_coco_val.json"),
+    "yeastsam": lambda s: cut(s / "DIC_mask/0.tif"),
+    "omnipose": lambda s: cut(s / "bact_phase/test_sorted/caulo/0.tif"),
+    "bbbc039": lambda s: cut(s / "masks/w0.png"),
+}
+APART = {  # files that can be read, and do not belong together
+    "seg_npy": lambda s: write_image(s / "0.tif", doubles.picture()[:4]),
+    "imagej-roi": lambda s: write_image(s / "0.tif", doubles.picture()[:4]),
+    "geojson": lambda s: write_image(s / "0.tif", doubles.picture()[:4]),
+    "coco": lambda s: change_coco(s, larger),
+    "dsb2018": lambda s: write_labels(s / "stage1_train/id0/masks/1.png", doubles.truth()[1:]),
+    "vicar": lambda s: (s / "labelled/PC3/1_img.tif").unlink(),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "code"),
+    [
+        *((name, spoil, 1) for name, spoil in DAMAGED.items()),
+        *((name, spoil, 2) for name, spoil in APART.items()),
+    ],
+)
+def test_damaged_files_have_one_exit_code_and_files_that_do_not_fit_another(
+    made, tmp_path, capsys, name, spoil, code
+):
+    """README: 1 because a file is damaged, 2 because files do not belong together."""
+    if name == "imagej-roi":
+        pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
+    source = made(name)
+    spoil(source)
+    with pytest.raises(SystemExit) as left:
+        main(["data", "prepare", name, str(source), "-o", str(tmp_path / "out")])
+    assert left.value.code == code, capsys.readouterr().err
 
 
 def test_geojson_may_leave_the_properties_empty(made, tmp_path):

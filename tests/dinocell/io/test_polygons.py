@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from dinocell.errors import ImageFileError, UsageError
+from dinocell.errors import DataSetError, ImageFileError, UsageError
 from dinocell.io import read_label_file, read_labels
 from dinocell.io.polygons import (
     expand_run_lengths,
@@ -96,7 +96,7 @@ def test_rois_are_read_as_labels(tmp_path):
     assert np.array_equal(read_labels(path, shape=RING.shape), RING)
     with pytest.raises(UsageError, match="`shape` must be given"):
         read_labels(path)
-    with pytest.raises(ImageFileError, match=r"image of 4 × 4 px.*belong to this image"):
+    with pytest.raises(DataSetError, match=r"image of 4 × 4 px.*belong to this image"):
         read_labels(path, shape=(4, 4))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
