@@ -96,7 +96,8 @@ class AdaptFlags:
     """How long and from what `adapt` trains."""
 
     minutes: float = option(
-        "Take about this long for everything; this sets the number of steps, of which there are at least 10.",
+        "Take at most about this long for everything; this sets the number of steps of each training, of which "
+        "there are at least 10.",
         5.0,
     )
     steps: int | None = option(

@@ -67,6 +67,10 @@ CANDIDATES = ("decoder", "last", "all")
 # tried beside the model's own thresholds: few, because few cells choose among them
 _TRIED = (0.45, 0.55, 0.65, 0.8), (0.1, 0.25, 0.4), (0.1, 0.2, 0.3)  # as `TUNED_THRESHOLDS`
 _LEAST_STEPS, _MOST_STEPS = 10, 600
+_MEASURED = 3  # steps of each candidate that show its speed; the first one is not counted
+_SHARE_OF_TIME = (
+    0.95  # of the minutes; the rest is for steps that are slower than the measured ones
+)
 _BATCH_SIZE = 8
 _MOST_PIXELS = 6_000_000  # of all images together, that are predicted to score a candidate
 
@@ -75,8 +79,11 @@ _MOST_PIXELS = 6_000_000  # of all images together, that are predicted to score 
 class AdaptOptions:
     """How a model is adapted.
 
-    `minutes` is about how long all of it may take: what the predictions leave over, and the speed of a few
-    steps, give the number of steps, unless `steps` gives it.  `channels` are those of `segment`.
+    `minutes` is how long all of it may take: what the predictions leave over, and the speed of a few steps
+    of each candidate, give the number of steps, unless `steps` gives it.  It is the same for all
+    candidates and for the training of the best one, so that what was scored is what is delivered, and
+    `steps` repeats it.  Where the best one is a cheap one, or none, some of the time is left.
+    `channels` are those of `segment`.
     """
 
     minutes: float = 5.0
@@ -96,7 +103,7 @@ class AdaptResult:
 
     `scores` has for each candidate, also `start` (the model as it was) and `thresholds` (with new
     thresholds only), the mean AP at IoU 0.5, 0.75 and 0.9 and the AP at 0.5, pooled.  `hurried` says
-    that the time sufficed for the fewest steps only.
+    that the time allows the fewest steps only.
     """
 
     model_path: Path
@@ -123,8 +130,8 @@ class AdaptResult:
             lines.append(f"chosen: {self.chosen}{trained}; {values}")
         if self.hurried:
             lines.append(
-                f"note: the time was over after {self.steps} steps, the fewest, which may have taught it little: "
-                "allow more minutes, or use a smaller model"
+                f"note: the time allows {self.steps} steps of each training, the fewest, which may have taught it "
+                "little: allow more minutes, or use a smaller model"
             )
         return "\n".join([*lines, f"model: {self.model_path}"])
 
@@ -210,10 +217,43 @@ def _several(pairs: list[Pair], model: DINOCell, folder: str) -> list[Pair]:
     return halves
 
 
+class _Pace:
+    """Seconds that a training of each candidate takes: its first step, with what is read and copied before
+    it, and each later step.
+    """
+
+    def __init__(self) -> None:
+        self._marks: list[float] = []
+        self._seconds: dict[str, tuple[float, float]] = {}
+
+    def begin(self) -> None:
+        """A training begins."""
+        self._marks = [time.monotonic()]
+
+    def stepped(self) -> None:
+        """A step is done."""
+        self._marks.append(time.monotonic())
+
+    def end(self, name: str) -> None:
+        """The training was one of the candidate `name`."""
+        begun, first, last = self._marks[0], self._marks[1], self._marks[-1]
+        later_s = (last - first) / (len(self._marks) - 2) if len(self._marks) > 2 else first - begun
+        self._seconds[name] = first - begun, later_s
+
+    def steps_within(self, seconds: float) -> float:
+        """Steps with which each candidate can be trained twice, and the dearest a third time."""
+        firsts, laters = zip(*self._seconds.values(), strict=True)
+        dearest = int(np.argmax(laters))
+        fixed_s = 2 * sum(firsts) + firsts[dearest]
+        return 1 + (seconds - fixed_s) / max(2 * sum(laters) + laters[dearest], 1e-9)
+
+
 class _Adaptation:
     def __init__(
         self, start: DINOCell, pairs: Sequence[Pair], options: AdaptOptions, *, shown: bool
     ) -> None:
+        self.deadline = time.monotonic() + _SHARE_OF_TIME * 60 * options.minutes
+        self.pace = _Pace()
         self.start, self.options, self.shown = start, options, shown
         self.device = resolve_device(options.device)
         self.thresholds = _thresholds(start)
@@ -238,7 +278,7 @@ class _Adaptation:
         counts = {"start": self._counts(samples)}
         predicting_s = (1 + len(CANDIDATES)) * (time.monotonic() - started)
         steps = self.options.steps or self._steps_that_fit(predicting_s)
-        hurried = self.options.steps is None and steps == _LEAST_STEPS
+        hurried = self.options.steps is None and steps <= _LEAST_STEPS
         total = steps * (2 * len(CANDIDATES) + 1)
         with progress("adapting", total, shown=self.shown) as bar:
             bar.write(f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {steps} steps each")
@@ -265,13 +305,12 @@ class _Adaptation:
         return AdaptResult(path, chosen, steps, scores, values, hurried), adapted
 
     def _steps_that_fit(self, predicting_s: float) -> int:
-        started = time.monotonic()
-        with progress("measuring the speed", 3, shown=self.shown) as bar:
-            self._train("all", range(len(self.pairs)), 3, bar)
-        seconds = (time.monotonic() - started) / 3
-        trainings = 2 * len(CANDIDATES) + 1
-        left_s = self.options.minutes * 60 - predicting_s
-        return int(np.clip(left_s / trainings / seconds, _LEAST_STEPS, _MOST_STEPS))
+        """Steps of each training, of which there are two per candidate and one of the best, if the dearest."""
+        with progress("measuring the speed", _MEASURED * len(CANDIDATES), shown=self.shown) as bar:
+            for name in CANDIDATES:
+                self._train(name, range(len(self.pairs)), _MEASURED, bar)
+        left_s = self.deadline - time.monotonic() - predicting_s
+        return int(np.clip(self.pace.steps_within(left_s), _LEAST_STEPS, _MOST_STEPS))
 
     def _held_out(self, name: str, steps: int, bar: Progress) -> list[Sample]:
         """Maps of all images by a model that was trained on the other fold."""
@@ -312,6 +351,7 @@ class _Adaptation:
 
     def _train(self, name: str, chosen: Sequence[int], steps: int, bar: Progress) -> DINOCell:
         """A copy of the start, trained on some of the images, in eval mode."""
+        self.pace.begin()
         model = copy.deepcopy(self.start)
         learning = _choose_learning(model, name)
         config = _training_config(self.start, steps, self.options.seed)
@@ -338,6 +378,8 @@ class _Adaptation:
             torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm)
             optimizer.step()
             bar.advance(note=name)
+            self.pace.stepped()
+        self.pace.end(name)
         round_weights(model)
         return model.eval().requires_grad_(True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,21 +215,93 @@ def test_the_fewest_steps_are_noted(start, blob_data, tmp_path, monkeypatch):
     for fitting, noted in ((2, True), (3, False)):
         monkeypatch.setattr(module._Adaptation, "_steps_that_fit", lambda *_, n=fitting: n)
         result = adapted(blob_data, start, tmp_path / f"{fitting}.safetensors", steps=None)
-        assert ("time was over after 2 steps" in result.text()) == noted
+        assert ("the time allows 2 steps of each training" in result.text()) == noted
     chosen = adapted(blob_data, start, tmp_path / "b.safetensors", steps=2)
-    assert "time was over" not in chosen.text()
+    assert "the time allows" not in chosen.text()
 
 
-def test_time_sets_the_steps_and_a_seed_repeats_them(start, blob_data, monkeypatch):
-    clock = iter([0.0, 3.0])  # three steps in three seconds
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+class Clock:
+    """Time that passes where a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def spending(self, seconds, function):
+        def spend(*arguments, **named):
+            self.now += seconds
+            return function(*arguments, **named)
+
+        return spend
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = Clock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: found.now))
+    return found
+
+
+STEP_S = {"decoder": 1.0, "last": 1.5, "all": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "minutes", "least", "hurried"),
+    [("all", 5, 0.9, False), ("decoder", 5, 0.83, False), ("all", 3.2, 0.85, True)],
+)
+def test_the_time_is_used_and_kept(
+    start, blob_data, tmp_path, monkeypatch, clock, chosen, minutes, least, hurried
+):
+    """Candidates have speeds of their own, copying and reading take 2 s, and scoring 5 s."""
+    trained: list[tuple[str, int]] = []
+
+    class Bar:
+        def write(self, text): ...
+
+        def advance(self, *, note):
+            clock.now += STEP_S[note]
+
+    @contextmanager
+    def bar(*arguments, shown):
+        yield Bar()
+
+    def train(run, name, images, steps, bar):
+        trained.append((name, steps))
+        return honest(run, name, images, steps, bar)
+
+    honest, scores = module._Adaptation._train, iter([0.0, *(float(n == chosen) for n in STEP_S)])
+    monkeypatch.setattr(module, "progress", bar)
+    monkeypatch.setattr(module, "CropDataset", clock.spending(2, module.CropDataset))
+    counts = clock.spending(5, module._Adaptation._counts)
+    monkeypatch.setattr(module._Adaptation, "_counts", lambda run, samples: counts(run, samples))
+    monkeypatch.setattr(module._Adaptation, "_train", train)
+    monkeypatch.setattr(
+        module._Adaptation, "_cross_validated", lambda run, counts: (next(scores), 0.0)
+    )
+    monkeypatch.setattr(module, "_scores", lambda *a: (-1.0, -1.0))
+    result = adapted(blob_data, start, tmp_path / "m.safetensors", steps=None, minutes=minutes)
+    assert least < (clock.now - 1000) / (60 * minutes) <= 1
+    measured, real = trained[:3], trained[3:]
+    assert measured == [(name, 3) for name in CANDIDATES]
+    names = [name for name in CANDIDATES for _ in range(2)]
+    assert real == [(name, result.steps) for name in [*names, chosen]], "all have the same steps"
+    assert (result.hurried, result.steps == 10) == (hurried, hurried)
+
+
+def test_each_candidate_shows_its_own_speed(clock):
+    pace = module._Pace()
+    for name, marks in {"decoder": (3, 1, 1), "all": (7, 4, 6), "last": (2,)}.items():
+        pace.begin()
+        for seconds in marks:
+            clock.now += seconds
+            pace.stepped()
+        pace.end(name)
+    # first steps 3, 7 and 2 s, later ones 1, 5 and 2 s; the dearest is trained once more
+    assert pace.steps_within(2 * (3 + 7 + 2) + 7) == 1
+    assert pace.steps_within(31 + 10 * (2 * (1 + 5 + 2) + 5)) == 11
+
+
+def test_a_seed_repeats_the_steps(start, blob_data):
     pairs = find_pairs(blob_data / "images", blob_data / "labels", "images")
-    run = module._Adaptation(load_model(start), pairs, AdaptOptions(minutes=7), shown=False)
-    assert run._steps_that_fit(0) == 60
-    clock = iter([0.0, 3.0])
-    assert run._steps_that_fit(210) == 30  # half of the time is needed to predict
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "_BATCH_SIZE", 2)
     heads = []
     for seed in (3, 3, 4):
         run = module._Adaptation(load_model(start), pairs, AdaptOptions(seed=seed), shown=False)
