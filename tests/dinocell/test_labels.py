@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from dinocell.errors import DataSetError
 from dinocell.io import read_labels
@@ -167,6 +168,9 @@ NO_LABELS = {
     "JPEG": (as_jpeg, "saved as JPEG"),
     "interpolated": (lambda x: resized(x, Image.Resampling.BILINEAR), "resized with interpolation"),
     "background 1": (lambda x: x + 1, "labelled background"),
+    "outlines": (lambda x: x * cell_borders(x), "outlines: 12 of 12 cells are thin lines"),
+    "outlines of 2 px": (lambda x: x * cell_borders(x, thickness_px=2), "outlines: 12 of 12"),
+    "outlines, cut": (lambda x: (x * cell_borders(x))[10:], "outlines: 8 of 12"),
     "ilastik": (lambda x: 1 + (x > 0).astype(np.uint8), "labelled background"),
     "inverted": (lambda x: (x == 0).astype(np.uint8), "labelled background"),
     "intensities": (
@@ -184,6 +188,18 @@ def test_what_has_the_form_of_labels_but_is_none_is_refused(kind: str) -> None:
     assert "'set/a.png'" in str(error.value)
 
 
+def test_the_cure_of_outlines_gives_the_cells_back() -> None:
+    apart = np.pad(cells(), 20)
+    beside = np.roll(apart, 14, axis=1)
+    touching = np.where(beside, beside + 12, apart)
+    lines = touching * cell_borders(touching)
+    with pytest.raises(DataSetError, match=r"binary_fill_holes\(labels == number\)"):
+        require_cells(lines, "a.png")
+    for number in np.unique(lines[lines > 0]):
+        lines[ndimage.binary_fill_holes(lines == number)] = number
+    assert np.array_equal(lines, touching)
+
+
 @pytest.mark.parametrize(
     "labels",
     [
@@ -193,6 +209,9 @@ def test_what_has_the_form_of_labels_but_is_none_is_refused(kind: str) -> None:
         resized(cells(), Image.Resampling.NEAREST),
         np.where(np.arange(120) % 30 < 2, 0, cells()),  # a line parts four cells
         cells()[:20, :20],  # a cell that fills most of the image
+        cells() * cell_borders(cells(), thickness_px=4),  # thick rings
+        np.kron(cells() * cell_borders(cells()), np.ones((5, 5), np.uint8)),  # lines of 5 px
+        cells() * (cell_borders(cells()) | (cells() > 5)),  # some cells are filled
     ],
 )
 def test_labels_are_labels(labels: np.ndarray) -> None:
