@@ -103,7 +103,7 @@ class AdaptResult:
 
     `scores` has for each candidate, also `start` (the model as it was) and `thresholds` (with new
     thresholds only), the mean AP at IoU 0.5, 0.75 and 0.9 and the AP at 0.5, pooled.  `hurried` says
-    that the time allows the fewest steps only.
+    that the time allows the fewest steps only.  `notes` are on the images.
     """
 
     model_path: Path
@@ -112,6 +112,7 @@ class AdaptResult:
     scores: dict[str, tuple[float, float]]
     thresholds: dict[str, float]
     hurried: bool = False
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """A table of the candidates and what was written."""
@@ -133,6 +134,7 @@ class AdaptResult:
                 f"note: the time allows {self.steps} steps of each training, the fewest, which may have taught it "
                 "little: allow more minutes, or use a smaller model"
             )
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, f"model: {self.model_path}"])
 
 
@@ -170,6 +172,7 @@ def adapt(
         pairs = _several(found, model, folder)
         run = _Adaptation(model, pairs, options, shown=shown)
         result, adapted = run.result(path)
+    result = replace(result, notes=_notes(len(found), run.num_empty))
     if model.config.pixel_size_um is not None:
         adapted = with_config(adapted, pixel_size_um=_common_pixel_size(found))
     adapted.card = {
@@ -189,6 +192,20 @@ def adapt(
     }
     save_model(path, adapted, half=True)
     return result
+
+
+def _notes(num_images: int, num_empty: int) -> tuple[str, ...]:
+    if num_images == 1:
+        return (
+            "there is one image, which was cut in two: each half tested what was learned from the other, so "
+            "the scores say little about other images",
+        )
+    if num_empty:
+        return (
+            f"{num_empty} of {num_images} label images show no cell: the model learned that nothing is in "
+            "those images, so label their cells if they have some",
+        )
+    return ()
 
 
 def _common_pixel_size(pairs: Sequence[Pair]) -> float | None:
@@ -259,6 +276,7 @@ class _Adaptation:
         self.thresholds = _thresholds(start)
         self.pairs = list(pairs)
         read = [read_pair(pair, **start.config.intensity) for pair in self.pairs]
+        self.num_empty = sum(not labels.any() for _, labels in read)
         self.samples = _middles(read, _MOST_PIXELS)
         self.truths = [truth for _, truth in self.samples]
         cells = [int(np.count_nonzero(np.unique(truth))) for truth in self.truths]

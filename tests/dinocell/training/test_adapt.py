@@ -16,7 +16,8 @@ from small_runs import small_run
 
 from dinocell.cli import main
 from dinocell.errors import ConfigError, DataSetError, UsageError
-from dinocell.io import read_image, write_image, write_labels
+from dinocell.io import read_image, read_labels, write_image, write_labels
+from dinocell.labels import cell_borders
 from dinocell.network.model import (
     DINOCell,
     create_dinocell_model,
@@ -208,6 +209,30 @@ def test_one_image_is_cut_in_two(start, blob_data, tmp_path):
         shutil.copy(blob_data / kind / name, tmp_path / kind)
     result = adapted(tmp_path, start, tmp_path / "mine.safetensors", steps=1)
     assert load_model(result.model_path).card["adapted"]["images"] == 1
+    assert "note: there is one image, which was cut in two" in result.text()
+    assert "show no cell" not in result.text()
+
+
+def test_label_images_without_cells_are_noted(start, blob_data, tmp_path):
+    for kind in ("images", "labels"):
+        shutil.copytree(blob_data / kind, tmp_path / kind)
+    count = len(list((tmp_path / "labels").iterdir()))
+    assert adapted(tmp_path, start, tmp_path / "all.safetensors", steps=1).notes == ()
+    for name in ("blob1.png", "blob2.png"):
+        labels = read_labels(tmp_path / "labels" / name)
+        write_labels(tmp_path / "labels" / name, np.zeros_like(labels))
+    result = adapted(tmp_path, start, tmp_path / "mine.safetensors", steps=1)
+    assert f"note: 2 of {count} label images show no cell" in result.text()
+
+
+def test_outlines_are_refused(start, blob_data, tmp_path):
+    for kind in ("images", "labels"):
+        shutil.copytree(blob_data / kind, tmp_path / kind)
+    labels = read_labels(tmp_path / "labels" / "blob1.png")
+    write_labels(tmp_path / "labels" / "blob1.png", labels * cell_borders(labels))
+    with pytest.raises(DataSetError, match=r"blob1.png', which looks like outlines: .* fill each"):
+        adapted(tmp_path, start, tmp_path / "mine.safetensors", steps=1)
+    assert not (tmp_path / "mine.safetensors").exists()
 
 
 def test_the_fewest_steps_are_noted(start, blob_data, tmp_path, monkeypatch):
