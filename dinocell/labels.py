@@ -18,7 +18,7 @@ _MAX_PIECES = 1.5
 _MAX_EXTRA_PIECES = 5
 _MAX_COVER = 0.6
 _MAX_COVER_FULL = 0.3
-_MAX_HOLLOW = 0.5  # of the pixels; none of 826 real label images has a hollow cell
+_MAX_HOLLOW = 0.5  # of the pixels; none of 800 real label images exceeds it
 _LINE_LAYERS = 2  # taken off, nothing of a line of up to 4 pixels remains
 
 _BELOW, _ABOVE = np.s_[1:], np.s_[:-1]
