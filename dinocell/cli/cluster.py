@@ -58,12 +58,12 @@ class Resources:
         profile = load_site(self.site, [*(self.set_ or []), *overrides])
         if self.gpus is not None:
             profile = profile.with_gpus(self.gpus)
-        if command not in ("segment", "evaluate"):
+        if command in ("pretrain", "train"):
             return profile
         if (self.gpus or 1) > 1 or (self.nodes or 1) > 1:
             raise UsageError(
                 f"{command} must have one process, got --gpus or --nodes above 1: leave them out, "
-                "or divide images with --shards into several jobs"
+                "or divide images with --shards into several jobs (of ablate each run is one)"
             )
         return profile.for_one_process()
 
@@ -121,12 +121,14 @@ class Manner:
 def submit(
     context: typer.Context,
     *,
-    command: str = argument(_COMMAND, metavar="pretrain|train|segment|evaluate ..."),
+    command: str = argument(_COMMAND, metavar="pretrain|train|ablate|segment|evaluate ..."),
     resources: Resources,
     division: Division,
     manner: Manner,
 ) -> None:
     """Submit a command to a SLURM cluster; it continues after time limits until it is complete.
+
+    Of ablate each run becomes one task; a last job makes the tables.
 
     Mistakes in the command, its configuration and its files are reported now, not after the job has
     waited in the queue. `dinocell jobs` lists what was submitted; docs/cluster.md explains the rest.
@@ -134,7 +136,13 @@ def submit(
     Example: `dinocell submit pretrain configs/ssl/jump_s3_multiview.yaml --site a100 --gpus 4`
     """
     from dinocell.cluster.commands import COMMANDS
-    from dinocell.cluster.plan import look_once, plan_runs, plan_shard_runs, read_table
+    from dinocell.cluster.plan import (
+        look_once,
+        plan_ablation_runs,
+        plan_runs,
+        plan_shard_runs,
+        read_table,
+    )
     from dinocell.cluster.submission import plan_batch
 
     if command not in COMMANDS:
@@ -164,6 +172,9 @@ def submit(
             runs, merging = plan_shard_runs(plan)
             if not runs:
                 print("every shard is complete; merging", file=sys.stderr)
+        elif command == "ablate" and array is None and parse(context.args)["only"] is None:
+            runs, merging = plan_ablation_runs(context.args, parse, look_at)
+            manner = replace(manner, logs=manner.logs or merging.run_dir / "slurm")
         else:
             rows = [] if array is None else read_table(array)
             runs = plan_runs(command, context.args, parse, table=rows, look=look_at)
@@ -193,7 +204,9 @@ def _hand_over(
     from dinocell.cluster.submission import run_here, sbatch_text
     from dinocell.cluster.submission import submit as hand_in
 
-    alone = profile.for_merging()
+    # The tables of an ablation need the network, and train what has failed once more.
+    of_shards = merging is None or merging.command[0] == "shards"
+    alone = profile.for_merging() if of_shards else profile
     dependency, logs = manner.dependency, manner.logs
     if manner.dry_run:
         for run in runs:
@@ -219,16 +232,15 @@ def _hand_over(
         together = [accepted.job]
         after = f"afterany:{accepted.job}"
     if merging is not None:
-        print("then, when all of them have ended, the merged table:")
+        print("then, when all of them have ended, the tables of all:")
         try:
             order = {"dependency": after, "behind": dependency}
             last = hand_in([merging], alone, log_dir=logs, look=manner.look, **order)
             print(last.text(cancel=[*together, last.job]))
         except UsageError as error:
             raise UsageError(
-                f"{error}; the jobs that segment the images were submitted, but not the one that merges their "
-                f"tables: when they have ended, run "
-                f"dinocell {shlex.join(merging.command)}"
+                f"{error}; the other jobs were submitted, but not the one that makes the tables of all: when "
+                f"they have ended, run dinocell {shlex.join(merging.command)}"
             ) from error
 
 
@@ -264,7 +276,7 @@ def jobs(
 @app.command(context_settings=PASSES_ON)
 def supervise(
     context: typer.Context,
-    command: str = argument(_COMMAND, metavar="pretrain|train|segment|evaluate|shards ..."),
+    command: str = argument(_COMMAND, metavar="pretrain|train|ablate|segment|evaluate|shards ..."),
     signal_ahead: int = option(
         "Expect the signal this many seconds before the end of the job, as in the option --signal of "
         "sbatch.",

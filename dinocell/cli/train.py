@@ -157,7 +157,7 @@ def ablate(
 
     Prints AP for every test set and variant, the standard deviation over seeds, and the gain over the
     first variant with its 95 % interval over images. Finished runs are kept: after an interruption run
-    the same command again.
+    the same command again. `dinocell submit ablate FILE` makes a job array of it.
 
     Example: `dinocell ablate configs/ablation/generalist_conv.yaml`
     """

@@ -5,12 +5,13 @@ from importlib import import_module
 
 from dinocell.submitted import SubmittedCommand
 
-COMMANDS = ("pretrain", "train", "segment", "evaluate")
+COMMANDS = ("pretrain", "train", "ablate", "segment", "evaluate")
 """Commands that `dinocell submit` takes."""
 
 _HOMES = {
     "pretrain": ("dinocell.pretraining.submitted", "Pretrain"),
     "train": ("dinocell.training.submitted", "Train"),
+    "ablate": ("dinocell.training.submitted", "Ablate"),
     "segment": ("dinocell.batch.submitted", "Segment"),
     "shards": ("dinocell.batch.submitted", "Shards"),
     "evaluate": ("dinocell.evaluation.submitted", "Evaluate"),

@@ -97,6 +97,25 @@ def plan_shard_runs(plan: "ShardPlan") -> tuple[list[PlannedRun], PlannedRun]:
     return parts, PlannedRun(f"merge-{name}", ("shards", "merge", out), merging_folder(out))
 
 
+def plan_ablation_runs(
+    arguments: Sequence[str], parse: Parse, look: Look | None = None
+) -> tuple[list[PlannedRun], PlannedRun]:
+    """A task for each run of `ablate` that has no model yet, and the tables that follow them.
+
+    Raises DINOCellError (as `plan_runs`).
+    """
+    tables = plan_runs("ablate", arguments, parse, look=look)[0]
+    command = command_of(["ablate"])
+    parameters = command.read(parse(arguments))
+    name = f"ablate-{tables.run_dir.name}"
+    tasks = []
+    for index, run in enumerate(parameters["runs"]):
+        folder = Path(run.config.output_dir)
+        if not (folder / "model.safetensors").exists():
+            tasks.append(PlannedRun(name, (*tables.command, "--only", str(index)), folder))
+    return tasks, replace(tables, name=f"tables-{tables.run_dir.name}")
+
+
 def run_dir_of(name: str, parameters: Mapping[str, Any]) -> Path:
     """Folder of a command's run: its own output folder, or one below runs/ for what has none.
 

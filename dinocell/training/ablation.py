@@ -8,7 +8,7 @@ resampling the test images, the same ones for both.
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,11 @@ class AblationConfig:
             f"`seeds` must be numbers that differ, got {self.seeds}: 0 and 1 are usual",
         )
 
+    def check_test_sets(self) -> None:
+        """Raise DataSetError if a test set is no folder with images and labels."""
+        for item in self.test:
+            check_data_folder(Path(item.folder))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -89,16 +94,18 @@ class Run:
 
 
 def load_ablation(
-    path: str | os.PathLike[str], *, note: Callable[[str], None] | None = None
+    path: str | os.PathLike[str], *, look: bool = True, note: Callable[[str], None] | None = None
 ) -> tuple[AblationConfig, list[Run]]:
-    """The configuration in a YAML file and its runs, variants first; `note` as in `load_train_config`.
+    """The configuration in a YAML file and its runs, variants first.
+
+    `look` says whether the test sets must exist here; `note` as in `load_train_config`.
 
     Raises ConfigError, UsageError, CheckpointError (as `load_train_config`, for any of the runs);
     DataSetError (a test set is no such folder).
     """
     config = load_settings(AblationConfig, Path(path))
-    for item in config.test:
-        check_data_folder(Path(item.folder))
+    if look:
+        config.check_test_sets()
     runs = []
     for variant in config.variants:
         for seed in config.seeds:
@@ -114,6 +121,15 @@ def load_ablation(
             train_config = load_train_config(config.base, [*overrides, *own], note=note)
             runs.append(Run(variant.name, seed, train_config))
     return config, runs
+
+
+def chosen_runs(runs: Sequence[Run], only: int | None) -> list[Run]:
+    """All runs, or the one at the position `only`; ConfigError if there is none."""
+    if only is not None and not 0 <= only < len(runs):
+        raise ConfigError(
+            f"`only` must be a run from 0 to {len(runs) - 1}, got {only}: there are {len(runs)} runs"
+        )
+    return list(runs) if only is None else [runs[only]]
 
 
 def ablate(
@@ -133,11 +149,7 @@ def ablate(
     if shown:
         for text in notes:
             print(f"dinocell: {text}", file=sys.stderr)
-    if only is not None and not 0 <= only < len(runs):
-        raise ConfigError(
-            f"`only` must be a run from 0 to {len(runs) - 1}, got {only}: there are {len(runs)} runs"
-        )
-    chosen = runs if only is None else [runs[only]]
+    chosen = chosen_runs(runs, only)
     rows: list[dict[str, Any]] = []
     for run in chosen:
         model = RunFolder(run.config).model

@@ -1,10 +1,11 @@
-"""`train` as a job of a cluster."""
+"""`train` and `ablate` as jobs of a cluster."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dinocell.errors import UsageError
 from dinocell.submitted import (
     RunProgress,
     SubmittedCommand,
@@ -75,3 +76,50 @@ class Train(SubmittedCommand):
             return RunProgress(done, total, "steps", note="validating")
         step_s = line.get("global_batch_size", 0) / max(line["crops_per_s"], 1e-9)
         return RunProgress(done, total, "steps", step_s * (total - done))
+
+
+class Ablate(Train):
+    """`ablate`: with `--only` one training and its scores, else the tables (and what is not trained yet)."""
+
+    name = "ablate"
+    many_processes = False
+
+    def read(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters, the comparison as `ablation`, and its `runs`."""
+        from dinocell.training.ablation import load_ablation
+
+        ablation, runs = load_ablation(parameters["config"], look=False)
+        return {**parameters, "ablation": ablation, "runs": runs}
+
+    def chosen(self, parameters: Mapping[str, Any]) -> list[Any]:
+        """The run `only`, or all; ConfigError if there is none of this number."""
+        from dinocell.training.ablation import chosen_runs
+
+        return chosen_runs(parameters["runs"], parameters["only"])
+
+    def run_dir(self, parameters: Mapping[str, Any]) -> Path:
+        """The folder of the one run, or that of all with the tables."""
+        (first, *_) = self.chosen(parameters)
+        alone = parameters["only"] is not None
+        return Path(first.config.output_dir if alone else parameters["ablation"].output_dir)
+
+    def options_of_row(self, values: Mapping[str, str]) -> list[str]:
+        """Refused: the file itself lists the runs."""
+        raise UsageError(
+            "An ablation must be without `array`, because its file lists the runs: leave out `array`"
+        )
+
+    def check(
+        self, parameters: Mapping[str, Any], run_dir: Path, *, look: bool, continues: bool
+    ) -> None:
+        """As for each training; also refuse missing test sets."""
+        if look:
+            parameters["ablation"].check_test_sets()
+        for run in self.chosen(parameters):
+            folder, settings = Path(run.config.output_dir), {"settings": run.config}
+            super().check(settings, folder, look=look, continues=continues)
+
+    def saved(self, run_dir: Path) -> int:
+        """Steps of the newest checkpoints of all runs in the folder."""
+        folders = [run_dir, *(path.parent for path in run_dir.glob("*/seed*/checkpoints"))]
+        return sum(super(Ablate, self).saved(folder) for folder in folders)

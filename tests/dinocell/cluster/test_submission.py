@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dinocell.cli import main
-from dinocell.cluster.plan import PlannedRun
+from dinocell.cluster.commands import command_of
+from dinocell.cluster.plan import PlannedRun, run_dir_of
 from dinocell.cluster.record import Start, Submission, note_submission, read_record
 from dinocell.cluster.site import SiteProfile
 from dinocell.cluster.submission import parse_dependency, run_here, sbatch_text, submit
 from dinocell.errors import UsageError
-from dinocell.io import write_labels
+from dinocell.io import write_image, write_labels
 
 RUN = PlannedRun("ssl-a", ("pretrain", "c.yaml"), Path("runs/a"))
 
@@ -319,7 +321,7 @@ def test_local_inside_of_a_job_is_not_that_job(masks, slurm, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pretrane", "c.yaml"], "`submit` must get one of pretrain, train, segment, evaluate"),
+        (["pretrane", "c.yaml"], "`submit` must get one of pretrain, train, ablate, segment, evaluate"),
         (["evaluate", "--pred", "pred"], "got half a pair"),
         (["segment", "nowhere", "-o", "out"], "nowhere"),
         (["segment", "pred", "-o", "out", "--format", "bmp"], "--format must be one of"),
@@ -342,6 +344,90 @@ def test_wrong_calls_are_refused_at_once(masks, capsys, arguments, message):
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert sorted(path.name for path in masks.iterdir()) == ["pred", "truth"]
+
+
+@pytest.fixture
+def comparison(masks):
+    """A file of two variants and two seeds, whose images are here."""
+    for part in ("images", "labels"):
+        for name in "ab":
+            write_image(f"data/{part}/{name}.tif", np.ones((8, 8), np.uint8))
+    Path("train.yaml").write_text(
+        "model: {size: tiny}\ndata: {datasets: [{name: a, images: data/images, labels: data/labels}]}\n"
+    )
+    Path("compared.yaml").write_text(
+        "base: train.yaml\noutput_dir: out/compared\nseeds: [3, 4]\n"
+        "variants: [{name: plain}, {name: bce, overrides: [loss.kind=bce]}]\n"
+        "test: [{name: own, folder: data}]\n"
+    )
+    return Path("compared.yaml")
+
+
+def test_an_ablation_becomes_an_array_and_its_tables(comparison, capsys):
+    assert exit_code("submit", "ablate", "compared.yaml", "--dry-run") == 0
+    shown = capsys.readouterr()
+    planned = [line for line in shown.err.splitlines() if "dinocell ablate" in line]
+    assert planned == [
+        f"out/compared/{variant}/seed{seed}: dinocell ablate compared.yaml --only {index}"
+        for index, (variant, seed) in enumerate(product(("plain", "bce"), (3, 4)))
+    ]
+    tasks, tables = shown.out.split("#!/bin/bash")[1:]
+    assert "#SBATCH --array=0-3" in tasks
+    assert "#SBATCH --job-name=ablate-compared" in tasks
+    assert "out/compared/slurm/" in tasks
+    assert "#SBATCH --dependency=afterany:JOB_ABOVE" in tables
+    assert "#SBATCH --job-name=tables-compared" in tables
+    gpus = [[line for line in part.splitlines() if "gres" in line] for part in (tasks, tables)]
+    assert gpus[0] == gpus[1], "the tables need the network"
+    assert not Path("out").exists()
+
+
+def test_runs_of_an_ablation_that_have_a_model_are_left_out(comparison, capsys):
+    for place in ("plain/seed3", "bce/seed3", "bce/seed4"):
+        (Path("out/compared") / place).mkdir(parents=True)
+        (Path("out/compared") / place / "model.safetensors").touch()
+    assert exit_code("submit", "ablate", "compared.yaml", "--dry-run") == 0
+    shown = capsys.readouterr()
+    assert re.findall(r"--only \d", shown.err) == ["--only 1"]
+    assert "--array" not in shown.out
+    assert exit_code("submit", "ablate", "compared.yaml", "--only", "2", "--dry-run") == 0
+    assert "bce/seed3: dinocell ablate compared.yaml --only 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ("", ["--only", "4"], "--only must be a run from 0 to 3, got 4"),
+        ("", ["--gpus", "2"], "ablate must have one process"),
+        ("", ["--shards", "2"], "must come with segment"),
+        ("", ["--array", "table.csv"], "must be without --array"),
+        ("test: [{name: own, folder: far}]", [], "far"),
+        ("overrides: [data.datasets.0.images=far]", [], "far"),
+        ("overrides: [loss.kind=hinge]", [], "mse, bce"),
+    ],
+)
+def test_faults_of_an_ablation_are_met_before_it_waits(
+    comparison, capsys, change, options, message
+):
+    Path("table.csv").write_text("name,seed\na,1\n")
+    kept = [line for line in comparison.read_text().splitlines() if not change.startswith(line[:5])]
+    comparison.write_text("\n".join([*kept, change]))
+    assert exit_code("submit", "ablate", "compared.yaml", "--dry-run", *options) == 2
+    assert message in capsys.readouterr().err
+    unseen = exit_code("submit", "ablate", "compared.yaml", "--dry-run", "--no-look", *options)
+    assert unseen == (0 if message == "far" else 2)
+
+
+def test_an_ablation_tells_how_far_it_is(comparison):
+    command = command_of(["ablate"])
+    for place, step in (("plain/seed3", 40), ("bce/seed4", 2)):
+        (Path("out/compared") / place / "checkpoints").mkdir(parents=True)
+        (Path("out/compared") / place / f"checkpoints/step_{step:08d}.pt").touch()
+    assert command.saved(Path("out/compared/plain/seed3")) == 40
+    assert command.saved(Path("out/compared")) == 42
+    given = {"config": "compared.yaml", "only": None}
+    assert run_dir_of("ablate", given) == Path("out/compared")
+    assert run_dir_of("ablate", given | {"only": 3}) == Path("out/compared/bce/seed4")
 
 
 def test_dry_run_of_shards_writes_nothing(masks, capsys):
