@@ -1,6 +1,6 @@
 """The pictures of the documentation, from real images.
 
-    python benchmarks/pictures.py                # all of them: docs/images
+    python benchmarks/pictures.py                # all of them: docs/images, failures in dinocell/models
     python benchmarks/pictures.py service.png    # one; needs the extra `serve`, Playwright and a Chromium
     xvfb-run python benchmarks/pictures.py napari.png   # in the environment of docs/napari.md
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image
 from quality import PICTURES as FOLDER
-from quality import draw
+from quality import draw, folders
 
 from dinocell.demo import sample_paths
 from dinocell.evaluation.errors import draw_errors, find_errors
@@ -34,6 +34,7 @@ from dinocell.pipeline import DINOCellPipeline
 
 DATA = Path(os.environ.get("DINOCELL_DATA", "../shared/data"))
 MODEL = "dinocell-cells"
+MODELS = Path(__file__).parents[1] / "dinocell" / "models"  # pictures of failures, beside the cards
 SAMPLES = {image.stem: image for image, _ in sample_paths()}
 
 
@@ -44,19 +45,21 @@ def demo() -> None:
         shutil.copy(paths["overlay"], FOLDER / "demo.png")
 
 
-def phase_contrast() -> None:
-    """The image of usiigaci_phase/val with most errors."""
-    data = DATA / "usiigaci_phase" / "val"
-    pipeline, worst = DINOCellPipeline(MODEL), (2.0, b"")
-    for pair in find_pairs(data / "images", data / "labels"):
-        truth, result = read_labels(pair.labels_path), pipeline.run(pair.image_path)
+def failures(model: str, name: str) -> None:
+    """The image of a validation set with the lowest AP at IoU 0.5 among those with ten cells."""
+    pipeline, worst = DINOCellPipeline(model), (2.0, b"")
+    for pair in find_pairs(*folders(name, DATA)):
+        truth = read_labels(pair.labels_path)
+        if truth.max() < 10:
+            continue
+        result = pipeline.run(pair.image_path)
         ap = match_counts(overlap_table(truth, result.labels), 0.5).ap
         if ap < worst[0]:
             errors = find_errors(truth, result.labels)
             worst = (ap, draw_errors(result.image, truth, result.labels, errors, title=result.name))
     picture = Image.fromarray(worst[1])
     picture.thumbnail((900, 900))
-    picture.save(FOLDER / "cells_phase_contrast.jpg", quality=80)
+    picture.save(MODELS / f"{model}_errors.jpg", quality=80)
 
 
 def service() -> None:
@@ -165,8 +168,12 @@ PICTURES: dict[str, Callable[[], None]] = {
     "service.png": service,
     "napari.png": napari,
     "plate.png": plate,
-    "cells_phase_contrast.jpg": phase_contrast,
+    "dinocell-cells_errors.jpg": partial(failures, MODEL, "usiigaci_phase/val"),
+    "dinocell-nuclei_errors.jpg": partial(failures, "dinocell-nuclei", "dsb2018/val"),
+    "dinocell-tiny_errors.jpg": partial(failures, "dinocell-tiny", "dsb2018/val"),
     "results_bbbc039_test.jpg": partial(draw, MODEL, "bbbc039/test", DATA),
+    "results_ctc_c2c12_phase.jpg": partial(draw, MODEL, "ctc/c2c12_phase", DATA),
+    "results_dsb2018_stardist_test.jpg": partial(draw, MODEL, "dsb2018/stardist_test", DATA),
     "results_dsb2018_test.jpg": partial(draw, MODEL, "dsb2018/test", DATA),
     "results_dsb2018_tissue_test.jpg": partial(draw, MODEL, "dsb2018_tissue/test", DATA),
     "results_mnfinder_test.jpg": partial(draw, MODEL, "mnfinder/test", DATA),
