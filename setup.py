@@ -71,7 +71,13 @@ setup(
     package_dir={"dinov3": "dinov3_modified/dinov3"},
     package_data={
         "dinocell": [
-            *("models/*.safetensors", "models/*.onnx", "models/*.md", "models/*.png", "models/*.jpg"),
+            *(
+                "models/*.safetensors",
+                "models/*.onnx",
+                "models/*.md",
+                "models/*.png",
+                "models/*.jpg",
+            ),
             *("samples/**/*", "results/*.j2", "service/static/*", "napari/napari.yaml"),
         ],
         "dinov3": ["configs/*.yaml", "cells/*.yaml"],

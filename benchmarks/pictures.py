@@ -185,7 +185,7 @@ def main() -> None:
     """Make the named pictures, or all."""
     for name in sys.argv[1:] or PICTURES:
         PICTURES[name]()
-        print(FOLDER / name, flush=True)
+        print((MODELS if "_errors" in name else FOLDER) / name, flush=True)
 
 
 if __name__ == "__main__":

@@ -156,9 +156,13 @@ def table(result: dict[str, Any]) -> list[str]:
     arms = result["arms"]
     if not arms:
         return ["no run is finished"]
-    first = next(iter(arms.values()))
-    domains = [name for name in first if isinstance(first[name], dict) and "other" in first[name]]
-    labels = [name for name in first if name.startswith("labels_")]
+    every: dict[str, None] = {}  # domains, of arms that lack read-outs, too
+    for found in arms.values():
+        every |= {
+            n: None for n, part in found.items() if isinstance(part, dict) and "other" in part
+        }
+    domains = [name for name in every if not name.startswith("decoder_")]
+    labels = [name for name in next(iter(arms.values())) if name.startswith("labels_")]
     head = ["arm", "seeds"]
     for name in domains:
         head += [f"{name} same", "other"]
@@ -166,15 +170,15 @@ def table(result: dict[str, Any]) -> list[str]:
     for arm, found in arms.items():
         row = [arm, str(len(found["seeds"]))]
         for name in domains:
-            for kind in ("same", "other"):
-                value = found[name][kind]
-                row.append(f"{value if isinstance(value, float) else value['mean']:.3f}")
+            row += [
+                f"{found[name][kind]:.3f}" if name in found else "" for kind in ("same", "other")
+            ]
         rows.append([*row, *(f"{found[name]['mean']:.3f}" for name in labels)])
     lines = align_columns(rows)
     for arm, found in arms.items():
         for domain in domains:
             for base in BASES:
-                gain = found[domain].get(f"other_minus_{base}")
+                gain = found.get(domain, {}).get(f"other_minus_{base}")
                 if gain:
                     lines.append(
                         f"{arm} - {base}, {domain}, other channels: {gain['mean']:+.3f} "

@@ -102,7 +102,7 @@ class TestSegment:
         call_alone = ["segment", image, "--device", "cpu", "--no-overlay", "-o"]
         code, text, _ = call(capsys, *call_alone, tmp_path / "a")
         assert code == 0
-        assert "`-m dinocell-nuclei` finds more nuclei" in text
+        assert "`-m dinocell-nuclei` draws fluorescent nuclei" in text
         for model in ("dinocell-cells", model_path):
             _, text, _ = call(capsys, *call_alone, tmp_path / Path(model).stem, "-m", model)
             assert "dinocell-nuclei" not in text
