@@ -14,6 +14,7 @@ import warnings
 
 import numpy as np
 import pytest
+from waiting import wait_until
 
 from dinocell.batch import journal
 from dinocell.batch import run as batch
@@ -369,6 +370,8 @@ def test_a_folder_that_goes_away_is_not_made_again(
     out, away = tmp_path / "out", tmp_path / "away"
 
     def unmount():
+        # What is written while the folder goes may reach either of the two.
+        wait_until(lambda: journal.count_rows(out / journal.JOURNAL_NAME))
         out.rename(away)
         if replaced:
             out.mkdir()

@@ -173,7 +173,7 @@ def test_boxes_are_no_cells(tmp_path):
     content = coco(tmp_path / "source", ["a.tif"])
     content["annotations"][1]["segmentation"] = []
     save(tmp_path / "source" / "all.json", content)
-    with pytest.raises(DataSetError, match=r"'a\.tif' .A box without an outline"):
+    with pytest.raises(ImageFileError, match=r"'a\.tif' .A box without an outline"):
         prepared("coco", tmp_path / "source", tmp_path / "out")
 
 
