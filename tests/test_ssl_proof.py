@@ -178,6 +178,7 @@ def test_a_row_that_lacks_a_read_out_is_completed_and_kept(
     monkeypatch.setattr(readouts, "_probe_fields", lambda root, domain: (domain, ""))
     monkeypatch.setattr(readouts, "_probe", lambda vit, *fields: made.append(fields[0]) or 5)
     monkeypatch.setattr(readouts, "_views", lambda vit, root: {"real": 6})
+    monkeypatch.setattr(readouts, "_decoders_five", lambda vit, root: {"ER": 7})
     args = Namespace(steps=100, start=None)
     known = run._finished(tmp_path, 100, "ssl_proof_")[("dense", 0)]
     run._run("dense", 0, args, tmp_path / "runs", known)
@@ -188,6 +189,7 @@ def test_a_row_that_lacks_a_read_out_is_completed_and_kept(
     }
     assert row["probe"] == {"nf1": 1, "generated": 2, "five": 5}
     assert row["views"] == {"real": 6}
+    assert row["decoder_five"] == {"ER": 7}
     assert set(row["added"]) == {"commit", "train_s", "score_s"}
     run._run("dense", 0, args, tmp_path / "runs", row)
     assert made == ["trained", "five"]  # a finished row is not run again

@@ -35,6 +35,7 @@ SCALE = 1.4
 WINDOW_PX = 96  # of the linear probe, after the reduction
 LABEL_SHARES = (1.0, 0.1, 0.01)  # of LABELLED images of dsb2018/train
 LABELLED, HELD_OUT = 200, 53
+SECTIONS = ("decoder", "decoder_five", "labels", "views")  # of a row, beside the probe
 DECODER_CHANNELS = ("DNA", "ER")  # a decoder is trained on each of these and run on all channels
 
 
@@ -46,13 +47,14 @@ def score(
     `known` has read-outs that are kept as they are; without `more`, only the probe of two domains is made.
     """
     vit = load_backbone_of(teacher).vit
-    found: dict[str, Any] = {"probe": {}, "decoder": {}, "labels": {}, "views": {}}
+    found: dict[str, Any] = {name: {} for name in ("probe", *SECTIONS)}
     found |= {name: value for name, value in (known or {}).items() if name in found}
     for domain in _domains(more):
         if domain not in found["probe"]:
             found["probe"][domain] = _probe(vit, *_probe_fields(root, domain))
     if more:
         found["decoder"] = found["decoder"] or _decoders(vit)
+        found["decoder_five"] = found["decoder_five"] or _decoders_five(vit, root)
         found["labels"] = found["labels"] or _few_labels(vit, root)
         found["views"] = found["views"] or _views(vit, root)
     return found
@@ -60,7 +62,7 @@ def score(
 
 def is_complete(row: dict[str, Any], *, more: bool = True) -> bool:
     """Does a row of results have every read-out that `score` makes?"""
-    sections = ("decoder", "labels", "views") if more else ()
+    sections = SECTIONS if more else ()
     return set(_domains(more)) <= set(row["probe"]) and all(row.get(name) for name in sections)
 
 
@@ -188,24 +190,36 @@ def _probe(
     return found
 
 
-def _cut(field: data.Field, channel: int) -> list[LabelledWindow]:
-    planes, nuclei = _reduced(field)
-    return cut_windows(field.name, planes[channel], nuclei, window_px=176, count=1)
+def _cut(fields: list[data.Field], channel: int, count: int) -> list[LabelledWindow]:
+    """At most `count` windows of each field, seen through a channel."""
+    found = []
+    for field in fields:
+        planes, nuclei = _reduced(field)
+        found += cut_windows(field.name, planes[channel], nuclei, window_px=176, count=count)
+    return found
 
 
 def _decoders(vit: nn.Module) -> dict[str, dict[str, float]]:
-    """AP at 0.5 of nuclei, `[from channel][to channel]`, on generated fields."""
+    """`_cross_channel_ap` on generated fields, which hold one window."""
     fitted = data.generated("probe", 2 * data.PROBE_FIELDS, data.TEST_PLATES)
     tested = data.generated("test", data.TEST_FIELDS, data.TEST_PLATES)
+    return _cross_channel_ap(vit, fitted, tested, 1)
+
+
+def _decoders_five(vit: nn.Module, root: Path) -> dict[str, dict[str, float]]:
+    """`_cross_channel_ap` on the two real fields with five channels, from left to right parts."""
+    return _cross_channel_ap(vit, *_probe_fields(root, "five"), 8)
+
+
+def _cross_channel_ap(
+    vit: nn.Module, fitted: list[data.Field], tested: list[data.Field], count: int
+) -> dict[str, dict[str, float]]:
+    """AP at 0.5 of nuclei, `[from channel][to channel]`, of decoders on frozen features."""
     config = ProbeConfig(window_px=176, steps=60, max_seconds=1e6)
-    held_out = {
-        name: [window for field in tested for window in _cut(field, index)]
-        for index, name in enumerate(data.CHANNELS)
-    }
+    held_out = {name: _cut(tested, index, count) for index, name in enumerate(data.CHANNELS)}
     found = {}
     for start in DECODER_CHANNELS:
-        index = data.CHANNELS.index(start)
-        train = [window for field in fitted for window in _cut(field, index)]
+        train = _cut(fitted, data.CHANNELS.index(start), count)
         others = {name: windows for name, windows in held_out.items() if name != start}
         result = probe_features(vit, train, held_out[start], config, elsewhere=others)
         scores = {start: result.scores, **result.elsewhere}

@@ -59,13 +59,19 @@ def _arm(rows: list[dict[str, Any]], by_arm: dict[str, list[dict[str, Any]]]) ->
                     )
                     part[f"{kind}_minus_{base}"] = _difference(*pair)
         found[domain] = part
-    for start in rows[0]["decoder"]:
-        own = [row["decoder"][start][start] for row in rows]
-        others = [
-            np.mean([ap for name, ap in row["decoder"][start].items() if name != start])
-            for row in rows
-        ]
-        found[f"decoder_{start}"] = {"same": _seeds(own), "other": _seeds(others)}
+    for section in ("decoder", "decoder_five"):
+        made = [row[section] for row in rows if row.get(section)]
+        for start in made[0] if made else ():
+            own = [table[start][start] for table in made]
+            others = [[ap for name, ap in table[start].items() if name != start] for table in made]
+            found[f"{section}_{start}"] = {
+                "same": _seeds(own),
+                "other": _seeds([np.mean(row) for row in others]),
+                "spread_over_channels": _seeds([np.std(row, ddof=1) for row in others]),
+                "by_channel": {
+                    name: float(np.mean([t[start][name] for t in made])) for name in made[0][start]
+                },
+            }
     for share in rows[0]["labels"]:
         found[f"labels_{share}"] = _seeds([row["labels"][share] for row in rows])
     seen = [row for row in rows if row.get("views")]
