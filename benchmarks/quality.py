@@ -256,7 +256,7 @@ def print_tables(data: Path) -> None:
     for name in SETS:
         paths = sorted(FOLDER.glob(f"*_{underscored(name)}.csv"))
         parts: list[tuple[str, set[str] | None]] = [(name, None)]
-        if name == PUBLISHED:
+        if name == PUBLISHED and (data / "dsb2018" / "index.csv").is_file():
             parts.append((f"{name}, no field of a training image", apart_from_training(data)))
         for title, images in parts if paths else ():
             print(f"\n**{title}**\n")

@@ -115,7 +115,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The keys of a YAML file, {} if it cannot be read."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
 

@@ -91,15 +91,17 @@ def prepare(
     splits : how the samples are divided
     facts : licence and pixel size, where the table of layouts does not know them
 
-    Images without labels are left out, with a note, and the manifest lists them.  Images become TIFF in their own data type, labels 16-bit PNG (TIFF above 65,535 cells) with the cells
-    numbered 1..n.  One image is in memory at a time.
+    Images without labels are left out, with a note, and the manifest lists them.  Images become TIFF in
+    their own data type, labels 16-bit PNG (TIFF above 65,535 cells) with the cells numbered 1..n.  One
+    image is in memory at a time.
 
     Raises
     ------
     UsageError
         `name` is unknown, `source` does not exist, or `out` is inside it or holds something else.
     DataSetError, ImageFileError
-        The source is not what `name` says, no image has labels, or a file is damaged.  What was finished stays in `out.part`.
+        The source is not what `name` says, no image has labels, or a file is damaged.  What was finished
+        stays in `out.part`.
     """
     layout, splits, facts = find_layout(name), splits or SplitOptions(), facts or Facts()
     source, out = Path(source), Path(os.path.abspath(out))

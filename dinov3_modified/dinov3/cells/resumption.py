@@ -86,7 +86,7 @@ def check_samples(cfg: DictConfig, loader: Any, output_dir: Path, *, fresh: bool
     record = json.loads(path.read_text(encoding="utf-8"))
     found = _samples(loader)
     known = None if fresh else record.get("samples")
-    if known is not None and any(known[key] != found[key] for key in known):
+    if known is not None and any(known[key] != found.get(key, known[key]) for key in known):
         if found["count"] != known["count"]:
             what = f"{found['count']} instead of {known['count']} samples"
         elif found["names"] != known["names"]:

@@ -28,7 +28,7 @@ monitor: {enabled: false}
 """
 NO_BACKBONE = {
     "dinocell-nuclei": "a model of convolutions",
-    "dinocell-fast": "a graph without weigh",
+    "dinocell-fast": "an exported graph",
 }
 
 

@@ -54,8 +54,8 @@ def read_network(path: Path, which: str) -> FoundNetwork:
     """The backbone of a file or folder; `which` is a key of `NETWORKS`.  WeightsError: it has none."""
     if path.is_dir():
         return _read_folder(path, which)
-    if path.suffix == ".onnx":
-        raise _no_backbone(path, "a graph without weights")
+    if path.suffix.lower() == ".onnx":
+        raise _no_backbone(path, "an exported graph")
     with path.open("rb") as stream:
         start = stream.read(64)
     page = start.lstrip()[:1] == b"<" or start.startswith(b"version https://git-lfs")
