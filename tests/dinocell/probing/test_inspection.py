@@ -119,7 +119,7 @@ def test_several_checkpoints_stand_side_by_side(model_path, mini_model, source, 
 
     other = copy.deepcopy(mini_model)
     for parameter in other.backbone.vit.blocks.parameters():
-        parameter.data.mul_(0.0)
+        parameter.data.mul_(1e-12)  # zeros are refused as a download cut short
     path = tmp_path / "after.safetensors"
     save_model(path, other)
     report = inspected([model_path, path], source, attention=False)

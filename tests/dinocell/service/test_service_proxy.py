@@ -19,6 +19,8 @@ def test_what_a_proxy_answers_for_a_service_that_is_away_is_waited_for(browser, 
     page = opened(browser, address, [noise(tmp_path / "field.tif", 1)])
     cells = count(page)
     page.route("**/corrections?*", bad_gateway)
+    page.reload()  # with the route from its beginning: once a request has passed a new one
+    expect(page.locator("#count")).to_contain_text(f"{cells} cells")
     page.keyboard.press("q")
     page.keyboard.press("Delete")
     expect(page.locator("#status")).to_contain_text("Your correction waits")
