@@ -51,7 +51,9 @@ def test_a_part_that_is_cut_continues(tmp_path, capfd, monkeypatch):
     calls = tmp_path / "training"
 
     def time_is_over(process, ends):
-        wait_until(calls.exists)
+        wait_until(
+            lambda: calls.exists() and calls.read_text()
+        )  # signalled before, it may be empty
         raise subprocess.TimeoutExpired(process.args, 0)
 
     with monkeypatch.context() as patch:
