@@ -21,10 +21,10 @@ from dinocell.evaluation.intervals import gain_interval
 from dinocell.evaluation.metrics import pooled_ap
 from dinocell.evaluation.model_evaluation import check_data_folder, evaluate_model
 from dinocell.results.table import CellTable, align_columns
-from dinocell.settings import load_settings, require
+from dinocell.settings import load_settings, read_settings, require
 from dinocell.training.config import TrainConfig
 from dinocell.training.run_folder import RunFolder, refuse_other_run
-from dinocell.training.start import load_train_config
+from dinocell.training.start import START_OF_SMALL_SETS, load_train_config, names_a_network
 from dinocell.training.trainer import train
 
 IOU_THRESHOLDS = (0.5, 0.75, 0.9)
@@ -106,7 +106,8 @@ def load_ablation(
     config = load_settings(AblationConfig, Path(path))
     if look:
         config.check_test_sets()
-    runs = []
+    runs: list[Run] = []
+    by_default = set()  # whether a run starts from the model of small data sets without naming it
     for variant in config.variants:
         for seed in config.seeds:
             folder = Path(config.output_dir, variant.name, f"seed{seed}")
@@ -120,6 +121,13 @@ def load_ablation(
                     )
             train_config = load_train_config(config.base, [*overrides, *own], note=note)
             runs.append(Run(variant.name, seed, train_config))
+            named = names_a_network(read_settings(config.base, overrides))
+            by_default.add(not named and train_config.model.init == START_OF_SMALL_SETS)
+    require(
+        len(by_default) < 2,
+        f"All variants or none must name their start, got some that start from {START_OF_SMALL_SETS} because "
+        "the training images are few: set `model.init` (null for random weights) in the base configuration",
+    )
     return config, runs
 
 

@@ -258,11 +258,11 @@ class _Pace:
         self._seconds[name] = first - begun, later_s
 
     def steps_within(self, seconds: float) -> float:
-        """Steps with which each candidate can be trained twice, and the dearest a third time."""
+        """Steps with which each candidate can be trained twice, and the slowest a third time."""
         firsts, laters = zip(*self._seconds.values(), strict=True)
-        dearest = int(np.argmax(laters))
-        fixed_s = 2 * sum(firsts) + firsts[dearest]
-        return 1 + (seconds - fixed_s) / max(2 * sum(laters) + laters[dearest], 1e-9)
+        slowest = int(np.argmax(laters))
+        fixed_s = 2 * sum(firsts) + firsts[slowest]
+        return 1 + (seconds - fixed_s) / max(2 * sum(laters) + laters[slowest], 1e-9)
 
 
 class _Adaptation:
@@ -323,7 +323,7 @@ class _Adaptation:
         return AdaptResult(path, chosen, steps, scores, values, hurried), adapted
 
     def _steps_that_fit(self, predicting_s: float) -> int:
-        """Steps of each training, of which there are two per candidate and one of the best, if the dearest."""
+        """Steps of each training, of which there are two per candidate and one of the best, if the slowest."""
         with progress("measuring the speed", _MEASURED * len(CANDIDATES), shown=self.shown) as bar:
             for name in CANDIDATES:
                 self._train(name, range(len(self.pairs)), _MEASURED, bar)

@@ -31,7 +31,7 @@ def load_train_config(
     Raises ConfigError (as `load_settings`); UsageError, CheckpointError (`model.init` is no model).
     """
     settings = read_settings(path, overrides)
-    if not _names_a_network(settings):
+    if not names_a_network(settings):
         plain = config_from_mapping(TrainConfig, settings)
         begun = read_yaml(Path(plain.output_dir, "config.yaml")).get("model")
         few = None if isinstance(begun, dict) else _few_images(plain)
@@ -50,7 +50,7 @@ def load_train_config(
     return config_from_mapping(TrainConfig, settings)
 
 
-def _names_a_network(settings: Mapping[str, Any]) -> bool:
+def names_a_network(settings: Mapping[str, Any]) -> bool:
     """Whether the user chose the weights or the network; null is a choice, too."""
     model = settings.get("model") or {}
     chosen = isinstance(model, Mapping) and any(key in model for key in ("init", *ARCHITECTURE))

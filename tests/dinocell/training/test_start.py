@@ -7,6 +7,7 @@ import yaml
 from small_runs import small_run
 
 from dinocell.cli import main
+from dinocell.errors import ConfigError
 from dinocell.network.model import load_model, load_trainable
 from dinocell.training import ablation
 from dinocell.training import start as module
@@ -110,13 +111,18 @@ def test_an_ablation_says_it_once(described, blob_data, tmp_path, capsys, monkey
     mapping = {
         "base": str(described),
         "output_dir": str(tmp_path / "out"),
-        "variants": [{"name": "plain"}, {"name": "tiny", "overrides": ["model.size=tiny"]}],
+        "variants": [{"name": "plain"}, {"name": "slow", "overrides": ["optimizer.lr=1e-4"]}],
         "test": [{"name": "blobs", "folder": str(blob_data)}],
     }
     path = tmp_path / "ablation.yaml"
     path.write_text(yaml.safe_dump(mapping))
     inits = [run.config.model.init for run in load_ablation(path)[1]]
-    assert inits == ["dinocell-cells", "dinocell-cells", None, None]
+    assert inits == ["dinocell-cells"] * 4
+    mapping["variants"][1]["overrides"] = ["model.size=tiny"]
+    other = tmp_path / "unlike.yaml"
+    other.write_text(yaml.safe_dump(mapping))
+    with pytest.raises(ConfigError, match="All variants or none must name their start"):
+        load_ablation(other)  # a gain would be that of the start
 
     def stop(config, shown):
         raise KeyboardInterrupt
