@@ -93,11 +93,12 @@ def _place(
     stated = str(image["file_name"])
     names = [stated, stated.replace("\\", "/")]
     names += [unquote(names[1]), unquote(urlsplit(names[1]).path)]
+    top = Path(os.path.abspath(home))
     for folder in (path.parent, home):
         for name in names:
             place = Path(os.path.abspath(folder / name))
-            if place.is_relative_to(os.path.abspath(home)) and place.is_file():
-                return Path(os.path.normpath(folder / name))
+            if place.is_relative_to(top) and place.is_file():
+                return home / place.relative_to(top)
     for name in names:
         found = by_name.get(composed(Path(name).name), [])
         if len(found) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from dinocell.datasets.sample import (
     split_of,
     split_of_path,
 )
-from dinocell.errors import DataSetError
+from dinocell.errors import DataSetError, some
 from dinocell.io import Image, natural_key, read_image, read_label_file, read_labels
 from dinocell.io.names import walk_folders
 from dinocell.io.polygons import CellMask, paint_cells
@@ -227,18 +227,33 @@ def in_two_folders(
 
     `labels` are names of the labels' folders, the better first.
     """
-    for folder in folders_below(source):
-        homes = [folder.parent / name for name in labels if (folder.parent / name).is_dir()]
-        if folder.name != images:
-            continue
-        found = Images(homes[0]) if homes else None
-        for image in files_below(folder):
-            path = found.find(homes[0], (image.stem,)) if found else None
+    lone: list[Path] = []
+    for parent in dict.fromkeys(
+        folder.parent for folder in folders_below(source) if folder.name in (images, *labels)
+    ):
+        homes = [parent / name for name in labels if (parent / name).is_dir()]
+        known = {home: Images(home) for home in homes}
+        others = {composed(path.stem): path for home in homes[::-1] for path in known[home].paths}
+        for image in files_below(parent / images):
+            found = (known[home].find(home, (image.stem,)) for home in homes)
+            path = next((one for one in found if one is not None), None)
             if path is None:
                 yield Unlabelled(image)
                 continue
+            for stem in (image.stem, path.stem):
+                others.pop(composed(stem), None)
             how = partial(read_files, image, path, read)
             yield Sample(image.stem, image, how, None, stratum(image))
+        lone += others.values()
+    notes += _lone_labels(lone)
+
+
+def _lone_labels(paths: Sequence[Path]) -> list[str]:
+    """A sentence on labels without an image, if there are any."""
+    if not paths:
+        return []
+    names = some([path.name for path in paths])
+    return [f"Labels without an image were left out: {len(paths)} ({names})"]
 
 
 def nuinsseg(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
@@ -276,12 +291,17 @@ def tnbc(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
 
     The patients stay whole: 1 to 6 train, 7 and 8 validate, 9 to 11 test.
     """
+    lone: list[Path] = []
     for folder in folders_below(source):
-        number = folder.name.removeprefix("Slide_")
-        home = folder.with_name(f"GT_{number}")
-        if folder.name == number or not number.isdigit():
+        kind, _, number = folder.name.partition("_")
+        if not number.isdigit():
             continue
-        labels = Images(home)
+        if kind == "GT" and not folder.with_name(f"Slide_{number}").is_dir():
+            lone += Images(folder).paths
+        if kind != "Slide":
+            continue
+        home = folder.with_name(f"GT_{number}")
+        labels, taken = Images(home), set()
         patient = int(number)
         split = (
             "train"
@@ -292,11 +312,14 @@ def tnbc(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
         )
         for image in files_below(folder):
             path = labels.find(home, (image.stem,))
+            taken.add(path)
             if path is None:
                 yield Unlabelled(image)
                 continue
             read = partial(read_files, image, path, _connected_colours, colour=True)
             yield Sample(image.stem, image, read, split)
+        lone += [path for path in labels.paths if path not in taken]
+    notes += _lone_labels(lone)
 
 
 def vicar(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
@@ -360,15 +383,18 @@ def bbbc006(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
         if "label" in path.parent.name.lower()
     }
     focused = [path for path in files_below(source) if path.parent.name.endswith("z_16")]
+    taken = set()
     for image in focused:
         found = _BBBC006_NAME.fullmatch(image.stem)
         if found is None:
             continue  # w2 is phalloidin, which the labels do not show
         path = labels.get(found[1].lower())
+        taken.add(path)
         if path is None:
             yield Unlabelled(image)
             continue
         yield Sample(found[1], image, partial(read_files, image, path))
+    notes += _lone_labels([path for path in labels.values() if path not in taken])
 
 
 def challenge(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:

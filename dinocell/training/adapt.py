@@ -202,8 +202,8 @@ def _notes(num_images: int, num_empty: int) -> tuple[str, ...]:
         )
     if num_empty:
         return (
-            f"{num_empty} of {num_images} label images show no cell: the model learned that nothing is in "
-            "those images, so label their cells if they have some",
+            f"{num_empty} of {num_images} label images show no cell, and count as images in which nothing is "
+            "to be found: label their cells if they have some",
         )
     return ()
 

@@ -254,8 +254,9 @@ class TrainConfig:
             "the two out",
         )
         crop_px, patch_size = self.schedule.crop_px, self.model.patch_size
+        of = f" of {self.model.init}" if self.model.init else ""
         require(
             crop_px is None or (crop_px > 0 and crop_px % patch_size == 0),
-            f"`schedule.crop_px` must be a multiple of patch_size {patch_size}, got {crop_px}: leave it "
+            f"`schedule.crop_px` must be a multiple of patch_size {patch_size}{of}, got {crop_px}: leave it "
             "out to take the window",
         )

@@ -514,7 +514,7 @@ LABELS_OF_ONE = {  # the labels to remove, and the images that have none then
     ),
     "dsb2018": ("stage1_train/id1/masks", ["stage1_train/id1/images/id1.png"]),
     "nuinsseg": (
-        "mouse spleen/label masks modify/mouse_spleen_0.tif",
+        "mouse spleen/label masks*/mouse_spleen_0.tif",
         ["mouse spleen/tissue images/mouse_spleen_0.png"],
     ),
     "tnbc": (
@@ -546,13 +546,66 @@ def test_images_without_labels_are_left_out_and_listed(made, tmp_path, name):
         pytest.importorskip("roifile", reason="roifile is not installed: extra [formats]")
     source, out = made(name), tmp_path / "out"
     removed, alone = LABELS_OF_ONE[name]
-    remove(source / removed)
+    for path in list(source.glob(removed)):
+        remove(path)
     text = prepared(name, source, out).text()
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["images_without_labels"] == alone
     assert len(rows_of(out)) == len(EXPECTED[name]) - 1
     names = Path(alone[0]).name
     assert f"note: Images without labels were left out: 1 ({names}); manifest.json" in text
+
+
+IMAGE_OF_ONE = {  # the image, or all images of a folder, to remove, and the labels that have none then
+    "nuinsseg": ("mouse spleen/tissue images/mouse_spleen_0.png", ["mouse_spleen_0.tif"]),
+    "nuinsseg, a folder": (
+        "mouse spleen/tissue images",
+        ["mouse_spleen_0.tif", "mouse_spleen_1.tif"],
+    ),
+    "tnbc": ("TNBC_NucleiSegmentation/Slide_07/07_1.png", ["07_1.png"]),
+    "tnbc, a folder": ("TNBC_NucleiSegmentation/Slide_07", ["07_1.png"]),
+    "yeastsam": ("DIC/1.tif", ["1.tif"]),
+    "s-bsst265": ("dataset/rawimages/HaCaT_1.tif", ["HaCaT_1.tif"]),
+    "bbbc039": ("images/w1.tif", ["w1.png"]),
+    "bbbc006": (
+        "BBBC006_v1_images_z_16/mcf-z-stacks-03212011_a02_s1_w1abc16.tif",
+        ["mcf-z-stacks-03212011_a02_s1.png"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IMAGE_OF_ONE)
+def test_labels_without_an_image_are_left_out_with_a_note(made, tmp_path, case):
+    name = case.split(",")[0]
+    source, out = made(name), tmp_path / "out"
+    removed, alone = IMAGE_OF_ONE[case]
+    remove(source / removed)
+    text = prepared(name, source, out).text()
+    assert f"Labels without an image were left out: {len(alone)} ({', '.join(alone)})" in text
+    assert len(rows_of(out)) == len(EXPECTED[name]) - len(alone)
+
+
+def test_each_image_takes_the_better_of_two_label_folders(made, tmp_path):
+    source = made("nuinsseg")
+    remove(source / "mouse spleen/label masks modify/mouse_spleen_0.tif")
+    result = prepared("nuinsseg", source, tmp_path / "out")
+    assert len(rows_of(tmp_path / "out")) == len(EXPECTED["nuinsseg"])
+    assert result.manifest["images_without_labels"] == []
+    assert not any("without" in note for note in result.manifest["notes"])
+
+
+def test_coco_with_absolute_names_below_a_relative_source(made, tmp_path, monkeypatch):
+    source = made("coco")
+    path = source / "all.json"
+    listed = json.loads(path.read_text())
+    names = [image["file_name"] for image in listed["images"]]
+    for image in listed["images"]:
+        (place,) = source.rglob(Path(image["file_name"]).name)
+        image["file_name"] = str(place.absolute())
+    path.write_text(json.dumps(listed))
+    monkeypatch.chdir(source.parent)
+    prepared("coco", Path(source.name), tmp_path / "out")
+    assert len(rows_of(tmp_path / "out")) == len(names)
 
 
 def test_images_that_no_coco_file_of_a_folder_lists_have_no_labels(made, tmp_path):

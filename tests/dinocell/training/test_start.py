@@ -131,3 +131,8 @@ def test_an_ablation_says_it_once(described, blob_data, tmp_path, capsys, monkey
     with pytest.raises(KeyboardInterrupt):
         ablation.ablate(path)
     assert capsys.readouterr().err.count("training images are few") == 1
+
+
+def test_a_crop_that_does_not_suit_the_start_is_refused_with_its_name(described):
+    with pytest.raises(ConfigError, match="multiple of patch_size 32 of dinocell-cells, got 136"):
+        load_train_config(described, ["schedule.crop_px=136"])
