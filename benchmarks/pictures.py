@@ -22,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image
 from quality import PICTURES as FOLDER
-from quality import SETS, draw, folders, underscored
+from quality import draw, folders
 
 from dinocell.demo import sample_paths
 from dinocell.evaluation.errors import draw_errors, find_errors
@@ -171,11 +171,17 @@ PICTURES: dict[str, Callable[[], None]] = {
     "dinocell-cells_errors.jpg": partial(failures, MODEL, "usiigaci_phase/val"),
     "dinocell-nuclei_errors.jpg": partial(failures, "dinocell-nuclei", "dsb2018/val"),
     "dinocell-tiny_errors.jpg": partial(failures, "dinocell-tiny", "dsb2018/val"),
-    **{
-        f"results_{underscored(name)}.jpg": partial(draw, MODEL, name, DATA)
-        for name in SETS
-        if name != "bbbc039/edge_cases"  # nothing to find
-    },
+    "results_bbbc039_test.jpg": partial(draw, MODEL, "bbbc039/test", DATA),
+    "results_ctc_c2c12_phase.jpg": partial(draw, MODEL, "ctc/c2c12_phase", DATA),
+    "results_dsb2018_stardist_test.jpg": partial(draw, MODEL, "dsb2018/stardist_test", DATA),
+    "results_dsb2018_test.jpg": partial(draw, MODEL, "dsb2018/test", DATA),
+    "results_dsb2018_val.jpg": partial(draw, MODEL, "dsb2018/val", DATA),
+    "results_dsb2018_tissue_test.jpg": partial(draw, MODEL, "dsb2018_tissue/test", DATA),
+    "results_dsb2018_tissue_val.jpg": partial(draw, MODEL, "dsb2018_tissue/val", DATA),
+    "results_mnfinder_test.jpg": partial(draw, MODEL, "mnfinder/test", DATA),
+    "results_mnfinder_val.jpg": partial(draw, MODEL, "mnfinder/val", DATA),
+    "results_usiigaci_phase_test.jpg": partial(draw, MODEL, "usiigaci_phase/test", DATA),
+    "results_usiigaci_phase_val.jpg": partial(draw, MODEL, "usiigaci_phase/val", DATA),
 }
 
 
