@@ -80,9 +80,8 @@ def test_the_control_pairs_channels_of_different_places(
         proof.data.Field(name, ("DNA", "ER", "Actin"), planes, None)
         for name in ("seen", proof.data.UNSEEN)
     ]
-    monkeypatch.setattr(proof.data, "GENERATED", 9)
     monkeypatch.setattr(proof.data, "read_real", lambda root: real)
-    proof.data.write_training_fields(tmp_path, tmp_path)
+    proof.data.write_training_fields(tmp_path, tmp_path, 12)
     rows: dict[str, dict[str, list[str]]] = {}
     for name in ("fields", "shuffled"):
         rows[name] = {}
@@ -92,6 +91,9 @@ def test_the_control_pairs_channels_of_different_places(
                 assert (tmp_path / row["file"]).is_file()
                 rows[name].setdefault(row["field"], []).append(row["file"])
     assert rows["fields"].keys() == rows["shuffled"].keys()
+    # A tenth of the usual number of generated fields: real ones are repeated a tenth as often.
+    assert sorted(rows["fields"])[:2] == ["seen@0", "seen@1"]
+    assert len(rows["fields"]) == 2 + 12
     for field, files in rows["fields"].items():
         sources = {file.rsplit("_", 2)[0] for file in files}
         shifts = {file.rsplit("_", 1)[1] for file in files}
@@ -179,7 +181,7 @@ def test_a_row_that_lacks_a_read_out_is_completed_and_kept(
     monkeypatch.setattr(readouts, "_probe", lambda vit, *fields: made.append(fields[0]) or 5)
     monkeypatch.setattr(readouts, "_views", lambda vit, root: {"real": 6})
     monkeypatch.setattr(readouts, "_decoders_five", lambda vit, root: {"ER": 7})
-    args = Namespace(steps=100, start=None)
+    args = Namespace(steps=100, start=None, generated=120)
     known = run._finished(tmp_path, 100, "ssl_proof_")[("dense", 0)]
     run._run("dense", 0, args, tmp_path / "runs", known)
     assert made == ["trained", "five"]  # nothing that was there is made again
@@ -194,4 +196,7 @@ def test_a_row_that_lacks_a_read_out_is_completed_and_kept(
     run._run("dense", 0, args, tmp_path / "runs", row)
     assert made == ["trained", "five"]  # a finished row is not run again
     with pytest.raises(SystemExit, match="another number of steps"):
-        run._run("dense", 0, Namespace(steps=200, start=None), tmp_path / "runs")
+        run._run("dense", 0, Namespace(steps=200, start=None, generated=120), tmp_path / "runs")
+    with pytest.raises(SystemExit, match="another number of steps or fields"):
+        run._run("dense", 0, Namespace(steps=100, start=None, generated=240), tmp_path / "runs")
+    assert run._finished(tmp_path / "runs", 100, "ssl_proof_", 240) == {}

@@ -20,9 +20,9 @@ from tests.channel_scenes import CHANNELS, make_channel_scene  # noqa: E402
 
 TRAIN_SHARE, GAP_PX = 0.6, 96
 UNSEEN = "nf1_F7"
-GENERATED, PLATES = 120, 12  # fields to train on, and the plates that they lie on
+GENERATED, PLATES = 120, 12  # fields to train on by default, and the plates that they lie on
 PROBE_FIELDS, TEST_FIELDS, TEST_PLATES = 12, 24, 6  # generated, on other plates
-REPEATS = 20  # of a real field, so that about half of what is seen is real
+REPEATS = 20  # of a real field beside GENERATED ones, so that about half of what is seen is real
 SKIPPED = ("mask", "brightfield")
 
 
@@ -84,14 +84,17 @@ def generated(kind: str, count: int, plates: int) -> list[Field]:
     return found
 
 
-def write_training_fields(data: Path, folder: Path) -> None:
-    """`fields.csv` and, as a control, `shuffled.csv`, whose channels show different places."""
+def write_training_fields(data: Path, folder: Path, count: int = GENERATED) -> None:
+    """`fields.csv` and, as a control, `shuffled.csv`, whose channels show different places.
+
+    `count` generated fields; real ones are repeated as often as keeps their share.
+    """
     if (folder / "shuffled.csv").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[tuple[str, str, str]]] = {"fields": [], "shuffled": []}
     real = [left_and_right(field)[0] for field in read_real(data) if field.name != UNSEEN]
-    made = generated("train", GENERATED, PLATES)
+    made = generated("train", count, PLATES)
     for place, field in enumerate([*real, *made]):
         for step, (channel, plane) in enumerate(zip(field.channels, field.planes, strict=True)):
             # A real field has a size of its own: its channels are shifted against each other, by more
@@ -105,7 +108,7 @@ def write_training_fields(data: Path, folder: Path) -> None:
                 file = folder / f"{name}_{channel}_{rows_down}.tif"
                 if name == field.name:
                     tifffile.imwrite(file, np.roll(plane, rows_down, 0), compression="deflate")
-                repeats = REPEATS if place < len(real) else 1
+                repeats = round(REPEATS * count / GENERATED) if place < len(real) else 1
                 rows[index] += [
                     (f"{field.name}@{number}", file.name, channel) for number in range(repeats)
                 ]

@@ -6,6 +6,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+from data import GENERATED
 from numpy.typing import NDArray
 
 SMALLEST_EFFECT = 0.05  # of the AUC on other channels; fixed before the first run
@@ -13,7 +14,9 @@ BASES = ("random", "average", "shuffled")
 _DRAWS = 10_000
 
 
-def summary(scores: list[dict[str, Any]], steps: int, start: str | None = None) -> dict[str, Any]:
+def summary(
+    scores: list[dict[str, Any]], steps: int, start: str | None = None, generated: int = GENERATED
+) -> dict[str, Any]:
     """Everything for the file of results; `scores` are the rows of finished runs of so many `steps`."""
     from measure import processor_name
 
@@ -22,7 +25,8 @@ def summary(scores: list[dict[str, Any]], steps: int, start: str | None = None) 
     seeds = 1 + max(row["seed"] for row in scores)
     return {
         "command": f"python benchmarks/ssl_proof/run.py --steps {steps} --seeds {seeds}"
-        + (f" --start {start}" if start else ""),
+        + (f" --start {start}" if start else "")
+        + (f" --generated {generated}" if generated != GENERATED else ""),
         "processor": processor_name(),
         "smallest_effect": SMALLEST_EFFECT,
         "arms": {arm: _arm(rows, by_arm) for arm, rows in by_arm.items()},

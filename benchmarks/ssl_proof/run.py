@@ -4,10 +4,11 @@
     python benchmarks/ssl_proof/run.py --only dense    # one arm
     python benchmarks/ssl_proof/run.py --report        # the table alone
     python benchmarks/ssl_proof/run.py --start dinocell-tiny   # continued from trained weights
+    python benchmarks/ssl_proof/run.py --generated 2400 --folder runs/ssl_proof_2400   # more fields
 
 Resumable: a training continues from its checkpoint, and a finished score is kept.  Runs stay in
-`--folder`, results in benchmarks/results/ssl_proof_STEPS.json (ssl_proof_START_STEPS.json); what such a
-file has is not run again.  Where a file lacks a read-out that was added later, the network is trained again,
+`--folder`, results in benchmarks/results/ssl_proof_STEPS.json (ssl_proof_START_STEPS.json,
+ssl_proof_fieldsNUMBER_STEPS.json); what such a file has is not run again.  Where a file lacks a read-out that was added later, the network is trained again,
 if its folder is gone, and that read-out alone is made (`added` has its commit).  Seconds of an interrupted
 training are those of its last part.
 """
@@ -111,7 +112,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/ssl_proof"))
     parser.add_argument("--steps", type=int, default=400, help="a multiple of 100")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="the seeds 0, 1, ...")
+    parser.add_argument("--seed", type=int, help="this seed alone")
+    parser.add_argument(
+        "--generated", type=int, default=data.GENERATED, help="fields, beside the real ones"
+    )
     parser.add_argument("--only", choices=ARMS, action="append", help="these arms; repeatable")
     parser.add_argument(
         "--start",
@@ -122,36 +127,45 @@ def main() -> None:
     args = parser.parse_args()
     folder: Path = args.folder.resolve()
     name = f"ssl_proof_{args.start}_" if args.start else "ssl_proof_"
-    found = _finished(folder, args.steps, name)
+    found = _finished(folder, args.steps, name, args.generated)
     if not args.report:
-        data.write_training_fields(DATA, folder / "fields")
-        for seed in range(args.seeds):
+        data.write_training_fields(DATA, folder / "fields", args.generated)
+        for seed in range(args.seeds) if args.seed is None else (args.seed,):
             for arm in args.only or ARMS:
                 row = found.get((arm, seed))
                 if row is None or not readouts.is_complete(row, more=args.start is None):
                     _run(arm, seed, args, folder, row)
-        found = _finished(folder, args.steps, name)
-    rows = [found[key] for key in sorted(found) if key[1] < args.seeds]
+        found = _finished(folder, args.steps, name, args.generated)
+    rows = [found[key] for key in sorted(found) if args.seed is not None or key[1] < args.seeds]
     if not rows:
         raise SystemExit(f"No run of {args.steps} steps is finished in {folder}")
-    result = report.summary(rows, args.steps, args.start)
-    path = RESULTS / f"{name}{args.steps}.json"
+    result = report.summary(rows, args.steps, args.start, args.generated)
+    fields = "" if args.generated == data.GENERATED else f"fields{args.generated}_"
+    path = RESULTS / f"{name}{fields}{args.steps}.json"
     write_text_atomically(path, json.dumps(result, indent=1) + "\n")
     print(*report.table(result), f"written: {path}", sep="\n")
 
 
-def _finished(folder: Path, steps: int, name: str) -> dict[tuple[str, int], dict[str, Any]]:
+def _finished(
+    folder: Path, steps: int, name: str, generated: int = data.GENERATED
+) -> dict[tuple[str, int], dict[str, Any]]:
     """Rows of finished runs of so many steps, by arm and seed: those in files of results, then the folder's.
 
-    `name` is how the files begin, before the number of steps.  Random weights have had no step, so that
-    their rows count for every number.
+    `name` is how the files begin, before the number of fields and steps.  Random weights have had no step,
+    so that their rows count for every number.
     """
     rows = []
-    for path in sorted(RESULTS.glob(f"{name}[0-9]*.json")):
-        rows += json.loads(path.read_text())["runs"]
+    for kind in ("[0-9]", "fields"):
+        for path in sorted(RESULTS.glob(f"{name}{kind}*.json")):
+            rows += json.loads(path.read_text())["runs"]
     rows += [json.loads(path.read_text()) for path in sorted(folder.glob("*/score.json"))]
     rows.sort(key=readouts.is_complete)  # of two rows the last counts
-    chosen = (row for row in rows if row["steps"] == steps or row["arm"] == "random")
+    chosen = (
+        row
+        for row in rows
+        if row["arm"] == "random"
+        or (row["steps"], row.get("generated", data.GENERATED)) == (steps, generated)
+    )
     return {(row["arm"], row["seed"]): row for row in chosen}
 
 
@@ -168,8 +182,10 @@ def _run(
     path = folder / f"{arm}_{seed}" / "score.json"
     if path.is_file():
         known = json.loads(path.read_text())
-        if known["steps"] != steps:
-            raise SystemExit(f"{path.parent} holds a run of another number of steps: give --folder")
+        if (known["steps"], known.get("generated", data.GENERATED)) != (steps, args.generated):
+            raise SystemExit(
+                f"{path.parent} holds a run of another number of steps or fields: give --folder"
+            )
         if readouts.is_complete(known, more=more):
             return
     started = time.process_time()
@@ -179,7 +195,7 @@ def _run(
     seconds = {"train_s": trained - started, "score_s": time.process_time() - trained}
     row: dict[str, Any] = {"arm": arm, "seed": seed, "steps": steps, "commit": _commit()}
     added = {**seconds, "commit": row["commit"]}
-    row |= {**known, "added": added} if known else seconds
+    row |= {**known, "added": added} if known else {"generated": args.generated, **seconds}
     write_text_atomically(path, json.dumps(row | scores) + "\n")
     print(f"{arm} seed {seed}: {seconds}", flush=True)
 
