@@ -81,7 +81,7 @@ def train(arm: str, seed: int, steps: int, folder: Path, start: str | None = Non
         return start or _start(seed, out)
     index = folder / "fields" / ("shuffled.csv" if arm == "shuffled" else "fields.csv")
     changes = [
-        f"train.dataset_path=JUMPCellPaintingMultiView:root={index.parent}:index={index}:missing=allow",
+        f"train.dataset_path=JUMPCellPaintingMultiView:root={index.parent}:index={index}:missing=allow:cache_mb=6000",
         f"optim.epochs={steps // 100}",
         f"train.seed={seed}",
         *ARMS[arm],
