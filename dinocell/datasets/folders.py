@@ -93,6 +93,10 @@ class Images:
         places = ((folder, composed(name)) for name in names)
         return next((self._known[place] for place in places if place in self._known), None)
 
+    def beside(self, folder: Path) -> list[Path]:
+        """The images in a folder itself."""
+        return [path for path in self.paths if path.parent == folder]
+
     def without_labels(
         self, taken: Container[Path | None], ending: str = ""
     ) -> Iterator[Unlabelled]:
@@ -228,24 +232,37 @@ def in_two_folders(
     `labels` are names of the labels' folders, the better first.
     """
     lone: list[Path] = []
+    second: list[Path] = []
     for parent in dict.fromkeys(
         folder.parent for folder in folders_below(source) if folder.name in (images, *labels)
     ):
         homes = [parent / name for name in labels if (parent / name).is_dir()]
         known = {home: Images(home) for home in homes}
-        others = {composed(path.stem): path for home in homes[::-1] for path in known[home].paths}
+        stems = set()
         for image in files_below(parent / images):
+            stems.add(_stem(image))
             found = (known[home].find(home, (image.stem,)) for home in homes)
             path = next((one for one in found if one is not None), None)
             if path is None:
                 yield Unlabelled(image)
                 continue
-            for stem in (image.stem, path.stem):
-                others.pop(composed(stem), None)
+            if path.parent != homes[0]:
+                second.append(path)
             how = partial(read_files, image, path, read)
             yield Sample(image.stem, image, how, None, stratum(image))
-        lone += others.values()
+        alone = {_stem(path): path for home in homes[::-1] for path in known[home].beside(home)}
+        lone += [path for stem, path in alone.items() if stem not in stems]
+    if second:
+        names = some([path.name for path in second])
+        notes.append(
+            f"Images took labels of '{second[0].parent.name}', because '{labels[0]}' has none for them: "
+            f"{len(second)} ({names})"
+        )
     notes += _lone_labels(lone)
+
+
+def _stem(path: Path) -> str:
+    return composed(path.stem.removesuffix(".ome"))
 
 
 def _lone_labels(paths: Sequence[Path]) -> list[str]:
@@ -301,7 +318,7 @@ def tnbc(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
         if kind != "Slide":
             continue
         home = folder.with_name(f"GT_{number}")
-        labels, taken = Images(home), set()
+        labels, stems = Images(home), set()
         patient = int(number)
         split = (
             "train"
@@ -312,13 +329,13 @@ def tnbc(source: Path, notes: list[str]) -> Iterator[Sample | Unlabelled]:
         )
         for image in files_below(folder):
             path = labels.find(home, (image.stem,))
-            taken.add(path)
+            stems.add(_stem(image))
             if path is None:
                 yield Unlabelled(image)
                 continue
             read = partial(read_files, image, path, _connected_colours, colour=True)
             yield Sample(image.stem, image, read, split)
-        lone += [path for path in labels.paths if path not in taken]
+        lone += [path for path in labels.beside(home) if _stem(path) not in stems]
     notes += _lone_labels(lone)
 
 

@@ -591,7 +591,26 @@ def test_each_image_takes_the_better_of_two_label_folders(made, tmp_path):
     result = prepared("nuinsseg", source, tmp_path / "out")
     assert len(rows_of(tmp_path / "out")) == len(EXPECTED["nuinsseg"])
     assert result.manifest["images_without_labels"] == []
+    assert any(
+        "took labels of 'label masks', because 'label masks modify' has none for them: 1 (mouse"
+        in note
+        for note in result.manifest["notes"]
+    )
     assert not any("without" in note for note in result.manifest["notes"])
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "other"),
+    [
+        ("tnbc", "TNBC_NucleiSegmentation/GT_07/07_1.png", "07_1.bmp"),
+        ("s-bsst265", "dataset/groundtruth/HaCaT_1.tif", "HaCaT_1.ome.tif"),
+    ],
+)
+def test_a_second_file_of_labels_of_an_image_is_not_without_one(made, tmp_path, name, taken, other):
+    source = made(name)
+    shutil.copy(source / taken, (source / taken).with_name(other))
+    result = prepared(name, source, tmp_path / "out")
+    assert not any("without an image" in note for note in result.manifest["notes"])
 
 
 def test_coco_with_absolute_names_below_a_relative_source(made, tmp_path, monkeypatch):
@@ -604,8 +623,9 @@ def test_coco_with_absolute_names_below_a_relative_source(made, tmp_path, monkey
         image["file_name"] = str(place.absolute())
     path.write_text(json.dumps(listed))
     monkeypatch.chdir(source.parent)
-    prepared("coco", Path(source.name), tmp_path / "out")
+    result = prepared("coco", Path(source.name), tmp_path / "out")
     assert len(rows_of(tmp_path / "out")) == len(names)
+    assert result.manifest["images_without_labels"] == []
 
 
 def test_images_that_no_coco_file_of_a_folder_lists_have_no_labels(made, tmp_path):
