@@ -91,6 +91,8 @@ def test_the_control_pairs_channels_of_different_places(
                 assert (tmp_path / row["file"]).is_file()
                 rows[name].setdefault(row["field"], []).append(row["file"])
     assert rows["fields"].keys() == rows["shuffled"].keys()
+    with pytest.raises(SystemExit, match="another number of generated fields"):
+        proof.data.write_training_fields(tmp_path, tmp_path, 24)
     # A tenth of the usual number of generated fields: real ones are repeated a tenth as often.
     assert sorted(rows["fields"])[:2] == ["seen@0", "seen@1"]
     assert len(rows["fields"]) == 2 + 12
@@ -200,3 +202,24 @@ def test_a_row_that_lacks_a_read_out_is_completed_and_kept(
     with pytest.raises(SystemExit, match="another number of steps or fields"):
         run._run("dense", 0, Namespace(steps=100, start=None, generated=240), tmp_path / "runs")
     assert run._finished(tmp_path / "runs", 100, "ssl_proof_", 240) == {}
+
+
+def test_the_command_of_a_file_names_what_was_run(proof: Namespace) -> None:
+    arms = list(proof.run.ARMS)
+    assert len(arms) == 1 + proof.report.TRAINED_ARMS
+    table = {"DNA": {"DNA": [0.9], "ER": [0.8]}, "ER": {"DNA": [0.8], "ER": [0.9]}}
+    sys.path.append(str(FOLDER.parent))  # for measure.py
+
+    def command(which: list[str], seeds: tuple[int, ...], generated: int = 120) -> str:
+        rows = [
+            {"arm": arm, "seed": seed, "probe": {"nf1": table}, "labels": {}}
+            for arm, seed in [("random", 0), *product(which, seeds)]
+        ]
+        text: str = proof.report.summary(rows, 400, generated=generated)["command"]
+        return text.removeprefix("python benchmarks/ssl_proof/run.py --steps 400 ")
+
+    assert command(arms[1:], (0, 1, 2)) == "--seeds 3"
+    assert command(["dense"], (2,), 2400) == "--seed 2 --generated 2400 --only dense"
+    assert (
+        command(["single", "dense"], (1, 2)) == "--seed 1 and --seed 2 --only single --only dense"
+    )

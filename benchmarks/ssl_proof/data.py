@@ -87,9 +87,14 @@ def generated(kind: str, count: int, plates: int) -> list[Field]:
 def write_training_fields(data: Path, folder: Path, count: int = GENERATED) -> None:
     """`fields.csv` and, as a control, `shuffled.csv`, whose channels show different places.
 
-    `count` generated fields; real ones are repeated as often as keeps their share.
+    `count` generated fields; real ones are repeated as often as keeps their share.  SystemExit if the folder
+    has another number of them.
     """
     if (folder / "shuffled.csv").is_file():
+        with (folder / "shuffled.csv").open(newline="", encoding="utf-8") as stream:
+            found = {row["field"] for row in csv.DictReader(stream)}
+        if sum(name.startswith("train_") for name in found) != count:
+            raise SystemExit(f"{folder} holds another number of generated fields: give --folder")
         return
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[tuple[str, str, str]]] = {"fields": [], "shuffled": []}

@@ -10,6 +10,7 @@ from data import GENERATED
 from numpy.typing import NDArray
 
 SMALLEST_EFFECT = 0.05  # of the AUC on other channels; fixed before the first run
+TRAINED_ARMS = 6  # of run.py
 BASES = ("random", "average", "shuffled")
 _DRAWS = 10_000
 
@@ -22,11 +23,16 @@ def summary(
 
     arms = list(dict.fromkeys(row["arm"] for row in scores))
     by_arm = {arm: [row for row in scores if row["arm"] == arm] for arm in arms}
-    seeds = 1 + max(row["seed"] for row in scores)
+    trained = [row for row in scores if row["arm"] != "random"]
+    seeds = sorted({row["seed"] for row in trained}) or [0]
+    which = f"--seeds {len(seeds)}" if seeds == list(range(len(seeds))) else ""
+    which = which or " and ".join(f"--seed {seed}" for seed in seeds)
+    only = {row["arm"] for row in trained}
     return {
-        "command": f"python benchmarks/ssl_proof/run.py --steps {steps} --seeds {seeds}"
+        "command": f"python benchmarks/ssl_proof/run.py --steps {steps} {which}"
         + (f" --start {start}" if start else "")
-        + (f" --generated {generated}" if generated != GENERATED else ""),
+        + (f" --generated {generated}" if generated != GENERATED else "")
+        + "".join(f" --only {arm}" for arm in arms if arm in only and len(only) < TRAINED_ARMS),
         "processor": processor_name(),
         "smallest_effect": SMALLEST_EFFECT,
         "arms": {arm: _arm(rows, by_arm) for arm, rows in by_arm.items()},
@@ -51,7 +57,12 @@ def _arm(rows: list[dict[str, Any]], by_arm: dict[str, list[dict[str, Any]]]) ->
         part: dict[str, Any] = {"same": float(same.mean()), "other": float(other.mean())}
         part["other_by_seed"] = other.mean(axis=1).tolist()
         for base in BASES:
-            theirs = [row for row in by_arm.get(base, []) if domain in row["probe"]]
+            seeds = {row["seed"] for row in ours}
+            theirs = [
+                row
+                for row in by_arm.get(base, [])
+                if domain in row["probe"] and row["seed"] in seeds
+            ]
             if theirs and by_arm[base] is not rows:
                 for kind, index in (("same", 0), ("other", 1)):
                     pair = (
@@ -111,7 +122,7 @@ def _views(
         if name.startswith("retrieval"):
             for base, others in bases.items():
                 theirs = values(others, name)
-                if theirs:
+                if ours.keys() & theirs.keys():
                     found[f"{name}_minus_{base}"] = _difference(ours, theirs)
     return found
 

@@ -4,7 +4,7 @@
     python benchmarks/ssl_proof/run.py --only dense    # one arm
     python benchmarks/ssl_proof/run.py --report        # the table alone
     python benchmarks/ssl_proof/run.py --start dinocell-tiny   # continued from trained weights
-    python benchmarks/ssl_proof/run.py --generated 2400 --folder runs/ssl_proof_2400   # more fields
+    python benchmarks/ssl_proof/run.py --generated 2400   # with more fields
 
 Resumable: a training continues from its checkpoint, and a finished score is kept.  Runs stay in
 `--folder`, results in benchmarks/results/ssl_proof_STEPS.json (ssl_proof_START_STEPS.json,
@@ -110,10 +110,15 @@ def _start(seed: int, out: Path) -> Path:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/ssl_proof"))
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="runs/ssl_proof, or runs/ssl_proof_fieldsNUMBER for other fields",
+    )
     parser.add_argument("--steps", type=int, default=400, help="a multiple of 100")
-    parser.add_argument("--seeds", type=int, default=3, help="the seeds 0, 1, ...")
-    parser.add_argument("--seed", type=int, help="this seed alone")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--seeds", type=int, default=3, help="the seeds 0, 1, ...")
+    which.add_argument("--seed", type=int, help="this seed alone")
     parser.add_argument(
         "--generated", type=int, default=data.GENERATED, help="fields, beside the real ones"
     )
@@ -125,7 +130,8 @@ def main() -> None:
     )
     parser.add_argument("--report", action="store_true", help="only the table of finished runs")
     args = parser.parse_args()
-    folder: Path = args.folder.resolve()
+    fields = "" if args.generated == data.GENERATED else f"fields{args.generated}_"
+    folder: Path = (args.folder or Path(f"runs/ssl_proof_{fields}".rstrip("_"))).resolve()
     name = f"ssl_proof_{args.start}_" if args.start else "ssl_proof_"
     found = _finished(folder, args.steps, name, args.generated)
     if not args.report:
@@ -140,7 +146,6 @@ def main() -> None:
     if not rows:
         raise SystemExit(f"No run of {args.steps} steps is finished in {folder}")
     result = report.summary(rows, args.steps, args.start, args.generated)
-    fields = "" if args.generated == data.GENERATED else f"fields{args.generated}_"
     path = RESULTS / f"{name}{fields}{args.steps}.json"
     write_text_atomically(path, json.dumps(result, indent=1) + "\n")
     print(*report.table(result), f"written: {path}", sep="\n")
