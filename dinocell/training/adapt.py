@@ -235,8 +235,8 @@ def _several(pairs: list[Pair], model: DINOCell, folder: str) -> list[Pair]:
 
 
 class _Pace:
-    """Seconds that a training of each candidate takes: its first step, with what is read and copied before
-    it, and each later step.
+    """Seconds that a training of each candidate takes: its first step, with what is copied before it, and
+    each later step.
     """
 
     def __init__(self) -> None:
@@ -278,6 +278,7 @@ class _Adaptation:
         read = [read_pair(pair, **start.config.intensity) for pair in self.pairs]
         self.num_empty = sum(not labels.any() for _, labels in read)
         self.samples = _middles(read, _MOST_PIXELS)
+        self.crops = CropDataset(self.pairs, _training_config(start, 1, options.seed), length=0)
         self.truths = [truth for _, truth in self.samples]
         cells = [int(np.count_nonzero(np.unique(truth))) for truth in self.truths]
         order = np.argsort(cells, kind="stable")[::-1]  # both folds get images with many cells
@@ -373,8 +374,7 @@ class _Adaptation:
         model = copy.deepcopy(self.start)
         learning = _choose_learning(model, name)
         config = _training_config(self.start, steps, self.options.seed)
-        pairs = [self.pairs[index] for index in chosen]
-        crops = CropDataset(pairs, config, length=steps * _BATCH_SIZE)
+        crops = self.crops.only(chosen, length=steps * _BATCH_SIZE)
         groups = parameter_groups(model, config)
         optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr)
         parameters = [p for p in model.parameters() if p.requires_grad]

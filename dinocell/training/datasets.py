@@ -4,6 +4,7 @@ A crop is a pure function of (seed, index): no sampler state, no dependence on l
 a resumed run sees exactly what the uninterrupted one would have seen.
 """
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import TypeVar
@@ -127,17 +128,29 @@ class CropDataset(Dataset):
         self.length = length
         self._margin_px = round(self.crop_px * _MARGIN_SHARE)
         self._cache: dict[int, tuple[NDArray[np.float16], NDArray[np.float32]]] = {}
-        pixels = np.zeros(len(self.pairs))
+        self._datasets = config.data.datasets
+        self._pixels = np.zeros(len(self.pairs))
         used = 0
         with progress("reading training images", len(self.pairs), shown=shown) as bar:
             for index in range(len(self.pairs)):
                 item = self._read(index)
-                pixels[index] = item[0].size
+                self._pixels[index] = item[0].size
                 used += item[0].nbytes + item[1].nbytes
                 if used <= config.data.cache_bytes:
                     self._cache[index] = item
                 bar.advance()
-        self.probabilities = _pair_probabilities(self.pairs, config.data.datasets, pixels)
+        self.probabilities = _pair_probabilities(self.pairs, self._datasets, self._pixels)
+
+    def only(self, chosen: Sequence[int], *, length: int) -> "CropDataset":
+        """The crops of a data set of the pairs at these positions; no file is read again for it."""
+        other = copy.copy(self)
+        other.pairs = [self.pairs[position] for position in chosen]
+        other.length = length
+        known = {place: self._cache.get(position) for place, position in enumerate(chosen)}
+        other._cache = {place: item for place, item in known.items() if item is not None}
+        other._pixels = self._pixels[list(chosen)]
+        other.probabilities = _pair_probabilities(other.pairs, self._datasets, other._pixels)
+        return other
 
     def __len__(self) -> int:
         return self.length

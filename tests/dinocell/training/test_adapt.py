@@ -276,7 +276,7 @@ STEP_S = {"decoder": 1.0, "last": 1.5, "all": 2.5}
 def test_the_time_is_used_and_kept(
     start, blob_data, tmp_path, monkeypatch, clock, chosen, minutes, least, hurried
 ):
-    """Candidates have speeds of their own, copying and reading take 2 s, and scoring 5 s."""
+    """Candidates have speeds of their own, copying takes 2 s, scoring 5 s, and reading, once, 10 s."""
     trained: list[tuple[str, int]] = []
 
     class Bar:
@@ -295,7 +295,8 @@ def test_the_time_is_used_and_kept(
 
     honest, scores = module._Adaptation._train, iter([0.0, *(float(n == chosen) for n in STEP_S)])
     monkeypatch.setattr(module, "progress", bar)
-    monkeypatch.setattr(module, "CropDataset", clock.spending(2, module.CropDataset))
+    monkeypatch.setattr(module.CropDataset, "only", clock.spending(2, module.CropDataset.only))
+    monkeypatch.setattr(module, "CropDataset", clock.spending(10, module.CropDataset))
     counts = clock.spending(5, module._Adaptation._counts)
     monkeypatch.setattr(module._Adaptation, "_counts", lambda run, samples: counts(run, samples))
     monkeypatch.setattr(module._Adaptation, "_train", train)
@@ -323,6 +324,14 @@ def test_each_candidate_shows_its_own_speed(clock):
     # first steps 3, 7 and 2 s, later ones 1, 5 and 2 s; the dearest is trained once more
     assert pace.steps_within(2 * (3 + 7 + 2) + 7) == 1
     assert pace.steps_within(31 + 10 * (2 * (1 + 5 + 2) + 5)) == 11
+
+
+def test_images_are_not_read_again_for_each_training(start, blob_data, tmp_path, monkeypatch):
+    made = []
+    whole = module.CropDataset
+    monkeypatch.setattr(module, "CropDataset", lambda *a, **b: made.append(1) or whole(*a, **b))
+    adapted(blob_data, start, tmp_path / "m.safetensors", steps=2)
+    assert made == [1]
 
 
 def test_a_seed_repeats_the_steps(start, blob_data):

@@ -57,6 +57,22 @@ def test_items_depend_on_seed_and_index_only(blob_data):
     assert len(other) == 7
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 5000, 2**30])
+def test_some_of_the_images_give_the_crops_of_a_data_set_of_these(blob_data, cache_bytes):
+    pairs = find_pairs(blob_data / "images", blob_data / "labels", "blobs")
+    chosen = [len(pairs) - 1, 0, 1]
+    config = config_of(cache_bytes=cache_bytes)
+    every = CropDataset(pairs, config, length=100)
+    wanted = CropDataset([pairs[place] for place in chosen], config, length=5)
+    found = every.only(chosen, length=5)
+    assert len(found) == len(wanted)
+    for index in range(5):
+        for a, b in zip(found[index], wanted[index], strict=True):
+            assert torch.equal(a, b)
+    assert len(every) == 100
+    assert torch.equal(every[3][0], CropDataset(pairs, config, length=100)[3][0])
+
+
 def test_shapes_types_and_content(blob_data):
     dataset = crops(blob_data)
     images, targets, weights = zip(*(dataset[index] for index in range(30)), strict=True)
