@@ -8,9 +8,9 @@
 
 Resumable: a training continues from its checkpoint, and a finished score is kept.  Runs stay in
 `--folder`, results in benchmarks/results/ssl_proof_STEPS.json (ssl_proof_START_STEPS.json,
-ssl_proof_fieldsNUMBER_STEPS.json); what such a file has is not run again.  Where a file lacks a read-out that was added later, the network is trained again,
-if its folder is gone, and that read-out alone is made (`added` has its commit).  Seconds of an interrupted
-training are those of its last part.
+ssl_proof_fieldsNUMBER_STEPS.json); what such a file has is not run again.  Where a file lacks a read-out
+that was added later, the network is trained again, if its folder is gone, and that read-out alone is made
+(`added` has its commit).  Seconds of an interrupted training are those of its last part.
 """
 
 from __future__ import annotations
