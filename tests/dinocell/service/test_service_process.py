@@ -35,6 +35,8 @@ from dinocell.service.supervision import WorkerProcess
 @contextlib.contextmanager
 def serving(folder, *arguments, **environment):
     """A running `dinocell serve`, as (process, client)."""
+    # Tests that run in the background (`nohup ... &`) ignore Ctrl-C, and a program would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with held_port() as port:
         process = subprocess.Popen(
             [
