@@ -54,12 +54,12 @@ from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.intensity import to_model_input
 from dinocell.training import adapt as adaptation
 from dinocell.training.datasets import read_pair, spread_evenly
+from dinocell.training.pace import first_steps
 
 WAYS = ("start", "adapt", "decoder", "all", "prototypes", "readout", "reptile", "random")
 LAYERS = (0.01, 0.5)  # depths that part background, rims and insides
 SHARPNESS = 20.0  # of the softmax over cosines
 RIDGE = 1e-3
-TRAININGS = 2 * len(adaptation.CANDIDATES) + 1  # of `adapt`: both folds, then all images
 META_IMAGES, META_INNER, META_RATE = 4, 5, 0.3
 
 
@@ -218,7 +218,20 @@ def adapted(
         options=adaptation.AdaptOptions(minutes=options.minutes),
         shown=False,
     )
-    return load_model(out), {"chosen": result.chosen, "steps": result.steps}
+    trials = [
+        [trial.name, trial.steps, round(trial.ap, 4), round(trial.ap50, 4)]
+        for trial in result.trials
+    ]
+    steps, chosen = result.trials[-1].steps, result.chosen
+    return load_model(out), {
+        "chosen": chosen.name, "steps": steps, "delivered_steps": chosen.steps, "trials": trials
+    }  # fmt: skip
+
+
+def steps_of_all(steps: int) -> int:
+    """Steps of all trainings of `adapt` together: trials in two folds, and the last training."""
+    few = first_steps(steps)
+    return 2 * len(adaptation.CANDIDATES) * few + (3 if steps > few else 1) * steps
 
 
 def trained(way: str, start: DINOCell, pairs: Sequence[Pair], steps: int) -> DINOCell:
@@ -347,7 +360,8 @@ def main() -> None:
                 elif way in ("prototypes", "readout"):
                     model = without_training(way, start, few)
                 else:
-                    row["steps"] = table.steps(count) * (TRAININGS if way == "random" else 1)
+                    steps = table.steps(count)
+                    row["steps"] = steps_of_all(steps) if way == "random" else steps
                     if options.steps:
                         row["steps"] = row["given_steps"] = options.steps
                     if way == "reptile":

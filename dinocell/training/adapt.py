@@ -2,9 +2,10 @@
 
 What may learn is chosen by cross-validation.  The images are dealt into two folds; a candidate is
 trained on one fold and predicts the other, each way round.  The thresholds for a fold's maps are
-chosen on those of the other fold, so that no image's labels help to score it.  The candidate that
-scores best is trained on all images; where none beats the model that it began with, that model is
-the result.
+chosen on those of the other fold, so that no image's labels help to score it.  All candidates are
+tried with a few steps, and the best of them again with many, so that most of the time is spent on
+what will be delivered.  The trial that scores best is repeated on all images; where none beats the
+model that it began with, that model is the result.
 """
 
 import copy
@@ -58,6 +59,7 @@ from dinocell.training.config import (
 from dinocell.training.datasets import CropDataset, read_pair
 from dinocell.training.final_model import training_statistics, typical_diameter
 from dinocell.training.optimizer import learning_rate_factor, parameter_groups, step_seed
+from dinocell.training.pace import LEAST_STEPS, Pace, first_steps
 from dinocell.training.trainer import distance_loss
 from dinocell.training.validation import Sample
 
@@ -66,7 +68,6 @@ CANDIDATES = ("decoder", "last", "all")
 
 # tried beside the model's own thresholds: few, because few cells choose among them
 _TRIED = (0.45, 0.55, 0.65, 0.8), (0.1, 0.25, 0.4), (0.1, 0.2, 0.3)  # as `TUNED_THRESHOLDS`
-_LEAST_STEPS, _MOST_STEPS = 10, 600
 _MEASURED = 3  # steps of each candidate that show its speed; the first one is not counted
 _SHARE_OF_TIME = (
     0.95  # of the minutes; the rest is for steps that are slower than the measured ones
@@ -80,10 +81,10 @@ class AdaptOptions:
     """How a model is adapted.
 
     `minutes` is how long all of it may take: what the predictions leave over, and the speed of a few steps
-    of each candidate, give the number of steps, unless `steps` gives it.  It is the same for all
-    candidates and for the training of the best one, so that what was scored is what is delivered, and
-    `steps` repeats it.  Where the best one is a cheap one, or none, some of the time is left.
-    `channels` are those of `segment`.
+    of each candidate, give the number of steps, unless `steps` gives it.  All candidates are tried with a
+    quarter of it (at least ten), the best of them with all of it; what is delivered has as many as the
+    trial that scored best.  Where the best one is a cheap one, some of the time is left.  `channels` are
+    those of `segment`.
     """
 
     minutes: float = 5.0
@@ -98,18 +99,28 @@ class AdaptOptions:
 
 
 @dataclass(frozen=True)
-class AdaptResult:
-    """The scores of all candidates on images that they were not trained on, and the choice.
+class Trial:
+    """What learned (of `CANDIDATES`, or `start`: the model as it was, or `thresholds`: new ones only), with
+    how many steps, and its pooled scores on images that it was not trained on: the mean AP at IoU 0.5, 0.75
+    and 0.9, and the AP at 0.5.
+    """
 
-    `scores` has for each candidate, also `start` (the model as it was) and `thresholds` (with new
-    thresholds only), the mean AP at IoU 0.5, 0.75 and 0.9 and the AP at 0.5, pooled.  `hurried` says
-    that the time allows the fewest steps only.  `notes` are on the images.
+    name: str
+    steps: int
+    ap: float
+    ap50: float
+
+
+@dataclass(frozen=True)
+class AdaptResult:
+    """All trials in their order, the one that was chosen, and the new thresholds.
+
+    `hurried` says that the time allows the fewest steps only.  `notes` are on the images.
     """
 
     model_path: Path
-    chosen: str
-    steps: int
-    scores: dict[str, tuple[float, float]]
+    trials: tuple[Trial, ...]
+    chosen: Trial
     thresholds: dict[str, float]
     hurried: bool = False
     notes: tuple[str, ...] = ()
@@ -118,21 +129,23 @@ class AdaptResult:
         """A table of the candidates and what was written."""
         from dinocell.results.table import align_columns
 
-        rows = [["what learned", "AP (mean of IoU 0.5, 0.75, 0.9)", "AP at IoU 0.5"]]
-        rows += [[name, *(f"{value:.4f}" for value in self.scores[name])] for name in self.scores]
-        values = ", ".join(f"{name} {value:g}" for name, value in self.thresholds.items())
+        rows = [["what learned", "steps", "AP (mean of IoU 0.5, 0.75, 0.9)", "AP at IoU 0.5"]]
+        rows += [
+            [trial.name, str(trial.steps), f"{trial.ap:.4f}", f"{trial.ap50:.4f}"]
+            for trial in self.trials
+        ]
+        name, steps = self.chosen.name, self.chosen.steps
+        values = ", ".join(f"{key} {value:g}" for key, value in self.thresholds.items())
         lines = ["scores of images that were held out:", *align_columns(rows)]
-        if self.chosen == "start":
+        if name == "start":
             lines.append("no training was better than the model as it was: the model is that one")
         else:
-            trained = (
-                f", {self.steps} steps on all images" if self.chosen in CANDIDATES else " alone"
-            )
-            lines.append(f"chosen: {self.chosen}{trained}; {values}")
+            trained = f", {steps} steps on all images" if name in CANDIDATES else " alone"
+            lines.append(f"chosen: {name}{trained}; {values}")
         if self.hurried:
             lines.append(
-                f"note: the time allows {self.steps} steps of each training, the fewest, which may have taught it "
-                "little: allow more minutes, or use a smaller model"
+                f"note: the time allows {max(trial.steps for trial in self.trials)} steps of each training, the "
+                "fewest, which may have taught it little: allow more minutes, or use a smaller model"
             )
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, f"model: {self.model_path}"])
@@ -183,12 +196,15 @@ def adapt(
         "data": {**model.card.get("data", {}), "your images": {"train_images": len(found)}},
         "start": str(start),
         "adapted": {
-            "chosen": result.chosen,
-            "steps": result.steps,
+            "chosen": result.chosen.name,
+            "steps": result.chosen.steps,
             "seed": options.seed,
             "images": len(found),
         },
-        "metrics": {f"held_out_ap50_{name}": score[1] for name, score in result.scores.items()},
+        "metrics": {
+            f"held_out_ap50_{trial.name}" + f"_{trial.steps}_steps" * (trial.steps > 0): trial.ap50
+            for trial in result.trials
+        },
     }
     save_model(path, adapted, half=True)
     return result
@@ -234,43 +250,12 @@ def _several(pairs: list[Pair], model: DINOCell, folder: str) -> list[Pair]:
     return halves
 
 
-class _Pace:
-    """Seconds that a training of each candidate takes: its first step, with what is copied before it, and
-    each later step.
-    """
-
-    def __init__(self) -> None:
-        self._marks: list[float] = []
-        self._seconds: dict[str, tuple[float, float]] = {}
-
-    def begin(self) -> None:
-        """A training begins."""
-        self._marks = [time.monotonic()]
-
-    def stepped(self) -> None:
-        """A step is done."""
-        self._marks.append(time.monotonic())
-
-    def end(self, name: str) -> None:
-        """The training was one of the candidate `name`."""
-        begun, first, last = self._marks[0], self._marks[1], self._marks[-1]
-        later_s = (last - first) / (len(self._marks) - 2) if len(self._marks) > 2 else first - begun
-        self._seconds[name] = first - begun, later_s
-
-    def steps_within(self, seconds: float) -> float:
-        """Steps with which each candidate can be trained twice, and the slowest a third time."""
-        firsts, laters = zip(*self._seconds.values(), strict=True)
-        slowest = int(np.argmax(laters))
-        fixed_s = 2 * sum(firsts) + firsts[slowest]
-        return 1 + (seconds - fixed_s) / max(2 * sum(laters) + laters[slowest], 1e-9)
-
-
 class _Adaptation:
     def __init__(
         self, start: DINOCell, pairs: Sequence[Pair], options: AdaptOptions, *, shown: bool
     ) -> None:
         self.deadline = time.monotonic() + _SHARE_OF_TIME * 60 * options.minutes
-        self.pace = _Pace()
+        self.pace = Pace()
         self.start, self.options, self.shown = start, options, shown
         self.device = resolve_device(options.device)
         self.thresholds = _thresholds(start)
@@ -291,45 +276,58 @@ class _Adaptation:
             )
 
     def result(self, path: Path) -> tuple[AdaptResult, DINOCell]:
-        """Try every candidate, and train the best on all images."""
+        """Try every candidate, the best one with more steps, and train the best trial on all images."""
         started = time.monotonic()
         samples, own = self._by_start()
-        counts = {"start": self._counts(samples)}
-        predicting_s = (1 + len(CANDIDATES)) * (time.monotonic() - started)
+        found = self._counts(samples)
+        predicting_s = (2 + len(CANDIDATES)) * (time.monotonic() - started)
         steps = self.options.steps or self._steps_that_fit(predicting_s)
-        hurried = self.options.steps is None and steps <= _LEAST_STEPS
-        total = steps * (2 * len(CANDIDATES) + 1)
+        few = first_steps(steps)
+        # of equal trials the first one counts
+        trials = {
+            Trial("start", 0, *_scores(found, own)): found,
+            Trial("thresholds", 0, *self._cross_validated(found)): found,
+        }
+        total = 2 * len(CANDIDATES) * few + (3 if steps > few else 1) * steps
         with progress("adapting", total, shown=self.shown) as bar:
-            bar.write(f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {steps} steps each")
-            scores = {"start": _scores(counts["start"], own)}
-            scores["thresholds"] = self._cross_validated(counts["start"])
-            for name in CANDIDATES:
-                counts[name] = self._counts(self._held_out(name, steps, bar))
-                scores[name] = self._cross_validated(counts[name])
-                bar.write(f"{name}: AP {scores[name][0]:.4f}, start {scores['start'][0]:.4f}")
-            chosen = max(scores, key=lambda name: scores[name][0])  # the first of equal ones
+            bar.write(
+                f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {few} steps each, the best {steps}"
+            )
+            first = [self._trial(name, few, bar, trials) for name in CANDIDATES]
+            if steps > few:
+                self._trial(max(first, key=_score).name, steps, bar, trials)
+            chosen = max(trials, key=_score)
+            hurried = self.options.steps is None and steps <= LEAST_STEPS
             everything = range(len(self.pairs))
-            if chosen == "start":
+            if chosen.name == "start":
                 values = tuned_values(self.thresholds[0])
-                return AdaptResult(path, chosen, steps, scores, values, hurried), self.start
+                return AdaptResult(path, tuple(trials), chosen, values, hurried), self.start
             adapted = self.start
-            if chosen in CANDIDATES:
-                adapted = self._train(chosen, everything, steps, bar)
-            found = counts.get(chosen, counts["start"])
-            values = tuned_values(self.thresholds[_best(found, everything)])
+            if chosen.name in CANDIDATES:
+                adapted = self._train(chosen.name, everything, chosen.steps, bar)
+            values = tuned_values(self.thresholds[_best(trials[chosen], everything)])
         adapted = with_config(adapted, **values)
-        if chosen in CANDIDATES:
+        if chosen.name in CANDIDATES:
             adapted = with_config(adapted, diameter_px=typical_diameter(self.pairs))
             adapted.statistics = training_statistics(adapted, self.pairs, shown=self.shown)
-        return AdaptResult(path, chosen, steps, scores, values, hurried), adapted
+        return AdaptResult(path, tuple(trials), chosen, values, hurried), adapted
+
+    def _trial(
+        self, name: str, steps: int, bar: Progress, trials: dict[Trial, NDArray[np.int64]]
+    ) -> Trial:
+        """Cross-validate a candidate and add it to the trials."""
+        counts = self._counts(self._held_out(name, steps, bar))
+        trial = Trial(name, steps, *self._cross_validated(counts))
+        bar.write(f"{name}, {steps} steps: AP {trial.ap:.4f}, start {next(iter(trials)).ap:.4f}")
+        trials[trial] = counts
+        return trial
 
     def _steps_that_fit(self, predicting_s: float) -> int:
-        """Steps of each training, of which there are two per candidate and one of the best, if the slowest."""
+        """Steps with which the best candidate can be tried and trained, if it is the slowest."""
         with progress("measuring the speed", _MEASURED * len(CANDIDATES), shown=self.shown) as bar:
             for name in CANDIDATES:
                 self._train(name, range(len(self.pairs)), _MEASURED, bar)
-        left_s = self.deadline - time.monotonic() - predicting_s
-        return int(np.clip(self.pace.steps_within(left_s), _LEAST_STEPS, _MOST_STEPS))
+        return self.pace.steps_within(self.deadline - time.monotonic() - predicting_s)
 
     def _held_out(self, name: str, steps: int, bar: Progress) -> list[Sample]:
         """Maps of all images by a model that was trained on the other fold."""
@@ -434,6 +432,10 @@ def _counts_of(sample: Sample, thresholds: Thresholds) -> list[tuple[int, int, i
 def _best(counts: NDArray[np.int64], images: Sequence[int]) -> int:
     """Index of the thresholds with the highest mean AP over the IoU thresholds on these images."""
     return int(pooled_ap(counts[:, list(images)]).mean(axis=-1).argmax())
+
+
+def _score(trial: Trial) -> float:
+    return trial.ap
 
 
 def _scores(counts: NDArray[np.int64], chosen: NDArray[np.int64]) -> tuple[float, float]:

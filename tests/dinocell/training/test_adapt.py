@@ -29,11 +29,13 @@ from dinocell.pairs import find_pairs
 from dinocell.progress import progress
 from dinocell.settings import config_from_mapping
 from dinocell.training import adapt as module
-from dinocell.training.adapt import CANDIDATES, AdaptOptions, AdaptResult, adapt
+from dinocell.training import pace as timing
+from dinocell.training.adapt import CANDIDATES, AdaptOptions, AdaptResult, Trial, adapt
 from dinocell.training.config import TrainConfig
+from dinocell.training.pace import Pace, first_steps
 from dinocell.training.trainer import train
 
-RESULT = AdaptResult(Path("out"), "start", 1, {}, {})
+RESULT = AdaptResult(Path("out"), (), Trial("start", 0, 0.0, 0.0), {})
 
 pytestmark = pytest.mark.usefixtures("mini_networks")
 
@@ -73,17 +75,24 @@ def weights_of(path) -> dict[str, torch.Tensor]:
 def test_a_model_that_knows_nothing_learns(blob_data, tmp_path):
     start = trained(blob_data, tmp_path, 2)
     result = adapted(blob_data, start, tmp_path / "mine.safetensors", steps=25)
-    assert set(result.scores) == {"start", "thresholds", *CANDIDATES}
-    assert result.chosen in CANDIDATES
-    assert result.scores[result.chosen][0] > result.scores["start"][0] + 0.1
-    assert result.scores[result.chosen] == max(result.scores.values())
+    tried = [(trial.name, trial.steps) for trial in result.trials]
+    assert tried[:-1] == [("start", 0), ("thresholds", 0), *((name, 10) for name in CANDIDATES)]
+    assert result.chosen.name in CANDIDATES
+    assert result.chosen.ap == max(trial.ap for trial in result.trials) > result.trials[0].ap + 0.1
+    best = max(result.trials[2:-1], key=lambda trial: trial.ap)
+    assert tried[-1] == (best.name, 25), "the best of the candidates has all steps"
     model = load_model(result.model_path)
     assert model.config.peak_threshold == result.thresholds["peak_threshold"]
     assert model.card["adapted"] == {
-        "chosen": result.chosen, "steps": 25, "seed": 0, "images": 6
+        "chosen": result.chosen.name, "steps": result.chosen.steps, "seed": 0, "images": 6
     }  # fmt: skip
+    metrics = model.card["metrics"]
+    assert metrics["held_out_ap50_start"] == result.trials[0].ap50
+    assert metrics[f"held_out_ap50_{best.name}_25_steps"] == result.trials[-1].ap50
     assert model.card["start"] == str(start)
-    assert f"chosen: {result.chosen}, 25 steps" in result.text()
+    chosen = result.chosen
+    assert f"chosen: {chosen.name}, {chosen.steps} steps on all images" in result.text()
+    assert f"{chosen.name}  " in result.text()
 
 
 @pytest.mark.parametrize("best", ["start", "decoder"])
@@ -104,7 +113,7 @@ def test_scores_and_statistics_are_of_the_weights_in_the_file(
 
     monkeypatch.setattr(module, "save_model", keep)
     result = adapted(blob_data, start, tmp_path / "mine.safetensors", steps=1)
-    assert result.chosen == best
+    assert result.chosen.name == best
     for key, value in weights_of(result.model_path).items():
         assert torch.equal(value, judged[0][key]), key
 
@@ -113,8 +122,8 @@ def test_the_result_is_never_worse_than_the_start(start, blob_data, tmp_path, mo
     honest = module.distance_loss
     monkeypatch.setattr(module, "distance_loss", lambda *a, **b: -100 * honest(*a, **b))
     result = adapted(blob_data, start, tmp_path / "mine.safetensors", steps=4)
-    assert result.chosen in ("start", "thresholds")
-    assert all(result.scores[name] <= result.scores[result.chosen] for name in CANDIDATES)
+    assert result.chosen.name in ("start", "thresholds")
+    assert all(trial.ap <= result.chosen.ap for trial in result.trials)
     before, after = weights_of(start), weights_of(result.model_path)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -122,7 +131,7 @@ def test_the_result_is_never_worse_than_the_start(start, blob_data, tmp_path, mo
 def test_a_start_that_is_best_stays_as_it_is(start, blob_data, tmp_path, monkeypatch):
     monkeypatch.setattr(module._Adaptation, "_cross_validated", lambda self, counts: (0.0, 0.0))
     result = adapted(blob_data, start, tmp_path / "mine.safetensors", steps=1)
-    assert result.chosen == "start"
+    assert result.chosen.name == "start"
     assert "the model is that one" in result.text()
     first, last = load_model(start), load_model(result.model_path)
     assert first.config == last.config
@@ -236,12 +245,11 @@ def test_outlines_are_refused(start, blob_data, tmp_path):
 
 
 def test_the_fewest_steps_are_noted(start, blob_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_LEAST_STEPS", 2)
-    for fitting, noted in ((2, True), (3, False)):
+    for fitting, noted in ((10, True), (11, False)):
         monkeypatch.setattr(module._Adaptation, "_steps_that_fit", lambda *_, n=fitting: n)
         result = adapted(blob_data, start, tmp_path / f"{fitting}.safetensors", steps=None)
-        assert ("the time allows 2 steps of each training" in result.text()) == noted
-    chosen = adapted(blob_data, start, tmp_path / "b.safetensors", steps=2)
+        assert ("the time allows 10 steps of each training" in result.text()) == noted
+    chosen = adapted(blob_data, start, tmp_path / "b.safetensors", steps=10)
     assert "the time allows" not in chosen.text()
 
 
@@ -262,7 +270,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     found = Clock()
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: found.now))
+    for place in (module, timing):
+        monkeypatch.setattr(place, "time", SimpleNamespace(monotonic=lambda: found.now))
     return found
 
 
@@ -271,7 +280,7 @@ STEP_S = {"decoder": 1.0, "last": 1.5, "all": 2.5}
 
 @pytest.mark.parametrize(
     ("chosen", "minutes", "least", "hurried"),
-    [("all", 5, 0.9, False), ("decoder", 5, 0.83, False), ("all", 3.2, 0.85, True)],
+    [("all", 5, 0.9, False), ("decoder", 5, 0.62, False), ("all", 3.2, 0.85, True)],
 )
 def test_the_time_is_used_and_kept(
     start, blob_data, tmp_path, monkeypatch, clock, chosen, minutes, least, hurried
@@ -293,7 +302,8 @@ def test_the_time_is_used_and_kept(
         trained.append((name, steps))
         return honest(run, name, images, steps, bar)
 
-    honest, scores = module._Adaptation._train, iter([0.0, *(float(n == chosen) for n in STEP_S)])
+    honest = module._Adaptation._train
+    scores = iter([0.0, *(float(name == chosen) for name in STEP_S), 2.0])
     monkeypatch.setattr(module, "progress", bar)
     monkeypatch.setattr(module.CropDataset, "only", clock.spending(2, module.CropDataset.only))
     monkeypatch.setattr(module, "CropDataset", clock.spending(10, module.CropDataset))
@@ -308,22 +318,50 @@ def test_the_time_is_used_and_kept(
     assert least < (clock.now - 1000) / (60 * minutes) <= 1
     measured, real = trained[:3], trained[3:]
     assert measured == [(name, 3) for name in CANDIDATES]
-    names = [name for name in CANDIDATES for _ in range(2)]
-    assert real == [(name, result.steps) for name in [*names, chosen]], "all have the same steps"
-    assert (result.hurried, result.steps == 10) == (hurried, hurried)
+    assert result.chosen.name == chosen
+    assert (result.hurried, result.chosen.steps == 10) == (hurried, hurried)
+    few, steps = (10, 10) if hurried else (first_steps(result.chosen.steps), result.chosen.steps)
+    first = [(name, few) for name in CANDIDATES for _ in range(2)]
+    assert real == [*first, *[(chosen, steps)] * (1 if hurried else 3)]
+
+
+def test_a_longer_trial_that_is_worse_is_not_delivered(start, blob_data, tmp_path, monkeypatch):
+    scores = iter([0.0, 2.0, 3.0, 2.5, 2.9])  # thresholds, candidates, `last` with all steps
+    monkeypatch.setattr(
+        module._Adaptation, "_cross_validated", lambda run, counts: (next(scores), 0.5)
+    )
+    monkeypatch.setattr(module, "_scores", lambda *a: (-1.0, -1.0))
+    result = adapted(blob_data, start, tmp_path / "m.safetensors", steps=12)
+    assert [(trial.name, trial.steps) for trial in result.trials[-2:]] == [
+        ("all", 10),
+        ("last", 12),
+    ]
+    assert (result.chosen.name, result.chosen.steps) == ("last", 10)
+    assert load_model(result.model_path).card["adapted"]["steps"] == 10
+
+
+@pytest.mark.parametrize(
+    ("steps", "few"), [(1, 1), (10, 10), (11, 10), (43, 10), (44, 11), (600, 150)]
+)
+def test_candidates_are_tried_with_a_quarter_of_the_steps(steps, few):
+    assert first_steps(steps) == few
 
 
 def test_each_candidate_shows_its_own_speed(clock):
-    pace = module._Pace()
+    pace = Pace()
     for name, marks in {"decoder": (3, 1, 1), "all": (7, 4, 6), "last": (2,)}.items():
         pace.begin()
         for seconds in marks:
             clock.now += seconds
             pace.stepped()
         pace.end(name)
-    # first steps 3, 7 and 2 s, later ones 1, 5 and 2 s; the dearest is trained once more
-    assert pace.steps_within(2 * (3 + 7 + 2) + 7) == 1
-    assert pace.steps_within(31 + 10 * (2 * (1 + 5 + 2) + 5)) == 11
+    # first steps 3, 7 and 2 s, later ones 1, 5 and 2 s; the dearest is trained once more, or three times
+    tried_s = 2 * (3 + 7 + 2) + 2 * 9 * (1 + 5 + 2)
+    assert pace.seconds(10) == tried_s + 7 + 9 * 5
+    assert pace.seconds(20) == tried_s + 3 * (7 + 19 * 5)
+    assert pace.steps_within(pace.seconds(20)) == 20
+    assert pace.steps_within(pace.seconds(20) - 0.1) == 19
+    assert (pace.steps_within(0), pace.steps_within(1e9)) == (10, 600)
 
 
 def test_images_are_not_read_again_for_each_training(start, blob_data, tmp_path, monkeypatch):
