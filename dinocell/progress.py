@@ -56,6 +56,12 @@ class Progress:
                 text = f"{self.description} {self.done}/{self.total}, {remaining} left"
                 self.write(f"{text}: {note}" if note else text)
 
+    def expect(self, total: int) -> None:
+        """The total turned out to be another."""
+        self.total = total
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=total)
+
     def write(self, line: str) -> None:
         """Print a line to standard error without breaking the bar."""
         if not self._shown:

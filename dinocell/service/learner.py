@@ -56,7 +56,7 @@ def learn(folder: Path, *, start: str, device: str, minutes: float) -> None:
     display = to_display(image)
     for name in PICTURES:
         write_png(folder / f"{name}.png", draw_contours(display, cells[name]))
-    text = json.dumps({"chosen": result.chosen, **scores})
+    text = json.dumps({"chosen": result.chosen.name, **scores})
     write_text_atomically(folder / "result.json", text)
 
 

@@ -80,11 +80,10 @@ _MOST_PIXELS = 6_000_000  # of all images together, that are predicted to score 
 class AdaptOptions:
     """How a model is adapted.
 
-    `minutes` is how long all of it may take: what the predictions leave over, and the speed of a few steps
-    of each candidate, give the number of steps, unless `steps` gives it.  All candidates are tried with a
-    quarter of it (at least ten), the best of them with all of it; what is delivered has as many as the
-    trial that scored best.  Where the best one is a cheap one, some of the time is left.  `channels` are
-    those of `segment`.
+    `minutes` is how long all of it may take: what the predictions leave over, and the speed of the steps,
+    give the number of steps, unless `steps` gives it.  All candidates are tried with an eighth to a quarter
+    of it (at least ten), the best of them with all of it; what is delivered has as many as the trial that
+    scored best.  `channels` are those of `segment`.
     """
 
     minutes: float = 5.0
@@ -280,22 +279,26 @@ class _Adaptation:
         started = time.monotonic()
         samples, own = self._by_start()
         found = self._counts(samples)
-        predicting_s = (2 + len(CANDIDATES)) * (time.monotonic() - started)
-        steps = self.options.steps or self._steps_that_fit(predicting_s)
+        predicting_s = time.monotonic() - started
+        steps = self.options.steps or self._steps_that_fit((2 + len(CANDIDATES)) * predicting_s)
         few = first_steps(steps)
         # of equal trials the first one counts
         trials = {
             Trial("start", 0, *_scores(found, own)): found,
             Trial("thresholds", 0, *self._cross_validated(found)): found,
         }
-        total = 2 * len(CANDIDATES) * few + (3 if steps > few else 1) * steps
-        with progress("adapting", total, shown=self.shown) as bar:
+        tried = 2 * len(CANDIDATES) * few
+        with progress("adapting", tried + 3 * steps, shown=self.shown) as bar:
             bar.write(
-                f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {few} steps each, the best {steps}"
+                f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {few} steps each, about {steps} of the best"
             )
-            first = [self._trial(name, few, bar, trials) for name in CANDIDATES]
+            best = max((self._trial(name, few, bar, trials) for name in CANDIDATES), key=_score)
+            if self.options.steps is None:
+                left_s = self.deadline - time.monotonic() - predicting_s
+                steps = self.pace.more_steps_within(best.name, few, left_s)
+            bar.expect(tried + (3 if steps > few else 1) * steps)
             if steps > few:
-                self._trial(max(first, key=_score).name, steps, bar, trials)
+                self._trial(best.name, steps, bar, trials)
             chosen = max(trials, key=_score)
             hurried = self.options.steps is None and steps <= LEAST_STEPS
             everything = range(len(self.pairs))

@@ -246,7 +246,8 @@ def test_outlines_are_refused(start, blob_data, tmp_path):
 
 def test_the_fewest_steps_are_noted(start, blob_data, tmp_path, monkeypatch):
     for fitting, noted in ((10, True), (11, False)):
-        monkeypatch.setattr(module._Adaptation, "_steps_that_fit", lambda *_, n=fitting: n)
+        monkeypatch.setattr(module._Adaptation, "_steps_that_fit", lambda *_: 10)
+        monkeypatch.setattr(Pace, "more_steps_within", lambda *_, n=fitting: n)
         result = adapted(blob_data, start, tmp_path / f"{fitting}.safetensors", steps=None)
         assert ("the time allows 10 steps of each training" in result.text()) == noted
     chosen = adapted(blob_data, start, tmp_path / "b.safetensors", steps=10)
@@ -280,7 +281,7 @@ STEP_S = {"decoder": 1.0, "last": 1.5, "all": 2.5}
 
 @pytest.mark.parametrize(
     ("chosen", "minutes", "least", "hurried"),
-    [("all", 5, 0.9, False), ("decoder", 5, 0.62, False), ("all", 3.2, 0.85, True)],
+    [("all", 5, 0.9, False), ("decoder", 5, 0.9, False), ("all", 3.2, 0.85, True)],
 )
 def test_the_time_is_used_and_kept(
     start, blob_data, tmp_path, monkeypatch, clock, chosen, minutes, least, hurried
@@ -290,6 +291,8 @@ def test_the_time_is_used_and_kept(
 
     class Bar:
         def write(self, text): ...
+
+        def expect(self, total): ...
 
         def advance(self, *, note):
             clock.now += STEP_S[note]
@@ -341,9 +344,9 @@ def test_a_longer_trial_that_is_worse_is_not_delivered(start, blob_data, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("steps", "few"), [(1, 1), (10, 10), (11, 10), (43, 10), (44, 11), (600, 150)]
+    ("steps", "few"), [(1, 1), (10, 10), (11, 10), (79, 10), (80, 20), (159, 20), (600, 80)]
 )
-def test_candidates_are_tried_with_a_quarter_of_the_steps(steps, few):
+def test_candidates_are_tried_with_a_part_of_the_steps(steps, few):
     assert first_steps(steps) == few
 
 
@@ -355,13 +358,39 @@ def test_each_candidate_shows_its_own_speed(clock):
             clock.now += seconds
             pace.stepped()
         pace.end(name)
-    # first steps 3, 7 and 2 s, later ones 1, 5 and 2 s; the dearest is trained once more, or three times
+    # first steps 3, 7 and 2 s, later ones 1, 5 and 2 s; the dearest is trained once more, or thrice
     tried_s = 2 * (3 + 7 + 2) + 2 * 9 * (1 + 5 + 2)
-    assert pace.seconds(10) == tried_s + 7 + 9 * 5
-    assert pace.seconds(20) == tried_s + 3 * (7 + 19 * 5)
-    assert pace.steps_within(pace.seconds(20)) == 20
-    assert pace.steps_within(pace.seconds(20) - 0.1) == 19
+    assert pace.steps_within(tried_s + 7 + 9 * 5) == 10
+    assert pace.steps_within(tried_s + 3 * (7 + 19 * 5)) == 20
+    assert pace.steps_within(tried_s + 3 * (7 + 19 * 5) - 0.1) == 19
     assert (pace.steps_within(0), pace.steps_within(1e9)) == (10, 600)
+
+
+def test_the_time_that_is_left_when_all_were_tried_is_for_the_best(clock):
+    pace = Pace()
+    pace.begin()
+    for seconds in (3, 2, 2):
+        clock.now += seconds
+        pace.stepped()
+    pace.end("decoder")
+    assert pace.more_steps_within("decoder", 10, 3 * (3 + 49 * 2)) == 50
+    assert pace.more_steps_within("decoder", 10, 3 * (3 + 49 * 2) - 0.1) == 49
+    assert pace.more_steps_within("decoder", 10, 0) == 10, "none are left"
+    assert pace.more_steps_within("decoder", 10, 1e9) == 79, (
+        "the most that a try with 10 stands for"
+    )
+    assert pace.more_steps_within("decoder", 80, 1e9) == 600
+
+
+def test_steps_repeat_what_the_time_had_chosen(start, blob_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module._Adaptation, "_steps_that_fit", lambda *_: 12)
+    monkeypatch.setattr(Pace, "more_steps_within", lambda *_: 14)
+    timed = adapted(blob_data, start, tmp_path / "timed.safetensors", steps=None)
+    assert [trial.steps for trial in timed.trials] == [0, 0, 10, 10, 10, 14]
+    again = adapted(blob_data, start, tmp_path / "again.safetensors", steps=14)
+    assert again.trials == timed.trials
+    first, last = weights_of(timed.model_path), weights_of(again.model_path)
+    assert all(torch.equal(first[key], last[key]) for key in first)
 
 
 def test_images_are_not_read_again_for_each_training(start, blob_data, tmp_path, monkeypatch):
