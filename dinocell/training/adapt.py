@@ -73,7 +73,7 @@ _SHARE_OF_TIME = (
     0.95  # of the minutes; the rest is for steps that are slower than the measured ones
 )
 _BATCH_SIZE = 8
-_MOST_PIXELS = 6_000_000  # of all images together, that are predicted to score a candidate
+_MOST_PIXELS = 2_000_000  # of all images together, that are predicted to score a candidate
 
 
 @dataclass(frozen=True)

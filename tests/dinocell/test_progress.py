@@ -22,6 +22,16 @@ def test_plain_lines(capsys, monkeypatch):
     assert lines[2] == "a remark"
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_total_may_turn_out_to_be_another(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(progress_module, "_LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    with progress("counting", 4) as bar:
+        bar.expect(7)
+        bar.advance()
+    assert "1/7" in capsys.readouterr().err
+
+
 def test_quiet(capsys):
     with progress("counting", 2, shown=False) as bar:
         bar.advance(2)
