@@ -60,6 +60,7 @@ WAYS = ("start", "adapt", "decoder", "all", "prototypes", "readout", "reptile", 
 LAYERS = (0.01, 0.5)  # depths that part background, rims and insides
 SHARPNESS = 20.0  # of the softmax over cosines
 RIDGE = 1e-3
+MOST_PIXELS = 6_000_000  # of all images together, that prototypes and read-out are made from
 META_IMAGES, META_INNER, META_RATE = 4, 5, 0.3
 
 
@@ -143,9 +144,9 @@ def upsampled(depth: Tensor, image: Tensor) -> Tensor:
 
 
 def samples_of(model: DINOCell, pairs: Sequence[Pair]) -> list[tuple[NDArray, NDArray[np.uint32]]]:
-    """Images and labels, of many pixels the middles, as `adapt` predicts them."""
+    """Images and labels, of many pixels the middles."""
     read = [read_pair(pair, **model.config.intensity) for pair in pairs]
-    return adaptation._middles(read, adaptation._MOST_PIXELS)
+    return adaptation._middles(read, MOST_PIXELS)
 
 
 def places(
