@@ -292,7 +292,8 @@ class _Adaptation:
             bar.write(
                 f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {few} steps each, about {steps} of the best"
             )
-            best = max((self._trial(name, few, bar, trials) for name in CANDIDATES), key=_score)
+            first = [self._trial(name, few, bar, trials) for name in CANDIDATES]
+            best = max(reversed(first), key=_score)  # of equal ones that in which more learns
             if self.options.steps is None:
                 left_s = self.deadline - time.monotonic() - predicting_s
                 steps = self.pace.more_steps_within(best.name, few, left_s)

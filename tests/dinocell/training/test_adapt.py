@@ -343,6 +343,16 @@ def test_a_longer_trial_that_is_worse_is_not_delivered(start, blob_data, tmp_pat
     assert load_model(result.model_path).card["adapted"]["steps"] == 10
 
 
+def test_where_few_steps_tell_nothing_everything_learns(start, blob_data, tmp_path, monkeypatch):
+    scores = iter([0.0, 0.0, 0.0, 0.0, 1.0])
+    monkeypatch.setattr(
+        module._Adaptation, "_cross_validated", lambda run, counts: (next(scores), 0.5)
+    )
+    monkeypatch.setattr(module, "_scores", lambda *a: (0.5, 0.5))
+    result = adapted(blob_data, start, tmp_path / "m.safetensors", steps=11)
+    assert (result.chosen.name, result.chosen.steps) == ("all", 11)
+
+
 @pytest.mark.parametrize(
     ("steps", "few"), [(1, 1), (10, 10), (11, 10), (79, 10), (80, 20), (159, 20), (600, 80)]
 )
