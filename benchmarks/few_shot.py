@@ -54,7 +54,6 @@ from dinocell.segmentation.inference import predict_distance_map
 from dinocell.segmentation.intensity import to_model_input
 from dinocell.training import adapt as adaptation
 from dinocell.training.datasets import read_pair, spread_evenly
-from dinocell.training.pace import first_steps
 
 WAYS = ("start", "adapt", "decoder", "all", "prototypes", "readout", "reptile", "random")
 LAYERS = (0.01, 0.5)  # depths that part background, rims and insides
@@ -223,16 +222,13 @@ def adapted(
         [trial.name, trial.steps, round(trial.ap, 4), round(trial.ap50, 4)]
         for trial in result.trials
     ]
-    steps, chosen = result.trials[-1].steps, result.chosen
+    chosen = result.chosen
     return load_model(out), {
-        "chosen": chosen.name, "steps": steps, "delivered_steps": chosen.steps, "trials": trials
-    }  # fmt: skip
-
-
-def steps_of_all(steps: int) -> int:
-    """Steps of all trainings of `adapt` together: trials in two folds, and the last training."""
-    few = first_steps(steps)
-    return 2 * len(adaptation.CANDIDATES) * few + (3 if steps > few else 1) * steps
+        "chosen": chosen.name,
+        "steps": chosen.steps,
+        "all_steps": 2 * sum(trial.steps for trial in result.trials) + chosen.steps,
+        "trials": trials,
+    }
 
 
 def trained(way: str, start: DINOCell, pairs: Sequence[Pair], steps: int) -> DINOCell:
@@ -298,11 +294,9 @@ class Table:
             "processor": processor_name(),
         }
 
-    def steps(self, images: int) -> int:
-        """Steps of `adapt` with as many images."""
-        found = (
-            row["steps"] for row in self.rows if (row["images"], row["way"]) == (images, "adapt")
-        )
+    def steps(self, images: int, kind: str) -> int:
+        """`steps` of the model that `adapt` made of as many images, or `all_steps` of its trainings."""
+        found = (row[kind] for row in self.rows if (row["images"], row["way"]) == (images, "adapt"))
         return next(found, 100)
 
     def add(self, row: dict[str, Any], model: DINOCell) -> None:
@@ -361,8 +355,7 @@ def main() -> None:
                 elif way in ("prototypes", "readout"):
                     model = without_training(way, start, few)
                 else:
-                    steps = table.steps(count)
-                    row["steps"] = steps_of_all(steps) if way == "random" else steps
+                    row["steps"] = table.steps(count, "all_steps" if way == "random" else "steps")
                     if options.steps:
                         row["steps"] = row["given_steps"] = options.steps
                     if way == "reptile":

@@ -101,8 +101,8 @@ class AdaptFlags:
         5.0,
     )
     steps: int | None = option(
-        "Train the best candidate for this many steps, and try each with an eighth to a quarter, whatever the time, "
-        "so that a result can be repeated."
+        "Train the best candidate for this many steps, and try all with some of them, whatever the time, so that "
+        "a result can be repeated."
     )
     channels: str | None = option(
         "Use these channels of multi-channel images: names or indices counted from 0, separated by "
@@ -127,10 +127,10 @@ def adapt(
     """Adapt a trained model to a few labelled images.
 
     Whether the decoder, the last part of the network or all of it should learn is found by
-    cross-validation: each candidate is trained on half of the images and scored on the other half, with
-    few steps, then the best one with many. What scored best is trained on all
-    images. The model with new thresholds alone also competes. If none is better than the model was
-    before, the result is that model. A single image is cut in two.
+    cross-validation: each candidate is trained on half of the images and scored on the other half. All
+    have few steps, then the best one has many. What scored best is trained on all images. The model with
+    new thresholds alone also competes. If none is better than the model was before, the result is that
+    model. A single image is cut in two.
 
     Segment with the result by `dinocell segment more_images/ -m mine.safetensors -o out`.
 

@@ -81,9 +81,9 @@ class AdaptOptions:
     """How a model is adapted.
 
     `minutes` is how long all of it may take: what the predictions leave over, and the speed of the steps,
-    give the number of steps, unless `steps` gives it.  All candidates are tried with an eighth to a quarter
-    of it (at least ten), the best of them with all of it; what is delivered has as many as the trial that
-    scored best.  `channels` are those of `segment`.
+    give the number of steps, unless `steps` gives it.  All candidates are tried with 10 of them (from 160 on
+    with 40), the best one with all; what is delivered has as many as the trial that scored best.
+    `channels` are those of `segment`.
     """
 
     minutes: float = 5.0
@@ -197,12 +197,12 @@ def adapt(
         "adapted": {
             "chosen": result.chosen.name,
             "steps": result.chosen.steps,
+            "most_steps": max(trial.steps for trial in result.trials),
             "seed": options.seed,
             "images": len(found),
         },
         "metrics": {
-            f"held_out_ap50_{trial.name}" + f"_{trial.steps}_steps" * (trial.steps > 0): trial.ap50
-            for trial in result.trials
+            f"held_out_ap50_{trial.name}_{trial.steps}_steps": trial.ap50 for trial in result.trials
         },
     }
     save_model(path, adapted, half=True)
@@ -280,27 +280,29 @@ class _Adaptation:
         samples, own = self._by_start()
         found = self._counts(samples)
         predicting_s = time.monotonic() - started
-        steps = self.options.steps or self._steps_that_fit((2 + len(CANDIDATES)) * predicting_s)
-        few = first_steps(steps)
+        if self.options.steps is None:
+            few = self._few_that_fit((2 + len(CANDIDATES)) * predicting_s)
+        else:
+            few = first_steps(self.options.steps)
         # of equal trials the first one counts
         trials = {
             Trial("start", 0, *_scores(found, own)): found,
             Trial("thresholds", 0, *self._cross_validated(found)): found,
         }
-        tried = 2 * len(CANDIDATES) * few
-        with progress("adapting", tried + 3 * steps, shown=self.shown) as bar:
-            bar.write(
-                f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {few} steps each, about {steps} of the best"
-            )
+        total = 2 * len(CANDIDATES) * few
+        with progress("adapting", total, shown=self.shown) as bar:
+            bar.write(f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {few} steps each")
             first = [self._trial(name, few, bar, trials) for name in CANDIDATES]
             best = max(reversed(first), key=_score)  # of equal ones that in which more learns
-            if self.options.steps is None:
-                left_s = self.deadline - time.monotonic() - predicting_s
-                steps = self.pace.more_steps_within(best.name, few, left_s)
-            bar.expect(tried + (3 if steps > few else 1) * steps)
+            # the predictions of another trial, and about as long for the statistics of the training images
+            left_s = self.deadline - time.monotonic() - 2 * predicting_s
+            steps = self.options.steps or self.pace.many_within(best.name, few, left_s)
             if steps > few:
+                total += 2 * steps
+                bar.expect(total + steps)
                 self._trial(best.name, steps, bar, trials)
             chosen = max(trials, key=_score)
+            bar.expect(total + chosen.steps)
             hurried = self.options.steps is None and steps <= LEAST_STEPS
             everything = range(len(self.pairs))
             if chosen.name == "start":
@@ -326,12 +328,12 @@ class _Adaptation:
         trials[trial] = counts
         return trial
 
-    def _steps_that_fit(self, predicting_s: float) -> int:
-        """Steps with which the best candidate can be tried and trained, if it is the slowest."""
+    def _few_that_fit(self, predicting_s: float) -> int:
+        """With how many steps each candidate is tried."""
         with progress("measuring the speed", _MEASURED * len(CANDIDATES), shown=self.shown) as bar:
             for name in CANDIDATES:
                 self._train(name, range(len(self.pairs)), _MEASURED, bar)
-        return self.pace.steps_within(self.deadline - time.monotonic() - predicting_s)
+        return self.pace.few_within(self.deadline - time.monotonic() - predicting_s)
 
     def _held_out(self, name: str, steps: int, bar: Progress) -> list[Sample]:
         """Maps of all images by a model that was trained on the other fold."""

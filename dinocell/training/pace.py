@@ -1,9 +1,8 @@
 """How many steps fit into the minutes of `dinocell adapt`.
 
-All candidates are tried with few steps, the best of them again with many.  What a few steps of each took
-says how many those few are; when all were tried, the time that is left says how many the many are.  The
-few are 10 × a power of 2 and the many 4 to 8 times as many, or up to 79, so that the many alone say what
-both were, and a training can be repeated.
+All candidates are tried with few steps, the best of them again with many.  The speed measured before says
+how many the few are, and the time that is left when all were tried how many the many are.  The few are 10
+where the many are below 160, else 40: so the many alone say what both were, and a training can be repeated.
 """
 
 import time
@@ -11,15 +10,14 @@ import time
 LEAST_STEPS, MOST_STEPS = 10, 600
 """Of a training."""
 
-_SHARE = 4
+_FEW = 10, 40
+_ENOUGH = 160  # of the many, for the greater number of the few
+_SURE = 0.85  # of the steps that seem to fit: a speed known from few steps may be wrong by so much
 
 
 def first_steps(steps: int) -> int:
     """With how many steps all candidates are tried where the best one gets `steps`."""
-    few = min(steps, LEAST_STEPS)
-    while 2 * _SHARE * few <= steps:
-        few *= 2
-    return few
+    return min(steps, _FEW[steps >= _ENOUGH])
 
 
 class Pace:
@@ -45,26 +43,28 @@ class Pace:
         later_s = (last - first) / (len(self._marks) - 2) if len(self._marks) > 2 else first - begun
         self._seconds[name] = first - begun, later_s
 
-    def steps_within(self, seconds: float) -> int:
-        """The most steps with which everything takes no longer if the slowest candidate is the best."""
+    def few_within(self, seconds: float) -> int:
+        """With how many steps all candidates should be tried, so that the best one can have the many even if
+        it is the slowest.
+        """
         slowest = max(self._seconds, key=lambda name: self._seconds[name][1])
 
         def needed(steps: int) -> float:
-            few = first_steps(steps)
-            trials = sum(2 * self._training_s(name, few) for name in self._seconds)
-            return trials + (3 if steps > few else 1) * self._training_s(slowest, steps)
+            trials = (2 * self._training_s(name, first_steps(steps)) for name in self._seconds)
+            return sum(trials) + 3 * self._training_s(slowest, steps)
 
         fitting = (n for n in range(MOST_STEPS, LEAST_STEPS, -1) if needed(n) <= seconds)
-        return next(fitting, LEAST_STEPS)
+        return first_steps(max(LEAST_STEPS, int(_SURE * next(fitting, LEAST_STEPS))))
 
-    def more_steps_within(self, name: str, few: int, seconds: float) -> int:
-        """The most steps with which a candidate that was tried with `few` can be trained thrice."""
-        fitting = (
-            n
-            for n in range(MOST_STEPS, few, -1)
-            if first_steps(n) == few and 3 * self._training_s(name, n) <= seconds
-        )
-        return next(fitting, few)
+    def many_within(self, name: str, few: int, seconds: float) -> int:
+        """The most steps with which a candidate that was tried with `few` can be trained thrice; `few` if no
+        more fit.  A computer that was busy meanwhile may allow fewer than belong to `few`.
+        """
+        fitting = [
+            n for n in range(few + 1, MOST_STEPS + 1) if 3 * self._training_s(name, n) <= seconds
+        ]
+        belonging = [n for n in fitting if first_steps(n) == few]
+        return max(belonging or fitting or [few])
 
     def _training_s(self, name: str, steps: int) -> float:
         first, later = self._seconds[name]

@@ -13,7 +13,8 @@ from service_doubles import noise, upload
 
 from dinocell.io import read_image, read_labels, write_image
 from dinocell.network.model import save_model, with_config
-from dinocell.training import adapt as adaptation
+from dinocell.training import pace
+from dinocell.training.adapt import Trial
 
 # In place of the process that adapts: it copies the model, and says the numbers of the images.
 _COPIES = """
@@ -128,8 +129,8 @@ def test_the_learner_compares_both_models_on_the_image_held_out(
     corrected.service.learning.program = ("-c", _WAITS)
     corrected.post("/api/v1/learning")
     work = tmp_path / "jobs" / "learning" / "work"
-    monkeypatch.setattr(adaptation, "_LEAST_STEPS", 1)
-    monkeypatch.setattr(adaptation, "_MOST_STEPS", 1)
+    monkeypatch.setattr(pace, "LEAST_STEPS", 1)
+    monkeypatch.setattr(pace, "MOST_STEPS", 1)
     learn(work, start=str(tmp_path / "mini.safetensors"), device="cpu", minutes=0.1)
     result = json.loads((work / "result.json").read_text())
     truth = np.load(work / "held_out" / "image.npy")
@@ -163,7 +164,7 @@ def test_images_are_learned_at_the_scale_at_which_they_were_segmented(
     def adapt(images, labels, path, **_):
         learned.append((read_image(images / "0.tif"), read_labels(labels / "0.tif")))
         save_model(path, model)
-        return SimpleNamespace(chosen="start")
+        return SimpleNamespace(chosen=Trial("start", 0, 0.0, 0.0))
 
     monkeypatch.setattr("dinocell.service.learner.adapt", adapt)
     learn(work, start=str(tmp_path / "mini.safetensors"), device="cpu", minutes=0.1)

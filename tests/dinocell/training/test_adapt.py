@@ -35,7 +35,8 @@ from dinocell.training.config import TrainConfig
 from dinocell.training.pace import Pace, first_steps
 from dinocell.training.trainer import train
 
-RESULT = AdaptResult(Path("out"), (), Trial("start", 0, 0.0, 0.0), {})
+START = Trial("start", 0, 0.0, 0.0)
+RESULT = AdaptResult(Path("out"), (START,), START, {})
 
 pytestmark = pytest.mark.usefixtures("mini_networks")
 
@@ -84,10 +85,11 @@ def test_a_model_that_knows_nothing_learns(blob_data, tmp_path):
     model = load_model(result.model_path)
     assert model.config.peak_threshold == result.thresholds["peak_threshold"]
     assert model.card["adapted"] == {
-        "chosen": result.chosen.name, "steps": result.chosen.steps, "seed": 0, "images": 6
+        "chosen": result.chosen.name, "steps": result.chosen.steps, "most_steps": 25,
+        "seed": 0, "images": 6,
     }  # fmt: skip
     metrics = model.card["metrics"]
-    assert metrics["held_out_ap50_start"] == result.trials[0].ap50
+    assert metrics["held_out_ap50_start_0_steps"] == result.trials[0].ap50
     assert metrics[f"held_out_ap50_{best.name}_25_steps"] == result.trials[-1].ap50
     assert model.card["start"] == str(start)
     chosen = result.chosen
@@ -246,8 +248,8 @@ def test_outlines_are_refused(start, blob_data, tmp_path):
 
 def test_the_fewest_steps_are_noted(start, blob_data, tmp_path, monkeypatch):
     for fitting, noted in ((10, True), (11, False)):
-        monkeypatch.setattr(module._Adaptation, "_steps_that_fit", lambda *_: 10)
-        monkeypatch.setattr(Pace, "more_steps_within", lambda *_, n=fitting: n)
+        monkeypatch.setattr(module._Adaptation, "_few_that_fit", lambda *_: 10)
+        monkeypatch.setattr(Pace, "many_within", lambda *_, n=fitting: n)
         result = adapted(blob_data, start, tmp_path / f"{fitting}.safetensors", steps=None)
         assert ("the time allows 10 steps of each training" in result.text()) == noted
     chosen = adapted(blob_data, start, tmp_path / "b.safetensors", steps=10)
@@ -280,13 +282,23 @@ STEP_S = {"decoder": 1.0, "last": 1.5, "all": 2.5}
 
 
 @pytest.mark.parametrize(
-    ("chosen", "minutes", "least", "hurried"),
-    [("all", 5, 0.9, False), ("decoder", 5, 0.9, False), ("all", 3.2, 0.85, True)],
+    ("chosen", "minutes", "least", "few", "slower"),
+    [
+        ("all", 5, 0.9, 10, 1),
+        ("decoder", 5, 0.9, 10, 1),
+        ("all", 3.3, 0.85, 10, 1),  # no time for more
+        ("all", 20, 0.9, 10, 1),
+        ("all", 20, 0.9, 10, 1.15),  # than measured
+        ("decoder", 20, 0.5, 10, 1),  # at most 159, or everything would be tried with 40
+        ("last", 40, 0.9, 40, 1.1),
+    ],
 )
 def test_the_time_is_used_and_kept(
-    start, blob_data, tmp_path, monkeypatch, clock, chosen, minutes, least, hurried
+    start, blob_data, tmp_path, monkeypatch, clock, chosen, minutes, least, few, slower
 ):
-    """Candidates have speeds of their own, copying takes 2 s, scoring 5 s, and reading, once, 10 s."""
+    """Candidates have speeds of their own; copying takes 2 s, scoring and the statistics of the training
+    images 5 s, and reading, once, 10 s.
+    """
     trained: list[tuple[str, int]] = []
 
     class Bar:
@@ -295,7 +307,7 @@ def test_the_time_is_used_and_kept(
         def expect(self, total): ...
 
         def advance(self, *, note):
-            clock.now += STEP_S[note]
+            clock.now += STEP_S[note] * (slower if len(trained) > 3 else 1)
 
     @contextmanager
     def bar(*arguments, shown):
@@ -310,6 +322,8 @@ def test_the_time_is_used_and_kept(
     monkeypatch.setattr(module, "progress", bar)
     monkeypatch.setattr(module.CropDataset, "only", clock.spending(2, module.CropDataset.only))
     monkeypatch.setattr(module, "CropDataset", clock.spending(10, module.CropDataset))
+    statistics = clock.spending(5, module.training_statistics)
+    monkeypatch.setattr(module, "training_statistics", statistics)
     counts = clock.spending(5, module._Adaptation._counts)
     monkeypatch.setattr(module._Adaptation, "_counts", lambda run, samples: counts(run, samples))
     monkeypatch.setattr(module._Adaptation, "_train", train)
@@ -321,11 +335,11 @@ def test_the_time_is_used_and_kept(
     assert least < (clock.now - 1000) / (60 * minutes) <= 1
     measured, real = trained[:3], trained[3:]
     assert measured == [(name, 3) for name in CANDIDATES]
-    assert result.chosen.name == chosen
-    assert (result.hurried, result.chosen.steps == 10) == (hurried, hurried)
-    few, steps = (10, 10) if hurried else (first_steps(result.chosen.steps), result.chosen.steps)
     first = [(name, few) for name in CANDIDATES for _ in range(2)]
-    assert real == [*first, *[(chosen, steps)] * (1 if hurried else 3)]
+    steps = result.chosen.steps
+    assert result.chosen.name == chosen
+    assert real == [*first, *[(chosen, steps)] * (1 if result.hurried else 3)]
+    assert result.hurried == (minutes < 4) == (steps == 10)
 
 
 def test_a_longer_trial_that_is_worse_is_not_delivered(start, blob_data, tmp_path, monkeypatch):
@@ -354,50 +368,57 @@ def test_where_few_steps_tell_nothing_everything_learns(start, blob_data, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("steps", "few"), [(1, 1), (10, 10), (11, 10), (79, 10), (80, 20), (159, 20), (600, 80)]
+    ("steps", "few"), [(1, 1), (10, 10), (11, 10), (159, 10), (160, 40), (600, 40)]
 )
 def test_candidates_are_tried_with_a_part_of_the_steps(steps, few):
     assert first_steps(steps) == few
 
 
-def test_each_candidate_shows_its_own_speed(clock):
+def paced(clock, **marks):
+    """Of trainings of these candidates with steps that took so long."""
     pace = Pace()
-    for name, marks in {"decoder": (3, 1, 1), "all": (7, 4, 6), "last": (2,)}.items():
+    for name, durations in marks.items():
         pace.begin()
-        for seconds in marks:
+        for seconds in durations:
             clock.now += seconds
             pace.stepped()
         pace.end(name)
-    # first steps 3, 7 and 2 s, later ones 1, 5 and 2 s; the dearest is trained once more, or thrice
-    tried_s = 2 * (3 + 7 + 2) + 2 * 9 * (1 + 5 + 2)
-    assert pace.steps_within(tried_s + 7 + 9 * 5) == 10
-    assert pace.steps_within(tried_s + 3 * (7 + 19 * 5)) == 20
-    assert pace.steps_within(tried_s + 3 * (7 + 19 * 5) - 0.1) == 19
-    assert (pace.steps_within(0), pace.steps_within(1e9)) == (10, 600)
+    return pace
 
 
-def test_the_time_that_is_left_when_all_were_tried_is_for_the_best(clock):
-    pace = Pace()
-    pace.begin()
-    for seconds in (3, 2, 2):
-        clock.now += seconds
-        pace.stepped()
-    pace.end("decoder")
-    assert pace.more_steps_within("decoder", 10, 3 * (3 + 49 * 2)) == 50
-    assert pace.more_steps_within("decoder", 10, 3 * (3 + 49 * 2) - 0.1) == 49
-    assert pace.more_steps_within("decoder", 10, 0) == 10, "none are left"
-    assert pace.more_steps_within("decoder", 10, 1e9) == 79, (
-        "the most that a try with 10 stands for"
-    )
-    assert pace.more_steps_within("decoder", 80, 1e9) == 600
+def test_each_candidate_shows_its_own_speed(clock):
+    pace = paced(clock, decoder=(3, 1, 1), all=(7, 4, 6), last=(2,))
+    # First steps 3, 7 and 2 s, later ones 1, 5 and 2 s: all are tried twice with 40 steps, the dearest three
+    # times with 189, of which 85 % are 160.
+    needed_s = 2 * (3 + 7 + 2) + 2 * 39 * (1 + 5 + 2) + 3 * (7 + 188 * 5)
+    assert pace.few_within(needed_s) == pace.few_within(1e9) == 40
+    assert pace.few_within(needed_s - 0.1) == pace.few_within(0) == 10
+
+
+@pytest.mark.parametrize(
+    ("few", "seconds", "many"),
+    [
+        (10, 3 * (3 + 49 * 2), 50),
+        (10, 3 * (3 + 49 * 2) - 0.1, 49),
+        (10, 0, 10),  # none are left
+        (10, 1e9, 159),  # the most that a try with 10 stands for
+        (40, 3 * (3 + 159 * 2), 160),
+        (40, 3 * (3 + 159 * 2) - 0.1, 159),  # belongs to 10, but the time is not wasted
+        (40, 1e9, 600),
+    ],
+)
+def test_the_time_that_is_left_when_all_were_tried_is_for_the_best(clock, few, seconds, many):
+    assert paced(clock, decoder=(3, 2, 2)).many_within("decoder", few, seconds) == many
 
 
 def test_steps_repeat_what_the_time_had_chosen(start, blob_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(module._Adaptation, "_steps_that_fit", lambda *_: 12)
-    monkeypatch.setattr(Pace, "more_steps_within", lambda *_: 14)
+    monkeypatch.setattr(timing, "_FEW", (2, 4))
+    monkeypatch.setattr(timing, "_ENOUGH", 12)
+    monkeypatch.setattr(module._Adaptation, "_few_that_fit", lambda *_: 4)
+    monkeypatch.setattr(Pace, "many_within", lambda *_: 16)
     timed = adapted(blob_data, start, tmp_path / "timed.safetensors", steps=None)
-    assert [trial.steps for trial in timed.trials] == [0, 0, 10, 10, 10, 14]
-    again = adapted(blob_data, start, tmp_path / "again.safetensors", steps=14)
+    assert [trial.steps for trial in timed.trials] == [0, 0, 4, 4, 4, 16]
+    again = adapted(blob_data, start, tmp_path / "again.safetensors", steps=16)
     assert again.trials == timed.trials
     first, last = weights_of(timed.model_path), weights_of(again.model_path)
     assert all(torch.equal(first[key], last[key]) for key in first)
