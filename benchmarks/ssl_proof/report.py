@@ -10,8 +10,8 @@ from data import GENERATED
 from numpy.typing import NDArray
 
 SMALLEST_EFFECT = 0.05  # of the AUC on other channels; fixed before the first run
-TRAINED_ARMS = 6  # of run.py
-BASES = ("random", "average", "shuffled")
+TRAINED_ARMS = 7  # of run.py
+BASES = ("random", "average", "average_cls", "shuffled")
 _DRAWS = 10_000
 
 

@@ -38,13 +38,14 @@ DATA = Path(os.environ.get("DINOCELL_DATA", ROOT / ".." / "shared" / "data")).re
 RESULTS = ROOT / "benchmarks" / "results"
 
 # All arms have the same windows, turns and photometrics; the channels of the two views differ, and in `cls`
-# the loss.  `average` and `single` also ask for agreement at every patch, as `dense` does.  The local crop is
-# the mean or a channel in `cls`, `dense` and `shuffled`, the mean in `average`, a channel elsewhere.  With a
-# start, `random` is the start as it is.
+# and `average_cls` the loss: the others also ask for agreement at every patch, as `dense` does.  The local
+# crop is the mean or a channel in `cls`, `dense` and `shuffled`, the mean in `average` and `average_cls`, a
+# channel elsewhere.  With a start, `random` is the start as it is.
 ARMS: dict[str, tuple[str, ...]] = {
     "random": (),  # no training
     "single": ("multiview.strategy=single",),
     "average": ("multiview.strategy=average",),
+    "average_cls": ("multiview.strategy=average", "multiview.dense_weight=0"),  # control of `cls`
     "cls": ("multiview.dense_weight=0",),
     "dense": (),
     "others": ("multiview.strategy=others",),
