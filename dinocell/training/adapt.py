@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ CANDIDATES = ("decoder", "last", "all")
 
 # tried beside the model's own thresholds: few, because few cells choose among them
 _TRIED = (0.45, 0.55, 0.65, 0.8), (0.1, 0.25, 0.4), (0.1, 0.2, 0.3)  # as `TUNED_THRESHOLDS`
+_ap = attrgetter("ap")
 _MEASURED = 3  # steps of each candidate that show its speed; the first one is not counted
 _SHARE_OF_TIME = (
     0.95  # of the minutes; the rest is for steps that are slower than the measured ones
@@ -124,6 +126,11 @@ class AdaptResult:
     hurried: bool = False
     notes: tuple[str, ...] = ()
 
+    @property
+    def most_steps(self) -> int:
+        """Of all trials; as `AdaptOptions.steps` it repeats them."""
+        return max(trial.steps for trial in self.trials)
+
     def text(self) -> str:
         """A table of the candidates and what was written."""
         from dinocell.results.table import align_columns
@@ -143,8 +150,8 @@ class AdaptResult:
             lines.append(f"chosen: {name}{trained}; {values}")
         if self.hurried:
             lines.append(
-                f"note: the time allows {max(trial.steps for trial in self.trials)} steps of each training, the "
-                "fewest, which may have taught it little: allow more minutes, or use a smaller model"
+                f"note: the time allows {self.most_steps} steps of each training, the fewest, "
+                "which may have taught it little: allow more minutes, or use a smaller model"
             )
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, f"model: {self.model_path}"])
@@ -197,7 +204,7 @@ def adapt(
         "adapted": {
             "chosen": result.chosen.name,
             "steps": result.chosen.steps,
-            "most_steps": max(trial.steps for trial in result.trials),
+            "most_steps": result.most_steps,
             "seed": options.seed,
             "images": len(found),
         },
@@ -293,7 +300,7 @@ class _Adaptation:
         with progress("adapting", total, shown=self.shown) as bar:
             bar.write(f"{len(self.pairs)} images, {len(CANDIDATES)} candidates, {few} steps each")
             first = [self._trial(name, few, bar, trials) for name in CANDIDATES]
-            best = max(reversed(first), key=_score)  # of equal ones that in which more learns
+            best = max(reversed(first), key=_ap)  # of equal ones that in which more learns
             # the predictions of another trial, and about as long for the statistics of the training images
             left_s = self.deadline - time.monotonic() - 2 * predicting_s
             steps = self.options.steps or self.pace.many_within(best.name, few, left_s)
@@ -301,7 +308,7 @@ class _Adaptation:
                 total += 2 * steps
                 bar.expect(total + steps)
                 self._trial(best.name, steps, bar, trials)
-            chosen = max(trials, key=_score)
+            chosen = max(trials, key=_ap)
             bar.expect(total + chosen.steps)
             hurried = self.options.steps is None and steps <= LEAST_STEPS
             everything = range(len(self.pairs))
@@ -438,10 +445,6 @@ def _counts_of(sample: Sample, thresholds: Thresholds) -> list[tuple[int, int, i
 def _best(counts: NDArray[np.int64], images: Sequence[int]) -> int:
     """Index of the thresholds with the highest mean AP over the IoU thresholds on these images."""
     return int(pooled_ap(counts[:, list(images)]).mean(axis=-1).argmax())
-
-
-def _score(trial: Trial) -> float:
-    return trial.ap
 
 
 def _scores(counts: NDArray[np.int64], chosen: NDArray[np.int64]) -> tuple[float, float]:

@@ -17,7 +17,7 @@ _SURE = 0.85  # of the steps that seem to fit: a speed known from few steps may 
 
 def first_steps(steps: int) -> int:
     """With how many steps all candidates are tried where the best one gets `steps`."""
-    return min(steps, _FEW[steps >= _ENOUGH])
+    return min(steps, _FEW[1] if steps >= _ENOUGH else _FEW[0])
 
 
 class Pace:
